@@ -1,0 +1,102 @@
+"""The command line: Hydra composes, `compose` checks, `Run` works; every user mistake ends in one message."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora.compose import CONF_DIR, check_overrides, explain, register, to_config
+from qlora.console import quiet_libraries
+from qlora.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
+    try:
+        _main(sys.argv[1:])
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        print(f"error: {error if isinstance(error, ConfigError) else explain(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _main(argv: list[str]) -> None:
+    if "-h" in argv or "--help" in argv:
+        from qlora.help import print_help
+
+        print_help(argv)
+        return
+    args = get_args_parser().parse_args(argv)
+    if args.config_path is not None:
+        raise ConfigError("--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options")
+    if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
+        check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+    register()
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+
+
+def job(composed: DictConfig) -> Any:
+    """Runs one composed job in Hydra's output folder and returns its objective."""
+    config = to_config(composed)
+    hydra_config = HydraConfig.get()
+    output_dir = Path(hydra_config.runtime.output_dir)
+    quiet_libraries(verbose=bool(hydra_config.verbose))
+    sweep = Path(hydra_config.sweep.dir) / "sweep.jsonl" if hydra_config.mode is RunMode.MULTIRUN else None
+    overrides = list(hydra_config.overrides.task)
+    try:
+        from qlora.run import Run
+
+        result = Run(config, output_dir).execute()
+    except Exception as error:
+        # The traceback's frames hold the model; a sweep keeps the exception until its end.
+        traceback.clear_frames(error.__traceback__)
+        if sweep is not None:
+            append_line(sweep, {"job": output_dir.name, "overrides": overrides, "status": "failed", "error": str(error)})
+        raise
+    finally:
+        free_memory()
+    if sweep is not None:
+        summary = {key: result[key] for key in ("status", "objective", "metrics")}
+        append_line(sweep, {"job": output_dir.name, "overrides": overrides, **summary})
+    return result["objective"]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON object as a line, complete or not at all as far as the file system allows."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def free_memory() -> None:
+    """Gives a finished job's memory back, on the host and on the GPU."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,50 @@
+"""The one exception for mistakes that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: the message says what is wrong (full key or file), why, and the way out.
+
+    The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
+    traceback.
+    """
+
+
+def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") -> None:
+    """Raises `ConfigError` unless `fact` holds: "`key` must `rule`, got `value`; `remedy`"."""
+    if not fact:
+        raise ConfigError(f"{key} must {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Counts the insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`."""
+    before, previous = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            cost = min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, previous = previous, row
+    return previous[-1]
+
+
+def suggest(word: str, choices: Iterable[str]) -> list[str]:
+    """Returns the choices nearest to `word`, at most three, best first; none when nothing is near."""
+    choices = list(dict.fromkeys(choices))
+    by_distance = sorted((edit_distance(word.lower(), choice.lower()), choice) for choice in choices)
+    if by_distance and by_distance[0][0] <= max(1, len(word) // 3):
+        nearest = by_distance[0][0]
+        return [choice for distance, choice in by_distance if distance == nearest][:3]
+    return difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns "; did you mean A or B?" for the nearest choices, or an empty string."""
+    near = suggest(word, choices)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

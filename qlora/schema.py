@@ -1,0 +1,587 @@
+"""Every config group as a dataclass, documented field by field; the checks that need no torch live here.
+
+A docstring below a field is its manual: `qlora --help GROUP` prints it. Values are chosen in `conf/`; a default
+stands here only where a choice has no better place. `slots=True` makes an unknown key impossible to swallow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from qlora.errors import ConfigError, did_you_mean, require
+
+# The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
+FORMAT_NAMES = ("auto", "alpaca", "input-output", "text", "chosen", "segments")
+
+# Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
+METRIC_NAMES = ("exact_match",)
+
+# transformers.training_args.OptimizerNames; a test compares the two.
+OPTIMIZER_NAMES = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor"),
+    *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad"),
+    *("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit"),
+    *("paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit"),
+    *("galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
+    *("lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+    *("apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"),
+)
+
+# transformers.trainer_utils.SchedulerType; a test compares the two.
+SCHEDULER_NAMES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    *("inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
+    *("warmup_stable_decay", "greedy"),
+)
+
+
+class Device(Enum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    xpu = "xpu"
+
+
+class TaskName(Enum):
+    """What a run does."""
+
+    train = "train"
+    evaluate = "evaluate"
+    predict = "predict"
+
+
+class Init(Enum):
+    """Where the base weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class QuantType(Enum):
+    """The 4-bit data types of bitsandbytes."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class ComputeDtype(Enum):
+    """The precision of matrix products."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class LoraBias(Enum):
+    """Which bias vectors are trained with the adapter."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
+class LoraInit(Enum):
+    """How the adapter weights are drawn."""
+
+    default = "default"
+    gaussian = "gaussian"
+    orthogonal = "orthogonal"
+    pissa = "pissa"
+    olora = "olora"
+    loftq = "loftq"
+    eva = "eva"
+
+
+class TrackingBackend(Enum):
+    """Where metrics are sent besides the run folder."""
+
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class WandbMode(Enum):
+    """Whether wandb talks to its server."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What to do with the model: train it, measure it, or let it answer."""
+
+    name: TaskName = MISSING
+    """`train`, `evaluate` or `predict`; chosen with `task=`."""
+    train: bool = True
+    """Train the model (`task=train` only; the original's `--do_train`)."""
+    evaluate: bool = True
+    """Measure the held-out rows after training (`task=train` only; the original's `--do_eval`)."""
+    predict: bool = True
+    """Write predictions for a few held-out rows after training (`task=train` only; `--do_predict`)."""
+    adapter: str | None = None
+    """The adapter to evaluate or predict with: a folder of an adapter or of a finished run, or `none` for the
+    untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ArchitectureConfig:
+    """A model's shape in the names of transformers' config classes; what `model.init=random` builds."""
+
+    model_type: str = MISSING
+    """transformers' name of the architecture, e.g. `llama`, `qwen3`, `gpt_neox`."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    intermediate_size: int = MISSING
+    """Width of the feed-forward layer."""
+    num_hidden_layers: int = MISSING
+    """Number of decoder layers."""
+    num_attention_heads: int = MISSING
+    """Number of query heads."""
+    num_key_value_heads: int | None = None
+    """Number of key and value heads (grouped-query attention); unset: as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; unset: `hidden_size / num_attention_heads`."""
+    vocab_size: int = MISSING
+    """Rows of the embedding matrix."""
+    max_position_embeddings: int = MISSING
+    """Longest context, in tokens."""
+    tie_word_embeddings: bool = False
+    """Whether the embedding and the output layer are one matrix."""
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        for name in (*sizes, "max_position_embeddings"):
+            require(getattr(self, name) > 0, f"model.architecture.{name}", "be positive", getattr(self, name))
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The base model and how its files are found and placed."""
+
+    name: str = MISSING
+    """A hub id, a local folder, or `tiny` for the embedded model."""
+    init: Init = Init.pretrained
+    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`
+    (pretraining, or measuring speed and memory without a download)."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    cache_dir: str | None = None
+    """Folder for downloaded files; unset: the hub library's own."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along. The access token of gated models is read from
+    the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`."""
+    device_map: str | None = None
+    """How accelerate spreads the layers: `auto`, `balanced`, `sequential`; unset: everything on one device."""
+    max_memory: str | None = None
+    """Most memory a GPU may hold of the weights, e.g. `40GiB`, for each GPU (the original's `--max_memory_MB`)."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2` or any other name that transformers knows; unset: its choice."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter."""
+    license: str | None = None
+    """The licence of the weights, for the start screen and the model card."""
+    gated: bool = False
+    """Whether the hub asks for an accepted licence and a token."""
+    architecture: ArchitectureConfig | None = None
+    """The shape of the model, as its own config file states it."""
+
+    def __post_init__(self) -> None:
+        if self.init is Init.random and self.architecture is None:
+            raise ConfigError(
+                f"model.init=random needs the shape of {self.name} in model.architecture; "
+                "choose a preset with model=NAME or set model.architecture.* fields"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantizationConfig:
+    """The data type of the frozen base weights (QLoRA paper, section 3)."""
+
+    bits: int = MISSING
+    """4, 8, 16 or 32 bits a base weight."""
+    quant_type: QuantType = QuantType.nf4
+    """The 4-bit data type: `nf4` (normal float) or `fp4`; read with `bits=4` only."""
+    double_quant: bool = False
+    """Quantize the quantization constants too (saves 0.37 bits a parameter); with `bits=4` only."""
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    """The precision of matrix products and, with `bits=16`, of the stored weights. `auto`: bf16 where the
+    device computes in it natively, else fp16 on a GPU and fp32 on a CPU."""
+    int8_threshold: float = 6.0
+    """Activations above this stay in 16 bit (LLM.int8(), arXiv 2208.07339); read with `bits=8` only."""
+
+    def __post_init__(self) -> None:
+        require(self.bits in (4, 8, 16, 32), "quantization.bits", "be 4, 8, 16 or 32", self.bits)
+        require(self.int8_threshold >= 0, "quantization.int8_threshold", "not be negative", self.int8_threshold)
+        if self.double_quant and self.bits != 4:
+            raise ConfigError(
+                f"quantization.double_quant=true needs quantization.bits=4, got bits={self.bits}; choose "
+                "quantization=int8, quantization=none or quantization=fp32, or set quantization.double_quant=false"
+            )
+        if self.bits == 16 and self.compute_dtype is ComputeDtype.fp32:
+            raise ConfigError(
+                "quantization.compute_dtype=fp32 contradicts quantization.bits=16; use quantization=fp32 for "
+                "32-bit weights, or compute_dtype=auto, bf16 or fp16"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The adapter (LoRA, arXiv 2106.09685), in PEFT's vocabulary."""
+
+    enabled: bool = True
+    """Train an adapter; false (`lora=none`) trains all weights, with `bits` 16 or 32."""
+    r: int = MISSING
+    """Rank of the adapter matrices."""
+    alpha: float = MISSING
+    """The adapter's output is scaled by `alpha / r` (with `use_rslora`: `alpha / sqrt(r)`)."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that are zeroed in training."""
+    bias: LoraBias = LoraBias.none
+    """Which bias vectors train too: `none`, `all`, `lora_only`."""
+    target_modules: Any = "all-linear"
+    """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
+    regular expressions; each must match a linear layer."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    init: LoraInit = LoraInit.default
+    """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354); unset: equal."""
+
+    def __post_init__(self) -> None:
+        require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")
+        require(self.alpha > 0, "lora.alpha", "be positive", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "be at least 0 and below 1", self.dropout)
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+        names = self.target_modules
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
+        ratio = self.loraplus_lr_ratio
+        require(ratio is None or ratio >= 1, "lora.loraplus_lr_ratio", "be at least 1", ratio)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The rows to train and measure on, and how they become tokens."""
+
+    name: str = MISSING
+    """The name of the data set in reports."""
+    path: str | None = MISSING
+    """A file (JSON, JSONL, CSV, TSV), a hub id, or `module:function` that returns an iterable of rows."""
+    subset: str | None = None
+    """The hub data set's configuration."""
+    split: str = "train"
+    """The hub data set's split to train on."""
+    data_files: str | None = None
+    """The file inside the hub data set, where it holds several."""
+    eval_path: str | None = None
+    """Held-out rows of their own, in the forms of `path`; unset: `eval_dataset_size` rows split off `path`."""
+    format: str = "auto"
+    """`alpaca`, `input-output`, `text`, `chosen`, `segments`, or `auto` to recognise it from the columns."""
+    source_max_len: int = 1024
+    """Longest prompt in tokens, `<bos>` included; a longer one loses its beginning, never its end."""
+    target_max_len: int = 256
+    """Longest answer in tokens, end token included; a cut answer keeps no end token."""
+    train_on_source: bool = False
+    """Train on the prompt's tokens too."""
+    max_train_samples: int | None = None
+    """Use at most so many rows to train."""
+    max_eval_samples: int | None = None
+    """Use at most so many held-out rows."""
+    eval_dataset_size: int = 1024
+    """Rows to hold out when there is no `eval_path`."""
+    split_seed: int = 42
+    """Seed of that split and of the order of the rows; apart from `seed`, so that seeds compare on equal rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("source_max_len", "target_max_len", "eval_dataset_size"):
+            require(getattr(self, name) > 0, f"data.{name}", "be positive", getattr(self, name))
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name}", "be positive or null", value)
+        if self.path is None:
+            raise ConfigError(
+                "data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl"
+            )
+        if self.format not in FORMAT_NAMES:
+            raise ConfigError(
+                f"data.format={self.format!r} is unknown{did_you_mean(self.format, FORMAT_NAMES)}; "
+                f"choose one of {', '.join(FORMAT_NAMES)}"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """The optimization, in the names of `transformers.TrainingArguments`."""
+
+    max_steps: int | None = MISSING
+    """Optimizer steps; null to count by `num_train_epochs`."""
+    num_train_epochs: float | None = None
+    """Passes over the data; needs `max_steps=null`."""
+    per_device_train_batch_size: int = MISSING
+    """Rows a forward pass on each device (micro-batch)."""
+    gradient_accumulation_steps: int = MISSING
+    """Micro-batches an optimizer step."""
+    per_device_eval_batch_size: int = 8
+    """Rows a forward pass when the loss of held-out rows is measured."""
+    learning_rate: float = MISSING
+    """Peak learning rate."""
+    lr_scheduler_type: str = "constant"
+    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`."""
+    warmup_steps: float = 0
+    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`)."""
+    optim: str = MISSING
+    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: float = 1e-8
+    """Adam's divisor floor."""
+    max_grad_norm: float = MISSING
+    """Gradients are scaled down to this norm; 0: never."""
+    gradient_checkpointing: bool = MISSING
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    group_by_length: bool = True
+    """Draw batches of rows with about equal token counts, which saves padding."""
+    logging_steps: int = 10
+    """Log every so many steps."""
+    eval_steps: int | None = None
+    """Measure the held-out loss every so many steps; null: only at the end."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; null: none before the end."""
+    save_total_limit: int | None = 40
+    """Keep the newest so many checkpoints; null: all."""
+    dataloader_num_workers: int = 0
+    """Processes that collate batches ahead; 0: in the training process."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"trainer.{name}", "be positive or null", value)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) > 0, f"trainer.{name}", "be positive", getattr(self, name))
+        for name in ("learning_rate", "adam_epsilon"):
+            value = getattr(self, name)
+            require(value > 0 and math.isfinite(value), f"trainer.{name}", "be positive", value)
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
+            require(getattr(self, name) >= 0, f"trainer.{name}", "not be negative", getattr(self, name))
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
+        require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ConfigError(
+                f"trainer.max_steps={self.max_steps} and trainer.num_train_epochs={self.num_train_epochs}: set "
+                "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
+            )
+        for key, names in (("optim", OPTIMIZER_NAMES), ("lr_scheduler_type", SCHEDULER_NAMES)):
+            value = getattr(self, key)
+            if value not in names:
+                raise ConfigError(
+                    f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; "
+                    f"choose one of {', '.join(names)}"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What is measured on the held-out rows; loss and perplexity always are."""
+
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of generated answers: `exact_match`, or your own `module:function`, called with a list of
+    predictions and a list of references, returning a number. Empty: nothing is generated."""
+    baseline: bool = True
+    """Measure the untuned base before training, for the before -> after comparison."""
+    generate_samples: int | None = None
+    """Generate answers for at most so many held-out rows; null: for all."""
+    show_predictions: int = 5
+    """Predictions to print, and to send to the tracker at each evaluation."""
+
+    def __post_init__(self) -> None:
+        value = self.generate_samples
+        require(value is None or value > 0, "evaluation.generate_samples", "be positive or null", value)
+        shown = self.show_predictions
+        require(shown >= 0, "evaluation.show_predictions", "not be negative", shown)
+        for name in self.metrics:
+            if ":" not in name and name not in METRIC_NAMES:
+                raise ConfigError(
+                    f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, METRIC_NAMES)}; choose from "
+                    f"{', '.join(METRIC_NAMES)} or name your own function as module:function"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How answers are generated, in the names of `transformers.GenerationConfig`."""
+
+    batch_size: int = 16
+    """Prompts a batch, left-padded and sorted by length."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    min_new_tokens: int | None = None
+    """Shortest answer in tokens."""
+    do_sample: bool = False
+    """Draw tokens at random; false: greedy or beam search."""
+    num_beams: int = 1
+    """Beams of the beam search; 1: none."""
+    num_beam_groups: int = 1
+    """Groups of diverse beam search; above 1 runs transformers' community code (`model.trust_remote_code`)."""
+    penalty_alpha: float | None = None
+    """Contrastive search; runs transformers' community code (`model.trust_remote_code`)."""
+    use_cache: bool = True
+    """Reuse keys and values of earlier tokens."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    typical_p: float = 1.0
+    """Locally typical sampling (arXiv 2202.00666)."""
+    diversity_penalty: float = 0.0
+    """How much groups of beams avoid each other's tokens."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that stand already less likely."""
+    length_penalty: float = 1.0
+    """Above 0 favours longer beams."""
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size occurs twice; 0: no rule."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_beams", "num_beam_groups", "temperature"):
+            require(getattr(self, name) > 0, f"generation.{name}", "be positive", getattr(self, name))
+        for name in ("top_k", "no_repeat_ngram_size", "diversity_penalty"):
+            require(getattr(self, name) >= 0, f"generation.{name}", "not be negative", getattr(self, name))
+        for name in ("top_p", "typical_p"):
+            require(0 < getattr(self, name) <= 1, f"generation.{name}", "be in (0, 1]", getattr(self, name))
+        require(self.repetition_penalty > 0, "generation.repetition_penalty", "be positive", self.repetition_penalty)
+        low = self.min_new_tokens
+        require(low is None or 0 <= low <= self.max_new_tokens, "generation.min_new_tokens", "be null or lie between 0 "
+                "and generation.max_new_tokens", low)  # fmt: skip
+        require(self.num_beams % self.num_beam_groups == 0, "generation.num_beam_groups", "divide generation.num_beams",
+                self.num_beam_groups)  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics go besides the run folder."""
+
+    backend: TrackingBackend = MISSING
+    """`none`, `wandb` or `tensorboard`; chosen with `tracking=`."""
+    project: str = "qlora"
+    """The wandb project."""
+    entity: str | None = None
+    """The wandb user or team; unset: the login's default."""
+    group: str | None = None
+    """Runs of one group are shown together in wandb."""
+    tags: list[str] = field(default_factory=list)
+    """Labels of the wandb run."""
+    mode: WandbMode = WandbMode.online
+    """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`."""
+    log_adapter: bool = False
+    """Upload the finished adapter as a wandb artifact."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    name: str | None = None
+    """Name of the run or sweep: its folder below `outputs/` and its name in the tracker; unset: the time."""
+    seed: int = 0
+    """Seed of adapter weights, dropout and the order of the batches."""
+    device: Device = Device.auto
+    """`auto` takes the GPU (CUDA, ROCm or Intel XPU) if there is one, else the CPU; or `cpu`, `cuda`, `xpu`."""
+    objective: str | None = "eval_loss"
+    """The metric that a run returns to a sweeper; null: none."""
+    task: TaskConfig = MISSING
+    model: ModelConfig = MISSING
+    quantization: QuantizationConfig = MISSING
+    lora: LoraConfig = MISSING
+    data: DataConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    generation: GenerationConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "lie between 0 and 4294967295", self.seed)
+        if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
+            raise ConfigError(
+                f"name={self.name!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
+            )
+        _check_adapter_on_base(self.lora, self.quantization)
+        _check_generation(self.generation, self.model)
+        if self.model.init is Init.random and self.task.name is not TaskName.train:
+            raise ConfigError(
+                f"model.init=random makes no sense with task={self.task.name.value}; set "
+                "model.name=FOLDER of a trained model and model.init=pretrained"
+            )
+        if self.lora.enabled is False and self.model.device_map is not None:
+            raise ConfigError("model.device_map with lora=none: full finetuning needs the model on one device; unset it")
+        known = known_metrics(self.evaluation.metrics)
+        if self.objective is not None and self.objective not in known:
+            raise ConfigError(
+                f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
+                f"choose one of {', '.join(known)} or null"
+            )
+
+
+def known_metrics(generated: list[str]) -> list[str]:
+    """Returns the names of all metrics that a training run reports; `generated` as in `evaluation.metrics`."""
+    measured = ["loss", "perplexity", *(name.rsplit(":")[-1] for name in generated)]
+    training = ["train_loss", "train_tokens_per_second", "train_runtime", "peak_memory_gb"]
+    return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
+
+
+def _check_adapter_on_base(lora: LoraConfig, quantization: QuantizationConfig) -> None:
+    bits = quantization.bits
+    if not lora.enabled:
+        if bits in (4, 8):
+            raise ConfigError(
+                f"lora=none trains all weights, which {bits}-bit weights do not allow; choose quantization=none "
+                "(16 bit) or quantization=fp32, or an adapter with lora=all-linear"
+            )
+        return
+    if lora.init in (LoraInit.pissa, LoraInit.olora) and bits in (4, 8):
+        raise ConfigError(
+            f"lora.init={lora.init.value} rewrites the base weights, which quantization.bits={bits} does not allow "
+            "exactly; it is valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva"
+        )
+    if lora.init is LoraInit.loftq and bits != 4:
+        raise ConfigError(
+            f"lora.init=loftq repairs the error of 4-bit weights, got quantization.bits={bits}; choose "
+            "quantization=nf4, or another lora.init"
+        )
+
+
+def _check_generation(generation: GenerationConfig, model: ModelConfig) -> None:
+    community = generation.num_beam_groups > 1 or bool(generation.penalty_alpha)
+    if community and not model.trust_remote_code:
+        key = "num_beam_groups" if generation.num_beam_groups > 1 else "penalty_alpha"
+        raise ConfigError(
+            f"generation.{key}: transformers moved this search to a hub repository of its own and runs it as remote "
+            "code; set model.trust_remote_code=true to allow that, or leave the option out"
+        )
