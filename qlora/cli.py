@@ -71,7 +71,7 @@ def job(composed: DictConfig) -> Any:
     try:
         from qlora.run import Run
 
-        result = Run(config, output_dir).execute()
+        result = Run(config, output_dir, overrides).execute()
     except Exception as error:
         # The traceback's frames hold the model; a sweep keeps the exception until its end.
         traceback.clear_frames(error.__traceback__)

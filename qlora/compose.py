@@ -6,12 +6,15 @@ Nothing here or below imports torch, so a mistake in a config is answered in wel
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
@@ -20,34 +23,40 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import Config
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
-# Names that people bring along from the original script, PEFT and transformers, and ours.
-FOREIGN_NAMES = {
+# Hydra's flags that a user meets.
+FLAGS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-dir", "--config-name", "--experimental-rerun"),
+)
+
+# The flags of the original qlora.py, and ours: an option (`lora.r`) or a choice (`lora=none`).
+ORIGINAL_FLAGS = {
     "model_name_or_path": "model.name",
-    "lora.rank": "lora.r",
-    "lora.lora_alpha": "lora.alpha",
-    "lora.lora_dropout": "lora.dropout",
-    "lora.modules": "lora.target_modules",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
+    "trust_remote_code": "model.trust_remote_code",
+    "cache_dir": "model.cache_dir",
+    "max_memory_MB": "model.max_memory",
     "bits": "quantization.bits",
     "quant_type": "quantization.quant_type",
     "double_quant": "quantization.double_quant",
+    "bf16": "quantization.compute_dtype=bf16",
+    "fp16": "quantization.compute_dtype=fp16",
     "full_finetune": "lora=none",
-    "adam8bit": "trainer.optim=paged_adamw_8bit",
-    "max_memory_MB": "model.max_memory",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
     "dataset": "data",
     "dataset_format": "data.format",
     "source_max_len": "data.source_max_len",
@@ -60,23 +69,70 @@ FOREIGN_NAMES = {
     "do_train": "task.train",
     "do_eval": "task.evaluate",
     "do_predict": "task.predict",
+    "predict_with_generate": "task.predict",
+    "adam8bit": "trainer.optim=paged_adamw_8bit",
+    "optim": "trainer.optim",
+    "max_steps": "trainer.max_steps",
+    "num_train_epochs": "trainer.num_train_epochs",
+    "per_device_train_batch_size": "trainer.per_device_train_batch_size",
+    "per_device_eval_batch_size": "trainer.per_device_eval_batch_size",
+    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
+    "learning_rate": "trainer.learning_rate",
+    "lr_scheduler_type": "trainer.lr_scheduler_type",
+    "warmup_ratio": "trainer.warmup_steps",
+    "weight_decay": "trainer.weight_decay",
+    "adam_beta2": "trainer.adam_beta2",
+    "max_grad_norm": "trainer.max_grad_norm",
+    "gradient_checkpointing": "trainer.gradient_checkpointing",
+    "group_by_length": "trainer.group_by_length",
+    "logging_steps": "trainer.logging_steps",
+    "eval_steps": "trainer.eval_steps",
+    "save_steps": "trainer.save_steps",
+    "save_total_limit": "trainer.save_total_limit",
+    "dataloader_num_workers": "trainer.dataloader_num_workers",
+    "max_new_tokens": "generation.max_new_tokens",
+    "min_new_tokens": "generation.min_new_tokens",
+    "do_sample": "generation.do_sample",
+    "num_beams": "generation.num_beams",
+    "num_beam_groups": "generation.num_beam_groups",
+    "penalty_alpha": "generation.penalty_alpha",
+    "use_cache": "generation.use_cache",
+    "temperature": "generation.temperature",
+    "top_k": "generation.top_k",
+    "top_p": "generation.top_p",
+    "typical_p": "generation.typical_p",
+    "diversity_penalty": "generation.diversity_penalty",
+    "repetition_penalty": "generation.repetition_penalty",
+    "length_penalty": "generation.length_penalty",
+    "no_repeat_ngram_size": "generation.no_repeat_ngram_size",
     "output_dir": "hydra.run.dir",
     "run_name": "name",
     "report_to": "tracking",
-    "learning_rate": "trainer.learning_rate",
+    "seed": "seed",
+}
+
+# Names that people bring along from there, from PEFT and from transformers, and ours.
+FOREIGN_NAMES = {
+    **{flag: ours for flag, ours in ORIGINAL_FLAGS.items() if flag != ours},
+    "lora.rank": "lora.r",
+    "lora.lora_r": "lora.r",
+    "lora.lora_alpha": "lora.alpha",
+    "lora.lora_dropout": "lora.dropout",
+    "lora.modules": "lora.target_modules",
+    "lora_modules": "lora.target_modules",
+    "quantization.dtype": "quantization.compute_dtype",
+    "data.dataset": "data.path",
     "lr": "trainer.learning_rate",
     "trainer.lr": "trainer.learning_rate",
-    "max_steps": "trainer.max_steps",
     "trainer.steps": "trainer.max_steps",
     "trainer.epochs": "trainer.num_train_epochs",
     "trainer.batch_size": "trainer.per_device_train_batch_size",
-    "per_device_train_batch_size": "trainer.per_device_train_batch_size",
-    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
     "trainer.warmup_ratio": "trainer.warmup_steps",
     "trainer.bf16": "quantization.compute_dtype=bf16",
     "trainer.fp16": "quantization.compute_dtype=fp16",
-    "quantization.dtype": "quantization.compute_dtype",
-    "max_new_tokens": "generation.max_new_tokens",
+    "trainer.seed": "seed",
+    "trainer.report_to": "tracking",
+    "trainer.output_dir": "hydra.run.dir",
 }
 
 
@@ -107,10 +163,13 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     instance.clear()
     try:
         hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
-        check_choices(overrides, hydra)
+        check_keys(overrides, hydra)
         return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
+        raise explain(error, config_dir) from error
     finally:
         instance.clear()
         if outer is not None:
@@ -122,17 +181,58 @@ def check_overrides(overrides: Sequence[str], config_dir: Path | str | None = No
 
     A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file.
     """
-    jobs = expand_sweep(overrides) if multirun else iter([list(overrides)])
-    composed = compose_dict(first := next(jobs), config_dir)
+    first = next(expand_sweep(overrides))
+    composed = compose_dict(first, config_dir)
+    if not multirun and composed.hydra.mode is not RunMode.MULTIRUN:
+        _refuse_sweeps(overrides)
+        to_config(composed)
+        return
+    if params := _sweep_params(composed, overrides):
+        overrides = [*overrides, *params]
+        first = next(expand_sweep(overrides))
+        composed = compose_dict(first, config_dir)
+    composed = _without_hydra(composed)
     to_config(composed)
-    if composed.hydra.mode is RunMode.MULTIRUN or multirun:
-        given = {OverridesParser.create().parse_override(text).get_key_element() for text in overrides}
-        params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
-        swept = [f"{key}={value}" for key, value in params.items() if key not in given]
-        jobs = itertools.islice(expand_sweep([*overrides, *swept]), 0 if swept else 1, None)
-    for job in jobs:
-        if job != first:
-            to_config(compose_dict(job, config_dir))
+    for job in itertools.islice(expand_sweep(overrides), 1, None):
+        to_config(_vary(composed, first, job, config_dir))
+
+
+def _refuse_sweeps(overrides: Sequence[str]) -> None:
+    for override in _parse(overrides):
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} gives several values: add -m to run a sweep, write "
+                f"{override.get_key_element()}=[A,B] for one list, or quote a text that holds a comma"
+            )
+
+
+def _sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Returns the sweep that a `sweep=` file describes as overrides, but for the keys that `overrides` name."""
+    given = {}
+    for override in _parse(overrides):
+        given[override.get_key_element()] = override
+    if "sweep" in given and given["sweep"].is_sweep_override():
+        raise ConfigError(
+            f"{given['sweep'].input_line}: one sweep at a time; name the keys to combine on the command line"
+        )
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    return [f"{key}={value}" for key, value in params.items() if key not in given]
+
+
+def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Path | str | None) -> DictConfig:
+    """Returns the composed config of `job`; a plain field that differs from `first` is set without composing anew."""
+    changed = [text for text, before in zip(job, first, strict=True) if text != before]
+    if not changed:
+        return composed
+    [override] = _parse(changed)
+    if override.key_or_group not in set(config_keys()) - set(group_names()) or override.is_add():
+        return compose_dict(job, config_dir)
+    varied = composed.copy()
+    try:
+        OmegaConf.update(varied, override.key_or_group, override.value())
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    return varied
 
 
 def _search_path(config_dir: Path | str | None) -> Any:
@@ -140,27 +240,40 @@ def _search_path(config_dir: Path | str | None) -> Any:
     if config_dir is not None:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder ({folder})")
+            raise ConfigError(f"--config-dir {config_dir}: there is no such folder ({folder})")
+        for file in sorted(folder.rglob("*.yaml")):
+            ours = CONF_DIR / file.relative_to(folder)
+            if ours.is_file() and file.read_bytes() != ours.read_bytes():
+                raise ConfigError(
+                    f"{file}: the name {file.relative_to(folder).with_suffix('')} is taken by an option of qlora, "
+                    "which Hydra reads first; give the file another name"
+                )
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return search_path
 
 
 def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
-    if "hydra" in composed:
-        composed = composed.copy()
-        OmegaConf.set_struct(composed, False)
-        del composed["hydra"]
-    for key in unknown_keys(composed):
-        raise unknown_key(key)
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigError(f"{missing[0]} is not set; choose an option for its group or give {missing[0]}=VALUE")
+    composed = _without_hydra(composed)
     try:
+        for key in unknown_keys(composed):
+            raise unknown_key(key)
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigError(f"{missing[0]} is not set; choose an option for its group or give {missing[0]}=VALUE")
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)
     return config
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    if "hydra" not in composed:
+        return composed
+    composed = composed.copy()
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return composed
 
 
 def unknown_keys(composed: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -170,37 +283,64 @@ def unknown_keys(composed: DictConfig, prefix: str = "") -> Iterator[str]:
         return
     names = {item.name for item in dataclasses.fields(declared)}
     for key in composed:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         if key not in names:
             yield full
-        elif not OmegaConf.is_missing(composed, key) and isinstance(child := composed._get_node(key), DictConfig):
-            if not child._is_none() and not child._is_interpolation():
-                yield from unknown_keys(child, f"{full}.")
+        elif isinstance(child := composed._get_node(key), DictConfig) and not (
+            child._is_none() or child._is_missing() or child._is_interpolation()
+        ):
+            yield from unknown_keys(child, f"{full}.")
 
 
 def unknown_key(key: str, where: str = "") -> ConfigError:
     """Returns the error for a key that does not exist, with the nearest that do."""
-    return ConfigError(f"{where}unknown key {key!r}{_hint(key)}; `qlora --help` lists the groups and their fields")
+    group = key.split(".")[0]
+    page = f"qlora --help {group}" if group in group_names() else "qlora --help"
+    return ConfigError(f"unknown key {key!r}{where}{mean(nearest_keys(key))}; see `{page}`")
 
 
-def _hint(key: str) -> str:
+def unknown_flag(flag: str) -> ConfigError:
+    """Returns the error for a word that begins with dashes and is no flag of ours, e.g. one of the original script."""
+    name = flag.lstrip("-").split("=")[0].replace("-", "_")
+    near = [*suggest(flag.split("=")[0], FLAGS), *([ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [])]
+    near = near or nearest_keys(name)
+    return ConfigError(
+        f"unknown flag {flag.split('=')[0]}{mean(near)}; options are written KEY=VALUE without dashes, "
+        "see `qlora --help`"
+    )
+
+
+def nearest_keys(key: str) -> list[str]:
+    """Returns what `key` was meant to be: a foreign name's translation, else the nearest names level by level."""
     if key in FOREIGN_NAMES:
-        return f"; did you mean {FOREIGN_NAMES[key]}?"
-    keys = list(config_keys())
-    siblings = [name for name in keys if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    return did_you_mean(key, siblings) or did_you_mean(key, [*keys, *group_names()]) or _same_last_name(key, keys)
+        return [FOREIGN_NAMES[key]]
+    keys = [*config_keys(), *group_names()]
+    found = [""]
+    for word in key.split("."):
+        found = [near for prefix in found for near in _nearest_children(prefix, word, keys)]
+    if found:
+        return found[:3]
+    last = key.rpartition(".")[2]
+    if same := [name for name in keys if name.rpartition(".")[2] == last]:
+        return same[:3]
+    names = {name.rpartition(".")[2]: name for name in reversed(keys)} | FOREIGN_NAMES
+    return list(dict.fromkeys(names[name] for name in suggest(last, names)))
 
 
-def _same_last_name(key: str, keys: list[str]) -> str:
-    same = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f"; did you mean {' or '.join(same)}?" if same else ""
+def _nearest_children(prefix: str, word: str, keys: list[str]) -> list[str]:
+    """Returns the keys right below `prefix` that are `word`, or nearest to it; foreign names count as ours."""
+    children = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == prefix}
+    if word in children:
+        return [children[word]]
+    for name, ours in FOREIGN_NAMES.items():
+        if name.rpartition(".")[0] == prefix and prefix:
+            children.setdefault(name.rpartition(".")[2], ours)
+    return list(dict.fromkeys(children[name] for name in suggest(word, children)))
 
 
 def config_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
     """Yields the full names of all fields: `lora.r`, `model.architecture.hidden_size`, ..."""
-    from typing import get_args, get_type_hints
-
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _hints(schema).items():
         yield f"{prefix}{name}"
         for inner in (hint, *get_args(hint)):
             if dataclasses.is_dataclass(inner):
@@ -213,31 +353,69 @@ def group_names(conf_dir: Path = CONF_DIR) -> list[str]:
     return sorted(path.name for path in conf_dir.iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def check_choices(overrides: Sequence[str], hydra: Hydra) -> None:
-    """Raises `ConfigError` for a group's option that no folder of the search path has.
+def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
+    """Raises `ConfigError` for a key or a group's option that does not exist.
 
-    Hydra finds most of these itself, but not in an `optional` entry of the defaults list (`recipe`).
+    Hydra finds most of these itself, but not an option of an `optional` entry of the defaults list (`recipe`), and
+    for an unknown key it advises `+`, which would make a key that nothing reads.
     """
     loader = hydra.config_loader
     groups = set(loader.list_groups(""))
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        group = override.key_or_group
-        if group not in groups or group == "hydra":
+    keys = set(config_keys())
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if re.match(r"hydra\b", key):
             continue
-        if override.is_delete():
-            raise ConfigError(f"~{group}: a run needs every group; choose an option instead, e.g. {group}=none")
-        options = loader.get_group_options(group)
-        for value in _values(override):
-            for choice in value if isinstance(value, list) else [value]:
-                if choice is not None and str(choice) not in options:
-                    raise unknown_option(group, str(choice), options)
+        if override.package not in (None, "_global_"):
+            raise ConfigError(f"{override.input_line}: an option stays in its group; write {key}=OPTION without the @")
+        if key in groups:
+            _check_choice(override, loader.get_group_options(key))
+        elif not _exists(key, keys):
+            raise unknown_key(key)
+        elif override.is_delete():
+            raise ConfigError(f"~{key}: a field cannot be removed; give it another value, or null if it may be unset")
+        elif override.is_add() and not override.is_force_add() and key in keys:
+            raise ConfigError(f"{override.input_line}: {key} exists; write it without the +")
 
 
-def unknown_option(group: str, choice: str, options: Sequence[str]) -> ConfigError:
+def _exists(key: str, keys: set[str]) -> bool:
+    """Returns whether `key` is a field, an element of a list field, or inside a field that holds a free mapping."""
+    if key in keys or key.partition("[")[0] in keys:
+        return True
+    parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
+    return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
+
+
+def _check_choice(override: Override, options: Sequence[str]) -> None:
+    group = override.key_or_group
+    if override.is_delete():
+        raise ConfigError(f"~{group}: a run needs every group; choose an option instead, e.g. {group}=none")
+    for choice in [item for value in _values(override) for item in (value if isinstance(value, list) else [value])]:
+        if choice is None:
+            remedy = (
+                "leave it out" if group in ("experiment", "sweep") else f"choose one of {', '.join(sorted(options))}"
+            )
+            raise ConfigError(f"{group}=null: a group takes the name of an option; {remedy}")
+        if isinstance(choice, dict):
+            raise ConfigError(
+                f"{group}={{...}}: name an option of {group} and set single fields with {group}.FIELD=VALUE"
+            )
+        if choice is not None and str(choice) not in options:
+            raise unknown_option(group, str(choice), options)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise explain(error) from error
+
+
+def unknown_option(group: str, choice: str, options: Sequence[str], where: str = "") -> ConfigError:
     """Returns the error for an option that a group does not have."""
     return ConfigError(
-        f"{group}={choice}: unknown option of {group!r}{did_you_mean(choice, options)}; "
-        f"options: {', '.join(sorted(options))}"
+        f"{group}={choice}{where}: {group} has no such option{did_you_mean(choice, options)}; "
+        f"choose one of {', '.join(sorted(options))}"
     )
 
 
@@ -254,10 +432,12 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     Each is a job of the sweep's grid, so a mistake in any of them is a mistake in the sweep.
     """
     alternatives = []
-    for text, override in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+    for text, override in zip(overrides, _parse(overrides), strict=True):
+        key = override.get_key_element()
         if override.is_sweep_override() and override.is_discrete_sweep():
-            key = override.get_key_element()
             alternatives.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif isinstance(ends := override.value(), IntervalSweep):
+            alternatives.append([f"{key}={end:g}" for end in (ends.start, ends.end) if end is not None])
         elif not override.is_sweep_override():
             alternatives.append([text])
     first = [options[0] for options in alternatives]
@@ -267,54 +447,197 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
             yield [*first[:place], option, *first[place + 1 :]]
 
 
-def explain(error: Exception) -> ConfigError:
-    """Turns what Hydra or OmegaConf says into one clear sentence with the way out."""
+def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigError:
+    """Turns what Hydra, OmegaConf or the YAML reader says into one clear sentence with the way out."""
+    chain = _chain(error)
+    for link in chain:
+        if isinstance(link, ConfigError):
+            return link
+        if isinstance(link, MarkedYAMLError):
+            return _broken_yaml(link)
+        if isinstance(link, UnicodeDecodeError):
+            return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
+        if isinstance(link, OverrideParseException):
+            return _broken_override(link)
+    text = "\n".join(str(link) for link in chain)
+    found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
+    name = found[1] or found[2] if found else "config"
+    where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
+    if missing := re.search(r"Could not (?:find|load) '([\w.@/-]+)/([^/']+)'", text):
+        listed = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)*)", text)
+        return unknown_option(missing[1], missing[2], listed[1].split() if listed else _options(missing[1]), where)
+    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
+    key = str(inner.full_key) if inner is not None else _key_of(text)
+    if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
+        return _no_place_for(key, where)
+    if isinstance(inner, InterpolationKeyError):
+        name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
+        return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
+    if key or re.search(r"is not a subclass of|is not Optional", text):
+        return _wrong_type(key, text, where)
+    return ConfigError(f"{_first_line(text)}{where}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    text = "\n".join(str(item) for item in chain)
-    inner = next((item for item in chain if isinstance(item, OmegaConfBaseException) and item.full_key), None)
-    for item in chain:
-        if isinstance(item, ConfigError):
-            return item
-    found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
-    where = f"in {found[1] or found[2]}.yaml: " if found else ""
-    if missing := re.search(r"Could not find '([\w.@/-]+)/([^/']+)'[\s\S]*?Available options in '[^']+':\n((?:\t.+\n?)*)", text):
-        group, choice = missing[1], missing[2]
-        return unknown_option(group, choice, missing[3].split())
-    if re.search(r"not in struct|Key '[^']*' not in|is not in struct|Could not (override|append)", text) and (
-        key := _key_of(text, inner)
-    ):
-        if key in set(config_keys()):
-            return ConfigError(f"{where}{_first_line(text)}")
-        return unknown_key(key, where)
-    if inner is not None:
-        rule = _first_line(str(inner)).rstrip(".")
-        return ConfigError(f"{where}{inner.full_key}: {rule}{_type_hint(str(inner.full_key))}")
-    return ConfigError(_first_line(str(error)) if isinstance(error, HydraException) else str(error))
+    return chain
 
 
-def _key_of(text: str, inner: OmegaConfBaseException | None) -> str | None:
-    if inner is not None and inner.full_key:
-        return str(inner.full_key)
+def _broken_yaml(error: MarkedYAMLError) -> ConfigError:
+    mark = error.problem_mark or error.context_mark
+    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
+    remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
+    return ConfigError(f"{place}: this is no valid YAML: {error.problem}{remedy}")
+
+
+def _broken_override(error: OverrideParseException) -> ConfigError:
+    if "=" not in error.override:
+        return ConfigError(f"{error.override!r} is no option; options are written KEY=VALUE, e.g. lora.r=16")
+    said = _first_line(str(error.__cause__ or error.message))
+    reason = "" if "Exception" in said else f": {said}"
+    return ConfigError(
+        f"{error.override!r} cannot be read{reason}; put quotes around a value with special characters, "
+        "e.g. 'data.path=\"my rows (1).jsonl\"'"
+    )
+
+
+def _file_of(name: str, config_dir: Path | str | None) -> str:
+    """Returns the path of the YAML file that Hydra calls `name`, as far as it can be found."""
+    for folder in (CONF_DIR, *([Path(config_dir)] if config_dir is not None else [])):
+        if (file := folder / f"{name}.yaml").is_file():
+            return str(file)
+    return f"{name}.yaml"
+
+
+def _not_utf8(config_dir: Path | str | None) -> str:
+    for file in sorted(Path(config_dir).rglob("*.yaml")) if config_dir is not None else []:
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return str(file)
+    return "a config file"
+
+
+def _options(group: str) -> list[str]:
+    folder = CONF_DIR / group
+    return sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+
+
+def _key_of(text: str) -> str:
     found = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
-    return found[1] if found else None
+    return found[1] if found else ""
+
+
+def _no_place_for(key: str, where: str) -> ConfigError:
+    parent = key.rpartition(".")[0]
+    if get_origin(field_type(parent)) is dict:
+        return ConfigError(f"{parent} has no entry {key.rpartition('.')[2]!r} yet; add it with +{key}=VALUE")
+    if key in set(config_keys()):
+        return ConfigError(f"{key}{where} cannot be set here: what holds it is null, or another package is meant")
+    return unknown_key(key, where)
+
+
+def _wrong_type(key: str, text: str, where: str) -> ConfigError:
+    """Returns the error for a value that its field cannot hold: "KEY in FILE must be a whole number, got 'abc'"."""
+    if not key and (found := re.search(r"not a subclass of (\w+)", text)):
+        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == found[1]), "")
+    value = _value_of(text)
+    near = did_you_mean(value.strip("'"), field_type(key).__members__) if _is_enum(field_type(key)) else ""
+    return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")
+
+
+def _value_of(text: str) -> str:
+    """Returns the value that OmegaConf refused, from what it says."""
+    if "is not Optional" in text:
+        return "null"
+    if said := re.search(r"[Vv]alue '(.*?)'(?: of type| is not|, expected)", text):
+        return repr(said[1])
+    if said := re.search(r"to string: '(.*)'|value: (.*)", text):
+        return said[1] or said[2]
+    said = re.search(r"(?:assign|assigned:) (\w+)", text)
+    return {"int": "a number", "float": "a number", "str": "a text"}.get(said[1], said[1]) if said else "another type"
+
+
+def field_type(key: str) -> Any:
+    """Returns the annotation of the field `key` without its `| None`, or None where there is no such field."""
+    node: Any = Config
+    for name in key.split("."):
+        hint = _hints(node).get(name)
+        inner = [part for part in get_args(hint) if part is not NoneType]
+        node = inner[0] if NoneType in get_args(hint) else hint
+    return node
+
+
+@functools.cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema) if dataclasses.is_dataclass(schema) else {}
+
+
+def may_be_null(key: str) -> bool:
+    """Returns whether the field `key` takes null."""
+    owner = field_type(key.rpartition(".")[0]) if "." in key else Config
+    return NoneType in get_args(_hints(owner).get(key.rpartition(".")[2]))
+
+
+def in_words(key: str) -> str:
+    """Says what the field `key` holds: "a whole number or null", "one of nf4, fp4"."""
+    hint = field_type(key)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}
+    if _is_enum(hint):
+        text = f"one of {', '.join(hint.__members__)}"
+    elif dataclasses.is_dataclass(hint):
+        text = "a mapping of fields"
+    else:
+        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
+        text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
+    return f"{text} or null" if may_be_null(key) else text
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "invalid config"
+    lines = [line for line in text.strip().splitlines() if "raised while composing config" not in line]
+    line = re.sub(r"^In '[^']*': ", "", lines[0].strip()) if lines else ""
+    return line.rstrip(".") or "invalid config"
 
 
-def _type_hint(key: str) -> str:
-    """Returns what the field `key` expects, for the end of an error message."""
-    from typing import get_type_hints
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Returns plain nested dicts, lists and strings, as YAML and JSON hold them."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
-    node: Any = Config
-    for name in key.split("."):
-        hints = get_type_hints(node) if dataclasses.is_dataclass(node) else {}
-        node = hints.get(name)
-        if node is None:
-            return ""
-    return f"; {key} is of type {getattr(node, '__name__', None) or node}"
+
+def dump_config(config: Config) -> str:
+    """Returns the config as YAML that `read_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Reads what `dump_config` wrote; None where there is no such file."""
+    if not path.is_file():
+        return None
+    plain = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def build_callbacks(nodes: dict[str, Any]) -> list[Any]:
+    """Instantiates the `callbacks` group: each node a `_target_` with its arguments."""
+    from hydra.utils import instantiate
+
+    callbacks = []
+    for name, node in nodes.items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ConfigError(f"callbacks.{name} must hold a _target_ (module.Class) and its arguments, got {node!r}")
+        try:
+            callbacks.append(instantiate(node))
+        except HydraException as error:
+            raise ConfigError(f"callbacks.{name}: {_first_line(str(error))}") from error
+    return callbacks

@@ -1,10 +1,34 @@
-"""What a person reads while a run goes on; libraries are silent unless asked."""
+"""What a person reads while a run goes on; libraries are silent unless asked.
+
+Lines go to standard output and, through the logger, to `train.log`; with several processes only the first prints.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import logging
 import os
+import sys
+import textwrap
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from qlora.wording import format_metric, prompt_core, shorten
+
+log = logging.getLogger(__name__)
+
+# What stands in for a sign where the terminal's encoding lacks it.
+PLAIN_SIGNS = str.maketrans("✓✗–…·→", "+x-~|>")
+ON_SCREEN = {"on_screen": True}  # marks log records whose text was printed already
 
 
 class OwnLines(logging.Filter):
@@ -12,6 +36,8 @@ class OwnLines(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether `record` belongs on the console."""
+        if getattr(record, "on_screen", False):
+            return False
         own = record.name.split(".")[0] in ("qlora", "__main__")
         return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
 
@@ -26,3 +52,189 @@ def quiet_libraries(*, verbose: bool = False) -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def is_main_process() -> bool:
+    """Returns whether this is the first process of a distributed run, or the only one."""
+    return all(os.environ.get(name, "0") in ("", "0", "-1") for name in ("RANK", "LOCAL_RANK"))
+
+
+def is_live() -> bool:
+    """Returns whether a person watches: a terminal that can redraw, and the first process."""
+    console = screen()
+    return is_main_process() and console.is_interactive and console.file.isatty()
+
+
+def screen() -> Console:
+    """Returns the console on standard output."""
+    return _console_on(getattr(sys.stdout, "rich_proxied_file", sys.stdout))
+
+
+@functools.lru_cache(maxsize=1)
+def _console_on(stream: TextIO) -> Console:
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def say(line: str | Text = "") -> None:
+    """Prints one line, never cut or wrapped; it stands in `train.log` too."""
+    if not is_main_process():
+        return
+    text = Text(line) if isinstance(line, str) else line
+    text.plain = printable(text.plain)
+    screen().print(text, soft_wrap=True)
+    if text.plain.strip():
+        record(text.plain)
+
+
+def record(line: str) -> None:
+    """Writes a line to `train.log` only."""
+    log.info("%s", line, extra=ON_SCREEN)
+
+
+def printable(text: str) -> str:
+    """Returns `text` with signs that the terminal's encoding lacks replaced, one for one."""
+    encoding = screen().encoding
+    if encoding.lower().startswith("utf"):
+        return text
+    return text.translate(PLAIN_SIGNS).encode(encoding, "replace").decode(encoding)
+
+
+def start_screen(facts: list[tuple[str, str]]) -> None:
+    """Prints what is about to run: a title and a row for each label and value."""
+    from qlora import __version__
+
+    say(Text(f"qlora {__version__}", style="bold"))
+    say_rows(facts)
+    say()
+
+
+def say_rows(rows: list[tuple[str, str]]) -> None:
+    """Prints labels and values in two columns; on a terminal a long value wraps between words under its column."""
+    if not rows:
+        return
+    indent = max(len(label) for label, _ in rows) + 4
+    room = max(screen().width - indent, 30) if screen().is_terminal else sys.maxsize
+    for label, value in rows:
+        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        body = f"\n{' ' * indent}".join(lines)
+        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body))
+
+
+def summary(
+    title: str,
+    before_after: list[tuple[str, float | None, float | None]],
+    predictions: list[dict[str, Any]],
+    files: list[tuple[str, str]],
+    next_steps: list[str],
+) -> None:
+    """Prints the end of a run: metrics before and after, a few answers, the files written, what to type next.
+
+    A prediction has `prompt`, `reference`, `prediction` and maybe `match` (true, false, or None: not judged).
+    """
+    say()
+    say(Text(title, style="bold"))
+    _say_metrics(before_after)
+    if predictions:
+        say()
+        say(Text("Held-out answers", style="bold"))
+        for row in predictions:
+            _say_prediction(row)
+    if files:
+        say()
+        say(Text("Files", style="bold"))
+        say_rows(files)
+    if next_steps:
+        say()
+        say(Text("Next", style="bold"))
+        for line in next_steps:
+            say(f"  {line}")
+
+
+def _say_metrics(rows: list[tuple[str, float | None, float | None]]) -> None:
+    if not rows:
+        return
+    compared = any(before is not None for _, before, _ in rows)
+    cells = [(name.replace("_", " "), format_metric(name, before), format_metric(name, after))
+             for name, before, after in rows]  # fmt: skip
+    label, first, second = (max(map(len, column)) for column in zip(*cells, strict=True))
+    first, second = max(first, len("before")), max(second, len("after"))
+    if compared:
+        head = f"{'before'.rjust(first)}    {'after'.rjust(second)}"
+        say(Text(" " * (label + 6) + head, style="dim"))
+    for name, before, after in cells:
+        middle = f"{before.rjust(first)} →  " if compared else ""
+        say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold")))
+
+
+def _say_prediction(row: dict[str, Any]) -> None:
+    expected, got = str(row.get("reference", "")), str(row.get("prediction", ""))
+    judged = row["match"] if "match" in row else " ".join(expected.split()) == " ".join(got.split())
+    room = (screen().width if screen().is_terminal else 120) - 18
+    mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
+    say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(str(row.get("prompt", ""))), room + 10)))
+    if " ".join(expected.split()) == " ".join(got.split()):
+        say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
+        return
+    say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
+    say(Text.assemble((" " * 6 + "got       ", "dim"), (shorten(got, room) or "(nothing)", style)))
+
+
+Update = Callable[..., None]
+_live: list[Progress] = []  # the one display that may be at the foot of the terminal
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None) -> Iterator[Update]:
+    """Shows a bar while the block runs, and yields `update(done, note="", description=None)`.
+
+    A bar within a bar shares its display. Without a terminal, or in a later process, nothing is shown.
+    """
+    if not is_live():
+        yield lambda done, note="", description=None: None
+        return
+    with contextlib.nullcontext(_live[0]) if _live else _display() as display:
+        task = display.add_task(description, total=total, note="")
+
+        def update(done: int, note: str = "", description: str | None = None) -> None:
+            display.update(task, completed=done, note=note, description=description)
+
+        try:
+            yield update
+        finally:
+            display.remove_task(task)
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Progress]:
+    # On a narrow terminal the bar shrinks and the numbers stay.
+    columns = (
+        TextColumn("{task.description:<10}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+    )
+    display = Progress(*columns, console=screen(), transient=True, refresh_per_second=5)
+    atexit.register(display.stop)  # gives the cursor back even after a crash
+    _live.append(display)
+    try:
+        with display, _handlers_above(display.console):
+            yield display
+    finally:
+        _live.clear()
+        atexit.unregister(display.stop)
+
+
+@contextlib.contextmanager
+def _handlers_above(console: Console) -> Iterator[None]:
+    """Lets log handlers that write to the terminal print above the bar instead of into it."""
+    moved: list[tuple[logging.StreamHandler[Any], Any]] = []
+    for handler in logging.getLogger().handlers:
+        stream = getattr(handler, "stream", None)
+        if type(handler) is logging.StreamHandler and stream is not None and stream.isatty():
+            handler.setStream(FileProxy(console, stream))
+            moved.append((handler, stream))
+    try:
+        yield
+    finally:
+        for handler, stream in moved:
+            handler.setStream(stream)

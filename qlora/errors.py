@@ -35,16 +35,23 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def suggest(word: str, choices: Iterable[str]) -> list[str]:
-    """Returns the choices nearest to `word`, at most three, best first; none when nothing is near."""
+    """Returns the choices nearest to `word`, at most three, in their own order; none when nothing is near."""
     choices = list(dict.fromkeys(choices))
-    by_distance = sorted((edit_distance(word.lower(), choice.lower()), choice) for choice in choices)
-    if by_distance and by_distance[0][0] <= max(1, len(word) // 3):
-        nearest = by_distance[0][0]
-        return [choice for distance, choice in by_distance if distance == nearest][:3]
+    distances = [edit_distance(word.lower(), choice.lower()) for choice in choices]
+    near = min(distances, default=len(word))
+    if near > 1 and len(word) > 2 and (longer := [choice for choice in choices if choice.startswith(word)]):
+        return longer[:3]
+    if near <= max(1, len(word) // 3):
+        return [choice for distance, choice in zip(distances, choices, strict=True) if distance == near][:3]
     return difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean A or B?" for the nearest choices, or an empty string."""
-    near = suggest(word, choices)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    """Returns " (did you mean A or B?)" for the nearest choices, or an empty string."""
+    return mean(suggest(word, choices))
+
+
+def mean(choices: Iterable[str]) -> str:
+    """Returns " (did you mean A or B?)", or an empty string without choices."""
+    text = " or ".join(choices)
+    return f" (did you mean {text}?)" if text else ""

@@ -1,0 +1,1 @@
+"""Loss, generated answers and metrics on held-out rows."""

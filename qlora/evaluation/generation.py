@@ -1,0 +1,107 @@
+"""Generates answers in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import GenerationConfig as HFGenerationConfig
+from transformers import PreTrainedTokenizerBase
+
+from qlora.schema import GenerationConfig
+
+# Searches that transformers moved out of the library: https://hf.co/transformers-community
+COMMUNITY = {
+    "num_beam_groups": "transformers-community/group-beam-search",
+    "penalty_alpha": "transformers-community/contrastive-search",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; `finish` is `stop` when the model ended it, `length` when it was cut off."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+@torch.inference_mode()
+def generate(
+    config: GenerationConfig,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts: Sequence[list[int]],
+    pad_token_id: int,
+    device: torch.device,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Returns an answer for each prompt (token ids, bos included), in the order given.
+
+    Prompts run sorted by length, longest first, and padded on the left. The caller sets autocast and evaluation mode;
+    `on_progress` is told the number of answers after each batch.
+    """
+    end_ids = end_token_ids(model, tokenizer)
+    settings = build_settings(config, pad_token_id=pad_token_id, end_ids=end_ids)
+    extra = community_code(config)
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), config.batch_size):
+        indices = order[start : start + config.batch_size]
+        inputs = left_pad([prompts[index] for index in indices], pad_token_id, device)
+        output = model.generate(**inputs, generation_config=settings, **extra)
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        answers.update({index: _answer(ids, end_ids, tokenizer) for index, ids in zip(indices, new, strict=True)})
+        if on_progress is not None:
+            on_progress(len(answers))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def left_pad(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns `input_ids` and `attention_mask` of shape (prompts, longest), padded on the left."""
+    longest = max(len(ids) for ids in prompts)
+    ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns every id that ends an answer: the tokenizer's and those of the model's generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list[int]) -> HFGenerationConfig:
+    """Returns transformers' settings; every option is set, so that a model's own sampling defaults stay out."""
+    options = asdict(config)
+    del options["batch_size"]
+    if not config.do_sample:  # these are read by sampling only, and transformers warns of them otherwise
+        for name in ("temperature", "top_p", "typical_p"):
+            del options[name]
+        if not config.penalty_alpha:
+            del options["top_k"]
+    if config.num_beams == 1:
+        del options["length_penalty"]
+    return HFGenerationConfig(**options, pad_token_id=pad_token_id, eos_token_id=end_ids or None)
+
+
+def community_code(config: GenerationConfig) -> dict[str, object]:
+    """Returns the arguments that run a search from transformers' community repositories, if one is asked for."""
+    name = "num_beam_groups" if config.num_beam_groups > 1 else "penalty_alpha" if config.penalty_alpha else None
+    return {"custom_generate": COMMUNITY[name], "trust_remote_code": True} if name else {}
+
+
+def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    kept = ids if end is None else ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return Answer(text, len(kept), "length" if end is None else "stop")
+
+
+def tokens_per_second(answers: Sequence[Answer], started: float) -> float:
+    """Returns generated tokens a second since `started` (`time.monotonic()`)."""
+    return sum(answer.tokens for answer in answers) / max(time.monotonic() - started, 1e-9)

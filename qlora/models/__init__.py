@@ -1,0 +1,1 @@
+"""Devices, base models, quantization and adapters."""

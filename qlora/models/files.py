@@ -1,0 +1,79 @@
+"""Finds a model's files and says what is wrong with them before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from qlora.errors import ConfigError, did_you_mean
+
+EMBEDDED = {"tiny": Path(__file__).parent.parent / "demo" / "model"}
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def locate(name: str, key: str = "model.name") -> str:
+    """Returns the folder of an embedded or local model, or the hub id unchanged.
+
+    Raises `ConfigError` for what looks like a path but is none.
+    """
+    if name in EMBEDDED:
+        return str(EMBEDDED[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ConfigError(f"{key}={name}: this is a file; give the folder that holds config.json")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        siblings = [f"{path.parent}/{entry.name}" for entry in path.parent.glob("*/")] if path.parent.is_dir() else []
+        raise ConfigError(f"{key}={name}: no such folder{did_you_mean(str(path), siblings)}")
+    if "/" not in name and name not in EMBEDDED:
+        return name  # a few old hub ids have no owner, such as gpt2
+    return name
+
+
+def is_local(place: str) -> bool:
+    """Returns whether `locate` found a folder."""
+    return Path(place).is_dir()
+
+
+def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
+    """Raises `ConfigError` unless `folder` holds a config, whole weights and, if asked, a tokenizer."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"model.name={folder} is an adapter, not a base model; give its base as model.name and this folder "
+                "as task.adapter"
+            )
+        raise ConfigError(f"model.name={folder}: config.json is missing; a model folder needs it")
+    weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+    if not weights:
+        raise ConfigError(
+            f"model.name={folder} has a config but no weights (*.safetensors); finish the download, or use "
+            "model.init=random to draw them"
+        )
+    for path in weights:
+        check_safetensors(path, "model.name")
+    if tokenizer:
+        check_tokenizer_folder(folder, "model.name")
+
+
+def check_tokenizer_folder(folder: Path, key: str) -> None:
+    """Raises `ConfigError` unless `folder` holds a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{key}={folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); copy it there or name another with "
+            "model.tokenizer"
+        )
+
+
+def check_safetensors(path: Path, key: str) -> None:
+    """Raises `ConfigError` if a safetensors file is cut off or no such file; reads its header only."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ConfigError(f"{key}: {path} is damaged or incomplete ({error}); download or copy it again") from error

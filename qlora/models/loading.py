@@ -1,0 +1,193 @@
+"""Loads base models in 4, 8, 16 or 32 bits, or draws a new one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from qlora.errors import ConfigError
+from qlora.models.device import Placement
+from qlora.models.files import check_model_folder, is_local, locate
+from qlora.models.tokenizer import hub_error
+from qlora.schema import ModelConfig, QuantizationConfig
+
+log = logging.getLogger(__name__)
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """Returns transformers' config object of the base model; reads or downloads `config.json` only."""
+    place = locate(config.name)
+    if is_local(place):
+        check_model_folder(Path(place), tokenizer=config.tokenizer is None)
+    try:
+        return AutoConfig.from_pretrained(place, **_hub_options(config))
+    except (OSError, ValueError) as error:
+        raise hub_error("model.name", place, error, gated=config.gated) from error
+
+
+def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Returns transformers' config object for `model.init=random`, with the tokenizer's special ids."""
+    from dataclasses import asdict
+
+    assert config.architecture is not None
+    shape = {key: value for key, value in asdict(config.architecture).items() if value is not None}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    if len(tokenizer) > shape["vocab_size"]:
+        raise ConfigError(
+            f"model.architecture.vocab_size={shape['vocab_size']} is too small for the tokenizer's "
+            f"{len(tokenizer)} tokens; raise it or choose another model.tokenizer"
+        )
+    try:
+        return AutoConfig.for_model(shape.pop("model_type"), **shape, **ids)
+    except ValueError as error:
+        raise ConfigError(f"model.architecture.model_type: {error}") from error
+
+
+def draw_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, placement: Placement, seed: int
+) -> None:
+    """Writes a model with weights drawn from `seed` and its tokenizer to `folder`, to be loaded as any other."""
+    set_seed(seed)
+    model_config = draw_model_config(config, tokenizer)
+    with torch.device(placement.device):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=placement.weights)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_base(
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    *,
+    placement: Placement,
+    model_config: Any,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """Loads the base model frozen, on the device of `placement`, quantized as `quantization` says.
+
+    `folder` overrides `config.name` (a model drawn for this run). Raises `ConfigError` for a base that cannot be
+    had in these bits.
+    """
+    place = str(folder) if folder else locate(config.name)
+    stored = getattr(model_config, "quantization_config", None)
+    options: dict[str, Any] = {} if folder else _hub_options(config)
+    if stored is not None:
+        _check_stored_quantization(config, quantization, stored)
+    elif quantization.bits in (4, 8):
+        options["quantization_config"] = bitsandbytes_config(quantization, placement)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=placement.weights,
+            device_map=_device_map(config, placement),
+            max_memory=_max_memory(config),
+            **options,
+        )
+    except OSError as error:
+        raise hub_error("model.name", place, error, gated=config.gated) from error
+    except ImportError as error:
+        raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
+    _check_is_quantized(model, config, quantization)
+    keep_4bit_layout(model)
+    model.requires_grad_(False)
+    model.config.use_cache = True
+    return model
+
+
+def bitsandbytes_config(quantization: QuantizationConfig, placement: Placement) -> BitsAndBytesConfig:
+    """Returns transformers' description of a 4- or 8-bit base."""
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.int8_threshold)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type.value,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=placement.compute,
+    )
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights when a CPU with AVX512-BF16 evaluates.
+
+    The repacked product has no gradient, so an evaluation before training would drop the gradients of every 4-bit
+    layer without an error (bitsandbytes 0.50, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grows the embeddings for `model.new_tokens` if the matrix has no spare rows; new rows start at the mean."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "revision": config.revision or "main",
+        "cache_dir": config.cache_dir,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _device_map(config: ModelConfig, placement: Placement) -> Any:
+    return config.device_map or {"": placement.device}
+
+
+def _max_memory(config: ModelConfig) -> dict[int | str, str] | None:
+    if config.max_memory is None:
+        return None
+    return dict.fromkeys(range(torch.cuda.device_count()), config.max_memory)
+
+
+def _check_stored_quantization(config: ModelConfig, quantization: QuantizationConfig, stored: Any) -> None:
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+    if bits is None:
+        method = settings.get("quant_method", "an unknown method")
+        raise ConfigError(
+            f"model.name={config.name} is quantized by {method}; only bitsandbytes checkpoints can be trained here. "
+            "Use the original 16-bit weights"
+        )
+    wanted = (quantization.bits, quantization.quant_type.value, quantization.double_quant)
+    found = (
+        bits,
+        settings.get("bnb_4bit_quant_type", "nf4"),
+        bool(settings.get("bnb_4bit_use_double_quant")),
+    )
+    if wanted[0] != bits or (bits == 4 and wanted != found):
+        raise ConfigError(
+            f"model.name={config.name} is stored in {_describe(*found)}, but the config asks for {_describe(*wanted)}; "
+            f"set quantization.bits={found[0]}" + (f" quantization.quant_type={found[1]} quantization.double_quant="
+            f"{str(found[2]).lower()}" if bits == 4 else "") + ", or use the original 16-bit weights"
+        )  # fmt: skip
+
+
+def _describe(bits: int, quant_type: str, double_quant: bool) -> str:
+    return f"{bits} bits" + (f" ({quant_type}{', double-quantized' if double_quant else ''})" if bits == 4 else "")
+
+
+def _check_is_quantized(model: PreTrainedModel, config: ModelConfig, quantization: QuantizationConfig) -> None:
+    if quantization.bits not in (4, 8):
+        return
+    import bitsandbytes
+
+    kind = bitsandbytes.nn.Linear4bit if quantization.bits == 4 else bitsandbytes.nn.Linear8bitLt
+    if not any(isinstance(module, kind) for module in model.modules()):
+        raise ConfigError(
+            f"quantization.bits={quantization.bits}: {config.name} has no linear layers to quantize; use quantization=none"
+        )

@@ -1,0 +1,81 @@
+"""Loads and repairs tokenizers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora.errors import ConfigError
+from qlora.models.files import check_tokenizer_folder, is_local, locate
+from qlora.schema import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of `config` with its special tokens repaired and `model.new_tokens` added."""
+    key = "model.tokenizer" if config.tokenizer else "model.name"
+    place = locate(config.tokenizer or config.name, key)
+    if is_local(place):
+        check_tokenizer_folder(Path(place), key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place,
+            revision=config.revision if not config.tokenizer else None,
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(key, place, error, gated=config.gated) from error
+    if config.new_tokens:
+        added = tokenizer.add_tokens(config.new_tokens)
+        log.info("model.new_tokens: %d of %d tokens are new", added, len(config.new_tokens))
+    return tokenizer
+
+
+def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) -> ConfigError:
+    """Returns one clear sentence for what the hub library says at length."""
+    if is_local(place):
+        return ConfigError(f"{key}={place} could not be loaded: {_first_line(error)}")
+    gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
+    return ConfigError(
+        f"{key}={place} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name and "
+        f"the network{gate}, or give a local folder with model.name=FOLDER"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def repair_special_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> None:
+    """Gives bos and eos back to tokenizers that lost them, such as early LLaMA conversions (empty strings).
+
+    The ids come from the model's config, as the original script did it; healthy tokenizers stay as they are.
+    """
+    for role in ("bos", "eos"):
+        token, token_id = getattr(tokenizer, f"{role}_token"), getattr(model_config, f"{role}_token_id", None)
+        if token or not isinstance(token_id, int) or token_id < 0:
+            continue
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        if name:
+            setattr(tokenizer, f"{role}_token", name)
+            log.info(
+                "the tokenizer has no %s token: taking %r (id %d) from the model's config",
+                role,
+                name,
+                token_id,
+            )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that fills up batches: an existing token that is not the end token.
+
+    Padding is masked and labelled explicitly, so its identity never matters to the loss; the vocabulary does not
+    grow and the tokenizer itself is left alone.
+    """
+    ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1]
+    return next(token for token in ids if token is not None and token != tokenizer.eos_token_id)

@@ -1,0 +1,170 @@
+"""Records what a run was made of: config, versions, code, machine, command and time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import ConfigError
+
+PACKAGES = {
+    **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
+    "hydra": "hydra-core",
+    "qlora": "qlora",
+}
+CODE = Path(__file__).parent.parent  # the package
+
+
+def build_manifest(config: dict[str, Any], *, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is needed to explain or repeat a run, ready for `write_json`.
+
+    `config` is the resolved config; `data` and `model` are facts that the caller knows, such as row counts and hashes.
+    """
+    manifest = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "config": config,
+        "data": data,
+        "model": model,
+        "versions": versions(),
+        "code": code_state(),
+        "hardware": hardware(),
+        "platform": platform.platform(),
+    }
+    return plain(manifest)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Writes `obj` as JSON, whole or not at all; raises `ConfigError` where the folder cannot be written."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); free some space or mend the folder's permissions, or "
+            "choose another folder with hydra.run.dir=FOLDER"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # there only after a failure
+
+
+def plain(obj: Any) -> Any:
+    """Returns `obj` in JSON's own types; a number that JSON lacks (nan, infinity) becomes its name."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        obj = dataclasses.asdict(obj)
+    if isinstance(obj, Enum):
+        return plain(obj.value)
+    if isinstance(obj, dict):
+        return {str(plain(key)): plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple | set | frozenset):
+        return [plain(value) for value in (sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj)]
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else str(obj)
+    if obj is None or isinstance(obj, str | int):
+        return obj
+    return obj.item() if hasattr(obj, "item") and getattr(obj, "size", 1) == 1 else str(obj)
+
+
+def command_line() -> str:
+    """Returns the command that started this process, as one would type it."""
+    script, *arguments = sys.argv or [""]
+    if Path(script) == CODE / "__main__.py":
+        return shlex.join(["python", "-m", "qlora", *arguments])
+    return shlex.join([Path(script).name, *arguments])
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that decide a result; None for a missing one."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for label, package in PACKAGES.items():
+        try:
+            found[label] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[label] = None
+    if found["qlora"] is None:
+        from qlora import __version__
+
+        found["qlora"] = __version__
+    return found
+
+
+def code_state() -> dict[str, Any]:
+    """Returns the git commit of this package's own repository and whether files were changed; None where there is none.
+
+    A package that is merely installed inside somebody's repository does not count.
+    """
+    if _git("ls-files", "--error-unmatch", str(CODE / "__init__.py")) is None:
+        return {"commit": None, "dirty": None}
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(CODE), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """Returns what a program prints; None if it is missing, slow or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, Any]:
+    """Returns processor, cores, memory and GPUs."""
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append({"name": properties.name, "memory_gb": _gib(properties.total_memory), "capability": capability})
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": _memory(),
+        "gpus": gpus,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> float | None:
+    try:
+        return _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not a Unix system
+        return None
+
+
+def _gib(size: int) -> float:
+    return round(size / 2**30, 1)

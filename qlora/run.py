@@ -1,0 +1,452 @@
+"""Run: the one place where config, data, model, trainer and reports meet."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from qlora import compose, console
+from qlora.data import Data, build_data
+from qlora.data.collate import Collator
+from qlora.errors import ConfigError
+from qlora.evaluation.measure import Measurement, Measurer
+from qlora.evaluation.metrics import find_metrics
+from qlora.folder import RunFolder, find_adapter, read_json, write_lines
+from qlora.models import adapters, loading
+from qlora.models.device import (
+    Placement,
+    computes_bf16,
+    find_device,
+    peak_memory_gb,
+    place,
+    reset_peak_memory,
+)
+from qlora.models.files import locate
+from qlora.models.tokenizer import load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.reporting.card import write_model_card
+from qlora.reporting.manifest import build_manifest, write_json
+from qlora.reporting.plot import plot_loss
+from qlora.schema import Config, Init, TaskName, TrackingBackend
+from qlora.training.progress import ProgressCallback
+from qlora.training.tracking import Tracker, TrackerCallback, build_tracker
+from qlora.training.trainer import QLoraTrainer, build_arguments, last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One config in one folder; a method a task, and parts that are built when first needed.
+
+    `overrides` are the command line's, for the model card. The same folder may be given again: a finished task
+    returns its stored result, an interrupted training resumes.
+    """
+
+    def __init__(self, config: Config, output_dir: Path | str, overrides: Sequence[str] = ()) -> None:
+        self.config, self.overrides = config, list(overrides)
+        self.folder = RunFolder(Path(output_dir))
+
+    def execute(self) -> dict[str, Any]:
+        """Runs the task of `task=` and returns its result, as stored in the run's folder."""
+        tasks = {TaskName.train: self.train, TaskName.evaluate: self.evaluate, TaskName.predict: self.predict}
+        return tasks[self.config.task.name]()
+
+    # Parts, cheap ones first: a broken data set must fail before a large model is loaded.
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The device and its precision."""
+        placement = place(self.config.quantization, find_device(self.config.device))
+        if placement.compute is torch.float16 and computes_bf16(placement.device):
+            log.warning(
+                "quantization.compute_dtype=fp16 on a device that computes in bf16: fp16 overflows more easily; "
+                "compute_dtype=auto takes bf16"
+            )
+        if placement.weights is torch.float16 and not self.config.lora.enabled:
+            raise ConfigError(
+                "lora=none with fp16 weights cannot train (gradients underflow); use quantization=fp32, or "
+                "quantization.compute_dtype=bf16"
+            )
+        return placement
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, repaired by the model's config."""
+        tokenizer = load_tokenizer(self.config.model)
+        if self.config.model.init is Init.pretrained:
+            repair_special_tokens(tokenizer, self.model_config)
+        return tokenizer
+
+    @cached_property
+    def model_config(self) -> Any:
+        """transformers' config object of the base model."""
+        if self.config.model.init is Init.random:
+            return loading.draw_model_config(self.config.model, self.tokenizer)
+        return loading.load_model_config(self.config.model)
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """The id that fills up batches."""
+        return pad_token_id(self.tokenizer)
+
+    @cached_property
+    def collate(self) -> Collator:
+        """Turns rows into padded tensors."""
+        return Collator(self.pad_token_id)
+
+    @cached_property
+    def data(self) -> Data:
+        """Tokenized rows to train and to measure on."""
+        training = self.config.task.name is TaskName.train and self.config.task.train
+        return build_data(self.config.data, self.tokenizer, need_train=training)
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """Measures any model on the held-out rows."""
+        assert self.data.eval is not None
+        return Measurer(
+            rows=self.data.eval.to_list(),
+            collate=self.collate,
+            tokenizer=self.tokenizer,
+            generation=self.config.generation,
+            metrics=find_metrics(self.config.evaluation.metrics),
+            pad_token_id=self.pad_token_id,
+            batch_size=self.config.trainer.per_device_eval_batch_size,
+            device=self.placement.device,
+            autocast=self.placement.autocast,
+        )
+
+    def load_base(self) -> PreTrainedModel:
+        """Loads the frozen base, or draws it first (once: a drawn base stays in the folder)."""
+        folder = None
+        if self.config.model.init is Init.random:
+            folder = self.folder.drawn
+            if not (folder / "config.json").exists():
+                loading.draw_model(self.config.model, self.tokenizer, folder, self.placement, self.config.seed)
+        base = loading.load_base(
+            self.config.model,
+            self.config.quantization,
+            placement=self.placement,
+            model_config=self.model_config,
+            folder=folder,
+        )
+        loading.resize_embeddings(base, self.tokenizer)
+        return base
+
+    def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Attaches a fresh adapter drawn from `seed`, or makes all weights trainable (`lora=none`)."""
+        set_seed(self.config.seed)
+        if not self.config.lora.enabled:
+            base.requires_grad_(True)
+            return base
+        folder = self.folder.drawn if self.config.model.init is Init.random else Path(locate(self.config.model.name))
+        new_tokens = self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)
+        model = adapters.add_lora(
+            self.config.lora, base, base_folder=str(folder), new_token_ids=new_tokens, batches=self._batches()
+        )
+        if self.config.lora.init in adapters.REWRITES_BASE:
+            adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
+        return model
+
+    def _batches(self) -> DataLoader[Any]:
+        assert self.data.train is not None
+        size = self.config.trainer.per_device_train_batch_size
+
+        def on_device(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
+
+        return DataLoader(self.data.train, batch_size=size, collate_fn=on_device)  # type: ignore[arg-type]
+
+    # Tasks
+
+    def train(self) -> dict[str, Any]:
+        """Trains, measures and predicts as `task` says; returns the result written to `result.json`."""
+        self.folder.create()
+        plain = compose.config_to_dict(self.config)
+        self.folder.check_same_training(compose.read_config(self.folder.config), plain)
+        if (stored := self.folder.stored_result("train")) is not None:
+            console.say(f"{self.folder.path} is finished: its stored result stands in result.json")
+            return stored
+        placement, data = self.placement, self.data
+        callbacks = compose.build_callbacks(self.config.callbacks)
+        measurer = self.measurer
+        tracker = build_tracker(
+            self.config.tracking, name=self.run_name, run_config=plain, output_dir=self.folder.path
+        )
+        self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
+        reset_peak_memory(placement.device)
+        status = "failed"
+        summary: dict[str, float] = {}
+        try:
+            base = self.load_base()
+            baseline = self._baseline(base)
+            model = self.add_adapter(base) if self.config.task.train else self._load_trained(base)
+            facts = self._facts(model)
+            console.start_screen(list(facts.items()))
+            write_json(
+                self.folder.path / "manifest.json", build_manifest(plain, data=asdict(data.report), model=facts)
+            )
+            summary = {f"base_eval_{name}": value for name, value in baseline.items()}
+            if self.config.task.train:
+                summary |= self._fit(model, callbacks, tracker)
+            measured = self._measure_after(model)
+            summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
+            summary["peak_memory_gb"] = peak_memory_gb(placement.device)
+            if measured.predictions:
+                write_lines(self.folder.predictions, measured.predictions)
+            result = self._write_result("train", summary, measured)
+            tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
+            if self.folder.adapter.exists():
+                tracker.log_adapter(self.folder.adapter)
+            status = "finished"
+        finally:
+            tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
+        self._print_summary("finished", result, measured.predictions)
+        return result
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measures an adapter (or the untuned base) on all held-out rows; the result goes to `evaluate.json`."""
+        model = self._prepare_task()
+        wanted = self.config.evaluation.generate_samples if self.config.evaluation.metrics else 0
+        summary: dict[str, float] = {}
+        if self.config.evaluation.baseline and isinstance(model, PeftModel):
+            with model.disable_adapter():
+                before = self.measurer.measure(model, answers=wanted)
+            summary = {f"base_eval_{name}": value for name, value in before.metrics.items()}
+        measured = self.measurer.measure(model, answers=wanted)
+        summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
+        if measured.predictions:
+            write_lines(self.folder.predictions, measured.predictions)
+        result = self._write_result("evaluate", summary, measured)
+        self._print_summary("evaluated", result, measured.predictions)
+        return result
+
+    def predict(self) -> dict[str, Any]:
+        """Writes an answer for every held-out row to `predictions.jsonl`."""
+        model = self._prepare_task()
+        started = time.monotonic()
+        with console.progress("predicting", len(self.measurer.rows)) as advance:
+            predictions = self.measurer.predict(model, self.measurer.rows, on_progress=advance)
+        seconds = time.monotonic() - started
+        write_lines(self.folder.predictions, predictions)
+        texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
+        summary = {f"eval_{name}": float(metric(texts, references)) for name, metric in self.measurer.metrics.items()}
+        summary["predict_tokens_per_second"] = sum(row["answer_tokens"] for row in predictions) / seconds
+        result = self._write_result("predict", summary, Measurement({}, predictions))
+        self._print_summary("predicted", result, predictions)
+        return result
+
+    # Steps of the tasks
+
+    def _baseline(self, base: PreTrainedModel) -> dict[str, float]:
+        """Measures the untuned base once; a resumed run reads what the first start measured."""
+        evaluation = self.config.evaluation
+        if not (evaluation.baseline and self.config.task.evaluate):
+            return {}
+        path = self.folder.path / "baseline.json"
+        stored: dict[str, float] | None = read_json(path)
+        if stored is None:
+            console.say(f"measuring the untuned base on {len(self.measurer.rows):,} held-out rows")
+            stored = self.measurer.measure(base, answers=self._wanted_answers).metrics
+            write_json(path, stored)
+        return stored
+
+    @property
+    def _wanted_answers(self) -> int | None:
+        return self.config.evaluation.generate_samples if self.config.evaluation.metrics else 0
+
+    def _fit(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> dict[str, float]:
+        trainer = self._build_trainer(model, callbacks, tracker)
+        checkpoint = last_checkpoint(self.folder.checkpoints)
+        if checkpoint is not None:
+            console.say(f"resuming from {checkpoint.name}")
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self._steps = trainer.state.global_step
+        self._save(model)
+        history = trainer.state.log_history
+        write_json(self.folder.path / "history.json", history)
+        plot_loss(history, self.folder.path / "loss.png")
+        runtime = output.metrics["train_runtime"]
+        return {
+            "train_loss": output.training_loss,
+            "train_runtime": runtime,
+            "train_tokens_per_second": trainer.trained_tokens / max(runtime - trainer.measuring_seconds, 1e-9),
+        }
+
+    _steps = 0
+
+    def _build_trainer(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
+        assert self.data.train is not None
+        arguments = build_arguments(
+            self.config.trainer,
+            output_dir=self.folder.checkpoints,
+            device=self.placement.device,
+            compute=self.placement.compute,
+            seed=self.config.seed,
+        )
+
+        def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
+            shown = self.config.evaluation.show_predictions if self.config.tracking.backend is not TrackingBackend.none else 0
+            measured = self.measurer.measure(current, answers=shown)
+            tracker.log_predictions(measured.predictions, step=step)
+            return {name: measured.metrics[name] for name in ("loss", "perplexity")}
+
+        return QLoraTrainer(
+            model=model,
+            arguments=arguments,
+            rows=self.data.train,
+            collate=self.collate,
+            measure=measure,
+            loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
+            callbacks=[ProgressCallback(), TrackerCallback(tracker), *callbacks],
+        )
+
+    def _save(self, model: PreTrainedModel) -> None:
+        if isinstance(model, PeftModel):
+            rewritten = self.config.lora.init in adapters.REWRITES_BASE
+            initial = self.folder.path / "initial_adapter" if rewritten else None
+            adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial)
+        else:
+            model.save_pretrained(self.folder.model)
+            self.tokenizer.save_pretrained(self.folder.model)
+
+    def _measure_after(self, model: PreTrainedModel) -> Measurement:
+        task, evaluation = self.config.task, self.config.evaluation
+        if task.evaluate:
+            measured = self.measurer.measure(model, answers=self._wanted_answers)
+            if measured.predictions or not task.predict:
+                return Measurement(measured.metrics, measured.predictions if task.predict else [])
+            rows = self.measurer.rows[: evaluation.show_predictions]
+            return Measurement(measured.metrics, self.measurer.predict(model, rows))
+        if task.predict:
+            rows = self.measurer.rows[: evaluation.show_predictions]
+            return Measurement({}, self.measurer.predict(model, rows))
+        return Measurement({})
+
+    def _prepare_task(self) -> PreTrainedModel:
+        self.folder.create()
+        self.adapter_place  # noqa: B018 - a wrong adapter must fail before anything is loaded
+        model = self._load_trained(self.load_base())
+        console.start_screen(list(self._facts(model).items()))
+        return model
+
+    @cached_property
+    def adapter_place(self) -> tuple[Path | None, Path | None]:
+        """The (adapter, fully finetuned model) that `task.adapter` or this folder holds; (None, None): the base."""
+        wanted = self.config.task.adapter
+        if wanted == "none":
+            return None, None
+        place = Path(wanted) if wanted is not None else self.folder.path
+        found = find_adapter(place)
+        if found == (None, None):
+            if wanted is not None and not place.is_dir():
+                raise ConfigError(f"task.adapter={wanted}: no such folder")
+            raise ConfigError(
+                f"task.adapter={wanted or 'null'}: {place} holds no adapter; give task.adapter=FOLDER of an adapter or of a "
+                "finished run, or task.adapter=none for the untuned base"
+            )
+        return found
+
+    def _load_trained(self, base: PreTrainedModel) -> PreTrainedModel:
+        adapter, full = self.adapter_place
+        if adapter is not None:
+            return adapters.load_adapter(base, adapter, self.config.model.name)
+        if full is not None:
+            return loading.load_base(
+                self.config.model,
+                self.config.quantization,
+                placement=self.placement,
+                model_config=self.model_config,
+                folder=full,
+            )
+        return base
+
+    # Reports
+
+    @property
+    def run_name(self) -> str:
+        """The name in the tracker: `name`, or the folder's."""
+        return self.config.name or self.folder.path.name
+
+    def _facts(self, model: PreTrainedModel) -> dict[str, str]:
+        config, report = self.config, self.data.report
+        quantization, trainer = config.quantization, config.trainer
+        base = f"{quantization.quant_type.value}" + (" + double quantization" if quantization.double_quant else "")
+        micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+        count = adapters.count_parameters(model)
+        facts = {
+            "model": f"{config.model.name}: {count.total / 1e6:,.1f} M parameters",
+            "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
+            "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
+            f"{report.trained_tokens:,} trained on), {report.eval_rows:,} held out",
+            "device": str(self.placement),
+            "folder": str(self.folder.path),
+        }
+        if config.task.name is TaskName.train and config.task.train:
+            adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
+            length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
+            world = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+            facts |= {
+                "training": f"{adapter}: {count}",
+                "batch": f"{micro} x {steps} accumulated x {world} process{'es' if world > 1 else ''} "
+                f"= {micro * steps * world} rows a step",
+                "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
+                f"({trainer.lr_scheduler_type})",
+            }
+        return facts
+
+    def _write_result(self, task: str, summary: dict[str, float], measured: Measurement) -> dict[str, Any]:
+        objective = self.config.objective
+        paths = {
+            "adapter": self.folder.adapter,
+            "model": self.folder.model,
+            "predictions": self.folder.predictions,
+            "loss": self.folder.path / "loss.png",
+            "config": self.folder.config,
+        }
+        result = {
+            "status": "finished",
+            "task": task,
+            "objective": summary.get(objective) if objective else None,
+            "metrics": summary,
+            "paths": {name: str(path) for name, path in paths.items() if path.exists()},
+        }
+        write_json(self.folder.path / "metrics.json", summary)
+        if task == "train":
+            write_model_card(
+                self.folder.path,
+                config=self.config,
+                result=result,
+                base_model=self.config.model.name,
+                command=shlex.join(["qlora", *self.overrides]),
+                compute_dtype=str(self.placement.compute).removeprefix("torch."),
+                example_prompt=self.measurer.rows[0]["prompt"],
+            )
+        write_json(self.folder.result(task), result)
+        return result
+
+    def _print_summary(self, title: str, result: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
+        metrics = result["metrics"]
+        names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
+        rows = [(name, metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"]) for name in names]
+        folder = self.folder.path
+        chosen = [text for text in self.overrides if not text.startswith(("task=", "hydra.run.dir=", "name="))]
+        again = shlex.join(["qlora", *chosen, f"task.adapter={folder}"])
+        console.summary(
+            f"{title}: {folder}",
+            rows,
+            predictions[: self.config.evaluation.show_predictions],
+            [(name, path) for name, path in result["paths"].items()],
+            [f"{again} task=evaluate", f"{again} task=predict"],
+        )

@@ -1,0 +1,133 @@
+"""`transformers.Trainer` with this project's measurement, optimizer groups and quiet console."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from qlora.schema import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+
+
+def build_arguments(
+    config: TrainerConfig, *, output_dir: Path, device: torch.device, compute: torch.dtype, seed: int
+) -> TrainingArguments:
+    """Returns transformers' arguments; nothing in them is left to a default that a config could contradict."""
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.num_train_epochs or 1,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(config.lr_scheduler_kwargs),
+        warmup_steps=config.warmup_steps,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        bf16=compute is torch.bfloat16,
+        fp16=compute is torch.float16,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        length_column_name="length",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.save_total_limit,
+        dataloader_num_workers=config.dataloader_num_workers,
+        dataloader_pin_memory=device.type != "cpu",
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:  # one process drives one device; several GPUs are for torchrun or model.device_map
+        arguments._n_gpu = 1
+    return arguments
+
+
+class QLoraTrainer(Trainer):
+    """The library's trainer, measuring held-out rows by `measure` and able to train by LoRA+."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        rows: Dataset,
+        collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        measure: Callable[[torch.nn.Module, int], dict[str, float]],
+        loraplus_lr_ratio: float | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.measure, self.loraplus_lr_ratio = measure, loraplus_lr_ratio
+        self.measuring_seconds = 0.0
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows.select([]),  # unused: `evaluate` below measures
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures the held-out rows, logs the result and tells the callbacks."""
+        started = time.monotonic()
+        metrics = {f"eval_{name}": value for name, value in self.measure(self.model, self.state.global_step).items()}
+        self.measuring_seconds += time.monotonic() - started
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens, padding left out, that went through this session's training steps."""
+        return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Builds the optimizer by transformers' name; with LoRA+ the B matrices get their own learning rate."""
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options["loraplus_weight_decay"] = self.args.weight_decay
+        self.optimizer = create_loraplus_optimizer(
+            self.model, kind, lr=options.pop("lr"), loraplus_lr_ratio=self.loraplus_lr_ratio, **options
+        )
+        return self.optimizer
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint in `folder`; one that a kill cut off is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while found and not (found[-1] / STATE_FILE).is_file():
+        log.warning("%s is incomplete: removing it", found[-1])
+        shutil.rmtree(found.pop())
+    return found[-1] if found else None

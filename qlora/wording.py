@@ -1,0 +1,56 @@
+"""How numbers, times and prompts read to people; pure functions of text."""
+
+from __future__ import annotations
+
+import math
+import re
+
+SHARE = re.compile(r"(^| )(exact match|accuracy|acc|match)$")
+_ASKS = ("instruction", "human", "user", "question", "prompt", "q")
+_ANSWERS = ("response", "assistant", "answer", "output", "a")
+_ROLES = "|".join((*_ASKS, *_ANSWERS, "input", "context", "system"))
+_HEADING = re.compile(rf"^(?:#+\s*)?({_ROLES})\s*(?::\s*(.*))?$", re.IGNORECASE)
+_CONTROL = re.compile(r"<\|[^|<>]*\|>|</?s>|<bos>|<eos>|\[/?INST\]|(?=###\s)")
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """Returns `value` for people: shares such as `exact_match` in percent, else four digits that matter."""
+    if value is None:
+        return "–"
+    if SHARE.search(name.replace("_", " ")) and 0 <= value <= 1:
+        return f"{100 * value:.1f} %"
+    size = abs(value)
+    if not math.isfinite(value) or (0 < size < 0.001):
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns seconds as `0:41`, `12:05` or `3:07:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def shorten(text: str, width: int) -> str:
+    """Returns `text` on one line of at most `width` characters; what is too much goes from its middle."""
+    line = " ".join(text.split())
+    if len(line) <= width:
+        return line
+    tail = (width - 3) // 3
+    return f"{line[: width - 3 - tail].rstrip()} … {line[-tail:].lstrip()}"
+
+
+def prompt_core(prompt: str) -> str:
+    """Returns what a prompt asks: its last instruction and input, without preamble, headings or control tokens."""
+    parts: list[tuple[str, list[str]]] = [("", [])]
+    for line in _CONTROL.sub("\n", prompt).splitlines():
+        heading = _HEADING.match(line.strip())
+        if heading and (heading[2] is not None or line.strip().islower()):  # a bare word only as a chat role
+            parts.append((heading[1].lower(), [heading[2] or ""]))
+        else:
+            parts[-1][1].append(line)
+    asks = [place for place, (role, _) in enumerate(parts) if role in _ASKS]
+    kept = [" ".join(lines) for role, lines in parts[asks[-1] if asks else 0 :] if role not in _ANSWERS]
+    core = " · ".join(text for text in (" ".join(text.split()) for text in kept) if text)
+    return core or " ".join(prompt.split())

@@ -1,0 +1,202 @@
+"""Adapters: what they target, count, save, and that quantized layers keep their gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models import adapters, loading
+from qlora.models.device import find_device, place
+from qlora.schema import Config
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 64 x 2 with random weights and a tokenizer, on disk."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1536,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, *overrides: str) -> tuple[Config, torch.nn.Module]:
+    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "lora.r=4", "lora.dropout=0", *overrides])
+    placement = place(config.quantization, find_device(config.device))
+    model_config = loading.load_model_config(config.model)
+    return config, loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)
+
+
+def attach(config: Config, base: torch.nn.Module, folder: Path) -> PeftModel:
+    torch.manual_seed(1)
+    ids = torch.arange(3, 67).reshape(2, 32)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 4
+    return adapters.add_lora(config.lora, base, base_folder=str(folder), new_token_ids=[], batches=batches)
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    model.train()
+    model.zero_grad()
+    ids = torch.arange(3, 35)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none", "fp32"])
+def test_an_evaluation_before_training_leaves_the_gradients_unchanged(base_folder: Path, quantization: str) -> None:
+    config, base = load(base_folder, f"quantization={quantization}")
+    model = attach(config, base, base_folder)
+    for name, parameter in model.named_parameters():  # B is drawn too, so that A has a gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    fresh = gradients(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 35)[None])
+    again = gradients(model)
+    assert torch.nn.functional.cosine_similarity(fresh, again, dim=0) > 0.9999
+    assert fresh.norm() > 0
+
+
+def test_no_4bit_layer_may_repack_its_weights_for_avx512(base_folder: Path) -> None:
+    _, base = load(base_folder, "quantization=nf4")
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 14
+    assert not any(module.support_avx512bf16_for_cpu for module in layers)
+
+
+def test_all_linear_leaves_out_the_output_layer(base_folder: Path) -> None:
+    config, base = load(base_folder, "quantization=nf4")
+    model = attach(config, base, base_folder)
+    wrapped = {name for name, module in model.named_modules() if hasattr(module, "lora_A") and "lora_" not in name}
+    assert len(wrapped) == 14
+    assert not any("lm_head" in name for name in wrapped)
+
+
+def test_target_modules_take_names_and_patterns(base_folder: Path) -> None:
+    _, base = load(base_folder, "quantization=fp32")
+    assert adapters.find_target_modules(["q_proj", "v_proj"], base) == ["q_proj", "v_proj"]
+    assert adapters.find_target_modules([r"model\.layers\.1\..*_proj"], base) == sorted(
+        name for name in adapters.linear_modules(base) if ".1." in name
+    )
+
+
+def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder: Path) -> None:
+    _, base = load(base_folder, "quantization=fp32")
+    with pytest.raises(ConfigError, match=r"\['q_prj'\] match no linear layer; .did you mean q_proj\?.; the model has") as e:
+        adapters.find_target_modules(["q_prj", "v_proj"], base)
+    assert "'gate_proj'" in str(e.value)
+
+
+def test_a_4bit_weight_counts_as_the_parameters_it_stands_for(base_folder: Path) -> None:
+    _, full = load(base_folder, "quantization=fp32")
+    config, base = load(base_folder, "quantization=nf4")
+    assert adapters.count_parameters(base).total == adapters.count_parameters(full).total
+    count = adapters.count_parameters(attach(config, base, base_folder))
+    assert count.by_dtype["nf4"] == 14 * 0 + 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert count.trainable == 2 * (4 * 4 * (64 + 64) + 3 * 4 * (64 + 128))
+
+
+@pytest.mark.parametrize(
+    ("lora", "quantization"),
+    [
+        ("dora", "nf4"), ("dora", "fp32"), ("rslora", "nf4"), ("pissa", "fp32"), ("olora", "fp32"), ("loftq", "nf4"),
+        ("loftq", "fp4"), ("eva", "nf4"), ("eva", "fp32"), ("attention", "int8"),
+    ],
+)  # fmt: skip
+def test_a_trained_adapter_answers_the_same_on_the_unchanged_base(
+    base_folder: Path, tmp_path: Path, lora: str, quantization: str
+) -> None:
+    config, base = load(base_folder, f"quantization={quantization}", f"lora={lora}")
+    model = attach(config, base, base_folder)
+    initial = None
+    if config.lora.init in adapters.REWRITES_BASE:
+        adapters.save_initial_adapter(model, initial := tmp_path / "initial")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        gradients(model)
+        optimizer.step()
+    tokenizer = loading_tokenizer()
+    adapters.save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer, initial=initial)
+    model.eval()
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        _, fresh = load(base_folder, f"quantization={quantization}")
+        untuned = fresh(input_ids=ids).logits
+        found = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(input_ids=ids).logits
+    assert (untuned - expected).abs().max() > 0.05
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_loftq_starts_nearer_to_the_original_weights(base_folder: Path) -> None:
+    ids = torch.arange(3, 35)[None]
+    _, full = load(base_folder, "quantization=fp32")
+    config, base = load(base_folder, "quantization=nf4", "lora=loftq", "lora.r=32", "lora.alpha=16")
+    with torch.no_grad():
+        expected = full(input_ids=ids).logits
+        quantized = (base(input_ids=ids).logits - expected).norm()
+        corrected = (attach(config, base, base_folder).eval()(input_ids=ids).logits - expected).norm()
+    assert corrected < 0.7 * quantized
+
+
+def loading_tokenizer():  # type: ignore[no-untyped-def]
+    from qlora.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(compose([]).model)
+
+
+def test_an_untrained_adapter_is_not_taken_for_a_trained_one(base_folder: Path, tmp_path: Path) -> None:
+    config, base = load(base_folder, "quantization=nf4")
+    with pytest.raises(RuntimeError, match="are zero: nothing was trained"):
+        adapters.save_adapter(attach(config, base, base_folder), tmp_path / "adapter", tokenizer=loading_tokenizer())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_with_its_own_base_named(base_folder: Path, tmp_path: Path) -> None:
+    config, base = load(base_folder, "quantization=fp32")
+    model = attach(config, base, base_folder)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    adapters.save_adapter(model, tmp_path / "adapter", tokenizer=loading_tokenizer())
+    other = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=100,
+    ))  # fmt: skip
+    with pytest.raises(ConfigError, match="does not fit model.name=other: it was trained on .*base"):
+        adapters.load_adapter(other, tmp_path / "adapter", "other")
+
+
+def test_the_weight_error_of_nf4_is_a_quarter_below_that_of_fp4(base_folder: Path) -> None:
+    import bitsandbytes.functional as bnb
+
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512)
+
+    def error(kind: str, double: bool) -> float:
+        packed, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
+        return float((bnb.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
+
+    assert error("nf4", False) < 0.78 * error("fp4", False)
+    assert error("nf4", True) < 1.001 * error("nf4", False)
+
+
+def test_frozen_base_weights_do_not_move(base_folder: Path) -> None:
+    config, base = load(base_folder, "quantization=none")
+    before = copy.deepcopy(base.state_dict())
+    model = attach(config, base, base_folder)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    gradients(model)
+    optimizer.step()
+    after = model.get_base_model().state_dict()
+    assert all(torch.equal(value, after.get(key, after.get(key.replace(".weight", ".base_layer.weight")))) for key, value in before.items())
