@@ -168,11 +168,14 @@ def _say_metrics(rows: list[tuple[str, float | None, float | None]]) -> None:
 
 def _say_prediction(row: dict[str, Any]) -> None:
     expected, got = str(row.get("reference", "")), str(row.get("prediction", ""))
-    judged = row["match"] if "match" in row else " ".join(expected.split()) == " ".join(got.split())
+    same = " ".join(expected.split()) == " ".join(got.split())
+    judged = row.get("match", same)
+    if isinstance(judged, str):  # as trackers write it
+        judged = judged.lower() in ("true", "yes")
     room = (screen().width if screen().is_terminal else 120) - 18
     mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
     say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(str(row.get("prompt", ""))), room + 10)))
-    if " ".join(expected.split()) == " ".join(got.split()):
+    if same:
         say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
         return
     say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
@@ -204,6 +207,12 @@ def progress(description: str, total: int | None) -> Iterator[Update]:
             display.remove_task(task)
 
 
+def close_bars() -> None:
+    """Ends the live display, if an error left one open, so that a message can be read."""
+    while _live:
+        _live.pop().stop()
+
+
 @contextlib.contextmanager
 def _display() -> Iterator[Progress]:
     # On a narrow terminal the bar shrinks and the numbers stay.
@@ -220,7 +229,8 @@ def _display() -> Iterator[Progress]:
         with display, _handlers_above(display.console):
             yield display
     finally:
-        _live.clear()
+        if display in _live:
+            _live.remove(display)
         atexit.unregister(display.stop)
 
 

@@ -43,7 +43,7 @@ def suggest(word: str, choices: Iterable[str]) -> list[str]:
         return longer[:3]
     if near <= max(1, len(word) // 3):
         return [choice for distance, choice in zip(distances, choices, strict=True) if distance == near][:3]
-    return difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
+    return difflib.get_close_matches(word, choices, n=3, cutoff=0.7)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -97,7 +97,7 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
     if group not in groups:
         near = did_you_mean(group, groups)
         raise ConfigError(f"--help {group}: there is no such group{near}; choose one of {', '.join(groups)}")
-    yield f"{group}: {group_meaning(group)}"
+    yield from _wrapped(f"{group}: {group_meaning(group)}", "", 2)
     yield f"\nOptions ({group}=OPTION):\n"
     chosen = default_options().get(group)
     listed = options(group, config_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -100,18 +100,16 @@ def _from_rows(rows: Iterable[Mapping[str, Any]], path: str, key: str) -> Datase
     different keys or for 7 beside "seven"; reading them gives back what went in.
     """
     columns: dict[str, list[Any]] = {}
-    count = 0
-    for row in rows:
+    for count, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ConfigError(
-                f"{key}={path}: row {count} is a {type(row).__name__}; each row must be an object with named columns"
+                f"{key}={path}: row {count} is of type {type(row).__name__}; each must be an object with named columns"
             )
         for name in row:
             if name not in columns:
                 columns[name] = [None] * count
         for name, cells in columns.items():
             cells.append(row.get(name))
-        count += 1
     features = Features({name: TEXT if _is_text(cells) else Json() for name, cells in columns.items()})
     filled = {name: _filled(cells) if features[name] == TEXT else cells for name, cells in columns.items()}
     return Dataset.from_dict(filled, features=features)

@@ -60,8 +60,10 @@ class Tokenizer:
 
     def encode(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Encodes rows of segments, each segment on its own."""
-        pieces = iter(self._ids([segment.text for row in rows for segment in row]))
-        return [self._join(row, [next(pieces) for _ in row]) for row in rows]
+        # Each text once: short answers and the words of templates come again and again.
+        texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
+        pieces = dict(zip(texts, self._ids(texts), strict=True))
+        return [self._join(row, [pieces[segment.text] for segment in row]) for row in rows]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # A text that spells a special token ("</s>") is data: split_special_tokens reads it as plain characters.

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora.errors import ConfigError
 from qlora.reporting.manifest import versions
-from qlora.schema import ComputeDtype, Config, Init
+from qlora.schema import ComputeDtype, Config, Init, LoraInit
 from qlora.wording import format_metric
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
@@ -124,7 +124,9 @@ def _use(
     dtype, bits = f"torch.{_dtype(config, compute_dtype)}", config.quantization.bits
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
     names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits in (4, 8) else [])]
-    lines = ["import torch", *(["from peft import PeftModel"] if config.lora.enabled else [])]
+    embedded = config.lora.enabled and base == "tiny" and config.model.init is Init.pretrained
+    lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
+    lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [f"from transformers import {', '.join(names)}", ""]
     lines += [f'folder = "{adapter}"  # seen from the folder of this card']
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
@@ -170,7 +172,7 @@ def _base_lines(config: Config, base: str, folder: Path) -> list[str]:
         return [f'base = "{_relative(str(folder / "base"), folder)}"  # drawn at random by this run']
     if base == "tiny":
         embedded = 'str(importlib.resources.files("qlora") / "demo" / "model")'
-        return ["import importlib.resources", "", f"base = {embedded}  # the model that qlora embeds"]
+        return [f"base = {embedded}  # the model that qlora embeds"]
     return [f'base = "{base}"']
 
 
@@ -180,8 +182,11 @@ def _settings(config: Config, compute_dtype: str | None) -> list[tuple[str, str]
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
-        extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora), (f"init {lora.init.value}", True)]
-        rows.append(("LoRA variant", ", ".join(name for name, used in extras if used)))
+        extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]
+        extras.append((f"LoRA+ ratio {lora.loraplus_lr_ratio}", lora.loraplus_lr_ratio is not None))
+        extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))
+        if any(used for _, used in extras):
+            rows.append(("LoRA variant", ", ".join(name for name, used in extras if used)))
     length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
     micro, accumulated = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     whole = config.data.train_on_source or config.data.format in ("text", "chosen")

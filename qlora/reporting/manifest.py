@@ -78,7 +78,7 @@ def plain(obj: Any) -> Any:
         return obj if math.isfinite(obj) else str(obj)
     if obj is None or isinstance(obj, str | int):
         return obj
-    return obj.item() if hasattr(obj, "item") and getattr(obj, "size", 1) == 1 else str(obj)
+    return plain(obj.item()) if getattr(obj, "ndim", None) == 0 else str(obj)  # a number of numpy's or torch's
 
 
 def command_line() -> str:

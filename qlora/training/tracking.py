@@ -77,8 +77,9 @@ class WandbTracker(Tracker):
                 settings=wandb.Settings(console="off", silent=True, disable_code=True),
             )
         except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"tracking=wandb: wandb could not start a run ({error}); check tracking.project, tracking.entity and "
+                f"tracking=wandb: wandb could not start a run ({reason}); check tracking.project, tracking.entity and "
                 "the network, or set tracking.mode=offline and send the run later with `wandb sync`"
             ) from error
         # Steps are a metric of their own: wandb's step only grows, and a resumed run repeats steps.
@@ -100,7 +101,8 @@ class WandbTracker(Tracker):
         """Stores the adapter as an artifact of type `adapter`, with `tracking.log_adapter=true`."""
         if self._log_adapter:
             artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
-            artifact.add_dir(str(folder))
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
+                artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
             self._run.log_artifact(artifact)
 
     def finish(self, status: str, summary: dict[str, float]) -> None:

@@ -1,0 +1,136 @@
+"""The model card parses on the hub, and its code is the training's own quantization."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from qlora.compose import compose
+from qlora.reporting.card import write_model_card
+from qlora.schema import Config
+
+RESULT = {
+    "metrics": {"base_eval_loss": 3.2, "eval_loss": 0.4, "base_eval_exact_match": 0.02, "eval_exact_match": 0.97},
+}
+
+
+def write(folder: Path, overrides: list[str], base_model: str | None = None, **options: Any) -> tuple[str, ModelCard]:
+    config: Config = compose(overrides)
+    result = {**RESULT, "paths": {"adapter": str(folder / "adapter")}}
+    name = base_model or config.model.name
+    path = write_model_card(folder, config=config, result=result, base_model=name, command="qlora lora.r=8", **options)
+    assert path == folder / "README.md"
+    return path.read_text(encoding="utf-8"), ModelCard.load(path)
+
+
+def code_of(text: str) -> str:
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    ast.parse(found[1])
+    return found[1]
+
+
+def test_the_front_matter_names_base_library_licence_data_and_tags(tmp_path: Path) -> None:
+    _, card = write(tmp_path, ["model=llama-7b", "data=alpaca"])
+    assert card.data.base_model == "huggyllama/llama-7b"
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "other"
+    assert card.data.license_name
+    assert card.data.datasets == ["tatsu-lab/alpaca"]
+    assert {"qlora", "lora", "4-bit"} <= set(card.data.tags)
+
+
+def test_what_has_no_place_on_the_hub_is_not_claimed_to_have_one(tmp_path: Path) -> None:
+    _, card = write(tmp_path, [])
+    assert card.data.license == "mit"
+    assert card.data.get("base_model") is None
+    assert card.data.get("datasets") is None
+
+
+def test_numbers_stand_before_and_after(tmp_path: Path) -> None:
+    text, _ = write(tmp_path, [])
+    assert "| loss | 3.200 | 0.400 |" in text
+    assert "| exact match | 2.0 % | 97.0 % |" in text
+
+
+def test_the_command_and_the_versions_are_given(tmp_path: Path) -> None:
+    text, _ = write(tmp_path, ["trainer.learning_rate=0.003"])
+    assert "```bash\nqlora lora.r=8\n```" in text
+    assert "torch " in text
+    assert "0.003" in text
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_the_code_quantizes_as_the_training_did(quantization: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    overrides = [f"quantization={quantization}", "model=llama-7b", "data=alpaca"]
+    text, _ = write(tmp_path, overrides, compute_dtype="float16")
+    code = code_of(text)
+    call = re.search(r"quantization = (BitsAndBytesConfig\(.*?\n\))", code, re.DOTALL)
+    assert call is not None
+    built = eval(call[1], {"BitsAndBytesConfig": BitsAndBytesConfig, "torch": torch})
+    config = compose(overrides).quantization
+    if config.bits == 8:
+        assert (built.load_in_8bit, built.llm_int8_threshold) == (True, config.int8_threshold)
+        return
+    assert built.load_in_4bit
+    assert built.bnb_4bit_quant_type == config.quant_type.value
+    assert built.bnb_4bit_use_double_quant == config.double_quant
+    assert built.bnb_4bit_compute_dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["quantization=none"],
+        ["quantization=fp32", "lora=none"],
+        ["model.revision=abc", "model.new_tokens=[a]"],
+        ["model.init=random"],
+    ],
+)
+def test_the_code_is_valid_and_loads_this_folders_weights(overrides: list[str], tmp_path: Path) -> None:
+    text, _ = write(tmp_path, overrides, example_prompt='say "hi"\n')
+    code = code_of(text)
+    assert ("PeftModel" in code) == ("lora=none" not in overrides)
+    assert r"""prompt = 'say "hi"\n'""" in code
+    assert ('folder = "adapter"' in code) == ("lora=none" not in overrides)
+    if "model.revision=abc" in overrides:
+        assert 'revision="abc"' in code
+        assert "resize_token_embeddings" in code
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp32"])
+def test_the_code_runs_with_transformers_and_peft_alone(
+    quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    import qlora.demo
+
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(Path(qlora.demo.__file__).parent / "model")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(base)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    overrides = [f"model.name={base}", f"quantization={quantization}", "generation.max_new_tokens=2"]
+    text, _ = write(tmp_path, overrides, example_prompt="stone owl")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code_of(text), names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+def test_a_card_says_what_is_not_known(tmp_path: Path) -> None:
+    text, _ = write(tmp_path, [])
+    assert "one seed" in text
+    assert "invented world" in text

@@ -1,0 +1,37 @@
+"""The picture of a training, for few and many points."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora.reporting.plot import plot_loss, series, smooth
+
+FEW = [{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 1, "eval_loss": 1.9}]
+MANY = [{"step": step, "loss": 1 + 1 / step, "learning_rate": 1e-4} for step in range(1, 5001)]
+FLAT = [{"step": step, "loss": 0.0, "learning_rate": 0.0} for step in range(1, 4)]
+
+
+@pytest.mark.parametrize("history", [FEW, MANY, FLAT, FEW[1:], [{"step": 9, "train_loss": 1.0}], []])
+def test_any_history_gives_a_png(history: list[dict[str, float]], tmp_path: Path) -> None:
+    path = tmp_path / "new" / "loss.png"
+    plot_loss(history, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+
+
+def test_the_global_figure_state_of_pyplot_stays_untouched(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    plot_loss(FEW, tmp_path / "loss.png")
+    assert plt.get_fignums() == []
+
+
+def test_a_repeated_step_counts_once_and_values_without_number_are_left_out() -> None:
+    history = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+    history += [{"step": 3, "loss": float("nan")}, {"step": 4, "eval_loss": 1.0}]
+    assert series(history, "loss") == ([1, 2], [4.0, 3.0])
+
+
+def test_smoothing_keeps_a_constant_and_averages_its_neighbourhood() -> None:
+    assert smooth([2.0] * 9, 5) == pytest.approx([2.0] * 9)
+    assert smooth([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5])

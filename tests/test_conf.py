@@ -1,0 +1,193 @@
+"""Every shipped YAML: it composes, its numbers are the paper's, its shapes are the models'."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from qlora.compose import CONF_DIR, check_overrides, compose, compose_dict, group_names
+
+# What an option needs besides its own name.
+NEEDS = {
+    ("lora", "none"): ["quantization=none"],
+    ("lora", "pissa"): ["quantization=none"],
+    ("lora", "olora"): ["quantization=none"],
+}
+OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
+
+# Their options set several groups, or depend on one another.
+ALONE = ("lora", "quantization", "experiment")
+
+
+def mixed() -> list[list[str]]:
+    """Returns every option of the other groups, those of different groups side by side to compose less often."""
+    groups = [group for group in group_names() if group not in (*ALONE, "sweep")]
+    columns = [[f"{group}={name}" for owner, name in OPTIONS if owner == group] for group in groups]
+    return [[choice for choice in row if choice] for row in itertools.zip_longest(*columns)]
+
+
+# Paper, table 9 (B.2): batch, learning rate, steps, source length, target length. An empty prompt is one token long;
+# the scripts give it 16.
+PAPER = {
+    ("7b", "alpaca"): (16, 2e-4, 10000, 384, 128),
+    ("7b", "oasst1"): (16, 2e-4, 1875, 16, 512),
+    ("7b", "hh-rlhf"): (16, 2e-4, 10000, 16, 768),
+    ("7b", "longform"): (16, 2e-4, 4000, 512, 1024),
+    ("33b", "alpaca"): (32, 1e-4, 5000, 384, 128),
+    ("33b", "oasst1"): (16, 1e-4, 1875, 16, 512),
+    ("33b", "hh-rlhf"): (32, 1e-4, 5000, 16, 768),
+    ("33b", "longform"): (32, 1e-4, 2343, 512, 1024),
+    ("65b", "alpaca"): (64, 1e-4, 2500, 384, 128),
+    ("65b", "oasst1"): (16, 1e-4, 1875, 16, 512),
+    ("65b", "hh-rlhf"): (64, 1e-4, 2500, 16, 768),
+    ("65b", "longform"): (32, 1e-4, 2343, 512, 1024),
+}
+PAPER |= {("13b", data): row for (size, data), row in PAPER.items() if size == "7b"}
+SAME_AS = {"2-7b": "7b", "2-13b": "13b", "2-70b": "65b"}
+
+# Billions of parameters, as the models' own pages state them.
+BILLIONS = {
+    "tiny": 0.003, "llama-7b": 6.74, "llama-13b": 13.02, "llama-33b": 32.53, "llama-65b": 65.29,
+    "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55,
+    "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "pythia-160m": 0.162, "pythia-1.4b": 1.415, "pythia-6.9b": 6.857,
+    "pythia-12b": 11.85, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.54, "qwen2.5-7b": 7.62, "qwen2.5-14b": 14.77,
+    "qwen2.5-32b": 32.76, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
+    "qwen3-14b": 14.77, "qwen3-32b": 32.76, "mistral-7b": 7.25, "gemma-2-2b": 2.61, "gemma-2-9b": 9.24,
+    "gemma-3-1b": 1.0, "phi-3.5-mini": 3.82, "phi-4": 14.66, "smollm2-135m": 0.135, "smollm2-360m": 0.362,
+    "smollm2-1.7b": 1.71,
+}  # fmt: skip
+
+
+def load(group: str, name: str) -> DictConfig:
+    node = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    return node
+
+
+@pytest.mark.parametrize(("group", "name"), [option for option in OPTIONS if option[0] in ALONE])
+def test_an_option_composes_alone(group: str, name: str) -> None:
+    compose([f"{group}={name}", *NEEDS.get((group, name), [])])
+
+
+@pytest.mark.parametrize("choices", mixed(), ids=" ".join)
+def test_options_of_different_groups_compose_together(choices: list[str]) -> None:
+    compose([*choices, "data.path=rows.jsonl"])
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_starts_several_jobs_and_each_is_valid(name: str) -> None:
+    composed = compose_dict([f"sweep={name}"])
+    assert composed.hydra.mode.name == "MULTIRUN"
+    assert composed.hydra.sweeper.params
+    check_overrides([f"sweep={name}", "seed=1,2"])
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_file_begins_with_a_comment_that_says_what_it_is(group: str, name: str) -> None:
+    lines = (CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert comment.startswith("# ")
+    assert comment.endswith(".")
+
+
+def test_every_file_of_the_tree_is_an_option() -> None:
+    known = {CONF_DIR / group / f"{name}.yaml" for group, name in OPTIONS} | {CONF_DIR / "config.yaml"}
+    others = {path for path in CONF_DIR.rglob("*.*") if path.is_file() and "hydra" not in path.parts} - known
+    assert not {path for path in others if path.suffix in (".yaml", ".yml")}
+
+
+@pytest.mark.parametrize(("size", "data"), sorted(PAPER))
+def test_the_paper_s_table_comes_out_of_model_and_data(size: str, data: str) -> None:
+    config = compose([f"model=llama-{size}", f"data={data}"])
+    trainer, rows = config.trainer, config.data
+    batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    lengths = (rows.source_max_len, rows.target_max_len)
+    assert (batch, trainer.learning_rate, trainer.max_steps, *lengths) == PAPER[size, data]
+    small = size in ("7b", "13b")
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 16, 0.1 if small else 0.05)
+    assert config.lora.target_modules == ["all-linear"]
+    assert (trainer.eval_steps, trainer.save_steps) == (187, 500 if small else 200)
+    assert (trainer.optim, trainer.adam_beta2, trainer.max_grad_norm) == ("paged_adamw_32bit", 0.999, 0.3)
+    assert (trainer.lr_scheduler_type, trainer.group_by_length) == ("constant", True)
+    assert (config.quantization.bits, config.quantization.quant_type.value) == (4, "nf4")
+    assert config.quantization.double_quant
+
+
+@pytest.mark.parametrize("size", sorted(SAME_AS))
+def test_llama_2_trains_by_the_numbers_of_the_same_size(size: str) -> None:
+    ours = compose([f"model=llama-{size}", "data=oasst1"])
+    first = compose([f"model=llama-{SAME_AS[size]}", "data=oasst1"])
+    assert (ours.trainer, ours.lora, ours.data) == (first.trainer, first.lora, first.data)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "33b", "65b"])
+def test_guanaco_is_llama_on_oasst1(size: str) -> None:
+    guanaco, pair = compose([f"experiment=guanaco-{size}"]), compose([f"model=llama-{size}", "data=oasst1"])
+    assert guanaco.name == f"guanaco-{size}"
+    guanaco.name = None
+    assert guanaco == pair
+
+
+def test_a_recipe_follows_the_last_choice_of_model_and_data() -> None:
+    config = compose(["experiment=guanaco-33b", "data=longform"])
+    assert (config.trainer.max_steps, config.data.target_max_len) == (2343, 1024)
+    config = compose(["experiment=guanaco-33b", "model=llama-7b"])
+    assert (config.trainer.learning_rate, config.trainer.max_steps) == (2e-4, 1875)
+
+
+def test_the_command_line_wins_over_recipe_and_experiment() -> None:
+    config = compose(["experiment=guanaco-65b", "trainer.max_steps=5", "lora.dropout=0.3", "name=mine"])
+    assert (config.trainer.max_steps, config.lora.dropout, config.name) == (5, 0.3, "mine")
+
+
+@pytest.mark.parametrize("lora", ["attention", "dora", "rslora"])
+def test_another_adapter_keeps_its_modules_under_a_recipe(lora: str) -> None:
+    config = compose(["model=llama-65b", f"lora={lora}"])
+    alone = compose(["recipe=none", f"lora={lora}"])
+    alone.lora.dropout = 0.05
+    assert config.lora == alone.lora
+
+
+def test_recipe_none_leaves_the_options_as_they_stand() -> None:
+    config = compose(["model=llama-65b", "data=oasst1", "recipe=none"])
+    assert (config.trainer.max_steps, config.trainer.gradient_accumulation_steps) == (10000, 16)
+    assert config.data.target_max_len == 256
+
+
+def test_a_recipe_can_be_lent_to_another_model_with_its_pairs() -> None:
+    config = compose(["model=mistral-7b", "recipe=llama-7b", "data=oasst1"])
+    assert (config.model.name, config.trainer.max_steps) == ("mistralai/Mistral-7B-v0.3", 1875)
+
+
+def test_a_user_s_own_model_brings_its_own_recipe(tmp_path: Path) -> None:
+    for folder, text in (("model", "name: me/mine\n"), ("recipe", "# @package _global_\ntrainer: {max_steps: 7}\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(text, encoding="utf-8")
+    assert compose(["model=mine"], tmp_path).trainer.max_steps == 7
+
+
+def test_every_model_has_its_expected_size_listed() -> None:
+    assert {name for group, name in OPTIONS if group == "model"} == set(BILLIONS)
+
+
+@pytest.mark.parametrize("name", sorted(BILLIONS))
+def test_a_model_s_shape_has_the_advertised_parameters(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    facts = OmegaConf.to_container(load("model", name).architecture)
+    assert isinstance(facts, dict)
+    config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(BILLIONS))
+def test_a_model_states_its_licence(name: str) -> None:
+    model = load("model", name)
+    assert model.license
+    assert ("meta-llama/" in model.name or "google/" in model.name) == bool(model.get("gated"))

@@ -1,0 +1,91 @@
+"""The help pages and the reference say what the schema and the YAML files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora import help as pages
+from qlora.compose import CONF_DIR, ORIGINAL_FLAGS, compose, config_keys, group_names
+from qlora.errors import ConfigError
+
+DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def page(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    pages.print_help(list(argv))
+    return capsys.readouterr().out
+
+
+def test_the_page_names_every_group_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    words = page(capsys, "--help").replace(",", " ").replace("*", " ").split()
+    for group in group_names():
+        assert {group, *(file.stem for file in (CONF_DIR / group).glob("*.yaml"))} <= set(words)
+
+
+@pytest.mark.parametrize("argv", [(), *[(group,) for group in group_names()]])
+def test_a_page_fits_100_columns(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    assert max(map(len, page(capsys, "--help", *argv).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("group", group_names())
+def test_a_group_s_page_has_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str], group: str) -> None:
+    text = page(capsys, group, "--help")
+    for key, meaning in pages.group_fields(group):
+        assert f"\n  {key}: " in text
+        assert meaning.split()[-1].replace("`", "") in text
+
+
+def test_every_field_has_a_docstring() -> None:
+    documented = {key for group in group_names() for key, meaning in pages.group_fields(group) if meaning}
+    top = {key for key, meaning in pages.field_docs()["Config"].items() if meaning}
+    groups = {key for key in config_keys() if "." not in key and key in group_names()}
+    assert set(config_keys()) == documented | top | groups
+
+
+def test_a_user_s_options_and_groups_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for group in ("lora", "team"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text("# What I like.\nr: 3\n", encoding="utf-8")
+    for flags in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
+        text = page(capsys, "--help", *flags)
+        assert "mine" in text
+        assert "\n  team" in text
+        assert "mine         What I like." in page(capsys, "--help", "lora", *flags)
+
+
+def test_an_unknown_group_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--help lroa: there is no such group \(did you mean lora\?\); choose one of"
+    ):
+        pages.print_help(["--help", "lroa"])
+
+
+def test_an_unknown_folder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--config-dir nowhere: there is no such folder"):
+        pages.print_help(["--help", "--config-dir", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "command", [text for text in pages.EXAMPLES if text.startswith("qlora") and "-" not in text[6:9]]
+)
+def test_every_example_composes(command: str) -> None:
+    for word in ("seed=0,1", "--cfg job"):
+        command = command.replace(word, "")
+    compose(command.split()[1:])
+
+
+def test_the_reference_in_the_docs_is_up_to_date() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert text.partition("## Every key")[1:] == ("## Every key", pages.reference().removeprefix("## Every key")), (
+        "run: python -m qlora.help docs/configuration.md"
+    )
+
+
+def test_every_original_flag_leads_to_a_key_or_a_choice() -> None:
+    known = {*config_keys(), *group_names(), "hydra.run.dir"}
+    for flag, ours in ORIGINAL_FLAGS.items():
+        assert ours.partition("=")[0] in known, flag
+        if "=" in ours:
+            compose([ours, "quantization=none", "trainer.max_steps=1"])
