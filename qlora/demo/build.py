@@ -1,4 +1,11 @@
-"""Writes the shipped rows and tokenizer of the demo: `python -m qlora.demo.build`."""
+"""`python -m qlora.demo.build` writes the embedded rows and the tokenizer; with a folder, also the weights.
+
+The folder is that of a finished `python -m qlora experiment=pretrain-tiny`.
+"""
+
+import json
+import sys
+from pathlib import Path
 
 from qlora.demo.instructions import DATA_FOLDER, eval_rows, train_rows, write_rows
 from qlora.demo.tokenizer import MODEL_FOLDER, build_tokenizer
@@ -8,8 +15,25 @@ def build() -> None:
     """Writes `data/*.jsonl` and the tokenizer files of `model/`, the same at every call."""
     write_rows(train_rows(), DATA_FOLDER / "train.jsonl")
     write_rows(eval_rows(), DATA_FOLDER / "eval.jsonl")
-    build_tokenizer().save_pretrained(MODEL_FOLDER)
+    build_tokenizer().save_pretrained(str(MODEL_FOLDER))
+
+
+def install_weights(run_folder: Path) -> None:
+    """Copies a pretrained model into the package, its weights rounded to bfloat16 (6 MB)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(run_folder / "model" / "model.safetensors")
+    halved = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    save_file(halved, MODEL_FOLDER / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((run_folder / "model" / name).read_text())
+        settings |= {"dtype": "bfloat16"} if "dtype" in settings else {}
+        settings["use_cache"] = True  # off in training only
+        (MODEL_FOLDER / name).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     build()
+    for folder in sys.argv[1:]:
+        install_weights(Path(folder))
