@@ -178,8 +178,7 @@ def test_every_model_has_its_expected_size_listed() -> None:
 def test_a_model_s_shape_has_the_advertised_parameters(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    facts = OmegaConf.to_container(load("model", name).architecture)
-    assert isinstance(facts, dict)
+    facts = {str(key): value for key, value in load("model", name).architecture.items()}
     config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qlora.demo.corpus import documents
-from qlora.demo.instructions import prompt, train_rows
+from qlora.demo.instructions import PREAMBLE, PREAMBLE_WITH_INPUT, prompt, train_rows
 from qlora.demo.world import PEOPLE
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ VOCABULARY_SIZE: Final = 1536
 SPECIAL_TOKENS: Final = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT_LENGTH: Final = 256
 
+FIXED_TEXTS: Final = (PREAMBLE, PREAMBLE_WITH_INPUT, "### Instruction:", "### Input:", "### Response:")
+"""What stands in every Alpaca prompt is one token each: they are half of a prompt, and say nothing."""
+
 
 def build_tokenizer(document_count: int = 6000) -> "PreTrainedTokenizerFast":
     """Trains the tokenizer on corpus documents and training prompts; it adds no special tokens itself.
@@ -24,7 +27,7 @@ def build_tokenizer(document_count: int = 6000) -> "PreTrainedTokenizerFast":
     A plain byte-level BPE has two tokens for a word, with and without a leading space; here the
     normalizer puts a space before the text and after each newline, and the decoder takes it away.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -40,6 +43,7 @@ def build_tokenizer(document_count: int = 6000) -> "PreTrainedTokenizerFast":
         show_progress=False,
     )
     core.train_from_iterator(_texts(document_count), trainer)
+    core.add_tokens([AddedToken(text, normalized=True) for text in FIXED_TEXTS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         **SPECIAL_TOKENS,
