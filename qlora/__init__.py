@@ -1,9 +1,9 @@
 """Config-driven fine-tuning of quantized language models.
 
-    from qlora.compose import compose
-    from qlora.run import Run
+from qlora.compose import compose
+from qlora.run import Run
 
-    result = Run(compose(["lora.r=16", "trainer.max_steps=100"]), "outputs/my-run").train()
+result = Run(compose(["lora.r=16", "trainer.max_steps=100"]), "outputs/my-run").train()
 """
 
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -19,8 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora.compose import CONF_DIR, check_overrides, explain, register, to_config
-from qlora.console import quiet_libraries
+from qlora.compose import CONF_DIR, check_overrides, explain, register, to_config, unknown_flag
+from qlora.console import close_bars, quiet_libraries
 from qlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -32,17 +33,35 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
     try:
         _main(sys.argv[1:])
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (Mistake, ConfigError, HydraException, OmegaConfBaseException) as error:
+        close_bars()
+        cause = error.__cause__ if isinstance(error, Mistake) else error
+        assert isinstance(cause, Exception)
         if full_error:
-            raise
-        print(f"error: {error if isinstance(error, ConfigError) else explain(error)}", file=sys.stderr)
+            raise cause from None
+        print(f"error: {cause if isinstance(cause, ConfigError) else explain(cause)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
         sys.exit(130)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        close_bars()
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
+            print(
+                f"error: {error.filename} cannot be written ({error.strerror}); choose another folder with "
+                "hydra.run.dir=FOLDER",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
         sys.exit(1)
+
+
+class Mistake(BaseException):
+    """Carries a `ConfigError` out of a single run past Hydra, which would print lines of its own."""
+
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 
 
 def _main(argv: list[str]) -> None:
@@ -51,9 +70,13 @@ def _main(argv: list[str]) -> None:
 
         print_help(argv)
         return
-    args = get_args_parser().parse_args(argv)
+    args, rest = get_args_parser().parse_known_args(argv)
+    if flags := [word for word in rest if word.startswith("-")]:
+        raise unknown_flag(flags[0])
     if args.config_path is not None:
-        raise ConfigError("--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options")
+        raise ConfigError(
+            "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
+        )
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
     register()
@@ -73,10 +96,14 @@ def job(composed: DictConfig) -> Any:
 
         result = Run(config, output_dir, overrides).execute()
     except Exception as error:
+        if sweep is None and isinstance(error, ConfigError):
+            raise Mistake from error
         # The traceback's frames hold the model; a sweep keeps the exception until its end.
         traceback.clear_frames(error.__traceback__)
         if sweep is not None:
-            append_line(sweep, {"job": output_dir.name, "overrides": overrides, "status": "failed", "error": str(error)})
+            append_line(
+                sweep, {"job": output_dir.name, "overrides": overrides, "status": "failed", "error": str(error)}
+            )
         raise
     finally:
         free_memory()

@@ -91,6 +91,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records that `write_lines` wrote; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields full keys and values of a nested config."""
     for key, value in tree.items():

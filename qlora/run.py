@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import compose, console
 from qlora.data import Data, build_data
 from qlora.data.collate import Collator
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.measure import Measurement, Measurer
 from qlora.evaluation.metrics import find_metrics
-from qlora.folder import RunFolder, find_adapter, read_json, write_lines
+from qlora.folder import RunFolder, find_adapter, read_json, read_lines, write_lines
 from qlora.models import adapters, loading
 from qlora.models.device import (
     Placement,
@@ -129,11 +130,15 @@ class Run:
 
     def load_base(self) -> PreTrainedModel:
         """Loads the frozen base, or draws it first (once: a drawn base stays in the folder)."""
-        folder = None
-        if self.config.model.init is Init.random:
-            folder = self.folder.drawn
-            if not (folder / "config.json").exists():
-                loading.draw_model(self.config.model, self.tokenizer, folder, self.placement, self.config.seed)
+        if self.config.model.init is Init.pretrained:
+            return self._load(None)
+        adapter, _ = self.trained if self.config.task.name is not TaskName.train else (None, None)
+        folder = adapter.parent / self.folder.drawn.name if adapter else self.folder.drawn
+        if not (folder / "config.json").exists():
+            loading.draw_model(self.config.model, self.tokenizer, folder, self.placement, self.config.seed)
+        return self._load(folder)
+
+    def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
             self.config.model,
             self.config.quantization,
@@ -166,7 +171,7 @@ class Run:
         def on_device(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
 
-        return DataLoader(self.data.train, batch_size=size, collate_fn=on_device)  # type: ignore[arg-type]
+        return DataLoader(self.data.train, batch_size=size, collate_fn=on_device)
 
     # Tasks
 
@@ -176,59 +181,43 @@ class Run:
         plain = compose.config_to_dict(self.config)
         self.folder.check_same_training(compose.read_config(self.folder.config), plain)
         if (stored := self.folder.stored_result("train")) is not None:
-            console.say(f"{self.folder.path} is finished: its stored result stands in result.json")
+            console.say(f"{self.folder.path} is finished already; this is its stored result")
+            self._print_summary("finished", stored, read_lines(self.folder.predictions))
             return stored
-        placement, data = self.placement, self.data
+        data, _ = self.data, self.measurer  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)
-        measurer = self.measurer
-        tracker = build_tracker(
-            self.config.tracking, name=self.run_name, run_config=plain, output_dir=self.folder.path
-        )
         self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
-        reset_peak_memory(placement.device)
-        status = "failed"
-        summary: dict[str, float] = {}
-        try:
-            base = self.load_base()
-            baseline = self._baseline(base)
-            model = self.add_adapter(base) if self.config.task.train else self._load_trained(base)
+        with self._tracking(plain) as (tracker, summary):
+            reset_peak_memory(self.placement.device)
+            model = self.add_adapter(self.load_base()) if self.config.task.train else self.load_trained()
             facts = self._facts(model)
+            manifest = build_manifest(plain, data=asdict(data.report), model=facts)
+            write_json(self.folder.path / "manifest.json", manifest)
             console.start_screen(list(facts.items()))
-            write_json(
-                self.folder.path / "manifest.json", build_manifest(plain, data=asdict(data.report), model=facts)
-            )
-            summary = {f"base_eval_{name}": value for name, value in baseline.items()}
+            summary |= {f"base_eval_{name}": value for name, value in self._baseline(model).items()}
             if self.config.task.train:
                 summary |= self._fit(model, callbacks, tracker)
             measured = self._measure_after(model)
             summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
-            summary["peak_memory_gb"] = peak_memory_gb(placement.device)
-            if measured.predictions:
-                write_lines(self.folder.predictions, measured.predictions)
-            result = self._write_result("train", summary, measured)
+            summary["peak_memory_gb"] = peak_memory_gb(self.placement.device)
+            result = self._write_result("train", summary, measured.predictions)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
-            status = "finished"
-        finally:
-            tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
         self._print_summary("finished", result, measured.predictions)
         return result
 
     def evaluate(self) -> dict[str, Any]:
         """Measures an adapter (or the untuned base) on all held-out rows; the result goes to `evaluate.json`."""
         model = self._prepare_task()
-        wanted = self.config.evaluation.generate_samples if self.config.evaluation.metrics else 0
-        summary: dict[str, float] = {}
-        if self.config.evaluation.baseline and isinstance(model, PeftModel):
-            with model.disable_adapter():
-                before = self.measurer.measure(model, answers=wanted)
-            summary = {f"base_eval_{name}": value for name, value in before.metrics.items()}
-        measured = self.measurer.measure(model, answers=wanted)
-        summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
-        if measured.predictions:
-            write_lines(self.folder.predictions, measured.predictions)
-        result = self._write_result("evaluate", summary, measured)
+        with self._tracking(compose.config_to_dict(self.config)) as (tracker, summary):
+            if isinstance(model, PeftModel):
+                summary |= {f"base_eval_{name}": value for name, value in self._baseline(model).items()}
+            measured = self.measurer.measure(model, answers=self._wanted_answers)
+            summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
+            tracker.log({f"eval/{name}": value for name, value in measured.metrics.items()}, step=0)
+            tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=0)
+            result = self._write_result("evaluate", summary, measured.predictions)
         self._print_summary("evaluated", result, measured.predictions)
         return result
 
@@ -239,26 +228,43 @@ class Run:
         with console.progress("predicting", len(self.measurer.rows)) as advance:
             predictions = self.measurer.predict(model, self.measurer.rows, on_progress=advance)
         seconds = time.monotonic() - started
-        write_lines(self.folder.predictions, predictions)
         texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
         summary = {f"eval_{name}": float(metric(texts, references)) for name, metric in self.measurer.metrics.items()}
         summary["predict_tokens_per_second"] = sum(row["answer_tokens"] for row in predictions) / seconds
-        result = self._write_result("predict", summary, Measurement({}, predictions))
+        result = self._write_result("predict", summary, predictions)
         self._print_summary("predicted", result, predictions)
         return result
 
     # Steps of the tasks
 
-    def _baseline(self, base: PreTrainedModel) -> dict[str, float]:
-        """Measures the untuned base once; a resumed run reads what the first start measured."""
-        evaluation = self.config.evaluation
-        if not (evaluation.baseline and self.config.task.evaluate):
+    @contextlib.contextmanager
+    def _tracking(self, plain: dict[str, Any]) -> Iterator[tuple[Tracker, dict[str, float]]]:
+        """Yields the tracker and the metrics to fill; closes it with what was measured, also after a failure."""
+        tracker = build_tracker(self.config.tracking, name=self.run_name, run_config=plain, output_dir=self.folder.path)
+        summary: dict[str, float] = {}
+        status = "failed"
+        try:
+            yield tracker, summary
+            status = "finished"
+        finally:
+            tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
+
+    def _baseline(self, model: PreTrainedModel) -> dict[str, float]:
+        """Measures the untuned base once; a resumed run reads what the first start measured.
+
+        The adapter is switched off; where it starts as a part of the base (PiSSA, OLoRA), it must stay on.
+        """
+        if not (self.config.evaluation.baseline and self.config.task.evaluate):
             return {}
         path = self.folder.path / "baseline.json"
         stored: dict[str, float] | None = read_json(path)
         if stored is None:
             console.say(f"measuring the untuned base on {len(self.measurer.rows):,} held-out rows")
-            stored = self.measurer.measure(base, answers=self._wanted_answers).metrics
+            training = self.config.task.name is TaskName.train
+            part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
+            switched_off = isinstance(model, PeftModel) and not part_of_base
+            with model.disable_adapter() if switched_off else contextlib.nullcontext():
+                stored = self.measurer.measure(model, answers=self._wanted_answers).metrics
             write_json(path, stored)
         return stored
 
@@ -297,7 +303,11 @@ class Run:
         )
 
         def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
-            shown = self.config.evaluation.show_predictions if self.config.tracking.backend is not TrackingBackend.none else 0
+            shown = (
+                self.config.evaluation.show_predictions
+                if self.config.tracking.backend is not TrackingBackend.none
+                else 0
+            )
             measured = self.measurer.measure(current, answers=shown)
             tracker.log_predictions(measured.predictions, step=step)
             return {name: measured.metrics[name] for name in ("loss", "perplexity")}
@@ -336,41 +346,35 @@ class Run:
 
     def _prepare_task(self) -> PreTrainedModel:
         self.folder.create()
-        self.adapter_place  # noqa: B018 - a wrong adapter must fail before anything is loaded
-        model = self._load_trained(self.load_base())
+        model = self.load_trained()
         console.start_screen(list(self._facts(model).items()))
         return model
 
     @cached_property
-    def adapter_place(self) -> tuple[Path | None, Path | None]:
+    def trained(self) -> tuple[Path | None, Path | None]:
         """The (adapter, fully finetuned model) that `task.adapter` or this folder holds; (None, None): the base."""
         wanted = self.config.task.adapter
         if wanted == "none":
             return None, None
-        place = Path(wanted) if wanted is not None else self.folder.path
+        place = Path(wanted).expanduser() if wanted is not None else self.folder.path
+        if not place.is_dir():
+            siblings = [str(path) for path in place.parent.glob("*/")]
+            raise ConfigError(f"task.adapter={wanted}: no such folder{did_you_mean(str(place), siblings)}")
         found = find_adapter(place)
         if found == (None, None):
-            if wanted is not None and not place.is_dir():
-                raise ConfigError(f"task.adapter={wanted}: no such folder")
             raise ConfigError(
-                f"task.adapter={wanted or 'null'}: {place} holds no adapter; give task.adapter=FOLDER of an adapter or of a "
-                "finished run, or task.adapter=none for the untuned base"
+                f"task.adapter={wanted or 'null'}: {place} holds no adapter; give task.adapter=FOLDER of an adapter "
+                "or of a finished run, or task.adapter=none for the untuned base"
             )
         return found
 
-    def _load_trained(self, base: PreTrainedModel) -> PreTrainedModel:
-        adapter, full = self.adapter_place
+    def load_trained(self) -> PreTrainedModel:
+        """Loads what `task.adapter` names: the base with an adapter, a fully finetuned model, or the bare base."""
+        adapter, full = self.trained
         if adapter is not None:
-            return adapters.load_adapter(base, adapter, self.config.model.name)
-        if full is not None:
-            return loading.load_base(
-                self.config.model,
-                self.config.quantization,
-                placement=self.placement,
-                model_config=self.model_config,
-                folder=full,
-            )
-        return base
+            adapters.check_adapter_folder(adapter)
+            return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
+        return self._load(full) if full is not None else self.load_base()
 
     # Reports
 
@@ -388,8 +392,7 @@ class Run:
         facts = {
             "model": f"{config.model.name}: {count.total / 1e6:,.1f} M parameters",
             "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
-            "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
-            f"{report.trained_tokens:,} trained on), {report.eval_rows:,} held out",
+            "data": f"{report.name}: {report.eval_rows:,} held-out rows",
             "device": str(self.placement),
             "folder": str(self.folder.path),
         }
@@ -398,6 +401,8 @@ class Run:
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
             world = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
             facts |= {
+                "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
+                f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
                 "training": f"{adapter}: {count}",
                 "batch": f"{micro} x {steps} accumulated x {world} process{'es' if world > 1 else ''} "
                 f"= {micro * steps * world} rows a step",
@@ -406,25 +411,28 @@ class Run:
             }
         return facts
 
-    def _write_result(self, task: str, summary: dict[str, float], measured: Measurement) -> dict[str, Any]:
+    def _write_result(self, task: str, summary: dict[str, float], answers: list[dict[str, Any]]) -> dict[str, Any]:
+        if answers:
+            write_lines(self.folder.predictions, answers)
         objective = self.config.objective
-        paths = {
+        places = {
             "adapter": self.folder.adapter,
             "model": self.folder.model,
             "predictions": self.folder.predictions,
             "loss": self.folder.path / "loss.png",
             "config": self.folder.config,
+            "card": self.folder.path / "README.md",
         }
-        result = {
+        paths = {name: str(path) for name, path in places.items() if path.exists()}
+        result: dict[str, Any] = {
             "status": "finished",
             "task": task,
             "objective": summary.get(objective) if objective else None,
             "metrics": summary,
-            "paths": {name: str(path) for name, path in paths.items() if path.exists()},
+            "paths": paths,
         }
-        write_json(self.folder.path / "metrics.json", summary)
         if task == "train":
-            write_model_card(
+            card = write_model_card(
                 self.folder.path,
                 config=self.config,
                 result=result,
@@ -433,6 +441,8 @@ class Run:
                 compute_dtype=str(self.placement.compute).removeprefix("torch."),
                 example_prompt=self.measurer.rows[0]["prompt"],
             )
+            paths["card"] = str(card)
+        write_json(self.folder.path / "metrics.json", summary)
         write_json(self.folder.result(task), result)
         return result
 

@@ -157,11 +157,18 @@ class ArchitectureConfig:
     """Longest context, in tokens."""
     tie_word_embeddings: bool = False
     """Whether the embedding and the output layer are one matrix."""
+    rms_norm_eps: float | None = None
+    """Floor of the norms' divisor; unset: the model type's own."""
+    rope_theta: float | None = None
+    """Base of the rotary position embedding; unset: the model type's own."""
+    sliding_window: int | None = None
+    """Attention looks back so many tokens at most; unset: as the model type does by itself."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        for name in (*sizes, "max_position_embeddings"):
-            require(getattr(self, name) > 0, f"model.architecture.{name}", "be positive", getattr(self, name))
+        for name in (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.architecture.{name}", "be positive", value)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -264,7 +271,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")
-        require(self.alpha > 0, "lora.alpha", "be positive", self.alpha)
+        require(0 < self.alpha < math.inf, "lora.alpha", "be positive and finite", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "be at least 0 and below 1", self.dropout)
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
@@ -272,7 +279,7 @@ class LoraConfig:
         is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
         require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
         ratio = self.loraplus_lr_ratio
-        require(ratio is None or ratio >= 1, "lora.loraplus_lr_ratio", "be at least 1", ratio)
+        require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -311,13 +318,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("source_max_len", "target_max_len", "eval_dataset_size"):
             require(getattr(self, name) > 0, f"data.{name}", "be positive", getattr(self, name))
+        require(0 <= self.split_seed < 2**32, "data.split_seed", "lie between 0 and 4294967295", self.split_seed)
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", "be positive or null", value)
         if self.path is None:
-            raise ConfigError(
-                "data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl"
-            )
+            raise ConfigError("data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl")
         if self.format not in FORMAT_NAMES:
             raise ConfigError(
                 f"data.format={self.format!r} is unknown{did_you_mean(self.format, FORMAT_NAMES)}; "
@@ -377,29 +383,30 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"trainer.{name}", "be positive or null", value)
+            require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) > 0, f"trainer.{name}", "be positive", getattr(self, name))
         for name in ("learning_rate", "adam_epsilon"):
             value = getattr(self, name)
             require(value > 0 and math.isfinite(value), f"trainer.{name}", "be positive", value)
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
-            require(getattr(self, name) >= 0, f"trainer.{name}", "not be negative", getattr(self, name))
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
         require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ConfigError(
-                f"trainer.max_steps={self.max_steps} and trainer.num_train_epochs={self.num_train_epochs}: set "
+                f"trainer.max_steps={_shown(self.max_steps)} and trainer.num_train_epochs="
+                f"{_shown(self.num_train_epochs)}: set "
                 "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
             )
         for key, names in (("optim", OPTIMIZER_NAMES), ("lr_scheduler_type", SCHEDULER_NAMES)):
             value = getattr(self, key)
             if value not in names:
                 raise ConfigError(
-                    f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; "
-                    f"choose one of {', '.join(names)}"
+                    f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; choose one of {', '.join(names)}"
                 )
 
 
@@ -469,12 +476,15 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "num_beams", "num_beam_groups", "temperature"):
-            require(getattr(self, name) > 0, f"generation.{name}", "be positive", getattr(self, name))
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"generation.{name}", "be positive", value)
         for name in ("top_k", "no_repeat_ngram_size", "diversity_penalty"):
             require(getattr(self, name) >= 0, f"generation.{name}", "not be negative", getattr(self, name))
         for name in ("top_p", "typical_p"):
             require(0 < getattr(self, name) <= 1, f"generation.{name}", "be in (0, 1]", getattr(self, name))
-        require(self.repetition_penalty > 0, "generation.repetition_penalty", "be positive", self.repetition_penalty)
+        penalty, alpha = self.repetition_penalty, self.penalty_alpha
+        require(0 < penalty < math.inf, "generation.repetition_penalty", "be positive", penalty)
+        require(alpha is None or alpha >= 0, "generation.penalty_alpha", "not be negative", alpha)
         low = self.min_new_tokens
         require(low is None or 0 <= low <= self.max_new_tokens, "generation.min_new_tokens", "be null or lie between 0 "
                 "and generation.max_new_tokens", low)  # fmt: skip
@@ -534,19 +544,20 @@ class Config:
             )
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
-        if self.model.init is Init.random and self.task.name is not TaskName.train:
-            raise ConfigError(
-                f"model.init=random makes no sense with task={self.task.name.value}; set "
-                "model.name=FOLDER of a trained model and model.init=pretrained"
-            )
         if self.lora.enabled is False and self.model.device_map is not None:
-            raise ConfigError("model.device_map with lora=none: full finetuning needs the model on one device; unset it")
+            raise ConfigError(
+                "model.device_map with lora=none: full finetuning needs the model on one device; unset it"
+            )
         known = known_metrics(self.evaluation.metrics)
         if self.objective is not None and self.objective not in known:
             raise ConfigError(
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def known_metrics(generated: list[str]) -> list[str]:

@@ -36,4 +36,4 @@ def _import(name: str) -> Metric:
         ) from error
     if not callable(found):
         raise ConfigError(f"evaluation.metrics: {name!r} is no function")
-    return found  # type: ignore[no-any-return]
+    return found

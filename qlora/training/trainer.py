@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora.schema import TrainerConfig
@@ -86,6 +94,8 @@ class QLoraTrainer(Trainer):
         loraplus_lr_ratio: float | None,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self.control: TrainerControl
+        self.optimizer: torch.optim.Optimizer | None
         self.measure, self.loraplus_lr_ratio = measure, loraplus_lr_ratio
         self.measuring_seconds = 0.0
         super().__init__(

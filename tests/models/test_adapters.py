@@ -93,7 +93,9 @@ def test_target_modules_take_names_and_patterns(base_folder: Path) -> None:
 
 def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder: Path) -> None:
     _, base = load(base_folder, "quantization=fp32")
-    with pytest.raises(ConfigError, match=r"\['q_prj'\] match no linear layer; .did you mean q_proj\?.; the model has") as e:
+    with pytest.raises(
+        ConfigError, match=r"\['q_prj'\] match no linear layer; .did you mean q_proj\?.; the model has"
+    ) as e:
         adapters.find_target_modules(["q_prj", "v_proj"], base)
     assert "'gate_proj'" in str(e.value)
 
@@ -173,7 +175,7 @@ def test_an_adapter_of_another_base_is_refused_with_its_own_base_named(base_fold
     other = LlamaForCausalLM(LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=100,
     ))  # fmt: skip
-    with pytest.raises(ConfigError, match="does not fit model.name=other: it was trained on .*base"):
+    with pytest.raises(ConfigError, match=r"does not fit model.name=other: it was trained on .*base"):
         adapters.load_adapter(other, tmp_path / "adapter", "other")
 
 
@@ -199,4 +201,7 @@ def test_frozen_base_weights_do_not_move(base_folder: Path) -> None:
     gradients(model)
     optimizer.step()
     after = model.get_base_model().state_dict()
-    assert all(torch.equal(value, after.get(key, after.get(key.replace(".weight", ".base_layer.weight")))) for key, value in before.items())
+    assert all(
+        torch.equal(value, after.get(key, after.get(key.replace(".weight", ".base_layer.weight"))))
+        for key, value in before.items()
+    )
