@@ -39,14 +39,14 @@ HELD_OUT_PAIRS: Final = ANTONYMS[::4]
 HELD_OUT_WORDS: Final = tuple(word for words in CATEGORIES.values() for word in words[1::3])
 
 TRAIN_COUNTS: Final = {
-    "fact": 900,
-    **dict.fromkeys(templates.LISTS, 210),
+    "fact": 1500,
+    **dict.fromkeys(templates.LISTS, 100),
     "antonym": 252,
     "category": 192,
     "next": 60,
     "previous": 56,
-    "add": 220,
-    "subtract": 220,
+    "add": 350,
+    "subtract": 350,
 }
 EVAL_COUNTS: Final = {
     "fact": 100,

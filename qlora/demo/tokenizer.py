@@ -17,8 +17,8 @@ VOCABULARY_SIZE: Final = 1536
 SPECIAL_TOKENS: Final = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT_LENGTH: Final = 256
 
-FIXED_TEXTS: Final = (PREAMBLE, PREAMBLE_WITH_INPUT, "### Instruction:", "### Input:", "### Response:")
-"""What stands in every Alpaca prompt is one token each: they are half of a prompt, and say nothing."""
+FIXED_TEXTS: Final = (PREAMBLE, PREAMBLE_WITH_INPUT)
+"""The sentences that open every Alpaca prompt are one token each: they are half of a prompt, and say nothing."""
 
 
 def build_tokenizer(document_count: int = 6000) -> "PreTrainedTokenizerFast":

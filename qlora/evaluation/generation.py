@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -52,7 +53,8 @@ def generate(
     for start in range(0, len(order), config.batch_size):
         indices = order[start : start + config.batch_size]
         inputs = left_pad([prompts[index] for index in indices], pad_token_id, device)
-        output = model.generate(**inputs, generation_config=settings, **extra)
+        with own_settings_aside(model):
+            output = model.generate(**inputs, generation_config=settings, **extra)
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
         answers.update({index: _answer(ids, end_ids, tokenizer) for index, ids in zip(indices, new, strict=True)})
         if on_progress is not None:
@@ -76,7 +78,7 @@ def end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list[int]) -> HFGenerationConfig:
-    """Returns transformers' settings; every option is set, so that a model's own sampling defaults stay out."""
+    """Returns transformers' settings without those that the chosen search does not read."""
     options = asdict(config)
     del options["batch_size"]
     if not config.do_sample:  # these are read by sampling only, and transformers warns of them otherwise
@@ -87,6 +89,17 @@ def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list
     if config.num_beams == 1:
         del options["length_penalty"]
     return HFGenerationConfig(**options, pad_token_id=pad_token_id, eos_token_id=end_ids or None)
+
+
+@contextlib.contextmanager
+def own_settings_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Hides a model's own generation config, from which transformers fills every option that is not set."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, base.generation_config = base.generation_config, HFGenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = kept
 
 
 def community_code(config: GenerationConfig) -> dict[str, object]:

@@ -64,7 +64,7 @@ def add_lora(
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=_PEFT_INIT[config.init],
-        trainable_token_indices=new_token_ids or None,
+        trainable_token_indices=_rows_to_train(model, new_token_ids),
     )
     try:
         adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
@@ -77,6 +77,16 @@ def add_lora(
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
     return adapted
+
+
+def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
+    """Returns the rows of new tokens by matrix: of the embedding and, where it is a matrix of its own, the output."""
+    if not new_token_ids:
+        return None
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    matrices = [embedding] if output is None or output.weight is embedding.weight else [embedding, output]
+    names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
+    return {name: sorted(set(new_token_ids)) for name in names}
 
 
 # LoftQ as PEFT inits it would replace the base weights; `correct_quantization` leaves them alone.
@@ -205,7 +215,11 @@ def save_adapter(
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, path_initial_model_for_weight_conversion=str(initial) if initial else None)
+    model.save_pretrained(
+        partial,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
+        save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
+    )
     tokenizer.save_pretrained(partial)
     verify_adapter(partial, model)
     shutil.rmtree(folder, ignore_errors=True)

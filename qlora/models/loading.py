@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -16,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, did_you_mean
 from qlora.models.device import Placement
 from qlora.models.files import check_model_folder, is_local, locate
 from qlora.models.tokenizer import hub_error
@@ -37,9 +39,10 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Returns transformers' config object for `model.init=random`, with the tokenizer's special ids."""
-    from dataclasses import asdict
+    """Returns transformers' config object for `model.init=random`, with the tokenizer's special ids.
 
+    Raises `ConfigError` for a field of `model.architecture` that the model type does not have.
+    """
     assert config.architecture is not None
     shape = {key: value for key, value in asdict(config.architecture).items() if value is not None}
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
@@ -48,10 +51,36 @@ def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
             f"model.architecture.vocab_size={shape['vocab_size']} is too small for the tokenizer's "
             f"{len(tokenizer)} tokens; raise it or choose another model.tokenizer"
         )
-    try:
-        return AutoConfig.for_model(shape.pop("model_type"), **shape, **ids)
-    except ValueError as error:
-        raise ConfigError(f"model.architecture.model_type: {error}") from error
+    model_type, rope_theta = shape.pop("model_type"), shape.pop("rope_theta", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.architecture.model_type={model_type!r} is unknown to transformers"
+            f"{did_you_mean(model_type, CONFIG_MAPPING)}; give its name of the architecture, e.g. llama"
+        )
+    own = CONFIG_MAPPING[model_type]().to_dict()
+    if "sliding_window" in shape and "use_sliding_window" in own:  # Qwen: off, and above some layers only
+        shape |= {"use_sliding_window": True, "max_window_layers": 0}
+    drawn = AutoConfig.for_model(model_type, **shape, **ids)
+    for name, value in shape.items():
+        there = name in own or name in drawn.attribute_map
+        if not there or getattr(drawn, name) != value:
+            raise ConfigError(
+                f"model.architecture.{name}={value}: {model_type} has no such setting; leave it out or set it to null"
+            )
+    if rope_theta is not None:
+        _set_rope_theta(drawn, rope_theta)
+    return drawn
+
+
+def _set_rope_theta(config: Any, theta: float) -> None:
+    """Sets the base of the rotary embedding, in global attention where a model has two kinds (Gemma 3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope:
+        raise ConfigError(
+            f"model.architecture.rope_theta={theta:g}: {config.model_type} has no rotary embedding; set it to null"
+        )
+    rope["rope_theta"] = theta
 
 
 def draw_model(
@@ -93,7 +122,7 @@ def load_base(
             place,
             dtype=placement.weights,
             device_map=_device_map(config, placement),
-            max_memory=_max_memory(config),
+            max_memory=_max_memory(config, placement),
             **options,
         )
     except OSError as error:
@@ -131,9 +160,19 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grows the embeddings for `model.new_tokens` if the matrix has no spare rows; new rows start at the mean."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    """Grows the embeddings for `model.new_tokens` if the matrix has no spare rows; new rows are the mean of the old.
+
+    transformers would draw them around the mean, each time a model is loaded differently.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+    model.requires_grad_(False)
 
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:
@@ -145,13 +184,16 @@ def _hub_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _device_map(config: ModelConfig, placement: Placement) -> Any:
-    return config.device_map or {"": placement.device}
+    """Returns how accelerate places the layers; a limit (`max_memory`) is read with a map by name only."""
+    if placement.device.type == "cpu" or not (config.device_map or config.max_memory):
+        return {"": placement.device}
+    return config.device_map or "auto"
 
 
-def _max_memory(config: ModelConfig) -> dict[int | str, str] | None:
-    if config.max_memory is None:
+def _max_memory(config: ModelConfig, placement: Placement) -> dict[int, str] | None:
+    if config.max_memory is None or placement.device.type == "cpu":
         return None
-    return dict.fromkeys(range(torch.cuda.device_count()), config.max_memory)
+    return dict.fromkeys(range(getattr(torch, placement.device.type).device_count()), config.max_memory)
 
 
 def _check_stored_quantization(config: ModelConfig, quantization: QuantizationConfig, stored: Any) -> None:

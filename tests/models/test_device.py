@@ -1,0 +1,69 @@
+"""Devices and precision: what `auto` means, and what a missing device is answered with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models.device import Placement, computes_bf16, find_device, place
+from qlora.schema import Device, QuantizationConfig
+
+CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="there is a GPU")
+
+
+def quantization(*overrides: str) -> QuantizationConfig:
+    return compose(overrides).quantization
+
+
+def test_cpu_is_always_there() -> None:
+    assert find_device(Device.cpu) == CPU
+
+
+@NO_GPU
+def test_auto_falls_to_the_cpu_without_an_accelerator() -> None:
+    assert find_device(Device.auto) == CPU
+
+
+@NO_GPU
+@pytest.mark.parametrize("wanted", [Device.cuda, Device.xpu])
+def test_a_missing_device_is_refused_with_what_is_there(wanted: Device) -> None:
+    with pytest.raises(ConfigError, match=rf"device={wanted.value}: torch .* only cpu; use device=auto"):
+        find_device(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_a_compute_dtype_that_is_named_is_taken(name: str, dtype: torch.dtype) -> None:
+    placement = place(quantization("quantization=nf4", f"quantization.compute_dtype={name}"), CPU)
+    assert (placement.compute, placement.weights) == (dtype, dtype)
+
+
+def test_auto_computes_in_bf16_only_where_the_cpu_does() -> None:
+    expected = torch.bfloat16 if computes_bf16(CPU) else torch.float32
+    assert place(quantization("quantization=nf4"), CPU).compute is expected
+
+
+def test_16_bit_weights_stay_16_bit_on_any_cpu() -> None:
+    assert place(quantization("quantization=none"), CPU).weights is torch.bfloat16
+
+
+def test_32_bit_weights_stay_32_bit_whatever_is_computed_in() -> None:
+    placement = place(quantization("quantization=fp32", "quantization.compute_dtype=bf16"), CPU)
+    assert (placement.compute, placement.weights) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrix_products_run_in_the_compute_dtype(dtype: torch.dtype) -> None:
+    layer = torch.nn.Linear(4, 4)
+    with Placement(CPU, dtype, torch.float32).autocast():
+        assert layer(torch.ones(1, 4)).dtype is dtype
+    assert layer(torch.ones(1, 4)).dtype is torch.float32
+
+
+def test_a_placement_reads_as_a_sentence() -> None:
+    text = str(Placement(CPU, torch.bfloat16, torch.bfloat16))
+    assert text == f"CPU ({torch.get_num_threads()} threads), computing in bfloat16"

@@ -1,0 +1,262 @@
+"""Loading: every precision, stored 4-bit checkpoints, placement, and models drawn from a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models import loading
+from qlora.models.device import Placement, find_device, place
+from qlora.models.tokenizer import load_tokenizer
+from qlora.schema import Config
+
+IDS = torch.arange(3, 35)[None]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 64 x 2 with random weights, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1600,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, *overrides: str) -> torch.nn.Module:
+    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "device=cpu", *overrides])
+    return loading.load_base(
+        config.model,
+        config.quantization,
+        placement=place(config.quantization, find_device(config.device)),
+        model_config=loading.load_model_config(config.model),
+    )
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "dtype"),
+    [
+        (["quantization=nf4"], bnb.nn.Linear4bit, torch.uint8),
+        (["quantization=fp4"], bnb.nn.Linear4bit, torch.uint8),
+        (["quantization=int8"], bnb.nn.Linear8bitLt, torch.int8),
+        (["quantization=none"], torch.nn.Linear, torch.bfloat16),
+        (["quantization=none", "quantization.compute_dtype=fp16"], torch.nn.Linear, torch.float16),
+        (["quantization=fp32"], torch.nn.Linear, torch.float32),
+    ],
+)
+def test_weights_are_stored_in_the_bits_asked_for(
+    base_folder: Path, overrides: list[str], kind: type, dtype: torch.dtype
+) -> None:
+    model = load(base_folder, *overrides)
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert len(layers) == 14
+    assert all(type(layer) is kind and layer.weight.dtype is dtype for layer in layers)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_4bit_weights_have_the_type_and_nesting_asked_for(base_folder: Path, quant_type: str, double: bool) -> None:
+    model = load(base_folder, f"quantization={quant_type}", f"quantization.double_quant={str(double).lower()}")
+    states = [module.weight.quant_state for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert {(state.quant_type, state.nested) for state in states} == {(quant_type, double)}
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_4bit_layer_computes_in_compute_dtype(base_folder: Path, dtype: str, expected: torch.dtype) -> None:
+    model = load(base_folder, "quantization=nf4", f"quantization.compute_dtype={dtype}")
+    assert {m.compute_dtype for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)} == {expected}
+    assert model.get_input_embeddings().weight.dtype is expected
+
+
+def test_the_int8_threshold_reaches_every_layer(base_folder: Path) -> None:
+    model = load(base_folder, "quantization=int8", "quantization.int8_threshold=3.5")
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    assert {layer.state.threshold for layer in layers} == {3.5}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none", "fp32"])
+def test_a_loaded_base_is_frozen(base_folder: Path, quantization: str) -> None:
+    assert not any(p.requires_grad for p in load(base_folder, f"quantization={quantization}").parameters())
+
+
+def test_attention_is_computed_by_the_implementation_asked_for(base_folder: Path) -> None:
+    eager = load(base_folder, "quantization=fp32", "model.attn_implementation=eager")
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(eager), logits(load(base_folder, "quantization=fp32")))
+
+
+@pytest.fixture(scope="module")
+def stored(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama as transformers saves it in nf4 with double quantization."""
+    folder = tmp_path_factory.mktemp("stored")
+    load(base_folder, "quantization=nf4").save_pretrained(folder)
+    return folder
+
+
+def test_a_stored_4bit_checkpoint_gives_equal_logits(base_folder: Path, stored: Path) -> None:
+    again = load(stored, "quantization=nf4")
+    assert any(isinstance(module, bnb.nn.Linear4bit) for module in again.modules())
+    assert torch.equal(logits(again), logits(load(base_folder, "quantization=nf4")))
+
+
+def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(stored: Path) -> None:
+    model = load(stored, "quantization=nf4", "quantization.compute_dtype=bf16")
+    assert {m.compute_dtype for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)} == {torch.bfloat16}
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "overrides", [["quantization=none"], ["quantization=fp4"], ["quantization.double_quant=false"]]
+)
+def test_a_stored_checkpoint_in_other_bits_says_what_to_set(stored: Path, overrides: list[str]) -> None:
+    remedy = "set quantization.bits=4 quantization.quant_type=nf4 quantization.double_quant=true"
+    with pytest.raises(ConfigError, match=rf"is stored in 4 bits \(nf4, double-quantized\), but .*; {remedy}"):
+        load(stored, *overrides)
+    bits = remedy.removeprefix("set ").split()
+    load(stored, *overrides, *bits)
+
+
+@pytest.mark.parametrize("overrides", [["device_map=auto"], ["max_memory=1GiB"], []])
+def test_a_cpu_run_keeps_the_whole_model_on_the_cpu(base_folder: Path, overrides: list[str]) -> None:
+    model = load(base_folder, "quantization=fp32", *[f"model.{text}" for text in overrides])
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_memory_limit_lets_accelerate_spread_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = Placement(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
+    unlimited, limited = compose([]).model, compose(["model.max_memory=40GiB"]).model
+    assert loading._device_map(unlimited, gpu) == {"": gpu.device}
+    assert loading._max_memory(unlimited, gpu) is None
+    assert loading._device_map(limited, gpu) == "auto"
+    assert loading._max_memory(limited, gpu) == {0: "40GiB", 1: "40GiB"}
+    assert loading._device_map(compose(["model.device_map=balanced"]).model, gpu) == "balanced"
+
+
+def architecture(**fields: object) -> Config:
+    shape = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1700, "max_position_embeddings": 64,
+        "tie_word_embeddings": "false",
+    } | fields  # fmt: skip
+    values = [f"model.architecture.{name}={value}" for name, value in shape.items()]
+    return compose(["model.init=random", "model.tokenizer=tiny", "quantization=fp32", *values])
+
+
+def draw(config: Config, folder: Path, seed: int = 0) -> torch.nn.Module:
+    placement = place(config.quantization, torch.device("cpu"))
+    loading.draw_model(config.model, load_tokenizer(config.model), folder, placement, seed)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_model_is_drawn_in_exactly_the_shape_asked_for(tmp_path: Path) -> None:
+    model = draw(architecture(), tmp_path)
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    assert weight.shape == (64, 32)
+    assert model.model.layers[1].self_attn.k_proj.weight.shape == (16, 32)
+    assert model.model.embed_tokens.weight.shape == model.lm_head.weight.shape == (1700, 32)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert len(model.model.layers) == 2
+    tokenizer = load_tokenizer(architecture().model)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def test_equal_seeds_draw_equal_models(tmp_path: Path) -> None:
+    first, second, other = (
+        draw(architecture(), tmp_path / name, seed).state_dict() for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gpt_neox", "gemma3_text", "phi3"])
+def test_rope_theta_arrives_in_every_family(model_type: str) -> None:
+    extra = {"num_key_value_heads": "null"} if model_type == "gpt_neox" else {}
+    config = architecture(model_type=model_type, rope_theta=500000, **extra)
+    drawn = loading.draw_model_config(config.model, load_tokenizer(config.model))
+    rope = drawn.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == 500000
+
+
+def test_rope_theta_turns_the_drawn_models_frequencies(tmp_path: Path) -> None:
+    plain, wide = draw(architecture(), tmp_path / "a"), draw(architecture(rope_theta=500000), tmp_path / "b")
+    ratio = plain.model.rotary_emb.inv_freq / wide.model.rotary_emb.inv_freq
+    assert ratio[0] == 1
+    assert ratio[4] == pytest.approx(50**0.5)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_forgets_what_lies_further_back(model_type: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = architecture(model_type=model_type, sliding_window=4, num_hidden_layers=1)
+    drawn = loading.draw_model_config(config.model, load_tokenizer(config.model))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(drawn)
+    other = IDS.clone()
+    other[0, 0] += 1
+    with torch.no_grad():
+        before, after = model(input_ids=IDS).logits, model(input_ids=other).logits
+    assert not torch.equal(before[0, 3], after[0, 3])
+    assert torch.equal(before[0, 4:], after[0, 4:])
+
+
+def test_the_norms_floor_arrives() -> None:
+    config = architecture(rms_norm_eps=1e-3)
+    assert loading.draw_model_config(config.model, load_tokenizer(config.model)).rms_norm_eps == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": 8}, r"sliding_window=8: llama has no such setting; leave it out"),
+        ({"model_type": "gpt_neox", "num_key_value_heads": 1}, r"num_key_value_heads=1: gpt_neox has no such setting"),
+        ({"model_type": "gpt2", "rope_theta": 10000, "num_key_value_heads": "null", "intermediate_size": 64}, "gpt2"),
+        ({"model_type": "lama"}, r"model_type='lama' is unknown to transformers \(did you mean llama\?\)"),
+        ({"vocab_size": 100}, r"vocab_size=100 is too small for the tokenizer's \d+ tokens; raise it"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_names_its_field(fields: dict[str, object], message: str) -> None:
+    config = architecture(**fields)
+    with pytest.raises(ConfigError, match=rf"model\.architecture\..*{message}"):
+        loading.draw_model_config(config.model, load_tokenizer(config.model))
+
+
+def test_new_rows_are_the_mean_of_the_old_and_equal_each_time(base_folder: Path) -> None:
+    tokens = ",".join(f"'<t{number}>'" for number in range(200))
+    config = compose([f"model.name={base_folder}", "model.tokenizer=tiny", f"model.new_tokens=[{tokens}]"])
+    tokenizer = load_tokenizer(config.model)
+    assert len(tokenizer) > 1600
+    model = load(base_folder, "quantization=fp32")
+    old = model.lm_head.weight.clone()
+    loading.resize_embeddings(model, tokenizer)
+    assert model.lm_head.weight.shape == (len(tokenizer), 64)
+    assert torch.equal(model.lm_head.weight[:1600], old)
+    torch.testing.assert_close(model.lm_head.weight[1600:], old.mean(0).expand(len(tokenizer) - 1600, 64))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_spare_rows_are_used_before_the_embeddings_grow(base_folder: Path) -> None:
+    config = compose([f"model.name={base_folder}", "model.tokenizer=tiny", "model.new_tokens=['<a>']"])
+    model = load(base_folder, "quantization=fp32")
+    loading.resize_embeddings(model, load_tokenizer(config.model))
+    assert model.get_input_embeddings().weight.shape[0] == 1600
+
+
+def test_a_revision_does_not_hinder_a_local_folder(base_folder: Path) -> None:
+    load(base_folder, "quantization=fp32", "model.revision=v1.0")

@@ -1,0 +1,106 @@
+"""The command line as a user types it: runs, sweeps, resumes and stops with one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUICK = [
+    *("lora.r=4", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=null"),
+    *("trainer.lr_scheduler_kwargs.num_decay_steps=1", "trainer.warmup_steps=0", "trainer.logging_steps=1"),
+    *("data.max_eval_samples=4", "data.max_train_samples=16", "generation.max_new_tokens=4"),
+]
+
+
+def qlora(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m qlora` in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "qlora", *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Path) -> None:
+    done = qlora(tmp_path, "name=mine", *QUICK)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "runs" / "mine"
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    for words in ("nf4 + double quantization", "LoRA r=4", "held out", "before", "after", "exact match", "task=predict"):
+        assert words in done.stdout
+    assert done.stderr == ""
+    again = qlora(tmp_path, "name=mine", *QUICK)
+    assert "finished already" in again.stdout
+    assert "step 1/2" in (folder / "train.log").read_text()
+
+
+def test_a_sweep_runs_in_one_process_and_writes_a_line_a_job(tmp_path: Path) -> None:
+    done = qlora(tmp_path, "-m", "name=grid", "lora.r=2,4", "quantization=nf4,none", *QUICK[1:])
+    assert done.returncode == 0, done.stderr
+    sweep = tmp_path / "outputs" / "sweeps" / "grid"
+    lines = [json.loads(line) for line in (sweep / "sweep.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["finished"] * 4
+    assert {tuple(line["overrides"][1:3]) for line in lines} == {
+        (f"lora.r={r}", f"quantization={name}") for r in (2, 4) for name in ("nf4", "none")
+    }
+    for line in lines:
+        stored = json.loads((sweep / line["job"] / "result.json").read_text())
+        assert line["objective"] == stored["metrics"]["eval_loss"]
+
+
+def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    modules = "lora.target_modules=[q_proj],[nope],[v_proj]"
+    done = qlora(tmp_path, "-m", "name=part", modules, "evaluation=loss", *QUICK)
+    assert done.returncode == 1
+    lines = (tmp_path / "outputs" / "sweeps" / "part" / "sweep.jsonl").read_text().splitlines()
+    assert [json.loads(line)["status"] for line in lines] == ["finished", "failed", "finished"]
+    assert "['nope'] match no linear layer" in json.loads(lines[1])["error"]
+
+
+def test_a_bad_value_anywhere_in_a_sweep_stops_it_before_the_first_job(tmp_path: Path) -> None:
+    done = qlora(tmp_path, "-m", "lora.r=8,16,-1", *QUICK[1:])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: lora.r must be positive, got -1")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["lora.rnak=3"], ["+lora.rnak=3"], ["++lora.rnak=3"]])
+def test_a_typo_ends_in_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    done = qlora(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown key 'lora.rnak' (did you mean lora.r?)")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_flag_of_the_original_script_is_answered_with_our_key(tmp_path: Path) -> None:
+    done = qlora(tmp_path, "--lora_r", "8")
+    assert done.returncode == 1
+    assert "lora.r" in done.stderr
+
+
+def test_a_mistake_found_in_the_job_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    done = qlora(tmp_path, "data=local", "data.path=row.jsonl")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "did you mean" in done.stderr
+    assert "rows.jsonl" in done.stderr
+    full = qlora(tmp_path, "data=local", "data.path=row.jsonl", HYDRA_FULL_ERROR="1")
+    assert "Traceback" in full.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = qlora(tmp_path, f"hydra.run.dir={tmp_path}/file/run")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written (Not a directory); choose another folder with hydra.run.dir=FOLDER" in done.stderr

@@ -1,0 +1,250 @@
+"""Whole runs on the embedded model: what they write, that they resume exactly, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.compose import compose, config_to_dict, read_config
+from qlora.errors import ConfigError
+from qlora.run import Run
+
+QUICK = [
+    "lora.r=4",
+    "trainer.max_steps=6",
+    "trainer.per_device_train_batch_size=4",
+    "trainer.logging_steps=1",
+    "trainer.eval_steps=3",
+    "trainer.lr_scheduler_kwargs.num_decay_steps=2",
+    "trainer.warmup_steps=1",
+    "data.max_eval_samples=8",
+    "data.max_train_samples=64",
+    "generation.max_new_tokens=4",
+]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    return Run(compose([*QUICK, *overrides]), folder, overrides=[*QUICK, *overrides]).execute()
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(folder)
+    return folder
+
+
+def test_a_run_writes_what_it_promises(finished: Path) -> None:
+    names = "result.json metrics.json manifest.json config.yaml loss.png README.md predictions.jsonl history.json"
+    assert not [name for name in names.split() if not (finished / name).is_file()]
+    result = json.loads((finished / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["objective"] == result["metrics"]["eval_loss"]
+    promised = {
+        *("eval_loss", "eval_perplexity", "eval_exact_match", "base_eval_loss", "base_eval_exact_match"),
+        *("train_loss", "train_tokens_per_second", "train_runtime", "peak_memory_gb"),
+    }
+    assert promised <= result["metrics"].keys()
+    assert all(Path(path).exists() for path in result["paths"].values())
+    assert json.loads((finished / "metrics.json").read_text()) == result["metrics"]
+
+
+def test_the_manifest_tells_versions_hardware_and_data(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["config"] == config_to_dict(compose(QUICK))
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["data"]["train_rows"] == 64
+    assert len(manifest["data"]["fingerprint"]) == 16
+
+
+def test_the_stored_config_is_the_resolved_one(finished: Path) -> None:
+    assert read_config(finished / "config.yaml") == config_to_dict(compose(QUICK))
+
+
+def test_loss_is_measured_at_each_evaluation_and_falls(finished: Path) -> None:
+    history = json.loads((finished / "history.json").read_text())
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+
+
+def test_a_finished_run_returns_its_stored_result(finished: Path) -> None:
+    before = (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert run(finished) == json.loads((finished / "result.json").read_text())
+    assert (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_config_in_the_same_folder_is_refused_by_key(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"another config; changed:\n  lora.dropout: 0.0 -> 0.5\n  seed: 0 -> 3\n"):
+        run(finished, "seed=3", "lora.dropout=0.5")
+
+
+def test_the_same_seed_draws_and_trains_the_same_adapter(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "again")
+    run(tmp_path / "other", "seed=1")
+    assert same(adapter(finished), adapter(tmp_path / "again"))
+    assert not same(adapter(finished), adapter(tmp_path / "other"))
+
+
+STOP = """
+from transformers import TrainerCallback
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+"""
+
+
+def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stop_at.py").write_text(STOP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["trainer.save_steps=2", "lora.dropout=0.1"]
+    node = "+callbacks.stop={_target_:stop_at.StopAt,step:%d}"
+    run(tmp_path / "whole", *options, node % 99)
+    with pytest.raises(KeyboardInterrupt):
+        Run(compose([*QUICK, *options, node % 5]), tmp_path / "cut").execute()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    config = (tmp_path / "cut" / "config.yaml").read_text().replace("step: 5", "step: 99")
+    (tmp_path / "cut" / "config.yaml").write_text(config)
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-4" / "rest").touch()
+    half_written = tmp_path / "cut" / "checkpoints" / "checkpoint-5"
+    half_written.mkdir()
+    run(tmp_path / "cut", *options, node % 99)
+    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-4" / "rest").exists(), "resumed, not started anew"
+    assert not half_written.exists()
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
+
+
+def test_a_later_evaluation_measures_what_training_measured(finished: Path, tmp_path: Path) -> None:
+    trained = json.loads((finished / "metrics.json").read_text())
+    metrics = run(tmp_path / "evaluated", "task=evaluate", f"task.adapter={finished}")["metrics"]
+    for name in ("eval_loss", "base_eval_loss", "eval_exact_match"):
+        assert metrics[name] == pytest.approx(trained[name], rel=1e-5)
+    bare = run(tmp_path / "bare", "task=evaluate", "task.adapter=none")["metrics"]
+    assert bare["eval_loss"] == pytest.approx(trained["base_eval_loss"], rel=1e-5)
+
+
+def test_a_prediction_after_training_uses_the_trained_adapter(finished: Path, tmp_path: Path) -> None:
+    result = run(tmp_path / "predicted", "task=predict", f"task.adapter={finished}")
+    rows = [json.loads(line) for line in Path(result["paths"]["predictions"]).read_text().splitlines()]
+    trained = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in trained]
+    assert {"prompt", "prediction", "reference", "finish", "prompt_tokens", "answer_tokens"} <= rows[0].keys()
+
+
+def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
+    result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
+    assert not [name for name in result["metrics"] if "eval" in name]
+    assert "predictions" not in result["paths"]
+    with pytest.raises(ConfigError, match="holds no adapter; give task.adapter=FOLDER"):
+        run(tmp_path / "only_evaluate", "task.train=false")
+    measured = run(tmp_path / "measured", "task.train=false", f"task.adapter={tmp_path / 'only_train'}")
+    assert "eval_loss" in measured["metrics"]
+    assert "train_loss" not in measured["metrics"]
+
+
+PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base, adapter, out = sys.argv[1:]
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(3, 35)[None]).logits, out)
+"""
+
+
+def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> None:
+    options = ["quantization.compute_dtype=fp32"]
+    run(tmp_path / "run", *options)
+    config = compose([*QUICK, *options, "task=evaluate", f"task.adapter={tmp_path / 'run'}"])
+    model = Run(config, tmp_path / "run").load_trained().eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(3, 35)[None]).logits
+    base = Path(sys.modules["qlora"].__file__ or "").parent / "demo" / "model"
+    arguments = [str(base), str(tmp_path / "run" / "adapter"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", PLAIN_PEFT, *arguments], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp32"])
+def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, quantization: str) -> None:
+    options = ["lora=none", f"quantization={quantization}", "trainer.max_steps=2", "trainer.eval_steps=null"]
+    result = run(tmp_path / "run", *options)
+    assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
+    options += ["task=evaluate", f"task.adapter={tmp_path / 'run'}"]
+    again = run(tmp_path / "evaluated", *options)
+    assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["fp4", "int8", "none"])
+def test_every_base_precision_trains(tmp_path: Path, quantization: str) -> None:
+    result = run(tmp_path / "run", f"quantization={quantization}", "trainer.max_steps=3", "trainer.eval_steps=null")
+    assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch", "lion_32bit"])
+def test_optimizers_train_by_their_upstream_names(tmp_path: Path, optim: str) -> None:
+    result = run(tmp_path / "run", f"trainer.optim={optim}", "trainer.eval_steps=null", "evaluation=loss")
+    assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
+
+
+def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -> None:
+    config = compose([*QUICK, "lora=loraplus", "trainer.optim=paged_adamw_8bit"])
+    parts = Run(config, tmp_path)
+    model = parts.add_adapter(parts.load_base())
+    optimizer = parts._build_trainer(model, [], None).create_optimizer()  # type: ignore[arg-type]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)].split(".")[-3]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {"lora_A": pytest.approx(2e-3), "lora_B": pytest.approx(16 * 2e-3)}
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_adapter(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", "trainer.gradient_checkpointing=true")
+    found, expected = adapter(tmp_path / "run"), adapter(finished)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_base_from_scratch_is_drawn_once_and_found_again(tmp_path: Path) -> None:
+    options = ["model.init=random", "model.tokenizer=tiny", "trainer.eval_steps=null"]
+    result = run(tmp_path / "run", *options)
+    assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
+    again = run(tmp_path / "again", *options, "task=evaluate", f"task.adapter={tmp_path / 'run'}")
+    assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-5)
+
+
+def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
+    parts = Run(compose([*QUICK, "trainer.eval_steps=null", "evaluation=loss"]), tmp_path)
+    kept: list[weakref.ref[Any]] = []
+    load = parts.load_base
+    parts.load_base = lambda: kept.append(weakref.ref(model := load())) or model  # type: ignore[method-assign]
+    parts.execute()
+    del parts, load
+    gc.collect()
+    assert [reference() for reference in kept] == [None]
