@@ -34,7 +34,15 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "runs" / "mine"
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
-    for words in ("nf4 + double quantization", "LoRA r=4", "held out", "before", "after", "exact match", "task=predict"):
+    for words in (
+        "nf4 + double quantization",
+        "LoRA r=4",
+        "held out",
+        "before",
+        "after",
+        "exact match",
+        "task=predict",
+    ):
         assert words in done.stdout
     assert done.stderr == ""
     again = qlora(tmp_path, "name=mine", *QUICK)

@@ -115,9 +115,7 @@ class StopAt(TrainerCallback):
 """
 
 
-def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stop_at.py").write_text(STOP)
     monkeypatch.syspath_prepend(str(tmp_path))
     options = ["trainer.save_steps=2", "lora.dropout=0.1"]
@@ -158,7 +156,7 @@ def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
     result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
     assert not [name for name in result["metrics"] if "eval" in name]
     assert "predictions" not in result["paths"]
-    with pytest.raises(ConfigError, match="holds no adapter; give task.adapter=FOLDER"):
+    with pytest.raises(ConfigError, match=r"holds no adapter; give task.adapter=FOLDER"):
         run(tmp_path / "only_evaluate", "task.train=false")
     measured = run(tmp_path / "measured", "task.train=false", f"task.adapter={tmp_path / 'only_train'}")
     assert "eval_loss" in measured["metrics"]
@@ -242,9 +240,14 @@ def test_a_base_from_scratch_is_drawn_once_and_found_again(tmp_path: Path) -> No
 def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.eval_steps=null", "evaluation=loss"]), tmp_path)
     kept: list[weakref.ref[Any]] = []
-    load = parts.load_base
-    parts.load_base = lambda: kept.append(weakref.ref(model := load())) or model  # type: ignore[method-assign]
+
+    def load_and_note(load: Any = parts.load_base) -> Any:
+        model = load()
+        kept.append(weakref.ref(model))
+        return model
+
+    parts.load_base = load_and_note  # type: ignore[method-assign]
     parts.execute()
-    del parts, load
+    del parts, load_and_note
     gc.collect()
     assert [reference() for reference in kept] == [None]

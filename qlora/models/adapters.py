@@ -241,6 +241,7 @@ def verify_adapter(folder: Path, model: PeftModel) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
     """Loads a saved adapter onto its base; raises `ConfigError` for one of another shape."""
     check_adapter_folder(folder)
+    _check_new_tokens(model, folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as error:
@@ -250,6 +251,18 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
             f"as model.name ({str(error).strip().splitlines()[0][:200]})"
         ) from error
     return adapted
+
+
+def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Raises `ConfigError` if an adapter trained rows of new tokens that this base does not have."""
+    trained = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or {}
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    last, rows = max((max(ids) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise ConfigError(
+            f"task.adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
+            "model.new_tokens as its training did (config.yaml of the run)"
+        )
 
 
 def check_adapter_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -131,6 +132,7 @@ def load_base(
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
     _check_is_quantized(model, config, quantization)
     keep_4bit_layout(model)
+    _set_compute_dtype(model, placement.compute)
     model.requires_grad_(False)
     model.config.use_cache = True
     return model
@@ -157,6 +159,13 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Makes a stored 4-bit checkpoint compute in this run's precision instead of the one it was saved in."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -226,10 +235,9 @@ def _describe(bits: int, quant_type: str, double_quant: bool) -> str:
 def _check_is_quantized(model: PreTrainedModel, config: ModelConfig, quantization: QuantizationConfig) -> None:
     if quantization.bits not in (4, 8):
         return
-    import bitsandbytes
-
-    kind = bitsandbytes.nn.Linear4bit if quantization.bits == 4 else bitsandbytes.nn.Linear8bitLt
+    kind = Linear4bit if quantization.bits == 4 else Linear8bitLt
     if not any(isinstance(module, kind) for module in model.modules()):
         raise ConfigError(
-            f"quantization.bits={quantization.bits}: {config.name} has no linear layers to quantize; use quantization=none"
+            f"quantization.bits={quantization.bits}: {config.name} has no linear layers to quantize; "
+            "use quantization=none"
         )

@@ -21,9 +21,9 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora.schema import TrainerConfig
+from qlora.training.sampler import LengthGroupedSampler
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +124,13 @@ class QLoraTrainer(Trainer):
         return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        """Groups by length from a plain list; the library reads a lazy column, minutes for a million rows."""
+        """Groups by length with `LengthGroupedSampler`; the library's own orders batches by length."""
         rows = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(rows)
         lengths = rows.with_format("numpy")[self.args.length_column_name][:].tolist()
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=lengths)
+        return LengthGroupedSampler(lengths, size)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer by transformers' name; with LoRA+ the B matrices get their own learning rate."""

@@ -1,0 +1,38 @@
+"""Batches of rows with about equal token counts, in random order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Yields row indices such that each run of `batch_size` has about equal lengths.
+
+    Rows are drawn at random into pools of 50 batches, each pool is sorted by length and cut into batches, and the
+    batches are shuffled. transformers' sampler leaves out the last step: its batches go from the longest rows to
+    the shortest, 50 at a time, so that the kinds of rows come in waves. The longest batch comes first, so that a
+    lack of memory shows at once.
+    """
+
+    POOL = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
+        self.lengths, self.batch_size = torch.as_tensor(lengths), batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.lengths))
+        pools = order.split(self.POOL * self.batch_size)
+        ordered = [pool[torch.argsort(self.lengths[pool], descending=True, stable=True)] for pool in pools]
+        batches = [batch for pool in ordered for batch in pool.split(self.batch_size)]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one, of the last pool
+        first = max(range(len(whole)), key=lambda index: int(self.lengths[whole[index]].sum()), default=0)
+        shuffled = [first, *(index for index in torch.randperm(len(whole)).tolist() if index != first)]
+        for batch in [*(whole[index] for index in shuffled if whole), *rest]:
+            yield from batch.tolist()

@@ -1,0 +1,248 @@
+"""Generation: batches change nothing, every option reaches transformers, and a model's own defaults stay out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig as HFGenerationConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from qlora.compose import compose
+from qlora.evaluation.generation import (
+    Answer,
+    build_settings,
+    end_token_ids,
+    generate,
+    left_pad,
+    own_settings_aside,
+    tokens_per_second,
+)
+from qlora.models.tokenizer import load_tokenizer
+from qlora.schema import GenerationConfig
+
+CPU = torch.device("cpu")
+PROMPTS = [[1, 5, 9], [1, 7], [1, *range(20, 32)], [1, 40, 41, 42, 43], [1, 3]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(compose([]).model)
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """A Llama whose random weights are wide enough to say different things to different prompts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1538,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def settings(**fields: object) -> GenerationConfig:
+    return GenerationConfig(**({"max_new_tokens": 8} | fields))  # type: ignore[arg-type]
+
+
+def answers(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]] = PROMPTS, **fields: object
+) -> list[Answer]:
+    return generate(settings(**fields), model, tokenizer, prompts=prompts, pad_token_id=0, device=CPU)
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding by hand: no cache, no padding, no transformers."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_batches_answer_as_each_prompt_alone_and_in_the_order_given(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    alone = [answers(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
+    assert len({answer.text for answer in alone}) == len(PROMPTS)
+    for size in (1, 2, 3, 16):
+        assert answers(model, tokenizer, batch_size=size) == alone
+
+
+def test_the_default_search_takes_the_likeliest_token(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expected = [tokenizer.decode(greedy(model, prompt, 8), skip_special_tokens=True).strip() for prompt in PROMPTS]
+    assert [answer.text for answer in answers(model, tokenizer)] == expected
+
+
+def test_padding_stands_on_the_left_and_is_masked() -> None:
+    inputs = left_pad([[5, 6, 7], [8]], 0, CPU)
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_an_answer_stops_at_any_of_several_end_tokens(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first, second = greedy(model, PROMPTS[0], 8), greedy(model, PROMPTS[1], 8)
+    model.generation_config.eos_token_id = [first[2], second[4]]
+    assert end_token_ids(model, tokenizer) == sorted({2, first[2], second[4]})
+    found = answers(model, tokenizer, PROMPTS[:2])
+    assert found[0] == Answer(tokenizer.decode(first[:2], skip_special_tokens=True).strip(), 2, "stop")
+    assert (found[1].tokens, found[1].finish) == (4, "stop")
+
+
+def test_an_answer_that_never_ends_is_cut_and_says_so(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert {(answer.tokens, answer.finish) for answer in answers(model, tokenizer, max_new_tokens=5)} == {(5, "length")}
+
+
+def test_a_short_answer_is_not_lengthened_by_the_padding_of_its_batch(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model.generation_config.eos_token_id = greedy(model, PROMPTS[0], 1)[0]
+    found = answers(model, tokenizer)
+    assert found[0] == Answer("", 0, "stop")
+    assert {answer.finish for answer in found[1:]} == {"length"}
+
+
+def test_the_end_waits_for_min_new_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.generation_config.eos_token_id = greedy(model, PROMPTS[0], 1)[0]
+    assert answers(model, tokenizer, PROMPTS[:1], min_new_tokens=4)[0].tokens >= 4
+
+
+OWN_DEFAULTS = {
+    "do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.2, "repetition_penalty": 5.0, "num_beams": 3,
+    "no_repeat_ngram_size": 1, "min_new_tokens": 6, "max_length": 4, "penalty_alpha": 0.6, "min_p": 0.5,
+    "num_return_sequences": 1, "suppress_tokens": list(range(700)), "max_new_tokens": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_DEFAULTS)
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
+def test_a_models_own_defaults_do_not_leak(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, adapted: bool
+) -> None:
+    expected = answers(model, tokenizer, PROMPTS[:2])
+    setattr(model.generation_config, name, OWN_DEFAULTS[name])
+    own = model.generation_config
+    tested = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).eval() if adapted else model
+    assert answers(tested, tokenizer, PROMPTS[:2]) == expected
+    assert model.generation_config is own
+    assert tested.generation_config is own
+
+
+def test_a_models_own_defaults_come_back_after_a_failure(model: LlamaForCausalLM) -> None:
+    own = model.generation_config
+    with pytest.raises(KeyboardInterrupt), own_settings_aside(model):
+        raise KeyboardInterrupt
+    assert model.generation_config is own
+
+
+# A value apart from the default for every option, and what the search needs beside it to read the option at all.
+CHANGED: dict[str, tuple[object, dict[str, object]]] = {
+    "max_new_tokens": (5, {}),
+    "min_new_tokens": (3, {}),
+    "do_sample": (True, {}),
+    "num_beams": (4, {}),
+    "num_beam_groups": (2, {"num_beams": 4}),
+    "penalty_alpha": (0.6, {}),
+    "use_cache": (False, {}),
+    "temperature": (0.7, {"do_sample": True}),
+    "top_k": (7, {"do_sample": True}),
+    "top_p": (0.9, {"do_sample": True}),
+    "typical_p": (0.8, {"do_sample": True}),
+    "diversity_penalty": (0.5, {"num_beams": 4, "num_beam_groups": 2}),
+    "repetition_penalty": (1.3, {}),
+    "length_penalty": (2.0, {"num_beams": 4}),
+    "no_repeat_ngram_size": (2, {}),
+}
+
+
+def test_every_option_is_tested_below() -> None:
+    assert {field.name for field in dataclasses.fields(GenerationConfig)} == {*CHANGED, "batch_size"}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_option_reaches_transformers(name: str) -> None:
+    value, needed = CHANGED[name]
+    built = build_settings(settings(**(needed | {name: value})), pad_token_id=0, end_ids=[2, 3])
+    assert isinstance(built, HFGenerationConfig)
+    assert getattr(built, name) == value
+    assert (built.pad_token_id, built.eos_token_id) == (0, [2, 3])
+
+
+@pytest.mark.parametrize("fields", [{"repetition_penalty": 50.0}, {"no_repeat_ngram_size": 1}])
+def test_a_repetition_is_avoided_when_asked(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, fields: dict[str, object]
+) -> None:
+    built = build_settings(settings(max_new_tokens=24, **fields), pad_token_id=0, end_ids=[2])
+    ids = model.generate(input_ids=torch.tensor([PROMPTS[0]]), generation_config=built)[0].tolist()
+    assert len(set(ids)) == len(ids)
+
+
+def test_without_a_cache_the_answers_are_the_same(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert answers(model, tokenizer, use_cache=False) == answers(model, tokenizer)
+
+
+def test_sampling_follows_the_seed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def draw(seed: int) -> list[Answer]:
+        torch.manual_seed(seed)
+        return answers(model, tokenizer, do_sample=True)
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_sampling_among_one_token_is_greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert answers(model, tokenizer, do_sample=True, top_k=1) == answers(model, tokenizer)
+
+
+def test_beams_find_a_likelier_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def likelihood(**fields: object) -> float:
+        built = build_settings(settings(**fields), pad_token_id=0, end_ids=[])
+        total = 0.0
+        for prompt in PROMPTS:
+            with own_settings_aside(model):
+                ids = model.generate(input_ids=torch.tensor([prompt]), generation_config=built)
+            with torch.no_grad():
+                scores = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            total += float(scores.gather(1, ids[0, len(prompt) :, None]).sum())
+        return total
+
+    assert likelihood(num_beams=4) > likelihood()
+    assert len(answers(model, tokenizer, num_beams=3)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["greedy", "nucleus"])
+def test_the_shipped_settings_raise_no_warning(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = compose([f"generation={name}", "generation.max_new_tokens=4"]).generation
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(config, model, tokenizer, prompts=PROMPTS, pad_token_id=0, device=CPU)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_progress_counts_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    seen: list[int] = []
+    config = settings(batch_size=2)
+    generate(config, model, tokenizer, prompts=PROMPTS, pad_token_id=0, device=CPU, on_progress=seen.append)
+    assert seen == [2, 4, 5]
+
+
+def test_speed_counts_new_tokens_only() -> None:
+    speed = tokens_per_second([Answer("a", 30, "stop"), Answer("b", 70, "length")], time.monotonic() - 10)
+    assert speed == pytest.approx(10, rel=0.01)

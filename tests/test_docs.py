@@ -1,0 +1,163 @@
+"""What README and docs tell people to type is accepted, and what they link to exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qlora import help as pages
+from qlora.compose import check_overrides, config_keys, group_names, unknown_flag
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# Commands that prepare or check a whole machine; the continuous integration runs them.
+SETUP = "python3 -m venv .venv && "
+
+
+def blocks(*languages: str) -> list[tuple[Path, str]]:
+    return [
+        (path, body)
+        for path in DOCS
+        for language, body in FENCE.findall(path.read_text(encoding="utf-8"))
+        if language in languages
+    ]
+
+
+def commands() -> list[str]:
+    return [
+        line.split(" #")[0].strip()
+        for _, body in blocks("bash", "sh")
+        for line in body.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+COMMANDS = commands()
+
+
+def words_of(command: str, *program: str) -> list[str] | None:
+    words = shlex.split(command)
+    return words[len(program) :] if tuple(words[: len(program)]) == program else None
+
+
+def qlora_words(command: str) -> list[str] | None:
+    words = words_of(command, "qlora")
+    return words if words is not None else words_of(command, "python", "-m", "qlora")
+
+
+def is_pip(command: str) -> bool:
+    return "pip install" in command
+
+
+@pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
+def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = qlora_words(command)
+    assert words is not None
+    if "--help" in words:
+        pages.print_help(words)
+        assert capsys.readouterr().out
+        return
+    flags = {"-m": 1, "--cfg": 2}  # with the number of words that each takes
+    multirun, overrides = "-m" in words, list(words)
+    for flag, count in flags.items():
+        if flag in overrides:
+            place = overrides.index(flag)
+            del overrides[place : place + count]
+    for word in overrides:
+        if word.startswith("-"):
+            raise unknown_flag(word)
+    check_overrides(overrides, multirun=multirun)
+
+
+def test_the_readme_sets_up_a_fresh_machine_in_two_commands() -> None:
+    run, test = [command for command in COMMANDS if command.startswith(SETUP)]
+    assert run == f"{SETUP}.venv/bin/pip install -c constraints.txt -e . && .venv/bin/python -m qlora"
+    assert test.startswith(f"{SETUP}.venv/bin/pip install -c constraints.txt -e '.[dev]' && .venv/bin/python -m pytest")
+
+
+def test_continuous_integration_tests_with_the_command_of_the_readme() -> None:
+    [test] = [command for command in COMMANDS if command.startswith(SETUP) and "pytest" in command]
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"$venv/bin/', ".venv/bin/").replace('"', "")
+    for step in test.removeprefix(SETUP).split(" && "):
+        assert step in script.replace("install --quiet", "install")
+
+
+@pytest.mark.parametrize("command", [text for text in COMMANDS if is_pip(text)])
+def test_an_install_command_names_extras_and_files_that_exist(command: str) -> None:
+    for extras in re.findall(r"\[([\w,-]+)\]", command):
+        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    for file in re.findall(r"-c (\S+)", command):
+        assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_of_a_kind_that_is_checked(command: str) -> None:
+    if qlora_words(command) is not None or is_pip(command):
+        return
+    program, *rest = shlex.split(command)
+    if program == "python":
+        assert rest[0] == "-m"
+        assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
+        assert all((ROOT / word).exists() for word in rest[2:] if word.startswith(("tests/", "docs/")))
+    else:
+        assert (ROOT / program).is_file(), f"{program} is no file of the project"
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("python"))
+def test_documented_python_compiles_and_its_names_exist(path: Path, code: str) -> None:
+    tree = ast.parse(code, filename=str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qlora":
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "compose":
+            check_overrides(ast.literal_eval(node.args[0]))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_manual_s_map_names_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert not [path.name for path in DOCS[1:] if path.name != "index.md" and f"({path.name})" not in text]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_keys_in_the_texts_exist(path: Path) -> None:
+    known, groups = set(config_keys()), set(group_names())
+    free = ("trainer.lr_scheduler_kwargs.", "callbacks.")
+    for key in re.findall(r"`(\w+(?:\.\w+)+)(?:=[^`]*)?`", path.read_text(encoding="utf-8")):
+        is_file = key.endswith((".py", ".yaml", ".jsonl"))
+        if key.partition(".")[0] in groups and not is_file and not key.startswith(free):
+            assert key in known, key
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_options_in_the_texts_exist(path: Path) -> None:
+    for group, option in re.findall(r"`(\w+)=([a-z0-9][\w.-]*)`", path.read_text(encoding="utf-8")):
+        if group in group_names():
+            assert option in pages.options(group), f"{group}={option}"
