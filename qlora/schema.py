@@ -544,9 +544,10 @@ class Config:
             )
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
-        if self.lora.enabled is False and self.model.device_map is not None:
+        if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
             raise ConfigError(
-                "model.device_map with lora=none: full finetuning needs the model on one device; unset it"
+                "model.device_map and model.max_memory spread a frozen base; full finetuning (lora=none) needs the "
+                "model on one device: leave them out"
             )
         known = known_metrics(self.evaluation.metrics)
         if self.objective is not None and self.objective not in known:

@@ -81,15 +81,16 @@ def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFi
 
 def test_the_readme_sets_up_a_fresh_machine_in_two_commands() -> None:
     run, test = [command for command in COMMANDS if command.startswith(SETUP)]
-    assert run == f"{SETUP}.venv/bin/pip install -c constraints.txt -e . && .venv/bin/python -m qlora"
-    assert test.startswith(f"{SETUP}.venv/bin/pip install -c constraints.txt -e '.[dev]' && .venv/bin/python -m pytest")
+    install = f"{SETUP}.venv/bin/pip install -q -c constraints.txt -e"
+    assert run == f"{install} . && .venv/bin/python -m qlora"
+    assert test == f"{install} '.[dev]' && .venv/bin/python -m pytest"
 
 
 def test_continuous_integration_tests_with_the_command_of_the_readme() -> None:
     [test] = [command for command in COMMANDS if command.startswith(SETUP) and "pytest" in command]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"$venv/bin/', ".venv/bin/").replace('"', "")
     for step in test.removeprefix(SETUP).split(" && "):
-        assert step in script.replace("install --quiet", "install")
+        assert step in script
 
 
 @pytest.mark.parametrize("command", [text for text in COMMANDS if is_pip(text)])

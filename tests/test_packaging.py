@@ -35,23 +35,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(source: Path, out: Path, *kinds: str) -> list[Path]:
+def build(source: Path, out: Path, kind: str) -> list[Path]:
     """Builds with hatchling as installed, without a network."""
-    arguments = [sys.executable, "-m", "build", "--no-isolation", *kinds, "--outdir", str(out), str(source)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    arguments = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(out)]
+    done = subprocess.run(arguments, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted(out.iterdir())
 
 
 @pytest.fixture(scope="module")
 def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    [path] = build(source, tmp_path_factory.mktemp("sdist"), "--sdist")
+    [path] = build(source, tmp_path_factory.mktemp("sdist"), "sdist")
     return path
 
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    [path] = build(source, tmp_path_factory.mktemp("wheel"), "--wheel")
+    [path] = build(source, tmp_path_factory.mktemp("wheel"), "wheel")
     return path
 
 
@@ -94,7 +94,7 @@ def test_the_sdist_holds_the_sources_and_no_run(sdist: Path, source: Path) -> No
 def test_a_wheel_from_the_sdist_is_the_same(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
-    [again] = build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "out", "--wheel")
+    [again] = build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "out", "wheel")
     assert wheel_contents(again) == wheel_contents(wheel)
 
 

@@ -39,14 +39,14 @@ HELD_OUT_PAIRS: Final = ANTONYMS[::4]
 HELD_OUT_WORDS: Final = tuple(word for words in CATEGORIES.values() for word in words[1::3])
 
 TRAIN_COUNTS: Final = {
-    "fact": 1500,
-    **dict.fromkeys(templates.LISTS, 100),
-    "antonym": 252,
-    "category": 192,
-    "next": 60,
-    "previous": 56,
-    "add": 350,
-    "subtract": 350,
+    "fact": 800,
+    **dict.fromkeys(templates.LISTS, 70),
+    "antonym": 132,
+    "category": 96,
+    "next": 30,
+    "previous": 28,
+    "add": 340,
+    "subtract": 340,
 }
 EVAL_COUNTS: Final = {
     "fact": 100,

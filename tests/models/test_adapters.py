@@ -94,7 +94,7 @@ def test_target_modules_take_names_and_patterns(base_folder: Path) -> None:
 def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder: Path) -> None:
     _, base = load(base_folder, "quantization=fp32")
     with pytest.raises(
-        ConfigError, match=r"\['q_prj'\] match no linear layer; .did you mean q_proj\?.; the model has"
+        ConfigError, match=r"\['q_prj'\] match no linear layer .did you mean q_proj\?.; the model has"
     ) as e:
         adapters.find_target_modules(["q_prj", "v_proj"], base)
     assert "'gate_proj'" in str(e.value)
