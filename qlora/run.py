@@ -256,16 +256,17 @@ class Run:
         """
         if not (self.config.evaluation.baseline and self.config.task.evaluate):
             return {}
+        training = self.config.task.name is TaskName.train
         path = self.folder.path / "baseline.json"
-        stored: dict[str, float] | None = read_json(path)
+        stored: dict[str, float] | None = read_json(path) if training else None
         if stored is None:
             console.say(f"measuring the untuned base on {len(self.measurer.rows):,} held-out rows")
-            training = self.config.task.name is TaskName.train
             part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
             switched_off = isinstance(model, PeftModel) and not part_of_base
             with model.disable_adapter() if switched_off else contextlib.nullcontext():
                 stored = self.measurer.measure(model, answers=self._wanted_answers).metrics
-            write_json(path, stored)
+            if training:
+                write_json(path, stored)
         return stored
 
     @property
@@ -390,7 +391,7 @@ class Run:
         micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         count = adapters.count_parameters(model)
         facts = {
-            "model": f"{config.model.name}: {count.total / 1e6:,.1f} M parameters",
+            "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters",
             "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
             "data": f"{report.name}: {report.eval_rows:,} held-out rows",
             "device": str(self.placement),
@@ -412,13 +413,14 @@ class Run:
         return facts
 
     def _write_result(self, task: str, summary: dict[str, float], answers: list[dict[str, Any]]) -> dict[str, Any]:
+        predictions = self.folder.predictions if task != "evaluate" else self.folder.path / "evaluate.jsonl"
         if answers:
-            write_lines(self.folder.predictions, answers)
+            write_lines(predictions, answers)
         objective = self.config.objective
         places = {
             "adapter": self.folder.adapter,
             "model": self.folder.model,
-            "predictions": self.folder.predictions,
+            "predictions": predictions,
             "loss": self.folder.path / "loss.png",
             "config": self.folder.config,
             "card": self.folder.path / "README.md",
@@ -442,7 +444,7 @@ class Run:
                 example_prompt=self.measurer.rows[0]["prompt"],
             )
             paths["card"] = str(card)
-        write_json(self.folder.path / "metrics.json", summary)
+            write_json(self.folder.path / "metrics.json", summary)
         write_json(self.folder.result(task), result)
         return result
 

@@ -224,7 +224,7 @@ class QuantizationConfig:
     """Quantize the quantization constants too (saves 0.37 bits a parameter); with `bits=4` only."""
     compute_dtype: ComputeDtype = ComputeDtype.auto
     """The precision of matrix products and, with `bits=16`, of the stored weights. `auto`: bf16 where the
-    device computes in it natively, else fp16 on a GPU and fp32 on a CPU."""
+    device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""
     int8_threshold: float = 6.0
     """Activations above this stay in 16 bit (LLM.int8(), arXiv 2208.07339); read with `bits=8` only."""
 
@@ -350,7 +350,8 @@ class TrainerConfig:
     lr_scheduler_type: str = "constant"
     """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`."""
+    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`; a `num_..._steps` below 1 is a share of all
+    steps."""
     warmup_steps: float = 0
     """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`)."""
     optim: str = MISSING

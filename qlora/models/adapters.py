@@ -35,6 +35,7 @@ class ParameterCount:
 
     trainable: int
     total: int
+    base: int
     by_dtype: dict[str, int]
 
     def __str__(self) -> str:
@@ -182,8 +183,8 @@ def _matches(pattern: str, names: list[str]) -> list[str]:
 def count_parameters(model: torch.nn.Module) -> ParameterCount:
     """Counts trainable and all parameters; shared matrices count once."""
     by_dtype: Counter[str] = Counter()
-    trainable = total = 0
-    for parameter in model.parameters():
+    trainable = total = base = 0
+    for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             count, dtype = state.shape.numel(), state.quant_type
@@ -191,8 +192,9 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
             count, dtype = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
         by_dtype[dtype] += count
         total += count
+        base += 0 if "lora_" in name else count
         trainable += count if parameter.requires_grad else 0
-    return ParameterCount(trainable, total, dict(by_dtype))
+    return ParameterCount(trainable, total, base, dict(by_dtype))
 
 
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:

@@ -138,7 +138,7 @@ def hardware() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        gpus.append({"name": properties.name, "memory_gb": _gib(properties.total_memory), "capability": capability})
+        gpus.append({"name": properties.name, "memory_gb": _gb(properties.total_memory), "capability": capability})
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
     return {
         "cpu": _cpu_name(),
@@ -161,10 +161,10 @@ def _cpu_name() -> str:
 
 def _memory() -> float | None:
     try:
-        return _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return _gb(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # not a Unix system
         return None
 
 
-def _gib(size: int) -> float:
-    return round(size / 2**30, 1)
+def _gb(size: int) -> float:
+    return round(size / 1e9, 1)

@@ -171,7 +171,7 @@ class TrackerCallback(ClockedCallback):
         if rate is not None:
             metrics["train/tokens_per_second"] = rate
         if torch.cuda.is_available():
-            metrics["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return metrics
 
 

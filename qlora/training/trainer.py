@@ -132,6 +132,16 @@ class QLoraTrainer(Trainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(lengths, size)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Builds the schedule; a `num_..._steps` below 1 among its arguments is a share of all steps."""
+        kwargs = self.args.lr_scheduler_kwargs or {}
+        shares = {key: value for key, value in kwargs.items() if key.endswith("_steps") and 0 < value < 1}
+        steps = {key: round(share * num_training_steps) for key, share in shares.items()}
+        self.args.lr_scheduler_kwargs = {**kwargs, **steps}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer by transformers' name; with LoRA+ the B matrices get their own learning rate."""
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
