@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.compose import CONF_DIR, check_overrides, explain, register, to_config, unknown_flag
-from qlora.console import close_bars, quiet_libraries
+from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ def job(composed: DictConfig) -> Any:
     try:
         from qlora.run import Run
 
+        if not hydra_config.verbose:
+            take_over_handlers()
         result = Run(config, output_dir, overrides).execute()
     except Exception as error:
         if sweep is None and isinstance(error, ConfigError):

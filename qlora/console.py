@@ -54,6 +54,14 @@ def quiet_libraries(*, verbose: bool = False) -> None:
     warnings.simplefilter("default")
 
 
+def take_over_handlers() -> None:
+    """Sends what libraries print by handlers of their own, attached when they were imported, to `train.log` too."""
+    for name in ("transformers", "datasets", "peft", "bitsandbytes", "huggingface_hub", "accelerate"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
 def is_main_process() -> bool:
     """Returns whether this is the first process of a distributed run, or the only one."""
     return all(os.environ.get(name, "0") in ("", "0", "-1") for name in ("RANK", "LOCAL_RANK"))

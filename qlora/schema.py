@@ -166,7 +166,8 @@ class ArchitectureConfig:
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        for name in (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+        optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window")
+        for name in (*sizes, "max_position_embeddings", *optional):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.architecture.{name}", "be positive", value)
 

@@ -290,9 +290,9 @@ CROSS_FIELD = {
     "quantization=none quantization.compute_dtype=fp32": "quantization.compute_dtype=fp32 contradicts "
     "quantization.bits=16; use quantization=fp32 for 32-bit weights, or compute_dtype=auto, bf16 or fp16",
     "data=local": "data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl",
-    "trainer.num_train_epochs=3": "trainer.max_steps=250 and trainer.num_train_epochs=3.0: set exactly one of the two "
+    "trainer.max_steps=9 trainer.num_train_epochs=3": "trainer.max_steps=9 and trainer.num_train_epochs=3.0: set exactly one of the two "
     "and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null",
-    "trainer.max_steps=null": "trainer.max_steps=None and trainer.num_train_epochs=None: set exactly one of the two "
+    "trainer.max_steps=null": "trainer.max_steps=null and trainer.num_train_epochs=null: set exactly one of the two "
     "and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null",
     "lora=none": "lora=none trains all weights, which 4-bit weights do not allow; choose quantization=none (16 bit) or "
     "quantization=fp32, or an adapter with lora=all-linear",
@@ -309,12 +309,10 @@ CROSS_FIELD = {
     "generation.max_new_tokens, got 17",
     "generation.num_beam_groups=3 generation.num_beams=4": "generation.num_beam_groups must divide "
     "generation.num_beams, got 3",
-    "model.init=random task=evaluate": "model.init=random makes no sense with task=evaluate; set model.name=FOLDER of "
-    "a trained model and model.init=pretrained",
     "model.init=random model.architecture=null": "model.init=random needs the shape of tiny in model.architecture; "
     "choose a preset with model=NAME or set model.architecture.* fields",
-    "lora=none quantization=none model.device_map=auto": "model.device_map with lora=none: full finetuning needs the "
-    "model on one device; unset it",
+    "lora=none quantization=none model.device_map=auto": "model.device_map and model.max_memory spread a frozen "
+    "base; full finetuning (lora=none) needs the model on one device: leave them out",
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
     "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "

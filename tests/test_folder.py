@@ -20,7 +20,7 @@ def plain(*overrides: str) -> dict[str, Any]:
 
 def test_a_changed_key_is_named_with_both_values(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        RunFolder(tmp_path).check_same_training(plain(), plain("lora.r=8", "seed=1"))
+        RunFolder(tmp_path).check_same_training(plain("lora.r=64"), plain("lora.r=8", "seed=1"))
     text = str(error.value)
     assert text.startswith(f"{tmp_path} holds a run with another config; changed:\n")
     assert "\n  lora.r: 64 -> 8\n  seed: 0 -> 1\n" in text

@@ -20,6 +20,7 @@ from qlora.run import Run
 
 QUICK = [
     "lora.r=4",
+    "lora.dropout=0.0",
     "trainer.max_steps=6",
     "trainer.per_device_train_batch_size=4",
     "trainer.logging_steps=1",
