@@ -290,8 +290,8 @@ CROSS_FIELD = {
     "quantization=none quantization.compute_dtype=fp32": "quantization.compute_dtype=fp32 contradicts "
     "quantization.bits=16; use quantization=fp32 for 32-bit weights, or compute_dtype=auto, bf16 or fp16",
     "data=local": "data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl",
-    "trainer.max_steps=9 trainer.num_train_epochs=3": "trainer.max_steps=9 and trainer.num_train_epochs=3.0: set exactly one of the two "
-    "and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null",
+    "trainer.max_steps=9 trainer.num_train_epochs=3": "trainer.max_steps=9 and trainer.num_train_epochs=3.0: set "
+    "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null",
     "trainer.max_steps=null": "trainer.max_steps=null and trainer.num_train_epochs=null: set exactly one of the two "
     "and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null",
     "lora=none": "lora=none trains all weights, which 4-bit weights do not allow; choose quantization=none (16 bit) or "
