@@ -22,6 +22,7 @@ from qlora import compose, console
 from qlora.data import Data, build_data
 from qlora.data.collate import Collator
 from qlora.errors import ConfigError, did_you_mean
+from qlora.evaluation.generation import tokens_per_second
 from qlora.evaluation.measure import Measurement, Measurer
 from qlora.evaluation.metrics import find_metrics
 from qlora.folder import RunFolder, find_adapter, read_json, read_lines, write_lines
@@ -227,10 +228,9 @@ class Run:
         started = time.monotonic()
         with console.progress("predicting", len(self.measurer.rows)) as advance:
             predictions = self.measurer.predict(model, self.measurer.rows, on_progress=advance)
-        seconds = time.monotonic() - started
-        texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
-        summary = {f"eval_{name}": float(metric(texts, references)) for name, metric in self.measurer.metrics.items()}
-        summary["predict_tokens_per_second"] = sum(row["answer_tokens"] for row in predictions) / seconds
+        speed = tokens_per_second((row["answer_tokens"] for row in predictions), started)
+        summary = {f"eval_{name}": value for name, value in self.measurer.score(predictions).items()}
+        summary["predict_tokens_per_second"] = speed
         result = self._write_result("predict", summary, predictions)
         self._print_summary("predicted", result, predictions)
         return result

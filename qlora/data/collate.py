@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,23 +31,6 @@ class Collator:
             "attention_mask": torch.from_numpy(inside.astype(np.int64)),
             "labels": _fill(labels, inside, IGNORED),
         }
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pads prompts on the left, so that generation continues each right after its last token.
-
-    Returns input_ids and attention_mask, each int64 [rows, longest].
-    """
-    inside = _inside([len(row) for row in rows], 1)[:, ::-1]
-    return {
-        "input_ids": _fill(rows, inside, pad_token_id),
-        "attention_mask": torch.from_numpy(inside.astype(np.int64)),
-    }
-
-
-def prompts(rows: Iterable[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Collects the `prompt_ids` of evaluation rows into a left-padded batch."""
-    return left_pad([row["prompt_ids"] for row in rows], pad_token_id)
 
 
 def _inside(lengths: Sequence[int], multiple_of: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -115,6 +115,6 @@ def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBa
     return Answer(text, len(kept), "length" if end is None else "stop")
 
 
-def tokens_per_second(answers: Sequence[Answer], started: float) -> float:
-    """Returns generated tokens a second since `started` (`time.monotonic()`)."""
-    return sum(answer.tokens for answer in answers) / max(time.monotonic() - started, 1e-9)
+def tokens_per_second(tokens: Iterable[int], started: float) -> float:
+    """Returns generated tokens a second since `started` (`time.monotonic()`), from the token count of each answer."""
+    return sum(tokens) / max(time.monotonic() - started, 1e-9)

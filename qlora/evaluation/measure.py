@@ -51,9 +51,13 @@ class Measurer:
             self.predict(model, self.rows[:answers] if answers is not None else self.rows) if answers != 0 else []
         )
         if predictions:
-            texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
-            metrics |= {name: float(metric(texts, references)) for name, metric in self.metrics.items()}
+            metrics |= self.score(predictions)
         return Measurement(metrics, predictions)
+
+    def score(self, predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Returns the metrics of records that `predict` made."""
+        texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
+        return {name: float(metric(texts, references)) for name, metric in self.metrics.items()}
 
     def predict(
         self, model: torch.nn.Module, rows: Sequence[dict[str, Any]], on_progress: Callable[[int], None] | None = None

@@ -28,8 +28,6 @@ def locate(name: str, key: str = "model.name") -> str:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         siblings = [f"{path.parent}/{entry.name}" for entry in path.parent.glob("*/")] if path.parent.is_dir() else []
         raise ConfigError(f"{key}={name}: no such folder{did_you_mean(str(path), siblings)}")
-    if "/" not in name and name not in EMBEDDED:
-        return name  # a few old hub ids have no owner, such as gpt2
     return name
 
 

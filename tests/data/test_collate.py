@@ -1,6 +1,6 @@
 import torch
 
-from qlora.data.collate import Collator, left_pad, prompts
+from qlora.data.collate import Collator
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},
@@ -25,13 +25,3 @@ def test_a_token_equal_to_the_padding_keeps_attention_and_loss():
 def test_width_is_rounded_up_to_a_multiple():
     assert Collator(0, multiple_of=8)(ROWS)["labels"].shape == (2, 8)
     assert Collator(0, multiple_of=3)(ROWS)["labels"].shape == (2, 3)
-
-
-def test_prompts_are_padded_on_the_left():
-    batch = prompts([{"prompt_ids": [1, 2]}, {"prompt_ids": [3]}, {"prompt_ids": []}], 0)
-    assert batch["input_ids"].tolist() == [[1, 2], [0, 3], [0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1], [0, 0]]
-
-
-def test_left_padding_of_equal_lengths_changes_nothing():
-    assert left_pad([[1, 2], [3, 4]], 0)["input_ids"].tolist() == [[1, 2], [3, 4]]

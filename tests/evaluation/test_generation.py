@@ -85,6 +85,13 @@ def test_padding_stands_on_the_left_and_is_masked() -> None:
     inputs = left_pad([[5, 6, 7], [8]], 0, CPU)
     assert inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    batch = left_pad([[1, 2], [3], []], 0, CPU)
+    assert batch["input_ids"].tolist() == [[1, 2], [0, 3], [0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+def test_left_padding_of_equal_lengths_changes_nothing() -> None:
+    assert left_pad([[1, 2], [3, 4]], 0, CPU)["input_ids"].tolist() == [[1, 2], [3, 4]]
 
 
 def test_an_answer_stops_at_any_of_several_end_tokens(
@@ -244,5 +251,5 @@ def test_progress_counts_answers(model: LlamaForCausalLM, tokenizer: PreTrainedT
 
 
 def test_speed_counts_new_tokens_only() -> None:
-    speed = tokens_per_second([Answer("a", 30, "stop"), Answer("b", 70, "length")], time.monotonic() - 10)
+    speed = tokens_per_second([30, 70], time.monotonic() - 10)
     assert speed == pytest.approx(10, rel=0.01)

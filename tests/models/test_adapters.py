@@ -17,19 +17,6 @@ from qlora.models.device import find_device, place
 from qlora.schema import Config
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 64 x 2 with random weights and a tokenizer, on disk."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1536,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def load(folder: Path, *overrides: str) -> tuple[Config, torch.nn.Module]:
     config = compose([f"model.name={folder}", "model.tokenizer=tiny", "lora.r=4", "lora.dropout=0", *overrides])
     placement = place(config.quantization, find_device(config.device))
