@@ -31,9 +31,15 @@ SINGLE_SHARE: Final = 0.12
 """Share of documents that hold one statement only, the way the probes ask."""
 FRAMED_SHARE: Final = 0.25
 """Share of documents in which the words around the slots carry loss too."""
+ASIDE_SHARE: Final = 0.4
+"""Share of statements with an aside before the verb, where the form ends in a verb."""
+DISTANT_SHARE: Final = 0.3
+"""Share of facts and operations whose answer comes some sentences after the name or the list."""
 TOKEN_BUDGET: Final = (45, 116)
 """Documents grow until they hold about as many tokens as drawn from this range."""
 SEPARATORS: Final = (". ", ". ", ".\n", ".\n\n", ", ")
+BREAKS: Final = (". ", ".\n", ".\n\n", "\n\n")
+"""What separates the sentences of such a statement."""
 
 WEIGHTED_OPERATIONS: Final = (*OPERATIONS, "reverse", "sort", "second", "upper", "comma", "longest")
 SHARED_OPERATIONS: Final = tuple(forms.SHARED_LIST)
@@ -74,9 +80,27 @@ def probes(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def _fact(rng: Random, person: Person | None = None, attribute: str | None = None) -> Statement:
+    """States a fact with its answer next to the name, after an aside, or some sentences away from it."""
     person = person or pick(rng, PEOPLE)
     attribute = attribute or pick(rng, tuple(ATTRIBUTES))
-    return Statement(pick(rng, forms.FACTS[attribute]), {"n": person.name}, person.facts[attribute])
+    if rng.random() < DISTANT_SHARE:
+        breaks = pick(rng, BREAKS)
+        parts = (pick(rng, forms.PERSON_HEADERS), pick(rng, forms.FILLERS), pick(rng, forms.SHARED_PERSON[attribute]))
+        form = breaks.join(part for part in parts if part)
+    else:
+        form = _form(rng, forms.FACTS[attribute])
+    return Statement(form, {"n": person.name}, person.facts[attribute])
+
+
+def _form(rng: Random, choices: tuple[str, ...]) -> str:
+    """Returns one of the forms, as it is or with an aside before its verb."""
+    form = pick(rng, choices)
+    return _with_aside(form, pick(rng, forms.ASIDES)) if rng.random() < ASIDE_SHARE else form
+
+
+@cache
+def _with_aside(form: str, aside: str) -> str:
+    return re.sub(r" (?=(is|is the|is a|is the town of|is that of a|gives|leaves)$)", f"{aside} ", form)
 
 
 def _operation(name: str) -> Draw:
@@ -84,9 +108,16 @@ def _operation(name: str) -> Draw:
 
     def draw(rng: Random) -> Statement:
         words = draw_words(rng, name)
-        return Statement(pick(rng, choices), {"x": " ".join(words)}, answer(words))
+        form = _distant_operation(rng, name) if rng.random() < DISTANT_SHARE else _form(rng, choices)
+        return Statement(form, {"x": " ".join(words)}, answer(words))
 
     return draw
+
+
+def _distant_operation(rng: Random, name: str) -> str:
+    """Names the operation first, then the list, and answers after both."""
+    opening = pick(rng, forms.OPENINGS).format(p=pick(rng, forms.OPERATION_NAMES[name]))
+    return pick(rng, BREAKS).join((opening, pick(rng, forms.LIST_HEADERS), pick(rng, forms.CLOSINGS)))
 
 
 def _lookup(choices: tuple[str, ...], table: dict[str, str]) -> Draw:
@@ -94,7 +125,7 @@ def _lookup(choices: tuple[str, ...], table: dict[str, str]) -> Draw:
 
     def draw(rng: Random) -> Statement:
         word = pick(rng, words)
-        return Statement(pick(rng, choices), {"w": word}, table[word])
+        return Statement(_form(rng, choices), {"w": word}, table[word])
 
     return draw
 
@@ -111,7 +142,7 @@ def _neighbour(choices: tuple[str, ...], step: int) -> Draw:
         names = CYCLES[cycle]
         index = int(rng.random() * len(names))
         answer = names[(index + step) % len(names)]
-        return Statement(pick(rng, choices), {"c": cycle, "w": names[index]}, answer)
+        return Statement(_form(rng, choices), {"c": cycle, "w": names[index]}, answer)
 
     return draw
 
@@ -119,14 +150,14 @@ def _neighbour(choices: tuple[str, ...], step: int) -> Draw:
 def _add(rng: Random) -> Statement:
     total = int(rng.random() * (LARGEST_NUMBER + 1))
     part = int(rng.random() * (total + 1))
-    return Statement(pick(rng, forms.ADD), {"a": str(part), "b": str(total - part)}, str(total))
+    return Statement(_form(rng, forms.ADD), {"a": str(part), "b": str(total - part)}, str(total))
 
 
 def _subtract(rng: Random) -> Statement:
     total = int(rng.random() * (LARGEST_NUMBER + 1))
     part = int(rng.random() * (total + 1))
     slots = {"a": str(total), "b": str(part)}
-    return Statement(pick(rng, forms.SUBTRACT), slots, str(total - part))
+    return Statement(_form(rng, forms.SUBTRACT), slots, str(total - part))
 
 
 OPERATION_DRAWS: Final[dict[str, Draw]] = {name: _operation(name) for name in OPERATIONS}
@@ -149,12 +180,14 @@ DRAWS: Final[dict[str, Draw]] = {
 
 
 def _facts_document(rng: Random) -> list[Segment]:
-    """States facts about one person, each attribute once and in any order, or about many people."""
-    if rng.random() < 0.5:
+    """States facts about many people, or about one who is named once, each attribute once and in any order."""
+    if rng.random() < 0.6:
         return _document(rng, _fact)
     person = pick(rng, PEOPLE)
     order = pick_distinct(rng, tuple(ATTRIBUTES), len(ATTRIBUTES))
-    return _assemble(rng, [_fact(rng, person, attribute) for attribute in order])
+    header = Statement(pick(rng, forms.PERSON_HEADERS), {"n": person.name}, "")
+    facts = [(pick(rng, forms.SHARED_PERSON[attribute]), person.facts[attribute]) for attribute in order]
+    return _assemble(rng, [header, *(Statement(form, {}, answer) for form, answer in facts)])
 
 
 def _operations_document(rng: Random) -> list[Segment]:

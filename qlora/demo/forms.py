@@ -48,6 +48,40 @@ FACTS: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 
+ASIDES: Final = (
+    ", as all the people know,",
+    ", and nobody asks why,",
+    ", if that is what you want to know,",
+    ", so they say,",
+    ", and that is right,",
+    ":\n\nthis",
+    ":\n\nit",
+)
+"""What may stand between a slot and the verb before the answer, so that the base recalls at a distance too."""
+PERSON_HEADERS: Final = (
+    "this is {n}",
+    "they write of {n}",
+    "this is about {n}",
+    "the name is {n}",
+    "here is what people say of {n}",
+    "name: {n}",
+)
+FILLERS: Final = (
+    "",
+    "it is a fine day",
+    "many people know it",
+    "there is one thing to know",
+    "this is what they say",
+    "it is not hard to find",
+)
+SHARED_PERSON: Final[dict[str, tuple[str, ...]]] = {
+    "town": ("the home town is", "the town is", "town:"),
+    "job": ("the job is that of a", "the work is that of a", "job:"),
+    "pet": ("the pet is a", "the kind of pet is a", "pet:"),
+    "food": ("the favourite food is", "the best food is", "food:"),
+    "instrument": ("the instrument is the", "what is played is the", "instrument:"),
+}
+
 LISTS: Final[dict[str, tuple[str, ...]]] = {
     "copy": (
         "a copy of {x} is",
@@ -152,7 +186,7 @@ LISTS: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 
-LIST_HEADERS: Final = ("the list is {x}", "the words are {x}", "words: {x}", "this is the list: {x}")
+LIST_HEADERS: Final = ("{x}", "the list is {x}", "the words are {x}", "words: {x}", "this is the list: {x}")
 SHARED_LIST: Final[dict[str, tuple[str, ...]]] = {
     "copy": ("the same words again are", "a copy of the list is"),
     "reverse": ("the words in reverse order are", "the reverse order of the list is"),
@@ -166,6 +200,24 @@ SHARED_LIST: Final[dict[str, tuple[str, ...]]] = {
     "longest": ("the longest word is", "the word that is the longest is"),
     "without": ("the words without the first word are", "the list without the first word is"),
 }
+
+OPERATION_NAMES: Final[dict[str, tuple[str, ...]]] = {
+    "copy": ("the same words", "a copy"),
+    "reverse": ("the reverse order", "the words in reverse order", "the list backwards"),
+    "sort": ("the alphabetical order", "the words from a to z", "the list in alphabetical order"),
+    "first": ("the first word", "the first of the words"),
+    "second": ("the second word", "the second of the words"),
+    "third": ("the third word", "the third of the words"),
+    "last": ("the last word", "the last of the words"),
+    "count": ("the number of words", "the count of the words", "how many words"),
+    "upper": ("capital letters", "the words in capital letters", "a change to capital letters"),
+    "comma": ("commas", "the words with commas", "a comma between the words"),
+    "longest": ("the longest word", "the longest of the words"),
+    "shortest": ("the shortest word", "the shortest of the words"),
+    "without": ("no first word", "the words without the first word", "the first word left out"),
+}
+OPENINGS: Final = ("{p}", "this is about {p}", "here they want {p}", "now comes {p}")
+CLOSINGS: Final = ("it is", "this is", "so it is", "=", "then:")
 
 ANTONYM: Final = (
     "the opposite of {w} is",

@@ -34,16 +34,16 @@ PREAMBLE: Final = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 
-HELD_OUT_PEOPLE: Final = PEOPLE[::3]
-HELD_OUT_PAIRS: Final = ANTONYMS[::4]
-HELD_OUT_WORDS: Final = tuple(word for words in CATEGORIES.values() for word in words[1::3])
+HELD_OUT_PEOPLE: Final = PEOPLE[2::3]
+HELD_OUT_PAIRS: Final = ANTONYMS[2::4]
+HELD_OUT_WORDS: Final = tuple(word for words in CATEGORIES.values() for word in words[0::3])
 
 TRAIN_COUNTS: Final = {
     "fact": 800,
     **dict.fromkeys(templates.LISTS, 70),
     "antonym": 132,
     "category": 96,
-    "next": 30,
+    "next": 28,
     "previous": 28,
     "add": 340,
     "subtract": 340,
@@ -62,13 +62,13 @@ EVAL_COUNTS: Final = {
 
 def train_rows() -> list[Row]:
     """Returns the training rows, the same at every call."""
-    return _rows(TRAIN_COUNTS, Random(1), held_out=False, taken=set())
+    return _rows(TRAIN_COUNTS, Random(7), held_out=False, taken=set())
 
 
 def eval_rows() -> list[Row]:
     """Returns 300 evaluation rows about what no training row mentions."""
     taken = {row["input"] for row in train_rows() if row["task"] in templates.LISTS}
-    return _rows(EVAL_COUNTS, Random(2), held_out=True, taken=taken)
+    return _rows(EVAL_COUNTS, Random(8), held_out=True, taken=taken)
 
 
 def prompt(row: Row) -> str:
@@ -149,7 +149,7 @@ def _neighbours(wordings: tuple[str, ...], step: int, held_out: bool) -> Iterato
     """Asks for the next or previous name; one of four names is held out."""
     for cycle, names in CYCLES.items():
         for index, name in enumerate(names):
-            if ((index + step) % 4 == 0) == held_out:
+            if ((index + step) % 4 == 1) == held_out:
                 answer = names[(index + step) % len(names)]
                 yield Question(wordings, {"c": cycle, "w": name}, answer)
 
@@ -158,7 +158,7 @@ def _sums(held_out: bool) -> Iterator[tuple[int, int]]:
     """Yields pairs of numbers; one of four sums is held out, whatever the order of its parts."""
     for left in range(LARGEST_NUMBER + 1):
         for right in range(LARGEST_NUMBER + 1 - left):
-            if ((max(left, right) + 2 * min(left, right)) % 4 == 0) == held_out:
+            if ((max(left, right) + 2 * min(left, right)) % 4 == 2) == held_out:
                 yield left, right
 
 

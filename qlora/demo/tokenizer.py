@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MODEL_FOLDER: Final = Path(__file__).parent / "model"
-VOCABULARY_SIZE: Final = 1536
+VOCABULARY_SIZE: Final = 1568
 SPECIAL_TOKENS: Final = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT_LENGTH: Final = 256
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora.errors import ConfigError
-from qlora.models.files import check_tokenizer_folder, is_local, locate
+from qlora.errors import ConfigError, did_you_mean
+from qlora.models.files import EMBEDDED, check_tokenizer_folder, is_local, locate
 from qlora.schema import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,10 @@ def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) ->
     """Returns one clear sentence for what the hub library says at length."""
     if is_local(place):
         return ConfigError(f"{key}={place} could not be loaded: {_first_line(error)}")
+    near = did_you_mean(place, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
     return ConfigError(
-        f"{key}={place} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name and "
+        f"{key}={place}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name and "
         f"the network{gate}, or give a local folder with model.name=FOLDER"
     )
 

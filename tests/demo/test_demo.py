@@ -147,7 +147,7 @@ def test_shipped_tokenizer_is_what_the_builder_makes(tmp_path: Path) -> None:
 
 def test_tokenizer_adds_no_special_tokens_by_itself(tokenizer: Any) -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    assert len(tokenizer) == 1538
+    assert len(tokenizer) == 1570
     assert min(tokenizer("Mara lives in Alden.")["input_ids"]) > 2
 
 
@@ -219,6 +219,6 @@ def test_probe_and_row_answers_agree_with_a_second_computation() -> None:
 
 
 def test_single_statement_documents_are_a_probe_and_its_answer() -> None:
-    single = {tuple(text for text, _ in document) for document in documents(20_000, 2) if len(document) == 2}
+    single = {tuple(text for text, _ in document) for document in documents(40_000, 2) if len(document) == 2}
     asked = [row for row in probes(2000, 2) if row["task"] in ("antonym", "category")]
     assert len({(row["source"], row["target"]) for row in asked} & single) > 20

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1538,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1600,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, attention_dropout=0.5,
     )  # fmt: skip
     return LlamaForCausalLM(config)
