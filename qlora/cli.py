@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora.compose import CONF_DIR, check_overrides, explain, register, to_config, unknown_flag
+from qlora.compose import CONF_DIR, check_overrides, explain, open_entries, register, to_config, unknown_flag
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError
 
@@ -79,6 +79,8 @@ def _main(argv: list[str]) -> None:
         )
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        words = dict(zip(args.overrides, open_entries(args.overrides), strict=True))
+        sys.argv[1:] = [words.get(word, word) for word in argv]
     register()
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
 

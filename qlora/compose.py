@@ -23,7 +23,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -155,9 +155,19 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
     return to_config(compose_dict(overrides, config_dir))
 
 
+def open_entries(overrides: Sequence[str]) -> list[str]:
+    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`."""
+    keys = set(config_keys())
+    pairs = zip(overrides, _parse(overrides), strict=True)
+    plain = OverrideType.CHANGE
+    return [f"++{text}" if override.type is plain and _in_mapping(override.key_or_group, keys) else text
+            for text, override in pairs]  # fmt: skip
+
+
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
     register()
+    overrides = open_entries(overrides)
     instance = GlobalHydra.instance()
     outer = instance.hydra
     instance.clear()
@@ -380,8 +390,10 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
 
 def _exists(key: str, keys: set[str]) -> bool:
     """Returns whether `key` is a field, an element of a list field, or inside a field that holds a free mapping."""
-    if key in keys or key.partition("[")[0] in keys:
-        return True
+    return key in keys or key.partition("[")[0] in keys or _in_mapping(key, keys)
+
+
+def _in_mapping(key: str, keys: set[str]) -> bool:
     parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
     return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
 
@@ -533,9 +545,6 @@ def _key_of(text: str) -> str:
 
 
 def _no_place_for(key: str, where: str) -> ConfigError:
-    parent = key.rpartition(".")[0]
-    if get_origin(field_type(parent)) is dict:
-        return ConfigError(f"{parent} has no entry {key.rpartition('.')[2]!r} yet; add it with +{key}=VALUE")
     if key in set(config_keys()):
         return ConfigError(f"{key}{where} cannot be set here: what holds it is null, or another package is meant")
     return unknown_key(key, where)

@@ -27,7 +27,7 @@ from qlora.wording import format_metric, prompt_core, shorten
 log = logging.getLogger(__name__)
 
 # What stands in for a sign where the terminal's encoding lacks it.
-PLAIN_SIGNS = str.maketrans("✓✗–…·→", "+x-~|>")
+PLAIN_SIGNS = str.maketrans("✓✗–…·→⟦⟧─⏎▁▂▃▄▅▆▇█", "+x-~|>[]-/_.:-=+*#")
 ON_SCREEN = {"on_screen": True}  # marks log records whose text was printed already
 
 
@@ -92,6 +92,11 @@ def say(line: str | Text = "") -> None:
     screen().print(text, soft_wrap=True)
     if text.plain.strip():
         record(text.plain)
+
+
+def say_colored(text: str) -> None:
+    """Prints lines that may hold escape sequences for colours."""
+    say(Text.from_ansi(text))
 
 
 def record(line: str) -> None:

@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import compose, console
-from qlora.data import Data, build_data
-from qlora.data.collate import Collator
+from qlora.data import Data, build_data, column
+from qlora.data.collate import Collator, token_mask
 from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.generation import tokens_per_second
 from qlora.evaluation.measure import Measurement, Measurer
@@ -36,10 +36,13 @@ from qlora.models.device import (
     reset_peak_memory,
 )
 from qlora.models.files import locate
+from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import write_model_card
 from qlora.reporting.manifest import build_manifest, write_json
 from qlora.reporting.plot import plot_loss
+from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.schema import Config, Init, TaskName, TrackingBackend
 from qlora.training.progress import ProgressCallback
 from qlora.training.tracking import Tracker, TrackerCallback, build_tracker
@@ -61,7 +64,12 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Runs the task of `task=` and returns its result, as stored in the run's folder."""
-        tasks = {TaskName.train: self.train, TaskName.evaluate: self.evaluate, TaskName.predict: self.predict}
+        tasks = {
+            TaskName.train: self.train,
+            TaskName.evaluate: self.evaluate,
+            TaskName.predict: self.predict,
+            TaskName.preview: self.preview,
+        }
         return tasks[self.config.task.name]()
 
     # Parts, cheap ones first: a broken data set must fail before a large model is loaded.
@@ -110,7 +118,8 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """Tokenized rows to train and to measure on."""
-        training = self.config.task.name is TaskName.train and self.config.task.train
+        task = self.config.task
+        training = task.name is TaskName.preview or (task.name is TaskName.train and task.train)
         return build_data(self.config.data, self.tokenizer, need_train=training)
 
     @cached_property
@@ -148,6 +157,7 @@ class Run:
             folder=folder,
         )
         loading.resize_embeddings(base, self.tokenizer)
+        loading.add_end_token(base, self.data.end_id)
         return base
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -235,6 +245,27 @@ class Run:
         self._print_summary("predicted", result, predictions)
         return result
 
+    def preview(self) -> dict[str, Any]:
+        """Shows what would be trained, without loading weights; writes `preview.html` and `lengths.png`."""
+        self.folder.create()
+        preview = build_preview(self.config, self.data, self.tokenizer)
+        page, picture = self.folder.path / "preview.html", self.folder.path / "lengths.png"
+        page.write_text(to_html(preview), encoding="utf-8")
+        plot_lengths(preview, picture)
+        console.say_colored(to_text(preview, ids=self.config.task.ids, color=console.screen().is_terminal))
+        paths = {"page": str(page), "lengths": str(picture)}
+        result: dict[str, Any] = {
+            "status": "finished",
+            "task": "preview",
+            "objective": None,
+            "metrics": preview_metrics(self.data),
+            "paths": paths,
+        }
+        write_json(self.folder.result("preview"), result)
+        console.say()
+        console.say_rows(list(paths.items()))
+        return result
+
     # Steps of the tasks
 
     @contextlib.contextmanager
@@ -275,6 +306,8 @@ class Run:
 
     def _fit(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> dict[str, float]:
         trainer = self._build_trainer(model, callbacks, tracker)
+        if self.data.packed is not None:  # after the trainer is built, which switches the key-value cache off
+            check_packing(model, self.placement, batch_size=self.config.trainer.per_device_train_batch_size)
         checkpoint = last_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
             console.say(f"resuming from {checkpoint.name}")
@@ -316,14 +349,18 @@ class Run:
         return QLoraTrainer(
             model=model,
             arguments=arguments,
-            rows=self.data.train,
+            rows=self.data.packed or self.data.train,
+            lengths=(self.data.packed.lengths if self.data.packed else column(self.data.train, "length")).tolist(),
             collate=self.collate,
+            token_mask=partial(token_mask, pad_token_id=self.pad_token_id),
             measure=measure,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             callbacks=[ProgressCallback(), TrackerCallback(tracker), *callbacks],
         )
 
     def _save(self, model: PreTrainedModel) -> None:
+        if self.data.template is not None:  # serving then writes conversations as training did
+            self.tokenizer.chat_template = self.data.template.text
         if isinstance(model, PeftModel):
             rewritten = self.config.lora.init in adapters.REWRITES_BASE
             initial = self.folder.path / "initial_adapter" if rewritten else None
@@ -400,13 +437,16 @@ class Run:
         if config.task.name is TaskName.train and config.task.train:
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
+            unit = "packs" if report.packs else "rows"
             world = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
                 f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
+                **({"template": report.template} if report.template else {}),
+                **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
                 "batch": f"{micro} x {steps} accumulated x {world} process{'es' if world > 1 else ''} "
-                f"= {micro * steps * world} rows a step",
+                f"= {micro * steps * world} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }
@@ -453,8 +493,9 @@ class Run:
         names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
         rows = [(name, metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"]) for name in names]
         folder = self.folder.path
-        chosen = [text for text in self.overrides if not text.startswith(("task=", "hydra.run.dir=", "name="))]
-        again = shlex.join(["qlora", *chosen, f"task.adapter={folder}"])
+        own = ("task=", "task.adapter=", "hydra.run.dir=", "name=")
+        chosen = [text for text in self.overrides if not text.startswith(own)]
+        again = shlex.join(["qlora", *chosen, f"task.adapter={self.config.task.adapter or folder}"])
         console.summary(
             f"{title}: {folder}",
             rows,

@@ -34,6 +34,7 @@ from qlora.compose import (
     unknown_flag,
 )
 from qlora.errors import ConfigError, edit_distance, suggest
+from qlora.schema import MixConfig
 
 ROOT = Path(__file__).parent.parent
 KEYS = list(config_keys())
@@ -155,10 +156,20 @@ def test_a_plus_before_an_existing_key_is_refused() -> None:
 
 
 def test_free_mappings_take_any_entry() -> None:
-    config = compose(["+trainer.lr_scheduler_kwargs.my_own=3", "+callbacks.mine._target_=a.B"])
-    assert config.trainer.lr_scheduler_kwargs["my_own"] == 3
-    assert config.callbacks == {"mine": {"_target_": "a.B"}}
-    assert message("callbacks.mine=3") == "callbacks has no entry 'mine' yet; add it with +callbacks.mine=VALUE"
+    for sign in ("", "+", "++"):
+        config = compose([f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B"])
+        assert config.trainer.lr_scheduler_kwargs["my_own"] == 3
+        assert config.callbacks == {"mine": {"_target_": "a.B"}}
+
+
+def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:
+    config = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
+    assert config.data.mix == {"a": MixConfig(path="a.jsonl"), "b": MixConfig(path="b.jsonl", weight=2.0)}
+    start = ["data=mix", "data.mix.a.path=a.jsonl"]
+    assert "unknown key 'data.mix.a.wight' (did you mean weight?)" in message(*start, "data.mix.a.wight=2")
+    assert message(*start, "data.mix.a.weight=0") == "data.mix.a.weight must be positive, got 0.0"
+    assert message("data=mix", "data.mix.a.weight=2").startswith("data.mix.a needs a path: data.mix.a=FILE")
+    assert "data.mix.a.format='alpca' is unknown (did you mean alpaca?)" in message(*start, "data.mix.a.format=alpca")
 
 
 @pytest.mark.parametrize(
@@ -320,8 +331,10 @@ CROSS_FIELD = {
     "train_tokens_per_second, train_runtime, peak_memory_gb or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match or name your own function as module:function",
-    "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of auto, alpaca, "
-    "input-output, text, chosen, segments",
+    "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "
+    f"{', '.join(schema.FORMAT_NAMES)}, or module:function of your own",
+    "data.template=chatm": "data.template='chatm' is unknown (did you mean chatml?); choose one of "
+    f"{', '.join(schema.TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)",
 }
 
 

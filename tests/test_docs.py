@@ -150,7 +150,7 @@ def test_the_manual_s_map_names_every_page() -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_keys_in_the_texts_exist(path: Path) -> None:
     known, groups = set(config_keys()), set(group_names())
-    free = ("trainer.lr_scheduler_kwargs.", "callbacks.")
+    free = ("trainer.lr_scheduler_kwargs.", "callbacks.", "data.columns.", "data.mix.")
     for key in re.findall(r"`(\w+(?:\.\w+)+)(?:=[^`]*)?`", path.read_text(encoding="utf-8")):
         is_file = key.endswith((".py", ".yaml", ".jsonl"))
         if key.partition(".")[0] in groups and not is_file and not key.startswith(free):

@@ -1,5 +1,6 @@
 """Turns rows of a file, of the hub or of a function into tokens with labels."""
 
-from qlora.data.pipeline import Data, DataReport, build_data
+from qlora.data.pipeline import Data, build_data
+from qlora.data.report import DataReport, column
 
-__all__ = ["Data", "DataReport", "build_data"]
+__all__ = ["Data", "DataReport", "build_data", "column"]

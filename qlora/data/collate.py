@@ -19,28 +19,40 @@ class Collator:
     """Pads the rows of a batch on the right, to the longest of them."""
 
     pad_token_id: int
-    multiple_of: int = 1
-    """Rounds the width up to a multiple, e.g. 8 for tensor cores or 64 to have few shapes to compile."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100."""
+        """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
+
+        Packs (rows with `position_ids`) give `position_ids` in place of the mask: a model of transformers reads the
+        borders inside a pack from the positions, and only where there is no mask. Padding is one more row of the
+        pack, with positions of its own from 0.
+        """
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
-        inside = _inside([len(row) for row in ids], self.multiple_of)
-        return {
-            "input_ids": _fill(ids, inside, self.pad_token_id),
-            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
-            "labels": _fill(labels, inside, IGNORED),
-        }
+        lengths = np.array([len(row) for row in ids])
+        cells = np.arange(lengths.max())[None, :]
+        inside = cells < lengths[:, None]
+        batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = _fill([row["position_ids"] for row in rows], inside, cells - lengths[:, None])
+        else:
+            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
+        return batch
 
 
-def _inside(lengths: Sequence[int], multiple_of: int) -> np.ndarray:
-    """Returns which cells of a right-padded batch hold a token: bool [rows, width]."""
-    width = -(-max(lengths) // multiple_of) * multiple_of
-    return np.arange(width)[None, :] < np.asarray(lengths)[:, None]
+def token_mask(batch: Mapping[str, Tensor], pad_token_id: int) -> Tensor:
+    """Returns which cells of a batch hold a token rather than padding: bool [rows, width].
+
+    A batch of packs has no mask: there, padding is the end of a row that is all `pad_token_id` with the label -100.
+    An end token that a tokenizer also pads with stays a token, as it has a label.
+    """
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    told = (batch["input_ids"] != pad_token_id) | (batch["labels"] != IGNORED)
+    return told.flip(-1).cumsum(-1).flip(-1) > 0
 
 
-def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int) -> Tensor:
-    """Writes the rows one after the other into the cells of `inside`."""
-    batch = np.full(inside.shape, padding, dtype=np.int64)
+def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int | np.ndarray) -> Tensor:
+    """Writes the rows one after the other into the cells of `inside`, over `padding` [rows, width] or a number."""
+    batch = np.array(np.broadcast_to(padding, inside.shape), dtype=np.int64)
     batch[inside] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     return torch.from_numpy(batch)

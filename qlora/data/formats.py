@@ -1,17 +1,16 @@
-"""What the columns of a row mean: a table of pure functions from a row to segments of text."""
+"""What the columns of a row mean: a table of pure functions from a row to what is trained on."""
 
 from __future__ import annotations
 
-import logging
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qlora.data import conversations as chats
+from qlora.data.conversations import Conversation, Message, Row, short
 from qlora.errors import ConfigError
-
-log = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
 
 # The prompts of Stanford Alpaca as the original qlora.py has them, the space at the end included.
 PROMPT_WITH_INPUT = (
@@ -24,6 +23,12 @@ PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: "
 )
+QUESTION = "Question: {question}\nAnswer: "
+END_MARK = "<|endoftext|>"
+"""GPT-3's end of text, which self-instruct's completions spell out; the tokenizer's own end token follows anyway."""
+
+HUMAN_BOT = re.compile(r"(?:^|\n)<(human|bot)>: ?")
+GUANACO = re.compile(r"### (Human|Assistant): ?")
 
 
 class Segment(NamedTuple):
@@ -33,12 +38,16 @@ class Segment(NamedTuple):
     trained: bool
 
 
+Example = list[Segment] | Conversation
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How rows of one layout become segments."""
+    """How rows of one layout become examples."""
 
-    render: Callable[[Row], list[Segment]]
-    """A pure function; rows reach it with at least one of the alternatives in `needs`."""
+    render: Callable[[Row], Sequence[Example]]
+    """A pure function; rows reach it with at least one of the alternatives in `needs`. A row gives one example,
+    several where it is nested, none where it is to be left out."""
     needs: tuple[tuple[str, ...], ...]
     """The columns without which it cannot work; each tuple is an alternative."""
 
@@ -52,111 +61,213 @@ class Format:
         return " or ".join(" and ".join(names) for names in self.needs)
 
 
-def alpaca(row: Row) -> list[Segment]:
-    """Renders instruction, input (may be absent or empty) and output with the Alpaca prompts."""
-    instruction, context = _text(row, "instruction"), _text(row, "input")
+def alpaca(row: Row) -> list[Example]:
+    """Renders instruction, input or context (absent, null or empty: none) and output or response as Alpaca does."""
+    context = _text(row, "alpaca", "input", "context")
+    return [_alpaca(_text(row, "alpaca", "instruction"), context, _text(row, "alpaca", "output", "response"))]
+
+
+def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
     prompt = PROMPT_WITH_INPUT if context else PROMPT_WITHOUT_INPUT
-    source = prompt.format(instruction=instruction, input=context)
-    return [Segment(source, False), Segment(_text(row, "output"), True)]
+    return _pair(prompt.format(instruction=instruction, input=context), answer)
 
 
-def input_output(row: Row) -> list[Segment]:
+def _pair(source: str, target: str) -> list[Segment]:
+    return [Segment(source, False), Segment(target, True)]
+
+
+def input_output(row: Row) -> list[Example]:
     """Renders input and output verbatim."""
-    return [Segment(_text(row, "input"), False), Segment(_text(row, "output"), True)]
+    return [_pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))]
 
 
-def text(row: Row) -> list[Segment]:
+def prompt_completion(row: Row) -> list[Example]:
+    """Renders prompt and completion verbatim, or both as turns of a chat (TRL); none where `label` is false (KTO)."""
+    if row.get("label") is False:
+        return []
+    if _turns(row.get("prompt")) is None and _turns(row.get("completion")) is None:
+        answer = _text(row, "prompt-completion", "completion")
+        return [_pair(_text(row, "prompt-completion", "prompt"), answer.removesuffix(END_MARK))]
+    name = "prompt-completion"
+    return _chat(row, _said(row, name, "prompt", "user") + _said(row, name, "completion", "assistant"), "completion")
+
+
+def question_answer(row: Row) -> list[Example]:
+    """Renders "Question: ...", a new line, "Answer: ", and the answer."""
+    question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
+    return [_pair(QUESTION.format(question=question), answer)]
+
+
+def text(row: Row) -> list[Example]:
     """Renders a whole text without a prompt (OpenAssistant-Guanaco)."""
-    return [Segment("", False), Segment(_text(row, "text"), True)]
+    return [_pair("", _text(row, "text", "text"))]
 
 
-def chosen(row: Row) -> list[Segment]:
-    """Renders the preferred dialogue of a pair without a prompt (HH-RLHF)."""
-    return [Segment("", False), Segment(_text(row, "chosen"), True)]
+def chosen(row: Row) -> list[Example]:
+    """Renders the preferred answer of a pair.
+
+    A text that holds its own prompt, or has none, is trained as a whole, as in the original (HH-RLHF); one that
+    answers a text in `prompt` or an Alpaca instruction is trained after it; turns become a chat: those of
+    `conversations`, `prompt` or `question`, then the chosen ones.
+    """
+    if _turns(row.get("chosen")) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
+        answer, prompt = _text(row, "chosen", "chosen"), _text(row, "chosen", "prompt")
+        if row.get("instruction"):
+            return [_alpaca(_text(row, "chosen", "instruction"), _text(row, "chosen", "input"), answer)]
+        if prompt or not row.get("question"):
+            return [_pair("" if answer.startswith(prompt) else prompt, answer)]
+    turns = _said(row, "chosen", "chosen", "assistant")
+    if turns and turns[0]["role"] == "assistant":
+        asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
+        turns = _said(row, "chosen", asked, "user") + turns
+    return _chat(row, turns, "chosen")
 
 
-def segments(row: Row) -> list[Segment]:
+def _chat(row: Row, turns: list[Message], column: str) -> list[Example]:
+    return list(chats.build_conversation(row, turns, f"column {column}"))
+
+
+def _said(row: Row, name: str, column: str, speaker: str) -> list[Message]:
+    """Returns a cell as messages: turns as they are, a text as said by `speaker`."""
+    turns = _turns(row.get(column))
+    if turns is None:
+        said = _text(row, name, column)
+        return [{"role": speaker, "content": said}] if said else []
+    return chats.normalise(turns, f"column {column}")
+
+
+def _turns(cell: Any) -> list[Any] | None:
+    """Returns the turns in a cell, which may be one alone or JSON; None: it holds none."""
+    value = chats.decode(cell)
+    if chats.is_turn(value):
+        return [value]
+    if not isinstance(value, list):
+        return None
+    # A text may be a JSON list that is no chat.
+    return value if not isinstance(cell, str) or (value and all(map(chats.is_turn, value))) else None
+
+
+def human_bot(row: Row) -> list[Example]:
+    """Renders "<human>: ...", "<bot>: ..." (OIG): one question and answer as the original does, more as a chat."""
+    whole = _text(row, "human-bot", "text")
+    if whole.count("\n<bot>: ") == 1 and whole.count("<human>: ") <= 1:
+        source, target = whole.split("\n<bot>: ")
+        return [_pair(source.replace("<human>: ", ""), target)]
+    return _marked(row, whole, "human-bot", HUMAN_BOT, "'<human>: ' and '<bot>: '")
+
+
+def guanaco(row: Row) -> list[Example]:
+    """Renders "### Human: ...### Assistant: ..." as a chat, so that the loss may count the answers alone."""
+    marks = "'### Human: ' and '### Assistant: '"
+    return _marked(row, _text(row, "guanaco", "text"), "guanaco", GUANACO, marks)
+
+
+def inst(row: Row) -> list[Example]:
+    """Renders Llama 2's "<s>[INST] ... [/INST] ... </s>" as a chat."""
+    whole = _text(row, "inst", "text")
+    turns = chats.split_inst(whole)
+    if turns is None:
+        raise ConfigError(
+            f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {short(whole)}"
+        )
+    return _chat(row, turns, "text")
+
+
+def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], shown: str) -> list[Example]:
+    if not mark.search(whole):
+        raise ConfigError(f"data.format={name} needs {shown} in column text, but a row holds {short(whole)}")
+    return _chat(row, chats.split_marked(whole, mark), "text")
+
+
+def self_instruct_tasks(row: Row) -> list[Example]:
+    """Renders an instruction with instances of input and output: one Alpaca example an instance."""
+    name = "self-instruct-tasks"
+    instruction = _text(row, name, "instruction")
+    return [
+        _alpaca(instruction, _text(task, name, "input"), _text(task, name, "output"))
+        for task in nested(row, "instances", name)
+    ]
+
+
+def unnatural(row: Row, *, reformulations: bool = False) -> list[Example]:
+    """Renders Unnatural Instructions as the original: instruction_with_input verbatim, then output, an instance each.
+
+    The constraints are not shown, and the reformulated instructions only where asked for. Flattened rows without
+    instruction_with_input are Alpaca's.
+    """
+    if "instances" not in row:
+        return [_unnatural(row)] if row.get("instruction_with_input") else alpaca(row)
+    tasks = nested(row, "instances", "unnatural")
+    if reformulations:
+        tasks += nested(row, "reformulations", "unnatural")
+    return [_unnatural(task) for task in tasks]
+
+
+def _unnatural(task: Row) -> list[Segment]:
+    return _pair(_text(task, "unnatural", "instruction_with_input"), _text(task, "unnatural", "output"))
+
+
+def nested(row: Row, column: str, name: str) -> list[Row]:
+    """Returns the rows inside a cell: a list of objects, an object of lists, or the JSON of either."""
+    cell = chats.decode(row.get(column))
+    if isinstance(cell, Mapping) and all(isinstance(part, list) for part in cell.values()):
+        # What `datasets` makes of a sequence of objects.
+        cell = [dict(zip(cell, parts, strict=True)) for parts in zip(*cell.values(), strict=True)]
+    if not cell:
+        return []
+    if not isinstance(cell, list) or not all(isinstance(part, Mapping) for part in cell):
+        raise ConfigError(
+            f"data.format={name} needs a list of objects in column {column}, but a row holds {short(cell)}"
+        )
+    return list(cell)
+
+
+def segments(row: Row) -> list[Example]:
     """Renders a list of [text, trained] pairs, or source and target."""
-    pairs = row.get("segments")
+    pairs = chats.decode(row.get("segments"))
     if pairs is None:
-        return [Segment(_text(row, "source"), False), Segment(_text(row, "target"), True)]
+        return [_pair(_text(row, "segments", "source"), _text(row, "segments", "target"))]
     try:
         rendered = [Segment(text, trained) for text, trained in pairs]
     except (TypeError, ValueError):
         rendered = None
     if rendered is None or not all(isinstance(s.text, str) and isinstance(s.trained, bool) for s in rendered):
-        raise ConfigError(f"data.format=segments: a row holds {_short(pairs)} as segments; each must be a pair "
+        raise ConfigError(f"data.format=segments: a row holds {short(pairs)} as segments; each must be a pair "
                           "[text, true or false]")  # fmt: skip
-    return rendered
+    return [rendered]
 
 
-# In the order in which `auto` tries them: the first whose columns are all there wins.
+# In the order in which `auto` tries them.
 FORMATS: dict[str, Format] = {
-    "alpaca": Format(alpaca, needs=(("instruction", "output"),)),
-    "segments": Format(segments, needs=(("segments",), ("source", "target"))),
-    "input-output": Format(input_output, needs=(("input", "output"),)),
-    "chosen": Format(chosen, needs=(("chosen",),)),
-    "text": Format(text, needs=(("text",),)),
+    "unnatural": Format(
+        unnatural, (("instruction", "instances"), ("instruction_with_input", "output"), ("instruction", "output"))
+    ),
+    "self-instruct-tasks": Format(self_instruct_tasks, (("instruction", "instances"),)),
+    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response"))),
+    "segments": Format(segments, (("segments",), ("source", "target"))),
+    "chosen": Format(chosen, (("chosen",),)),
+    "messages": Format(chats.messages, (("messages",),)),
+    "conversations": Format(chats.conversations, (("conversations",),)),
+    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),)),
+    "input-output": Format(input_output, (("input", "output"),)),
+    "question-answer": Format(question_answer, (("question", "answer"),)),
+    "human-bot": Format(human_bot, (("text",),)),
+    "inst": Format(inst, (("text",),)),
+    "text": Format(text, (("text",),)),
+    "guanaco": Format(guanaco, (("text",),)),
 }
+WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
 
-def choose_format(name: str, columns: Sequence[str], *, key: str = "data.path") -> str:
-    """Returns the name of the format that renders `columns`: `name` itself, or the one that `auto` recognises."""
-    if name == "auto":
-        return recognise(columns, key=key)
-    if FORMATS[name].lacks(columns):
-        raise ConfigError(
-            f"data.format={name} needs the columns {FORMATS[name].describe_needs()}; {key} has "
-            f"{_listed(columns)}. {_way_out(columns)}"
-        )
-    return name
-
-
-def recognise(columns: Sequence[str], *, key: str = "data.path") -> str:
-    """Returns the first format whose columns are all there and logs why; raises `ConfigError` where none fits."""
-    fitting = [name for name, layout in FORMATS.items() if not layout.lacks(columns)]
-    if not fitting:
-        raise ConfigError(f"data.format=auto recognises no format: {key} has the columns {_listed(columns)}. "
-                          f"{_way_out(columns)}")  # fmt: skip
-    others = f"; {', '.join(fitting[1:])} would fit too, set data.format to choose" if fitting[1:] else ""
-    log.info("data.format=auto: %s, by the columns %s%s", fitting[0], _listed(columns), others)
-    return fitting[0]
-
-
-def _way_out(columns: Sequence[str]) -> str:
-    """Says which format is nearest, and what is missing for it."""
-    fitting = [name for name, layout in FORMATS.items() if not layout.lacks(columns)]
-    if fitting:
-        return f"They fit data.format={fitting[0]}"
-    nearest = min(FORMATS, key=lambda name: (_missing_share(name, columns), len(FORMATS[name].lacks(columns))))
-    lacking = " and ".join(FORMATS[nearest].lacks(columns))
-    if _missing_share(nearest, columns) == 1:
-        known = "; ".join(f"{name} ({layout.describe_needs()})" for name, layout in FORMATS.items())
-        return f"Rename them to the columns of a format: {known}"
-    return f"Closest is {nearest}, which lacks {lacking}; rename the columns in the data"
-
-
-def _missing_share(name: str, columns: Sequence[str]) -> float:
-    found = set(columns)
-    return min(sum(c not in found for c in names) / len(names) for names in FORMATS[name].needs)
-
-
-def _text(row: Row, column: str) -> str:
-    """Returns a cell as text; an absent or empty one is ""."""
-    value = row.get(column)
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)):
-        return str(value)
-    raise ConfigError(f"data.format needs text in column {column}, but a row holds {_short(value)}")
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns)
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _text(row: Row, name: str, *columns: str) -> str:
+    """Returns the first cell that is not empty as text; absent and empty ones are ""."""
+    for column in columns:
+        value = row.get(column)
+        if value is None or value == "":
+            continue
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)):
+            return str(value)
+        raise ConfigError(f"data.format={name} needs text in column {column}, but a row holds {short(value)}")
+    return ""

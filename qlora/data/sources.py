@@ -1,9 +1,9 @@
-"""Where rows come from: a local file, a function of the user's, or the hub."""
+"""Where rows come from: local files, a function of the user's, or the hub."""
 
 from __future__ import annotations
 
 import importlib
-import re
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -11,48 +11,63 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, Json, Value
-from datasets.fingerprint import generate_random_fingerprint
-from datasets.table import InMemoryTable
-from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever the hub's client uses
+from datasets import Dataset
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # of httpx or httpx2, whichever the hub's client uses
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
-from qlora.data.files import is_file_path, read_file
+from qlora.data.cache import Cache
+from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
+from qlora.data.readers import Chunk
+from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
+from qlora.schema import FUNCTION_PATH
 
-FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-TEXT = Value("string")
+log = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("eval", "validation", "test")
 """The names under which hub data sets keep rows to measure on, in order of preference."""
+
+FUNCTION_ROWS = 1000
+"""Rows of a function that are written together."""
 
 
 def load_rows(
     path: str,
     *,
+    cache: Cache,
     subset: str | None = None,
     split: str | tuple[str, ...] = "train",
     data_files: str | None = None,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
     key: str = "data.path",
+    columns_key: str = "data.columns",
 ) -> Dataset:
-    """Loads rows from a file, from `module:function` or from the hub; null cells of text become "".
+    """Loads rows from files, from `module:function` or from the hub, memory-mapped; null cells stay null.
 
-    `subset`, `split` (the first that exists, where several are named) and `data_files` select within a hub
-    data set. `limit` is the most rows taken out of a function's iterable; an endless iterable needs one, for
-    without it this call never returns. Raises `ConfigError`, which names `key`, where there are no rows.
+    `subset`, `split` (the first that exists, where several are named) and `data_files` select within a hub data
+    set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
+    endless iterable needs one, for without it this call never returns. `columns` maps names to the columns that
+    shall bear them. The rows' `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
+    `key` or `columns_key`.
     """
     if FUNCTION_PATH.fullmatch(path):
-        rows = _from_rows(islice(_call(path, key), limit), path, key)
+        stored = _from_function(path, limit, cache, key)
+    elif is_file_path(path) and is_saved(Path(path).expanduser()):
+        stored = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
     elif is_file_path(path):
-        rows = _from_rows(read_file(Path(path).expanduser(), shown=f"{key}={path}"), path, key)
+        stored = load_files(path, cache=cache, key=key)
     else:
-        rows = _without_nulls(_from_hub(path, subset, split, data_files, key))
-    if not len(rows):
+        stored = _counted(_from_hub(path, subset, split, data_files, key))
+    if not len(stored.rows):
         raise ConfigError(f"{key}={path}: no rows in it")
-    return rows
+    if stored.repeated_ids:
+        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, stored.repeated_ids)
+    return _rename(stored.rows, columns or {}, f"{key}={path}", columns_key)
 
 
 @contextmanager
@@ -67,10 +82,29 @@ def no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _call(path: str, key: str) -> Iterable[Mapping[str, Any]]:
+def _from_function(path: str, limit: int | None, cache: Cache, key: str) -> Stored:
+    shown = f"{key}={path}"
+    rows = iter(islice(_call(path, key), limit))
+    with cache.temporary() as folder:
+        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown)
+        return open_rows(folder, file_digest(folder / ROWS))
+
+
+def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
+    start = 0
+    while chunk := list(islice(rows, FUNCTION_ROWS)):
+        for number, row in enumerate(chunk, start):
+            if not isinstance(row, Mapping):
+                raise ConfigError(
+                    f"{shown}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
+                )
+        yield Chunk(chunk, "row", range(start, start + len(chunk)))
+        start += len(chunk)
+
+
+def _call(path: str, key: str) -> Iterable[Any]:
     """Imports `module:function` and calls it without arguments."""
-    function = _import(path, key)
-    result = function()
+    result = _import(path, key)()
     if isinstance(result, (Mapping, str)) or not isinstance(result, Iterable):
         raise ConfigError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
     return result
@@ -93,36 +127,6 @@ def _import(path: str, key: str) -> Callable[[], Any]:
     return function
 
 
-def _from_rows(rows: Iterable[Mapping[str, Any]], path: str, key: str) -> Dataset:
-    """Builds a table whose columns are the union of the rows' keys, in order of appearance.
-
-    Columns that hold anything but text are kept as JSON, for Arrow has no type for [text, true], for objects of
-    different keys or for 7 beside "seven"; reading them gives back what went in.
-    """
-    columns: dict[str, list[Any]] = {}
-    for count, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ConfigError(
-                f"{key}={path}: row {count} is of type {type(row).__name__}; each must be an object with named columns"
-            )
-        for name in row:
-            if name not in columns:
-                columns[name] = [None] * count
-        for name, cells in columns.items():
-            cells.append(row.get(name))
-    features = Features({name: TEXT if _is_text(cells) else Json() for name, cells in columns.items()})
-    filled = {name: _filled(cells) if features[name] == TEXT else cells for name, cells in columns.items()}
-    return Dataset.from_dict(filled, features=features)
-
-
-def _is_text(cells: list[Any]) -> bool:
-    return all(cell is None or isinstance(cell, str) for cell in cells)
-
-
-def _filled(cells: list[str | None]) -> list[str]:
-    return ["" if cell is None else cell for cell in cells]
-
-
 def _from_hub(path: str, subset: str | None, split: str | tuple[str, ...], data_files: str | None, key: str) -> Dataset:
     try:
         with no_progress_bars():
@@ -130,32 +134,62 @@ def _from_hub(path: str, subset: str | None, split: str | tuple[str, ...], data_
                 return datasets.load_dataset(path, subset, split=split, data_files=data_files)
             splits = datasets.load_dataset(path, subset, data_files=data_files)
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"{key}={path}: no such file, and not to be had from the Hugging Face hub ({reason}); check the name and "
-            "data.subset, data.split, data.data_files; log in for a gated set (hf auth login); or name a local file: "
-            "data=local data.path=FILE"
+            f"{key}={path}: no such file, and not to be had from the Hugging Face hub ({_reason(error)}); or name a "
+            "local file: data=local data.path=FILE"
         ) from error
-    for name in split:
+    return _choose(splits, split, path, key)
+
+
+def _reason(error: BaseException) -> str:
+    """Says in the user's words why the hub gave nothing, and what helps."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    said = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if any(isinstance(link, GatedRepoError) for link in chain):
+        return f"it is gated: accept its terms on its page there, and {login}"
+    if any(isinstance(link, RepositoryNotFoundError) for link in chain):
+        return f"no such data set: check the name; if it is private, {login}"
+    if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
+        return f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, " \
+               "`hf auth login`"  # fmt: skip
+    return f"{said}; check the name and data.subset, data.split, data.data_files; for a gated set {login}"
+
+
+def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
+    """Returns the first of the named splits that there is; rows saved without splits are that of any name."""
+    names = (split,) if isinstance(split, str) else split
+    for name in ("", *names):
         if name in splits:
             return splits[name]
-    raise ConfigError(
-        f"{key}={path}: has no split {', '.join(split)}, only {', '.join(splits)}; leave {key} out to split rows off "
-        "data.path"
-    )
+    remedy = "choose one of these" if isinstance(split, str) else f"leave {key} out to split rows off data.path"
+    raise ConfigError(f"{key}={path}: has no split {', '.join(names)}, only {', '.join(splits)}; {remedy}")
 
 
-def _without_nulls(rows: Dataset) -> Dataset:
-    """Replaces null by "" in text columns and in columns without any value."""
-    table, features = rows.data.table, rows.features.copy()
-    for index, name in enumerate(table.column_names):
-        column = table.column(index)
-        if not column.null_count or features[name] not in (TEXT, Value("large_string"), Value("null")):
-            continue
-        if pa.types.is_null(column.type):
-            column, features[name] = column.cast(pa.string()), TEXT
-        table = table.set_column(index, name, pc.fill_null(column, ""))
-    if table is rows.data.table:
-        return rows
-    info = DatasetInfo(features=features)
-    return Dataset(InMemoryTable(table), info=info, fingerprint=generate_random_fingerprint())
+def _counted(rows: Dataset) -> Stored:
+    ids = IdCounter()
+    if "id" in rows.column_names:
+        for cells in rows.data.column("id").chunks:
+            ids.add(cells)
+    return Stored(rows, ids.repeated())
+
+
+def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: str) -> Dataset:
+    names = rows.column_names
+    taken: dict[str, str] = {}
+    for wanted, source in columns.items():
+        if source not in names:
+            raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
+                              f"{did_you_mean(source, names)}; it has {', '.join(names)}")  # fmt: skip
+        if source in taken:
+            raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
+        taken[source] = wanted
+    replaced = [wanted for wanted in columns if wanted in names and wanted not in taken]
+    if replaced:
+        rows = rows.remove_columns(replaced)
+    changed = {source: wanted for source, wanted in taken.items() if source != wanted}
+    return rows.rename_columns(changed) if changed else rows

@@ -1,38 +1,33 @@
-"""Turns segments of text into token ids and labels, within the lengths of the config."""
+"""Turns examples into token ids and labels, within the lengths of the config."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
-from datasets import Dataset, Features, List, Value
-from datasets.fingerprint import generate_random_fingerprint
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from qlora.data.chat import ChatWriter, Written
 from qlora.data.collate import IGNORED
-from qlora.data.formats import Format, Segment
-from qlora.data.sources import no_progress_bars
+from qlora.data.conversations import Conversation
+from qlora.data.formats import Example, Segment
+from qlora.data.templates import Template
 from qlora.errors import ConfigError
-from qlora.schema import DataConfig
+from qlora.schema import DataConfig, OnTooLong, TrainOn
 
-PARALLEL_ROWS = 50_000
-"""Above so many rows several processes pay: a process costs about as much as tokenizing 10,000 rows."""
-MAX_PROCESSES = 16
 
-TOKENS = List(Value("int32"))
-TRAIN_COLUMNS = {
-    "input_ids": TOKENS,
-    "labels": TOKENS,
-    "length": Value("int32"),
-    "trained": Value("int32"),
-    "cut_source": Value("bool"),
-    "cut_target": Value("bool"),
-}
-EVAL_COLUMNS = {"prompt_ids": TOKENS, "prompt": Value("string"), "reference": Value("string")}
-TASK_COLUMN = "task"
-"""The column of source rows that evaluation rows keep, for reports by task."""
+class Turn(NamedTuple):
+    """An answer that a row trains, for evaluation to ask for."""
+
+    start: int
+    """Index of its first token in the row."""
+    prompt: str
+    """The text before it."""
+    reference: str
+    """Its own text, without an end token."""
 
 
 class Encoded(NamedTuple):
@@ -40,149 +35,251 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    prompt_length: int
-    """Tokens before the first of a trained segment, `<bos>` included."""
-    cut_source: bool
-    cut_target: bool
+    """The tokens that the loss counts, `IGNORED` elsewhere and at index 0, which no token predicts."""
+    source: int
+    """Tokens before the first answer, `<bos>` included, before anything was cut."""
+    target: int
+    """Tokens from there on, before anything was cut."""
+    turns: list[Turn]
+    cut_source: bool = False
+    cut_target: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+    @property
+    def last_trained(self) -> int:
+        """The last token that the loss counts; `IGNORED` if there is none."""
+        return next((label for label in reversed(self.labels) if label != IGNORED), IGNORED)
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """The longest row that is kept whole, in tokens; None: no limit."""
+
+    source_max_len: int | None = None
+    target_max_len: int | None = None
+    max_length: int | None = None
+    on_too_long: OnTooLong = OnTooLong.truncate
+
+    def room(self, lead: int, rest: int) -> tuple[int, int]:
+        """Returns how many tokens are kept before the first answer (from its end) and from there on."""
+        kept_lead = lead if self.source_max_len is None else min(lead, self.source_max_len)
+        kept_rest = rest if self.target_max_len is None else min(rest, self.target_max_len)
+        if self.max_length is not None and kept_lead + kept_rest > self.max_length:
+            kept_rest = min(kept_rest, max(self.max_length - kept_lead, self.max_length // 2))
+            kept_lead = min(kept_lead, self.max_length - kept_rest)
+        return kept_lead, kept_rest
+
+
+@dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer with the lengths and the labels that a config asks for."""
+    """A tokenizer with the lengths, the labels and the chat template that a config asks for."""
 
     base: PreTrainedTokenizerBase
     bos: list[int]
     """The token that begins every row; empty where the tokenizer has none."""
     eos: int
-    source_max_len: int
-    target_max_len: int
-    train_on_source: bool
+    limits: Limits
+    train_on: TrainOn = TrainOn.assistant
+    template: Template | None = None
+    """How conversations are written; only they need one."""
 
-    def encode(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Encodes rows of segments, each segment on its own."""
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer or a turn."""
+        return frozenset({self.eos, *self.base.all_special_ids})
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
+        segments = [example for example in examples if not isinstance(example, Conversation)]
+        chats = [self._writer.write(example) for example in examples if isinstance(example, Conversation)]
+        encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
+        return [
+            self._fit(next(encoded_chats if isinstance(example, Conversation) else encoded_segments))
+            for example in examples
+        ]
+
+    @cached_property
+    def _writer(self) -> ChatWriter:
+        assert self.template is not None, "the pipeline chooses a template before it meets conversations"
+        return ChatWriter(self.base, self.template, self.train_on)
+
+    # Segments: each is tokenized on its own, as in the original script
+
+    def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         # Each text once: short answers and the words of templates come again and again.
         texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
-        pieces = dict(zip(texts, self._ids(texts), strict=True))
+        pieces = dict(zip(texts, self._ids(texts, plain=True), strict=True))
         return [self._join(row, [pieces[segment.text] for segment in row]) for row in rows]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # A text that spells a special token ("</s>") is data: split_special_tokens reads it as plain characters.
+    def _ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+        """Returns the ids of each text; in a `plain` one, "</s>" is the four characters and not the end token."""
+        return self._batch(texts, plain=plain)["input_ids"] if texts else []
+
+    def _batch(self, texts: list[str], *, plain: bool) -> BatchEncoding:
         # verbose=False: what is longer than model_max_length is cut below, no need to warn.
-        if not texts:
-            return []
         return self.base(
             texts,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=plain,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )["input_ids"]
+        )
 
     def _join(self, row: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
         flags = [segment.trained for segment in row]
-        if flags == [False, True]:
-            return self._join_pair(*pieces)
-        bos = self.bos
-        # A row without any trained text teaches nothing, not even to stop.
-        ids, labels = list(bos), [IGNORED] * len(bos)
-        for piece, trained in zip(pieces, flags, strict=True):
+        first = flags.index(True) if any(flags) else len(flags)
+        kept = _wanted(flags, self.train_on)
+        ids, labels = list(self.bos), [IGNORED] * len(self.bos)
+        for piece, trained in zip(pieces, kept, strict=True):
             ids += piece
-            labels += piece if trained or self.train_on_source else [IGNORED] * len(piece)
-        if any(flags):
+            labels += piece if trained else [IGNORED] * len(piece)
+        lead = len(self.bos) + sum(map(len, pieces[:first]))
+        if any(flags):  # a row without any trained text teaches nothing, not even to stop
             ids.append(self.eos)
             labels.append(self.eos)
-        limit = self.source_max_len + self.target_max_len
-        leading = flags.index(True) if any(flags) else len(flags)
-        prompt = len(bos) + sum(map(len, pieces[:leading]))
-        return Encoded(ids[:limit], labels[:limit], min(prompt, limit), False, len(ids) > limit)
+        prompt = "".join(segment.text for segment in row[:first])
+        answer = "".join(segment.text for segment in row[first:]).strip()
+        return Encoded(ids, labels, lead, len(ids) - lead, [Turn(lead, prompt, answer)])
 
-    def _join_pair(self, source: list[int], target: list[int]) -> Encoded:
-        """Joins a prompt, which loses its beginning, and an answer, which loses its end and then `<eos>`."""
-        bos = self.bos
-        room = self.source_max_len - len(bos)
-        kept = source[max(len(source) - room, 0) :]
-        answer = [*target, self.eos]
-        cut_target = len(answer) > self.target_max_len
-        answer = answer[: self.target_max_len]
-        source_labels = kept if self.train_on_source else [IGNORED] * len(kept)
-        return Encoded(
-            input_ids=[*bos, *kept, *answer],
-            labels=[IGNORED] * len(bos) + source_labels + answer,
-            prompt_length=len(bos) + len(kept),
-            cut_source=len(kept) < len(source),
-            cut_target=cut_target,
+    # Conversations: the whole text is tokenized at once, as an inference server does it
+
+    def _encode_chats(self, chats: list[Written]) -> list[Encoded]:
+        if not chats:
+            return []
+        batch = self._batch([chat.text for chat in chats], plain=False)
+        return [self._label(chat, batch, index) for index, chat in enumerate(chats)]
+
+    def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
+        ids = batch["input_ids"][index]
+        borders = sorted({border for span in (*chat.trained, *(turn.span for turn in chat.turns)) for border in span})
+        at = self._token_borders(batch, index, borders, chat.text)
+        cuts = {border for border in borders if border not in at} | self._cuts(chat)
+        if cuts:
+            ids, at = self._in_pieces(chat, borders, cuts)
+        labels = [IGNORED] * len(ids)
+        for start, end in chat.trained:
+            labels[at[start] : at[end]] = ids[at[start] : at[end]]
+        turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
+        if chat.turns and not chat.ends:
+            ids, labels = [*ids, self.eos], [*labels, self.eos]
+        turns = turns or [Turn(len(ids), chat.text, "")]
+        source = turns[0].start
+        return Encoded(list(ids), labels, source, len(ids) - source, turns)
+
+    def _cuts(self, chat: Written) -> set[int]:
+        """Returns where to cut a text so that no message's characters become a token of the template's."""
+        # Splitting special tokens does not split those added without that flag.
+        whole = (span.start + 1 for span in chat.raw if chat.text[span.start : span.end] in self._plain_tokens)
+        return {place for span in chat.raw for place in span}.union(whole)
+
+    @cached_property
+    def _plain_tokens(self) -> frozenset[str]:
+        return frozenset(str(token) for token in self.base.added_tokens_decoder.values() if not token.special)
+
+    def _in_pieces(self, chat: Written, borders: list[int], cuts: set[int]) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a text in pieces, and on in smaller ones as long as a token reaches over a border."""
+        places = sorted({0, len(chat.text), *cuts})
+        ids: list[int] = []
+        at = {0: 0}
+        for start, end in pairwise(places):
+            inside = [border for border in borders if start < border < end]
+            piece, found = self._piece(chat, start, end, inside)
+            if len(found) < len(inside):
+                return self._in_pieces(chat, borders, {*cuts, *inside} - set(found))
+            at |= {border: len(ids) + place for border, place in found.items()}
+            ids += piece
+            at[end] = len(ids)
+        return ids, at
+
+    def _piece(self, chat: Written, start: int, end: int, borders: list[int]) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a piece as it stands in its text: behind other text no blank is put before it."""
+        plain = any(span.start <= start < span.end for span in chat.raw)
+        for before, known in (("\n", self._line), ("", [])) if start and self._line else (("", []),):
+            text = before + chat.text[start:end]
+            batch = self._batch([text], plain=plain)
+            ids = batch["input_ids"][0]
+            if ids[: len(known)] == known:
+                break
+        shift = start - len(before)
+        inside = [border - shift for border in borders]
+        found = self._token_borders(batch, 0, inside, text)
+        return ids[len(known) :], {border + shift: place - len(known) for border, place in found.items()}
+
+    def _token_borders(self, batch: BatchEncoding, row: int, borders: list[int], text: str) -> dict[int, int]:
+        """Returns for each border between two characters the token that begins there; not those inside a token."""
+        if not self._has_offsets:
+            return {}
+        ids = batch["input_ids"][row]
+        found = {}
+        for border in borders:
+            if border in (0, len(text)):
+                found[border] = 0 if border == 0 else len(ids)
+                continue
+            before, behind = batch.char_to_token(row, border - 1), batch.char_to_token(row, border)
+            if before is None:
+                continue
+            if behind is not None and behind != before:
+                # A token may hold the last byte of one character and the first of the next.
+                if text[border - 1].isascii() or batch.token_to_chars(row, behind).start >= border:
+                    found[border] = behind
+            elif text[border].isspace():
+                # Some tokens swallow the blanks behind them, and some tokenizers count blanks to no token.
+                said = text[batch.token_to_chars(row, before).start : border]
+                if self.base.convert_ids_to_tokens(ids[before]).endswith(said):
+                    found[border] = before + 1
+        return found
+
+    @cached_property
+    def _has_offsets(self) -> bool:
+        """Whether tokens tell their characters: not where those that no token knows are dropped and shift the rest."""
+        with_unknown, without = self._ids(["a\ue0a0a", "aa"], plain=True)
+        return self.base.is_fast and with_unknown != without
+
+    @cached_property
+    def _line(self) -> list[int]:
+        """The ids of a line feed, where a tokenizer puts a blank before all that it is given; else empty."""
+        line, word, both = self._ids(["\n", "a", "\na"], plain=True)
+        return line if both[: len(line)] == line and both[len(line) :] != word else []
+
+    # Lengths
+
+    def _fit(self, row: Encoded) -> Encoded:
+        """Cuts a prompt's beginning and an answer's end to the limits; a cut answer loses its end token."""
+        lead = row.source
+        kept_lead, kept_rest = self.limits.room(lead, row.target)
+        first = 1 if self.bos and row.input_ids[:1] == self.bos and kept_lead > 0 else 0
+        gone = lead - kept_lead
+        ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
+        labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
+        labels[:1] = [IGNORED] * len(labels[:1])
+        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
+        return row._replace(
+            input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
         )
 
 
-def build_tokenizer(config: DataConfig, base: PreTrainedTokenizerBase) -> Tokenizer:
+def build_tokenizer(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> Tokenizer:
     """Sets a tokenizer's lengths and labels; raises `ConfigError` where it has no end token to teach."""
     if base.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer {base.name_or_path!r} has no end token, so no answer could learn to stop; set eos_token "
             "in its tokenizer_config.json"
         )
+    limits = Limits(config.source_max_len, config.target_max_len, config.max_length, config.on_too_long)
     bos = [] if base.bos_token_id is None else [base.bos_token_id]
-    return Tokenizer(base, bos, base.eos_token_id, config.source_max_len, config.target_max_len, config.train_on_source)
+    return Tokenizer(base, bos, base.eos_token_id, limits, config.train_on, template)
 
 
-def tokenize(rows: Dataset, layout: Format, tokenizer: Tokenizer, *, for_eval: bool = False) -> Dataset:
-    """Renders and encodes all rows, in order, in memory; a row in which nothing is trained is left out.
-
-    Columns: those of `TRAIN_COLUMNS`, for evaluation also those of `EVAL_COLUMNS` and `task` where `rows` has it.
-    """
-    columns = dict(TRAIN_COLUMNS)
-    if for_eval:
-        columns |= EVAL_COLUMNS
-        if TASK_COLUMN in rows.column_names:
-            columns[TASK_COLUMN] = Value("string")
-    processes = min(os.cpu_count() or 1, MAX_PROCESSES) if len(rows) > PARALLEL_ROWS else None
-    with no_progress_bars():
-        return rows.map(
-            _encode_batch,
-            fn_kwargs={"layout": layout, "tokenizer": tokenizer, "columns": list(columns), "forked": bool(processes)},
-            batched=True,
-            remove_columns=rows.column_names,
-            features=Features(columns),
-            num_proc=processes,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # Unset, `datasets` would hash the rows and pickle the tokenizer to name a cache that is not used.
-            new_fingerprint=generate_random_fingerprint(),
-        )
-
-
-def _encode_batch(
-    batch: dict[str, list[Any]], *, layout: Format, tokenizer: Tokenizer, columns: list[str], forked: bool
-) -> dict[str, list[Any]]:
-    """Encodes one batch of `Dataset.map`: columns in, columns out."""
-    if forked:
-        # One thread a process; it also spares the warning that tokenizers gives in a forked process.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    names = list(batch)
-    sources = [dict(zip(names, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
-    rendered = [layout.render(row) for row in sources]
-    out: dict[str, list[Any]] = {name: [] for name in columns}
-    for source, row, encoded in zip(sources, rendered, tokenizer.encode(rendered), strict=True):
-        cells = _cells(source, row, encoded)
-        if cells["trained"]:
-            for name in columns:
-                out[name].append(cells[name])
-    return out
-
-
-def _cells(source: Mapping[str, Any], row: Sequence[Segment], encoded: Encoded) -> dict[str, Any]:
-    """Returns every column of one row; the prompt and the reference split it at the first trained segment."""
-    leading = next((index for index, segment in enumerate(row) if segment.trained), len(row))
-    return {
-        "input_ids": encoded.input_ids,
-        "labels": encoded.labels,
-        "length": len(encoded.input_ids),
-        "trained": len(encoded.labels) - encoded.labels.count(IGNORED),
-        "cut_source": encoded.cut_source,
-        "cut_target": encoded.cut_target,
-        "prompt_ids": encoded.input_ids[: encoded.prompt_length],
-        "prompt": "".join(segment.text for segment in row[:leading]),
-        "reference": "".join(segment.text for segment in row[leading:]).strip(),
-        TASK_COLUMN: str(source.get(TASK_COLUMN, "")),
-    }
+def _wanted(flags: list[bool], train_on: TrainOn) -> list[bool]:
+    """Returns which segments the loss counts, of those that are `flags`."""
+    if train_on is TrainOn.all:
+        return [True] * len(flags)
+    if train_on is TrainOn.last and any(flags):
+        last = len(flags) - 1 - flags[::-1].index(True)
+        return [index == last for index in range(len(flags))]
+    return flags

@@ -184,6 +184,15 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     model.requires_grad_(False)
 
 
+def add_end_token(model: PreTrainedModel, token_id: int | None) -> None:
+    """Lets generation stop at a chat template's end-of-turn token too; it is saved with a full finetuning."""
+    settings = model.generation_config
+    if token_id is None or settings is None:
+        return
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = sorted({token_id, *(token for token in known if token is not None)})
+
+
 def _hub_options(config: ModelConfig) -> dict[str, Any]:
     return {
         "revision": config.revision or "main",

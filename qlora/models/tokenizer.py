@@ -43,8 +43,8 @@ def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) ->
     near = did_you_mean(place, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
     return ConfigError(
-        f"{key}={place}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name and "
-        f"the network{gate}, or give a local folder with model.name=FOLDER"
+        f"{key}={place}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name "
+        f"and the network{gate}, or give a local folder with model.name=FOLDER"
     )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     PreTrainedModel,
@@ -59,7 +58,6 @@ def build_arguments(
         bf16=compute is torch.bfloat16,
         fp16=compute is torch.float16,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        length_column_name="length",
         logging_steps=config.logging_steps,
         logging_first_step=True,
         eval_strategy="steps" if config.eval_steps else "no",
@@ -88,21 +86,24 @@ class QLoraTrainer(Trainer):
         *,
         model: PreTrainedModel,
         arguments: TrainingArguments,
-        rows: Dataset,
+        rows: torch.utils.data.Dataset[Any],
+        lengths: Sequence[int],
         collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        token_mask: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
         loraplus_lr_ratio: float | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
-        self.measure, self.loraplus_lr_ratio = measure, loraplus_lr_ratio
+        self.measure, self.token_mask, self.lengths = measure, token_mask, lengths
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.measuring_seconds = 0.0
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
-            eval_dataset=rows.select([]),  # unused: `evaluate` below measures
+            eval_dataset=[],  # unused: `evaluate` below measures
             data_collator=collate,
             callbacks=callbacks,
         )
@@ -123,14 +124,16 @@ class QLoraTrainer(Trainer):
         """Tokens, padding left out, that went through this session's training steps."""
         return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Counts a batch of packs too, which has no mask for the library to count by."""
+        super()._track_num_input_tokens({**inputs, "attention_mask": self.token_mask(inputs)})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """Groups by length with `LengthGroupedSampler`; the library's own orders batches by length."""
-        rows = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(rows)
-        lengths = rows.with_format("numpy")[self.args.length_column_name][:].tolist()
+            return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(lengths, size)
+        return LengthGroupedSampler(self.lengths, size)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

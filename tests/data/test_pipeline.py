@@ -1,15 +1,20 @@
 import dataclasses
+import importlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from qlora.data import build_data
 from qlora.errors import ConfigError
+from qlora.schema import DataConfig, OnTooLong
 
 ROWS = [{"input": f"q{i}", "output": f"a{i}", "task": "even" if i % 2 == 0 else "odd"} for i in range(20)]
 
@@ -47,18 +52,27 @@ def test_the_split_is_the_same_whatever_is_needed(tokenizer, make_config):
     assert eval_only.report.train_rows == 0
 
 
-def test_sample_limits_take_the_first_of_the_seeded_order(tokenizer, make_config):
+def test_fewer_samples_are_a_part_of_more_samples_and_keep_the_order_of_the_file(tokenizer, make_config):
     whole = build_data(make_config(ROWS, eval_dataset_size=6), tokenizer)
-    some = build_data(make_config(ROWS, eval_dataset_size=6, max_train_samples=3, max_eval_samples=2), tokenizer)
-    assert texts(some.train) == texts(whole.train)[:3]
-    assert len(some.eval) == 2
-    assert set(texts(some.eval)) < set(texts(whole.eval))
+    few, more = (
+        build_data(make_config(ROWS, eval_dataset_size=6, max_train_samples=n, max_eval_samples=n), tokenizer)
+        for n in (2, 4)
+    )
+    for rows, some, all_rows in ((few.train, more.train, whole.train), (few.eval, more.eval, whole.eval)):
+        assert (len(rows), len(some)) == (2, 4)
+        assert set(texts(rows)) < set(texts(some)) < set(texts(all_rows))
+        assert texts(all_rows) == sorted(texts(all_rows), key=lambda text: int(text[1:].partition("a")[0]))
+
+
+def test_a_share_of_the_rows_can_be_held_out(tokenizer, make_config):
+    data = build_data(make_config(ROWS, eval_dataset_size=0.25), tokenizer)
+    assert (len(data.train), len(data.eval)) == (15, 5)
 
 
 def test_columns_are_those_that_training_and_evaluation_read(tokenizer, make_config):
     data = build_data(make_config(ROWS), tokenizer)
-    assert data.train.column_names == ["input_ids", "labels", "length"]
-    assert data.eval.column_names == ["input_ids", "labels", "length", "prompt_ids", "prompt", "reference", "task"]
+    assert {"input_ids", "labels", "length"} < set(data.train.column_names)
+    assert {"prompt_ids", "prompt", "reference", "task"} == set(data.eval.column_names) - set(data.train.column_names)
     (row,) = data.eval.to_list()
     number = row["prompt"][1:]
     assert row["reference"] == f"a{number}"
@@ -70,7 +84,7 @@ def test_rows_of_their_own_are_held_out_in_their_order(tokenizer, make_config, t
     held_out.write_text(json.dumps([{"input": "e", "output": str(i)} for i in range(5)]))
     data = build_data(make_config(ROWS, eval_path=str(held_out)), tokenizer)
     assert len(data.train) == 20
-    assert texts(data.train) != [f"q{i}a{i}" for i in range(20)]
+    assert texts(data.train) == [f"q{i}a{i}" for i in range(20)]
     assert texts(data.eval) == [f"e{i}" for i in range(5)]
     some = build_data(make_config(ROWS, eval_path=str(held_out), max_eval_samples=3), tokenizer)
     assert texts(some.eval) == sorted(texts(some.eval))
@@ -126,6 +140,8 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
     assert json.loads(json.dumps(dataclasses.asdict(report))) == {
         "name": "toy",
         "format": "segments",
+        "recognised": "data.format=segments",
+        "template": None,
         "train_rows": 2,
         "eval_rows": 1,
         "train_tokens": (1 + 2 + 1 + 1) + (1 + 1 + 3),
@@ -134,7 +150,13 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "max_length": 5,
         "cut_sources": 1,
         "cut_targets": 1,
+        "stopping_rows": 1,
+        "left_out_rows": 0,
         "dropped_rows": 1,
+        "too_long_rows": 0,
+        "held_out_in_training": 0,
+        "packs": None,
+        "packed_share": None,
         "fingerprint": report.fingerprint,
     }
     assert caplog.messages == [
@@ -151,13 +173,19 @@ def test_nothing_is_said_when_nothing_is_cut(tokenizer, make_config, caplog):
 
 def test_rows_without_anything_to_train_on_stop_the_run(tokenizer, make_config):
     rows = [{"segments": [["a", False]]}] * 3
-    with pytest.raises(ConfigError, match="none of the 2 rows has a token to train on"):
-        build_data(make_config(rows), tokenizer)
+    config = make_config(rows)
+    with pytest.raises(ConfigError) as caught:
+        build_data(config, tokenizer)
+    assert str(caught.value) == (
+        f"data.path={config.path}: none of the 2 rows has a token to train on: 0 are left out by their format, in 2 "
+        "nothing that is trained is left within the lengths, 0 are dropped as too long; see them with task=preview"
+    )
 
 
 def test_a_broken_cell_stops_the_run_with_its_column(tokenizer, make_config):
-    with pytest.raises(ConfigError, match="needs text in column output, but a row holds"):
-        build_data(make_config([{"input": "a", "output": ["b"]}] * 3), tokenizer)
+    rows = [{"input": "a", "output": "b"}] * 30 + [{"input": "a", "output": ["b"]}]
+    with pytest.raises(ConfigError, match=r"rows.jsonl, row 31: data.format=input-output needs text in column output"):
+        build_data(make_config(rows, format="input-output"), tokenizer)
 
 
 def test_the_fingerprint_is_the_same_in_another_process(tokenizer, make_config):
@@ -179,3 +207,169 @@ def test_changed_rows_are_never_served_from_a_cache(tokenizer, make_config):
     after = build_data(make_config([row | {"output": "z"} for row in ROWS]), tokenizer)
     assert texts(after.train) != texts(before.train)
     assert after.report.fingerprint != before.report.fingerprint
+
+
+# Caches
+
+
+def cached(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache").iterdir())
+
+
+def test_the_same_choices_use_the_tokens_of_the_first_time(tokenizer, make_config, tmp_path):
+    config = make_config(ROWS, cache_dir=str(tmp_path / "cache"))
+    first = build_data(config, tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    again = build_data(config, tokenizer)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == before
+    assert texts(again.train) == texts(first.train)
+    assert again.report == first.report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_on_source": True},
+        {"target_max_len": 2},
+        {"source_max_len": 2},
+        {"max_length": 4},
+        {"split_seed": 7},
+        {"eval_dataset_size": 2},
+        {"max_train_samples": 5},
+        {"on_too_long": OnTooLong.drop, "target_max_len": 2},
+        {"columns": {"output": "task"}},
+        {"format": "text", "columns": {"text": "input"}},
+    ],
+    ids=str,
+)
+def test_every_choice_that_changes_tokens_has_tokens_of_its_own(change, tokenizer, make_config, tmp_path):
+    own, shared = {"cache_dir": str(tmp_path / "own")}, {"cache_dir": str(tmp_path / "cache")}
+    build_data(make_config(ROWS, **shared), tokenizer)
+    try:
+        expected = build_data(make_config(ROWS, **change, **own), tokenizer).report
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=re.escape(str(error))):
+            build_data(make_config(ROWS, **change, **shared), tokenizer)
+    else:
+        assert build_data(make_config(ROWS, **change, **shared), tokenizer).report == expected
+
+
+def test_another_tokenizer_or_template_has_tokens_of_its_own(tokenizer, tokenizer_without_bos, make_config, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+             for i in range(4)]  # fmt: skip
+    config = make_config(chats, cache_dir=str(tmp_path / "cache"))
+    plain = make_config(chats, cache_dir=str(tmp_path / "cache"), template="plain")
+    lengths = [build_data(c, t).report.train_tokens for c in (config, plain) for t in (tokenizer, tokenizer_without_bos)]
+    assert len(set(lengths)) == 4
+
+
+def test_a_changed_function_of_the_users_own_is_not_served_old_tokens(tokenizer, make_config, tmp_path, monkeypatch):
+    module = tmp_path / "own_format.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    config = make_config(ROWS, format="own_format:shout", cache_dir=str(tmp_path / "cache"))
+    for word in ("one", "two"):
+        module.write_text(f"def shout(row):\n    return {{'text': '{word}'}}\n")
+        sys.modules.pop("own_format", None)
+        importlib.invalidate_caches()
+        assert set(texts(build_data(config, tokenizer).train)) == {word}
+
+
+def test_nothing_half_written_is_left_after_an_error(tokenizer, make_config, tmp_path):
+    config = make_config([*ROWS, {"input": "a", "output": ["b"]}], format="input-output", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError):
+        build_data(config, tokenizer)
+    assert not [name for name in cached(tmp_path) if name.startswith(("tokens", "."))]
+
+
+def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path):
+    rows = [{"input": f"q{i}", "output": f"a{i}" * (i % 7)} for i in range(5000)]
+    one, two = (
+        build_data(make_config(rows, num_proc=n, cache_dir=str(tmp_path / str(n))), tokenizer) for n in (1, 2)
+    )
+    assert one.report == two.report
+    assert one.train[:]["input_ids"] == two.train[:]["input_ids"]
+
+
+def test_an_error_in_one_of_several_processes_names_the_row(tokenizer, make_config):
+    rows = [{"input": "a", "output": "b"}] * 3000 + [{"input": "a", "output": ["b"]}]
+    with pytest.raises(ConfigError, match="row 3001: data.format=input-output needs text in column output"):
+        build_data(make_config(rows, num_proc=2, format="input-output"), tokenizer)
+
+
+# Several sets
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def mix_of(tmp_path, **changes):
+    mine = write(tmp_path / "mine.jsonl", [{"input": f"m{i}", "output": "x"} for i in range(40)])
+    other = write(tmp_path / "other.jsonl", [{"text": f"o{i}"} for i in range(20)])
+    sets = {"mine": {"path": mine, "weight": 0.5}, "other": {"path": other, "weight": 2}}
+    return DataConfig(**{"name": "mix", "path": None, "mix": sets, "eval_dataset_size": 6, **changes})
+
+
+def test_weights_say_how_often_a_pass_shows_a_row(tokenizer, tmp_path):
+    data = build_data(mix_of(tmp_path), tokenizer)
+    seen = Counter(texts(data.train))
+    mine = {text: count for text, count in seen.items() if text.startswith("m")}
+    other = {text: count for text, count in seen.items() if text.startswith("o")}
+    assert (len(mine), set(mine.values())) == (18, {1})  # half of the 40 - 4 that are not held out
+    assert (len(other), set(other.values())) == (18, {2})
+    assert sorted(text[0] for text in texts(data.eval)) == ["m"] * 4 + ["o"] * 2
+    assert data.report.format == "input-output, text"
+    assert not set(texts(data.eval)) & set(seen)
+
+
+def test_a_mix_is_the_same_each_time_and_follows_its_seed(tokenizer, tmp_path):
+    first, again = (build_data(mix_of(tmp_path), tokenizer) for _ in range(2))
+    assert texts(first.train) == texts(again.train)
+    assert texts(build_data(mix_of(tmp_path, split_seed=1), tokenizer).train) != texts(first.train)
+
+
+def test_limits_hold_for_the_whole_mix(tokenizer, tmp_path):
+    data = build_data(mix_of(tmp_path, max_train_samples=10, max_eval_samples=3), tokenizer)
+    assert (len(data.train), len(data.eval)) == (10, 3)
+
+
+def test_an_error_in_a_set_names_its_key(tokenizer, tmp_path):
+    config = DataConfig(name="mix", path=None, mix={"a": {"path": str(tmp_path / "nowhere.jsonl")}})
+    with pytest.raises(ConfigError, match=r"^data\.mix\.a\.path=.*nowhere\.jsonl: no such file"):
+        build_data(config, tokenizer)
+
+
+# Held-out rows
+
+
+def test_a_split_of_the_set_can_be_held_out(tokenizer, make_config, tmp_path):
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list([{"input": "t", "output": "z", "task": ""}])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    data = build_data(make_config(ROWS, path=str(tmp_path / "saved"), eval_split="test"), tokenizer)
+    assert len(data.train) == 20
+    assert texts(data.eval) == ["tz"]
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_and_said(tokenizer, make_config, tmp_path, caplog):
+    held_out = write(tmp_path / "eval.jsonl", [*ROWS[:3], {"input": "new", "output": "row", "task": ""}])
+    report = build_data(make_config(ROWS, eval_path=held_out), tokenizer).report
+    assert report.held_out_in_training == 3
+    assert "toy: 3 of 4 held-out rows are also trained on, word for word" in caplog.text
+
+
+# Packing
+
+
+def test_packs_hold_every_row_once(tokenizer, make_config):
+    data = build_data(make_config(ROWS, packing=True, pack_length=40), tokenizer)
+    ids = [token for pack in data.packed for token in pack["input_ids"].tolist()]
+    assert sorted(ids) == sorted(token for row in data.train["input_ids"][:] for token in row)
+    assert data.report.packs == len(data.packed) < len(data.train)
+    assert data.report.packed_share == pytest.approx(len(ids) / (40 * len(data.packed)), abs=1e-4)
+
+
+def test_a_row_longer_than_a_pack_is_refused(tokenizer, make_config):
+    with pytest.raises(ConfigError, match=r"data\.pack_length"):
+        build_data(make_config(ROWS, packing=True, pack_length=3), tokenizer)

@@ -33,7 +33,7 @@ def test_special_tokens_in_text_become_no_control_tokens(real):
     assert not set(inner) & set(real.all_special_ids)
     assert row.input_ids[0] == real.bos_token_id
     assert row.input_ids[-1] == real.eos_token_id
-    assert real.decode(inner[row.prompt_length - 1 :]).strip() == f"a{real.eos_token}b{real.bos_token}"
+    assert real.decode(inner[row.turns[0].start - 1 :]).strip() == f"a{real.eos_token}b{real.bos_token}"
 
 
 def test_plain_text_has_the_ids_of_a_plain_call(real):

@@ -1,146 +1,103 @@
-import csv
-import gzip
 import itertools
 import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Json, Value
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from qlora.data.cache import Cache
 from qlora.data.sources import load_rows
 from qlora.errors import ConfigError
 
-ROWS = [
-    {"instruction": 'Quote "this",\tplease', "input": "a\nb", "output": "ä\u2028ö"},
-    {"instruction": "Second", "input": "", "output": "x" * 200_000},
-]
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / ".cache")
 
 
-def write(path, rows):
-    """Writes rows in the form that the file's name says."""
-    name = path.name.removesuffix(".gz")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as file:
-        if name.endswith(".json"):
-            json.dump(rows, file)
-        elif name.endswith(".jsonl"):
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if name.endswith(".tsv") else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
+@pytest.fixture
+def load(cache):
+    return lambda path, **arguments: load_rows(str(path), cache=cache, **arguments)
 
 
-def message(path, **arguments):
-    with pytest.raises(ConfigError) as caught:
-        load_rows(path, **arguments)
-    return str(caught.value)
+@pytest.fixture
+def message(cache):
+    """Returns the sentence of the error, after which nothing may be left in the cache."""
 
+    def fail(path, **arguments):
+        before = sorted(cache.root.iterdir())
+        with pytest.raises(ConfigError) as caught:
+            load_rows(str(path), cache=cache, **arguments)
+        assert sorted(cache.root.iterdir()) == before
+        return str(caught.value)
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "json.gz", "jsonl.gz", "csv.gz", "tsv.gz"])
-def test_all_file_forms_read_equal(tmp_path, suffix):
-    assert load_rows(write(tmp_path / f"rows.{suffix}", ROWS)).to_list() == ROWS
-
-
-def test_long_csv_cells_leave_the_limit_of_the_csv_module_alone(tmp_path):
-    limit = csv.field_size_limit()
-    load_rows(write(tmp_path / "rows.csv", ROWS))
-    assert csv.field_size_limit() == limit
-
-
-def test_a_json_file_may_hold_one_object_a_line_and_a_jsonl_file_an_array(tmp_path):
-    (tmp_path / "rows.json").write_text('\ufeff{"text": "a"}\n\n{"text": "b"}')
-    (tmp_path / "rows.jsonl").write_text('[{"text": "a"},\n{"text": "b"}]')
-    expected = [{"text": "a"}, {"text": "b"}]
-    assert load_rows(str(tmp_path / "rows.json")).to_list() == expected
-    assert load_rows(str(tmp_path / "rows.jsonl")).to_list() == expected
-
-
-def test_rows_may_differ_in_their_keys_and_null_text_is_empty(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [{"a": "x", "n": None}, {"b": "y"}, {"a": None, "c": [1, "z"]}])
-    assert load_rows(path).to_list() == [
-        {"a": "x", "n": "", "b": "", "c": None},
-        {"a": "", "n": "", "b": "y", "c": None},
-        {"a": "", "n": "", "b": "", "c": [1, "z"]},
-    ]
-
-
-def test_values_of_mixed_types_come_back_as_they_were(tmp_path):
-    rows = [{"output": 7, "pairs": [["a", True]]}, {"output": "seven", "pairs": [["b", False], ["c", True]]}]
-    assert load_rows(write(tmp_path / "rows.jsonl", rows)).to_list() == rows
-
-
-def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my").mkdir()
-    write(tmp_path / "my" / "rows.jsonl", ROWS)
-    assert message("my/row.jsonl") == "data.path=my/row.jsonl: no such file (did you mean my/rows.jsonl?)"
-    assert message("./nothing") == "data.path=./nothing: no such file"
-    assert message("no/rows.csv", key="data.eval_path") == (
-        "data.eval_path=no/rows.csv: no such file (there is no folder no)"
-    )
-
-
-def test_a_folder_is_answered_with_the_files_in_it(tmp_path):
-    write(tmp_path / "rows.csv", ROWS)
-    assert message(str(tmp_path)).endswith("is a folder; name a file in it: rows.csv")
-
-
-def test_unknown_forms_are_refused_with_the_known_ones(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    assert message(str(tmp_path / "rows.parquet")).endswith(
-        "cannot read .parquet; the forms are .json, .jsonl, .csv, .tsv, and these with .gz"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.jsonl", '{"a": 1}\n\n{"a": \n', ", line 3: broken JSON (Expecting value)"),
-        ("a.json", '[{"a": 1},\n{"a" 1}]', ", line 2: broken JSON (Expecting ':' delimiter)"),
-        ("a.json", '[{"a": 1}, ["b"]]', ": element 1 of the array is an array; each must be an object"),
-        ("a.jsonl", '{"a": 1}\nnull', ", line 2: null; each line must hold an object"),
-        ("a.json", " \n", " is empty"),
-        ("a.csv", "", " is empty"),
-        ("a.csv", "a,b\n", ": no rows in it"),
-        ("a.json", "[]", ": no rows in it"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, but the first line names 2 columns"),
-        ("a.csv", 'a,b\n1,"2\n', ", line 2: broken row (unexpected end of data)"),
-    ],
-)
-def test_a_broken_file_is_named_with_the_line(tmp_path, name, content, expected):
-    path = tmp_path / name
-    path.write_text(content)
-    assert message(str(path)).startswith(f"data.path={path}{expected}")
-
-
-def test_files_that_are_not_what_they_say_are_named(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"a": "b"}' * 100)[:-12])
-    (tmp_path / "c.csv").write_bytes("a\nä\n".encode("latin-1"))
-    assert "not a whole gzip file" in message(str(tmp_path / "a.jsonl.gz"))
-    assert "not a whole gzip file" in message(str(tmp_path / "b.jsonl.gz"))
-    assert "not UTF-8 text (byte 2)" in message(str(tmp_path / "c.csv"))
+    return fail
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_rows.py").write_text(
-        "import itertools\n"
+        "import itertools, datetime, numpy\n"
+        "calls = []\n"
         "def endless():\n    return ({'text': str(i), 'pair': ('a', True)} for i in itertools.count())\n"
         "def wrong():\n    return [1]\n"
         "def single():\n    return {'text': 'a'}\n"
+        "def late():\n"
+        "    calls.append(1)\n"
+        "    for i in range(3000):\n        yield {'text': str(i) if i < 2500 else i, 'n': numpy.int64(i)}\n"
+        "def strange():\n    return [{'a': 'x'}, {'a': object()}]\n"
+        "def numbered():\n    return [{1: 'x'}]\n"
+        "def mixed():\n    return [{'a': 'x'}, {'b': 'y'}]\n"
+        "def failing():\n    yield {'a': 'x'}\n    raise KeyError('mine')\n"
+        "def nothing():\n    return []\n"
+        "def day():\n    return [{'day': datetime.date(2024, 2, 29), 'more': numpy.arange(2)}]\n"
+        "def repeated():\n    return [{'id': i % 4000 or None} for i in range(10000)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rows", raising=False)
     return "my_rows"
 
 
-def test_a_limit_ends_an_endless_function(module):
-    rows = load_rows(f"{module}:endless", limit=3)
+def test_a_limit_ends_an_endless_function(module, load):
+    rows = load(f"{module}:endless", limit=3)
     assert rows.to_list() == [{"text": str(i), "pair": ["a", True]} for i in range(3)]
 
 
-def test_functions_that_give_no_rows_are_named(module):
+def test_a_function_is_called_once_though_its_columns_show_late(module, load):
+    rows = load(f"{module}:late")
+    assert rows.to_list() == [{"text": str(i) if i < 2500 else i, "n": i} for i in range(3000)]
+    assert sys.modules[module].calls == [1]
+
+
+def test_equal_rows_of_a_function_have_equal_fingerprints(module, load):
+    first, second, shorter = (load(f"{module}:endless", limit=limit) for limit in (2000, 2000, 1999))
+    assert first._fingerprint == second._fingerprint != shorter._fingerprint
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from qlora.data.cache import Cache\n"
+        "from qlora.data.sources import load_rows\n"
+        "print(load_rows('my_rows:endless', cache=Cache(Path('cache')), limit=2000)._fingerprint)\n"
+    )
+    folder = Path(sys.modules[module].__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), *sys.path]))}
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert done.stdout.strip() == first._fingerprint
+    assert not list((folder / "cache").iterdir()), "rows of a function go with the process"
+
+
+def test_dates_and_arrays_of_a_function_become_text_and_lists(module, load):
+    assert load(f"{module}:day").to_list() == [{"day": "2024-02-29", "more": [0, 1]}]
+
+
+def test_functions_that_give_no_rows_are_named(module, message):
     assert message(f"{module}:endles") == (
         "data.path=my_rows:endles: module my_rows has no function endles (did you mean endless?)"
     )
@@ -149,40 +106,136 @@ def test_functions_that_give_no_rows_are_named(module):
     )
     assert message(f"{module}:wrong").endswith("row 0 is of type int; each must be an object with named columns")
     assert message(f"{module}:single").endswith("returned dict; it must return an iterable of rows (dicts)")
+    assert message(f"{module}:nothing") == "data.path=my_rows:nothing: no rows in it"
+    assert message(f"{module}:strange").startswith(
+        "data.path=my_rows:strange, row 1: column a holds a value of type object; rows are of text, numbers,"
+    )
+    assert message(f"{module}:numbered") == "data.path=my_rows:numbered: a column is named 1; names must be text"
+    assert message(f"{module}:mixed").startswith(
+        "data.path=my_rows:mixed, row 1: has the columns b, but the rows before it have a"
+    )
 
 
-def test_a_hub_set_out_of_reach_is_answered_with_ways_out():
+def test_an_error_inside_a_function_is_its_own_and_leaves_nothing(module, load, cache):
+    with pytest.raises(KeyError, match="mine"):
+        load(f"{module}:failing")
+    assert not list(cache.root.iterdir())
+
+
+def test_repeated_ids_are_said_and_kept(module, load, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "qlora"):
+        assert len(load(f"{module}:repeated")) == 10_000
+    assert caplog.messages == ["data.path=my_rows:repeated: 5998 rows repeat an id of an earlier row; all are kept"]
+    ids = ["a", "b", "a", None, None, 7, "c", 7]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "text": "x"}) + "\n" for name in ids))
+    Dataset.from_list([{"id": 1}, {"id": 1}, {"id": 2}]).save_to_disk(tmp_path / "saved")
+    caplog.clear()
+    for source in (path, path, tmp_path / "saved"):
+        load(source)
+    assert [line.split(": ")[1].split()[0] for line in caplog.messages] == ["2", "2", "1"]
+
+
+def test_columns_are_renamed_and_replace_those_of_the_wanted_name(tmp_path, load):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "i", "input": "n", "response": "r"}')
+    expected = {"instruction": "i", "output": "r", "input": "n"}
+    assert load(path, columns={"output": "response"}).to_list() == [expected]
+    assert load(path, columns={"input": "response"}).to_list() == [{"instruction": "i", "input": "r"}]
+    swapped = load(path, columns={"input": "response", "response": "input", "instruction": "instruction"})
+    assert swapped.to_list() == [{"instruction": "i", "input": "r", "response": "n"}]
+    names = [load(path, columns=columns)._fingerprint for columns in ({"output": "response"}, {"output": "input"}, {})]
+    assert len({*names, load(path, columns={"output": "response"})._fingerprint}) == 3
+
+
+def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path, load):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "i", "input": "n", "response": "r"}')
+    with pytest.raises(ConfigError) as caught:
+        load(path, columns={"output": "respons"})
+    assert str(caught.value) == (
+        f"data.columns.output=respons: data.path={path} has no column respons (did you mean response?); it has "
+        "instruction, input, response"
+    )
+    with pytest.raises(ConfigError, match=r"^data.mix.a.columns.b=input: the column is a already$"):
+        load(path, columns={"a": "input", "b": "input"}, columns_key="data.mix.a.columns")
+
+
+def test_a_hub_set_out_of_reach_is_answered_with_ways_out(message):
     text = message("nobody/such-a-set-v1.5")
     assert text.startswith(
-        "data.path=nobody/such-a-set-v1.5: no such file, and not to be had from the Hugging Face hub"
+        "data.path=nobody/such-a-set-v1.5: no such file, and not to be had from the Hugging Face hub (no network: "
     )
     assert "hf auth login" in text
     assert "data=local data.path=FILE" in text
 
 
-def test_a_hub_set_gives_the_first_of_the_held_out_splits(monkeypatch):
+def raise_from(cause):
+    def load(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset is out of reach.\nMore.") from cause
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (GatedRepoError, "it is gated: accept its terms on its page there, and log in with `hf auth login` or set HF_"),
+        (RepositoryNotFoundError, "no such data set: check the name; if it is private, log in with `hf auth login` or"),
+        (OfflineModeIsEnabled, "no network: Dataset is out of reach; what was downloaded before can be used offline"),
+        (ValueError, "Dataset is out of reach; check the name and data.subset, data.split, data.data_files"),
+    ],
+)  # fmt: skip
+def test_a_hub_set_that_cannot_be_had_is_answered_with_the_reason(monkeypatch, message, cause, expected):
+    # The hub's errors want a response; which kind of error it is suffices here.
+    monkeypatch.setattr(datasets, "load_dataset", raise_from(cause.__new__(cause)))
+    text = message("org/set")
+    assert text.startswith(f"data.path=org/set: no such file, and not to be had from the Hugging Face hub ({expected}")
+
+
+def test_a_hub_set_gives_the_first_of_the_held_out_splits(monkeypatch, load, message):
     features = Features({"text": Value("string"), "n": Value("int32")})
     rows = Dataset.from_list([{"text": None, "n": None}, {"text": "a", "n": 1}], features=features)
-    splits = datasets.DatasetDict({"train": rows, "test": rows.select([0])})
+    splits = DatasetDict({"train": rows, "test": rows.select([0])})
 
-    def load(path, subset, *, split=None, data_files):
+    def load_dataset(path, subset, *, split=None, data_files):
         assert (path, subset, data_files) == ("org/set", "en", None)
         return splits if split is None else splits[split]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_rows("org/set", subset="en").to_list() == [{"text": "", "n": None}, {"text": "a", "n": 1}]
-    assert len(load_rows("org/set", subset="en", split=("eval", "test"))) == 1
-    assert "has no split eval, only train, test" in message("org/set", subset="en", split=("eval",))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("org/set", subset="en").to_list() == [{"text": None, "n": None}, {"text": "a", "n": 1}]
+    assert load("org/set", subset="en")._fingerprint == rows._fingerprint
+    assert len(load("org/set", subset="en", split=("eval", "test"))) == 1
+    assert "has no split eval, only train, test; leave data.path out" in message(
+        "org/set", subset="en", split=("eval",)
+    )
 
 
-def test_progress_bars_come_back_after_loading(tmp_path):
+def test_progress_bars_come_back_after_loading(message):
     before = datasets.are_progress_bars_disabled()
     message("nobody/nothing")
     assert datasets.are_progress_bars_disabled() == before
 
 
-def test_no_more_rows_than_the_limit_are_drawn(monkeypatch):
+def test_no_more_rows_than_the_limit_are_drawn(monkeypatch, load):
     taken = itertools.count()
     monkeypatch.setattr("json.rows", lambda: ({"n": str(next(taken))} for _ in range(10)), raising=False)
-    assert len(load_rows("json:rows", limit=4)) == 4
+    assert len(load("json:rows", limit=4)) == 4
     assert next(taken) == 4
+
+
+def test_a_local_path_is_told_from_a_hub_id(tmp_path, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    assert "no data files in this folder" in message("org/set")
+    assert "no such file (there is no folder a/b)" in message("a/b/c")
+    assert "hub" in message("org/other")
+
+
+def test_json_columns_read_back_what_was_stored(load, tmp_path):
+    # datasets' own encoder keeps text that happens to be JSON as it is: "7" would come back as 7.
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "7"}\n{"a": 7}\n{"a": "{}"}')
+    rows = load(path)
+    assert rows.features["a"] == Json()
+    assert rows["a"][:] == ["7", 7, "{}"]

@@ -1,0 +1,234 @@
+"""Chats in every published layout become the messages that chat templates take."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.errors import ConfigError
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+# What data sets call the speakers, and what chat templates call them.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+CALL_ROLES = ("function_call", "tool_call")
+TEXT_PARTS = ("text", "input_text", "output_text")
+KEPT = ("name", "tool_call_id", "reasoning_content", "weight")
+"""Keys of a turn that go on unchanged: templates read the first three, the loss leaves out turns of weight 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat as `apply_chat_template` takes it."""
+
+    messages: list[Message]
+    """Each with role (system, user, assistant, tool) and content (text), maybe with tool_calls and those of `KEPT`."""
+    tools: list[dict[str, Any]] | None
+    """The functions that the assistant may call, as OpenAI's JSON schemas; None: none."""
+
+
+def messages(row: Row) -> list[Conversation]:
+    """Renders OpenAI's layout: messages of role and content, maybe with tools; none where `label` is false (KTO)."""
+    return _render(row, "messages")
+
+
+def conversations(row: Row) -> list[Conversation]:
+    """Renders ShareGPT's layout: conversations of from and value, maybe with the columns system and tools."""
+    return _render(row, "conversations")
+
+
+def _render(row: Row, column: str) -> list[Conversation]:
+    if row.get("label") is False:
+        return []
+    return build_conversation(row, normalise(read_turns(row, column), f"column {column}"), f"column {column}")
+
+
+def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conversation]:
+    """Adds the columns `system` (unless the turns begin with one) and `tools`; nothing said gives no conversation."""
+    if all(turn["role"] == "system" for turn in turns):
+        return []
+    first = next(index for index, turn in enumerate(turns) if turn["role"] != "system")
+    if turns[first]["role"] == "assistant":
+        raise ConfigError(
+            f"{where}, turn {first + 1} of {len(turns)}: the assistant speaks before any user turn; take such turns "
+            "out, or map the rows with a function of your own (data.format=module:function)"
+        )
+    system = row.get("system")
+    if isinstance(system, str) and system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return [Conversation(turns, read_tools(row))]
+
+
+def read_turns(row: Row, column: str) -> list[Any]:
+    """Returns the list in a cell, which may be JSON; an absent or empty one is []."""
+    cell = decode(row.get(column))
+    if cell is None or cell == "":
+        return []
+    if not isinstance(cell, Sequence) or isinstance(cell, str):
+        raise ConfigError(f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}")
+    return list(cell)
+
+
+def decode(cell: Any) -> Any:
+    """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+
+
+def is_turn(value: object) -> bool:
+    """Tells whether a value looks like one turn of a chat."""
+    return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
+
+
+def normalise(turns: Sequence[Any], where: str) -> list[Message]:
+    """Turns {role, content} or {from, value} of any naming into messages of a chat template."""
+    return [_message(turn, f"{where}, turn {number} of {len(turns)}") for number, turn in enumerate(turns, start=1)]
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise ConfigError(f"{where} is {short(turn)}; each must be an object with role and content, or from and value")
+    spoken = _first(turn, "role", "from")
+    if spoken is None:
+        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+    name = str(spoken).strip().lower()
+    if name not in ROLES:
+        raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
+    message: Message = {"role": ROLES[name]}
+    value = _first(turn, "content", "value")
+    if name in CALL_ROLES:
+        message |= {"content": "", "tool_calls": _calls(decode(value), where)}
+    else:
+        message["content"] = _content(value, message["role"], where)
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if calls:
+        message["tool_calls"] = _calls(decode(calls), where)
+    elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
+        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+    return message | {key: turn[key] for key in KEPT if turn.get(key) is not None}
+
+
+def _first(turn: Mapping[str, Any], *keys: str) -> Any:
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
+def _content(value: Any, role: str, where: str) -> str:
+    """Returns what is said as text; typed parts are joined, a tool's objects are written as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if role == "tool" and not _is_parts(value):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, Sequence):
+        raise ConfigError(f"{where} says {short(value)}; content must be text, or a list of parts of text")
+    return "".join(_part(part, where) for part in value)
+
+
+def _is_parts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(p, Mapping) and "type" in p for p in value)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        shown = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
+        raise ConfigError(f"{where} holds a part {shown}; qlora trains text only, so leave such rows out")
+    return part["text"]
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Returns calls of functions in OpenAI's shape, their arguments as objects; broken JSON stays text."""
+    listed = calls if isinstance(calls, list) else [calls]
+    return [_call(call, where) for call in listed]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    bare = function if isinstance(function, Mapping) else call
+    if not isinstance(bare, Mapping) or not isinstance(bare.get("name"), str):
+        raise ConfigError(f"{where} calls {short(call)}; a call of a function is JSON with name and arguments")
+    arguments = bare.get("arguments")
+    if isinstance(arguments, str):
+        read = decode(arguments)
+        arguments = read if isinstance(read, dict) else arguments
+    known = {"id": call["id"]} if call.get("id") is not None else {}
+    return {"type": "function", **known, "function": {"name": bare["name"], "arguments": arguments or {}}}
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """Returns the column `tools` (or the older `functions`), a list or its JSON, in OpenAI's shape."""
+    column = "tools" if row.get("tools") else "functions"
+    cell = row.get(column)
+    tools = decode(cell)
+    if not tools or tools == "null":
+        return None
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ConfigError(
+            f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {short(cell)}"
+        )
+    if not isinstance(cell, str):
+        # Arrow gives every object all the keys of its column; JSON text has no such leftovers.
+        tools = _without_nulls(tools)
+    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:
+    """Splits a text at marks whose first group names the speaker; what stands before them is the system's.
+
+    An empty last turn, which some sets leave open for the answer, is left out.
+    """
+    start, *pieces = mark.split(text)
+    turns: list[Message] = [{"role": "system", "content": start.strip()}] if start.strip() else []
+    for name, said in zip(pieces[::2], pieces[1::2], strict=True):
+        turns.append({"role": ROLES[name.lower()], "content": said.strip()})
+    return turns[:-1] if turns and not turns[-1]["content"] else turns
+
+
+def split_inst(text: str) -> list[Message] | None:
+    """Splits Llama 2's "<s>[INST] <<SYS>>...<</SYS>> question [/INST] answer </s>..."; None: it is no such text."""
+    start, *rounds = text.split("[INST]")
+    if start.replace("<s>", "").strip() or not rounds or not all("[/INST]" in piece for piece in rounds):
+        return None
+    turns: list[Message] = []
+    for piece in rounds:
+        asked, answer = piece.split("[/INST]", 1)
+        system, found, rest = asked.partition("<</SYS>>")
+        if found:
+            turns.append({"role": "system", "content": system.replace("<<SYS>>", "", 1).strip()})
+        turns.append({"role": "user", "content": (rest if found else asked).strip()})
+        said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
+        turns.append({"role": "assistant", "content": said.strip()})
+    return turns[:-1] if not turns[-1]["content"] else turns
+
+
+def short(value: object) -> str:
+    """Returns a value for a sentence, at most 60 characters long."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

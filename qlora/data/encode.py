@@ -1,0 +1,248 @@
+"""Renders and tokenizes whole sets in chunks, in parallel, into a memory-mapped Arrow file with the counts of it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from qlora import console
+from qlora.data.formats import Example, Format
+from qlora.data.tokenize import Encoded, Tokenizer
+from qlora.errors import ConfigError
+from qlora.schema import OnTooLong
+
+CHUNK: Final = 1000
+CHUNK_BYTES: Final = 2**18
+"""About so much text is in a chunk of long rows: its memory stays small, and every process gets some."""
+PARALLEL_BYTES: Final = 2**20
+"""Above so much text several processes pay: starting them costs about as much as tokenizing a tenth of it."""
+MAX_PROCESSES: Final = 16
+
+TOKENS: Final = pa.list_(pa.int32())
+COLUMNS: Final = {
+    "input_ids": TOKENS,
+    "labels": TOKENS,
+    "length": pa.int32(),
+    "source": pa.int32(),
+    "target": pa.int32(),
+    "trained": pa.int32(),
+    "cut_source": pa.bool_(),
+    "cut_target": pa.bool_(),
+    "stops": pa.bool_(),
+    "row": pa.int64(),
+    "digest": pa.int64(),
+}
+EVAL_COLUMNS: Final = {"prompt_ids": TOKENS, "prompt": pa.string(), "reference": pa.string()}
+TASK_COLUMN: Final = "task"
+"""The column of source rows that evaluation rows keep, for reports by task."""
+
+TOKENS_FILE: Final = "tokens.arrow"
+COUNTS_FILE: Final = "counts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows of a set."""
+
+    rows: int = 0
+    """Rows that were read."""
+    left_out: int = 0
+    """Rows that their format leaves out, e.g. answers marked as bad."""
+    untrained: int = 0
+    """Examples dropped because no token of them would be trained."""
+    too_long: int = 0
+    """Examples dropped by `on_too_long=drop`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process needs to encode any chunk of a set."""
+
+    rows: Dataset
+    order: np.ndarray | None
+    """Indices of the rows to take; None: all."""
+    layout: Format
+    tokenizer: Tokenizer
+    for_eval: bool
+    shown: str
+    """The key and the path, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.order is None else len(self.order)
+
+    @property
+    def row_bytes(self) -> float:
+        """The mean size of a source row."""
+        return float(self.rows.data.nbytes / max(self.rows.data.num_rows, 1))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the encoded rows."""
+        columns = dict(COLUMNS)
+        if self.for_eval:
+            columns |= EVAL_COLUMNS
+            if TASK_COLUMN in self.rows.column_names:
+                columns[TASK_COLUMN] = pa.string()
+        return pa.schema(columns)
+
+
+def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
+    """Writes the encoded rows of a job, in order, with their counts into an existing folder.
+
+    A row in which nothing is trained is left out. Only some chunks are in memory at a time.
+    """
+    total: Counter[str] = Counter()
+    with (
+        pa.OSFile(str(folder / TOKENS_FILE), "wb") as sink,
+        pa.ipc.new_stream(sink, job.schema) as writer,
+        console.progress("tokenizing", len(job)) as advance,
+    ):
+        for batch, counts in _chunks(job, processes or _processes(job)):
+            writer.write_batch(batch)
+            total.update(counts)
+            advance(total["rows"])
+    (folder / COUNTS_FILE).write_text(json.dumps(asdict(Counts(**total))), encoding="utf-8")
+
+
+def load_encoded(folder: Path) -> tuple[Dataset, Counts]:
+    """Memory-maps what `encode` wrote."""
+    counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
+    return Dataset.from_file(str(folder / TOKENS_FILE)), Counts(**counts)
+
+
+def _processes(job: Job) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES) if len(job) * job.row_bytes > PARALLEL_BYTES else 1
+
+
+Chunk = tuple[pa.RecordBatch, Counter[str]]
+
+
+def _chunks(job: Job, processes: int) -> Iterator[Chunk]:
+    size = min(max(int(CHUNK_BYTES / max(job.row_bytes, 1)), 1), CHUNK)
+    parts = [(start, min(start + size, len(job))) for start in range(0, len(job), size)]
+    # Only a forked process shares the memory-mapped rows and the user's own format as they are.
+    if processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        for part in parts:
+            yield _encode_chunk(job, *part)
+        return
+    with multiprocessing.get_context("fork").Pool(processes, _adopt, (job,)) as pool:
+        yield from pool.imap(_encode_adopted, parts)
+
+
+_adopted: list[Job] = []
+
+
+def _adopt(job: Job) -> None:
+    """Prepares a process: one thread each, for the processes already fill the cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # the objects of the libraries are not looked through, and their memory stays shared
+    pa.set_cpu_count(1)
+    _adopted[:] = [job]
+
+
+def _encode_adopted(part: tuple[int, int]) -> Chunk:
+    return _encode_chunk(_adopted[0], *part)
+
+
+def _encode_chunk(job: Job, start: int, stop: int) -> Chunk:
+    indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
+    columns = job.rows[start:stop] if job.order is None else job.rows[indices]
+    names = list(columns)
+    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    examples: list[Example] = []
+    origin, tasks, counts = [], [], Counter(rows=len(rows))
+    for index, row in zip(indices.tolist(), rows, strict=True):
+        try:
+            found = job.layout.render(row)
+        except ConfigError as error:
+            raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+        counts["left_out"] += not found
+        examples += found
+        origin += [index] * len(found)
+        tasks += [str(row.get(TASK_COLUMN, ""))] * len(found)
+    kept, rows_kept, tasks_kept = [], [], []
+    for encoded, index, task in zip(_encode(job, examples, origin), origin, tasks, strict=True):
+        if (encoded.cut_source or encoded.cut_target) and not _stays(job, index):
+            counts["too_long"] += 1
+        elif not encoded.trained:
+            counts["untrained"] += 1
+        else:
+            kept.append(encoded)
+            rows_kept.append(index)
+            tasks_kept.append(task)
+    return _record_batch(job, kept, rows_kept, tasks_kept), counts
+
+
+def _encode(job: Job, examples: list[Any], origin: list[int]) -> list[Encoded]:
+    try:
+        return job.tokenizer.encode(examples)
+    except ConfigError:
+        for index, example in zip(origin, examples, strict=True):  # again, one by one, to name the row
+            try:
+                job.tokenizer.encode([example])
+            except ConfigError as error:
+                raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+        raise
+
+
+def _stays(job: Job, index: int) -> bool:
+    limits = job.tokenizer.limits
+    if limits.on_too_long is OnTooLong.error:
+        raise ConfigError(
+            f"{job.shown}, row {index + 1}: longer than data.source_max_len={limits.source_max_len}, "
+            f"data.target_max_len={limits.target_max_len}, data.max_length={limits.max_length} allow; raise them, or "
+            "set data.on_too_long=truncate or drop"
+        )
+    return limits.on_too_long is OnTooLong.truncate
+
+
+def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[str]) -> pa.RecordBatch:
+    ids = [np.asarray(encoded.input_ids, dtype=np.int32) for encoded in kept]
+    labels = [np.asarray(encoded.labels, dtype=np.int32) for encoded in kept]
+    cells: dict[str, Any] = {
+        "input_ids": _lists(ids),
+        "labels": _lists(labels),
+        "length": [len(row) for row in ids],
+        "source": [encoded.source for encoded in kept],
+        "target": [encoded.target for encoded in kept],
+        "trained": [encoded.trained for encoded in kept],
+        "cut_source": [encoded.cut_source for encoded in kept],
+        "cut_target": [encoded.cut_target for encoded in kept],
+        "stops": [encoded.last_trained in job.tokenizer.end_ids for encoded in kept],
+        "row": rows,
+        "digest": [_digest(pair) for pair in zip(ids, labels, strict=True)],
+    }
+    if job.for_eval:
+        # Of a conversation the last answer is asked for: the turns before it are its prompt.
+        turns = [encoded.turns[-1] for encoded in kept]
+        cells["prompt_ids"] = _lists([row[: turn.start] for row, turn in zip(ids, turns, strict=True)])
+        cells["prompt"] = [turn.prompt for turn in turns]
+        cells["reference"] = [turn.reference for turn in turns]
+        cells[TASK_COLUMN] = tasks
+    return pa.record_batch([pa.array(cells[field.name], type=field.type) for field in job.schema], schema=job.schema)
+
+
+def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    values = np.concatenate(rows) if rows else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+
+
+def _digest(pair: tuple[np.ndarray, np.ndarray]) -> int:
+    """Returns 63 bits of a hash over ids and labels, equal on every machine."""
+    digest = hashlib.blake2b(pair[0].astype("<i4").tobytes(), digest_size=8)
+    digest.update(pair[1].astype("<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -1,0 +1,227 @@
+"""One data set of a run: its rows, its format and template, which rows are held out, and its tokens from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qlora.data.cache import Cache
+from qlora.data.conversations import Conversation
+from qlora.data.encode import Counts, Job, encode, load_encoded
+from qlora.data.recognise import Choice, choose_format
+from qlora.data.sources import HELD_OUT_SPLITS, load_rows
+from qlora.data.templates import Template, choose_template
+from qlora.data.tokenize import build_tokenizer
+from qlora.errors import ConfigError
+from qlora.schema import DataConfig, MixConfig
+
+SAMPLE = 20
+"""Rows that are looked at to recognise a format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One data set: its fields in `data`, or in an entry of `data.mix`."""
+
+    fields: MixConfig
+    key: str
+    """`data`, or `data.mix.NAME`."""
+    path_name: str = "path"
+    """The name of the path's field; `eval_path` for held-out rows of their own."""
+
+    @property
+    def path_key(self) -> str:
+        return f"{self.key}.{self.path_name}"
+
+    @property
+    def shown(self) -> str:
+        return f"{self.path_key}={self.fields.path}"
+
+
+class RowSet:
+    """The rows of one data set, its format, and which of them are held out."""
+
+    def __init__(self, config: DataConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
+        self.config, self.part, self.tokenizer, self.cache = config, part, tokenizer, cache
+        self.share = 1.0
+        """Of the rows of all sets, those of this one."""
+
+    @cached_property
+    def rows(self) -> Dataset:
+        """All rows of the split to train on; of held-out rows of their own, all."""
+        config = self.config
+        if self.part.path_name == "eval_path":
+            return self._load(HELD_OUT_SPLITS, config.max_eval_samples)
+        limit = config.max_train_samples
+        if limit is not None and config.splits_off:
+            limit += int(max(config.eval_dataset_size, 1))
+        return self._load(self.part.fields.split, limit)
+
+    def _load(self, split: str | tuple[str, ...], limit: int | None) -> Dataset:
+        fields = self.part.fields
+        return load_rows(
+            fields.path,
+            cache=self.cache,
+            subset=fields.subset,
+            split=split,
+            data_files=fields.data_files,
+            limit=limit,
+            columns=fields.columns,
+            key=self.part.path_key,
+            columns_key=f"{self.part.key}.columns",
+        )
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The format of the rows."""
+        return self._choose(self.rows)
+
+    def _choose(self, rows: Dataset) -> Choice:
+        return choose_format(
+            self.part.fields.format,
+            rows.column_names,
+            _sample(rows),
+            key=self.part.path_key,
+            reformulations=self.config.reformulations,
+        )
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The chat template, if the rows are conversations."""
+        return self._template_for(self.rows, self.choice)
+
+    def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
+        examples = (example for row in _sample(rows) for example in choice.format.render(row))
+        if not any(isinstance(example, Conversation) for example in examples):
+            return None
+        name = self.part.fields.template
+        key = "data.template" if name is None else f"{self.part.key}.template"
+        return choose_template(name or self.config.template, self.tokenizer, key=key)
+
+    @cached_property
+    def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Returns the indices to train and to measure on, each in order; None: all rows, or none."""
+        config, count = self.config, len(self.rows)
+        order = np.random.RandomState(config.split_seed).permutation(count)
+        if not config.splits_off:
+            few = config.max_train_samples is not None and not config.mix
+            return (np.sort(order[: config.max_train_samples]) if few else None), None
+        size = self._held_out_size(count)
+        held_out, training = order[:size], order[size:]
+        if not config.mix:
+            training = training[: config.max_train_samples]
+            held_out = held_out[: config.max_eval_samples]
+        return np.sort(training), np.sort(held_out)
+
+    def _held_out_size(self, count: int) -> int:
+        wanted, key = self.config.eval_dataset_size, "data.eval_dataset_size"
+        size = max(round(wanted * count if wanted < 1 else wanted * self.share), 1)
+        if size >= count:
+            raise ConfigError(
+                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; set "
+                f"{key}={max(count // 10, 1)}, or hold rows of your own out with data.eval_path=FILE"
+            )
+        return size
+
+    def train(self) -> tuple[Dataset, Counts]:
+        """Returns the rows to train on in tokens; `weight` is not in it yet."""
+        return self._encode(self.rows, self.split[0], self.choice, self.template, for_eval=False)
+
+    def held_out(self) -> tuple[Dataset, Counts]:
+        """Returns the rows of this set to measure on in tokens."""
+        if self.config.splits_off:
+            return self._encode(self.rows, self.split[1], self.choice, self.template, for_eval=True)
+        split = self.config.eval_split
+        rows = self.rows if split is None else self._load(split, self.config.max_eval_samples)
+        choice, limit, order = self._choose(rows), self.config.max_eval_samples, None
+        if limit is not None and limit < len(rows):
+            order = np.sort(np.random.RandomState(self.config.split_seed).permutation(len(rows))[:limit])
+        return self._encode(rows, order, choice, self._template_for(rows, choice), for_eval=True)
+
+    def _encode(
+        self,
+        rows: Dataset,
+        order: np.ndarray | None,
+        choice: Choice,
+        template: Template | None,
+        *,
+        for_eval: bool,
+    ) -> tuple[Dataset, Counts]:
+        shown = self.part.shown
+        job = Job(rows, order, choice.format, build_tokenizer(self.config, self.tokenizer, template), for_eval, shown)
+        key = self._key(job, choice)
+        folder = self.cache.entry(key, lambda to: encode(job, to, processes=self.config.num_proc))
+        encoded, counts = load_encoded(folder)
+        if not len(encoded):
+            self.cache.discard(key)
+            raise ConfigError(
+                f"{shown}: none of the {counts.rows} rows has a token to train on: {counts.left_out} are left out by "
+                f"their format, in {counts.untrained} nothing that is trained is left within the lengths, "
+                f"{counts.too_long} are dropped as too long; see them with task=preview"
+            )
+        return encoded, counts
+
+    def _key(self, job: Job, choice: Choice) -> str:
+        """Names all that the tokens depend on; a change of any of it is another key."""
+        encoder = job.tokenizer
+        parts = {
+            "rows": job.rows._fingerprint,
+            "order": "all" if job.order is None else hashlib.sha256(job.order.astype("<i8").tobytes()).hexdigest(),
+            "format": choice.name,
+            "own": _own_source(choice.name),
+            "reformulations": self.config.reformulations,
+            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "template": encoder.template.text if encoder.template else None,
+            "limits": [str(limit) for limit in _values(encoder.limits)],
+            "train_on": encoder.train_on.value,
+            "for_eval": job.for_eval,
+            "code": _code_digest(),
+        }
+        return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
+
+
+def _sample(rows: Dataset) -> list[dict[str, Any]]:
+    return list(islice(iter(rows), SAMPLE))
+
+
+def _values(limits: Any) -> Iterator[Any]:
+    for name in type(limits).__slots__:
+        yield getattr(limits, name)
+
+
+def _own_source(format_name: str) -> str | None:
+    """Returns a hash of the module that holds the user's own format, for it may change between two runs."""
+    if ":" not in format_name:
+        return None
+    file = importlib.import_module(format_name.split(":")[0]).__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
+    return hashlib.sha256((content + special).encode()).hexdigest()
+
+
+def _code_digest() -> str:
+    """Returns a hash of this package and the versions of its libraries: tokens of older code are not used."""
+    digest = hashlib.sha256(f"{tokenizers.__version__} {transformers.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

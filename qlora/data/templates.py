@@ -1,0 +1,86 @@
+"""Which chat template writes a set's conversations: the tokenizer's own, one of ours by name, or a file."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora.errors import ConfigError, did_you_mean
+from qlora.schema import TEMPLATE_NAMES
+
+log = logging.getLogger(__name__)
+
+FOLDER: Final = Path(__file__).parent / "chat_templates"
+FALLBACK: Final = "guanaco"
+"""What `auto` takes for a tokenizer without a chat template: plain text, so any tokenizer can write it."""
+
+NEEDED_TOKENS: Final[dict[str, tuple[str, ...]]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi-3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    "qwen": ("<|im_start|>", "<|im_end|>"),
+}
+"""Tokens that a template is written with; spelled out in pieces they would mean nothing to the model."""
+
+
+class Template(NamedTuple):
+    """A chat template: its name in reports and its Jinja text."""
+
+    name: str
+    text: str
+
+
+def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str = "data.template") -> Template:
+    """Returns the template that `data.template` means for this tokenizer; raises `ConfigError` where it cannot be."""
+    if name == "auto":
+        if tokenizer.chat_template:
+            return Template("the tokenizer's own", _own_template(tokenizer, key))
+        log.info("%s=auto: the tokenizer has no chat template; taking %s", key, FALLBACK)
+        name = FALLBACK
+    if name not in TEMPLATE_NAMES:
+        return Template(name, _read_file(name, key))
+    known = tokenizer.get_vocab()
+    missing = [token for token in NEEDED_TOKENS.get(name, ()) if token not in known]
+    if missing:
+        listed = ",".join(f'"{token}"' for token in missing)
+        raise ConfigError(
+            f"{key}={name} writes the tokens {', '.join(missing)}, which this tokenizer does not have; add them "
+            f"('model.new_tokens=[{listed}]' trains them too), or take a template of plain text, such as {FALLBACK}"
+        )
+    return Template(name, read_template(name))
+
+
+@cache
+def read_template(name: str) -> str:
+    """Returns the Jinja text of one of our templates."""
+    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
+    own = tokenizer.chat_template
+    if isinstance(own, str):
+        return own
+    if isinstance(own, list):
+        own = {each["name"]: each["template"] for each in own}
+    if "default" not in own and len(own) > 1:  # some carry several, such as tool_use
+        raise ConfigError(
+            f"{key}=auto: the tokenizer has the chat templates {', '.join(own)} but no default; save the one to take "
+            f"as a file and give it with {key}=FILE.jinja"
+        )
+    return own.get("default") or next(iter(own.values()))
+
+
+def _read_file(name: str, key: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise ConfigError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}={name}: cannot be read ({error})") from None

@@ -1,0 +1,119 @@
+"""Proves on the loaded model that the rows of a pack do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlora.errors import ConfigError
+from qlora.models.device import Placement
+from qlora.models.loading import keep_4bit_layout
+
+LEADING, LENGTH = (6, 3), 8
+"""Tokens before the measured segment in the first and in the second row, and tokens in it."""
+
+SEEN = 0.1
+"""Share of the influence without borders from which on a segment counts as seen. Measured: 0 where the borders hold
+(rounding with experts; 0.03 in 8 bits, which round by all tokens of a batch), 0.75 to 1 where they do not. Less than
+the share, but more than rounding, is a model in which some layers have borders (Falcon H1: attention, not Mamba)."""
+MOVED = 0.25
+"""Likewise for the distance from the segment alone, whose shapes and hence roundings are others."""
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, placement: Placement, *, batch_size: int) -> None:
+    """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
+
+    transformers finds the borders from `position_ids` that restart, but not in every architecture (OPT, Falcon,
+    Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row a batch: nothing is
+    reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
+    precision of training. It comes after the trainer is built, which switches the cache off.
+    """
+    assert not getattr(model.config, "use_cache", False), "a key-value cache switches the borders of packs off"
+    keep_4bit_layout(model)  # no evaluation may come before it
+    vocabulary = model.config.get_text_config().vocab_size
+    one, other, segment = (_tokens(quarter * vocabulary // 4, vocabulary) for quarter in (1, 2, 3))
+    with _evaluating(model), placement.autocast():
+
+        def logits(leading: Tensor, *, borders: bool) -> Tensor:
+            return _logits(model, _batch(leading, segment, batch_size, borders=borders), placement.device)
+
+        packed, changed = logits(one, borders=True), logits(other, borders=True)
+        plain, plain_changed = logits(one, borders=False), logits(other, borders=False)
+        inputs = {"input_ids": segment[None].to(placement.device)}
+        alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
+    rounding = torch.finfo(placement.compute).eps * _spread(alone)
+    allowed = SEEN * _distance(plain, plain_changed)
+    if not getattr(model, "is_loaded_in_8bit", False):
+        allowed = min(allowed, 100 * rounding)
+    if _distance(packed, changed) > allowed:
+        raise ConfigError(
+            f"data.packing=true: {_name(model)} lets packed rows see each other; {_remedy(model, batch_size)}"
+        )
+    if _distance(alone, packed) > max(MOVED * _distance(alone, plain), 4 * rounding):
+        raise ConfigError(
+            f"data.packing=true: {_name(model)} gives a packed row other logits than the row alone, so its positions "
+            "do not restart; set data.packing=false"
+        )
+
+
+def _tokens(start: int, vocabulary: int) -> Tensor:
+    """Returns tokens from `start` on, int64 [LENGTH]; fixed ones, so that no random state moves."""
+    return (start + 7 * torch.arange(LENGTH)) % vocabulary
+
+
+def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, borders: bool) -> dict[str, Tensor]:
+    """Returns rows of `LEADING` other tokens, the segment and padding: each int64 [1 or 2, longest]."""
+    width = LEADING[0] + LENGTH
+    ids, positions = [], []
+    for count in LEADING[:batch_size]:
+        parts = [leading[:count], segment, leading.new_zeros(width - count - LENGTH)]
+        ids.append(torch.cat(parts))
+        positions.append(torch.cat([torch.arange(len(part)) for part in parts]))
+    batch = {"input_ids": torch.stack(ids)}
+    return batch | {"position_ids": torch.stack(positions)} if borders else batch
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Returns the logits of the segment in every row: float32 [rows, LENGTH, vocabulary]."""
+    found = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+    rows = zip(found, LEADING, strict=False)
+    return torch.stack([row[count : count + LENGTH] for row, count in rows])
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return _spread(a - b)
+
+
+def _spread(logits: Tensor) -> float:
+    """Returns the root mean square; what is added to all logits of a token changes no probability and is left out."""
+    return float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt())
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switches dropout off, and the modules that were training back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"{model.config.model_type} (attention: {model.config._attn_implementation})"
+
+
+def _remedy(model: PreTrainedModel, batch_size: int) -> str:
+    if "flash" in str(model.config._attn_implementation) and batch_size > 1:
+        return (
+            f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "
+            "raise data.pack_length or trainer.gradient_accumulation_steps instead, or set data.packing=false"
+        )
+    return "set data.packing=false"
