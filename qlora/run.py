@@ -94,7 +94,8 @@ class Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, repaired by the model's config."""
         tokenizer = load_tokenizer(self.config.model)
-        if self.config.model.init is Init.pretrained:
+        healthy = tokenizer.bos_token and tokenizer.eos_token
+        if self.config.model.init is Init.pretrained and not healthy:
             repair_special_tokens(tokenizer, self.model_config)
         return tokenizer
 

@@ -217,7 +217,8 @@ class ModelConfig:
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2` or any other name that transformers knows; unset: its choice."""
     new_tokens: list[str] = field(default_factory=list)
-    """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter."""
+    """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter. Those in angle
+    brackets are special: marks of a template, which decoded answers leave out."""
     license: str | None = None
     """The licence of the weights, for the start screen and the model card."""
     gated: bool = False

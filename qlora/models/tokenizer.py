@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import ConfigError, did_you_mean
@@ -31,7 +32,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise hub_error(key, place, error, gated=config.gated) from error
     if config.new_tokens:
-        added = tokenizer.add_tokens(config.new_tokens)
+        # Found in a text as they are written; those in angle brackets are marks, which decoding can leave out.
+        tokens = [AddedToken(token, normalized=False, special=token[:1] == "<" and token[-1:] == ">")
+                  for token in config.new_tokens]  # fmt: skip
+        added = tokenizer.add_tokens(tokens)
         log.info("model.new_tokens: %d of %d tokens are new", added, len(config.new_tokens))
     return tokenizer
 

@@ -184,3 +184,11 @@ def test_a_new_token_is_one_token_in_text() -> None:
 def test_a_known_token_is_not_added_twice() -> None:
     size = len(load_tokenizer(compose([]).model))
     assert len(load_tokenizer(compose(["model.new_tokens=['</s>','<new>','<new>']"]).model)) == size + 1
+
+
+def test_a_new_token_in_angle_brackets_is_one_special_token_wherever_it_stands() -> None:
+    tokenizer = load_tokenizer(compose(["model.new_tokens=['<|im_end|>','zyzzyva']"]).model)
+    mark, word = tokenizer.convert_tokens_to_ids(["<|im_end|>", "zyzzyva"])
+    assert tokenizer("hat<|im_end|>coat zyzzyva hat")["input_ids"].count(mark) == 1
+    assert tokenizer("coat zyzzyva hat")["input_ids"].count(word) == 1
+    assert tokenizer.decode([mark, word], skip_special_tokens=True).strip() == "zyzzyva"

@@ -1,0 +1,104 @@
+"""What `task=preview` shows is what would be trained."""
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora.compose import compose
+from qlora.demo.tokenizer import MODEL_FOLDER
+from qlora.preview import build_preview, token_texts
+from qlora.run import Run
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+
+
+@pytest.fixture
+def preview_run(tmp_path: Path) -> Callable[..., Run]:
+    def build(*overrides: str) -> Run:
+        return Run(compose(["task=preview", *overrides]), tmp_path / "run")
+
+    return build
+
+
+def chats(path: Path) -> str:
+    turns = ["Hello there", "Good day", "What is the job of Toki Holt?", "baker"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(12)))
+    return f"data.path={path}"
+
+
+def test_a_preview_writes_a_page_a_picture_and_a_result(
+    preview_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = preview_run()
+    result = run.execute()
+    assert result == json.loads((run.folder.path / "preview.json").read_text())
+    assert result["metrics"]["train_rows"] == 2464
+    shown = capsys.readouterr().out
+    page = Path(result["paths"]["page"]).read_text(encoding="utf-8")
+    for text in ("alpaca", "2,464 to train, 300 held out", "trained in all of the rows", "154 an epoch"):
+        assert text in shown
+        assert text in page
+    HTMLParser().feed(page)
+    assert Image.open(result["paths"]["lengths"]).size > (400, 200)
+    assert "⟦" in shown
+    assert "\x1b[" not in shown
+
+
+def test_a_preview_loads_no_weights(preview_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Run) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(Run, "load_base", refuse)
+    preview_run("model=llama-7b", "model.tokenizer=tiny", "data=demo").execute()
+
+
+def test_what_is_marked_is_what_the_loss_counts(preview_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = preview_run("data=local", chats(tmp_path / "chats.jsonl"), "data.eval_dataset_size=2", "task.rows=2")
+    preview = build_preview(run.config, run.data, run.tokenizer)
+    assert len(preview.rows) == 2
+    for row in preview.rows:
+        trained = "".join(token.text if token.trained else "|" for token in row.tokens)
+        spans = [span.replace("</s>", "").strip() for span in trained.split("|") if span]
+        assert spans == ["Good day", "baker"]
+        assert trained.count("</s>") == 2
+        assert [token.id for token in row.tokens] == run.data.train[row.number]["input_ids"]
+    assert ("template", "guanaco") in preview.facts
+
+
+def test_what_a_person_must_know_is_said(preview_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input": "q", "output": "red " * 9}) + "\n" for _ in range(10)))
+    choices = [f"data.path={path}", "data.eval_dataset_size=2", "data.target_max_len=5", "data.train_on=all"]
+    run = preview_run("data=local", *choices)
+    said = "\n".join(build_preview(run.config, run.data, run.tokenizer).warnings)
+    assert "2 of 2 held-out rows are also trained on, word for word" in said
+    assert "all of the rows do not train an end token, so they do not teach to stop" in said
+    assert "all of the answers are cut; raise data.target_max_len or data.max_length" in said
+    assert "data.train_on=all: the prompts carry loss too" in said
+
+
+TEXTS = ("Sort: swan oak = oak swan", "naïve café ☕ 日本語 \n\n tabs\t and   blanks", "</s> ###", "")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_texts_of_the_tokens_join_to_the_decoded_row(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer(text * 5)["input_ids"]
+    joined = "".join(token_texts(ids, tokenizer))
+    assert joined.replace(" ", "") == tokenizer.decode(ids).replace(" ", "")
+
+
+def test_packs_are_what_steps_count(preview_run: Callable[..., Run]) -> None:
+    run = preview_run("data.packing=true")
+    facts = dict(build_preview(run.config, run.data, run.tokenizer).facts)
+    packs = len(run.data.packed)
+    assert facts["packing"].startswith(f"{packs} packs, 9")
+    assert facts["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"
