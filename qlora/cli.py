@@ -20,7 +20,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora.compose import CONF_DIR, check_overrides, explain, open_entries, register, to_config, unknown_flag
+from qlora.compose import (
+    CONF_DIR,
+    check_overrides,
+    explain,
+    open_entries,
+    register,
+    show_config,
+    to_config,
+    unknown_flag,
+)
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError
 
@@ -78,7 +87,10 @@ def _main(argv: list[str]) -> None:
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
-        check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        if args.cfg == "job":
+            sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
+            return
         words = dict(zip(args.overrides, open_entries(args.overrides), strict=True))
         sys.argv[1:] = [words.get(word, word) for word in argv]
     register()

@@ -186,17 +186,20 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
             instance.initialize(outer)
 
 
-def check_overrides(overrides: Sequence[str], config_dir: Path | str | None = None, *, multirun: bool = False) -> None:
+def check_overrides(
+    overrides: Sequence[str], config_dir: Path | str | None = None, *, multirun: bool = False
+) -> DictConfig:
     """Raises `ConfigError` if any job that these overrides start would be refused; starts nothing.
 
-    A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file.
+    Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
+    `hydra.sweeper.params` of a `sweep=` file.
     """
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
     if not multirun and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
         to_config(composed)
-        return
+        return _without_hydra(composed)
     if params := _sweep_params(composed, overrides):
         overrides = [*overrides, *params]
         first = next(expand_sweep(overrides))
@@ -205,6 +208,18 @@ def check_overrides(overrides: Sequence[str], config_dir: Path | str | None = No
     to_config(composed)
     for job in itertools.islice(expand_sweep(overrides), 1, None):
         to_config(_vary(composed, first, job, config_dir))
+    return composed
+
+
+def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:
+    """Returns what `--cfg job` prints; Hydra's own way to it would compose everything a second time."""
+    part = composed if package in (None, "_global_") else OmegaConf.select(composed, str(package))
+    if part is None:
+        raise unknown_key(str(package))
+    if not OmegaConf.is_config(part):
+        return f"{part}\n"
+    head = f"# @package {package}\n" if part is not composed else ""
+    return head + OmegaConf.to_yaml(part, resolve=resolve)
 
 
 def _refuse_sweeps(overrides: Sequence[str]) -> None:

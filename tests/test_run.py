@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from qlora.compose import compose, config_to_dict, read_config
 from qlora.errors import ConfigError
@@ -252,3 +253,37 @@ def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
     del parts, load_and_note
     gc.collect()
     assert [reference() for reference in kept] == [None]
+
+
+def test_a_packed_run_counts_packs_and_their_tokens(tmp_path: Path) -> None:
+    overrides = ["data.packing=true", "data.pack_length=64", "trainer.max_steps=null", "trainer.num_train_epochs=1"]
+    changes = ["trainer.per_device_train_batch_size=2", "trainer.eval_steps=null", "trainer.group_by_length=false"]
+    packed = Run(compose([*QUICK, *overrides, *changes]), tmp_path)
+    packed.execute()
+    history = json.loads((tmp_path / "history.json").read_text())
+    seen = [entry["num_input_tokens_seen"] for entry in history if "num_input_tokens_seen" in entry]
+    assert seen[-1] == packed.data.report.train_tokens
+    assert max(entry["step"] for entry in history) == -(-packed.data.report.packs // 2)
+
+
+def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Path) -> None:
+    shape = ["model_type=gpt_oss", "hidden_size=32", "intermediate_size=64", "num_hidden_layers=1"]
+    shape += ["num_attention_heads=2", "num_key_value_heads=2", "head_dim=16"]
+    chosen = [f"model.architecture.{text}" for text in shape]
+    with pytest.raises(ConfigError, match=r"data\.packing=true: .* lets packed rows see each other"):
+        run(tmp_path, *chosen, "model.init=random", "model.tokenizer=tiny", "quantization=fp32", "data.packing=true")
+
+
+def test_a_chat_run_saves_its_template_with_the_adapter(tmp_path: Path) -> None:
+    rows = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "What is the job of Toki Holt?"}, {"role": "assistant", "content": "baker"}]
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    folder = tmp_path / "run"
+    chosen = ["data=local", f"data.path={rows}", "data.eval_dataset_size=8", "trainer.lr_scheduler_kwargs={}"]
+    quick = [text for text in QUICK if "num_decay_steps" not in text]
+    prompt = Run(compose([*quick, *chosen]), folder).execute()["paths"]["predictions"]
+    first = json.loads(Path(prompt).read_text().splitlines()[0])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert first["reference"] == "baker"
+    assert first["prompt"] == tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    assert json.loads((folder / "manifest.json").read_text())["data"]["template"] == "guanaco"
