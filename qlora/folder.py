@@ -11,7 +11,10 @@ from typing import Any
 from qlora.errors import ConfigError
 
 # What a run may change and still be the same training.
-FREE_KEYS = ("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir")
+FREE_KEYS = (
+    *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
+    *("data.cache_dir", "data.num_proc"),
+)
 
 
 @dataclass(frozen=True)
