@@ -342,7 +342,6 @@ class MixConfig:
     """As `data.template`; unset: that one."""
 
 
-
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The rows to train and measure on, and how they become tokens."""
