@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,18 @@ def offline(folder: Path, **options: Any) -> Tracker:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """Reads the records of an offline run: LevelDB's log format (blocks of 32 KiB) after a header of 7 bytes."""
+    """Reads the records of a finished offline run; wandb's own process may still be writing the last of them."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = read_records(folder)
+        ended = any(record.WhichOneof("record_type") == "exit" for record in records)
+        if ended or time.monotonic() > deadline:
+            return records
+        time.sleep(0.2)
+
+
+def read_records(folder: Path) -> list[Any]:
+    """Reads LevelDB's log format (blocks of 32 KiB) after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = []
