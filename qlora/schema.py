@@ -322,7 +322,7 @@ class OnTooLong(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class MixConfig:
-    """One of several data sets that are trained on together; what is not set here is as in `data`."""
+    """One of several data sets that are trained on together; the fields are those of `data`."""
 
     path: str
     """As `data.path`."""
@@ -424,6 +424,8 @@ class DataConfig:
             )
         if self.mix and self.path is not None:
             raise ConfigError("data.mix and data.path are both set; name every set in data.mix (data=mix), or one path")
+        if self.mix:
+            self._check_mix()
         if self.eval_path is not None and self.eval_split is not None:
             raise ConfigError("data.eval_path and data.eval_split both name held-out rows; leave one of them out")
         self.mix = {name: build_mix(name, part) for name, part in self.mix.items()}
@@ -438,6 +440,16 @@ class DataConfig:
             raise ConfigError("data.pack_length is only read with data.packing=true")
         if self.packing and self.pack_length is None and self.longest_row is None:
             raise ConfigError("data.packing=true needs a length: set data.pack_length, or data.max_length")
+
+    def _check_mix(self) -> None:
+        """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
+        own: dict[str, Any] = {"subset": None, "split": "train", "data_files": None}
+        if self.eval_path is None:
+            own |= {"format": "auto", "columns": {}}
+        for name, unset in own.items():
+            if (value := getattr(self, name)) != unset:
+                raise ConfigError(f"data.{name}={value} is not read beside data.mix, for each of its sets has its own; "
+                                  f"set data.mix.NAME.{name}")  # fmt: skip
 
     @property
     def splits_off(self) -> bool:

@@ -168,6 +168,9 @@ def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:
     start = ["data=mix", "data.mix.a.path=a.jsonl"]
     assert "unknown key 'data.mix.a.wight' (did you mean weight?)" in message(*start, "data.mix.a.wight=2")
     assert message(*start, "data.mix.a.weight=0") == "data.mix.a.weight must be positive, got 0.0"
+    assert message(*start, "data.split=test") == (
+        "data.split=test is not read beside data.mix, for each of its sets has its own; set data.mix.NAME.split"
+    )
     assert message("data=mix", "data.mix.a.weight=2").startswith("data.mix.a needs a path: data.mix.a=FILE")
     assert "data.mix.a.format='alpca' is unknown (did you mean alpaca?)" in message(*start, "data.mix.a.format=alpca")
 

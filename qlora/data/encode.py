@@ -122,6 +122,13 @@ def load_encoded(folder: Path) -> tuple[Dataset, Counts]:
     return Dataset.from_file(str(folder / TOKENS_FILE)), Counts(**counts)
 
 
+def column(rows: Dataset | None, name: str) -> np.ndarray:
+    """Returns a column of numbers, in the order of the rows."""
+    if rows is None:
+        return np.empty(0, int)
+    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+
 def _processes(job: Job) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_PROCESSES) if len(job) * job.row_bytes > PARALLEL_BYTES else 1

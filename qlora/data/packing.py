@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from qlora.data.collate import IGNORED
+from qlora.data.encode import column
 from qlora.errors import ConfigError
 
 Pack = np.ndarray
@@ -100,7 +101,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         counts = np.array([len(indices) for indices in packs], dtype=np.int64)
         self._order = np.concatenate([np.zeros(0, np.int64), *packs])  # one array: workers are forked with it
         self._ends = np.cumsum(counts)
-        self.lengths = _sums(row_lengths(rows)[self._order], counts)
+        self.lengths = _sums(column(rows, "length")[self._order], counts)
         """Tokens in each pack, int64 [packs]."""
 
     def __len__(self) -> int:
@@ -122,12 +123,6 @@ class PackedRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         labels[starts] = IGNORED
         positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         return {"input_ids": np.array(ids.flatten()), "labels": labels, "position_ids": positions}
-
-
-def row_lengths(rows: Dataset) -> np.ndarray:
-    """Returns the column `length` of tokenized rows, int64 [rows]."""
-    column = rows.select_columns("length").with_format("arrow")[:]["length"]
-    return column.to_numpy().astype(np.int64)
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.data.cache import Cache, cache_root
 from qlora.data.chat import ChatWriter
+from qlora.data.encode import column
 from qlora.data.packing import PackedRows, efficiency, pack
-from qlora.data.report import DataReport, build_report, column, log_losses
+from qlora.data.report import DataReport, build_report, log_losses
 from qlora.data.sets import Part, RowSet
 from qlora.data.templates import Template
 from qlora.schema import DataConfig, MixConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 
 from qlora.data.conversations import Row, decode, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.errors import ConfigError, did_you_mean
+from qlora.data.functions import import_function
+from qlora.errors import ConfigError
 from qlora.schema import FUNCTION_PATH
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,10 @@ def choose_format(
         if choice.format.lacks(columns):
             raise ConfigError(f"{setting}={name} needs the columns {choice.format.describe_needs()}; "
                               f"{rows.subject} {rows.listed}. {_way_out(rows)}")  # fmt: skip
-    if reformulations and choice.name == "unnatural":
+    if reformulations and choice.name != "unnatural":
+        raise ConfigError(f"data.reformulations=true is only read by the format unnatural, but {key} is read as "
+                          f"{choice.name}; leave it out")  # fmt: skip
+    if reformulations:
         if "reformulations" not in columns:
             raise ConfigError(f"data.reformulations=true needs the column reformulations; {rows.subject} {rows.listed}")
         return Choice(choice.name, f"{choice.why}; with its reformulations", WITH_REFORMULATIONS)
@@ -267,30 +270,11 @@ def _render_own(
 
 def _map(path: str, row: Row, setting: str) -> list[Row]:
     """Calls the user's function on one row; it may return a row, a list of rows, or None."""
-    result = _import(path, setting)(dict(row))
+    # By name and not as an object, so that a format goes to other processes whatever the function is.
+    result = import_function(path, setting)(dict(row))
     found = [] if result is None else result if isinstance(result, list) else [result]
     if wrong := next((item for item in found if not isinstance(item, Mapping)), None):
         shown = f"a list with {type(wrong).__name__}" if isinstance(result, list) else type(wrong).__name__
         raise ConfigError(f"{setting}={path}: returned {shown} for a row; it must return a row (dict), a list of rows, "
                           "or None to leave the row out")  # fmt: skip
     return found
-
-
-def _import(path: str, setting: str) -> Callable[[Row], Any]:
-    # By name and not as an object, so that a format goes to other processes whatever the function is.
-    module_name, name = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"{setting}={path}: there is no module {error.name}; it must be installed or lie on PYTHONPATH"
-            ) from None
-        raise
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise ConfigError(
-            f"{setting}={path}: module {module_name} has no function {name}{did_you_mean(name, functions)}"
-        )
-    return function

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from qlora.data.encode import Counts
+from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
 from qlora.data.sets import RowSet
 from qlora.schema import DataConfig
@@ -113,10 +113,3 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
             f"{report.held_out_in_training:,}",
             f"{report.eval_rows:,}",
         )
-
-
-def column(rows: Dataset | None, name: str) -> np.ndarray:
-    """Returns a column of numbers, in the order of the rows."""
-    if rows is None:
-        return np.empty(0, int)
-    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()

@@ -7,7 +7,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,16 @@ class RowSet:
         """Returns the rows of this set to measure on in tokens."""
         if self.config.splits_off:
             return self._encode(self.rows, self.split[1], self.choice, self.template, for_eval=True)
-        split = self.config.eval_split
-        rows = self.rows if split is None else self._load(split, self.config.max_eval_samples)
-        choice, limit, order = self._choose(rows), self.config.max_eval_samples, None
+        limit, order = self.config.max_eval_samples, None
+        if self.config.eval_split is None:
+            rows, choice, template = self.rows, self.choice, self.template
+        else:
+            rows = self._load(self.config.eval_split, limit)
+            choice = self._choose(rows)
+            template = self._template_for(rows, choice)
         if limit is not None and limit < len(rows):
             order = np.sort(np.random.RandomState(self.config.split_seed).permutation(len(rows))[:limit])
-        return self._encode(rows, order, choice, self._template_for(rows, choice), for_eval=True)
+        return self._encode(rows, order, choice, template, for_eval=True)
 
     def _encode(
         self,
@@ -183,7 +187,7 @@ class RowSet:
             "format": choice.name,
             "own": _own_source(choice.name),
             "reformulations": self.config.reformulations,
-            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "tokenizer": self._tokenizer_digest,
             "template": encoder.template.text if encoder.template else None,
             "limits": [str(limit) for limit in _values(encoder.limits)],
             "train_on": encoder.train_on.value,
@@ -191,6 +195,16 @@ class RowSet:
             "code": _code_digest(),
         }
         return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            content = tokenizer.backend_tokenizer.to_str()
+        else:
+            content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+        special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
+        return hashlib.sha256((content + special).encode()).hexdigest()
 
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:
@@ -210,15 +224,7 @@ def _own_source(format_name: str) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.is_fast:
-        content = tokenizer.backend_tokenizer.to_str()
-    else:
-        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
-    return hashlib.sha256((content + special).encode()).hexdigest()
-
-
+@cache
 def _code_digest() -> str:
     """Returns a hash of this package and the versions of its libraries: tokens of older code are not used."""
     digest = hashlib.sha256(f"{tokenizers.__version__} {transformers.__version__}".encode())

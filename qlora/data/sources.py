@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 
 from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
+from qlora.data.functions import import_function
 from qlora.data.readers import Chunk
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
@@ -104,27 +104,10 @@ def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
 
 def _call(path: str, key: str) -> Iterable[Any]:
     """Imports `module:function` and calls it without arguments."""
-    result = _import(path, key)()
+    result = import_function(path, key)()
     if isinstance(result, (Mapping, str)) or not isinstance(result, Iterable):
         raise ConfigError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
     return result
-
-
-def _import(path: str, key: str) -> Callable[[], Any]:
-    module_name, name = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"{key}={path}: there is no module {error.name}; it must be installed or lie on PYTHONPATH"
-            ) from None
-        raise
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise ConfigError(f"{key}={path}: module {module_name} has no function {name}{did_you_mean(name, functions)}")
-    return function
 
 
 def _from_hub(path: str, subset: str | None, split: str | tuple[str, ...], data_files: str | None, key: str) -> Dataset:

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from qlora.data.cache import Cache
+from qlora.data.sources import load_rows
+from qlora.errors import ConfigError
 from qlora.schema import DataConfig
 
 
@@ -45,3 +49,27 @@ def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
         return DataConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / ".cache")
+
+
+@pytest.fixture
+def load(cache: Cache) -> Callable[..., Dataset]:
+    return lambda path, **arguments: load_rows(str(path), cache=cache, **arguments)
+
+
+@pytest.fixture
+def message(cache: Cache) -> Callable[..., str]:
+    """Returns the sentence of the error, after which the cache must be as it was before."""
+
+    def fail(path: Path | str, **arguments: Any) -> str:
+        before = sorted(cache.root.iterdir())
+        with pytest.raises(ConfigError) as caught:
+            load_rows(str(path), cache=cache, **arguments)
+        assert sorted(cache.root.iterdir()) == before
+        return str(caught.value)
+
+    return fail

@@ -14,10 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Json, Value
 
-from qlora.data.cache import Cache
 from qlora.data.json_text import read_array, read_lines
 from qlora.data.readers import kind_of
-from qlora.data.sources import load_rows
 from qlora.errors import ConfigError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -48,29 +46,6 @@ def write(path, rows):
             writer.writeheader()
             writer.writerows(rows)
     return str(path)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / ".cache")
-
-
-@pytest.fixture
-def load(cache):
-    return lambda path, **arguments: load_rows(str(path), cache=cache, **arguments)
-
-
-@pytest.fixture
-def message(cache):
-    """Returns the sentence of the error, after which nothing may be left in the cache."""
-
-    def fail(path, **arguments):
-        with pytest.raises(ConfigError) as caught:
-            load_rows(str(path), cache=cache, **arguments)
-        assert not list(cache.root.iterdir())
-        return str(caught.value)
-
-    return fail
 
 
 @pytest.mark.parametrize("suffix", [*FORMS, *(f"{form}.gz" for form in FORMS)])

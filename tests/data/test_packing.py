@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from qlora.data import column
 from qlora.data.collate import Collator
 from qlora.data.formats import PROMPT_WITH_INPUT, PROMPT_WITHOUT_INPUT
-from qlora.data.packing import PackedRows, efficiency, pack, row_lengths
+from qlora.data.packing import PackedRows, efficiency, pack
 from qlora.errors import ConfigError
 
 SHARED = Path("/work/shared/data")
@@ -117,7 +118,7 @@ def make_rows(vocabulary: int, lengths: tuple[int, ...] = (9, 4, 7, 1, 5, 12, 2,
 
 def test_a_pack_is_its_rows_with_positions_that_restart_and_no_label_across_a_border():
     rows = make_rows(100)
-    packs = pack(row_lengths(rows), BUDGET)
+    packs = pack(column(rows, "length"), BUDGET)
     packed = PackedRows(rows, packs)
     assert len(packed) == len(packs) >= 2
     for item, indices in zip(packed, packs, strict=True):
@@ -195,7 +196,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_the_rows_alone(name: str, 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     rows = make_rows(min(model.config.vocab_size, 120))
-    packs = pack(row_lengths(rows), BUDGET)
+    packs = pack(column(rows, "length"), BUDGET)
     assert any(len(indices) > 2 for indices in packs)
     batch = Collator(0)(list(PackedRows(rows, packs)))
     assert len(packs) > 2
@@ -216,7 +217,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_the_rows_alone(name: str, 
 def test_a_cache_switches_the_borders_off_so_training_must_not_have_one():
     """Upstream behaviour that `check_packing` and the trainer rely on."""
     model = build_model("llama", "sdpa").eval()
-    batch = Collator(0)(list(PackedRows(rows := make_rows(120), pack(row_lengths(rows), BUDGET))))
+    batch = Collator(0)(list(PackedRows(rows := make_rows(120), pack(column(rows, "length"), BUDGET))))
     del batch["labels"]
     with torch.no_grad():
         kept, lost = (model(**batch, use_cache=cache).logits for cache in (False, True))

@@ -187,6 +187,12 @@ def test_reformulations_are_added_where_asked_for(name):
     assert len(choice.format.render(NESTED)) == 2
 
 
+def test_reformulations_of_another_format_are_refused():
+    assert refuse("text", row("text"), reformulations=True) == (
+        "data.reformulations=true is only read by the format unnatural, but data.path is read as text; leave it out"
+    )
+
+
 def test_reformulations_that_are_not_there_are_an_error():
     assert refuse("unnatural", row("instruction", "instances"), reformulations=True) == (
         "data.reformulations=true needs the column reformulations; data.path has instruction, instances"

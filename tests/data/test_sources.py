@@ -11,33 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Json, Value
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from qlora.data.cache import Cache
-from qlora.data.sources import load_rows
 from qlora.errors import ConfigError
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / ".cache")
-
-
-@pytest.fixture
-def load(cache):
-    return lambda path, **arguments: load_rows(str(path), cache=cache, **arguments)
-
-
-@pytest.fixture
-def message(cache):
-    """Returns the sentence of the error, after which nothing may be left in the cache."""
-
-    def fail(path, **arguments):
-        before = sorted(cache.root.iterdir())
-        with pytest.raises(ConfigError) as caught:
-            load_rows(str(path), cache=cache, **arguments)
-        assert sorted(cache.root.iterdir()) == before
-        return str(caught.value)
-
-    return fail
 
 
 @pytest.fixture
