@@ -7,9 +7,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ from qlora.schema import OnTooLong
 CHUNK: Final = 1000
 CHUNK_BYTES: Final = 2**18
 """About so much text is in a chunk of long rows: its memory stays small, and every process gets some."""
+BATCH_BYTES: Final = 2**22
+"""About so much is written as one batch: opening the file, or reading one column, touches memory for each batch."""
 PARALLEL_BYTES: Final = 2**20
 """Above so much text several processes pay: starting them costs about as much as tokenizing a tenth of it."""
 MAX_PROCESSES: Final = 16
@@ -109,10 +112,16 @@ def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
         pa.ipc.new_stream(sink, job.schema) as writer,
         console.progress("tokenizing", len(job)) as advance,
     ):
+        waiting: list[pa.RecordBatch] = []
         for batch, counts in _chunks(job, processes or _processes(job)):
-            writer.write_batch(batch)
+            waiting.append(batch)
+            if sum(part.nbytes for part in waiting) > BATCH_BYTES:
+                writer.write_batch(pa.concat_batches(waiting))
+                waiting.clear()
             total.update(counts)
             advance(total["rows"])
+        if waiting:
+            writer.write_batch(pa.concat_batches(waiting))
     (folder / COUNTS_FILE).write_text(json.dumps(asdict(Counts(**total))), encoding="utf-8")
 
 
@@ -149,7 +158,17 @@ def _chunks(job: Job, processes: int) -> Iterator[Chunk]:
         yield from pool.imap(_encode_adopted, parts)
 
 
-_adopted: list[Job] = []
+REOPEN: Final = 50
+"""After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
+
+
+class _Worker:
+    """The job of this process, and how many chunks it encoded."""
+
+    job: Job
+    mapped: bytes | None
+    """The rows pickled, which is the paths of their files; None: they lie in memory."""
+    chunks = 0
 
 
 def _adopt(job: Job) -> None:
@@ -157,11 +176,15 @@ def _adopt(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # the objects of the libraries are not looked through, and their memory stays shared
     pa.set_cpu_count(1)
-    _adopted[:] = [job]
+    _Worker.job = job
+    _Worker.mapped = pickle.dumps(job.rows) if job.rows.cache_files else None
 
 
 def _encode_adopted(part: tuple[int, int]) -> Chunk:
-    return _encode_chunk(_adopted[0], *part)
+    if _Worker.mapped and _Worker.chunks % REOPEN == 0:
+        _Worker.job = replace(_Worker.job, rows=pickle.loads(_Worker.mapped))
+    _Worker.chunks += 1
+    return _encode_chunk(_Worker.job, *part)
 
 
 def _encode_chunk(job: Job, start: int, stop: int) -> Chunk:

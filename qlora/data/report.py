@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from qlora.data.encode import Counts, column
@@ -67,7 +69,11 @@ def build_report(
     packed_share: float | None,
 ) -> DataReport:
     lengths = column(train, "length")
-    digests = [column(train, "digest"), column(held_out, "digest")]
+    digests = column(train, "digest"), column(held_out, "digest")
+    fingerprint = hashlib.sha256()
+    for part in digests:
+        fingerprint.update(np.ascontiguousarray(part, dtype="<i8"))
+        fingerprint.update(b"|")
     return DataReport(
         name=config.name,
         format=", ".join(dict.fromkeys(part.choice.name for part in sets)),
@@ -85,11 +91,17 @@ def build_report(
         left_out_rows=sum(part.left_out for part in counts),
         dropped_rows=sum(part.untrained for part in counts),
         too_long_rows=sum(part.too_long for part in counts),
-        held_out_in_training=int(np.isin(digests[1], digests[0]).sum()),
+        held_out_in_training=_count_shared(*digests),
         packs=None if packed is None else len(packed),
         packed_share=packed_share,
-        fingerprint=hashlib.sha256(b"".join(part.astype("<i8").tobytes() + b"|" for part in digests)).hexdigest()[:16],
+        fingerprint=fingerprint.hexdigest()[:16],
     )
+
+
+def _count_shared(train: np.ndarray, held_out: np.ndarray) -> int:
+    """Returns how many of the few `held_out` are also in the many `train`, which are not sorted or copied."""
+    few = pa.array(held_out)
+    return int(np.isin(held_out, train[pc.is_in(pa.array(train), few).to_numpy(zero_copy_only=False)]).sum())
 
 
 def log_losses(report: DataReport, config: DataConfig) -> None:

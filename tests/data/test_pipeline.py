@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora.data import build_data
+from qlora.data import build_data, encode
 from qlora.errors import ConfigError
 from qlora.schema import DataConfig, OnTooLong
 
@@ -284,7 +284,10 @@ def test_nothing_half_written_is_left_after_an_error(tokenizer, make_config, tmp
     assert not [name for name in cached(tmp_path) if name.startswith(("tokens", "."))]
 
 
-def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path):
+@pytest.mark.parametrize("chunks", [1, 1000], ids=["reopened for each chunk", "opened once"])
+def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path, monkeypatch, chunks):
+    monkeypatch.setattr(encode, "REOPEN", chunks)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 300 * chunks)
     rows = [{"input": f"q{i}", "output": f"a{i}" * (i % 7)} for i in range(5000)]
     one, two = (build_data(make_config(rows, num_proc=n, cache_dir=str(tmp_path / str(n))), tokenizer) for n in (1, 2))
     assert one.report == two.report
