@@ -166,6 +166,7 @@ def build_qlora(task: Task) -> Prepare:
             collate=Collator(pad_token_id(tokenizer)),
             token_mask=lambda batch: batch["attention_mask"],
             measure=lambda model, step: {},
+            verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
             callbacks=[],
         )

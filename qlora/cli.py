@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import logging
 import os
 import sys
@@ -31,9 +30,18 @@ from qlora.compose import (
     unknown_flag,
 )
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, Pruned
+from qlora.folder import RunFolder
+from qlora.schema import TaskName
+from qlora.sweep import names
+from qlora.sweep.engines import check_engine
+from qlora.sweep.jobs import recorded
 
 log = logging.getLogger(__name__)
+
+# Engines that send `job` to other machines import this module there.
+register()
+names.register()
 
 
 def main() -> None:
@@ -87,13 +95,20 @@ def _main(argv: list[str]) -> None:
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
+        check_engine(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
             return
+        if composed.task.name is TaskName.wandb_sweep:
+            from qlora.sweep.wandb_sweep import write_wandb_sweep
+
+            write_wandb_sweep(args.overrides, args.config_dir)
+            return
         words = dict(zip(args.overrides, open_entries(args.overrides), strict=True))
-        sys.argv[1:] = [words.get(word, word) for word in argv]
-    register()
+        sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
+        folder = names.folder_words(args.overrides) if sweeps else []
+        sys.argv[1:] = [*(words.get(word, word) for word in argv), *folder]
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
 
 
@@ -103,36 +118,36 @@ def job(composed: DictConfig) -> Any:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     quiet_libraries(verbose=bool(hydra_config.verbose))
-    sweep = Path(hydra_config.sweep.dir) / "sweep.jsonl" if hydra_config.mode is RunMode.MULTIRUN else None
+    in_sweep = hydra_config.mode is RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
-        from qlora.run import Run
+        with recorded(
+            output_dir, names.own_overrides(hydra_config), RunFolder(output_dir).result(config.task.name.value).name
+        ):
+            if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
+                from qlora.sweep.report import report
 
-        if not hydra_config.verbose:
-            take_over_handlers()
-        result = Run(config, output_dir, overrides).execute()
+                return report(config, output_dir)["objective"]
+            from qlora.run import Run
+
+            if not hydra_config.verbose:
+                take_over_handlers()
+            return Run(config, output_dir, overrides, names.membership(hydra_config)).execute()["objective"]
+    except Pruned:
+        close_bars()
+        return None
     except Exception as error:
-        if sweep is None and isinstance(error, ConfigError):
+        if not in_sweep and isinstance(error, ConfigError):
             raise Mistake from error
         # The traceback's frames hold the model; a sweep keeps the exception until its end.
         traceback.clear_frames(error.__traceback__)
-        if sweep is not None:
-            append_line(
-                sweep, {"job": output_dir.name, "overrides": overrides, "status": "failed", "error": str(error)}
-            )
         raise
     finally:
         free_memory()
-    if sweep is not None:
-        summary = {key: result[key] for key in ("status", "objective", "metrics")}
-        append_line(sweep, {"job": output_dir.name, "overrides": overrides, **summary})
-    return result["objective"]
+        if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
+            from qlora.sweep.report import write_overview
 
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, complete or not at all as far as the file system allows."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+            write_overview(Path(hydra_config.sweep.dir), config.objective)
 
 
 def free_memory() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from enum import Enum
@@ -23,7 +24,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -31,10 +32,16 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import Config
+from qlora.schema import Config, TaskName
 
 _PACKAGE = Path(__file__).parent
+PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+# Free mappings among Hydra's own keys.
+SWEEPER_MAPPINGS = tuple(
+    f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
+)
 
 # Hydra's flags that a user meets.
 FLAGS = (
@@ -145,6 +152,8 @@ def register() -> None:
         use_cache=True,
         replace=True,
     )
+    if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
 
 
 def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Config:
@@ -160,7 +169,7 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
     keys = set(config_keys())
     pairs = zip(overrides, _parse(overrides), strict=True)
     plain = OverrideType.CHANGE
-    return [f"++{text}" if override.type is plain and _in_mapping(override.key_or_group, keys) else text
+    return [f"++{text}" if override.type is plain and _in_free_mapping(override.key_or_group, keys) else text
             for text, override in pairs]  # fmt: skip
 
 
@@ -192,16 +201,19 @@ def check_overrides(
     """Raises `ConfigError` if any job that these overrides start would be refused; starts nothing.
 
     Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
-    `hydra.sweeper.params` of a `sweep=` file.
+    `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
-    if not multirun and composed.hydra.mode is not RunMode.MULTIRUN:
+    described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
+    if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
         to_config(composed)
         return _without_hydra(composed)
-    if params := _sweep_params(composed, overrides):
-        overrides = [*overrides, *params]
+    if str(composed.hydra.sweeper._target_).endswith(".BasicSweeper") and not described:
+        _refuse_intervals([*overrides, *sweep_params(composed, overrides)])
+    if (words := _unconditional(composed, overrides)) != list(overrides):
+        overrides = words
         first = next(expand_sweep(overrides))
         composed = compose_dict(first, config_dir)
     composed = _without_hydra(composed)
@@ -231,7 +243,26 @@ def _refuse_sweeps(overrides: Sequence[str]) -> None:
             )
 
 
-def _sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+def _refuse_intervals(overrides: Sequence[str]) -> None:
+    for override in _parse(overrides):
+        if override.is_interval_sweep():
+            raise ConfigError(
+                f"{override.input_line}: a grid cannot walk through an interval; add hydra/sweeper=optuna to search in "
+                "it, or list the values"
+            )
+
+
+def _unconditional(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Returns `overrides` and the sweep of a `sweep=` file but for what `hydra.sweeper.conditions` allows at times."""
+    conditions = OmegaConf.select(composed, "hydra.sweeper.conditions") or {}
+    given = [text for text, override in zip(overrides, _parse(overrides), strict=True)
+             if not (override.is_sweep_override() and override.key_or_group in conditions)]  # fmt: skip
+    params = sweep_params(composed, overrides)
+    return given + [text for text, override in zip(params, _parse(params), strict=True)
+                    if override.key_or_group not in conditions]  # fmt: skip
+
+
+def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Returns the sweep that a `sweep=` file describes as overrides, but for the keys that `overrides` name."""
     given = {}
     for override in _parse(overrides):
@@ -408,6 +439,10 @@ def _exists(key: str, keys: set[str]) -> bool:
     return key in keys or key.partition("[")[0] in keys or _in_mapping(key, keys)
 
 
+def _in_free_mapping(key: str, keys: set[str]) -> bool:
+    return _in_mapping(key, keys) or key.startswith(SWEEPER_MAPPINGS)
+
+
 def _in_mapping(key: str, keys: set[str]) -> bool:
     parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
     return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
@@ -460,18 +495,39 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     """
     alternatives = []
     for text, override in zip(overrides, _parse(overrides), strict=True):
-        key = override.get_key_element()
-        if override.is_sweep_override() and override.is_discrete_sweep():
-            alternatives.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        elif isinstance(ends := override.value(), IntervalSweep):
-            alternatives.append([f"{key}={end:g}" for end in (ends.start, ends.end) if end is not None])
-        elif not override.is_sweep_override():
-            alternatives.append([text])
+        values = swept_values(override)
+        alternatives.append([text] if values is None else [f"{override.get_key_element()}={each}" for each in values])
     first = [options[0] for options in alternatives]
     yield first
     for place, options in enumerate(alternatives):
         for option in itertools.islice(options, 1, None):
             yield [*first[:place], option, *first[place + 1 :]]
+
+
+def swept_values(override: Override) -> list[str] | None:
+    """Returns the values of a sweep as overrides write them, of an interval its ends; None: it is no sweep.
+
+    Raises `ConfigError` for an empty one.
+    """
+    if not override.is_sweep_override():
+        return None
+    value, text = override.value(), override.input_line
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        if not value.start < value.end:
+            raise ConfigError(f"{text} is empty: an interval runs from its lower end to its higher one")
+        if field_type(override.key_or_group) is int and isinstance(value.start, float):
+            raise ConfigError(
+                f"{text}: {override.key_or_group} must be a whole number; write int(interval("
+                f"{value.start:g},{value.end:g}))"
+            )
+        return [repr(value.start), repr(value.end)]
+    if isinstance(value, RangeSweep) and not value.step:
+        raise ConfigError(f"{text}: the step of a range must not be 0")
+    if not (values := list(override.sweep_string_iterator())):
+        raise ConfigError(f"{text} is empty: a range runs from its start up to its stop, which is no part of it")
+    return values
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigError:
@@ -560,9 +616,24 @@ def _key_of(text: str) -> str:
 
 
 def _no_place_for(key: str, where: str) -> ConfigError:
+    if key.startswith("hydra."):
+        return _unknown_hydra_key(key, where)
     if key in set(config_keys()):
         return ConfigError(f"{key}{where} cannot be set here: what holds it is null, or another package is meant")
     return unknown_key(key, where)
+
+
+def _unknown_hydra_key(key: str, where: str) -> ConfigError:
+    """Returns the error for a key of Hydra's own, e.g. of a sweeper that was not chosen."""
+    owner, _, name = key.rpartition(".")
+    group = owner.removeprefix("hydra.")
+    options = ConfigStore.instance().repo["hydra"].get(group, {})
+    keys = {Path(option).stem: list(node.node or {}) for option, node in options.items()}
+    if owners := [option for option, names in keys.items() if name in names]:
+        return ConfigError(f"{key}{where} is a key of hydra/{group}={' and '.join(sorted(owners))}; choose that too")
+    known = dict.fromkeys(other for names in keys.values() for other in names if not other.startswith("_"))
+    near = [f"{owner}.{other}" for other in suggest(name, known)]
+    return ConfigError(f"unknown key {key!r}{where}{mean(near)}; see `qlora --hydra-help`")
 
 
 def _wrong_type(key: str, text: str, where: str) -> ConfigError:

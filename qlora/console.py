@@ -135,14 +135,16 @@ def say_rows(rows: list[tuple[str, str]]) -> None:
 
 def summary(
     title: str,
-    before_after: list[tuple[str, float | None, float | None]],
+    before_after: list[tuple[str, float | None, float | None, str]],
     predictions: list[dict[str, Any]],
     files: list[tuple[str, str]],
     next_steps: list[str],
 ) -> None:
     """Prints the end of a run: metrics before and after, a few answers, the files written, what to type next.
 
-    A prediction has `prompt`, `reference`, `prediction` and maybe `match` (true, false, or None: not judged).
+    A metric is its name, both values and what is known of its certainty, in words.
+
+    A prediction has `input` or `prompt`, `reference`, `prediction` and maybe `match`: true, false or None (not judged).
     """
     say()
     say(Text(title, style="bold"))
@@ -163,20 +165,21 @@ def summary(
             say(f"  {line}")
 
 
-def _say_metrics(rows: list[tuple[str, float | None, float | None]]) -> None:
+def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
     if not rows:
         return
-    compared = any(before is not None for _, before, _ in rows)
-    cells = [(name.replace("_", " "), format_metric(name, before), format_metric(name, after))
-             for name, before, after in rows]  # fmt: skip
-    label, first, second = (max(map(len, column)) for column in zip(*cells, strict=True))
+    compared = any(before is not None for _, before, _, _ in rows)
+    cells = [(name.replace("_", " "), format_metric(name, before), format_metric(name, after), certainty)
+             for name, before, after, certainty in rows]  # fmt: skip
+    label, first, second, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
     first, second = max(first, len("before")), max(second, len("after"))
     if compared:
         head = f"{'before'.rjust(first)}    {'after'.rjust(second)}"
         say(Text(" " * (label + 6) + head, style="dim"))
-    for name, before, after in cells:
+    for name, before, after, certainty in cells:
         middle = f"{before.rjust(first)} →  " if compared else ""
-        say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold")))
+        note = f"   {certainty}" if certainty else ""
+        say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold"), (note, "dim")))
 
 
 def _say_prediction(row: dict[str, Any]) -> None:
@@ -186,8 +189,9 @@ def _say_prediction(row: dict[str, Any]) -> None:
     if isinstance(judged, str):  # as trackers write it
         judged = judged.lower() in ("true", "yes")
     room = (screen().width if screen().is_terminal else 120) - 18
+    asked = str(row.get("input", row.get("prompt", "")))
     mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
-    say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(str(row.get("prompt", ""))), room + 10)))
+    say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(asked), room + 10)))
     if same:
         say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
         return
@@ -201,18 +205,18 @@ _live: list[Progress] = []  # the one display that may be at the foot of the ter
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None) -> Iterator[Update]:
-    """Shows a bar while the block runs, and yields `update(done, note="", description=None)`.
+    """Shows a bar while the block runs, and yields `update(done, note="", description=None, total=None)`.
 
     A bar within a bar shares its display. Without a terminal, or in a later process, nothing is shown.
     """
     if not is_live():
-        yield lambda done, note="", description=None: None
+        yield lambda done, note="", description=None, total=None: None
         return
     with contextlib.nullcontext(_live[0]) if _live else _display() as display:
         task = display.add_task(description, total=total, note="")
 
-        def update(done: int, note: str = "", description: str | None = None) -> None:
-            display.update(task, completed=done, note=note, description=description)
+        def update(done: int, note: str = "", description: str | None = None, total: int | None = None) -> None:
+            display.update(task, completed=done, note=note, description=description, total=total)
 
         try:
             yield update

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and the one for a training that a search gave up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
     traceback.
     """
+
+
+class Pruned(Exception):
+    """Ends a training that fell behind the others of its search: no mistake, and no result."""
 
 
 def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from qlora.errors import ConfigError
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *("data.cache_dir", "data.num_proc"),
+    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge"),
 )
 
 
@@ -44,6 +48,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def merged(self) -> Path:
+        """The model that `task=merge` made of base and adapter."""
+        return self.path / "merged"
+
+    @property
     def drawn(self) -> Path:
         """The model that `model.init=random` drew for this run."""
         return self.path / "base"
@@ -52,6 +61,26 @@ class RunFolder:
     def predictions(self) -> Path:
         """Answers to held-out rows, one JSON object a line."""
         return self.path / "predictions.jsonl"
+
+    @property
+    def unfinished_predictions(self) -> Path:
+        """Answers of `task=predict` while they are generated."""
+        return self.path / "predictions.unfinished.jsonl"
+
+    @property
+    def history(self) -> Path:
+        """What the training logged at each step."""
+        return self.path / "history.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
+
+    @property
+    def progress(self) -> Path:
+        """The latest step of a training, for whoever watches from outside."""
+        return self.path / "progress.json"
 
     def result(self, task: str) -> Path:
         """The result of a task; training's is `result.json`."""
@@ -94,9 +123,32 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the records that `write_lines` wrote; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; raises `ConfigError` where the folder cannot be written."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); free some space or mend the folder's permissions, or "
+            "choose another folder with hydra.run.dir=FOLDER"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # there only after a failure
+
+
+def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file."""
+    return list(islice(iter_lines(path), count)) if path.is_file() else []
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records that `write_lines` wrote."""
+    with path.open("rb") as file:  # in a text there are more ends of lines than the one between records
+        yield from map(json.loads, file)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,13 +165,31 @@ def _is_free(key: str) -> bool:
 
 
 def find_adapter(place: Path) -> tuple[Path | None, Path | None]:
-    """Returns (adapter folder, None) or (None, model folder) for a folder of an adapter or of a finished run."""
+    """Returns (adapter folder, None) or (None, model folder) for a folder of one of them or of a finished run."""
     for candidate in (place, place / "adapter"):
         if (candidate / "adapter_config.json").is_file():
             return candidate, None
-    if (place / "model" / "config.json").is_file():
-        return None, place / "model"
+    for candidate in (place / "model", place / "merged", place):
+        if (candidate / "config.json").is_file():
+            return None, candidate
     return None, None
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Puts a folder in place of another by renaming; after a crash `restore_folder` finds the old one."""
+    old = place.with_name(f"{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(place: Path) -> None:
+    """Brings back the folder that a crash of `replace_folder` left aside."""
+    old = place.with_name(f"{place.name}.old")
+    if old.exists() and not place.exists():
+        old.rename(place)
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

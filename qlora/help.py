@@ -37,8 +37,8 @@ EXAMPLES = {
     "qlora -m lora.r=8,64 quantization=nf4,fp4": "a sweep: four runs",
     "qlora sweep=lora-rank seed=0,1": "a named sweep, crossed with two seeds",
     "qlora experiment=guanaco-7b name=mine": "a named experiment in outputs/runs/mine",
-    "qlora task=evaluate task.adapter=outputs/runs/mine": "measure a finished run; none: the untuned base",
-    "qlora task=predict task.adapter=outputs/runs/mine generation=nucleus": "let it answer",
+    "qlora task=evaluate adapter=outputs/runs/mine": "measure a finished run; none: the untuned base",
+    "qlora task=predict adapter=outputs/runs/mine generation=nucleus": "let it answer",
     "qlora model=llama-33b --cfg job": "print the composed config, run nothing",
     "qlora --config-dir my_conf data=mine": "your own options: my_conf/data/mine.yaml",
     'eval "$(qlora -sc install=bash)"': "complete groups, options and keys with the tab key",
@@ -110,7 +110,8 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
     if fields := list(group_fields(group)):
         yield f"\nFields ({group}.FIELD=VALUE):"
     for key, text in fields:
-        yield f"\n  {key}: {in_words(key)}{_default(key)}"
+        yield ""
+        yield from _wrapped(f"{in_words(key)}{_default(key)}", f"  {key}: ", 6)
         yield from _wrapped(text, " " * 6, 6)
 
 

@@ -23,7 +23,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
     units = report.packs if report.packs is not None else report.train_rows
     facts = [
         ("format", f"{report.format}, by {report.recognised}"),
-        *([("template", report.template)] if report.template else []),
+        ("template", report.template or f"{data.template.name}, saved for chat and serving"),
         ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
         ("rows", f"{report.train_rows:,} to train, {report.eval_rows:,} held out"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_share(report.trained_tokens, report.train_tokens)} with loss"),

@@ -5,27 +5,36 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shlex
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import compose, console
-from qlora.data import Data, build_data, column
+from qlora.chat import Speaker, choose_saved_template, hold
+from qlora.data import Data, build_data, column, load_hub, read_rows
 from qlora.data.collate import Collator, token_mask
-from qlora.errors import ConfigError, did_you_mean
-from qlora.evaluation.generation import tokens_per_second
-from qlora.evaluation.measure import Measurement, Measurer
+from qlora.data.tokenize import Tokenizer, build_tokenizer
+from qlora.data.writer import file_digest
+from qlora.errors import ConfigError, Pruned, did_you_mean
+from qlora.evaluation.answers import AnswerLog, rows_digest
+from qlora.evaluation.generation import plan_batches, prompt_lengths
+from qlora.evaluation.lm_harness import LmHarness
+from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
-from qlora.folder import RunFolder, find_adapter, read_json, read_lines, write_lines
+from qlora.evaluation.mmlu import HUB_SET, HUB_SUBSET, Mmlu, load_questions
+from qlora.folder import RunFolder, find_adapter, flatten, iter_lines, read_json, read_lines, write_lines
+from qlora.membership import Membership
+from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters, loading
 from qlora.models.device import (
     Placement,
@@ -35,18 +44,23 @@ from qlora.models.device import (
     place,
     reset_peak_memory,
 )
-from qlora.models.files import locate
+from qlora.models.files import is_local, locate
+from qlora.models.fingerprint import adapter_digest, folder_digest
+from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
-from qlora.models.tokenizer import load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.models.tokenizer import load_saved_tokenizer, load_tokenizer, pad_token_id, repair_special_tokens
 from qlora.preview import build_preview, preview_metrics
-from qlora.reporting.card import write_model_card
-from qlora.reporting.manifest import build_manifest, write_json
+from qlora.reporting.card import card_on_hub, write_model_card
+from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
-from qlora.schema import Config, Init, TaskName, TrackingBackend
+from qlora.reporting.run_page import write_run_page
+from qlora.schema import Config, EvaluationName, Init, TaskName, TrackingBackend
 from qlora.training.progress import ProgressCallback
-from qlora.training.tracking import Tracker, TrackerCallback, build_tracker
+from qlora.training.tracking import TrackedRun, Tracker, build_tracker
+from qlora.training.tracking.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer, build_arguments, last_checkpoint
+from qlora.wording import format_range, is_detail
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +68,14 @@ log = logging.getLogger(__name__)
 class Run:
     """One config in one folder; a method a task, and parts that are built when first needed.
 
-    `overrides` are the command line's, for the model card. The same folder may be given again: a finished task
-    returns its stored result, an interrupted training resumes.
+    `overrides` are the command line's, for the model card, `sweep` is what the run is a job of, for the tracker. The
+    same folder may be given again: a finished task returns its stored result, an interrupted training resumes.
     """
 
-    def __init__(self, config: Config, output_dir: Path | str, overrides: Sequence[str] = ()) -> None:
-        self.config, self.overrides = config, list(overrides)
+    def __init__(
+        self, config: Config, output_dir: Path | str, overrides: Sequence[str] = (), sweep: Membership | None = None
+    ) -> None:
+        self.config, self.overrides, self.sweep = config, list(overrides), sweep
         self.folder = RunFolder(Path(output_dir))
 
     def execute(self) -> dict[str, Any]:
@@ -69,7 +85,13 @@ class Run:
             TaskName.evaluate: self.evaluate,
             TaskName.predict: self.predict,
             TaskName.preview: self.preview,
+            TaskName.chat: self.chat,
+            TaskName.merge: self.merge,
+            TaskName.push: self.push,
         }
+        if self.config.task.name not in tasks:
+            name = self.config.task.name.value.replace("_", "-")
+            raise ConfigError(f"task={name} is no run; start it on the command line: qlora task={name}")
         return tasks[self.config.task.name]()
 
     # Parts, cheap ones first: a broken data set must fail before a large model is loaded.
@@ -127,8 +149,9 @@ class Run:
     def measurer(self) -> Measurer:
         """Measures any model on the held-out rows."""
         assert self.data.eval is not None
+        self._check_context(self.data.eval)
         return Measurer(
-            rows=self.data.eval.to_list(),
+            rows=self.data.eval,
             collate=self.collate,
             tokenizer=self.tokenizer,
             generation=self.config.generation,
@@ -137,17 +160,109 @@ class Run:
             batch_size=self.config.trainer.per_device_eval_batch_size,
             device=self.placement.device,
             autocast=self.placement.autocast,
+            seed=self.config.seed,
+        )
+
+    def _check_context(self, rows: Dataset) -> None:
+        """Raises `ConfigError` if an answer could grow beyond what the model reads."""
+        count = self._answered_rows
+        limit = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        if count == 0 or limit is None:
+            return
+        longest = int(prompt_lengths(rows)[:count].max(initial=0))
+        wanted = self.config.generation.max_new_tokens
+        if longest + wanted > limit:
+            remedies = [f"generation.max_new_tokens={limit - longest}"] if limit > longest else []
+            remedies += [f"data.source_max_len={limit - wanted}"] if limit > wanted else []
+            raise ConfigError(
+                f"generation.max_new_tokens={wanted} on top of the longest prompt's {longest} tokens is more than the "
+                f"{limit} that {self.config.model.name} reads; set {' or '.join(remedies)}"
+            )
+
+    @property
+    def _answered_rows(self) -> int | None:
+        """How many held-out rows are answered at most; None: all."""
+        task, evaluation, wanted = self.config.task, self.config.evaluation, self._wanted_answers
+        if task.name is TaskName.train and not task.evaluate:
+            wanted = 0
+        if task.name is TaskName.predict or wanted is None:
+            return None
+        if task.name is not TaskName.train:
+            return wanted
+        tracked = self.config.tracking.backend is not TrackingBackend.none
+        return max(wanted, evaluation.show_predictions if task.predict or tracked else 0)
+
+    @property
+    def end_id(self) -> int | None:
+        """The end-of-turn token of the template that writes conversations; None: there is none."""
+        if self.config.task.name is TaskName.chat:
+            return self.chat_encoder.writer.end_id
+        return self.data.end_id if self.measures_rows else None
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether the task measures the data's held-out rows; `task=evaluate` of a suite measures that alone."""
+        task, rows = self.config.task.name, self.config.evaluation.name is EvaluationName.rows
+        return task is not TaskName.chat and (rows or task is not TaskName.evaluate)
+
+    @cached_property
+    def chat_encoder(self) -> Tokenizer:
+        """What writes a conversation in tokens as the training of `adapter` did; no rows are read."""
+        template = choose_saved_template(self.trained_tokenizer, self.tokenizer, self.config.data.template)
+        return build_tokenizer(self.config.data, self.tokenizer, template)
+
+    @cached_property
+    def suite(self) -> Suite | None:
+        """The test of `evaluation=mmlu` or `evaluation=lm-eval`."""
+        if self.config.evaluation.name is EvaluationName.mmlu:
+            return self._build_mmlu()
+        if self.config.evaluation.name is EvaluationName.lm_eval:
+            return LmHarness(
+                self.config.evaluation,
+                tokenizer=self.tokenizer,
+                batch_size=self.config.trainer.per_device_eval_batch_size,
+                device=self.placement.device,
+            )
+        return None
+
+    def _build_mmlu(self) -> Mmlu:
+        evaluation = self.config.evaluation
+
+        def load_split(split: str) -> Iterable[Mapping[str, Any]]:
+            return load_hub(
+                HUB_SET,
+                HUB_SUBSET,
+                split,
+                key="evaluation.path",
+                failure=f"evaluation=mmlu: {HUB_SET} is not to be had",
+                remedy="or give the questions as a file: evaluation.path=FILE",
+            )
+
+        return Mmlu(
+            load_questions(evaluation, read_file=partial(read_rows, key="evaluation.path"), load_split=load_split),
+            split=evaluation.split.value,
+            tokenizer=self.tokenizer,
+            source_max_len=evaluation.source_max_len,
+            context=getattr(self.model_config.get_text_config(), "max_position_embeddings", None),
+            pad_token_id=self.pad_token_id,
+            batch_size=self.config.trainer.per_device_eval_batch_size,
+            device=self.placement.device,
         )
 
     def load_base(self) -> PreTrainedModel:
         """Loads the frozen base, or draws it first (once: a drawn base stays in the folder)."""
         if self.config.model.init is Init.pretrained:
             return self._load(None)
-        adapter, _ = self.trained if self.config.task.name is not TaskName.train else (None, None)
-        folder = adapter.parent / self.folder.drawn.name if adapter else self.folder.drawn
+        folder = self._drawn
         if not (folder / "config.json").exists():
             loading.draw_model(self.config.model, self.tokenizer, folder, self.placement, self.config.seed)
         return self._load(folder)
+
+    @property
+    def _drawn(self) -> Path:
+        """The folder of the base that `model.init=random` draws: the adapter's run has it, or this one."""
+        adapter, _ = self.trained if self.config.task.name is not TaskName.train else (None, None)
+        return adapter.parent / self.folder.drawn.name if adapter else self.folder.drawn
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
@@ -158,7 +273,7 @@ class Run:
             folder=folder,
         )
         loading.resize_embeddings(base, self.tokenizer)
-        loading.add_end_token(base, self.data.end_id)
+        loading.add_end_token(base, self.end_id)
         return base
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -194,9 +309,9 @@ class Run:
         self.folder.check_same_training(compose.read_config(self.folder.config), plain)
         if (stored := self.folder.stored_result("train")) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
-            self._print_summary("finished", stored, read_lines(self.folder.predictions))
+            self._print_summary("finished", stored, self._first_predictions())
             return stored
-        data, _ = self.data, self.measurer  # before the model: a broken data set fails at once
+        data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)
         self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
         with self._tracking(plain) as (tracker, summary):
@@ -206,13 +321,14 @@ class Run:
             manifest = build_manifest(plain, data=asdict(data.report), model=facts)
             write_json(self.folder.path / "manifest.json", manifest)
             console.start_screen(list(facts.items()))
-            summary |= {f"base_eval_{name}": value for name, value in self._baseline(model).items()}
+            base = self._baseline(model)
+            summary |= _prefixed("base_eval_", base.metrics)
             if self.config.task.train:
                 summary |= self._fit(model, callbacks, tracker)
             measured = self._measure_after(model)
-            summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
+            summary |= _prefixed("eval_", measured.metrics)
             summary["peak_memory_gb"] = peak_memory_gb(self.placement.device)
-            result = self._write_result("train", summary, measured.predictions)
+            result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
@@ -220,30 +336,45 @@ class Run:
         return result
 
     def evaluate(self) -> dict[str, Any]:
-        """Measures an adapter (or the untuned base) on all held-out rows; the result goes to `evaluate.json`."""
+        """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
+        _ = self.suite  # before the model: a broken file of questions fails at once, and so do rows
+        if self.measures_rows:
+            _ = self.measurer
         model = self._prepare_task()
         with self._tracking(compose.config_to_dict(self.config)) as (tracker, summary):
-            if isinstance(model, PeftModel):
-                summary |= {f"base_eval_{name}": value for name, value in self._baseline(model).items()}
-            measured = self.measurer.measure(model, answers=self._wanted_answers)
-            summary |= {f"eval_{name}": value for name, value in measured.metrics.items()}
-            tracker.log({f"eval/{name}": value for name, value in measured.metrics.items()}, step=0)
+            base = self._baseline(model) if isinstance(model, PeftModel) else Measurement()
+            summary |= _prefixed("base_eval_", base.metrics)
+            measured = self._measure(model, answers=self._wanted_answers)
+            summary |= _prefixed("eval_", measured.metrics)
+            tracker.log(_prefixed("eval/", measured.metrics), step=0)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=0)
-            result = self._write_result("evaluate", summary, measured.predictions)
+            result = self._write_result("evaluate", summary, measured, base)
         self._print_summary("evaluated", result, measured.predictions)
         return result
 
     def predict(self) -> dict[str, Any]:
-        """Writes an answer for every held-out row to `predictions.jsonl`."""
-        model = self._prepare_task()
-        started = time.monotonic()
-        with console.progress("predicting", len(self.measurer.rows)) as advance:
-            predictions = self.measurer.predict(model, self.measurer.rows, on_progress=advance)
-        speed = tokens_per_second((row["answer_tokens"] for row in predictions), started)
-        summary = {f"eval_{name}": value for name, value in self.measurer.score(predictions).items()}
-        summary["predict_tokens_per_second"] = speed
-        result = self._write_result("predict", summary, predictions)
-        self._print_summary("predicted", result, predictions)
+        """Writes an answer for every held-out row to `predictions.jsonl`; a start that was stopped goes on.
+
+        Answers that are there already, decided by the same model, rows and settings, are not generated again.
+        """
+        self.folder.create()
+        decided_by, metrics = self._answers_decided_by(), self.config.evaluation.metrics
+        path, stored = self.folder.predictions, self.folder.stored_result("predict") or {}
+        known = stored.get("answers", {})
+        if known.get("decided_by") == decided_by and path.is_file() and known["sha256"] == file_digest(path):
+            if known["metrics"] == metrics:
+                console.say(f"{self.folder.path} holds these answers already; this is the stored result")
+                self._print_summary("predicted", stored, self._first_predictions())
+                return stored
+            speed = stored["metrics"]["predict_tokens_per_second"]
+        else:
+            speed = self._answer_rows(decided_by)
+        measured = self.measurer.score(iter_lines(path))
+        summary = _prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
+        facts = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
+        result = self._write_result("predict", summary, measured, answers=facts)
+        self.folder.unfinished_predictions.unlink(missing_ok=True)
+        self._print_summary("predicted", result, self._first_predictions())
         return result
 
     def preview(self) -> dict[str, Any]:
@@ -267,39 +398,185 @@ class Run:
         console.say_rows(list(paths.items()))
         return result
 
+    def chat(self) -> dict[str, Any]:
+        """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input."""
+        model = self._prepare_task()
+        set_seed(self.config.seed)
+        speaker = Speaker(
+            model=model,
+            encoder=self.chat_encoder,
+            generation=self.config.generation,
+            pad_token_id=self.pad_token_id,
+            device=self.placement.device,
+            autocast=self.placement.autocast,
+        )
+        chat = hold(speaker)
+        tokens = sum(reply.tokens for reply in chat.replies)
+        result: dict[str, Any] = {
+            "status": "finished",
+            "task": "chat",
+            "objective": None,
+            "metrics": {
+                "chat_answers": len(chat.replies),
+                "chat_tokens": tokens,
+                "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
+            },
+            "paths": {"conversation": str(chat.file)} if chat.file else {},
+        }
+        write_json(self.folder.result("chat"), result)
+        return result
+
+    def merge(self) -> dict[str, Any]:
+        """Makes one model of the base and the adapter in `merged/`, if it answers as they do."""
+        adapter, full = self.trained
+        if adapter is None:
+            what = f"adapter={self.config.adapter or full}: it is a whole model" if full else "adapter=none"
+            raise ConfigError(
+                f"{what}, so there is nothing to merge; give adapter=FOLDER of an adapter or of a finished run"
+            )
+        adapters.check_adapter_folder(adapter)
+        self._check_trained_base(adapter)
+        self.folder.create()
+        assert self.data.eval is not None
+        rows = self.data.eval.select(range(min(self.config.merge.prompts, len(self.data.eval))))
+        tokenizer = self.trained_tokenizer or self.tokenizer
+        if self.trained_tokenizer is None:
+            tokenizer.chat_template = self.data.template.text
+        merge = Merge(
+            config=self.config,
+            load=self._prepare_merge,
+            base=str(self._drawn) if self.config.model.init is Init.random else locate(self.config.model.name),
+            model_config=self.model_config,
+            tokenizer=tokenizer,
+            prompts=[ids[:PROMPT_TOKENS] for ids in rows["input_ids"]],
+            placement=self.placement,
+            name=self.run_name.lower(),
+        )
+        folder, report = self.folder.merged, self.folder.path / REPORT
+        facts = merge.run(folder, report)
+        result: dict[str, Any] = {
+            "status": "finished",
+            "task": "merge",
+            "objective": None,
+            "metrics": {f"merge_{name}": facts[name] for name in ("kl_mean", "kl_max", "top1_agreement")},
+            "paths": {"merged": str(folder), "report": str(report)},
+        }
+        write_json(self.folder.result("merge"), result)
+        merge.print_summary(folder, facts, list(result["paths"].items()))
+        return result
+
+    def _prepare_merge(self) -> PeftModel:
+        model = self.load_trained()
+        console.start_screen(list(self._facts(model).items()))
+        assert isinstance(model, PeftModel)
+        return model
+
+    def _check_trained_base(self, adapter: Path) -> None:
+        """Raises `ConfigError` if the run that trained the adapter had other bits, which the merge would not show."""
+        stored = compose.read_config(adapter.parent / self.folder.config.name)
+        if stored is None:
+            return
+        before, now = (dict(flatten({"quantization": each["quantization"]}))
+                       for each in (stored, compose.config_to_dict(self.config)))  # fmt: skip
+        machine = "quantization.compute_dtype"  # `auto` is another on another machine
+        if changed := [key for key in before if before[key] != now.get(key) and key != machine]:
+            words = " ".join(f"{key}={str(before[key]).lower()}" for key in changed)
+            raise ConfigError(
+                f"adapter={self.config.adapter}: it was trained on other base weights than the config asks for, and it "
+                f"is to be compared on its own; set {words}"
+            )
+
+    def push(self) -> dict[str, Any]:
+        """Uploads what `adapter` names, its model card and what was measured to the hub repository `repo`."""
+        assert self.config.repo is not None, "Config checks it"
+        adapter, full = self.trained
+        if adapter is not None:
+            adapters.check_adapter_folder(adapter)
+        folder = adapter or full
+        if folder is None:
+            raise ConfigError("adapter=none: there is nothing to push; give adapter=FOLDER of an adapter or a run")
+        self.folder.create()
+        files: dict[str, Path | bytes] = {
+            path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+        # A finished run has these beside its adapter.
+        beside = ("loss.png", "metrics.json")
+        files |= {name: folder.parent / name for name in beside if (folder.parent / name).is_file()}
+        if isinstance(card := files.get("README.md"), Path):
+            files["README.md"] = card_on_hub(card.read_text(encoding="utf-8"), self.config.repo).encode()
+        url = push(
+            files,
+            repo=self.config.repo,
+            private=self.config.task.private,
+            message=f"{folder.name} of {folder.absolute().parent.name}, by qlora",
+        )
+        result: dict[str, Any] = {
+            "status": "finished",
+            "task": "push",
+            "objective": None,
+            "metrics": {},
+            "paths": {"commit": url},
+        }
+        write_json(self.folder.result("push"), result)
+        console.say_rows([("pushed", f"{len(files)} files of {folder}"), ("commit", url)])
+        return result
+
     # Steps of the tasks
 
     @contextlib.contextmanager
     def _tracking(self, plain: dict[str, Any]) -> Iterator[tuple[Tracker, dict[str, float]]]:
         """Yields the tracker and the metrics to fill; closes it with what was measured, also after a failure."""
-        tracker = build_tracker(self.config.tracking, name=self.run_name, run_config=plain, output_dir=self.folder.path)
+        run = TrackedRun(
+            name=self.run_name,
+            folder=self.folder.path,
+            config=plain,
+            sweep=self.sweep,
+            resumes=self.config.task.name is TaskName.train,
+        )
+        tracker = build_tracker(self.config.tracking, run)
         summary: dict[str, float] = {}
         status = "failed"
         try:
             yield tracker, summary
             status = "finished"
+        except Pruned:
+            status = "pruned"
+            raise
         finally:
             tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
 
-    def _baseline(self, model: PreTrainedModel) -> dict[str, float]:
+    def _baseline(self, model: PreTrainedModel) -> Measurement:
         """Measures the untuned base once; a resumed run reads what the first start measured.
 
         The adapter is switched off; where it starts as a part of the base (PiSSA, OLoRA), it must stay on.
         """
         if not (self.config.evaluation.baseline and self.config.task.evaluate):
-            return {}
+            return Measurement()
         training = self.config.task.name is TaskName.train
         path = self.folder.path / "baseline.json"
-        stored: dict[str, float] | None = read_json(path) if training else None
-        if stored is None:
-            console.say(f"measuring the untuned base on {len(self.measurer.rows):,} held-out rows")
-            part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
-            switched_off = isinstance(model, PeftModel) and not part_of_base
-            with model.disable_adapter() if switched_off else contextlib.nullcontext():
-                stored = self.measurer.measure(model, answers=self._wanted_answers).metrics
-            if training:
-                write_json(path, stored)
-        return stored
+        stored = read_json(path) if training else None
+        if stored is not None:
+            return Measurement.from_dict(stored)
+        rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
+        console.say(f"measuring the untuned base{rows}")
+        part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
+        switched_off = isinstance(model, PeftModel) and not part_of_base
+        with model.disable_adapter() if switched_off else contextlib.nullcontext():
+            measured = self._measure(model, answers=self._wanted_answers)
+        if training:
+            write_json(path, measured.to_dict())
+        return measured
+
+    def _measure(self, model: torch.nn.Module, *, answers: int | None) -> Measurement:
+        """Measures the held-out rows and the suite, as far as the task and `evaluation=` ask for them."""
+        measured = self.measurer.measure(model, answers=answers) if self.measures_rows else Measurement()
+        return measured | self._measure_suite(model)
+
+    def _measure_suite(self, model: torch.nn.Module) -> Measurement:
+        if self.suite is None:
+            return Measurement()
+        with evaluation_mode(model), self.placement.autocast():
+            return self.suite.measure(model)
 
     @property
     def _wanted_answers(self) -> int | None:
@@ -312,12 +589,13 @@ class Run:
         checkpoint = last_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
             console.say(f"resuming from {checkpoint.name}")
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:  # a run that fails has curves too
+            write_json(self.folder.history, trainer.state.log_history)
         self._steps = trainer.state.global_step
         self._save(model)
-        history = trainer.state.log_history
-        write_json(self.folder.path / "history.json", history)
-        plot_loss(history, self.folder.path / "loss.png")
+        plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         runtime = output.metrics["train_runtime"]
         return {
             "train_loss": output.training_loss,
@@ -345,7 +623,10 @@ class Run:
             )
             measured = self.measurer.measure(current, answers=shown)
             tracker.log_predictions(measured.predictions, step=step)
-            return {name: measured.metrics[name] for name in ("loss", "perplexity")}
+            metrics = {name: measured.metrics[name] for name in ("loss", "perplexity")}
+            if self.suite is not None and self.suite.at_each_evaluation:
+                metrics |= self._measure_suite(current).metrics
+            return metrics
 
         return QLoraTrainer(
             model=model,
@@ -355,13 +636,28 @@ class Run:
             collate=self.collate,
             token_mask=partial(token_mask, pad_token_id=self.pad_token_id),
             measure=measure,
+            verify=adapters.verify_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
-            callbacks=[ProgressCallback(), TrackerCallback(tracker), *callbacks],
+            callbacks=[
+                ProgressCallback(self.folder.progress),
+                TrackerCallback(tracker),
+                *self._build_pruning(),
+                *callbacks,
+            ],
         )
 
+    @staticmethod
+    def _build_pruning() -> list[Any]:
+        """Returns what reports to the search that this run is a trial of, if that ends trials early."""
+        if (link := os.environ.get("QLORA_TRIAL")) is None:
+            return []
+        from qlora.study import TrialLink  # Optuna is an extra
+        from qlora.training.pruning import PruningCallback
+
+        return [PruningCallback(TrialLink.from_text(link))]
+
     def _save(self, model: PreTrainedModel) -> None:
-        if self.data.template is not None:  # serving then writes conversations as training did
-            self.tokenizer.chat_template = self.data.template.text
+        self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did
         if isinstance(model, PeftModel):
             rewritten = self.config.lora.init in adapters.REWRITES_BASE
             initial = self.folder.path / "initial_adapter" if rewritten else None
@@ -372,16 +668,57 @@ class Run:
 
     def _measure_after(self, model: PreTrainedModel) -> Measurement:
         task, evaluation = self.config.task, self.config.evaluation
-        if task.evaluate:
-            measured = self.measurer.measure(model, answers=self._wanted_answers)
-            if measured.predictions or not task.predict:
-                return Measurement(measured.metrics, measured.predictions if task.predict else [])
-            rows = self.measurer.rows[: evaluation.show_predictions]
-            return Measurement(measured.metrics, self.measurer.predict(model, rows))
-        if task.predict:
-            rows = self.measurer.rows[: evaluation.show_predictions]
-            return Measurement({}, self.measurer.predict(model, rows))
-        return Measurement({})
+        measured = self._measure(model, answers=self._wanted_answers) if task.evaluate else Measurement()
+        if not task.predict:
+            return replace(measured, predictions=[])
+        if measured.predictions:
+            return measured
+        return replace(measured, predictions=self.measurer.predict(model, evaluation.show_predictions))
+
+    def _answers_decided_by(self) -> dict[str, Any]:
+        """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
+        config, place, (adapter, full) = compose.config_to_dict(self.config), self.placement, self.trained
+        if adapter is not None:
+            adapters.check_adapter_folder(adapter)
+        base: str | None = locate(self.config.model.name)
+        if self.config.model.init is Init.random:  # the base of another run, or one that this seed draws
+            base = str(self._drawn) if adapter else None
+        facts = {
+            "model": {key: value for key, value in config["model"].items() if key not in ("cache_dir", "license")},
+            "quantization": config["quantization"],
+            "generation": config["generation"],
+            "seed": config["seed"],
+            "device": f"{place.device.type}, {place.weights}, {place.compute}",
+            "base": folder_digest(Path(base)) if base and is_local(base) else self.model_config._commit_hash,
+            "adapter": adapter and adapter_digest(adapter),
+            "finetuned model": full and folder_digest(full),
+            "rows": rows_digest(self.measurer.rows),
+            "end token": self.end_id,
+            "version": versions(),
+            "code": code_digest(),
+        }
+        return dict(flatten(facts))
+
+    def _answer_rows(self, decided_by: dict[str, Any]) -> float:
+        """Writes `predictions.jsonl`; returns the speed of generation in tokens a second."""
+        measurer, rows = self.measurer, self.measurer.rows
+        answers = AnswerLog(self.folder.unfinished_predictions, decided_by, len(rows))
+        batches = dict(enumerate(plan_batches(prompt_lengths(rows), self.config.generation.batch_size)))
+        left = {number: batch for number, batch in batches.items() if not answers.has(batch)}
+        if left:
+            model = self._prepare_task()
+            if answers.answered:
+                console.say(f"going on: {answers.answered:,} of {len(rows):,} rows are answered already")
+            with console.progress("predicting", len(rows)) as update:
+                update(answers.answered)
+                for batch in measurer.answer(model, rows, left):
+                    answers.append(*batch)
+                    update(answers.answered, note=f"{answers.tokens_per_second:,.0f} tokens/s")
+        write_lines(self.folder.predictions, measurer.records(rows, answers))
+        return answers.tokens_per_second
+
+    def _first_predictions(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder.predictions, self.config.evaluation.show_predictions)
 
     def _prepare_task(self) -> PreTrainedModel:
         self.folder.create()
@@ -391,29 +728,55 @@ class Run:
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
-        """The (adapter, fully finetuned model) that `task.adapter` or this folder holds; (None, None): the base."""
-        wanted = self.config.task.adapter
+        """The (adapter, fully finetuned model) that `adapter` or this folder holds; (None, None): the base."""
+        wanted = self.config.adapter
         if wanted == "none":
             return None, None
         place = Path(wanted).expanduser() if wanted is not None else self.folder.path
         if not place.is_dir():
             siblings = [str(path) for path in place.parent.glob("*/")]
-            raise ConfigError(f"task.adapter={wanted}: no such folder{did_you_mean(str(place), siblings)}")
+            raise ConfigError(f"adapter={wanted}: no such folder{did_you_mean(str(place), siblings)}")
         found = find_adapter(place)
         if found == (None, None):
             raise ConfigError(
-                f"task.adapter={wanted or 'null'}: {place} holds no adapter; give task.adapter=FOLDER of an adapter "
-                "or of a finished run, or task.adapter=none for the untuned base"
+                f"adapter={wanted or 'null'}: {place} holds no adapter; give adapter=FOLDER of an adapter "
+                "or of a finished run, or adapter=none for the untuned base"
             )
         return found
 
+    @cached_property
+    def trained_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was saved with what `adapter` names, of the same tokens as `tokenizer`; None: no such."""
+        folder = self.trained[0] or self.trained[1]
+        return load_saved_tokenizer(folder, self.config.model, self.tokenizer) if folder is not None else None
+
     def load_trained(self) -> PreTrainedModel:
-        """Loads what `task.adapter` names: the base with an adapter, a fully finetuned model, or the bare base."""
+        """Loads what `adapter` names: the base with an adapter, a fully finetuned model, or the bare base.
+
+        Raises `ConfigError` where the base's tokens are not those of the training.
+        """
         adapter, full = self.trained
+        _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
             adapters.check_adapter_folder(adapter)
             return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
-        return self._load(full) if full is not None else self.load_base()
+        if full is None:
+            return self.load_base()
+        self._check_whole_model(full)
+        return self._load(full)
+
+    def _check_whole_model(self, folder: Path) -> None:
+        """Raises `ConfigError` if a finished model would be rounded again without a word."""
+        quantization = self.config.quantization
+        if quantization.bits in (4, 8):
+            stored = read_json(folder / "config.json")
+            dtype = stored.get("dtype") or stored.get("torch_dtype")
+            kind = quantization.quant_type.value if quantization.bits == 4 else "int8"
+            raise ConfigError(
+                f"adapter={folder} is a whole model in {dtype}, which quantization={kind} would round again; use "
+                "quantization=none or quantization=fp32, or give it as model.name with adapter=none to quantize it on "
+                "purpose"
+            )
 
     # Reports
 
@@ -423,7 +786,7 @@ class Run:
         return self.config.name or self.folder.path.name
 
     def _facts(self, model: PreTrainedModel) -> dict[str, str]:
-        config, report = self.config, self.data.report
+        config = self.config
         quantization, trainer = config.quantization, config.trainer
         base = f"{quantization.quant_type.value}" + (" + double quantization" if quantization.double_quant else "")
         micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
@@ -431,10 +794,17 @@ class Run:
         facts = {
             "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters",
             "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
-            "data": f"{report.name}: {report.eval_rows:,} held-out rows",
             "device": str(self.placement),
             "folder": str(self.folder.path),
         }
+        if config.task.name is TaskName.chat:
+            place = self.trained[0] or self.trained[1] or "none"
+            return facts | {"adapter": str(place), "template": self.chat_encoder.writer.template.name}
+        if not self.measures_rows:
+            tasks = ": ".join([config.evaluation.name.value.replace("_", "-"), *config.evaluation.tasks[:1]])
+            return facts | {"evaluation": ", ".join([tasks, *config.evaluation.tasks[1:]])}
+        report = self.data.report
+        facts["data"] = f"{report.name}: {report.eval_rows:,} held-out rows"
         if config.task.name is TaskName.train and config.task.train:
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
@@ -453,15 +823,27 @@ class Run:
             }
         return facts
 
-    def _write_result(self, task: str, summary: dict[str, float], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write_result(
+        self,
+        task: str,
+        summary: dict[str, float],
+        measured: Measurement,
+        base: Measurement | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        base = base or Measurement()
         predictions = self.folder.predictions if task != "evaluate" else self.folder.path / "evaluate.jsonl"
-        if answers:
-            write_lines(predictions, answers)
+        if measured.predictions:
+            write_lines(predictions, measured.predictions)
+        records = self.folder.path / f"{self.config.evaluation.name.value}.jsonl"
+        if measured.records:
+            write_lines(records, measured.records)
         objective = self.config.objective
         places = {
             "adapter": self.folder.adapter,
             "model": self.folder.model,
             "predictions": predictions,
+            "questions": records,
             "loss": self.folder.path / "loss.png",
             "config": self.folder.config,
             "card": self.folder.path / "README.md",
@@ -472,35 +854,59 @@ class Run:
             "task": task,
             "objective": summary.get(objective) if objective else None,
             "metrics": summary,
+            "intervals": _prefixed("base_eval_", base.intervals()) | _prefixed("eval_", measured.intervals()),
+            "gains": {name: gain._asdict() for name, gain in measured.gains(base).items()},
             "paths": paths,
+            **more,
         }
         if task == "train":
-            card = write_model_card(
-                self.folder.path,
-                config=self.config,
-                result=result,
-                base_model=self.config.model.name,
-                command=shlex.join(["qlora", *self.overrides]),
-                compute_dtype=str(self.placement.compute).removeprefix("torch."),
-                example_prompt=self.measurer.rows[0]["prompt"],
-            )
+            for folder in (self.folder.adapter, self.folder.model, self.folder.path):
+                if folder.is_dir():
+                    card = write_model_card(
+                        folder,
+                        config=self.config,
+                        result=result,
+                        base_model=self.config.model.name,
+                        command=shlex.join(["qlora", *self.overrides]),
+                        compute_dtype=str(self.placement.compute).removeprefix("torch."),
+                        example_prompt=self.measurer.rows[0]["prompt"],
+                    )
             paths["card"] = str(card)
+            command = shlex.join(["qlora", *self.overrides])
+            paths["report"] = str(write_run_page(self.folder, result, name=self.run_name, command=command))
             write_json(self.folder.path / "metrics.json", summary)
         write_json(self.folder.result(task), result)
         return result
 
     def _print_summary(self, title: str, result: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
         metrics = result["metrics"]
-        names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
-        rows = [(name, metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"]) for name in names]
+        names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not is_detail(key)]
+        rows = [
+            (name, metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"], self._certainty(name, result))
+            for name in names
+        ]
         folder = self.folder.path
-        own = ("task=", "task.adapter=", "hydra.run.dir=", "name=")
+        own = ("task=", "adapter=", "hydra.run.dir=", "name=")
         chosen = [text for text in self.overrides if not text.startswith(own)]
-        again = shlex.join(["qlora", *chosen, f"task.adapter={self.config.task.adapter or folder}"])
+        again = shlex.join(["qlora", *chosen, f"adapter={self.config.adapter or folder}"])
         console.summary(
             f"{title}: {folder}",
             rows,
             predictions[: self.config.evaluation.show_predictions],
             [(name, path) for name, path in result["paths"].items()],
-            [f"{again} task=evaluate", f"{again} task=predict"],
+            [f"{again} task={task}" for task in ("evaluate", "predict", "chat")],
         )
+
+    def _certainty(self, name: str, result: dict[str, Any]) -> str:
+        """Returns the 95 % interval of a metric in words, with the paired difference to the untuned base."""
+        interval, gain = result.get("intervals", {}).get(f"eval_{name}"), result.get("gains", {}).get(name)
+        if interval is None:
+            return ""
+        words = f"95 %: {format_range(name, *interval)}"
+        if gain is None:
+            return words
+        return f"{words}; gain {format_range(name, gain['low'], gain['high'], signed=True)}"
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items()}

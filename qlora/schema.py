@@ -32,6 +32,8 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+METRIC_LIBRARY = "evaluate"
+"""In place of a module it means a metric of Hugging Face's library of this name."""
 
 # transformers.training_args.OptimizerNames; a test compares the two.
 OPTIMIZER_NAMES = (
@@ -69,6 +71,11 @@ class TaskName(Enum):
     evaluate = "evaluate"
     predict = "predict"
     preview = "preview"
+    chat = "chat"
+    merge = "merge"
+    push = "push"
+    report = "report"
+    wandb_sweep = "wandb_sweep"
 
 
 class Init(Enum):
@@ -114,12 +121,36 @@ class LoraInit(Enum):
     eva = "eva"
 
 
+class EvaluationName(Enum):
+    """What is measured."""
+
+    rows = "rows"
+    mmlu = "mmlu"
+    lm_eval = "lm_eval"
+
+
+class MmluSplit(Enum):
+    """The questions of MMLU: 1,531 to choose a model by, or 14,042 to report."""
+
+    val = "val"
+    test = "test"
+
+
+class MergeBase(Enum):
+    """The weights that an adapter is added to."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
 class TrackingBackend(Enum):
     """Where metrics are sent besides the run folder."""
 
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    trackio = "trackio"
 
 
 class WandbMode(Enum):
@@ -129,25 +160,36 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class SweepMethod(Enum):
+    """How wandb chooses the points of a sweep of its own."""
+
+    grid = "grid"
+    random = "random"
+    bayes = "bayes"
+
+
 @dataclass(kw_only=True, slots=True)
 class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict` or `preview`; chosen with `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report` or `wandb_sweep`; chosen with
+    `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
     """Measure the held-out rows after training (`task=train` only; the original's `--do_eval`)."""
     predict: bool = True
     """Write predictions for a few held-out rows after training (`task=train` only; `--do_predict`)."""
-    adapter: str | None = None
-    """The adapter to evaluate or predict with: a folder of an adapter or of a finished run, or `none` for the
-    untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
     rows: int = 3
     """How many rows `task=preview` shows."""
     ids: bool = False
     """Whether `task=preview` shows token ids beside the text."""
+    private: bool = True
+    """Whether a repository that `task=push` creates is private."""
+    method: SweepMethod | None = None
+    """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset: `grid` where all
+    values are listed, else `bayes`."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 0, "task.rows", "be 0 or more", self.rows)
@@ -590,29 +632,117 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """What is measured on the held-out rows; loss and perplexity always are."""
+    """What is measured, by `task=evaluate` and during training."""
 
+    name: EvaluationName = EvaluationName.rows
+    """`rows` (held-out rows of `data`: loss, perplexity, metrics), `mmlu` or `lm_eval`; chosen with `evaluation=`. A
+    training always measures the rows too."""
     metrics: list[str] = field(default_factory=list)
-    """Metrics of generated answers: `exact_match`, or your own `module:function`, called with a list of
-    predictions and a list of references, returning a number. Empty: nothing is generated."""
+    """Metrics of generated answers: `exact_match`; `evaluate:NAME`, one of Hugging Face's `evaluate` library; or your
+    own `module:function`, called with a list of predictions and a list of references, returning a number, or one
+    number a row. Empty: nothing is generated."""
     baseline: bool = True
-    """Measure the untuned base before training, for the before -> after comparison."""
+    """Measure the untuned base too, for the before -> after comparison."""
     generate_samples: int | None = None
     """Generate answers for at most so many held-out rows; null: for all."""
     show_predictions: int = 5
     """Predictions to print, and to send to the tracker at each evaluation."""
+    path: str | None = None
+    """`mmlu`: a file of questions, a JSON array or an object a line, each with `subject`, `input`, `output`; unset: the
+    hub's `cais/mmlu`. `lm-eval`: a folder with tasks of your own."""
+    split: MmluSplit = MmluSplit.val
+    """`mmlu`: `val` or `test`, the split of the hub's set; for a file, what to call it."""
+    shots: int | None = None
+    """Solved questions before each: of the hub's MMLU 0 to 5 (unset: 5; a file brings its own), of lm-eval any (unset:
+    as the task says)."""
+    max_samples: int | None = None
+    """`mmlu`: ask the first so many questions; `lm-eval`: the first so many of each task. Null: all."""
+    source_max_len: int = 2048
+    """`mmlu`: longest prompt in tokens; a longer one loses solved questions, and the beginning of its own last."""
+    tasks: list[str] = field(default_factory=list)
+    """`lm-eval`: names of the harness's tasks, e.g. `[arc_easy,hellaswag]`."""
 
     def __post_init__(self) -> None:
-        value = self.generate_samples
-        require(value is None or value > 0, "evaluation.generate_samples", "be positive or null", value)
+        for name in ("generate_samples", "max_samples"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"evaluation.{name}", "be positive or null", value)
+        require(self.source_max_len > 0, "evaluation.source_max_len", "be positive", self.source_max_len)
         shown = self.show_predictions
         require(shown >= 0, "evaluation.show_predictions", "not be negative", shown)
         for name in self.metrics:
-            if ":" not in name and name not in METRIC_NAMES:
+            if not FUNCTION_PATH.fullmatch(name) and name not in METRIC_NAMES:
                 raise ConfigError(
                     f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, METRIC_NAMES)}; choose from "
-                    f"{', '.join(METRIC_NAMES)} or name your own function as module:function"
+                    f"{', '.join(METRIC_NAMES)}, evaluate:NAME of the evaluate library, or name your own function as "
+                    "module:function"
                 )
+        names = ["loss", "perplexity", *map(metric_name, self.metrics)]
+        for name in self.metrics:
+            if names.count(metric_name(name)) > 1:
+                raise ConfigError(
+                    f"evaluation.metrics: two metrics would be called {metric_name(name)}; leave one out, or give your "
+                    "function another name"
+                )
+        self._check_read()
+        shots = self.shots
+        if self.name is EvaluationName.mmlu:
+            require(shots is None or 0 <= shots <= 5, "evaluation.shots", "lie between 0 and 5 for MMLU", shots)
+            if shots is not None and self.path is not None:
+                raise ConfigError(
+                    f"evaluation.shots={shots} is not read beside evaluation.path: a file brings its solved questions "
+                    "along; leave one of them out"
+                )
+        require(shots is None or shots >= 0, "evaluation.shots", "not be negative", shots)
+        if self.name is EvaluationName.lm_eval and not self.tasks:
+            raise ConfigError(
+                "evaluation=lm-eval needs evaluation.tasks, names of the harness's tasks, e.g. "
+                "evaluation.tasks=[arc_easy]"
+            )
+
+    def _check_read(self) -> None:
+        """Refuses a value that the chosen evaluation does not read."""
+        suites = (EvaluationName.mmlu, EvaluationName.lm_eval)
+        read_by = {
+            "path": suites,
+            "shots": suites,
+            "max_samples": suites,
+            "tasks": suites[1:],
+            "split": suites[:1],
+            "source_max_len": suites[:1],
+        }
+        unset: dict[str, Any] = {"tasks": [], "split": MmluSplit.val, "source_max_len": 2048}
+        for name, readers in read_by.items():
+            if self.name not in readers and getattr(self, name) != unset.get(name):
+                chosen = " or ".join(reader.value.replace("_", "-") for reader in readers)
+                raise ConfigError(
+                    f"evaluation.{name} is read with evaluation={chosen} only; choose that, or leave it out"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeConfig:
+    """How `task=merge` makes one model of base and adapter."""
+
+    base: MergeBase = MISSING
+    """Add the adapter to the `dequantized` weights it was trained on, or to the `original` 16-bit ones."""
+    dtype: ComputeDtype = ComputeDtype.auto
+    """The precision of the merged weights; `auto`: the one that the run computes in."""
+    max_shard_size: str = "5GB"
+    """The largest file of weights."""
+    prompts: int = 16
+    """Prompts of the data's held-out rows on which the merged model is compared with the adapter on its quantized
+    base; each is cut to 256 tokens."""
+    max_kl: float | None = None
+    """The largest mean KL divergence, in nats a token, that is accepted; unset: 0.001 for `dequantized` (with 8 bits
+    0.01: they round the activations too), 0.1 for `original`, whose weights are not those that were trained on."""
+
+    def __post_init__(self) -> None:
+        require(self.prompts > 0, "merge.prompts", "be positive", self.prompts)
+        limit = self.max_kl
+        require(limit is None or 0 < limit < math.inf, "merge.max_kl", "be positive and finite, or null", limit)
+        size = r"[0-9]+ ?([KMGT]i?)?B"
+        require(bool(re.fullmatch(size, self.max_shard_size)), "merge.max_shard_size", "be a size such as 5GB",
+                self.max_shard_size)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -668,6 +798,25 @@ class GenerationConfig:
                 "and generation.max_new_tokens", low)  # fmt: skip
         require(self.num_beams % self.num_beam_groups == 0, "generation.num_beam_groups", "divide generation.num_beams",
                 self.num_beam_groups)  # fmt: skip
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Refuses a value that the chosen search does not read."""
+        sampling = (self.do_sample, "when sampling", "generation.do_sample=true")
+        read = {
+            **dict.fromkeys(("temperature", "top_p", "typical_p"), sampling),
+            "top_k": (self.do_sample or bool(self.penalty_alpha), *sampling[1:]),
+            "length_penalty": (self.num_beams > 1, "by beam search", "generation.num_beams=4"),
+            "diversity_penalty": (self.num_beam_groups > 1, "by groups of beams", "generation.num_beam_groups=2"),
+        }
+        unset = {item.name: item.default for item in fields(self)}
+        for name, (is_read, reader, remedy) in read.items():
+            value = getattr(self, name)
+            if value != unset[name] and not is_read:
+                raise ConfigError(
+                    f"generation.{name}={value:g} is read {reader} only; set {remedy} too, or leave it out "
+                    f"(generation.{name}={unset[name]:g})"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -675,19 +824,22 @@ class TrackingConfig:
     """Where metrics go besides the run folder."""
 
     backend: TrackingBackend = MISSING
-    """`none`, `wandb` or `tensorboard`; chosen with `tracking=`."""
+    """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`; chosen with `tracking=`."""
     project: str = "qlora"
-    """The wandb project."""
+    """The project of wandb and Trackio, the experiment of MLflow."""
     entity: str | None = None
     """The wandb user or team; unset: the login's default."""
     group: str | None = None
-    """Runs of one group are shown together in wandb."""
+    """Runs of one group are shown together; unset: those of a sweep."""
     tags: list[str] = field(default_factory=list)
-    """Labels of the wandb run."""
+    """Labels of the run, in wandb and MLflow; a job of a sweep has the sweep's name beside them."""
     mode: WandbMode = WandbMode.online
     """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`."""
+    uri: str | None = None
+    """MLflow's server or database, e.g. `http://localhost:5000`; unset: the environment's MLFLOW_TRACKING_URI, else
+    `sqlite:///outputs/mlflow/mlflow.db`."""
     log_adapter: bool = False
-    """Upload the finished adapter as a wandb artifact."""
+    """Store the finished adapter with the run, in wandb and MLflow."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -711,6 +863,14 @@ class Config:
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
     tracking: TrackingConfig = MISSING
+    adapter: str | None = None
+    """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
+    run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+    repo: str | None = None
+    """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
+    runs: str | None = None
+    """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    merge: MergeConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 
@@ -720,6 +880,13 @@ class Config:
             raise ConfigError(
                 f"name={self.name!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
+        if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
+            given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
+            raise ConfigError(f"repo {given}; name the hub repository to upload to, e.g. repo=me/guanaco-7b")
+        if self.task.name is TaskName.report and self.runs is None:
+            raise ConfigError(
+                "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
+            )
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -727,8 +894,14 @@ class Config:
                 "model.device_map and model.max_memory spread a frozen base; full finetuning (lora=none) needs the "
                 "model on one device: leave them out"
             )
-        known = known_metrics(self.evaluation.metrics)
-        if self.objective is not None and self.objective not in known:
+        if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
+            return
+        known = known_metrics(self.evaluation)
+        # What lm-eval and the `evaluate` library measure is known when they have measured.
+        beginnings = [metric_name(name) for name in self.evaluation.metrics if name.startswith(f"{METRIC_LIBRARY}:")]
+        beginnings += ["lm_eval"] if self.evaluation.name is EvaluationName.lm_eval else []
+        open_names = tuple(f"eval_{beginning}_" for beginning in beginnings)
+        if self.objective is not None and not (self.objective in known or self.objective.startswith(open_names)):
             raise ConfigError(
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
@@ -739,9 +912,18 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def known_metrics(generated: list[str]) -> list[str]:
-    """Returns the names of all metrics that a training run reports; `generated` as in `evaluation.metrics`."""
-    measured = ["loss", "perplexity", *(name.rsplit(":")[-1] for name in generated)]
+def metric_name(name: str) -> str:
+    """Returns what a metric of `evaluation.metrics` is called in results: the function, or `evaluate_NAME`."""
+    module, _, function = name.rpartition(":")
+    return f"{METRIC_LIBRARY}_{function}" if module == METRIC_LIBRARY else function
+
+
+def known_metrics(evaluation: EvaluationConfig) -> list[str]:
+    """Returns the names of the metrics that a training run reports."""
+    own = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
+    measured = ["loss", "perplexity", *own]
+    if evaluation.name is EvaluationName.mmlu:
+        measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     training = ["train_loss", "train_tokens_per_second", "train_runtime", "peak_memory_gb"]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
 

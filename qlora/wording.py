@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-SHARE = re.compile(r"(^| )(exact match|accuracy|acc|match)$")
+SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract)$")
+DETAIL = re.compile(r"_accuracy_\w+$|/")
 _ASKS = ("instruction", "human", "user", "question", "prompt", "q")
 _ANSWERS = ("response", "assistant", "answer", "output", "a")
 _ROLES = "|".join((*_ASKS, *_ANSWERS, "input", "context", "system"))
@@ -17,12 +18,36 @@ def format_metric(name: str, value: float | None) -> str:
     """Returns `value` for people: shares such as `exact_match` in percent, else four digits that matter."""
     if value is None:
         return "–"
-    if SHARE.search(name.replace("_", " ")) and 0 <= value <= 1:
+    if is_share(name) and 0 <= value <= 1:
         return f"{100 * value:.1f} %"
     size = abs(value)
     if not math.isfinite(value) or (0 < size < 0.001):
         return f"{value:.3g}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+
+
+def is_share(name: str) -> bool:
+    """Returns whether a metric's name is that of a share, which people read in percent."""
+    return bool(SHARE.search(name.replace("_", " ")))
+
+
+def higher_is_better(name: str) -> bool:
+    """Returns whether a larger value of a metric is the better one: shares, scores and speed, not losses or times."""
+    return is_share(name) or bool(re.search(r"accuracy|match|_acc|f1|rouge|bleu|meteor|per_second", name))
+
+
+def is_detail(name: str) -> bool:
+    """Returns whether a metric is one of many of its kind, such as a subject's accuracy: stored, not printed."""
+    return bool(DETAIL.search(name))
+
+
+def format_range(name: str, low: float, high: float, *, signed: bool = False) -> str:
+    """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for what is no share; `signed` writes the plus of a gain."""
+    scale, unit, digits = (100, " %", 1) if is_share(name) else (1, "", 3)
+    sign = "+" if signed else ""
+    if signed and unit:
+        unit = " points"
+    return f"{scale * low:{sign}.{digits}f} to {scale * high:{sign}.{digits}f}{unit}"
 
 
 def format_duration(seconds: float) -> str:

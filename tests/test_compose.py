@@ -333,7 +333,7 @@ CROSS_FIELD = {
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
     "train_tokens_per_second, train_runtime, peak_memory_gb or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
-    "choose from exact_match or name your own function as module:function",
+    "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "
     f"{', '.join(schema.FORMAT_NAMES)}, or module:function of your own",
     "data.template=chatm": "data.template='chatm' is unknown (did you mean chatml?); choose one of "
@@ -430,7 +430,7 @@ def test_an_unknown_config_dir_is_refused() -> None:
         ("quantization=none,fp32,nf4 lora=pissa", "lora.init=pissa rewrites the base weights"),
         ("sweep=lora-rank lora.r=1,0", "lora.r must be positive, got 0"),
         ("lora.rnak=interval(1,3)", "unknown key 'lora.rnak' (did you mean lora.r?)"),
-        ("lora.dropout=interval(0,3)", "lora.dropout must be at least 0 and below 1, got 3.0"),
+        ("hydra/sweeper=optuna lora.dropout=interval(0,3)", "lora.dropout must be at least 0 and below 1, got 3.0"),
         ("sweep=lora-rank,seeds", "sweep=lora-rank,seeds: one sweep at a time"),
     ],
 )

@@ -15,6 +15,9 @@ NEEDS = {
     ("lora", "none"): ["quantization=none"],
     ("lora", "pissa"): ["quantization=none"],
     ("lora", "olora"): ["quantization=none"],
+    ("task", "push"): ["repo=me/mine"],
+    ("task", "report"): ["runs=outputs/runs/*"],
+    ("evaluation", "lm-eval"): ["evaluation.tasks=[arc_easy]"],
 }
 OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
@@ -27,7 +30,8 @@ def mixed() -> list[list[str]]:
     """Returns every option of the other groups, those of different groups side by side to compose less often."""
     groups = [group for group in group_names() if group not in (*ALONE, "sweep")]
     columns = [[f"{group}={name}" for owner, name in OPTIONS if owner == group] for group in groups]
-    return [[choice for choice in row if choice] for row in itertools.zip_longest(*columns)]
+    rows = [[choice for choice in row if choice] for row in itertools.zip_longest(*columns)]
+    return [[*row, *(need for choice in row for need in NEEDS.get(tuple(choice.split("=")), []))] for row in rows]
 
 
 # Paper, table 9 (B.2): batch, learning rate, steps, source length, target length. An empty prompt is one token long;

@@ -15,7 +15,7 @@ from qlora import console
 from qlora.wording import format_duration, format_metric, prompt_core, shorten
 
 LONG_PATH = "outputs/runs/" + "a-long-folder-name-" * 12 + "end"
-COMMAND = f"qlora lora.r=16 task.adapter={LONG_PATH} task=evaluate"
+COMMAND = f"qlora lora.r=16 adapter={LONG_PATH} task=evaluate"
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response: "
@@ -26,10 +26,11 @@ def print_everything() -> None:
     console.start_screen([("model", "tiny: 3.0 M parameters"), ("folder", LONG_PATH), ("data", "many words " * 20)])
     console.summary(
         "finished",
-        [("loss", 3.2144, 0.4123), ("exact_match", 0.02, 0.9733)],
+        [("loss", 3.2144, 0.4123, ""), ("exact_match", 0.02, 0.9733, "95 %: 94.9 to 98.7 %")],
         [
             {
-                "prompt": ALPACA.format("What is the second word?", "tea rice"),
+                "input": ALPACA.format("What is the second word?", "tea rice"),
+                "prompt": "<s> cut",
                 "reference": "rice",
                 "prediction": "rice",
             },
@@ -93,14 +94,14 @@ def test_the_end_shows_shares_in_percent_and_answers_with_their_mark(capsys: pyt
     print_everything()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["loss", "3.214", "→", "0.412"] for line in lines)
-    assert any(line.split() == ["exact", "match", "2.0", "%", "→", "97.3", "%"] for line in lines)
+    assert "  exact match     2.0 % →  97.3 %   95 %: 94.9 to 98.7 %" in lines
     assert "  ✓ What is the second word? · tea rice" in lines
     wrong = lines.index("  ✗ Reverse the list. · a b")
     assert [line.split() for line in lines[wrong + 1 : wrong + 3]] == [["expected", "b", "a"], ["got", "a", "b"]]
 
 
 def test_without_a_baseline_only_the_result_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    console.summary("finished", [("loss", None, 0.5)], [], [], [])
+    console.summary("finished", [("loss", None, 0.5, "")], [], [], [])
     printed = capsys.readouterr().out
     assert "before" not in printed
     assert printed.split() == ["finished", "loss", "0.500"]
@@ -236,6 +237,10 @@ def test_shortened_text_keeps_both_ends_and_the_width() -> None:
         ("loss", float("inf"), "inf"),
         ("eval_exact_match", 0.5, "50.0 %"),
         ("accuracy", 1.0, "100.0 %"),
+        ("lm_eval_arc_easy_acc", 0.25, "25.0 %"),
+        ("lm_eval_arc_easy_acc_norm", 0.25, "25.0 %"),
+        ("lm_eval_gsm8k_exact_match_flexible_extract", 0.25, "25.0 %"),
+        ("lm_eval_wikitext_word_perplexity", 0.25, "0.250"),
         ("learning_rate", 2e-5, "2e-05"),
         ("loss", None, "–"),
         ("loss", 0.0, "0.000"),

@@ -152,7 +152,7 @@ def test_keys_in_the_texts_exist(path: Path) -> None:
     known, groups = set(config_keys()), set(group_names())
     free = ("trainer.lr_scheduler_kwargs.", "callbacks.", "data.columns.", "data.mix.")
     for key in re.findall(r"`(\w+(?:\.\w+)+)(?:=[^`]*)?`", path.read_text(encoding="utf-8")):
-        is_file = key.endswith((".py", ".yaml", ".jsonl"))
+        is_file = key.endswith((".py", ".yaml", ".json", ".jsonl"))
         if key.partition(".")[0] in groups and not is_file and not key.startswith(free):
             assert key in known, key
 

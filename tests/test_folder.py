@@ -93,9 +93,10 @@ def test_a_fully_finetuned_model_is_found_in_a_runs_folder(tmp_path: Path) -> No
 
 
 def test_lines_come_back_as_they_went(tmp_path: Path) -> None:
-    records = [{"text": "äöü 日本\nline"}, {"number": 1.5}]
+    records = [{"text": "äöü 日本\nline"}, {"text": "ends \u2028 of \x85 lines \x0b to \r some"}, {"number": 1.5}]
     write_lines(tmp_path / "lines.jsonl", records)
     assert read_lines(tmp_path / "lines.jsonl") == records
+    assert read_lines(tmp_path / "lines.jsonl", 2) == records[:2]
     assert read_lines(tmp_path / "none.jsonl") == []
     assert read_json(tmp_path / "none.json") is None
 

@@ -71,14 +71,16 @@ def files_below(folder: Path, prefix: str) -> set[str]:
 def test_the_wheel_holds_the_package_with_its_options_model_and_data(wheel: Path, source: Path) -> None:
     names = wheel_names(wheel)
     assert {"qlora/conf/config.yaml", "qlora/demo/model/model.safetensors", "qlora/demo/data/train.jsonl"} <= names
-    assert files_below(source / "qlora", "qlora") <= names
+    plugin = "qlora/plugins/hydra_plugins/qlora_sweep.py"
+    assert files_below(source / "qlora", "qlora") - {plugin} <= names
+    assert "hydra_plugins/qlora_sweep.py" in names  # where Hydra looks for it
     assert files_below(source / "conf", "qlora/conf") <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in wheel_names(wheel)}
-    assert tops == {"qlora", f"qlora-{qlora.__version__}.dist-info"}
+    assert tops == {"qlora", "hydra_plugins", f"qlora-{qlora.__version__}.dist-info"}
     assert not [name for name in wheel_names(wheel) if "test" in Path(name).name or name.endswith(".pyc")]
 
 

@@ -44,7 +44,8 @@ def test_a_preview_writes_a_page_a_picture_and_a_result(
     assert result["metrics"]["train_rows"] == 2464
     shown = capsys.readouterr().out
     page = Path(result["paths"]["page"]).read_text(encoding="utf-8")
-    for text in ("alpaca", "2,464 to train, 300 held out", "trained in all of the rows", "154 an epoch"):
+    asked = "the prompt of alpaca, saved for chat and serving"
+    for text in (asked, "2,464 to train, 300 held out", "trained in all of the rows", "154 an epoch"):
         assert text in shown
         assert text in page
     HTMLParser().feed(page)

@@ -137,30 +137,38 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(tmp_path: Path, mon
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
 
 
+def test_the_loss_of_the_last_step_is_that_of_the_result(finished: Path) -> None:
+    history = json.loads((finished / "history.json").read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    [last] = [entry for entry in history if entry["step"] == 6 and "eval_loss" in entry]
+    assert (last["eval_loss"], last["eval_perplexity"]) == (metrics["eval_loss"], metrics["eval_perplexity"])
+
+
 def test_a_later_evaluation_measures_what_training_measured(finished: Path, tmp_path: Path) -> None:
     trained = json.loads((finished / "metrics.json").read_text())
-    metrics = run(tmp_path / "evaluated", "task=evaluate", f"task.adapter={finished}")["metrics"]
+    metrics = run(tmp_path / "evaluated", "task=evaluate", f"adapter={finished}")["metrics"]
     for name in ("eval_loss", "base_eval_loss", "eval_exact_match"):
-        assert metrics[name] == pytest.approx(trained[name], rel=1e-5)
-    bare = run(tmp_path / "bare", "task=evaluate", "task.adapter=none")["metrics"]
-    assert bare["eval_loss"] == pytest.approx(trained["base_eval_loss"], rel=1e-5)
+        assert metrics[name] == pytest.approx(trained[name], rel=1e-7)
+    bare = run(tmp_path / "bare", "task=evaluate", "adapter=none")["metrics"]
+    assert bare["eval_loss"] == pytest.approx(trained["base_eval_loss"], rel=1e-7)
 
 
 def test_a_prediction_after_training_uses_the_trained_adapter(finished: Path, tmp_path: Path) -> None:
-    result = run(tmp_path / "predicted", "task=predict", f"task.adapter={finished}")
+    result = run(tmp_path / "predicted", "task=predict", f"adapter={finished}")
     rows = [json.loads(line) for line in Path(result["paths"]["predictions"]).read_text().splitlines()]
     trained = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [row["prediction"] for row in trained]
-    assert {"prompt", "prediction", "reference", "finish", "prompt_tokens", "answer_tokens"} <= rows[0].keys()
+    columns = {"input", "prompt", "prediction", "reference", "finish", "prompt_tokens", "answer_tokens"}
+    assert columns <= rows[0].keys()
 
 
 def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
     result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
     assert not [name for name in result["metrics"] if "eval" in name]
     assert "predictions" not in result["paths"]
-    with pytest.raises(ConfigError, match=r"holds no adapter; give task.adapter=FOLDER"):
+    with pytest.raises(ConfigError, match=r"holds no adapter; give adapter=FOLDER"):
         run(tmp_path / "only_evaluate", "task.train=false")
-    measured = run(tmp_path / "measured", "task.train=false", f"task.adapter={tmp_path / 'only_train'}")
+    measured = run(tmp_path / "measured", "task.train=false", f"adapter={tmp_path / 'only_train'}")
     assert "eval_loss" in measured["metrics"]
     assert "train_loss" not in measured["metrics"]
 
@@ -174,6 +182,9 @@ quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", 
                                   bnb_4bit_compute_dtype=torch.float32)
 model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
 model = PeftModel.from_pretrained(model, adapter).eval()
+for module in model.modules():  # where a CPU has AVX512-BF16, bitsandbytes rounds to bf16 in evaluation
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(3, 35)[None]).logits, out)
 """
@@ -182,7 +193,7 @@ with torch.no_grad():
 def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> None:
     options = ["quantization.compute_dtype=fp32"]
     run(tmp_path / "run", *options)
-    config = compose([*QUICK, *options, "task=evaluate", f"task.adapter={tmp_path / 'run'}"])
+    config = compose([*QUICK, *options, "task=evaluate", f"adapter={tmp_path / 'run'}"])
     model = Run(config, tmp_path / "run").load_trained().eval()
     with torch.no_grad():
         expected = model(input_ids=torch.arange(3, 35)[None]).logits
@@ -197,7 +208,7 @@ def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, qua
     options = ["lora=none", f"quantization={quantization}", "trainer.max_steps=2", "trainer.eval_steps=null"]
     result = run(tmp_path / "run", *options)
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
-    options += ["task=evaluate", f"task.adapter={tmp_path / 'run'}"]
+    options += ["task=evaluate", f"adapter={tmp_path / 'run'}"]
     again = run(tmp_path / "evaluated", *options)
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-3)
 
@@ -235,7 +246,7 @@ def test_a_base_from_scratch_is_drawn_once_and_found_again(tmp_path: Path) -> No
     options = ["model.init=random", "model.tokenizer=tiny", "trainer.eval_steps=null"]
     result = run(tmp_path / "run", *options)
     assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
-    again = run(tmp_path / "again", *options, "task=evaluate", f"task.adapter={tmp_path / 'run'}")
+    again = run(tmp_path / "again", *options, "task=evaluate", f"adapter={tmp_path / 'run'}")
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-5)
 
 
@@ -285,5 +296,6 @@ def test_a_chat_run_saves_its_template_with_the_adapter(tmp_path: Path) -> None:
     first = json.loads(Path(prompt).read_text().splitlines()[0])
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     assert first["reference"] == "baker"
-    assert first["prompt"] == tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    assert first["input"] == first["prompt"].replace("<s> ", "<s>") == asked
     assert json.loads((folder / "manifest.json").read_text())["data"]["template"] == "guanaco"

@@ -30,6 +30,7 @@ Message = dict[str, Any]
 MARK: Final = "\ue0a0{}\ue0a1"
 QUESTION: Final = {"role": "user", "content": MARK.format(0)}
 ANSWER: Final = {"role": "assistant", "content": MARK.format(1)}
+NEXT: Final = {"role": "user", "content": MARK.format(2)}
 MARKS: Final = re.compile("\ue0a0(\\d+)\ue0a1")
 
 PART: Final = "\ufdd0"
@@ -86,6 +87,11 @@ class ChatWriter:
             spans = [Span(0, len(text))]
         ends = bool(turns) and (turns[-1].span.end < len(text.rstrip()) or self._closes(text, turns[-1].span))
         return self._join(Written(text, spans, turns, [], ends))
+
+    def ask(self, messages: Sequence[Message]) -> Written:
+        """Returns the text that a server sends for the next answer; raises `ConfigError` as `write` does."""
+        text = self._apply([self._part(message) for message in messages], prompt=True)
+        return self._join(Written(text, [], [], [], True))
 
     def _apply(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         try:
@@ -169,6 +175,13 @@ class ChatWriter:
         """The token that ends a turn of the assistant, for generation to stop at; None where there is none."""
         found = self._special.findall(self._end) if self._special else []
         return self.tokenizer.convert_tokens_to_ids(found[-1]) if found else None
+
+    @cached_property
+    def stop_text(self) -> str:
+        """What opens the next question, for generation to stop at; "" where a token ends an answer before it."""
+        parts = MARKS.split(self._apply([QUESTION, ANSWER, NEXT]))
+        opening = parts[4] if parts[1::2] == ["0", "1", "2"] else ""
+        return "" if self._special and self._special.search(opening) else opening.rstrip()
 
     @cached_property
     def _sample(self) -> tuple[str, str, str]:

@@ -32,6 +32,8 @@ BATCH_BYTES: Final = 2**22
 PARALLEL_BYTES: Final = 2**20
 """Above so much text several processes pay: starting them costs about as much as tokenizing a tenth of it."""
 MAX_PROCESSES: Final = 16
+REOPEN: Final = 50
+"""After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
 
 TOKENS: Final = pa.list_(pa.int32())
 COLUMNS: Final = {
@@ -156,10 +158,6 @@ def _chunks(job: Job, processes: int) -> Iterator[Chunk]:
         return
     with multiprocessing.get_context("fork").Pool(processes, _adopt, (job,)) as pool:
         yield from pool.imap(_encode_adopted, parts)
-
-
-REOPEN: Final = 50
-"""After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
 
 
 class _Worker:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import MemoryMappedTable
 
@@ -55,8 +57,7 @@ def load_files(path: str, *, cache: Cache, key: str) -> Stored:
     """Returns the rows of a file, folder or glob, which are parsed only if the cache lacks this content."""
     shown = f"{key}={path}"
     files = find_files(path, shown)
-    names = [shown if len(files) == 1 and str(files[0]) == str(Path(path).expanduser()) else f"{shown}, file {file}"
-             for file in files]  # fmt: skip
+    names = _names(files, path, shown)
     entry_key = _content_key(files, names)
     before = [_state(file) for file in files]
 
@@ -73,6 +74,17 @@ def load_files(path: str, *, cache: Cache, key: str) -> Stored:
         cache.discard(entry_key)
         entry = cache.entry(entry_key, write)
     return open_rows(entry, entry_key)
+
+
+def read_rows(path: str, *, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields the rows of a file, folder or glob without keeping them, each with where it stands, for messages."""
+    shown = f"{key}={path}"
+    files = find_files(path, shown)
+    for file, name in zip(files, _names(files, path, shown), strict=True):
+        for chunk in read_chunks(file, shown=name):
+            rows = chunk.rows.to_pylist() if isinstance(chunk.rows, pa.Table) else chunk.rows
+            for index, row in enumerate(rows):
+                yield row, f"{name}, {chunk.place(index)}"
 
 
 def find_files(path: str, shown: str) -> list[Path]:
@@ -128,6 +140,13 @@ def load_saved(path: Path, shown: str) -> dict[str, Dataset]:
         digests = [file_digest(Path(file["filename"])) for file in rows.cache_files]
         rows._fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     return splits
+
+
+def _names(files: list[Path], path: str, shown: str) -> list[str]:
+    """Returns the beginning of each file's errors."""
+    if len(files) == 1 and str(files[0]) == str(Path(path).expanduser()):
+        return [shown]
+    return [f"{shown}, file {file}" for file in files]
 
 
 def _content_key(files: list[Path], names: list[str]) -> str:

@@ -6,24 +6,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from qlora.data import conversations as chats
 from qlora.data.conversations import Conversation, Message, Row, short
 from qlora.errors import ConfigError
 
-# The prompts of Stanford Alpaca as the original qlora.py has them, the space at the end included.
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
-)
-PROMPT_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response: "
-)
-QUESTION = "Question: {question}\nAnswer: "
 END_MARK = "<|endoftext|>"
 """GPT-3's end of text, which self-instruct's completions spell out; the tokenizer's own end token follows anyway."""
 
@@ -39,6 +28,66 @@ class Segment(NamedTuple):
 
 
 Example = list[Segment] | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The words around a question; rows are rendered with them, and the chat template of an adapter is written of them.
+
+    A message of a chat is a question, or a question, `between` and its input.
+    """
+
+    name: str
+    before: str = ""
+    behind: str = ""
+    between: str = ""
+    """What stands between a question and its input; "" where there are no inputs."""
+    before_both: str = ""
+    """What then stands before both, in place of `before`."""
+    in_text: bool = False
+    """Whether it stands in a text that goes on with the next question, without end tokens between the turns."""
+
+    def ask(self, question: str, context: str = "") -> str:
+        """Returns the prompt for a question, and for its input if it has one."""
+        asked = self.before_both + question + self.between + context if context else self.before + question
+        return asked + self.behind
+
+    def fits(self, example: Sequence[Segment]) -> bool:
+        """Tells whether an example asks in these words."""
+        lead = "".join(segment.text for segment in takewhile(lambda segment: not segment.trained, example))
+        if not lead and self.in_text:  # trained as a whole
+            whole = "".join(segment.text for segment in example)
+            return whole.startswith(self.before) and self.behind in whole
+        befores = (self.before, self.before_both) if self.between else (self.before,)
+        return lead.startswith(befores) and lead.endswith(self.behind)
+
+
+# Stanford Alpaca's, as the original qlora.py has it, the space at the end included.
+ALPACA = Prompt(
+    "alpaca",
+    before="Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+    behind="\n\n### Response: ",
+    between="\n\n### Input:\n",
+    before_both="Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+)
+QUESTION = Prompt("question-answer", before="Question: ", behind="\nAnswer: ")
+VERBATIM = Prompt("verbatim")
+PROMPTS = (
+    ALPACA,
+    QUESTION,
+    Prompt("guanaco", before="### Human: ", behind="### Assistant:", in_text=True),
+    Prompt("hh-rlhf", before="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),
+    VERBATIM,
+)
+"""In the order in which they are looked for in rows; the last one fits all."""
+
+
+def find_prompt(examples: Iterable[Example]) -> Prompt:
+    """Returns the words in which all of the examples ask, conversations left out."""
+    rendered = [example for example in examples if not isinstance(example, Conversation)]
+    return next((prompt for prompt in PROMPTS if rendered and all(map(prompt.fits, rendered))), VERBATIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +117,7 @@ def alpaca(row: Row) -> list[Example]:
 
 
 def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
-    prompt = PROMPT_WITH_INPUT if context else PROMPT_WITHOUT_INPUT
-    return _pair(prompt.format(instruction=instruction, input=context), answer)
+    return _pair(ALPACA.ask(instruction, context), answer)
 
 
 def _pair(source: str, target: str) -> list[Segment]:
@@ -95,7 +143,7 @@ def prompt_completion(row: Row) -> list[Example]:
 def question_answer(row: Row) -> list[Example]:
     """Renders "Question: ...", a new line, "Answer: ", and the answer."""
     question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
-    return [_pair(QUESTION.format(question=question), answer)]
+    return [_pair(QUESTION.ask(question), answer)]
 
 
 def text(row: Row) -> list[Example]:

@@ -26,12 +26,13 @@ class Data:
     train: Dataset | None
     eval: Dataset | None
     report: DataReport
+    template: Template
+    """The chat template that is saved with an adapter: the one that wrote the conversations; without any, one that
+    asks as the rows of the first set do."""
+    end_id: int | None
+    """The token that ends an answer in it; None: none does, but for the end of the whole text."""
     packed: PackedRows | None = None
     """The rows of `train` in packs, where `data.packing` asks for them."""
-    template: Template | None = None
-    """The chat template that wrote the conversations."""
-    end_id: int | None = None
-    """The token that ends a turn in it."""
 
 
 def build_data(
@@ -60,8 +61,8 @@ def build_data(
     used = sets if need_train or config.splits_off else evaluated_sets
     report = build_report(config, used, train, evaluated, [counts for _, counts in trained], packed, share)
     log_losses(report, config)
-    template = next((part.template for part in used if part.template), None)
-    return Data(train, evaluated, report, packed, template, template and ChatWriter(tokenizer, template).end_id)
+    template = next((part.template for part in used if part.template), used[0].chat_template)
+    return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed)
 
 
 def _parts(config: DataConfig) -> list[Part]:

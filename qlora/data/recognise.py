@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from qlora.data.conversations import Row, decode, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.data.functions import import_function
 from qlora.errors import ConfigError
+from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
 
 log = logging.getLogger(__name__)

@@ -72,7 +72,7 @@ def build_report(
     digests = column(train, "digest"), column(held_out, "digest")
     fingerprint = hashlib.sha256()
     for part in digests:
-        fingerprint.update(np.ascontiguousarray(part, dtype="<i8"))
+        fingerprint.update(np.ascontiguousarray(part, dtype="<i8").data)
         fingerprint.update(b"|")
     return DataReport(
         name=config.name,

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from qlora.data.cache import Cache
 from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
+from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
 from qlora.data.sources import HELD_OUT_SPLITS, load_rows
-from qlora.data.templates import Template, choose_template
+from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
 from qlora.errors import ConfigError
 from qlora.schema import DataConfig, MixConfig
@@ -103,9 +104,13 @@ class RowSet:
         """The chat template, if the rows are conversations."""
         return self._template_for(self.rows, self.choice)
 
+    @cached_property
+    def chat_template(self) -> Template:
+        """What is saved with an adapter, so that chat and serving ask as these rows do."""
+        return self.template or prompt_template(find_prompt(_examples(self.rows, self.choice)), self.tokenizer)
+
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
-        examples = (example for row in _sample(rows) for example in choice.format.render(row))
-        if not any(isinstance(example, Conversation) for example in examples):
+        if not any(isinstance(example, Conversation) for example in _examples(rows, choice)):
             return None
         name = self.part.fields.template
         key = "data.template" if name is None else f"{self.part.key}.template"
@@ -209,6 +214,11 @@ class RowSet:
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:
     return list(islice(iter(rows), SAMPLE))
+
+
+def _examples(rows: Dataset, choice: Choice) -> Iterator[Example]:
+    """Renders the sample."""
+    return (example for row in _sample(rows) for example in choice.format.render(row))
 
 
 def _values(limits: Any) -> Iterator[Any]:

@@ -20,10 +20,10 @@ from huggingface_hub.errors import (
 
 from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
-from qlora.data.functions import import_function
 from qlora.data.readers import Chunk
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
+from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ def load_rows(
     elif is_file_path(path):
         stored = load_files(path, cache=cache, key=key)
     else:
-        stored = _counted(_from_hub(path, subset, split, data_files, key))
+        failure = f"{key}={path}: no such file, and not to be had"
+        remedy = "or name a local file: data=local data.path=FILE"
+        stored = _counted(load_hub(path, subset, split, data_files, key=key, failure=failure, remedy=remedy))
     if not len(stored.rows):
         raise ConfigError(f"{key}={path}: no rows in it")
     if stored.repeated_ids:
@@ -110,21 +112,31 @@ def _call(path: str, key: str) -> Iterable[Any]:
     return result
 
 
-def _from_hub(path: str, subset: str | None, split: str | tuple[str, ...], data_files: str | None, key: str) -> Dataset:
+def load_hub(
+    path: str,
+    subset: str | None,
+    split: str | tuple[str, ...],
+    data_files: str | None = None,
+    *,
+    key: str = "data.path",
+    failure: str,
+    remedy: str,
+) -> Dataset:
+    """Loads a split of a hub data set, the first that exists where several are named.
+
+    Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
+    """
     try:
         with no_progress_bars():
             if isinstance(split, str):
                 return datasets.load_dataset(path, subset, split=split, data_files=data_files)
             splits = datasets.load_dataset(path, subset, data_files=data_files)
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(
-            f"{key}={path}: no such file, and not to be had from the Hugging Face hub ({_reason(error)}); or name a "
-            "local file: data=local data.path=FILE"
-        ) from error
+        raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
     return _choose(splits, split, path, key)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, key: str) -> str:
     """Says in the user's words why the hub gave nothing, and what helps."""
     chain: list[BaseException] = []
     following: BaseException | None = error
@@ -140,7 +152,8 @@ def _reason(error: BaseException) -> str:
     if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
         return f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, " \
                "`hf auth login`"  # fmt: skip
-    return f"{said}; check the name and data.subset, data.split, data.data_files; for a gated set {login}"
+    choice = "check the name and data.subset, data.split, data.data_files; " if key.startswith("data.") else ""
+    return f"{said}; {choice}for a gated set {login}"
 
 
 def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:

@@ -1,20 +1,28 @@
-"""Which chat template writes a set's conversations: the tokenizer's own, one of ours by name, or a file."""
+"""Which chat template writes a set's conversations: the tokenizer's own, one of ours by name, or a file.
+
+Sets without conversations have one too, which asks as their rows do.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from qlora.data.formats import Prompt
 from qlora.errors import ConfigError, did_you_mean
 from qlora.schema import TEMPLATE_NAMES
 
 log = logging.getLogger(__name__)
 
 FOLDER: Final = Path(__file__).parent / "chat_templates"
+INSTRUCTION: Final = "instruction"
+"""The file that becomes the template of an instruction format; what it asks with is put before it."""
 FALLBACK: Final = "guanaco"
 """What `auto` takes for a tokenizer without a chat template: plain text, so any tokenizer can write it."""
 
@@ -53,6 +61,23 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str =
             f"('model.new_tokens=[{listed}]' trains them too), or take a template of plain text, such as {FALLBACK}"
         )
     return Template(name, read_template(name))
+
+
+def prompt_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Returns the chat template that asks as rows of an instruction format were asked, token for token.
+
+    Training tokenized a prompt by itself, where some tokenizers put a blank before it that they do not put behind
+    `<bos>`: there the template writes it.
+    """
+    begin = tokenizer.bos_token or ""
+    alone, behind = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt.ask("a"), begin + prompt.ask("a"))
+    )
+    words = {**asdict(prompt), "lead": "" if behind[-len(alone) :] == alone else " "}
+    del words["name"]
+    values = ", ".join(json.dumps(value) for value in words.values())
+    header = f"{{%- set {', '.join(words)} = {values} %}}\n"
+    return Template(f"the prompt of {prompt.name}", header + read_template(INSTRUCTION))
 
 
 @cache

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora.data.chat import ChatWriter, Written
 from qlora.data.collate import IGNORED
-from qlora.data.conversations import Conversation
+from qlora.data.conversations import Conversation, Message
 from qlora.data.formats import Example, Segment
 from qlora.data.templates import Template
 from qlora.errors import ConfigError
@@ -95,15 +95,25 @@ class Tokenizer:
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
         segments = [example for example in examples if not isinstance(example, Conversation)]
-        chats = [self._writer.write(example) for example in examples if isinstance(example, Conversation)]
+        chats = [self.writer.write(example) for example in examples if isinstance(example, Conversation)]
         encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
         return [
             self._fit(next(encoded_chats if isinstance(example, Conversation) else encoded_segments))
             for example in examples
         ]
 
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a conversation up to where the model goes on, as a server sends it.
+
+        What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
+        """
+        chat = self.writer.ask(messages)
+        cuts = self._cuts(chat)
+        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+
     @cached_property
-    def _writer(self) -> ChatWriter:
+    def writer(self) -> ChatWriter:
+        """What writes conversations."""
         assert self.template is not None, "the pipeline chooses a template before it meets conversations"
         return ChatWriter(self.base, self.template, self.train_on)
 

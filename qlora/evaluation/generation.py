@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,22 @@ class Answer:
     finish: str
 
 
+def prompt_lengths(rows: Dataset) -> np.ndarray:
+    """Returns the tokens of each prompt, in the order of the rows; only some rows are in memory at a time."""
+    column = rows.select_columns("prompt_ids").with_format("arrow")
+    counts = [pc.list_value_length(part["prompt_ids"]).to_numpy() for part in column.iter(batch_size=1000)]
+    return np.concatenate(counts) if counts else np.empty(0, int)
+
+
+def plan_batches(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Returns the indices of the rows of each batch: longest prompts first, so that padding is small.
+
+    A lack of memory then shows at once.
+    """
+    order = np.argsort(-lengths.astype(int), kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @torch.inference_mode()
 def generate(
     config: GenerationConfig,
@@ -38,31 +56,20 @@ def generate(
     prompts: Sequence[list[int]],
     pad_token_id: int,
     device: torch.device,
-    on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Returns an answer for each prompt (token ids, bos included), in the order given.
+    """Returns an answer for each prompt (token ids, bos included), all decoded as one batch, padded on the left.
 
-    Prompts run sorted by length, longest first, and padded on the left. The caller sets autocast and evaluation mode;
-    `on_progress` is told the number of answers after each batch.
+    The caller sets autocast and evaluation mode.
     """
     end_ids = end_token_ids(model, tokenizer)
     settings = build_settings(config, pad_token_id=pad_token_id, end_ids=end_ids)
-    extra = community_code(config)
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), config.batch_size):
-        indices = order[start : start + config.batch_size]
-        inputs = left_pad([prompts[index] for index in indices], pad_token_id, device)
-        with own_settings_aside(model):
-            output = model.generate(**inputs, generation_config=settings, **extra)
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers.update({index: _answer(ids, end_ids, tokenizer) for index, ids in zip(indices, new, strict=True)})
-        if on_progress is not None:
-            on_progress(len(answers))
-    return [answers[index] for index in range(len(prompts))]
+    inputs = left_pad(prompts, pad_token_id, device)
+    with own_settings_aside(model):
+        output = model.generate(**inputs, generation_config=settings, **community_code(config))
+    return [_answer(ids, end_ids, tokenizer) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
-def left_pad(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Returns `input_ids` and `attention_mask` of shape (prompts, longest), padded on the left."""
     longest = max(len(ids) for ids in prompts)
     ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -113,8 +120,3 @@ def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBa
     kept = ids if end is None else ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
     return Answer(text, len(kept), "length" if end is None else "stop")
-
-
-def tokens_per_second(tokens: Iterable[int], started: float) -> float:
-    """Returns generated tokens a second since `started` (`time.monotonic()`), from the token count of each answer."""
-    return sum(tokens) / max(time.monotonic() - started, 1e-9)

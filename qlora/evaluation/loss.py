@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 @torch.inference_mode()
 def measure_loss(
-    model: torch.nn.Module, rows: Sequence[dict[str, Any]], *, collate: Collate, batch_size: int, device: torch.device
+    model: torch.nn.Module, rows: Dataset, *, collate: Collate, batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """Returns `loss`, the mean negative log-likelihood of a trained token in nats, and `perplexity`.
 
     Every token weighs the same whatever its batch; rows are taken longest first, so that padding is small and a
-    lack of memory shows at once. The caller sets autocast and evaluation mode.
+    lack of memory shows at once. Only the rows of a batch are in memory. The caller sets autocast and evaluation mode.
     """
-    order = sorted(range(len(rows)), key=lambda index: -rows[index]["length"])
+    lengths = rows.with_format("numpy", columns=["length"])[:]["length"]
+    order, columns = np.argsort(-lengths, kind="stable"), rows.select_columns(["input_ids", "labels"])
     total, count = 0.0, 0
     for start in range(0, len(order), batch_size):
-        batch = collate([rows[index] for index in order[start : start + batch_size]])
+        cells = columns[order[start : start + batch_size]]
+        batch = collate([dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)])
         labels = batch.pop("labels")[:, 1:].to(device)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = model(**inputs, use_cache=False).logits[:, :-1]

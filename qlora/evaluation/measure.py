@@ -3,32 +3,94 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from qlora.evaluation.generation import generate
+from qlora.errors import ConfigError
+from qlora.evaluation.generation import Answer, generate, plan_batches, prompt_lengths
 from qlora.evaluation.loss import Collate, measure_loss
 from qlora.evaluation.metrics import Metric
+from qlora.evaluation.statistics import Estimate, Score
 from qlora.schema import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured: `metrics` by plain name (`loss`, `exact_match`), and the answers behind them."""
+    """What was measured, by plain names such as `loss` and `exact_match`."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+    """What each item earned, of the metrics that are means over items: for intervals and paired differences."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    """The answers behind the metrics, as `Measurer.predict` returns them."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """What a suite tells of each of its items."""
+
+    def __or__(self, other: Measurement) -> Measurement:
+        return Measurement(
+            self.metrics | other.metrics,
+            self.scores | other.scores,
+            [*self.predictions, *other.predictions],
+            [*self.records, *other.records],
+        )
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Returns the ends of the 95 % interval of every mean over items."""
+        return {name: list(score.estimate()[1:]) for name, score in self.scores.items()}
+
+    def gains(self, base: Measurement) -> dict[str, Estimate]:
+        """Returns the paired difference to `base` of every mean over items that both measured."""
+        return {
+            name: score.gain(base.scores[name])
+            for name, score in self.scores.items()
+            if name in base.scores and len(base.scores[name].values) == len(score.values)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns metrics and scores in JSON's types, for `from_dict`."""
+        return {"metrics": self.metrics, "scores": {name: score.to_dict() for name, score in self.scores.items()}}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Measurement:
+        """Returns the measurement that `to_dict` wrote."""
+        return cls(stored["metrics"], {name: Score.from_dict(score) for name, score in stored["scores"].items()})
+
+
+class Suite(Protocol):
+    """A test of its own, apart from the held-out rows: MMLU, or the tasks of lm-eval."""
+
+    at_each_evaluation: bool
+    """Whether it is cheap enough to run at every evaluation during training."""
+
+    def measure(self, model: torch.nn.Module) -> Measurement:
+        """Measures a model that is in evaluation mode, under autocast."""
+
+
+class Answered(NamedTuple):
+    """A batch of rows with their answers."""
+
+    rows: np.ndarray
+    """Indices of the rows."""
+    answers: list[Answer]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures any model on the same rows in the same way: before, during and after training."""
+    """Measures any model on the same rows in the same way: before, during and after training.
 
-    rows: Sequence[dict[str, Any]]
+    The rows stay on disk but for those of a batch.
+    """
+
+    rows: Dataset
     collate: Collate
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
@@ -37,6 +99,8 @@ class Measurer:
     batch_size: int
     device: torch.device
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    seed: int = 0
+    """What sampled answers are drawn from, with the number of their batch."""
 
     def measure(self, model: torch.nn.Module, *, answers: int | None) -> Measurement:
         """Returns loss and perplexity of all rows, and the metrics of answers to the first `answers` rows.
@@ -47,36 +111,43 @@ class Measurer:
             metrics = measure_loss(
                 model, self.rows, collate=self.collate, batch_size=self.batch_size, device=self.device
             )
-        predictions = (
-            self.predict(model, self.rows[:answers] if answers is not None else self.rows) if answers != 0 else []
-        )
-        if predictions:
-            metrics |= self.score(predictions)
-        return Measurement(metrics, predictions)
+        if answers == 0:
+            return Measurement(metrics)
+        predictions = self.predict(model, answers)
+        return Measurement(metrics, predictions=predictions) | self.score(predictions)
 
-    def score(self, predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Returns the metrics of records that `predict` made."""
-        texts, references = [row["prediction"] for row in predictions], [row["reference"] for row in predictions]
-        return {name: float(metric(texts, references)) for name, metric in self.metrics.items()}
+    def predict(self, model: torch.nn.Module, count: int | None) -> list[dict[str, Any]]:
+        """Returns a record for each of the first `count` rows, or of all (None), in their order."""
+        rows = self.rows if count is None else self.rows.select(range(min(count, len(self.rows))))
+        batches = dict(enumerate(plan_batches(prompt_lengths(rows), self.generation.batch_size)))
+        answers: dict[int, Answer] = {}
+        for batch in self.answer(model, rows, batches):
+            answers.update(zip(batch.rows.tolist(), batch.answers, strict=True))
+        return list(self.records(rows, (answers[index] for index in range(len(rows)))))
 
-    def predict(
-        self, model: torch.nn.Module, rows: Sequence[dict[str, Any]], on_progress: Callable[[int], None] | None = None
-    ) -> list[dict[str, Any]]:
-        """Returns a record for each row: prompt, prediction, reference, finish reason and token counts."""
-        prompts = [row["prompt_ids"] for row in rows]
-        with evaluation_mode(model), self.autocast():
-            answers = generate(
-                self.generation,
-                model,
-                self.tokenizer,
-                prompts=prompts,
-                pad_token_id=self.pad_token_id,
-                device=self.device,
-                on_progress=on_progress,
-            )
-        return [
-            {
-                "prompt": row["prompt"],
+    def answer(self, model: torch.nn.Module, rows: Dataset, batches: Mapping[int, np.ndarray]) -> Iterator[Answered]:
+        """Yields the answers to batches of rows, given by their numbers; a number decides what is drawn in a batch."""
+        prompts = rows.select_columns("prompt_ids")
+        for number, indices in batches.items():
+            started = time.monotonic()
+            with evaluation_mode(model), self.autocast(), seeded(self.seed, number, device=self.device):
+                answers = generate(
+                    self.generation,
+                    model,
+                    self.tokenizer,
+                    prompts=prompts[indices]["prompt_ids"],
+                    pad_token_id=self.pad_token_id,
+                    device=self.device,
+                )
+            yield Answered(indices, answers, time.monotonic() - started)
+
+    def records(self, rows: Dataset, answers: Iterable[Answer]) -> Iterator[dict[str, Any]]:
+        """Yields what `predictions.jsonl` tells of each row and its answer."""
+        columns = [name for name in ("prompt", "prompt_ids", "reference", "task") if name in rows.column_names]
+        for row, answer in zip(rows.select_columns(columns), answers, strict=True):
+            yield {
+                "input": row["prompt"],
+                "prompt": self.tokenizer.decode(row["prompt_ids"], clean_up_tokenization_spaces=False),
                 "prediction": answer.text,
                 "reference": row["reference"],
                 "finish": answer.finish,
@@ -84,8 +155,43 @@ class Measurer:
                 "answer_tokens": answer.tokens,
                 **({"task": row["task"]} if row.get("task") else {}),
             }
-            for row, answer in zip(rows, answers, strict=True)
-        ]
+
+    def score(self, records: Iterable[dict[str, Any]]) -> Measurement:
+        """Returns the metrics of records."""
+        if not self.metrics:
+            return Measurement()
+        pairs = [(record["prediction"], record["reference"]) for record in records]
+        predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        measured = Measurement()
+        for name, metric in self.metrics.items():
+            measured |= read_result(name, metric(predictions, references), len(pairs))
+        return measured
+
+
+def read_result(name: str, result: Any, rows: int) -> Measurement:
+    """Returns what a metric function gave of `rows` answers as a measurement.
+
+    It may be a number, one number a row, whose mean is measured, or a mapping: its numbers are called `NAME_KEY`.
+    Raises `ConfigError` for anything else.
+    """
+    if isinstance(result, Mapping):
+        return Measurement({f"{name}_{key}": float(value) for key, value in result.items() if _is_number(value)})
+    if _is_number(result):
+        return Measurement({name: float(result)})
+    try:
+        score = Score([float(value) for value in result])
+    except (TypeError, ValueError):
+        score = None
+    if score is None or len(score.values) != rows:
+        given = f"{len(score.values)} numbers" if score else f"a {type(result).__name__}"
+        raise ConfigError(
+            f"evaluation.metrics: {name} must return a number, or one for each of the {rows} answers, got {given}"
+        )
+    return Measurement({name: score.estimate().value}, {name: score})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or getattr(value, "ndim", None) == 0
 
 
 @contextlib.contextmanager
@@ -97,3 +203,24 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def seeded(*seed: int, device: torch.device) -> Iterator[None]:
+    """Draws random numbers from `seed` inside the block, and leaves none of that behind."""
+    with random_state_kept(device):
+        set_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        yield
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Lets random numbers go on behind the block as if none had been drawn in it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    kind = device.type if device.type != "cpu" else "cuda"
+    try:
+        with torch.random.fork_rng(range(getattr(torch, kind).device_count()), device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

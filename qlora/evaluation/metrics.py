@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from qlora.errors import ConfigError
+from qlora.functions import import_function
+from qlora.schema import METRIC_LIBRARY, metric_name
 
-Metric = Callable[[Sequence[str], Sequence[str]], float]
+Metric = Callable[[Sequence[str], Sequence[str]], float | Sequence[float] | Mapping[str, Any]]
+"""Gets predictions and references; returns a number, or one a row, or a mapping with numbers in it."""
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Returns the share of predictions that equal their reference, apart from white space at the ends."""
-    hits = [
-        prediction.strip() == reference.strip() for prediction, reference in zip(predictions, references, strict=True)
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Returns 1 for each prediction that equals its reference, apart from white space at the ends, else 0."""
+    return [
+        float(prediction.strip() == reference.strip())
+        for prediction, reference in zip(predictions, references, strict=True)
     ]
-    return sum(hits) / len(hits)
 
 
 METRICS: dict[str, Metric] = {"exact_match": exact_match}
 
 
 def find_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """Returns the functions of `evaluation.metrics` by the last part of their names."""
-    return {name.rsplit(":")[-1]: METRICS.get(name) or _import(name) for name in names}
+    """Returns the functions of `evaluation.metrics` by the names that their numbers get.
+
+    Raises `ConfigError` for one that cannot be had.
+    """
+    return {metric_name(name): METRICS.get(name) or _load(name) for name in names}
 
 
-def _import(name: str) -> Metric:
+def _load(name: str) -> Metric:
     module, _, function = name.partition(":")
+    return _from_library(function) if module == METRIC_LIBRARY else import_function(name, "evaluation.metrics")
+
+
+def _from_library(name: str) -> Metric:
+    shown = f"evaluation.metrics={METRIC_LIBRARY}:{name}"
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        import evaluate
+    except ImportError as error:
+        raise ConfigError(f"{shown} needs the package evaluate; pip install 'qlora[eval]'") from error
+    try:
+        metric = evaluate.load(name)
+    except ImportError as error:  # of a package that this metric computes with
+        raise ConfigError(f"{shown}: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"evaluation.metrics: {name!r} cannot be imported ({error}); check the module's name and PYTHONPATH"
+            f"{shown} could be loaded neither from the hub nor from a folder {name} here: {_first_line(error)}; check "
+            "the name and the network"
         ) from error
-    if not callable(found):
-        raise ConfigError(f"evaluation.metrics: {name!r} is no function")
-    return found
+
+    def compute(predictions: Sequence[str], references: Sequence[str]) -> Mapping[str, Any]:
+        return dict(metric.compute(predictions=predictions, references=references))
+
+    return compute
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

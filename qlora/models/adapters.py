@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import Linear4bit
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ConfigError, did_you_mean
+from qlora.models.checkpoint import Checkpoint, local_files
 from qlora.models.files import check_safetensors
 from qlora.schema import LoraConfig, LoraInit
 
 log = logging.getLogger(__name__)
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
+EXPERTS = ".experts."
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def add_lora(
         correct_quantization(adapted, original_weights(base_folder, model.base_model_prefix))
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
+        cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
     return adapted
 
 
@@ -123,22 +129,10 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
 
 
 def original_weights(place: str, prefix: str) -> Callable[[str], torch.Tensor]:
-    """Returns a function from a weight's name to its tensor in the safetensors files of a folder or cached hub id."""
-    if not Path(place).is_dir():
-        place = snapshot_download(place, local_files_only=True, allow_patterns="*.safetensors")
-    files = {}
-    for path in sorted(Path(place).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise ConfigError(f"lora.init=loftq reads the 16-bit weights, but {place} has no *.safetensors")
-
-    def read(name: str) -> torch.Tensor:
-        key = name if name in files else name.removeprefix(f"{prefix}.")
-        with safe_open(files[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    return read
+    """Returns a function from a weight's name to its tensor in the files of a folder or cached hub id."""
+    checkpoint = Checkpoint(local_files(place))
+    names = set(checkpoint)
+    return lambda name: checkpoint.read(name if name in names else name.removeprefix(f"{prefix}."))
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
@@ -223,57 +217,143 @@ def save_adapter(
         save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
     )
     tokenizer.save_pretrained(partial)
-    verify_adapter(partial, model)
+    verify_adapter(partial, model, converted=initial is not None)
+    _check_trained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def verify_adapter(folder: Path, model: PeftModel) -> None:
-    """Raises `RuntimeError` if a saved adapter lacks a layer or holds untrained (all-zero) B matrices."""
-    layers = {name for name, _ in model.named_parameters() if ".lora_B." in name}
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = False) -> None:
+    """Raises `ConfigError` unless a saved adapter holds every tensor of the live one, to the bit.
+
+    A `converted` one (PiSSA, OLoRA) has the same names and other values. A model without an adapter passes.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    try:
+        fault = _find_fault(folder, get_peft_model_state_dict(model, save_embedding_layers=False), values=not converted)
+    except (OSError, SafetensorError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise ConfigError(
+            f"{folder}: the adapter was not saved as it is in memory ({fault}); check the disk, and run the same "
+            "command again to go on"
+        )
+
+
+def _find_fault(folder: Path, live: dict[str, torch.Tensor], *, values: bool) -> str | None:
+    with _open_adapter(folder) as file:
+        saved = set(file.keys())
+        for name, tensor in live.items():
+            if name not in saved:
+                return f"{name} is missing"
+            found = file.get_tensor(name) if values else tensor
+            if not torch.allclose(found, tensor.detach().to(found), rtol=0, atol=0, equal_nan=True):
+                return f"{name} has other values"
+    return None
+
+
+def _check_trained(folder: Path) -> None:
+    """Raises `ConfigError` if all B matrices of a saved adapter are zero, as they are before the first step."""
+    with _open_adapter(folder) as file:
         keys = [key for key in file.keys() if ".lora_B." in key]  # noqa: SIM118 - no mapping
-        zeros = [key for key in keys if not file.get_tensor(key).any()]
-    if len(keys) != len(layers):
-        raise RuntimeError(f"{folder}: the saved adapter has {len(keys)} of {len(layers)} layers")
-    if len(zeros) == len(keys):
-        raise RuntimeError(f"{folder}: all {len(keys)} B matrices of the saved adapter are zero: nothing was trained")
+        if keys and not any(file.get_tensor(key).any() for key in keys):
+            raise ConfigError(
+                f"{folder}: all {len(keys)} B matrices of the adapter are zero: nothing was trained; raise "
+                "trainer.learning_rate or trainer.max_steps"
+            )
+
+
+def _open_adapter(folder: Path) -> Any:
+    return safe_open(folder / ADAPTER_WEIGHTS, framework="pt")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
-    """Loads a saved adapter onto its base; raises `ConfigError` for one of another shape."""
-    check_adapter_folder(folder)
+    """Loads a saved adapter onto its base; raises `ConfigError` for one of another base and for one with gaps."""
+    recorded = check_adapter_folder(folder).get("base_model_name_or_path")
     _check_new_tokens(model, folder)
+    unfit = (
+        f"adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
+        "model.name"
+    )
+    if (difference := _find_difference(model, folder)) is not None:
+        raise ConfigError(f"{unfit} ({difference})")
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as error:
-        recorded = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{unfit} ({str(error).strip().splitlines()[0][:200]})") from error
+    with _open_adapter(folder) as file:
+        saved = set(file.keys())
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := [name for name in expected if name not in saved and EXPERTS not in name]:
         raise ConfigError(
-            f"task.adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base "
-            f"as model.name ({str(error).strip().splitlines()[0][:200]})"
-        ) from error
+            f"adapter={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
+            f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
+            f"trained on ({recorded}) as model.name"
+        )
     return adapted
+
+
+def _find_difference(model: PreTrainedModel, folder: Path) -> str | None:
+    """Says in words which tensor of an adapter is the first that the base has no place for; None: all fit."""
+    modules = dict(model.named_modules())
+    with _open_adapter(folder) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name, shape in shapes.items():
+        found = LINEAR_PART.fullmatch(name)
+        if found is None or EXPERTS in name:  # PEFT itself renames the experts of older adapters
+            continue
+        layer = modules.get(found[1])
+        if layer is None:
+            return f"its {name} belongs to a layer that this base does not have"
+        needed = _needed_shape(layer, found[2], shape)
+        if needed != shape:
+            return f"its {name} is {_by(shape)}, and this base needs {_by(needed)}"
+    return None
+
+
+def _needed_shape(layer: torch.nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that a part of a linear layer's adapter must have, of the rank that it has."""
+    if isinstance(layer, Conv1D):
+        inputs, outputs = layer.weight.shape
+    elif hasattr(layer, "in_features"):
+        inputs, outputs = layer.in_features, layer.out_features
+    else:
+        return shape
+    return {"A.weight": (shape[0], inputs), "B.weight": (outputs, shape[-1])}.get(part, (outputs,))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
     """Raises `ConfigError` if an adapter trained rows of new tokens that this base does not have."""
-    trained = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or {}
+    trained = json.loads((folder / ADAPTER_CONFIG).read_text()).get("trainable_token_indices") or {}
     lists = trained.values() if isinstance(trained, dict) else [trained]
     last, rows = max((max(ids) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
     if last >= rows:
         raise ConfigError(
-            f"task.adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
+            f"adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
             "model.new_tokens as its training did (config.yaml of the run)"
         )
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Raises `ConfigError` unless `folder` holds a whole adapter."""
-    if not (folder / "adapter_config.json").is_file():
+def check_adapter_folder(folder: Path) -> dict[str, Any]:
+    """Returns what `adapter_config.json` says; raises `ConfigError` unless `folder` holds a whole adapter."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"adapter={folder}: no {ADAPTER_CONFIG} there; give an adapter's or a finished run's folder")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"adapter={folder}: {ADAPTER_CONFIG} is damaged ({error}); copy the adapter again") from error
+    if not isinstance(settings, dict) or "peft_type" not in settings:
         raise ConfigError(
-            f"task.adapter={folder}: no adapter_config.json there; give an adapter's or a finished run's folder"
+            f"adapter={folder}: {ADAPTER_CONFIG} has no peft_type, so it is none of PEFT's; copy the adapter again"
         )
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise ConfigError(f"task.adapter={folder}: adapter_model.safetensors is missing; copy the adapter again")
-    check_safetensors(weights, "task.adapter")
+        raise ConfigError(f"adapter={folder}: {ADAPTER_WEIGHTS} is missing; copy the adapter again")
+    check_safetensors(weights, "adapter")
+    return settings

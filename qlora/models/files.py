@@ -42,7 +42,7 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(
                 f"model.name={folder} is an adapter, not a base model; give its base as model.name and this folder "
-                "as task.adapter"
+                "as adapter"
             )
         raise ConfigError(f"model.name={folder}: config.json is missing; a model folder needs it")
     weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))

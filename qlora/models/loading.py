@@ -132,7 +132,7 @@ def load_base(
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
     _check_is_quantized(model, config, quantization)
     keep_4bit_layout(model)
-    _set_compute_dtype(model, placement.compute)
+    set_compute_dtype(model, placement.compute)
     model.requires_grad_(False)
     model.config.use_cache = True
     return model
@@ -161,8 +161,8 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Makes a stored 4-bit checkpoint compute in this run's precision instead of the one it was saved in."""
+def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Makes 4-bit layers compute in `dtype`; a stored checkpoint would in the precision it was saved in."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -180,8 +180,13 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
+                layer.weight[rows:] = mean_row(layer.weight[:rows])
     model.requires_grad_(False)
+
+
+def mean_row(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of a matrix's rows, [columns], in its dtype: where the row of a new token starts."""
+    return weight.float().mean(0).to(weight.dtype)
 
 
 def add_end_token(model: PreTrainedModel, token_id: int | None) -> None:

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.models.files import EMBEDDED, check_tokenizer_folder, is_local, locate
+from qlora.models.files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
 from qlora.schema import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,46 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         added = tokenizer.add_tokens(tokens)
         log.info("model.new_tokens: %d of %d tokens are new", added, len(config.new_tokens))
     return tokenizer
+
+
+def load_saved_tokenizer(
+    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """Loads the tokenizer that a training saved in the folder of an adapter or a model; None: there is none.
+
+    Its chat template may be another than that of `tokenizer`, which is what the base has now. Raises `ConfigError`
+    where a token has another id, so that the weights would read other words than they were trained on.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise hub_error("adapter", str(folder), error) from error
+    if difference := _find_difference(saved, tokenizer):
+        base = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}"
+        raise ConfigError(
+            f"adapter={folder} was trained with another tokenizer than {base}: {difference}; give the base it was "
+            f"trained on, or model.tokenizer={folder}"
+        )
+    return saved
+
+
+def _find_difference(there: PreTrainedTokenizerBase, here: PreTrainedTokenizerBase) -> str | None:
+    """Says in words which token differs between two tokenizers, the first one by its id; None: none does."""
+    old, new = there.get_vocab(), here.get_vocab()
+    for token in {there.pad_token, here.pad_token} - {None}:
+        if token not in old or token not in new:  # a token for padding alone, which nothing reads
+            old.pop(token, None), new.pop(token, None)
+    if old != new:
+        moved = {token for token, _ in old.items() ^ new.items()}
+        token = min(moved, key=lambda token: (old.get(token, len(old)), token))
+        return f"token {token!r} is {old.get(token, 'missing')} there and {new.get(token, 'missing')} here"
+    for role in ("bos", "eos"):
+        first, second = getattr(there, f"{role}_token"), getattr(here, f"{role}_token")
+        if first != second:
+            return f"its {role}_token is {first!r} there and {second!r} here"
+    return None
 
 
 def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) -> ConfigError:

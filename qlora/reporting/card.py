@@ -11,9 +11,10 @@ from typing import Any
 from qlora.errors import ConfigError
 from qlora.reporting.manifest import versions
 from qlora.schema import ComputeDtype, Config, Init, LoraInit
-from qlora.wording import format_metric
+from qlora.wording import format_metric, format_range, is_detail
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
+SEEN = "seen from the folder of this card"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # Licences that the hub knows by an id of its own; others are declared as `other`.
 HUB_LICENSES = (
@@ -41,7 +42,7 @@ def write_model_card(
         f"# {config.name or folder.resolve().name}",
         _introduction(config, base_model),
         "## Results",
-        _results(config, result.get("metrics", {})),
+        _results(config, result),
         "## Use",
         _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
@@ -59,6 +60,11 @@ def write_model_card(
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
     return path
+
+
+def card_on_hub(card: str, repo: str) -> str:
+    """Returns a card whose example loads the model from `repo` instead of the folder of the card."""
+    return re.sub(rf'^folder = ".*"  # {SEEN}$', f'folder = "{repo}"', card, flags=re.MULTILINE)
 
 
 def _front_matter(config: Config, base_model: str) -> str:
@@ -95,15 +101,21 @@ def _base_precision(config: Config) -> str:
     return f"{quantization.bits} bits"
 
 
-def _results(config: Config, metrics: dict[str, float]) -> str:
-    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
+def _results(config: Config, result: dict[str, Any]) -> str:
+    metrics, intervals = result.get("metrics", {}), result.get("intervals", {})
+    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not is_detail(key)]
     if not names:
         return "Nothing was measured on held-out rows."
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in names:
         values = (metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"])
-        rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values)))
-    table = _table(("held-out metric", "untuned base", "this model"), rows)
+        interval = intervals.get(f"eval_{name}")
+        certain = format_range(name, *interval) if interval else ""
+        rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
+    head: tuple[str, ...] = ("held-out metric", "untuned base", "this model", "95 % interval")
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    table = _table(head, rows)
     note = f"Measured on held-out rows of `{config.data.name}`; the loss is in nats per answer token."
     return f"{table}\n\n{note}"
 
@@ -128,7 +140,7 @@ def _use(
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [f"from transformers import {', '.join(names)}", ""]
-    lines += [f'folder = "{adapter}"  # seen from the folder of this card']
+    lines += [f'folder = "{adapter}"  # {SEEN}']
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     options = f'dtype={dtype}, device_map="auto"'
     if bits in (4, 8):

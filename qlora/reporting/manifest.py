@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import ConfigError
+from qlora.folder import write_text
 
 PACKAGES = {
     **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
@@ -49,19 +49,7 @@ def build_manifest(config: dict[str, Any], *, data: dict[str, Any], model: dict[
 
 def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` as JSON, whole or not at all; raises `ConfigError` where the folder cannot be written."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror}); free some space or mend the folder's permissions, or "
-            "choose another folder with hydra.run.dir=FOLDER"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # there only after a failure
+    write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
 
 def plain(obj: Any) -> Any:
@@ -102,6 +90,14 @@ def versions() -> dict[str, str | None]:
 
         found["qlora"] = __version__
     return found
+
+
+def code_digest() -> str:
+    """Returns 16 hex digits of the SHA-256 of this package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(CODE.rglob("*.py")):
+        digest.update(path.relative_to(CODE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def code_state() -> dict[str, Any]:

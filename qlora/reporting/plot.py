@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from qlora.reporting.history import Series, series
+
 INK, FAINT, GRID = "#1f2933", "#9fb3c8", "#e4e9ef"
 TRAIN, HELD_OUT, RATE = "#2f6fb0", "#d1495b", "#5b7c65"
 SMOOTH_FROM = 40  # points; fewer are drawn as they are
-
-Series = tuple[list[float], list[float]]
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -34,13 +34,6 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     _draw_rate(bottom, rate)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white")
-
-
-def series(history: list[dict[str, Any]], key: str) -> Series:
-    """Returns the steps and finite values of `key`; where a resumed run repeats a step, the last value counts."""
-    points = {entry["step"]: float(entry[key]) for entry in history if "step" in entry and entry.get(key) is not None}
-    kept = sorted((step, value) for step, value in points.items() if math.isfinite(value))
-    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:

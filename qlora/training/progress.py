@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora.console import is_live, progress, record, say
-from qlora.wording import format_duration, format_metric
+from qlora.console import is_live, is_main_process, progress, record, say
+from qlora.folder import write_text
+from qlora.wording import format_duration, format_metric, is_detail
 
 # What the trainer measures of itself while it evaluates; of no interest to a reader.
 BOOKKEEPING = (
@@ -99,10 +102,14 @@ class ClockedCallback(TrainerCallback):
 
 
 class ProgressCallback(ClockedCallback):
-    """Reports steps and evaluations; call `close()` after `train()`, also when it failed, to end the live bar."""
+    """Reports steps and evaluations; call `close()` after `train()`, also when it failed, to end the live bar.
 
-    def __init__(self) -> None:
+    `file` gets the latest step as JSON, at most once a second, for whoever watches from outside.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         super().__init__()
+        self._file, self._written = file, -math.inf
         self._bar = contextlib.ExitStack()
         self._update: Any = None
         self._live = False
@@ -121,6 +128,7 @@ class ProgressCallback(ClockedCallback):
         """Moves the bar."""
         super().on_step_end(args, state, control)
         self._redraw(args, state, "evaluating" if control.should_evaluate else "training")
+        self._write(args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Goes back to the training."""
@@ -146,6 +154,27 @@ class ProgressCallback(ClockedCallback):
         self._bar.close()
         self._update = None
 
+    def _write(self, args: Any, state: Any) -> None:
+        now = time.monotonic()
+        if self._file is None or not is_main_process() or now - self._written < 1:
+            return
+        self._written = now
+        facts = {
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "loss": self._latest.get("loss"),
+            "tokens_per_second": self._rate,
+            "seconds_left": self._seconds_left(args, state),
+        }
+        write_text(self._file, json.dumps(facts))
+
+    def _seconds_left(self, args: Any, state: Any) -> float | None:
+        left = state.max_steps - state.global_step
+        if left <= 0 or self.clock.trained <= 0:
+            return None
+        pauses = _evaluations(args, state.max_steps) - _evaluations(args, state.global_step)
+        return self.clock.seconds_left(left, pauses)
+
     def _redraw(self, args: Any, state: Any, description: str) -> None:
         if self._update is not None:
             self._update(state.global_step, note="  ".join(self._notes(args, state)), description=description)
@@ -164,10 +193,8 @@ class ProgressCallback(ClockedCallback):
             notes.append(f"loss {self._latest['loss']:.3f}")
         if self._rate is not None:
             notes.append(f"{self._rate:,.0f} tokens/s")
-        left = state.max_steps - state.global_step
-        if left > 0 and self.clock.trained > 0:
-            pauses = _evaluations(args, state.max_steps) - _evaluations(args, state.global_step)
-            notes.append(f"{format_duration(self.clock.seconds_left(left, pauses))} left")
+        if (seconds := self._seconds_left(args, state)) is not None:
+            notes.append(f"{format_duration(seconds)} left")
         return notes
 
 
@@ -179,7 +206,7 @@ def _evaluations(args: Any, steps: int) -> int:
 
 def evaluation_line(logs: dict[str, Any], step: int) -> str | None:
     """Returns `eval at step 50: loss 1.23, perplexity 3.42, exact match 56.0 %`; None if nothing was evaluated."""
-    metrics = evaluation_metrics(logs)
+    metrics = {name: value for name, value in evaluation_metrics(logs).items() if not is_detail(name)}
     if not metrics:
         return None
     before = any(name.startswith("base_eval_") for name in logs)

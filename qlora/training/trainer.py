@@ -91,12 +91,13 @@ class QLoraTrainer(Trainer):
         collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
         token_mask: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
+        verify: Callable[[Path, torch.nn.Module], None],
         loraplus_lr_ratio: float | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
-        self.measure, self.token_mask, self.lengths = measure, token_mask, lengths
+        self.measure, self.verify, self.token_mask, self.lengths = measure, verify, token_mask, lengths
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.measuring_seconds = 0.0
         super().__init__(
@@ -118,6 +119,12 @@ class QLoraTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Saves the weights of a checkpoint, and has them compared with those in memory."""
+        super()._save(output_dir, state_dict)
+        if state_dict is None:  # else it is gathered from several devices
+            self.verify(Path(output_dir or self.args.output_dir), self.model)
 
     @property
     def trained_tokens(self) -> int:

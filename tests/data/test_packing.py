@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from qlora.data import column
 from qlora.data.collate import Collator
-from qlora.data.formats import PROMPT_WITH_INPUT, PROMPT_WITHOUT_INPUT
+from qlora.data.formats import ALPACA
 from qlora.data.packing import PackedRows, efficiency, pack
 from qlora.errors import ConfigError
 
@@ -82,11 +82,7 @@ def test_a_million_rows_are_packed_within_seconds():
 
 def alpaca_texts() -> list[tuple[str, str]]:
     rows = json.loads((SHARED / "alpaca_data.json").read_text())
-    prompts = [PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT for row in rows]
-    sources = [
-        p.format(instruction=row["instruction"], input=row["input"]) for p, row in zip(prompts, rows, strict=True)
-    ]
-    return [(source, row["output"]) for source, row in zip(sources, rows, strict=True)]
+    return [(ALPACA.ask(row["instruction"], row["input"]), row["output"]) for row in rows]
 
 
 def guanaco_texts() -> list[tuple[str, str]]:

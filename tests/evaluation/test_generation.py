@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import time
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers import GenerationConfig as HFGenerationConfig
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from qlora.compose import compose
+from qlora.compose import ORIGINAL_FLAGS, compose
+from qlora.demo.instructions import eval_rows
+from qlora.errors import ConfigError
 from qlora.evaluation.generation import (
     Answer,
     build_settings,
@@ -21,12 +26,15 @@ from qlora.evaluation.generation import (
     generate,
     left_pad,
     own_settings_aside,
-    tokens_per_second,
+    plan_batches,
+    prompt_lengths,
 )
-from qlora.models.tokenizer import load_tokenizer
+from qlora.models.files import locate
+from qlora.models.tokenizer import load_tokenizer, pad_token_id
 from qlora.schema import GenerationConfig
 
 CPU = torch.device("cpu")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 PROMPTS = [[1, 5, 9], [1, 7], [1, *range(20, 32)], [1, 40, 41, 42, 43], [1, 3]]
 
 
@@ -70,8 +78,34 @@ def test_batches_answer_as_each_prompt_alone_and_in_the_order_given(
 ) -> None:
     alone = [answers(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
     assert len({answer.text for answer in alone}) == len(PROMPTS)
-    for size in (1, 2, 3, 16):
-        assert answers(model, tokenizer, batch_size=size) == alone
+    for size in (2, 3, 5):
+        assert answers(model, tokenizer, PROMPTS[:size]) == alone[:size]
+
+
+@pytest.mark.parametrize("name", ["tiny", "stories260K", "TinyStories-656K"])
+def test_a_trained_model_answers_a_batch_of_real_prompts_as_each_alone(name: str) -> None:
+    place = locate(name) if name == "tiny" else SHARED / "models" / name
+    if not Path(place).is_dir():
+        pytest.skip("no shared/data beside the checkout")
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    if name == "tiny":
+        texts = [f"{row['instruction']} {row['input']}\nAnswer: " for row in list(eval_rows())[:12]]
+    else:
+        stories = (SHARED / "tinystories.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+        texts = [json.loads(line)["text"][: 10 + 17 * number] for number, line in enumerate(stories)]
+    prompts = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    assert len({len(prompt) for prompt in prompts}) > 3
+    config, pad = settings(max_new_tokens=24), pad_token_id(tokenizer)
+    together = generate(config, model, tokenizer, prompts=prompts, pad_token_id=pad, device=CPU)
+    ends = end_token_ids(model, tokenizer)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = generate(config, model, tokenizer, prompts=[prompt], pad_token_id=pad, device=CPU)
+        by_hand = greedy(model, prompt, 24)
+        length = next((place for place, token in enumerate(by_hand) if token in ends), 24)
+        assert answer == alone
+        assert (answer.tokens, answer.finish) == (length, "length" if length == 24 else "stop")
+        assert answer.text == tokenizer.decode(by_hand[:length], skip_special_tokens=True).strip()
 
 
 def test_the_default_search_takes_the_likeliest_token(
@@ -175,7 +209,38 @@ CHANGED: dict[str, tuple[object, dict[str, object]]] = {
 
 
 def test_every_option_is_tested_below() -> None:
-    assert {field.name for field in dataclasses.fields(GenerationConfig)} == {*CHANGED, "batch_size"}
+    ours = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert ours == {*CHANGED, "batch_size"}
+    assert {flag for flag, key in ORIGINAL_FLAGS.items() if key.startswith("generation.")} == {*CHANGED}
+
+
+UNREAD = {
+    "temperature": ("0.7", "when sampling", "do_sample=true"),
+    "top_k": ("5", "when sampling", "do_sample=true"),
+    "top_p": ("0.9", "when sampling", "do_sample=true"),
+    "typical_p": ("0.5", "when sampling", "do_sample=true"),
+    "length_penalty": ("2.0", "by beam search", "num_beams=4"),
+    "diversity_penalty": ("0.5", "by groups of beams", "num_beam_groups=2"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_an_option_that_the_search_does_not_read_is_refused_with_the_way_out(name: str) -> None:
+    value, reader, remedy = UNREAD[name]
+    beams = [] if name == "length_penalty" else ["generation.num_beams=4"]
+    with pytest.raises(ConfigError) as error:
+        compose([f"generation.{name}={value}", *beams])
+    said = f"generation.{name}={float(value):g} is read {reader} only; set generation.{remedy} too, or leave it out"
+    assert str(error.value).startswith(said)
+    needed = [f"generation.{key}={value}" for key, value in CHANGED[name][1].items()]
+    compose([f"generation.{name}={value}", *needed, "model.trust_remote_code=true"])
+
+
+def test_contrastive_search_reads_top_k_and_no_other_option_of_sampling() -> None:
+    contrastive = ["generation.penalty_alpha=0.6", "model.trust_remote_code=true"]
+    compose([*contrastive, "generation.top_k=4"])
+    with pytest.raises(ConfigError, match=r"generation\.top_p=0\.9 is read when sampling only"):
+        compose([*contrastive, "generation.top_p=0.9"])
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -244,13 +309,10 @@ def test_the_shipped_settings_raise_no_warning(
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_progress_counts_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    seen: list[int] = []
-    config = settings(batch_size=2)
-    generate(config, model, tokenizer, prompts=PROMPTS, pad_token_id=0, device=CPU, on_progress=seen.append)
-    assert seen == [2, 4, 5]
-
-
-def test_speed_counts_new_tokens_only() -> None:
-    speed = tokens_per_second([30, 70], time.monotonic() - 10)
-    assert speed == pytest.approx(10, rel=0.01)
+def test_batches_are_the_rows_by_falling_length() -> None:
+    rows = Dataset.from_list([{"prompt_ids": prompt, "other": "x"} for prompt in PROMPTS])
+    assert prompt_lengths(rows).tolist() == [3, 2, 13, 5, 2]
+    assert prompt_lengths(rows.select([3, 0])).tolist() == [5, 3]
+    batches = plan_batches(prompt_lengths(rows), 2)
+    assert [batch.tolist() for batch in batches] == [[2, 3], [0, 1], [4]]
+    assert plan_batches(np.empty(0, int), 2) == []

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.compose import compose
 from qlora.data.collate import Collator
+from qlora.errors import ConfigError
+from qlora.evaluation.generation import Answer, plan_batches, prompt_lengths
 from qlora.evaluation.loss import measure_loss
-from qlora.evaluation.measure import Measurer, evaluation_mode
+from qlora.evaluation.measure import Measurer, evaluation_mode, read_result, seeded
 from qlora.evaluation.metrics import exact_match, find_metrics
 from qlora.models.tokenizer import load_tokenizer
 from qlora.schema import GenerationConfig
@@ -63,7 +74,7 @@ def plain_loss(model: torch.nn.Module) -> float:
 
 def measurer(**changes: Any) -> Measurer:
     fields: dict[str, Any] = {
-        "rows": rows(),
+        "rows": Dataset.from_list(rows()),
         "collate": Collator(0),
         "tokenizer": load_tokenizer(compose([]).model),
         "generation": GenerationConfig(max_new_tokens=3),
@@ -80,7 +91,8 @@ def measurer(**changes: Any) -> Measurer:
 def test_every_trained_token_weighs_the_same_in_any_batch(model: LlamaForCausalLM, batch_size: int) -> None:
     expected = plain_loss(model)
     by_row = [
-        measure_loss(model.eval(), [row], collate=Collator(0), batch_size=1, device=CPU)["loss"] for row in rows()
+        measure_loss(model.eval(), Dataset.from_list([row]), collate=Collator(0), batch_size=1, device=CPU)["loss"]
+        for row in rows()
     ]
     assert abs(sum(by_row) / len(by_row) - expected) > 1e-3, "a mean of row means would be another number"
     found = measurer(batch_size=batch_size).measure(model, answers=0).metrics
@@ -90,7 +102,7 @@ def test_every_trained_token_weighs_the_same_in_any_batch(model: LlamaForCausalL
 
 def test_the_order_of_the_rows_does_not_matter(model: LlamaForCausalLM) -> None:
     there = measurer().measure(model, answers=0).metrics["loss"]
-    back = measurer(rows=rows()[::-1]).measure(model, answers=0).metrics["loss"]
+    back = measurer(rows=Dataset.from_list(rows()[::-1])).measure(model, answers=0).metrics["loss"]
     assert there == pytest.approx(back, rel=1e-6)
 
 
@@ -121,10 +133,35 @@ def test_measuring_leaves_gradients_and_weights_alone(model: LlamaForCausalLM) -
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_measuring_takes_no_random_numbers(model: LlamaForCausalLM) -> None:
-    state = torch.get_rng_state()
-    measurer().measure(model, answers=None)
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_measuring_takes_no_random_numbers(model: LlamaForCausalLM, do_sample: bool) -> None:
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+
+    before = states()
+    measurer(generation=GenerationConfig(max_new_tokens=3, do_sample=do_sample)).measure(model, answers=None)
+    assert states() == before
+
+
+def test_sampled_answers_follow_the_seed_and_their_place(model: LlamaForCausalLM) -> None:
+    options = GenerationConfig(max_new_tokens=6, do_sample=True, batch_size=2)
+    first, again, other = (
+        [row["prediction"] for row in measurer(generation=options, seed=seed).predict(model, None)]
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    same = Dataset.from_list([rows()[0]] * 4)
+    drawn = [row["prediction"] for row in measurer(generation=options, rows=same).predict(model, None)]
+    assert len(set(drawn)) > 2, "each batch draws numbers of its own"
+
+
+def test_a_seed_of_several_numbers_is_no_sum() -> None:
+    def draw(*seed: int) -> float:
+        with seeded(*seed, device=CPU):
+            return torch.rand(()).item()
+
+    assert draw(0, 1) == draw(0, 1)
+    assert len({draw(0, 1), draw(1, 0), draw(0, 0), draw(1, 1)}) == 4
 
 
 def test_a_training_step_after_a_measurement_is_the_same_step(model: LlamaForCausalLM) -> None:
@@ -155,7 +192,8 @@ def test_answers_are_counted_by_the_argument(model: LlamaForCausalLM) -> None:
 
 def test_a_prediction_tells_its_row_and_its_lengths(model: LlamaForCausalLM) -> None:
     [first, second] = measurer().measure(model, answers=2).predictions
-    assert (first["prompt"], first["reference"], second["reference"]) == ("p0", "r0", "r1")
+    assert (first["input"], first["reference"], second["reference"]) == ("p0", "r0", "r1")
+    assert first["prompt"] == load_tokenizer(compose([]).model).decode(rows()[0]["prompt_ids"])
     assert first["prompt_tokens"] == len(rows()[0]["prompt_ids"])
     assert (first["answer_tokens"], first["finish"]) == (3, "length")
 
@@ -170,13 +208,152 @@ def test_a_metric_of_ones_own_sees_predictions_and_references(
     assert measured.metrics["count"] == 3.0
 
 
+def test_what_a_metric_may_return() -> None:
+    assert read_result("m", 0.5, 3).metrics == {"m": 0.5}
+    assert read_result("m", np.float64(0.5), 3).metrics == {"m": 0.5}
+    assert read_result("m", torch.tensor(0.5), 3).metrics == {"m": 0.5}
+    by_row = read_result("m", np.array([1, 0, 0]), 3)
+    assert by_row.metrics == {"m": pytest.approx(1 / 3)}
+    assert by_row.scores["m"].values == [1, 0, 0]
+    assert read_result("m", {"a": 1, "b": np.float32(2), "c": [1, 2], "d": "x"}, 3).metrics == {"m_a": 1.0, "m_b": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "given"), [([1, 2], "2 numbers"), (None, "a NoneType"), ("good", "a str"), ([[1], [2], [3]], "a list")]
+)
+def test_what_a_metric_may_not_return(result: Any, given: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_result("mine", result, 3)
+    expected = "evaluation.metrics: mine must return a number, or one for each of the 3 answers, got "
+    assert str(error.value) == expected + given
+
+
+LIBRARY_METRIC = """
+import datasets
+import evaluate
+
+class Shares(evaluate.Metric):
+    def _info(self):
+        texts = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=texts)
+
+    def _compute(self, predictions, references):
+        same = [prediction == reference for prediction, reference in zip(predictions, references)]
+        return {"same": sum(same) / len(same), "count": len(same), "all": same}
+"""
+
+
+@pytest.fixture
+def library_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A metric of the evaluate library in a folder of its own below the working directory."""
+    pytest.importorskip("evaluate")
+    (tmp_path / "shares").mkdir()
+    (tmp_path / "shares" / "shares.py").write_text(LIBRARY_METRIC)
+    monkeypatch.chdir(tmp_path)
+    return
+
+
+@pytest.mark.usefixtures("library_metric")
+def test_a_metric_of_the_library_gives_each_of_its_numbers_a_name(model: LlamaForCausalLM) -> None:
+    measured = measurer(metrics=find_metrics(["exact_match", "evaluate:shares"]))
+    references = [row["prediction"] for row in measured.predict(model, None)]
+    references[-1] = "another"
+    known = Dataset.from_list([row | {"reference": text} for row, text in zip(rows(), references, strict=True)])
+    found = measurer(metrics=measured.metrics, rows=known).measure(model, answers=None).metrics
+    assert found.keys() == {"loss", "perplexity", "exact_match", "evaluate_shares_same", "evaluate_shares_count"}
+    assert (found["evaluate_shares_same"], found["evaluate_shares_count"]) == (pytest.approx(8 / 9), 9)
+
+
+def test_a_metric_of_the_library_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as error:
+            find_metrics(["evaluate:rouge"])
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    assert refusal() == "evaluation.metrics=evaluate:rouge needs the package evaluate; pip install 'qlora[eval]'"
+    nowhere = "could be loaded neither from the hub nor from a folder rouge here"
+    for error, said in (
+        (FileNotFoundError("no script\nmore"), f"{nowhere}: no script; check the name and the network"),
+        (ConnectionError("offline"), f"{nowhere}: offline; check the name and the network"),
+        (ImportError("pip install rouge_score."), "evaluate:rouge: pip install rouge_score"),
+    ):
+
+        def load(name: str, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
+        assert said in refusal()
+
+
+class Blind(torch.nn.Module):
+    """A model that finds every token equally likely, and answers at once."""
+
+    generation_config = SimpleNamespace(eos_token_id=2)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 40))
+
+    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.nn.functional.pad(input_ids, (0, 1), value=2)
+
+
+def many_rows(file: Path, count: int) -> Dataset:
+    """Rows of 40 tokens in a file, mapped into memory."""
+    ids = pa.array([list(range(40))] * 100, pa.list_(pa.int32()))
+    texts = pa.array(["x" * 200] * 100)
+    lengths = pa.array([40] * 100, pa.int32())
+    columns = {
+        "input_ids": ids,
+        "labels": ids,
+        "prompt_ids": ids,
+        "length": lengths,
+        "prompt": texts,
+        "reference": texts,
+    }
+    batch = pa.record_batch(columns)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        for _ in range(count // 100):
+            writer.write_batch(batch)
+    return Dataset.from_file(str(file))
+
+
+@pytest.mark.parametrize("what", ["loss", "answers"])
+def test_memory_does_not_grow_with_the_held_out_rows(tmp_path: Path, what: str) -> None:
+    def peak(count: int) -> int:
+        """Returns the bytes that Python and Arrow took at most beyond the rows' place in the order of lengths."""
+        held_out = measurer(rows=many_rows(tmp_path / f"{count}.arrow", count), batch_size=50,
+                            generation=GenerationConfig(batch_size=50))  # fmt: skip
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        most = 0
+        if what == "loss":
+            found = measure_loss(Blind(), held_out.rows, collate=held_out.collate, batch_size=50, device=CPU)
+            assert found["loss"] == pytest.approx(math.log(40), abs=1e-4)
+        else:
+            plan = dict(enumerate(plan_batches(prompt_lengths(held_out.rows), 50)))
+            for _ in held_out.answer(Blind(), held_out.rows, plan):
+                most = max(most, pa.total_allocated_bytes() - before)
+            for _ in held_out.records(held_out.rows, (Answer("", 0, "stop") for _ in range(count))):
+                most = max(most, pa.total_allocated_bytes() - before)
+        size = tracemalloc.get_traced_memory()[1] + most
+        tracemalloc.stop()
+        return size
+
+    peak(200)
+    small, large = peak(1_000), peak(10_000)
+    in_memory = 9_000 * (3 * 40 * 8 + 2 * 200)
+    assert large - small < in_memory / 10, (small, large)
+
+
 def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
-    assert exact_match([" a b\n", "ab", "A b"], ["a b", "a b", "a b"]) == pytest.approx(1 / 3)
+    assert exact_match([" a b\n", "ab", "A b"], ["a b", "a b", "a b"]) == [1, 0, 0]
 
 
 def test_a_plain_loss_by_hand_equals_torchs(model: LlamaForCausalLM) -> None:
     row = rows()[5]
     logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
     expected = F.cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=-100).item()
-    found = measure_loss(model, [row], collate=Collator(0), batch_size=1, device=CPU)["loss"]
+    found = measure_loss(model, Dataset.from_list([row]), collate=Collator(0), batch_size=1, device=CPU)["loss"]
     assert found == pytest.approx(expected, rel=1e-6)

@@ -96,6 +96,13 @@ def test_a_4bit_weight_counts_as_the_parameters_it_stands_for(base_folder: Path)
     assert count.trainable == 2 * (4 * 4 * (64 + 64) + 3 * 4 * (64 + 128))
 
 
+@pytest.mark.parametrize("lora", ["all-linear", "dora", "rslora", "loftq", "eva"])
+def test_adapter_weights_are_float32_whatever_the_base_computes_in(base_folder: Path, lora: str) -> None:
+    config, base = load(base_folder, "quantization.compute_dtype=bf16", f"lora={lora}")
+    model = attach(config, base, base_folder)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("lora", "quantization"),
     [

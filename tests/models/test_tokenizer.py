@@ -15,7 +15,7 @@ from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.models import adapters, loading
 from qlora.models.device import find_device, place
-from qlora.models.tokenizer import load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.models.tokenizer import load_saved_tokenizer, load_tokenizer, pad_token_id, repair_special_tokens
 from qlora.schema import Config
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
@@ -93,6 +93,55 @@ def test_an_id_that_names_no_single_token_repairs_nothing(found: object) -> None
     repair_special_tokens(tokenizer, SimpleNamespace(bos_token_id=found, eos_token_id=found))
     assert tokenizer.bos_token is None
     assert tokenizer.eos_token is None
+
+
+def saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def test_the_tokenizer_of_a_training_keeps_its_own_template(tmp_path: Path) -> None:
+    trained, here = toy(**ROLES), toy(**ROLES)
+    trained.chat_template, here.chat_template = "as trained", "the base's own"
+    found = load_saved_tokenizer(saved(tmp_path, trained), compose([]).model, here)
+    assert found is not None
+    assert found.chat_template == "as trained"
+
+
+def test_an_adapter_without_a_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert load_saved_tokenizer(tmp_path, compose([]).model, toy(**ROLES)) is None
+
+
+def test_a_padding_token_of_its_own_is_no_other_tokenizer(tmp_path: Path) -> None:
+    trained, here = toy(**ROLES), toy(**ROLES)
+    trained.add_special_tokens({"pad_token": "[PAD]"})
+    assert load_saved_tokenizer(saved(tmp_path / "trained", trained), compose([]).model, here) is not None
+    assert load_saved_tokenizer(saved(tmp_path / "here", here), compose([]).model, trained) is not None
+
+
+def test_a_token_of_another_id_is_named_with_the_way_out(tmp_path: Path) -> None:
+    trained = toy(**ROLES)
+    trained.add_tokens(["<call>", "<answer>"])
+    folder = saved(tmp_path, trained)
+    with pytest.raises(ConfigError) as raised:
+        load_saved_tokenizer(folder, compose([]).model, toy(**ROLES))
+    assert str(raised.value) == (
+        f"adapter={folder} was trained with another tokenizer than model.name=tiny: token '<call>' is 8 there and "
+        f"missing here; give the base it was trained on, or model.tokenizer={folder}"
+    )
+    other = toy(**ROLES)
+    other.add_tokens(["<answer>", "<call>"])
+    with pytest.raises(ConfigError, match=r"than model\.tokenizer=mine: token '<call>' is 8 there and 9 here; give"):
+        load_saved_tokenizer(folder, compose(["model.tokenizer=mine"]).model, other)
+
+
+def test_another_end_token_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, toy(**ROLES))
+    with pytest.raises(ConfigError, match=r"its eos_token is '</s>' there and 'd' here; give the base"):
+        load_saved_tokenizer(folder, compose([]).model, toy(**ROLES | {"eos_token": "d"}))
 
 
 NEW = ["<call>", "<answer>"]

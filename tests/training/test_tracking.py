@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import random
-import struct
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,85 +14,50 @@ from typing import Any
 
 import pytest
 import torch
+from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
 from qlora.errors import ConfigError
+from qlora.membership import VARIABLE, Membership
 from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
-from qlora.training.tracking import RUN_ID_FILE, NoTracker, Tracker, TrackerCallback, build_tracker
+from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.training.tracking.base import Sent
+from qlora.training.tracking.callback import TrackerCallback
+from qlora.training.tracking.wandb import RUN_ID_FILE
 
 ROWS = [
     {"prompt": "What | is\nit?", "reference": "tea", "prediction": "tea", "match": "yes"},
     {"prompt": "Why?", "reference": "so", "prediction": "no", "match": "no"},
 ]
-RUN_CONFIG = {"seed": 3, "lora": {"r": 16, "target_modules": ["q_proj"]}}
+RUN_CONFIG = {"seed": 3, "lora": {"r": 16, "target_modules": ["q_proj"]}, "data": {"name": "alpaca"}}
+SWEEP = Membership("ranks", ["lora.r=16", "data=alpaca"])
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
 
 
-def tracker_for(folder: Path, backend: TrackingBackend, **options: Any) -> Tracker:
-    config = TrackingConfig(backend=backend, **options)
-    return build_tracker(config, name="my-run", run_config=RUN_CONFIG, output_dir=folder)
+def tracker_for(
+    folder: Path,
+    backend: TrackingBackend,
+    *,
+    sweep: Membership | None = None,
+    resumes: bool = True,
+    **options: Any,
+) -> Tracker:
+    run = TrackedRun("my-run", folder, RUN_CONFIG, sweep=sweep, resumes=resumes)
+    return build_tracker(TrackingConfig(backend=backend, **options), run)
 
 
 def offline(folder: Path, **options: Any) -> Tracker:
     return tracker_for(folder, TrackingBackend.wandb, mode=WandbMode.offline, **options)
 
 
-def wandb_records(folder: Path) -> list[Any]:
-    """Reads the records of a finished offline run; wandb's own process may still be writing the last of them."""
-    deadline = time.monotonic() + 60
-    while True:
-        records = read_records(folder)
-        ended = any(record.WhichOneof("record_type") == "exit" for record in records)
-        if ended or time.monotonic() > deadline:
-            return records
-        time.sleep(0.2)
-
-
-def read_records(folder: Path) -> list[Any]:
-    """Reads LevelDB's log format (blocks of 32 KiB) after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    records = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        raw, place, buffer = path.read_bytes(), 7, b""
-        while place + 7 <= len(raw):
-            if (rest := 32768 - place % 32768) < 7:
-                place += rest
-                continue
-            size, kind = struct.unpack("<HB", raw[place + 4 : place + 7])
-            buffer += raw[place + 7 : place + 7 + size]
-            place += 7 + size
-            if kind in (1, 4):  # whole, or the last piece
-                records.append(Record.FromString(buffer))
-                buffer = b""
-    return records
-
-
-def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
-    rows = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
-def wandb_summary(records: list[Any]) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    for record in records:
-        for item in record.summary.update:
-            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-    return summary
-
-
 @pytest.fixture(scope="module")
 def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("wandb-run")
-    tracker = offline(folder, project="p", group="g", tags=["one", "two"], log_adapter=True)
+    tracker = offline(folder, project="p", group="g", tags=["one", "two"], log_adapter=True, resumes=False)
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.log({"eval/loss": 1.25, "eval/exact_match": 0.5}, step=10)
-    tracker.log({"train/loss": 1.4}, step=5)  # a resumed run goes back
+    tracker.log({"eval/exact_match": 0.4}, step=5)  # an earlier step's, measured later
     tracker.log_predictions(ROWS, step=10)
     adapter = folder / "adapter"
     adapter.mkdir()
@@ -102,19 +69,157 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_wandb
 def test_a_wandb_run_holds_name_project_group_tags_and_the_whole_config(wandb_run: Path) -> None:
-    run = next(record.run for record in wandb_records(wandb_run) if record.WhichOneof("record_type") == "run")
+    run = wandb_start(wandb_run)
     assert (run.display_name, run.project, run.run_group) == ("my-run", "p", "g")
     assert sorted(run.tags) == ["one", "two"]
-    config = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in run.config.update}
+    config = wandb_config(run)
     assert config["seed"] == 3
     assert config["lora"] == {"r": 16, "target_modules": ["q_proj"]}
+    assert "sweep" not in config
 
 
 @needs_wandb
 def test_wandb_keeps_every_value_with_its_step_even_when_steps_go_back(wandb_run: Path) -> None:
     rows = wandb_history(wandb_records(wandb_run))
-    assert [(row["train/loss"], row["global_step"]) for row in rows if "train/loss" in row] == [(1.5, 10), (1.4, 5)]
-    assert [row["eval/exact_match"] for row in rows if "eval/exact_match" in row] == [0.5]
+    assert [(row["train/loss"], row["global_step"]) for row in rows if "train/loss" in row] == [(1.5, 10)]
+    found = [(row["eval/exact_match"], row["global_step"]) for row in rows if "eval/exact_match" in row]
+    assert found == [(0.5, 10), (0.4, 5)]
+
+
+@needs_wandb
+def test_a_job_of_a_sweep_is_grouped_tagged_and_named_by_what_varies(tmp_path: Path) -> None:
+    offline(tmp_path / "job", sweep=SWEEP, tags=["mine"]).finish("finished", {})
+    run = wandb_start(tmp_path / "job")
+    assert (run.display_name, run.run_group, sorted(run.tags)) == ("lora.r=16 data=alpaca", "ranks", ["mine", "ranks"])
+    assert wandb_config(run)["sweep"] == {"lora.r": 16, "data": "alpaca"}  # a number, and the name of a group's option
+    long = Membership("s" * 200, ["lora.r=16"] * 20)
+    offline(tmp_path / "long", sweep=long, group="own").finish("finished", {})
+    run = wandb_start(tmp_path / "long")
+    assert (run.run_group, list(run.tags), len(run.display_name)) == ("own", ["s" * 64], 128)
+
+
+AGENT_JOB = """
+from pathlib import Path
+from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.training.tracking import TrackedRun, build_tracker
+config = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline, project="ours", entity="us")
+build_tracker(config, TrackedRun("job", Path(), {"lora": {"r": 16}})).finish("finished", {"eval_loss": 1.25})
+"""
+
+
+@needs_wandb
+def test_an_agent_s_run_keeps_the_id_the_sweep_and_the_values_that_the_agent_chose(tmp_path: Path) -> None:
+    chosen = tmp_path / "chosen.yaml"
+    chosen.write_text("wandb_version: 1\nlora.r:\n  value: 16\n")
+    told = {"SWEEP_ID": "s1", "RUN_ID": "r1", "PROJECT": "theirs", "ENTITY": "them", "SWEEP_PARAM_PATH": str(chosen)}
+    done = subprocess.run(
+        [sys.executable, "-c", AGENT_JOB],
+        cwd=tmp_path,
+        env={**os.environ, **{f"WANDB_{name}": value for name, value in told.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run = wandb_start(tmp_path)
+    assert (run.run_id, run.sweep_id, run.project, run.entity) == ("r1", "s1", "theirs", "them")
+    assert wandb_config(run)["lora.r"] == 16
+    assert wandb_summary(wandb_records(tmp_path))["eval_loss"] == 1.25
+    assert not (tmp_path / RUN_ID_FILE).exists()
+
+
+def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
+    assert Membership.from_environment(words) is None
+    told = Membership.environment("ranks", ["lora.r", "+callbacks.x=2"])
+    monkeypatch.setenv(VARIABLE, told[VARIABLE])
+    found = Membership.from_environment(words)
+    assert found == Membership("ranks", ["lora.r=16", "+callbacks.x=1"])
+    assert found.label == "lora.r=16 callbacks.x=1"
+    assert found.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
+
+
+@needs_wandb
+def test_a_resumed_run_sends_no_metric_twice_and_its_rows_go_on(tmp_path: Path) -> None:
+    first = offline(tmp_path)
+    for step in (1, 2, 3):
+        first.log({"train/loss": 1 / step}, step)
+    first.log_predictions(ROWS, 2)
+    first.finish("failed", {})
+    second = offline(tmp_path)  # from a checkpoint of step 1; the evaluation of step 3 was not reached before
+    for step in (2, 3, 4):
+        second.log({"train/loss": 1 / step}, step)
+        second.log_predictions(ROWS, step)
+    second.log({"eval/loss": 0.5}, 3)
+    second.finish("finished", {})
+    rows = wandb_history(wandb_records(tmp_path, ends=2))
+    assert [row["global_step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["global_step"] for row in rows if "predictions/nrows" in row] == [2, 3, 4]
+    assert [row["global_step"] for row in rows if "eval/loss" in row] == [3]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert len(Sent(tmp_path, "wandb").rows) == len(rows)
+
+
+KILLED_JOB = """
+import os, signal, sys, time
+from pathlib import Path
+from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.training.tracking import TrackedRun, build_tracker
+config = TrackingConfig(backend=TrackingBackend(sys.argv[1]), mode=WandbMode.offline)
+tracker = build_tracker(config, TrackedRun("job", Path(), {"seed": 3}))
+for step in range(1, 401):
+    tracker.log({"train/loss": 1 / step}, step)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("backend", ["wandb", "tensorboard"])
+def test_what_a_killed_run_had_not_written_is_sent_again(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend)
+    command = [sys.executable, "-c", KILLED_JOB, backend]
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "", "")
+    again = tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
+    history = [{"loss": 1 / step, "step": step} for step in range(1, 401)]
+    state = SimpleNamespace(log_history=history, num_input_tokens_seen=0, is_world_process_zero=True)
+    TrackerCallback(again).on_train_begin(None, state, None)
+    again.finish("finished", {})
+    if backend == "wandb":
+        rows = wandb_history(wandb_records(tmp_path))
+        assert [row["_step"] for row in rows] == list(range(400))
+        steps = [row["global_step"] for row in rows]
+    else:
+        steps = [event.step for event in read_events(tmp_path).Scalars("train/loss")]
+    assert steps == list(range(1, 401))
+
+
+def test_a_line_that_was_cut_off_costs_that_line_only(tmp_path: Path) -> None:
+    sent = Sent(tmp_path, "wandb")
+    sent.begin("first")
+    sent.add(["a"], 1)
+    file = tmp_path / "wandb_sent.jsonl"
+    file.write_text(file.read_text() + '\n{"step": 2, "na')
+    sent = Sent(tmp_path, "wandb")
+    assert (sent.rows, sent.last_start) == ([(1, ["a"])], ("first", 0))
+    sent.add(["b"], 3)
+    sent = Sent(tmp_path, "wandb")
+    assert sent.rows == [(1, ["a"]), (3, ["b"])]
+    assert (sent.has("b", 2), sent.has("b", 4), sent.has("a", 1)) == (True, False, True)
+    sent.keep(1)
+    assert Sent(tmp_path, "wandb").rows == [(1, ["a"])]
+    assert not sent.has("b", 2)
+
+
+@needs_wandb
+def test_what_does_not_resume_is_sent_each_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        tracker = offline(tmp_path, resumes=False)
+        tracker.log({"eval/loss": 0.5}, 0)
+        tracker.finish("finished", {})
+    rows = wandb_history(wandb_records(tmp_path, ends=2))
+    assert [(row["eval/loss"], row["_step"]) for row in rows] == [(0.5, 0), (0.5, 1)]
 
 
 @needs_wandb
@@ -170,7 +275,7 @@ def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_nu
     assert (tmp_path / RUN_ID_FILE).read_text() == first
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-    records = wandb_records(tmp_path)
+    records = wandb_records(tmp_path, ends=2)
     runs = [record.run.run_id for record in records if record.WhichOneof("record_type") == "run"]
     assert set(runs) == {first}
     exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
@@ -204,7 +309,13 @@ def test_the_environment_may_take_an_online_run_offline(tmp_path: Path, monkeypa
     assert wandb_records(tmp_path)
 
 
-@pytest.mark.parametrize(("backend", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")])
+@pytest.mark.parametrize(
+    ("backend", "module"),
+    [
+        *(("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")),
+        *(("mlflow", "mlflow"), ("trackio", "trackio")),
+    ],
+)
 def test_a_missing_package_is_named_with_its_remedy(
     backend: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,24 +331,72 @@ def test_no_backend_and_later_processes_track_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_tensorboard
-def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
+def read_events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+@needs_tensorboard
+def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
     tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.log({"train/loss": 1.0}, step=20)
     tracker.log_predictions(ROWS, step=20)
     tracker.log_adapter(tmp_path)
     tracker.finish("finished", {"eval_loss": 1.25})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = read_events(tmp_path)
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 1.5), (20, 1.0)]
     texts = {tag: events.Tensors(tag)[0] for tag in events.Tags()["tensors"]}
     content = {tag: event.tensor_proto.string_val[0].decode() for tag, event in texts.items()}
     assert '"r": 16' in content["config/text_summary"]
     assert "| What \\| is<br>it? | tea | tea | yes |" in content["predictions/text_summary"]
     assert '"eval_loss": 1.25' in content["summary/text_summary"]
+
+
+@needs_tensorboard
+def test_a_resumed_run_writes_no_scalar_twice(tmp_path: Path) -> None:
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
+        for step in steps:
+            tracker.log({"train/loss": 1 / step}, step)
+        tracker.finish("failed" if 1 in steps else "finished", {})
+        time.sleep(1.1)  # event files are named by the second
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@needs_tensorboard
+@pytest.mark.parametrize(
+    ("sweep", "expected"),
+    [(SWEEP, {"lora.r": 16.0, "data": "alpaca"}), (None, {"lora.r": 16.0, "data.name": "alpaca", "seed": 3.0})],
+)
+def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
+    tmp_path: Path, sweep: Membership | None, expected: dict[str, Any]
+) -> None:
+    from google.protobuf.json_format import MessageToDict
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    tracker = tracker_for(tmp_path, TrackingBackend.tensorboard, sweep=sweep)
+    tracker.log({"train/loss": 1.5}, step=10)
+    tracker.finish("finished", {"eval_loss": 1.25, "eval_mmlu_val_accuracy_physics": 0.5})
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {tmp_path / "tensorboard"}  # no run of its own
+    events = read_events(tmp_path)
+    found = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
+    start = MessageToDict(found["_hparams_/session_start_info"].session_start_info)
+    assert start["hparams"] == expected
+    experiment = found["_hparams_/experiment"].experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["hparam/eval_loss"]
+    assert [(event.step, event.value) for event in events.Scalars("hparam/eval_loss")] == [(10, 1.25)]
+    assert found["_hparams_/session_end_info"].session_end_info.status == 1  # success
+
+
+@needs_tensorboard
+def test_a_failed_run_is_no_line_of_tensorboard_s_hparams_page(tmp_path: Path) -> None:
+    tracker_for(tmp_path, TrackingBackend.tensorboard).finish("failed", {"eval_loss": 1.25})
+    with pytest.raises(KeyError):
+        read_events(tmp_path).PluginTagToContent("hparams")
 
 
 class Recorder(Tracker):
@@ -253,7 +412,7 @@ class Recorder(Tracker):
 def test_what_the_trainer_logs_gets_its_place() -> None:
     recorder = Recorder()
     callback = TrackerCallback(recorder)
-    state = SimpleNamespace(global_step=0, num_input_tokens_seen=100, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=0, num_input_tokens_seen=100, is_world_process_zero=True, log_history=[])
     callback.on_train_begin(None, state, None)
     callback.on_step_begin(None, state, None)
     callback.on_step_end(None, state, None)
@@ -278,3 +437,103 @@ def test_what_the_trainer_logs_gets_its_place() -> None:
     }
     assert evaluation == {"eval/loss": 0.0, "eval/perplexity": 1.0, "eval/exact_match": 0.5}
     assert base == {"base/loss": 0.0, "base/perplexity": 1.0}
+
+
+MLFLOW_JOB = """
+import sys
+from pathlib import Path
+from qlora.membership import Membership
+from qlora.schema import TrackingBackend, TrackingConfig
+from qlora.training.tracking import TrackedRun, build_tracker
+name, *starts = sys.argv[1:]
+folder = Path(name)
+folder.mkdir(exist_ok=True)
+run = TrackedRun(name, folder, {"seed": 3, "lora": {"r": 16}}, Membership("ranks", [f"lora.r={name}", "data=alpaca"]))
+config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True)
+for steps in starts:
+    tracker = build_tracker(config, run)
+    for step in map(int, steps):
+        tracker.log({"train/loss": 1 / step, "eval/odd, name": 2.0}, step)
+        tracker.log_predictions([{"prompt": "Why?", "reference": "so", "prediction": "no", "match": "no"}], step)
+    if "4" not in steps:
+        tracker.finish("failed", {})
+(folder / "adapter").mkdir(exist_ok=True)
+(folder / "adapter" / "adapter_config.json").write_text("{}")
+tracker.log_adapter(folder / "adapter")
+tracker.finish("finished", {"eval_loss": 1.25})
+"""
+
+
+@pytest.fixture(scope="module")
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two jobs that begin at the same time where there is no database yet; one of them fails and goes on."""
+    for package in ("mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("mlflow")
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MLFLOW_JOB, *words]
+        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    for process in (start("8", "123", "234"), start("16", "4")):
+        output, _ = process.communicate(timeout=120)
+        assert (process.returncode, output) == (0, "")
+    return folder
+
+
+def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(mlflow_folder)
+    client = MlflowClient(tracking_uri="sqlite:///outputs/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("p")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"lora.r=8 data=alpaca", "lora.r=16 data=alpaca"}
+    run = runs["lora.r=8 data=alpaca"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "3", "lora.r": "16", "data": "alpaca"}
+    assert {key: run.data.tags[key] for key in ("group", "mine", "ranks", "status")} == {
+        "group": "ranks", "mine": "true", "ranks": "true", "status": "finished",
+    }  # fmt: skip
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((each.step, each.value) for each in losses) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert run.data.metrics["eval_loss"] == 1.25
+    assert run.data.metrics["eval/odd_ name"] == 2.0
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
+    [table] = (mlflow_folder / "outputs/mlflow/artifacts").glob(f"{run.info.run_id}/artifacts/predictions.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "prompt", "reference", "prediction", "match"]
+    assert [row[0] for row in content["data"]] == [1, 2, 3, 4]
+
+
+def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    with pytest.raises(ConfigError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
+        tracker_for(tmp_path, TrackingBackend.mlflow, uri="bad://place")
+
+
+def test_trackio_runs_of_a_sweep_can_be_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        tracker = tracker_for(tmp_path, TrackingBackend.trackio, sweep=SWEEP, project="p")
+        for step in steps:
+            tracker.log({"train/loss": 1 / step}, step)
+            tracker.log_predictions(ROWS, step)
+        tracker.finish("finished", {"eval_loss": 1.25})
+    name = "lora.r=16 data=alpaca (ranks)"
+    assert SQLiteStorage.get_runs("p") == [name]
+    rows = SQLiteStorage.get_logs("p", name)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "predictions" in row] == [1, 2, 3, 4]
+    assert [(row["eval_loss"], row["status"]) for row in rows if "status" in row][-1] == (1.25, "finished")
+    config = SQLiteStorage.get_run_config("p", name)
+    assert config is not None
+    assert {key: config[key] for key in ("lora.r", "data")} == {"lora.r": 16, "data": "alpaca"}
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""

@@ -1,0 +1,103 @@
+"""How sure a mean of single answers is: 95 % intervals, and the paired difference to another model's answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Z = 1.959963984540054
+"""The 97.5th percentile of the normal distribution."""
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What each item of a test earned, for example 1 where the answer is right and 0 where it is wrong."""
+
+    values: Sequence[float]
+    groups: Sequence[str] | None = None
+    """The subject of each item; then the mean is that of the subjects' means (macro average)."""
+
+    def estimate(self) -> Estimate:
+        """Returns the mean with its interval: Wilson's for shares of one group, else a normal one.
+
+        The share in a group's variance is that of Agresti and Coull (1998), nearer to a half, so that a group without
+        a mistake does not look certain.
+        """
+        if self.groups is None and self._is_share:
+            return _wilson(sum(self.values), len(self.values))
+        variance = _variance_of_share if self._is_share else _variance
+        parts = self._parts(np.asarray(self.values, float))
+        limits = (0.0, 1.0) if self._is_share else (-math.inf, math.inf)
+        return _normal([float(part.mean()) for part in parts], [variance(part) for part in parts], limits)
+
+    def gain(self, base: Score) -> Estimate:
+        """Returns how much more than `base`, on the same items, was earned: the paired difference with its interval.
+
+        For answers that are right or wrong, half a pair is added to each of the four cases (Agresti and Min, 2005,
+        doi 10.1002/sim.1781), so that equal answers do not look certain.
+        """
+        difference = np.asarray(self.values, float) - np.asarray(base.values, float)
+        is_share = self._is_share and base._is_share
+        variance = _variance_of_pairs if is_share else _variance
+        limits = (-1.0, 1.0) if is_share else (-math.inf, math.inf)
+        parts = self._parts(difference)
+        return _normal([float(part.mean()) for part in parts], [variance(part) for part in parts], limits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the score in JSON's types, for `from_dict`."""
+        return {"values": list(self.values), "groups": None if self.groups is None else list(self.groups)}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Score:
+        """Returns the score that `to_dict` wrote."""
+        return cls(stored["values"], stored["groups"])
+
+    @property
+    def _is_share(self) -> bool:
+        return all(value in (0, 1) for value in self.values)
+
+    def _parts(self, values: np.ndarray) -> list[np.ndarray]:
+        if self.groups is None:
+            return [values]
+        names = np.asarray(self.groups)
+        return [values[names == name] for name in dict.fromkeys(self.groups)]
+
+
+def _normal(means: list[float], variances: list[float], limits: tuple[float, float]) -> Estimate:
+    value, spread = sum(means) / len(means), Z * math.sqrt(sum(variances)) / len(means)
+    return Estimate(value, max(value - spread, limits[0]), min(value + spread, limits[1]))
+
+
+def _wilson(right: float, count: int) -> Estimate:
+    share, square = right / count, Z**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    spread = Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return Estimate(share, max(middle - spread, 0.0), min(middle + spread, 1.0))
+
+
+def _variance(values: np.ndarray) -> float:
+    """Returns the variance of the mean."""
+    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+
+
+def _variance_of_share(values: np.ndarray) -> float:
+    share = (values.sum() + 2) / (len(values) + 4)
+    return float(share * (1 - share)) / len(values)
+
+
+def _variance_of_pairs(differences: np.ndarray) -> float:
+    count = len(differences) + 2
+    better, worse = (differences > 0).sum() + 0.5, (differences < 0).sum() + 0.5
+    return float(better + worse - (better - worse) ** 2 / count) / count / len(differences)

@@ -1,0 +1,123 @@
+"""Reads a model's weight files one tensor at a time, under the names that they have in the loaded model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from qlora.errors import ConfigError
+
+# In the order in which transformers looks for them; repositories may hold copies under other names.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Returns the folder of a model's files: `place` itself, or where the hub library keeps what was downloaded."""
+    if Path(place).is_dir():
+        return Path(place)
+    return Path(snapshot_download(place, revision=revision, cache_dir=cache_dir, local_files_only=True))
+
+
+class Checkpoint:
+    """The tensors in a model folder, by their names in its files; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._opened: tuple[Path, dict[str, Tensor]] | None = None
+        self._files = self._index(folder)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names, file by file."""
+        return iter(sorted(self._files, key=lambda name: (self._files[name], name)))
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor on the CPU; its file stays on the disk as far as the format allows it."""
+        path = self._files[name]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        return self._pickled(path)[name]
+
+    def shape(self, name: str) -> torch.Size:
+        """Returns a tensor's shape without reading it."""
+        path = self._files[name]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return torch.Size(file.get_slice(name).get_shape())
+        return self._pickled(path)[name].shape
+
+    def read_stored(self, name: str, device: torch.device) -> Tensor | None:
+        """Returns a weight [out, in] that bitsandbytes stored in 4 or 8 bits in full; None for any other."""
+        module = name.removesuffix("weight")
+        statistics = {key: self.read(key).to(device) for key in self._files if key.startswith(f"{name}.")}
+        if statistics:
+            return bnb.dequantize_4bit(self.read(name).to(device), bnb.QuantState.from_dict(statistics, device))
+        if f"{module}SCB" in self._files:
+            return bnb.int8_vectorwise_dequant(self.read(name).to(device), self.read(f"{module}SCB").to(device))
+        return None
+
+    def _index(self, folder: Path) -> dict[str, Path]:
+        for name in WEIGHTS:
+            if (folder / name).is_file():
+                return dict.fromkeys(self._names(folder / name), folder / name)
+            if (index := folder / f"{name}.index.json").is_file():
+                placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {key: folder / file for key, file in placed.items()}
+        raise ConfigError(f"model.name={folder} has no weights ({' or '.join(WEIGHTS)}, or an index of several files)")
+
+    def _names(self, path: Path) -> list[str]:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(self._pickled(path))
+
+    def _pickled(self, path: Path) -> dict[str, Tensor]:
+        """Returns the tensors of a .bin file, mapped into memory unless it is of the oldest kind."""
+        if self._opened is None or self._opened[0] != path:
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            self._opened = (path, tensors)
+        return self._opened[1]
+
+
+class ModelNames:
+    """Finds the parameter that a tensor in a file is loaded into, by transformers' own rules."""
+
+    def __init__(self, config: Any, *, trust_remote_code: bool = False) -> None:
+        config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        transforms = get_model_conversion_mapping(model)
+        self.tensors: dict[str, Tensor] = model.state_dict()
+        self.count = sum(parameter.numel() for parameter in model.parameters())
+        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._prefix = model.base_model_prefix
+
+    def find(self, name: str) -> str | None:
+        """Returns the parameter's or buffer's name, or None for a tensor that loading leaves out."""
+        for renamings, converters in ((self._renamings, self._converters), ([], [])):
+            found, _ = rename_source_key(name, renamings, converters, self._prefix, self.tensors)
+            if found in self.tensors:
+                return str(found)
+        return None
+
+    def is_converted(self, name: str) -> bool:
+        """Returns whether loading makes another tensor of this one, for example by joining experts."""
+        _, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.tensors)
+        return pattern is not None

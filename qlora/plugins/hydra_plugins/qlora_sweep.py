@@ -1,0 +1,97 @@
+"""What Hydra finds as its plugins: the launcher of a process a job, and the sweeper that searches by Optuna.
+
+Hydra takes plugins from the package `hydra_plugins` only and imports them at every start, so the work is elsewhere. It
+does so without `sys.modules`, so that dataclasses here cannot have annotations as text (`from __future__`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from qlora.sweep.settings import SearchSettings
+
+
+@dataclass
+class ProcessesConf:
+    """One process a job; see docs/sweeps.md."""
+
+    _target_: str = "hydra_plugins.qlora_sweep.ProcessesLauncher"
+    n_jobs: int | None = None
+    """Jobs that run at a time; unset: one for each `gpus_per_job` GPUs, or one where there is no GPU."""
+    gpus_per_job: int = 1
+    """GPUs that a job sees; the others are hidden from it."""
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="qlora")
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchSettings, provider="qlora")
+
+
+class ProcessesLauncher(Launcher):
+    """Runs each job in a process of its own, so that none can take the others with it."""
+
+    def __init__(self, n_jobs: int | None, gpus_per_job: int) -> None:
+        self.n_jobs, self.gpus_per_job = n_jobs, gpus_per_job
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keeps what Hydra composes jobs with; the task function runs in the jobs' own processes."""
+        self.config, self.hydra_context = config, hydra_context
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs that are not finished yet and returns what each of them gave."""
+        from qlora.sweep.launcher import launch
+
+        return launch(
+            self.config,
+            self.hydra_context.config_loader,
+            [list(overrides) for overrides in job_overrides],
+            n_jobs=self.n_jobs,
+            gpus_per_job=self.gpus_per_job,
+        )
+
+
+class OptunaSweeper(Sweeper):
+    """Searches by Optuna for the best values of several keys."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Takes what `SearchSettings` declares; `sweep` reads it from the config, with its types."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keeps what Hydra composes jobs with, and builds the launcher that runs them."""
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the trials that the study lacks."""
+        from qlora.errors import ConfigError
+        from qlora.sweep.processes import build_slots
+
+        try:
+            from qlora.sweep.search import search
+        except ModuleNotFoundError as error:
+            if error.name != "optuna":
+                raise
+            raise ConfigError(
+                "hydra/sweeper=optuna needs Optuna, which is not installed: pip install 'qlora[optuna]'"
+            ) from error
+        assert self.config is not None
+        assert self.hydra_context is not None
+        launcher = self.launcher
+        own = isinstance(launcher, ProcessesLauncher)
+        search(
+            self.config,
+            self.hydra_context.config_loader,
+            arguments,
+            launch=launcher.launch,
+            build_slots=partial(build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None,
+        )

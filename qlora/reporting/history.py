@@ -1,0 +1,98 @@
+"""What the trainer logged, as curves: one for each metric, of points that were logged."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.folder import RunFolder, read_json
+from qlora.wording import is_detail
+
+Series = tuple[list[float], list[float]]
+
+MEASURED = re.compile(r"eval_(?!.*(?:perplexity|runtime|per_second)$)")
+"""Perplexity says what the loss says; the others are about the measuring."""
+TRAINING = ("loss", "grad_norm", "learning_rate", "train_tokens_per_second")
+NOISY = ("loss", "grad_norm")
+"""Logged of a few batches each, so that a mean over neighbours shows more."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over a training; all three are of one length."""
+
+    steps: list[float]
+    values: list[float]
+    tokens: list[float | None]
+    """Tokens trained on until then, where that was logged."""
+
+    def thin(self, most: int) -> Curve:
+        """Returns at most `most` of the points, evenly spaced, the last among them."""
+        every = math.ceil(len(self.steps) / most)
+        if every <= 1:
+            return self
+        kept = slice((len(self.steps) - 1) % every, None, every)
+        return Curve(self.steps[kept], self.values[kept], self.tokens[kept])
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Returns what a run's training logged; of one that was killed, as far as its last checkpoint tells.
+
+    A file that is damaged counts as missing.
+    """
+    run = RunFolder(folder)
+    states = [path / "trainer_state.json" for path in sorted(run.checkpoints.glob("checkpoint-*"), key=_step)]
+    for path in (run.history, *reversed(states)):
+        stored = read_intact(path)
+        if stored is not None:
+            return stored["log_history"] if isinstance(stored, dict) else stored
+    return []
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def read_intact(path: Path) -> Any:
+    """Returns what a JSON file holds, or None where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def series(history: list[dict[str, Any]], key: str) -> Series:
+    """Returns the steps and finite values of `key`; where a resumed run repeats a step, the last value counts."""
+    points = {entry["step"]: float(entry[key]) for entry in history if "step" in entry and entry.get(key) is not None}
+    kept = sorted((step, value) for step, value in points.items() if math.isfinite(value))
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def curves(history: list[dict[str, Any]]) -> dict[str, Curve]:
+    """Returns the curves of a training by the names of their metrics, what matters most first."""
+    logged = dict.fromkeys(key for entry in history if "step" in entry for key in entry)
+    measured = [key for key in logged if MEASURED.match(key) and not is_detail(key)]
+    names = [key for key in (TRAINING[0], *measured, *TRAINING[1:]) if key in logged]
+    tokens = {entry["step"]: entry.get("num_input_tokens_seen") for entry in history if "step" in entry}
+    found = {name: series(history, name) for name in names}
+    return {
+        name: Curve(steps, values, [tokens[step] for step in steps])
+        for name, (steps, values) in found.items()
+        if values
+    }
+
+
+def curve_title(name: str) -> tuple[str, str]:
+    """Returns what a curve shows, and its unit or how it was measured."""
+    known = {
+        "loss": ("training loss", "nats per token"),
+        "eval_loss": ("held-out loss", "nats per token"),
+        "grad_norm": ("gradient norm", "before it is clipped"),
+        "learning_rate": ("learning rate", ""),
+        "train_tokens_per_second": ("tokens per second", "mean since the start"),
+    }
+    return known.get(name) or (name.removeprefix("eval_").replace("_", " "), "held out")

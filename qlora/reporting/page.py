@@ -1,0 +1,160 @@
+"""Pages that need nothing else: style, script, data and the plotting library are in the one file."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from qlora.folder import flatten
+from qlora.reporting.history import NOISY, Curve, curve_title
+from qlora.wording import format_duration, format_metric
+
+FOLDER = Path(__file__).parent / "page"
+SMOOTH_FROM = 40  # points; fewer are drawn as they are at first
+SMOOTHING = 0.6
+NAMES = {
+    "train_runtime": "training time",
+    "train_tokens_per_second": "tokens/s",
+    "train_loss": "training loss",
+    "peak_memory_gb": "peak memory (GB)",
+}
+
+
+def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
+    """Returns the page of a template in `page/`: texts of users are escaped, and nothing is loaded from elsewhere.
+
+    `data` is what `page.js` draws, in JSON's types; the plotting library comes along where there are charts.
+    """
+    from qlora import __version__
+
+    drawn = any(data[kind] for kind in ("curves", "scatters", "importance", "parallel"))
+    text = (
+        _environment()
+        .get_template(template)
+        .render(
+            data=_json(data),
+            style=(FOLDER / "page.css").read_text(encoding="utf-8"),
+            script=(FOLDER / "page.js").read_text(encoding="utf-8"),
+            plotly=_plotly() if drawn else "",
+            version=__version__,
+            written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            curves=data["curves"],
+            groups=data["groups"],
+            smoothing=data["smoothing"],
+            **context,
+        )
+    )
+    return text.encode("utf-8", "replace").decode()  # a model may answer with half a sign
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"duration": format_duration, "metric": format_value, "title": metric_title}
+    return environment
+
+
+@functools.cache
+def _plotly() -> str:
+    """Returns the plotting library packed: 2 MB instead of 5, for every run has a page."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """Returns JSON that cannot end the script element around it."""
+    return json.dumps(_short(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _short(value: Any) -> Any:
+    """Rounds numbers to the six digits that a chart can show."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _short(each) for key, each in value.items()}
+    return [_short(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def metric_title(name: str) -> str:
+    """Returns a metric's name for people."""
+    if name.startswith("base_eval_"):
+        return f"{metric_title(name.removeprefix('base_eval_'))} of the untuned base"
+    return NAMES.get(name) or name.removeprefix("eval_").replace("_", " ")
+
+
+def format_value(value: float | None, name: str) -> str:
+    """Returns a metric's value for people: times as `3:07:00`, shares in percent."""
+    if value is not None and name.endswith(("_runtime", "seconds")):
+        return format_duration(value)
+    return format_metric(name, value)
+
+
+def group(label: str, *, hue: int | None = None, rank: float = 0.0, shown: bool = True, best: bool = False) -> Any:
+    """Returns an entry of the legend: of one of the eight hues, or of a colour between best (0) and worst (1)."""
+    return {"label": label, "hue": hue, "rank": rank, "shown": shown, "best": best}
+
+
+def line(place: int, curve: Curve, *, dash: str = "solid", smooth: bool = True) -> dict[str, Any]:
+    """Returns a line of a chart, of the legend's entry at `place`."""
+    return {
+        "group": place,
+        "step": curve.steps,
+        "tokens": curve.tokens,
+        "value": curve.values,
+        "dash": dash,
+        "smooth": smooth,
+    }
+
+
+def chart(name: str, lines: Sequence[dict[str, Any]], title: str | None = None) -> dict[str, Any]:
+    """Returns a chart of the curves of one metric."""
+    named, unit = curve_title(name)
+    return {
+        "title": title or named,
+        "unit": unit,
+        "lines": list(lines),
+        "noisy": name in NOISY,
+        "logarithmic": all(value > 0 for each in lines for value in each["value"]),
+        "fromZero": name == "learning_rate",
+        "format": ".1~%" if format_metric(name, 0.5).endswith("%") else "~g",
+    }
+
+
+def first_smoothing(charts: Sequence[dict[str, Any]]) -> float:
+    """Returns where the slider stands at first: curves of many points are smoothed."""
+    noisy = [len(each["value"]) for one in charts if one["noisy"] for each in one["lines"]]
+    return SMOOTHING if max(noisy, default=0) >= SMOOTH_FROM else 0.0
+
+
+def plain_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the full keys of a config with their values as one would type them."""
+    for key, value in flatten(dict(config)):
+        yield key, plain_value(value)
+
+
+def plain_value(value: Any) -> str:
+    """Returns a config's value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{','.join(map(plain_value, value))}]"
+    return "{}" if value == {} else str(value)

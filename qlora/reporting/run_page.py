@@ -1,0 +1,197 @@
+"""The page of one run: its metrics before and after, curves, answers, config, and what it was made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from qlora.folder import RunFolder, read_lines, write_text
+from qlora.reporting.history import Curve, curves, read_history, read_intact
+from qlora.reporting.page import chart, first_smoothing, format_value, group, line, metric_title, plain_config, render
+from qlora.wording import format_range, is_detail, prompt_core
+
+ANSWERS = 60
+"""So many answers are shown."""
+POINTS = 4_000
+"""Of a curve."""
+WARNED = re.compile(r"^\S+ \S+ (?:WARNING|ERROR) qlora[\w.]*: (.*)", re.MULTILINE)
+DATA_COUNTS = {
+    "train_rows": "rows to train",
+    "eval_rows": "rows held out",
+    "train_tokens": "tokens to train",
+    "trained_tokens": "of them with loss",
+    "mean_length": "tokens a row, mean",
+    "max_length": "tokens a row, most",
+    "cut_sources": "sources cut",
+    "cut_targets": "targets cut",
+    "dropped_rows": "rows dropped",
+    "too_long_rows": "rows dropped as too long",
+    "left_out_rows": "rows left out",
+    "packs": "packs",
+    "format": "format",
+    "template": "template",
+    "fingerprint": "fingerprint of the tokens",
+}
+SHOWN_IF_ZERO = ("train_rows", "eval_rows")
+
+
+def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, name: str, command: str) -> Path:
+    """Writes `report.html` of a finished training and returns its path.
+
+    `result` holds `metrics`, `intervals`, `gains` and `paths`, as `result.json` does; `command` starts the run again.
+    Raises `ConfigError` where the folder cannot be written.
+    """
+    write_text(folder.report, run_page(folder, result, name=name, command=command))
+    return folder.report
+
+
+def run_page(folder: RunFolder, result: Mapping[str, Any], *, name: str, command: str) -> str:
+    """Returns the page as HTML, from `result` and what else lies in the run's folder."""
+    manifest = read_intact(folder.path / "manifest.json") or {}
+    charts, groups = _charts(curves(read_history(folder.path)))
+    answers = [_answer(record) for record in read_lines(folder.predictions, ANSWERS)]
+    metrics = result.get("metrics", {})
+    facts = [(label, value) for label, value in manifest.get("model", {}).items() if label != "folder"]
+    sections = {
+        "metrics": "Metrics",
+        "curves": "Curves" if charts else "",
+        "answers": "Answers" if answers else "",
+        "run": "Run",
+        "config": "Config" if "config" in manifest else "",
+        "files": "Files",
+    }
+    data = {"groups": groups, "curves": charts, "smoothing": first_smoothing(charts), "objective": None}
+    data |= {"scatters": [], "importance": [], "parallel": []}
+    return render(
+        "run.html.jinja",
+        data,
+        title=name,
+        over="Run report",
+        sections=[(anchor, title) for anchor, title in sections.items() if title],
+        started=str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
+        warnings=_warnings(folder.path / "train.log"),
+        tiles=_tiles(metrics),
+        compared=any(key.startswith("base_eval_") for key in metrics),
+        certain=bool(result.get("intervals")),
+        measured=_measured(result, detail=False),
+        details=_measured(result, detail=True),
+        command=command,
+        answers=answers,
+        judged=any(answer["right"] for answer in answers) and not all(answer["right"] for answer in answers),
+        facts=facts,
+        counts=_counts(manifest.get("data", {})),
+        versions=[(key, value) for key, value in manifest.get("versions", {}).items() if value],
+        machine=_machine(manifest),
+        config=list(plain_config(manifest.get("config", {}))),
+        files=_files(folder, result.get("paths", {})),
+    )
+
+
+def _charts(found: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the charts, training and held-out loss in one of them, and the legend."""
+    thinned = {name: curve.thin(POINTS) for name, curve in found.items()}
+    legend = [group("training", hue=0), group("held out", hue=1)]
+    losses = [line(0, thinned["loss"])] if "loss" in thinned else []
+    losses += [line(1, thinned["eval_loss"], smooth=False)] if "eval_loss" in thinned else []
+    charts = [chart("loss", losses, "loss")] if losses else []
+    for name, curve in thinned.items():
+        if name not in ("loss", "eval_loss"):
+            charts.append(chart(name, [line(int(name.startswith("eval_")), curve)]))
+    lines = [each for one in charts for each in one["lines"]]
+    used = sorted({each["group"] for each in lines})
+    for each in lines:
+        each["group"] = used.index(each["group"])
+    return charts, [legend[place] for place in used]
+
+
+def _measured(result: Mapping[str, Any], *, detail: bool) -> list[dict[str, str]]:
+    metrics, intervals, gains = (result.get(key, {}) for key in ("metrics", "intervals", "gains"))
+    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and is_detail(key) == detail]
+    rows = []
+    for name in names:
+        interval, gain = intervals.get(f"eval_{name}"), gains.get(name)
+        rows.append(
+            {
+                "name": metric_title(name),
+                "before": format_value(metrics.get(f"base_eval_{name}"), name),
+                "after": format_value(metrics[f"eval_{name}"], name),
+                "interval": format_range(name, *interval) if interval else "",
+                "gain": format_range(name, gain["low"], gain["high"], signed=True) if gain else "",
+            }
+        )
+    return rows
+
+
+def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    tiles: list[tuple[str, str, str]] = []
+    for key, value in metrics.items():
+        if key.startswith("eval_") and not is_detail(key) and key != "eval_perplexity" and len(tiles) < 3:
+            before = metrics.get(f"base_{key}")
+            note = f"untuned base {format_value(before, key)}" if before is not None else ""
+            tiles.append((f"{metric_title(key)}, held out", format_value(value, key), note))
+    for key, unit in (("train_runtime", ""), ("train_tokens_per_second", ""), ("peak_memory_gb", " GB")):
+        if metrics.get(key) is not None:
+            title = metric_title(key).removesuffix(" (GB)")
+            tiles.append((title, f"{format_value(metrics[key], key)}{unit}", ""))
+    return tiles
+
+
+def _warnings(log: Path) -> list[str]:
+    """Returns what this project's parts warned of, each once."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return list(dict.fromkeys(WARNED.findall(text)))
+
+
+def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
+    expected, got = str(record.get("reference", "")), str(record.get("prediction", ""))
+    prompt = str(record.get("prompt") or record.get("input", ""))
+    return {
+        "asked": prompt_core(prompt),
+        "prompt": prompt,
+        "expected": expected,
+        "got": got,
+        "right": " ".join(expected.split()) == " ".join(got.split()),
+        "note": _answer_note(record),
+    }
+
+
+def _answer_note(record: Mapping[str, Any]) -> str:
+    """Returns how long an answer is, and whether it was cut."""
+    count, finish = record.get("answer_tokens"), record.get("finish")
+    length = [] if count is None else ["1 token" if count == 1 else f"{count:,} tokens"]
+    return ", ".join([*length, *(["cut at generation.max_new_tokens"] if finish == "length" else [])])
+
+
+def _counts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (label, f"{data[key]:,}" if isinstance(data[key], int | float) else str(data[key]))
+        for key, label in DATA_COUNTS.items()
+        if data.get(key) or (key in SHOWN_IF_ZERO and key in data)
+    ]
+
+
+def _machine(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    hardware, code = manifest.get("hardware", {}), manifest.get("code", {})
+    gpus = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in hardware.get("gpus", [])]
+    facts = {
+        "processor": hardware.get("cpu"),
+        "cores": hardware.get("cores"),
+        "memory": hardware.get("memory_gb") and f"{hardware['memory_gb']} GB",
+        "GPUs": ", ".join(gpus),
+        "driver": hardware.get("driver"),
+        "CUDA": hardware.get("cuda"),
+        "platform": manifest.get("platform"),
+        "code": code.get("commit") and f"{code['commit'][:12]}{', with changes' if code.get('dirty') else ''}",
+    }
+    return [(label, str(value)) for label, value in facts.items() if value]
+
+
+def _files(folder: RunFolder, paths: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Returns the files of the run's own folder: name and link."""
+    names = {Path(path).name for path in paths.values() if Path(path).parent == folder.path}
+    known = {"manifest.json", "history.json", "metrics.json", "baseline.json", "result.json", "train.log"}
+    there = sorted(name for name in names | known if (folder.path / name).exists() and name != folder.report.name)
+    return [(name, quote(name)) for name in there]

@@ -1,0 +1,106 @@
+"""What a search and its trials share: Optuna's study, which trials reach from processes of their own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from qlora.errors import ConfigError
+
+VARIABLE = "QLORA_TRIAL"
+"""The environment variable that tells a job which trial it is, if that may be pruned."""
+PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
+LOCK_SECONDS = 60.0
+"""SQLite writes one after another; a trial waits so long for its turn."""
+
+optuna.logging.set_verbosity(logging.WARNING)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+@dataclass(frozen=True)
+class TrialLink:
+    """Where a job finds its trial."""
+
+    storage: str
+    """The URL of the study's database."""
+    study: str
+    trial_id: int
+    metric: str
+    """The metric that is reported at each evaluation."""
+    pruner: str
+    pruner_kwargs: Mapping[str, Any]
+
+    def to_text(self) -> str:
+        """Returns the value of the environment variable."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Reads what `to_text` wrote."""
+        return cls(**json.loads(text))
+
+    def open(self) -> optuna.Trial:
+        """Returns the trial, to report to."""
+        study = optuna.load_study(
+            study_name=self.study,
+            storage=open_storage(self.storage),
+            sampler=RandomSampler(),  # draws nothing: the parameters are drawn
+            pruner=build_pruner(self.pruner, self.pruner_kwargs),
+        )
+        return optuna.Trial(study, self.trial_id)
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Connects to a study's database; raises `ConfigError` where it cannot be reached."""
+    try:
+        lite = make_url(url).get_backend_name() == "sqlite"
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}} if lite else None)
+    except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+        raise ConfigError(
+            f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
+            "can be reached, e.g. sqlite:////data/study.db, or leave it out for a file in the sweep's folder"
+        ) from error
+
+
+def hide_password(url: str) -> str:
+    """Returns a database's URL as it may be shown."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url
+
+
+def build_pruner(name: str, kwargs: Mapping[str, Any]) -> BasePruner:
+    """Returns Optuna's pruner; raises `ConfigError` for an argument that it does not take."""
+    return build("pruner", name, PRUNERS[name], kwargs)
+
+
+def build(kind: str, name: str, maker: Any, kwargs: Mapping[str, Any], **own: Any) -> Any:
+    """Calls Optuna's class `maker` with the user's arguments over `own`; raises `ConfigError` for impossible ones."""
+    known = [key for key in inspect.signature(maker).parameters if key != "self"]
+    key = f"hydra.sweeper.{kind}_kwargs"
+    if unknown := [word for word in kwargs if word not in known]:
+        raise ConfigError(f"{key}.{unknown[0]}: {name} takes no such argument; choose from {', '.join(known)}")
+    try:
+        return maker(**{**own, **kwargs})
+    except ImportError as error:
+        raise ConfigError(
+            f"hydra.sweeper.{kind}={name} needs the package {error.name}, which is not installed: pip install "
+            "'qlora[optuna]'"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} does not suit {name}: {str(error).rstrip('.')}") from error

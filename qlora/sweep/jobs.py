@@ -1,0 +1,189 @@
+"""A job of a sweep: its name, its folder, and what became of it as the files in the folder tell."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import ConfigError, Pruned
+from qlora.folder import FREE_KEYS, RunFolder, flatten, read_json, write_text
+
+LOCK_FILE = ".lock"
+STATUS_FILE = "status.json"
+
+# What a job may have otherwise and still give the same result.
+UNNAMED_KEYS = tuple(key for key in FREE_KEYS if key not in ("task", "adapter", "repo", "merge"))
+
+LONGEST_SLUG = 80
+LOCK_ATTEMPTS = 10
+
+
+class Status(Enum):
+    """What became of a job."""
+
+    queued = "queued"
+    running = "running"
+    finished = "finished"
+    pruned = "pruned"
+    failed = "failed"
+    interrupted = "interrupted"
+    """Stopped from outside: the sweep was ended, or the machine; it goes on from its checkpoint."""
+
+
+@dataclass
+class Job:
+    """One run of a sweep."""
+
+    folder: Path
+    overrides: list[str] = field(default_factory=list)
+    """Those that differ between the jobs, as one would type them."""
+    status: Status = Status.queued
+    reason: str | None = None
+    """Why it failed, in one line."""
+    objective: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    """How long it ran, of the last start."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The varied keys with their values."""
+        return dict(text.lstrip("+").split("=", 1) for text in self.overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the overview file tells of it."""
+        return {
+            "job": self.name,
+            "overrides": self.overrides,
+            "status": self.status.value,
+            "reason": self.reason,
+            "objective": self.objective,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+        }
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Returns 8 hex digits that are the same for every way to write the same resolved config."""
+    facts = {key: value for key, value in flatten(dict(config)) if not is_unnamed(key)}
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def is_unnamed(key: str) -> bool:
+    """Returns whether a key may have another value and the job still give the same result."""
+    return any(key == free or key.startswith(f"{free}.") for free in UNNAMED_KEYS)
+
+
+def slug(overrides: Sequence[str]) -> str:
+    """Returns overrides as a readable folder name: `lora.r=8,seed=1`."""
+    words = [re.sub(r"[^\w.=+-]+", "-", text).strip("-") for text in overrides]
+    return ",".join(words)[:LONGEST_SLUG].rstrip(",-.=") or "job"
+
+
+def job_folder(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> Path:
+    """Returns the folder of a job: the one that has its identity already, however it is named, or a new one."""
+    own = identity(config)
+    there = sorted(sweep.glob(f"*-{own}"))
+    return there[0] if there else sweep / f"{slug(overrides)}-{own}"
+
+
+def read_job(folder: Path) -> Job:
+    """Returns what the files of a job's folder tell; a process that no longer lives is not running."""
+    stored = read_json(folder / STATUS_FILE) or {}
+    job = Job(folder, overrides=stored.get("overrides", []), status=Status(stored.get("status", "queued")))
+    job.reason, job.seconds = stored.get("reason"), stored.get("seconds")
+    result = read_json(folder / stored["result"]) if "result" in stored else None
+    if result is not None:
+        job.objective, job.metrics = result["objective"], result["metrics"]
+    job.progress = read_json(RunFolder(folder).progress) or {}
+    if job.status is Status.running and not is_locked(folder):
+        job.status, job.reason = Status.interrupted, "its process is gone"
+    return job
+
+
+def write_status(folder: Path, status: Status, **facts: Any) -> None:
+    """Records what becomes of a job, whole or not at all; facts that are not given stay."""
+    path = folder / STATUS_FILE
+    record = {**(read_json(path) or {}), **facts, "status": status.value}
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterator[None]:
+    """Records the start and the end of the job that the block runs; one folder has one job at a time.
+
+    Raises `ConfigError` where another process runs in the folder.
+    """
+    with locked(folder, f"{folder} is in use by another process"):
+        started = time.time()
+        known = (read_json(folder / STATUS_FILE) or {}).get("overrides")  # a sweep knows which of them it varies
+        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "reason": None}
+        write_status(folder, Status.running, **facts, result=result_name)
+        try:
+            yield
+        except KeyboardInterrupt:
+            write_status(folder, Status.interrupted, reason="interrupted", seconds=time.time() - started)
+            raise
+        except BaseException as error:
+            status = Status.pruned if isinstance(error, Pruned) else Status.failed
+            write_status(folder, status, reason=_in_one_line(error), seconds=time.time() - started)
+            raise
+        write_status(folder, Status.finished, seconds=time.time() - started)
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigError | Pruned):
+        return text
+    return f"{type(error).__name__}: {text}" if text else repr(error)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, complaint: str) -> Iterator[None]:
+    """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
+
+    Raises `ConfigError` with `complaint` where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as file:
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
+                if attempt == LOCK_ATTEMPTS - 1:
+                    message = f"{complaint}; wait until it has ended, or choose another folder"
+                    raise ConfigError(message) from None
+                time.sleep(0.1)
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Returns whether a living process holds the lock of a folder."""
+    path = folder / LOCK_FILE
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

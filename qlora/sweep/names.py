@@ -1,0 +1,57 @@
+"""The folders of sweeps and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from qlora.compose import config_to_dict, to_config
+from qlora.membership import Membership
+from qlora.sweep.jobs import job_folder
+
+FOLDER = Path("outputs/sweeps")
+
+
+def register() -> None:
+    """Tells OmegaConf the resolver `qlora.job_name` of `conf/config.yaml`; may be called many times."""
+    OmegaConf.register_new_resolver("qlora.job_name", job_name, replace=True)
+
+
+def folder_words(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides that name a sweep's folder and its jobs, so that the same command goes on in them.
+
+    The sweep is named after `experiment=` and `sweep=`, else after the varied keys, where the command names no folder
+    itself; its jobs by all keys but those with one value.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    plain = {each.key_or_group: each for each in parsed if not each.is_sweep_override()}
+    chosen = [str(plain[key].value()) for key in ("experiment", "sweep") if key in plain]
+    varied = [each.key_or_group for each in parsed if each.is_sweep_override()]
+    folder = f"hydra.sweep.dir={FOLDER / ('_'.join(chosen or varied) or 'sweep')}"
+    fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(plain)}]"
+    return [fixed] if plain.keys() & {"name", "hydra.sweep.dir"} else [fixed, folder]
+
+
+def own_overrides(hydra: Any) -> list[str]:
+    """Returns the overrides of a job that `folder_words` did not find to be those of all jobs."""
+    fixed = set(hydra.job.config.override_dirname.exclude_keys)
+    parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    return [each.input_line or "" for each in parsed if each.key_or_group not in fixed]
+
+
+def membership(hydra: Any) -> Membership | None:
+    """Returns the sweep that a job belongs to, as the process that started it or Hydra tells; None: none."""
+    if hydra.mode is RunMode.MULTIRUN:
+        return Membership(Path(hydra.sweep.dir).name, own_overrides(hydra))
+    return Membership.from_environment(list(hydra.overrides.task))
+
+
+def job_name(*, _root_: DictConfig) -> str:
+    """Returns a job's folder for engines that know one job at a time: its overrides and its identity."""
+    config = config_to_dict(to_config(_root_))
+    return job_folder(Path(_root_.hydra.sweep.dir), own_overrides(_root_.hydra), config).name

@@ -1,0 +1,96 @@
+"""A sweep's folder: the jobs in it, the file that tells of all of them, and whether the same command may go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import ConfigError
+from qlora.folder import flatten, read_json, write_text
+from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
+from qlora.wording import higher_is_better
+
+OVERVIEW_FILE = "sweep.json"
+
+
+@dataclass
+class Sweep:
+    """The jobs of one folder, those of earlier commands included."""
+
+    folder: Path
+    objective: str | None
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """By the names of their folders."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """The config's keys that have one value in all jobs, but for those that may differ anyway."""
+    direction: str | None = None
+    """`minimize` or `maximize`, where a search says so; unset: as the objective's name tells."""
+
+    @property
+    def maximizes(self) -> bool:
+        """Whether a larger objective is the better one."""
+        return self.direction == "maximize" if self.direction else higher_is_better(self.objective or "")
+
+    def update(self, job: Job) -> None:
+        """Takes what is known of a job now, and writes the overview."""
+        self.jobs[job.name] = job
+        self.write()
+
+    def write(self) -> None:
+        """Writes the overview, whole or not at all."""
+        record = {
+            "name": self.folder.name,
+            "objective": self.objective,
+            "direction": self.direction,
+            "counts": {status.value: count for status in Status if (count := len(self.with_status(status)))},
+            "jobs": [job.to_dict() for job in self.jobs.values()],
+            "common": self.common,
+        }
+        write_text(self.folder / OVERVIEW_FILE, json.dumps(record, indent=2) + "\n")
+
+    def with_status(self, *wanted: Status) -> list[Job]:
+        """Returns the jobs of these statuses, in order."""
+        return [job for job in self.jobs.values() if job.status in wanted]
+
+    @property
+    def varied(self) -> list[str]:
+        """The keys that differ between the jobs, in the order in which they appear."""
+        return list(dict.fromkeys(key for job in self.jobs.values() for key in job.values))
+
+
+def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
+    """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older."""
+    stored = read_json(folder / OVERVIEW_FILE) or {}
+    sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}))
+    sweep.direction = stored.get("direction")
+    for record in stored.get("jobs", []):
+        sweep.jobs[record["job"]] = Job(folder / record["job"], overrides=record["overrides"])
+    for path in sorted(folder.glob(f"*/{STATUS_FILE}")):
+        sweep.jobs[path.parent.name] = read_job(path.parent)
+    return sweep
+
+
+def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the full keys that have one value in all configs, but for those that do not change a result."""
+    first, *rest = [dict(flatten(config)) for config in configs]
+    free = tuple(f"{key}." for key in UNNAMED_KEYS)
+    return {
+        key: value
+        for key, value in first.items()
+        if key not in UNNAMED_KEYS and not key.startswith(free) and all(other.get(key) == value for other in rest)
+    }
+
+
+def check_same_sweep(folder: Path, stored: dict[str, Any], common: dict[str, Any]) -> None:
+    """Raises `ConfigError` naming the keys that no job of a sweep varies and that have another value now."""
+    changed = [key for key in sorted({*stored} & {*common}) if stored[key] != common[key]]
+    if changed:
+        lines = "".join(f"\n  {key}: {stored[key]!r} -> {common[key]!r}" for key in changed[:12])
+        more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+        raise ConfigError(
+            f"{folder} holds a sweep of another config; changed:{lines}{more}\n"
+            "choose another folder with name=NAME, or start with the same config to go on"
+        )

@@ -1,0 +1,136 @@
+"""What a person sees of a running sweep: a bar a job on a terminal, plain lines elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.text import Text
+
+from qlora.console import printable, progress, record, say
+from qlora.errors import ConfigError
+from qlora.sweep.jobs import Job, Status
+from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, write_leaderboard
+from qlora.sweep.overview import Sweep
+from qlora.sweep.processes import tail
+from qlora.sweep.report import write_report
+from qlora.wording import format_duration, format_metric
+
+log = logging.getLogger(__name__)
+
+PAGE_SHARE = 0.05
+"""The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
+
+
+class Screen:
+    """Tells of starts, steps and ends of jobs, and keeps the sweep's files true."""
+
+    def __init__(self, sweep: Sweep, waiting: int) -> None:
+        self.sweep, self.waiting_jobs = sweep, waiting
+        self._bars: dict[str, tuple[contextlib.ExitStack, Any]] = {}
+        self._all = contextlib.ExitStack()
+        self._durations: list[float] = []
+        self._done = 0
+        self._page_due = 0.0
+
+    def __enter__(self) -> Self:
+        known = len(self.sweep.with_status(Status.finished))
+        noun = "job" if self.waiting_jobs == 1 else "jobs"
+        say(f"sweep {self.sweep.folder}: {self.waiting_jobs} {noun} to run, {known} finished already")
+        self._update = self._all.enter_context(progress("sweep", self.waiting_jobs))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stack, _ in self._bars.values():
+            stack.close()
+        self._all.close()
+        write_leaderboard(self.sweep)
+        self._write_page()
+
+    def _write_page(self) -> None:
+        try:
+            write_report(self.sweep)
+        except ConfigError:
+            raise
+        except Exception:  # the jobs that still run are worth more than the page
+            log.exception("%s cannot be made", self.sweep.folder / "report.html")
+
+    def _write_files(self) -> None:
+        write_leaderboard(self.sweep)
+        started = time.monotonic()
+        if started >= self._page_due:
+            self._write_page()
+            now = time.monotonic()
+            self._page_due = now + (now - started) / PAGE_SHARE
+
+    def expect(self, count: int) -> None:
+        """Takes how many jobs are still to end; a search learns it as it goes."""
+        self.waiting_jobs = self._done + count
+
+    def started(self, job: Job) -> None:
+        """Tells that a job has started."""
+        job.status = Status.running
+        self.sweep.update(job)
+        record(f"started {job.name}")
+        stack = contextlib.ExitStack()
+        self._bars[job.name] = (stack, stack.enter_context(progress(" ".join(job.overrides) or job.name, None)))
+
+    def waiting(self, running: list[Job]) -> None:
+        """Moves the bars of the running jobs."""
+        for job in running:
+            steps = job.progress
+            if job.name in self._bars and steps:
+                notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
+                if steps.get("tokens_per_second"):
+                    notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
+                if steps.get("seconds_left"):
+                    notes.append(f"{format_duration(steps['seconds_left'])} left")
+                self._bars[job.name][1](steps["step"], note="  ".join(notes), total=steps["max_steps"])
+        self._update(self._done, note=self._standing(len(running)), total=self.waiting_jobs)
+
+    def ended(self, job: Job) -> None:
+        """Tells what became of a job, and brings the files up to date."""
+        stack, _ = self._bars.pop(job.name)
+        stack.close()
+        self._done += 1
+        if job.seconds is not None and job.status is Status.finished:
+            self._durations.append(job.seconds)
+        self.sweep.update(job)
+        self._write_files()
+        place = f"{self._done}/{self.waiting_jobs}"
+        if job.status is Status.finished:
+            value = "" if job.objective is None else f"  {self.sweep.objective} {self._objective(job.objective)}"
+            say(f"{place}  {' '.join(job.overrides) or job.name}{value}  ({format_duration(job.seconds or 0)})")
+            return
+        say(Text(printable(f"{place}  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
+        if job.status is Status.failed:
+            for line in tail(job.folder):
+                say(Text(printable(f"      {line}"), style="dim"))
+
+    def _standing(self, running: int) -> str:
+        failed = len(self.sweep.with_status(Status.failed))
+        notes = [f"{failed} failed"] if failed else []
+        finished = [job for job in self.sweep.with_status(Status.finished) if job.objective is not None]
+        if finished:
+            pick = max if self.sweep.maximizes else min
+            best = pick(finished, key=lambda job: job.objective or 0.0)
+            notes.append(f"best {self._objective(best.objective or 0.0)} {' '.join(best.overrides)}")
+        if self._durations and running:
+            left = (self.waiting_jobs - self._done) / running * statistics.fmean(self._durations)
+            notes.append(f"{format_duration(left)} left")
+        return "  ".join(notes)
+
+    def _objective(self, value: float) -> str:
+        return format_metric((self.sweep.objective or "").removeprefix("eval_"), value)
+
+    def summary(self) -> None:
+        """Prints the table, and what did not finish."""
+        print_leaderboard(build_leaderboard(self.sweep))
+        say(f"leaderboard  {self.sweep.folder / 'leaderboard.md'}")
+        say(f"report       {self.sweep.folder / 'report.html'}")

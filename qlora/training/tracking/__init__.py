@@ -1,0 +1,33 @@
+"""Sends metrics, predictions and the adapter to a tracker, or nowhere; no tracker's package is imported but the chosen.
+
+Wherever a run goes on in its folder, it goes on in its tracker, and nothing is recorded twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from qlora.console import is_main_process
+from qlora.schema import TrackingBackend, TrackingConfig
+from qlora.training.tracking.base import NoTracker, TrackedRun, Tracker
+
+__all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker"]
+
+KINDS = {
+    TrackingBackend.wandb: ("wandb", "WandbTracker"),
+    TrackingBackend.tensorboard: ("tensorboard", "TensorboardTracker"),
+    TrackingBackend.mlflow: ("mlflow", "MlflowTracker"),
+    TrackingBackend.trackio: ("trackio", "TrackioTracker"),
+}
+
+
+def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
+    """Starts the tracker that `config` names; in every process but the first, one that does nothing.
+
+    Raises `ConfigError` if its package or its login is missing.
+    """
+    if config.backend is TrackingBackend.none or not is_main_process():
+        return NoTracker()
+    module, kind = KINDS[config.backend]
+    tracker: Tracker = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(config, run)
+    return tracker

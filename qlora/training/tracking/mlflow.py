@@ -1,0 +1,128 @@
+"""Runs of MLflow, in a database of this machine or on a server."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import ConfigError
+from qlora.schema import TrackingConfig
+from qlora.training.tracking.base import PREDICTION_COLUMNS, BackendTracker, TrackedRun, import_package
+
+log = logging.getLogger(__name__)
+
+RUN_ID_FILE = "mlflow_run_id.txt"
+FOLDER = Path("outputs/mlflow")
+"""Where runs go unless another place is named."""
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+"""The environment, unless the user has set it."""
+MOST_AT_ONCE = 100
+"""Parameters in one request."""
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "interrupted": "KILLED"}
+"""How a run ended in MLflow's words, of any other end FAILED."""
+
+
+class MlflowTracker(BackendTracker):
+    """An MLflow run in the experiment `tracking.project`."""
+
+    backend = "mlflow"
+
+    def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
+        super().__init__(config, run)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        self.mlflow = import_package("mlflow")
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._last = 0
+        place = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        try:
+            if place is None:
+                import_package("mlflow", "sqlalchemy")
+                FOLDER.mkdir(parents=True, exist_ok=True)
+                with _alone(FOLDER / ".lock"):  # two jobs of a sweep would both make the tables
+                    self._open(f"sqlite:///{FOLDER / 'mlflow.db'}", str((FOLDER / "artifacts").absolute()))
+            else:
+                self._open(place, None)
+        except (self.mlflow.MlflowException, OSError) as error:
+            raise ConfigError(
+                f"tracking=mlflow: {place or FOLDER} cannot be used ({' '.join(str(error).split())}); give another "
+                "place with tracking.uri, e.g. tracking.uri=http://localhost:5000"
+            ) from error
+
+    def _open(self, place: str, artifacts: str | None) -> None:
+        """Finds or makes the experiment and the run."""
+        self._client = self.mlflow.MlflowClient(tracking_uri=place)
+        file = self.run.folder / RUN_ID_FILE
+        if file.is_file():
+            self._id = file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        project = self._client.get_experiment_by_name(self.config.project)
+        number = project.experiment_id if project else self._client.create_experiment(self.config.project, artifacts)
+        group = self.run.group(self.config)
+        tags = {**dict.fromkeys(self.run.tags(self.config), "true"), **({"group": group} if group else {})}
+        self._id = self._client.create_run(number, run_name=self.run.title, tags=tags).info.run_id
+        self._log_params({**self.run.flat, **self.run.varied})
+        file.write_text(self._id, encoding="utf-8")
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        longest = self.mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+        made = [self.mlflow.entities.Param(_clean(key), str(value)[:longest]) for key, value in params.items()]
+        for start in range(0, len(made), MOST_AT_ONCE):
+            self._client.log_batch(self._id, params=made[start : start + MOST_AT_ONCE])
+
+    def send(self, metrics: dict[str, float], step: int) -> None:
+        """Records a value for each metric; a server that fails costs these values, not the training."""
+        self._last = max(self._last, step)
+        now = int(time.time() * 1000)
+        values = [self.mlflow.entities.Metric(_clean(name), value, now, step) for name, value in metrics.items()]
+        with self._tolerant("metrics"):
+            self._client.log_batch(self._id, metrics=values)
+
+    def send_predictions(self, rows: list[list[str]], step: int) -> None:
+        """Adds answers to the table `predictions.json`."""
+        columns = zip(*([step, *row] for row in rows), strict=True)
+        table = {name: list(values) for name, values in zip(("step", *PREDICTION_COLUMNS), columns, strict=False)}
+        if table:
+            with self._tolerant("predictions"):
+                self._client.log_table(self._id, table, "predictions.json")
+
+    def log_adapter(self, folder: Path) -> None:
+        """Stores the adapter among the run's artifacts, with `tracking.log_adapter=true`."""
+        if self.config.log_adapter:
+            with self._tolerant("adapter"):
+                self._client.log_artifacts(self._id, str(folder), "adapter")
+
+    def finish(self, status: str, summary: dict[str, float]) -> None:
+        """Records the final metrics and how the run ended."""
+        self.send(summary, self._last)
+        with self._tolerant("end"):
+            self._client.set_tag(self._id, "status", status)
+            self._client.set_terminated(self._id, STATUS.get(status, "FAILED"))
+
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (self.mlflow.MlflowException, OSError) as error:
+            log.warning("tracking=mlflow: the %s of this run are not stored: %s", what, " ".join(str(error).split()))
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _clean(name: str) -> str:
+    """Returns a name of the characters that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", name)

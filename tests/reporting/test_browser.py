@@ -1,0 +1,236 @@
+"""The pages in a real browser: they draw, answer to clicks, follow light and dark, and fit a phone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import write_run, write_sweep
+
+from qlora.folder import RunFolder
+from qlora.reporting.run_page import write_run_page
+from qlora.sweep.report import write_overview
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'qlora[dev]'")
+
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = os.environ.get("QLORA_TEST_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="needs a Chromium: apt-get install chromium-headless-shell, or QLORA_TEST_BROWSER=PROGRAM"
+)
+
+ALARM = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+FIRST_CURVE = "[data-kind=curves][data-index='0']"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        # WebGL on the processor: the parallel axes are drawn with it.
+        yield playwright.chromium.launch(executable_path=BROWSER, args=["--enable-unsafe-swiftshader"])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve runs over two keys and a value that attacks the page; one has failed, one was pruned."""
+    folder = tmp_path_factory.mktemp("sweeps") / "ranks"
+    broken = {5: ("failed", f"ValueError: {ALARM}", f"Traceback\n{ALARM}"), 7: ("pruned", "behind the median", "")}
+    axes = {"lora.r": ["4", "8", "16"], "trainer.learning_rate": ["1e-4", "1e-3"], "name": ["plain", ALARM]}
+    write_sweep(folder, axes, broken=broken)
+    write_overview(folder, None)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    answers = [
+        {"prompt": f"### Instruction:\nSay it. {ALARM}", "reference": "yes", "prediction": answer, "answer_tokens": 1}
+        for answer in ("yes", "no", ALARM)
+    ]
+    folder = write_run(tmp_path_factory.mktemp("runs") / "mine", ["lora.r=8"], answers=answers)
+    result = json.loads((folder / "result.json").read_text())
+    return write_run_page(RunFolder(folder), result, name=f"mine {ALARM}", command=f"qlora 'name={ALARM}'")
+
+
+class Opened:
+    """A page that is drawn, with what went wrong."""
+
+    def __init__(self, browser: Any, path: Path, size: dict[str, int], scheme: str = "light") -> None:
+        self.faults: list[str] = []
+        self.requests: list[str] = []
+        phone = size is PHONE
+        context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=phone, is_mobile=phone)
+        self.page = context.new_page()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("document.querySelectorAll('.chart.wait').length === 0", timeout=60_000)
+        self.page.wait_for_function("[...document.querySelectorAll('.chart')].every(chart => chart.data)")
+
+    def traces(self, chart: str = FIRST_CURVE) -> list[dict[str, Any]]:
+        """The drawn lines of a chart."""
+        script = "chart => chart.data.map(({ name, y, hoverinfo }) => ({ name, y: [...y], hoverinfo }))"
+        return self.page.locator(chart).evaluate(script)
+
+    def ground(self) -> str:
+        return self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.fixture(scope="module")
+def sweep_page(browser: Any, sweep: Path) -> Opened:
+    """The sweep's page, for tests that leave it as it was."""
+    return Opened(browser, sweep, DESKTOP)
+
+
+@pytest.fixture(scope="module")
+def run_page(browser: Any, run: Path) -> Opened:
+    """The run's page, for tests that leave it as it was."""
+    return Opened(browser, run, DESKTOP)
+
+
+@pytest.mark.parametrize("name", ["sweep", "run"])
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light")])
+def test_a_page_is_drawn_without_a_fault_or_a_request_and_fits_the_screen(
+    browser: Any, request: pytest.FixtureRequest, tmp_path: Path, name: str, size: dict[str, int], scheme: str
+) -> None:
+    path = request.getfixturevalue(name)
+    opened = Opened(browser, path, size, scheme)
+    opened.page.screenshot(path=tmp_path / f"{name}-{size['width']}-{scheme}.png", full_page=True)
+    assert not opened.faults
+    assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == size["width"]
+    assert opened.page.evaluate("window.broken") is None
+    assert opened.page.locator("img[src=x]").count() == 0
+    dark = sum(map(int, opened.ground()[4:-1].split(","))) < 3 * 128
+    assert dark == (scheme == "dark")
+
+
+def test_hovering_tells_the_values_and_the_run(run_page: Opened) -> None:
+    opened = run_page
+    chart = opened.page.locator(FIRST_CURVE)
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    label = opened.page.locator(f"{FIRST_CURVE} .hoverlayer .legendtext")
+    label.first.wait_for()
+    texts = " ".join(label.all_text_contents())
+    assert "training" in texts
+    assert any(f"{value:.4g}"[:4] in texts for value in opened.traces()[-1]["y"])
+
+
+def test_the_legend_hides_a_run_and_shows_it_again(sweep_page: Opened) -> None:
+    opened = sweep_page
+    first = opened.page.locator(".legend button").first
+    label = first.get_attribute("title").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert label in {trace["name"] for trace in opened.traces()}
+    first.click()
+    assert first.get_attribute("aria-pressed") == "false"
+    assert label not in {trace["name"] for trace in opened.traces()}
+    opened.page.get_by_role("button", name="none", exact=True).click()
+    assert opened.traces() == []
+    opened.page.get_by_role("button", name="all", exact=True).click()
+    assert label in {trace["name"] for trace in opened.traces()}
+    assert not opened.faults
+
+
+def test_smoothing_changes_the_curve_and_keeps_the_raw_one(run_page: Opened) -> None:
+    opened = run_page
+
+    def roughness(values: list[float]) -> float:
+        return sum(abs(a - b) for a, b in itertools.pairwise(values))
+
+    def training(weight: str) -> list[list[float]]:
+        opened.page.locator("#smoothing").fill(weight)
+        return [trace["y"] for trace in opened.traces() if trace["name"] == "training"]
+
+    [raw] = training("0")
+    faint, smooth = sorted(training("0.9"), key=roughness, reverse=True)
+    assert faint == raw
+    assert len(smooth) == len(raw)
+    assert roughness(smooth) < roughness(raw) / 3
+    assert opened.page.locator("#smoothing + output").inner_text() == "0.90"
+
+
+def test_the_axis_counts_tokens_on_demand_and_is_logarithmic_on_demand(browser: Any, run: Path) -> None:
+    opened = Opened(browser, run, DESKTOP)
+    opened.page.locator("#x").select_option("tokens")
+    opened.page.locator("#log").check()
+    layout = opened.page.locator(FIRST_CURVE).evaluate(
+        "chart => [chart.layout.xaxis.title.text, chart.layout.yaxis.type]"
+    )
+    assert layout == ["tokens", "log"]
+    assert opened.page.locator(FIRST_CURVE).evaluate("chart => chart.data[0].x.at(-1)") == 480 * 200
+
+
+def test_a_click_on_a_head_sorts_the_table_and_another_turns_it_round(sweep_page: Opened) -> None:
+    opened = sweep_page
+    table = opened.page.locator("#leaderboard table")
+    column = table.locator("tbody td:nth-child(2)")
+    head = table.locator("thead th:nth-child(2)")
+    head.get_by_role("button").click()
+    rising = [int(text) for text in column.all_inner_texts()]
+    assert rising == sorted(rising)
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.get_by_role("button").click()
+    assert [int(text) for text in column.all_inner_texts()] == rising[::-1]
+    loss = opened.page.locator("#time thead th", has_text="loss").get_by_role("button")
+    loss.click()
+    losses = opened.page.locator("#time tbody td:nth-child(3)").all_inner_texts()
+    assert losses[-2:] == ["–", "–"]  # of those that did not finish
+    loss.click()
+    assert opened.page.locator("#time tbody td:nth-child(3)").all_inner_texts()[-2:] == ["–", "–"]
+
+
+def test_the_toggle_turns_the_page_and_its_charts_dark(sweep_page: Opened) -> None:
+    opened = sweep_page
+    before = opened.ground(), opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.plot_bgcolor")
+    opened.page.locator("#theme").click()
+    after = opened.ground(), opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.plot_bgcolor")
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    opened.page.locator("#theme").click()
+    assert opened.ground() == before[0]
+
+
+def test_the_charts_of_parameters_hold_every_finished_run(sweep_page: Opened) -> None:
+    opened = sweep_page
+    counts = opened.page.evaluate(
+        "[...document.querySelectorAll('[data-kind=scatters]')].map(chart => chart.data[1].y.length)"
+    )
+    assert set(counts) == {10}
+    dimensions = opened.page.locator("[data-kind=parallel]").evaluate(
+        "chart => chart.data[0].dimensions.map(({ label, values }) => [label, values.length])"
+    )
+    assert dimensions == [["lora.r", 10], ["learning_rate", 10], ["name", 10], ["loss", 10]]
+    assert opened.page.locator("[data-kind=parallel] canvas").count()
+
+
+def test_no_button_sends_a_chart_anywhere(run_page: Opened) -> None:
+    opened = run_page
+    titles = opened.page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(each => each.dataset.title)")
+    assert set(titles) == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+
+
+def test_the_command_is_copied(run_page: Opened) -> None:
+    opened = run_page
+    opened.page.evaluate("navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve(); }")
+    opened.page.locator("[data-copy]").click()
+    opened.page.get_by_role("button", name="copied").wait_for()
+    assert opened.page.evaluate("window.copied") == f"qlora 'name={ALARM}'"
+
+
+def test_config_and_answers_can_be_searched(browser: Any, run: Path) -> None:
+    opened = Opened(browser, run, DESKTOP)
+    opened.page.locator("#config summary").click()
+    opened.page.locator("#config input").fill("learning_rate")
+    assert opened.page.locator("#config tr:visible").all_inner_texts() == ["trainer.learning_rate\t0.002"]
+    opened.page.locator("#wrong").check()
+    assert opened.page.locator(".answers > article:visible").count() == 2

@@ -1,0 +1,196 @@
+"""Whole sweeps of the embedded model from the command line: faults survived, finished jobs kept, kills survived."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUICK = [
+    *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
+    *("trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0"),
+    *("trainer.logging_steps=1", "trainer.eval_steps=2", "data.max_eval_samples=8", "data.max_train_samples=64"),
+    *("evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
+]
+
+FAULTS = '''
+import json, os, resource, signal, sys
+from transformers import TrainerCallback
+
+class Fault(TrainerCallback):
+    """Does to a job what FAULTS says for its seed."""
+    def on_step_end(self, args, state, control, **kwargs):
+        kind = json.loads(os.environ.get("FAULTS", "{}")).get(str(args.seed))
+        if kind == "raise":
+            raise ValueError("a bad row")
+        if kind == "exit":
+            sys.exit(0)
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "memory":
+            resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+            bytearray(2**34)
+'''
+
+
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    own = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *words]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | own | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def sweep(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+    process = start(folder, *words, **environment)
+    output, errors = process.communicate(timeout=500)
+    return process.returncode, output, errors
+
+
+def overview(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "outputs" / "sweeps" / name / "sweep.json").read_text())
+
+
+def by_status(folder: Path, name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for job in overview(folder, name)["jobs"]:
+        found.setdefault(job["status"], []).append(job["job"].rpartition("-")[0])
+    return found
+
+
+def starts(folder: Path, name: str) -> dict[str, int]:
+    """How often each job began, from what it printed."""
+    return {
+        path.parent.name.rpartition("-")[0]: path.read_text().count("qlora 0.")
+        for path in (folder / "outputs" / "sweeps" / name).glob("*/stdout.log")
+    }
+
+
+@pytest.mark.slow
+def test_four_faults_leave_the_other_eight_and_are_run_again_alone(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    words = ["name=faults", "seed=range(0,12)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
+    faults = {"1": "raise", "4": "exit", "5": "kill", "9": "memory"}
+    code, output, errors = sweep(tmp_path, *words, FAULTS=json.dumps(faults))
+    assert code == 1, output + errors
+    found = by_status(tmp_path, "faults")
+    assert sorted(found["failed"]) == ["seed=1", "seed=4", "seed=5", "seed=9"]
+    assert len(found["finished"]) == 8
+    reasons = {job["overrides"][0]: job["reason"] for job in overview(tmp_path, "faults")["jobs"]}
+    assert reasons["seed=1"] == "ValueError: a bad row"
+    assert reasons["seed=4"] == "SystemExit: 0"
+    assert reasons["seed=5"] == "killed (SIGKILL): the system does so when memory runs out"
+    assert reasons["seed=9"] == "MemoryError()"
+    assert "seed=1: failed, ValueError: a bad row" in output
+    assert (
+        errors.strip().splitlines()[-1].startswith("error: 4 of 12 jobs failed: outputs/sweeps/faults/leaderboard.md")
+    )
+    board = (tmp_path / "outputs/sweeps/faults/leaderboard.md").read_text()
+    assert "ValueError: a bad row" in board
+    before = starts(tmp_path, "faults")
+    code, output, errors = sweep(tmp_path, *words)
+    assert code == 0, output + errors
+    assert by_status(tmp_path, "faults").keys() == {"finished"}
+    again = {job: count - before[job] for job, count in starts(tmp_path, "faults").items()}
+    assert {job for job, count in again.items() if count} == {"seed=1", "seed=4", "seed=5", "seed=9"}
+    with (tmp_path / "outputs/sweeps/faults/leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert {row["status"] for row in rows} == {"finished"}
+
+
+@pytest.mark.slow
+def test_a_grown_grid_keeps_what_is_finished_and_another_config_is_refused(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "lora.alpha=8,16")[0] == 0
+    first = starts(tmp_path, "lora.alpha")
+    code, output, _ = sweep(tmp_path, "lora.alpha=16,8.0,32", "name=lora.alpha")
+    assert code == 0
+    assert "1 job to run, 2 finished already" in output
+    assert starts(tmp_path, "lora.alpha") == {**first, "lora.alpha=32": 1}
+    code, _, errors = sweep(tmp_path, "lora.alpha=8,16", "lora.r=8")
+    assert code == 1
+    assert "holds a sweep of another config; changed:\n  lora.r: 4 -> 8\nchoose another folder with name=NAME" in errors
+    assert starts(tmp_path, "lora.alpha")["lora.alpha=8"] == 1
+
+
+@pytest.mark.slow
+def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_one(tmp_path: Path) -> None:
+    words = ["seed=0,1", "name=two", "trainer.max_steps=400", "trainer.eval_steps=null", "trainer.save_steps=5"]
+    first = start(tmp_path, *words)
+    folder = tmp_path / "outputs" / "sweeps" / "two"
+    end = time.monotonic() + 120
+    while not list(folder.glob("*/checkpoints/checkpoint-*")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    code, _, errors = sweep(tmp_path, *words)
+    assert (code, errors.strip().splitlines()[-1]) == (
+        1, "error: another sweep runs in outputs/sweeps/two; wait until it has ended, or choose another folder"
+    )  # fmt: skip
+    first.send_signal(signal.SIGINT)
+    output, errors = first.communicate(timeout=60)
+    assert first.returncode == 130, output + errors
+    assert by_status(tmp_path, "two") == {"interrupted": ["seed=0"], "queued": ["seed=1"]}
+    again = start(tmp_path, *words)
+    stdout = next(folder.glob("seed=0-*/")) / "stdout.log"
+    while "resuming from checkpoint-" not in stdout.read_text():
+        assert again.poll() is None
+        time.sleep(0.1)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    words = ["seed=0,1", "trainer.save_steps=1"]
+    assert sweep(tmp_path, *words, "name=calm")[0] == 0
+    draw = random.Random(0)
+    for _ in range(4):
+        process = start(tmp_path, *words, "name=killed")
+        try:
+            process.communicate(timeout=draw.uniform(0.5, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    assert sweep(tmp_path, *words, "name=killed")[0] == 0
+
+    def losses(name: str) -> dict[str, float]:
+        return {job["job"]: job["metrics"]["eval_loss"] for job in overview(tmp_path, name)["jobs"]}
+
+    assert losses("killed") == losses("calm")
+
+
+def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
+    code, output, errors = sweep(tmp_path, "seed=0,1", "name=basic", "hydra/launcher=basic")
+    assert code == 0, output + errors
+    assert [job["status"] for job in overview(tmp_path, "basic")["jobs"]] == ["finished", "finished"]
+    assert "eval_loss" in (tmp_path / "outputs/sweeps/basic/leaderboard.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["lora.rr=4,8"], "unknown key 'lora.rr'"),
+        (["lora.r=4,0"], "lora.r must be positive, got 0"),
+        (["seed=0,1", "objective=eval_lss"], "objective='eval_lss' is no metric of this run"),
+        (["seed=0,1", "hydra.launcher.gpus_per_job=2"], "hydra.launcher.gpus_per_job=2, but no GPU is visible here"),
+    ],
+)
+def test_a_mistake_ends_before_any_job(tmp_path: Path, words: list[str], sentence: str) -> None:
+    code, _, errors = sweep(tmp_path, *words, CUDA_VISIBLE_DEVICES="")
+    assert code == 1
+    assert errors.strip().splitlines()[-1].startswith(f"error: {sentence}")
+    assert not list(tmp_path.glob("outputs/sweeps/*/*/"))

@@ -1,0 +1,171 @@
+"""The report of a sweep, and `task=report` of any runs: which it finds, what it says varies, what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_runs import write_run, write_sweep
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.sweep.overview import read_sweep
+from qlora.sweep.report import build_report, collect, find_runs, report, short_names, write_overview
+
+AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path / "sweeps" / "ranks", AXES, broken={3: ("failed", "ValueError: a bad row", "line 1\n")})
+
+
+def names(folders: list[Path]) -> list[str]:
+    return [folder.name for folder in folders]
+
+
+def test_the_report_of_a_sweep_averages_seeds_and_links_each_of_them(sweep: Path) -> None:
+    shown = build_report(read_sweep(sweep))
+    assert [dict(line.values) for line in shown.lines] == [{"lora.r": "8"}, {"lora.r": "4"}]
+    assert [[run.short for run in line.runs] for line in shown.lines] == [["open"], ["seed 0", "seed 1"]]
+    assert [run.label for run in shown.lines[1].runs] == ["r=4 seed=0", "r=4 seed=1"]
+    assert shown.lines[1].runs[0].folder == "lora.r=4,seed=0-00000000"
+    [broken] = shown.unfinished
+    assert (broken.status, broken.reason, broken.log) == ("failed", "ValueError: a bad row", ["line 1"])
+    assert broken.curves["loss"].values
+    assert shown.command == "qlora lora.r=8 seed=0"
+
+
+def test_the_command_of_a_named_sweep_runs_the_best_job_alone(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "named", {"lora.r": ["4"]}, command=["sweep=lora-rank"])
+    assert build_report(read_sweep(folder)).command == "qlora lora.r=4 sweep=lora-rank hydra.mode=RUN"
+
+
+def test_the_overview_brings_all_files_of_a_sweep_up_to_date(sweep: Path) -> None:
+    write_overview(sweep, "eval_loss")
+    assert {path.name for path in sweep.iterdir() if path.is_file()} == {
+        *("sweep.json", "leaderboard.md", "leaderboard.csv", "report.html")
+    }
+    assert "3 of 4" in (sweep / "report.html").read_text()
+
+
+def test_a_damaged_file_of_one_job_does_not_stop_the_report(sweep: Path) -> None:
+    (sweep / "lora.r=4,seed=0-00000000" / "history.json").write_text("[{")
+    shown = build_report(read_sweep(sweep))
+    assert shown.lines[1].runs[0].curves == {}
+    assert shown.lines[1].runs[1].curves
+
+
+def test_names_are_short_where_that_is_clear() -> None:
+    assert short_names(["lora.r", "trainer.learning_rate", "seed"]) == {
+        "lora.r": "r", "trainer.learning_rate": "learning_rate", "seed": "seed"
+    }  # fmt: skip
+    assert short_names(["model.name", "data.name"]) == {"model.name": "model.name", "data.name": "data.name"}
+
+
+def test_a_pattern_finds_runs_sweeps_and_folders_of_runs(sweep: Path, tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_run(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "empty").mkdir()
+    assert names(find_runs(f"{tmp_path}/runs/*")) == ["a", "b"]
+    assert names(find_runs(f"{tmp_path}/runs")) == ["a", "b"]
+    assert names(find_runs(f"{tmp_path}/runs/a")) == ["a"]
+    assert len(find_runs(f"{sweep}")) == 4
+    assert len(find_runs(f"{tmp_path}/**")) == 6
+    assert names(find_runs(f"{sweep}/*r=4*")) == ["lora.r=4,seed=0-00000000", "lora.r=4,seed=1-00000001"]
+    assert names(find_runs(f"{tmp_path}/runs/*", without=tmp_path / "runs" / "a")) == ["b"]
+
+
+def test_a_pattern_without_runs_is_answered_with_the_nearest_folder(sweep: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        find_runs(f"{sweep.parent}/rank/*")
+    assert str(error.value) == (
+        f"runs={sweep.parent}/rank/*: there is no run (did you mean {sweep}?); name folders of runs or of sweeps, "
+        "e.g. runs='outputs/runs/*' or runs=outputs/sweeps/mine"
+    )
+
+
+def test_runs_of_no_sweep_vary_where_their_configs_differ(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", ["lora.r=4", "model=tiny"])
+    write_run(tmp_path / "b", ["lora.r=8", "model=tiny"])
+    write_run(tmp_path / "c", ["lora.r=8", "model=llama-7b", "trainer.learning_rate=0.0001"])
+    found = collect([tmp_path / name for name in "abc"], tmp_path / "report", "eval_loss")
+    assert {"model.name", "lora.r", "trainer.learning_rate"} <= set(found.varied)
+    assert not [key for key in found.varied if key.startswith("model.") and key != "model.name"]
+    assert found.jobs["a"].values["lora.r"] == "4"
+    assert found.jobs["c"].values["trainer.learning_rate"] == "0.0001"
+    assert found.common["seed"] == 0
+    shown = build_report(found, is_sweep=False)
+    assert {run.label for run in shown.finished} == {"a", "b", "c"}
+
+
+def test_old_runs_without_a_status_or_a_config_are_shown_too(tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old")
+    for name in ("status.json", "progress.json", "manifest.json", "config.yaml", "history.json"):
+        (old / name).unlink()
+    shutil.rmtree(old / ".hydra")
+    found = collect(find_runs(f"{tmp_path}/*"), tmp_path / "report", "eval_loss")
+    [run] = build_report(found, is_sweep=False).finished
+    assert (run.label, run.status, run.curves) == ("old", "finished", {})
+    assert run.objective == run.metrics["eval_loss"]
+
+
+def test_the_objective_is_that_of_the_runs_unless_another_is_given(tmp_path: Path) -> None:
+    for number in range(2):
+        write_run(tmp_path / f"run{number}", ["objective=eval_exact_match", f"lora.r={4 + number}"])
+    folders = find_runs(f"{tmp_path}/run*")
+    found = collect(folders, tmp_path / "report", "eval_loss")
+    assert found.objective == "eval_exact_match"
+    assert found.maximizes
+    assert collect(folders, tmp_path, "peak_memory_gb").objective == "peak_memory_gb"
+    assert collect(folders, tmp_path, None).objective is None
+    with pytest.raises(ConfigError, match=r"objective=eval_exact_mach: none of the 2 runs has it \(did you mean eval_"):
+        collect(folders, tmp_path, "eval_exact_mach")
+
+
+def test_a_report_needs_runs() -> None:
+    with pytest.raises(ConfigError, match=r"^runs is not set; name what task=report shows"):
+        compose(["task=report"])
+    assert compose(["task=report", "runs=a/*", "objective=eval_mmlu_val_accuracy"]).runs == "a/*"
+
+
+def test_the_report_is_written_into_its_own_folder(sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = report(compose(["task=report", f"runs='{sweep}'"]), out)
+    assert result["metrics"] == {"report_runs": 4, "report_finished": 3}
+    assert {path.name for path in out.iterdir()} == {"report.html", "leaderboard.md", "leaderboard.csv", "report.json"}
+    assert all(Path(path).is_file() for path in result["paths"].values())
+    assert "../sweeps/ranks/lora.r%3D4%2Cseed%3D0-00000000" in (out / "report.html").read_text()
+    assert "<h1>ranks</h1>" in (out / "report.html").read_text()
+    with (out / "leaderboard.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 3 + ["failed"]
+
+
+def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path, tmp_path: Path) -> None:
+    code = "import sys; from qlora.cli import main; main(); sys.exit('torch' in sys.modules)"
+    words = ["task=report", f"runs={sweep}/*", "name=mine"]
+    environment = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lora.r" in done.stdout
+    assert "a bad row" in done.stdout
+    folder = tmp_path / "outputs" / "runs" / "mine"
+    assert (folder / "report.html").is_file()
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    again = subprocess.run(
+        [sys.executable, "-c", code, *words[:1], f"runs={tmp_path}/nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 1
+    assert again.stderr.startswith(f"error: runs={tmp_path}/nowhere: there is no run")
+    assert len(again.stderr.splitlines()) == 1
