@@ -188,8 +188,8 @@ class TaskConfig:
     private: bool = True
     """Whether a repository that `task=push` creates is private."""
     method: SweepMethod | None = None
-    """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset: `grid` where all
-    values are listed, else `bayes`."""
+    """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset:
+    `grid` where all values are listed, else `bayes`."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 0, "task.rows", "be 0 or more", self.rows)

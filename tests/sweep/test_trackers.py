@@ -293,7 +293,7 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
         (["lora.r=8,16", "tracking=wandb", "tracking.mode=offline"], "the agents of task=wandb-sweep need wandb's"),
         (["lora.dropout=interval(0.0,0.1)", "task.method=grid"], "lora.dropout is an interval, which has no grid"),
         (["lora.r=8,16", "task.method=bayes", "objective=null"], "objective=null leaves no metric to go by"),
-        (["lora.alpha=tag(log,interval(0.0,1.0))"], "a logarithmic scale needs bounds above 0, got 0"),
+        (["lora.dropout=tag(log,interval(0.0,0.1))"], "a logarithmic scale needs bounds above 0, got 0"),
         (["lora.r=tag(log,choice(8,16))"], "a list of values has no scale"),
         (["lora.dropout=tag(odd,interval(0.0,0.1))"], "the tag 'odd' is unknown"),
         (["lora.r=8,0"], "lora.r must be positive, got 0"),
