@@ -170,7 +170,7 @@ class Merge:
 
     def _write_tokenizer(self, folder: Path) -> str | None:
         """Writes tokenizer, chat template and `Modelfile`; returns why there is no Modelfile, or None."""
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         model = self.config.model
         base = local_files(self.base, revision=model.revision, cache_dir=model.cache_dir)
         # Converters to GGUF read it; transformers does not save it again.

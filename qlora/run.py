@@ -872,9 +872,8 @@ class Run:
                         example_prompt=self.measurer.rows[0]["prompt"],
                     )
             paths["card"] = str(card)
-            command = shlex.join(["qlora", *self.overrides])
-            paths["report"] = str(write_run_page(self.folder, result, name=self.run_name, command=command))
             write_json(self.folder.path / "metrics.json", summary)
+            paths["report"] = str(write_run_page(self.folder, result, command=shlex.join(["qlora", *self.overrides])))
         write_json(self.folder.result(task), result)
         return result
 

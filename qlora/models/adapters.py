@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.checkpoint import Checkpoint, local_files
 from qlora.models.files import check_safetensors
+from qlora.models.tokenizer import save_tokenizer
 from qlora.schema import LoraConfig, LoraInit
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def save_adapter(
         path_initial_model_for_weight_conversion=str(initial) if initial else None,
         save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
     )
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
     verify_adapter(partial, model, converted=initial is not None)
     _check_trained(partial)
     shutil.rmtree(folder, ignore_errors=True)

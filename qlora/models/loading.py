@@ -22,7 +22,7 @@ from transformers import (
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.device import Placement
 from qlora.models.files import check_model_folder, is_local, locate
-from qlora.models.tokenizer import hub_error
+from qlora.models.tokenizer import hub_error, save_tokenizer
 from qlora.schema import ModelConfig, QuantizationConfig
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def draw_model(
     with torch.device(placement.device):
         model = AutoModelForCausalLM.from_config(model_config, dtype=placement.weights)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def load_base(

@@ -40,6 +40,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a tokenizer such that it splits every text alike when it is loaded again.
+
+    transformers (5.23) forgets whether a LLaMA tokenizer is a legacy one, which puts a blank behind special tokens.
+    """
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(folder)
+
+
 def load_saved_tokenizer(
     folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase | None:

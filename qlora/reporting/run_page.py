@@ -38,17 +38,17 @@ DATA_COUNTS = {
 SHOWN_IF_ZERO = ("train_rows", "eval_rows")
 
 
-def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, name: str, command: str) -> Path:
+def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> Path:
     """Writes `report.html` of a finished training and returns its path.
 
     `result` holds `metrics`, `intervals`, `gains` and `paths`, as `result.json` does; `command` starts the run again.
     Raises `ConfigError` where the folder cannot be written.
     """
-    write_text(folder.report, run_page(folder, result, name=name, command=command))
+    write_text(folder.report, run_page(folder, result, command=command))
     return folder.report
 
 
-def run_page(folder: RunFolder, result: Mapping[str, Any], *, name: str, command: str) -> str:
+def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> str:
     """Returns the page as HTML, from `result` and what else lies in the run's folder."""
     manifest = read_intact(folder.path / "manifest.json") or {}
     charts, groups = _charts(curves(read_history(folder.path)))
@@ -68,7 +68,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, name: str, command
     return render(
         "run.html.jinja",
         data,
-        title=name,
+        title=folder.path.resolve().name,
         over="Run report",
         sections=[(anchor, title) for anchor, title in sections.items() if title],
         started=str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
@@ -192,6 +192,6 @@ def _machine(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _files(folder: RunFolder, paths: Mapping[str, str]) -> list[tuple[str, str]]:
     """Returns the files of the run's own folder: name and link."""
     names = {Path(path).name for path in paths.values() if Path(path).parent == folder.path}
-    known = {"manifest.json", "history.json", "metrics.json", "baseline.json", "result.json", "train.log"}
-    there = sorted(name for name in names | known if (folder.path / name).exists() and name != folder.report.name)
-    return [(name, quote(name)) for name in there]
+    known = {"manifest.json", "history.json", "metrics.json", "baseline.json", "train.log"}
+    there = {name for name in names | known if (folder.path / name).exists() and name != folder.report.name}
+    return [(name, quote(name)) for name in sorted(there | {"result.json"})]  # which is written behind the page

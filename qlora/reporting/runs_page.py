@@ -163,6 +163,7 @@ def runs_page(report: RunsReport) -> str:
         keys=report.keys,
         numeric=[key for key in report.keys if to_numbers([line.values.get(key, "") for line in report.lines])],
         metrics=report.metrics,
+        first=int(objective in report.metrics),
         several_seeds=any(len(line.runs) > 1 for line in report.lines),
         lines=[_table_line(each, report.keys) for each in report.lines],
         many="" if shown == len(groups) else f"The curves of {shown} of {len(groups)} runs are shown at first.",

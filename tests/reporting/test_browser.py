@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = write_run(tmp_path_factory.mktemp("runs") / "mine", ["lora.r=8"], answers=answers)
     result = json.loads((folder / "result.json").read_text())
-    return write_run_page(RunFolder(folder), result, name=f"mine {ALARM}", command=f"qlora 'name={ALARM}'")
+    return write_run_page(RunFolder(folder), result, command=f"qlora 'name={ALARM}'")
 
 
 class Opened:
@@ -173,8 +173,8 @@ def test_the_axis_counts_tokens_on_demand_and_is_logarithmic_on_demand(browser: 
 def test_a_click_on_a_head_sorts_the_table_and_another_turns_it_round(sweep_page: Opened) -> None:
     opened = sweep_page
     table = opened.page.locator("#leaderboard table")
-    column = table.locator("tbody td:nth-child(2)")
-    head = table.locator("thead th:nth-child(2)")
+    column = table.locator("tbody td:nth-child(3)")
+    head = table.locator("thead th:nth-child(3)")
     head.get_by_role("button").click()
     rising = [int(text) for text in column.all_inner_texts()]
     assert rising == sorted(rising)
@@ -211,6 +211,8 @@ def test_the_charts_of_parameters_hold_every_finished_run(sweep_page: Opened) ->
     )
     assert dimensions == [["lora.r", 10], ["learning_rate", 10], ["name", 10], ["loss", 10]]
     assert opened.page.locator("[data-kind=parallel] canvas").count()
+    for texts in ("[data-kind=parallel] text", "[data-kind=scatters] .xtick text"):
+        assert "<script>window.…" in opened.page.locator(texts).all_text_contents()
 
 
 def test_no_button_sends_a_chart_anywhere(run_page: Opened) -> None:

@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def page(folder: Path, **result: Any) -> str:
     stored = json.loads((folder / "result.json").read_text())
-    return run_page(RunFolder(folder), stored | result, name="mine", command="qlora lora.r=8")
+    return run_page(RunFolder(folder), stored | result, command="qlora lora.r=8")
 
 
 def test_the_page_of_a_run_shows_metrics_answers_config_data_machine_and_warnings(folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_page_of_a_run_shows_metrics_answers_config_data_machine_and_warning
 
 
 def test_a_run_of_which_little_is_left_has_a_page_too(tmp_path: Path) -> None:
-    html = run_page(RunFolder(tmp_path), {}, name="bare", command="qlora")
+    html = run_page(RunFolder(tmp_path), {}, command="qlora")
     assert "Nothing was measured on held-out rows." in html
     assert data(html)["curves"] == []
     assert 'id="plotly"' not in html
@@ -168,7 +168,7 @@ def test_a_run_of_which_little_is_left_has_a_page_too(tmp_path: Path) -> None:
 
 def test_an_evaluation_alone_draws_one_colour(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "history.json").write_text(json.dumps([{"step": 5, "eval_loss": 2.0}]))
-    drawn = data(run_page(RunFolder(tmp_path), {"metrics": {"eval_loss": 2.0}}, name="bare", command="qlora"))
+    drawn = data(run_page(RunFolder(tmp_path), {"metrics": {"eval_loss": 2.0}}, command="qlora"))
     assert [group["label"] for group in drawn["groups"]] == ["held out"]
     assert [line["group"] for chart in drawn["curves"] for line in chart["lines"]] == [0]
 

@@ -338,7 +338,8 @@ def test_an_agent_s_job_trains_and_its_summary_holds_the_metric(
         "r1", "s1", "agents", "lora.r=8 quantization=fp4"
     )  # fmt: skip
     assert wandb_config(run)["sweep"] == chosen
-    assert wandb_config(run)["quantization"]["quant_type"] == "fp4"
+    assert wandb_config(run)["quantization"] == "fp4"
+    assert wandb_config(run)["groups"]["quantization"]["quant_type"] == "fp4"
     assert "lora.r=4" not in sweep["command"]
     result = json.loads((folder / "result.json").read_text())
     metric = sweep["metric"]["name"]

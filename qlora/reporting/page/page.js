@@ -4,7 +4,8 @@
   const root = document.documentElement;
   const all = (selector) => [...document.querySelectorAll(selector)];
   const decimal = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
-  const number = (value) => (value && Math.abs(value) < 1e-2 ? Number(value.toPrecision(3)).toExponential() : decimal.format(value));
+  const number = (value) =>
+    (value && Math.abs(value) < 1e-2 ? Number(value.toPrecision(3)).toExponential() : decimal.format(value));
 
   // Colours are the style sheet's, so that charts follow the page from light to dark.
   const probe = document.createElement("span");
@@ -80,8 +81,11 @@
         line: { color, width: 1 } };
       return smoothed && few ? [trace, raw] : [trace];
     });
-    const x = { title: { text: choice.x === "step" ? "step" : "tokens", standoff: 8, font: { size: 12, color: css("soft") } },
-      hoverformat: ",", unifiedhovertitle: { text: `${choice.x === "step" ? "step" : "tokens"} %{x:,}` }, spikethickness: 1, spikecolor: css("soft"), spikedash: "dot", ...(choice.x === "step" ? { tickformat: ",d" } : { tickformat: ".3~s" }) };
+    const x = {
+      title: { text: choice.x, standoff: 8, font: { size: 12, color: css("soft") } },
+      tickformat: choice.x === "step" ? ",d" : ".3~s", hoverformat: ",", unifiedhovertitle: { text: `${choice.x} %{x:,}` },
+      spikethickness: 1, spikecolor: css("soft"), spikedash: "dot",
+    };
     const y = { type: choice.log && spec.logarithmic ? "log" : "linear", tickformat: spec.format, nticks: 7,
       rangemode: spec.fromZero ? "tozero" : "normal", exponentformat: "e" };
     traces.reverse(); // the best on top
@@ -115,7 +119,8 @@
     const [meanX, meanY] = means(spec, objective);
     const points = {
       x: spec.values, y: objective, type: "scatter", mode: "markers", text: labels.map(plain), cliponaxis: false,
-      marker: { size: 10, color: groups.map((group) => groupColor(page.groups[group])), line: { width: 1.5, color: css("card") } },
+      marker: { size: 10, color: groups.map((group) => groupColor(page.groups[group])),
+        line: { width: 1.5, color: css("card") } },
       hovertemplate: `%{text}<br>${plain(page.objective)} %{y:.5~g}<extra></extra>`,
     };
     const line = { x: meanX, y: meanY, type: "scatter", mode: "lines", hoverinfo: "skip",
@@ -136,8 +141,8 @@
       textfont: { color: css("ink") }, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
     };
     const y = { autorange: "reversed", tickvals: names, ticktext: spec.names.map((name) => plain(shorten(name, 26))) };
-    return Plotly.react(place, [bars], layout({ tickformat: ".0%", nticks: 4, range: [0, Math.min(1.12, 1.2 * Math.max(...spec.values, 0.05))] },
-      { ...y, gridcolor: "rgba(0,0,0,0)" }, { bargap: 0.45 }), config());
+    const x = { tickformat: ".0%", nticks: 4, range: [0, Math.min(1.12, 1.2 * Math.max(...spec.values, 0.05))] };
+    return Plotly.react(place, [bars], layout(x, { ...y, gridcolor: css("card") }, { bargap: 0.45 }), config());
   };
 
   const drawParallel = (place, spec) => {
@@ -156,7 +161,8 @@
         label: plain(shorten(title, 18)),
         values: spec.values.map((value) => (value === null ? low - room : scale(value))),
         tickvals: [...(lacking ? [low - room] : []), ...shown.map(scale)],
-        ticktext: [...(lacking ? ["–"] : []), ...shown.map((value) => (spec.numeric ? number(value) : plain(shorten(value, 16))))],
+        // These texts are not read as HTML.
+        ticktext: [...(lacking ? ["–"] : []), ...shown.map((value) => (spec.numeric ? number(value) : shorten(value, 16)))],
         range: [low - (lacking ? 1.3 : 0.1) * room, high + 0.1 * room],
       };
     };
@@ -165,7 +171,8 @@
     const trace = {
       type: "parcoords", dimensions: spec.dimensions.map(dimension), labelfont: { size: 12, color: css("ink") },
       tickfont: { size: 11, color: css("soft") }, rangefont: { size: 1, color: "rgba(0,0,0,0)" },
-      line: { color: objective.map((value) => sign * value), colorscale: [[0, css("rank-best")], [0.5, css("rank-middle")], [1, css("rank-worst")]] },
+      line: { color: objective.map((value) => sign * value),
+        colorscale: ["rank-best", "rank-middle", "rank-worst"].map((name, place) => [place / 2, css(name)]) },
       unselected: { line: { color: css("soft"), opacity: 0.15 } },
     };
     return Plotly.react(place, [trace], layout({}, {}, { margin: { l: 70, r: 70, t: 46, b: 22 } }), config());

@@ -110,7 +110,7 @@ class Sent:
         """The step and the names of each row."""
         self.last_start: tuple[str, int] | None = None
         """What the tracker calls the latest start of the run, and how many rows there were before it."""
-        for entry in read_intact(self._file):
+        for entry in _intact_lines(self._file):
             if "start" in entry:
                 self.last_start = entry["start"], len(self.rows)
             else:
@@ -149,7 +149,7 @@ class Sent:
             file.write(f"\n{json.dumps(entry)}")  # the line break first: the line before may have been cut off
 
 
-def read_intact(file: Path) -> Iterator[dict[str, Any]]:
+def _intact_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file with one a line, without those that were cut off."""
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):

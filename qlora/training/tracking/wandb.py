@@ -38,6 +38,9 @@ class WandbTracker(BackendTracker):
         # An agent of a wandb sweep has chosen where its run belongs, and tells wandb by itself.
         by_agent = "WANDB_SWEEP_ID" in os.environ
         group = run.group(config)
+        sweep: dict[str, Any] = {"sweep": run.varied} if run.varied else {}
+        if by_agent and (hidden := {key: run.config[key] for key in run.varied if key in run.config}):
+            sweep["groups"] = hidden  # in the place of a varied group the agent writes its name
         try:
             self._run: Any = wandb.init(
                 project=None if by_agent else config.project,
@@ -47,7 +50,7 @@ class WandbTracker(BackendTracker):
                 group=group and group[:LONGEST_NAME],
                 job_type=run.job_type,
                 tags=[tag[:LONGEST_TAG] for tag in run.tags(config)] or None,
-                config={**run.config, **({"sweep": run.varied} if run.varied else {})},
+                config={**run.config, **sweep},
                 mode=self.mode,
                 dir=str(run.folder.absolute()),
                 resume="allow" if self.mode == "online" else None,  # an offline run goes on by its id alone
