@@ -7,6 +7,7 @@ import copy
 import errno
 import gc
 import math
+import re
 import shlex
 import shutil
 import time
@@ -30,6 +31,7 @@ from qlora.models.checkpoint import Checkpoint, ModelNames, local_files
 from qlora.models.device import DTYPES, Placement, peak_memory_gb
 from qlora.models.loading import set_compute_dtype
 from qlora.models.merge import Adapted, Merger, take_apart
+from qlora.models.tokenizer import save_tokenizer
 from qlora.reporting.manifest import write_json
 from qlora.reporting.modelfile import find_form, write_modelfile
 from qlora.schema import ComputeDtype, Config, MergeBase
@@ -59,7 +61,7 @@ class Merge:
     """Token ids of real rows."""
     placement: Placement
     name: str
-    """What a server shall call the model."""
+    """The run's, by which a server shall know the model."""
 
     def run(self, place: Path, report: Path) -> dict[str, Any]:
         """Writes the model to the folder `place` and the comparison to `report`, and returns the comparison.
@@ -118,8 +120,13 @@ class Merge:
         return [
             shlex.join(["python", "-c", python]),
             shlex.join(["vllm", "serve", place, "--dtype", str(self.dtype).removeprefix("torch.")]),
-            *([shlex.join(["ollama", "create", self.name, "-f", modelfile])] if ollama else []),
+            *([shlex.join(["ollama", "create", self.served_name, "-f", modelfile])] if ollama else []),
         ]
+
+    @property
+    def served_name(self) -> str:
+        """The run's name in the signs that Ollama takes."""
+        return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-._") or "model"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +149,7 @@ class Merge:
         needed, free = names.count * self.dtype.itemsize + compared, shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
-                f"task=merge needs {needed / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are free; free some, "
+                f"task=merge needs {needed / 1e9:.3g} GB in {folder}, where {free / 1e9:.3g} GB are free; free some, "
                 "or choose another folder with hydra.run.dir=FOLDER"
             )
 
@@ -185,7 +192,7 @@ class Merge:
         settings = GenerationConfig.from_pretrained(folder)
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         end_ids = [token for token in (*ends, self.tokenizer.eos_token_id) if token is not None]
-        write_modelfile(folder, self.tokenizer, form, self.config.generation, end_ids=end_ids, name=self.name)
+        write_modelfile(folder, self.tokenizer, form, self.config.generation, end_ids=end_ids, name=self.served_name)
         return None
 
     def _compare(self, folder: Path, reference: Path) -> Parity:

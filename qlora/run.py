@@ -48,7 +48,13 @@ from qlora.models.files import is_local, locate
 from qlora.models.fingerprint import adapter_digest, folder_digest
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
-from qlora.models.tokenizer import load_saved_tokenizer, load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.models.tokenizer import (
+    load_saved_tokenizer,
+    load_tokenizer,
+    pad_token_id,
+    repair_special_tokens,
+    save_tokenizer,
+)
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
 from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
@@ -195,9 +201,15 @@ class Run:
     @property
     def end_id(self) -> int | None:
         """The end-of-turn token of the template that writes conversations; None: there is none."""
-        if self.config.task.name is TaskName.chat:
+        saved = self.config.task.name is TaskName.merge and self._saved_template is not None
+        if saved or self.config.task.name is TaskName.chat:
             return self.chat_encoder.writer.end_id
         return self.data.end_id if self.measures_rows else None
+
+    @property
+    def _saved_template(self) -> str | None:
+        """The chat template that was saved with what `adapter` names."""
+        return self.trained_tokenizer.chat_template if self.trained_tokenizer is not None else None
 
     @property
     def measures_rows(self) -> bool:
@@ -439,18 +451,16 @@ class Run:
         self.folder.create()
         assert self.data.eval is not None
         rows = self.data.eval.select(range(min(self.config.merge.prompts, len(self.data.eval))))
-        tokenizer = self.trained_tokenizer or self.tokenizer
-        if self.trained_tokenizer is None:
-            tokenizer.chat_template = self.data.template.text
+        self.tokenizer.chat_template = self._saved_template or self.data.template.text
         merge = Merge(
             config=self.config,
             load=self._prepare_merge,
             base=str(self._drawn) if self.config.model.init is Init.random else locate(self.config.model.name),
             model_config=self.model_config,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
             prompts=[ids[:PROMPT_TOKENS] for ids in rows["input_ids"]],
             placement=self.placement,
-            name=self.run_name.lower(),
+            name=self.run_name,
         )
         folder, report = self.folder.merged, self.folder.path / REPORT
         facts = merge.run(folder, report)
@@ -664,7 +674,7 @@ class Run:
             adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial)
         else:
             model.save_pretrained(self.folder.model)
-            self.tokenizer.save_pretrained(self.folder.model)
+            save_tokenizer(self.tokenizer, self.folder.model)
 
     def _measure_after(self, model: PreTrainedModel) -> Measurement:
         task, evaluation = self.config.task, self.config.evaluation

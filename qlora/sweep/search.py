@@ -296,9 +296,11 @@ class Search:
             study.set_user_attr(SWEEP, str(folder.absolute()))
         # With the first seed a continued study would draw its first points again.
         seed = settings.seed + len(study.get_trials(deepcopy=False))
-        study.sampler = build(
-            "sampler", settings.sampler, SAMPLERS[settings.sampler], settings.sampler_kwargs, seed=seed
-        )
+        own: dict[str, Any] = {"seed": seed}
+        if settings.sampler == "cmaes":
+            own["warn_independent_sampling"] = False  # of choices, which are left to chance
+        name = settings.sampler
+        study.sampler = build("sampler", name, SAMPLERS[name], settings.sampler_kwargs, **own)
         return study
 
     def _check_same_study(self, study: optuna.Study) -> None:

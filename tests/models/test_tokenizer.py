@@ -9,13 +9,26 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.models import adapters, loading
 from qlora.models.device import find_device, place
-from qlora.models.tokenizer import load_saved_tokenizer, load_tokenizer, pad_token_id, repair_special_tokens
+from qlora.models.tokenizer import (
+    load_saved_tokenizer,
+    load_tokenizer,
+    pad_token_id,
+    repair_special_tokens,
+    save_tokenizer,
+)
 from qlora.schema import Config
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
@@ -241,3 +254,24 @@ def test_a_new_token_in_angle_brackets_is_one_special_token_wherever_it_stands()
     assert tokenizer("hat<|im_end|>coat zyzzyva hat")["input_ids"].count(mark) == 1
     assert tokenizer("coat zyzzyva hat")["input_ids"].count(word) == 1
     assert tokenizer.decode([mark, word], skip_special_tokens=True).strip() == "zyzzyva"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_saved_llama_tokenizer_splits_text_behind_special_tokens_as_before(tmp_path: Path, legacy: bool) -> None:
+    words = ("<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁b")
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = LlamaTokenizer(vocabulary, [("▁", "a"), ("▁", "b")], legacy=legacy)
+    expected = tokenizer("a</s>b")["input_ids"]
+    assert (vocabulary["▁b"] in expected) is legacy, "what the saved one must keep"
+    for number in range(2):  # saved, and saved again
+        save_tokenizer(tokenizer, tmp_path / str(number))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / str(number))
+        assert tokenizer("a</s>b")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "pythia"])
+def test_a_saved_real_tokenizer_splits_text_behind_special_tokens_as_before(tmp_path: Path, name: str) -> None:
+    tokenizer = real(name)
+    save_tokenizer(tokenizer, tmp_path)
+    text = f"One.{tokenizer.eos_token}\n\nTwo{tokenizer.bos_token}three {tokenizer.eos_token} four"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from qlora.data.templates import NEEDED_TOKENS, Template, read_template
 from qlora.data.tokenize import build_tokenizer
+from qlora.models.tokenizer import save_tokenizer
 from qlora.reporting.modelfile import ChatForm, find_form, write_modelfile
 from qlora.schema import TEMPLATE_NAMES, DataConfig, GenerationConfig
 
@@ -101,7 +102,7 @@ def test_go_writes_the_tokens_of_a_prompt_as_training_does_for_every_template(
         base = with_template(kind, name)
         form = find_form(base)
         assert isinstance(form, ChatForm), f"{name}: {form}"
-        base.save_pretrained(tmp_path / name)
+        save_tokenizer(base, tmp_path / name)
         path = write_modelfile(
             tmp_path / name, base, form, GenerationConfig(), end_ids=[base.eos_token_id], name="mine"
         )

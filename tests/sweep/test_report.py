@@ -135,6 +135,15 @@ def test_a_report_needs_runs() -> None:
     assert compose(["task=report", "runs=a/*", "objective=eval_mmlu_val_accuracy"]).runs == "a/*"
 
 
+def test_a_run_in_python_is_no_report(tmp_path: Path) -> None:
+    from qlora.run import Run
+
+    with pytest.raises(
+        ConfigError, match=r"^task=report is no run; call qlora\.sweep\.report\.report\(config, folder\)$"
+    ):
+        Run(compose(["task=report", "runs=a"]), tmp_path).execute()
+
+
 def test_the_report_is_written_into_its_own_folder(sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = report(compose(["task=report", f"runs='{sweep}'"]), out)

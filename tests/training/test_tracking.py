@@ -507,6 +507,22 @@ def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatc
     assert [row[0] for row in content["data"]] == [1, 2, 3, 4]
 
 
+def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(mlflow_folder)
+    folder = mlflow_folder / "gone"
+    folder.mkdir()
+    (folder / "mlflow_run_id.txt").write_text("0" * 32)
+    Sent(folder, "mlflow").add(["train/loss"], 5)
+    tracker = tracker_for(folder, TrackingBackend.mlflow, project="q")
+    tracker.log({"train/loss": 1.0}, 5)
+    tracker.finish("finished", {})
+    client = MlflowClient(tracking_uri="sqlite:///outputs/mlflow/mlflow.db")
+    run = client.get_run((folder / "mlflow_run_id.txt").read_text())
+    assert (run.info.run_name, run.data.metrics["train/loss"]) == ("my-run", 1.0)
+
+
 def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(ConfigError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):

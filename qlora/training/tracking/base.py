@@ -132,6 +132,11 @@ class Sent:
         """Returns whether a metric was sent at this step, or at a later one."""
         return step <= self._steps.get(name, -1)
 
+    @property
+    def last_step(self) -> int:
+        """The highest step of all."""
+        return max(self._steps.values(), default=0)
+
     def keep(self, count: int) -> None:
         """Forgets all rows but the first `count`: the others were lost on their way."""
         if count < len(self.rows):

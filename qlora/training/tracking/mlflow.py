@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class MlflowTracker(BackendTracker):
         self.mlflow = import_package("mlflow")
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._last = 0
         place = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
         try:
             if place is None:
@@ -63,8 +62,10 @@ class MlflowTracker(BackendTracker):
         file = self.run.folder / RUN_ID_FILE
         if file.is_file():
             self._id = file.read_text(encoding="utf-8").strip()
-            self._client.update_run(self._id, status="RUNNING")
-            return
+            with contextlib.suppress(self.mlflow.MlflowException):  # the database was thrown away since
+                self._client.update_run(self._id, status="RUNNING")
+                return
+            self.sent.keep(0)
         project = self._client.get_experiment_by_name(self.config.project)
         number = project.experiment_id if project else self._client.create_experiment(self.config.project, artifacts)
         group = self.run.group(self.config)
@@ -81,7 +82,6 @@ class MlflowTracker(BackendTracker):
 
     def send(self, metrics: dict[str, float], step: int) -> None:
         """Records a value for each metric; a server that fails costs these values, not the training."""
-        self._last = max(self._last, step)
         now = int(time.time() * 1000)
         values = [self.mlflow.entities.Metric(_clean(name), value, now, step) for name, value in metrics.items()]
         with self._tolerant("metrics"):
@@ -103,12 +103,12 @@ class MlflowTracker(BackendTracker):
 
     def finish(self, status: str, summary: dict[str, float]) -> None:
         """Records the final metrics and how the run ended."""
-        self.send(summary, self._last)
+        self.send(summary, self.sent.last_step)
         with self._tolerant("end"):
             self._client.set_tag(self._id, "status", status)
             self._client.set_terminated(self._id, STATUS.get(status, "FAILED"))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _tolerant(self, what: str) -> Iterator[None]:
         try:
             yield
@@ -116,7 +116,7 @@ class MlflowTracker(BackendTracker):
             log.warning("tracking=mlflow: the %s of this run are not stored: %s", what, " ".join(str(error).split()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
     with file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

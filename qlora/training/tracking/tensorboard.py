@@ -19,13 +19,11 @@ class TensorboardTracker(BackendTracker):
         super().__init__(config, run)
         writer = import_package("tensorboard", "torch.utils.tensorboard.writer")
         self._writer = writer.SummaryWriter(str(run.folder / "tensorboard"))
-        self._last = 0
         text = json.dumps({"name": run.title, **run.config}, indent=2, default=str)
         self._writer.add_text("config", _code_block(text))
 
     def send(self, metrics: dict[str, float], step: int) -> None:
         """Records a scalar for each metric."""
-        self._last = max(self._last, step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # a run that is killed has sent what it notes as sent
@@ -42,7 +40,7 @@ class TensorboardTracker(BackendTracker):
     def finish(self, status: str, summary: dict[str, float]) -> None:
         """Records the final metrics and, of a run that came to its end, a line of the HParams page."""
         text = json.dumps({"status": status, **summary}, indent=2)
-        self._writer.add_text("summary", _code_block(text), self._last)
+        self._writer.add_text("summary", _code_block(text), self.sent.last_step)
         if status == "finished":
             self._add_hparams({name: value for name, value in summary.items() if not is_detail(name)})
         self._writer.close()
@@ -55,7 +53,7 @@ class TensorboardTracker(BackendTracker):
         for part in hparams(self.run.hyperparameters, tagged):
             self._writer.file_writer.add_summary(part)
         for name, value in tagged.items():
-            self._writer.add_scalar(name, value, self._last)
+            self._writer.add_scalar(name, value, self.sent.last_step)
 
 
 def _code_block(text: str) -> str:

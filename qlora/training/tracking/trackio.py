@@ -19,7 +19,6 @@ class TrackioTracker(BackendTracker):
     def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
         super().__init__(config, run)
         self.trackio = import_package("trackio")
-        self._last = 0
         # Runs go on by their names, so those of two sweeps must differ.
         name = f"{run.title} ({run.sweep.sweep})" if run.sweep is not None else run.title
         with _silent():
@@ -35,7 +34,6 @@ class TrackioTracker(BackendTracker):
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
         """Records a row of metrics."""
-        self._last = max(self._last, step)
         self._run.log(metrics, step=step)
 
     def send_predictions(self, rows: list[list[str]], step: int) -> None:
@@ -49,7 +47,7 @@ class TrackioTracker(BackendTracker):
         """Records the final metrics and how the run ended, and writes out what is still in memory."""
         if self._run is not None:
             with _silent():
-                self._run.log({**summary, "status": status}, step=self._last)
+                self._run.log({**summary, "status": status}, step=self.sent.last_step)
                 self.trackio.finish()  # the run's own `finish` would be called again when the process ends
             self._run = None
 
