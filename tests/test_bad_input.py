@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qlora.compose import compose
@@ -122,6 +125,23 @@ def test_an_adapter_of_another_base(tmp_path: Path, base: Path) -> None:
     text = refusal(tmp_path, "task=evaluate", f"adapter={tmp_path / 'trained'}")
     assert text.startswith("adapter=")
     assert f"it was trained on {base}; give that base as model.name" in text
+
+
+def test_a_checkpoint_that_is_not_written_as_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = PeftModel.save_pretrained
+
+    def save_half(self: PeftModel, folder: str | Path, **options: Any) -> None:
+        save(self, folder, **options)
+        path = Path(folder) / "adapter_model.safetensors"
+        weights = load_file(path)
+        weights.popitem()
+        save_file(weights, path)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_half)
+    text = refusal(tmp_path, "trainer.max_steps=2", "trainer.save_steps=1")
+    assert text.startswith(f"{tmp_path}/run/checkpoints/checkpoint-1: the adapter was not saved as it is in memory (")
+    assert text.endswith("check the disk, and run the same command again to go on")
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "trainer_state.json").exists()
 
 
 def test_an_adapter_folder_that_is_missing_or_empty(tmp_path: Path) -> None:

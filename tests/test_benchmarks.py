@@ -7,18 +7,40 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_pipeline.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    """Returns what a benchmark prints."""
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_data_benchmark_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     sizes = ["--rows", "60", "--chats", "10", "--only", "qlora,collator", "--json", str(numbers)]
-    done = subprocess.run([sys.executable, str(SCRIPT), *sizes], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| alpaca", "| chats"))]
+    rows = [
+        line.split(" | ")
+        for line in run("data_pipeline.py", *sizes).splitlines()
+        if line.startswith(("| alpaca", "| chats"))
+    ]
     systems = ["qlora, cold", "qlora, second start", "tokenizing collator"]
     assert [row[1] for row in rows] == systems * 2
     results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
     assert [result["rows"] for result in results] == [59, 59, 60, 9, 9, 10]  # qlora holds one row out
     assert all(result["first_batch"] <= result["whole_pass"] for result in results)
     assert all(500 < result["tokens"] / result["rows"] < 2000 for result in results if result["set"] == "chats")
+
+
+def test_the_evaluation_benchmark_compares_equal_work_and_finds_equal_answers(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    printed = run("evaluation.py", "--items", "24", "--rows", "3", "--json", str(numbers))
+    results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    systems = ["qlora", "one question at a time", "qlora", "one row at a time"]
+    assert [result["system"] for result in results] == systems
+    assert [result["items"] for result in results] == [24, 24, 3, 3]
+    assert results[0]["tokens"] == results[1]["tokens"] > 24 * 200
+    assert results[2]["tokens"] == results[3]["tokens"]
+    assert [result["same"] for result in results] == [1.0] * 4
+    assert "times as fast as one at a time: MMLU, invented " in printed

@@ -50,27 +50,27 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
     assert "step 1/2" in (folder / "train.log").read_text()
 
 
-def test_a_sweep_runs_in_one_process_and_writes_a_line_a_job(tmp_path: Path) -> None:
+def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
     done = qlora(tmp_path, "-m", "name=grid", "lora.r=2,4", "quantization=nf4,none", *QUICK[1:])
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "outputs" / "sweeps" / "grid"
-    lines = [json.loads(line) for line in (sweep / "sweep.jsonl").read_text().splitlines()]
-    assert [line["status"] for line in lines] == ["finished"] * 4
-    assert {tuple(line["overrides"][1:3]) for line in lines} == {
+    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["finished"] * 4
+    assert {tuple(job["overrides"]) for job in jobs} == {
         (f"lora.r={r}", f"quantization={name}") for r in (2, 4) for name in ("nf4", "none")
     }
-    for line in lines:
-        stored = json.loads((sweep / line["job"] / "result.json").read_text())
-        assert line["objective"] == stored["metrics"]["eval_loss"]
+    for job in jobs:
+        stored = json.loads((sweep / job["job"] / "result.json").read_text())
+        assert job["objective"] == stored["metrics"]["eval_loss"]
 
 
 def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     modules = "lora.target_modules=[q_proj],[nope],[v_proj]"
     done = qlora(tmp_path, "-m", "name=part", modules, "evaluation=loss", *QUICK)
     assert done.returncode == 1
-    lines = (tmp_path / "outputs" / "sweeps" / "part" / "sweep.jsonl").read_text().splitlines()
-    assert [json.loads(line)["status"] for line in lines] == ["finished", "failed", "finished"]
-    assert "['nope'] match no linear layer" in json.loads(lines[1])["error"]
+    jobs = json.loads((tmp_path / "outputs" / "sweeps" / "part" / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["finished", "failed", "finished"]
+    assert "['nope'] match no linear layer" in jobs[1]["reason"]
 
 
 def test_a_bad_value_anywhere_in_a_sweep_stops_it_before_the_first_job(tmp_path: Path) -> None:

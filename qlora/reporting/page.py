@@ -21,6 +21,7 @@ from qlora.wording import format_duration, format_metric
 FOLDER = Path(__file__).parent / "page"
 SMOOTH_FROM = 40  # points; fewer are drawn as they are at first
 SMOOTHING = 0.6
+LONGEST_NUMBER = 9  # characters
 NAMES = {
     "train_runtime": "training time",
     "train_tokens_per_second": "tokens/s",
@@ -158,3 +159,11 @@ def plain_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(plain_value, value))}]"
     return "{}" if value == {} else str(value)
+
+
+def short_value(text: str) -> str:
+    """Returns a config's value as people read it: four digits of a number that a search has drawn."""
+    try:
+        return f"{float(text):.4g}" if len(text) > LONGEST_NUMBER else text
+    except ValueError:
+        return text

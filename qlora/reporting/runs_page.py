@@ -19,6 +19,7 @@ from qlora.reporting.page import (
     metric_title,
     plain_config,
     render,
+    short_value,
 )
 from qlora.wording import format_duration
 
@@ -180,7 +181,7 @@ def runs_page(report: RunsReport) -> str:
 
 def _table_line(line: TableLine, keys: Sequence[str]) -> dict[str, Any]:
     return {
-        "values": {key: line.values.get(key, "") for key in keys},
+        "values": {key: short_value(line.values.get(key, "")) for key in keys},
         "cells": [{"text": text, "value": value} for text, value in line.cells],
         "runs": [{"link": _link(run.page or run.folder), "label": run.label, "short": run.short} for run in line.runs],
     }
@@ -296,7 +297,7 @@ def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:
     tiles, objective = list[tuple[str, str, str]](), report.objective
     if report.lines and objective is not None and objective in report.metrics:
         best = report.lines[0]
-        words = " ".join(f"{key}={value}" for key, value in best.values.items())
+        words = " ".join(f"{key}={short_value(value)}" for key, value in best.values.items())
         tiles.append((f"best {metric_title(objective)}", best.cells[list(report.metrics).index(objective)][0], words))
         base = best.runs[0].metrics.get(f"base_{objective}")
         if base is not None:

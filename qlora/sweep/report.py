@@ -18,7 +18,7 @@ from qlora.console import say_rows
 from qlora.errors import ConfigError, did_you_mean
 from qlora.folder import RunFolder, flatten, write_text
 from qlora.reporting.history import curves, read_history, read_intact
-from qlora.reporting.page import plain_value
+from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.schema import Config
 from qlora.sweep.jobs import STATUS_FILE, Job, Status, is_unnamed, read_job
@@ -58,7 +58,9 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
         job.folder: _view(
             sweep,
             job,
-            label=" ".join(f"{names[key]}={value}" for key, value in job.values.items()) if is_sweep else name,
+            label=" ".join(f"{names[key]}={short_value(value)}" for key, value in job.values.items())
+            if is_sweep
+            else name,
         )
         for name, job in sweep.jobs.items()
     }

@@ -110,8 +110,8 @@ def search(
     slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
     with open_sweep(Path(str(config.hydra.sweep.dir)), configs) as sweep:
         sweep.direction = goals[0].direction
-        OmegaConf.save(config, sweep.folder / "multirun.yaml")
         own = Search(settings, space, goals, sweep, compose, configs[0])
+        OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
         try:
             if slots is None:
                 _run_in_batches(own, launch)
@@ -433,7 +433,7 @@ class Search:
             {
                 "params": trial.params,
                 "values": trial.values,
-                "job": trial.user_attrs[JOB],
+                "job": trial.user_attrs.get(JOB),
                 "command": self._again(trial),
             }
             for trial in self._best()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.compose import compose
@@ -154,23 +155,132 @@ def loading_tokenizer():  # type: ignore[no-untyped-def]
 
 def test_an_untrained_adapter_is_not_taken_for_a_trained_one(base_folder: Path, tmp_path: Path) -> None:
     config, base = load(base_folder, "quantization=nf4")
-    with pytest.raises(RuntimeError, match="are zero: nothing was trained"):
+    with pytest.raises(ConfigError, match="are zero: nothing was trained; raise trainer.learning_rate"):
         adapters.save_adapter(attach(config, base, base_folder), tmp_path / "adapter", tokenizer=loading_tokenizer())
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_adapter_of_another_base_is_refused_with_its_own_base_named(base_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def saved(base_folder: Path, tmp_path: Path) -> tuple[PeftModel, Path]:
+    """A changed adapter of rank 4 in memory and its folder."""
     config, base = load(base_folder, "quantization=fp32")
     model = attach(config, base, base_folder)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     adapters.save_adapter(model, tmp_path / "adapter", tokenizer=loading_tokenizer())
-    other = LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=100,
+    return model, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("shape", "difference"),
+    [
+        (
+            {"hidden_size": 32},
+            "its base_model.model.model.layers.0.mlp.down_proj.lora_B.weight is 64 x 4, and this base needs 32 x 4",
+        ),
+        (
+            {"num_hidden_layers": 1},
+            "its base_model.model.model.layers.1.mlp.down_proj.lora_A.weight belongs to a layer that this base does "
+            "not have",
+        ),
+    ],
+    ids=["narrower", "fewer layers"],
+)
+def test_an_adapter_of_another_base_is_refused_with_its_own_base_and_the_first_difference(
+    base_folder: Path, saved: tuple[PeftModel, Path], shape: dict[str, int], difference: str
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2} | shape
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+    with pytest.raises(ConfigError) as error:
+        adapters.load_adapter(other, saved[1], "other")
+    assert str(error.value) == (
+        f"adapter={saved[1]} does not fit model.name=other: it was trained on {base_folder}; give that base as model.name "
+        f"({difference})"
+    )
+
+
+def test_an_adapter_of_a_smaller_model_lacks_what_this_base_has(
+    base_folder: Path, saved: tuple[PeftModel, Path]
+) -> None:
+    larger = LlamaForCausalLM(LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, vocab_size=100,
     ))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"does not fit model.name=other: it was trained on .*base"):
-        adapters.load_adapter(other, tmp_path / "adapter", "other")
+    with pytest.raises(ConfigError) as error:
+        adapters.load_adapter(larger, saved[1], "larger")
+    assert str(error.value) == (
+        f"adapter={saved[1]} is incomplete: 14 of the 42 tensors that its adapter_config.json means on this base are "
+        "missing, first base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight; copy the adapter again, or give "
+        f"the base it was trained on ({base_folder}) as model.name"
+    )
+
+
+def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple[PeftModel, Path]) -> None:
+    weights = load_file(saved[1] / "adapter_model.safetensors")
+    gone = [name for name in weights if "layers.1.mlp.up_proj" in name]
+    save_file(
+        {name: value for name, value in weights.items() if name not in gone}, saved[1] / "adapter_model.safetensors"
+    )
+    _, fresh = load(base_folder, "quantization=fp32")
+    with pytest.raises(
+        ConfigError, match=r"is incomplete: 2 of the 28 tensors .* first base_model.*up_proj.lora_A.weight; "
+    ):
+        adapters.load_adapter(fresh, saved[1], "base")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"peft_type": "LO', "adapter_config.json is damaged (Unterminated string starting at: line 1 column 15"),
+        ("{}", "adapter_config.json has no peft_type, so it is none of PEFT's; copy the adapter again"),
+        ("[]", "adapter_config.json has no peft_type"),
+    ],
+)
+def test_a_broken_adapter_config_is_one_sentence(saved: tuple[PeftModel, Path], text: str, sentence: str) -> None:
+    (saved[1] / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        adapters.check_adapter_folder(saved[1])
+    assert str(error.value).startswith(f"adapter={saved[1]}: {sentence}")
+    assert "\n" not in str(error.value)
+
+
+def test_adapter_weights_that_were_cut_off_are_one_sentence(saved: tuple[PeftModel, Path]) -> None:
+    weights = saved[1] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        ConfigError, match=r"^adapter: .*adapter_model.safetensors is damaged or incomplete .* copy it again$"
+    ):
+        adapters.check_adapter_folder(saved[1])
+
+
+def test_a_saved_adapter_is_compared_with_the_one_in_memory(saved: tuple[PeftModel, Path]) -> None:
+    model, folder = saved
+    adapters.verify_adapter(folder, model)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    path = folder / "adapter_model.safetensors"
+    weights, whole = load_file(path), path.read_bytes()
+    changed = weights | {name: weights[name].clone()}
+    changed[name][0, 0] += 1e-6
+    save_file(changed, path)
+    with pytest.raises(
+        ConfigError, match=rf"adapter was not saved as it is in memory \({name} has other values\); check"
+    ):
+        adapters.verify_adapter(folder, model)
+    save_file({key: value for key, value in weights.items() if key != name}, path)
+    with pytest.raises(ConfigError, match=rf"\({name} is missing\)"):
+        adapters.verify_adapter(folder, model)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match="check the disk, and run the same command again to go on"):
+        adapters.verify_adapter(folder, model)
+    adapters.verify_adapter(folder, model.get_base_model())
+
+
+def test_numbers_that_are_none_are_saved_as_they_are(saved: tuple[PeftModel, Path]) -> None:
+    model, folder = saved
+    parameter = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    parameter.data.fill_(torch.nan)
+    model.save_pretrained(folder)
+    adapters.verify_adapter(folder, model)
 
 
 def test_the_weight_error_of_nf4_is_a_quarter_below_that_of_fp4(base_folder: Path) -> None:

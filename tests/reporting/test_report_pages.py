@@ -13,7 +13,7 @@ from synthetic_runs import write_run
 
 from qlora.folder import RunFolder
 from qlora.reporting.history import Curve
-from qlora.reporting.page import format_value, metric_title, plain_value
+from qlora.reporting.page import format_value, metric_title, plain_value, short_value
 from qlora.reporting.run_page import run_page
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 
@@ -176,6 +176,9 @@ def test_an_evaluation_alone_draws_one_colour(folder: Path, tmp_path: Path) -> N
 def test_values_are_written_as_one_would_type_them() -> None:
     assert [plain_value(value) for value in (None, True, 1e-5, ["a", 1], {}, "x")] == [
         "null", "true", "1e-05", "[a,1]", "{}", "x"
+    ]  # fmt: skip
+    assert [short_value(text) for text in ("0.00015676677195506063", "2e-4", "1000", "[q_proj,k_proj]", "")] == [
+        "0.0001568", "2e-4", "1000", "[q_proj,k_proj]", ""
     ]  # fmt: skip
     assert (metric_title("base_eval_exact_match"), metric_title("peak_memory_gb")) == (
         "exact match of the untuned base", "peak memory (GB)"

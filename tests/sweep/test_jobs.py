@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora.compose import compose, config_to_dict
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, Pruned
 from qlora.sweep.jobs import Status, identity, is_locked, job_folder, locked, read_job, recorded, slug, write_status
 
 
@@ -66,6 +66,7 @@ def test_a_finished_job_tells_its_result(tmp_path: Path) -> None:
         (ConfigError("lora.r must be positive"), Status.failed, "lora.r must be positive"),
         (SystemExit(0), Status.failed, "SystemExit: 0"),
         (MemoryError(), Status.failed, "MemoryError()"),
+        (Pruned("eval_loss 2.1 at step 50 of 200"), Status.pruned, "eval_loss 2.1 at step 50 of 200"),
         (KeyboardInterrupt(), Status.interrupted, "interrupted"),
     ],
 )

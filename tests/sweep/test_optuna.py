@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +196,16 @@ def test_a_grid_has_every_point_once_and_runs_failed_ones_again(tmp_path: Path) 
     assert sorted(starts(tmp_path).values()) == [1, 1, 2, 2]
 
 
+def test_values_that_exclude_each_other_fail_their_trial_alone(tmp_path: Path) -> None:
+    words = ["quantization=none,nf4", "lora=all-linear,pissa", "hydra.sweeper.sampler=grid"]
+    code, output, errors = search(tmp_path, *words)
+    assert code == 1, output + errors
+    assert states(tmp_path) == {"COMPLETE": 3, "FAIL": 1}
+    sentence = "quantization=nf4 lora=pissa: failed, lora.init=pissa rewrites the base weights"
+    assert sentence in output
+    assert sentence in (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
+
+
 def test_points_that_are_drawn_again_start_no_job_and_a_diverged_one_is_the_worst(tmp_path: Path) -> None:
     words = ["lora.r=choice(8,128)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=8"]
     code, output, errors = search(tmp_path, *words)
@@ -259,6 +270,29 @@ def test_a_real_study_prunes_a_training(tmp_path: Path) -> None:
     assert first.value == first.intermediate_values[4]
     assert "trainer.learning_rate=1e-06: pruned, eval_loss 11" in done.stdout
     assert not (tmp_path / "outputs/sweeps/real" / second.user_attrs["job"] / "adapter").exists()
+
+
+def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_pruned(tmp_path: Path) -> None:
+    from qlora.errors import Pruned
+    from qlora.study import TrialLink
+    from qlora.training.pruning import PruningCallback
+
+    url = f"sqlite:///{tmp_path}/study.db"
+    own = optuna.create_study(study_name="s", storage=url)
+    good, bad = own.ask(), own.ask()
+    for step in (10, 20, 30, 40):
+        good.report(1.0, step)
+    own.tell(good, 1.0)
+    link = TrialLink(url, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20})
+    callback = PruningCallback(TrialLink.from_text(link.to_text()))
+    state = SimpleNamespace(log_history=[{"loss": 4, "step": 9}, {"eval_loss": 3, "step": 10}], max_steps=30)
+    callback.on_train_begin(None, state, None)
+    assert own.trials[1].intermediate_values == {10: 3}
+    state.global_step = 30
+    callback.on_evaluate(None, state, None, {"eval_loss": 2.5})
+    state.global_step, state.max_steps = 40, 50
+    with pytest.raises(Pruned, match=r"^eval_loss 2\.500 at step 40 of 50$"):
+        callback.on_evaluate(None, state, None, {"eval_loss": 2.5})
 
 
 # The space

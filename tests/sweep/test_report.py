@@ -138,9 +138,7 @@ def test_a_report_needs_runs() -> None:
 def test_a_run_in_python_is_no_report(tmp_path: Path) -> None:
     from qlora.run import Run
 
-    with pytest.raises(
-        ConfigError, match=r"^task=report is no run; call qlora\.sweep\.report\.report\(config, folder\)$"
-    ):
+    with pytest.raises(ConfigError, match=r"^task=report is no run; start it on the command line: qlora task=report$"):
         Run(compose(["task=report", "runs=a"]), tmp_path).execute()
 
 
