@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qlora import console
 from qlora.errors import ConfigError
-from qlora.evaluation.parity import Parity, compare, record
+from qlora.evaluation.parity import Parity, compare, compare_records, record
 from qlora.folder import replace_folder, restore_folder
 from qlora.models.checkpoint import Checkpoint, ModelNames, local_files
 from qlora.models.device import DTYPES, Placement, peak_memory_gb
@@ -75,7 +75,8 @@ class Merge:
         with _whole_or_not_at_all(place) as partial:
             reference = partial / ".reference"
             reference.mkdir()
-            adapted = self._take_reference(reference, partial)
+            adapted, rounding = self._take_reference(reference, partial)
+            limit = self._limit(rounding)
             merger = self._merger(names, adapted)
             with console.progress("merging", len(merger.parts)) as update:
                 merger.write(partial, max_shard_size=self.config.merge.max_shard_size, on_progress=update)
@@ -83,14 +84,15 @@ class Merge:
             parity = self._compare(partial, reference)
             shutil.rmtree(reference)
             facts = {
-                "accepted": parity.kl_mean <= self.max_kl,
+                "accepted": parity.kl_mean <= limit,
                 "adapter": self.config.adapter,
                 "model": self.config.model.name,
                 "base": self.config.merge.base.value,
                 "dtype": _name(self.dtype),
-                "max_kl": self.max_kl,
+                "max_kl": limit,
+                "computing_kl": rounding,
                 **asdict(parity),
-                "rounding": _rounding(merger.errors),
+                "quantization": _summary(merger.errors),
                 "weights_gb": merger.bytes / 1e9,
                 "files": len(list(partial.glob("*.safetensors"))),
                 "modelfile": modelfile,
@@ -99,14 +101,14 @@ class Merge:
             }
             write_json(report, facts)
             if not facts["accepted"]:  # also where it is no number
-                raise ConfigError(self._refusal(parity, merger.errors))
+                raise ConfigError(self._refusal(parity, merger.errors, limit))
             write_json(partial / REPORT, facts)
         return facts
 
     def print_summary(self, folder: Path, facts: dict[str, Any], files: list[tuple[str, str]]) -> None:
         """Prints how near the merged model is, and the commands that serve it."""
         rows: list[tuple[str, float | None, float | None, str]] = [
-            ("kl_divergence", None, facts["kl_mean"], f"nats a token, at most {facts['max_kl']:g}"),
+            ("kl_divergence", None, facts["kl_mean"], f"nats a token, at most {facts['max_kl']:.2g}"),
             ("same_likeliest_token", None, facts["top1_agreement"], f"share of {facts['tokens']:,} tokens"),
         ]
         console.summary(f"merged: {folder}", rows, [], files, self._serving(folder, facts["modelfile"] is None))
@@ -134,18 +136,21 @@ class Merge:
         wanted = self.config.merge.dtype
         return self.placement.compute if wanted is ComputeDtype.auto else DTYPES[wanted]
 
-    @property
-    def max_kl(self) -> float:
-        """The mean KL divergence that is accepted, in nats a token."""
+    def _limit(self, rounding: float | None) -> float:
+        """Returns the mean KL divergence that is accepted, in nats a token.
+
+        Unset, it is at least twice what `rounding` in 16 bits does to the adapter on its base itself.
+        """
         merge, bits = self.config.merge, self.config.quantization.bits
         if merge.max_kl is not None:
             return merge.max_kl
-        return INT8_LIMIT if bits == 8 and merge.base is MergeBase.dequantized else LIMITS[merge.base]
+        limit = INT8_LIMIT if bits == 8 and merge.base is MergeBase.dequantized else LIMITS[merge.base]
+        return max(limit, 2 * (rounding or 0.0))
 
     def _check_space(self, folder: Path, names: ModelNames) -> None:
         """Raises `ConfigError` if the weights and what they are compared with do not fit on the disk."""
         vocabulary = max(len(self.tokenizer), self.model_config.get_text_config().vocab_size)
-        compared = sum(map(len, self.prompts)) * vocabulary * torch.float32.itemsize
+        compared = sum(map(len, self.prompts)) * vocabulary * (torch.float32.itemsize + self.dtype.itemsize)
         needed, free = names.count * self.dtype.itemsize + compared, shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
@@ -153,22 +158,37 @@ class Merge:
                 "or choose another folder with hydra.run.dir=FOLDER"
             )
 
-    def _take_reference(self, folder: Path, partial: Path) -> Adapted:
-        """Loads base and adapter, notes what they answer, writes their settings, and lets them go."""
+    def _take_reference(self, folder: Path, partial: Path) -> tuple[Adapted, float | None]:
+        """Loads base and adapter, notes in float32 what they answer, writes their settings, and lets them go.
+
+        Returns the parts, and the KL divergence that computing in the precision of the merged model alone makes (None:
+        unknown, or no rounding). With a base of 16 bits, which would take twice its memory in float32, the reference
+        is what they answer as they are.
+        """
         model = self.load().eval()
         adapted = take_apart(model)
         _write_settings(model.get_base_model(), partial, self.dtype)
         console.say(f"noting what the adapter on its base answers to {len(self.prompts)} prompts")
-        exact = self.config.quantization.bits != 16  # 16-bit weights would take twice their memory
-        if exact:  # rounding in each layer would count as a difference, and weighs more than the merging
+        device, rounding = self.placement.device, None
+        if self.config.quantization.bits == 16:
+            with self.placement.autocast():
+                record(model, self.prompts, folder, device=device)
+        else:
+            rounded = folder / "rounded"
+            if self.dtype is not torch.float32:
+                rounded.mkdir()
+                set_compute_dtype(model, self.dtype)
+                with torch.autocast(device.type, dtype=self.dtype):
+                    record(model, self.prompts, rounded, device=device)
             set_compute_dtype(model.float(), torch.float32)
-        with contextlib.nullcontext() if exact else self.placement.autocast():
-            record(model, self.prompts, folder, device=self.placement.device)
+            record(model, self.prompts, folder, device=device)
+            if rounded.exists():
+                rounding = compare_records(rounded, folder, device=device).kl_mean
         del model
         gc.collect()
-        if self.placement.device.type != "cpu":
-            getattr(torch, self.placement.device.type).empty_cache()
-        return adapted
+        if device.type != "cpu":
+            getattr(torch, device.type).empty_cache()
+        return adapted, rounding
 
     def _merger(self, names: ModelNames, adapted: Adapted) -> Merger:
         model = self.config.model
@@ -208,11 +228,11 @@ class Merge:
         )
         return compare(model.eval(), self.prompts, reference, device=self.placement.device)
 
-    def _refusal(self, parity: Parity, errors: dict[str, float]) -> str:
+    def _refusal(self, parity: Parity, errors: dict[str, float], limit: float) -> str:
         quantization = self.config.quantization
         apart = (
             f"merge.base={self.config.merge.base.value}: the merged model answers otherwise than the adapter on its "
-            f"base (KL divergence {parity.kl_mean:.2g} nats a token, above merge.max_kl={self.max_kl:g})"
+            f"base (KL divergence {parity.kl_mean:.2g} nats a token, above merge.max_kl={limit:.2g})"
         )
         if not math.isfinite(parity.kl_mean):
             return f"{apart}: its probabilities are no numbers in {_name(self.dtype)}; use another merge.dtype"
@@ -283,8 +303,8 @@ def _disk_is_full(error: BaseException) -> bool:
     return isinstance(error, SafetensorError) and any(code in str(error) for code in codes)
 
 
-def _rounding(errors: dict[str, float]) -> dict[str, Any]:
-    """Returns the mean of what rounding changed, as a share of a layer's weight, and the five largest."""
+def _summary(errors: dict[str, float]) -> dict[str, Any]:
+    """Returns the mean of what quantization changed, as a share of a layer's weight, and the five largest."""
     largest = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
     return {"mean": mean(errors.values()), "largest": {name: errors[name] for name in largest}} if errors else {}
 

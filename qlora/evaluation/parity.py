@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +37,20 @@ def record(model: torch.nn.Module, prompts: Sequence[Sequence[int]], folder: Pat
 @torch.no_grad()
 def compare(model: torch.nn.Module, prompts: Sequence[Sequence[int]], folder: Path, *, device: torch.device) -> Parity:
     """Compares a model with what `record` wrote into `folder`; log-softmax and sums are in float32."""
+    answers = (_forward(model, prompt, device, hidden=number == 0) for number, prompt in enumerate(prompts))
+    return _compare(answers, folder, device)
+
+
+def compare_records(folder: Path, reference: Path, *, device: torch.device) -> Parity:
+    """Compares what `record` wrote into two folders."""
+    count = len(list(folder.glob("*.safetensors")))
+    return _compare((load_file(folder / f"{number}.safetensors") for number in range(count)), reference, device)
+
+
+def _compare(answers: Iterable[dict[str, Tensor]], folder: Path, device: torch.device) -> Parity:
     kl, same, layers = [], [], []
-    for number, prompt in enumerate(prompts):
+    for number, found in enumerate(answers):
         expected = load_file(folder / f"{number}.safetensors")
-        found = _forward(model, prompt, device, hidden=number == 0)
         reference, logits = (torch.log_softmax(each["logits"].to(device).float(), dim=-1) for each in (expected, found))
         terms = reference.exp() * (reference - logits)
         terms = terms.masked_fill(reference == -torch.inf, 0.0)  # p log p of an impossible token
@@ -53,7 +63,7 @@ def compare(model: torch.nn.Module, prompts: Sequence[Sequence[int]], folder: Pa
         kl_max=float(divergence.max()),
         top1_agreement=float(agreement.float().mean()),
         tokens=len(divergence),
-        prompts=len(prompts),
+        prompts=len(kl),
         layers=layers,
     )
 

@@ -370,10 +370,18 @@ def test_a_model_that_answers_otherwise_is_not_there_but_its_report_is(own: tupl
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["accepted"] is False
     assert report["kl_mean"] > 1e-4
-    assert 0.05 < report["rounding"]["mean"] < 0.15
-    assert len(report["rounding"]["largest"]) == 5
+    assert 0.05 < report["quantization"]["mean"] < 0.15
+    assert len(report["quantization"]["largest"]) == 5
     assert (folder / "merged" / "model.safetensors").stat().st_ino == before
     assert not (folder / "merged.partial").exists()
+
+
+def test_what_computing_in_16_bits_does_by_itself_is_no_fault_of_the_merge(own: tuple[Path, str]) -> None:
+    report = merge(*own, "merge.dtype=bf16")
+    assert report["computing_kl"] > 0
+    assert report["max_kl"] == max(1e-3, 2 * report["computing_kl"])
+    assert merge(*own)["computing_kl"] is None
+    assert merge(*own)["max_kl"] == 1e-3
 
 
 def test_the_sentence_for_rounded_weights_offers_float32(own: tuple[Path, str]) -> None:
