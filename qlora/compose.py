@@ -24,7 +24,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, Sweep
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -528,6 +528,20 @@ def swept_values(override: Override) -> list[str] | None:
     if not (values := list(override.sweep_string_iterator())):
         raise ConfigError(f"{text} is empty: a range runs from its start up to its stop, which is no part of it")
     return values
+
+
+def is_logarithmic(override: Override) -> bool:
+    """Returns whether the values of a sweep are drawn on a logarithmic scale, as `tag(log,interval(1,9))` says.
+
+    Raises `ConfigError` for another tag, and for bounds that have no logarithm.
+    """
+    text, value = override.input_line, override.value()
+    tags = value.tags if isinstance(value, Sweep) else set()
+    if unknown := sorted(tags - {"log"}):
+        raise ConfigError(f"{text}: the tag {unknown[0]!r} is unknown; there is log only, as in tag(log,interval(1,9))")
+    if "log" in tags and isinstance(value, IntervalSweep) and value.start is not None and value.start <= 0:
+        raise ConfigError(f"{text}: a logarithmic scale needs bounds above 0, got {value.start:g}")
+    return "log" in tags
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigError:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,12 +108,10 @@ class RunFolder:
         if stored is None:
             return
         before, now = dict(flatten(stored)), dict(flatten(config))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
-        if changed:
-            lines = "".join(f"\n  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:12])
-            more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+        keys = [key for key in {*before, *now} if not is_below(key, FREE_KEYS)]
+        if changes := describe_changes(before, now, keys):
             raise ConfigError(
-                f"{self.path} holds a run with another config; changed:{lines}{more}\n"
+                f"{self.path} holds a run with another config; changed:{changes}\n"
                 "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume"
             )
 
@@ -160,8 +158,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def is_below(key: str, parents: Iterable[str]) -> bool:
+    """Returns whether a full key is one of `parents`, or lies in one of them."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Returns those of the full keys that have another value now, in lines of their own; "" where none has."""
+    changed = [key for key in sorted(keys) if before.get(key) != now.get(key)]
+    lines = "".join(f"\n  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:12])
+    return lines + (f"\n  and {len(changed) - 12} more" if len(changed) > 12 else "")
 
 
 def find_adapter(place: Path) -> tuple[Path | None, Path | None]:

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 VARIABLE = "QLORA_SWEEP"
 """The environment variable that tells a job its sweep."""
+TRIAL_VARIABLE = "QLORA_TRIAL"
+"""The environment variable that tells a job which trial of a search it is, if that may be pruned."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mo
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.mmlu import HUB_SET, HUB_SUBSET, Mmlu, load_questions
 from qlora.folder import RunFolder, find_adapter, flatten, iter_lines, read_json, read_lines, write_lines
-from qlora.membership import Membership
+from qlora.membership import TRIAL_VARIABLE, Membership
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters, loading
 from qlora.models.device import (
@@ -398,14 +398,7 @@ class Run:
         plot_lengths(preview, picture)
         console.say_colored(to_text(preview, ids=self.config.task.ids, color=console.screen().is_terminal))
         paths = {"page": str(page), "lengths": str(picture)}
-        result: dict[str, Any] = {
-            "status": "finished",
-            "task": "preview",
-            "objective": None,
-            "metrics": preview_metrics(self.data),
-            "paths": paths,
-        }
-        write_json(self.folder.result("preview"), result)
+        result = self._store("preview", preview_metrics(self.data), paths)
         console.say()
         console.say_rows(list(paths.items()))
         return result
@@ -424,19 +417,12 @@ class Run:
         )
         chat = hold(speaker)
         tokens = sum(reply.tokens for reply in chat.replies)
-        result: dict[str, Any] = {
-            "status": "finished",
-            "task": "chat",
-            "objective": None,
-            "metrics": {
-                "chat_answers": len(chat.replies),
-                "chat_tokens": tokens,
-                "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
-            },
-            "paths": {"conversation": str(chat.file)} if chat.file else {},
+        metrics = {
+            "chat_answers": len(chat.replies),
+            "chat_tokens": tokens,
+            "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
         }
-        write_json(self.folder.result("chat"), result)
-        return result
+        return self._store("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
 
     def merge(self) -> dict[str, Any]:
         """Makes one model of the base and the adapter in `merged/`, if it answers as they do."""
@@ -464,14 +450,8 @@ class Run:
         )
         folder, report = self.folder.merged, self.folder.path / REPORT
         facts = merge.run(folder, report)
-        result: dict[str, Any] = {
-            "status": "finished",
-            "task": "merge",
-            "objective": None,
-            "metrics": {f"merge_{name}": facts[name] for name in ("kl_mean", "kl_max", "top1_agreement")},
-            "paths": {"merged": str(folder), "report": str(report)},
-        }
-        write_json(self.folder.result("merge"), result)
+        metrics = {f"merge_{name}": facts[name] for name in ("kl_mean", "kl_max", "top1_agreement")}
+        result = self._store("merge", metrics, {"merged": str(folder), "report": str(report)})
         merge.print_summary(folder, facts, list(result["paths"].items()))
         return result
 
@@ -520,16 +500,8 @@ class Run:
             private=self.config.task.private,
             message=f"{folder.name} of {folder.absolute().parent.name}, by qlora",
         )
-        result: dict[str, Any] = {
-            "status": "finished",
-            "task": "push",
-            "objective": None,
-            "metrics": {},
-            "paths": {"commit": url},
-        }
-        write_json(self.folder.result("push"), result)
         console.say_rows([("pushed", f"{len(files)} files of {folder}"), ("commit", url)])
-        return result
+        return self._store("push", {}, {"commit": url})
 
     # Steps of the tasks
 
@@ -659,7 +631,7 @@ class Run:
     @staticmethod
     def _build_pruning() -> list[Any]:
         """Returns what reports to the search that this run is a trial of, if that ends trials early."""
-        if (link := os.environ.get("QLORA_TRIAL")) is None:
+        if (link := os.environ.get(TRIAL_VARIABLE)) is None:
             return []
         from qlora.study import TrialLink  # Optuna is an extra
         from qlora.training.pruning import PruningCallback
@@ -833,6 +805,12 @@ class Run:
             }
         return facts
 
+    def _store(self, task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
+        """Writes the result of a task that has no objective, and returns it."""
+        result = {"status": "finished", "task": task, "objective": None, "metrics": dict(metrics), "paths": paths}
+        write_json(self.folder.result(task), result)
+        return result
+
     def _write_result(
         self,
         task: str,
@@ -870,6 +848,7 @@ class Run:
             **more,
         }
         if task == "train":
+            command = shlex.join(["qlora", *self.overrides])
             for folder in (self.folder.adapter, self.folder.model, self.folder.path):
                 if folder.is_dir():
                     card = write_model_card(
@@ -877,13 +856,13 @@ class Run:
                         config=self.config,
                         result=result,
                         base_model=self.config.model.name,
-                        command=shlex.join(["qlora", *self.overrides]),
+                        command=command,
                         compute_dtype=str(self.placement.compute).removeprefix("torch."),
                         example_prompt=self.measurer.rows[0]["prompt"],
                     )
             paths["card"] = str(card)
             write_json(self.folder.path / "metrics.json", summary)
-            paths["report"] = str(write_run_page(self.folder, result, command=shlex.join(["qlora", *self.overrides])))
+            paths["report"] = str(write_run_page(self.folder, result, command=command))
         write_json(self.folder.result(task), result)
         return result
 

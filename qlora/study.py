@@ -20,8 +20,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qlora.errors import ConfigError
 
-VARIABLE = "QLORA_TRIAL"
-"""The environment variable that tells a job which trial it is, if that may be pruned."""
 PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
 LOCK_SECONDS = 60.0
 """SQLite writes one after another; a trial waits so long for its turn."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError, Pruned
-from qlora.folder import FREE_KEYS, RunFolder, flatten, read_json, write_text
+from qlora.folder import FREE_KEYS, RunFolder, flatten, is_below, read_json, write_text
 
 LOCK_FILE = ".lock"
 STATUS_FILE = "status.json"
@@ -67,6 +67,10 @@ class Job:
         """The varied keys with their values."""
         return dict(text.lstrip("+").split("=", 1) for text in self.overrides)
 
+    def queue(self, overrides: list[str]) -> None:
+        """Takes the job up anew, `overrides` being its own if it has none yet."""
+        self.status, self.reason, self.overrides = Status.queued, None, self.overrides or overrides
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what the overview file tells of it."""
         return {
@@ -82,14 +86,9 @@ class Job:
 
 def identity(config: Mapping[str, Any]) -> str:
     """Returns 8 hex digits that are the same for every way to write the same resolved config."""
-    facts = {key: value for key, value in flatten(dict(config)) if not is_unnamed(key)}
+    facts = {key: value for key, value in flatten(dict(config)) if not is_below(key, UNNAMED_KEYS)}
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def is_unnamed(key: str) -> bool:
-    """Returns whether a key may have another value and the job still give the same result."""
-    return any(key == free or key.startswith(f"{free}.") for free in UNNAMED_KEYS)
 
 
 def slug(overrides: Sequence[str]) -> str:

@@ -23,7 +23,13 @@ from qlora.sweep.screen import Screen
 from qlora.sweep.trackers import track_sweep
 
 NOT_PASSED_ON = (
-    *("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper"),
+    "hydra.mode",
+    "hydra.run.",
+    "hydra.sweep.",
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra.sweeper",
 )
 """What the sweep reads itself; a job is a single run."""
 
@@ -89,7 +95,7 @@ def plan(sweep: Sweep, configs: Sequence[Config], overrides: Sequence[Sequence[s
     for config, own in zip(configs, varied(overrides), strict=True):
         job = find_job(sweep, config, own)
         if job.status is not Status.finished:
-            job.status, job.reason, job.overrides = Status.queued, None, job.overrides or own
+            job.queue(own)
         jobs.append(sweep.jobs.setdefault(job.name, job))
     sweep.write()
     return jobs

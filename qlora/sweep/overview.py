@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
-from qlora.folder import flatten, read_json, write_text
+from qlora.folder import describe_changes, flatten, is_below, read_json, write_text
 from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
 from qlora.wording import higher_is_better
 
@@ -76,21 +76,17 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
 def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the full keys that have one value in all configs, but for those that do not change a result."""
     first, *rest = [dict(flatten(config)) for config in configs]
-    free = tuple(f"{key}." for key in UNNAMED_KEYS)
     return {
         key: value
         for key, value in first.items()
-        if key not in UNNAMED_KEYS and not key.startswith(free) and all(other.get(key) == value for other in rest)
+        if not is_below(key, UNNAMED_KEYS) and all(other.get(key) == value for other in rest)
     }
 
 
 def check_same_sweep(folder: Path, stored: dict[str, Any], common: dict[str, Any]) -> None:
     """Raises `ConfigError` naming the keys that no job of a sweep varies and that have another value now."""
-    changed = [key for key in sorted({*stored} & {*common}) if stored[key] != common[key]]
-    if changed:
-        lines = "".join(f"\n  {key}: {stored[key]!r} -> {common[key]!r}" for key in changed[:12])
-        more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+    if changes := describe_changes(stored, common, {*stored} & {*common}):
         raise ConfigError(
-            f"{folder} holds a sweep of another config; changed:{lines}{more}\n"
+            f"{folder} holds a sweep of another config; changed:{changes}\n"
             "choose another folder with name=NAME, or start with the same config to go on"
         )

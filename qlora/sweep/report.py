@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from qlora import compose
 from qlora.console import say_rows
 from qlora.errors import ConfigError, did_you_mean
-from qlora.folder import RunFolder, flatten, write_text
+from qlora.folder import RunFolder, flatten, is_below, write_text
 from qlora.reporting.history import curves, read_history, read_intact
 from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.schema import Config
-from qlora.sweep.jobs import STATUS_FILE, Job, Status, is_unnamed, read_job
+from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, write_leaderboard
 from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_facts, read_sweep
 from qlora.sweep.processes import tail
@@ -246,7 +246,7 @@ def read_run(folder: Path) -> Job:
 def _name_differences(jobs: Sequence[Job], configs: Sequence[dict[str, Any]]) -> None:
     """Gives each job, as its overrides, the keys of its config that are not the same in all."""
     known = [config for config in configs if config]
-    keys = [key for key in dict.fromkeys(key for config in known for key in config) if not is_unnamed(key)]
+    keys = [key for key in dict.fromkeys(key for config in known for key in config) if not is_below(key, UNNAMED_KEYS)]
     texts = {key: [plain_value(config.get(key, "")) for config in known] for key in keys}
     varied = [key for key in keys if len(set(texts[key])) > 1 and not _follows_from_name(key, texts)]
     for job, config in zip(jobs, configs, strict=True):

@@ -27,9 +27,9 @@ from qlora.compose import explain, to_config
 from qlora.console import printable, say, say_rows
 from qlora.errors import ConfigError
 from qlora.folder import write_text
-from qlora.membership import Membership
+from qlora.membership import TRIAL_VARIABLE
 from qlora.schema import Config, Device, EvaluationName, TaskName
-from qlora.study import VARIABLE, TrialLink, build, build_pruner, hide_password, open_storage
+from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage
 from qlora.sweep.jobs import Job, Status, identity, read_job, slug, write_status
 from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare
 from qlora.sweep.leaderboard import describe, write_leaderboard
@@ -203,9 +203,7 @@ def _run_in_slots(own: Search, config: DictConfig, slots: list[dict[str, str]]) 
             screen.expect(own.left + len(own.open))
             if planned is None:
                 return None
-            environment = Membership.environment(own.sweep.folder.name, planned.job.overrides)
-            if planned.link is not None:
-                environment[VARIABLE] = planned.link.to_text()
+            environment = {} if planned.link is None else {TRIAL_VARIABLE: planned.link.to_text()}
             return Task(planned.job, command(config, planned.job.folder, planned.words), environment)
 
         def ended(job: Job) -> None:
@@ -240,7 +238,7 @@ def _link_words(link: TrialLink | None) -> list[str]:
     """Returns the override by which every launcher hands an environment variable to a job."""
     if link is None:
         return []
-    return [f"++hydra.job.env_set.{VARIABLE}={QuotedString(link.to_text(), Quote.single).with_quotes()}"]
+    return [f"++hydra.job.env_set.{TRIAL_VARIABLE}={QuotedString(link.to_text(), Quote.single).with_quotes()}"]
 
 
 class Search:
@@ -361,7 +359,7 @@ class Search:
                 self._tell(trial.number, job)
             else:
                 self.open[job.name] = [trial.number]
-                job.status, job.reason, job.overrides = Status.queued, None, job.overrides or own
+                job.queue(own)
                 self.sweep.update(job)
                 return Planned(job, [*self.space.fixed, *own], self._link(trial))
         return None

@@ -10,11 +10,11 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import OverrideParseException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from qlora.compose import explain, open_entries, swept_values
+from qlora.compose import explain, is_logarithmic, open_entries, swept_values
 from qlora.errors import ConfigError, did_you_mean
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
@@ -192,17 +192,11 @@ def build_parameter(override: Override) -> Parameter:
     """Returns the parameter that an override of several values describes; raises `ConfigError` for impossible ends."""
     text, name, key = override.input_line, override.key_or_group, override.get_key_element()
     swept_values(override)  # refuses an empty one
-    value = override.value()
-    tags = value.tags if isinstance(value, Sweep) else set()
-    if unknown := sorted(tags - {"log"}):
-        raise ConfigError(f"{text}: the tag {unknown[0]!r} is unknown; there is log only, as in tag(log,interval(1,9))")
-    log = "log" in tags
+    value, log = override.value(), is_logarithmic(override)
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         assert low is not None
         assert high is not None
-        if log and low <= 0:
-            raise ConfigError(f"{text}: a logarithmic scale needs bounds above 0, got {low:g}")
         if isinstance(low, int) and isinstance(high, int):
             return Parameter(name, key, IntDistribution(low, high, log=log), tuple(range(low, high + 1)))
         return Parameter(name, key, FloatDistribution(low, high, log=log), None)

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
-from qlora.compose import compose_dict, expand_sweep, sweep_params, swept_values, to_config
+from qlora.compose import compose_dict, expand_sweep, is_logarithmic, sweep_params, swept_values, to_config
 from qlora.console import say_rows
 from qlora.errors import ConfigError
 from qlora.folder import write_text
@@ -127,14 +127,9 @@ def parameter(override: Override) -> dict[str, Any]:
     """Returns wandb's description of the values of one key; raises `ConfigError` for what it cannot describe."""
     text, value = override.input_line, override.value()
     swept_values(override)  # refuses an empty one
-    tags = value.tags if isinstance(value, Sweep) else set()
-    if unknown := sorted(tags - {"log"}):
-        raise ConfigError(f"{text}: the tag {unknown[0]!r} is unknown; there is log only, as in tag(log,interval(1,9))")
-    log = "log" in tags
+    log = is_logarithmic(override)
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
-        if log and low is not None and low <= 0:
-            raise ConfigError(f"{text}: a logarithmic scale needs bounds above 0, got {low:g}")
         whole = isinstance(low, int) and isinstance(high, int)
         found = {"distribution": DISTRIBUTIONS[whole, log], "min": low, "max": high}
         return {**found, "q": 1} if whole and log else found
