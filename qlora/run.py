@@ -44,6 +44,7 @@ from qlora.models.device import (
     place,
     reset_peak_memory,
 )
+from qlora.models.fast import FastStep, Packs
 from qlora.models.files import is_local, locate
 from qlora.models.fingerprint import adapter_digest, folder_digest
 from qlora.models.hub import push
@@ -610,16 +611,19 @@ class Run:
                 metrics |= self._measure_suite(current).metrics
             return metrics
 
+        step = self._build_step(model)
+        packed = self.data.packed
         return QLoraTrainer(
             model=model,
             arguments=arguments,
-            rows=self.data.packed or self.data.train,
-            lengths=(self.data.packed.lengths if self.data.packed else column(self.data.train, "length")).tolist(),
-            collate=self.collate,
+            rows=packed or self.data.train,
+            lengths=(packed.lengths if packed else column(self.data.train, "length")).tolist(),
+            collate=Collator(self.pad_token_id, width=self.config.data.pack_width or 0 if step.is_compiled else 0),
             token_mask=partial(token_mask, pad_token_id=self.pad_token_id),
             measure=measure,
             verify=adapters.verify_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
+            step=step,
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),
@@ -627,6 +631,12 @@ class Run:
                 *callbacks,
             ],
         )
+
+    def _build_step(self, model: PreTrainedModel) -> FastStep:
+        packed = self.data.packed
+        width = self.config.data.pack_width
+        packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
+        return FastStep(model, self.config.trainer, self.config.quantization, self.placement, packs)
 
     @staticmethod
     def _build_pruning() -> list[Any]:

@@ -101,6 +101,13 @@ class ComputeDtype(Enum):
     fp32 = "fp32"
 
 
+class BaseProducts(Enum):
+    """The precision of matrix products with the frozen weights."""
+
+    native = "native"
+    fp8 = "fp8"
+
+
 class LoraBias(Enum):
     """Which bias vectors are trained with the adapter."""
 
@@ -289,6 +296,10 @@ class QuantizationConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
     """The precision of matrix products and, with `bits=16`, of the stored weights. `auto`: bf16 where the
     device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""
+    compute: BaseProducts = BaseProducts.native
+    """The precision of training's products with the 4-bit weights: `native` is that of `compute_dtype`, `fp8` rounds
+    weights, activations and gradients to 8-bit floats for them (NVIDIA Ada, Hopper and later; emulated on a CPU). The
+    adapter, evaluation and generation compute as ever."""
     int8_threshold: float = 6.0
     """Activations above this stay in 16 bit (LLM.int8(), arXiv 2208.07339); read with `bits=8` only."""
 
@@ -299,6 +310,11 @@ class QuantizationConfig:
             raise ConfigError(
                 f"quantization.double_quant=true needs quantization.bits=4, got bits={self.bits}; choose "
                 "quantization=int8, quantization=none or quantization=fp32, or set quantization.double_quant=false"
+            )
+        if self.compute is BaseProducts.fp8 and self.bits != 4:
+            raise ConfigError(
+                f"quantization.compute=fp8 is for 4-bit weights, got quantization.bits={self.bits}; choose "
+                "quantization=nf4 or quantization=fp4, or leave it out"
             )
         if self.bits == 16 and self.compute_dtype is ComputeDtype.fp32:
             raise ConfigError(
@@ -499,6 +515,11 @@ class DataConfig:
         return self.eval_path is None and self.eval_split is None
 
     @property
+    def pack_width(self) -> int | None:
+        """Tokens of a pack; None: no packing."""
+        return (self.pack_length or self.longest_row) if self.packing else None
+
+    @property
     def longest_row(self) -> int | None:
         """The most tokens that the limits leave of a row; None: no limit."""
         limits = [self.max_length] if self.max_length is not None else []
@@ -587,6 +608,17 @@ class TrainerConfig:
     """Gradients are scaled down to this norm; 0: never."""
     gradient_checkpointing: bool = MISSING
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: Any = "auto"
+    """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
+    CUDA)."""
+    fused_linear: Any = "auto"
+    """Compute 4-bit layers and their adapters as one operation, layers that read the same input together; they share
+    one dropout mask then. True, false or `auto` (with CUDA)."""
+    fused_attention: Any = "auto"
+    """Lay the rows of a batch one behind the other, with attention inside each: no padding is computed between them.
+    True, false or `auto` (with CUDA, in 16 bits)."""
+    fused_loss: Any = "auto"
+    """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
     group_by_length: bool = True
     """Draw batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
@@ -616,6 +648,9 @@ class TrainerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
         require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
+        for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
+            value = getattr(self, name)
+            require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ConfigError(
                 f"trainer.max_steps={_shown(self.max_steps)} and trainer.num_train_epochs="

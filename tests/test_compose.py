@@ -233,10 +233,17 @@ def wrong_value(key: str) -> Any:
     return 5 if get_origin(hint) is dict or hint is schema.ArchitectureConfig else "abc"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if key != "lora.target_modules"])
+@pytest.mark.parametrize("key", [key for key in FIELDS if field_type(key) is not Any])
 def test_a_value_of_the_wrong_type_is_refused_with_the_right_type(base: DictConfig, key: str) -> None:
     text = message_of_value(base, key, wrong_value(key))
     assert text.startswith(f"{key} must be {in_words(key)}, got "), text
+
+
+@pytest.mark.parametrize("name", ["compile", "fused_linear", "fused_attention", "fused_loss"])
+@pytest.mark.parametrize("value", ["on", 1, None, ["auto"]])
+def test_a_part_of_the_fast_step_is_true_false_or_auto(base: DictConfig, name: str, value: Any) -> None:
+    text = message_of_value(base, f"trainer.{name}", value)
+    assert text == f"trainer.{name} must be true, false or auto, got {value!r}"
 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if not may_be_null(key) and field_type(key) is not Any])

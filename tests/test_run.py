@@ -230,8 +230,12 @@ def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -
     parts = Run(config, tmp_path)
     model = parts.add_adapter(parts.load_base())
     optimizer = parts._build_trainer(model, [], None).create_optimizer()  # type: ignore[arg-type]
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rates = {names[id(p)].split(".")[-3]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    sizes = {
+        part: sum(p.numel() for name, p in model.named_parameters() if part in name) for part in ("lora_A", "lora_B")
+    }
+    assert sizes["lora_A"] != sizes["lora_B"]
+    found = {sum(p.numel() for p in group["params"]): group["lr"] for group in optimizer.param_groups}
+    rates = {part: found[size] for part, size in sizes.items()}
     assert rates == {"lora_A": pytest.approx(2e-3), "lora_B": pytest.approx(16 * 2e-3)}
 
 

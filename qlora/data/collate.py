@@ -19,6 +19,8 @@ class Collator:
     """Pads the rows of a batch on the right, to the longest of them."""
 
     pad_token_id: int
+    width: int = 0
+    """Every batch is at least so wide; equal shapes let compiled code be used again."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
@@ -29,7 +31,7 @@ class Collator:
         """
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         lengths = np.array([len(row) for row in ids])
-        cells = np.arange(lengths.max())[None, :]
+        cells = np.arange(max(lengths.max(), self.width))[None, :]
         inside = cells < lengths[:, None]
         batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
         if "position_ids" in rows[0]:

@@ -101,8 +101,10 @@ class PackedRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         counts = np.array([len(indices) for indices in packs], dtype=np.int64)
         self._order = np.concatenate([np.zeros(0, np.int64), *packs])  # one array: workers are forked with it
         self._ends = np.cumsum(counts)
-        self.lengths = _sums(column(rows, "length")[self._order], counts)
+        lengths = column(rows, "length")[self._order]
+        self.lengths = _sums(lengths, counts)
         """Tokens in each pack, int64 [packs]."""
+        self.most_rows, self.longest_row = int(counts.max(initial=0)), int(lengths.max(initial=0))
 
     def __len__(self) -> int:
         return len(self._ends)

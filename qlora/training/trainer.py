@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit  # the base of all of them, in 32 bits too
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     PreTrainedModel,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from qlora.schema import TrainerConfig
+from qlora.training.flat import flatten_groups
 from qlora.training.sampler import LengthGroupedSampler
 
 log = logging.getLogger(__name__)
@@ -93,12 +97,13 @@ class QLoraTrainer(Trainer):
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
         verify: Callable[[Path, torch.nn.Module], None],
         loraplus_lr_ratio: float | None,
+        step: contextlib.AbstractContextManager[Any],
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.measure, self.verify, self.token_mask, self.lengths = measure, verify, token_mask, lengths
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loraplus_lr_ratio, self.step = loraplus_lr_ratio, step
         self.measuring_seconds = 0.0
         super().__init__(
             model=model,
@@ -110,6 +115,11 @@ class QLoraTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs a micro-batch forward and backward, inside `step`."""
+        with self.step:
+            return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""
@@ -154,7 +164,15 @@ class QLoraTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer by transformers' name; with LoRA+ the B matrices get their own learning rate."""
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = self._create_optimizer(model)
+        if isinstance(optimizer, Optimizer8bit) and isinstance(self.model, PeftModel):
+            flatten_groups(optimizer)
+        return optimizer
+
+    def _create_optimizer(self, model: torch.nn.Module | None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["loraplus_weight_decay"] = self.args.weight_decay

@@ -1,0 +1,1 @@
+"""The fast parts of a QLoRA step on a GPU, each with a plain PyTorch twin."""

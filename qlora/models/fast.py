@@ -1,0 +1,372 @@
+"""The fast training step: what replaces transformers' and PEFT's own forward pass while a step runs, and only then.
+
+Four parts, each switched by a key of `trainer`:
+
+- `fused_linear`: 4-bit linear layers with their adapters as one operation, those that read one input together;
+- `fused_attention`: rows laid one behind the other, attention inside each (`torch.nn.attention.varlen`);
+- `fused_loss`: the cross entropy without the logits of all tokens;
+- `compile`: the decoder layers compiled one by one, all with the same code.
+
+Evaluation, generation and saving see the unchanged model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+
+from qlora.errors import ConfigError
+from qlora.kernels.attention import attend_batch, attend_rows, fastest_attention, has_varlen
+from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_scales, join, read_codes
+from qlora.kernels.linear import GroupedLinear
+from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
+from qlora.models.device import Placement
+from qlora.schema import BaseProducts, QuantizationConfig, TrainerConfig
+
+ATTENTION = "qlora_varlen"
+"""The name under which transformers finds this attention."""
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children of one module that read the same tensor."""
+
+OTHER_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout", "alibi")
+"""Settings of architectures whose attention is more than that of scaled products."""
+
+OTHER_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of architectures whose logits are more than a product with the output matrix."""
+
+
+@dataclass(frozen=True)
+class Packs:
+    """What packs hold at most, so that shapes stay the same from step to step."""
+
+    width: int
+    """Tokens of a pack, padding counted in."""
+    rows: int
+    """Most rows in a pack."""
+    longest: int
+    """Most tokens of a row."""
+
+    @property
+    def borders(self) -> int:
+        """Most rows in a pack when its padding is cut into rows that are no longer than any."""
+        return self.rows + -(-self.width // self.longest)
+
+
+class Group:
+    """Linear layers that read one input; whichever is called first computes the outputs of all."""
+
+    def __init__(self, members: list[Linear4bit], *, fp8: bool) -> None:
+        weights = [member.get_base_layer().weight for member in members]
+        self.members, self.rows = members, [weight.quant_state.shape[0] for weight in weights]
+        codes = join(weights)
+        self.columns, self.tensors = codes.columns, codes.tensors()
+        self.factor = _fp8_factor(codes) if fp8 else None
+        self.pending: tuple[Tensor, list[Tensor]] | None = None
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """Returns the output of a member for its input `x` [..., columns]."""
+        if self.pending is None or self.pending[0] is not x:
+            self.pending = (x, self.compute(x))
+        found = self.pending[1][slot]
+        if slot == len(self.members) - 1:
+            self.pending = None
+        return found
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """Returns the outputs of all members, each [..., rows]."""
+        first = self.members[0]
+        flat = x.reshape(-1, self.columns)
+        a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(x.dtype)
+        b = [(each.lora_B["default"].weight * each.scaling["default"]).to(x.dtype) for each in self.members]
+        xa = first.lora_dropout["default"](flat) @ a.t()
+        found = GroupedLinear.apply(flat, xa, self.factor, self.rows, *b, *self.tensors)
+        outputs = []
+        for member, part in zip(self.members, found.split(self.rows, 1), strict=True):
+            bias = member.get_base_layer().bias
+            part = part if bias is None else part + bias.to(part.dtype)
+            outputs.append(part.view(*x.shape[:-1], -1))
+        return outputs
+
+
+class FastLinear(Linear4bit):
+    """PEFT's 4-bit linear layer, computing with its group while it trains."""
+
+    group: Group
+    slot: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the layer's output; in evaluation, PEFT's own."""
+        if not self.training:
+            return super().forward(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.group.output(self.slot, x)
+
+
+def _fp8_factor(codes: Codes) -> Tensor:
+    """Returns what the weights of a group are multiplied with to fill the range of e4m3: float32 [1]."""
+    largest = decode_scales(codes).abs().amax() * codes.values.abs().amax()
+    return (E4M3_MAX / largest.clamp(min=1e-12)).view(1)
+
+
+def _fits(module: torch.nn.Module) -> bool:
+    """Returns whether `FastLinear` can compute a layer: in 4 bits, with one plain adapter."""
+    if type(module) is not Linear4bit or list(module.lora_A) != ["default"] or module.lora_variant:
+        return False
+    return not (module.merged or module.lora_bias["default"]) and read_codes(module.get_base_layer().weight) is not None
+
+
+def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> int:
+    """Makes the 4-bit layers with adapters compute in groups; returns how many layers do."""
+    fitting = {name: module for name, module in model.named_modules() if _fits(module)}
+    left = dict(fitting)
+    while left:
+        name = next(iter(left))
+        members = [left[each] for each in _same_input(name, left)]
+        for each in _same_input(name, left):
+            del left[each]
+        group = Group(members, fp8=fp8)
+        for slot, member in enumerate(members):
+            member.__class__ = FastLinear
+            member.group, member.slot = group, slot
+    return len(fitting)
+
+
+def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
+    """Returns the names of the layers that can be computed together with the one of `name`, in order."""
+    parent, _, own = name.rpartition(".")
+    for kinds in SAME_INPUT:
+        together = [f"{parent}.{kind}" for kind in kinds]
+        if own in kinds and all(each in layers for each in together):
+            rates = {getattr(layers[each].lora_dropout["default"], "p", 0.0) for each in together}
+            codes = [read_codes(layers[each].get_base_layer().weight) for each in together]
+            if len(rates) == 1 and can_join([each for each in codes if each is not None]):
+                return together
+    return [name]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    borders: Tensor | None = None,
+    longest: int = 0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention without a mask, in transformers' signature.
+
+    `query` is [rows, heads, tokens, width]. With `borders` it is one row that holds many, one behind the other: int32
+    [rows + 1], the first token of each and the end; `longest` is the most tokens of one. Returns
+    [rows, tokens, heads, width].
+    """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
+    if borders is None:
+        return attend_batch(query, key, value, scaling).transpose(1, 2), None
+    q, k, v = (each.transpose(1, 2).squeeze(0).contiguous() for each in (query, key, value))
+    return attend_rows(q, k, v, borders, longest, scaling, sliding_window).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer._call_impl(*args, **kwargs)
+
+
+class FastStep:
+    """The model as a training step sees it; a context manager, entered around each step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        trainer: TrainerConfig,
+        quantization: QuantizationConfig,
+        placement: Placement,
+        packs: Packs | None,
+    ) -> None:
+        self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.packs, self.placement = packs, placement
+        self.parts: dict[str, str] = {}
+        """The parts by name: `on`, or why not."""
+        self.layers = find_layers(self.base)
+        self._fuse(model, trainer, quantization)
+        self.attention = self._decide("fused_attention", trainer.fused_attention, self._attention_fault())
+        self.loss = self._decide("fused_loss", trainer.fused_loss, self._loss_fault())
+        self.is_compiled = self._decide("compile", trainer.compile, self._compile_fault())
+        self._layer = torch.compile(_call) if self.is_compiled else _call
+        self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
+        self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
+        """How many decoder layers, the first ones, compute their activations again in the backward pass."""
+        self._draws = any(p.p for p in self.base.modules() if isinstance(p, torch.nn.Dropout))
+
+    def _decide(self, name: str, wanted: bool | str, fault: str | None) -> bool:
+        """Notes and returns whether a part is on; raises `ConfigError` if it is asked for and cannot be."""
+        if wanted is True and fault is not None:
+            raise ConfigError(f"trainer.{name}=true: {fault}; set trainer.{name}=auto")
+        if wanted is False:
+            fault = f"trainer.{name}=false"
+        elif wanted == "auto" and fault is None and self.placement.device.type != "cuda":
+            fault = "auto switches it on with CUDA only"
+        self.parts[name] = fault or "on"
+        return fault is None
+
+    def _fuse(self, model: torch.nn.Module, trainer: TrainerConfig, quantization: QuantizationConfig) -> None:
+        there = any(_fits(module) for module in model.modules())
+        fault = None if there else "the model has no 4-bit layers with plain adapters"
+        fp8 = quantization.compute is BaseProducts.fp8
+        if self._decide("fused_linear", trainer.fused_linear, fault):
+            if fp8 and (reason := _fp8_fault(self.placement)) is not None:
+                raise ConfigError(f"quantization.compute=fp8: {reason}; leave it out to compute in 16 bits")
+            fuse_linear_layers(model, fp8=fp8)
+        elif fp8:
+            raise ConfigError(
+                f"quantization.compute=fp8 needs trainer.fused_linear, which is off here: "
+                f"{self.parts['fused_linear']}; leave it out, or set trainer.fused_linear=true"
+            )
+
+    def _attention_fault(self) -> str | None:
+        if self.placement.device.type != "cuda":
+            return "the attention over rows runs on CUDA only"
+        if not has_varlen():
+            return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
+        if self.placement.compute is torch.float32:
+            return "it computes in 16 bits only"
+        settings = self.base.config.get_text_config()
+        own = [name for name in OTHER_ATTENTION if getattr(settings, name, None)]
+        if own or not getattr(self.base, "_supports_attention_backend", False):
+            return f"{settings.model_type} has an attention of its own" + (f" ({own[0]})" if own else "")
+        return None
+
+    def _loss_fault(self) -> str | None:
+        settings = self.base.config.get_text_config()
+        if (output := self.base.get_output_embeddings()) is None or type(output) is not torch.nn.Linear:
+            return "the output layer is none of torch's linear layers, or is trained"
+        if output.bias is not None or output.weight.requires_grad:
+            return "the output layer is trained, or has a bias"
+        if changed := [name for name in OTHER_LOGITS if getattr(settings, name, None)]:
+            return f"{settings.model_type} changes its logits ({changed[0]})"
+        return None
+
+    def _compile_fault(self) -> str | None:
+        return None if self.layers else f"{self.base.config.model_type} has no list of decoder layers"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is replaced at all."""
+        return any(state == "on" for state in self.parts.values())
+
+    def __enter__(self) -> FastStep:
+        self._context = contextlib.ExitStack()
+        self._own = (self.base.config._attn_implementation, [each.gradient_checkpointing for each in self.layers])
+        if self.attention:
+            self.base.config._attn_implementation = ATTENTION
+            self._context.enter_context(fastest_attention())
+        # What an element-wise operation gives again is not kept: a fifth less memory, for about 1 % of the time.
+        self._context.enter_context(torch._functorch.config.patch(ban_recompute_materialized_backward=False))
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = False
+            call = partial(self._layer, layer)
+            layer._compiled_call_impl = partial(again, call) if index < self.checkpointed else call
+        if self.loss or self.attention:
+            self.base.forward = self._forward
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.close()
+        implementation, checkpointing = self._own
+        self.base.config._attn_implementation = implementation
+        for layer, own in zip(self.layers, checkpointing, strict=True):
+            layer._compiled_call_impl, layer.gradient_checkpointing = None, own
+        self.base.__dict__.pop("forward", None)
+
+    def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
+        """The forward pass of one batch, as the trainer asks for it."""
+        batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        if self.attention:
+            batch = self._lay_out(batch)
+        if not self.loss:
+            return type(self.base).forward(self.base, use_cache=False, **batch)
+        labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
+        embedded = self.base.get_input_embeddings()(batch.pop("input_ids"))
+        if not embedded.requires_grad:  # all layers then see the same kind of tensor, and share their code
+            embedded.requires_grad_()
+        found = self.base.base_model(inputs_embeds=embedded, use_cache=False, **batch)
+        hidden = found.last_hidden_state
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        weight = self.base.get_output_embeddings().weight
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+        targets = targets.reshape(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = linear_cross_entropy(hidden, weight, targets, self._pieces)
+        return CausalLMOutputWithPast(loss=total / (count if count is not None else (targets != IGNORED).sum()))
+
+    def _lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Lays the rows of packs one behind the other; `borders` is where each begins, of a fixed count.
+
+        Rows that are no packs keep their places: padding stands behind them, where causal attention does not see it.
+        Where a layer looks back only so far, they are laid out too.
+        """
+        ids = batch["input_ids"]
+        count, width = ids.shape
+        batch.pop("attention_mask", None)
+        if self.packs is not None:
+            positions, longest = batch["position_ids"], self.packs.longest
+            begins = (positions % longest == 0).view(-1)  # also inside padding that is longer than any row
+            most = count * self.packs.borders + 1
+            borders = torch.nonzero_static(begins, size=most, fill_value=count * width).view(-1).int()
+        elif getattr(self.base.config.get_text_config(), "sliding_window", None) is not None:
+            positions, longest = torch.arange(width, device=ids.device).expand(count, width), width
+            borders = torch.arange(0, count * width + 1, width, device=ids.device, dtype=torch.int32)
+        else:
+            return batch
+        return batch | {
+            "input_ids": ids.view(1, -1),
+            "labels": batch["labels"].view(1, -1),
+            "position_ids": positions.reshape(1, -1),
+            "borders": borders,
+            "longest": longest,
+        }
+
+
+def find_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Returns the decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            layers = [each for each in module if isinstance(each, GradientCheckpointingLayer)]
+            if len(layers) == len(module):
+                return layers
+    return []
+
+
+def _fp8_fault(placement: Placement) -> str | None:
+    """Returns why products in 8-bit floats are not to be had on a device; on a CPU they are emulated."""
+    if placement.device.type == "cpu":
+        return None
+    if placement.device.type != "cuda" or torch.version.hip is not None:
+        return "products in 8-bit floats are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(placement.device) < (8, 9):
+        return "this GPU multiplies no 8-bit floats (Ada, Hopper and later do)"
+    if placement.compute is not torch.bfloat16:
+        return "the other products must be in bf16 (quantization.compute_dtype)"
+    return None

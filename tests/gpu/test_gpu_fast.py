@@ -1,0 +1,140 @@
+"""The fast step on a GPU: kernels equal to their twins, the step equal to the plain one, and fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+from qlora.compose import compose
+from qlora.models.device import Placement
+from qlora.models.fast import FastStep, Packs
+from qlora.models.loading import set_compute_dtype
+from qlora.run import Run
+from tests.models.test_fast import batch, build, learn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+GPU = Placement(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
+
+
+@pytest.mark.parametrize(("quant_type", "nested"), KINDS)
+def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
+    from qlora.kernels.codes import decode_plain, read_codes
+    from qlora.kernels.decode import decode_columns, decode_rows
+    from tests.kernels.weights import weight
+
+    stored = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
+    stored.quant_state.dtype = torch.bfloat16
+    codes = read_codes(stored)
+    assert codes is not None
+    factor = torch.tensor([1000.0], device="cuda")
+    rows, columns = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1000, 4096), (4096, 1000)))
+    decode_rows(codes, rows)
+    decode_columns(codes, columns)
+    assert torch.equal(rows, dequantize_4bit(stored.data, stored.quant_state))
+    assert torch.equal(columns.t(), rows)
+    small, turned = (each.to(torch.float8_e4m3fn) for each in (rows, columns))
+    decode_rows(codes, small, factor)
+    decode_columns(codes, turned, factor)
+    expected = (decode_plain(codes, torch.float32) * factor).to(torch.float8_e4m3fn).float()
+    assert torch.equal(small.float(), expected)
+    assert torch.equal(turned.t().float(), expected)
+
+
+@pytest.mark.parametrize("columns", [300, 4096, 11008, 22016])
+def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
+    from qlora.kernels.linear import scale_rows, scale_rows_plain
+
+    x, factor = torch.randn(64, columns, device="cuda").bfloat16(), torch.tensor([90.0], device="cuda")
+    (found, scale), (expected, exact) = scale_rows(x, factor), scale_rows_plain(x, factor)
+    torch.testing.assert_close(scale, exact, rtol=1e-6, atol=0)
+    assert (found.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
+
+
+def seconds(work: Callable[[], object]) -> float:
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / 20
+
+
+def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
+    from qlora.kernels.decode import decode_rows
+    from tests.kernels.weights import codes
+
+    stored = codes(11008, 4096, device="cuda")
+    out = torch.empty(11008, 4096, dtype=torch.bfloat16, device="cuda")
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source))
+    decoded = out.numel() * 2.5 / seconds(lambda: decode_rows(stored, out))
+    print(f"copy {copy / 1e12:.2f} TB/s, decoding {decoded / 1e12:.2f} TB/s: {decoded / copy:.0%}")
+    assert decoded > 0.6 * copy
+
+
+CASES = {
+    "llama": ("llama", {}, False),
+    "llama-packs": ("llama", {}, True),
+    "whole heads": ("llama", {"num_key_value_heads": 4}, False),
+    "qwen2": ("qwen2", {"head_dim": None}, True),
+    "qwen3": ("qwen3", {}, False),
+    "window": ("mistral", {"sliding_window": 8}, False),
+    "window-packs": ("mistral", {"sliding_window": 8}, True),
+    "gemma": ("gemma", {}, True),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) -> None:
+    model_type, changes, packed = CASES[case]
+    overrides = (f"trainer.compile={str(compiled).lower()}", "trainer.fused_attention=true")
+    model, config = build(model_type, (*overrides, *(["quantization.compute=fp8"] if fp8 else [])), **changes)
+    model.to("cuda", torch.bfloat16)
+    set_compute_dtype(model, torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    rows = {name: tensor.cuda() for name, tensor in batch(packed=packed).items()}
+    with GPU.autocast():
+        expected, gradients = learn(model, rows, num_items_in_batch=31)
+    torch._dynamo.reset()
+    step = FastStep(model, config.trainer, config.quantization, GPU, Packs(24, 2, 14) if packed else None)
+    assert step.parts["fused_attention"] == step.parts["fused_linear"] == "on"
+    step.checkpointed = 1
+    with step, GPU.autocast():
+        found, own = learn(model, rows, num_items_in_batch=31)
+    assert found == pytest.approx(expected, rel=0.02 if fp8 else 0.004)
+    flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
+    assert torch.nn.functional.cosine_similarity(flat, exact, dim=0) > (0.97 if fp8 else 0.999)
+    assert float(flat.norm() / exact.norm()) == pytest.approx(1, abs=0.05 if fp8 else 0.01)
+
+
+SHAPE = [
+    *("model=llama-7b", "model.init=random", "model.tokenizer=tiny", "data=demo", "lora.r=8", "lora.dropout=0"),
+    *("model.architecture.num_hidden_layers=2", "model.architecture.vocab_size=2048", "trainer.max_steps=8"),
+    *("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1", "evaluation=loss"),
+    *("data.max_eval_samples=16", "trainer.eval_steps=null", "task.predict=false"),
+]
+
+
+def test_runs_with_the_fast_step_end_where_the_plain_ones_do(tmp_path: Path) -> None:
+    off = [f"trainer.{name}=false" for name in ("compile", "fused_linear", "fused_attention", "fused_loss")]
+    losses = {
+        name: Run(compose([*SHAPE, *chosen]), tmp_path / name).execute()["metrics"]["eval_loss"]
+        for name, chosen in {"plain": off, "fast": [], "fp8": ["quantization.compute=fp8"]}.items()
+    }
+    print(losses)
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=0.01)
+    assert losses["fp8"] == pytest.approx(losses["plain"], rel=0.03)

@@ -1,0 +1,165 @@
+"""Each fast part of the step against its plain twin, and the twin against the library or a formula."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+from qlora.kernels.attention import attend_batch, fastest_attention
+from qlora.kernels.codes import E4M3_MAX, can_join, decode_plain, decode_scales, join, read_codes
+from qlora.kernels.linear import GroupedLinear, scale_rows
+from qlora.kernels.loss import ROWS, entropy_and_gradient, linear_cross_entropy
+from tests.kernels.weights import codes, weight
+
+KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
+
+
+@pytest.mark.parametrize(("quant_type", "nested"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_twin_decodes_as_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
+    stored = weight(96, 192, quant_type=quant_type, nested=nested)
+    stored.quant_state.dtype = dtype
+    found = read_codes(stored)
+    assert found is not None
+    assert torch.equal(decode_plain(found, dtype), dequantize_4bit(stored.data, stored.quant_state))
+
+
+def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.kernels.interpret"]
+    done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, steps in json.loads(done.stdout).items():
+        # The interpreter cuts to bf16 where a GPU rounds; tests/gpu compares to the bit.
+        assert steps <= (1 if "bfloat16" in name else 0), name
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_joint_weights_are_the_same_and_stored_once(nested: bool) -> None:
+    stored = [weight(rows, 256, nested=nested, seed=rows) for rows in (64, 128, 64)]
+    before = [dequantize_4bit(each.data, each.quant_state) for each in stored]
+    joint = join(stored)
+    assert torch.equal(decode_plain(joint, torch.float32), torch.cat(before))
+    for each, expected in zip(stored, before, strict=True):
+        assert torch.equal(dequantize_4bit(each.data, each.quant_state), expected)
+        assert each.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
+
+
+def test_weights_of_other_kinds_are_not_joined() -> None:
+    assert can_join([codes(64, 256), codes(128, 256)])
+    assert not can_join([codes(64, 256), codes(64, 128)])
+    assert not can_join([codes(64, 256), codes(64, 256, nested=False)])
+    assert not can_join([codes(64, 256), codes(64, 256, quant_type="fp4")])
+    assert not can_join([codes(32, 64), codes(64, 256)])  # a group of scales would span two weights
+
+
+def test_other_layouts_are_left_alone() -> None:
+    assert read_codes(torch.zeros(2, 2)) is None
+    assert read_codes(weight(64, 96)) is None  # a block of 64 would span two rows
+
+
+class Case:
+    """Three layers with one input, and the same by plain matrices."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+        stored = [weight(rows, 256, seed=rows) for rows in (64, 128, 64)]
+        self.rows, self.codes = [64, 128, 64], join(stored)
+        self.dense = decode_plain(self.codes, torch.float32)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+        self.inputs = [draw(50, 256), draw(24, 256), *(draw(rows, 8) for rows in self.rows)]
+        self.upstream = torch.randn(50, 256, generator=generator)
+
+    def fused(self, factor: torch.Tensor | None = None) -> torch.Tensor:
+        x, a, *b = self.inputs
+        return GroupedLinear.apply(x, x @ a.t(), factor, self.rows, *b, *self.codes.tensors())
+
+    def plain(self) -> torch.Tensor:
+        x, a, *b = self.inputs
+        halves = (x @ a.t()).split(8, 1)
+        adapter = torch.cat([half @ matrix.t() for half, matrix in zip(halves, b, strict=True)], 1)
+        return x @ self.dense.to(x.dtype).t() + adapter
+
+    def gradients(self, output: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad((output.float() * self.upstream).sum(), self.inputs))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_grouped_layers_compute_as_plain_matrices(dtype: torch.dtype, bound: float) -> None:
+    case = Case(dtype)
+    found, expected = case.fused(), case.plain()
+    assert distance(found, expected) < bound
+    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
+        assert distance(own, other) < bound
+
+
+def test_grouped_layers_keep_no_decoded_weight() -> None:
+    case, kept = Case(torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        case.fused()
+    assert max(each.numel() for each in kept if each.dtype is torch.float32) <= 50 * 256
+
+
+def test_8_bit_products_are_near_and_leave_the_adapter_alone() -> None:
+    case = Case(torch.bfloat16)
+    factor = (E4M3_MAX / (decode_scales(case.codes).max() * case.codes.values.abs().max())).view(1)
+    with torch.no_grad():
+        for matrix in case.inputs[2:]:
+            matrix.zero_()
+    found, expected = case.fused(factor), case.plain()
+    assert 1e-3 < distance(found, expected) < 0.05
+    gradients, exact = case.gradients(found), case.gradients(expected)
+    assert 1e-3 < distance(gradients[0], exact[0]) < 0.05  # of the input
+    for own, other in zip(gradients[2:], exact[2:], strict=True):  # of the B matrices
+        assert distance(own, other) < 6e-3
+
+
+def test_rows_are_scaled_to_the_range_of_8_bits() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-3, 3e-3, 2e-3]])
+    scaled, scale = scale_rows(x, torch.tensor([2.0]))
+    assert scaled.float().abs().amax(1).tolist() == [448.0, 0.0, 448.0]
+    torch.testing.assert_close(scaled.float() * scale * 2.0, x, rtol=0.07, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_in_pieces_is_the_cross_entropy(compiled: bool) -> None:
+    torch.manual_seed(0)
+    hidden, output = torch.randn(ROWS + 70, 16, requires_grad=True), torch.randn(90, 16)
+    targets = torch.randint(0, 90, (ROWS + 70,))
+    targets[::3] = -100
+    pieces = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
+    found = linear_cross_entropy(hidden, output, targets, pieces) / 7
+    expected = torch.nn.functional.cross_entropy(hidden @ output.t(), targets, reduction="sum") / 7
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    own, other = (torch.autograd.grad(each, hidden)[0] for each in (found, expected))
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    assert not own[::3].any()
+
+
+def test_a_loss_without_targets_is_zero_and_no_nan() -> None:
+    hidden = torch.randn(5, 4, requires_grad=True)
+    found = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((5,), -100), entropy_and_gradient)
+    assert found.item() == 0
+    assert not torch.autograd.grad(found, hidden)[0].any()
+
+
+def test_attention_over_a_batch_is_causal_with_grouped_heads() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
+    with fastest_attention():
+        found = attend_batch(q, k, v, 0.3)
+    weights = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    weights = weights.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, weights @ v.repeat_interleave(2, 1))

@@ -1,0 +1,196 @@
+"""The fast step gives the loss and the gradients of the plain model, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models.adapters import add_lora
+from qlora.models.device import Placement
+from qlora.models.fast import FastLinear, FastStep
+from qlora.models.loading import keep_4bit_layout
+
+CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "pad_token_id": 0,
+    "head_dim": 64,
+}
+ON = ["trainer.fused_linear=true", "trainer.fused_loss=true"]
+
+
+def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes: Any) -> tuple[PeftModel, Any]:
+    """Returns a model of random 4-bit weights with an adapter whose B matrices are not zero, and its config."""
+    config = compose(["quantization=nf4", "lora.r=4", "lora.dropout=0", "trainer.compile=false", *ON, *overrides])
+    torch.manual_seed(0)
+    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            made = Linear4bit(
+                layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.float32,
+                quant_type="nf4", compress_statistics=True,
+            )  # fmt: skip
+            made.load_state_dict(layer.state_dict())
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, made.to("cpu"))
+            quantized = made.weight if made.weight.bnb_quantized else made.weight._quantize(torch.device("cpu"))
+            made.weight = quantized
+    keep_4bit_layout(model)
+    model.requires_grad_(False)
+    model.quantization_method, model.is_loaded_in_4bit = BitsAndBytesConfig(load_in_4bit=True).quant_method, True
+    model.config.use_cache = False
+    adapted = add_lora(config.lora, model, base_folder="", new_token_ids=[], batches=[])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+    return adapted.train(), config
+
+
+def batch(*, packed: bool = False) -> dict[str, torch.Tensor]:
+    """Returns two rows, the second one with padding or both with two segments."""
+    ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    if packed:
+        positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, 24)
+        labels[:, 10] = -100
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+    mask = torch.ones_like(ids)
+    mask[1, 17:] = 0
+    labels[1, 17:] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def learn(model: PeftModel, rows: dict[str, torch.Tensor], **more: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**rows, **more).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: PeftModel, config: Any, rows: dict[str, torch.Tensor], checkpointed: int = 0) -> FastStep:
+    before, _ = learn(model.eval(), rows)
+    expected, gradients = learn(model.train(), rows, num_items_in_batch=31)
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step.checkpointed = checkpointed
+    with step:
+        found, own = learn(model, rows, num_items_in_batch=31)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (own[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+    assert learn(model.eval(), rows)[0] == before
+    return step
+
+
+OWN = {
+    "qwen2": {"head_dim": None},
+    "gpt_neox": {"head_dim": None, "num_key_value_heads": None},
+    "mistral": {"sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packs"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox"])
+def test_architectures_learn_the_same(model_type: str, packed: bool) -> None:
+    model, config = build(model_type, **OWN.get(model_type, {}))
+    assert_same(model, config, batch(packed=packed))
+
+
+@pytest.mark.parametrize("checkpointed", [1, 3])
+def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
+    model, config = build()
+    assert_same(model, config, batch(), checkpointed)
+
+
+def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
+    model, config = build(overrides=("trainer.compile=true",))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = assert_same(model, config, batch(), checkpointed=1)
+    assert step.parts["compile"] == "on"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
+
+
+def test_layers_that_read_one_input_are_one_group() -> None:
+    model, config = build()
+    FastStep(model, config.trainer, config.quantization, CPU, None)
+    attention, mlp = (getattr(model.get_base_model().model.layers[0], name) for name in ("self_attn", "mlp"))
+    assert attention.q_proj.group is attention.k_proj.group is attention.v_proj.group
+    assert mlp.gate_proj.group is mlp.up_proj.group is not mlp.down_proj.group
+    assert attention.o_proj.group.rows == [256]
+
+
+def test_each_part_can_be_switched_off() -> None:
+    off = [f"trainer.{name}=false" for name in ("compile", "fused_linear", "fused_attention", "fused_loss")]
+    model, config = build(overrides=tuple(off))
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    assert step.parts == {text[8:-6]: text for text in off}
+    assert not any(isinstance(each, FastLinear) for each in model.modules())
+
+
+def test_auto_switches_nothing_on_without_cuda() -> None:
+    auto = [f"trainer.{name}=auto" for name in ("compile", "fused_linear", "fused_attention", "fused_loss")]
+    model, config = build(overrides=tuple(auto))
+    assert "on" not in FastStep(model, config.trainer, config.quantization, CPU, None).parts.values()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "message"),
+    [
+        (["trainer.fused_attention=true"], {}, r"trainer\.fused_attention=true: .* on CUDA only; set .*=auto"),
+        (["lora.use_dora=true"], {}, r"trainer\.fused_linear=true: the model has no 4-bit layers with plain adapters"),
+        (["trainer.fused_linear=false", "quantization.compute=fp8"], {}, r"compute=fp8 needs trainer\.fused_linear"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(overrides: list[str], changes: dict[str, Any], message: str) -> None:
+    model, config = build(overrides=tuple(overrides), **changes)
+    with pytest.raises(ConfigError, match=message):
+        FastStep(model, config.trainer, config.quantization, CPU, None)
+
+
+def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
+    model, config = build("gemma2", overrides=("trainer.fused_loss=auto",))
+    fault = FastStep(model, config.trainer, config.quantization, CPU, None).parts["fused_loss"]
+    assert fault == "gemma2 changes its logits (final_logit_softcapping)"
+
+
+def test_dropout_reaches_the_adapter_only_and_one_group_shares_its_mask() -> None:
+    model, config = build(overrides=("lora.dropout=0.5",))
+    FastStep(model, config.trainer, config.quantization, CPU, None)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 6, 256)
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.manual_seed(3)
+    kept = torch.nn.functional.dropout(x.view(-1, 256), 0.5)
+    adapter = layer.scaling["default"] * kept @ layer.lora_A["default"].weight.t() @ layer.lora_B["default"].weight.t()
+    expected = layer.get_base_layer()(x) + adapter
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert layer.group.pending is not None  # k and v are computed with q, under its mask
+
+
+def test_8_bit_products_learn_nearly_the_same() -> None:
+    model, config = build(overrides=("quantization.compute=fp8",))
+    model.to(torch.bfloat16)
+    expected, gradients = learn(model, batch(), num_items_in_batch=31)
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    with step:
+        found, own = learn(model, batch(), num_items_in_batch=31)
+    assert found == pytest.approx(expected, rel=0.02)
+    flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
+    assert torch.nn.functional.cosine_similarity(flat.float(), exact.float(), dim=0) > 0.97

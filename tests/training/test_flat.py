@@ -1,0 +1,56 @@
+"""Adapter matrices in one tensor learn to the bit what they learn one by one."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora.training.flat import flatten_groups
+
+
+def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 300), (70, 8), (33,))]
+    groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:], "lr": 0.01}, {"params": []}]
+    optimizer = kind(groups, lr=0.1)
+    if flat:
+        flatten_groups(optimizer)
+    for _ in range(4):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+        for weight in weights:
+            weight.grad = None
+    return [weight.detach() for weight in weights], optimizer
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.PagedAdamW32bit, bnb.optim.Lion32bit, torch.optim.AdamW])
+def test_the_weights_are_the_same_to_the_bit(kind: type[torch.optim.Optimizer]) -> None:
+    expected, _ = train(kind, flat=False)
+    found, optimizer = train(kind, flat=True)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 0]
+    assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def test_a_group_of_two_data_types_is_left_alone() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    flatten_groups(optimizer)
+    assert optimizer.param_groups[0]["params"] == weights
+
+
+def test_a_weight_without_a_gradient_counts_as_zero() -> None:
+    weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    flatten_groups(optimizer)
+    weights[0].grad = torch.ones(2)
+    optimizer.step()
+    assert weights[0].tolist() == [0, 0]
+    assert weights[1].tolist() == [1, 1, 1]
+
+
+def test_states_that_are_there_are_not_lost() -> None:
+    _, optimizer = train(torch.optim.AdamW, flat=False)
+    with pytest.raises(AssertionError):
+        flatten_groups(optimizer)
