@@ -87,9 +87,9 @@ def _main(argv: list[str]) -> None:
 
         print_help(argv)
         return
-    args, rest = get_args_parser().parse_known_args(argv)
-    if flags := [word for word in rest if word.startswith("-")]:
-        raise unknown_flag(flags[0])
+    args, rest = get_args_parser().parse_known_intermixed_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise unknown_flag(unknown[0])
     if args.config_path is not None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
@@ -105,10 +105,11 @@ def _main(argv: list[str]) -> None:
 
             write_wandb_sweep(args.overrides, args.config_dir)
             return
-        words = dict(zip(args.overrides, open_entries(args.overrides), strict=True))
+        flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
-        sys.argv[1:] = [*(words.get(word, word) for word in argv), *folder]
+        # Hydra reads no flag between overrides.
+        sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
 
 
