@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlora.folder import read_json
 from qlora.schema import TrainerConfig
 from qlora.training.sampler import LengthGroupedSampler
 
@@ -167,7 +168,14 @@ class QLoraTrainer(Trainer):
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint in `folder`; one that a kill cut off is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not (found[-1] / STATE_FILE).is_file():
+    while found and not _is_complete(found[-1]):
         log.warning("%s is incomplete: removing it", found[-1])
         shutil.rmtree(found.pop())
     return found[-1] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return read_json(checkpoint / STATE_FILE) is not None
+    except ValueError:  # begun, but not ended
+        return False
