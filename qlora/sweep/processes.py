@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -136,15 +137,17 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
             stderr=errors,
             env={**os.environ, **sweep, **task.environment, **slot},
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with, os.getpid()),
         )
     return _Process(task, slot, popen, time.time())
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep that was started in the background ignores it
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died already, which no signal will tell any more
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _ended(process: _Process, *, interrupted: bool = False) -> Job:
