@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -21,13 +22,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora.folder import read_json
+from qlora.folder import read_json, write_text
 from qlora.schema import TrainerConfig
 from qlora.training.sampler import LengthGroupedSampler
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+LOSS_FILE = "losses.json"
 
 
 def build_arguments(
@@ -109,6 +111,7 @@ class QLoraTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        self.add_callback(_LossRecall(self))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -122,10 +125,30 @@ class QLoraTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves the weights of a checkpoint, and has them compared with those in memory."""
+        """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
         super()._save(output_dir, state_dict)
+        logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
+        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
+        write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def recall_losses(self) -> None:
+        """Takes up the losses before the checkpoint that the training goes on from, if it does."""
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if (losses := read_json(checkpoint / LOSS_FILE)) is not None:
+            self._total_loss_scalar, self._globalstep_last_logged = losses["total"], losses["logged"]
+            self._tr_loss += losses["unlogged"]
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of all steps' losses, those before a resumption included; the library's leaves them out."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
 
     @property
     def trained_tokens(self) -> int:
@@ -163,6 +186,16 @@ class QLoraTrainer(Trainer):
             self.model, kind, lr=options.pop("lr"), loraplus_lr_ratio=self.loraplus_lr_ratio, **options
         )
         return self.optimizer
+
+
+class _LossRecall(TrainerCallback):
+    """Acts where the library has set the losses to zero and has not trained yet."""
+
+    def __init__(self, trainer: QLoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.recall_losses()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
