@@ -74,6 +74,7 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
                 else views[job.folder]
                 for job in row.jobs
             ],
+            row.in_front,
         )
         for row in board.rows
     ]
@@ -89,6 +90,7 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
         unfinished=[views[job.folder] for job in board.unfinished],
         common=sweep.common,
         command=_command(best) if best else None,
+        goals=board.goals,
     )
 
 
