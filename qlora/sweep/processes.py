@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.errors import ConfigError
+from qlora.folder import RunFolder
 from qlora.membership import Membership
 from qlora.sweep.jobs import Job, Status, read_job, write_status
 
@@ -129,6 +130,7 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
     sweep = Membership.environment(folder.parent.name, task.job.overrides)
     folder.mkdir(parents=True, exist_ok=True)
     write_status(folder, Status.queued, overrides=task.job.overrides, reason=None)
+    RunFolder(folder).progress.unlink(missing_ok=True)  # of an earlier start
     with (folder / OUTPUT).open("ab") as output, (folder / ERRORS).open("ab") as errors:
         popen = subprocess.Popen(
             task.command,
