@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora.compose import (
     CONF_DIR,
     check_overrides,
+    expand_sweep,
     explain,
     open_entries,
     register,
@@ -32,7 +35,7 @@ from qlora.compose import (
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned
 from qlora.folder import RunFolder
-from qlora.schema import TaskName
+from qlora.schema import TaskName, TrackingBackend
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -94,6 +97,7 @@ def _main(argv: list[str]) -> None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
+    afterwards: Callable[[], None] = lambda: None  # noqa: E731
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         check_engine(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
@@ -110,7 +114,16 @@ def _main(argv: list[str]) -> None:
         folder = names.folder_words(args.overrides) if sweeps else []
         # Hydra reads no flag between overrides.
         sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        if sweeps and composed.tracking.backend is TrackingBackend.wandb:
+            from qlora.sweep.trackers import track_other_engine
+
+            afterwards = partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except Exception:
+        afterwards()
+        raise
+    afterwards()
 
 
 def job(composed: DictConfig) -> Any:

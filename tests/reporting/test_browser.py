@@ -233,7 +233,7 @@ def test_a_search_by_two_goals_shows_its_front(browser: Any, tmp_path: Path) -> 
     line, points = opened.traces("[data-kind=fronts]")
     assert (line["y"], points["y"]) == ([0.4, 0.5, 0.6], [0.4, 0.5, 0.45, 0.6])
     places = opened.page.locator("#leaderboard tbody tr td:first-child").all_text_contents()
-    assert [place.strip() for place in places] == ["1 *", "2 *", "3", "4 *"]
+    assert [place.strip() for place in places] == ["* 1", "* 2", "3", "* 4"]
     assert opened.page.get_by_role("heading", name="Best compromises").is_visible()
 
 
