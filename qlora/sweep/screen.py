@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from rich.text import Text
 
-from qlora.console import printable, progress, record, say
+from qlora.console import printable, progress, record, say, screen
 from qlora.errors import ConfigError
 from qlora.reporting.page import short_value
 from qlora.sweep.jobs import Job, Status
@@ -27,14 +27,28 @@ PAGE_SHARE = 0.05
 """The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
 
 
-LONGEST_LABEL = 32
+NOTE, LABEL = 38, 40
+"""Characters of a running job's numbers, and the most of what it varies."""
+BESIDE = 19
+"""Those of the bar and of the count on a line."""
 
 
-def label(job: Job) -> str:
-    """Returns what a job varies, short enough for the beginning of a line."""
+SHORTEST = 12
+"""Of the best job's label; where there is less room it is left out."""
+
+
+def label(job: Job, room: int) -> str:
+    """Returns what a job varies in at most `room` characters, where names do not fit by its values alone."""
     names = short_names(list(job.values))
-    words = " ".join(f"{names[key]}={short_value(value)}" for key, value in job.values.items())
-    return shorten(words or job.name, LONGEST_LABEL)
+    values = {names[key]: short_value(value) for key, value in job.values.items()}
+    words = " ".join(f"{name}={value}" for name, value in values.items())
+    return shorten(words if len(words) <= room else " ".join(values.values()), room) or shorten(job.name, room)
+
+
+def rooms(width: int) -> tuple[int, int]:
+    """Returns how many characters a terminal has for the label and for the notes of a line."""
+    for_label = max(min(width - BESIDE - NOTE, LABEL), 10)
+    return for_label, max(width - BESIDE - for_label, NOTE)
 
 
 class Screen:
@@ -91,7 +105,7 @@ class Screen:
         self.sweep.update(job)
         record(f"started {job.name}")
         stack = contextlib.ExitStack()
-        bar = stack.enter_context(progress(label(job), None))
+        bar = stack.enter_context(progress(label(job, rooms(screen().width)[0]), None))
         bar(0, note="starting")
         self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
@@ -136,7 +150,9 @@ class Screen:
         if finished:
             pick = max if self.sweep.maximizes else min
             best = pick(finished, key=lambda job: job.objective or 0.0)
-            notes.append(f"best {self._objective(best.objective or 0.0)} {label(best)}")
+            notes.append(f"best {self._objective(best.objective or 0.0)}")
+            room = rooms(screen().width)[1] - len("  ".join(notes)) - 1
+            notes[-1] += f" {label(best, room)}" if room >= SHORTEST else ""
         return "  ".join(notes)
 
     def _seconds_left(self, running: list[Job]) -> float | None:

@@ -12,13 +12,15 @@ from qlora import console
 from qlora.sweep import screen
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep
-from qlora.sweep.screen import Screen, label
+from qlora.sweep.screen import Screen, label, rooms
 
 
 @pytest.fixture
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """A sweep of four jobs on a terminal, whose clock stands still."""
     monkeypatch.setattr(console, "is_live", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    console._console_on.cache_clear()
     monkeypatch.setattr(screen, "write_report", lambda sweep: None)
     monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: 100.0))
     jobs = [Job(tmp_path / f"r{rank}", [f"lora.r={rank}", "trainer.learning_rate=0.000123456789"]) for rank in range(4)]
@@ -44,8 +46,8 @@ def test_each_running_job_has_a_line_and_the_sweep_has_counts_best_and_time_left
         own.waiting([first, second])
         assert shown() == [
             ("sweep", 0, 4, "1:20 left"),
-            ("r=0 learning_rate=0.0001235", 0, None, "starting"),
-            ("r=1 learning_rate=0.0001235", 10, 50, "loss 1.235  1,234 tokens/s  0:40 left"),
+            ("0 0.0001235", 0, None, "starting"),
+            ("1 0.0001235", 10, 50, "loss 1.235  1,234 tokens/s  0:40 left"),
         ]
         first.status, first.reason = Status.failed, "ValueError: a bad row"
         own.ended(first)
@@ -54,8 +56,8 @@ def test_each_running_job_has_a_line_and_the_sweep_has_counts_best_and_time_left
         own.started(third)
         own.waiting([third])
         assert shown() == [
-            ("sweep", 2, 4, "1 failed  2:00 left  best 0.500 r=1 learning_rate=0.0001235"),
-            ("r=2 learning_rate=0.0001235", 0, None, "starting"),
+            ("sweep", 2, 4, "1 failed  2:00 left  best 0.500"),
+            ("2 0.0001235", 0, None, "starting"),
         ]
     assert not console._live
 
@@ -68,8 +70,31 @@ def test_without_any_step_no_time_is_told(watched: Sweep) -> None:
         assert shown()[0] == ("sweep", 0, 4, "")
 
 
-def test_a_job_of_many_keys_has_a_short_label(tmp_path: Path) -> None:
-    assert label(Job(tmp_path / "job")) == "job"
-    long = label(Job(tmp_path, [f"trainer.key_number_{number}=12345" for number in range(9)]))
-    assert len(long) <= screen.LONGEST_LABEL
-    assert long.startswith("key_number_0=12345")
+def test_a_wide_terminal_has_room_for_names_and_for_the_best_job(
+    watched: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    console._console_on.cache_clear()
+    first, second, *_ = watched.jobs.values()
+    first.status, first.objective = Status.finished, 0.5
+    with Screen(watched, 3) as own:
+        own.started(second)
+        own.waiting([second])
+        assert shown() == [
+            ("sweep", 0, 3, "best 0.500 r=0 learning_rate=0.0001235"),
+            ("r=1 learning_rate=0.0001235", 0, None, "starting"),
+        ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_line_is_no_wider_than_the_terminal(width: int) -> None:
+    for_label, for_notes = rooms(width)
+    assert for_label + for_notes + screen.BESIDE == max(width, 67)
+
+
+def test_a_job_of_many_keys_is_called_by_its_values(tmp_path: Path) -> None:
+    assert label(Job(tmp_path / "job"), 20) == "job"
+    job = Job(tmp_path, ["lora.r=8", "trainer.learning_rate=0.000123456789"])
+    assert label(job, 40) == "r=8 learning_rate=0.0001235"
+    assert label(job, 20) == "8 0.0001235"
+    assert len(label(Job(tmp_path, [f"trainer.key_{number}=12345" for number in range(9)]), 20)) <= 20
