@@ -41,8 +41,11 @@ def label(job: Job, room: int) -> str:
     """Returns what a job varies in at most `room` characters, where names do not fit by its values alone."""
     names = short_names(list(job.values))
     values = {names[key]: short_value(value) for key, value in job.values.items()}
-    words = " ".join(f"{name}={value}" for name, value in values.items())
-    return shorten(words if len(words) <= room else " ".join(values.values()), room) or shorten(job.name, room)
+    words = " ".join(f"{name}={value}" for name, value in values.items()) or job.name
+    if values and len(words) > room:
+        each = max(room // len(values) - 1, 6)
+        words = " ".join(shorten(value, each) for value in values.values())
+    return shorten(words, room)
 
 
 def rooms(width: int) -> tuple[int, int]:

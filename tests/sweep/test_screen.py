@@ -62,6 +62,16 @@ def test_each_running_job_has_a_line_and_the_sweep_has_counts_best_and_time_left
     assert not console._live
 
 
+def test_values_in_brackets_are_shown_as_they_are(watched: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    job = next(iter(watched.jobs.values()))
+    job.overrides = ["lora.target_modules=[bold]"]
+    with Screen(watched, 1) as own:
+        own.started(job)
+        [display] = console._live
+        console.screen().print(display.get_renderable())
+    assert "[bold]" in capsys.readouterr().out
+
+
 def test_without_any_step_no_time_is_told(watched: Sweep) -> None:
     first, *_ = watched.jobs.values()
     with Screen(watched, 4) as own:
@@ -97,4 +107,6 @@ def test_a_job_of_many_keys_is_called_by_its_values(tmp_path: Path) -> None:
     job = Job(tmp_path, ["lora.r=8", "trainer.learning_rate=0.000123456789"])
     assert label(job, 40) == "r=8 learning_rate=0.0001235"
     assert label(job, 20) == "8 0.0001235"
+    job = Job(tmp_path, ["lora.target_modules=[q_proj,k_proj,v_proj]", "trainer.learning_rate=0.000123456789"])
+    assert label(job, 23) == "[q_pr … j] 0.0001235"
     assert len(label(Job(tmp_path, [f"trainer.key_{number}=12345" for number in range(9)]), 20)) <= 20
