@@ -126,16 +126,22 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("stop", "checkpoint", "rows"),
-    [(5, 4, 64), (0, 6, 64), (0, 6, 24)],
-    ids=["within the training", "after its last step", "after its last step, which ends an epoch"],
+    ("stop", "checkpoint", "more"),
+    [
+        (5, 4, []),
+        (5, 4, ["data.max_train_samples=12"]),
+        (5, 4, ["data.max_train_samples=12", "trainer.group_by_length=false"]),
+        (0, 6, []),
+        (0, 6, ["data.max_train_samples=24"]),
+    ],
+    ids=["first epoch", "second epoch", "second epoch, plain order", "after the last step", "after the last epoch"],
 )
 def test_a_resumed_run_ends_with_the_same_adapter_and_losses_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, checkpoint: int, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, checkpoint: int, more: list[str]
 ) -> None:
     (tmp_path / "stop_at.py").write_text(STOP)
     monkeypatch.syspath_prepend(str(tmp_path))
-    options = ["trainer.save_steps=2", "trainer.logging_steps=3", "lora.dropout=0.1", f"data.max_train_samples={rows}"]
+    options = ["trainer.save_steps=2", "trainer.logging_steps=3", "lora.dropout=0.1", *more]
     node = "+callbacks.stop={_target_:stop_at.StopAt,step:%d}"
     whole = run(tmp_path / "whole", *options, node % 99)
     with pytest.raises(KeyboardInterrupt):
