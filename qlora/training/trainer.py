@@ -103,6 +103,7 @@ class QLoraTrainer(Trainer):
         self.measure, self.verify, self.token_mask, self.lengths = measure, verify, token_mask, lengths
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.measuring_seconds = 0.0
+        self._grouped: LengthGroupedSampler | None = None
         super().__init__(
             model=model,
             args=arguments,
@@ -133,10 +134,12 @@ class QLoraTrainer(Trainer):
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
+        if self._grouped is not None:  # with several processes the library would not reach it
+            self._grouped.set_epoch(epoch)
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(epoch=epoch, **kwargs)
 
     def recall_losses(self) -> None:
         """Takes up the losses before the checkpoint that the training goes on from, if it does."""
@@ -164,7 +167,8 @@ class QLoraTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self.lengths, size, self.args.seed)
+        self._grouped = LengthGroupedSampler(self.lengths, size, self.args.seed)
+        return self._grouped
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
