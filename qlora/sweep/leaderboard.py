@@ -185,7 +185,7 @@ def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
 
 def front_note(board: Leaderboard) -> str:
     """Returns what the marks of a search by several goals mean."""
-    return f"* no other is better in one of {', '.join(board.goals)} without being worse in another"
+    return f"in front: none is better by {' or '.join(board.goals)} without being worse by another"
 
 
 def describe(job: Job) -> str:
@@ -202,7 +202,7 @@ def print_leaderboard(board: Leaderboard) -> None:
         for line in lines:
             say(line)
         if any(row.in_front for row in board.rows):
-            say(front_note(board))
+            say_rows([("*", front_note(board))])
         if left_out:
             say_rows([("left out", f"{', '.join(left_out)}: too wide for this terminal; leaderboard.md has them")])
     for job in board.unfinished:
@@ -220,7 +220,7 @@ def to_markdown(board: Leaderboard, name: str) -> str:
         better = "higher" if board.maximizes else "lower"
         parts.append(f"By `{board.objective}`, {better} is better; ± is the standard error over seeds.")
         if any(row.in_front for row in board.rows):
-            parts.append(f"\\{front_note(board)}")
+            parts.append(f"\\* {front_note(board)}")
     for job in board.unfinished:
         parts.append(f"- {describe(job)} (`{job.name}`)")
         if job.status is Status.failed and (last := tail(job.folder)):
