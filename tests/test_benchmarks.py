@@ -51,4 +51,5 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
     printed = run("sweep_overhead.py", "--jobs", "2", "--repeats", "1", "--json", str(numbers))
     result = json.loads(numbers.read_text(encoding="utf-8"))
     assert result["overhead"] == (result["sweep"] - result["loop"]) / 2
-    assert f"| 2 | {result['loop']:.1f} | {result['sweep']:.1f} | {result['overhead']:.2f} |" in printed
+    assert f"| seconds | {result['loop']:.1f} | {result['sweep']:.1f} | {result['overhead']:.2f} |" in printed
+    assert 0 < result["loop_cpu"] < result["sweep_cpu"]
