@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora.compose import (
     CONF_DIR,
     check_overrides,
+    expand_sweep,
     explain,
     open_entries,
     register,
@@ -32,7 +35,7 @@ from qlora.compose import (
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned
 from qlora.folder import RunFolder
-from qlora.schema import TaskName
+from qlora.schema import TaskName, TrackingBackend
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -87,13 +90,14 @@ def _main(argv: list[str]) -> None:
 
         print_help(argv)
         return
-    args, rest = get_args_parser().parse_known_args(argv)
-    if flags := [word for word in rest if word.startswith("-")]:
-        raise unknown_flag(flags[0])
+    args, rest = get_args_parser().parse_known_intermixed_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise unknown_flag(unknown[0])
     if args.config_path is not None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
+    afterwards: Callable[[], None] = lambda: None  # noqa: E731
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         check_engine(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
@@ -105,11 +109,21 @@ def _main(argv: list[str]) -> None:
 
             write_wandb_sweep(args.overrides, args.config_dir)
             return
-        words = dict(zip(args.overrides, open_entries(args.overrides), strict=True))
+        flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
-        sys.argv[1:] = [*(words.get(word, word) for word in argv), *folder]
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        # Hydra reads no flag between overrides.
+        sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
+        if sweeps and composed.tracking.backend is TrackingBackend.wandb:
+            from qlora.sweep.trackers import track_other_engine
+
+            afterwards = partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except Exception:
+        afterwards()
+        raise
+    afterwards()
 
 
 def job(composed: DictConfig) -> Any:

@@ -234,10 +234,10 @@ def close_bars() -> None:
 def _display() -> Iterator[Progress]:
     # On a narrow terminal the bar shrinks and the numbers stay.
     columns = (
-        TextColumn("{task.description:<10}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description:<10}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None, table_column=Column(max_width=24)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
     )
     display = Progress(*columns, console=screen(), transient=True, refresh_per_second=5)
     atexit.register(display.stop)  # gives the cursor back even after a crash

@@ -581,7 +581,7 @@ class Run:
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         runtime = output.metrics["train_runtime"]
         return {
-            "train_loss": output.training_loss,
+            "train_loss": trainer.mean_loss,
             "train_runtime": runtime,
             "train_tokens_per_second": trainer.trained_tokens / max(runtime - trainer.measuring_seconds, 1e-9),
         }

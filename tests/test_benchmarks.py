@@ -44,3 +44,12 @@ def test_the_evaluation_benchmark_compares_equal_work_and_finds_equal_answers(tm
     assert results[2]["tokens"] == results[3]["tokens"]
     assert [result["same"] for result in results] == [1.0] * 4
     assert "times as fast as one at a time: MMLU, invented " in printed
+
+
+def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    printed = run("sweep_overhead.py", "--jobs", "2", "--repeats", "1", "--json", str(numbers))
+    result = json.loads(numbers.read_text(encoding="utf-8"))
+    assert result["overhead"] == (result["sweep"] - result["loop"]) / 2
+    assert f"| seconds | {result['loop']:.1f} | {result['sweep']:.1f} | {result['overhead']:.2f} |" in printed
+    assert 0 < result["loop_cpu"] < result["sweep_cpu"]

@@ -64,6 +64,16 @@ def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
         assert job["objective"] == stored["metrics"]["eval_loss"]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_flag_may_stand_between_overrides(tmp_path: Path, place: int) -> None:
+    words = ["lora.r=8,16", "hydra.launcher.gpus_per_job=2"]
+    words.insert(place, "-m")
+    done = qlora(tmp_path, *words, CUDA_VISIBLE_DEVICES="")
+    assert done.stderr == "error: hydra.launcher.gpus_per_job=2, but no GPU is visible here; leave it out\n"
+    shown = qlora(tmp_path, "lora.r=8", "--cfg", "job", "--package", "lora", "seed=1")
+    assert "r: 8" in shown.stdout, shown.stderr
+
+
 def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     modules = "lora.target_modules=[q_proj],[nope],[v_proj]"
     done = qlora(tmp_path, "-m", "name=part", modules, "evaluation=loss", *QUICK)

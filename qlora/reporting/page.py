@@ -37,7 +37,7 @@ def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
     """
     from qlora import __version__
 
-    drawn = any(data[kind] for kind in ("curves", "scatters", "importance", "parallel"))
+    drawn = any(data[kind] for kind in ("curves", "fronts", "scatters", "importance", "parallel"))
     text = (
         _environment()
         .get_template(template)

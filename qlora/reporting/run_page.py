@@ -64,7 +64,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
         "files": "Files",
     }
     data = {"groups": groups, "curves": charts, "smoothing": first_smoothing(charts), "objective": None}
-    data |= {"scatters": [], "importance": [], "parallel": []}
+    data |= {"fronts": [], "scatters": [], "importance": [], "parallel": []}
     return render(
         "run.html.jinja",
         data,

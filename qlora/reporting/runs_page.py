@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class TableLine:
     cells: Sequence[tuple[str, float | None]]
     """Each metric as people read it, and as a number to sort by."""
     runs: Sequence[RunView]
+    in_front: bool = False
+    """Whether no other is better by one of several goals without being worse by another."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class RunsReport:
     """Config keys that all runs share."""
     command: str | None = None
     """What starts the best run again."""
+    goals: Mapping[str, str] = field(default_factory=dict)
+    """The metrics of a search, with `minimize` or `maximize`."""
 
     @property
     def finished(self) -> list[RunView]:
@@ -138,12 +143,14 @@ def runs_page(report: RunsReport) -> str:
             "labels": [run.label for run in judged],
             "groups": [place for place, run in enumerate(report.finished) if _is_number(run.objective)],
         },
+        "fronts": (fronts := _fronts(report)),
         "scatters": scatters,
         "importance": [{"names": list(shares), "values": list(shares.values())}] if shares else [],
         "parallel": [{"dimensions": dimensions}] if len(dimensions) > 2 else [],
     }
     sections = {
         "leaderboard": "Leaderboard",
+        "front": "Best compromises" if fronts else "",
         "curves": "Curves" if curves else "",
         "parameters": "Parameters" if scatters else "",
         "time": "Time and memory" if runs else "",
@@ -167,6 +174,7 @@ def runs_page(report: RunsReport) -> str:
         first=int(objective in report.metrics),
         several_seeds=any(len(line.runs) > 1 for line in report.lines),
         lines=[_table_line(each, report.keys) for each in report.lines],
+        fronts=fronts,
         many="" if shown == len(groups) else f"The curves of {shown} of {len(groups)} runs are shown at first.",
         scatters=scatters,
         importance=shares,
@@ -181,6 +189,7 @@ def runs_page(report: RunsReport) -> str:
 
 def _table_line(line: TableLine, keys: Sequence[str]) -> dict[str, Any]:
     return {
+        "in_front": line.in_front,
         "values": {key: short_value(line.values.get(key, "")) for key in keys},
         "cells": [{"text": text, "value": value} for text, value in line.cells],
         "runs": [{"link": _link(run.page or run.folder), "label": run.label, "short": run.short} for run in line.runs],
@@ -224,9 +233,33 @@ def _scatters(runs: Sequence[RunView], report: RunsReport) -> list[dict[str, Any
     found = [_axis(key, [run.values.get(key) for run in runs]) for key in keys]
     costs = [name for name in MEASURED_COSTS if name != report.objective and all(name in run.costs for run in runs)]
     for name in costs:
-        axis = {"title": metric_title(name), "unit": "seconds" if name.endswith("_runtime") else ""}
+        axis = {"title": metric_title(name), "unit": _unit(name)}
         found.append(axis | {"key": False, "numeric": True, "log": False, "values": [run.costs[name] for run in runs]})
     return [axis for axis in found if len(set(axis["values"])) > 1]
+
+
+def _fronts(report: RunsReport) -> list[dict[str, Any]]:
+    """Returns a chart for each two goals of a search, with the lines of the table as points."""
+    places = itertools.accumulate((len(each.runs) for each in report.lines), initial=0)
+    measured = [(dict(zip(report.metrics, (value for _, value in each.cells), strict=True)), each, place)
+                for each, place in zip(report.lines, places, strict=False)]  # fmt: skip
+    found = []
+    for x, y in itertools.combinations(report.goals, 2):
+        points = [point for point in measured if _is_number(point[0].get(x)) and _is_number(point[0].get(y))]
+        found.append({
+            "x": {"title": metric_title(x), "unit": _unit(x), "values": [values[x] for values, _, _ in points]},
+            "y": {"title": metric_title(y), "unit": _unit(y), "values": [values[y] for values, _, _ in points]},
+            "labels": [each.runs[0].label for _, each, _ in points],
+            "groups": [place for _, _, place in points],
+            "front": [each.in_front for _, each, _ in points],
+            # Of more goals, the front is a surface, and no line of two.
+            "stairs": None if len(report.goals) > 2 else "hv" if report.goals[x] == "minimize" else "vh",
+        })  # fmt: skip
+    return [each for each in found if each["groups"]]
+
+
+def _unit(name: str) -> str:
+    return "seconds" if name.endswith("_runtime") else ""
 
 
 def _axis(key: str, texts: Sequence[str | None]) -> dict[str, Any]:
@@ -290,7 +323,13 @@ def _order(report: RunsReport) -> str:
     better = "higher" if report.maximizes else "lower"
     several = any(len(line.runs) > 1 for line in report.lines)
     spread = "; ± is the standard error over seeds" if several else ""
-    return f"By {metric_title(report.objective)}, {better} is better{spread}."
+    goals = " or ".join(map(metric_title, report.goals))
+    front = (
+        f"; * marks the front: none is better by {goals} without being worse by another"
+        if len(report.goals) > 1
+        else ""
+    )
+    return f"By {metric_title(report.objective)}, {better} is better{spread}{front}."
 
 
 def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
@@ -129,17 +130,21 @@ def config_flags() -> list[str]:
     return ["--config-dir", args.config_dir] if args.config_dir else []
 
 
+class _Failed(JobReturn):
+    @property  # type: ignore[misc]  # nobody sets it
+    def return_value(self) -> Any:
+        """Raises what the sweep's end has to say; Hydra would print the overrides of one job before it."""
+        raise self._return_value
+
+
 def to_return(sweep: Sweep, job: Job, overrides: Sequence[str]) -> JobReturn:
     """Returns a job's end as Hydra's sweepers want it."""
-    ended = JobReturn(overrides=list(overrides), working_dir=str(job.folder))
-    job = read_job(job.folder)
-    if job.status is Status.finished:
-        ended.status, ended.return_value = JobStatus.COMPLETED, job.objective
-    else:
-        failed = len(sweep.with_status(Status.failed, Status.interrupted))
-        ended.status = JobStatus.FAILED
-        ended.return_value = JobsFailed(
-            f"{failed} of {len(sweep.jobs)} jobs failed: {shlex.quote(str(sweep.folder / 'leaderboard.md'))} says why; "
-            "the same command runs them again and leaves the finished ones alone"
-        )
-    return ended
+    ended = read_job(job.folder)
+    if ended.status is Status.finished:
+        return JobReturn(list(overrides), status=JobStatus.COMPLETED, _return_value=ended.objective)
+    failed = len(sweep.with_status(Status.failed, Status.interrupted))
+    reason = JobsFailed(
+        f"{failed} of {len(sweep.jobs)} jobs failed: {shlex.quote(str(sweep.folder / 'leaderboard.md'))} says why; "
+        "the same command runs them again and leaves the finished ones alone"
+    )
+    return _Failed(list(overrides), status=JobStatus.FAILED, _return_value=reason)

@@ -6,23 +6,28 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from qlora.console import printable, say, screen
+from qlora.console import printable, say, say_rows, screen
 from qlora.folder import write_text
+from qlora.reporting.page import short_value
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
-from qlora.wording import format_duration, format_metric
+from qlora.wording import format_duration, format_metric, shorten
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
 """Metrics that stand beside the objective, where the jobs have them."""
+ON_SCREEN = {"train_runtime": "time", "peak_memory_gb": "GB"}
+"""What heads the column of a metric on a terminal, where that is not its name."""
+GAP, LONGEST_VALUE = 2, 24
+"""Characters between two columns of a terminal, and those of a value."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Row:
     jobs: list[Job]
     metrics: dict[str, tuple[float, float | None]]
     """Means over the seeds with their standard errors; None: a single seed."""
+    in_front: bool = False
+    """Whether no other is better by one of several goals without being worse by another."""
 
     @property
     def best(self) -> Job:
@@ -52,11 +59,13 @@ class Leaderboard:
     """The varied keys, in columns."""
     rows: list[Row]
     unfinished: list[Job]
+    goals: Mapping[str, str]
+    """The metrics of a search, with `minimize` or `maximize`."""
 
     @property
     def metrics(self) -> list[str]:
         """The metrics in columns: the objective first."""
-        names = [*([self.objective] if self.objective else []), *BESIDE]
+        names = [*([self.objective] if self.objective else []), *self.goals, *BESIDE]
         return [name for name in dict.fromkeys(names) if any(name in row.metrics for row in self.rows)]
 
 
@@ -69,13 +78,25 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
     for job in finished:
         groups.setdefault(tuple(job.values.get(key, "") for key in keys), []).append(job)
     rows = [Row(dict(zip(keys, values, strict=True)), jobs, _means(jobs)) for values, jobs in groups.items()]
+    if len(sweep.goals) > 1:
+        rows = _mark_front(rows, sweep.goals)
     return Leaderboard(
         sweep.objective,
         sweep.maximizes,
         keys,
-        sorted(rows, key=lambda row: _rank(row, sweep)),
+        sorted(rows, key=lambda row: _cost(row, sweep.objective, maximizes=sweep.maximizes)),
         [job for job in sweep.jobs.values() if job.status is not Status.finished],
+        sweep.goals,
     )
+
+
+def _mark_front(rows: Sequence[Row], goals: Mapping[str, str]) -> list[Row]:
+    costs = [[_cost(row, name, maximizes=way == "maximize") for name, way in goals.items()] for row in rows]
+
+    def is_beaten(own: list[float]) -> bool:
+        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in costs)
+
+    return [replace(row, in_front=not is_beaten(own)) for row, own in zip(rows, costs, strict=True)]
 
 
 def write_leaderboard(sweep: Sweep) -> Leaderboard:
@@ -96,11 +117,12 @@ def _means(jobs: Sequence[Job]) -> dict[str, tuple[float, float | None]]:
     return found
 
 
-def _rank(row: Row, sweep: Sweep) -> float:
-    value = row.metrics.get(sweep.objective or "", (math.nan, None))[0]
+def _cost(row: Row, name: str | None, *, maximizes: bool) -> float:
+    """Returns a metric as a number of which less is better; what was not measured, or diverged, is the worst."""
+    value = row.metrics.get(name or "", (math.nan, None))[0]
     if math.isnan(value):
         return math.inf
-    return -value if sweep.maximizes else value
+    return -value if maximizes else value
 
 
 def cell(row: Row, name: str) -> str:
@@ -111,8 +133,10 @@ def cell(row: Row, name: str) -> str:
     shown = format_duration(value) if name.endswith("_runtime") else format_metric(name, value)
     if error is None:
         return shown
-    spread = format_duration(error) if name.endswith("_runtime") else format_metric(name, error).removesuffix(" %")
-    return f"{shown} ± {spread}"
+    if name.endswith("_runtime"):
+        return f"{shown} ± {format_duration(error)}"
+    scale, digits = (100 if shown.endswith("%") else 1), len(shown.removesuffix(" %").partition(".")[2])
+    return f"{shown} ± {scale * error:.{digits}f}" if "e" not in shown else f"{shown} ± {error:.3g}"
 
 
 def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
@@ -121,7 +145,7 @@ def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     head = ["", *board.keys, *(["seeds"] if several else []), *board.metrics]
     lines = [
         [
-            str(place),
+            f"{place} *" if row.in_front else str(place),
             *row.values.values(),
             *([str(len(row.jobs))] if several else []),
             *(cell(row, name) for name in board.metrics),
@@ -131,6 +155,39 @@ def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Returns the last part of each key, or the whole where two would be the same."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
+    """Returns the table's lines on a terminal `room` characters wide, the head first, and the columns left out.
+
+    Metrics but the objective go first, from the right, then the count of seeds, then keys.
+    """
+    head, lines = table(board)
+    names = short_names(board.keys) | {name: ON_SCREEN.get(name, name.removeprefix("eval_")) for name in board.metrics}
+    columns = {
+        name: [names.get(name, name), *(shorten(short_value(text), LONGEST_VALUE) for text in texts)]
+        for name, *texts in zip(head, *lines, strict=True)
+    }
+    widths = {name: max(map(len, texts)) for name, texts in columns.items()}
+    spare = [*(name for name in reversed(board.metrics) if name != board.objective), "seeds", *board.keys[:0:-1]]
+    for name in spare:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
+            widths.pop(name, None)
+    cells = [[text.rjust(widths[name]) if name in board.metrics else text.ljust(widths[name])
+              for text in columns[name]] for name in widths]  # fmt: skip
+    shown = [(" " * GAP).join(line).rstrip() for line in zip(*cells, strict=True)]
+    return shown, [name for name in head if name not in widths]
+
+
+def front_note(board: Leaderboard) -> str:
+    """Returns what the marks of a search by several goals mean."""
+    return f"in front: none is better by {' or '.join(board.goals)} without being worse by another"
+
+
 def describe(job: Job) -> str:
     """Returns what became of an unfinished job in one line."""
     return f"{' '.join(job.overrides) or job.name}: {job.status.value}" + (f", {job.reason}" if job.reason else "")
@@ -138,13 +195,16 @@ def describe(job: Job) -> str:
 
 def print_leaderboard(board: Leaderboard) -> None:
     """Prints the table, and what did not finish."""
-    head, lines = table(board)
     say()
-    if lines:
-        shown = Table(*(text.removeprefix("eval_") for text in head), box=None, header_style="dim", pad_edge=False)
+    if board.rows:
+        (head, *lines), left_out = fit(board, screen().width if screen().is_terminal else sys.maxsize)
+        say(Text(head, style="dim"))
         for line in lines:
-            shown.add_row(*(Text(printable(text)) for text in line))
-        screen().print(shown, soft_wrap=True)
+            say(line)
+        if any(row.in_front for row in board.rows):
+            say_rows([("*", front_note(board))])
+        if left_out:
+            say_rows([("left out", f"{', '.join(left_out)}: too wide for this terminal; leaderboard.md has them")])
     for job in board.unfinished:
         say(Text(printable(f"  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
     say()
@@ -159,6 +219,8 @@ def to_markdown(board: Leaderboard, name: str) -> str:
         parts.append("\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in rows))
         better = "higher" if board.maximizes else "lower"
         parts.append(f"By `{board.objective}`, {better} is better; ± is the standard error over seeds.")
+        if any(row.in_front for row in board.rows):
+            parts.append(f"\\* {front_note(board)}")
     for job in board.unfinished:
         parts.append(f"- {describe(job)} (`{job.name}`)")
         if job.status is Status.failed and (last := tail(job.folder)):
@@ -173,9 +235,11 @@ def to_csv(board: Leaderboard) -> str:
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", *keys, "status", "reason", "seconds", *names])
+    front = {job.name for row in board.rows if row.in_front for job in row.jobs}
+    writer.writerow(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
     for job in jobs:
         values: list[Any] = [job.values.get(key, "") for key in keys]
         facts = [job.status.value, job.reason or "", "" if job.seconds is None else round(job.seconds, 3)]
-        writer.writerow([job.name, *values, *facts, *(job.metrics.get(name, "") for name in names)])
+        marks = [["no", "yes"][job.name in front]] if front else []
+        writer.writerow([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
     return text.getvalue()

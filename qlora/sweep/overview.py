@@ -26,13 +26,14 @@ class Sweep:
     """By the names of their folders."""
     common: dict[str, Any] = field(default_factory=dict)
     """The config's keys that have one value in all jobs, but for those that may differ anyway."""
-    direction: str | None = None
-    """`minimize` or `maximize`, where a search says so; unset: as the objective's name tells."""
+    goals: dict[str, str] = field(default_factory=dict)
+    """The metrics that a search goes by, with `minimize` or `maximize`; none: the objective, as its name tells."""
 
     @property
     def maximizes(self) -> bool:
         """Whether a larger objective is the better one."""
-        return self.direction == "maximize" if self.direction else higher_is_better(self.objective or "")
+        name = self.objective or ""
+        return self.goals[name] == "maximize" if name in self.goals else higher_is_better(name)
 
     def update(self, job: Job) -> None:
         """Takes what is known of a job now, and writes the overview."""
@@ -44,7 +45,7 @@ class Sweep:
         record = {
             "name": self.folder.name,
             "objective": self.objective,
-            "direction": self.direction,
+            "goals": self.goals,
             "counts": {status.value: count for status in Status if (count := len(self.with_status(status)))},
             "jobs": [job.to_dict() for job in self.jobs.values()],
             "common": self.common,
@@ -65,7 +66,7 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
     """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older."""
     stored = read_json(folder / OVERVIEW_FILE) or {}
     sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}))
-    sweep.direction = stored.get("direction")
+    sweep.goals = stored.get("goals", {})
     for record in stored.get("jobs", []):
         sweep.jobs[record["job"]] = Job(folder / record["job"], overrides=record["overrides"])
     for path in sorted(folder.glob(f"*/{STATUS_FILE}")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.errors import ConfigError
+from qlora.folder import RunFolder
 from qlora.membership import Membership
 from qlora.sweep.jobs import Job, Status, read_job, write_status
 
@@ -128,6 +130,7 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
     sweep = Membership.environment(folder.parent.name, task.job.overrides)
     folder.mkdir(parents=True, exist_ok=True)
     write_status(folder, Status.queued, overrides=task.job.overrides, reason=None)
+    RunFolder(folder).progress.unlink(missing_ok=True)  # of an earlier start
     with (folder / OUTPUT).open("ab") as output, (folder / ERRORS).open("ab") as errors:
         popen = subprocess.Popen(
             task.command,
@@ -136,15 +139,17 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
             stderr=errors,
             env={**os.environ, **sweep, **task.environment, **slot},
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with, os.getpid()),
         )
     return _Process(task, slot, popen, time.time())
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep that was started in the background ignores it
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died already, which no signal will tell any more
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _ended(process: _Process, *, interrupted: bool = False) -> Job:

@@ -22,7 +22,7 @@ from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.schema import Config
 from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
-from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, write_leaderboard
+from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_facts, read_sweep
 from qlora.sweep.processes import tail
 
@@ -74,6 +74,7 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
                 else views[job.folder]
                 for job in row.jobs
             ],
+            row.in_front,
         )
         for row in board.rows
     ]
@@ -89,13 +90,8 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
         unfinished=[views[job.folder] for job in board.unfinished],
         common=sweep.common,
         command=_command(best) if best else None,
+        goals=board.goals,
     )
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Returns the last part of each key, or the whole where two would be the same."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def _view(sweep: Sweep, job: Job, *, label: str) -> RunView:
@@ -214,7 +210,7 @@ def collect(folders: Sequence[Path], place: Path, objective: str | None) -> Swee
     if origin is None:
         _name_differences(jobs, configs)
     elif (stored := read_sweep(origin)).objective == chosen:
-        sweep.direction = stored.direction
+        sweep.goals = stored.goals
     shared = os.path.commonpath([folder.parent.absolute() for folder in folders])
     sweep.jobs = {os.path.relpath(job.folder, shared): job for job in jobs}
     known = dict.fromkeys(name for job in jobs for name in job.metrics)

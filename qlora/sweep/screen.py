@@ -11,19 +11,47 @@ from typing import Any, Self
 
 from rich.text import Text
 
-from qlora.console import printable, progress, record, say
+from qlora.console import printable, progress, record, say, screen
 from qlora.errors import ConfigError
+from qlora.reporting.page import short_value
 from qlora.sweep.jobs import Job, Status
-from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, write_leaderboard
+from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
 from qlora.sweep.report import write_report
-from qlora.wording import format_duration, format_metric
+from qlora.wording import format_duration, format_metric, shorten
 
 log = logging.getLogger(__name__)
 
 PAGE_SHARE = 0.05
 """The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
+
+
+NOTE, LABEL = 38, 40
+"""Characters of a running job's numbers, and the most of what it varies."""
+BESIDE = 19
+"""Those of the bar and of the count on a line."""
+
+
+SHORTEST = 12
+"""Of the best job's label; where there is less room it is left out."""
+
+
+def label(job: Job, room: int) -> str:
+    """Returns what a job varies in at most `room` characters, where names do not fit by its values alone."""
+    names = short_names(list(job.values))
+    values = {names[key]: short_value(value) for key, value in job.values.items()}
+    words = " ".join(f"{name}={value}" for name, value in values.items()) or job.name
+    if values and len(words) > room:
+        each = max(room // len(values) - 1, 6)
+        words = " ".join(shorten(value, each) for value in values.values())
+    return shorten(words, room)
+
+
+def rooms(width: int) -> tuple[int, int]:
+    """Returns how many characters a terminal has for the label and for the notes of a line."""
+    for_label = max(min(width - BESIDE - NOTE, LABEL), 10)
+    return for_label, max(width - BESIDE - for_label, NOTE)
 
 
 class Screen:
@@ -33,6 +61,7 @@ class Screen:
         self.sweep, self.waiting_jobs = sweep, waiting
         self._bars: dict[str, tuple[contextlib.ExitStack, Any]] = {}
         self._all = contextlib.ExitStack()
+        self._begun: dict[str, float] = {}
         self._durations: list[float] = []
         self._done = 0
         self._page_due = 0.0
@@ -79,7 +108,9 @@ class Screen:
         self.sweep.update(job)
         record(f"started {job.name}")
         stack = contextlib.ExitStack()
-        self._bars[job.name] = (stack, stack.enter_context(progress(" ".join(job.overrides) or job.name, None)))
+        bar = stack.enter_context(progress(label(job, rooms(screen().width)[0]), None))
+        bar(0, note="starting")
+        self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
     def waiting(self, running: list[Job]) -> None:
         """Moves the bars of the running jobs."""
@@ -92,7 +123,7 @@ class Screen:
                 if steps.get("seconds_left"):
                     notes.append(f"{format_duration(steps['seconds_left'])} left")
                 self._bars[job.name][1](steps["step"], note="  ".join(notes), total=steps["max_steps"])
-        self._update(self._done, note=self._standing(len(running)), total=self.waiting_jobs)
+        self._update(self._done, note=self._standing(running), total=self.waiting_jobs)
 
     def ended(self, job: Job) -> None:
         """Tells what became of a job, and brings the files up to date."""
@@ -113,18 +144,31 @@ class Screen:
             for line in tail(job.folder):
                 say(Text(printable(f"      {line}"), style="dim"))
 
-    def _standing(self, running: int) -> str:
+    def _standing(self, running: list[Job]) -> str:
         failed = len(self.sweep.with_status(Status.failed))
         notes = [f"{failed} failed"] if failed else []
+        if (left := self._seconds_left(running)) is not None:
+            notes.append(f"{format_duration(left)} left")
         finished = [job for job in self.sweep.with_status(Status.finished) if job.objective is not None]
         if finished:
             pick = max if self.sweep.maximizes else min
             best = pick(finished, key=lambda job: job.objective or 0.0)
-            notes.append(f"best {self._objective(best.objective or 0.0)} {' '.join(best.overrides)}")
-        if self._durations and running:
-            left = (self.waiting_jobs - self._done) / running * statistics.fmean(self._durations)
-            notes.append(f"{format_duration(left)} left")
+            notes.append(f"best {self._objective(best.objective or 0.0)}")
+            room = rooms(screen().width)[1] - len("  ".join(notes)) - 1
+            notes[-1] += f" {label(best, room)}" if room >= SHORTEST else ""
         return "  ".join(notes)
+
+    def _seconds_left(self, running: list[Job]) -> float | None:
+        """Estimates the time for all jobs from those that have ended, and from how far the running ones are."""
+        now = time.monotonic()
+        ages = {job.name: now - self._begun[job.name] for job in running}
+        known = {job.name: job.progress["seconds_left"] for job in running if job.progress.get("seconds_left")}
+        durations = [*self._durations, *(ages[name] + left for name, left in known.items())]
+        if not durations:
+            return None
+        each = statistics.fmean(durations)
+        begun = sum(known.get(name, max(each - age, 0.0)) for name, age in ages.items())
+        return (begun + (self.waiting_jobs - self._done - len(running)) * each) / len(running)
 
     def _objective(self, value: float) -> str:
         return format_metric((self.sweep.objective or "").removeprefix("eval_"), value)

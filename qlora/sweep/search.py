@@ -109,7 +109,7 @@ def search(
     check_pruning(settings, configs, goals)
     slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
     with open_sweep(Path(str(config.hydra.sweep.dir)), configs) as sweep:
-        sweep.direction = goals[0].direction
+        sweep.goals = {goal.metric: goal.direction for goal in goals}
         own = Search(settings, space, goals, sweep, compose, configs[0])
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
         try:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from qlora.compose import compose_dict, to_config
 from qlora.console import printable, say
 from qlora.errors import ConfigError
 from qlora.membership import Membership
 from qlora.schema import TrackingBackend, TrackingConfig
 from qlora.sweep.jobs import Status
 from qlora.sweep.leaderboard import Leaderboard, build_leaderboard
-from qlora.sweep.overview import Sweep
+from qlora.sweep.overview import Sweep, read_sweep
 from qlora.training.tracking.base import Sent, TrackedRun
 
 REPORT_FILE, CHART_FILE = "report.html", "parallel.png"
@@ -44,6 +46,15 @@ def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
             say(f"wandb        {tracker.url}")
     if wandb_mode(tracking) == "offline":
         say(f"sync         {sync_command(sweep.folder)}")
+
+
+def track_other_engine(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Tracks the sweep that `overrides` have started, if its jobs ran by an engine that knows nothing of sweeps."""
+    composed = compose_dict(overrides, config_dir)
+    choices = composed.hydra.runtime.choices
+    sweep = read_sweep(Path(str(composed.hydra.sweep.dir)))
+    if sweep.jobs and choices["hydra/launcher"] != "processes" and choices["hydra/sweeper"] != "optuna":
+        track_sweep(sweep, to_config(composed).tracking)
 
 
 def summary_run(sweep: Sweep) -> TrackedRun:

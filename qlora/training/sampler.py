@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -14,25 +15,32 @@ class LengthGroupedSampler(Sampler[int]):
     Rows are drawn at random into pools of 50 batches, each pool is sorted by length and cut into batches, and the
     batches are shuffled. transformers' sampler leaves out the last step: its batches go from the longest rows to
     the shortest, 50 at a time, so that the kinds of rows come in waves. The longest batch comes first, so that a
-    lack of memory shows at once.
+    lack of memory shows at once. The order follows from the seed and the epoch alone, so that a training that is
+    resumed within an epoch goes on in it.
     """
 
     POOL = 50
 
-    def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
-        self.lengths, self.batch_size = torch.as_tensor(lengths), batch_size
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.as_tensor(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass; the trainer calls it before each."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self.lengths))
+        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.lengths), generator=draw)
         pools = order.split(self.POOL * self.batch_size)
         ordered = [pool[torch.argsort(self.lengths[pool], descending=True, stable=True)] for pool in pools]
         batches = [batch for pool in ordered for batch in pool.split(self.batch_size)]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one, of the last pool
         first = max(range(len(whole)), key=lambda index: int(self.lengths[whole[index]].sum()), default=0)
-        shuffled = [first, *(index for index in torch.randperm(len(whole)).tolist() if index != first)]
+        shuffled = [first, *(index for index in torch.randperm(len(whole), generator=draw).tolist() if index != first)]
         for batch in [*(whole[index] for index in shuffled if whole), *rest]:
             yield from batch.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import time
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlora.folder import read_json, write_text
 from qlora.schema import TrainerConfig
 from qlora.training.flat import flatten_groups
 from qlora.training.sampler import LengthGroupedSampler
@@ -31,6 +33,7 @@ from qlora.training.sampler import LengthGroupedSampler
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+LOSS_FILE = "losses.json"
 
 
 def build_arguments(
@@ -105,6 +108,7 @@ class QLoraTrainer(Trainer):
         self.measure, self.verify, self.token_mask, self.lengths = measure, verify, token_mask, lengths
         self.loraplus_lr_ratio, self.step = loraplus_lr_ratio, step
         self.measuring_seconds = 0.0
+        self._grouped: LengthGroupedSampler | None = None
         super().__init__(
             model=model,
             args=arguments,
@@ -113,6 +117,7 @@ class QLoraTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        self.add_callback(_LossRecall(self))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -131,10 +136,32 @@ class QLoraTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves the weights of a checkpoint, and has them compared with those in memory."""
+        """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
         super()._save(output_dir, state_dict)
+        logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
+        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
+        write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
+        if self._grouped is not None:  # with several processes the library would not reach it
+            self._grouped.set_epoch(epoch)
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(epoch=epoch, **kwargs)
+
+    def recall_losses(self) -> None:
+        """Takes up the losses before the checkpoint that the training goes on from, if it does."""
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if (losses := read_json(checkpoint / LOSS_FILE)) is not None:
+            self._total_loss_scalar, self._globalstep_last_logged = losses["total"], losses["logged"]
+            self._tr_loss += losses["unlogged"]
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of all steps' losses, those before a resumption included; the library's leaves them out."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
 
     @property
     def trained_tokens(self) -> int:
@@ -150,7 +177,8 @@ class QLoraTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self.lengths, size)
+        self._grouped = LengthGroupedSampler(self.lengths, size, self.args.seed)
+        return self._grouped
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -182,10 +210,27 @@ class QLoraTrainer(Trainer):
         return self.optimizer
 
 
+class _LossRecall(TrainerCallback):
+    """Acts where the library has set the losses to zero and has not trained yet."""
+
+    def __init__(self, trainer: QLoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.recall_losses()
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint in `folder`; one that a kill cut off is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not (found[-1] / STATE_FILE).is_file():
+    while found and not _is_complete(found[-1]):
         log.warning("%s is incomplete: removing it", found[-1])
         shutil.rmtree(found.pop())
     return found[-1] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return read_json(checkpoint / STATE_FILE) is not None
+    except ValueError:  # begun, but not ended
+        return False

@@ -215,6 +215,28 @@ def test_the_charts_of_parameters_hold_every_finished_run(sweep_page: Opened) ->
         assert "<script>window.…" in opened.page.locator(texts).all_text_contents()
 
 
+def test_a_search_by_two_goals_shows_its_front(browser: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "goals"
+    write_sweep(folder, {"lora.r": ["4", "8", "16", "32"]})
+    overview = json.loads((folder / "sweep.json").read_text())
+    goals = {"eval_loss": "minimize", "eval_exact_match": "maximize"}
+    (folder / "sweep.json").write_text(json.dumps(overview | {"goals": goals}))
+    for path, found in zip(
+        sorted(folder.glob("*/result.json")), [(1, 0.4), (2, 0.5), (3, 0.45), (4, 0.6)], strict=True
+    ):
+        result = json.loads(path.read_text())
+        result["metrics"]["eval_loss"], result["metrics"]["eval_exact_match"] = found
+        path.write_text(json.dumps(result))
+    write_overview(folder, None)
+    opened = Opened(browser, folder / "report.html", DESKTOP)
+    assert not opened.faults
+    line, points = opened.traces("[data-kind=fronts]")
+    assert (line["y"], points["y"]) == ([0.4, 0.5, 0.6], [0.4, 0.5, 0.45, 0.6])
+    places = opened.page.locator("#leaderboard tbody tr td:first-child").all_text_contents()
+    assert [place.strip() for place in places] == ["* 1", "* 2", "3", "* 4"]
+    assert opened.page.get_by_role("heading", name="Best compromises").is_visible()
+
+
 def test_no_button_sends_a_chart_anywhere(run_page: Opened) -> None:
     opened = run_page
     titles = opened.page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(each => each.dataset.title)")

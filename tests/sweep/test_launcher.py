@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qlora.sweep.jobs import Status, read_job
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
@@ -96,8 +99,9 @@ def test_four_faults_leave_the_other_eight_and_are_run_again_alone(tmp_path: Pat
     assert reasons["seed=5"] == "killed (SIGKILL): the system does so when memory runs out"
     assert reasons["seed=9"] == "MemoryError()"
     assert "seed=1: failed, ValueError: a bad row" in output
-    assert (
-        errors.strip().splitlines()[-1].startswith("error: 4 of 12 jobs failed: outputs/sweeps/faults/leaderboard.md")
+    assert errors == (
+        "error: 4 of 12 jobs failed: outputs/sweeps/faults/leaderboard.md says why; the same command runs them again "
+        "and leaves the finished ones alone\n"
     )
     board = (tmp_path / "outputs/sweeps/faults/leaderboard.md").read_text()
     assert "ValueError: a bad row" in board
@@ -153,24 +157,63 @@ def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_o
     again.communicate(timeout=60)
 
 
+def family(pid: int) -> list[int]:
+    """A process and all that it has started, directly or not."""
+    children = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+    return [pid, *(each for child in children for each in family(child))]
+
+
+def kill_family(pid: int) -> None:
+    """Ends a process and all that it has started, as a machine that fails does: at one moment, without a warning."""
+    for each in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def outcome(folder: Path, name: str) -> list[dict[str, str]]:
+    """The lines of the leaderboard but for times and memory, in its order."""
+    measured = ("seconds", "train_runtime", "train_tokens_per_second", "peak_memory_gb")
+    with (folder / "outputs/sweeps" / name / "leaderboard.csv").open() as file:
+        return [{key: row[key] for key in row if key not in measured} for row in csv.DictReader(file)]
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a sweep in /proc")
 def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    words = ["seed=0,1", "trainer.save_steps=1"]
+    """`QLORA_TEST_KILLS=20` kills more often than every run of the tests does."""
+    count = int(os.environ.get("QLORA_TEST_KILLS", "4"))
+    slots = 2
+    words = [
+        *(f"seed=range(0,{count})", f"hydra.launcher.n_jobs={slots}"),
+        *("trainer.max_steps=60", "trainer.eval_steps=20", "trainer.save_steps=2"),
+    ]
+    began = time.monotonic()
     assert sweep(tmp_path, *words, "name=calm")[0] == 0
-    draw = random.Random(0)
-    for _ in range(4):
+    calm = time.monotonic() - began
+    folder, draw = tmp_path / "outputs/sweeps/killed", random.Random(0)
+    hit: list[int] = []
+    began = time.monotonic()
+    for _ in range(count):
         process = start(tmp_path, *words, "name=killed")
         try:
-            process.communicate(timeout=draw.uniform(0.5, 12))
+            process.communicate(timeout=draw.uniform(0, 1.2) * calm * slots / count)  # soon, or after about a job
         except subprocess.TimeoutExpired:
-            process.kill()
+            hit.append(sum(read_job(path.parent).status is Status.running for path in folder.glob("*/status.json")))
+            kill_family(process.pid)
             process.communicate()
-    assert sweep(tmp_path, *words, "name=killed")[0] == 0
-
-    def losses(name: str) -> dict[str, float]:
-        return {job["job"]: job["metrics"]["eval_loss"] for job in overview(tmp_path, name)["jobs"]}
-
-    assert losses("killed") == losses("calm")
+        else:
+            assert process.returncode == 0, "it had no more to do"
+    assert hit
+    code, output, errors = sweep(tmp_path, *words, "name=killed")
+    assert code == 0, output + errors
+    logs = "".join(path.read_text() for path in folder.glob("*/stdout.log"))
+    print(
+        f"\n{len(hit)} kills: {sum(map(bool, hit))} while jobs ran, {sum(hit)} jobs cut off, "
+        f"{logs.count('resuming from checkpoint-')} resumed from a checkpoint; {count} jobs, "
+        f"{calm:.0f} s undisturbed, {time.monotonic() - began:.0f} s with the kills"
+    )
+    assert outcome(tmp_path, "killed") == outcome(tmp_path, "calm")
+    assert {row["status"] for row in outcome(tmp_path, "calm")} == {"finished"}
 
 
 def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -28,10 +29,22 @@ optuna = pytest.importorskip("optuna")
 from qlora.sweep.space import Space, build_space  # noqa: E402
 
 # A program like qlora whose runs take no time: the loss is a bowl around the learning rate 1e-3, and falls with the
-# steps; rank 64 fails, and rank 128 diverges.
+# rank and the steps; rank 64 fails, and rank 128 diverges. FAULTS says what befalls trials, by their numbers.
 FAKE = """
-import json, math, os, sys, time, types
+import json, math, os, resource, signal, sys, time, types
 from pathlib import Path
+
+def suffer(number):
+    kind = json.loads(os.environ.get("FAULTS", "{}")).get(str(number))
+    if kind == "raise":
+        raise ValueError("a bad row")
+    if kind == "exit":
+        sys.exit(0)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "memory":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        bytearray(2**34)
 
 class Run:
     def __init__(self, config, folder, *more):
@@ -43,12 +56,13 @@ class Run:
         if self.config.lora.r == 64 and not os.environ.get("MENDED"):
             raise ValueError("rank 64")
         time.sleep(float(os.environ.get("SECONDS", 0)))
-        loss = (math.log10(self.config.trainer.learning_rate) + 3) ** 2
+        loss = (math.log10(self.config.trainer.learning_rate) + 3) ** 2 + 1 / self.config.lora.r
         if link := os.environ.get("QLORA_TRIAL"):
             from qlora.study import TrialLink
             trial = TrialLink.from_text(link).open()
             for step in (10, 20, 30):
                 trial.report(loss + 1 / step, step)
+                suffer(trial.number)
                 if trial.should_prune():
                     raise Pruned(f"eval_loss {loss + 1 / step:.3f} at step {step} of 40")
         loss = math.nan if self.config.lora.r == 128 else loss
@@ -220,9 +234,18 @@ def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
     words = ["lora.r=choice(8,16)", "trainer.learning_rate=1e-1,1e-3", "hydra.sweeper.sampler=grid"]
     code, output, errors = search(tmp_path, *words, "hydra.sweeper.objectives=[eval_loss,train_runtime]")
     assert code == 0, output + errors
-    [best] = results(tmp_path)["solutions"]
-    assert (best["params"], best["values"]) == ({"lora.r": 8, "trainer.learning_rate": 0.001}, [0, 8])
+    solutions = results(tmp_path)["solutions"]
+    assert {(each["params"]["lora.r"], each["params"]["trainer.learning_rate"]) for each in solutions} == {
+        (8, 0.001), (16, 0.001)
+    }  # fmt: skip
     assert study(tmp_path).metric_names == ["eval_loss", "train_runtime"]
+    best = {trial.user_attrs["job"] for trial in study(tmp_path).best_trials}
+    with (tmp_path / "outputs/sweeps/s/leaderboard.csv").open() as file:
+        assert {row["job"]: row["front"] for row in csv.DictReader(file)} == {
+            job: "yes" if job in best else "no" for job in told(tmp_path)
+        }
+    assert "1 *  16  0.001" in output
+    assert "<h2>Best compromises</h2>" in (tmp_path / "outputs/sweeps/s/report.html").read_text()
     code, _, errors = search(tmp_path, *words)
     assert code == 1
     assert "is to minimize eval_loss, minimize train_runtime, not to minimize eval_loss; choose another" in errors
@@ -248,6 +271,68 @@ def test_trials_that_fall_behind_end_early(tmp_path: Path, pruner: list[str], en
     assert len(list(tmp_path.glob("outputs/sweeps/s/*/result.json"))) == found["COMPLETE"]
     assert search(tmp_path, *words)[0] == 0
     assert states(tmp_path) == found
+
+
+PRUNING = [
+    *("hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=2"),
+    *("trainer.max_steps=40", "trainer.eval_steps=10"),
+]
+
+
+def told(folder: Path) -> dict[str, str]:
+    """What the study knows last of each job."""
+    return {trial.user_attrs["job"]: trial.state.name for trial in study(folder).trials}
+
+
+def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp_path: Path) -> None:
+    rates = "trainer.learning_rate=1e-3,2e-3,5e-4,3e-3,1e-1,1e-5,2e-5,5e-2,4e-3,3e-4,2e-1,5e-3"
+    words = [rates, "hydra.sweeper.sampler=grid", *PRUNING]
+    reasons = {
+        1: "ValueError: a bad row",
+        4: "SystemExit: 0",
+        5: "killed (SIGKILL): the system does so when memory runs out",
+        9: "MemoryError()",
+    }
+    faults = dict(zip(reasons, ("raise", "exit", "kill", "memory"), strict=True))
+    code, output, errors = search(tmp_path, *words, FAULTS=json.dumps(faults))
+    assert code == 1, output + errors
+    assert errors.strip().endswith(
+        "error: 4 trials failed: outputs/sweeps/s/leaderboard.md says why; the same command goes on with the search"
+    )
+    found = states(tmp_path)
+    assert found.keys() == {"COMPLETE", "PRUNED", "FAIL"}
+    assert found["COMPLETE"] + found["PRUNED"] == 8
+    jobs = {job["job"]: job for job in json.loads((tmp_path / "outputs/sweeps/s/sweep.json").read_text())["jobs"]}
+    failed = {number: trial.user_attrs["job"] for number, trial in enumerate(study(tmp_path).trials)
+              if trial.state.name == "FAIL"}  # fmt: skip
+    assert {number: jobs[name]["reason"] for number, name in failed.items()} == reasons
+    state = {"finished": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    assert {name: state[job["status"]] for name, job in jobs.items()} == told(tmp_path)
+    board = (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
+    assert all(f"failed, {reason}" in board and f"failed, {reason}" in output for reason in reasons.values())
+    before, good = starts(tmp_path), [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"]
+    code, output, errors = search(tmp_path, *words)
+    assert code == 0, output + errors
+    assert {job for job, count in starts(tmp_path).items() if count > before[job]} == set(failed.values())
+    assert len(told(tmp_path)) == 12
+    assert set(told(tmp_path).values()) == {"COMPLETE", "PRUNED"}
+    assert [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"][:8] == good
+
+
+def test_a_search_that_faults_had_stopped_goes_on_to_the_wanted_number_of_trials(tmp_path: Path) -> None:
+    words = [RATE, *PRUNING, "hydra.sweeper.n_trials=5", "hydra.sweeper.max_failures=1"]
+    code, output, errors = search(tmp_path, *words, FAULTS=json.dumps({0: "kill", 2: "raise"}))
+    assert code == 1, output + errors
+    assert "2 trials failed, more than hydra.sweeper.max_failures=1 allows, so the search stopped: " in errors
+    before = starts(tmp_path)
+    assert 2 <= len(before) < 5
+    code, output, errors = search(tmp_path, *words)
+    assert code == 0, output + errors
+    found = states(tmp_path)
+    assert (found.pop("FAIL"), sum(found.values())) == (2, 5)
+    assert found.keys() <= {"COMPLETE", "PRUNED"}
+    assert len(starts(tmp_path)) == 7
+    assert all(starts(tmp_path)[job] == count for job, count in before.items())
 
 
 @pytest.mark.slow

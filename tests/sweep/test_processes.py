@@ -14,7 +14,7 @@ import pytest
 
 from qlora.errors import ConfigError
 from qlora.sweep.jobs import Job, Status, read_job
-from qlora.sweep.processes import Task, build_slots, run_tasks, tail, visible_gpus
+from qlora.sweep.processes import Task, _die_with, build_slots, run_tasks, tail, visible_gpus
 
 BODY = """
 import json, os, signal, sys, time
@@ -159,6 +159,14 @@ def test_an_end_from_outside_leaves_no_process_and_a_resumable_sweep(
     assert sweep.returncode != 0
     assert [read_job(tmp_path / name).status for name in "01"] == [status, status]
     assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed parent")
+def test_a_job_whose_sweep_died_while_it_was_started_does_not_begin() -> None:
+    command, gone = [sys.executable, "-c", "print('begun')"], 0
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=lambda: _die_with(gone))
+    assert job.communicate()[0] == b""
+    assert job.returncode == -signal.SIGKILL
 
 
 # Slots

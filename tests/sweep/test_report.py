@@ -16,7 +16,7 @@ from synthetic_runs import write_run, write_sweep
 from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.report import build_report, collect, find_runs, report, short_names, write_overview
+from qlora.sweep.report import build_report, collect, find_runs, report, write_overview
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
 
@@ -60,13 +60,6 @@ def test_a_damaged_file_of_one_job_does_not_stop_the_report(sweep: Path) -> None
     shown = build_report(read_sweep(sweep))
     assert shown.lines[1].runs[0].curves == {}
     assert shown.lines[1].runs[1].curves
-
-
-def test_names_are_short_where_that_is_clear() -> None:
-    assert short_names(["lora.r", "trainer.learning_rate", "seed"]) == {
-        "lora.r": "r", "trainer.learning_rate": "learning_rate", "seed": "seed"
-    }  # fmt: skip
-    assert short_names(["model.name", "data.name"]) == {"model.name": "model.name", "data.name": "data.name"}
 
 
 def test_a_pattern_finds_runs_sweeps_and_folders_of_runs(sweep: Path, tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_one_command_sends_all_runs_of_an_offline_sweep(tracked: tuple[Path, lis
 
 
 @needs_wandb
+def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(tmp_path: Path) -> None:
+    words = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
+    small = ["data.max_eval_samples=4", "evaluation=loss", "tracking=wandb", "tracking.mode=offline"]
+    code, printed = start(tmp_path, [sys.executable, "-m", "qlora", "-m", *words, *small])
+    assert code == 1, printed
+    folder = tmp_path / "outputs/sweeps/two"
+    summary = wandb_summary(wandb_records(folder))
+    assert (summary["jobs/finished"], summary["jobs/failed"]) == (1, 1)
+    assert sync_command(Path("outputs/sweeps/two")) in printed
+
+
+@needs_wandb
 def test_a_sweep_that_brought_nothing_new_starts_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = fake_sweep(tmp_path, {"lora.r=8": 0.5, "lora.r=16": 0.4})
     for _ in range(2):

@@ -133,6 +133,24 @@
     return Plotly.react(place, [line, points], layout(x, y, { hovermode: "closest" }), zooming);
   };
 
+  const drawFront = (place, spec) => {
+    const { x, y, labels, groups, front, stairs } = spec;
+    const chosen = [...front.keys()].filter((nth) => front[nth]).sort((a, b) => x.values[a] - x.values[b]);
+    const points = {
+      x: x.values, y: y.values, type: "scatter", mode: "markers", text: labels.map(plain), cliponaxis: false,
+      marker: { size: front.map((is) => (is ? 13 : 8)), opacity: front.map((is) => (is ? 1 : 0.45)),
+        color: groups.map((group) => groupColor(page.groups[group])), line: { width: 1.5, color: css("card") } },
+      hovertemplate: `%{text}<br>${plain(x.title)} %{x:.5~g}<br>${plain(y.title)} %{y:.5~g}<extra></extra>`,
+    };
+    const line = {
+      x: chosen.map((nth) => x.values[nth]), y: chosen.map((nth) => y.values[nth]), type: "scatter", mode: "lines",
+      hoverinfo: "skip", line: { color: css("soft"), width: 1.5, dash: "dot", shape: stairs },
+    };
+    const named = ({ title, unit }) => ({ nticks: 6,
+      title: { text: plain(unit ? `${title} (${unit})` : title), standoff: 8, font: { size: 12, color: css("soft") } } });
+    return Plotly.react(place, stairs ? [line, points] : [points], layout(named(x), named(y), { hovermode: "closest" }), zooming);
+  };
+
   const drawImportance = (place, spec) => {
     const names = spec.names.map(plain);
     const bars = {
@@ -178,7 +196,8 @@
     return Plotly.react(place, [trace], layout({}, {}, { margin: { l: 70, r: 70, t: 46, b: 22 } }), config());
   };
 
-  const kinds = { curves: drawCurves, scatters: drawScatter, importance: drawImportance, parallel: drawParallel };
+  const kinds = { curves: drawCurves, fronts: drawFront, scatters: drawScatter, importance: drawImportance,
+    parallel: drawParallel };
   const charts = all(".chart");
   const drawOne = (place) => {
     const { kind, index } = place.dataset;
