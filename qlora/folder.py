@@ -54,8 +54,8 @@ class RunFolder:
 
     @property
     def drawn(self) -> Path:
-        """The model that `model.init=random` drew for this run."""
-        return self.path / "base"
+        """What decided the base that `model.weights=random` drew for this training."""
+        return self.path / "drawn.json"
 
     @property
     def predictions(self) -> Path:

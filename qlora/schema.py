@@ -78,7 +78,7 @@ class TaskName(Enum):
     wandb_sweep = "wandb_sweep"
 
 
-class Init(Enum):
+class Weights(Enum):
     """Where the base weights come from."""
 
     pretrained = "pretrained"
@@ -197,7 +197,7 @@ class TaskConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ArchitectureConfig:
-    """A model's shape in the names of transformers' config classes; what `model.init=random` builds."""
+    """A model's shape in the names of transformers' config classes; what `model.weights=random` builds."""
 
     model_type: str = MISSING
     """transformers' name of the architecture, e.g. `llama`, `qwen3`, `gpt_neox`."""
@@ -240,9 +240,9 @@ class ModelConfig:
 
     name: str = MISSING
     """A hub id, a local folder, or `tiny` for the embedded model."""
-    init: Init = Init.pretrained
-    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`
-    (pretraining, or measuring speed and memory without a download)."""
+    weights: Weights = Weights.pretrained
+    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`, quantized
+    layer by layer (pretraining, or measuring speed and memory without a download)."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     cache_dir: str | None = None
@@ -269,10 +269,16 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
-        if self.init is Init.random and self.architecture is None:
+        if self.weights is Weights.pretrained:
+            return
+        if self.architecture is None:
             raise ConfigError(
-                f"model.init=random needs the shape of {self.name} in model.architecture; "
+                f"model.weights=random needs the shape of {self.name} in model.architecture; "
                 "choose a preset with model=NAME or set model.architecture.* fields"
+            )
+        if self.device_map or self.max_memory:
+            raise ConfigError(
+                "model.weights=random draws the base on one device; leave model.device_map and model.max_memory out"
             )
 
 
