@@ -47,6 +47,12 @@ OPTIMIZER_NAMES = (
     *("apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"),
 )
 
+# The cards of `planning/cards.py`; a test compares the two.
+CARD_NAMES = (
+    *("t4", "v100-32gb", "rtx-3090", "rtx-4090", "rtx-5090", "a10", "l4", "a6000", "l40s", "a100-40gb", "a100-80gb"),
+    *("h100", "h200"),
+)
+
 # transformers.trainer_utils.SchedulerType; a test compares the two.
 SCHEDULER_NAMES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
@@ -75,6 +81,7 @@ class TaskName(Enum):
     merge = "merge"
     push = "push"
     report = "report"
+    plan = "plan"
     wandb_sweep = "wandb_sweep"
 
 
@@ -143,6 +150,13 @@ class MergeBase(Enum):
     original = "original"
 
 
+class PlanStep(Enum):
+    """How a training step is computed, as far as its memory and speed depend on it."""
+
+    plain = "plain"
+    fast = "fast"
+
+
 class TrackingBackend(Enum):
     """Where metrics are sent besides the run folder."""
 
@@ -173,8 +187,8 @@ class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report` or `wandb_sweep`; chosen with
-    `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan` or `wandb_sweep`; chosen
+    with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -753,6 +767,29 @@ class MergeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What `task=plan` plans for: memory and time of the training that the rest of the config describes."""
+
+    device: str = "this"
+    """The card: `this` (the GPU found here), `t4`, `v100-32gb`, `rtx-3090`, `rtx-4090`, `rtx-5090`, `a10`, `l4`,
+    `a6000`, `l40s`, `a100-40gb`, `a100-80gb`, `h100` or `h200`."""
+    step: PlanStep = MISSING
+    """`plain`: transformers' layers with PEFT's adapters, operation by operation. `fast`: fused linear layers and
+    attention, compiled layers, the loss without all logits. Chosen with `plan=`."""
+    length: int | None = None
+    """Tokens of a row; unset: `data.pack_length`, else the longest that the limits of `data` leave."""
+
+    def __post_init__(self) -> None:
+        names = ("this", *CARD_NAMES)
+        if self.device not in names:
+            raise ConfigError(
+                f"plan.device={self.device!r} is unknown{did_you_mean(self.device, names)}; choose one of "
+                f"{', '.join(names)}"
+            )
+        require(self.length is None or self.length > 0, "plan.length", "be positive or null", self.length)
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerationConfig:
     """How answers are generated, in the names of `transformers.GenerationConfig`."""
 
@@ -878,6 +915,7 @@ class Config:
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
     merge: MergeConfig = MISSING
+    plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 
