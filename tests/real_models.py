@@ -64,9 +64,7 @@ def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:
     """A base with adapters of rank 8 on all linear layers and no dropout, ready to train."""
     overrides = ("lora.r=8", "lora.dropout=0", *overrides)
     config = compose([*overrides])
-    model = adapters.add_lora(
-        config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[]
-    )
+    model = adapters.add_lora(config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[])
     model.config.use_cache = False
     return model.train()
 

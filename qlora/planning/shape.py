@@ -114,11 +114,12 @@ class Shape:
                 ("mlp.dense_4h_to_h", i, h, "product"),
             ]
         else:
-            parts = [("qkv_proj", q + 2 * kv)] if self.family.joined else [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
-            rows = [(f"self_attn.{name}", h, width, "attention") for name, width in parts]
+            joined = self.family.joined
+            heads = {"qkv_proj": q + 2 * kv} if joined else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+            middle = {"gate_up_proj": 2 * i} if joined else {"gate_proj": i, "up_proj": i}
+            rows = [(f"self_attn.{name}", h, width, "attention") for name, width in heads.items()]
             rows.append(("self_attn.o_proj", q, h, "heads"))
-            parts = [("gate_up_proj", 2 * i)] if self.family.joined else [("gate_proj", i), ("up_proj", i)]
-            rows += [(f"mlp.{name}", h, width, "mlp") for name, width in parts]
+            rows += [(f"mlp.{name}", h, width, "mlp") for name, width in middle.items()]
             rows.append(("mlp.down_proj", i, h, "product"))
         biases = self.family.biases
         return tuple(Linear(*row, bias=row[0].rpartition(".")[2] in biases) for row in rows)
