@@ -255,8 +255,11 @@ def _print(found: Plan) -> None:
 
 def _fitting(found: Plan) -> list[tuple[str, str]]:
     fewest, layers = fewest_checkpointed(found.training, found.card), found.training.shape.layers
-    words = "not even with all layers checkpointed" if fewest is None else f"{fewest} of {layers} layers checkpointed"
-    rows = [("this micro-batch", words if fewest is None else f"with at least {words}")]
+    if fewest is None:
+        words = "not even with all layers checkpointed"
+    else:
+        words = f"with at least {fewest} of {layers} layers checkpointed" if fewest else "without checkpointing"
+    rows = [("this micro-batch", words)]
     for name, count in found.largest.items():
         plural = "row" if count == 1 else "rows"
         rows.append((name, f"up to {count:,} {plural} a micro-batch" if count else "not even one row"))
@@ -284,7 +287,8 @@ def _heading(text: str) -> None:
 
 def _numbers(rows: list[tuple[str, float, str]]) -> None:
     for name, value, note in rows:
-        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), _gb(value).rjust(8), (f"  {note}", "dim")))
+        behind = f"  {note}" if note else ""
+        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), _gb(value).rjust(8), (behind, "dim")))
 
 
 def _gb(value: float) -> str:

@@ -44,3 +44,13 @@ def test_the_evaluation_benchmark_compares_equal_work_and_finds_equal_answers(tm
     assert results[2]["tokens"] == results[3]["tokens"]
     assert [result["same"] for result in results] == [1.0] * 4
     assert "times as fast as one at a time: MMLU, invented " in printed
+
+
+def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    printed = run("memory.py", "--small", "--sizes", "7b", "--lengths", "64", "--json", str(numbers))
+    stored = json.loads(numbers.read_text(encoding="utf-8"))
+    assert [result["checkpointing"] for result in stored["results"]] == [True, False]
+    assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in stored["results"])
+    assert all("model.weights=random" in result["overrides"] for result in stored["results"])
+    assert "| llama-7b | 64 | all layers |" in printed
