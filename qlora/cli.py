@@ -142,6 +142,10 @@ def job(composed: DictConfig) -> Any:
                 from qlora.sweep.report import report
 
                 return report(config, output_dir)["objective"]
+            if config.task.name is TaskName.plan:  # needs the model's shape only
+                from qlora.plan import plan
+
+                return plan(config, output_dir)["objective"]
             from qlora.run import Run
 
             if not hydra_config.verbose:

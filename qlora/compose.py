@@ -32,7 +32,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import Config, TaskName
+from qlora.schema import ArchitectureConfig, Config, TaskName
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -735,6 +735,17 @@ def read_config(path: Path) -> dict[str, Any] | None:
     plain = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+@functools.cache
+def model_presets() -> dict[str, dict[str, Any]]:
+    """Returns the shipped models by option: `name`, and `architecture` with every field."""
+    presets = {}
+    for file in sorted((CONF_DIR / "model").glob("*.yaml")):
+        node = OmegaConf.load(file)
+        shape = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ArchitectureConfig), node.architecture))
+        presets[file.stem] = {"name": str(node.name), "architecture": shape}
+    return presets
 
 
 def build_callbacks(nodes: dict[str, Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from qlora.errors import ConfigError
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge"),
+    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge", "plan"),
 )
 
 
@@ -54,8 +54,8 @@ class RunFolder:
 
     @property
     def drawn(self) -> Path:
-        """The model that `model.init=random` drew for this run."""
-        return self.path / "base"
+        """What decided the base that `model.weights=random` drew for this training."""
+        return self.path / "drawn.json"
 
     @property
     def predictions(self) -> Path:

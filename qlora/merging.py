@@ -27,8 +27,9 @@ from qlora import console
 from qlora.errors import ConfigError
 from qlora.evaluation.parity import Parity, compare, compare_records, record
 from qlora.folder import replace_folder, restore_folder
-from qlora.models.checkpoint import Checkpoint, ModelNames, local_files
+from qlora.models.checkpoint import ModelNames, Tensors, local_files
 from qlora.models.device import DTYPES, Placement, peak_memory_gb
+from qlora.models.files import locate
 from qlora.models.loading import set_compute_dtype
 from qlora.models.merge import Adapted, Merger, take_apart
 from qlora.models.tokenizer import save_tokenizer
@@ -53,8 +54,8 @@ class Merge:
     config: Config
     load: Callable[[], PeftModel]
     """Loads the base with its adapter, as they were trained."""
-    base: str
-    """The folder or hub id of the base's files."""
+    tensors: Callable[[], Tensors]
+    """Opens the base's weights."""
     model_config: Any
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Sequence[int]]
@@ -191,21 +192,13 @@ class Merge:
         return adapted, rounding
 
     def _merger(self, names: ModelNames, adapted: Adapted) -> Merger:
-        model = self.config.model
-        folder = local_files(self.base, revision=model.revision, cache_dir=model.cache_dir)
-        return Merger(Checkpoint(folder), names, adapted, self.config.merge.base, self.dtype, self.placement)
+        return Merger(self.tensors(), names, adapted, self.config.merge.base, self.dtype, self.placement)
 
     def _write_tokenizer(self, folder: Path) -> str | None:
         """Writes tokenizer, chat template and `Modelfile`; returns why there is no Modelfile, or None."""
         save_tokenizer(self.tokenizer, folder)
-        model = self.config.model
-        base = local_files(self.base, revision=model.revision, cache_dir=model.cache_dir)
-        # Converters to GGUF read it; transformers does not save it again.
-        copied = [base / "tokenizer.model"] if model.tokenizer is None else []
-        copied += base.glob("*.py") if model.trust_remote_code else []
-        for path in copied:
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        for path in self._copied_files():
+            shutil.copyfile(path, folder / path.name)
         form = find_form(self.tokenizer)
         if isinstance(form, str):
             return form
@@ -214,6 +207,17 @@ class Merge:
         end_ids = [token for token in (*ends, self.tokenizer.eos_token_id) if token is not None]
         write_modelfile(folder, self.tokenizer, form, self.config.generation, end_ids=end_ids, name=self.served_name)
         return None
+
+    def _copied_files(self) -> list[Path]:
+        """Returns the base's files that are part of the merged model as they are."""
+        model, copied = self.config.model, list[Path]()
+        if model.tokenizer is not None and not model.trust_remote_code:
+            return copied
+        base = local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir)
+        # Converters to GGUF read it; transformers does not save it again.
+        copied += [base / "tokenizer.model"] if model.tokenizer is None else []
+        copied += base.glob("*.py") if model.trust_remote_code else []
+        return [path for path in copied if path.is_file()]
 
     def _compare(self, folder: Path, reference: Path) -> Parity:
         """Loads the written model by transformers alone, and compares what it answers with the reference."""

@@ -35,7 +35,8 @@ from qlora.evaluation.mmlu import HUB_SET, HUB_SUBSET, Mmlu, load_questions
 from qlora.folder import RunFolder, find_adapter, flatten, iter_lines, read_json, read_lines, write_lines
 from qlora.membership import TRIAL_VARIABLE, Membership
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
-from qlora.models import adapters, loading
+from qlora.models import adapters, drawing, loading
+from qlora.models.checkpoint import Checkpoint, Tensors, local_files
 from qlora.models.device import (
     Placement,
     computes_bf16,
@@ -62,7 +63,7 @@ from qlora.reporting.manifest import build_manifest, code_digest, versions, writ
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
-from qlora.schema import Config, EvaluationName, Init, TaskName, TrackingBackend
+from qlora.schema import Config, EvaluationName, TaskName, TrackingBackend, Weights
 from qlora.training.progress import ProgressCallback
 from qlora.training.tracking import TrackedRun, Tracker, build_tracker
 from qlora.training.tracking.callback import TrackerCallback
@@ -124,14 +125,19 @@ class Run:
         """The tokenizer, repaired by the model's config."""
         tokenizer = load_tokenizer(self.config.model)
         healthy = tokenizer.bos_token and tokenizer.eos_token
-        if self.config.model.init is Init.pretrained and not healthy:
+        if not (self.draws or healthy):
             repair_special_tokens(tokenizer, self.model_config)
         return tokenizer
+
+    @property
+    def draws(self) -> bool:
+        """Whether the base weights are drawn from `seed` instead of loaded."""
+        return self.config.model.weights is Weights.random
 
     @cached_property
     def model_config(self) -> Any:
         """transformers' config object of the base model."""
-        if self.config.model.init is Init.random:
+        if self.draws:
             return loading.draw_model_config(self.config.model, self.tokenizer)
         return loading.load_model_config(self.config.model)
 
@@ -263,19 +269,11 @@ class Run:
         )
 
     def load_base(self) -> PreTrainedModel:
-        """Loads the frozen base, or draws it first (once: a drawn base stays in the folder)."""
-        if self.config.model.init is Init.pretrained:
+        """Loads or draws the frozen base."""
+        if not self.draws:
             return self._load(None)
-        folder = self._drawn
-        if not (folder / "config.json").exists():
-            loading.draw_model(self.config.model, self.tokenizer, folder, self.placement, self.config.seed)
-        return self._load(folder)
-
-    @property
-    def _drawn(self) -> Path:
-        """The folder of the base that `model.init=random` draws: the adapter's run has it, or this one."""
-        adapter, _ = self.trained if self.config.task.name is not TaskName.train else (None, None)
-        return adapter.parent / self.folder.drawn.name if adapter else self.folder.drawn
+        base = loading.draw_base(self.config.model, self.config.quantization, self._drawn_weights())
+        return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
@@ -285,9 +283,22 @@ class Run:
             model_config=self.model_config,
             folder=folder,
         )
+        return self._fit_to_tokens(base)
+
+    def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
         loading.resize_embeddings(base, self.tokenizer)
         loading.add_end_token(base, self.end_id)
         return base
+
+    def _tensors(self) -> Tensors:
+        """Opens the base's weights as they are before quantization."""
+        if self.draws:
+            return self._drawn_weights()
+        model = self.config.model
+        return Checkpoint(local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir))
+
+    def _drawn_weights(self) -> drawing.DrawnWeights:
+        return drawing.DrawnWeights(self.model_config, placement=self.placement, seed=self.config.seed)
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """Attaches a fresh adapter drawn from `seed`, or makes all weights trainable (`lora=none`)."""
@@ -295,10 +306,9 @@ class Run:
         if not self.config.lora.enabled:
             base.requires_grad_(True)
             return base
-        folder = self.folder.drawn if self.config.model.init is Init.random else Path(locate(self.config.model.name))
         new_tokens = self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)
         model = adapters.add_lora(
-            self.config.lora, base, base_folder=str(folder), new_token_ids=new_tokens, batches=self._batches()
+            self.config.lora, base, tensors=self._tensors, new_token_ids=new_tokens, batches=self._batches()
         )
         if self.config.lora.init in adapters.REWRITES_BASE:
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
@@ -326,6 +336,10 @@ class Run:
             return stored
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)
+        if self.draws:
+            if self.folder.drawn.is_file():
+                self._check_drawn_base(self.folder)
+            write_json(self.folder.drawn, self._drawing_facts())
         self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
@@ -442,7 +456,7 @@ class Run:
         merge = Merge(
             config=self.config,
             load=self._prepare_merge,
-            base=str(self._drawn) if self.config.model.init is Init.random else locate(self.config.model.name),
+            tensors=self._tensors,
             model_config=self.model_config,
             tokenizer=self.tokenizer,
             prompts=[ids[:PROMPT_TOKENS] for ids in rows["input_ids"]],
@@ -672,16 +686,13 @@ class Run:
         config, place, (adapter, full) = compose.config_to_dict(self.config), self.placement, self.trained
         if adapter is not None:
             adapters.check_adapter_folder(adapter)
-        base: str | None = locate(self.config.model.name)
-        if self.config.model.init is Init.random:  # the base of another run, or one that this seed draws
-            base = str(self._drawn) if adapter else None
         facts = {
             "model": {key: value for key, value in config["model"].items() if key not in ("cache_dir", "license")},
             "quantization": config["quantization"],
             "generation": config["generation"],
             "seed": config["seed"],
             "device": f"{place.device.type}, {place.weights}, {place.compute}",
-            "base": folder_digest(Path(base)) if base and is_local(base) else self.model_config._commit_hash,
+            "base": None if self.draws else self._base_digest(),
             "adapter": adapter and adapter_digest(adapter),
             "finetuned model": full and folder_digest(full),
             "rows": rows_digest(self.measurer.rows),
@@ -690,6 +701,10 @@ class Run:
             "code": code_digest(),
         }
         return dict(flatten(facts))
+
+    def _base_digest(self) -> str | None:
+        place = locate(self.config.model.name)
+        return folder_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _answer_rows(self, decided_by: dict[str, Any]) -> float:
         """Writes `predictions.jsonl`; returns the speed of generation in tokens a second."""
@@ -751,11 +766,33 @@ class Run:
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
             adapters.check_adapter_folder(adapter)
+            self._check_drawn_base(RunFolder(adapter.parent))
             return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
         if full is None:
             return self.load_base()
         self._check_whole_model(full)
         return self._load(full)
+
+    def _drawing_facts(self) -> dict[str, Any]:
+        return drawing.drawing_facts(self.config.model, self.placement, self.config.seed)
+
+    def _check_drawn_base(self, trained: RunFolder) -> None:
+        """Raises `ConfigError` if this config does not give the drawn base that the run `trained` an adapter on."""
+        stored = read_json(trained.drawn)
+        if stored is None and not self.draws:
+            return
+        if stored is None:
+            raise ConfigError(
+                f"model.weights=random: {trained.drawn} is missing, which says how the base of the adapter was drawn; "
+                "give adapter=FOLDER of the run that trained it"
+            )
+        now = self._drawing_facts() if self.draws else {**stored, "model.weights": Weights.pretrained.value}
+        if changed := [key for key in {**stored, **now} if stored.get(key) != now.get(key)]:
+            words = " ".join(f"{key}={stored.get(key, 'null')}" for key in changed)
+            raise ConfigError(
+                f"{trained.path}: its adapter was trained on a base that was drawn otherwise than the config says; "
+                f"set {words}"
+            )
 
     def _check_whole_model(self, folder: Path) -> None:
         """Raises `ConfigError` if a finished model would be rounded again without a word."""

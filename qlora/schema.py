@@ -47,6 +47,12 @@ OPTIMIZER_NAMES = (
     *("apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"),
 )
 
+# The cards of `planning/cards.py`; a test compares the two.
+CARD_NAMES = (
+    *("t4", "v100-32gb", "rtx-3090", "rtx-4090", "rtx-5090", "a10", "l4", "a6000", "l40s", "a100-40gb", "a100-80gb"),
+    *("h100", "h200"),
+)
+
 # transformers.trainer_utils.SchedulerType; a test compares the two.
 SCHEDULER_NAMES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
@@ -75,10 +81,11 @@ class TaskName(Enum):
     merge = "merge"
     push = "push"
     report = "report"
+    plan = "plan"
     wandb_sweep = "wandb_sweep"
 
 
-class Init(Enum):
+class Weights(Enum):
     """Where the base weights come from."""
 
     pretrained = "pretrained"
@@ -150,6 +157,13 @@ class MergeBase(Enum):
     original = "original"
 
 
+class PlanStep(Enum):
+    """How a training step is computed, as far as its memory and speed depend on it."""
+
+    plain = "plain"
+    fast = "fast"
+
+
 class TrackingBackend(Enum):
     """Where metrics are sent besides the run folder."""
 
@@ -180,8 +194,8 @@ class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report` or `wandb_sweep`; chosen with
-    `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan` or `wandb_sweep`; chosen
+    with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -204,7 +218,7 @@ class TaskConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ArchitectureConfig:
-    """A model's shape in the names of transformers' config classes; what `model.init=random` builds."""
+    """A model's shape in the names of transformers' config classes; what `model.weights=random` builds."""
 
     model_type: str = MISSING
     """transformers' name of the architecture, e.g. `llama`, `qwen3`, `gpt_neox`."""
@@ -247,9 +261,9 @@ class ModelConfig:
 
     name: str = MISSING
     """A hub id, a local folder, or `tiny` for the embedded model."""
-    init: Init = Init.pretrained
-    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`
-    (pretraining, or measuring speed and memory without a download)."""
+    weights: Weights = Weights.pretrained
+    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`, quantized
+    layer by layer (pretraining, or measuring speed and memory without a download)."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     cache_dir: str | None = None
@@ -276,10 +290,16 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
-        if self.init is Init.random and self.architecture is None:
+        if self.weights is Weights.pretrained:
+            return
+        if self.architecture is None:
             raise ConfigError(
-                f"model.init=random needs the shape of {self.name} in model.architecture; "
+                f"model.weights=random needs the shape of {self.name} in model.architecture; "
                 "choose a preset with model=NAME or set model.architecture.* fields"
+            )
+        if self.device_map or self.max_memory:
+            raise ConfigError(
+                "model.weights=random draws the base on one device; leave model.device_map and model.max_memory out"
             )
 
 
@@ -782,6 +802,29 @@ class MergeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What `task=plan` plans for: memory and time of the training that the rest of the config describes."""
+
+    device: str = "this"
+    """The card: `this` (the GPU found here), `t4`, `v100-32gb`, `rtx-3090`, `rtx-4090`, `rtx-5090`, `a10`, `l4`,
+    `a6000`, `l40s`, `a100-40gb`, `a100-80gb`, `h100` or `h200`."""
+    step: PlanStep = MISSING
+    """`plain`: transformers' layers with PEFT's adapters, operation by operation. `fast`: fused linear layers and
+    attention, compiled layers, the loss without all logits. Chosen with `plan=`."""
+    length: int | None = None
+    """Tokens of a row; unset: `data.pack_length`, else the longest that the limits of `data` leave."""
+
+    def __post_init__(self) -> None:
+        names = ("this", *CARD_NAMES)
+        if self.device not in names:
+            raise ConfigError(
+                f"plan.device={self.device!r} is unknown{did_you_mean(self.device, names)}; choose one of "
+                f"{', '.join(names)}"
+            )
+        require(self.length is None or self.length > 0, "plan.length", "be positive or null", self.length)
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerationConfig:
     """How answers are generated, in the names of `transformers.GenerationConfig`."""
 
@@ -907,6 +950,7 @@ class Config:
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
     merge: MergeConfig = MISSING
+    plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 

@@ -91,7 +91,7 @@ def test_more_held_out_rows_than_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("remove", "parts"),
     [
-        (["model.safetensors"], ["has a config but no weights", "model.init=random"]),
+        (["model.safetensors"], ["has a config but no weights", "model.weights=random"]),
         (["tokenizer.json", "tokenizer_config.json"], ["has no tokenizer", "model.tokenizer"]),
         (["config.json"], ["config.json is missing"]),
     ],
@@ -208,7 +208,7 @@ def test_a_base_quantized_by_another_method(tmp_path: Path, base: Path) -> None:
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "model.init=random", "model.tokenizer=tiny", "model.architecture.vocab_size=100")
+    text = refusal(tmp_path, "model.weights=random", "model.tokenizer=tiny", "model.architecture.vocab_size=100")
     assert "model.architecture.vocab_size=100 is too small for the tokenizer's" in text
 
 

@@ -53,3 +53,13 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
     assert result["overhead"] == (result["sweep"] - result["loop"]) / 2
     assert f"| seconds | {result['loop']:.1f} | {result['sweep']:.1f} | {result['overhead']:.2f} |" in printed
     assert 0 < result["loop_cpu"] < result["sweep_cpu"]
+
+
+def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    printed = run("memory.py", "--small", "--sizes", "7b", "--lengths", "64", "--json", str(numbers))
+    stored = json.loads(numbers.read_text(encoding="utf-8"))
+    assert [result["checkpointing"] for result in stored["results"]] == [True, False]
+    assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in stored["results"])
+    assert all("model.weights=random" in result["overrides"] for result in stored["results"])
+    assert "| llama-7b | 64 | all layers |" in printed

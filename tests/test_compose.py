@@ -44,7 +44,7 @@ NUMBERS = [key for key in FIELDS if field_type(key) in (int, float)]
 
 @pytest.fixture(scope="module")
 def base() -> DictConfig:
-    return compose_dict(["model=llama-7b", "model.init=random"])
+    return compose_dict(["model=llama-7b", "model.weights=random"])
 
 
 def message(*overrides: str, config_dir: Path | None = None) -> str:
@@ -330,8 +330,10 @@ CROSS_FIELD = {
     "generation.max_new_tokens, got 17",
     "generation.num_beam_groups=3 generation.num_beams=4": "generation.num_beam_groups must divide "
     "generation.num_beams, got 3",
-    "model.init=random model.architecture=null": "model.init=random needs the shape of tiny in model.architecture; "
-    "choose a preset with model=NAME or set model.architecture.* fields",
+    "model.weights=random model.device_map=auto": "model.weights=random draws the base on one device; leave "
+    "model.device_map and model.max_memory out",
+    "model.weights=random model.architecture=null": "model.weights=random needs the shape of tiny in "
+    "model.architecture; choose a preset with model=NAME or set model.architecture.* fields",
     "lora=none quantization=none model.device_map=auto": "model.device_map and model.max_memory spread a frozen "
     "base; full finetuning (lora=none) needs the model on one device: leave them out",
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",

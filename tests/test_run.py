@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -271,11 +272,83 @@ def test_gradient_checkpointing_changes_memory_and_not_the_adapter(finished: Pat
         torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-4)
 
 
-def test_a_base_from_scratch_is_drawn_once_and_found_again(tmp_path: Path) -> None:
-    options = ["model.init=random", "model.tokenizer=tiny", "trainer.eval_steps=null"]
+SHAPES = {
+    "llama": [],
+    "qwen3": ["head_dim=16", "num_key_value_heads=2"],
+    "gemma2": ["head_dim=16", "num_key_value_heads=2"],
+    "gpt_neox": ["num_key_value_heads=null", "tie_word_embeddings=false"],
+}
+
+
+def drawn(kind: str) -> list[str]:
+    """Overrides that train and measure a small base of a kind, drawn at random."""
+    shape = [f"model_type={kind}", "hidden_size=64", "intermediate_size=96", "num_hidden_layers=2"]
+    shape += ["num_attention_heads=4", "num_key_value_heads=4", *SHAPES[kind]]
+    options = ["model.weights=random", "model.tokenizer=tiny", "trainer.eval_steps=null", "evaluation=loss"]
+    options += ["device=cpu", "quantization.compute_dtype=fp32", "trainer.learning_rate=1e-2"]
+    return [*options, *(f"model.architecture.{text}" for text in shape)]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path: Path, kind: str) -> None:
+    options = drawn(kind)
     result = run(tmp_path / "run", *options)
-    assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
+    assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
+    weights = [path.parent.name for path in (tmp_path / "run").rglob("*.safetensors")]
+    assert weights == ["adapter"]
     again = run(tmp_path / "again", *options, "task=evaluate", f"adapter={tmp_path / 'run'}")
+    assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-5)
+    run(tmp_path / "run", *options, "task=merge", "merge.prompts=2", "merge.dtype=fp32")
+    assert json.loads((tmp_path / "run" / "merge_report.json").read_text())["kl_mean"] < 1e-6
+    original = run(tmp_path / "run", *options, "task=merge", "merge=original", "merge.prompts=2")
+    assert 1e-6 < original["metrics"]["merge_kl_mean"] < 0.1
+    rounded = json.loads((tmp_path / "run" / "merge_report.json").read_text())["quantization"]["mean"]
+    assert 0.05 < rounded < 0.15, "the 16-bit weights are those that were quantized"
+
+
+def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
+    options = drawn("llama")
+    run(tmp_path / "run", *options)
+    for change, remedy in {
+        "seed=1": "seed=0",
+        "model.architecture.num_attention_heads=8": "model.architecture.num_attention_heads=4",
+        "quantization.compute_dtype=bf16": "quantization.compute_dtype=fp32",
+        "model.weights=pretrained": "model.weights=random",
+    }.items():
+        for task in ("evaluate", "merge"):
+            with pytest.raises(ConfigError) as error:
+                run(tmp_path / "again", *options, change, f"task={task}", f"adapter={tmp_path / 'run'}")
+            assert str(error.value) == (
+                f"{tmp_path / 'run'}: its adapter was trained on a base that was drawn otherwise than the config says; "
+                f"set {remedy}"
+            )
+    (tmp_path / "run" / "result.json").unlink()
+    stored = json.loads((tmp_path / "run" / "drawn.json").read_text())
+    (tmp_path / "run" / "drawn.json").write_text(json.dumps(stored | {"device": "cuda"}))
+    with pytest.raises(ConfigError, match="set device=cuda"):
+        run(tmp_path / "run", *options)
+    (tmp_path / "run" / "drawn.json").unlink()
+    with pytest.raises(ConfigError, match=r"drawn\.json is missing, which says how the base .* give adapter=FOLDER"):
+        run(tmp_path / "again", *options, "task=evaluate", f"adapter={tmp_path / 'run'}")
+
+
+def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
+    chosen = [*drawn("llama"), "lora=loftq", "lora.r=16"]
+    started, plain = (Run(compose([*QUICK, *chosen, *more]), tmp_path) for more in ([], ["lora.init=default"]))
+    tensors = started._tensors()
+    errors = []
+    for parts in (started, plain):
+        layer = parts.add_adapter(parts.load_base()).get_base_model().model.layers[1].mlp.up_proj
+        weight = dequantize_module_weight(layer.get_base_layer()).float() + layer.get_delta_weight("default")
+        errors.append(float((weight.detach() - tensors.read("model.layers.1.mlp.up_proj.weight")).norm()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_model_from_scratch_is_trained_whole(tmp_path: Path) -> None:
+    options = [*drawn("llama"), "lora=none", "quantization=fp32", "quantization.compute_dtype=auto"]
+    result = run(tmp_path / "run", *options)
+    assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
+    again = run(tmp_path / "run", *options, "task=evaluate")
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-5)
 
 
@@ -311,7 +384,7 @@ def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Pat
     shape += ["num_attention_heads=2", "num_key_value_heads=2", "head_dim=16"]
     chosen = [f"model.architecture.{text}" for text in shape]
     with pytest.raises(ConfigError, match=r"data\.packing=true: .* lets packed rows see each other"):
-        run(tmp_path, *chosen, "model.init=random", "model.tokenizer=tiny", "quantization=fp32", "data.packing=true")
+        run(tmp_path, *chosen, "model.weights=random", "model.tokenizer=tiny", "quantization=fp32", "data.packing=true")
 
 
 def test_a_chat_run_saves_its_template_with_the_adapter(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.models.checkpoint import Checkpoint, local_files
+from qlora.models.checkpoint import Tensors
 from qlora.models.files import check_safetensors
 from qlora.models.tokenizer import save_tokenizer
 from qlora.schema import LoraConfig, LoraInit
@@ -52,13 +52,13 @@ def add_lora(
     config: LoraConfig,
     model: PreTrainedModel,
     *,
-    base_folder: str,
+    tensors: Callable[[], Tensors],
     new_token_ids: list[int],
     batches: Iterable[dict[str, torch.Tensor]],
 ) -> PeftModel:
     """Attaches a fresh adapter; its weights are drawn from torch's current seed and kept in float32.
 
-    `base_folder` holds the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
+    `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
     Raises `ConfigError` for target modules that match nothing.
     """
     peft_config = PeftLoraConfig(
@@ -80,7 +80,7 @@ def add_lora(
             raise
         raise ConfigError(f"lora.target_modules={config.target_modules}: {error}") from error
     if config.init is LoraInit.loftq:
-        correct_quantization(adapted, original_weights(base_folder, model.base_model_prefix))
+        correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
@@ -129,11 +129,10 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
             module.lora_B[adapter].weight.copy_(u[:, :rank] * root / module.scaling[adapter])
 
 
-def original_weights(place: str, prefix: str) -> Callable[[str], torch.Tensor]:
-    """Returns a function from a weight's name to its tensor in the files of a folder or cached hub id."""
-    checkpoint = Checkpoint(local_files(place))
-    names = set(checkpoint)
-    return lambda name: checkpoint.read(name if name in names else name.removeprefix(f"{prefix}."))
+def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Tensor]:
+    """Returns a function from a weight's name in the model to its tensor, whose own name may lack the prefix."""
+    names = set(tensors)
+    return lambda name: tensors.read(name if name in names else name.removeprefix(f"{prefix}."))
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import bitsandbytes.functional as bnb
 import torch
@@ -28,6 +28,21 @@ def local_files(place: str, *, revision: str | None = None, cache_dir: str | Non
     if Path(place).is_dir():
         return Path(place)
     return Path(snapshot_download(place, revision=revision, cache_dir=cache_dir, local_files_only=True))
+
+
+class Tensors(Protocol):
+    """A base's weights as they are before quantization, by their names in its files."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor on the CPU."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Returns a tensor's shape without reading it."""
+
+    def read_stored(self, name: str, device: torch.device) -> Tensor | None:
+        """Returns a weight [out, in] that is stored in 4 or 8 bits in full; None for any other."""
 
 
 class Checkpoint:

@@ -49,7 +49,7 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
     if not weights:
         raise ConfigError(
             f"model.name={folder} has a config but no weights (*.safetensors); finish the download, or use "
-            "model.init=random to draw them"
+            "model.weights=random to draw them"
         )
     for path in weights:
         check_safetensors(path, "model.name")

@@ -1,4 +1,4 @@
-"""Loads base models in 4, 8, 16 or 32 bits, or draws a new one."""
+"""Loads base models in 4, 8, 16 or 32 bits, or draws new ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.device import Placement
+from qlora.models.drawing import DrawnWeights
 from qlora.models.files import check_model_folder, is_local, locate
-from qlora.models.tokenizer import hub_error, save_tokenizer
+from qlora.models.tokenizer import hub_error
 from qlora.schema import ModelConfig, QuantizationConfig
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Returns transformers' config object for `model.init=random`, with the tokenizer's special ids.
+    """Returns transformers' config object for `model.weights=random`, with the tokenizer's special ids.
 
     Raises `ConfigError` for a field of `model.architecture` that the model type does not have.
     """
@@ -84,16 +84,11 @@ def _set_rope_theta(config: Any, theta: float) -> None:
     rope["rope_theta"] = theta
 
 
-def draw_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, placement: Placement, seed: int
-) -> None:
-    """Writes a model with weights drawn from `seed` and its tokenizer to `folder`, to be loaded as any other."""
-    set_seed(seed)
-    model_config = draw_model_config(config, tokenizer)
-    with torch.device(placement.device):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=placement.weights)
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+def draw_base(config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights) -> PreTrainedModel:
+    """Returns a base with drawn weights as `load_base` returns a stored one."""
+    placement, options = weights.placement, _attention(config)
+    bits = bitsandbytes_config(quantization, placement) if quantization.bits in (4, 8) else None
+    return _as_base(weights.build(bits, **options), config, quantization, placement)
 
 
 def load_base(
@@ -106,8 +101,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Loads the base model frozen, on the device of `placement`, quantized as `quantization` says.
 
-    `folder` overrides `config.name` (a model drawn for this run). Raises `ConfigError` for a base that cannot be
-    had in these bits.
+    `folder` overrides `config.name` (a fully finetuned model). Raises `ConfigError` for a base that cannot be had in
+    these bits.
     """
     place = str(folder) if folder else locate(config.name)
     stored = getattr(model_config, "quantization_config", None)
@@ -116,20 +111,26 @@ def load_base(
         _check_stored_quantization(config, quantization, stored)
     elif quantization.bits in (4, 8):
         options["quantization_config"] = bitsandbytes_config(quantization, placement)
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
     try:
         model = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=placement.weights,
             device_map=_device_map(config, placement),
             max_memory=_max_memory(config, placement),
+            **_attention(config),
             **options,
         )
     except OSError as error:
         raise hub_error("model.name", place, error, gated=config.gated) from error
     except ImportError as error:
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
+    return _as_base(model, config, quantization, placement)
+
+
+def _as_base(
+    model: PreTrainedModel, config: ModelConfig, quantization: QuantizationConfig, placement: Placement
+) -> PreTrainedModel:
+    """Returns the model frozen and checked, computing in the precision of `placement`."""
     _check_is_quantized(model, config, quantization)
     keep_4bit_layout(model)
     set_compute_dtype(model, placement.compute)
@@ -196,6 +197,10 @@ def add_end_token(model: PreTrainedModel, token_id: int | None) -> None:
         return
     known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     settings.eos_token_id = sorted({token_id, *(token for token in known if token is not None)})
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
 
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ConfigError
-from qlora.models.checkpoint import Checkpoint, ModelNames
+from qlora.models.checkpoint import ModelNames, Tensors
 from qlora.models.device import Placement
 from qlora.models.loading import mean_row
 from qlora.schema import MergeBase
@@ -195,7 +195,7 @@ class Part:
 class Merger:
     """Writes the model that a base's files and an adapter make."""
 
-    checkpoint: Checkpoint
+    tensors: Tensors
     names: ModelNames
     adapted: Adapted
     base: MergeBase
@@ -211,11 +211,11 @@ class Merger:
         Raises `ConfigError` if one that the adapter was trained on cannot be found.
         """
         parts: dict[str, Part] = {}
-        loaded = {source: self.names.find(source) for source in self.checkpoint}
+        loaded = {source: self.names.find(source) for source in self.tensors}
         there = set(loaded.values())
         for source, parameter in loaded.items():
             if self.names.is_converted(source):
-                parts[source] = Part(source, None, self.checkpoint.shape(source), self.dtype)
+                parts[source] = Part(source, None, self.tensors.shape(source), self.dtype)
             elif parameter is None:
                 if not STATISTICS.fullmatch(source):
                     log.info("%s: loading the base leaves this tensor out, and so does merging", source)
@@ -242,7 +242,7 @@ class Merger:
         for name in (*layers, *self.adapted.replaced, *self.adapted.rows):
             if name not in found:
                 raise ConfigError(f"merge.base: in the files of the base no tensor is {name} alone; {INSTEAD}")
-        if self.base is MergeBase.original and any(STATISTICS.fullmatch(source) for source in self.checkpoint):
+        if self.base is MergeBase.original and any(STATISTICS.fullmatch(source) for source in self.tensors):
             raise ConfigError(
                 "merge.base=original: the base is stored in 4 or 8 bits only; use merge.base=dequantized, or give the "
                 "16-bit weights as model.name"
@@ -287,7 +287,7 @@ class Merger:
         layer = (name or "").removesuffix(".weight")
         if layer in self.adapted.layers or layer in self.adapted.rounded:
             return self._linear(part, layer)
-        value = self._as_loaded(self.checkpoint.read(part.source), name)
+        value = self._as_loaded(self.tensors.read(part.source), name)
         if name is not None and part.shape[:1] > value.shape[:1]:
             new = mean_row(value) if value.dim() > 1 else torch.zeros_like(value[:1])
             value = torch.cat([value, new.expand(part.shape[0] - value.shape[0], *value.shape[1:])])
@@ -299,9 +299,9 @@ class Merger:
     def _linear(self, part: Part, layer: str) -> Tensor:
         """Returns a layer's weight in float32, in the files' orientation."""
         turned, rounding = layer in self.adapted.turned, self.adapted.rounded.get(layer)
-        weight = self.checkpoint.read_stored(part.source, self.placement.device) if rounding else None
+        weight = self.tensors.read_stored(part.source, self.placement.device) if rounding else None
         if weight is None:
-            weight = self.checkpoint.read(part.source).to(self.placement.device)
+            weight = self.tensors.read(part.source).to(self.placement.device)
             weight = weight.T if turned else weight
             if rounding is None:
                 weight = self._as_loaded(weight, part.parameter)

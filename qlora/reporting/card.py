@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora.errors import ConfigError
 from qlora.reporting.manifest import versions
-from qlora.schema import ComputeDtype, Config, Init, LoraInit
+from qlora.schema import ComputeDtype, Config, LoraInit, Weights
 from qlora.wording import format_metric, format_range, is_detail
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
@@ -44,7 +44,9 @@ def write_model_card(
         "## Results",
         _results(config, result),
         "## Use",
-        _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
+        _draw_again(config, folder, result.get("paths", {}), command)
+        if config.lora.enabled and config.model.weights is Weights.random
+        else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
         _table(("setting", "value"), _settings(config, compute_dtype)),
         "## Reproduce",
@@ -74,7 +76,7 @@ def _front_matter(config: Config, base_model: str) -> str:
     known = license_id in HUB_LICENSES
     data_id = config.data.path or ""
     facts: dict[str, Any] = {
-        "base_model": base_model if HUB_ID.match(base_model) else None,
+        "base_model": base_model if HUB_ID.match(base_model) and config.model.weights is Weights.pretrained else None,
         "library_name": "peft" if config.lora.enabled else "transformers",
         "pipeline_tag": "text-generation",
         "license": license_id if known else "other" if license_id else None,
@@ -87,6 +89,8 @@ def _front_matter(config: Config, base_model: str) -> str:
 
 def _introduction(config: Config, base_model: str) -> str:
     link = f"[{base_model}](https://huggingface.co/{base_model})" if HUB_ID.match(base_model) else f"`{base_model}`"
+    if config.model.weights is Weights.random:
+        link = f"random weights in the shape of {link}"
     data = f"trained on `{config.data.name}`" + (f" (`{config.data.path}`)" if config.data.path else "")
     if config.lora.enabled:
         return f"A LoRA adapter for {link}, {data} with the base weights frozen in {_base_precision(config)}."
@@ -129,6 +133,13 @@ def _dtype(config: Config, compute_dtype: str | None) -> str:
     return compute_dtype or DTYPES.get(config.quantization.compute_dtype, "bfloat16")
 
 
+def _draw_again(config: Config, folder: Path, paths: dict[str, str], command: str) -> str:
+    """Returns the command that draws the base again; nothing else can."""
+    adapter = _relative(paths.get("adapter"), folder)
+    words = f"The base was drawn at random from seed {config.seed} and is stored nowhere; this draws it again:"
+    return f"{words}\n\n```bash\n{command} task=chat adapter={adapter}  # {SEEN}\n```"
+
+
 def _use(
     config: Config, folder: Path, paths: dict[str, str], base: str, compute_dtype: str | None, prompt: str | None
 ) -> str:
@@ -136,7 +147,7 @@ def _use(
     dtype, bits = f"torch.{_dtype(config, compute_dtype)}", config.quantization.bits
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
     names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits in (4, 8) else [])]
-    embedded = config.lora.enabled and base == "tiny" and config.model.init is Init.pretrained
+    embedded = config.lora.enabled and base == "tiny"
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [f"from transformers import {', '.join(names)}", ""]
@@ -149,7 +160,7 @@ def _use(
     if config.lora.enabled:
         if config.model.revision:
             options += f', revision="{config.model.revision}"'
-        lines += [*_base_lines(config, base, folder), f"model = AutoModelForCausalLM.from_pretrained(base, {options})"]
+        lines += [*_base_lines(base), f"model = AutoModelForCausalLM.from_pretrained(base, {options})"]
         if config.model.new_tokens:
             lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
             lines.append("    model.resize_token_embeddings(len(tokenizer))")
@@ -179,9 +190,7 @@ def _quantization_lines(config: Config, dtype: str) -> list[str]:
     ]
 
 
-def _base_lines(config: Config, base: str, folder: Path) -> list[str]:
-    if config.model.init is Init.random:
-        return [f'base = "{_relative(str(folder / "base"), folder)}"  # drawn at random by this run']
+def _base_lines(base: str) -> list[str]:
     if base == "tiny":
         embedded = 'str(importlib.resources.files("qlora") / "demo" / "model")'
         return [f"base = {embedded}  # the model that qlora embeds"]

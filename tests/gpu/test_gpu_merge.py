@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 SHAPE = [
-    *("model=llama-7b", "model.init=random", "model.tokenizer=tiny", "data=demo", "lora.r=8"),
+    *("model=llama-7b", "model.weights=random", "model.tokenizer=tiny", "data=demo", "lora.r=8"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.vocab_size=2048", "trainer.max_steps=4"),
     *("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1", "evaluation=loss"),
     *("data.max_eval_samples=16", "trainer.eval_steps=null", "task.predict=false"),

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.models import adapters, loading
+from qlora.models.checkpoint import Checkpoint
 from qlora.models.device import find_device, place
 from qlora.schema import Config
 
@@ -29,7 +30,7 @@ def attach(config: Config, base: torch.nn.Module, folder: Path) -> PeftModel:
     torch.manual_seed(1)
     ids = torch.arange(3, 67).reshape(2, 32)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 4
-    return adapters.add_lora(config.lora, base, base_folder=str(folder), new_token_ids=[], batches=batches)
+    return adapters.add_lora(config.lora, base, tensors=lambda: Checkpoint(folder), new_token_ids=[], batches=batches)
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:

@@ -200,7 +200,7 @@ def test_new_tokens_train_their_rows_alone_and_plain_peft_reads_them(
     ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     assert ids == [size, size + 1]
     torch.manual_seed(1)
-    model = adapters.add_lora(config.lora, base, base_folder="", new_token_ids=ids, batches=[])
+    model = adapters.add_lora(config.lora, base, tensors=list, new_token_ids=ids, batches=[])
     beside = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert [tuple(p.shape) for p in beside.values()] == [(2, 64)] * (1 if tied else 2)
 
@@ -230,7 +230,7 @@ def test_an_adapter_with_new_tokens_asks_for_them_again(tmp_path: Path) -> None:
     config = new_token_config(tmp_path / "base", tied=True, rows=size, overrides=["quantization=fp32"])
     tokenizer = load_tokenizer(config.model)
     model = adapters.add_lora(
-        config.lora, load(config, tokenizer), base_folder="", new_token_ids=[size, size + 1], batches=[]
+        config.lora, load(config, tokenizer), tensors=list, new_token_ids=[size, size + 1], batches=[]
     )
     model.save_pretrained(tmp_path / "adapter")
     bare = LlamaForCausalLM.from_pretrained(tmp_path / "base")

@@ -92,7 +92,7 @@ def test_the_code_quantizes_as_the_training_did(quantization: str, tmp_path: Pat
         ["quantization=none"],
         ["quantization=fp32", "lora=none"],
         ["model.revision=abc", "model.new_tokens=[a]"],
-        ["model.init=random"],
+        ["model.weights=random", "quantization=fp32", "lora=none"],
     ],
 )
 def test_the_code_is_valid_and_loads_this_folders_weights(overrides: list[str], tmp_path: Path) -> None:
@@ -104,6 +104,15 @@ def test_the_code_is_valid_and_loads_this_folders_weights(overrides: list[str], 
     if "model.revision=abc" in overrides:
         assert 'revision="abc"' in code
         assert "resize_token_embeddings" in code
+
+
+def test_a_drawn_base_is_named_as_such_and_drawn_again_by_a_command(tmp_path: Path) -> None:
+    text, card = write(tmp_path, ["model=llama-7b", "model.weights=random", "seed=3"])
+    assert "A LoRA adapter for random weights in the shape of [huggyllama/llama-7b](" in text
+    assert card.data.get("base_model") is None
+    assert "drawn at random from seed 3" in text
+    assert "\nqlora lora.r=8 task=chat adapter=adapter  # seen from the folder of this card\n" in text
+    assert "from_pretrained" not in text
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])

@@ -1,0 +1,139 @@
+"""Trains models of random weights for two steps each and compares the memory with what `task=plan` says.
+
+    python benchmarks/memory.py [--small] [--sizes 7b ...] [--lengths 512 ...] [--json FILE] [-- KEY=VALUE]
+
+Each training is a process of its own, of one row a micro-batch. Those that do not fit on the GPU by the plan are left
+out. On a CPU (`--small`) what is measured is the whole process, so only that the benchmark runs is seen there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline import describe_machine, describe_versions  # noqa: E402
+
+SIZES, LENGTHS = ("7b", "13b", "33b", "65b"), (512, 1024, 2048, 4096)
+SMALL = ["model.architecture.num_hidden_layers=1", "model.architecture.hidden_size=256",
+         "model.architecture.intermediate_size=512", "model.architecture.num_attention_heads=4",
+         "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
+EVERY = [
+    *("model.weights=random", "model.tokenizer=tiny", "data=local", "data.format=text", "data.eval_dataset_size=1"),
+    *("data.source_max_len=null", "data.target_max_len=null", "task.evaluate=false", "task.predict=false"),
+    *("trainer.max_steps=2", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2"),
+    *("trainer.eval_steps=null", "trainer.save_steps=null", "evaluation=loss", "evaluation.baseline=false"),
+]
+
+
+def trainings(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yields what is varied, and the overrides of the training."""
+    for size in arguments.sizes:
+        for length in arguments.lengths:
+            for checkpointing in (True, False):
+                overrides = [
+                    *(f"model=llama-{size}", f"data.path={rows}", f"data.max_length={length}"),
+                    f"model.architecture.max_position_embeddings={max(length, 2048)}",
+                    f"trainer.gradient_checkpointing={str(checkpointing).lower()}",
+                    *EVERY,
+                    *(SMALL if arguments.small else []),
+                    *arguments.overrides,
+                ]
+                yield {"model": f"llama-{size}", "length": length, "checkpointing": checkpointing}, overrides
+
+
+def planned(overrides: list[str], device: str) -> dict[str, Any]:
+    """Returns the plan's numbers for a training: 10^9 bytes, and whether the card holds it."""
+    from qlora.compose import compose
+    from qlora.plan import build_plan
+
+    plan = build_plan(compose([*overrides, f"plan.device={device}"]))
+    return {"planned_gb": plan.memory.peak / 1e9, "moment": plan.memory.moment, "fits": plan.fits}
+
+
+def measured(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """Trains in a process of its own; returns what it held at most, or the end of what it said when it failed."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "qlora", *overrides, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - started
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return {"measured_gb": None, "seconds": seconds, "failure": said[-1] if said else "no message"}
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    return {"measured_gb": metrics["peak_memory_gb"], "seconds": seconds}
+
+
+def write_rows(path: Path, longest: int) -> Path:
+    """Writes rows that are longer than any limit, so that every row has exactly its tokens."""
+    row = json.dumps({"text": "the stone owl sings of rivers and towers " * longest})
+    path.write_text(f"{row}\n" * 8, encoding="utf-8")
+    return path
+
+
+def to_table(results: list[dict[str, Any]]) -> str:
+    """Returns a table of what was planned and what was measured."""
+    head = ["model", "tokens", "checkpointing", "planned, GB", "measured, GB", "planned / measured", "seconds"]
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        found = result["measured_gb"]
+        lines.append(
+            [
+                *(result["model"], f"{result['length']:,}", "all layers" if result["checkpointing"] else "none"),
+                *(f"{result['planned_gb']:.2f}", result["failure"] if found is None else f"{found:.2f}"),
+                *("–" if found is None else f"{result['planned_gb'] / found:.3f}", f"{result['seconds']:.0f}"),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe_device() -> tuple[str, str]:
+    """Returns the GPU and the name by which the plan knows it; a CPU plans for the largest card."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), "this"
+    return "no GPU: the memory of the whole process", "h200"
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="one narrow layer, for a try on a CPU")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="of LLaMA")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a row")
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")
+    arguments = parser.parse_args()
+    gpu, device = describe_device()
+    about = f"{datetime.date.today()}, {describe_machine()}, {gpu}, {describe_versions()}"
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="qlora-benchmark-") as name:
+        rows = write_rows(Path(name) / "rows.jsonl", max(arguments.lengths))
+        for number, (varied, overrides) in enumerate(trainings(arguments, rows)):
+            plan = planned(overrides, device)
+            if not plan["fits"]:
+                print(f"{varied}: {plan['planned_gb']:.1f} GB do not fit", file=sys.stderr)
+                continue
+            kept = [word for word in overrides if not word.startswith("data.path=")]
+            found = measured(overrides, Path(name) / f"run-{number}")
+            results.append({**varied, **plan, **found, "overrides": kept})
+            print(f"{varied}: {plan['planned_gb']:.2f} GB, {found}", file=sys.stderr)
+            if arguments.json:  # after each: a machine may go away
+                text = json.dumps({"about": about, "gpu": device == "this", "results": results}, indent=2)
+                arguments.json.write_text(text, encoding="utf-8")
+    print("\n\n".join([about, to_table(results)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""`task=plan`: an answer at once from the shape alone, with the way down where a training does not fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from qlora import plan as task
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.planning import cards
+from qlora.planning.memory import OPTIMIZERS
+from qlora.schema import CARD_NAMES, OPTIMIZER_NAMES
+
+MEASURED = Path(__file__).parent.parent / "benchmarks" / "memory.json"
+
+
+def build(*overrides: str, device: str = "a6000") -> task.Plan:
+    return task.build_plan(compose(["task=plan", f"plan.device={device}", *overrides]))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        task.build_plan(compose(["task=plan", *overrides]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_it_answers_at_once_and_without_torch(tmp_path: Path) -> None:
+    words = ["task=plan", "model=llama-65b", "plan.device=a6000", f"hydra.run.dir={tmp_path}"]
+    code = "import sys; from qlora.cli import main\nmain()\nassert 'torch' not in sys.modules"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert "needed                         44.8" in done.stdout
+    assert "fits, 3." in done.stdout
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["metrics"]["plan_fits"] == 1
+    assert sum(stored["parts_gb"].values()) == pytest.approx(stored["metrics"]["plan_peak_gb"])
+    assert seconds < 10, "about 1.3 seconds on a free core"
+
+
+@pytest.mark.parametrize(("size", "paper"), [("7b", 6.9), ("13b", 11.3), ("33b", 24.7), ("65b", 45.0)])
+def test_the_paper_s_memory_is_near(size: str, paper: float) -> None:
+    found = build(f"model=llama-{size}").paper
+    assert found is not None
+    assert found["paper_gb"] == paper
+    # Its adapters and their gradients are in 16 bits, ours in 32.
+    assert paper < found["planned_gb"] < 1.12 * paper
+
+
+@pytest.mark.skipif(not MEASURED.is_file(), reason="nothing was measured on a GPU")
+def test_what_was_measured_on_a_gpu_is_planned_within_5_percent() -> None:
+    stored = json.loads(MEASURED.read_text(encoding="utf-8"))
+    assert stored["gpu"]
+    for result in stored["results"]:
+        if result["measured_gb"] is not None:
+            planned = build(*result["overrides"], "data.path=rows.jsonl", device="h200").memory.peak / 1e9
+            assert planned == pytest.approx(result["measured_gb"], rel=0.05), result
+
+
+def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
+    for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
+        found = build("model=llama-7b", *chosen, device="rtx-4090")
+        name = "all 32 layers checkpointed"
+        rows = found.largest[name]
+        assert rows > 0
+        for count, fits in ((rows, True), (rows + 1, False)):
+            again = build("model=llama-7b", *chosen, f"trainer.per_device_train_batch_size={count}", device="rtx-4090")
+            assert again.fits is fits
+
+
+def test_the_changes_make_it_fit_when_they_are_made() -> None:
+    chosen = ["model=llama-33b", "quantization=none", "trainer.per_device_train_batch_size=4", "recipe=none"]
+    chosen += ["trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch", "data.source_max_len=1792"]
+    before = build(*chosen)
+    assert not before.fits
+    keys = [change.words.partition("=")[0] for change in before.changes]
+    assert keys == ["trainer.gradient_checkpointing", "trainer.per_device_train_batch_size", "data.max_length",
+                    "trainer.optim", "quantization"]  # fmt: skip
+    assert [change.fits for change in before.changes] == [False] * 4 + [True]
+    assert before.changes[1].words.endswith("=1 trainer.gradient_accumulation_steps=64")
+    done: list[str] = []
+    needed = before.memory.needed
+    for change in before.changes:
+        done += change.words.split()
+        after = build(*chosen, *done)
+        assert after.memory.needed == pytest.approx(change.needed)
+        assert change.saves == pytest.approx(needed - change.needed)
+        needed = change.needed
+    assert after.fits
+    assert not after.changes
+
+
+def test_the_last_change_is_a_smaller_model_of_the_same_kind() -> None:
+    found = build("model=llama-65b", device="rtx-4090")
+    assert [change.words for change in found.changes][-2:] == ["lora.r=8", "model=llama-33b"]
+    alone = build("model=llama-65b", "model.name=me/other", "plan.length=1024", device="t4")
+    assert [change.words for change in alone.changes] == ["plan.length=256", "lora.r=8"]
+    assert not any(change.fits for change in alone.changes)
+
+
+def test_the_largest_of_few_checkpointed_layers_is_found_for_fast_steps() -> None:
+    from qlora.planning.advice import fewest_checkpointed
+
+    found = build("model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048",
+                  device="rtx-4090")  # fmt: skip
+    fewest = fewest_checkpointed(found.training, found.card)
+    assert fewest is not None
+    assert 0 < fewest < 32
+
+
+def test_full_finetuning_holds_gradients_and_states_of_all_weights() -> None:
+    found = build("model=llama-3.2-1b", "lora=none", "quantization=none", "trainer.optim=adamw_torch")
+    parts, parameters = found.memory.parts, found.training.shape.parameters
+    assert parts["weights"] + parts["embeddings and norms"] == 2 * parameters
+    assert parts["optimizer"] == pytest.approx(4 * parameters, rel=1e-4)
+    assert "adapters" not in {name for name, value in parts.items() if value}
+
+
+def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> None:
+    facts = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    AutoConfig.for_model("qwen2", vocab_size=1000, **facts).save_pretrained(tmp_path)
+    for name in (["model=llama-7b"], []):
+        shape = build(*name, f"model.name={tmp_path}").training.shape
+        assert (shape.model_type, shape.hidden, shape.layers, shape.vocabulary) == ("qwen2", 128, 3, 1000)
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "qwen2"}))
+    assert "vocab_size is missing, so the model's size is unknown" in refusal(
+        "plan.device=h100", f"model.name={tmp_path}"
+    )
+    (tmp_path / "config.json").write_text("{")
+    assert f"model.name={tmp_path}: its config.json cannot be had" in refusal(
+        "plan.device=h100", f"model.name={tmp_path}"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "lama"}))
+    text = refusal("plan.device=h100", f"model.name={tmp_path}")
+    assert "task=plan does not know the model type 'lama' (did you mean llama?); it knows llama, mistral" in text
+
+
+def test_a_model_whose_config_cannot_be_had_is_one_sentence() -> None:
+    text = refusal("plan.device=h100", "model.name=nobody/nothing")
+    assert text.startswith("model.name=nobody/nothing: its config.json cannot be had (")
+    assert text.endswith("choose a preset with model=NAME, or give the shape with model.weights=random and "
+                         "model.architecture.* fields")  # fmt: skip
+
+
+def test_an_unknown_card_and_an_unknown_optimizer_name_those_that_are_known() -> None:
+    assert "plan.device='a600' is unknown (did you mean a6000?); choose one of this, t4" in refusal("plan.device=a600")
+    text = refusal("plan.device=t4", "trainer.optim=galore_adamw")
+    assert text.startswith("trainer.optim=galore_adamw: task=plan does not know what it stores")
+
+
+def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cards.subprocess, "run", missing)
+    text = refusal()
+    assert text == (
+        "plan.device=this: no NVIDIA GPU is here (there is no nvidia-smi); name the card to plan for, e.g. "
+        "plan.device=a6000"
+    )
+    for said, memory, tflops in (
+        ("NVIDIA H100 80GB HBM3, 81559\n", 81559, 989.4),
+        ("NVIDIA RTX A6000, 49140\nNVIDIA RTX A6000, 49140\n", 49140, 154.8),
+        ("NVIDIA Unheard Of, 1000\n", 1000, None),
+    ):
+        monkeypatch.setattr(cards.subprocess, "run", lambda *args, said=said, **kwargs: Said(said))
+        card = cards.find_card("this")
+        assert (card.memory, card.tflops) == (memory * 2**20, tflops)
+    assert build(device="this").hours is None
+
+
+def missing(*args: Any, **kwargs: Any) -> None:
+    raise FileNotFoundError
+
+
+class Said:
+    returncode = 0
+
+    def __init__(self, stdout: str) -> None:
+        self.stdout = stdout
+
+
+def test_the_tables_hold_the_names_that_the_config_takes() -> None:
+    assert tuple(cards.CARDS) == CARD_NAMES
+    assert set(OPTIMIZERS) <= set(OPTIMIZER_NAMES)
+
+
+def test_a_run_takes_as_long_as_its_products() -> None:
+    """7 billion weights, 6 operations a token for frozen and checkpointed ones, and those of adapters and attention."""
+    chosen = ["model=llama-7b", "trainer.per_device_train_batch_size=4", "plan.length=2048", "trainer.max_steps=10"]
+    chosen += ["trainer.gradient_accumulation_steps=2"]
+    found = build(*chosen, device="h200")
+    speed = found.speed
+    assert speed is not None
+    assert speed.operations == pytest.approx(4 * 2048 * 44e9, rel=0.05)
+    assert speed.tokens_per_second == pytest.approx(6467, rel=0.1), "as measured"
+    assert found.hours == pytest.approx(10 * 2 * speed.seconds / 3600)
+    assert build(*chosen, "trainer.max_steps=null", "trainer.num_train_epochs=1").hours is None
+    one = build("model=llama-7b", "plan.length=300", device="h200").speed
+    assert one is not None
+    assert one.bound == "starting kernels"
