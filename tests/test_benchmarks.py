@@ -63,3 +63,29 @@ def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path)
     assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in stored["results"])
     assert all("model.weights=random" in result["overrides"] for result in stored["results"])
     assert "| llama-7b | 64 | all layers |" in printed
+
+
+def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    printed = run(
+        "step.py", "--small", "--steps", "1", "--workloads", "guanaco", "--contestants", "bf16", "plain", "--json",
+        str(numbers),
+    )  # fmt: skip
+    results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert [result["contestant"] for result in results] == ["bf16", "plain"]
+    assert all(result["tokens_per_second"] > 0 for result in results), results
+    assert "| guanaco | bf16 | " in printed
+
+
+def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"the stone owl sings of river {n}"}) + "\n" for n in range(40)))
+    printed = run(
+        "fp8_quality.py", "--model", "tiny", "--data", str(data), "--steps", "2", "--seeds", "0", "--json",
+        str(numbers), "data.eval_dataset_size=8",
+    )  # fmt: skip
+    results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert results["fp32"]["gradient_error"] == 0
+    assert results["bf16"]["gradient_error"] < results["fp8"]["gradient_error"] < 0.5
+    assert "fp8 and float32 of one seed" in printed

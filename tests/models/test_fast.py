@@ -52,7 +52,7 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
     model.requires_grad_(False)
     model.quantization_method, model.is_loaded_in_4bit = BitsAndBytesConfig(load_in_4bit=True).quant_method, True
     model.config.use_cache = False
-    adapted = add_lora(config.lora, model, tensors=lambda: {}, new_token_ids=[], batches=[])
+    adapted = add_lora(config.lora, model, tensors=dict, new_token_ids=[], batches=[])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
