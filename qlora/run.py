@@ -650,7 +650,10 @@ class Run:
         packed = self.data.packed
         width = self.config.data.pack_width
         packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-        return FastStep(model, self.config.trainer, self.config.quantization, self.placement, packs)
+        step = FastStep(model, self.config.trainer, self.config.quantization, self.placement, packs)
+        if step.is_active:
+            console.say_rows([("fast step", str(step))])
+        return step
 
     @staticmethod
     def _build_pruning() -> list[Any]:

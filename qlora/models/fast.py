@@ -13,6 +13,8 @@ Evaluation, generation and saving see the unchanged model.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +38,12 @@ from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entro
 from qlora.models.device import Placement
 from qlora.schema import BaseProducts, QuantizationConfig, TrainerConfig
 
-ATTENTION = "qlora_varlen"
-"""The name under which transformers finds this attention."""
+log = logging.getLogger(__name__)
+
+BATCH, ROWS = "qlora_batch", "qlora_rows"
+"""The names under which transformers finds the attention over batches, and that inside rows laid out."""
+
+SPREAD = "the model is spread over several devices (model.device_map)"
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
@@ -158,7 +164,25 @@ def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
     return [name]
 
 
-def attend(
+def attend_in_batch(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention without a mask, in transformers' signature.
+
+    `query` is [rows, heads, tokens, width]; returns [rows, tokens, heads, width].
+    """
+    _refuse(kwargs)
+    return attend_batch(query, key, value, scaling).transpose(1, 2), None
+
+
+def attend_in_rows(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -171,22 +195,27 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention without a mask, in transformers' signature.
+    """Causal attention inside rows that lie one behind the other, in transformers' signature.
 
-    `query` is [rows, heads, tokens, width]. With `borders` it is one row that holds many, one behind the other: int32
-    [rows + 1], the first token of each and the end; `longest` is the most tokens of one. Returns
-    [rows, tokens, heads, width].
+    `query` is [1, heads, tokens, width], `borders` int32 [rows + 1] the first token of each row and the end, `longest`
+    the most tokens of a row. Returns [1, tokens, heads, width].
     """
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
-    if borders is None:
-        return attend_batch(query, key, value, scaling).transpose(1, 2), None
+    _refuse(kwargs)
+    if borders is None:  # the model does not hand on what it does not know, and rows would see each other
+        raise NotImplementedError(f"{type(module).__name__} gets no borders of rows: set trainer.fused_attention=false")
     q, k, v = (each.transpose(1, 2).squeeze(0).contiguous() for each in (query, key, value))
     return attend_rows(q, k, v, borders, longest, scaling, sliding_window).unsqueeze(0), None
 
 
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Raises for what an attention of an architecture's own asks for."""
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
+
+
+for _name, _function in {BATCH: attend_in_batch, ROWS: attend_in_rows}.items():
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
 
 
 def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -231,22 +260,31 @@ class FastStep:
         return fault is None
 
     def _fuse(self, model: torch.nn.Module, trainer: TrainerConfig, quantization: QuantizationConfig) -> None:
-        there = any(_fits(module) for module in model.modules())
-        fault = None if there else "the model has no 4-bit layers with plain adapters"
-        fp8 = quantization.compute is BaseProducts.fp8
-        if self._decide("fused_linear", trainer.fused_linear, fault):
-            if fp8 and (reason := _fp8_fault(self.placement)) is not None:
-                raise ConfigError(f"quantization.compute=fp8: {reason}; leave it out to compute in 16 bits")
-            fuse_linear_layers(model, fp8=fp8)
-        elif fp8:
+        fault = None
+        if not any(_fits(module) for module in model.modules()):
+            fault = "the model has no 4-bit layers with plain adapters"
+        elif self.placement.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            fault = "Triton is not installed (pip install triton)"
+        fused = self._decide("fused_linear", trainer.fused_linear, fault)
+        wanted = quantization.compute is BaseProducts.fp8
+        if wanted and trainer.fused_linear is False:
             raise ConfigError(
-                f"quantization.compute=fp8 needs trainer.fused_linear, which is off here: "
-                f"{self.parts['fused_linear']}; leave it out, or set trainer.fused_linear=true"
+                "quantization.compute=fp8 contradicts trainer.fused_linear=false, whose layers compute it; leave one "
+                "of them out"
             )
+        reason = _fp8_fault(self.placement) if fused else self.parts["fused_linear"]
+        if wanted:
+            self.parts["fp8"] = reason or "on"
+        if wanted and reason is not None:
+            log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute)
+        if fused:
+            fuse_linear_layers(model, fp8=wanted and reason is None)
 
     def _attention_fault(self) -> str | None:
         if self.placement.device.type != "cuda":
             return "the attention over rows runs on CUDA only"
+        if self._is_spread:
+            return SPREAD
         if not has_varlen():
             return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
         if self.placement.compute is torch.float32:
@@ -257,7 +295,13 @@ class FastStep:
             return f"{settings.model_type} has an attention of its own" + (f" ({own[0]})" if own else "")
         return None
 
+    @property
+    def _is_spread(self) -> bool:
+        return len(set((getattr(self.base, "hf_device_map", None) or {}).values())) > 1
+
     def _loss_fault(self) -> str | None:
+        if self._is_spread:
+            return SPREAD
         settings = self.base.config.get_text_config()
         if (output := self.base.get_output_embeddings()) is None or type(output) is not torch.nn.Linear:
             return "the output layer is none of torch's linear layers, or is trained"
@@ -268,6 +312,8 @@ class FastStep:
         return None
 
     def _compile_fault(self) -> str | None:
+        if self._is_spread:
+            return SPREAD
         return None if self.layers else f"{self.base.config.model_type} has no list of decoder layers"
 
     @property
@@ -275,11 +321,15 @@ class FastStep:
         """Whether anything is replaced at all."""
         return any(state == "on" for state in self.parts.values())
 
+    def __str__(self) -> str:
+        on = [name for name, state in self.parts.items() if state == "on"]
+        off = [f"{name}: {state}" for name, state in self.parts.items() if state != "on"]
+        return "; ".join([", ".join(on), *off])
+
     def __enter__(self) -> FastStep:
         self._context = contextlib.ExitStack()
         self._own = (self.base.config._attn_implementation, [each.gradient_checkpointing for each in self.layers])
         if self.attention:
-            self.base.config._attn_implementation = ATTENTION
             self._context.enter_context(fastest_attention())
         # What an element-wise operation gives again is not kept: a fifth less memory, for about 1 % of the time.
         self._context.enter_context(torch._functorch.config.patch(ban_recompute_materialized_backward=False))
@@ -339,7 +389,9 @@ class FastStep:
             positions, longest = torch.arange(width, device=ids.device).expand(count, width), width
             borders = torch.arange(0, count * width + 1, width, device=ids.device, dtype=torch.int32)
         else:
+            self.base.config._attn_implementation = BATCH
             return batch
+        self.base.config._attn_implementation = ROWS
         return batch | {
             "input_ids": ids.view(1, -1),
             "labels": batch["labels"].view(1, -1),

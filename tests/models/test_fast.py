@@ -14,7 +14,7 @@ from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
-from qlora.models.fast import FastLinear, FastStep
+from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
 from qlora.models.loading import keep_4bit_layout
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
@@ -122,7 +122,7 @@ def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = assert_same(model, config, batch(), checkpointed=1)
-    assert step.parts["compile"] == "on"
+    assert str(step) == "fused_linear, fused_loss, compile; fused_attention: the attention over rows runs on CUDA only"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
 
 
@@ -154,13 +154,36 @@ def test_auto_switches_nothing_on_without_cuda() -> None:
     [
         (["trainer.fused_attention=true"], {}, r"trainer\.fused_attention=true: .* on CUDA only; set .*=auto"),
         (["lora.use_dora=true"], {}, r"trainer\.fused_linear=true: the model has no 4-bit layers with plain adapters"),
-        (["trainer.fused_linear=false", "quantization.compute=fp8"], {}, r"compute=fp8 needs trainer\.fused_linear"),
+        (
+            ["trainer.fused_linear=false", "quantization.compute=fp8"],
+            {},
+            r"quantization\.compute=fp8 contradicts trainer\.fused_linear=false, whose layers compute it; leave one",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(overrides: list[str], changes: dict[str, Any], message: str) -> None:
     model, config = build(overrides=tuple(overrides), **changes)
     with pytest.raises(ConfigError, match=message):
         FastStep(model, config.trainer, config.quantization, CPU, None)
+
+
+def test_where_8_bits_cannot_be_had_a_sentence_says_so_and_the_step_computes_natively(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, config = build(overrides=("quantization.compute=fp8", "trainer.fused_linear=auto"))
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    assert step.parts["fp8"] == "auto switches it on with CUDA only"
+    assert "quantization.compute=fp8: auto switches it on with CUDA only; computing in torch.float32" in caplog.text
+
+
+def test_a_model_that_hands_no_borders_on_is_stopped() -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(
+        NotImplementedError, match=r"Linear gets no borders of rows: set trainer\.fused_attention=false"
+    ):
+        attend_in_rows(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0)
+    with pytest.raises(NotImplementedError, match="attention with softcap"):
+        attend_in_batch(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0, softcap=30.0)
 
 
 def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
