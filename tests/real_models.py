@@ -72,7 +72,7 @@ def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets a CPU compute as CUDA: PEFT sees autocast, dropout keeps a mask of bytes, LayerNorm is in float32."""
-    norm = torch.nn.functional.layer_norm
+    norm, enabled = torch.nn.functional.layer_norm, torch.is_autocast_enabled
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p > 0 and training else x
@@ -81,7 +81,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return norm(x.float(), size, weight.float(), bias.float(), eps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "is_autocast_enabled", lambda *args: True)
+        # Without a device's name it asks for CUDA; with one, autocast itself asks what to restore.
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
         patch.setattr(torch.nn.functional, "dropout", dropout)
         patch.setattr(torch.nn.functional, "layer_norm", layer_norm)
         yield
