@@ -71,8 +71,8 @@ def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:
 
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Autocast as CUDA's: PEFT sees that it is on, dropout keeps a mask of bytes, LayerNorm computes in float32."""
-    norm = torch.nn.functional.layer_norm
+    """Lets a CPU compute as CUDA: PEFT sees autocast, dropout keeps a mask of bytes, LayerNorm is in float32."""
+    norm, enabled = torch.nn.functional.layer_norm, torch.is_autocast_enabled
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p > 0 and training else x
@@ -81,16 +81,17 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return norm(x.float(), size, weight.float(), bias.float(), eps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "is_autocast_enabled", lambda *args: True)
+        # Without a device's name it asks for CUDA; with one, autocast itself asks what to restore.
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
         patch.setattr(torch.nn.functional, "dropout", dropout)
         patch.setattr(torch.nn.functional, "layer_norm", layer_norm)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
+        yield
 
 
 def loss(model: torch.nn.Module, rows: int, length: int) -> Tensor:
     ids = torch.arange(3, 3 + length).remainder(90)[None].expand(rows, -1).contiguous()
-    found = model(input_ids=ids, labels=ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(input_ids=ids, labels=ids)
     found.logits = found.logits.float()  # as accelerate returns them
     return found.loss
 
@@ -143,12 +144,7 @@ def peak_bytes(
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     live = Live(model)
-    with live:
+    with live, as_on_a_gpu(monkeypatch):
         for _ in range(passes):
-            with as_on_a_gpu(monkeypatch):
-                found = loss(model, rows, length)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch, "is_autocast_enabled", lambda *args: True)
-                found.backward()
-            del found
+            loss(model, rows, length).backward()
     return live.peak

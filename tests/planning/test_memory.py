@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers import Trainer, TrainingArguments
 
+from qlora.compose import compose
 from qlora.planning.memory import OPTIMIZERS, Ledger, quantized_bytes
+from qlora.planning.shape import find_targets
 
 BITS = {
     "quantization=nf4": (4, True),
@@ -61,9 +62,6 @@ def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> N
         pytest.skip("one matrix makes queries, keys and values")
     model, sizes = adapted(kind, *overrides), shape(kind)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    from qlora.compose import compose
-    from qlora.planning.shape import find_targets
-
     wanted = compose([*overrides]).lora.target_modules
     ledger = Ledger(sizes, setup(sizes, targets=find_targets(sizes, wanted), dora="lora=dora" in overrides))
     assert ledger.adapters == ledger.gradients == sum(parameter.nbytes for parameter in trained)
@@ -72,8 +70,6 @@ def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> N
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_states_are_the_optimizer_s(optim: str) -> None:
-    from transformers import Trainer
-
     sizes = shape("llama", hidden_size=128, intermediate_size=2048, num_hidden_layers=1)
     model = adapted("llama", "lora.r=64", hidden_size=128, intermediate_size=2048, num_hidden_layers=1)
     arguments = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True, report_to="none")
@@ -94,7 +90,6 @@ def test_states_are_the_optimizer_s(optim: str) -> None:
     large = [parameter for parameter in trained if parameter.numel() >= 100_000]
     assert large
     assert bool(paged) == optim.startswith("paged")
-    assert get_parameter_names(model, [])
 
 
 def per_layer(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch, length: int) -> int:
@@ -122,7 +117,6 @@ def test_a_layer_keeps_what_is_planned(
     names = ledger.setup.targets[0]
     found = per_layer(kind, overrides, monkeypatch, length)
     planned = ledger.saved(names) + ledger.copies(names)
-    print(kind, overrides, found, planned, (planned - found) / length)
     assert planned == pytest.approx(found, rel=0.005)
 
 
@@ -145,5 +139,4 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
     step = ("gradients", "adapters in 16 bits", "activations", "logits", "backward pass of a layer")
     planned = max(sum(parts.get(name, 0) for name in step) for _, parts in ledger.moments())
     found = peak_bytes(model, monkeypatch, rows, length, checkpoint=checkpoint, passes=passes)
-    print(rows, length, passes, checkpoint, dropout, vocabulary, found, planned, round(planned / found, 3))
     assert planned == pytest.approx(found, rel=0.03)
