@@ -24,7 +24,7 @@ from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
 from qlora.planning.speed import EFFICIENCY, Speed, plan_speed
-from qlora.schema import ComputeDtype, Config, Weights
+from qlora.schema import ComputeDtype, Config, PlanStep, Weights
 from qlora.wording import format_duration
 
 EMBEDDED = "tiny"
@@ -155,8 +155,18 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         length=config.plan.length or data.pack_length or data.longest_row or shape.context,
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
-        step=config.plan.step,
+        step=_find_step(config),
     )
+
+
+def _find_step(config: Config) -> PlanStep:
+    """Returns how the step is computed on a GPU: fast where no part is switched off and the layers allow it."""
+    if config.plan.step is not PlanStep.auto:
+        return config.plan.step
+    trainer, lora = config.trainer, config.lora
+    parts = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
+    plain_adapter = lora.enabled and not lora.use_dora
+    return PlanStep.fast if config.quantization.bits == 4 and plain_adapter and False not in parts else PlanStep.plain
 
 
 def _with(training: Training, **changed: Any) -> Training:

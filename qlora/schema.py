@@ -160,6 +160,7 @@ class MergeBase(Enum):
 class PlanStep(Enum):
     """How a training step is computed, as far as its memory and speed depend on it."""
 
+    auto = "auto"
     plain = "plain"
     fast = "fast"
 
@@ -810,7 +811,8 @@ class PlanConfig:
     `a6000`, `l40s`, `a100-40gb`, `a100-80gb`, `h100` or `h200`."""
     step: PlanStep = MISSING
     """`plain`: transformers' layers with PEFT's adapters, operation by operation. `fast`: fused linear layers and
-    attention, compiled layers, the loss without all logits. Chosen with `plan=`."""
+    attention, compiled layers, the loss without all logits. `auto`: what `trainer.compile`, `fused_linear`,
+    `fused_attention` and `fused_loss` choose on a GPU, `plain` if any of them is off. Chosen with `plan=`."""
     length: int | None = None
     """Tokens of a row; unset: `data.pack_length`, else the longest that the limits of `data` leave."""
 

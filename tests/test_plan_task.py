@@ -40,8 +40,8 @@ def test_it_answers_at_once_and_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    assert "needed                         44.8" in done.stdout
-    assert "fits, 3." in done.stdout
+    assert "needed                         44.0" in done.stdout
+    assert "fits, 4." in done.stdout
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert stored["metrics"]["plan_fits"] == 1
     assert sum(stored["parts_gb"].values()) == pytest.approx(stored["metrics"]["plan_peak_gb"])
@@ -81,6 +81,7 @@ def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
 def test_the_changes_make_it_fit_when_they_are_made() -> None:
     chosen = ["model=llama-33b", "quantization=none", "trainer.per_device_train_batch_size=4", "recipe=none"]
     chosen += ["trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch", "data.source_max_len=1792"]
+    chosen += ["plan=plain"]  # 16-bit weights have no other step
     before = build(*chosen)
     assert not before.fits
     keys = [change.words.partition("=")[0] for change in before.changes]
@@ -196,7 +197,7 @@ def test_the_tables_hold_the_names_that_the_config_takes() -> None:
 def test_a_run_takes_as_long_as_its_products() -> None:
     """7 billion weights, 6 operations a token for frozen and checkpointed ones, and those of adapters and attention."""
     chosen = ["model=llama-7b", "trainer.per_device_train_batch_size=4", "plan.length=2048", "trainer.max_steps=10"]
-    chosen += ["trainer.gradient_accumulation_steps=2"]
+    chosen += ["trainer.gradient_accumulation_steps=2", "plan=plain"]
     found = build(*chosen, device="h200")
     speed = found.speed
     assert speed is not None
@@ -204,6 +205,21 @@ def test_a_run_takes_as_long_as_its_products() -> None:
     assert speed.tokens_per_second == pytest.approx(6467, rel=0.1), "as measured"
     assert found.hours == pytest.approx(10 * 2 * speed.seconds / 3600)
     assert build(*chosen, "trainer.max_steps=null", "trainer.num_train_epochs=1").hours is None
-    one = build("model=llama-7b", "plan.length=300", device="h200").speed
+    one = build("model=llama-7b", "plan.length=300", "plan=plain", device="h200").speed
     assert one is not None
     assert one.bound == "starting kernels"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "step"),
+    [
+        ([], "fast"),
+        (["trainer.fused_linear=false"], "plain"),
+        (["trainer.compile=false"], "plain"),
+        (["quantization=none"], "plain"),
+        (["lora=dora"], "plain"),
+        (["plan=plain"], "plain"),
+    ],
+)
+def test_the_step_is_the_one_that_the_trainer_would_take(chosen: list[str], step: str) -> None:
+    assert build("model=llama-7b", *chosen).training.setup.step.value == step

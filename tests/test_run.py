@@ -251,6 +251,15 @@ def test_optimizers_train_by_their_upstream_names(tmp_path: Path, optim: str) ->
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
 
 
+def test_the_fast_step_ends_where_the_plain_one_does(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(tmp_path / "run", "trainer.fused_linear=true", "trainer.fused_loss=true")
+    expected = json.loads((finished / "result.json").read_text())["metrics"]["eval_loss"]
+    assert result["metrics"]["eval_loss"] == pytest.approx(expected, rel=0.02)
+    assert "fused_linear, fused_loss; fused_attention: " in capsys.readouterr().out
+
+
 def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -> None:
     config = compose([*QUICK, "lora=loraplus", "trainer.optim=paged_adamw_8bit"])
     parts = Run(config, tmp_path)
