@@ -23,7 +23,6 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
@@ -185,8 +184,8 @@ def attend(
     return attend_rows(q, k, v, borders, longest, scaling, sliding_window).unsqueeze(0), None
 
 
+# Without a mask function of its own: with one, transformers looks for packs in the positions, and waits for the device.
 AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
