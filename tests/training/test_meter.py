@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,16 +35,22 @@ def build_model() -> Any:
     return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
 
 
-def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> QLoraTrainer:
-    settings = {"max_steps": STEPS, "logging_steps": 3, "max_grad_norm": 0.3, "group_by_length": False, **options}
-    config = TrainerConfig(
+def build_config(**options: Any) -> TrainerConfig:
+    settings = {"logging_steps": 3, "max_grad_norm": 0.3, **options}
+    return TrainerConfig(
+        max_steps=STEPS,
         per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=ACCUMULATED,
         learning_rate=1e-3,
         optim="adamw_torch",
         gradient_checkpointing=False,
+        group_by_length=False,
         **settings,
     )
+
+
+def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> QLoraTrainer:
+    config = build_config(**options)
     rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in TOKENS]
     return QLoraTrainer(
         model=build_model(),
@@ -114,7 +119,7 @@ def test_the_library_s_filter_would_ask_in_every_micro_step(tmp_path: Path) -> N
     assert watch.reads.asked["trainer.py:_run_epoch"] == 2 * STEPS * ACCUMULATED
 
 
-def test_the_fast_attention_asks_for_no_mask_of_packs(tmp_path: Path) -> None:
+def test_the_fast_attention_asks_for_no_mask_of_packs() -> None:
     config = LlamaConfig(hidden_size=8, num_attention_heads=2)
     config._attn_implementation = ATTENTION
     positions = torch.tensor([[0, 1, 2, 0, 1]])
@@ -123,9 +128,7 @@ def test_the_fast_attention_asks_for_no_mask_of_packs(tmp_path: Path) -> None:
     assert not reads.asked
 
 
-def test_on_an_accelerator_batches_go_there_while_it_computes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_an_accelerator_batches_go_there_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Any] = {}
 
     def keep(**options: Any) -> Any:
@@ -133,21 +136,8 @@ def test_on_an_accelerator_batches_go_there_while_it_computes(
         return SimpleNamespace(n_gpu=1)
 
     monkeypatch.setattr("qlora.training.trainer.TrainingArguments", keep)
-    config = build_config()
-    build_arguments(config, output_dir=tmp_path, device=torch.device("cuda"), compute=torch.bfloat16, seed=0)
+    build_arguments(build_config(), output_dir=tmp_path, device=torch.device("cuda"), compute=torch.bfloat16, seed=0)
     assert (made["dataloader_pin_memory"], made["accelerator_config"]) == (True, {"non_blocking": True})
-
-
-def build_config() -> TrainerConfig:
-    return TrainerConfig(
-        max_steps=1,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        optim="adamw_torch",
-        max_grad_norm=0.3,
-        gradient_checkpointing=False,
-    )
 
 
 def test_a_loss_that_is_no_number_is_logged_as_such(tmp_path: Path) -> None:
@@ -192,10 +182,10 @@ def test_a_log_holds_the_speed_since_the_last_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     moment = [0.0]
     monkeypatch.setattr("qlora.training.meter.time.monotonic", lambda: moment[0])
-    yield moment
+    return moment
 
 
 def test_waiting_counts_while_training_and_not_behind_an_evaluation(now: list[float]) -> None:

@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from qlora.training.progress import evaluation_metrics
 from qlora.training.tracking.base import Tracker
 
-
 NAMES = {
     **{name: name for name in ("loss", "learning_rate", "grad_norm", "epoch", "peak_memory_gb")},
     "num_input_tokens_seen": "tokens_seen",
