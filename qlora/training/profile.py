@@ -70,7 +70,7 @@ class ProfileCallback(TrainerCallback):
         rows = [
             (getattr(event, name) / 1e3, event.count, event.key)
             for event in found.key_averages()
-            if (event.device_type != DeviceType.CPU) == on_device and not event.key.startswith("ProfilerStep")
+            if (event.device_type != DeviceType.CPU) == on_device and not event.is_user_annotation
         ]
         say()
         for line in table(rows, "kernel" if on_device else "operator"):
