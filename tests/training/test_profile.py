@@ -51,6 +51,8 @@ def test_a_profile_writes_a_trace_and_prints_the_most_expensive_operators(
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 100.5
     assert result["metrics"]["train_mfu"] > 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [name for name in ("MFU", "data wait", "model FLOP utilisation") if name not in page] == []
 
 
 def test_a_table_names_the_ten_most_expensive_in_80_columns() -> None:
