@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -136,11 +137,14 @@ Prepare = Callable[[], Iterable[dict[str, Any]]]
 
 
 def build_qlora(task: Task) -> Prepare:
+    import torch
+
     from qlora import console
     from qlora.data import build_data
-    from qlora.data.collate import Collator
+    from qlora.data.collate import Collator, count_work
     from qlora.models.tokenizer import pad_token_id
     from qlora.schema import DataConfig
+    from qlora.training.meter import Meter
     from qlora.training.trainer import QLoraTrainer
 
     console.quiet_libraries()  # as the command `qlora` does
@@ -164,10 +168,12 @@ def build_qlora(task: Task) -> Prepare:
             rows=data.train,
             lengths=[],
             collate=Collator(pad_token_id(tokenizer)),
-            token_mask=lambda batch: batch["attention_mask"],
+            count=partial(count_work, pad_token_id=pad_token_id(tokenizer)),
             measure=lambda model, step: {},
             verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
+            step=nullcontext(),
+            meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
             callbacks=[],
         )
         return trainer.get_train_dataloader()

@@ -50,6 +50,7 @@ def quiet_libraries(*, verbose: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     logging.captureWarnings(True)
     warnings.simplefilter("default")
 

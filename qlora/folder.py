@@ -17,7 +17,7 @@ from qlora.errors import ConfigError
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge", "plan"),
+    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge", "plan", "trainer.profile"),
 )
 
 
@@ -81,6 +81,11 @@ class RunFolder:
     def progress(self) -> Path:
         """The latest step of a training, for whoever watches from outside."""
         return self.path / "progress.json"
+
+    @property
+    def trace(self) -> Path:
+        """What `trainer.profile` recorded of some steps, as a Chrome trace."""
+        return self.path / "profile" / "trace.json.gz"
 
     def result(self, task: str) -> Path:
         """The result of a task; training's is `result.json`."""

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import compose, console
 from qlora.chat import Speaker, choose_saved_template, hold
 from qlora.data import Data, build_data, column, load_hub, read_rows
-from qlora.data.collate import Collator, token_mask
+from qlora.data.collate import Collator, count_work
 from qlora.data.tokenize import Tokenizer, build_tokenizer
 from qlora.data.writer import file_digest
 from qlora.errors import ConfigError, Pruned, did_you_mean
@@ -41,6 +41,7 @@ from qlora.models.device import (
     Placement,
     computes_bf16,
     find_device,
+    matrix_rate,
     peak_memory_gb,
     place,
     reset_peak_memory,
@@ -57,6 +58,8 @@ from qlora.models.tokenizer import (
     repair_special_tokens,
     save_tokenizer,
 )
+from qlora.planning.shape import FAMILIES, read_shape
+from qlora.planning.speed import Operations, count_operations
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
 from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
@@ -64,6 +67,8 @@ from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
 from qlora.schema import Config, EvaluationName, TaskName, TrackingBackend, Weights
+from qlora.training.meter import Meter
+from qlora.training.profile import ProfileCallback
 from qlora.training.progress import ProgressCallback
 from qlora.training.tracking import TrackedRun, Tracker, build_tracker
 from qlora.training.tracking.callback import TrackerCallback
@@ -593,12 +598,8 @@ class Run:
         self._steps = trainer.state.global_step
         self._save(model)
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
-        runtime = output.metrics["train_runtime"]
-        return {
-            "train_loss": trainer.mean_loss,
-            "train_runtime": runtime,
-            "train_tokens_per_second": trainer.trained_tokens / max(runtime - trainer.measuring_seconds, 1e-9),
-        }
+        metrics = {"train_loss": trainer.mean_loss, "train_runtime": output.metrics["train_runtime"]}
+        return metrics | trainer.meter.overall(trainer.state)
 
     _steps = 0
 
@@ -633,14 +634,16 @@ class Run:
             rows=packed or self.data.train,
             lengths=(packed.lengths if packed else column(self.data.train, "length")).tolist(),
             collate=Collator(self.pad_token_id, width=self.config.data.pack_width or 0 if step.is_compiled else 0),
-            token_mask=partial(token_mask, pad_token_id=self.pad_token_id),
+            count=partial(count_work, pad_token_id=self.pad_token_id),
             measure=measure,
             verify=adapters.verify_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             step=step,
+            meter=self._build_meter(model),
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),
+                *([ProfileCallback(self.folder.trace, self.placement.device)] if self.config.trainer.profile else []),
                 *self._build_pruning(),
                 *callbacks,
             ],
@@ -654,6 +657,24 @@ class Run:
         if step.is_active:
             console.say_rows([("fast step", str(step))])
         return step
+
+    def _build_meter(self, model: PreTrainedModel) -> Meter:
+        device, operations = self.placement.device, self._count_operations(model)
+        return Meter(
+            device,
+            peak_memory_gb=partial(peak_memory_gb, device),
+            operations=operations.total if operations is not None else None,
+            rate=matrix_rate(device, self.placement.compute),
+        )
+
+    def _count_operations(self, model: PreTrainedModel) -> Operations | None:
+        """Returns what training takes a token; None for an architecture whose matrices are not known."""
+        facts = self.model_config.get_text_config().to_dict()
+        if facts["model_type"] not in FAMILIES:
+            log.info("model FLOP utilisation is not known for the model type %s", facts["model_type"])
+            return None
+        trained = adapters.count_parameters(model).trainable if self.config.lora.enabled else 0
+        return count_operations(read_shape(facts, self.config.model.name), trained)
 
     @staticmethod
     def _build_pruning() -> list[Any]:
@@ -883,6 +904,7 @@ class Run:
             "predictions": predictions,
             "questions": records,
             "loss": self.folder.path / "loss.png",
+            "profile": self.folder.trace,
             "config": self.folder.config,
             "card": self.folder.path / "README.md",
         }

@@ -652,6 +652,9 @@ class TrainerConfig:
     """Keep the newest so many checkpoints; null: all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
+    profile: bool = False
+    """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
+    expensive kernels on the screen."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
@@ -1006,7 +1009,8 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     measured = ["loss", "perplexity", *own]
     if evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
-    training = ["train_loss", "train_tokens_per_second", "train_runtime", "peak_memory_gb"]
+    speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]
+    training = ["train_loss", *speed, "train_runtime", "peak_memory_gb"]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
 
 

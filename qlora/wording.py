@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract)$")
+SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
 _ASKS = ("instruction", "human", "user", "question", "prompt", "q")
 _ANSWERS = ("response", "assistant", "answer", "output", "a")
@@ -33,6 +33,8 @@ def is_share(name: str) -> bool:
 
 def higher_is_better(name: str) -> bool:
     """Returns whether a larger value of a metric is the better one: shares, scores and speed, not losses or times."""
+    if name.endswith("data_wait"):
+        return False
     return is_share(name) or bool(re.search(r"accuracy|match|_acc|f1|rouge|bleu|meteor|per_second", name))
 
 

@@ -340,7 +340,7 @@ CROSS_FIELD = {
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
     "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
-    "train_tokens_per_second, train_runtime, peak_memory_gb or null",
+    "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, peak_memory_gb or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora import console
-from qlora.wording import format_duration, format_metric, prompt_core, shorten
+from qlora.wording import format_duration, format_metric, higher_is_better, prompt_core, shorten
 
 LONG_PATH = "outputs/runs/" + "a-long-folder-name-" * 12 + "end"
 COMMAND = f"qlora lora.r=16 adapter={LONG_PATH} task=evaluate"
@@ -241,6 +241,8 @@ def test_shortened_text_keeps_both_ends_and_the_width() -> None:
         ("lm_eval_arc_easy_acc_norm", 0.25, "25.0 %"),
         ("lm_eval_gsm8k_exact_match_flexible_extract", 0.25, "25.0 %"),
         ("lm_eval_wikitext_word_perplexity", 0.25, "0.250"),
+        ("train_mfu", 0.431, "43.1 %"),
+        ("train_data_wait", 0.02, "2.0 %"),
         ("learning_rate", 2e-5, "2e-05"),
         ("loss", None, "–"),
         ("loss", 0.0, "0.000"),
@@ -248,6 +250,11 @@ def test_shortened_text_keeps_both_ends_and_the_width() -> None:
 )
 def test_numbers_show_what_matters(name: str, value: float | None, text: str) -> None:
     assert format_metric(name, value) == text
+
+
+def test_a_search_wants_more_speed_and_less_waiting() -> None:
+    wanted, unwanted = ("train_mfu", "train_tokens_per_second"), ("train_data_wait", "train_runtime")
+    assert [higher_is_better(name) for name in (*wanted, *unwanted)] == [True, True, False, False]
 
 
 def test_durations_read_like_a_clock() -> None:

@@ -62,7 +62,7 @@ def test_a_run_writes_what_it_promises(finished: Path) -> None:
     assert result["objective"] == result["metrics"]["eval_loss"]
     promised = {
         *("eval_loss", "eval_perplexity", "eval_exact_match", "base_eval_loss", "base_eval_exact_match"),
-        *("train_loss", "train_tokens_per_second", "train_runtime", "peak_memory_gb"),
+        *("train_loss", "train_tokens_per_second", "train_data_wait", "train_runtime", "peak_memory_gb"),
     }
     assert promised <= result["metrics"].keys()
     assert all(Path(path).exists() for path in result["paths"].values())

@@ -53,6 +53,16 @@ def token_mask(batch: Mapping[str, Tensor], pad_token_id: int) -> Tensor:
     return told.flip(-1).cumsum(-1).flip(-1) > 0
 
 
+def count_work(batch: Mapping[str, Tensor], pad_token_id: int) -> tuple[int, int]:
+    """Counts the tokens of a batch on the CPU, and the pairs of tokens between which causal attention looks.
+
+    A row of n tokens has n (n + 1) / 2 pairs, each token with itself included; padding counts for nothing.
+    """
+    inside = token_mask(batch, pad_token_id).numpy()
+    places = batch["position_ids"].numpy() + 1 if "position_ids" in batch else inside.cumsum(-1)
+    return int(inside.sum()), int(places[inside].sum())
+
+
 def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int | np.ndarray) -> Tensor:
     """Writes the rows one after the other into the cells of `inside`, over `padding` [rows, width] or a number."""
     batch = np.array(np.broadcast_to(padding, inside.shape), dtype=np.int64)

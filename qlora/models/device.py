@@ -110,3 +110,20 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts the measurement of `peak_memory_gb` anew where the device allows it."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).reset_peak_memory_stats(device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Measures the operations a second of one large matrix product, in some milliseconds; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    size, repeats = 4096, 10
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        torch.mm(a, b)
+    begin.record()
+    for _ in range(repeats):
+        torch.mm(a, b)
+    end.record()
+    end.synchronize()
+    return repeats * 2 * size**3 / (begin.elapsed_time(end) / 1e3)

@@ -25,7 +25,6 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
@@ -213,9 +212,9 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
 
 
-for _name, _function in {BATCH: attend_in_batch, ROWS: attend_in_rows}.items():
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+# Without mask functions of their own: with one, transformers looks for packs in the positions, and waits for the device.
+AttentionInterface.register(BATCH, attend_in_batch)
+AttentionInterface.register(ROWS, attend_in_rows)
 
 
 def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -42,16 +42,33 @@ def plan_speed(shape: Shape, setup: Setup, card: Card) -> Speed | None:
     return Speed(operations, seconds, setup.tokens / seconds, bound)
 
 
-def operations_per_token(shape: Shape, setup: Setup) -> float:
-    """Returns the operations of the forward and the backward pass; a product of n weights takes 2 n a token.
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of the matrix products of a forward and a backward pass."""
 
-    The backward pass takes as many for frozen weights and twice as many for trained ones, and 2.5 times those of causal
-    attention; a checkpointed layer does its forward pass again.
+    per_token: float
+    per_pair: float
+    """For each token and each token that causal attention lets it see, itself included."""
+
+    def total(self, tokens: int, pairs: int) -> float:
+        """Returns the operations of so many tokens and pairs."""
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
+    """Returns the operations with so many parameters in adapters; 0: all weights are trained.
+
+    A product of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
+    trained ones, and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
     """
-    again = setup.checkpointed / shape.layers
+    frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
-    attention = 4 * shape.queries * setup.length / 2 * shape.layers
-    if setup.r == 0:
-        return (6 + 2 * again) * shape.linear_weights + 6 * output + (3.5 + again) * attention
-    adapters = Ledger(shape, setup).trained_count
-    return (4 + 2 * again) * shape.linear_weights + 4 * output + (6 + 2 * again) * adapters + (3.5 + again) * attention
+    products = (frozen + 2 * again) * shape.linear_weights + frozen * output + (6 + 2 * again) * adapters
+    return Operations(products, (3.5 + again) * 4 * shape.queries * shape.layers)
+
+
+def operations_per_token(shape: Shape, setup: Setup) -> float:
+    """Returns the operations a token in rows of `setup.length` tokens, those of checkpointed layers included."""
+    adapters = Ledger(shape, setup).trained_count if setup.r else 0
+    found = count_operations(shape, adapters, setup.checkpointed / shape.layers)
+    return found.per_token + found.per_pair * setup.length / 2

@@ -15,7 +15,7 @@ Series = tuple[list[float], list[float]]
 
 MEASURED = re.compile(r"eval_(?!.*(?:perplexity|runtime|per_second)$)")
 """Perplexity says what the loss says; the others are about the measuring."""
-TRAINING = ("loss", "grad_norm", "learning_rate", "train_tokens_per_second")
+TRAINING = ("loss", "grad_norm", "learning_rate", "train_tokens_per_second", "train_mfu", "train_data_wait")
 NOISY = ("loss", "grad_norm")
 """Logged of a few batches each, so that a mean over neighbours shows more."""
 
@@ -93,6 +93,8 @@ def curve_title(name: str) -> tuple[str, str]:
         "eval_loss": ("held-out loss", "nats per token"),
         "grad_norm": ("gradient norm", "before it is clipped"),
         "learning_rate": ("learning rate", ""),
-        "train_tokens_per_second": ("tokens per second", "mean since the start"),
+        "train_tokens_per_second": ("tokens per second", "between two logs"),
+        "train_mfu": ("model FLOP utilisation", "share of the device's matrix rate"),
+        "train_data_wait": ("waiting for batches", "share of the time"),
     }
     return known.get(name) or (name.removeprefix("eval_").replace("_", " "), "held out")

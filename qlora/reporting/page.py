@@ -25,6 +25,8 @@ LONGEST_NUMBER = 9  # characters
 NAMES = {
     "train_runtime": "training time",
     "train_tokens_per_second": "tokens/s",
+    "train_mfu": "MFU",
+    "train_data_wait": "data wait",
     "train_loss": "training loss",
     "peak_memory_gb": "peak memory (GB)",
 }

@@ -132,7 +132,8 @@ def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
             before = metrics.get(f"base_{key}")
             note = f"untuned base {format_value(before, key)}" if before is not None else ""
             tiles.append((f"{metric_title(key)}, held out", format_value(value, key), note))
-    for key, unit in (("train_runtime", ""), ("train_tokens_per_second", ""), ("peak_memory_gb", " GB")):
+    speed = ("train_runtime", "train_tokens_per_second", "train_mfu", "train_data_wait")
+    for key, unit in (*((key, "") for key in speed), ("peak_memory_gb", " GB")):
         if metrics.get(key) is not None:
             title = metric_title(key).removesuffix(" (GB)")
             tiles.append((title, f"{format_value(metrics[key], key)}{unit}", ""))

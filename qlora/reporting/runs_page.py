@@ -29,7 +29,7 @@ SHOWN = 30
 """So many lines of the table have their curves drawn at first."""
 POINTS = 40_000
 """Of a metric's curves together: more make the page slow and show nothing."""
-COSTS = ("seconds", "train_runtime", "train_tokens_per_second", "peak_memory_gb")
+COSTS = ("seconds", "train_runtime", "train_tokens_per_second", "train_mfu", "peak_memory_gb")
 STATUSES = ("failed", "interrupted", "pruned", "running", "queued")
 """Of runs that did not finish, in the order in which they need a look."""
 MEASURED_COSTS = ("train_runtime", "peak_memory_gb")
@@ -62,7 +62,7 @@ class RunView:
 
     @property
     def costs(self) -> dict[str, float]:
-        """What it took: seconds, tokens a second, gigabytes."""
+        """What it took: seconds, tokens a second, share of the device's speed, gigabytes."""
         known = {**self.metrics, "seconds": self.seconds}
         return {name: float(known[name]) for name in COSTS if known.get(name) is not None}  # type: ignore[arg-type]
 

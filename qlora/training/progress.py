@@ -6,14 +6,12 @@ import contextlib
 import json
 import math
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from qlora.console import is_live, is_main_process, progress, record, say
+from qlora.console import is_live, is_main_process, progress, record, say, screen
 from qlora.folder import write_text
+from qlora.training.meter import ClockedCallback
 from qlora.wording import format_duration, format_metric, is_detail
 
 # What the trainer measures of itself while it evaluates; of no interest to a reader.
@@ -24,81 +22,10 @@ BOOKKEEPING = (
     "tokens_per_second",
     "model_preparation_time",
 )
-
-
-class TrainingClock:
-    """Measures training time: evaluations and checkpoints stop it.
-
-    The trainer announces no beginning of an evaluation, so the clock counts a pause from the last step's end to the
-    next step's begin whenever something was evaluated or saved in between.
-    """
-
-    def __init__(self, tokens_seen: int = 0) -> None:
-        self._last = self._started = time.monotonic()
-        self._paused = False
-        self._tokens, self._trained_at_log = tokens_seen, 0.0
-        self._steps: deque[float] = deque(maxlen=50)
-        self.trained = 0.0  # seconds
-        self.pauses: list[float] = []  # seconds of each
-
-    def begin_step(self) -> None:
-        """Ends a pause, if there was one."""
-        if self._paused:
-            now = time.monotonic()
-            self.pauses.append(now - self._last)
-            self._last, self._paused = now, False
-
-    def end_step(self) -> None:
-        """Counts the time since the last step's end, or since the pause."""
-        now = time.monotonic()
-        self._steps.append(now - self._last)
-        self.trained += now - self._last
-        self._last = now
-
-    def pause(self) -> None:
-        """Takes the time since the last step's end out of the training time."""
-        self._paused = True
-
-    def tokens_per_second(self, tokens_seen: int | None) -> float | None:
-        """Returns the rate since the last call, from the count of all tokens so far; None when it is unknown."""
-        if tokens_seen is None:
-            return None
-        tokens, seconds = tokens_seen - self._tokens, self.trained - self._trained_at_log
-        self._tokens, self._trained_at_log = tokens_seen, self.trained
-        return tokens / seconds if tokens > 0 and seconds > 0 else None
-
-    def seconds_left(self, steps: int, pauses: int = 0) -> float:
-        """Estimates the time for `steps` more steps and `pauses` more evaluations from the latest ones."""
-        step = sum(self._steps) / max(len(self._steps), 1)
-        pause = sum(self.pauses) / max(len(self.pauses), 1)
-        return steps * step + pauses * pause
-
-
-class ClockedCallback(TrainerCallback):
-    """A callback with a clock of the training time."""
-
-    def __init__(self) -> None:
-        self.clock = TrainingClock()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
-        self.clock = TrainingClock(state.num_input_tokens_seen)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends a pause."""
-        self.clock.begin_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts a step's time."""
-        self.clock.end_step()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the time since the last step out."""
-        self.clock.pause()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the time since the last step out."""
-        self.clock.pause()
+LINE = 80
+"""Columns of a line about a step."""
+BAR = 36
+"""Columns that the live bar takes beside its notes."""
 
 
 class ProgressCallback(ClockedCallback):
@@ -114,7 +41,6 @@ class ProgressCallback(ClockedCallback):
         self._update: Any = None
         self._live = False
         self._latest: dict[str, float] = {}
-        self._rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock and the bar."""
@@ -140,7 +66,6 @@ class ProgressCallback(ClockedCallback):
         logs = logs or {}
         if "loss" in logs:
             self._latest = logs
-            self._rate = self.clock.tokens_per_second(logs.get("num_input_tokens_seen"))
             (record if self._live else say)(self._step_line(args, state))
         elif line := evaluation_line(logs, state.global_step):
             say(line)
@@ -163,7 +88,7 @@ class ProgressCallback(ClockedCallback):
             "step": state.global_step,
             "max_steps": state.max_steps,
             "loss": self._latest.get("loss"),
-            "tokens_per_second": self._rate,
+            "tokens_per_second": self._latest.get("train_tokens_per_second"),
             "seconds_left": self._seconds_left(args, state),
         }
         write_text(self._file, json.dumps(facts))
@@ -177,25 +102,38 @@ class ProgressCallback(ClockedCallback):
 
     def _redraw(self, args: Any, state: Any, description: str) -> None:
         if self._update is not None:
-            self._update(state.global_step, note="  ".join(self._notes(args, state)), description=description)
+            notes = fit(self._notes(args, state), screen().width - BAR)
+            self._update(state.global_step, note="  ".join(notes), description=description)
 
     def _step_line(self, args: Any, state: Any) -> str:
         width = len(str(state.max_steps))
         notes = self._notes(args, state)
         rate = self._latest.get("learning_rate")
         if rate is not None:
-            notes.insert(1, f"lr {rate:.1e}")
-        return "  ".join([f"step {state.global_step:>{width}}/{state.max_steps}", *notes])
+            notes.insert(1, (4, f"lr {rate:.1e}"))
+        return "  ".join(fit([(0, f"step {state.global_step:>{width}}/{state.max_steps}"), *notes], LINE))
 
-    def _notes(self, args: Any, state: Any) -> list[str]:
-        notes = []
-        if "loss" in self._latest:
-            notes.append(f"loss {self._latest['loss']:.3f}")
-        if self._rate is not None:
-            notes.append(f"{self._rate:,.0f} tokens/s")
+    def _notes(self, args: Any, state: Any) -> list[tuple[int, str]]:
+        """Returns what is known of the training, each behind the number of its importance."""
+        formats = {
+            "loss": (0, "loss {:.3f}"),
+            "train_tokens_per_second": (1, "{:,.0f} tokens/s"),
+            "train_mfu": (2, "MFU {:.0%}"),
+            "train_data_wait": (3, "wait {:.0%}"),
+            "peak_memory_gb": (5, "{:.1f} GB"),
+        }
+        notes = [(rank, text.format(self._latest[name])) for name, (rank, text) in formats.items()
+                 if self._latest.get(name) is not None]  # fmt: skip
         if (seconds := self._seconds_left(args, state)) is not None:
-            notes.append(f"{format_duration(seconds)} left")
+            notes.append((0, f"{format_duration(seconds)} left"))
         return notes
+
+
+def fit(notes: list[tuple[int, str]], width: int) -> list[str]:
+    """Returns the texts of `notes`, without those of the highest numbers if all are wider than `width` columns."""
+    while notes and len("  ".join(text for _, text in notes)) > width and max(notes)[0] > 0:
+        notes = [note for note in notes if note != max(notes)]
+    return [text for _, text in notes]
 
 
 def _evaluations(args: Any, steps: int) -> int:

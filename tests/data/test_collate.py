@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from qlora.data.collate import Collator, token_mask
+from qlora.data.collate import Collator, count_work, token_mask
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},
@@ -53,3 +53,8 @@ def test_tokens_are_told_from_padding_with_and_without_a_mask():
 def test_an_end_token_that_also_pads_counts_as_a_token():
     packs = [PACKS[0], {"input_ids": [9, 7, 9], "labels": [-100, -100, 9], "position_ids": [0, 1, 2]}]
     assert token_mask(Collator(9)(packs), 9).tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+
+
+def test_pairs_are_counted_inside_each_row_and_not_in_padding():
+    assert count_work(Collator(9)(ROWS), 9) == (4, (1 + 2 + 3) + 1)
+    assert count_work(Collator(0)(PACKS), 0) == (7, (1 + 2 + 3) + (1 + 2) + (1 + 2))

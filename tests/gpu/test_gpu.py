@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from qlora.compose import compose
-from qlora.models.device import find_device, place
+from qlora.models.device import find_device, matrix_rate, place
 from qlora.run import Run
 from qlora.schema import Device
+from qlora.training.trainer import QLoraTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +42,57 @@ def test_wide_layers_train_on_the_gpu(tmp_path: Path, quantization: str) -> None
     metrics = Run(compose([*SHAPE, f"quantization={quantization}"]), tmp_path).execute()["metrics"]
     assert metrics["eval_loss"] < metrics["base_eval_loss"]
     assert 0 < metrics["peak_memory_gb"] < 20
+
+
+def test_a_training_tells_its_share_of_the_gpu_s_speed_and_its_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
+    assert rate is not None
+    assert rate > 1e12
+    result = Run(compose([*SHAPE, "trainer.max_steps=8", "trainer.profile=true"]), tmp_path).execute()
+    assert 0 < result["metrics"]["train_mfu"] < 1
+    assert Path(result["paths"]["profile"]).is_file()
+    text = capsys.readouterr().out
+    assert "  kernel" in text
+    assert "ProfilerStep" not in text
+
+
+class Watched(TrainerCallback):
+    """Has torch warn of every wait for the GPU between the begin of a step and the optimizer's."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._stack = contextlib.ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 2:  # the first ones compile
+            self._caught = self._stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 2:
+            torch.cuda.set_sync_debug_mode("default")
+            self._stack.close()
+            self.found += [
+                f"{each.filename}:{each.lineno}" for each in self._caught if "synchroniz" in str(each.message)
+            ]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packs"])
+def test_forward_and_backward_passes_wait_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    watched, build = Watched(), QLoraTrainer.__init__
+
+    def init(self: QLoraTrainer, **parts: Any) -> None:
+        build(self, **{**parts, "callbacks": [*parts["callbacks"], watched]})
+
+    monkeypatch.setattr(QLoraTrainer, "__init__", init)
+    packs = ["data.packing=true", "data.pack_length=128"] if packing else []
+    Run(compose([*SHAPE, *packs, "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6"]), tmp_path).execute()
+    assert watched.found == []
 
 
 def test_an_evaluation_before_training_leaves_the_gradients_unchanged(tmp_path: Path) -> None:

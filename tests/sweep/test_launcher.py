@@ -172,7 +172,7 @@ def kill_family(pid: int) -> None:
 
 def outcome(folder: Path, name: str) -> list[dict[str, str]]:
     """The lines of the leaderboard but for times and memory, in its order."""
-    measured = ("seconds", "train_runtime", "train_tokens_per_second", "peak_memory_gb")
+    measured = ("seconds", "train_runtime", "train_tokens_per_second", "train_data_wait", "peak_memory_gb")
     with (folder / "outputs/sweeps" / name / "leaderboard.csv").open() as file:
         return [{key: row[key] for key in row if key not in measured} for row in csv.DictReader(file)]
 

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers import ProgressCallback as LibraryProgress
 
-from qlora.training.progress import ProgressCallback, TrainingClock, evaluation_line
+from qlora.training.meter import TrainingClock
+from qlora.training.progress import ProgressCallback, evaluation_line, fit
 
 STEPS, ROWS, TOKENS = 6, 2, 8
 EVALUATION = 1.5  # seconds
@@ -76,12 +77,6 @@ def test_a_pipe_gets_a_line_a_log_and_a_line_an_evaluation(lines: list[str]) -> 
     assert not lines[4].endswith("left")
 
 
-def test_tokens_a_second_leave_evaluation_time_out(lines: list[str]) -> None:
-    rates = [int(found[1].replace(",", "")) for line in lines if (found := re.search(r"([\d,]+) tokens/s", line))]
-    assert len(rates) == 3
-    assert all(rate > 2 * ROWS * TOKENS / EVALUATION for rate in rates[1:])  # two steps lie between two logs
-
-
 def test_time_left_counts_the_evaluations_to_come(lines: list[str]) -> None:
     left = re.search(r"0:(\d\d) left", lines[2])  # one more evaluation and two steps
     assert left is not None
@@ -90,8 +85,8 @@ def test_time_left_counts_the_evaluations_to_come(lines: list[str]) -> None:
 
 def test_the_clock_stops_between_steps_only_if_something_happened_there(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("qlora.training.progress.time.monotonic", lambda: now[0])
-    clock = TrainingClock(tokens_seen=100)
+    monkeypatch.setattr("qlora.training.meter.time.monotonic", lambda: now[0])
+    clock = TrainingClock()
 
     def step(wait: float, work: float, pause: bool) -> None:
         if pause:
@@ -106,9 +101,6 @@ def test_the_clock_stops_between_steps_only_if_something_happened_there(monkeypa
     step(10.0, 2.0, pause=True)
     assert clock.trained == 5.0
     assert clock.pauses == [10.0]
-    assert clock.tokens_per_second(150) == 10.0  # tokens before a resume do not count
-    assert clock.tokens_per_second(150) is None
-    assert clock.tokens_per_second(None) is None
     assert clock.seconds_left(4, pauses=2) == 4 * 2.5 + 2 * 10.0
 
 
@@ -118,6 +110,15 @@ def test_an_evaluation_line_keeps_bookkeeping_out() -> None:
         "untuned base: loss 0.000, perplexity 1.000"
     )
     assert evaluation_line({"eval_loss": 1000.0}, 5) == "eval at step 5: loss 1,000, perplexity inf"
+
+
+def test_a_line_that_is_too_long_leaves_out_what_matters_least() -> None:
+    notes = [(0, "step 120/1000"), (0, "loss 1.234"), (4, "lr 2.0e-04"), (1, "12,345 tokens/s"), (2, "MFU 43%")]
+    notes += [(3, "wait 12%"), (5, "71.2 GB"), (0, "1:23:45 left")]
+    assert fit(notes, 200) == [text for _, text in notes]
+    line = "  ".join(fit(notes, 80))
+    assert line == "step 120/1000  loss 1.234  12,345 tokens/s  MFU 43%  wait 12%  1:23:45 left"
+    assert fit(notes, 10) == ["step 120/1000", "loss 1.234", "1:23:45 left"]
 
 
 def test_close_ends_the_bar_of_a_training_that_failed(tmp_path: Path) -> None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from transformers import TrainerCallback
 
-from qlora.training.progress import ClockedCallback, evaluation_metrics
+from qlora.training.progress import evaluation_metrics
 from qlora.training.tracking.base import Tracker
 
+NAMES = {
+    **{name: name for name in ("loss", "learning_rate", "grad_norm", "epoch", "peak_memory_gb")},
+    "num_input_tokens_seen": "tokens_seen",
+    "train_tokens_per_second": "tokens_per_second",
+    "train_mfu": "mfu",
+    "train_data_wait": "data_wait",
+}
+"""What a tracker gets of a training log, and its name there below `train/`."""
 
-class TrackerCallback(ClockedCallback):
+
+class TrackerCallback(TrainerCallback):
     """Forwards what the trainer logs, under names such as `train/loss` and `eval/exact_match`."""
 
     def __init__(self, tracker: Tracker) -> None:
-        super().__init__()
         self._tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock, and sends what a resumed training had logged and the tracker has not."""
-        super().on_train_begin(args, state, control)
+        """Sends what a resumed training had logged and the tracker has not."""
         if state.is_world_process_zero:
             for logs in state.log_history:
                 if metrics := _metrics(logs):
@@ -27,31 +34,15 @@ class TrackerCallback(ClockedCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Sends the numbers of a training log or of an evaluation."""
-        if not state.is_world_process_zero or not logs:
-            return
-        metrics = _metrics(logs)
-        if "loss" in logs:
-            metrics |= self._speed(logs)
-        if metrics:
+        if state.is_world_process_zero and (metrics := _metrics(logs or {})):
             self._tracker.log(metrics, state.global_step)
-
-    def _speed(self, logs: dict[str, Any]) -> dict[str, float]:
-        metrics = {}
-        rate = self.clock.tokens_per_second(logs.get("num_input_tokens_seen"))
-        if rate is not None:
-            metrics["train/tokens_per_second"] = rate
-        if torch.cuda.is_available():
-            metrics["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return metrics
 
 
 def _metrics(logs: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of a training log or of an evaluation."""
     if "loss" not in logs:
         return tracked_evaluation(logs)
-    names = {"num_input_tokens_seen": "tokens_seen"}
-    kept = ("loss", "learning_rate", "grad_norm", "epoch", "num_input_tokens_seen")
-    return {f"train/{names.get(key, key)}": float(logs[key]) for key in kept if logs.get(key) is not None}
+    return {f"train/{name}": float(logs[key]) for key, name in NAMES.items() if logs.get(key) is not None}
 
 
 def tracked_evaluation(logs: dict[str, Any]) -> dict[str, float]:

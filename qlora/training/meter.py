@@ -1,0 +1,152 @@
+"""How fast a training is: tokens a second, the share of the device's speed, the time spent waiting for batches."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class TrainingClock:
+    """Measures training time: evaluations and checkpoints stop it.
+
+    The trainer announces no beginning of an evaluation, so the clock counts a pause from the last step's end to the
+    next step's begin whenever something was evaluated or saved in between.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.is_paused = False
+        self._steps: deque[float] = deque(maxlen=50)
+        self.trained = 0.0  # seconds
+        self.pauses: list[float] = []  # seconds of each
+
+    def begin_step(self) -> None:
+        """Ends a pause, if there was one."""
+        if self.is_paused:
+            now = time.monotonic()
+            self.pauses.append(now - self._last)
+            self._last, self.is_paused = now, False
+
+    def end_step(self) -> None:
+        """Counts the time since the last step's end, or since the pause."""
+        now = time.monotonic()
+        self._steps.append(now - self._last)
+        self.trained += now - self._last
+        self._last = now
+
+    def pause(self) -> None:
+        """Takes the time since the last step's end out of the training time."""
+        self.is_paused = True
+
+    def seconds_left(self, steps: int, pauses: int = 0) -> float:
+        """Estimates the time for `steps` more steps and `pauses` more evaluations from the latest ones."""
+        step = sum(self._steps) / max(len(self._steps), 1)
+        pause = sum(self.pauses) / max(len(self.pauses), 1)
+        return steps * step + pauses * pause
+
+
+class ClockedCallback(TrainerCallback):
+    """A callback with a clock of the training time."""
+
+    def __init__(self) -> None:
+        self.clock = TrainingClock()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.clock = TrainingClock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends a pause."""
+        self.clock.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts a step's time."""
+        self.clock.end_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the time since the last step out."""
+        self.clock.pause()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the time since the last step out."""
+        self.clock.pause()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a training has done until a moment."""
+
+    tokens: int
+    operations: float
+    seconds: float
+    """Training time."""
+    waited: float
+    """Seconds of it in which the next batch was not there yet."""
+
+
+class Meter(ClockedCallback):
+    """Measures a training's speed, without evaluations and checkpoints.
+
+    `operations` says what a number of tokens and of pairs in attention takes, and `rate` is how many operations a
+    second the device reaches in a matrix product; without them there is no model FLOP utilisation.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        peak_memory_gb: Callable[[], float],
+        operations: Callable[[int, int], float] | None = None,
+        rate: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.device, self.peak_memory_gb, self.operations = device, peak_memory_gb, operations
+        self.rate = rate if operations is not None else None
+        self._waited = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        super().on_train_begin(args, state, control)
+        self._processes, self._waited = args.world_size, 0.0
+        self._first = self._last = self._mark(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts a step's time; before a log or a pause the device ends what it has been given."""
+        stops = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if stops and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize(self.device)
+        super().on_step_end(args, state, control)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for a batch; in a pause nothing waits."""
+        started = time.monotonic()
+        yield
+        if not self.clock.is_paused:
+            self._waited += time.monotonic() - started
+
+    def since_last_log(self, state: Any) -> dict[str, float]:
+        """Returns the speed since the last call, and the peak memory so far."""
+        before, self._last = self._last, self._mark(state)
+        return self._speed(before, self._last) | {"peak_memory_gb": self.peak_memory_gb()}
+
+    def overall(self, state: Any) -> dict[str, float]:
+        """Returns the speed of the training since it was started or went on."""
+        return self._speed(self._first, self._mark(state))
+
+    def _mark(self, state: Any) -> Mark:
+        return Mark(state.num_input_tokens_seen, state.total_flos, self.clock.trained, self._waited)
+
+    def _speed(self, before: Mark, after: Mark) -> dict[str, float]:
+        seconds = max(after.seconds - before.seconds, 1e-9)
+        found = {"train_tokens_per_second": (after.tokens - before.tokens) / seconds}
+        if self.rate is not None:
+            found["train_mfu"] = (after.operations - before.operations) / seconds / (self.rate * self._processes)
+        return found | {"train_data_wait": (after.waited - before.waited) / seconds}
