@@ -212,7 +212,7 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
 
 
-# Without mask functions of their own: with one, transformers looks for packs in the positions, and waits for the device.
+# Without mask functions: with one, transformers looks for packs in the positions, and waits for the device.
 AttentionInterface.register(BATCH, attend_in_batch)
 AttentionInterface.register(ROWS, attend_in_rows)
 

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
 from qlora.data.collate import Collator, count_work
-from qlora.models.fast import ATTENTION
+from qlora.models.fast import BATCH
+from qlora.models.fast import ROWS as LAID_OUT
 from qlora.schema import TrainerConfig
 from qlora.training.meter import Meter
 from qlora.training.trainer import QLoraTrainer, build_arguments
@@ -119,9 +120,10 @@ def test_the_library_s_filter_would_ask_in_every_micro_step(tmp_path: Path) -> N
     assert watch.reads.asked["trainer.py:_run_epoch"] == 2 * STEPS * ACCUMULATED
 
 
-def test_the_fast_attention_asks_for_no_mask_of_packs() -> None:
+@pytest.mark.parametrize("attention", [BATCH, LAID_OUT])
+def test_the_fast_attention_asks_for_no_mask_of_packs(attention: str) -> None:
     config = LlamaConfig(hidden_size=8, num_attention_heads=2)
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = attention
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with Reads() as reads:
         assert create_causal_mask(config, torch.zeros(1, 5, 8), None, None, position_ids=positions) is None
