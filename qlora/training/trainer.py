@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -28,6 +27,7 @@ from transformers import (
 from qlora.folder import read_json, write_text
 from qlora.schema import TrainerConfig
 from qlora.training.flat import flatten_groups
+from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.sampler import LengthGroupedSampler
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,15 @@ class QLoraTrainer(Trainer):
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
         verify: Callable[[Path, torch.nn.Module], None],
         loraplus_lr_ratio: float | None,
-        step: contextlib.AbstractContextManager[Any],
+        step: Step,
+        budget: Budget | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.measure, self.verify, self.token_mask, self.lengths = measure, verify, token_mask, lengths
         self.loraplus_lr_ratio, self.step = loraplus_lr_ratio, step
+        self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self.measuring_seconds = 0.0
         self._grouped: LengthGroupedSampler | None = None
         super().__init__(
@@ -121,10 +123,23 @@ class QLoraTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs a micro-batch forward and backward, inside `step`."""
-        with self.step:
-            return super().training_step(*args, **kwargs)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the micro-batches of the next optimizer step."""
+        self.memory.begin()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Runs a micro-batch forward and backward, inside `step`; with less memory, if it ran out."""
+        plain = super().training_step
+
+        def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.step:
+                return plain(model, batch, num_items_in_batch)
+
+        can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
+        return self.memory.run(inputs, learn, model.zero_grad, rows=len(inputs["input_ids"]) if can_be_cut else 1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""

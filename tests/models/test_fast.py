@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
+from qlora.models import fast
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
 from qlora.models.fast import FastLinear, FastStep
@@ -52,7 +53,7 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
     model.requires_grad_(False)
     model.quantization_method, model.is_loaded_in_4bit = BitsAndBytesConfig(load_in_4bit=True).quant_method, True
     model.config.use_cache = False
-    adapted = add_lora(config.lora, model, base_folder="", new_token_ids=[], batches=[])
+    adapted = add_lora(config.lora, model, tensors=list, new_token_ids=[], batches=[])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -115,6 +116,25 @@ def test_architectures_learn_the_same(model_type: str, packed: bool) -> None:
 def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
     model, config = build()
     assert_same(model, config, batch(), checkpointed)
+
+
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step.checkpointed = 2
+    copied: list[torch.Tensor] = []
+    to_host = fast._to_host
+    monkeypatch.setattr(fast, "_to_host", lambda tensor: copied.append(tensor) or to_host(tensor))
+    found = []
+    for step.offloads in (False, True):
+        torch.manual_seed(4)
+        with step:
+            found.append(learn(model, batch(), num_items_in_batch=31))
+    (loss, gradients), (other, others) = found
+    assert loss == other
+    assert all(torch.equal(others[name], gradients[name]) for name in gradients)
+    assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
 
 
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
