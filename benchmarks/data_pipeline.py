@@ -136,15 +136,21 @@ Prepare = Callable[[], Iterable[dict[str, Any]]]
 
 
 def build_qlora(task: Task) -> Prepare:
+    import torch
+
     from qlora import console
+    from qlora.compose import compose
     from qlora.data import build_data
     from qlora.data.collate import Collator
+    from qlora.models.device import Placement
+    from qlora.models.fast import FastStep
     from qlora.models.tokenizer import pad_token_id
     from qlora.schema import DataConfig
     from qlora.training.trainer import QLoraTrainer
 
     console.quiet_libraries()  # as the command `qlora` does
     tokenizer, model = _tokenizer(task), _tiny_model(task)
+    chosen, cpu = compose([]), Placement(torch.device("cpu"), torch.float32, torch.float32)
     config = DataConfig(
         name=task.kind,
         path=task.path,
@@ -168,6 +174,8 @@ def build_qlora(task: Task) -> Prepare:
             measure=lambda model, step: {},
             verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
+            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
+            budget=None,
             callbacks=[],
         )
         return trainer.get_train_dataloader()

@@ -204,6 +204,17 @@ def test_dropout_reaches_the_adapter_only_and_one_group_shares_its_mask() -> Non
     assert layer.group.pending is not None  # k and v are computed with q, under its mask
 
 
+def test_a_step_that_fails_leaves_no_outputs_behind() -> None:
+    model, config = build()
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with pytest.raises(torch.OutOfMemoryError), step:
+        layer(torch.randn(1, 6, 256))
+        assert layer.group.pending is not None
+        raise torch.OutOfMemoryError("no memory")
+    assert layer.group.pending is None
+
+
 def test_8_bit_products_learn_nearly_the_same() -> None:
     model, config = build(overrides=("quantization.compute=fp8",))
     model.to(torch.bfloat16)
