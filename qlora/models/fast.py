@@ -316,9 +316,10 @@ class FastStep:
 
     def __exit__(self, *error: object) -> None:
         self._context.close()
-        for module in self.base.modules():
-            if isinstance(module, FastLinear):  # a step that failed in between has left outputs there
-                module.group.pending = None
+        if any(error):
+            for module in self.base.modules():
+                if isinstance(module, FastLinear):  # a step that failed between q and v has left outputs there
+                    module.group.pending = None
         implementation, checkpointing = self._own
         self.base.config._attn_implementation = implementation
         for layer, own in zip(self.layers, checkpointing, strict=True):

@@ -167,7 +167,7 @@ class StepMemory:
         while (loss := self._try(waiting, learn)) is None:
             leaner = self.plan.leaner(len(self.step.layers), rows)
             if leaner is None:
-                raise _too_much(self.plan, self.device)
+                raise self._too_much()
             log.warning("out of memory in a training step; once more with %s", leaner)
             self.plan, self.retries = leaner, self.retries + 1
             forget()
@@ -206,13 +206,13 @@ class StepMemory:
         """Whether the plan is one that the formula counts: nothing is offloaded or cut."""
         return self.plan == MemoryPlan(self.plan.checkpointed)
 
-
-def _too_much(plan: MemoryPlan, device: torch.device) -> ConfigError:
-    return ConfigError(
-        f"a training step needs more memory than {device.type} has for it, even with {plan}; take shorter rows "
-        "(data.max_length, data.pack_length), a smaller trainer.per_device_train_batch_size, a smaller lora.r or "
-        "quantization=nf4, or see with task=plan what fits"
-    )
+    def _too_much(self) -> ConfigError:
+        larger = "a larger trainer.memory_budget, " if self.budget is not None and self.budget.cap is not None else ""
+        return ConfigError(
+            f"a training step runs out of memory even with {self.plan}; take {larger}shorter rows (data.max_length, "
+            "data.pack_length), a smaller trainer.per_device_train_batch_size, a smaller lora.r or quantization=nf4, "
+            "or see with task=plan what fits"
+        )
 
 
 def _free(device: torch.device) -> None:

@@ -99,7 +99,9 @@ def test_the_whole_gpu_needs_no_layer_checkpointed(
 
 
 def test_what_no_plan_makes_fit_ends_in_one_sentence(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"4 layers checkpointed, .* in 4 parts; take shorter rows"):
+    with pytest.raises(
+        ConfigError, match=r"4 layers checkpointed, .* in 4 parts; take a larger trainer.memory_budget, shorter"
+    ):
         run(tmp_path / "run", rows, "trainer.memory_budget=100MB")
 
 

@@ -208,10 +208,15 @@ def test_a_step_that_fails_leaves_no_outputs_behind() -> None:
     model, config = build()
     step = FastStep(model, config.trainer, config.quantization, CPU, None)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    with pytest.raises(torch.OutOfMemoryError), step:
-        layer(torch.randn(1, 6, 256))
-        assert layer.group.pending is not None
-        raise torch.OutOfMemoryError("no memory")
+
+    def fail() -> None:
+        with step:
+            layer(torch.randn(1, 6, 256))
+            assert layer.group.pending is not None
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
     assert layer.group.pending is None
 
 
