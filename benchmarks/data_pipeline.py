@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -140,8 +140,11 @@ def build_qlora(task: Task) -> Prepare:
     import torch
 
     from qlora import console
+    from qlora.compose import compose
     from qlora.data import build_data
     from qlora.data.collate import Collator, count_work
+    from qlora.models.device import Placement
+    from qlora.models.fast import FastStep
     from qlora.models.tokenizer import pad_token_id
     from qlora.schema import DataConfig
     from qlora.training.meter import Meter
@@ -149,6 +152,7 @@ def build_qlora(task: Task) -> Prepare:
 
     console.quiet_libraries()  # as the command `qlora` does
     tokenizer, model = _tokenizer(task), _tiny_model(task)
+    chosen, cpu = compose([]), Placement(torch.device("cpu"), torch.float32, torch.float32)
     config = DataConfig(
         name=task.kind,
         path=task.path,
@@ -172,8 +176,9 @@ def build_qlora(task: Task) -> Prepare:
             measure=lambda model, step: {},
             verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
-            step=nullcontext(),
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
+            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
+            budget=None,
             callbacks=[],
         )
         return trainer.get_train_dataloader()

@@ -71,6 +71,8 @@ def measured(overrides: list[str], folder: Path) -> dict[str, Any]:
         said = (done.stderr or done.stdout).strip().splitlines()
         return {"measured_gb": None, "seconds": seconds, "failure": said[-1] if said else "no message"}
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    if metrics["train_memory_retries"]:
+        return {"measured_gb": None, "seconds": seconds, "failure": "out of memory, then trained by a leaner plan"}
     return {"measured_gb": metrics["peak_memory_gb"], "seconds": seconds}
 
 

@@ -21,11 +21,11 @@ from qlora.folder import RunFolder, write_text
 from qlora.models.files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, largest_rows
 from qlora.planning.cards import Card, find_card
-from qlora.planning.memory import OPTIMIZERS, Memory, Setup
+from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
 from qlora.planning.speed import EFFICIENCY, Speed, plan_speed
 from qlora.schema import ComputeDtype, Config, PlanStep, Weights
-from qlora.wording import format_duration
+from qlora.wording import format_duration, parse_size
 
 EMBEDDED = "tiny"
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
@@ -112,7 +112,13 @@ def build_plan(config: Config) -> Plan:
     """Returns the plan of a training; raises `ConfigError` where a part of it is not known."""
     card = find_card(config.plan.device)
     shape = find_shape(config)
-    return Plan(config, Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps), card)
+    training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
+    if config.trainer.memory_budget is None:
+        return Plan(config, training, card)
+    if (budget := parse_size(config.trainer.memory_budget)) is not None:
+        card = replace(card, memory=min(card.memory, budget + CONTEXT))
+    fewest = fewest_checkpointed(training, card)
+    return Plan(config, _with(training, checkpointed=shape.layers if fewest is None else fewest), card)
 
 
 def find_shape(config: Config) -> Shape:

@@ -58,6 +58,8 @@ from qlora.models.tokenizer import (
     repair_special_tokens,
     save_tokenizer,
 )
+from qlora.plan import read_setup
+from qlora.planning.memory import FRAGMENTS, Ledger
 from qlora.planning.shape import FAMILIES, read_shape
 from qlora.planning.speed import Operations, count_operations
 from qlora.preview import build_preview, preview_metrics
@@ -66,14 +68,15 @@ from qlora.reporting.manifest import build_manifest, code_digest, versions, writ
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
-from qlora.schema import Config, EvaluationName, TaskName, TrackingBackend, Weights
+from qlora.schema import Config, EvaluationName, PlanStep, TaskName, TrackingBackend, Weights
+from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
 from qlora.training.progress import ProgressCallback
 from qlora.training.tracking import TrackedRun, Tracker, build_tracker
 from qlora.training.tracking.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer, build_arguments, last_checkpoint
-from qlora.wording import format_range, is_detail
+from qlora.wording import format_range, is_detail, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +342,7 @@ class Run:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
+        self._check_budget()
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)
         if self.draws:
@@ -359,7 +363,7 @@ class Run:
                 summary |= self._fit(model, callbacks, tracker)
             measured = self._measure_after(model)
             summary |= _prefixed("eval_", measured.metrics)
-            summary["peak_memory_gb"] = peak_memory_gb(self.placement.device)
+            summary["peak_memory_gb"] = max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
             result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
@@ -596,12 +600,14 @@ class Run:
         finally:  # a run that fails has curves too
             write_json(self.folder.history, trainer.state.log_history)
         self._steps = trainer.state.global_step
+        self._highest_memory_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
         self._save(model)
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         metrics = {"train_loss": trainer.mean_loss, "train_runtime": output.metrics["train_runtime"]}
+        metrics["train_memory_retries"] = trainer.memory.retries
         return metrics | trainer.meter.overall(trainer.state)
 
-    _steps = 0
+    _steps, _highest_memory_gb = 0, 0.0
 
     def _build_trainer(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
         assert self.data.train is not None
@@ -628,18 +634,21 @@ class Run:
 
         step = self._build_step(model)
         packed = self.data.packed
+        lengths = (packed.lengths if packed else column(self.data.train, "length")).tolist()
+        width = self.config.data.pack_width or 0 if step.is_compiled else 0
         return QLoraTrainer(
             model=model,
             arguments=arguments,
             rows=packed or self.data.train,
-            lengths=(packed.lengths if packed else column(self.data.train, "length")).tolist(),
-            collate=Collator(self.pad_token_id, width=self.config.data.pack_width or 0 if step.is_compiled else 0),
+            lengths=lengths,
+            collate=Collator(self.pad_token_id, width=width),
             count=partial(count_work, pad_token_id=self.pad_token_id),
             measure=measure,
             verify=adapters.verify_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             step=step,
             meter=self._build_meter(model),
+            budget=self._build_budget(step, longest=max(width, *lengths)),
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),
@@ -675,6 +684,33 @@ class Run:
             return None
         trained = adapters.count_parameters(model).trainable if self.config.lora.enabled else 0
         return count_operations(read_shape(facts, self.config.model.name), trained)
+
+    def _check_budget(self) -> None:
+        """Raises `ConfigError` for a size where there is no GPU that has it."""
+        wanted, device = self.config.trainer.memory_budget, self.placement.device
+        if wanted not in (None, "auto") and device.type != "cuda":
+            raise ConfigError(
+                f"trainer.memory_budget={wanted} is one of a CUDA device's memory, and this run computes on "
+                f"{device.type}; leave it out"
+            )
+
+    def _build_budget(self, step: FastStep, *, longest: int) -> Budget | None:
+        """Returns what `trainer.memory_budget` allows for rows of up to `longest` tokens."""
+        wanted, device = self.config.trainer.memory_budget, self.placement.device
+        if wanted is None or device.type != "cuda":
+            return None
+        shape = read_shape(self.model_config.get_text_config().to_dict(), f"trainer.memory_budget={wanted}")
+        kind = PlanStep.fast if step.parts["fused_linear"] == "on" else PlanStep.plain
+        setup = replace(read_setup(self.config, shape), step=kind, length=longest)
+
+        def added(checkpointed: int, rows: int, length: int) -> float:
+            return Ledger(shape, replace(setup, checkpointed=checkpointed, rows=rows, length=length)).added
+
+        formula = Formula(Ledger(shape, setup).before, setup.accumulates, added, setup.rows, longest)
+        cap = parse_size(wanted)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        limit = min(cap, free) if cap is not None else free
+        return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
 
     @staticmethod
     def _build_pruning() -> list[Any]:

@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.errors import ConfigError, did_you_mean, require
+from qlora.wording import parse_size
 
 # The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
 FORMAT_NAMES = (
@@ -628,7 +629,12 @@ class TrainerConfig:
     max_grad_norm: float = MISSING
     """Gradients are scaled down to this norm; 0: never."""
     gradient_checkpointing: bool = MISSING
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
+    place."""
+    memory_budget: str | None = None
+    """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
+    (without CUDA: unset). As few decoder layers are recomputed as fit, by the formula of `task=plan` first and then by
+    what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""
@@ -672,6 +678,9 @@ class TrainerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
         require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
+        budget = self.memory_budget
+        require(budget in (None, "auto") or (parse_size(str(budget)) or 0) > 0, "trainer.memory_budget",
+                "be null, auto or a size such as 24GB or 22GiB", budget)  # fmt: skip
         for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
@@ -800,8 +809,7 @@ class MergeConfig:
         require(self.prompts > 0, "merge.prompts", "be positive", self.prompts)
         limit = self.max_kl
         require(limit is None or 0 < limit < math.inf, "merge.max_kl", "be positive and finite, or null", limit)
-        size = r"[0-9]+ ?([KMGT]i?)?B"
-        require(bool(re.fullmatch(size, self.max_shard_size)), "merge.max_shard_size", "be a size such as 5GB",
+        require(parse_size(self.max_shard_size) is not None, "merge.max_shard_size", "be a size such as 5GB",
                 self.max_shard_size)  # fmt: skip
 
 
@@ -979,6 +987,11 @@ class Config:
                 "model.device_map and model.max_memory spread a frozen base; full finetuning (lora=none) needs the "
                 "model on one device: leave them out"
             )
+        if self.trainer.memory_budget is not None and (self.model.device_map or self.model.max_memory):
+            raise ConfigError(
+                "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
+                "base over several; leave the one or the others out"
+            )
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1010,7 +1023,7 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     if evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]
-    training = ["train_loss", *speed, "train_runtime", "peak_memory_gb"]
+    training = ["train_loss", *speed, "train_runtime", "train_memory_retries", "peak_memory_gb"]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
 
 

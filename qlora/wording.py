@@ -52,6 +52,15 @@ def format_range(name: str, low: float, high: float, *, signed: bool = False) ->
     return f"{scale * low:{sign}.{digits}f} to {scale * high:{sign}.{digits}f}{unit}"
 
 
+def parse_size(text: str) -> int | None:
+    """Returns the bytes of a size such as `5GB` (10^9 bytes each) or `22GiB` (2^30); None for any other text."""
+    found = re.fullmatch(r"([0-9]+) ?(?:([KMGT])(i?))?B", text)
+    if found is None:
+        return None
+    number, prefix, binary = found.groups()
+    return int(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0)
+
+
 def format_duration(seconds: float) -> str:
     """Returns seconds as `0:41`, `12:05` or `3:07:00`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -291,6 +291,8 @@ def test_a_number_out_of_range_is_refused(base: DictConfig, key: str) -> None:
         ("trainer.learning_rate", float("inf")),
         ("trainer.adam_beta2", 1),
         ("trainer.save_steps", 0),
+        ("trainer.memory_budget", "0GB"),
+        ("trainer.memory_budget", "24"),
         ("generation.top_p", 0),
         ("generation.top_p", 1.1),
         ("generation.typical_p", 1.1),
@@ -301,7 +303,7 @@ def test_a_number_out_of_range_is_refused(base: DictConfig, key: str) -> None:
         ("model.architecture.vocab_size", 0),
     ],
 )
-def test_the_first_number_beyond_a_limit_is_refused(base: DictConfig, key: str, value: float) -> None:
+def test_the_first_number_beyond_a_limit_is_refused(base: DictConfig, key: str, value: float | str) -> None:
     assert message_of_value(base, key, value).startswith(f"{key} must ")
 
 
@@ -336,11 +338,14 @@ CROSS_FIELD = {
     "model.architecture; choose a preset with model=NAME or set model.architecture.* fields",
     "lora=none quantization=none model.device_map=auto": "model.device_map and model.max_memory spread a frozen "
     "base; full finetuning (lora=none) needs the model on one device: leave them out",
+    "trainer.memory_budget=24GB model.device_map=auto": "trainer.memory_budget counts one GPU's memory, and "
+    "model.device_map and model.max_memory spread the base over several; leave the one or the others out",
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
     "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
-    "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, peak_memory_gb or null",
+    "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, train_memory_retries, "
+    "peak_memory_gb or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "

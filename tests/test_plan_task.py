@@ -119,6 +119,17 @@ def test_the_largest_of_few_checkpointed_layers_is_found_for_fast_steps() -> Non
     assert 0 < fewest < 32
 
 
+def test_a_budget_checkpoints_as_few_layers_as_it_holds() -> None:
+    chosen = ["model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048"]
+    counts = []
+    for budget in ("auto", "16GB", "8GB"):
+        found = build(*chosen, f"trainer.memory_budget={budget}", device="rtx-4090")
+        counts.append(found.setup.checkpointed)
+        assert found.fits is (budget != "8GB")
+    assert 0 < counts[0] < counts[1] < counts[2] == 32
+    assert build(*chosen, "trainer.memory_budget=auto", device="h200").setup.checkpointed == 0
+
+
 def test_full_finetuning_holds_gradients_and_states_of_all_weights() -> None:
     found = build("model=llama-3.2-1b", "lora=none", "quantization=none", "trainer.optim=adamw_torch")
     parts, parameters = found.memory.parts, found.training.shape.parameters

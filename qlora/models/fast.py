@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -221,6 +223,23 @@ def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
 
 
+def _offload(checkpointed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a checkpointed layer; what it keeps, its input alone, waits in the host's memory."""
+    with saved_tensors_hooks(_to_host, _from_host):
+        return checkpointed(*args, **kwargs)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Starts the copy of a tensor to pinned memory; the device's stream keeps it in order with what follows."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+    return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+
+def _from_host(stored: tuple[torch.device, Tensor]) -> Tensor:
+    device, copy = stored
+    return copy.to(device, non_blocking=True)
+
+
 class FastStep:
     """The model as a training step sees it; a context manager, entered around each step."""
 
@@ -245,6 +264,8 @@ class FastStep:
         self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
+        self.offloads = False
+        """Whether the inputs of those layers wait for the backward pass in the host's memory."""
         self._draws = any(p.p for p in self.base.modules() if isinstance(p, torch.nn.Dropout))
 
     def _decide(self, name: str, wanted: bool | str, fault: str | None) -> bool:
@@ -333,6 +354,7 @@ class FastStep:
         # What an element-wise operation gives again is not kept: a fifth less memory, for about 1 % of the time.
         self._context.enter_context(torch._functorch.config.patch(ban_recompute_materialized_backward=False))
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
+        again = partial(_offload, again) if self.offloads else again
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
             call = partial(self._layer, layer)
@@ -343,6 +365,10 @@ class FastStep:
 
     def __exit__(self, *error: object) -> None:
         self._context.close()
+        if any(error):
+            for module in self.base.modules():
+                if isinstance(module, FastLinear):  # a step that failed between q and v has left outputs there
+                    module.group.pending = None
         implementation, checkpointing = self._own
         self.base.config._attn_implementation = implementation
         for layer, own in zip(self.layers, checkpointing, strict=True):

@@ -25,6 +25,8 @@ WORKSPACE = 64 * 2**20
 """Bytes that torch sets aside for cuBLAS (twice 32 MiB on Hopper, less before)."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the `fast` step."""
+OPTIMIZER_STEP = "the optimizer's step"
+"""The moment that has no activations."""
 PAGED_FROM, EIGHT_BIT_FROM = 100_000, 4096
 """Elements from which bitsandbytes pages a state, and stores it in 8 bits."""
 
@@ -235,7 +237,18 @@ class Ledger:
         parts = {"weights": self.weights, "embeddings and norms": self.unquantized, "adapters": self.adapters}
         return {**parts, "optimizer": self.optimizer[0], "workspace": WORKSPACE}
 
+    @property
+    def before(self) -> float:
+        """What is there when a step's last micro-batch begins: earlier ones have left their gradients."""
+        return sum(self.resident.values()) + (self.gradients if self.setup.accumulates else 0)
+
     # What a step adds
+
+    @property
+    def added(self) -> float:
+        """The most that forward and backward pass of a micro-batch hold beyond `before`."""
+        moments = (sum(parts.values()) for moment, parts in self.moments() if moment != OPTIMIZER_STEP)
+        return max(moments) - self.before
 
     def saved(self, names: frozenset[str]) -> float:
         """Returns what one layer keeps for the backward pass; `names` are its linear layers with an adapter."""
@@ -371,7 +384,7 @@ class Ledger:
                 "backward pass of a layer": self.backward,
             }  # fmt: skip
         scratch = OPTIMIZERS[setup.optim].scratch * self.gradients
-        yield "the optimizer's step", {**base, "gradients": self.gradients, "optimizer's step": scratch}
+        yield OPTIMIZER_STEP, {**base, "gradients": self.gradients, "optimizer's step": scratch}
 
     def memory(self) -> Memory:
         """Returns the parts at the moment that needs most."""

@@ -28,6 +28,7 @@ from transformers import (
 from qlora.folder import read_json, write_text
 from qlora.schema import TrainerConfig
 from qlora.training.flat import flatten_groups
+from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler
 
@@ -121,8 +122,9 @@ class QLoraTrainer(Trainer):
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
         verify: Callable[[Path, torch.nn.Module], None],
         loraplus_lr_ratio: float | None,
-        step: contextlib.AbstractContextManager[Any],
+        step: Step,
         meter: Meter,
+        budget: Budget | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
@@ -131,6 +133,7 @@ class QLoraTrainer(Trainer):
         self.loraplus_lr_ratio, self.step, self.meter = loraplus_lr_ratio, step, meter
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
+        self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self._grouped: LengthGroupedSampler | None = None
         super().__init__(
             model=model,
@@ -144,10 +147,18 @@ class QLoraTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs a micro-batch forward and backward, inside `step`."""
-        with self.step:
-            return super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Runs a micro-batch forward and backward, inside `step`; with less memory, if it ran out."""
+        plain = super().training_step
+
+        def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            with self.step:
+                return plain(model, batch, num_items_in_batch)
+
+        can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
+        return self.memory.run(inputs, learn, model.zero_grad, rows=len(inputs["input_ids"]) if can_be_cut else 1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""
@@ -168,6 +179,7 @@ class QLoraTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step, and notes what is in them and how long they took to come."""
+        self.memory.begin()
         with self.meter.waiting():
             batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
+from qlora.models import fast
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
 from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
@@ -117,6 +118,25 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
     assert_same(model, config, batch(), checkpointed)
 
 
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step.checkpointed = 2
+    copied: list[torch.Tensor] = []
+    to_host = fast._to_host
+    monkeypatch.setattr(fast, "_to_host", lambda tensor: copied.append(tensor) or to_host(tensor))
+    found = []
+    for step.offloads in (False, True):
+        torch.manual_seed(4)
+        with step:
+            found.append(learn(model, batch(), num_items_in_batch=31))
+    (loss, gradients), (other, others) = found
+    assert loss == other
+    assert all(torch.equal(others[name], gradients[name]) for name in gradients)
+    assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
+
+
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     model, config = build(overrides=("trainer.compile=true",))
     torch._dynamo.reset()
@@ -205,6 +225,22 @@ def test_dropout_reaches_the_adapter_only_and_one_group_shares_its_mask() -> Non
     expected = layer.get_base_layer()(x) + adapter
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert layer.group.pending is not None  # k and v are computed with q, under its mask
+
+
+def test_a_step_that_fails_leaves_no_outputs_behind() -> None:
+    model, config = build()
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+
+    def fail() -> None:
+        with step:
+            layer(torch.randn(1, 6, 256))
+            assert layer.group.pending is not None
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
+    assert layer.group.pending is None
 
 
 def test_8_bit_products_learn_nearly_the_same() -> None:

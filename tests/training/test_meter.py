@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
 from qlora.data.collate import Collator, count_work
-from qlora.models.fast import BATCH
+from qlora.models.device import Placement
+from qlora.models.fast import BATCH, FastStep
 from qlora.models.fast import ROWS as LAID_OUT
-from qlora.schema import TrainerConfig
+from qlora.schema import QuantizationConfig, TrainerConfig
 from qlora.training.meter import Meter
 from qlora.training.trainer import QLoraTrainer, build_arguments
 
@@ -53,8 +54,9 @@ def build_config(**options: Any) -> TrainerConfig:
 def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> QLoraTrainer:
     config = build_config(**options)
     rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in TOKENS]
+    model, placement = build_model(), Placement(CPU, torch.float32, torch.float32)
     return QLoraTrainer(
-        model=build_model(),
+        model=model,
         arguments=build_arguments(config, output_dir=folder, device=CPU, compute=torch.float32, seed=0),
         rows=rows,
         lengths=TOKENS,
@@ -63,7 +65,8 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         measure=lambda model, step: {"loss": 1.0},
         verify=lambda folder, model: None,
         loraplus_lr_ratio=None,
-        step=contextlib.nullcontext(),
+        step=FastStep(model, config, QuantizationConfig(bits=32), placement, None),
+        budget=None,
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
         callbacks=[],
     )

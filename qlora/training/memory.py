@@ -1,0 +1,234 @@
+"""How training steps make do with the memory there is: what a budget chooses, and what follows when it runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlora.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+MEASURED_STEP = 2
+"""The optimizer step whose memory is measured: code is compiled, and the optimizer's states are there."""
+
+
+class Step(Protocol):
+    """What a training step runs in."""
+
+    checkpointed: int
+    offloads: bool
+
+    @property
+    def layers(self) -> Sequence[torch.nn.Module]: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What steps do to need less memory."""
+
+    checkpointed: int
+    """Decoder layers, the first ones, that compute their activations again."""
+    offloads: bool = False
+    """Whether the inputs of those layers wait in the host's memory."""
+    pieces: int = 1
+    """Parts of about equally many rows in which a micro-batch is computed."""
+
+    def leaner(self, layers: int, rows: int) -> MemoryPlan | None:
+        """Returns the next plan for a model of `layers` and micro-batches that can be cut into `rows`; None: no such.
+
+        Half of the layers that are left are checkpointed, then all, then offloaded; then the pieces are halved.
+        """
+        if 2 * self.checkpointed < layers:
+            return replace(self, checkpointed=(self.checkpointed + layers + 1) // 2)
+        if self.checkpointed < layers:
+            return replace(self, checkpointed=layers)
+        if layers and not self.offloads:
+            return replace(self, offloads=True)
+        return replace(self, pieces=min(2 * self.pieces, rows)) if self.pieces < rows else None
+
+    def __str__(self) -> str:
+        words = [f"{self.checkpointed} layers checkpointed"]
+        words += ["their inputs in the host's memory"] if self.offloads else []
+        words += [f"micro-batches in {self.pieces} parts"] if self.pieces > 1 else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What the memory of a training should be, in bytes."""
+
+    before: float
+    """What is there when a step's last micro-batch begins."""
+    accumulates: bool
+    """Whether gradients of earlier micro-batches are a part of that."""
+    added: Callable[[int, int, int], float]
+    """What a micro-batch adds at most, by checkpointed layers, rows, and tokens of a row."""
+    rows: int
+    """Rows of the largest micro-batch."""
+    length: int
+    """Tokens of the longest row."""
+
+
+class Budget:
+    """Chooses the fewest checkpointed layers that fit: by the formula, and once steps are measured by what they took.
+
+    `limit` is what torch may allocate, `cap` what it may reserve in a step (None: all there is), in bytes.
+    """
+
+    def __init__(self, formula: Formula, layers: int, limit: float, cap: float | None, device: torch.device) -> None:
+        self.formula, self.layers, self.limit, self.cap, self.device = formula, layers, limit, cap, device
+        self.highest = 0
+        """The most that torch held before a measurement began, in bytes: measuring starts torch's own count anew."""
+        self._before, self._factor, self._tokens = formula.before, 1.0, 0
+
+    def choose(self) -> MemoryPlan:
+        """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
+        rows, length = self.formula.rows, self.formula.length
+        for count in range(self.layers + 1):
+            if self._before + self._factor * self.formula.added(count, rows, length) <= self.limit:
+                return MemoryPlan(count)
+        return MemoryPlan(self.layers, offloads=True)
+
+    @contextlib.contextmanager
+    def measured(self, plan: MemoryPlan, batch: Batch) -> Iterator[None]:
+        """Measures a micro-batch; the one with most tokens corrects the formula."""
+        self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        yield
+        rows, length = batch["input_ids"].shape
+        if rows * length >= self._tokens:
+            added = torch.cuda.max_memory_allocated(self.device) - before
+            self._tokens, self._before = rows * length, before
+            self._factor = added / self.formula.added(plan.checkpointed, rows, length)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Lets torch reserve no more than `cap` inside; then it runs out of memory, whatever else the GPU has."""
+        if self.cap is None:
+            yield
+            return
+        own = torch.cuda.get_per_process_memory_fraction(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(own, self.cap / total), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(own, self.device)
+
+
+class StepMemory:
+    """Runs micro-batches; one that runs out of memory is run once more by a leaner plan, which stays.
+
+    What a failed backward pass has added to the gradients cannot be told from what was there before. So all
+    micro-batches of the optimizer step are run again, from no gradients and from the random state before the first.
+    Not with several processes: the others would wait for the one that begins again.
+    """
+
+    def __init__(self, step: Step, device: torch.device, budget: Budget | None, *, alone: bool) -> None:
+        self.step, self.device, self.budget, self.alone = step, device, budget, alone
+        self.retries = 0
+        self.plan = budget.choose() if budget is not None else MemoryPlan(step.checkpointed, step.offloads)
+        self._batches: list[Batch] = []
+        self._steps = 0
+        if budget is not None:
+            log.info("memory budget: %s at first", self.plan)
+
+    def begin(self) -> None:
+        """Begins an optimizer step."""
+        self._batches, self._steps = [], self._steps + 1
+        if self.budget is not None and self._steps == MEASURED_STEP + 1 and self._is_by_formula:
+            self.plan = self.budget.choose()
+            log.info("memory budget: %s from now on", self.plan)
+
+    def run(self, batch: Batch, learn: Callable[[Batch], Tensor], forget: Callable[[], None], rows: int) -> Tensor:
+        """Runs the next micro-batch, which may be cut into `rows`; returns its loss.
+
+        `learn` runs a micro-batch, or a part of one, forward and backward; `forget` drops all gradients. Raises
+        `ConfigError` where the leanest plan is too much.
+        """
+        if not self._batches:
+            self._random = _random_state(self.device)
+        self._batches.append(batch)
+        waiting = [batch]
+        while (loss := self._try(waiting, learn)) is None:
+            leaner = self.plan.leaner(len(self.step.layers), rows)
+            if leaner is None:
+                raise self._too_much()
+            log.warning("out of memory in a training step; once more with %s", leaner)
+            self.plan, self.retries = leaner, self.retries + 1
+            forget()
+            _free(self.device)
+            _set_random_state(self.device, self._random)
+            waiting = self._batches
+        return loss
+
+    def _try(self, batches: list[Batch], learn: Callable[[Batch], Tensor]) -> Tensor | None:
+        """Returns the last micro-batch's loss; None: out of memory."""
+        self.step.checkpointed, self.step.offloads = self.plan.checkpointed, self.plan.offloads
+        try:
+            for batch in batches:
+                loss = self._learn(batch, learn)
+        except torch.OutOfMemoryError:
+            if not self.alone:
+                raise
+            return None  # the tensors in the frames that the error holds go with it
+        return loss
+
+    def _learn(self, batch: Batch, learn: Callable[[Batch], Tensor]) -> Tensor:
+        pieces = min(self.plan.pieces, len(batch["input_ids"]))
+        with contextlib.ExitStack() as stack:
+            if self.budget is not None:
+                stack.enter_context(self.budget.kept())
+                first = batch is self._batches[0] and self.budget.formula.accumulates
+                if self._steps == MEASURED_STEP and self._is_by_formula and not first:
+                    stack.enter_context(self.budget.measured(self.plan, batch))
+            if pieces == 1:
+                return learn(batch)
+            parts = zip(*(tensor.tensor_split(pieces) for tensor in batch.values()), strict=True)
+            return torch.stack([learn(dict(zip(batch, part, strict=True))) for part in parts]).sum()
+
+    @property
+    def _is_by_formula(self) -> bool:
+        """Whether the plan is one that the formula counts: nothing is offloaded or cut."""
+        return self.plan == MemoryPlan(self.plan.checkpointed)
+
+    def _too_much(self) -> ConfigError:
+        larger = "a larger trainer.memory_budget, " if self.budget is not None and self.budget.cap is not None else ""
+        return ConfigError(
+            f"a training step runs out of memory even with {self.plan}; take {larger}shorter rows (data.max_length, "
+            "data.pack_length), a smaller trainer.per_device_train_batch_size, a smaller lora.r or quantization=nf4, "
+            "or see with task=plan what fits"
+        )
+
+
+def _free(device: torch.device) -> None:
+    """Gives back what a failed step held."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Returns the state of the CPU's generator, and of the device's."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,128 @@
+"""On a GPU that is too small, steps go on with less memory, and a budget is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models.device import Placement
+from qlora.models.fast import FastStep
+from qlora.models.loading import set_compute_dtype
+from qlora.run import Run
+from qlora.training.memory import StepMemory
+from tests.models.test_fast import batch, build, learn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPE = [
+    *("model=llama-7b", "model.weights=random", "model.tokenizer=tiny", "lora.r=8", "lora.dropout=0.1"),
+    *("model.architecture.num_hidden_layers=4", "model.architecture.vocab_size=2048", "trainer.max_steps=4"),
+    *("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "evaluation=loss"),
+    *("data=local", "data.format=text", "data.eval_dataset_size=1", "data.source_max_len=null"),
+    *("data.target_max_len=null", "data.max_length=2048", "evaluation.baseline=false", "task.predict=false"),
+    *("trainer.eval_steps=null", "trainer.save_steps=null", "trainer.gradient_checkpointing=false"),
+]
+
+
+@pytest.fixture(autouse=True)
+def whole_gpu() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    row = json.dumps({"text": "the stone owl sings of rivers and towers " * 2048})
+    path.write_text(f"{row}\n" * 33, encoding="utf-8")
+    return path
+
+
+def run(folder: Path, rows: Path, *overrides: str) -> dict[str, Any]:
+    torch.cuda.empty_cache()
+    return Run(compose([*SHAPE, f"data.path={rows}", *overrides]), folder).execute()["metrics"]
+
+
+@pytest.fixture(scope="module")
+def plain(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The metrics with no layer checkpointed, and with all."""
+    folder = tmp_path_factory.mktemp("plain")
+    chosen = {"none": "false", "all": "true"}
+    return {name: run(folder / name, rows, f"trainer.gradient_checkpointing={on}") for name, on in chosen.items()}
+
+
+def between(plain: dict[str, dict[str, Any]]) -> float:
+    """Returns bytes in which some layers must be checkpointed, and not all."""
+    least, most = (plain[name]["peak_memory_gb"] * 1e9 for name in ("all", "none"))
+    assert most > 1.3 * least
+    return (least + most) / 2
+
+
+def test_steps_that_run_out_of_memory_are_run_again_and_learn_the_same(
+    plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = between(plain) / torch.cuda.get_device_properties(0).total_memory
+    begin = StepMemory.begin
+
+    def begin_on_a_small_gpu(memory: StepMemory) -> None:
+        torch.cuda.set_per_process_memory_fraction(share)
+        begin(memory)
+
+    monkeypatch.setattr(StepMemory, "begin", begin_on_a_small_gpu)
+    found = run(tmp_path / "run", rows)
+    assert 1 <= found["train_memory_retries"] <= 2
+    for name in ("train_loss", "eval_loss"):
+        assert found[name] == pytest.approx(plain["none"][name], rel=1e-3)
+
+
+def test_a_budget_is_kept(plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
+    budget = round(between(plain) / 1e6)
+    found = run(tmp_path / "run", rows, f"trainer.memory_budget={budget}MB")
+    print(f"budget {budget / 1e3:.2f} GB, peak {found['peak_memory_gb']:.2f} GB, {plain}")
+    assert plain["all"]["peak_memory_gb"] < found["peak_memory_gb"] <= budget / 1e3
+    assert found["eval_loss"] == pytest.approx(plain["none"]["eval_loss"], rel=1e-3)
+
+
+def test_the_whole_gpu_needs_no_layer_checkpointed(
+    plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
+    found = run(tmp_path / "run", rows, "trainer.memory_budget=auto", "trainer.gradient_checkpointing=true")
+    assert found["train_memory_retries"] == 0
+    assert found["peak_memory_gb"] == pytest.approx(plain["none"]["peak_memory_gb"], rel=0.02)
+
+
+def test_what_no_plan_makes_fit_ends_in_one_sentence(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"4 layers checkpointed, .* in 4 parts; take a larger trainer.memory_budget, shorter"
+    ):
+        run(tmp_path / "run", rows, "trainer.memory_budget=100MB")
+
+
+def test_offloaded_inputs_change_no_bit_and_leave_the_gpu() -> None:
+    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+    model, config = build(overrides=("trainer.fused_attention=auto",), num_hidden_layers=8)
+    model.to("cuda", torch.bfloat16)
+    set_compute_dtype(model, torch.bfloat16)
+    rows = {name: tensor.repeat(64, 4).cuda() for name, tensor in batch().items()}
+    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    step.checkpointed = 8
+    found, held = [], []
+    for step.offloads in (False, True):
+        with step, placement.autocast():
+            found.append(learn(model, rows, num_items_in_batch=31))
+            before = torch.cuda.memory_allocated()
+            kept = model(**rows, num_items_in_batch=31).loss
+            held.append(torch.cuda.memory_allocated() - before)
+            del kept
+    (loss, gradients), (other, others) = found
+    assert loss == other
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+    inputs = 8 * rows["input_ids"].numel() * 256 * 2
+    assert held[0] - held[1] > 0.8 * inputs

@@ -1,0 +1,225 @@
+"""Running out of memory costs a run nothing but time, and a budget checkpoints as few layers as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.models import fast
+from qlora.models.fast import FastStep
+from qlora.run import Run
+from qlora.training.memory import Budget, Formula, MemoryPlan, StepMemory
+
+CPU = torch.device("cpu")
+QUICK = [
+    *("lora.r=4", "lora.dropout=0.3", "trainer.max_steps=3", "trainer.per_device_train_batch_size=4"),
+    *("trainer.gradient_accumulation_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=null"),
+    *("data.max_eval_samples=4", "data.max_train_samples=64", "evaluation=loss", "evaluation.baseline=false"),
+    *("task.predict=false", "device=cpu", "trainer.gradient_checkpointing=false"),
+]
+Enough = Callable[[FastStep, int], bool]
+
+
+class SmallMemory:
+    """Lets steps run out of memory at a decoder layer, unless `enough` of the step and its rows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, enough: Enough, *, backward: bool, since: int = 1) -> None:
+        self.enough, self.backward, self.since, self.entered = enough, backward, since, 0
+        self.step: FastStep | None = None
+        self.own_enter, self.own_call = FastStep.__enter__, fast._call
+        monkeypatch.setattr(FastStep, "__enter__", lambda step: self.enter(step))
+        monkeypatch.setattr(fast, "_call", lambda *args, **kwargs: self.call(*args, **kwargs))
+
+    def enter(self, step: FastStep) -> FastStep:
+        self.step, self.entered = step, self.entered + 1
+        return self.own_enter(step)
+
+    def call(self, layer: torch.nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = self.own_call(layer, hidden, *args, **kwargs)
+        assert self.step is not None
+        if self.entered >= self.since and layer is self.step.layers[1] and not self.enough(self.step, len(hidden)):
+            if not self.backward:
+                raise torch.OutOfMemoryError("no memory")
+            found.register_hook(self.fail)
+        return found
+
+    def fail(self, gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+
+def run(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    result = Run(compose([*QUICK, *overrides]), folder).execute()
+    return result["metrics"], load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    found = run(tmp_path_factory.mktemp("undisturbed"), "trainer.gradient_checkpointing=true")
+    assert found[0]["train_memory_retries"] == 0
+    return found
+
+
+LEANER = {
+    "all layers": (lambda step, rows: step.checkpointed == len(step.layers), 2),
+    "offloaded": (lambda step, rows: step.offloads, 3),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("needed", LEANER)
+def test_a_step_that_runs_out_of_memory_learns_to_the_bit_what_an_undisturbed_one_does(
+    needed: str, backward: bool, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough, retries = LEANER[needed]
+    memory = SmallMemory(monkeypatch, enough, backward=backward, since=5)  # the second micro-batch of the second step
+    metrics, adapter = run(tmp_path / "run")
+    assert metrics["train_memory_retries"] == retries
+    assert memory.entered == 9 + retries + 1  # each failed try, and once more the step's first micro-batch
+    expected = undisturbed[1]
+    assert metrics["train_loss"] == undisturbed[0]["train_loss"]
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(adapter[name], expected[name]) for name in adapter)
+
+
+def two_rows(step: FastStep, rows: int) -> bool:
+    return rows <= 2
+
+
+def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        SmallMemory(context, two_rows, backward=True)
+        metrics, adapter = run(tmp_path / "retried")
+    assert metrics["train_memory_retries"] == 4
+    own = StepMemory.__init__
+
+    def begin_lean(memory: StepMemory, *args: Any, **kwargs: Any) -> None:
+        own(memory, *args, **kwargs)
+        memory.plan = MemoryPlan(4, offloads=True, pieces=2)
+
+    monkeypatch.setattr(StepMemory, "__init__", begin_lean)
+    _, expected = run(tmp_path / "lean")
+    assert all(torch.equal(adapter[name], expected[name]) for name in expected)
+
+
+def test_micro_batches_in_parts_learn_what_whole_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = ["lora.dropout=0", "quantization.compute_dtype=fp32", "trainer.optim=sgd", "trainer.learning_rate=1"]
+    plain, expected = run(tmp_path / "plain", *exact)
+    SmallMemory(monkeypatch, two_rows, backward=False, since=5)
+    metrics, adapter = run(tmp_path / "run", *exact)
+    assert metrics["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+    moved = [name for name in expected if "lora_B" in name]
+    assert all((adapter[name] - expected[name]).norm() < 1e-3 * expected[name].norm() for name in moved)
+
+
+def test_what_no_plan_makes_fit_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SmallMemory(monkeypatch, lambda step, rows: False, backward=False)
+    plan = "with 4 layers checkpointed, their inputs in the host's memory, micro-batches in 4 parts"
+    with pytest.raises(ConfigError, match=rf"{plan}; take shorter rows .* quantization=nf4, or see with task=plan"):
+        run(tmp_path / "run")
+
+
+def test_plans_get_leaner_step_by_step() -> None:
+    plans, plan = [], MemoryPlan(3)
+    while (leaner := plan.leaner(10, 3)) is not None:
+        plans.append(plan := leaner)
+    assert plans == [
+        MemoryPlan(7),
+        MemoryPlan(10),
+        MemoryPlan(10, True),
+        MemoryPlan(10, True, 2),
+        MemoryPlan(10, True, 3),
+    ]
+    assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, pieces=2)
+
+
+class FakeStep:
+    """A step of four layers that does nothing."""
+
+    checkpointed, offloads, layers = 0, False, [torch.nn.Identity()] * 4
+
+    def __enter__(self) -> FakeStep:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def no_memory(batch: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no memory")
+
+
+def test_one_of_several_processes_does_not_begin_again_alone() -> None:
+    memory = StepMemory(FakeStep(), CPU, None, alone=False)
+    memory.begin()
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.run({"input_ids": torch.ones(2, 3)}, no_memory, lambda: None, rows=2)
+
+
+class FakeGpu:
+    """A GPU of 100 bytes, half of them taken; loading took 70."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.peak, self.fraction = 70, 1.0
+        for name, value in {
+            "memory_allocated": lambda device: 50,
+            "max_memory_allocated": lambda device: self.peak,
+            "reset_peak_memory_stats": lambda device: setattr(self, "peak", 50),
+            "get_per_process_memory_fraction": lambda device: self.fraction,
+            "set_per_process_memory_fraction": lambda value, device: setattr(self, "fraction", value),
+            "get_device_properties": lambda device: type("Card", (), {"total_memory": 100}),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+# For rows of two times three tokens 10 bytes, and 4 more for each layer that is not checkpointed.
+def added(checkpointed: int, rows: int, length: int) -> float:
+    return rows * length * (10 + 4 * (4 - checkpointed)) / 6
+
+
+@pytest.mark.parametrize(("layer", "first", "then"), [(4, 2, 2), (2, 2, 1), (8, 2, 4)])
+def test_a_budget_is_kept_by_the_formula_first_and_then_by_what_was_measured(
+    layer: int, first: int, then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    budget = Budget(Formula(50, True, added, rows=2, length=3), 4, limit=69, cap=80, device=CPU)
+    memory = StepMemory(step := FakeStep(), CPU, budget, alone=True)
+    plans = []
+
+    def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert gpu.fraction == 0.8
+        plans.append(step.checkpointed)
+        gpu.peak = max(gpu.peak, round(50 + batch["input_ids"].numel() * (10 + layer * (4 - step.checkpointed)) / 6))
+        return torch.zeros(())
+
+    for _ in range(4):
+        memory.begin()
+        for width in (1, 3, 2):
+            memory.run({"input_ids": torch.ones(2, width)}, learn, lambda: None, rows=2)
+    assert gpu.fraction == 1
+    assert plans == [first] * 6 + [then] * 6
+    assert budget.highest == max(70, 60 + 2 * layer)
+    assert memory.retries == 0
+
+
+def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() -> None:
+    assert Budget(Formula(50, False, added, 2, 3), 4, 59, None, CPU).choose() == MemoryPlan(4, offloads=True)
+    assert Budget(Formula(50, False, added, 2, 3), 4, 60, None, CPU).choose() == MemoryPlan(4)
+    assert Budget(Formula(50, False, added, 2, 3), 4, 76, None, CPU).choose() == MemoryPlan(0)
+
+
+def test_a_size_needs_a_gpu_and_auto_does_without(tmp_path: Path) -> None:
+    message = "trainer.memory_budget=24GB is one of a CUDA device's memory, and this run computes on cpu; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "size", "trainer.memory_budget=24GB")
+    parts = Run(compose([*QUICK, "trainer.memory_budget=auto"]), tmp_path / "auto")
+    model = parts.add_adapter(parts.load_base())
+    assert parts._build_trainer(model, [], None).memory.budget is None  # type: ignore[arg-type]
