@@ -11,6 +11,7 @@ emulated: the same rounding, without the speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -51,7 +52,7 @@ def gradients(chosen: list[str]) -> Any:
     from qlora.compose import compose
     from qlora.run import Run
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         run = Run(compose(chosen), folder)
         model = run.add_adapter(run.load_base()).train()
         step = run._build_step(model)

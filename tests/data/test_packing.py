@@ -18,7 +18,7 @@ from qlora.data.formats import ALPACA
 from qlora.data.packing import PackedRows, efficiency, pack
 from qlora.errors import ConfigError
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 BUDGET = 24
 
 
