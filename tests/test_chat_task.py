@@ -394,7 +394,7 @@ def test_an_answer_never_outgrows_the_context(speaker: Speaker) -> None:
 def test_chat_needs_no_rows_and_speaks_without_a_terminal(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora.run.build_data", lambda *_, **__: pytest.fail("rows are read"))
+    monkeypatch.setattr("qlora.parts.build_data", lambda *_, **__: pytest.fail("rows are read"))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/base\n/retry\n/save {tmp_path}/mine.jsonl\n"))
     run = chat_run(tmp_path / "chat", f"adapter={trained}", "data=alpaca")
     result = run.execute()
