@@ -125,7 +125,7 @@ def _repeated(count: int, weight: float, stream: np.random.RandomState) -> np.nd
 def _pack(config: DataConfig, train: Dataset | None) -> tuple[PackedRows | None, float | None]:
     if not config.packing or train is None:
         return None, None
-    budget = config.pack_length or config.longest_row
+    budget = config.pack_width
     assert budget is not None, "DataConfig checks it"
     lengths = column(train, "length")
     packs = pack(lengths, budget)

@@ -136,20 +136,16 @@ def _fits(module: torch.nn.Module) -> bool:
     return not (module.merged or module.lora_bias["default"]) and read_codes(module.get_base_layer().weight) is not None
 
 
-def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> int:
-    """Makes the 4-bit layers with adapters compute in groups; returns how many layers do."""
-    fitting = {name: module for name, module in model.named_modules() if _fits(module)}
-    left = dict(fitting)
+def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> None:
+    """Makes the 4-bit layers with plain adapters compute in groups."""
+    left = {name: module for name, module in model.named_modules() if _fits(module)}
     while left:
-        name = next(iter(left))
-        members = [left[each] for each in _same_input(name, left)]
-        for each in _same_input(name, left):
-            del left[each]
+        together = _same_input(next(iter(left)), left)
+        members = [left.pop(name) for name in together]
         group = Group(members, fp8=fp8)
         for slot, member in enumerate(members):
             member.__class__ = FastLinear
             member.group, member.slot = group, slot
-    return len(fitting)
 
 
 def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
