@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from qlora.sweep.jobs import Status, read_job
+from tests.sweep.faults import SUFFER
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
@@ -25,24 +26,17 @@ QUICK = [
     *("evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
 ]
 
-FAULTS = '''
-import json, os, resource, signal, sys
+FAULTS = (
+    SUFFER
+    + '''
 from transformers import TrainerCallback
 
 class Fault(TrainerCallback):
     """Does to a job what FAULTS says for its seed."""
     def on_step_end(self, args, state, control, **kwargs):
-        kind = json.loads(os.environ.get("FAULTS", "{}")).get(str(args.seed))
-        if kind == "raise":
-            raise ValueError("a bad row")
-        if kind == "exit":
-            sys.exit(0)
-        if kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "memory":
-            resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-            bytearray(2**34)
+        suffer(args.seed)
 '''
+)
 
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:

@@ -23,6 +23,7 @@ from qlora import cli
 from qlora.compose import check_overrides, compose, config_to_dict
 from qlora.errors import ConfigError
 from qlora.sweep.jobs import identity
+from tests.sweep.faults import SUFFER
 
 optuna = pytest.importorskip("optuna")
 
@@ -30,21 +31,11 @@ from qlora.sweep.space import Space, build_space  # noqa: E402
 
 # A program like qlora whose runs take no time: the loss is a bowl around the learning rate 1e-3, and falls with the
 # rank and the steps; rank 64 fails, and rank 128 diverges. FAULTS says what befalls trials, by their numbers.
-FAKE = """
-import json, math, os, resource, signal, sys, time, types
+FAKE = (
+    SUFFER
+    + """
+import math, time, types
 from pathlib import Path
-
-def suffer(number):
-    kind = json.loads(os.environ.get("FAULTS", "{}")).get(str(number))
-    if kind == "raise":
-        raise ValueError("a bad row")
-    if kind == "exit":
-        sys.exit(0)
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "memory":
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-        bytearray(2**34)
 
 class Run:
     def __init__(self, config, folder, *more):
@@ -82,6 +73,7 @@ def command(config, folder, words, real=launcher.command):
 launcher.command = command
 cli.main()
 """
+)
 
 RATE = "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"
 RATES = "trainer.learning_rate=1e-1,1e-2,1e-3"
