@@ -85,11 +85,12 @@ def linear(
     [tokens, 1] and the weights' `factor` [1].
     """
     weight = _decode(_joint(codes, sum(rows), x.shape[1]), x.dtype, factor)
-    out = x @ weight.t() if scale is None else _product(x, scale, weight)
+    out = xa.new_empty(len(x), sum(rows)) if scale is None else _product(x, scale, weight)
     ranks = [each.shape[1] for each in b]
     for part, half, matrix in zip(out.split(rows, 1), xa.split(ranks, 1), b, strict=True):
-        part.addmm_(half, matrix.t())
-    return out
+        part.addmm_(half, matrix.t(), beta=0 if scale is None else 1)
+    # Where it can, the large product adds itself to the small ones: that costs no pass over the output.
+    return out.addmm_(x, weight.t()) if scale is None else out
 
 
 def _fake_backward(dy, scale, factor, codes, columns):
@@ -110,7 +111,7 @@ def linear_backward(
 
 
 def scale_rows_plain(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of `scale_rows`."""
+    """The twin of `scale_rows`; compiled code uses it, and scales where it computes `x`."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (x.float() / scale).to(torch.float8_e4m3fn), scale / factor
 
@@ -132,6 +133,10 @@ def scale_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return kernel(x, factor)
 
 
+def _scaled(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    return scale_rows_plain(x, factor) if torch.compiler.is_compiling() else scale_rows(x, factor)
+
+
 class GroupedLinear(torch.autograd.Function):
     """A group of frozen linear layers and the second half of their adapters."""
 
@@ -145,7 +150,7 @@ class GroupedLinear(torch.autograd.Function):
         b, codes = list(tensors[: len(rows)]), list(tensors[len(rows) :])
         ctx.save_for_backward(xa, factor, *tensors)
         ctx.rows, ctx.columns = rows, x.shape[1]
-        read, scale = (x, None) if factor is None else scale_rows(x, factor)
+        read, scale = (x, None) if factor is None else _scaled(x, factor)
         return linear(read, scale, factor, xa, b, codes, rows)
 
     @staticmethod
@@ -155,7 +160,7 @@ class GroupedLinear(torch.autograd.Function):
         rows = ctx.rows
         b, codes = tensors[: len(rows)], tensors[len(rows) :]
         dy = dy.contiguous()
-        read, scale = (dy, None) if factor is None else scale_rows(dy, factor)
+        read, scale = (dy, None) if factor is None else _scaled(dy, factor)
         dx = linear_backward(read, scale, factor, codes, ctx.columns)
         parts, halves = dy.split(rows, 1), xa.split([each.shape[1] for each in b], 1)
         dxa = torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)], 1)
