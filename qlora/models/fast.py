@@ -108,8 +108,8 @@ class Group:
         flat = x.reshape(-1, self.columns)
         a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(x.dtype)
         b = [(each.lora_B["default"].weight * each.scaling["default"]).to(x.dtype) for each in self.members]
-        xa = _drop(flat, first.lora_dropout["default"]) @ a.t()
-        found = GroupedLinear.apply(flat, xa, self.factor, self.rows, *b, *self.tensors)
+        dropped = _drop(flat, first.lora_dropout["default"])
+        found = GroupedLinear.apply(flat, dropped, a, self.factor, self.rows, *b, *self.tensors)
         outputs = []
         for member, part in zip(self.members, found.split(self.rows, 1), strict=True):
             bias = member.get_base_layer().bias
@@ -118,10 +118,15 @@ class Group:
         return outputs
 
 
-def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor:
-    """Applies an adapter's dropout; where code is compiled by a mask that the backward pass computes again."""
+def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
+    """Returns `x` after an adapter's dropout, None where it has none.
+
+    Compiled code drops by a mask that the backward pass computes again.
+    """
     rate = getattr(dropout, "p", 0.0)
-    if rate and torch.compiler.is_compiling():
+    if rate == 0:
+        return None
+    if torch.compiler.is_compiling():
         return torch.where(keep_mask(x, rate), x / (1 - rate), 0)
     dropped: Tensor = dropout(x)
     return dropped
