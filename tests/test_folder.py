@@ -11,7 +11,8 @@ import pytest
 
 from qlora.compose import compose, config_to_dict
 from qlora.errors import ConfigError
-from qlora.folder import RunFolder, find_adapter, flatten, read_json, read_lines, write_lines
+from qlora.files import read_json, read_lines, write_lines
+from qlora.folder import RunFolder, find_adapter, flatten
 
 
 def plain(*overrides: str) -> dict[str, Any]:

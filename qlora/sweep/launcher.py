@@ -18,6 +18,7 @@ from qlora.compose import config_to_dict, to_config
 from qlora.errors import ConfigError
 from qlora.schema import Config, Device
 from qlora.sweep.jobs import Job, Status, job_folder, locked, read_job
+from qlora.sweep.names import quoted
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
 from qlora.sweep.processes import Task, build_slots, run_tasks
 from qlora.sweep.screen import Screen
@@ -117,10 +118,10 @@ def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
 def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[str]:
     """Returns the words that run one job as a plain run in its folder."""
     own = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
-    place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    words = [text for text in overrides if text != "resume=never"]  # the sweep's folder is the new one
     return [
-        *(sys.executable, "-m", "qlora", *config_flags(), *overrides, *own),
-        *("hydra.mode=RUN", f"hydra.run.dir='{place}'"),
+        *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
+        *("hydra.mode=RUN", f"hydra.run.dir={quoted(folder.absolute())}"),
     ]
 
 

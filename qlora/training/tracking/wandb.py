@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
+from qlora.files import write_text
 from qlora.schema import TrackingConfig, WandbMode
 from qlora.training.tracking.base import PREDICTION_COLUMNS, PREDICTIONS, BackendTracker, TrackedRun, import_package
 
@@ -155,6 +156,5 @@ def _check_login(wandb: Any) -> None:
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID_FILE
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_text(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()
