@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlora.errors import ConfigError
 from qlora.files import folder_size, patiently, read_json, replace_folder, wait_for_space, write_text
 from qlora.schema import TrainerConfig
 from qlora.training.checkpoints import UNFINISHED, remove_surplus, seal
@@ -226,6 +227,16 @@ class QLoraTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Loads the weights; raises `ConfigError` where they are those of another model (`resume=force`)."""
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads optimizer and schedule; raises `ConfigError` where they are those of another training."""
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _get_output_dir(self, trial: Any) -> str:
         """Returns where the library writes checkpoints."""
         return str(self._place)
@@ -344,6 +355,18 @@ def _without_walks(model: torch.nn.Module, trained: list[torch.nn.Parameter]) ->
         yield
     finally:
         del model.__dict__["train"], model.__dict__["zero_grad"]
+
+
+@contextlib.contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{checkpoint} does not fit what the config makes of the model ({reason}); start with the config of the "
+            "run, or anew with resume=never"
+        ) from error
 
 
 class _LossRecall(TrainerCallback):
