@@ -60,7 +60,7 @@ from qlora.reporting.run_page import write_run_page
 from qlora.schema import Resume, TaskName
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.tracking import TrackedRun, Tracker, build_tracker
-from qlora.wording import format_range, is_detail
+from qlora.wording import format_range, is_detail, quoted
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +380,9 @@ class Run(Parts):
         saved = find_checkpoints(self.folder.checkpoints)
         state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
         words = [text for text in self.overrides if not text.startswith("resume=")]
-        return f"{state}; go on with\n  {shlex.join(['qlora', *words, f'hydra.run.dir={self.folder.path}'])}"
+        return (
+            f"{state}; go on with\n  {shlex.join(['qlora', *words, f'hydra.run.dir={quoted(str(self.folder.path))}'])}"
+        )
 
     def _fit(
         self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None

@@ -73,6 +73,13 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+def quoted(text: str) -> str:
+    """Returns a text as the value of an override: in quotes where it has special characters."""
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def shorten(text: str, width: int) -> str:
     """Returns `text` on one line of at most `width` characters; what is too much goes from its middle."""
     line = " ".join(text.split())

@@ -18,11 +18,11 @@ from qlora.compose import config_to_dict, to_config
 from qlora.errors import ConfigError
 from qlora.schema import Config, Device
 from qlora.sweep.jobs import Job, Status, job_folder, locked, read_job
-from qlora.sweep.names import quoted
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
 from qlora.sweep.processes import Task, build_slots, run_tasks
 from qlora.sweep.screen import Screen
 from qlora.sweep.trackers import track_sweep
+from qlora.wording import quoted
 
 NOT_PASSED_ON = (
     "hydra.mode",
@@ -121,7 +121,7 @@ def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[
     words = [text for text in overrides if text != "resume=never"]  # the sweep's folder is the new one
     return [
         *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
-        *("hydra.mode=RUN", f"hydra.run.dir={quoted(folder.absolute())}"),
+        *("hydra.mode=RUN", f"hydra.run.dir={quoted(str(folder.absolute()))}"),
     ]
 
 

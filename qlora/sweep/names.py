@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from qlora.compose import compose_dict, config_to_dict, to_config
 from qlora.membership import Membership
 from qlora.sweep.jobs import job_folder
+from qlora.wording import quoted
 
 FOLDER = Path("outputs/sweeps")
 
@@ -44,13 +45,7 @@ def new_folder_words(overrides: Sequence[str], config_dir: str | None, sweeps: b
     place = Path(str(hydra.sweep.dir if sweeps else hydra.run.dir))
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
     chosen = next(path for path in itertools.chain([place], numbered) if not path.exists())
-    return [f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(chosen)}"]
-
-
-def quoted(place: Path) -> str:
-    """Returns a path as the value of an override."""
-    text = str(place).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return [f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(str(chosen))}"]
 
 
 def own_overrides(hydra: Any) -> list[str]:

@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qlora import compose
 from qlora.run import Run
+from qlora.training.checkpoints import find_checkpoints, find_fault
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0.1", "trainer.max_steps=10", "trainer.save_steps=2", "trainer.logging_steps=3"),
@@ -79,6 +84,41 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
 def send(number: signal.Signals) -> Callable[[], None]:
     """Returns what sends a signal to this process."""
     return lambda: os.kill(os.getpid(), number)
+
+
+class Writes:
+    """Calls `act` when the so-and-so-manieth write of this process below a folder begins; counts them in any case.
+
+    Writes that are not Python's are none; those to the same files that precede and follow them are.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.number, self.folder = 0, -1, ""
+        self.act: Callable[[], object] = lambda: None
+        sys.addaudithook(self._hear)
+
+    def watch(self, folder: Path, number: int, act: Callable[[], object]) -> None:
+        """Counts from now on, below `folder`."""
+        self.count, self.number, self.folder, self.act = 0, number, f"{folder}/", act
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not self.folder:
+            return
+        if not str(args[0]).startswith(self.folder) or (event == "open" and not args[2] & WRITING):
+            return
+        self.count += 1
+        if self.count == self.number:
+            self.act()
+
+
+def check_whole(folder: Path) -> None:
+    """Raises unless all that stands in a run's folder under its name is whole, whatever befell the run."""
+    for checkpoint in find_checkpoints(folder / "checkpoints"):
+        assert find_fault(checkpoint) is None
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    for place in (folder / "adapter").glob("adapter_model.safetensors"):
+        load_file(place)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

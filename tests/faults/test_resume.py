@@ -137,10 +137,10 @@ def test_never_leaves_a_run_alone(cut: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["name=mine"], "hydra.run.dir='outputs/runs/mine-3'"),
-        (["name=new"], "hydra.run.dir='outputs/runs/new'"),
+        (["name=mine"], "hydra.run.dir=outputs/runs/mine-3"),
+        (["name=new"], "hydra.run.dir=outputs/runs/new"),
         (['hydra.run.dir="it\'s"'], r"hydra.run.dir='it\'s-2'"),
-        (["-m", "name=grid", "seed=0,1"], "hydra.sweep.dir='outputs/sweeps/grid-2'"),
+        (["-m", "name=grid", "seed=0,1"], "hydra.sweep.dir=outputs/sweeps/grid-2"),
     ],
 )
 def test_never_chooses_a_new_folder(
