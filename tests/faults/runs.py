@@ -22,13 +22,19 @@ from qlora.training.checkpoints import find_checkpoints, find_fault
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 QUICK = [
-    *("lora.r=4", "lora.dropout=0.1", "trainer.max_steps=10", "trainer.save_steps=2", "trainer.logging_steps=3"),
-    *("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=1"),
-    *("recipe=none", "trainer.learning_rate=2e-3", "trainer.lr_scheduler_type=linear", "trainer.eval_steps=5"),
-    *("data.max_train_samples=24", "data.max_eval_samples=4", "evaluation=loss", "evaluation.baseline=false"),
-    *("task.predict=false", "trainer.disk_wait=0"),
+    *("lora.r=4", "lora.dropout=0.1", "lora.target_modules=[q_proj,up_proj]", "quantization.compute_dtype=fp32"),
+    *("trainer.max_steps=8", "trainer.save_steps=2", "trainer.logging_steps=3", "trainer.eval_steps=4"),
+    *("trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=1"),
+    *("recipe=none", "trainer.learning_rate=2e-3", "trainer.lr_scheduler_type=linear"),
+    *(
+        "trainer.gradient_checkpointing=false",
+        "trainer.disk_wait=0",
+        "trainer.save_total_limit=3",
+        "data.max_train_samples=12",
+    ),
+    *("data.max_eval_samples=4", "evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
 ]
-"""Ten steps of two times two rows: the second epoch begins after the sixth."""
+"""Eight steps of two rows: the second epoch begins after the sixth, or before."""
 
 
 def write_rows(path: Path, count: int, word: str = "row") -> Path:
@@ -40,12 +46,12 @@ def write_rows(path: Path, count: int, word: str = "row") -> Path:
 
 def kinds(folder: Path) -> dict[str, list[str]]:
     """Returns overrides for each way in which rows come to a training; `folder` gets what they read."""
-    mix = write_rows(folder / "a.jsonl", 20), write_rows(folder / "b.jsonl", 16, "stone")
+    mix = write_rows(folder / "a.jsonl", 10), write_rows(folder / "b.jsonl", 8, "stone")
     return {
         "plain": ["trainer.group_by_length=false"],
         "grouped": [],
         "workers": ["trainer.dataloader_num_workers=2", "trainer.group_by_length=false"],
-        "packed": ["data.packing=true", "data.pack_length=64", "data.max_train_samples=60"],
+        "packed": ["data.packing=true", "data.pack_length=64", "data.max_train_samples=24"],
         "mixed": [
             *("data=mix", f"data.mix.a={mix[0]}", f"data.mix.b.path={mix[1]}", "data.mix.b.weight=0.5"),
             *("data.eval_dataset_size=4", "trainer.group_by_length=false"),

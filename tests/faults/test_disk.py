@@ -59,6 +59,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(folder)
 
 
+INSIDE = 150_000
+"""Bytes that the weights of a checkpoint take and its optimizer does not find."""
+
+
 def nothing() -> None:
     pass
 
@@ -73,7 +77,7 @@ def at_a_checkpoint(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inside_a_checkpoint(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.training.trainer.folder_size", lambda folder: 0)
-    at_step(monkeypatch, 4, lambda: fill(disk, leave=700_000))  # enough for the adapter, too little for the optimizer
+    at_step(monkeypatch, 4, lambda: fill(disk, leave=INSIDE))
 
 
 def at_the_adapter(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
