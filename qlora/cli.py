@@ -72,8 +72,8 @@ def main() -> None:
         close_bars()
         if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
             print(
-                f"error: {error.filename} cannot be written ({error.strerror}); choose another folder with "
-                "hydra.run.dir=FOLDER",
+                f"error: {error.filename or 'the run folder'} cannot be written ({error.strerror}); choose another folder "
+                "with hydra.run.dir=FOLDER",
                 file=sys.stderr,
             )
         else:

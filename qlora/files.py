@@ -32,7 +32,7 @@ class DiskFull(ConfigError):
     """Says that no space came free in the time that a run waits for it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Patience:
     """What a write does where the disk is full."""
 
@@ -42,6 +42,8 @@ class Patience:
     """Removes something that nobody needs any more; False: there is nothing of that kind."""
     check: Callable[[], None]
     """Called while it waits; raises what ends the waiting."""
+    is_spent: bool = False
+    """Whether it has waited in vain: nothing is waited for a second time."""
 
 
 _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
@@ -63,6 +65,8 @@ def patiently(place: Path, write: Callable[[], Result], *, size: int = 0) -> Res
     Raises `DiskFull` where no space came in time; without `waiting_for_space` what `write` raises.
     """
     patience, until = _patience.get(), None
+    if patience is not None and patience.is_spent:
+        patience = None
     while True:
         fault: BaseException | None = None
         if patience is None or size <= free_bytes(place):
@@ -96,6 +100,7 @@ def _wait(place: Path, size: int, patience: Patience, until: float | None, fault
                 f"{state}: the run waits up to {format_duration(patience.seconds)} for space (trainer.disk_wait)"
             )
     if now >= until:
+        patience.is_spent = True
         raise DiskFull(
             f"{state}, and no space came in {format_duration(patience.seconds)} (trainer.disk_wait); what was saved "
             "before is kept: free some space and run the same command again to go on"

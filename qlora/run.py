@@ -397,8 +397,11 @@ class Run(Parts):
         try:
             with self.stop.after_step():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:  # a run that fails has curves too
-            write_json(self.folder.history, trainer.state.log_history)
+        except BaseException:  # a run that fails has curves too
+            with contextlib.suppress(ConfigError):
+                write_json(self.folder.history, trainer.state.log_history)
+            raise
+        write_json(self.folder.history, trainer.state.log_history)
         runtime = time.monotonic() - started
         self.stop.check()
         self._steps = trainer.state.global_step

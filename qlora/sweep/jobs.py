@@ -137,11 +137,13 @@ def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterat
         try:
             yield
         except (KeyboardInterrupt, Stopped):
-            write_status(folder, Status.interrupted, reason="interrupted", seconds=time.monotonic() - clock)
+            with contextlib.suppress(ConfigError):  # on a full disk; what ended the job counts
+                write_status(folder, Status.interrupted, reason="interrupted", seconds=time.monotonic() - clock)
             raise
         except BaseException as error:
             status = Status.pruned if isinstance(error, Pruned) else Status.failed
-            write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
+            with contextlib.suppress(ConfigError):
+                write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
             raise
         write_status(folder, Status.finished, seconds=time.monotonic() - clock)
 

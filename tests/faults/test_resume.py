@@ -12,6 +12,7 @@ from wandb_files import wandb_history, wandb_records
 
 from qlora import cli, compose
 from qlora.errors import ConfigError, Stopped
+from qlora.sweep.launcher import command
 from qlora.training.checkpoints import find_checkpoints, step_of
 from qlora.training.tracking.wandb import RUN_ID_FILE
 from tests.faults.runs import at_step, kinds, outcome, run, send, write_rows
@@ -156,6 +157,13 @@ def test_never_chooses_a_new_folder(
     cli.main()
     assert [word for word in seen if word.startswith("hydra.")][-1] == expected
     assert compose.compose_dict([word for word in seen[1:] if word != "-m" and "," not in word])
+
+
+def test_the_jobs_of_a_sweep_are_not_told_to_begin_in_folders_of_their_own() -> None:
+    overrides = ["seed=1", "resume=never"]
+    words = command(compose.compose_dict(overrides), Path("outputs/sweeps/grid-2/seed=1"), overrides)
+    assert "seed=1" in words
+    assert not [word for word in words if word.startswith("resume=")]
 
 
 def test_a_run_s_ids_in_trackers_are_in_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
