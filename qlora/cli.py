@@ -71,9 +71,10 @@ def main() -> None:
     except Exception as error:
         close_bars()
         if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
+            place = error.filename or "the run folder"
             print(
-                f"error: {error.filename or 'the run folder'} cannot be written ({error.strerror}); choose another folder "
-                "with hydra.run.dir=FOLDER",
+                f"error: {place} cannot be written ({error.strerror}); choose another folder with "
+                "hydra.run.dir=FOLDER",
                 file=sys.stderr,
             )
         else:
