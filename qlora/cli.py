@@ -73,8 +73,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
             place = error.filename or "the run folder"
             print(
-                f"error: {place} cannot be written ({error.strerror}); choose another folder with "
-                "hydra.run.dir=FOLDER",
+                f"error: {place} cannot be written ({error.strerror}); choose another folder with hydra.run.dir=FOLDER",
                 file=sys.stderr,
             )
         else:

@@ -50,6 +50,9 @@ def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
         "device=cpu",
         "evaluation.show_predictions=1",
         "model.cache_dir=/elsewhere",
+        "trainer.save_total_limit=2",
+        "trainer.disk_wait=0",
+        "resume=force",
     ],
 )
 def test_what_leaves_the_training_alone_may_change(tmp_path: Path, override: str) -> None:

@@ -49,7 +49,7 @@ def fill(disk: Path, leave: int = 0) -> None:
 
 
 def clear(disk: Path) -> None:
-    (disk / "filler").unlink()
+    (disk / "filler").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
