@@ -31,6 +31,7 @@ def start(folder: Path, words: list[str], number: int = -1) -> BaseProcess:
 
 def train(folder: Path, words: list[str], number: int) -> None:
     """Runs a training as the command line does."""
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a run of its own
     folder.mkdir(exist_ok=True)
     (folder / BEGUN).touch()
     writes = Writes()
