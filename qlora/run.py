@@ -8,14 +8,14 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from qlora import compose, console
+from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
 from qlora.errors import ConfigError, Pruned
@@ -43,9 +43,9 @@ from qlora.reporting.manifest import build_manifest, code_digest, versions, writ
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
-from qlora.schema import TaskName
-from qlora.training.tracking import TrackedRun, Tracker, build_tracker
-from qlora.training.trainer import last_checkpoint
+from qlora.schema import Parallel, TaskName
+from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.training.trainer import QLoraTrainer, last_checkpoint
 from qlora.wording import format_range, is_detail
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,13 @@ class Run(Parts):
 
     def train(self) -> dict[str, Any]:
         """Trains, measures and predicts as `task` says; returns the result written to `result.json`."""
+        if not world.is_first():
+            return self._train_along()
         self.folder.create()
         plain = compose.config_to_dict(self.config)
         self.folder.check_same_training(compose.read_config(self.folder.config), plain)
-        if (stored := self.folder.stored_result("train")) is not None:
+        self._check_processes()
+        if (stored := world.share(self.folder.stored_result("train"))) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
@@ -95,7 +98,7 @@ class Run(Parts):
         self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
-            model = self.add_adapter(self.load_base()) if self.config.task.train else self.load_trained()
+            model = self.build_model() if self.config.task.train else self.load_trained()
             facts = self._facts(model)
             manifest = build_manifest(plain, data=asdict(data.report), model=facts)
             write_json(self.folder.path / "manifest.json", manifest)
@@ -111,8 +114,21 @@ class Run(Parts):
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
-        self._print_summary("finished", result, measured.predictions)
+        self._print_summary("finished", world.share(result), measured.predictions)
         return result
+
+    def _train_along(self) -> dict[str, Any]:
+        """Takes part in the training that the first process leads; writes nothing, and returns its result."""
+        if (stored := world.share(None)) is not None:
+            return stored
+        _, _, _ = self.data, self.measurer, self.suite
+        callbacks = compose.build_callbacks(self.config.callbacks)
+        model = self.build_model()
+        self._baseline(model)
+        trainer = self._prepare_training(model, callbacks, NoTracker())
+        trainer.train(resume_from_checkpoint=world.share(None))
+        self._measure_after(model)
+        return world.share({})
 
     def evaluate(self) -> dict[str, Any]:
         """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
@@ -294,6 +310,19 @@ class Run(Parts):
         finally:
             tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
 
+    def _check_processes(self) -> None:
+        """Raises `ConfigError` for what needs several processes, or cannot be had in them."""
+        if self.config.trainer.parallel is Parallel.fsdp and world.size() == 1:
+            raise ConfigError(
+                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; {world.HOW}, or "
+                "leave it out"
+            )
+        if world.size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
+            raise ConfigError(
+                f"model.device_map and model.max_memory spread one process over several GPUs, and {world.size()} "
+                "processes were launched, each with a GPU of its own; leave them out, or start without a launcher"
+            )
+
     def _baseline(self, model: PreTrainedModel) -> Measurement:
         """Measures the untuned base once; a resumed run reads what the first start measured.
 
@@ -303,7 +332,7 @@ class Run(Parts):
             return Measurement()
         training = self.config.task.name is TaskName.train
         path = self.folder.path / "baseline.json"
-        stored = read_json(path) if training else None
+        stored = world.share(read_json(path) if training and world.is_first() else None)
         if stored is not None:
             return Measurement.from_dict(stored)
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
@@ -312,19 +341,24 @@ class Run(Parts):
         switched_off = isinstance(model, PeftModel) and not part_of_base
         with model.disable_adapter() if switched_off else contextlib.nullcontext():
             measured = self._measure(model, answers=self._wanted_answers)
-        if training:
+        if training and world.is_first():
             write_json(path, measured.to_dict())
         return measured
 
-    def _fit(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> dict[str, float]:
+    def _prepare_training(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
         trainer = self._build_trainer(model, callbacks, tracker)
         if self.data.packed is not None:  # after the trainer is built, which switches the key-value cache off
             check_packing(model, self.placement, batch_size=self.config.trainer.per_device_train_batch_size)
+        return trainer
+
+    def _fit(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> dict[str, float]:
+        trainer = self._prepare_training(model, callbacks, tracker)
         checkpoint = last_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
+            _check_same_processes(checkpoint)
             console.say(f"resuming from {checkpoint.name}")
         try:
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            output = trainer.train(resume_from_checkpoint=world.share(str(checkpoint) if checkpoint else None))
         finally:  # a run that fails has curves too
             write_json(self.folder.history, trainer.state.log_history)
         self._steps = trainer.state.global_step
@@ -354,7 +388,8 @@ class Run(Parts):
             return replace(measured, predictions=[])
         if measured.predictions:
             return measured
-        return replace(measured, predictions=self.measurer.predict(model, evaluation.show_predictions))
+        answer = partial(self.measurer.predict, model, evaluation.show_predictions)
+        return replace(measured, predictions=self._in_first(answer))
 
     def _answers_decided_by(self) -> dict[str, Any]:
         """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
@@ -439,15 +474,15 @@ class Run(Parts):
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
             unit = "packs" if report.packs else "rows"
-            world = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+            processes = world.size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
                 f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
                 **({"template": report.template} if report.template else {}),
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
-                "batch": f"{micro} x {steps} accumulated x {world} process{'es' if world > 1 else ''} "
-                f"= {micro * steps * world} {unit} a step",
+                "batch": f"{micro} x {steps} accumulated x {processes} process{'es' if processes > 1 else ''} "
+                f"= {micro * steps * processes} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }
@@ -543,6 +578,16 @@ class Run(Parts):
         if gain is None:
             return words
         return f"{words}; gain {format_range(name, gain['low'], gain['high'], signed=True)}"
+
+
+def _check_same_processes(checkpoint: Path) -> None:
+    """Raises `ConfigError` for a checkpoint of more or fewer processes: a step would hold other rows from then on."""
+    before, now = len(list(checkpoint.glob("rng_state*.pth"))), world.size()
+    if before != now:
+        raise ConfigError(
+            f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has {now}: its "
+            f"steps would hold other rows; start {before} again, or begin anew in another folder (hydra.run.dir=FOLDER)"
+        )
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

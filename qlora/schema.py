@@ -183,6 +183,13 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class Parallel(Enum):
+    """How several processes share a training."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 class SweepMethod(Enum):
     """How wandb chooses the points of a sweep of its own."""
 
@@ -646,6 +653,10 @@ class TrainerConfig:
     True, false or `auto` (with CUDA, in 16 bits)."""
     fused_loss: Any = "auto"
     """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    parallel: Parallel = Parallel.ddp
+    """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
+    a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
+    Gradients are averaged over all tokens of a step in both."""
     group_by_length: bool = True
     """Draw batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
@@ -992,6 +1003,8 @@ class Config:
                 "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
                 "base over several; leave the one or the others out"
             )
+        if self.trainer.parallel is Parallel.fsdp:
+            self._check_fsdp()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1004,6 +1017,24 @@ class Config:
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
+
+    def _check_fsdp(self) -> None:
+        """Refuses what reads or draws the weights of a base that no process holds whole."""
+        lora, model = self.lora, self.model
+        faults = {
+            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
+            "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
+            "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            "model.weights=random": (model.weights is Weights.random, "the base is drawn on one device"),
+            "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
+            "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
+        }
+        for name, (is_set, reason) in faults.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
+                )
 
 
 def _shown(value: object) -> str:

@@ -6,15 +6,21 @@ import contextlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from bitsandbytes.optim.optimizer import Optimizer8bit  # the base of all of them, in 32 bits too
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -24,13 +30,16 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.trainer_utils import seed_worker
 
+from qlora import world
 from qlora.folder import read_json, write_text
+from qlora.kernels.loss import IGNORED
 from qlora.schema import TrainerConfig
 from qlora.training.flat import flatten_groups
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
-from qlora.training.sampler import LengthGroupedSampler
+from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +110,12 @@ class _Counting:
 
     collate: Callable[[list[dict[str, Any]]], Batch]
     count: Callable[[Batch], tuple[int, int]]
+    blank: dict[str, Any]
+    """A row without a label, for a process that has no rows left while others have: it takes part in the step."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(rows)
-        return {**batch, COUNTS: self.count(batch)}
+        batch = self.collate(rows or [self.blank])
+        return {**batch, COUNTS: self.count(batch) if rows else (0, 0)}
 
 
 class QLoraTrainer(Trainer):
@@ -134,16 +145,16 @@ class QLoraTrainer(Trainer):
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
-        self._grouped: LengthGroupedSampler | None = None
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=[],  # unused: `evaluate` below measures
-            data_collator=_Counting(collate, count),
+            data_collator=_Counting(collate, count, _blank(rows[0])),
             callbacks=[meter, *callbacks],
         )
         self.add_callback(_LossRecall(self))
+        self.add_callback(_Agreement())
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -171,6 +182,8 @@ class QLoraTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
         losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
         write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
@@ -214,8 +227,7 @@ class QLoraTrainer(Trainer):
 
     def _run_epoch(self, *, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
-        if self._grouped is not None:  # with several processes the library would not reach it
-            self._grouped.set_epoch(epoch)
+        self._shared.set_epoch(epoch)  # where a pass goes on, the library would not reach it
         if self.state.global_step < self.state.max_steps:
             model.train()
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -234,13 +246,59 @@ class QLoraTrainer(Trainer):
         """The mean of all steps' losses, those before a resumption included; the library's leaves them out."""
         return self._total_loss_scalar / max(self.state.global_step, 1)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """Groups by length with `LengthGroupedSampler`; the library's own orders batches by length."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self._grouped = LengthGroupedSampler(self.lengths, size, self.args.seed)
-        return self._grouped
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns the batches of this process.
+
+        The library's grouping goes from the longest rows to the shortest, and between processes it fills the last
+        batches up with rows that were there before.
+        """
+        arguments, workers = self.args, self.args.dataloader_num_workers
+        processes, rows = arguments.world_size, arguments.train_batch_size
+        if arguments.train_sampling_strategy == "group_by_length":
+            size = rows * arguments.gradient_accumulation_steps * processes
+            order: Any = LengthGroupedSampler(self.lengths, size, arguments.seed)
+        else:
+            order = ShuffledSampler(len(self.train_dataset), arguments.seed)
+        self._shared = SharedBatches(order, rows, process=arguments.process_index, processes=processes)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._shared,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=arguments.process_index),
+        )
+        return prepare_data_loader(
+            loader,
+            device=arguments.device,
+            num_processes=1,  # the batches are shared out already
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Lets several processes average the gradients of what is trained; a base may be sharded."""
+        if self.args.world_size == 1 or self.accelerator.unwrap_model(model) is not model:
+            return super()._wrap_model(model, *args, **kwargs)
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        parts = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
+        devices = None if self.args.device.type == "cpu" else [self.args.device]
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Lets the first process write the state of all; the others write nothing."""
+        if self.args.world_size == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            (file,) = Path(own).iterdir()
+            states = world.gather((file.name, file.read_bytes()))
+        if world.is_first():
+            for name, state in states:
+                (Path(output_dir) / name).write_bytes(state)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -288,6 +346,26 @@ def _without_walks(model: torch.nn.Module, trained: list[torch.nn.Parameter]) ->
         yield
     finally:
         del model.__dict__["train"], model.__dict__["zero_grad"]
+
+
+def _blank(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+
+class _Agreement(TrainerCallback):
+    """Lets all processes log, measure, save and stop at the same step, whichever of them wants to."""
+
+    WISHES = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks all."""
+        wishes = world.agree([getattr(control, name) for name in self.WISHES])
+        for name, wish in zip(self.WISHES, wishes, strict=True):
+            setattr(control, name, wish)
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Waits for the first process, which writes."""
+        world.wait()
 
 
 class _LossRecall(TrainerCallback):

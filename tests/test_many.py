@@ -1,0 +1,179 @@
+"""Trainings in several processes: what one alone would have trained, in one folder that the first process writes.
+
+Run as a script, this file is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora import world
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.run import Run
+
+ROOT = Path(__file__).parents[1]
+
+COMMON = [
+    *("quantization.compute_dtype=fp32", "lora.r=4", "lora.dropout=0.0", "trainer.logging_steps=1"),
+    *("trainer.per_device_train_batch_size=3", "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"),
+    *("recipe=none", "trainer.optim=adamw_torch", "trainer.learning_rate=1e-3", "trainer.max_grad_norm=1.0"),
+    *("trainer.max_steps=null", "trainer.num_train_epochs=2", "trainer.eval_steps=3", "trainer.save_steps=null"),
+    *("trainer.gradient_checkpointing=false", "data.max_train_samples=26", "data.max_eval_samples=6"),
+    *("generation.max_new_tokens=3", "evaluation.baseline=false", "evaluation.generate_samples=2"),
+]
+
+# Two processes with 2 micro-batches of 3 rows each, or one with 4: of 26 rows 2 are left for the last step of a pass,
+# where the second process has none.
+CASES = {
+    "grouped": [],
+    "packed": ["data.packing=true", "data.pack_length=96", "trainer.per_device_train_batch_size=1",
+               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true"],
+}  # fmt: skip
+SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
+
+
+def train(folder: Path, accumulated: int, *overrides: str) -> dict[str, Any]:
+    chosen = [*COMMON, f"trainer.gradient_accumulation_steps={accumulated}", *overrides]
+    return Run(compose(chosen), folder, overrides=chosen).execute()
+
+
+def guard(folder: Path) -> None:
+    """Makes whatever this process would write below `folder` an error."""
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove") or (event == "open" and _writes(args))
+        if writes and isinstance(args[0], str | Path) and str(args[0]).startswith(str(folder)):
+            raise AssertionError(f"process {world.rank()}: {event} {args}")
+
+    sys.addaudithook(watch)
+
+
+def _writes(args: tuple[Any, ...]) -> bool:
+    return any(letter in str(args[1] or "") for letter in "wax+") or bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+
+
+def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Starts two processes by torchrun."""
+    path = os.pathsep.join([str(ROOT), str(cwd), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def losses(folder: Path) -> np.ndarray:
+    names = ("loss", "grad_norm", "num_input_tokens_seen", "learning_rate")
+    history = json.loads((folder / "history.json").read_text())
+    return np.array([[entry[name] for name in names] for entry in history if "loss" in entry])
+
+
+def measured(folder: Path) -> list[float]:
+    return [entry["eval_loss"] for entry in json.loads((folder / "history.json").read_text()) if "eval_loss" in entry]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the runs of two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    done = launch(__file__, str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the same runs of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, overrides in CASES.items():
+        train(folder / name, 4, *overrides)
+    return folder
+
+
+@pytest.mark.parametrize(("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped")])
+def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
+    one, two = losses(alone / single), losses(together / shared)
+    assert len(one) >= 4
+    assert two == pytest.approx(one, rel=2e-5)
+    assert measured(together / shared) == pytest.approx(measured(alone / single), rel=2e-5)
+    before, after = adapter(alone / single), adapter(together / shared)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
+
+
+def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
+    output = (together / "output.txt").read_text()
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 2  # plain and sharded, by one of two
+    assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
+    states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(together: Path) -> None:
+    folder = together / "sharded"
+    (folder / "result.json").rename(folder / "set-aside.json")
+    with pytest.raises(ConfigError, match=r"written by 2 processes, and this run has 1.*start 2 again"):
+        train(folder, 2, "trainer.gradient_checkpointing=true", "trainer.save_steps=3")
+    (folder / "set-aside.json").rename(folder / "result.json")
+
+
+FALL = """
+import os
+from transformers import TrainerCallback
+
+class Fall(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise ArithmeticError("the second process falls")
+"""
+
+
+def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
+    tmp_path: Path, alone: Path
+) -> None:
+    (tmp_path / "fall.py").write_text(FALL)
+    chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
+    done = launch("--max-restarts", "1", "-m", "qlora", *chosen, "+callbacks.fall._target_=fall.Fall", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
+    assert told[0].startswith("process 1 of 2: Traceback")
+    assert "ArithmeticError: the second process falls" in done.stderr
+    assert "resuming from checkpoint-3" in done.stdout
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()  # of both processes and both starts, though it has no name
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
+    assert (folder / "train.log").read_text().count("resuming from") == 1
+
+
+def main(folder: Path) -> None:
+    world.join()
+    if not world.is_first():
+        guard(folder)
+    for name, overrides in CASES.items():
+        train(folder / name, 2, *overrides)
+    train(folder / "sharded", 2, *SHARDED)
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
