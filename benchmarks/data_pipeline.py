@@ -179,6 +179,8 @@ def build_qlora(task: Task) -> Prepare:
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
             step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
             budget=None,
+            watchdog=chosen.watchdog,
+            name_rows=data.named_rows,
             callbacks=[],
         )
         return trainer.get_train_dataloader()

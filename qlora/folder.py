@@ -18,7 +18,7 @@ from qlora.errors import ConfigError
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge", "plan", "trainer.profile"),
-    "trainer.parallel",
+    *("trainer.parallel", "watchdog"),
 )
 
 

@@ -463,6 +463,8 @@ class Parts:
             step=step,
             meter=self._build_meter(model),
             budget=self._build_budget(step, longest=max(width, *lengths)),
+            watchdog=self.config.watchdog,
+            name_rows=self.data.named_rows,
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),

@@ -126,7 +126,7 @@ class Run(Parts):
         model = self.build_model()
         self._baseline(model)
         trainer = self._prepare_training(model, callbacks, NoTracker())
-        trainer.train(resume_from_checkpoint=world.share(None))
+        trainer.run(world.share(None))
         self._measure_after(model)
         return world.share({})
 
@@ -358,7 +358,7 @@ class Run(Parts):
             _check_same_processes(checkpoint)
             console.say(f"resuming from {checkpoint.name}")
         try:
-            output = trainer.train(resume_from_checkpoint=world.share(str(checkpoint) if checkpoint else None))
+            output = trainer.run(world.share(checkpoint))
         finally:  # a run that fails has curves too
             write_json(self.folder.history, trainer.state.log_history)
         self._steps = trainer.state.global_step
@@ -367,7 +367,7 @@ class Run(Parts):
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         metrics = {"train_loss": trainer.mean_loss, "train_runtime": output.metrics["train_runtime"]}
         metrics["train_memory_retries"] = trainer.memory.retries
-        return metrics | trainer.meter.overall(trainer.state)
+        return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
 

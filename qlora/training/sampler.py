@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -83,6 +84,13 @@ class SharedBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-len(self.order) // (self.rows * self.processes))
+
+    def items(self, epoch: int, first: int, count: int) -> list[int]:
+        """Returns the row indices of `count` micro-batches of a pass, from the one numbered `first` on."""
+        order = copy.copy(self.order)
+        order.set_epoch(epoch)
+        batches = SharedBatches(order, self.rows, process=self.process, processes=self.processes)
+        return [index for batch in islice(batches, first, first + count) for index in batch]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = iter(self.order)

@@ -30,16 +30,17 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 from qlora import world
 from qlora.folder import read_json, write_text
 from qlora.kernels.loss import IGNORED
-from qlora.schema import TrainerConfig
+from qlora.schema import TrainerConfig, WatchdogConfig
 from qlora.training.flat import flatten_groups
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+from qlora.training.watchdog import Rollback, Stopped, Watchdog, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,14 @@ class QLoraTrainer(Trainer):
         step: Step,
         meter: Meter,
         budget: Budget | None,
+        watchdog: WatchdogConfig,
+        name_rows: Callable[[int], list[tuple[str, dict[str, Any]]]],
         callbacks: list[TrainerCallback],
     ) -> None:
+        """Takes the parts of a training.
+
+        `name_rows` returns the rows of an item of `rows`, each with its name: of a pack those in it.
+        """
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.measure, self.verify, self.lengths = measure, verify, lengths
@@ -155,6 +162,10 @@ class QLoraTrainer(Trainer):
         )
         self.add_callback(_LossRecall(self))
         self.add_callback(_Agreement())
+        self.name_rows = name_rows
+        scales = getattr(self.accelerator, "scaler", None) is not None
+        self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=scales)
+        self.add_callback(self.watchdog)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -169,7 +180,8 @@ class QLoraTrainer(Trainer):
                 return plain(model, batch, num_items_in_batch)
 
         can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
-        return self.memory.run(inputs, learn, model.zero_grad, rows=len(inputs["input_ids"]) if can_be_cut else 1)
+        rows = len(inputs["input_ids"]) if can_be_cut else 1
+        return self.watchdog.add_loss(self.memory.run(inputs, learn, model.zero_grad, rows=rows))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""
@@ -187,14 +199,16 @@ class QLoraTrainer(Trainer):
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
         losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
         write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
+        self.watchdog.save(Path(output_dir or self.args.output_dir))
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step, and notes what is in them and how long they took to come."""
         self.memory.begin()
-        with self.meter.waiting():
+        with self.meter.waiting(), self.watchdog.expecting_batches():
             batches, items = super().get_batch_samples(*args, **kwargs)
+        self.watchdog.begin(items)
         for batch in batches:
             tokens, pairs = batch.pop(COUNTS)
             self._unreported_tokens += tokens
@@ -218,12 +232,72 @@ class QLoraTrainer(Trainer):
         """Logs `logs` and the tokens so far; beside a training loss the speed, too."""
         logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         if "loss" in logs:
+            logs["loss"], missing = self.watchdog.mean_since_log(logs["loss"])
+            self._total_loss_scalar += missing
             logs.update(self.meter.since_last_log(self.state))
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Scales the gradients down; returns their norm before that."""
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Returns the norm of the gradients, of which the watchdog decides whether they are used."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watchdog.judge(norm)
+        return norm
+
+    def run(self, checkpoint: Path | None) -> TrainOutput:
+        """Trains, from a checkpoint on; goes back to an earlier one when the watchdog says so."""
+        while True:
+            try:
+                return self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except RuntimeError as error:  # a worker's end is noticed anywhere
+                if (lost := self.watchdog.explain_loss(error)) is None:
+                    raise
+                raise lost from error
+            except Rollback as order:
+                checkpoint = self._find_good_checkpoint(order)
+                factor = self.watchdog.course.rate_factor
+                log.warning("%s; going back to %s, with %g times the learning rate", order, checkpoint.name, factor)
+
+    def _find_good_checkpoint(self, order: Rollback) -> Path:
+        self.watchdog.go_back()
+        checkpoints = Path(self.args.output_dir)
+        if world.is_first():
+            set_aside(checkpoints, order.step)
+        found = world.share(last_checkpoint(checkpoints) if world.is_first() else None)
+        if found is None:
+            raise Stopped(
+                f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps"
+            )
+        return found
+
+    def _find_bad_rows(self, step: int) -> list[str]:
+        """Runs the rows of a step one by one; returns the names of those whose loss or gradients are no numbers."""
+        per_epoch = -(-len(self._shared) // self.args.gradient_accumulation_steps)
+        epoch, place = divmod(step - 1, per_epoch)
+        items = self._shared.items(epoch, place * self.args.gradient_accumulation_steps,
+                                   self.args.gradient_accumulation_steps)  # fmt: skip
+        rows = [row for item in items for row in self.name_rows(item)]
+        most = max(world.gather(len(rows)))  # a sharded base needs all processes at each row
+        found = []
+        if not all(bool(each.isfinite().all()) for each in self._trained):
+            return []  # weights that are no numbers make no row bad
+        with torch.random.fork_rng([] if self.args.device.type == "cpu" else [self.args.device]):
+            for index in range(most):
+                name, row = rows[min(index, len(rows) - 1)] if rows else ("", self.data_collator.blank)
+                if not self._is_finite(row) and index < len(rows):
+                    found.append(name)
+        return [name for names in world.gather(found) for name in names]
+
+    def _is_finite(self, row: dict[str, Any]) -> bool:
+        batch = self.data_collator([row])
+        batch.pop(COUNTS)
+        with self.step, self.compute_loss_context_manager():
+            loss = self.model(**self._prepare_inputs(batch)).loss
+            gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        return bool(loss.isfinite()) and all(bool(each.isfinite().all()) for each in gradients if each is not None)
 
     def _run_epoch(self, *, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
@@ -244,7 +318,7 @@ class QLoraTrainer(Trainer):
     @property
     def mean_loss(self) -> float:
         """The mean of all steps' losses, those before a resumption included; the library's leaves them out."""
-        return self._total_loss_scalar / max(self.state.global_step, 1)
+        return self._total_loss_scalar / max(self.state.global_step - self.watchdog.counts["skipped"], 1)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the batches of this process.
@@ -317,6 +391,7 @@ class QLoraTrainer(Trainer):
         optimizer = self._create_optimizer(model)
         if isinstance(optimizer, Optimizer8bit) and isinstance(self.model, PeftModel):
             flatten_groups(optimizer)
+        self.watchdog.guard(optimizer)
         return optimizer
 
     def _create_optimizer(self, model: torch.nn.Module | None) -> torch.optim.Optimizer:
