@@ -6,6 +6,7 @@ Run as a script, this file is one of the processes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from qlora import world
 from qlora.compose import compose
 from qlora.errors import ConfigError
 from qlora.run import Run
+from qlora.training.trainer import QLoraTrainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +82,7 @@ def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def losses(folder: Path) -> np.ndarray:
     names = ("loss", "grad_norm", "num_input_tokens_seen", "learning_rate")
     history = json.loads((folder / "history.json").read_text())
-    return np.array([[entry[name] for name in names] for entry in history if "loss" in entry])
+    return np.array([[entry[name] for name in names] for entry in history if "loss" in entry], dtype=float)
 
 
 def measured(folder: Path) -> list[float]:
@@ -98,6 +100,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch(__file__, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
+    (folder / "errors.txt").write_text(done.stderr)
     return folder
 
 
@@ -121,9 +124,18 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
 
 
+def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
+    metrics = json.loads((together / "spoiled" / "metrics.json").read_text())
+    assert metrics["train_watchdog_nonfinite"] == metrics["train_watchdog_skipped"] == 1
+    logged = [math.isnan(loss) for loss in losses(together / "spoiled")[:, 0]]
+    assert logged == [False, True, False, False, False, False]
+    told = (together / "errors.txt").read_text()
+    assert "watchdog.nonfinite: step 2: the loss is not a number, but in no row of it alone" in told
+
+
 def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 2  # plain and sharded, by one of two
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 3  # plain, sharded, spoiled
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -165,6 +177,16 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
     assert (folder / "train.log").read_text().count("resuming from") == 1
 
 
+def spoil(compute_loss: Any) -> Any:
+    """Makes the losses of the second process' second step no numbers."""
+
+    def spoiled(self: QLoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        bad = world.rank() == 1 and self.state.global_step == 1
+        return compute_loss(self, *args, **kwargs) * (float("nan") if bad else 1)
+
+    return spoiled
+
+
 def main(folder: Path) -> None:
     world.join()
     if not world.is_first():
@@ -172,6 +194,9 @@ def main(folder: Path) -> None:
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
+        train(folder / "spoiled", 2)
     world.leave()
 
 

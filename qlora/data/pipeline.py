@@ -58,8 +58,13 @@ class Data:
         """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
         assert self.train is not None
         assert self.origin is not None
-        rows = [(each, self.train[each]) for each in ([index] if self.packed is None else self.packed.members(index))]
-        return [(self.origin.name(each, row["row"]), row) for each, row in rows]
+        if self.packed is None:
+            row = self.train[index]
+            return [(self.origin.name(index, row["row"]), row)]
+        rows = [(each, self.train[each]) for each in self.packed.members(index)]
+        return [
+            (self.origin.name(each, row["row"]), row | {"position_ids": range(row["length"])}) for each, row in rows
+        ]
 
 
 def build_data(

@@ -196,24 +196,21 @@ class Watchdog(TrainerCallback):
         """
         if not self.guards:
             return
-        kept: list[Tensor] = []
-
-        def parameters() -> Iterator[torch.nn.Parameter]:
-            return (each for group in optimizer.param_groups for each in group["params"] if each.grad is not None)
+        kept: list[tuple[torch.nn.Parameter, Tensor]] = []
 
         def before(*_: Any) -> None:
             if self._bad is not None:
-                for parameter in parameters():
-                    assert parameter.grad is not None
-                    parameter.grad.masked_fill_(self._bad.to(parameter.device, non_blocking=True), 0)
-                    kept.append(parameter.detach().clone())
+                for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                    if parameter.grad is not None:
+                        parameter.grad.masked_fill_(self._bad.to(parameter.device, non_blocking=True), 0)
+                        kept.append((parameter, parameter.detach().clone()))
 
         def after(*_: Any) -> None:
-            if self._bad is not None:
-                for parameter, old in zip(parameters(), kept, strict=True):
-                    bad = self._bad.to(parameter.device, non_blocking=True)
-                    parameter.data.copy_(torch.where(bad, old, parameter.data))
-                kept.clear()
+            for parameter, old in kept:
+                assert self._bad is not None
+                bad = self._bad.to(parameter.device, non_blocking=True)
+                parameter.data.copy_(torch.where(bad, old, parameter.data))
+            kept.clear()
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)

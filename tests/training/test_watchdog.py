@@ -58,11 +58,18 @@ def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **op
     model.model.embed_tokens.weight.data[BAD_TOKEN] = math.nan
     model.lm_head.weight.data *= 100  # so that a loss can rise and fall
     model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    settings = {"max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 4, "save_steps": 2, **options}
+    settings = {
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        **options,
+    }
     config = TrainerConfig(
+        optim=settings.pop("optim", "adamw_torch"),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=PER_STEP,
-        optim="adamw_torch",
         max_grad_norm=1.0,
         gradient_checkpointing=False,
         group_by_length=False,
@@ -118,10 +125,11 @@ def rows() -> Rows:
     return made
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit"], ids=["each weight", "all in one"])
 def test_a_step_with_a_bad_row_is_skipped_and_the_row_is_named(
-    tmp_path: Path, rows: Rows, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, rows: Rows, caplog: pytest.LogCaptureFixture, optim: str
 ) -> None:
-    trainer, seen = build(tmp_path, rows), Weights()
+    trainer, seen = build(tmp_path, rows, optim=optim), Weights()
     trainer.add_callback(seen)
     with caplog.at_level(logging.WARNING):
         trainer.run(None)
