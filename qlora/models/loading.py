@@ -138,8 +138,8 @@ def _too_large(config: ModelConfig) -> ConfigError:
     limit = f" within model.max_memory={config.max_memory} each" if config.max_memory else ""
     return ConfigError(
         f"model.device_map={config.device_map or 'auto'}: the GPUs do not hold the base{limit}, and layers in the "
-        "host's memory or on disk cannot be trained on; raise model.max_memory, or use fewer bits (quantization=nf4) or "
-        "more GPUs"
+        "host's memory or on disk cannot be trained on; raise model.max_memory, or use fewer bits (quantization=nf4) "
+        "or more GPUs"
     )
 
 
