@@ -24,7 +24,7 @@ from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
 from qlora.planning.speed import EFFICIENCY, Speed, plan_speed
-from qlora.schema import ComputeDtype, Config, PlanStep, Weights
+from qlora.schema import ComputeDtype, Config, LoraDtype, PlanStep, Weights
 from qlora.wording import format_duration, parse_size
 
 EMBEDDED = "tiny"
@@ -155,6 +155,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         r=lora.r if lora.enabled else 0,
         targets=find_targets(shape, lora.target_modules) if lora.enabled else (),
         dora=lora.use_dora,
+        narrow=lora.dtype is LoraDtype.bf16,
         dropout=lora.dropout > 0,
         optim=trainer.optim,
         rows=trainer.per_device_train_batch_size,

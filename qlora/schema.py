@@ -139,6 +139,13 @@ class LoraInit(Enum):
     eva = "eva"
 
 
+class LoraDtype(Enum):
+    """What the adapter weights are stored in while they train."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class EvaluationName(Enum):
     """What is measured."""
 
@@ -390,6 +397,9 @@ class LoraConfig:
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354); unset: equal."""
+    dtype: LoraDtype = LoraDtype.fp32
+    """What the adapter and its gradients are stored in while it trains: `fp32`, or `bf16` as in the original script,
+    which takes half of their memory; steps below about 1/256 of a weight are then lost."""
 
     def __post_init__(self) -> None:
         require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")

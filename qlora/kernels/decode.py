@@ -67,24 +67,24 @@ def _columns_kernel(
 
 
 @triton.jit
-def _scale_kernel(x, factor, out, scales, columns, stride, WIDTH: tl.constexpr):
+def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = column < columns
     found = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(found)), 1e-12) / 448.0
     tl.store(out + row * columns + column, (found / scale).to(tl.float8e4nv), mask=mask)
-    tl.store(scales + row, scale / tl.load(factor))
+    tl.store(scales + row, scale)
 
 
-def scale_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `linear.scale_rows`, one program a row, which is read once."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(columns)
     warps = min(max(width // 1024, 4), 16)
-    _scale_kernel[(rows,)](x, factor, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
+    _scale_kernel[(rows,)](x, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
     return out, scales
 
 

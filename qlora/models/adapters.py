@@ -26,7 +26,7 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.models.checkpoint import Tensors
 from qlora.models.files import check_safetensors
 from qlora.models.tokenizer import save_tokenizer
-from qlora.schema import LoraConfig, LoraInit
+from qlora.schema import LoraConfig, LoraDtype, LoraInit
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def add_lora(
     new_token_ids: list[int],
     batches: Iterable[dict[str, torch.Tensor]],
 ) -> PeftModel:
-    """Attaches a fresh adapter; its weights are drawn from torch's current seed and kept in float32.
+    """Attaches a fresh adapter; its weights are drawn from torch's current seed and stored as `config.dtype` says.
 
     `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
     Raises `ConfigError` for target modules that match nothing.
@@ -84,6 +84,10 @@ def add_lora(
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
+    if config.dtype is LoraDtype.bf16:
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.bfloat16()
     return adapted
 
 
