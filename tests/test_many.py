@@ -33,6 +33,7 @@ COMMON = [
     *("trainer.max_steps=null", "trainer.num_train_epochs=2", "trainer.eval_steps=3", "trainer.save_steps=null"),
     *("trainer.gradient_checkpointing=false", "data.max_train_samples=26", "data.max_eval_samples=6"),
     *("generation.max_new_tokens=3", "evaluation.baseline=false", "evaluation.generate_samples=2"),
+    *("task.evaluate=false", "task.predict=false"),
 ]
 
 # Two processes with 2 micro-batches of 3 rows each, or one with 4: of 26 rows 2 are left for the last step of a pass,
@@ -40,7 +41,8 @@ COMMON = [
 CASES = {
     "grouped": [],
     "packed": ["data.packing=true", "data.pack_length=96", "trainer.per_device_train_batch_size=1",
-               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true", "trainer.optim=paged_adamw_32bit"],
+               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true", "task.evaluate=true", "task.predict=true",
+               "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
