@@ -41,8 +41,8 @@ COMMON = [
 CASES = {
     "grouped": [],
     "packed": ["data.packing=true", "data.pack_length=96", "trainer.per_device_train_batch_size=1",
-               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true", "task.evaluate=true", "task.predict=true",
-               "trainer.optim=paged_adamw_32bit"],
+               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
+               "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
