@@ -148,6 +148,7 @@ def build_qlora(task: Task) -> Prepare:
     from qlora.models.tokenizer import pad_token_id
     from qlora.schema import DataConfig
     from qlora.training.meter import Meter
+    from qlora.training.stopping import Stop
     from qlora.training.trainer import QLoraTrainer
 
     console.quiet_libraries()  # as the command `qlora` does
@@ -181,6 +182,8 @@ def build_qlora(task: Task) -> Prepare:
             budget=None,
             watchdog=chosen.watchdog,
             name_rows=data.named_rows,
+            stop=Stop(),
+            facts={},
             callbacks=[],
         )
         return trainer.get_train_dataloader()

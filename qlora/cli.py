@@ -38,9 +38,9 @@ from qlora.compose import (
     unknown_flag,
 )
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
-from qlora.errors import ConfigError, Pruned
+from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
-from qlora.schema import Config, TaskName, TrackingBackend
+from qlora.schema import Config, Resume, TaskName, TrackingBackend
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -53,11 +53,16 @@ names.register()
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C."""
+    """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
     try:
         _main(sys.argv[1:])
+    except Stopped as stopped:
+        close_bars()
+        if world.is_first():
+            print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
         if world.is_first():
             print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
@@ -86,9 +91,9 @@ def _tell(error: Exception, *, in_full: bool) -> None:
             time.sleep(PATIENCE)
         text = f"error: {error if isinstance(error, ConfigError) else explain(error)}" if is_mistake else ""
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            place = error.filename or "the run folder"
             text = (
-                f"error: {error.filename} cannot be written ({error.strerror}); choose another folder with "
-                "hydra.run.dir=FOLDER"
+                f"error: {place} cannot be written ({error.strerror}); choose another folder with hydra.run.dir=FOLDER"
             )
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -131,12 +136,13 @@ def _main(argv: list[str]) -> None:
         flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
+        joined = _join(composed, sweeps)
+        if composed.resume is Resume.never:
+            words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
+            # Processes that torchrun starts again go on in the folder that they began in.
+            folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
         # Hydra reads no flag between overrides.
-        sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
-        if world.size() > 1:
-            sys.argv[1:] += _join(composed, sweeps)
-        else:
-            world.join()
+        sys.argv[1:] = [*open_entries(args.overrides), *folder, *joined, *flags]
         if sweeps and composed.tracking.backend is TrackingBackend.wandb:
             from qlora.sweep.trackers import track_other_engine
 
@@ -152,6 +158,9 @@ def _main(argv: list[str]) -> None:
 
 def _join(config: DictConfig, sweeps: bool) -> list[str]:
     """Joins the processes that were launched together; returns what Hydra is to do otherwise in this one."""
+    if world.size() == 1:
+        world.join()
+        return []
     if sweeps or config.task.name is not TaskName.train or not config.task.train:
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
@@ -160,7 +169,7 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
             f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
     world.join()
-    os.environ[START_VARIABLE] = world.agree_on_start(now())
+    os.environ[START_VARIABLE] = world.agree_on_start("time", now())
     if world.is_first():
         return []
     return ["hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]", "~hydra.job_logging.handlers.file"]

@@ -43,6 +43,15 @@ class OwnLines(logging.Filter):
         return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
 
 
+class LogFile(logging.FileHandler):
+    """A log file that may lose lines while the disk is full; what matters waits for space."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Reports what is wrong with a record, unless it is the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def quiet_libraries(*, verbose: bool = False) -> None:
     """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

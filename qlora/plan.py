@@ -17,7 +17,8 @@ from rich.text import Text
 from qlora import console
 from qlora.compose import model_presets
 from qlora.errors import ConfigError, did_you_mean
-from qlora.folder import RunFolder, write_text
+from qlora.files import write_text
+from qlora.folder import RunFolder
 from qlora.models.files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, largest_rows
 from qlora.planning.cards import Card, find_card

@@ -89,6 +89,14 @@ class TaskName(Enum):
     wandb_sweep = "wandb_sweep"
 
 
+class Resume(Enum):
+    """What a start does in a folder that holds a run."""
+
+    auto = "auto"
+    force = "force"
+    never = "never"
+
+
 class Weights(Enum):
     """Where the base weights come from."""
 
@@ -690,6 +698,8 @@ class TrainerConfig:
     """Write a checkpoint every so many steps; null: none before the end."""
     save_total_limit: int | None = 40
     """Keep the newest so many checkpoints; null: all."""
+    disk_wait: float = 600
+    """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
     profile: bool = False
@@ -705,7 +715,7 @@ class TrainerConfig:
         for name in ("learning_rate", "adam_epsilon"):
             value = getattr(self, name)
             require(value > 0 and math.isfinite(value), f"trainer.{name}", "be positive", value)
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "disk_wait"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
         for name in ("adam_beta1", "adam_beta2"):
@@ -1033,6 +1043,9 @@ class Config:
     """`auto` takes the GPU (CUDA, ROCm or Intel XPU) if there is one, else the CPU; or `cpu`, `cuda`, `xpu`."""
     objective: str | None = "eval_loss"
     """The metric that a run returns to a sweeper; null: none."""
+    resume: Resume = Resume.auto
+    """What a start does in a folder that holds a run: `auto` goes on from the last good checkpoint, and refuses another
+    config or other rows; `force` goes on in spite of such changes; `never` begins anew in a new folder (`NAME-2`)."""
     task: TaskConfig = MISSING
     model: ModelConfig = MISSING
     quantization: QuantizationConfig = MISSING

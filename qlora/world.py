@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ OTHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2
 
 _group: Any = None  # the processes' group for what may take long
 _store: Any = None  # what all processes, and those of earlier starts, can read and write
+_starts = 1
 
 
 def size() -> int:
@@ -61,7 +62,7 @@ def join() -> None:
 
     Raises `ConfigError` where fewer processes know of each other than were launched, or where they do not meet.
     """
-    global _group, _store
+    global _group, _store, _starts
     _check_environment()
     if size() == 1:
         return
@@ -80,6 +81,7 @@ def join() -> None:
         store = _meet(_store)
         distributed.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=STEP_TIMEOUT)
         _group = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        _starts = share(_store.add("start/count", 1) if rank() == 0 else 0)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the {size()} processes of this run do not find each other: {reason}; {HOW}") from error
@@ -151,9 +153,14 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def agree_on_start(now: str) -> str:
-    """Returns `now` as the process that asks first has it; after a restart by torchrun, what it was at first."""
-    return str(_store.compare_set("start/time", "", now).decode())
+def agree_on_start(what: str, word: str) -> str:
+    """Returns the word of the process that asks first; after a restart by torchrun, what it was at first."""
+    return word if _store is None else str(_store.compare_set(f"start/{what}", "", word).decode())
+
+
+def is_restart() -> bool:
+    """Returns whether torchrun has started these processes again, after some of them had met before."""
+    return _starts > 1
 
 
 def share(value: T) -> T:
@@ -178,16 +185,16 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def agree(flags: list[bool]) -> list[bool]:
-    """Returns for each flag whether any process has raised it."""
+def agree(numbers: Sequence[int]) -> list[int]:
+    """Returns the largest of all processes for each number, 0 to 255."""
     if _group is None:
-        return flags
+        return list(numbers)
     import torch
     from torch import distributed
 
-    raised = torch.tensor(flags, dtype=torch.uint8)
-    distributed.all_reduce(raised, distributed.ReduceOp.MAX, group=_group)
-    return raised.bool().tolist()
+    largest = torch.tensor(numbers, dtype=torch.uint8)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=_group)
+    return largest.tolist()
 
 
 def wait() -> None:

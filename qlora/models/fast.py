@@ -113,7 +113,7 @@ class Group:
         dropped = _drop(flat, first.lora_dropout["default"])
         found = GroupedLinear.apply(flat, dropped, a, self.factor, self.rows, *b, *self.tensors)
         outputs = []
-        for member, part in zip(self.members, found.split(self.rows, 1), strict=True):
+        for member, part in zip(self.members, found, strict=True):
             bias = member.get_base_layer().bias
             part = part if bias is None else part + bias.to(part.dtype)
             outputs.append(part.view(*x.shape[:-1], -1))

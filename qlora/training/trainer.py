@@ -33,19 +33,23 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from qlora import world
-from qlora.folder import read_json, write_text
+from qlora.errors import ConfigError
+from qlora.files import folder_size, patiently, read_json, replace_folder, wait_for_space, write_text
 from qlora.kernels.loss import IGNORED
 from qlora.schema import TrainerConfig, WatchdogConfig
+from qlora.training.checkpoints import UNFINISHED, last_checkpoint, remove_surplus, seal
 from qlora.training.flat import flatten_groups
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
-from qlora.training.watchdog import Rollback, Stopped, Watchdog, set_aside
+from qlora.training.stopping import Stop, StopCallback
+from qlora.training.watchdog import Halted, Rollback, Watchdog, set_aside
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
 LOSS_FILE = "losses.json"
+CHECKPOINT_REST = 2**20
+"""Bytes of a checkpoint beside weights and moments."""
 
 Batch = dict[str, torch.Tensor]
 COUNTS = "counts"
@@ -137,6 +141,8 @@ class QLoraTrainer(Trainer):
         step: Step,
         meter: Meter,
         budget: Budget | None,
+        stop: Stop,
+        facts: dict[str, Any],
         watchdog: WatchdogConfig,
         name_rows: Callable[[int], list[tuple[str, dict[str, Any]]]],
         callbacks: list[TrainerCallback],
@@ -152,13 +158,17 @@ class QLoraTrainer(Trainer):
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
+        self.facts, self.stop = facts, StopCallback(stop)
+        self.checkpoint_size = estimate_checkpoint(model)
+        self._place = Path(arguments.output_dir)
+        self._is_over = False
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=[],  # unused: `evaluate` below measures
             data_collator=_Counting(collate, count, _blank(rows[0])),
-            callbacks=[meter, *callbacks],
+            callbacks=[meter, *callbacks, self.stop],
         )
         self.add_callback(_LossRecall(self))
         self.add_callback(_Agreement())
@@ -197,11 +207,68 @@ class QLoraTrainer(Trainer):
         if not self.args.should_save:
             return
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
-        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
+        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged, "over": self._ended_itself}
         write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
         self.watchdog.save(Path(output_dir or self.args.output_dir))
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
+
+    @property
+    def _ended_itself(self) -> bool:
+        """Whether a callback, rather than a signal or the last step, has ended the training."""
+        return self.control.should_training_stop and not (
+            self.stop.ended_training or self.state.global_step >= self.state.max_steps
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Saves a checkpoint beside its place, marks it as complete and puts it there; waits for space, if need be."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            self._write_checkpoint(place, model, trial)
+
+        if self.args.world_size == 1:
+            patiently(place, save, size=self.checkpoint_size)
+        else:  # the processes save together, so that none can do it again alone
+            if self.args.should_save:
+                wait_for_space(place, self.checkpoint_size)
+            save()
+        if self.args.should_save:
+            self.checkpoint_size = folder_size(place)
+            while remove_surplus(place.parent, self.args.save_total_limit):
+                pass
+
+    def _write_checkpoint(self, place: Path, model: torch.nn.Module, trial: Any) -> None:
+        unfinished = place.parent / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        world.wait()
+        self._place = unfinished
+        try:
+            super()._save_checkpoint(model, trial)
+            world.wait()
+            if self.args.should_save:
+                seal(unfinished / place.name, {"step": self.state.global_step, "epoch": self.state.epoch, **self.facts})
+                replace_folder(unfinished / place.name, place)
+        finally:
+            self._place = place.parent
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        world.wait()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Loads the weights; raises `ConfigError` where they are those of another model (`resume=force`)."""
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads optimizer and schedule; raises `ConfigError` where they are those of another training."""
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Returns where the library writes checkpoints."""
+        return str(self._place)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step, and notes what is in them and how long they took to come."""
@@ -268,9 +335,7 @@ class QLoraTrainer(Trainer):
             set_aside(checkpoints, order.step)
         found = world.share(last_checkpoint(checkpoints) if world.is_first() else None)
         if found is None:
-            raise Stopped(
-                f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps"
-            )
+            raise Halted(f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps")
         return found
 
     def _find_bad_rows(self, step: int) -> list[str]:
@@ -302,7 +367,9 @@ class QLoraTrainer(Trainer):
     def _run_epoch(self, *, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
         self._shared.set_epoch(epoch)  # where a pass goes on, the library would not reach it
-        if self.state.global_step < self.state.max_steps:
+        if self._is_over:
+            self.control.should_training_stop = True
+        elif self.state.global_step < self.state.max_steps:
             model.train()
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with _without_walks(model, self._trained):
@@ -314,6 +381,7 @@ class QLoraTrainer(Trainer):
         if (losses := read_json(checkpoint / LOSS_FILE)) is not None:
             self._total_loss_scalar, self._globalstep_last_logged = losses["total"], losses["logged"]
             self._tr_loss += losses["unlogged"]
+            self._is_over = losses["over"]
 
     @property
     def mean_loss(self) -> float:
@@ -423,6 +491,18 @@ def _without_walks(model: torch.nn.Module, trained: list[torch.nn.Parameter]) ->
         del model.__dict__["train"], model.__dict__["zero_grad"]
 
 
+@contextlib.contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{checkpoint} does not fit what the config makes of the model ({reason}); start with the config of the "
+            "run, or anew with resume=never"
+        ) from error
+
+
 def _blank(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "labels": [IGNORED] * len(row["labels"])}
 
@@ -436,11 +516,7 @@ class _Agreement(TrainerCallback):
         """Asks all."""
         wishes = world.agree([getattr(control, name) for name in self.WISHES])
         for name, wish in zip(self.WISHES, wishes, strict=True):
-            setattr(control, name, wish)
-
-    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Waits for the first process, which writes."""
-        world.wait()
+            setattr(control, name, bool(wish))
 
 
 class _LossRecall(TrainerCallback):
@@ -453,17 +529,7 @@ class _LossRecall(TrainerCallback):
         self.trainer.recall_losses()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in `folder`; one that a kill cut off is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not _is_complete(found[-1]):
-        log.warning("%s is incomplete: removing it", found[-1])
-        shutil.rmtree(found.pop())
-    return found[-1] if found else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return read_json(checkpoint / STATE_FILE) is not None
-    except ValueError:  # begun, but not ended
-        return False
+def estimate_checkpoint(model: torch.nn.Module) -> int:
+    """Returns about the bytes of a checkpoint at most: what is trained, and two moments of 32 bits each."""
+    trained = (each for each in model.parameters() if each.requires_grad)
+    return CHECKPOINT_REST + sum(each.numel() * (each.element_size() + 8) for each in trained)

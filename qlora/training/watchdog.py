@@ -28,7 +28,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from qlora import world
 from qlora.errors import ConfigError
-from qlora.folder import read_json, write_text
+from qlora.files import read_json, write_text
 from qlora.schema import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ LEAST_SECONDS = 1.0
 SHOWN = 3
 
 
-class Stopped(ConfigError):
+class Halted(ConfigError):
     """Ends a training as `watchdog` says: the message names what was seen, the likely cause and the way out."""
 
 
@@ -139,12 +139,12 @@ class Watchdog(TrainerCallback):
             yield
         self._waited += time.monotonic() - started
 
-    def explain_loss(self, error: RuntimeError) -> Stopped | None:
+    def explain_loss(self, error: RuntimeError) -> Halted | None:
         """Returns what to say of an error that tells of a dead worker process; None: it is another."""
         if re.search(r"DataLoader worker \(pid", str(error)) is None:
             return None
         self.counts["stalled"] += 1
-        return Stopped(
+        return Halted(
             f"a process that prepares batches has ended ({str(error).splitlines()[0]}): killed from outside, or out of "
             "memory; lower trainer.dataloader_num_workers, and run the same command again to go on"
         )
@@ -163,7 +163,7 @@ class Watchdog(TrainerCallback):
                 "is stuck, or a function of your own in data.format is"
             )
             if self.config.stalled is WatchdogAction.stop:
-                raise Stopped(f"{message}; mend it and run the same command again, or raise watchdog.stalled_seconds")
+                raise Halted(f"{message}; mend it and run the same command again, or raise watchdog.stalled_seconds")
             log.error(message)
 
         before = signal.signal(signal.SIGALRM, ring)
@@ -392,13 +392,13 @@ class Watchdog(TrainerCallback):
         if action is WatchdogAction.rollback and self.counts["rollbacks"] < self.config.max_rollbacks:
             return Rollback(first.good, f"{told}; {first.remedy}")
         if action is WatchdogAction.rollback:
-            return Stopped(
+            return Halted(
                 f"{told}, after {self.counts['rollbacks']} rollbacks (watchdog.max_rollbacks); {first.remedy}"
             )
         if action is WatchdogAction.stop:
-            return Stopped(f"{told}; {first.remedy}. The same command goes on from the last checkpoint")
+            return Halted(f"{told}; {first.remedy}. The same command goes on from the last checkpoint")
         if action is WatchdogAction.skip and self._in_a_row >= self.config.max_skips:
-            return Stopped(f"{told}, {self._in_a_row} steps in a row (watchdog.max_skips); {first.remedy}")
+            return Halted(f"{told}, {self._in_a_row} steps in a row (watchdog.max_skips); {first.remedy}")
         done = "; the step is skipped" if action is WatchdogAction.skip else ""
         log.warning("%s%s; %s", told, done, first.remedy)
         return None

@@ -23,6 +23,7 @@ from qlora.models.fast import BATCH, FastStep
 from qlora.models.fast import ROWS as LAID_OUT
 from qlora.schema import QuantizationConfig, TrainerConfig
 from qlora.training.meter import Meter
+from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments
 
 ROWS, STEPS, ACCUMULATED = 2, 6, 2
@@ -72,6 +73,8 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         watchdog=WATCHDOG,
         name_rows=lambda index: [(f"row {index}", rows[index])],
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
+        stop=Stop(),
+        facts={},
         callbacks=[],
     )
 

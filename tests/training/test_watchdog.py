@@ -24,8 +24,9 @@ from qlora.models.fast import FastStep
 from qlora.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
 from qlora.training.meter import Meter
 from qlora.training.sampler import ShuffledSampler
+from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments
-from qlora.training.watchdog import Stopped
+from qlora.training.watchdog import Halted
 
 CPU = torch.device("cpu")
 ROWS, STEPS, PER_STEP = 24, 12, 2
@@ -91,6 +92,8 @@ def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **op
                          + ["trainer.save_steps=2"]).watchdog,
         name_rows=lambda index: [(f"rows.jsonl, row {index + 1}", rows[index])],
         meter=Meter(CPU, peak_memory_gb=lambda: 0.0),
+        stop=Stop(),
+        facts={},
         callbacks=[],
     )  # fmt: skip
 
@@ -183,7 +186,7 @@ def test_what_no_row_does_alone_is_told_so_and_stop_keeps_the_weights_from_befor
         trainer.compute_loss = lambda *args, **kwargs: (
             plain(*args, **kwargs) * (math.nan if trainer.state.global_step == 5 else 1)
         )
-    with pytest.raises(Stopped, match=f"step 6: the {'gradients are' if spoiled == 'gradients' else 'loss is'} not a "
+    with pytest.raises(Halted, match=f"step 6: the {'gradients are' if spoiled == 'gradients' else 'loss is'} not a "
                        "number, but in no row of it alone; lower trainer.learning_rate; if it comes back"):  # fmt: skip
         trainer.run(None)
     assert trainer.state.global_step == 6  # where it would have been saved
@@ -234,7 +237,7 @@ def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(tmp_path:
 
 def test_a_bad_row_that_comes_back_after_each_rollback_ends_the_training(tmp_path: Path, rows: Rows) -> None:
     trainer = build(tmp_path, rows, {"nonfinite": "rollback", "max_rollbacks": 2})
-    with pytest.raises(Stopped, match=rf"row {BAD_ROW + 1}, after 2 rollbacks \(watchdog.max_rollbacks\); look at"):
+    with pytest.raises(Halted, match=rf"row {BAD_ROW + 1}, after 2 rollbacks \(watchdog.max_rollbacks\); look at"):
         trainer.run(None)
 
 
@@ -243,7 +246,7 @@ def test_so_many_bad_steps_in_a_row_end_the_training(tmp_path: Path) -> None:
     for row in rows:
         row["input_ids"][0] = BAD_TOKEN
     trainer = build(tmp_path, rows, {"max_skips": 4})
-    with pytest.raises(Stopped, match=r"4 steps in a row \(watchdog.max_skips\); look at that row"):
+    with pytest.raises(Halted, match=r"4 steps in a row \(watchdog.max_skips\); look at that row"):
         trainer.run(None)
 
 
@@ -252,7 +255,7 @@ def test_a_step_whose_rows_are_all_masked_is_told(tmp_path: Path) -> None:
     for row in rows:
         row["labels"] = [-100] * 4
     trainer = build(tmp_path, rows, {"zero": "stop"})
-    with pytest.raises(Stopped, match=r"watchdog.zero: step 1: no token has a loss; everything in its rows"):
+    with pytest.raises(Halted, match=r"watchdog.zero: step 1: no token has a loss; everything in its rows"):
         trainer.run(None)
 
 
@@ -319,7 +322,7 @@ def test_batches_that_do_not_come_end_the_training(tmp_path: Path, workers: int)
     trainer.get_train_dataloader()
     rows.slow, rows.seconds = trainer._shared.items(0, 10, 1)[0], 60
     started = time.monotonic()
-    with pytest.raises(Stopped, match=r"watchdog.stalled: no batch came within 0.5 s; the disk"):
+    with pytest.raises(Halted, match=r"watchdog.stalled: no batch came within 0.5 s; the disk"):
         trainer.run(None)
     assert time.monotonic() - started < 20
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -330,7 +333,7 @@ def test_a_dead_worker_process_ends_the_training(tmp_path: Path) -> None:
     trainer = build(tmp_path, rows, dataloader_num_workers=1)
     trainer.get_train_dataloader()
     rows.slow, rows.kills = trainer._shared.items(0, 10, 1)[0], True
-    with pytest.raises(Stopped, match=r"a process that prepares batches has ended .*; lower trainer.dataloader_num_w"):
+    with pytest.raises(Halted, match=r"a process that prepares batches has ended .*; lower trainer.dataloader_num_w"):
         trainer.run(None)
     assert trainer.watchdog.counts["stalled"] == 1
 
