@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ from qlora.schema import ArchitectureConfig, Config, TaskName
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+START_VARIABLE = "QLORA_START"
+"""The environment variable with the time that several processes started at, as it names the folder of them all."""
 
 # Free mappings among Hydra's own keys.
 SWEEPER_MAPPINGS = tuple(
@@ -148,12 +152,17 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver(
         "qlora.folder",
-        lambda name: name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}",
+        lambda name: name or os.environ.get(START_VARIABLE) or now(),
         use_cache=True,
         replace=True,
     )
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
+
+
+def now() -> str:
+    """Returns the time as it names a folder."""
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Config:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "merge", "plan", "trainer.profile"),
+    *("trainer.parallel", "watchdog"),
     *("trainer.disk_wait", "trainer.save_total_limit", "resume"),
 )
 

@@ -54,6 +54,9 @@ CARD_NAMES = (
     *("h100", "h200"),
 )
 
+# What the watchdog counts.
+WATCHDOG_COUNTS = ("nonfinite", "zero", "divergence", "slow", "stalled", "skipped", "rollbacks")
+
 # transformers.trainer_utils.SchedulerType; a test compares the two.
 SCHEDULER_NAMES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
@@ -196,6 +199,23 @@ class WandbMode(Enum):
 
     online = "online"
     offline = "offline"
+
+
+class WatchdogAction(Enum):
+    """What is done about something that goes wrong in a training."""
+
+    ignore = "ignore"
+    warn = "warn"
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
+class Parallel(Enum):
+    """How several processes share a training."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class SweepMethod(Enum):
@@ -664,6 +684,10 @@ class TrainerConfig:
     True, false or `auto` (with CUDA, in 16 bits)."""
     fused_loss: Any = "auto"
     """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    parallel: Parallel = Parallel.ddp
+    """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
+    a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
+    Gradients are averaged over all tokens of a step in both."""
     group_by_length: bool = True
     """Draw batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
@@ -716,6 +740,59 @@ class TrainerConfig:
                 raise ConfigError(
                     f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; choose one of {', '.join(names)}"
                 )
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchdogConfig:
+    """What is done about things that go wrong in a training: each is named with its likely cause and counted.
+
+    `ignore` looks away, `warn` tells it, `stop` ends the training with the last checkpoint kept, `rollback` goes back
+    to the last checkpoint from before with a lower learning rate, `skip` leaves the step out.
+    """
+
+    nonfinite: WatchdogAction = MISSING
+    """A loss or gradients that are not a number. With `skip`, `rollback` and `stop` such a step changes no weight."""
+    zero: WatchdogAction = MISSING
+    """A loss of exactly zero, or a step without a token that has a loss: `ignore`, `warn` or `stop`."""
+    divergence: WatchdogAction = MISSING
+    """A smoothed loss (0.9 of the step before) of more than `divergence_factor` times its lowest value, and of more
+    than 1 above it: `ignore`, `warn`, `rollback` or `stop`."""
+    slow: WatchdogAction = MISSING
+    """A step that takes more than `slow_factor` times the median of the latest 50, and a second: `ignore`, `warn` or
+    `stop`."""
+    stalled: WatchdogAction = MISSING
+    """No batch within `stalled_seconds`: `ignore`, `warn` or `stop`. A process of `trainer.dataloader_num_workers` that
+    has died always ends the training."""
+    divergence_factor: float = 3.0
+    """When a loss counts as diverged."""
+    slow_factor: float = 10.0
+    """When a step counts as slow."""
+    stalled_seconds: float = 600.0
+    """How long a batch may take."""
+    rollback_factor: float = 0.5
+    """What a rollback multiplies the learning rate with."""
+    max_rollbacks: int = 3
+    """After so many rollbacks the training stops instead."""
+    max_skips: int = 10
+    """After so many skipped steps in a row the training stops."""
+
+    def __post_init__(self) -> None:
+        able = {
+            "nonfinite": ("ignore", "warn", "skip", "rollback", "stop"),
+            "divergence": ("ignore", "warn", "rollback", "stop"),
+            **dict.fromkeys(("zero", "slow", "stalled"), ("ignore", "warn", "stop")),
+        }
+        for name, actions in able.items():
+            action = getattr(self, name).value
+            require(action in actions, f"watchdog.{name}", f"be one of {', '.join(actions)}", action)
+        for name in ("divergence_factor", "slow_factor"):
+            value = getattr(self, name)
+            require(1 < value < math.inf, f"watchdog.{name}", "be above 1 and finite", value)
+        require(0 < self.rollback_factor <= 1, "watchdog.rollback_factor", "be in (0, 1]", self.rollback_factor)
+        require(0 < self.stalled_seconds < math.inf, "watchdog.stalled_seconds", "be positive and finite",
+                self.stalled_seconds)  # fmt: skip
+        for name in ("max_rollbacks", "max_skips"):
+            require(getattr(self, name) > 0, f"watchdog.{name}", "be positive", getattr(self, name))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -975,6 +1052,7 @@ class Config:
     lora: LoraConfig = MISSING
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
+    watchdog: WatchdogConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
     tracking: TrackingConfig = MISSING
@@ -1015,6 +1093,9 @@ class Config:
                 "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
                 "base over several; leave the one or the others out"
             )
+        if self.trainer.parallel is Parallel.fsdp:
+            self._check_fsdp()
+        self._check_watchdog()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1027,6 +1108,40 @@ class Config:
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
+
+    def _check_watchdog(self) -> None:
+        """Refuses actions that the training cannot take."""
+        rollback = [name for name in ("nonfinite", "divergence")
+                    if getattr(self.watchdog, name) is WatchdogAction.rollback]  # fmt: skip
+        if rollback and self.trainer.save_steps is None:
+            raise ConfigError(
+                f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
+            )
+        keeps_out = self.watchdog.nonfinite not in (WatchdogAction.ignore, WatchdogAction.warn)
+        if keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
+            raise ConfigError(
+                f"trainer.optim={self.trainer.optim} changes weights within the backward pass, where "
+                f"watchdog.nonfinite={self.watchdog.nonfinite.value} cannot keep an update out; set "
+                "watchdog.nonfinite=warn"
+            )
+
+    def _check_fsdp(self) -> None:
+        """Refuses what reads or draws the weights of a base that no process holds whole."""
+        lora, model = self.lora, self.model
+        faults = {
+            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
+            "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
+            "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            "model.weights=random": (model.weights is Weights.random, "the base is drawn on one device"),
+            "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
+            "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
+        }
+        for name, (is_set, reason) in faults.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
+                )
 
 
 def _shown(value: object) -> str:
@@ -1047,6 +1162,7 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]
     training = ["train_loss", *speed, "train_runtime", "train_memory_retries", "peak_memory_gb"]
+    training += [f"train_watchdog_{name}" for name in WATCHDOG_COUNTS]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
 
 

@@ -124,7 +124,23 @@ def load_base(
         raise hub_error("model.name", place, error, gated=config.gated) from error
     except ImportError as error:
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:
+        if "dispatched on the CPU or the disk" not in str(error):
+            raise
+        raise _too_large(config) from error
+    places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or ("cpu" in places and placement.device.type != "cpu"):
+        raise _too_large(config)
     return _as_base(model, config, quantization, placement)
+
+
+def _too_large(config: ModelConfig) -> ConfigError:
+    limit = f" within model.max_memory={config.max_memory} each" if config.max_memory else ""
+    return ConfigError(
+        f"model.device_map={config.device_map or 'auto'}: the GPUs do not hold the base{limit}, and layers in the "
+        "host's memory or on disk cannot be trained on; raise model.max_memory, or use fewer bits (quantization=nf4) "
+        "or more GPUs"
+    )
 
 
 def _as_base(
