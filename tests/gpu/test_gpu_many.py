@@ -133,7 +133,7 @@ def test_accelerate_launches_the_same_command(base: Path, tmp_path: Path) -> Non
 
 
 def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path, tmp_path: Path) -> None:
-    spread = ["model.device_map=auto", "model.max_memory=300MiB", *CASES["plain"]]
+    spread = ["model.device_map=auto", "model.max_memory=500MiB", *CASES["plain"]]
     config = compose([*COMMON, f"model.name={base}", *spread])
     run = Run(config, tmp_path / "model")
     model = load_base(config.model, config.quantization, placement=run.placement, model_config=run.model_config)
