@@ -146,6 +146,10 @@ def job(composed: DictConfig) -> Any:
                 from qlora.plan import plan
 
                 return plan(config, output_dir)["objective"]
+            if config.task.name is TaskName.doctor:  # torch may be what is broken
+                from qlora.doctor import doctor
+
+                return doctor(config, output_dir)["objective"]
             from qlora.run import Run
 
             if not hydra_config.verbose:

@@ -165,7 +165,11 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`."""
+    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`.
+
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
+    """
+    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text for text in overrides]
     keys = set(config_keys())
     pairs = zip(overrides, _parse(overrides), strict=True)
     plain = OverrideType.CHANGE

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from qlora import compose, console
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
+from qlora.doctor import preflight
 from qlora.errors import ConfigError, Pruned
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
@@ -85,6 +86,7 @@ class Run(Parts):
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
+        preflight(self.config)
         self._check_budget()
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)

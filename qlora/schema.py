@@ -83,6 +83,9 @@ class TaskName(Enum):
     push = "push"
     report = "report"
     plan = "plan"
+    doctor = "doctor"
+    migrate = "migrate"
+    replay = "replay"
     wandb_sweep = "wandb_sweep"
 
 
@@ -196,8 +199,8 @@ class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan` or `wandb_sweep`; chosen
-    with `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
+    `replay` or `wandb_sweep`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -210,6 +213,8 @@ class TaskConfig:
     """Whether `task=preview` shows token ids beside the text."""
     private: bool = True
     """Whether a repository that `task=push` creates is private."""
+    online: bool = False
+    """Whether `task=doctor` asks the hub and wandb if they accept the logins; else nothing goes over the network."""
     method: SweepMethod | None = None
     """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset:
     `grid` where all values are listed, else `bayes`."""
@@ -962,6 +967,11 @@ class Config:
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    run: str | None = None
+    """The folder of the finished training that `task=replay` runs again and compares with."""
+    source: str | None = None
+    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
+    Axolotl, LLaMA-Factory or torchtune."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -979,6 +989,12 @@ class Config:
         if self.task.name is TaskName.report and self.runs is None:
             raise ConfigError(
                 "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
+            )
+        if self.task.name is TaskName.replay and self.run is None:
+            raise ConfigError("run is not set; name the finished training to run again, e.g. run=outputs/runs/mine")
+        if self.task.name is TaskName.migrate and self.source is None:
+            raise ConfigError(
+                "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
             )
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
