@@ -146,6 +146,10 @@ def job(composed: DictConfig) -> Any:
                 from qlora.plan import plan
 
                 return plan(config, output_dir)["objective"]
+            if config.task.name is TaskName.migrate:  # reads and writes texts only
+                from qlora.migrate import migrate
+
+                return migrate(config, output_dir)["objective"]
             if config.task.name is TaskName.doctor:  # torch may be what is broken
                 from qlora.doctor import doctor
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -24,10 +25,11 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, Sweep
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -175,6 +177,52 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
     plain = OverrideType.CHANGE
     return [f"++{text}" if override.type is plain and _in_free_mapping(override.key_or_group, keys) else text
             for text, override in pairs]  # fmt: skip
+
+
+def write_override(key: str, value: Any) -> str:
+    """Returns `KEY=VALUE` as the command line reads it back, with quotes where a text needs them."""
+    return f"{key}={_written(value)}"
+
+
+def override_value(text: str) -> Any:
+    """Returns the value of `KEY=VALUE` as the command line reads it."""
+    return _plain(_parse([text])[0].value())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return {str(_plain(key)): _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
+    if not isinstance(value, str):
+        return repr(value)
+    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
+        return value
+    # Hydra reads a backslash as such unless it stands before a quote.
+    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
+    return '"' + quoted.replace("${", "\\${") + '"'
+
+
+def read_yaml(path: Path) -> Any:
+    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
+    except MarkedYAMLError as error:
+        raise _broken_yaml(error) from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: this is no valid YAML: {_first_line(str(error))}") from error
 
 
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
