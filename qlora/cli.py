@@ -158,6 +158,10 @@ def job(composed: DictConfig) -> Any:
 
             if not hydra_config.verbose:
                 take_over_handlers()
+            if config.task.name is TaskName.replay:
+                from qlora.replay import replay
+
+                return replay(config, output_dir)["objective"]
             return Run(config, output_dir, overrides, names.membership(hydra_config)).execute()["objective"]
     except Pruned:
         close_bars()

@@ -789,6 +789,16 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return {str(key): value for key, value in plain.items()}
 
 
+def restore_config(stored: dict[str, Any]) -> Config:
+    """Returns the config that `read_config` read; raises `ConfigError` for one of another version's schema."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(config, Config)
+    return config
+
+
 @functools.cache
 def model_presets() -> dict[str, dict[str, Any]]:
     """Returns the shipped models by option: `name`, and `architecture` with every field."""

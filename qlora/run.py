@@ -26,12 +26,14 @@ from qlora.evaluation.measure import Measurement
 from qlora.folder import flatten, iter_lines, read_json, read_lines, write_lines
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
+from qlora.models.determinism import deterministic
 from qlora.models.device import (
     peak_memory_gb,
     reset_peak_memory,
 )
+from qlora.models.energy import read_energy
 from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, folder_digest
+from qlora.models.fingerprint import adapter_digest, content_digest, folder_digest
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
@@ -40,7 +42,7 @@ from qlora.models.tokenizer import (
 from qlora.parts import Parts
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
-from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
+from qlora.reporting.manifest import build_manifest, code_digest, recorded, versions, write_json
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
@@ -79,6 +81,10 @@ class Run(Parts):
 
     def train(self) -> dict[str, Any]:
         """Trains, measures and predicts as `task` says; returns the result written to `result.json`."""
+        with deterministic(self.config.trainer):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         self.folder.create()
         plain = compose.config_to_dict(self.config)
         self.folder.check_same_training(compose.read_config(self.folder.config), plain)
@@ -88,7 +94,7 @@ class Run(Parts):
             return stored
         preflight(self.config)
         self._check_budget()
-        data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
+        _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         callbacks = compose.build_callbacks(self.config.callbacks)
         if self.draws:
             if self.folder.drawn.is_file():
@@ -99,17 +105,17 @@ class Run(Parts):
             reset_peak_memory(self.placement.device)
             model = self.add_adapter(self.load_base()) if self.config.task.train else self.load_trained()
             facts = self._facts(model)
-            manifest = build_manifest(plain, data=asdict(data.report), model=facts)
-            write_json(self.folder.path / "manifest.json", manifest)
-            console.start_screen(list(facts.items()))
-            base = self._baseline(model)
-            summary |= _prefixed("base_eval_", base.metrics)
-            if self.config.task.train:
-                summary |= self._fit(model, callbacks, tracker)
-            measured = self._measure_after(model)
-            summary |= _prefixed("eval_", measured.metrics)
-            summary["peak_memory_gb"] = max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
-            result = self._write_result("train", summary, measured, base)
+            with recorded(self.folder.path / "manifest.json", self._build_manifest(plain, facts),
+                          peak_memory_gb=self._peak_memory_gb, energy=read_energy):  # fmt: skip
+                console.start_screen(list(facts.items()))
+                base = self._baseline(model)
+                summary |= _prefixed("base_eval_", base.metrics)
+                if self.config.task.train:
+                    summary |= self._fit(model, callbacks, tracker)
+                measured = self._measure_after(model)
+                summary |= _prefixed("eval_", measured.metrics)
+                summary["peak_memory_gb"] = self._peak_memory_gb()
+                result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
@@ -338,6 +344,22 @@ class Run(Parts):
         return metrics | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
+
+    def _peak_memory_gb(self) -> float:
+        return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
+
+    def _build_manifest(self, plain: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+        model = {**facts, "fingerprint": self._base_fingerprint(), "revision": self.config.model.revision}
+        seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
+        data = asdict(self.data.report)
+        return build_manifest(plain, overrides=self.overrides, data=data, model=model, seeds=seeds)
+
+    def _base_fingerprint(self) -> str | None:
+        """Returns what tells the base's files from others: of the hub the commit; None: it is drawn."""
+        if self.draws:
+            return None
+        place = locate(self.config.model.name)
+        return content_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _save(self, model: PreTrainedModel) -> None:
         self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did

@@ -663,6 +663,9 @@ class TrainerConfig:
     """Keep the newest so many checkpoints; null: all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
+    deterministic: bool = False
+    """Take operations alone that give the same bits every time, also on a GPU; slower there. On a CPU a run gives the
+    same bits anyway."""
     profile: bool = False
     """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
     expensive kernels on the screen."""
@@ -686,6 +689,11 @@ class TrainerConfig:
         budget = self.memory_budget
         require(budget in (None, "auto") or (parse_size(str(budget)) or 0) > 0, "trainer.memory_budget",
                 "be null, auto or a size such as 24GB or 22GiB", budget)  # fmt: skip
+        if self.deterministic and budget is not None:
+            raise ConfigError(
+                "trainer.memory_budget depends on what memory is free, and cuts batches when it is short, which gives "
+                "other bits; trainer.deterministic=true does not go with it: leave one of them out"
+            )
         for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
