@@ -36,6 +36,7 @@ from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned
 from qlora.folder import RunFolder
 from qlora.schema import TaskName, TrackingBackend
+from qlora.secrets import hide
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -59,7 +60,7 @@ def main() -> None:
         assert isinstance(cause, Exception)
         if full_error:
             raise cause from None
-        print(f"error: {cause if isinstance(cause, ConfigError) else explain(cause)}", file=sys.stderr)
+        print(hide(f"error: {cause if isinstance(cause, ConfigError) else explain(cause)}"), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
@@ -73,7 +74,7 @@ def main() -> None:
                 file=sys.stderr,
             )
         else:
-            traceback.print_exc()
+            print(hide(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
 
 

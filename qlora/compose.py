@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -34,7 +34,8 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import ArchitectureConfig, Config, TaskName
+from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
+from qlora.secrets import find_secret
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -255,8 +256,10 @@ def check_overrides(
     Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
     `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
+    _refuse_secrets(text.partition("=")[::2] for text in overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
+    _check_hydra(composed)
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
@@ -302,6 +305,38 @@ def _refuse_intervals(overrides: Sequence[str]) -> None:
                 f"{override.input_line}: a grid cannot walk through an interval; add hydra/sweeper=optuna to search in "
                 "it, or list the values"
             )
+
+
+HYDRA_TRUSTED = ("hydra", "hydra_plugins", "omegaconf", "logging", "qlora", "colorlog", "rich")
+CODE_KEYS = ("_target_", "()", "class", "factory")
+"""The keys by which Hydra and Python's logging call what their value names."""
+
+
+def _check_hydra(composed: DictConfig) -> None:
+    """Raises `ConfigError` if Hydra's own node names code of a package that is not trusted."""
+    trusted = list(OmegaConf.select(composed, "trusted") or [])
+    for key, value in _leaves(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"):
+        package = str(value).partition(".")[0]
+        if key.rpartition(".")[2] in CODE_KEYS and package not in HYDRA_TRUSTED:
+            check_trusted(key, str(value), trusted)
+
+
+def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
+    """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
+    for key, value in values:
+        if isinstance(value, str) and (kind := find_secret(value)) is not None:
+            raise ConfigError(
+                f"{key.lstrip('.+')} holds {kind}; configs are stored, printed and sent to trackers. Put it into the "
+                "environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
+            )
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(value, f"{key}.{name}")
+    else:
+        yield key, node
 
 
 def _unconditional(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -364,6 +399,7 @@ def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
     composed = _without_hydra(composed)
     try:
+        _refuse_secrets(_leaves(OmegaConf.to_container(composed, resolve=True), ""))
         for key in unknown_keys(composed):
             raise unknown_key(key)
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -810,16 +846,20 @@ def model_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-def build_callbacks(nodes: dict[str, Any]) -> list[Any]:
-    """Instantiates the `callbacks` group: each node a `_target_` with its arguments."""
-    from hydra.utils import instantiate
+def build_callbacks(nodes: dict[str, Any], kind: type) -> list[Any]:
+    """Instantiates the `callbacks` group: each node a `_target_`, a class below `kind`, with its arguments."""
+    from hydra.utils import get_class, instantiate
 
     callbacks = []
     for name, node in nodes.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise ConfigError(f"callbacks.{name} must hold a _target_ (module.Class) and its arguments, got {node!r}")
         try:
+            if not issubclass(get_class(str(node["_target_"])), kind):
+                raise ConfigError(f"callbacks.{name}._target_={node['_target_']} is no {kind.__name__}")
             callbacks.append(instantiate(node))
-        except HydraException as error:
+        except (HydraException, ImportError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"callbacks.{name}: {_first_line(str(error))}") from error
     return callbacks

@@ -17,18 +17,8 @@ from qlora.errors import ConfigError
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *(
-        "data.cache_dir",
-        "data.num_proc",
-        "adapter",
-        "repo",
-        "runs",
-        "run",
-        "source",
-        "merge",
-        "plan",
-        "trainer.profile",
-    ),
+    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "run", "source", "trusted", "merge", "plan"),
+    "trainer.profile",
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from qlora import compose, console
 from qlora.chat import Speaker, hold
@@ -92,10 +92,10 @@ class Run(Parts):
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
-        preflight(self.config)
         self._check_budget()
+        preflight(self.config)
         _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
-        callbacks = compose.build_callbacks(self.config.callbacks)
+        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         if self.draws:
             if self.folder.drawn.is_file():
                 self._check_drawn_base(self.folder)

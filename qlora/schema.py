@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -33,6 +34,9 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+TRUSTED = ("qlora", "transformers", "evaluate")
+"""The packages whose code a config may name; `trusted` adds the user's own."""
+
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
@@ -297,6 +301,11 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ConfigError(
+                f"model.attn_implementation={self.attn_implementation}: this is code of a hub repository; set "
+                "model.trust_remote_code=true to run it, and USE_HUB_KERNELS=YES in the environment"
+            )
         if self.weights is Weights.pretrained:
             return
         if self.architecture is None:
@@ -417,6 +426,8 @@ class MixConfig:
     """As `data.subset`."""
     split: str = "train"
     """As `data.split`."""
+    revision: str | None = None
+    """As `data.revision`."""
     data_files: str | None = None
     """As `data.data_files`."""
     format: str = "auto"
@@ -440,6 +451,8 @@ class DataConfig:
     """The hub data set's configuration."""
     split: str = "train"
     """The hub data set's split to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
     data_files: str | None = None
     """The file inside the hub data set, where it holds several."""
     eval_path: str | None = None
@@ -448,8 +461,9 @@ class DataConfig:
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
     mix: dict[str, Any] = field(default_factory=dict)
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
-    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `data_files`, `format`, `columns` and
-    `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl data.mix.other.weight=2`."""
+    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
+    `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
+    data.mix.other.weight=2`."""
     format: str = "auto"
     """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
     another format out), or `auto` to recognise it."""
@@ -528,7 +542,7 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        own: dict[str, Any] = {"subset": None, "split": "train", "data_files": None}
+        own: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
         if self.eval_path is None:
             own |= {"format": "auto", "columns": {}}
         for name, unset in own.items():
@@ -980,6 +994,9 @@ class Config:
     source: str | None = None
     """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
     Axolotl, LLaMA-Factory or torchtune."""
+    trusted: list[str] = field(default_factory=list)
+    """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
+    `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -987,9 +1004,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", "lie between 0 and 4294967295", self.seed)
-        if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
+        if self.name is not None and not is_folder_name(self.name):
             raise ConfigError(
-                f"name={self.name!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
+                f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
         if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
             given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
@@ -1004,6 +1021,8 @@ class Config:
             raise ConfigError(
                 "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
             )
+        for key, name in named_code(self):
+            check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -1028,6 +1047,44 @@ class Config:
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether a text names a folder right below another one, on every system: no path, and not too long."""
+    return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
+
+
+def named_code(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name code, with the names: `module:function`, or a `_target_`."""
+    data = config.data
+    texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    for name, part in data.mix.items():
+        texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
+    texts |= {f"evaluation.metrics[{place}]": name for place, name in enumerate(config.evaluation.metrics)}
+    yield from ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
+    yield from _targets(config.callbacks, "callbacks")
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}.{name}", str(value)
+            else:
+                yield from _targets(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _targets(value, f"{key}[{place}]")
+
+
+def check_trusted(key: str, name: str, trusted: list[str]) -> None:
+    """Raises `ConfigError` unless the code that a config names is of a package that is trusted."""
+    package = re.split(r"[.:]", name)[0]
+    if package not in (*TRUSTED, *trusted):
+        raise ConfigError(
+            f"{key}={name}: code of the package {package!r} would run, which is not trusted; if you know what it does, "
+            f"add trusted=[{','.join([*trusted, package])}]"
+        )
 
 
 def _shown(value: object) -> str:

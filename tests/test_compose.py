@@ -157,7 +157,9 @@ def test_a_plus_before_an_existing_key_is_refused() -> None:
 
 def test_free_mappings_take_any_entry() -> None:
     for sign in ("", "+", "++"):
-        config = compose([f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B"])
+        config = compose(
+            [f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B", "trusted=[a]"]
+        )
         assert config.trainer.lr_scheduler_kwargs["my_own"] == 3
         assert config.callbacks == {"mine": {"_target_": "a.B"}}
 

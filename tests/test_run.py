@@ -142,7 +142,7 @@ def test_a_resumed_run_ends_with_the_same_adapter_and_losses_to_the_bit(
 ) -> None:
     (tmp_path / "stop_at.py").write_text(STOP)
     monkeypatch.syspath_prepend(str(tmp_path))
-    options = ["trainer.save_steps=2", "trainer.logging_steps=3", "lora.dropout=0.1", *more]
+    options = ["trainer.save_steps=2", "trainer.logging_steps=3", "lora.dropout=0.1", *more, "trusted=[stop_at]"]
     node = "+callbacks.stop={_target_:stop_at.StopAt,step:%d}"
     whole = run(tmp_path / "whole", *options, node % 99)
     with pytest.raises(KeyboardInterrupt):

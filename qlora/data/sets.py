@@ -23,7 +23,7 @@ from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
 from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
-from qlora.data.sources import HELD_OUT_SPLITS, load_rows
+from qlora.data.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
 from qlora.errors import ConfigError
@@ -78,12 +78,18 @@ class RowSet:
             cache=self.cache,
             subset=fields.subset,
             split=split,
+            revision=fields.revision,
             data_files=fields.data_files,
             limit=limit,
             columns=fields.columns,
             key=self.part.path_key,
             columns_key=f"{self.part.key}.columns",
         )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository that the rows come from; None: they are from elsewhere."""
+        return hub_commit(self.rows)
 
     @cached_property
     def choice(self) -> Choice:
