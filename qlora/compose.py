@@ -25,7 +25,15 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, QuotedString, RangeSweep, Sweep
+from hydra.core.override_parser.types import (
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -242,6 +250,11 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
         raise explain(error, config_dir) from error
+    except RecursionError as error:
+        where = f" in {config_dir}" if config_dir is not None else ""
+        raise ConfigError(
+            f"a config file{where} includes itself, or two each other; mend their defaults lists"
+        ) from error
     finally:
         instance.clear()
         if outer is not None:
@@ -260,6 +273,8 @@ def check_overrides(
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
     _check_hydra(composed)
+    if OmegaConf.is_missing(composed.task, "name"):
+        raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
@@ -600,6 +615,8 @@ def swept_values(override: Override) -> list[str] | None:
     if not override.is_sweep_override():
         return None
     value, text = override.value(), override.input_line
+    if isinstance(value, Glob):
+        raise ConfigError(f"{text}: glob(...) is not read here; list the values, e.g. lora=all-linear,attention")
     if isinstance(value, IntervalSweep):
         assert value.start is not None
         assert value.end is not None

@@ -113,14 +113,22 @@ class RowSet:
     @cached_property
     def chat_template(self) -> Template:
         """What is saved with an adapter, so that chat and serving ask as these rows do."""
-        return self.template or prompt_template(find_prompt(_examples(self.rows, self.choice)), self.tokenizer)
+        return self.template or prompt_template(find_prompt(self._examples(self.rows, self.choice)), self.tokenizer)
 
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
-        if not any(isinstance(example, Conversation) for example in _examples(rows, choice)):
+        if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
             return None
         name = self.part.fields.template
         key = "data.template" if name is None else f"{self.part.key}.template"
         return choose_template(name or self.config.template, self.tokenizer, key=key)
+
+    def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
+        """Renders the sample; raises `ConfigError` with the row that cannot be."""
+        for number, row in enumerate(_sample(rows), 1):
+            try:
+                yield from choice.format.render(row)
+            except ConfigError as error:
+                raise ConfigError(f"{self.part.shown}, row {number}: {error}") from None
 
     @cached_property
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -220,11 +228,6 @@ class RowSet:
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:
     return list(islice(iter(rows), SAMPLE))
-
-
-def _examples(rows: Dataset, choice: Choice) -> Iterator[Example]:
-    """Renders the sample."""
-    return (example for row in _sample(rows) for example in choice.format.render(row))
 
 
 def _values(limits: Any) -> Iterator[Any]:
