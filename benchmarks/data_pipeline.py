@@ -148,6 +148,7 @@ def build_qlora(task: Task) -> Prepare:
     from qlora.models.tokenizer import pad_token_id
     from qlora.schema import DataConfig
     from qlora.training.meter import Meter
+    from qlora.training.stopping import Stop
     from qlora.training.trainer import QLoraTrainer
 
     console.quiet_libraries()  # as the command `qlora` does
@@ -179,6 +180,8 @@ def build_qlora(task: Task) -> Prepare:
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
             step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
             budget=None,
+            stop=Stop(),
+            facts={},
             callbacks=[],
         )
         return trainer.get_train_dataloader()

@@ -149,7 +149,8 @@ def measure(
                     loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 0.3)
             optimizer.step()
-            model.zero_grad()
+            for parameter in trained:
+                parameter.grad = None
             wait()
             assert torch.isfinite(loss)
             return sum(tokens for _, tokens in micro), time.perf_counter() - started

@@ -33,9 +33,9 @@ from qlora.compose import (
     unknown_flag,
 )
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
-from qlora.errors import ConfigError, Pruned
+from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
-from qlora.schema import TaskName, TrackingBackend
+from qlora.schema import Resume, TaskName, TrackingBackend
 from qlora.secrets import hide
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
@@ -49,7 +49,7 @@ names.register()
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C."""
+    """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
     try:
@@ -62,15 +62,19 @@ def main() -> None:
             raise cause from None
         print(hide(f"error: {cause if isinstance(cause, ConfigError) else explain(cause)}"), file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        close_bars()
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         close_bars()
         if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
+            place = error.filename or "the run folder"
             print(
-                f"error: {error.filename} cannot be written ({error.strerror}); choose another folder with "
-                "hydra.run.dir=FOLDER",
+                f"error: {place} cannot be written ({error.strerror}); choose another folder with hydra.run.dir=FOLDER",
                 file=sys.stderr,
             )
         else:
@@ -113,6 +117,8 @@ def _main(argv: list[str]) -> None:
         flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
+        if composed.resume is Resume.never:
+            folder += names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
         # Hydra reads no flag between overrides.
         sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
         if sweeps and composed.tracking.backend is TrackingBackend.wandb:

@@ -55,6 +55,15 @@ class HidingFormatter(logging.Formatter):
         return hide(self.inner.format(record))
 
 
+class LogFile(logging.FileHandler):
+    """A log file that may lose lines while the disk is full; what matters waits for space."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Reports what is wrong with a record, unless it is the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def quiet_libraries(*, verbose: bool = False) -> None:
     """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
 

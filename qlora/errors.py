@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and the one for a training that a search gave up."""
+"""The one exception for mistakes that a user can mend, and those that end a training before its time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ class ConfigError(ValueError):
 
 class Pruned(Exception):
     """Ends a training that fell behind the others of its search: no mistake, and no result."""
+
+
+class Stopped(BaseException):
+    """Ends a training that a signal asked to end; the message says what is saved and how to go on."""
+
+    exit_code = 75
+    """What a stopped run exits with; to shells (EX_TEMPFAIL) it means: try again."""
 
 
 def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
-import shutil
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
+from qlora.files import read_json
+from qlora.schema import Resume
+
+log = logging.getLogger(__name__)
 
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "run", "source", "trusted", "merge", "plan"),
-    "trainer.profile",
+    *("trainer.profile", "trainer.disk_wait", "trainer.save_total_limit", "resume"),
 )
 
 
@@ -32,6 +34,16 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config of the training in this folder."""
         return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What the training in this folder was made of."""
+        return self.path / "manifest.json"
+
+    @property
+    def baseline(self) -> Path:
+        """What the untuned base scored."""
+        return self.path / "baseline.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -109,50 +121,62 @@ class RunFolder:
         """Returns the result of a finished task, or None."""
         return read_json(self.result(task))
 
-    def check_same_training(self, stored: dict[str, Any] | None, config: dict[str, Any]) -> None:
-        """Raises `ConfigError` naming the changed keys if another training was started in this folder."""
+    def check_unused(self) -> None:
+        """Raises `ConfigError` if a training was started in this folder."""
+        if self.config.is_file():
+            raise ConfigError(
+                f"{self.path} holds a run, which resume=never leaves alone; choose another folder "
+                "(hydra.run.dir=FOLDER), or resume=auto to go on"
+            )
+
+    def check_same_training(self, stored: dict[str, Any] | None, config: dict[str, Any]) -> bool:
+        """Returns whether a training of this config was started in this folder, or none.
+
+        Raises `ConfigError` naming the changed keys if it was another; with `resume=force` they are a warning.
+        """
         if stored is None:
-            return
+            return True
         before, now = dict(flatten(stored)), dict(flatten(config))
         keys = [key for key in {*before, *now} if not is_below(key, FREE_KEYS)]
         if changes := describe_changes(before, now, keys):
+            if config.get("resume") == Resume.force.value:
+                log.warning("resume=force: going on with another config; changed:%s", changes)
+                return False
             raise ConfigError(
                 f"{self.path} holds a run with another config; changed:{changes}\n"
-                "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume"
+                "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume; "
+                "resume=force goes on in spite of it, resume=never in a new folder"
             )
+        return True
 
+    def check_same_rows(self, stored: dict[str, Any] | None, report: dict[str, Any], config: dict[str, Any]) -> bool:
+        """Returns whether the rows are those that the training in this folder began with, or it has none.
 
-def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; raises `ConfigError` where the folder cannot be written."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
+        `stored` and `report` are what was told of the rows then and now. Raises `ConfigError` if they are others,
+        naming where they come from and what differs; with `resume=force` that is a warning.
+        """
+        if not (stored and stored["train_rows"] and report["train_rows"]):
+            return True
+        if stored["fingerprint"] == report["fingerprint"]:
+            return True
+        changes = describe_changes(stored, report, report.keys() - {"recognised"})
+        data = config["data"]
+        places = [f"data.mix.{name}.path={part['path']}" for name, part in data["mix"].items()]
+        places += [f"data.{key}={data[key]}" for key in ("path", "eval_path") if data[key] is not None]
+        what = f"the rows of {', '.join(places)} are not those that the run in {self.path} began with"
+        if config.get("resume") == Resume.force.value:
+            log.warning("resume=force: %s; changed:%s", what, changes)
+            return False
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror}); free some space or mend the folder's permissions, or "
-            "choose another folder with hydra.run.dir=FOLDER"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # there only after a failure
+            f"{what}; changed:{changes}\nput the old ones back, or choose another folder (hydra.run.dir=FOLDER or "
+            "name=NAME); resume=force goes on with the new rows, resume=never in a new folder"
+        )
 
 
-def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file."""
-    return list(islice(iter_lines(path), count)) if path.is_file() else []
-
-
-def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records that `write_lines` wrote."""
-    with path.open("rb") as file:  # in a text there are more ends of lines than the one between records
-        yield from map(json.loads, file)
+def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
+    """Returns the SHA-256 of a resolved config, however it was written, without the keys that are `free`."""
+    facts = {key: value for key, value in flatten(dict(config)) if not is_below(key, free)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,28 +209,3 @@ def find_adapter(place: Path) -> tuple[Path | None, Path | None]:
         if (candidate / "config.json").is_file():
             return None, candidate
     return None, None
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """Puts a folder in place of another by renaming; after a crash `restore_folder` finds the old one."""
-    old = place.with_name(f"{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_folder(place: Path) -> None:
-    """Brings back the folder that a crash of `replace_folder` left aside."""
-    old = place.with_name(f"{place.name}.old")
-    if old.exists() and not place.exists():
-        old.rename(place)
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, all or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    partial.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import gc
 import math
 import re
@@ -20,13 +19,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora import console
 from qlora.errors import ConfigError
 from qlora.evaluation.parity import Parity, compare, compare_records, record
-from qlora.folder import replace_folder, restore_folder
+from qlora.files import is_disk_full, replace_folder, restore_folder
 from qlora.models.checkpoint import ModelNames, Tensors, local_files
 from qlora.models.device import DTYPES, Placement, peak_memory_gb
 from qlora.models.files import locate
@@ -44,7 +42,6 @@ LIMITS = {MergeBase.dequantized: 1e-3, MergeBase.original: 0.1}
 INT8_LIMIT = 1e-2
 """The same for `dequantized` 8-bit weights: LLM.int8() rounds the activations too, which no merged model does."""
 REPORT = "merge_report.json"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -296,19 +293,12 @@ def _whole_or_not_at_all(place: Path) -> Iterator[Path]:
         replace_folder(partial, place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _disk_is_full(error):
+        if is_disk_full(error):
             raise ConfigError(
                 f"the disk of {place.parent} became full while the model was written, and nothing of it is left; free "
                 "some space, or choose another folder with hydra.run.dir=FOLDER"
             ) from error
         raise
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    codes = [f"os error {code}" for code in FULL_DISK]  # as safetensors says it
-    return isinstance(error, SafetensorError) and any(code in str(error) for code in codes)
 
 
 def _summary(errors: dict[str, float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import console
 from qlora.chat import choose_saved_template
+from qlora.compose import config_to_dict
 from qlora.data import Data, build_data, column, load_hub, read_rows
 from qlora.data.collate import Collator, count_work
 from qlora.data.tokenize import Tokenizer, build_tokenizer
@@ -27,7 +28,8 @@ from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.mmlu import HUB_SET, HUB_SUBSET, Mmlu, load_questions
-from qlora.folder import RunFolder, find_adapter, read_json
+from qlora.files import read_json
+from qlora.folder import RunFolder, config_digest, find_adapter
 from qlora.membership import TRIAL_VARIABLE, Membership
 from qlora.models import adapters, drawing, loading
 from qlora.models.checkpoint import Checkpoint, Tensors, local_files
@@ -56,7 +58,8 @@ from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
 from qlora.training.progress import ProgressCallback
-from qlora.training.tracking import Tracker
+from qlora.training.stopping import Stop
+from qlora.training.tracking import Tracker, tracker_ids
 from qlora.training.tracking.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer, build_arguments
 from qlora.wording import parse_size
@@ -72,6 +75,7 @@ class Parts:
     ) -> None:
         self.config, self.overrides, self.sweep = config, list(overrides), sweep
         self.folder = RunFolder(Path(output_dir))
+        self.stop = Stop()
 
     # Cheap ones first: a broken data set must fail before a large model is loaded.
 
@@ -427,6 +431,12 @@ class Parts:
             step=step,
             meter=self._build_meter(model),
             budget=self._build_budget(step, longest=max(width, *lengths)),
+            stop=self.stop,
+            facts={
+                "config": config_digest(config_to_dict(self.config)),
+                "data": self.data.report.fingerprint,
+                "trackers": tracker_ids(self.folder.path),
+            },
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),

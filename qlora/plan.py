@@ -17,14 +17,15 @@ from rich.text import Text
 from qlora import console
 from qlora.compose import model_presets
 from qlora.errors import ConfigError, did_you_mean
-from qlora.folder import RunFolder, write_text
+from qlora.files import write_text
+from qlora.folder import RunFolder
 from qlora.models.files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, largest_rows
 from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
 from qlora.planning.speed import EFFICIENCY, Speed, plan_speed
-from qlora.schema import ComputeDtype, Config, PlanStep, Weights
+from qlora.schema import ComputeDtype, Config, LoraDtype, PlanStep, Weights
 from qlora.wording import format_duration, parse_size
 
 EMBEDDED = "tiny"
@@ -155,6 +156,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         r=lora.r if lora.enabled else 0,
         targets=find_targets(shape, lora.target_modules) if lora.enabled else (),
         dora=lora.use_dora,
+        narrow=lora.dtype is LoraDtype.bf16,
         dropout=lora.dropout > 0,
         optim=trainer.optim,
         rows=trainer.per_device_train_batch_size,

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from qlora import compose, console
 from qlora.errors import ConfigError
-from qlora.folder import RunFolder, describe_changes, flatten, is_below, read_json, read_lines
+from qlora.files import read_json, read_lines
+from qlora.folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below
 from qlora.reporting.manifest import write_json
 from qlora.run import Run
 from qlora.schema import Config, TaskName
@@ -54,7 +55,7 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
     stored, manifest = _read_finished(first)
     if first.path.resolve() == output_dir.resolve():
         raise ConfigError(f"run={config.run}: it cannot be run again in its own folder; choose another hydra.run.dir")
-    again = replace(compose.restore_config(stored), name=config.name, tracking=config.tracking)
+    again = replace(compose.restore_config(stored), name=config.name, tracking=config.tracking, resume=config.resume)
     Run(again, output_dir, manifest.get("overrides", [])).train()
     second = RunFolder(output_dir)
     comparisons = list(compare(first, second))
@@ -63,7 +64,7 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
 
 def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config and the manifest of a finished training; raises `ConfigError` for a folder that holds none."""
-    stored, manifest = compose.read_config(folder.config), read_json(folder.path / "manifest.json")
+    stored, manifest = compose.read_config(folder.config), read_json(folder.manifest)
     if stored is None or manifest is None or folder.stored_result("train") is None:
         raise ConfigError(
             f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "
@@ -76,7 +77,7 @@ def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
     """Yields what is the same in two finished trainings and what is not."""
-    before, now = (read_json(folder.path / "manifest.json") for folder in (first, second))
+    before, now = (read_json(folder.manifest) for folder in (first, second))
     yield from _compare_inputs(before, now)
     reason = _other_machine(before, now)
     if reason is None:
@@ -92,7 +93,7 @@ def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
 
 def _compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Comparison]:
     old, new = dict(flatten(before["config"])), dict(flatten(now["config"]))
-    keys = [key for key in {*old, *new} if not is_below(key, ("name", "tracking"))]
+    keys = [key for key in {*old, *new} if not is_below(key, FREE_KEYS)]
     changes = describe_changes(old, new, keys)
     yield Comparison("config", Verdict.differs if changes else Verdict.same, changes.strip() or f"{len(keys)} keys")
     for what, key in (("rows", "data"), ("base", "model")):

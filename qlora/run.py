@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import shlex
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,23 @@ from qlora import compose, console
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
 from qlora.doctor import preflight
-from qlora.errors import ConfigError, Pruned
+from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurement
-from qlora.folder import flatten, iter_lines, read_json, read_lines, write_lines
+from qlora.files import (
+    Patience,
+    iter_lines,
+    read_json,
+    read_lines,
+    remove_drafts,
+    wait_for_space,
+    waiting_for_space,
+    write_folder,
+    write_lines,
+    write_text,
+)
+from qlora.folder import config_digest, flatten
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
 from qlora.models.determinism import deterministic
@@ -46,10 +60,10 @@ from qlora.reporting.manifest import build_manifest, code_digest, recorded, vers
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
-from qlora.schema import TaskName
+from qlora.schema import Resume, TaskName
+from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.tracking import TrackedRun, Tracker, build_tracker
-from qlora.training.trainer import last_checkpoint
-from qlora.wording import format_range, is_detail
+from qlora.wording import format_range, is_detail, quoted
 
 log = logging.getLogger(__name__)
 
@@ -80,38 +94,60 @@ class Run(Parts):
     # Tasks
 
     def train(self) -> dict[str, Any]:
-        """Trains, measures and predicts as `task` says; returns the result written to `result.json`."""
-        with deterministic(self.config.trainer):
-            return self._train()
+        """Trains, measures and predicts as `task` says; returns the result written to `result.json`.
+
+        Waits where the disk is full. Raises `Stopped` after a signal, when what can be saved is saved.
+        """
+        limit = self.config.trainer.save_total_limit
+        patience = Patience(
+            seconds=self.config.trainer.disk_wait,
+            # The oldest would go when the next one is saved.
+            make_room=lambda: remove_surplus(self.folder.checkpoints, limit and limit - 1),
+            check=self.stop.check,
+        )
+        with self.stop.watching(), waiting_for_space(patience), deterministic(self.config.trainer):
+            try:
+                return self._train()
+            except Stopped as stopped:
+                raise Stopped(f"{stopped}: {self._how_to_go_on()}") from None
 
     def _train(self) -> dict[str, Any]:
+        if self.config.resume is Resume.never:
+            self.folder.check_unused()
         self.folder.create()
+        remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        self.folder.check_same_training(compose.read_config(self.folder.config), plain)
-        if (stored := self.folder.stored_result("train")) is not None:
+        is_same = self.folder.check_same_training(compose.read_config(self.folder.config), plain)
+        if is_same and (stored := self.folder.stored_result("train")) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
         self._check_budget()
         preflight(self.config)
-        _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
+        checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
+        data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
+        before = (read_json(self.folder.manifest) or {}).get("data")
+        is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         if self.draws:
             if self.folder.drawn.is_file():
                 self._check_drawn_base(self.folder)
             write_json(self.folder.drawn, self._drawing_facts())
-        self.folder.config.write_text(compose.dump_config(self.config), encoding="utf-8")
+        if not is_same:
+            for stale in (self.folder.result("train"), self.folder.baseline):
+                stale.unlink(missing_ok=True)
+        write_text(self.folder.config, compose.dump_config(self.config))
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
             model = self.add_adapter(self.load_base()) if self.config.task.train else self.load_trained()
             facts = self._facts(model)
-            with recorded(self.folder.path / "manifest.json", self._build_manifest(plain, facts),
-                          peak_memory_gb=self._peak_memory_gb, energy=read_energy):  # fmt: skip
+            with recorded(self.folder.manifest, self._build_manifest(plain, facts), peak_memory_gb=self._peak_memory_gb,
+                          energy=read_energy):  # fmt: skip
                 console.start_screen(list(facts.items()))
                 base = self._baseline(model)
                 summary |= _prefixed("base_eval_", base.metrics)
                 if self.config.task.train:
-                    summary |= self._fit(model, callbacks, tracker)
+                    summary |= self._fit(model, callbacks, tracker, checkpoint)
                 measured = self._measure_after(model)
                 summary |= _prefixed("eval_", measured.metrics)
                 summary["peak_memory_gb"] = self._peak_memory_gb()
@@ -169,7 +205,7 @@ class Run(Parts):
         self.folder.create()
         preview = build_preview(self.config, self.data, self.tokenizer)
         page, picture = self.folder.path / "preview.html", self.folder.path / "lengths.png"
-        page.write_text(to_html(preview), encoding="utf-8")
+        write_text(page, to_html(preview))
         plot_lengths(preview, picture)
         console.say_colored(to_text(preview, ids=self.config.task.ids, color=console.screen().is_terminal))
         paths = {"page": str(page), "lengths": str(picture)}
@@ -299,6 +335,9 @@ class Run(Parts):
         except Pruned:
             status = "pruned"
             raise
+        except (KeyboardInterrupt, Stopped):
+            status = "interrupted"
+            raise
         finally:
             tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
 
@@ -310,7 +349,7 @@ class Run(Parts):
         if not (self.config.evaluation.baseline and self.config.task.evaluate):
             return Measurement()
         training = self.config.task.name is TaskName.train
-        path = self.folder.path / "baseline.json"
+        path = self.folder.baseline
         stored = read_json(path) if training else None
         if stored is not None:
             return Measurement.from_dict(stored)
@@ -324,22 +363,56 @@ class Run(Parts):
             write_json(path, measured.to_dict())
         return measured
 
-    def _fit(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> dict[str, float]:
+    def _find_checkpoint(self, plain: dict[str, Any]) -> Path | None:
+        """Returns the checkpoint to go on from, if there is a good one."""
+        checkpoint = last_checkpoint(self.folder.checkpoints)
+        if checkpoint is None:
+            return None
+        facts = read_facts(checkpoint)
+        unknown = not self.folder.config.is_file() and self.config.resume is not Resume.force
+        if unknown and facts["config"] != config_digest(plain):
+            raise ConfigError(
+                f"{checkpoint} was written with another config, and {self.folder.config}, which would say which, is "
+                "gone; choose another folder (hydra.run.dir=FOLDER or name=NAME), or resume=force to go on"
+            )
+        for name, text in facts["trackers"].items():
+            if not (self.folder.path / name).is_file():
+                write_text(self.folder.path / name, text)
+        return checkpoint
+
+    def _how_to_go_on(self) -> str:
+        saved = find_checkpoints(self.folder.checkpoints)
+        state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
+        words = [text for text in self.overrides if not text.startswith("resume=")]
+        return (
+            f"{state}; go on with\n  {shlex.join(['qlora', *words, f'hydra.run.dir={quoted(str(self.folder.path))}'])}"
+        )
+
+    def _fit(
+        self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
+    ) -> dict[str, float]:
         trainer = self._build_trainer(model, callbacks, tracker)
         if self.data.packed is not None:  # after the trainer is built, which switches the key-value cache off
             check_packing(model, self.placement, batch_size=self.config.trainer.per_device_train_batch_size)
-        checkpoint = last_checkpoint(self.folder.checkpoints)
+        wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
         if checkpoint is not None:
             console.say(f"resuming from {checkpoint.name}")
+        started = time.monotonic()
         try:
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:  # a run that fails has curves too
-            write_json(self.folder.history, trainer.state.log_history)
+            with self.stop.after_step():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except BaseException:  # a run that fails has curves too
+            with contextlib.suppress(ConfigError):
+                write_json(self.folder.history, trainer.state.log_history)
+            raise
+        write_json(self.folder.history, trainer.state.log_history)
+        runtime = time.monotonic() - started
+        self.stop.check()
         self._steps = trainer.state.global_step
         self._highest_memory_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
         self._save(model)
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
-        metrics = {"train_loss": trainer.mean_loss, "train_runtime": output.metrics["train_runtime"]}
+        metrics = {"train_loss": trainer.mean_loss, "train_runtime": runtime}
         metrics["train_memory_retries"] = trainer.memory.retries
         return metrics | trainer.meter.overall(trainer.state)
 
@@ -368,8 +441,11 @@ class Run(Parts):
             initial = self.folder.path / "initial_adapter" if rewritten else None
             adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial)
         else:
-            model.save_pretrained(self.folder.model)
-            save_tokenizer(self.tokenizer, self.folder.model)
+            write_folder(self.folder.model, partial(self._save_model, model))
+
+    def _save_model(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     def _measure_after(self, model: PreTrainedModel) -> Measurement:
         task, evaluation = self.config.task, self.config.evaluation

@@ -93,6 +93,14 @@ class TaskName(Enum):
     wandb_sweep = "wandb_sweep"
 
 
+class Resume(Enum):
+    """What a start does in a folder that holds a run."""
+
+    auto = "auto"
+    force = "force"
+    never = "never"
+
+
 class Weights(Enum):
     """Where the base weights come from."""
 
@@ -141,6 +149,13 @@ class LoraInit(Enum):
     olora = "olora"
     loftq = "loftq"
     eva = "eva"
+
+
+class LoraDtype(Enum):
+    """What the adapter weights are stored in while they train."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class EvaluationName(Enum):
@@ -384,6 +399,9 @@ class LoraConfig:
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354); unset: equal."""
+    dtype: LoraDtype = LoraDtype.fp32
+    """What the adapter and its gradients are stored in while it trains: `fp32`, or `bf16` as in the original script,
+    which takes half of their memory; steps below about 1/256 of a weight are then lost."""
 
     def __post_init__(self) -> None:
         require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")
@@ -675,6 +693,8 @@ class TrainerConfig:
     """Write a checkpoint every so many steps; null: none before the end."""
     save_total_limit: int | None = 40
     """Keep the newest so many checkpoints; null: all."""
+    disk_wait: float = 600
+    """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
     deterministic: bool = False
@@ -693,7 +713,7 @@ class TrainerConfig:
         for name in ("learning_rate", "adam_epsilon"):
             value = getattr(self, name)
             require(value > 0 and math.isfinite(value), f"trainer.{name}", "be positive", value)
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "disk_wait"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
         for name in ("adam_beta1", "adam_beta2"):
@@ -973,6 +993,9 @@ class Config:
     """`auto` takes the GPU (CUDA, ROCm or Intel XPU) if there is one, else the CPU; or `cpu`, `cuda`, `xpu`."""
     objective: str | None = "eval_loss"
     """The metric that a run returns to a sweeper; null: none."""
+    resume: Resume = Resume.auto
+    """What a start does in a folder that holds a run: `auto` goes on from the last good checkpoint, and refuses another
+    config or other rows; `force` goes on in spite of such changes; `never` begins anew in a new folder (`NAME-2`)."""
     task: TaskConfig = MISSING
     model: ModelConfig = MISSING
     quantization: QuantizationConfig = MISSING

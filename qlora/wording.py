@@ -68,6 +68,18 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_bytes(size: int) -> str:
+    """Returns a size as `1.2 MB` or `1.2 GB`, in units of 1000."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def quoted(text: str) -> str:
+    """Returns a text as the value of an override: in quotes where it has special characters."""
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def shorten(text: str, width: int) -> str:
     """Returns `text` on one line of at most `width` characters; what is too much goes from its middle."""
     line = " ".join(text.split())

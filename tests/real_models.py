@@ -40,8 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox": SIZES,
 }
 PLAIN = Setup(
-    bits=4, double_quant=True, wide=False, r=8, targets=(), dora=False, dropout=False, optim="paged_adamw_32bit",
-    rows=1, length=64, accumulates=False, checkpointed=0, step=PlanStep.plain,
+    bits=4, double_quant=True, wide=False, r=8, targets=(), dora=False, narrow=False, dropout=False,
+    optim="paged_adamw_32bit", rows=1, length=64, accumulates=False, checkpointed=0, step=PlanStep.plain,
 )  # fmt: skip
 
 

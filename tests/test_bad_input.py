@@ -139,9 +139,10 @@ def test_a_checkpoint_that_is_not_written_as_it_is_in_memory(tmp_path: Path, mon
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_half)
     text = refusal(tmp_path, "trainer.max_steps=2", "trainer.save_steps=1")
-    assert text.startswith(f"{tmp_path}/run/checkpoints/checkpoint-1: the adapter was not saved as it is in memory (")
+    folder = tmp_path / "run" / "checkpoints"
+    assert text.startswith(f"{folder}/unfinished/checkpoint-1: the adapter was not saved as it is in memory (")
     assert text.endswith("check the disk, and run the same command again to go on")
-    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "trainer_state.json").exists()
+    assert not list(folder.iterdir())
 
 
 def test_an_adapter_folder_that_is_missing_or_empty(tmp_path: Path) -> None:

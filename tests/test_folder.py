@@ -1,9 +1,8 @@
-"""A run's folder: which config may go on in it, where adapters are found, and files written whole or not at all."""
+"""A run's folder: which config may go on in it, and where adapters are found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from qlora.compose import compose, config_to_dict
 from qlora.errors import ConfigError
-from qlora.folder import RunFolder, find_adapter, flatten, read_json, read_lines, write_lines
+from qlora.folder import RunFolder, find_adapter, flatten
 
 
 def plain(*overrides: str) -> dict[str, Any]:
@@ -51,6 +50,9 @@ def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
         "device=cpu",
         "evaluation.show_predictions=1",
         "model.cache_dir=/elsewhere",
+        "trainer.save_total_limit=2",
+        "trainer.disk_wait=0",
+        "resume=force",
     ],
 )
 def test_what_leaves_the_training_alone_may_change(tmp_path: Path, override: str) -> None:
@@ -90,28 +92,6 @@ def test_a_fully_finetuned_model_is_found_in_a_runs_folder(tmp_path: Path) -> No
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     assert find_adapter(tmp_path) == (None, tmp_path / "model")
-
-
-def test_lines_come_back_as_they_went(tmp_path: Path) -> None:
-    records = [{"text": "äöü 日本\nline"}, {"text": "ends \u2028 of \x85 lines \x0b to \r some"}, {"number": 1.5}]
-    write_lines(tmp_path / "lines.jsonl", records)
-    assert read_lines(tmp_path / "lines.jsonl") == records
-    assert read_lines(tmp_path / "lines.jsonl", 2) == records[:2]
-    assert read_lines(tmp_path / "none.jsonl") == []
-    assert read_json(tmp_path / "none.json") is None
-
-
-def test_a_write_that_fails_leaves_the_old_lines(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    write_lines(path, [{"old": 1}])
-
-    def broken() -> Iterator[dict[str, Any]]:
-        yield {"new": 1}
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_lines(path, broken())
-    assert read_lines(path) == [{"old": 1}]
 
 
 def test_training_has_the_plain_name_among_results(tmp_path: Path) -> None:

@@ -50,11 +50,12 @@ def test_it_answers_at_once_and_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "paper"), [("7b", 6.9), ("13b", 11.3), ("33b", 24.7), ("65b", 45.0)])
 def test_the_paper_s_memory_is_near(size: str, paper: float) -> None:
-    found = build(f"model=llama-{size}").paper
-    assert found is not None
-    assert found["paper_gb"] == paper
-    # Its adapters and their gradients are in 16 bits, ours in 32.
-    assert paper < found["planned_gb"] < 1.12 * paper
+    wide, same = build(f"model=llama-{size}").paper, build(f"model=llama-{size}", "lora.dtype=bf16").paper
+    assert wide is not None
+    assert same is not None
+    assert wide["paper_gb"] == same["paper_gb"] == paper
+    assert paper < wide["planned_gb"] < 1.12 * paper
+    assert 0.9 * paper < same["planned_gb"] < 1.02 * paper
 
 
 @pytest.mark.skipif(not MEASURED.is_file(), reason="nothing was measured on a GPU")

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from qlora import replay as task
 from qlora.compose import compose, config_to_dict, read_config, restore_config
 from qlora.errors import ConfigError
-from qlora.folder import RunFolder
+from qlora.folder import RunFolder, config_digest
 from qlora.models.determinism import WORKSPACE, deterministic
 from qlora.replay import Verdict
-from qlora.reporting.manifest import config_digest
 from qlora.run import Run
 
 QUICK = [
@@ -58,7 +57,7 @@ def test_the_manifest_tells_all_that_is_needed_to_repeat_a_run(pair: Pair) -> No
     first, second, _ = pair
     manifest, again = (json.loads((folder / "manifest.json").read_text()) for folder in (first, second))
     assert manifest["overrides"] == QUICK
-    assert manifest["config_sha256"] == config_digest(config_to_dict(compose(QUICK)))
+    assert manifest["config_hash"] == config_digest(config_to_dict(compose(QUICK)))
     assert manifest["seeds"] == {"seed": 0, "data.split_seed": 42}
     assert manifest["packages"]["torch"] == torch.__version__
     assert manifest["model"]["fingerprint"] == again["model"]["fingerprint"]

@@ -106,63 +106,6 @@ def test_the_same_seed_draws_and_trains_the_same_adapter(finished: Path, tmp_pat
     assert not same(adapter(finished), adapter(tmp_path / "other"))
 
 
-STOP = """
-from transformers import TrainerCallback
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.step == 0:
-            raise KeyboardInterrupt
-"""
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    history = json.loads((folder / "history.json").read_text())
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-
-
-@pytest.mark.parametrize(
-    ("stop", "checkpoint", "more"),
-    [
-        (5, 4, []),
-        (5, 4, ["data.max_train_samples=12"]),
-        (5, 4, ["data.max_train_samples=12", "trainer.group_by_length=false"]),
-        (0, 6, []),
-        (0, 6, ["data.max_train_samples=24"]),
-    ],
-    ids=["first epoch", "second epoch", "second epoch, plain order", "after the last step", "after the last epoch"],
-)
-def test_a_resumed_run_ends_with_the_same_adapter_and_losses_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, checkpoint: int, more: list[str]
-) -> None:
-    (tmp_path / "stop_at.py").write_text(STOP)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    options = ["trainer.save_steps=2", "trainer.logging_steps=3", "lora.dropout=0.1", *more, "trusted=[stop_at]"]
-    node = "+callbacks.stop={_target_:stop_at.StopAt,step:%d}"
-    whole = run(tmp_path / "whole", *options, node % 99)
-    with pytest.raises(KeyboardInterrupt):
-        Run(compose([*QUICK, *options, node % stop]), tmp_path / "cut").execute()
-    assert not (tmp_path / "cut" / "result.json").exists()
-    config = (tmp_path / "cut" / "config.yaml").read_text().replace(f"step: {stop}", "step: 99")
-    (tmp_path / "cut" / "config.yaml").write_text(config)
-    last = tmp_path / "cut" / "checkpoints" / f"checkpoint-{checkpoint}"
-    (last / "rest").touch()
-    half_written = last.with_name("checkpoint-7")
-    half_written.mkdir()
-    resumed = run(tmp_path / "cut", *options, node % 99)
-    assert (last / "rest").exists(), "resumed, not started anew"
-    assert not half_written.exists()
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    for name in ("train_loss", "eval_loss"):
-        assert resumed["metrics"][name] == whole["metrics"][name]
-
-
 def test_the_loss_of_the_last_step_is_that_of_the_result(finished: Path) -> None:
     history = json.loads((finished / "history.json").read_text())
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -25,7 +25,8 @@ from qlora.doctor.surroundings import (
 )
 from qlora.doctor.versions import check_python, check_versions
 from qlora.errors import ConfigError
-from qlora.folder import RunFolder, write_text
+from qlora.files import write_text
+from qlora.folder import RunFolder
 from qlora.schema import Config
 
 STYLES = {Status.ok: "green", Status.warning: "yellow", Status.error: "bold red"}

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from qlora import console
 from qlora.evaluation.generation import Answer, prompt_lengths
+from qlora.files import write_text
 
 MISSING = -1
 
@@ -40,7 +41,7 @@ class AnswerLog:
             keys = dict.fromkeys([*decided_by, *stored])
             changed = [key for key in keys if stored.get(key) != decided_by.get(key)]
             console.say(f"starting anew: {', '.join(changed)} changed since {path.name} was begun")
-        path.write_text(json.dumps(decided_by, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(decided_by, ensure_ascii=False) + "\n")
 
     @property
     def answered(self) -> int:

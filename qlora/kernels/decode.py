@@ -67,24 +67,59 @@ def _columns_kernel(
 
 
 @triton.jit
-def _scale_kernel(x, factor, out, scales, columns, stride, WIDTH: tl.constexpr):
+def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = column < columns
     found = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(found)), 1e-12) / 448.0
     tl.store(out + row * columns + column, (found / scale).to(tl.float8e4nv), mask=mask)
-    tl.store(scales + row, scale / tl.load(factor))
+    tl.store(scales + row, scale)
 
 
-def scale_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _beside_kernel(
+    source, by, out, rows, rank, before, ranks, row_stride, column_stride, stride, width,
+    ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, RANKS)[None, :]
+    own = (column >= before) & (column < before + rank) & (row < rows)
+    place = source + row.to(tl.int64) * row_stride + (column - before).to(tl.int64) * column_stride
+    value = tl.load(place, mask=own, other=0.0).to(tl.float32) * tl.load(by)
+    first = value.to(out.dtype.element_ty)
+    rest = (value - first.to(tl.float32)).to(out.dtype.element_ty)
+    target = out + row.to(tl.int64) * stride + column
+    mask = (column < ranks) & (row < rows)
+    tl.store(target, first, mask=mask)
+    tl.store(target + ranks, first, mask=mask)
+    tl.store(target + 2 * ranks, rest, mask=mask)
+    padding = 3 * ranks + tl.arange(0, 16)[None, :]
+    zero = tl.zeros((ROWS, 16), dtype=tl.float32).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * stride + padding, zero, mask=(padding < width) & (row < rows))
+
+
+def write_beside(other: list[Tensor], by: Tensor, out: Tensor) -> None:
+    """As `linear.write_beside`, a launch a matrix."""
+    ranks, row, before = sum(each.shape[1] for each in other), 0, 0
+    width, size = triton.next_power_of_2(ranks), 32
+    for each in other:
+        rows, rank = each.shape
+        _beside_kernel[(triton.cdiv(rows, size),)](
+            each, by, out[row:], rows, rank, before, ranks, *each.stride(), out.stride(0), out.shape[1],
+            ROWS=size, RANKS=width,
+        )  # fmt: skip
+        row, before = row + rows, before + rank
+
+
+def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `linear.scale_rows`, one program a row, which is read once."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(columns)
     warps = min(max(width // 1024, 4), 16)
-    _scale_kernel[(rows,)](x, factor, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
+    _scale_kernel[(rows,)](x, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
     return out, scales
 
 

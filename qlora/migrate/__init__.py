@@ -18,7 +18,8 @@ from rich.text import Text
 from qlora import console
 from qlora.compose import compose, group_names, override_value, read_yaml
 from qlora.errors import ConfigError, did_you_mean
-from qlora.folder import RunFolder, write_text
+from qlora.files import write_text
+from qlora.folder import RunFolder
 from qlora.migrate.axolotl import AXOLOTL
 from qlora.migrate.factory import FACTORY
 from qlora.migrate.original import PROGRAM, QLORA, read_command

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ConfigError, did_you_mean
+from qlora.files import write_folder
 from qlora.models.checkpoint import Tensors
 from qlora.models.files import check_safetensors
 from qlora.models.tokenizer import save_tokenizer
-from qlora.schema import LoraConfig, LoraInit
+from qlora.schema import LoraConfig, LoraDtype, LoraInit
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def add_lora(
     new_token_ids: list[int],
     batches: Iterable[dict[str, torch.Tensor]],
 ) -> PeftModel:
-    """Attaches a fresh adapter; its weights are drawn from torch's current seed and kept in float32.
+    """Attaches a fresh adapter; its weights are drawn from torch's current seed and stored as `config.dtype` says.
 
     `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
     Raises `ConfigError` for target modules that match nothing.
@@ -84,6 +84,10 @@ def add_lora(
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
+    if config.dtype is LoraDtype.bf16:
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.bfloat16()
     return adapted
 
 
@@ -193,13 +197,11 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:
     """Saves the drawn weights of an init that rewrites the base, so that the final adapter can be converted."""
-    if not (folder / "adapter_config.json").exists():
-        model.peft_config["default"].init_lora_weights, kept = (
-            True,
-            model.peft_config["default"].init_lora_weights,
-        )
-        model.save_pretrained(folder)
-        model.peft_config["default"].init_lora_weights = kept
+    if not folder.exists():
+        config = model.peft_config["default"]
+        kept, config.init_lora_weights = config.init_lora_weights, True
+        write_folder(folder, model.save_pretrained)
+        config.init_lora_weights = kept
 
 
 def save_adapter(
@@ -209,18 +211,18 @@ def save_adapter(
 
     `initial` (PiSSA, OLoRA) is the folder of the drawn weights; the saved adapter is the difference, of rank 2r.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(
-        partial,
-        path_initial_model_for_weight_conversion=str(initial) if initial else None,
-        save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
-    )
-    save_tokenizer(tokenizer, partial)
-    verify_adapter(partial, model, converted=initial is not None)
-    _check_trained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def write(partial: Path) -> None:
+        model.save_pretrained(
+            partial,
+            path_initial_model_for_weight_conversion=str(initial) if initial else None,
+            save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
+        )
+        save_tokenizer(tokenizer, partial)
+        verify_adapter(partial, model, converted=initial is not None)
+        _check_trained(partial)
+
+    write_folder(folder, write)
 
 
 def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = False) -> None:

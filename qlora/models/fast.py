@@ -34,6 +34,7 @@ from transformers.modeling_utils import AttentionInterface
 from qlora.errors import ConfigError
 from qlora.kernels.attention import attend_batch, attend_rows, fastest_attention, has_varlen
 from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_scales, join, read_codes
+from qlora.kernels.dropout import keep_mask
 from qlora.kernels.linear import GroupedLinear
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
@@ -54,6 +55,14 @@ OTHER_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attention_
 
 OTHER_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of architectures whose logits are more than a product with the output matrix."""
+
+
+KEEP_LITTLE = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+}
+"""What element-wise operations give again, dropout's masks too, compiled layers do not keep for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +108,28 @@ class Group:
         flat = x.reshape(-1, self.columns)
         a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(x.dtype)
         b = [(each.lora_B["default"].weight * each.scaling["default"]).to(x.dtype) for each in self.members]
-        xa = first.lora_dropout["default"](flat) @ a.t()
-        found = GroupedLinear.apply(flat, xa, self.factor, self.rows, *b, *self.tensors)
+        dropped = _drop(flat, first.lora_dropout["default"])
+        found = GroupedLinear.apply(flat, dropped, a, self.factor, self.rows, *b, *self.tensors)
         outputs = []
-        for member, part in zip(self.members, found.split(self.rows, 1), strict=True):
+        for member, part in zip(self.members, found, strict=True):
             bias = member.get_base_layer().bias
             part = part if bias is None else part + bias.to(part.dtype)
             outputs.append(part.view(*x.shape[:-1], -1))
         return outputs
+
+
+def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
+    """Returns `x` after an adapter's dropout, None where it has none.
+
+    Compiled code drops by a mask that the backward pass computes again.
+    """
+    rate = getattr(dropout, "p", 0.0)
+    if rate == 0:
+        return None
+    if torch.compiler.is_compiling():
+        return torch.where(keep_mask(x, rate), x / (1 - rate), 0)
+    dropped: Tensor = dropout(x)
+    return dropped
 
 
 class FastLinear(Linear4bit):
@@ -347,8 +370,7 @@ class FastStep:
         self._own = (self.base.config._attn_implementation, [each.gradient_checkpointing for each in self.layers])
         if self.attention:
             self._context.enter_context(fastest_attention())
-        # What an element-wise operation gives again is not kept: a fifth less memory, for about 1 % of the time.
-        self._context.enter_context(torch._functorch.config.patch(ban_recompute_materialized_backward=False))
+        self._context.enter_context(torch._functorch.config.patch(KEEP_LITTLE))
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
         again = partial(_offload, again) if self.offloads else again
         for index, layer in enumerate(self.layers):

@@ -76,6 +76,8 @@ class Setup:
     targets: tuple[frozenset[str], ...]
     """For each decoder layer, the linear layers with an adapter."""
     dora: bool
+    narrow: bool
+    """Whether the adapters are stored in 16 bits."""
     dropout: bool
     optim: str
     rows: int
@@ -201,13 +203,15 @@ class Ledger:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained parameter and of its gradient: adapters are kept in float32."""
-        return 4 if self.setup.r else self.setup.stored
+        """Bytes of a trained parameter and of its gradient."""
+        if self.setup.r == 0:
+            return self.setup.stored
+        return 2 if self.setup.narrow else 4
 
     @property
     def adapters(self) -> int:
         """The adapters' matrices."""
-        return self.trained_count * 4 if self.setup.r else 0
+        return self.trained_count * self.trained_bytes if self.setup.r else 0
 
     @property
     def gradients(self) -> int:
@@ -336,6 +340,7 @@ class Ledger:
         """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""
         if self.setup.wide:
             return 0
+        names = frozenset() if self.setup.narrow else names
         adapters = sum(self.setup.r * (self.linears[name].inputs + self.linears[name].outputs) for name in names)
         base = sum(linear.weights for linear in self.shape.linears) if self.setup.bits == 32 else 0
         return 2 * (adapters + base)

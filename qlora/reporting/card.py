@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import ConfigError
+from qlora.files import write_text
 from qlora.reporting.manifest import versions
 from qlora.schema import ComputeDtype, Config, LoraInit, Weights
 from qlora.wording import format_metric, format_range, is_detail
@@ -56,11 +56,7 @@ def write_model_card(
         _limits(config),
     ]
     path = folder / "README.md"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"---\n{_front_matter(config, base_model)}\n---\n\n" + "\n\n".join(parts) + "\n", "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+    write_text(path, f"---\n{_front_matter(config, base_model)}\n---\n\n" + "\n\n".join(parts) + "\n")
     return path
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.folder import RunFolder, read_json
+from qlora.files import read_json
+from qlora.folder import RunFolder
 from qlora.wording import is_detail
 
 Series = tuple[list[float], list[float]]

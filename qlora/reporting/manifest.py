@@ -21,8 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import Pruned
-from qlora.folder import read_json, write_text
+from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.files import read_json, write_text
+from qlora.folder import config_digest
 from qlora.secrets import hide, hide_all
 
 PACKAGES = {
@@ -53,7 +54,7 @@ def build_manifest(
         "working_directory": str(Path.cwd()),
         "overrides": list(overrides),
         "config": config,
-        "config_sha256": config_digest(config),
+        "config_hash": config_digest(config),
         "seeds": dict(seeds or {}),
         "data": data,
         "model": model,
@@ -77,14 +78,14 @@ def recorded(
 
     `energy` counts joules. The starts before, of a run that goes on, are kept in `starts`.
     """
-    earlier = (read_json(path) or {}).get("starts", []) if path.is_file() else []
+    earlier = (read_json(path) or {}).get("starts", [])
     manifest = {**manifest, "starts": [*earlier, {"started": manifest["started"], "status": "running"}]}
     write_json(path, manifest)
     began, joules, status = time.perf_counter(), energy(), "failed"
     try:
         yield
         status = "finished"
-    except (KeyboardInterrupt, Pruned) as error:
+    except (KeyboardInterrupt, Stopped, Pruned) as error:
         status = "pruned" if isinstance(error, Pruned) else "interrupted"
         raise
     finally:
@@ -97,12 +98,9 @@ def recorded(
             "gpu_energy_wh": used,
             "gpu_energy": "measured by the driver, all processes on the GPUs" if used is not None else "not told here",
         }
-        write_json(path, manifest)
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a resolved config."""
-    return hashlib.sha256(json.dumps(plain(dict(config)), sort_keys=True).encode()).hexdigest()
+        # What ended the run says more than a disk that is full for this, too.
+        with contextlib.nullcontext() if status == "finished" else contextlib.suppress(ConfigError, OSError):
+            write_json(path, manifest)
 
 
 def packages() -> dict[str, str]:

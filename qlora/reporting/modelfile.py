@@ -16,6 +16,7 @@ from typing import Final
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora.files import write_text
 from qlora.schema import GenerationConfig
 
 Message = dict[str, str]
@@ -175,7 +176,7 @@ def write_modelfile(
     config_path = folder / "tokenizer_config.json"
     settings = json.loads(config_path.read_text(encoding="utf-8"))
     settings |= {"add_bos_token": form.adds_bos, "add_eos_token": False}
-    config_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(config_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     stops = [tokenizer.convert_ids_to_tokens(number) for number in end_ids]
     if not any(stop in form.after_answer for stop in stops):  # the next question begins without a token of its own
         stops += [text for text in [form.after_answer.strip()] if text]
@@ -187,7 +188,7 @@ def write_modelfile(
         *(f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops)),
     ]
     path = folder / "Modelfile"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

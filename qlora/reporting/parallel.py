@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qlora.files import write_file
+
 INK, GRID = "#1f2933", "#9fb3c8"
 TICKS = 5
 DECADES = 50.0
@@ -45,8 +47,7 @@ def plot_parallel(columns: Mapping[str, Sequence[Any]], path: Path, *, maximizes
         axes.plot(
             line, color=shades(0.15 + 0.85 * quality[job]), linewidth=2.4 if best else 1.2, alpha=1.0 if best else 0.7
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
 
 
 def build_axis(values: Sequence[Any]) -> Axis:

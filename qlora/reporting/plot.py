@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from qlora.files import write_file
 from qlora.reporting.history import Series, series
 
 INK, FAINT, GRID = "#1f2933", "#9fb3c8", "#e4e9ef"
@@ -32,8 +33,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(top, training, held_out)
     _draw_rate(bottom, rate)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from qlora.files import write_file
 from qlora.reporting.plot import FAINT, GRID, HELD_OUT, INK, TRAIN
 from qlora.reporting.preview_parts import Lengths, Preview, count_lengths, one_line
 
@@ -34,8 +35,7 @@ def plot_lengths(preview: Preview, path: Path) -> None:
         panels[0].text(0.5, 0.5, "no rows were counted", transform=panels[0].transAxes, ha="center", color=FAINT)
     else:
         panels[-1].set_xlabel("tokens a row", color=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
 
 
 def _draw(axes: Axes, lengths: Lengths) -> None:

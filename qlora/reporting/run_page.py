@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from qlora.folder import RunFolder, read_lines, write_text
+from qlora.files import read_lines, write_text
+from qlora.folder import RunFolder
 from qlora.reporting.history import Curve, curves, read_history, read_intact
 from qlora.reporting.page import chart, first_smoothing, format_value, group, line, metric_title, plain_config, render
 from qlora.wording import format_range, is_detail, prompt_core

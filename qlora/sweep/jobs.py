@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,8 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import ConfigError, Pruned
-from qlora.folder import FREE_KEYS, RunFolder, flatten, is_below, read_json, write_text
+from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.files import read_json, write_text
+from qlora.folder import FREE_KEYS, RunFolder, config_digest
 from qlora.secrets import hide
 
 LOCK_FILE = ".lock"
@@ -87,9 +87,7 @@ class Job:
 
 def identity(config: Mapping[str, Any]) -> str:
     """Returns 8 hex digits that are the same for every way to write the same resolved config."""
-    facts = {key: value for key, value in flatten(dict(config)) if not is_below(key, UNNAMED_KEYS)}
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return config_digest(config, UNNAMED_KEYS)[:8]
 
 
 def slug(overrides: Sequence[str]) -> str:
@@ -133,20 +131,22 @@ def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterat
     Raises `ConfigError` where another process runs in the folder.
     """
     with locked(folder, f"{folder} is in use by another process"):
-        started = time.time()
+        started, clock = time.time(), time.monotonic()
         known = (read_json(folder / STATUS_FILE) or {}).get("overrides")  # a sweep knows which of them it varies
         facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "reason": None}
         write_status(folder, Status.running, **facts, result=result_name)
         try:
             yield
-        except KeyboardInterrupt:
-            write_status(folder, Status.interrupted, reason="interrupted", seconds=time.time() - started)
+        except (KeyboardInterrupt, Stopped):
+            with contextlib.suppress(ConfigError):  # on a full disk; what ended the job counts
+                write_status(folder, Status.interrupted, reason="interrupted", seconds=time.monotonic() - clock)
             raise
         except BaseException as error:
             status = Status.pruned if isinstance(error, Pruned) else Status.failed
-            write_status(folder, status, reason=_in_one_line(error), seconds=time.time() - started)
+            with contextlib.suppress(ConfigError):
+                write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
             raise
-        write_status(folder, Status.finished, seconds=time.time() - started)
+        write_status(folder, Status.finished, seconds=time.monotonic() - clock)
 
 
 def _in_one_line(error: BaseException) -> str:

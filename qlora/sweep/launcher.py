@@ -22,6 +22,7 @@ from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_swe
 from qlora.sweep.processes import Task, build_slots, run_tasks
 from qlora.sweep.screen import Screen
 from qlora.sweep.trackers import track_sweep
+from qlora.wording import quoted
 
 NOT_PASSED_ON = (
     "hydra.mode",
@@ -117,10 +118,10 @@ def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
 def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[str]:
     """Returns the words that run one job as a plain run in its folder."""
     own = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
-    place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    words = [text for text in overrides if text != "resume=never"]  # the sweep's folder is the new one
     return [
-        *(sys.executable, "-m", "qlora", *config_flags(), *overrides, *own),
-        *("hydra.mode=RUN", f"hydra.run.dir='{place}'"),
+        *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
+        *("hydra.mode=RUN", f"hydra.run.dir={quoted(str(folder.absolute()))}"),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from qlora.console import printable, say, say_rows, screen
-from qlora.folder import write_text
+from qlora.files import write_text
 from qlora.reporting.page import short_value
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep

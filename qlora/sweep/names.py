@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.compose import config_to_dict, to_config
+from qlora.compose import compose_dict, config_to_dict, to_config
 from qlora.membership import Membership
 from qlora.sweep.jobs import job_folder
+from qlora.wording import quoted
 
 FOLDER = Path("outputs/sweeps")
 
@@ -35,6 +37,15 @@ def folder_words(overrides: Sequence[str]) -> list[str]:
     folder = f"hydra.sweep.dir={FOLDER / ('_'.join(chosen or varied) or 'sweep')}"
     fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(plain)}]"
     return [fixed] if plain.keys() & {"name", "hydra.sweep.dir"} else [fixed, folder]
+
+
+def new_folder_words(overrides: Sequence[str], config_dir: str | None, sweeps: bool) -> list[str]:
+    """Returns the override that names a folder where there is none yet: FOLDER, else FOLDER-2, FOLDER-3 ..."""
+    hydra = compose_dict(overrides, config_dir).hydra
+    place = Path(str(hydra.sweep.dir if sweeps else hydra.run.dir))
+    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
+    chosen = next(path for path in itertools.chain([place], numbered) if not path.exists())
+    return [f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(str(chosen))}"]
 
 
 def own_overrides(hydra: Any) -> list[str]:

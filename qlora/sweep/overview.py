@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
-from qlora.folder import describe_changes, flatten, is_below, read_json, write_text
+from qlora.files import read_json, write_text
+from qlora.folder import describe_changes, flatten, is_below
 from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
 from qlora.wording import higher_is_better
 

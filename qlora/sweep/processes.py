@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, Stopped
 from qlora.folder import RunFolder
 from qlora.membership import Membership
 from qlora.sweep.jobs import Job, Status, read_job, write_status
@@ -141,7 +141,7 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
             preexec_fn=functools.partial(_die_with, os.getpid()),
         )
-    return _Process(task, slot, popen, time.time())
+    return _Process(task, slot, popen, time.monotonic())
 
 
 def _die_with(parent: int) -> None:
@@ -156,9 +156,9 @@ def _ended(process: _Process, *, interrupted: bool = False) -> Job:
     """Returns what became of a job whose process has ended, and records what it could not record itself."""
     folder, code = process.task.job.folder, process.popen.returncode
     job = read_job(folder)
-    if job.status in (Status.finished, Status.pruned, Status.failed):
+    if job.status in (Status.finished, Status.pruned, Status.failed) or code == Stopped.exit_code:
         return job
-    seconds = time.time() - process.started
+    seconds = time.monotonic() - process.started
     if interrupted:
         write_status(folder, Status.interrupted, reason="interrupted", seconds=seconds)
     else:
@@ -201,13 +201,14 @@ def _signal(process: _Process, number: int) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does."""
+    """Lets SIGTERM and SIGUSR1 end the block as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

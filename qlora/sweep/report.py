@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from qlora import compose
 from qlora.console import say_rows
 from qlora.errors import ConfigError, did_you_mean
-from qlora.folder import RunFolder, flatten, is_below, write_text
+from qlora.files import write_text
+from qlora.folder import RunFolder, flatten, is_below
 from qlora.reporting.history import curves, read_history, read_intact
 from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page

@@ -26,7 +26,7 @@ from rich.text import Text
 from qlora.compose import explain, to_config
 from qlora.console import printable, say, say_rows
 from qlora.errors import ConfigError
-from qlora.folder import write_text
+from qlora.files import write_text
 from qlora.membership import TRIAL_VARIABLE
 from qlora.schema import Config, Device, EvaluationName, TaskName
 from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from qlora.compose import compose_dict, expand_sweep, is_logarithmic, sweep_params, swept_values, to_config
 from qlora.console import say_rows
 from qlora.errors import ConfigError
-from qlora.folder import write_text
+from qlora.files import write_text
 from qlora.membership import Membership
 from qlora.schema import Config, SweepMethod, TrackingBackend, WandbMode
 from qlora.sweep.launcher import NOT_PASSED_ON

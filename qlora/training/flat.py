@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,33 +15,55 @@ def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
 
     bitsandbytes starts a kernel for each tensor and waits for it, and a 7B model has 448 adapter matrices. Optimizers
     that treat every weight alike (Adam, Lion ...) compute the same; what a block of 8-bit states holds may span two
-    matrices. The parameters become views of the joint tensor; their gradients are gathered when a step begins. A group
-    of several data types or devices is left alone.
+    matrices. The parameters become views of the joint tensor; so do their gradients, one by one as they are computed.
+    A group of several data types or devices is left alone.
     """
     assert not optimizer.state, "the states of the parameters would be lost"
-    members: list[tuple[Tensor, list[torch.nn.Parameter]]] = []
+    groups: list[_Joint] = []
     for group in optimizer.param_groups:
         own = list(group["params"])
-        if len({(parameter.dtype, parameter.device) for parameter in own}) != 1:
-            continue
-        joint = torch.nn.Parameter(torch.cat([parameter.detach().view(-1) for parameter in own]))
-        pieces = joint.detach().split([parameter.numel() for parameter in own])
-        for parameter, piece in zip(own, pieces, strict=True):
-            parameter.data = piece.view(parameter.shape)
-        group["params"] = [joint]
-        members.append((joint, own))
+        if len({(parameter.dtype, parameter.device) for parameter in own}) == 1:
+            groups.append(_Joint(own))
+            group["params"] = [groups[-1].parameter]
 
-    def gather(*_: Any) -> None:
-        for joint, own in members:
-            joint.grad = torch.cat([_gradient(parameter).view(-1) for parameter in own])
+    def complete(*_: Any) -> None:
+        for group in groups:
+            group.complete()
 
     def release(*_: Any) -> None:
-        for joint, _own in members:
-            joint.grad = None
+        for group in groups:
+            group.parameter.grad = None  # the parameters' own gradients go with `zero_grad`
 
-    optimizer.register_step_pre_hook(gather)
+    optimizer.register_step_pre_hook(complete)
     optimizer.register_step_post_hook(release)
 
 
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+class _Joint:
+    """Parameters that are parts of one tensor, and whose gradients are parts of its gradient."""
+
+    def __init__(self, own: list[torch.nn.Parameter]) -> None:
+        self.own, self.first = own, [0, *accumulate(parameter.numel() for parameter in own)]
+        self.parameter = torch.nn.Parameter(torch.cat([parameter.detach().view(-1) for parameter in own]))
+        for index, parameter in enumerate(own):
+            parameter.data = self._part(self.parameter.detach(), index)
+            parameter.register_post_accumulate_grad_hook(partial(self._move, index))
+
+    def _part(self, joint: Tensor, index: int) -> Tensor:
+        return joint[self.first[index] : self.first[index + 1]].view(self.own[index].shape)
+
+    def _move(self, index: int, parameter: Tensor) -> None:
+        """Moves a gradient to its part of the joint one, if it is not there; what is added later is added there."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.empty_like(self.parameter)
+        part = self._part(self.parameter.grad, index)
+        assert parameter.grad is not None
+        if parameter.grad.data_ptr() != part.data_ptr():
+            part.copy_(parameter.grad)
+            parameter.grad = part
+
+    def complete(self) -> None:
+        """Counts parameters without a gradient as of gradient zero."""
+        for index, parameter in enumerate(self.own):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._move(index, parameter)

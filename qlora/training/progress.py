@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.console import is_live, is_main_process, progress, record, say, screen
-from qlora.folder import write_text
+from qlora.files import write_text
 from qlora.training.meter import ClockedCallback
 from qlora.wording import format_duration, format_metric, is_detail
 
@@ -91,7 +91,7 @@ class ProgressCallback(ClockedCallback):
             "tokens_per_second": self._latest.get("train_tokens_per_second"),
             "seconds_left": self._seconds_left(args, state),
         }
-        write_text(self._file, json.dumps(facts))
+        write_text(self._file, json.dumps(facts), flush=False)
 
     def _seconds_left(self, args: Any, state: Any) -> float | None:
         left = state.max_steps - state.global_step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,17 +24,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora.folder import read_json, write_text
+from qlora.errors import ConfigError
+from qlora.files import folder_size, patiently, read_json, replace_folder, wait_for_space, write_text
 from qlora.schema import TrainerConfig
+from qlora.training.checkpoints import UNFINISHED, remove_surplus, seal
 from qlora.training.flat import flatten_groups
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler
+from qlora.training.stopping import Stop, StopCallback
 
-log = logging.getLogger(__name__)
-
-STATE_FILE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
 LOSS_FILE = "losses.json"
+CHECKPOINT_REST = 2**20
+"""Bytes of a checkpoint beside weights and moments."""
 
 Batch = dict[str, torch.Tensor]
 COUNTS = "counts"
@@ -125,6 +126,8 @@ class QLoraTrainer(Trainer):
         step: Step,
         meter: Meter,
         budget: Budget | None,
+        stop: Stop,
+        facts: dict[str, Any],
         callbacks: list[TrainerCallback],
     ) -> None:
         self.control: TrainerControl
@@ -135,13 +138,17 @@ class QLoraTrainer(Trainer):
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self._grouped: LengthGroupedSampler | None = None
+        self.facts, self.stop = facts, StopCallback(stop)
+        self.checkpoint_size = estimate_checkpoint(model)
+        self._place = Path(arguments.output_dir)
+        self._is_over = False
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=[],  # unused: `evaluate` below measures
             data_collator=_Counting(collate, count),
-            callbacks=[meter, *callbacks],
+            callbacks=[meter, *callbacks, self.stop],
         )
         self.add_callback(_LossRecall(self))
         self.remove_callback(PrinterCallback)
@@ -172,10 +179,67 @@ class QLoraTrainer(Trainer):
         """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
         super()._save(output_dir, state_dict)
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
-        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged}
+        losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged, "over": self._ended_itself}
         write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
+
+    @property
+    def _ended_itself(self) -> bool:
+        """Whether a callback, rather than a signal or the last step, has ended the training."""
+        return self.control.should_training_stop and not (
+            self.stop.ended_training or self.state.global_step >= self.state.max_steps
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Saves a checkpoint beside its place, marks it as complete and puts it there; waits for space, if need be."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            self._write_checkpoint(place, model, trial)
+
+        if self.args.world_size == 1:
+            patiently(place, save, size=self.checkpoint_size)
+        else:  # the processes save together, so that none can do it again alone
+            if self.args.should_save:
+                wait_for_space(place, self.checkpoint_size)
+            save()
+        if self.args.should_save:
+            self.checkpoint_size = folder_size(place)
+            while remove_surplus(place.parent, self.args.save_total_limit):
+                pass
+
+    def _write_checkpoint(self, place: Path, model: torch.nn.Module, trial: Any) -> None:
+        unfinished = place.parent / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._place = unfinished
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(unfinished / place.name, {"step": self.state.global_step, "epoch": self.state.epoch, **self.facts})
+                replace_folder(unfinished / place.name, place)
+        finally:
+            self._place = place.parent
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Loads the weights; raises `ConfigError` where they are those of another model (`resume=force`)."""
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads optimizer and schedule; raises `ConfigError` where they are those of another training."""
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Returns where the library writes checkpoints."""
+        return str(self._place)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step, and notes what is in them and how long they took to come."""
@@ -216,7 +280,9 @@ class QLoraTrainer(Trainer):
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
         if self._grouped is not None:  # with several processes the library would not reach it
             self._grouped.set_epoch(epoch)
-        if self.state.global_step < self.state.max_steps:
+        if self._is_over:
+            self.control.should_training_stop = True
+        elif self.state.global_step < self.state.max_steps:
             model.train()
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with _without_walks(model, self._trained):
@@ -228,6 +294,7 @@ class QLoraTrainer(Trainer):
         if (losses := read_json(checkpoint / LOSS_FILE)) is not None:
             self._total_loss_scalar, self._globalstep_last_logged = losses["total"], losses["logged"]
             self._tr_loss += losses["unlogged"]
+            self._is_over = losses["over"]
 
     @property
     def mean_loss(self) -> float:
@@ -290,6 +357,18 @@ def _without_walks(model: torch.nn.Module, trained: list[torch.nn.Parameter]) ->
         del model.__dict__["train"], model.__dict__["zero_grad"]
 
 
+@contextlib.contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{checkpoint} does not fit what the config makes of the model ({reason}); start with the config of the "
+            "run, or anew with resume=never"
+        ) from error
+
+
 class _LossRecall(TrainerCallback):
     """Acts where the library has set the losses to zero and has not trained yet."""
 
@@ -300,17 +379,7 @@ class _LossRecall(TrainerCallback):
         self.trainer.recall_losses()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in `folder`; one that a kill cut off is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not _is_complete(found[-1]):
-        log.warning("%s is incomplete: removing it", found[-1])
-        shutil.rmtree(found.pop())
-    return found[-1] if found else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return read_json(checkpoint / STATE_FILE) is not None
-    except ValueError:  # begun, but not ended
-        return False
+def estimate_checkpoint(model: torch.nn.Module) -> int:
+    """Returns about the bytes of a checkpoint at most: what is trained, and two moments of 32 bits each."""
+    trained = (each for each in model.parameters() if each.requires_grad)
+    return CHECKPOINT_REST + sum(each.numel() * (each.element_size() + 8) for each in trained)

@@ -76,7 +76,9 @@ class Watched(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
             self._stack.close()
             self.found += [
-                f"{each.filename}:{each.lineno}" for each in self._caught if "synchroniz" in str(each.message)
+                f"{each.filename}:{each.lineno}"
+                for each in self._caught
+                if "called a synchronizing" in str(each.message)
             ]
 
 

@@ -50,10 +50,23 @@ def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
 def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
     from qlora.kernels.linear import scale_rows, scale_rows_plain
 
-    x, factor = torch.randn(64, columns, device="cuda").bfloat16(), torch.tensor([90.0], device="cuda")
-    (found, scale), (expected, exact) = scale_rows(x, factor), scale_rows_plain(x, factor)
+    x = torch.randn(64, columns, device="cuda").bfloat16()
+    (found, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
     torch.testing.assert_close(scale, exact, rtol=1e-6, atol=0)
     assert (found.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
+
+
+@pytest.mark.parametrize("ranks", [(8,), (64, 64), (3, 5, 4)])
+def test_the_adapter_s_matrices_stand_beside_as_by_the_twin(ranks: tuple[int, ...]) -> None:
+    from qlora.kernels.linear import write_beside, write_beside_plain
+
+    other = [torch.randn(100 * (place + 1), rank, device="cuda").bfloat16() for place, rank in enumerate(ranks)]
+    rows, width = sum(map(len, other)), -(-3 * sum(ranks) // 16) * 16
+    by = torch.tensor([30.0], device="cuda")
+    found, expected = (torch.full((rows, width), 7.0, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    write_beside(other, by, found)
+    write_beside_plain(other, by, expected)
+    assert torch.equal(found.float(), expected.float())
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -101,24 +114,30 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
     model_type, changes, packed = CASES[case]
     overrides = (f"trainer.compile={str(compiled).lower()}", "trainer.fused_attention=true")
     model, config = build(model_type, (*overrides, *(["quantization.compute=fp8"] if fp8 else [])), **changes)
-    model.to("cuda", torch.bfloat16)
+    rows = {name: tensor.cuda() for name, tensor in batch(packed=packed).items()}
+    exact_loss, exact = learn(model.to("cuda"), rows, num_items_in_batch=31)
+    model.to(torch.bfloat16)
     set_compute_dtype(model, torch.bfloat16)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    rows = {name: tensor.cuda() for name, tensor in batch(packed=packed).items()}
     with GPU.autocast():
-        expected, gradients = learn(model, rows, num_items_in_batch=31)
+        plain_loss, plain = learn(model, rows, num_items_in_batch=31)
     torch._dynamo.reset()
     step = FastStep(model, config.trainer, config.quantization, GPU, Packs(24, 2, 14) if packed else None)
     assert step.parts["fused_attention"] == step.parts["fused_linear"] == "on"
     step.checkpointed = 1
     with step, GPU.autocast():
-        found, own = learn(model, rows, num_items_in_batch=31)
-    assert found == pytest.approx(expected, rel=0.02 if fp8 else 0.004)
-    flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
-    assert torch.nn.functional.cosine_similarity(flat, exact, dim=0) > (0.97 if fp8 else 0.999)
-    assert float(flat.norm() / exact.norm()) == pytest.approx(1, abs=0.05 if fp8 else 0.01)
+        loss, own = learn(model, rows, num_items_in_batch=31)
+
+    def error(gradients: dict[str, torch.Tensor]) -> float:
+        found, wanted = (torch.cat([each[name].flatten() for name in exact]) for each in (gradients, exact))
+        return float((found - wanted).norm() / wanted.norm())
+
+    print(f"loss {exact_loss:.4f}, plain {plain_loss:.4f}, fast {loss:.4f}")
+    print(f"error of the gradients: plain {error(plain):.4f}, fast {error(own):.4f}")
+    assert loss == pytest.approx(exact_loss, rel=0.02 if fp8 else 0.004)
+    assert error(own) < (0.3 if fp8 else 1.3 * error(plain))
 
 
 SHAPE = [

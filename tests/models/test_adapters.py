@@ -105,6 +105,13 @@ def test_adapter_weights_are_float32_whatever_the_base_computes_in(base_folder: 
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
+@pytest.mark.parametrize("lora", ["all-linear", "dora"])
+def test_adapter_weights_are_stored_in_16_bits_if_asked_for(base_folder: Path, lora: str) -> None:
+    config, base = load(base_folder, f"lora={lora}", "lora.dtype=bf16")
+    model = attach(config, base, base_folder)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("lora", "quantization"),
     [

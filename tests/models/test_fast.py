@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.compose import compose
@@ -135,6 +136,24 @@ def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.Monke
     assert loss == other
     assert all(torch.equal(others[name], gradients[name]) for name in gradients)
     assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
+
+
+def test_compiled_layers_keep_no_masks_of_dropout() -> None:
+    kept: dict[float, int] = {}
+    sizes: list[int] = []
+    rows = {name: tensor.repeat(4, 1) for name, tensor in batch().items()}
+    for rate in (0.0, 0.1):
+        model, config = build(overrides=(f"lora.dropout={rate}", "trainer.compile=true"))
+        torch._dynamo.reset()
+        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        sizes.clear()
+        with step, saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            loss = model(**rows, num_items_in_batch=31).loss
+        kept[rate] = sum(sizes)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert kept[0.1] <= kept[0.0] + 3 * 4 * 8  # two numbers for each group of layers
 
 
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:

@@ -56,14 +56,15 @@ def test_what_is_not_quantized_is_counted_to_the_parameter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("overrides", [[], ["lora=dora"], ["lora=attention"]], ids=str)
+@pytest.mark.parametrize("overrides", [[], ["lora=dora"], ["lora=attention"], ["lora.dtype=bf16"]], ids=str)
 def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> None:
     if overrides == ["lora=attention"] and kind in ("phi3", "gpt_neox"):
         pytest.skip("one matrix makes queries, keys and values")
     model, sizes = adapted(kind, *overrides), shape(kind)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wanted = compose([*overrides]).lora.target_modules
-    ledger = Ledger(sizes, setup(sizes, targets=find_targets(sizes, wanted), dora="lora=dora" in overrides))
+    chosen = {"dora": "lora=dora" in overrides, "narrow": "lora.dtype=bf16" in overrides}
+    ledger = Ledger(sizes, setup(sizes, targets=find_targets(sizes, wanted), **chosen))
     assert ledger.adapters == ledger.gradients == sum(parameter.nbytes for parameter in trained)
     assert sorted(ledger.trained.elements()) == sorted(parameter.numel() for parameter in trained)
 

@@ -54,6 +54,7 @@ def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path) -> None:
         "killed": "os.kill(os.getpid(), signal.SIGKILL)",
         "terminated": "os.kill(os.getpid(), signal.SIGTERM)",
         "memory": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28)); bytearray(2**30)",
+        "stopped": "from qlora.sweep.jobs import *; write_status(folder, Status.interrupted); os._exit(75)",
         "fine": OK,
     }
     ended = run([task(tmp_path / name, what) for name, what in ends.items()], [{}, {}])
@@ -66,6 +67,7 @@ def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path) -> None:
         "terminated": "killed (SIGTERM)",
         "memory": "MemoryError()",
     }
+    assert ended["stopped"].status is Status.interrupted, "it goes on from its checkpoint"
     assert ended["fine"].status is Status.finished
     assert "ValueError: no such thing" in tail(tmp_path / "raises")[-1]
 

@@ -16,7 +16,7 @@ from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start,
 
 from qlora.compose import check_overrides
 from qlora.errors import ConfigError
-from qlora.folder import write_text
+from qlora.files import write_text
 from qlora.membership import Membership
 from qlora.reporting.parallel import build_axis, plot_parallel
 from qlora.schema import TrackingBackend, TrackingConfig, WandbMode

@@ -1,30 +1,93 @@
-"""Which checkpoint a training that was killed goes on from."""
+"""Which checkpoint a training that was killed goes on from, and which are removed."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora.training.trainer import last_checkpoint
+from qlora.training.checkpoints import MARKER, find_checkpoints, last_checkpoint, read_facts, remove_surplus, seal
 
 
-@pytest.mark.parametrize("cut", [None, "", '{"global_step": 1'], ids=["no state", "empty state", "half a state"])
-def test_a_checkpoint_that_a_kill_cut_off_is_removed_and_the_one_before_it_counts(
-    tmp_path: Path, cut: str | None
+def write_checkpoint(folder: Path, step: int) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "shards").mkdir(parents=True)
+    (checkpoint / "optimizer.pt").write_bytes(b"moments" * 100)
+    (checkpoint / "shards" / "0.bin").write_bytes(b"part")
+    seal(checkpoint, {"step": step})
+    return checkpoint
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "marker missing": (lambda folder: (folder / MARKER).unlink(), "complete.json is missing: it was not written"),
+    "marker empty": (lambda folder: (folder / MARKER).write_text(""), "complete.json is damaged"),
+    "marker cut": (lambda folder: os.truncate(folder / MARKER, 40), "complete.json is damaged"),
+    "marker of a list": (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
+    "marker flipped": (lambda folder: flip(folder / MARKER), "complete.json is damaged"),
+    "file missing": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "file cut": (lambda folder: os.truncate(folder / "optimizer.pt", 60), "optimizer.pt has 60 bytes of 700"),
+    "bit flipped": (lambda folder: flip(folder / "optimizer.pt"), "optimizer.pt has other bytes than were written"),
+    "file in a folder": (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin has other bytes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    whole, broken = tmp_path / "checkpoint-8", tmp_path / "checkpoint-10"
-    for folder in (whole, broken):
-        folder.mkdir()
-        (folder / "optimizer.pt").write_text("weights")
-    (whole / "trainer_state.json").write_text('{"global_step": 8}')
-    if cut is not None:
-        (broken / "trainer_state.json").write_text(cut)
+    whole, broken = write_checkpoint(tmp_path, 8), write_checkpoint(tmp_path, 10)
+    act, reason = DAMAGES[damage]
+    act(broken)
+    left = sorted(path.name for path in broken.rglob("*"))
     assert last_checkpoint(tmp_path) == whole
-    assert not broken.exists()
+    aside = tmp_path / "checkpoint-10.torn"
+    assert sorted(path.name for path in aside.rglob("*")) == left
+    assert f"{broken} is not used: {reason}" in caplog.text
+    assert "it is kept as checkpoint-10.torn" in caplog.text
+    assert find_checkpoints(tmp_path) == [whole]
+    write_checkpoint(tmp_path, 10)
+    (broken / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) == whole
+    assert (tmp_path / "checkpoint-10.torn-2").is_dir()
 
 
 def test_without_a_whole_checkpoint_a_training_begins_anew(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nothing") is None
     (tmp_path / "checkpoint-2").mkdir()
     assert last_checkpoint(tmp_path) is None
+
+
+def test_what_is_stored_with_a_checkpoint_is_read_back(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 3)
+    assert last_checkpoint(tmp_path) == checkpoint
+    facts = read_facts(checkpoint)
+    assert facts["step"] == 3
+    assert facts["files"].keys() == {"optimizer.pt", "shards/0.bin"}
+
+
+def test_a_crash_while_a_checkpoint_was_replaced_leaves_the_old_one(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 3)
+    checkpoint.rename(tmp_path / "checkpoint-3.old")
+    assert last_checkpoint(tmp_path) == checkpoint
+
+
+def test_the_oldest_checkpoints_go_by_their_steps_and_the_newest_stays(tmp_path: Path) -> None:
+    for step in (2, 10, 4):
+        write_checkpoint(tmp_path, step)
+    os.utime(tmp_path / "checkpoint-10", (0, 0))  # written after the clock was set back
+    assert not remove_surplus(tmp_path, None)
+    assert not remove_surplus(tmp_path, 3)
+    assert remove_surplus(tmp_path, 1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+    assert remove_surplus(tmp_path, 0)
+    assert not remove_surplus(tmp_path, 0)
+    assert json.loads((tmp_path / "checkpoint-10" / MARKER).read_text())["step"] == 10

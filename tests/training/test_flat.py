@@ -54,3 +54,25 @@ def test_states_that_are_there_are_not_lost() -> None:
     _, optimizer = train(torch.optim.AdamW, flat=False)
     with pytest.raises(AssertionError):
         flatten_groups(optimizer)
+
+
+def test_gradients_lie_in_the_joint_one_and_add_up_there() -> None:
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (4,))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    flatten_groups(optimizer)
+    (joint,) = optimizer.param_groups[0]["params"]
+    for _ in range(2):
+        sum((weight**2).sum() for weight in weights).backward()
+    assert joint.grad.tolist() == [4.0] * 10
+    for weight in weights:
+        assert weight.grad is not None
+        assert weight.grad.untyped_storage().data_ptr() == joint.grad.untyped_storage().data_ptr()
+        weight.grad *= 0.25  # as clipping does
+    optimizer.step()
+    assert torch.equal(joint, torch.zeros(10))
+    for weight in weights:
+        weight.grad = None
+    sum((weight - 1).sum() for weight in weights[:1]).backward()  # the second weight gets none this time
+    optimizer.step()
+    assert weights[0].tolist() == [[-1.0] * 3] * 2
+    assert weights[1].tolist() == [0.0] * 4

@@ -22,6 +22,7 @@ from qlora.models.fast import BATCH, FastStep
 from qlora.models.fast import ROWS as LAID_OUT
 from qlora.schema import QuantizationConfig, TrainerConfig
 from qlora.training.meter import Meter
+from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments
 
 ROWS, STEPS, ACCUMULATED = 2, 6, 2
@@ -68,6 +69,8 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         step=FastStep(model, config, QuantizationConfig(bits=32), placement, None),
         budget=None,
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
+        stop=Stop(),
+        facts={},
         callbacks=[],
     )
 

@@ -6,12 +6,13 @@ Wherever a run goes on in its folder, it goes on in its tracker, and nothing is 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from qlora.console import is_main_process
 from qlora.schema import TrackingBackend, TrackingConfig
 from qlora.training.tracking.base import NoTracker, TrackedRun, Tracker
 
-__all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker"]
+__all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker", "tracker_ids"]
 
 KINDS = {
     TrackingBackend.wandb: ("wandb", "WandbTracker"),
@@ -19,6 +20,11 @@ KINDS = {
     TrackingBackend.mlflow: ("mlflow", "MlflowTracker"),
     TrackingBackend.trackio: ("trackio", "TrackioTracker"),
 }
+
+
+def tracker_ids(folder: Path) -> dict[str, str]:
+    """Returns the files of a run's folder that hold its ids in trackers, with their texts."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_run_id.txt"))}
 
 
 def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:

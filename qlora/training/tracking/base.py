@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
-from qlora.folder import flatten, write_text
+from qlora.files import append_line, write_text
+from qlora.folder import flatten
 from qlora.membership import Membership
 from qlora.schema import TrackingConfig
 
@@ -150,8 +151,7 @@ class Sent:
         return {name: step for step, names in sorted(self.rows, key=itemgetter(0)) for name in names}
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(entry)}")  # the line break first: the line before may have been cut off
+        append_line(self._file, json.dumps(entry))
 
 
 def _intact_lines(file: Path) -> Iterator[dict[str, Any]]:

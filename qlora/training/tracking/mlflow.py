@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
+from qlora.files import write_text
 from qlora.schema import TrackingConfig
 from qlora.training.tracking.base import PREDICTION_COLUMNS, BackendTracker, TrackedRun, import_package
 
@@ -72,7 +73,7 @@ class MlflowTracker(BackendTracker):
         tags = {**dict.fromkeys(self.run.tags(self.config), "true"), **({"group": group} if group else {})}
         self._id = self._client.create_run(number, run_name=self.run.title, tags=tags).info.run_id
         self._log_params({**self.run.flat, **self.run.varied})
-        file.write_text(self._id, encoding="utf-8")
+        write_text(file, self._id)
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         longest = self.mlflow.utils.validation.MAX_PARAM_VAL_LENGTH

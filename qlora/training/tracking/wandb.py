@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import struct
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
+from qlora.files import write_text
 from qlora.schema import TrackingConfig, WandbMode
 from qlora.training.tracking.base import PREDICTION_COLUMNS, PREDICTIONS, BackendTracker, TrackedRun, import_package
 
+log = logging.getLogger(__name__)
+
 RUN_ID_FILE = "wandb_run_id.txt"  # a run that goes on in the same folder goes on in wandb, too
 LONGEST_TAG, LONGEST_NAME = 64, 128
+FINISH_SECONDS = 600.0
+"""So long the end of a run waits for a server that does not take what is left."""
 HEADER, BLOCK = 7, 2**15
 WHOLE, FIRST, LAST = 1, 2, 4
 """Kinds of pieces in wandb's files."""
@@ -28,6 +36,7 @@ class WandbTracker(BackendTracker):
     """A Weights & Biases run, online or offline; it prints nothing and leaves the console alone."""
 
     backend = "wandb"
+    _is_lost = False
 
     def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
         super().__init__(config, run)
@@ -53,7 +62,13 @@ class WandbTracker(BackendTracker):
                 mode=self.mode,
                 dir=str(run.folder.absolute()),
                 resume="allow" if self.mode == "online" else None,  # an offline run goes on by its id alone
-                settings=wandb.Settings(console="off", silent=True, disable_code=True),
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    disable_code=True,
+                    finish_timeout=FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                ),
             )
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
@@ -72,7 +87,23 @@ class WandbTracker(BackendTracker):
         """Records a row; `metrics` may hold wandb's tables, charts and pages."""
         # A server tells a run that goes on at which row; offline, `wandb sync` needs rows that do not begin anew.
         row = len(self.sent.rows) if self.mode == "offline" else None
-        self._run.log({**metrics, "global_step": step}, step=row, commit=True)
+        with self._surviving():
+            self._run.log({**metrics, "global_step": step}, step=row, commit=True)
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Lets the training go on where wandb's process dies or its server takes nothing: the run itself is whole."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_lost:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                log.warning(
+                    "tracking=wandb: not everything was sent (%s); the training goes on, and `wandb sync %s` sends "
+                    "what was logged before",
+                    *(reason, Path(self._run.dir).parent),
+                )
+            self._is_lost = True
 
     def _forget_lost_rows(self) -> None:
         """Looks which rows arrived: wandb's process ends with a run that is killed, with what it had in memory."""
@@ -94,14 +125,19 @@ class WandbTracker(BackendTracker):
             artifact = self.wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
                 artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
-            self._run.log_artifact(artifact)
+            with self._surviving():
+                self._run.log_artifact(artifact)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Ends the run; any status but `finished` and `pruned` marks it as failed."""
         if self._run is not None:
-            self._run.summary.update({**summary, "status": status})
-            self._run.finish(exit_code=0 if status in ("finished", "pruned") else 1)
+            with self._surviving():
+                self._run.summary.update({**summary, "status": status})
+                self._run.finish(exit_code=0 if status in ("finished", "pruned") else 1)
             self._run = None
+            if self._is_lost:
+                with contextlib.suppress(Exception):  # at the end of this process it would complain once more
+                    self.wandb.teardown()
 
 
 def wandb_mode(config: TrackingConfig) -> str:
@@ -161,6 +197,5 @@ def _check_login(wandb: Any) -> None:
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID_FILE
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_text(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()

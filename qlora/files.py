@@ -1,0 +1,276 @@
+"""Files and folders that come whole or not at all: written beside their place, flushed to the disk, renamed.
+
+While `waiting_for_space` is on, a write that finds the disk full waits until there is room and is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora import console
+from qlora.errors import ConfigError
+from qlora.wording import format_bytes, format_duration
+
+Result = TypeVar("Result")
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+POLL_SECONDS = 1.0
+
+
+class DiskFull(ConfigError):
+    """Says that no space came free in the time that a run waits for it."""
+
+
+@dataclass
+class Patience:
+    """What a write does where the disk is full."""
+
+    seconds: float
+    """How long it waits for space."""
+    make_room: Callable[[], bool]
+    """Removes something that nobody needs any more; False: there is nothing of that kind."""
+    check: Callable[[], None]
+    """Called while it waits; raises what ends the waiting."""
+    is_spent: bool = False
+    """Whether it has waited in vain: nothing is waited for a second time."""
+
+
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+
+
+@contextlib.contextmanager
+def waiting_for_space(patience: Patience | None) -> Iterator[None]:
+    """Lets every write in the block wait for space, rather than fail, where the disk is full; None: fail."""
+    before = _patience.set(patience)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+
+
+def patiently(place: Path, write: Callable[[], Result], *, size: int = 0) -> Result:
+    """Returns what `write` returns, which puts about `size` bytes at `place`; it may be called several times.
+
+    Raises `DiskFull` where no space came in time; without `waiting_for_space` what `write` raises.
+    """
+    patience, until = _patience.get(), None
+    if patience is not None and patience.is_spent:
+        patience = None
+    while True:
+        fault: BaseException | None = None
+        if patience is None or size <= free_bytes(place):
+            try:
+                result = write()
+            except Exception as error:
+                if patience is None or isinstance(error, DiskFull) or not is_disk_full(error):
+                    raise
+                fault = error
+            else:
+                if until is not None:
+                    console.say("there is space again: going on")
+                return result
+        if patience.make_room():
+            continue
+        until = _wait(place, size, patience, until, fault)
+
+
+def wait_for_space(place: Path, size: int) -> None:
+    """Returns when the disk has `size` bytes free at `place`."""
+    patiently(place, lambda: None, size=size)
+
+
+def _wait(place: Path, size: int, patience: Patience, until: float | None, fault: BaseException | None) -> float:
+    now, missing = time.monotonic(), f", {format_bytes(size)} needed" if size else ""
+    state = f"the disk of {place.parent} is full ({format_bytes(free_bytes(place))} free{missing})"
+    if until is None:
+        until = now + patience.seconds
+        if patience.seconds:
+            console.say(
+                f"{state}: the run waits up to {format_duration(patience.seconds)} for space (trainer.disk_wait)"
+            )
+    if now >= until:
+        patience.is_spent = True
+        raise DiskFull(
+            f"{state}, and no space came in {format_duration(patience.seconds)} (trainer.disk_wait); what was saved "
+            "before is kept: free some space and run the same command again to go on"
+        ) from fault
+    patience.check()
+    time.sleep(min(POLL_SECONDS, until - now))
+    return until
+
+
+def free_bytes(place: Path) -> int:
+    """Returns the free bytes of the disk that a file or folder lies on, or would lie on."""
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Returns whether an exception, or one that caused it, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            return True
+        text = str(error)
+        if any(f"(os error {code})" in text for code in FULL_DISK):  # as safetensors says it
+            return True
+        if "inline_container.cc" in text and ("unexpected pos" in text or "file write failed" in text):  # torch.save
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# Files
+
+
+def write_file(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
+    """Has `write` write a file beside `path`, and puts it there; raises `ConfigError` where that is impossible.
+
+    `flush=False` is for what may be lost in a power cut.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def put() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(draft)
+            if flush:
+                _flush(draft)
+            draft.replace(path)
+            if flush:
+                _flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()  # there only after a failure
+
+    try:
+        patiently(path, put)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); free some space or mend the folder's permissions, or "
+            "choose another folder with hydra.run.dir=FOLDER"
+        ) from error
+
+
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Writes a text; raises `ConfigError` where that is impossible."""
+    write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"), flush=flush)
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line; what can be read once only is not written again where the disk is full."""
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    with waiting_for_space(None) if iter(records) is records else contextlib.nullcontext():
+        write_file(path, write)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file whose readers leave out what is no whole line; one that was cut off ends before it."""
+
+    def append() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{line}")
+
+    patiently(path, append)
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds, or None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file."""
+    return list(islice(iter_lines(path), count)) if path.is_file() else []
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records that `write_lines` wrote."""
+    with path.open("rb") as file:  # in a text there are more ends of lines than the one between records
+        yield from map(json.loads, file)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what killed processes left of files and folders in `folder`; none may write there now."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# Folders
+
+
+def write_folder(place: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a new folder beside `place`, and puts it there; what was there stays until it is whole."""
+    restore_folder(place)
+    partial = place.with_name(f"{place.name}.partial")
+
+    def put() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            replace_folder(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    patiently(place, put)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Puts a folder, flushed, in place of another by renaming; after a crash `restore_folder` finds the old one."""
+    flush_folder(new)
+    old = place.with_name(f"{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    _flush(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(place: Path) -> None:
+    """Brings back the folder that a crash of `replace_folder` left aside."""
+    old = place.with_name(f"{place.name}.old")
+    if old.exists() and not place.exists():
+        old.rename(place)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder to the disk with all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def folder_size(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # not every system can do folders
+            raise
+    finally:
+        os.close(handle)

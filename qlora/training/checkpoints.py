@@ -1,0 +1,112 @@
+"""Checkpoints on the disk: complete or not, which one a training goes on from, and which are too many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qlora.files import flush_folder, read_json, restore_folder, write_text
+
+log = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+"""The last file of a checkpoint: what the run was, and all other files with their sizes and hashes."""
+UNFINISHED = "unfinished"
+"""Where a checkpoint is written before it gets its name."""
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, the oldest first, by their steps: clocks may be set back."""
+    return sorted((path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the optimizer steps before a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Flushes a checkpoint to the disk and marks it as complete; `facts`, in JSON's types, are stored with it."""
+    flush_folder(checkpoint)
+    record = {**facts, "files": _files(checkpoint)}
+    write_text(checkpoint / MARKER, json.dumps({"digest": _digest(record), **record}, indent=2) + "\n")
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """Returns what `seal` stored with a checkpoint."""
+    facts = read_json(checkpoint / MARKER)
+    assert isinstance(facts, dict)
+    return facts
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Reads a whole checkpoint and returns what is wrong with it; None: it is as it was written."""
+    try:
+        record = read_json(checkpoint / MARKER)
+    except ValueError:
+        return f"{MARKER} is damaged"
+    if record is None:
+        return f"{MARKER} is missing: it was not written to its end"
+    if not isinstance(record, dict) or record.pop("digest", None) != _digest(record):
+        return f"{MARKER} is damaged"
+    for name, (size, digest) in record["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+        if _hash(path) != digest:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest checkpoint in a folder that is as it was written; None: there is none.
+
+    A newer one that is not is set aside under another name, with a warning that says what is wrong.
+    """
+    for old in folder.glob("checkpoint-*.old"):
+        restore_folder(old.with_suffix(""))
+    for checkpoint in reversed(find_checkpoints(folder)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        log.warning("%s is not used: %s; it is kept as %s", checkpoint, fault, _set_aside(checkpoint).name)
+    return None
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    place, number = checkpoint.with_name(f"{checkpoint.name}.torn"), 1
+    while place.exists():
+        number += 1
+        place = checkpoint.with_name(f"{checkpoint.name}.torn-{number}")
+    return checkpoint.rename(place)
+
+
+def remove_surplus(folder: Path, limit: int | None) -> bool:
+    """Removes the oldest checkpoint if there are more than `limit`, but never the newest; returns whether it did."""
+    found = find_checkpoints(folder)
+    if limit is None or len(found) <= max(limit, 1):
+        return False
+    shutil.rmtree(found[0])
+    return True
+
+
+def _files(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, _hash(path)) for path in paths}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
