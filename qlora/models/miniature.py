@@ -106,9 +106,10 @@ def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> T
     ids = _ids(placement)
     model.train()
     model.zero_grad(set_to_none=True)
-    with step, placement.autocast():
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
+    with step:
+        with placement.autocast():
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()  # outside, as the trainer calls it
     found = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
     if not (torch.isfinite(loss) and torch.isfinite(found).all() and found.any()):
         raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {found.norm().item():g}")
