@@ -41,6 +41,7 @@ from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.secrets import hide
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -98,7 +99,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
     name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
-    print(f"{name}{text}", file=sys.stderr, flush=True)
+    print(hide(f"{name}{text}"), file=sys.stderr, flush=True)
 
 
 class Mistake(BaseException):
@@ -161,13 +162,18 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
     if world.size() == 1:
         world.join()
         return []
-    if sweeps or config.task.name is not TaskName.train or not config.task.train:
+    is_replay = config.task.name is TaskName.replay
+    if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
         )
         raise ConfigError(
             f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
+    if config.trainer.deterministic or is_replay:  # before anything is on a GPU
+        from qlora.models.determinism import fix_workspace
+
+        fix_workspace()
     world.join()
     os.environ[START_VARIABLE] = world.agree_on_start("time", now())
     if world.is_first():
@@ -193,10 +199,22 @@ def job(composed: DictConfig) -> Any:
                 from qlora.plan import plan
 
                 return plan(config, output_dir)["objective"]
+            if config.task.name is TaskName.migrate:  # reads and writes texts only
+                from qlora.migrate import migrate
+
+                return migrate(config, output_dir)["objective"]
+            if config.task.name is TaskName.doctor:  # torch may be what is broken
+                from qlora.doctor import doctor
+
+                return doctor(config, output_dir)["objective"]
             from qlora.run import Run
 
             if not hydra_config.verbose:
                 take_over_handlers()
+            if config.task.name is TaskName.replay:
+                from qlora.replay import replay
+
+                return replay(config, output_dir)["objective"]
             return Run(config, output_dir, overrides, names.membership(hydra_config)).execute()["objective"]
     except Pruned:
         close_bars()

@@ -23,6 +23,7 @@ from rich.table import Column
 from rich.text import Text
 
 from qlora import world
+from qlora.secrets import hide
 from qlora.wording import format_metric, prompt_core, shorten
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,18 @@ class OwnLines(logging.Filter):
         return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
 
 
+class HidingFormatter(logging.Formatter):
+    """Formats as another does, and takes secrets out: of messages and of tracebacks."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line of `record` without secrets."""
+        return hide(self.inner.format(record))
+
+
 class LogFile(logging.FileHandler):
     """A log file that may lose lines while the disk is full; what matters waits for space."""
 
@@ -53,8 +66,14 @@ class LogFile(logging.FileHandler):
 
 
 def quiet_libraries(*, verbose: bool = False) -> None:
-    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone."""
+    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
+
+    No log holds a secret.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, HidingFormatter):
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -93,7 +112,7 @@ def say(line: str | Text = "") -> None:
     """Prints one line, never cut or wrapped; it stands in `train.log` too."""
     if not world.is_first():
         return
-    text = Text(line) if isinstance(line, str) else line
+    text = Text(hide(line)) if isinstance(line, str) else line
     text.plain = printable(text.plain)
     screen().print(text, soft_wrap=True)
     if text.plain.strip():

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
+from qlora.doctor import preflight
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
@@ -38,12 +39,14 @@ from qlora.files import (
 from qlora.folder import config_digest, flatten
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
+from qlora.models.determinism import deterministic
 from qlora.models.device import (
     peak_memory_gb,
     reset_peak_memory,
 )
+from qlora.models.energy import read_energy
 from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, folder_digest
+from qlora.models.fingerprint import adapter_digest, content_digest, folder_digest
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
@@ -52,7 +55,7 @@ from qlora.models.tokenizer import (
 from qlora.parts import Parts
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
-from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
+from qlora.reporting.manifest import build_manifest, code_digest, keep_manifest, versions, write_json
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
@@ -102,7 +105,7 @@ class Run(Parts):
             make_room=lambda: world.is_first() and remove_surplus(self.folder.checkpoints, limit and limit - 1),
             check=self.stop.check,
         )
-        with self.stop.watching(), waiting_for_space(patience):
+        with self.stop.watching(), waiting_for_space(patience), deterministic(self.config.trainer):
             try:
                 return self._train() if world.is_first() else self._train_along()
             except Stopped as stopped:
@@ -121,11 +124,12 @@ class Run(Parts):
             self._print_summary("finished", stored, self._first_predictions())
             return stored
         self._check_budget()
+        preflight(self.config)
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         before = (read_json(self.folder.manifest) or {}).get("data")
         is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
-        callbacks = compose.build_callbacks(self.config.callbacks)
+        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         if self.draws:
             if self.folder.drawn.is_file():
                 self._check_drawn_base(self.folder)
@@ -138,17 +142,17 @@ class Run(Parts):
             reset_peak_memory(self.placement.device)
             model = self.build_model() if self.config.task.train else self.load_trained()
             facts = self._facts(model)
-            manifest = build_manifest(plain, data=asdict(data.report), model=facts)
-            write_json(self.folder.manifest, manifest)
-            console.start_screen(list(facts.items()))
-            base = self._baseline(model)
-            summary |= _prefixed("base_eval_", base.metrics)
-            if self.config.task.train:
-                summary |= self._fit(model, callbacks, tracker, checkpoint)
-            measured = self._measure_after(model)
-            summary |= _prefixed("eval_", measured.metrics)
-            summary["peak_memory_gb"] = max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
-            result = self._write_result("train", summary, measured, base)
+            manifest = self._build_manifest(plain, facts)
+            with keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy):
+                console.start_screen(list(facts.items()))
+                base = self._baseline(model)
+                summary |= _prefixed("base_eval_", base.metrics)
+                if self.config.task.train:
+                    summary |= self._fit(model, callbacks, tracker, checkpoint)
+                measured = self._measure_after(model)
+                summary |= _prefixed("eval_", measured.metrics)
+                summary["peak_memory_gb"] = self._peak_memory_gb()
+                result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
@@ -159,8 +163,9 @@ class Run(Parts):
         """Takes part in the training that the first process leads; writes nothing, and returns its result."""
         if (stored := world.share(None)) is not None:
             return stored
+        preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
-        callbacks = compose.build_callbacks(self.config.callbacks)
+        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         model = self.build_model()
         self._baseline(model)
         self._run_steps(self._prepare_training(model, callbacks, NoTracker()), None)
@@ -457,6 +462,22 @@ class Run(Parts):
         return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
+
+    def _peak_memory_gb(self) -> float:
+        return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
+
+    def _build_manifest(self, plain: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+        model = {**facts, "fingerprint": self._base_fingerprint(), "revision": self.config.model.revision}
+        seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
+        data = asdict(self.data.report)
+        return build_manifest(plain, overrides=self.overrides, data=data, model=model, seeds=seeds)
+
+    def _base_fingerprint(self) -> str | None:
+        """Returns what tells the base's files from others: of the hub the commit; None: it is drawn."""
+        if self.draws:
+            return None
+        place = locate(self.config.model.name)
+        return content_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _save(self, model: PreTrainedModel) -> None:
         self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did

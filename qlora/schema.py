@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -33,6 +34,9 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+TRUSTED = ("qlora", "transformers", "evaluate")
+"""The packages whose code a config may name; `trusted` adds the user's own."""
+
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
@@ -86,6 +90,9 @@ class TaskName(Enum):
     push = "push"
     report = "report"
     plan = "plan"
+    doctor = "doctor"
+    migrate = "migrate"
+    replay = "replay"
     wandb_sweep = "wandb_sweep"
 
 
@@ -231,8 +238,8 @@ class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan` or `wandb_sweep`; chosen
-    with `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
+    `replay` or `wandb_sweep`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -245,6 +252,8 @@ class TaskConfig:
     """Whether `task=preview` shows token ids beside the text."""
     private: bool = True
     """Whether a repository that `task=push` creates is private."""
+    online: bool = False
+    """Whether `task=doctor` asks the hub and wandb if they accept the logins; else nothing goes over the network."""
     method: SweepMethod | None = None
     """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset:
     `grid` where all values are listed, else `bayes`."""
@@ -327,6 +336,11 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ConfigError(
+                f"model.attn_implementation={self.attn_implementation}: this is code of a hub repository; set "
+                "model.trust_remote_code=true to run it, and USE_HUB_KERNELS=YES in the environment"
+            )
         if self.weights is Weights.pretrained:
             return
         if self.architecture is None:
@@ -450,6 +464,8 @@ class MixConfig:
     """As `data.subset`."""
     split: str = "train"
     """As `data.split`."""
+    revision: str | None = None
+    """As `data.revision`."""
     data_files: str | None = None
     """As `data.data_files`."""
     format: str = "auto"
@@ -473,6 +489,8 @@ class DataConfig:
     """The hub data set's configuration."""
     split: str = "train"
     """The hub data set's split to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
     data_files: str | None = None
     """The file inside the hub data set, where it holds several."""
     eval_path: str | None = None
@@ -481,8 +499,9 @@ class DataConfig:
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
     mix: dict[str, Any] = field(default_factory=dict)
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
-    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `data_files`, `format`, `columns` and
-    `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl data.mix.other.weight=2`."""
+    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
+    `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
+    data.mix.other.weight=2`."""
     format: str = "auto"
     """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
     another format out), or `auto` to recognise it."""
@@ -561,7 +580,7 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        own: dict[str, Any] = {"subset": None, "split": "train", "data_files": None}
+        own: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
         if self.eval_path is None:
             own |= {"format": "auto", "columns": {}}
         for name, unset in own.items():
@@ -702,6 +721,9 @@ class TrainerConfig:
     """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
+    deterministic: bool = False
+    """Take operations alone that give the same bits every time, also on a GPU; slower there. On a CPU a run gives the
+    same bits anyway."""
     profile: bool = False
     """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
     expensive kernels on the screen."""
@@ -725,6 +747,11 @@ class TrainerConfig:
         budget = self.memory_budget
         require(budget in (None, "auto") or (parse_size(str(budget)) or 0) > 0, "trainer.memory_budget",
                 "be null, auto or a size such as 24GB or 22GiB", budget)  # fmt: skip
+        if self.deterministic and budget is not None:
+            raise ConfigError(
+                "trainer.memory_budget depends on what memory is free, and cuts batches when it is short, which gives "
+                "other bits; trainer.deterministic=true does not go with it: leave one of them out"
+            )
         for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
@@ -1063,6 +1090,14 @@ class Config:
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    run: str | None = None
+    """The folder of the finished training that `task=replay` runs again and compares with."""
+    source: str | None = None
+    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
+    Axolotl, LLaMA-Factory or torchtune."""
+    trusted: list[str] = field(default_factory=list)
+    """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
+    `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -1070,9 +1105,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", "lie between 0 and 4294967295", self.seed)
-        if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
+        if self.name is not None and not is_folder_name(self.name):
             raise ConfigError(
-                f"name={self.name!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
+                f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
         if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
             given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
@@ -1081,6 +1116,14 @@ class Config:
             raise ConfigError(
                 "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
             )
+        if self.task.name is TaskName.replay and self.run is None:
+            raise ConfigError("run is not set; name the finished training to run again, e.g. run=outputs/runs/mine")
+        if self.task.name is TaskName.migrate and self.source is None:
+            raise ConfigError(
+                "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
+            )
+        for key, name in named_code(self):
+            check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -1142,6 +1185,44 @@ class Config:
                 raise ConfigError(
                     f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether a text names a folder right below another one, on every system: no path, and not too long."""
+    return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
+
+
+def named_code(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name code, with the names: `module:function`, or a `_target_`."""
+    data = config.data
+    texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    for name, part in data.mix.items():
+        texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
+    texts |= {f"evaluation.metrics[{place}]": name for place, name in enumerate(config.evaluation.metrics)}
+    yield from ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
+    yield from _targets(config.callbacks, "callbacks")
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}.{name}", str(value)
+            else:
+                yield from _targets(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _targets(value, f"{key}[{place}]")
+
+
+def check_trusted(key: str, name: str, trusted: list[str]) -> None:
+    """Raises `ConfigError` unless the code that a config names is of a package that is trusted."""
+    package = re.split(r"[.:]", name)[0]
+    if package not in (*TRUSTED, *trusted):
+        raise ConfigError(
+            f"{key}={name}: code of the package {package!r} would run, which is not trusted; if you know what it does, "
+            f"add trusted=[{','.join([*trusted, package])}]"
+        )
 
 
 def _shown(value: object) -> str:

@@ -12,9 +12,11 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora.errors import ConfigError
+from qlora.secrets import hide
 
 T = TypeVar("T")
 
@@ -229,8 +231,9 @@ def is_loss_of_peer(error: BaseException) -> bool:
 
 
 def tell_launcher(error: BaseException) -> None:
-    """Leaves an error where torchrun looks for it, so that its summary tells the first one."""
-    if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+    """Leaves an error where torchrun looks for it, so that its summary tells the first one; without secrets."""
+    if isinstance(error, Exception) and (place := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+        Path(place).write_text(hide(Path(place).read_text(encoding="utf-8")), encoding="utf-8")

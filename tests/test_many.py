@@ -27,6 +27,7 @@ import qlora.training.trainer
 from qlora import world
 from qlora.compose import compose
 from qlora.errors import ConfigError, Stopped
+from qlora.replay import replay
 from qlora.run import Run
 from qlora.training.trainer import QLoraTrainer
 
@@ -143,7 +144,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
 
 def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 5  # all but the packed one
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 6  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -160,6 +161,13 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     train(folder, 2, *options, "resume=force")
     assert "written by 2 processes, and this run has 1: its steps hold other rows" in caplog.text
     assert (folder / "result.json").is_file()
+
+
+def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> None:
+    metrics = json.loads((together / "replayed" / "replay.json").read_text())["metrics"]
+    assert metrics["replay_near"] == metrics["replay_differs"] == 0
+    with pytest.raises(ConfigError, match="it was trained by 2 processes, and this is 1"):
+        replay(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path)
 
 
 def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_go_on(together: Path) -> None:
@@ -189,7 +197,16 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
 ) -> None:
     (tmp_path / "fall.py").write_text(FALL)
     chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
-    done = launch("--max-restarts", "1", "-m", "qlora", *chosen, "+callbacks.fall._target_=fall.Fall", cwd=tmp_path)
+    done = launch(
+        "--max-restarts",
+        "1",
+        "-m",
+        "qlora",
+        *chosen,
+        "+callbacks.fall._target_=fall.Fall",
+        "trusted=[fall]",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
     assert told[0].startswith("process 1 of 2: Traceback")
@@ -238,11 +255,12 @@ def main(folder: Path) -> None:
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
+    replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
         train(folder / "spoiled", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qlora.compose, "build_callbacks", lambda nodes: [Signal()])
+        patch.setattr(qlora.compose, "build_callbacks", lambda *_: [Signal()])
         with pytest.raises(Stopped, match="stopped by SIGTERM: step 2 is saved in "):
             train(folder / "stopped", 2, "trainer.save_steps=3")
     with pytest.MonkeyPatch.context() as patch:

@@ -105,6 +105,7 @@ def _parts(config: DataConfig) -> list[Part]:
         path=config.path,
         subset=config.subset,
         split=config.split,
+        revision=config.revision,
         data_files=config.data_files,
         format=config.format,
         columns=config.columns,
@@ -120,6 +121,7 @@ def _own_held_out(
     fields = MixConfig(
         path=config.eval_path,
         subset=config.subset if config.eval_path == config.path else None,
+        revision=config.revision if config.eval_path == config.path else None,
         format=sets[0].choice.name if like_training and len(sets) == 1 else config.format,
         columns=config.columns,
     )

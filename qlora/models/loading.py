@@ -21,7 +21,7 @@ from transformers import (
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.device import Placement
 from qlora.models.drawing import DrawnWeights
-from qlora.models.files import check_model_folder, is_local, locate
+from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
 from qlora.models.tokenizer import hub_error
 from qlora.schema import ModelConfig, QuantizationConfig
 
@@ -115,12 +115,15 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=placement.weights,
+            use_safetensors=True,
             device_map=_device_map(config, placement),
             max_memory=_max_memory(config, placement),
             **_attention(config),
             **options,
         )
     except OSError as error:
+        if "safetensors" in str(error) and "does not appear to have" in str(error):
+            raise only_safetensors(place, "other files") from error
         raise hub_error("model.name", place, error, gated=config.gated) from error
     except ImportError as error:
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
