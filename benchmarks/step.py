@@ -35,7 +35,7 @@ LONG, PACK, WARM_UP = 2048, 8192, 3
 PLAIN = [f"trainer.{part}=false" for part in ("compile", "fused_linear", "fused_attention", "fused_loss")]
 FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
-LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7300MB"]
+LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7.3GB"]
 MIDDLE = ["trainer.memory_budget=16GB"]
 CONTESTANTS: dict[str, tuple[list[str], dict[str, int], bool]] = {
     # name: overrides, rows a micro-batch by workload, whether it packs

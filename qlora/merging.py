@@ -34,6 +34,7 @@ from qlora.models.tokenizer import save_tokenizer
 from qlora.reporting.manifest import write_json
 from qlora.reporting.modelfile import find_form, write_modelfile
 from qlora.schema import ComputeDtype, Config, MergeBase
+from qlora.wording import parse_size
 
 PROMPT_TOKENS = 256
 """Each prompt of the comparison is cut to so many tokens."""
@@ -76,8 +77,10 @@ class Merge:
             adapted, rounding = self._take_reference(reference, partial)
             limit = self._limit(rounding)
             merger = self._merger(names, adapted)
+            size = parse_size(self.config.merge.max_shard_size)
+            assert size is not None  # the schema lets no other text through
             with console.progress("merging", len(merger.parts)) as update:
-                merger.write(partial, max_shard_size=self.config.merge.max_shard_size, on_progress=update)
+                merger.write(partial, max_shard_size=size, on_progress=update)
             modelfile = self._write_tokenizer(partial)
             parity = self._compare(partial, reference)
             shutil.rmtree(reference)

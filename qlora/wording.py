@@ -53,12 +53,13 @@ def format_range(name: str, low: float, high: float, *, signed: bool = False) ->
 
 
 def parse_size(text: str) -> int | None:
-    """Returns the bytes of a size such as `5GB` (10^9 bytes each) or `22GiB` (2^30); None for any other text."""
-    found = re.fullmatch(r"([0-9]+) ?(?:([KMGT])(i?))?B", text)
+    """Returns the bytes of a size such as `7.5GB` (10^9 bytes each) or `22GiB` (2^30); None for any other text."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?))?B", text)
     if found is None:
         return None
     number, prefix, binary = found.groups()
-    return int(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0)
+    unit = (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0)
+    return int(number) * unit if number.isdecimal() else round(float(number) * unit)
 
 
 def format_duration(seconds: float) -> str:

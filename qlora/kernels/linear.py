@@ -13,6 +13,7 @@ The operators are opaque to `torch.compile`: it would keep decoded weights for t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,12 +101,12 @@ def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list
     return out
 
 
-def _fake_product(x, scale, factor, other, by, codes, rows, columns, transposed):
+def _fake_product(x, scale, factor, beside, codes, rows, columns, transposed):
     return x.new_empty(x.shape[0], columns if transposed else rows, dtype=torch.bfloat16)
 
 
 @_operator(
-    "product(Tensor x, Tensor scale, Tensor factor, Tensor[] other, Tensor? by, Tensor[] codes, int rows, int columns, "
+    "product(Tensor x, Tensor scale, Tensor factor, Tensor[] beside, Tensor[] codes, int rows, int columns, "
     "bool transposed) -> Tensor",
     _fake_product,
 )
@@ -113,8 +114,7 @@ def product(
     x: Tensor,
     scale: Tensor,
     factor: Tensor,
-    other: list[Tensor],
-    by: Tensor | None,
+    beside: list[Tensor],
     codes: list[Tensor],
     rows: int,
     columns: int,
@@ -122,54 +122,42 @@ def product(
 ) -> Tensor:
     """Returns `x`, in e4m3, times the transpose of the weights [rows, columns], or times the weights (`transposed`).
 
-    The weights, in e4m3 too, are multiplied with `factor` [1]; where `x` has more columns than they have, `other` times
-    `by` [1] goes on there, as `write_beside` lays it. The result, bf16 [tokens, rows or columns], is multiplied with
-    `scale` [tokens, 1].
+    The weights, in e4m3 too, are multiplied with `factor` [1]; where `x` has more columns than they have, the matrices
+    `beside`, in e4m3, go on there as the blocks of a diagonal. The result, bf16 [tokens, rows or columns], is
+    multiplied with `scale` [tokens, 1].
     """
     own = rows if transposed else columns
     room = x.shape[1] - own
     weight = _decode(_joint(codes, rows, columns), x.dtype, factor, transposed=transposed, room=room)
-    if by is not None:
-        write_beside(other, by, weight[:, own:])
+    if room:
+        tail = weight.view(torch.int8)[:, own:]  # whose kernels are faster
+        if len(beside) > 1 or beside[0].shape[1] < room:
+            tail.zero_()
+        row = column = 0
+        for block in beside:
+            height, width = block.shape
+            tail[row : row + height, column : column + width] = block.view(torch.int8)
+            row, column = row + height, column + width
     if not x.is_cuda:
         return ((x.float() @ weight.float().t()) * scale).bfloat16()
     ones = torch.ones(1, weight.shape[0], device=x.device)
     return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def write_beside_plain(other: list[Tensor], by: Tensor, out: Tensor) -> None:
-    """The twin of `write_beside`."""
-    first, rest = split(torch.block_diag(*other).float() * by)
-    ranks = first.shape[1]
-    out.zero_()
-    for place, part in enumerate((first, first, rest)):
-        out[:, place * ranks : (place + 1) * ranks] = part
+def scale_parts(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """As `scale_rows` for a matrix in parts; compiled code scales where it computes them."""
+    if not torch.compiler.is_compiling():
+        x, scale = scale_rows(torch.cat(tuple(parts), 1) if parts[1:] else parts[0])
+        return [x], scale
+    largest = [part.abs().amax(1, keepdim=True) for part in parts]
+    scale = functools.reduce(torch.maximum, largest).float().clamp(min=1e-12) / E4M3_MAX
+    return [(part.float() / scale).to(torch.float8_e4m3fn) for part in parts], scale
 
 
-def write_beside(other: list[Tensor], by: Tensor, out: Tensor) -> None:
-    """Writes the matrices `other`, one for each layer [rows, rank], times `by` [1] to `out` [all rows, columns].
-
-    Each stands in its own rows and columns, between zeros: its first 8 bits, the same again, and what they lost.
-    """
-    if not out.is_cuda:
-        write_beside_plain(other, by, out)
-        return
-    from qlora.kernels.decode import write_beside as kernel
-
-    kernel(other, by, out)
-
-
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two tensors in e4m3 whose sum is nearly `x`."""
-    first = x.to(torch.float8_e4m3fn)
-    return first, (x - first.float()).to(first.dtype)
-
-
-def scale_rows_plain(*parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of `scale_rows` for a matrix in parts; compiled code uses it, and scales where it computes them."""
-    scale = torch.cat([part.abs().amax(1, keepdim=True) for part in parts], 1).amax(1, keepdim=True).float()
-    scale = scale.clamp(min=1e-12) / E4M3_MAX
-    return torch.cat([(part.float() / scale).to(torch.float8_e4m3fn) for part in parts], 1), scale
+def scale_rows_plain(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The twin of `scale_rows`."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def _fake_scale(x):
@@ -192,8 +180,8 @@ ALIGNED = 16
 
 def _multiply(
     parts: Sequence[Tensor],
-    half: Tensor | None,
-    other: list[Tensor],
+    halves: Sequence[Tensor],
+    others: Sequence[Tensor],
     factor: Tensor,
     codes: list[Tensor],
     rows: int,
@@ -201,24 +189,35 @@ def _multiply(
     *,
     transposed: bool,
 ) -> Tensor:
-    """Returns `product` of a matrix in `parts`, plus `half` times the transpose of the diagonal blocks `other`.
+    """Returns `product` of a matrix in `parts`, plus each of `halves` times the transpose of its matrix in `others`.
 
-    Each number of `half` and `other` is the sum of two of 8 bits, of which the second is what the first lost: about as
-    exact as 16 bits. `half` is divided by how much larger than the largest number of its row of `parts` any of it is,
-    and `other` is multiplied with that, so that neither leaves the range of 8 bits; for the sake of `other`, `factor`
+    Each number of these two is the sum of two of 8 bits, of which the second is what the first lost: about as exact as
+    16 bits. `halves` are divided by how much larger than the largest number of its row of `parts` any of them is, and
+    `others` are multiplied with that, so that neither leaves the range of 8 bits; for the sake of `others`, `factor`
     may shrink.
     """
-    compiled = torch.compiler.is_compiling()
-    x, scale = scale_rows_plain(*parts) if compiled else scale_rows(torch.cat(parts, 1) if parts[1:] else parts[0])
-    if half is None:
-        return product(x, scale / factor, factor, [], None, codes, rows, columns, transposed)
-    reach = (half.abs().amax(1, keepdim=True) / scale).amax().clamp(min=1e-12) / E4M3_MAX
-    largest = torch.stack([each.abs().amax() for each in other]).amax()
+    scaled, scale = scale_parts(parts)
+    if not halves:
+        x = torch.cat(scaled, 1) if scaled[1:] else scaled[0]
+        return product(x, scale / factor, factor, [], codes, rows, columns, transposed)
+    largest = functools.reduce(torch.maximum, [half.abs().amax(1, keepdim=True) for half in halves])
+    reach = (largest / scale).amax().clamp(min=1e-12) / E4M3_MAX
+    largest = functools.reduce(torch.maximum, [other.abs().amax() for other in others])
     factor = torch.minimum(factor, E4M3_MAX / (reach * largest).clamp(min=1e-12))
-    first, rest = split(half.float() / (scale * reach))
-    padding = first.new_zeros(len(first), -3 * half.shape[1] % ALIGNED)
-    x = torch.cat([x, first, rest, first, padding], 1)
-    return product(x, scale / factor, factor, other, factor * reach, codes, rows, columns, transposed)
+    pieces, blocks = [], []
+    for half, other in zip(halves, others, strict=True):
+        (first, rest), (top, lost) = _split(half.float() / (scale * reach)), _split(other.float() * (factor * reach))
+        pieces += [first, rest, first]
+        blocks.append(torch.cat([top, top, lost], 1))
+    missing = -sum(piece.shape[1] for piece in pieces) % ALIGNED
+    x = torch.cat([*scaled, torch.nn.functional.pad(torch.cat(pieces, 1), (0, missing))], 1)
+    return product(x, scale / factor, factor, blocks, codes, rows, columns, transposed)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns two tensors in e4m3 whose sum is nearly `x`."""
+    first = x.to(torch.float8_e4m3fn)
+    return first, (x - first.float()).to(first.dtype)
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -239,7 +238,8 @@ class GroupedLinear(torch.autograd.Function):
         ctx.rows, ctx.drops = rows, dropped is not None
         if factor is None:
             return linear(x, xa, b, codes, rows).split(rows, 1)
-        return _multiply([x], xa, b, factor, codes, sum(rows), x.shape[1], transposed=False).split(rows, 1)
+        halves = xa.split([each.shape[1] for each in b], 1)
+        return _multiply([x], halves, b, factor, codes, sum(rows), x.shape[1], transposed=False).split(rows, 1)
 
     @staticmethod
     def backward(ctx, *dy):
@@ -249,11 +249,11 @@ class GroupedLinear(torch.autograd.Function):
         b, codes = tensors[: len(rows)], tensors[len(rows) :]
         dy = [part.contiguous() for part in dy]
         dxa = torch.cat([part @ matrix for part, matrix in zip(dy, b, strict=True)], 1)
-        half = None if ctx.drops else dxa
         if factor is None:
-            dx = linear_backward(dy, half, a, codes, columns)
+            dx = linear_backward(dy, None if ctx.drops else dxa, a, codes, columns)
         else:
-            dx = _multiply(dy, half, [a.t()], factor, codes, sum(rows), columns, transposed=True)
+            halves, others = ([], []) if ctx.drops else ([dxa], [a.t()])
+            dx = _multiply(dy, halves, others, factor, codes, sum(rows), columns, transposed=True)
         halves = xa.split([each.shape[1] for each in b], 1)
         db = [part.t() @ half for part, half in zip(dy, halves, strict=True)]
         return dx, dxa @ a if ctx.drops else None, dxa.t() @ read, None, None, *db, *([None] * len(codes))

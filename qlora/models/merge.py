@@ -254,8 +254,11 @@ class Merger:
         return sum(part.bytes for part in self.parts.values())
 
     @torch.no_grad()
-    def write(self, folder: Path, *, max_shard_size: str, on_progress: Callable[[int], None]) -> None:
-        """Writes the safetensors files with their index; `on_progress` is told how many tensors are done."""
+    def write(self, folder: Path, *, max_shard_size: int, on_progress: Callable[[int], None]) -> None:
+        """Writes safetensors files of up to so many bytes, and their index.
+
+        `on_progress` is told how many tensors are done.
+        """
         empty = {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in self.parts.items()}
         split = split_torch_state_dict_into_shards(empty, filename_pattern=FILES, max_shard_size=max_shard_size)
         done = 0

@@ -44,8 +44,10 @@ class Offloading:
         with saved_tensors_hooks(self.store, self.fetch):
             return checkpointed(*args, **kwargs)
 
-    def store(self, tensor: Tensor) -> _Stored:
-        """Copies a tensor to the host."""
+    def store(self, tensor: Tensor) -> _Stored | Tensor:
+        """Copies a tensor to the host, if it is on the device."""
+        if tensor.device.type != self.device.type:
+            return tensor
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
         if self._stream is None:
             copy.copy_(tensor)
@@ -57,8 +59,10 @@ class Offloading:
         self._last = _Stored(copy, self._last)
         return self._last
 
-    def fetch(self, stored: _Stored) -> Tensor:
+    def fetch(self, stored: _Stored | Tensor) -> Tensor:
         """Returns a stored tensor on the device, and starts the copy of the one before it."""
+        if isinstance(stored, Tensor):
+            return stored
         found = self._send(stored)
         if stored.before is not None:
             self._send(stored.before)
