@@ -421,9 +421,8 @@ class Run(Parts):
         saved = find_checkpoints(self.folder.checkpoints)
         state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
         words = [text for text in self.overrides if not text.startswith("resume=")]
-        return (
-            f"{state}; go on with\n  {shlex.join(['qlora', *words, f'hydra.run.dir={quoted(str(self.folder.path))}'])}"
-        )
+        place = f"hydra.run.dir={quoted(str(self.folder.path))}"
+        return f"{state}; go on with\n  {shlex.join([*world.command(), *words, place])}"
 
     def _prepare_training(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
         trainer = self._build_trainer(model, callbacks, tracker)

@@ -145,6 +145,15 @@ def _check_environment() -> None:
             )
 
 
+def command() -> list[str]:
+    """Returns the words that start this program in as many processes."""
+    if size() == 1:
+        return ["qlora"]
+    here = _number("LOCAL_WORLD_SIZE") or size()
+    machines = ["--nnodes", str(size() // here)] if here < size() else []
+    return ["torchrun", *machines, "--nproc-per-node", str(here), "-m", "qlora"]
+
+
 def leave() -> None:
     """Ends the group, when all is done."""
     global _group
