@@ -180,6 +180,8 @@ def build_qlora(task: Task) -> Prepare:
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
             step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
             budget=None,
+            watchdog=chosen.watchdog,
+            name_rows=data.named_rows,
             stop=Stop(),
             facts={},
             callbacks=[],

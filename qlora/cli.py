@@ -7,8 +7,10 @@ import gc
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora import world
 from qlora.compose import (
     CONF_DIR,
+    START_VARIABLE,
     check_overrides,
     expand_sweep,
     explain,
+    now,
     open_entries,
     register,
     show_config,
@@ -35,7 +40,8 @@ from qlora.compose import (
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
-from qlora.schema import Resume, TaskName, TrackingBackend
+from qlora.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.secrets import hide
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -53,32 +59,47 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
     try:
         _main(sys.argv[1:])
-    except (Mistake, ConfigError, HydraException, OmegaConfBaseException) as error:
+    except Stopped as stopped:
+        close_bars()
+        if world.is_first():
+            print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(Stopped.exit_code)
+    except KeyboardInterrupt:
+        if world.is_first():
+            print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
+        sys.exit(130)
+    except (Mistake, Exception) as error:
         close_bars()
         cause = error.__cause__ if isinstance(error, Mistake) else error
         assert isinstance(cause, Exception)
-        if full_error:
-            raise cause from None
-        print(f"error: {cause if isinstance(cause, ConfigError) else explain(cause)}", file=sys.stderr)
+        _tell(cause, in_full=full_error)
         sys.exit(1)
-    except Stopped as stopped:
-        close_bars()
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(Stopped.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        close_bars()
-        if isinstance(error, OSError) and error.errno in UNWRITABLE and not full_error:
+
+
+PATIENCE = 3
+"""Seconds in which the first process may tell an error that all of them meet; the launcher then ends the others."""
+
+
+def _tell(error: Exception, *, in_full: bool) -> None:
+    """Prints what ended the run: a sentence for a mistake, the traceback of a bug; each of several by its name."""
+    is_mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
+    if world.is_loss_of_peer(error):
+        text = "error: another process of this run has ended; its own message tells why"
+        time.sleep(PATIENCE)
+    else:
+        world.tell_launcher(error)
+        if not world.is_first():
+            time.sleep(PATIENCE)
+        text = f"error: {error if isinstance(error, ConfigError) else explain(error)}" if is_mistake else ""
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
             place = error.filename or "the run folder"
-            print(
-                f"error: {place} cannot be written ({error.strerror}); choose another folder with hydra.run.dir=FOLDER",
-                file=sys.stderr,
+            text = (
+                f"error: {place} cannot be written ({error.strerror}); choose another folder with hydra.run.dir=FOLDER"
             )
-        else:
-            traceback.print_exc()
-        sys.exit(1)
+    if in_full or not text:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
+    print(hide(f"{name}{text}"), file=sys.stderr, flush=True)
 
 
 class Mistake(BaseException):
@@ -116,10 +137,13 @@ def _main(argv: list[str]) -> None:
         flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
+        joined = _join(composed, sweeps)
         if composed.resume is Resume.never:
-            folder += names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
+            words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
+            # Processes that torchrun starts again go on in the folder that they began in.
+            folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
         # Hydra reads no flag between overrides.
-        sys.argv[1:] = [*open_entries(args.overrides), *folder, *flags]
+        sys.argv[1:] = [*open_entries(args.overrides), *folder, *joined, *flags]
         if sweeps and composed.tracking.backend is TrackingBackend.wandb:
             from qlora.sweep.trackers import track_other_engine
 
@@ -130,6 +154,31 @@ def _main(argv: list[str]) -> None:
         afterwards()
         raise
     afterwards()
+    world.leave()
+
+
+def _join(config: DictConfig, sweeps: bool) -> list[str]:
+    """Joins the processes that were launched together; returns what Hydra is to do otherwise in this one."""
+    if world.size() == 1:
+        world.join()
+        return []
+    is_replay = config.task.name is TaskName.replay
+    if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
+        what = (
+            "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
+        )
+        raise ConfigError(
+            f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
+        )
+    if config.trainer.deterministic or is_replay:  # before anything is on a GPU
+        from qlora.models.determinism import fix_workspace
+
+        fix_workspace()
+    world.join()
+    os.environ[START_VARIABLE] = world.agree_on_start("time", now())
+    if world.is_first():
+        return []
+    return ["hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]", "~hydra.job_logging.handlers.file"]
 
 
 def job(composed: DictConfig) -> Any:
@@ -141,9 +190,7 @@ def job(composed: DictConfig) -> Any:
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
-        with recorded(
-            output_dir, names.own_overrides(hydra_config), RunFolder(output_dir).result(config.task.name.value).name
-        ):
+        with _recorded(output_dir, hydra_config, config):
             if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
                 from qlora.sweep.report import report
 
@@ -152,16 +199,28 @@ def job(composed: DictConfig) -> Any:
                 from qlora.plan import plan
 
                 return plan(config, output_dir)["objective"]
+            if config.task.name is TaskName.migrate:  # reads and writes texts only
+                from qlora.migrate import migrate
+
+                return migrate(config, output_dir)["objective"]
+            if config.task.name is TaskName.doctor:  # torch may be what is broken
+                from qlora.doctor import doctor
+
+                return doctor(config, output_dir)["objective"]
             from qlora.run import Run
 
             if not hydra_config.verbose:
                 take_over_handlers()
+            if config.task.name is TaskName.replay:
+                from qlora.replay import replay
+
+                return replay(config, output_dir)["objective"]
             return Run(config, output_dir, overrides, names.membership(hydra_config)).execute()["objective"]
     except Pruned:
         close_bars()
         return None
     except Exception as error:
-        if not in_sweep and isinstance(error, ConfigError):
+        if not in_sweep and (isinstance(error, ConfigError) or world.is_loss_of_peer(error)):
             raise Mistake from error
         # The traceback's frames hold the model; a sweep keeps the exception until its end.
         traceback.clear_frames(error.__traceback__)
@@ -172,6 +231,13 @@ def job(composed: DictConfig) -> Any:
             from qlora.sweep.report import write_overview
 
             write_overview(Path(hydra_config.sweep.dir), config.objective)
+
+
+def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContextManager[None]:
+    """Holds the run's folder and records what becomes of the run; of several processes the first one does."""
+    if not world.is_first():
+        return nullcontext()
+    return recorded(folder, names.own_overrides(hydra_config), RunFolder(folder).result(config.task.name.value).name)
 
 
 def free_memory() -> None:

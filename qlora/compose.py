@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -24,19 +26,32 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, Sweep
+from hydra.core.override_parser.types import (
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import ArchitectureConfig, Config, TaskName
+from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
+from qlora.secrets import find_secret
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+START_VARIABLE = "QLORA_START"
+"""The environment variable with the time that several processes started at, as it names the folder of them all."""
 
 # Free mappings among Hydra's own keys.
 SWEEPER_MAPPINGS = tuple(
@@ -148,12 +163,17 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver(
         "qlora.folder",
-        lambda name: name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}",
+        lambda name: name or os.environ.get(START_VARIABLE) or now(),
         use_cache=True,
         replace=True,
     )
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
+
+
+def now() -> str:
+    """Returns the time as it names a folder."""
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Config:
@@ -165,12 +185,62 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`."""
+    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`.
+
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
+    """
+    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text for text in overrides]
     keys = set(config_keys())
     pairs = zip(overrides, _parse(overrides), strict=True)
     plain = OverrideType.CHANGE
     return [f"++{text}" if override.type is plain and _in_free_mapping(override.key_or_group, keys) else text
             for text, override in pairs]  # fmt: skip
+
+
+def write_override(key: str, value: Any) -> str:
+    """Returns `KEY=VALUE` as the command line reads it back, with quotes where a text needs them."""
+    return f"{key}={_written(value)}"
+
+
+def override_value(text: str) -> Any:
+    """Returns the value of `KEY=VALUE` as the command line reads it."""
+    return _plain(_parse([text])[0].value())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return {str(_plain(key)): _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
+    if not isinstance(value, str):
+        return repr(value)
+    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
+        return value
+    # Hydra reads a backslash as such unless it stands before a quote.
+    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
+    return '"' + quoted.replace("${", "\\${") + '"'
+
+
+def read_yaml(path: Path) -> Any:
+    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
+    except MarkedYAMLError as error:
+        raise _broken_yaml(error) from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: this is no valid YAML: {_first_line(str(error))}") from error
 
 
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
@@ -189,6 +259,11 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
         raise explain(error, config_dir) from error
+    except RecursionError as error:
+        where = f" in {config_dir}" if config_dir is not None else ""
+        raise ConfigError(
+            f"a config file{where} includes itself, or two each other; mend their defaults lists"
+        ) from error
     finally:
         instance.clear()
         if outer is not None:
@@ -203,8 +278,12 @@ def check_overrides(
     Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
     `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
+    _refuse_secrets(text.partition("=")[::2] for text in overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
+    _check_hydra(composed)
+    if OmegaConf.is_missing(composed.task, "name"):
+        raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
@@ -250,6 +329,38 @@ def _refuse_intervals(overrides: Sequence[str]) -> None:
                 f"{override.input_line}: a grid cannot walk through an interval; add hydra/sweeper=optuna to search in "
                 "it, or list the values"
             )
+
+
+HYDRA_TRUSTED = ("hydra", "hydra_plugins", "omegaconf", "logging", "qlora", "colorlog", "rich")
+CODE_KEYS = ("_target_", "()", "class", "factory")
+"""The keys by which Hydra and Python's logging call what their value names."""
+
+
+def _check_hydra(composed: DictConfig) -> None:
+    """Raises `ConfigError` if Hydra's own node names code of a package that is not trusted."""
+    trusted = list(OmegaConf.select(composed, "trusted") or [])
+    for key, value in _leaves(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"):
+        package = str(value).partition(".")[0]
+        if key.rpartition(".")[2] in CODE_KEYS and package not in HYDRA_TRUSTED:
+            check_trusted(key, str(value), trusted)
+
+
+def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
+    """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
+    for key, value in values:
+        if isinstance(value, str) and (kind := find_secret(value)) is not None:
+            raise ConfigError(
+                f"{key.lstrip('.+')} holds {kind}; configs are stored, printed and sent to trackers. Put it into the "
+                "environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
+            )
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(value, f"{key}.{name}")
+    else:
+        yield key, node
 
 
 def _unconditional(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -312,6 +423,7 @@ def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
     composed = _without_hydra(composed)
     try:
+        _refuse_secrets(_leaves(OmegaConf.to_container(composed, resolve=True), ""))
         for key in unknown_keys(composed):
             raise unknown_key(key)
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -512,6 +624,8 @@ def swept_values(override: Override) -> list[str] | None:
     if not override.is_sweep_override():
         return None
     value, text = override.value(), override.input_line
+    if isinstance(value, Glob):
+        raise ConfigError(f"{text}: glob(...) is not read here; list the values, e.g. lora=all-linear,attention")
     if isinstance(value, IntervalSweep):
         assert value.start is not None
         assert value.end is not None
@@ -737,6 +851,16 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return {str(key): value for key, value in plain.items()}
 
 
+def restore_config(stored: dict[str, Any]) -> Config:
+    """Returns the config that `read_config` read; raises `ConfigError` for one of another version's schema."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(config, Config)
+    return config
+
+
 @functools.cache
 def model_presets() -> dict[str, dict[str, Any]]:
     """Returns the shipped models by option: `name`, and `architecture` with every field."""
@@ -748,16 +872,20 @@ def model_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-def build_callbacks(nodes: dict[str, Any]) -> list[Any]:
-    """Instantiates the `callbacks` group: each node a `_target_` with its arguments."""
-    from hydra.utils import instantiate
+def build_callbacks(nodes: dict[str, Any], kind: type) -> list[Any]:
+    """Instantiates the `callbacks` group: each node a `_target_`, a class below `kind`, with its arguments."""
+    from hydra.utils import get_class, instantiate
 
     callbacks = []
     for name, node in nodes.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise ConfigError(f"callbacks.{name} must hold a _target_ (module.Class) and its arguments, got {node!r}")
         try:
+            if not issubclass(get_class(str(node["_target_"])), kind):
+                raise ConfigError(f"callbacks.{name}._target_={node['_target_']} is no {kind.__name__}")
             callbacks.append(instantiate(node))
-        except HydraException as error:
+        except (HydraException, ImportError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"callbacks.{name}: {_first_line(str(error))}") from error
     return callbacks

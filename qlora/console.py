@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from qlora import world
+from qlora.secrets import hide
 from qlora.wording import format_metric, prompt_core, shorten
 
 log = logging.getLogger(__name__)
@@ -35,11 +37,23 @@ class OwnLines(logging.Filter):
     """Lets this project's lines through to the console, and every library's errors."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns whether `record` belongs on the console."""
-        if getattr(record, "on_screen", False):
+        """Returns whether `record` belongs on the console; of several processes the first one warns."""
+        if getattr(record, "on_screen", False) or not (world.is_first() or record.levelno >= logging.ERROR):
             return False
         own = record.name.split(".")[0] in ("qlora", "__main__")
         return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
+
+
+class HidingFormatter(logging.Formatter):
+    """Formats as another does, and takes secrets out: of messages and of tracebacks."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line of `record` without secrets."""
+        return hide(self.inner.format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -52,8 +66,14 @@ class LogFile(logging.FileHandler):
 
 
 def quiet_libraries(*, verbose: bool = False) -> None:
-    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone."""
+    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
+
+    No log holds a secret.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, HidingFormatter):
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -72,15 +92,10 @@ def take_over_handlers() -> None:
         logger.propagate = True
 
 
-def is_main_process() -> bool:
-    """Returns whether this is the first process of a distributed run, or the only one."""
-    return all(os.environ.get(name, "0") in ("", "0", "-1") for name in ("RANK", "LOCAL_RANK"))
-
-
 def is_live() -> bool:
     """Returns whether a person watches: a terminal that can redraw, and the first process."""
     console = screen()
-    return is_main_process() and console.is_interactive and console.file.isatty()
+    return world.is_first() and console.is_interactive and console.file.isatty()
 
 
 def screen() -> Console:
@@ -95,9 +110,9 @@ def _console_on(stream: TextIO) -> Console:
 
 def say(line: str | Text = "") -> None:
     """Prints one line, never cut or wrapped; it stands in `train.log` too."""
-    if not is_main_process():
+    if not world.is_first():
         return
-    text = Text(line) if isinstance(line, str) else line
+    text = Text(hide(line)) if isinstance(line, str) else line
     text.plain = printable(text.plain)
     screen().print(text, soft_wrap=True)
     if text.plain.strip():

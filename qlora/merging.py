@@ -228,7 +228,11 @@ class Merge:
         if self.config.model.attn_implementation is not None:
             options["attn_implementation"] = self.config.model.attn_implementation
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.dtype, trust_remote_code=self.config.model.trust_remote_code, **options
+            folder,
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=self.config.model.trust_remote_code,
+            **options,
         )
         return compare(model.eval(), self.prompts, reference, device=self.placement.device)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from qlora import console
+from qlora import console, world
 from qlora.chat import choose_saved_template
 from qlora.compose import config_to_dict
 from qlora.data import Data, build_data, column, load_hub, read_rows
@@ -43,6 +43,7 @@ from qlora.models.device import (
 )
 from qlora.models.fast import FastStep, Packs
 from qlora.models.files import locate
+from qlora.models.shard import shard_base
 from qlora.models.tokenizer import (
     load_saved_tokenizer,
     load_tokenizer,
@@ -53,7 +54,7 @@ from qlora.plan import read_setup
 from qlora.planning.memory import FRAGMENTS, Ledger
 from qlora.planning.shape import FAMILIES, read_shape
 from qlora.planning.speed import Operations, count_operations
-from qlora.schema import Config, EvaluationName, PlanStep, TaskName, TrackingBackend, Weights
+from qlora.schema import Config, EvaluationName, Parallel, PlanStep, TaskName, TrackingBackend, Weights
 from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
@@ -65,6 +66,8 @@ from qlora.training.trainer import QLoraTrainer, build_arguments
 from qlora.wording import parse_size
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Parts:
@@ -131,7 +134,10 @@ class Parts:
         """Tokenized rows to train and to measure on."""
         task = self.config.task
         training = task.name is TaskName.preview or (task.name is TaskName.train and task.train)
-        return build_data(self.config.data, self.tokenizer, need_train=training)
+        with world.one_by_machine():
+            data = build_data(self.config.data, self.tokenizer, need_train=training)
+        world.check_same("tokens", data.report.fingerprint)
+        return data
 
     @cached_property
     def measurer(self) -> Measurer:
@@ -254,7 +260,7 @@ class Parts:
         base = loading.load_base(
             self.config.model,
             self.config.quantization,
-            placement=self.placement,
+            placement=replace(self.placement, device=torch.device("cpu")) if self.is_sharded else self.placement,
             model_config=self.model_config,
             folder=folder,
         )
@@ -275,6 +281,19 @@ class Parts:
     def _drawn_weights(self) -> drawing.DrawnWeights:
         return drawing.DrawnWeights(self.model_config, placement=self.placement, seed=self.config.seed)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the base only, so that all must call the model together."""
+        return self.config.trainer.parallel is Parallel.fsdp and world.size() > 1
+
+    def build_model(self) -> PreTrainedModel:
+        """Returns the base with a fresh adapter, as it is trained."""
+        model = self.add_adapter(self.load_base())
+        if self.is_sharded:
+            assert isinstance(model, PeftModel), "Config checks it"
+            shard_base(model, self.placement.device, world.size())
+        return model
+
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """Attaches a fresh adapter drawn from `seed`, or makes all weights trainable (`lora=none`)."""
         set_seed(self.config.seed)
@@ -285,7 +304,7 @@ class Parts:
         model = adapters.add_lora(
             self.config.lora, base, tensors=self._tensors, new_token_ids=new_tokens, batches=self._batches()
         )
-        if self.config.lora.init in adapters.REWRITES_BASE:
+        if self.config.lora.init in adapters.REWRITES_BASE and world.is_first():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
         return model
 
@@ -380,10 +399,18 @@ class Parts:
     def _wanted_answers(self) -> int | None:
         return self.config.evaluation.generate_samples if self.config.evaluation.metrics else 0
 
+    def _in_first(self, work: Callable[[], T]) -> T:
+        """Returns what `work` gives in the first process, in all of them; a sharded base needs all to do it."""
+        return world.share(work() if world.is_first() or self.is_sharded else None)  # type: ignore[return-value]
+
     def _measure(self, model: torch.nn.Module, *, answers: int | None) -> Measurement:
         """Measures the held-out rows and the suite, as far as the task and `evaluation=` ask for them."""
-        measured = self.measurer.measure(model, answers=answers) if self.measures_rows else Measurement()
-        return measured | self._measure_suite(model)
+
+        def measure() -> Measurement:
+            measured = self.measurer.measure(model, answers=answers) if self.measures_rows else Measurement()
+            return measured | self._measure_suite(model)
+
+        return self._in_first(measure)
 
     def _measure_suite(self, model: torch.nn.Module) -> Measurement:
         if self.suite is None:
@@ -401,7 +428,16 @@ class Parts:
             seed=self.config.seed,
         )
 
+        if arguments.world_size != world.size():
+            raise ConfigError(
+                f"{world.size()} processes were launched (WORLD_SIZE), and training would use {arguments.world_size} "
+                f"of them; {world.HOW}"
+            )
+
         def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
+            return self._in_first(lambda: measure_rows(current, step))
+
+        def measure_rows(current: torch.nn.Module, step: int) -> dict[str, float]:
             shown = (
                 self.config.evaluation.show_predictions
                 if self.config.tracking.backend is not TrackingBackend.none
@@ -435,8 +471,11 @@ class Parts:
             facts={
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
+                "processes": world.size(),
                 "trackers": tracker_ids(self.folder.path),
             },
+            watchdog=self.config.watchdog,
+            name_rows=self.data.named_rows,
             callbacks=[
                 ProgressCallback(self.folder.progress),
                 TrackerCallback(tracker),

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from qlora import compose, console
+from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
+from qlora.doctor import preflight
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
@@ -39,12 +39,14 @@ from qlora.files import (
 from qlora.folder import config_digest, flatten
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
+from qlora.models.determinism import deterministic
 from qlora.models.device import (
     peak_memory_gb,
     reset_peak_memory,
 )
+from qlora.models.energy import read_energy
 from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, folder_digest
+from qlora.models.fingerprint import adapter_digest, content_digest, folder_digest
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
@@ -53,13 +55,14 @@ from qlora.models.tokenizer import (
 from qlora.parts import Parts
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
-from qlora.reporting.manifest import build_manifest, code_digest, versions, write_json
+from qlora.reporting.manifest import build_manifest, code_digest, keep_manifest, versions, write_json
 from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
-from qlora.schema import Resume, TaskName
+from qlora.schema import Parallel, Resume, TaskName
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
-from qlora.training.tracking import TrackedRun, Tracker, build_tracker
+from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.training.trainer import QLoraTrainer
 from qlora.wording import format_range, is_detail, quoted
 
 log = logging.getLogger(__name__)
@@ -99,12 +102,12 @@ class Run(Parts):
         patience = Patience(
             seconds=self.config.trainer.disk_wait,
             # The oldest would go when the next one is saved.
-            make_room=lambda: remove_surplus(self.folder.checkpoints, limit and limit - 1),
+            make_room=lambda: world.is_first() and remove_surplus(self.folder.checkpoints, limit and limit - 1),
             check=self.stop.check,
         )
-        with self.stop.watching(), waiting_for_space(patience):
+        with self.stop.watching(), waiting_for_space(patience), deterministic(self.config.trainer):
             try:
-                return self._train()
+                return self._train() if world.is_first() else self._train_along()
             except Stopped as stopped:
                 raise Stopped(f"{stopped}: {self._how_to_go_on()}") from None
 
@@ -115,16 +118,18 @@ class Run(Parts):
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
         is_same = self.folder.check_same_training(compose.read_config(self.folder.config), plain)
-        if is_same and (stored := self.folder.stored_result("train")) is not None:
+        self._check_processes()
+        if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
         self._check_budget()
+        preflight(self.config)
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         before = (read_json(self.folder.manifest) or {}).get("data")
         is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
-        callbacks = compose.build_callbacks(self.config.callbacks)
+        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         if self.draws:
             if self.folder.drawn.is_file():
                 self._check_drawn_base(self.folder)
@@ -135,24 +140,37 @@ class Run(Parts):
         write_text(self.folder.config, compose.dump_config(self.config))
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
-            model = self.add_adapter(self.load_base()) if self.config.task.train else self.load_trained()
+            model = self.build_model() if self.config.task.train else self.load_trained()
             facts = self._facts(model)
-            manifest = build_manifest(plain, data=asdict(data.report), model=facts)
-            write_json(self.folder.manifest, manifest)
-            console.start_screen(list(facts.items()))
-            base = self._baseline(model)
-            summary |= _prefixed("base_eval_", base.metrics)
-            if self.config.task.train:
-                summary |= self._fit(model, callbacks, tracker, checkpoint)
-            measured = self._measure_after(model)
-            summary |= _prefixed("eval_", measured.metrics)
-            summary["peak_memory_gb"] = max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
-            result = self._write_result("train", summary, measured, base)
+            manifest = self._build_manifest(plain, facts)
+            with keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy):
+                console.start_screen(list(facts.items()))
+                base = self._baseline(model)
+                summary |= _prefixed("base_eval_", base.metrics)
+                if self.config.task.train:
+                    summary |= self._fit(model, callbacks, tracker, checkpoint)
+                measured = self._measure_after(model)
+                summary |= _prefixed("eval_", measured.metrics)
+                summary["peak_memory_gb"] = self._peak_memory_gb()
+                result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
-        self._print_summary("finished", result, measured.predictions)
+        self._print_summary("finished", world.share(result), measured.predictions)
         return result
+
+    def _train_along(self) -> dict[str, Any]:
+        """Takes part in the training that the first process leads; writes nothing, and returns its result."""
+        if (stored := world.share(None)) is not None:
+            return stored
+        preflight(self.config)
+        _, _, _ = self.data, self.measurer, self.suite
+        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
+        model = self.build_model()
+        self._baseline(model)
+        self._run_steps(self._prepare_training(model, callbacks, NoTracker()), None)
+        self._measure_after(model)
+        return world.share({})
 
     def evaluate(self) -> dict[str, Any]:
         """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
@@ -337,6 +355,19 @@ class Run(Parts):
         finally:
             tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
 
+    def _check_processes(self) -> None:
+        """Raises `ConfigError` for what needs several processes, or cannot be had in them."""
+        if self.config.trainer.parallel is Parallel.fsdp and world.size() == 1:
+            raise ConfigError(
+                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; {world.HOW}, or "
+                "leave it out"
+            )
+        if world.size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
+            raise ConfigError(
+                f"model.device_map and model.max_memory spread one process over several GPUs, and {world.size()} "
+                "processes were launched, each with a GPU of its own; leave them out, or start without a launcher"
+            )
+
     def _baseline(self, model: PreTrainedModel) -> Measurement:
         """Measures the untuned base once; a resumed run reads what the first start measured.
 
@@ -346,7 +377,7 @@ class Run(Parts):
             return Measurement()
         training = self.config.task.name is TaskName.train
         path = self.folder.baseline
-        stored = read_json(path) if training else None
+        stored = world.share(read_json(path) if training and world.is_first() else None)
         if stored is not None:
             return Measurement.from_dict(stored)
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
@@ -355,7 +386,7 @@ class Run(Parts):
         switched_off = isinstance(model, PeftModel) and not part_of_base
         with model.disable_adapter() if switched_off else contextlib.nullcontext():
             measured = self._measure(model, answers=self._wanted_answers)
-        if training:
+        if training and world.is_first():
             write_json(path, measured.to_dict())
         return measured
 
@@ -364,13 +395,23 @@ class Run(Parts):
         checkpoint = last_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
             return None
-        facts = read_facts(checkpoint)
-        unknown = not self.folder.config.is_file() and self.config.resume is not Resume.force
-        if unknown and facts["config"] != config_digest(plain):
+        facts, force = read_facts(checkpoint), self.config.resume is Resume.force
+        if not (self.folder.config.is_file() or force) and facts["config"] != config_digest(plain):
             raise ConfigError(
                 f"{checkpoint} was written with another config, and {self.folder.config}, which would say which, is "
                 "gone; choose another folder (hydra.run.dir=FOLDER or name=NAME), or resume=force to go on"
             )
+        if (before := facts["processes"]) != world.size():
+            what = (
+                f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
+                f"{world.size()}: its steps hold other rows"
+            )
+            if not force:
+                raise ConfigError(
+                    f"{what}; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
+                    "resume=force goes on in spite of it"
+                )
+            log.warning("resume=force: %s", what)
         for name, text in facts["trackers"].items():
             if not (self.folder.path / name).is_file():
                 write_text(self.folder.path / name, text)
@@ -384,35 +425,59 @@ class Run(Parts):
             f"{state}; go on with\n  {shlex.join(['qlora', *words, f'hydra.run.dir={quoted(str(self.folder.path))}'])}"
         )
 
-    def _fit(
-        self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
-    ) -> dict[str, float]:
+    def _prepare_training(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
         trainer = self._build_trainer(model, callbacks, tracker)
         if self.data.packed is not None:  # after the trainer is built, which switches the key-value cache off
             check_packing(model, self.placement, batch_size=self.config.trainer.per_device_train_batch_size)
+        return trainer
+
+    def _run_steps(self, trainer: QLoraTrainer, checkpoint: Path | None) -> None:
+        """Trains from the first process' checkpoint on; raises `Stopped` if a signal ended that, when all is saved."""
+        with self.stop.after_step():
+            trainer.run(world.share(checkpoint))
+        self.stop.check()
+
+    def _fit(
+        self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
+    ) -> dict[str, float]:
+        trainer = self._prepare_training(model, callbacks, tracker)
         wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
         if checkpoint is not None:
             console.say(f"resuming from {checkpoint.name}")
         started = time.monotonic()
         try:
-            with self.stop.after_step():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._run_steps(trainer, checkpoint)
         except BaseException:  # a run that fails has curves too
             with contextlib.suppress(ConfigError):
                 write_json(self.folder.history, trainer.state.log_history)
             raise
-        write_json(self.folder.history, trainer.state.log_history)
         runtime = time.monotonic() - started
-        self.stop.check()
+        write_json(self.folder.history, trainer.state.log_history)
         self._steps = trainer.state.global_step
         self._highest_memory_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
         self._save(model)
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         metrics = {"train_loss": trainer.mean_loss, "train_runtime": runtime}
         metrics["train_memory_retries"] = trainer.memory.retries
-        return metrics | trainer.meter.overall(trainer.state)
+        return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
+
+    def _peak_memory_gb(self) -> float:
+        return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
+
+    def _build_manifest(self, plain: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+        model = {**facts, "fingerprint": self._base_fingerprint(), "revision": self.config.model.revision}
+        seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
+        data = asdict(self.data.report)
+        return build_manifest(plain, overrides=self.overrides, data=data, model=model, seeds=seeds)
+
+    def _base_fingerprint(self) -> str | None:
+        """Returns what tells the base's files from others: of the hub the commit; None: it is drawn."""
+        if self.draws:
+            return None
+        place = locate(self.config.model.name)
+        return content_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _save(self, model: PreTrainedModel) -> None:
         self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did
@@ -434,7 +499,8 @@ class Run(Parts):
             return replace(measured, predictions=[])
         if measured.predictions:
             return measured
-        return replace(measured, predictions=self.measurer.predict(model, evaluation.show_predictions))
+        answer = partial(self.measurer.predict, model, evaluation.show_predictions)
+        return replace(measured, predictions=self._in_first(answer))
 
     def _answers_decided_by(self) -> dict[str, Any]:
         """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
@@ -519,15 +585,15 @@ class Run(Parts):
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
             unit = "packs" if report.packs else "rows"
-            world = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+            processes = world.size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
                 f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
                 **({"template": report.template} if report.template else {}),
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
-                "batch": f"{micro} x {steps} accumulated x {world} process{'es' if world > 1 else ''} "
-                f"= {micro * steps * world} {unit} a step",
+                "batch": f"{micro} x {steps} accumulated x {processes} process{'es' if processes > 1 else ''} "
+                f"= {micro * steps * processes} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }

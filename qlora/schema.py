@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -33,6 +34,9 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+TRUSTED = ("qlora", "transformers", "evaluate")
+"""The packages whose code a config may name; `trusted` adds the user's own."""
+
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
@@ -53,6 +57,9 @@ CARD_NAMES = (
     *("t4", "v100-32gb", "rtx-3090", "rtx-4090", "rtx-5090", "a10", "l4", "a6000", "l40s", "a100-40gb", "a100-80gb"),
     *("h100", "h200"),
 )
+
+# What the watchdog counts.
+WATCHDOG_COUNTS = ("nonfinite", "zero", "divergence", "slow", "stalled", "skipped", "rollbacks")
 
 # transformers.trainer_utils.SchedulerType; a test compares the two.
 SCHEDULER_NAMES = (
@@ -83,6 +90,9 @@ class TaskName(Enum):
     push = "push"
     report = "report"
     plan = "plan"
+    doctor = "doctor"
+    migrate = "migrate"
+    replay = "replay"
     wandb_sweep = "wandb_sweep"
 
 
@@ -198,6 +208,23 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class WatchdogAction(Enum):
+    """What is done about something that goes wrong in a training."""
+
+    ignore = "ignore"
+    warn = "warn"
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
+class Parallel(Enum):
+    """How several processes share a training."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 class SweepMethod(Enum):
     """How wandb chooses the points of a sweep of its own."""
 
@@ -211,8 +238,8 @@ class TaskConfig:
     """What to do with the model: train it, measure it, or let it answer."""
 
     name: TaskName = MISSING
-    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan` or `wandb_sweep`; chosen
-    with `task=`."""
+    """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
+    `replay` or `wandb_sweep`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -225,6 +252,8 @@ class TaskConfig:
     """Whether `task=preview` shows token ids beside the text."""
     private: bool = True
     """Whether a repository that `task=push` creates is private."""
+    online: bool = False
+    """Whether `task=doctor` asks the hub and wandb if they accept the logins; else nothing goes over the network."""
     method: SweepMethod | None = None
     """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset:
     `grid` where all values are listed, else `bayes`."""
@@ -307,6 +336,11 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ConfigError(
+                f"model.attn_implementation={self.attn_implementation}: this is code of a hub repository; set "
+                "model.trust_remote_code=true to run it, and USE_HUB_KERNELS=YES in the environment"
+            )
         if self.weights is Weights.pretrained:
             return
         if self.architecture is None:
@@ -430,6 +464,8 @@ class MixConfig:
     """As `data.subset`."""
     split: str = "train"
     """As `data.split`."""
+    revision: str | None = None
+    """As `data.revision`."""
     data_files: str | None = None
     """As `data.data_files`."""
     format: str = "auto"
@@ -453,6 +489,8 @@ class DataConfig:
     """The hub data set's configuration."""
     split: str = "train"
     """The hub data set's split to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
     data_files: str | None = None
     """The file inside the hub data set, where it holds several."""
     eval_path: str | None = None
@@ -461,8 +499,9 @@ class DataConfig:
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
     mix: dict[str, Any] = field(default_factory=dict)
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
-    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `data_files`, `format`, `columns` and
-    `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl data.mix.other.weight=2`."""
+    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
+    `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
+    data.mix.other.weight=2`."""
     format: str = "auto"
     """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
     another format out), or `auto` to recognise it."""
@@ -541,7 +580,7 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        own: dict[str, Any] = {"subset": None, "split": "train", "data_files": None}
+        own: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
         if self.eval_path is None:
             own |= {"format": "auto", "columns": {}}
         for name, unset in own.items():
@@ -664,6 +703,10 @@ class TrainerConfig:
     True, false or `auto` (with CUDA, in 16 bits)."""
     fused_loss: Any = "auto"
     """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    parallel: Parallel = Parallel.ddp
+    """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
+    a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
+    Gradients are averaged over all tokens of a step in both."""
     group_by_length: bool = True
     """Draw batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
@@ -678,6 +721,9 @@ class TrainerConfig:
     """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
+    deterministic: bool = False
+    """Take operations alone that give the same bits every time, also on a GPU; slower there. On a CPU a run gives the
+    same bits anyway."""
     profile: bool = False
     """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
     expensive kernels on the screen."""
@@ -701,6 +747,11 @@ class TrainerConfig:
         budget = self.memory_budget
         require(budget in (None, "auto") or (parse_size(str(budget)) or 0) > 0, "trainer.memory_budget",
                 "be null, auto or a size such as 24GB or 22GiB", budget)  # fmt: skip
+        if self.deterministic and budget is not None:
+            raise ConfigError(
+                "trainer.memory_budget depends on what memory is free, and cuts batches when it is short, which gives "
+                "other bits; trainer.deterministic=true does not go with it: leave one of them out"
+            )
         for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
@@ -716,6 +767,59 @@ class TrainerConfig:
                 raise ConfigError(
                     f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; choose one of {', '.join(names)}"
                 )
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchdogConfig:
+    """What is done about things that go wrong in a training: each is named with its likely cause and counted.
+
+    `ignore` looks away, `warn` tells it, `stop` ends the training with the last checkpoint kept, `rollback` goes back
+    to the last checkpoint from before with a lower learning rate, `skip` leaves the step out.
+    """
+
+    nonfinite: WatchdogAction = MISSING
+    """A loss or gradients that are not a number. With `skip`, `rollback` and `stop` such a step changes no weight."""
+    zero: WatchdogAction = MISSING
+    """A loss of exactly zero, or a step without a token that has a loss: `ignore`, `warn` or `stop`."""
+    divergence: WatchdogAction = MISSING
+    """A smoothed loss (0.9 of the step before) of more than `divergence_factor` times its lowest value, and of more
+    than 1 above it: `ignore`, `warn`, `rollback` or `stop`."""
+    slow: WatchdogAction = MISSING
+    """A step that takes more than `slow_factor` times the median of the latest 50, and a second: `ignore`, `warn` or
+    `stop`."""
+    stalled: WatchdogAction = MISSING
+    """No batch within `stalled_seconds`: `ignore`, `warn` or `stop`. A process of `trainer.dataloader_num_workers` that
+    has died always ends the training."""
+    divergence_factor: float = 3.0
+    """When a loss counts as diverged."""
+    slow_factor: float = 10.0
+    """When a step counts as slow."""
+    stalled_seconds: float = 600.0
+    """How long a batch may take."""
+    rollback_factor: float = 0.5
+    """What a rollback multiplies the learning rate with."""
+    max_rollbacks: int = 3
+    """After so many rollbacks the training stops instead."""
+    max_skips: int = 10
+    """After so many skipped steps in a row the training stops."""
+
+    def __post_init__(self) -> None:
+        able = {
+            "nonfinite": ("ignore", "warn", "skip", "rollback", "stop"),
+            "divergence": ("ignore", "warn", "rollback", "stop"),
+            **dict.fromkeys(("zero", "slow", "stalled"), ("ignore", "warn", "stop")),
+        }
+        for name, actions in able.items():
+            action = getattr(self, name).value
+            require(action in actions, f"watchdog.{name}", f"be one of {', '.join(actions)}", action)
+        for name in ("divergence_factor", "slow_factor"):
+            value = getattr(self, name)
+            require(1 < value < math.inf, f"watchdog.{name}", "be above 1 and finite", value)
+        require(0 < self.rollback_factor <= 1, "watchdog.rollback_factor", "be in (0, 1]", self.rollback_factor)
+        require(0 < self.stalled_seconds < math.inf, "watchdog.stalled_seconds", "be positive and finite",
+                self.stalled_seconds)  # fmt: skip
+        for name in ("max_rollbacks", "max_skips"):
+            require(getattr(self, name) > 0, f"watchdog.{name}", "be positive", getattr(self, name))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -975,6 +1079,7 @@ class Config:
     lora: LoraConfig = MISSING
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
+    watchdog: WatchdogConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
     tracking: TrackingConfig = MISSING
@@ -985,6 +1090,14 @@ class Config:
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    run: str | None = None
+    """The folder of the finished training that `task=replay` runs again and compares with."""
+    source: str | None = None
+    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
+    Axolotl, LLaMA-Factory or torchtune."""
+    trusted: list[str] = field(default_factory=list)
+    """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
+    `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -992,9 +1105,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", "lie between 0 and 4294967295", self.seed)
-        if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
+        if self.name is not None and not is_folder_name(self.name):
             raise ConfigError(
-                f"name={self.name!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
+                f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
         if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
             given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
@@ -1003,6 +1116,14 @@ class Config:
             raise ConfigError(
                 "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
             )
+        if self.task.name is TaskName.replay and self.run is None:
+            raise ConfigError("run is not set; name the finished training to run again, e.g. run=outputs/runs/mine")
+        if self.task.name is TaskName.migrate and self.source is None:
+            raise ConfigError(
+                "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
+            )
+        for key, name in named_code(self):
+            check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -1015,6 +1136,9 @@ class Config:
                 "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
                 "base over several; leave the one or the others out"
             )
+        if self.trainer.parallel is Parallel.fsdp:
+            self._check_fsdp()
+        self._check_watchdog()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1027,6 +1151,78 @@ class Config:
                 f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
+
+    def _check_watchdog(self) -> None:
+        """Refuses actions that the training cannot take."""
+        rollback = [name for name in ("nonfinite", "divergence")
+                    if getattr(self.watchdog, name) is WatchdogAction.rollback]  # fmt: skip
+        if rollback and self.trainer.save_steps is None:
+            raise ConfigError(
+                f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
+            )
+        keeps_out = self.watchdog.nonfinite not in (WatchdogAction.ignore, WatchdogAction.warn)
+        if keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
+            raise ConfigError(
+                f"trainer.optim={self.trainer.optim} changes weights within the backward pass, where "
+                f"watchdog.nonfinite={self.watchdog.nonfinite.value} cannot keep an update out; set "
+                "watchdog.nonfinite=warn"
+            )
+
+    def _check_fsdp(self) -> None:
+        """Refuses what reads or draws the weights of a base that no process holds whole."""
+        lora, model = self.lora, self.model
+        faults = {
+            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
+            "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
+            "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            "model.weights=random": (model.weights is Weights.random, "the base is drawn on one device"),
+            "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
+            "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
+        }
+        for name, (is_set, reason) in faults.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
+                )
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether a text names a folder right below another one, on every system: no path, and not too long."""
+    return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
+
+
+def named_code(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name code, with the names: `module:function`, or a `_target_`."""
+    data = config.data
+    texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    for name, part in data.mix.items():
+        texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
+    texts |= {f"evaluation.metrics[{place}]": name for place, name in enumerate(config.evaluation.metrics)}
+    yield from ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
+    yield from _targets(config.callbacks, "callbacks")
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}.{name}", str(value)
+            else:
+                yield from _targets(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _targets(value, f"{key}[{place}]")
+
+
+def check_trusted(key: str, name: str, trusted: list[str]) -> None:
+    """Raises `ConfigError` unless the code that a config names is of a package that is trusted."""
+    package = re.split(r"[.:]", name)[0]
+    if package not in (*TRUSTED, *trusted):
+        raise ConfigError(
+            f"{key}={name}: code of the package {package!r} would run, which is not trusted; if you know what it does, "
+            f"add trusted=[{','.join([*trusted, package])}]"
+        )
 
 
 def _shown(value: object) -> str:
@@ -1047,6 +1243,7 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]
     training = ["train_loss", *speed, "train_runtime", "train_memory_retries", "peak_memory_gb"]
+    training += [f"train_watchdog_{name}" for name in WATCHDOG_COUNTS]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
 
 

@@ -221,7 +221,7 @@ def test_a_folder_that_holds_another_run(tmp_path: Path, base: Path) -> None:
 
 
 def test_a_metric_that_cannot_be_imported(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "evaluation.metrics=['no_such_module:score']")
+    text = refusal(tmp_path, "evaluation.metrics=['no_such_module:score']", "trusted=[no_such_module]")
     assert text.startswith("evaluation.metrics=no_such_module:score: there is no module no_such_module")
     assert "PYTHONPATH" in text
 
@@ -279,7 +279,7 @@ def test_where_nothing_is_answered_the_context_does_not_matter(tmp_path: Path, b
 
 @pytest.mark.parametrize("node", ["{step:3}", "{_target_:no.such.Callback}"])
 def test_a_callback_that_cannot_be_built(tmp_path: Path, node: str) -> None:
-    assert refusal(tmp_path, f"+callbacks.mine={node}").startswith("callbacks.mine")
+    assert refusal(tmp_path, f"+callbacks.mine={node}", "trusted=[no]").startswith("callbacks.mine")
 
 
 def test_a_run_folder_below_a_file(tmp_path: Path) -> None:

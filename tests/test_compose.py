@@ -157,7 +157,9 @@ def test_a_plus_before_an_existing_key_is_refused() -> None:
 
 def test_free_mappings_take_any_entry() -> None:
     for sign in ("", "+", "++"):
-        config = compose([f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B"])
+        config = compose(
+            [f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B", "trusted=[a]"]
+        )
         assert config.trainer.lr_scheduler_kwargs["my_own"] == 3
         assert config.callbacks == {"mine": {"_target_": "a.B"}}
 
@@ -345,7 +347,8 @@ CROSS_FIELD = {
     "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
     "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, train_memory_retries, "
-    "peak_memory_gb or null",
+    "peak_memory_gb, train_watchdog_nonfinite, train_watchdog_zero, train_watchdog_divergence, train_watchdog_slow, "
+    "train_watchdog_stalled, train_watchdog_skipped, train_watchdog_rollbacks or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "

@@ -17,6 +17,8 @@ NEEDS = {
     ("lora", "olora"): ["quantization=none"],
     ("task", "push"): ["repo=me/mine"],
     ("task", "report"): ["runs=outputs/runs/*"],
+    ("task", "migrate"): ["from=finetune.sh"],
+    ("task", "replay"): ["run=outputs/runs/mine"],
     ("evaluation", "lm-eval"): ["evaluation.tasks=[arc_easy]"],
 }
 OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]

@@ -51,8 +51,11 @@ def words_of(command: str, *program: str) -> list[str] | None:
 
 
 def qlora_words(command: str) -> list[str] | None:
-    words = words_of(command, "qlora")
-    return words if words is not None else words_of(command, "python", "-m", "qlora")
+    words = shlex.split(command)
+    if words[0] in ("torchrun", "accelerate"):
+        return words[words.index("qlora") + 1 :]
+    own = words_of(command, "qlora")
+    return own if own is not None else words_of(command, "python", "-m", "qlora")
 
 
 def is_pip(command: str) -> bool:
@@ -99,6 +102,19 @@ def test_an_install_command_names_extras_and_files_that_exist(command: str) -> N
         assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
     for file in re.findall(r"-c (\S+)", command):
         assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("command", [text for text in COMMANDS if text.startswith(("torchrun ", "accelerate "))])
+def test_a_documented_launcher_starts_this_program(command: str) -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    program, *words = shlex.split(command)
+    parser = get_args_parser() if program == "torchrun" else launch_command_parser()
+    told = parser.parse_args(words if program == "torchrun" else words[1:])
+    assert told.module
+    assert told.training_script == "qlora"
+    assert told.training_script_args == qlora_words(command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

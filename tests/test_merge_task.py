@@ -227,25 +227,6 @@ def test_the_commands_that_serve_the_model_are_printed(
 # The base's files
 
 
-def test_a_base_in_pickled_files_merges_to_the_same(own: tuple[Path, str], tmp_path: Path) -> None:
-    folder, name = own
-    merge(folder, name)
-    expected = load_file(folder / "merged" / "model.safetensors")
-    base = Path(name.removeprefix("model.name="))
-    shutil.copytree(base, tmp_path / "pickled")
-    weights = load_file(base / "model.safetensors")
-    (tmp_path / "pickled" / "model.safetensors").unlink()
-    files = {"pytorch_model-1-of-2.bin": list(weights)[::2], "pytorch_model-2-of-2.bin": list(weights)[1::2]}
-    for file, names in files.items():
-        torch.save({key: weights[key] for key in names}, tmp_path / "pickled" / file)
-    index = {"metadata": {}, "weight_map": {key: file for file, names in files.items() for key in names}}
-    (tmp_path / "pickled" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    merge(folder, f"model.name={tmp_path / 'pickled'}")
-    found = load_file(folder / "merged" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_base_stored_in_few_bits_is_merged_in_full(

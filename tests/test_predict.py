@@ -195,7 +195,7 @@ def test_finished_answers_are_not_generated_again(
 
     (tmp_path / "my_metric.py").write_text("def length(predictions, references):\n    return map(len, predictions)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    scored = run(tmp_path, *chosen, "evaluation.metrics=['my_metric:length']")
+    scored = run(tmp_path, *chosen, "evaluation.metrics=['my_metric:length']", "trusted=[my_metric]")
     lengths = [len(row["prediction"]) for row in lines(tmp_path / "predictions.jsonl")]
     assert scored["metrics"]["eval_length"] == np.mean(lengths)
     assert scored["metrics"]["predict_tokens_per_second"] == result["metrics"]["predict_tokens_per_second"]

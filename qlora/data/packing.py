@@ -109,15 +109,18 @@ class PackedRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def members(self, index: int) -> list[int]:
+        """Returns the indices of a pack's rows."""
+        first = int(self._ends[index - 1]) if index else 0
+        return self._order[first : self._ends[index]].tolist()
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns `input_ids`, `labels` and `position_ids` of a pack's rows one after the other, each int [tokens].
 
         Positions restart at 0 with every row, which is how a model tells the rows apart. The first label of a row
         is ignored: the token before it belongs to another row.
         """
-        index = range(len(self))[index]
-        first = int(self._ends[index - 1]) if index else 0
-        table = self._rows[self._order[first : self._ends[index]]]
+        table = self._rows[self.members(range(len(self))[index])]
         ids = table["input_ids"].combine_chunks()
         lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         starts = np.cumsum(lengths) - lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -20,6 +21,23 @@ from qlora.schema import DataConfig, MixConfig
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the rows to train on come from."""
+
+    sets: list[str]
+    """The sets, as a config names them."""
+    ends: np.ndarray
+    """How many rows this set and those before it give together."""
+    chosen: np.ndarray | None
+    """Which of them all are taken; None: all."""
+
+    def name(self, index: int, row: int) -> str:
+        """Returns the name of a row to train on, which is number `row` (from 0) of its set."""
+        place = index if self.chosen is None else self.chosen[index]
+        return f"{self.sets[int(np.searchsorted(self.ends, place, side='right'))]}, row {row + 1}"
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
     """Rows in tokens: input_ids, labels, length and more; for `eval` also prompt_ids, prompt, reference, maybe task."""
 
@@ -33,6 +51,20 @@ class Data:
     """The token that ends an answer in it; None: none does, but for the end of the whole text."""
     packed: PackedRows | None = None
     """The rows of `train` in packs, where `data.packing` asks for them."""
+    origin: Origin | None = None
+    """Where the rows of `train` come from."""
+
+    def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
+        """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
+        assert self.train is not None
+        assert self.origin is not None
+        if self.packed is None:
+            row = self.train[index]
+            return [(self.origin.name(index, row["row"]), row)]
+        rows = [(each, self.train[each]) for each in self.packed.members(index)]
+        return [
+            (self.origin.name(each, row["row"]), row | {"position_ids": range(row["length"])}) for each, row in rows
+        ]
 
 
 def build_data(
@@ -53,16 +85,16 @@ def build_data(
     if config.eval_path is not None and need_eval:
         evaluated_sets = [_own_held_out(config, sets, tokenizer, cache, like_training=need_train)]
     held_out = [part.held_out() for part in evaluated_sets] if need_eval else []
-    train = _join(config, sets, [rows for rows, _ in trained]) if trained else None
-    evaluated = (
-        _few(_concatenate([rows for rows, _ in held_out]), config.max_eval_samples, config) if held_out else None
-    )
+    train, origin = _join(config, sets, [rows for rows, _ in trained]) if trained else (None, None)
+    evaluated = _concatenate([rows for rows, _ in held_out]) if held_out else None
+    if evaluated is not None and (few := _few(len(evaluated), config.max_eval_samples, config)) is not None:
+        evaluated = evaluated.select(few)
     packed, share = _pack(config, train)
     used = sets if need_train or config.splits_off else evaluated_sets
     report = build_report(config, used, train, evaluated, [counts for _, counts in trained], packed, share)
     log_losses(report, config)
     template = next((part.template for part in used if part.template), used[0].chat_template)
-    return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed)
+    return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed, origin)
 
 
 def _parts(config: DataConfig) -> list[Part]:
@@ -73,6 +105,7 @@ def _parts(config: DataConfig) -> list[Part]:
         path=config.path,
         subset=config.subset,
         split=config.split,
+        revision=config.revision,
         data_files=config.data_files,
         format=config.format,
         columns=config.columns,
@@ -88,31 +121,35 @@ def _own_held_out(
     fields = MixConfig(
         path=config.eval_path,
         subset=config.subset if config.eval_path == config.path else None,
+        revision=config.revision if config.eval_path == config.path else None,
         format=sets[0].choice.name if like_training and len(sets) == 1 else config.format,
         columns=config.columns,
     )
     return RowSet(config, Part(fields, "data", "eval_path"), tokenizer, cache)
 
 
-def _join(config: DataConfig, sets: Sequence[RowSet], encoded: Sequence[Dataset]) -> Dataset:
+def _join(config: DataConfig, sets: Sequence[RowSet], encoded: Sequence[Dataset]) -> tuple[Dataset, Origin]:
     """Joins the sets to train on, each row as often as its set's weight says."""
     stream = np.random.RandomState(config.split_seed)
     weighted = []
     for part, rows in zip(sets, encoded, strict=True):
         weight = part.part.fields.weight
         weighted.append(rows if weight == 1 else rows.select(_repeated(len(rows), weight, stream)))
-    return _few(_concatenate(weighted), config.max_train_samples, config)
+    rows = _concatenate(weighted)
+    chosen = _few(len(rows), config.max_train_samples, config)
+    origin = Origin([part.part.shown for part in sets], np.cumsum([len(part) for part in weighted]), chosen)
+    return (rows if chosen is None else rows.select(chosen)), origin
 
 
 def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     return parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
 
 
-def _few(rows: Dataset, limit: int | None, config: DataConfig) -> Dataset:
-    """Takes a random `limit` of the rows that several sets give together; a single set was limited before."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return rows.select(np.sort(np.random.RandomState(config.split_seed).permutation(len(rows))[:limit]))
+def _few(count: int, limit: int | None, config: DataConfig) -> np.ndarray | None:
+    """Chooses a random `limit` of the rows that several sets give together; a single set was limited before."""
+    if limit is None or limit >= count:
+        return None
+    return np.sort(np.random.RandomState(config.split_seed).permutation(count)[:limit])
 
 
 def _repeated(count: int, weight: float, stream: np.random.RandomState) -> np.ndarray:

@@ -89,7 +89,8 @@ def _named_errors(path: Path, shown: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
-        _raise_bad_byte(path, shown)
+        with _named_errors(path, shown):  # the bytes behind may be broken in another way
+            _raise_bad_byte(path, shown)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{shown}: not a whole gzip file ({error})") from None
     except OSError as error:

@@ -55,6 +55,8 @@ class DataReport:
     """Packs that the rows fill; None: not packed."""
     packed_share: float | None
     """Share of the packs' places that hold a token."""
+    commits: list[str | None]
+    """For each set the commit of the hub's repository that it comes from; None: it is from elsewhere."""
     fingerprint: str
     """16 hex digits of the SHA-256 of all tokens and labels in order; equal on every machine."""
 
@@ -94,6 +96,7 @@ def build_report(
         held_out_in_training=_count_shared(*digests),
         packs=None if packed is None else len(packed),
         packed_share=packed_share,
+        commits=[part.commit for part in sets],
         fingerprint=fingerprint.hexdigest()[:16],
     )
 

@@ -23,7 +23,7 @@ from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
 from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
-from qlora.data.sources import HELD_OUT_SPLITS, load_rows
+from qlora.data.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
 from qlora.errors import ConfigError
@@ -78,12 +78,18 @@ class RowSet:
             cache=self.cache,
             subset=fields.subset,
             split=split,
+            revision=fields.revision,
             data_files=fields.data_files,
             limit=limit,
             columns=fields.columns,
             key=self.part.path_key,
             columns_key=f"{self.part.key}.columns",
         )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository that the rows come from; None: they are from elsewhere."""
+        return hub_commit(self.rows)
 
     @cached_property
     def choice(self) -> Choice:
@@ -107,14 +113,22 @@ class RowSet:
     @cached_property
     def chat_template(self) -> Template:
         """What is saved with an adapter, so that chat and serving ask as these rows do."""
-        return self.template or prompt_template(find_prompt(_examples(self.rows, self.choice)), self.tokenizer)
+        return self.template or prompt_template(find_prompt(self._examples(self.rows, self.choice)), self.tokenizer)
 
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
-        if not any(isinstance(example, Conversation) for example in _examples(rows, choice)):
+        if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
             return None
         name = self.part.fields.template
         key = "data.template" if name is None else f"{self.part.key}.template"
         return choose_template(name or self.config.template, self.tokenizer, key=key)
+
+    def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
+        """Renders the sample; raises `ConfigError` with the row that cannot be."""
+        for number, row in enumerate(_sample(rows), 1):
+            try:
+                yield from choice.format.render(row)
+            except ConfigError as error:
+                raise ConfigError(f"{self.part.shown}, row {number}: {error}") from None
 
     @cached_property
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -214,11 +228,6 @@ class RowSet:
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:
     return list(islice(iter(rows), SAMPLE))
-
-
-def _examples(rows: Dataset, choice: Choice) -> Iterator[Example]:
-    """Renders the sample."""
-    return (example for row in _sample(rows) for example in choice.format.render(row))
 
 
 def _values(limits: Any) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -41,6 +42,7 @@ def load_rows(
     cache: Cache,
     subset: str | None = None,
     split: str | tuple[str, ...] = "train",
+    revision: str | None = None,
     data_files: str | None = None,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
@@ -64,7 +66,7 @@ def load_rows(
     else:
         failure = f"{key}={path}: no such file, and not to be had"
         remedy = "or name a local file: data=local data.path=FILE"
-        stored = _counted(load_hub(path, subset, split, data_files, key=key, failure=failure, remedy=remedy))
+        stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
     if not len(stored.rows):
         raise ConfigError(f"{key}={path}: no rows in it")
     if stored.repeated_ids:
@@ -117,6 +119,7 @@ def load_hub(
     subset: str | None,
     split: str | tuple[str, ...],
     data_files: str | None = None,
+    revision: str | None = None,
     *,
     key: str = "data.path",
     failure: str,
@@ -129,11 +132,19 @@ def load_hub(
     try:
         with no_progress_bars():
             if isinstance(split, str):
-                return datasets.load_dataset(path, subset, split=split, data_files=data_files)
-            splits = datasets.load_dataset(path, subset, data_files=data_files)
+                return datasets.load_dataset(path, subset, split=split, data_files=data_files, revision=revision)
+            splits = datasets.load_dataset(path, subset, data_files=data_files, revision=revision)
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
     return _choose(splits, split, path, key)
+
+
+def hub_commit(rows: Dataset) -> str | None:
+    """Returns the commit of the hub's repository that rows come from; None: they are from elsewhere."""
+    for address in rows.info.download_checksums or {}:
+        if (found := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
+            return found[1]
+    return None
 
 
 def _reason(error: BaseException, key: str) -> str:

@@ -19,8 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qlora.errors import ConfigError
 
-# In the order in which transformers looks for them; repositories may hold copies under other names.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = "model.safetensors"  # repositories may hold copies under other names
 
 
 def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -49,7 +48,6 @@ class Checkpoint:
     """The tensors in a model folder, by their names in its files; each is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._opened: tuple[Path, dict[str, Tensor]] | None = None
         self._files = self._index(folder)
 
     def __iter__(self) -> Iterator[str]:
@@ -57,20 +55,14 @@ class Checkpoint:
         return iter(sorted(self._files, key=lambda name: (self._files[name], name)))
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor on the CPU; its file stays on the disk as far as the format allows it."""
-        path = self._files[name]
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        return self._pickled(path)[name]
+        """Returns a tensor on the CPU; the rest of its file stays on the disk."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def shape(self, name: str) -> torch.Size:
         """Returns a tensor's shape without reading it."""
-        path = self._files[name]
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return torch.Size(file.get_slice(name).get_shape())
-        return self._pickled(path)[name].shape
+        with safe_open(self._files[name], framework="pt") as file:
+            return torch.Size(file.get_slice(name).get_shape())
 
     def read_stored(self, name: str, device: torch.device) -> Tensor | None:
         """Returns a weight [out, in] that bitsandbytes stored in 4 or 8 bits in full; None for any other."""
@@ -82,30 +74,15 @@ class Checkpoint:
             return bnb.int8_vectorwise_dequant(self.read(name).to(device), self.read(f"{module}SCB").to(device))
         return None
 
-    def _index(self, folder: Path) -> dict[str, Path]:
-        for name in WEIGHTS:
-            if (folder / name).is_file():
-                return dict.fromkeys(self._names(folder / name), folder / name)
-            if (index := folder / f"{name}.index.json").is_file():
-                placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {key: folder / file for key, file in placed.items()}
-        raise ConfigError(f"model.name={folder} has no weights ({' or '.join(WEIGHTS)}, or an index of several files)")
-
-    def _names(self, path: Path) -> list[str]:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        return list(self._pickled(path))
-
-    def _pickled(self, path: Path) -> dict[str, Tensor]:
-        """Returns the tensors of a .bin file, mapped into memory unless it is of the oldest kind."""
-        if self._opened is None or self._opened[0] != path:
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-            self._opened = (path, tensors)
-        return self._opened[1]
+    @staticmethod
+    def _index(folder: Path) -> dict[str, Path]:
+        if (whole := folder / WEIGHTS).is_file():
+            with safe_open(whole, framework="pt") as file:
+                return dict.fromkeys(file.keys(), whole)
+        if (index := folder / f"{WEIGHTS}.index.json").is_file():
+            placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {key: folder / file for key, file in placed.items()}
+        raise ConfigError(f"model.name={folder} has no weights ({WEIGHTS}, or an index of several files)")
 
 
 class ModelNames:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qlora import world
 from qlora.errors import ConfigError
 from qlora.schema import ComputeDtype, Device, QuantizationConfig
 
@@ -55,13 +56,15 @@ def find_device(wanted: Device) -> torch.device:
             f"device={wanted.value}: torch {torch.__version__} sees no such device here, only {present}; use "
             "device=auto, or install a torch build and driver for it"
         )
-    return torch.device(kind, _local_rank()) if kind != "cpu" else torch.device("cpu")
-
-
-def _local_rank() -> int:
-    import os
-
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cpu":
+        return torch.device("cpu")
+    number, count = world.local_rank(), getattr(torch, kind).device_count()
+    if number >= count:
+        raise ConfigError(
+            f"device={wanted.value}: process {number + 1} of this machine has no GPU of its own, there are {count}; "
+            f"launch {count} (torchrun --nproc-per-node {count}), or use device=cpu"
+        )
+    return torch.device(kind, number)
 
 
 def place(config: QuantizationConfig, device: torch.device) -> Placement:

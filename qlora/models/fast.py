@@ -37,7 +37,7 @@ from qlora.kernels.linear import GroupedLinear
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
 from qlora.models.offload import Offloading
-from qlora.schema import BaseProducts, QuantizationConfig, TrainerConfig
+from qlora.schema import BaseProducts, Parallel, QuantizationConfig, TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ BATCH, ROWS = "qlora_batch", "qlora_rows"
 """The names under which transformers finds the attention over batches, and that inside rows laid out."""
 
 SPREAD = "the model is spread over several devices (model.device_map)"
+
+SHARDED = "each process holds a part of each layer only (trainer.parallel=fsdp)"
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
@@ -254,6 +256,7 @@ class FastStep:
     ) -> None:
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.packs, self.placement = packs, placement
+        self.is_sharded = trainer.parallel is Parallel.fsdp
         self.parts: dict[str, str] = {}
         """The parts by name: `on`, or why not."""
         self.layers = find_layers(self.base)
@@ -283,7 +286,9 @@ class FastStep:
 
     def _fuse(self, model: torch.nn.Module, trainer: TrainerConfig, quantization: QuantizationConfig) -> None:
         fault = None
-        if not any(_fits(module) for module in model.modules()):
+        if self.is_sharded:
+            fault = SHARDED
+        elif not any(_fits(module) for module in model.modules()):
             fault = "the model has no 4-bit layers with plain adapters"
         elif self.placement.device.type == "cuda" and importlib.util.find_spec("triton") is None:
             fault = "Triton is not installed (pip install triton)"
@@ -334,8 +339,8 @@ class FastStep:
         return None
 
     def _compile_fault(self) -> str | None:
-        if self._is_spread:
-            return SPREAD
+        if self._is_spread or self.is_sharded:
+            return SPREAD if self._is_spread else SHARDED
         return None if self.layers else f"{self.base.config.model_type} has no list of decoder layers"
 
     @property
@@ -354,6 +359,8 @@ class FastStep:
         if self.attention:
             self._context.enter_context(fastest_attention())
         self._context.enter_context(torch._functorch.config.patch(KEEP_LITTLE))
+        # Layers are compiled one by one, so there is nothing to cut for the exchange of gradients between processes.
+        self._context.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
         self._offloading.begin()
         again = partial(self._offloading.call, again) if self.offloads else again

@@ -9,7 +9,9 @@ from safetensors import SafetensorError, safe_open
 from qlora.errors import ConfigError, did_you_mean
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "demo" / "model"}
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = "*.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Weights that are no safetensors: reading a pickle may run code that it holds."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -45,7 +47,9 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
                 "as adapter"
             )
         raise ConfigError(f"model.name={folder}: config.json is missing; a model folder needs it")
-    weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+    weights = sorted(folder.glob(WEIGHTS))
+    if not weights and (pickles := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]):
+        raise only_safetensors(str(folder), pickles[0])
     if not weights:
         raise ConfigError(
             f"model.name={folder} has a config but no weights (*.safetensors); finish the download, or use "
@@ -55,6 +59,15 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
         check_safetensors(path, "model.name")
     if tokenizer:
         check_tokenizer_folder(folder, "model.name")
+
+
+def only_safetensors(name: str, file: str) -> ConfigError:
+    """Returns the error for a model without safetensors."""
+    return ConfigError(
+        f"model.name={name} has its weights in {file} alone; only safetensors are loaded, because other files may hold "
+        'code. If you trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
+    )
 
 
 def check_tokenizer_folder(folder: Path, key: str) -> None:

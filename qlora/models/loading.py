@@ -21,7 +21,7 @@ from transformers import (
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.device import Placement
 from qlora.models.drawing import DrawnWeights
-from qlora.models.files import check_model_folder, is_local, locate
+from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
 from qlora.models.tokenizer import hub_error
 from qlora.schema import ModelConfig, QuantizationConfig
 
@@ -115,16 +115,35 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=placement.weights,
+            use_safetensors=True,
             device_map=_device_map(config, placement),
             max_memory=_max_memory(config, placement),
             **_attention(config),
             **options,
         )
     except OSError as error:
+        if "safetensors" in str(error) and "does not appear to have" in str(error):
+            raise only_safetensors(place, "other files") from error
         raise hub_error("model.name", place, error, gated=config.gated) from error
     except ImportError as error:
         raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:
+        if "dispatched on the CPU or the disk" not in str(error):
+            raise
+        raise _too_large(config) from error
+    places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or ("cpu" in places and placement.device.type != "cpu"):
+        raise _too_large(config)
     return _as_base(model, config, quantization, placement)
+
+
+def _too_large(config: ModelConfig) -> ConfigError:
+    limit = f" within model.max_memory={config.max_memory} each" if config.max_memory else ""
+    return ConfigError(
+        f"model.device_map={config.device_map or 'auto'}: the GPUs do not hold the base{limit}, and layers in the "
+        "host's memory or on disk cannot be trained on; raise model.max_memory, or use fewer bits (quantization=nf4) "
+        "or more GPUs"
+    )
 
 
 def _as_base(

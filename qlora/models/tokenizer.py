@@ -92,6 +92,11 @@ def _find_difference(there: PreTrainedTokenizerBase, here: PreTrainedTokenizerBa
 
 def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) -> ConfigError:
     """Returns one clear sentence for what the hub library says at length."""
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"{key}={place} brings Python code of its own along, which is not run; read it, and if you trust it set "
+            "model.trust_remote_code=true (and pin what you read with model.revision=COMMIT)"
+        )
     if is_local(place):
         return ConfigError(f"{key}={place} could not be loaded: {_first_line(error)}")
     near = did_you_mean(place, EMBEDDED)

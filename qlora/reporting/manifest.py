@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,39 +13,102 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora.files import write_text
+from qlora import world
+from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.files import read_json, write_text
+from qlora.folder import config_digest
+from qlora.secrets import hide, hide_all
 
 PACKAGES = {
     **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
     "hydra": "hydra-core",
     "qlora": "qlora",
 }
+LONGEST_DIFF = 200_000
+"""Characters; of a longer diff the rest is left out."""
 CODE = Path(__file__).parent.parent  # the package
 
 
-def build_manifest(config: dict[str, Any], *, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is needed to explain or repeat a run, ready for `write_json`.
+def build_manifest(
+    config: dict[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    data: dict[str, Any],
+    model: dict[str, Any],
+    seeds: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Returns what is needed to explain or repeat a run, ready for `write_json`; no secret is left in it.
 
     `config` is the resolved config; `data` and `model` are facts that the caller knows, such as row counts and hashes.
     """
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
+        "working_directory": str(Path.cwd()),
+        "overrides": list(overrides),
         "config": config,
+        "config_hash": config_digest(config),
+        "seeds": dict(seeds or {}),
         "data": data,
         "model": model,
         "versions": versions(),
-        "code": code_state(),
+        "packages": packages(),
+        "code": {**code_state(), "sha256": code_digest()},
+        "project": project_state(),
         "hardware": hardware(),
+        "processes": world.size(),
         "platform": platform.platform(),
     }
-    return plain(manifest)
+    hidden = hide_all(plain(manifest))
+    assert isinstance(hidden, dict)
+    return hidden
+
+
+@contextlib.contextmanager
+def keep_manifest(
+    path: Path, manifest: dict[str, Any], *, peak_memory_gb: Callable[[], float], energy: Callable[[], float | None]
+) -> Iterator[None]:
+    """Writes a manifest, and when the block ends how it did, how long it took and what it needed.
+
+    `energy` counts joules. The starts before, of a run that goes on, are kept in `starts`.
+    """
+    earlier = (read_json(path) or {}).get("starts", [])
+    manifest = {**manifest, "starts": [*earlier, {"started": manifest["started"], "status": "running"}]}
+    write_json(path, manifest)
+    began, joules, status = time.perf_counter(), energy(), "failed"
+    try:
+        yield
+        status = "finished"
+    except (KeyboardInterrupt, Stopped, Pruned) as error:
+        status = "pruned" if isinstance(error, Pruned) else "interrupted"
+        raise
+    finally:
+        after = energy()
+        used = None if joules is None or after is None else (after - joules) / 3600
+        manifest["starts"][-1] |= {
+            "status": status,
+            "wall_seconds": round(time.perf_counter() - began, 3),
+            "peak_memory_gb": peak_memory_gb(),
+            "gpu_energy_wh": used,
+            "gpu_energy": "measured by the driver, all processes on the GPUs" if used is not None else "not told here",
+        }
+        # What ended the run says more than a disk that is full for this, too.
+        with contextlib.nullcontext() if status == "finished" else contextlib.suppress(ConfigError, OSError):
+            write_json(path, manifest)
+
+
+def packages() -> dict[str, str]:
+    """Returns the version of every installed package."""
+    found = {each.metadata["Name"]: each.version for each in metadata.distributions() if each.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -111,8 +175,23 @@ def code_state() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
-    return _output("git", "-C", str(CODE), *arguments)
+def project_state() -> dict[str, Any]:
+    """Returns the commit and the changes of the repository that the run was started in; None where there is none.
+
+    Secrets are taken out of the changes, and so is what a line assigns to a name such as `api_key`.
+    """
+    here = Path.cwd()
+    commit, changes = _git("rev-parse", "HEAD", folder=here), _git("diff", "HEAD", "--no-color", folder=here)
+    if changes is None:
+        return {"commit": commit, "diff": None, "untracked": None}
+    diff = hide(changes, assigned=True)
+    untracked = (_git("ls-files", "--others", "--exclude-standard", folder=here) or "").splitlines()
+    cut = {"diff_left_out": len(diff) - LONGEST_DIFF} if len(diff) > LONGEST_DIFF else {}
+    return {"commit": commit, "diff": diff[:LONGEST_DIFF], **cut, "untracked": untracked[:200]}
+
+
+def _git(*arguments: str, folder: Path | None = None) -> str | None:
+    return _output("git", "-C", str(folder or CODE), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.files import read_json, write_text
 from qlora.folder import FREE_KEYS, RunFolder, config_digest
+from qlora.secrets import hide
 
 LOCK_FILE = ".lock"
 STATUS_FILE = "status.json"
@@ -149,7 +150,7 @@ def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterat
 
 
 def _in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = hide(" ".join(str(error).split()))
     if isinstance(error, ConfigError | Pruned):
         return text
     return f"{type(error).__name__}: {text}" if text else repr(error)

@@ -18,6 +18,8 @@ MARKER = "complete.json"
 """The last file of a checkpoint: what the run was, and all other files with their sizes and hashes."""
 UNFINISHED = "unfinished"
 """Where a checkpoint is written before it gets its name."""
+TORN, DIVERGED = "torn", "diverged"
+"""Why a checkpoint is set aside: it is not as it was written, or a rollback passes by it."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -77,15 +79,16 @@ def last_checkpoint(folder: Path) -> Path | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        log.warning("%s is not used: %s; it is kept as %s", checkpoint, fault, _set_aside(checkpoint).name)
+        log.warning("%s is not used: %s; it is kept as %s", checkpoint, fault, set_aside(checkpoint, TORN).name)
     return None
 
 
-def _set_aside(checkpoint: Path) -> Path:
-    place, number = checkpoint.with_name(f"{checkpoint.name}.torn"), 1
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Gives a checkpoint a name that nothing goes on from, `checkpoint-150.WHY`; returns it."""
+    place, number = checkpoint.with_name(f"{checkpoint.name}.{why}"), 1
     while place.exists():
         number += 1
-        place = checkpoint.with_name(f"{checkpoint.name}.torn-{number}")
+        place = checkpoint.with_name(f"{checkpoint.name}.{why}-{number}")
     return checkpoint.rename(place)
 
 

@@ -182,9 +182,9 @@ class StepMemory:
         try:
             for batch in batches:
                 loss = self._learn(batch, learn)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if not self.alone:
-                raise
+                raise self._too_much() from error
             return None  # the tensors in the frames that the error holds go with it
         return loss
 
@@ -208,8 +208,9 @@ class StepMemory:
 
     def _too_much(self) -> ConfigError:
         larger = "a larger trainer.memory_budget, " if self.budget is not None and self.budget.cap is not None else ""
+        plan = f"even with {self.plan}" if self.alone else f"with {self.plan}"
         return ConfigError(
-            f"a training step runs out of memory even with {self.plan}; take {larger}shorter rows (data.max_length, "
+            f"a training step runs out of memory {plan}; take {larger}shorter rows (data.max_length, "
             "data.pack_length), a smaller trainer.per_device_train_batch_size, a smaller lora.r or quantization=nf4, "
             "or see with task=plan what fits"
         )

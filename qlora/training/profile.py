@@ -11,7 +11,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback
 
-from qlora.console import is_main_process, say
+from qlora import world
+from qlora.console import say
 from qlora.wording import shorten
 
 WAIT, WARM_UP, RECORDED = 3, 1, 2
@@ -32,7 +33,7 @@ class ProfileCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepares the recording."""
         steps = state.max_steps - state.global_step
-        if steps <= 0 or not is_main_process():
+        if steps <= 0 or not world.is_first():
             return
         recorded = min(RECORDED, steps)
         warm_up = min(WARM_UP, steps - recorded)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora.console import is_live, is_main_process, progress, record, say, screen
+from qlora import world
+from qlora.console import is_live, progress, record, say, screen
 from qlora.files import write_text
 from qlora.training.meter import ClockedCallback
 from qlora.wording import format_duration, format_metric, is_detail
@@ -81,7 +82,7 @@ class ProgressCallback(ClockedCallback):
 
     def _write(self, args: Any, state: Any) -> None:
         now = time.monotonic()
-        if self._file is None or not is_main_process() or now - self._written < 1:
+        if self._file is None or not world.is_first() or now - self._written < 1:
             return
         self._written = now
         facts = {

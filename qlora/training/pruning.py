@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora.console import is_main_process
+from qlora import world
 from qlora.errors import Pruned
 from qlora.study import TrialLink
 from qlora.wording import format_metric
@@ -33,5 +33,5 @@ class PruningCallback(TrainerCallback):
             raise Pruned(f"{self.metric} {shown} at step {state.global_step} of {state.max_steps}")
 
     def _report(self, value: float, step: int) -> None:
-        if is_main_process():
+        if world.is_first():
             self.trial.report(value, step)

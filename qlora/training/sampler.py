@@ -1,8 +1,10 @@
-"""Batches of rows with about equal token counts, in random order."""
+"""The order of rows, and how the processes of a training share it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -44,3 +46,53 @@ class LengthGroupedSampler(Sampler[int]):
         shuffled = [first, *(index for index in torch.randperm(len(whole), generator=draw).tolist() if index != first)]
         for batch in [*(whole[index] for index in shuffled if whole), *rest]:
             yield from batch.tolist()
+
+
+class ShuffledSampler(Sampler[int]):
+    """Yields row indices in random order, which follows from the seed and the epoch alone."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        yield from torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class SharedBatches(Sampler[list[int]]):
+    """Yields the micro-batches of one of several processes, as lists of row indices.
+
+    All processes take a micro-batch of each `processes` in turn, so that a step holds the same rows however many
+    processes share it. At the end of a pass some get fewer rows than others, or none: an empty list.
+    """
+
+    def __init__(
+        self, order: LengthGroupedSampler | ShuffledSampler, rows: int, *, process: int, processes: int
+    ) -> None:
+        self.order, self.rows, self.process, self.processes = order, rows, process, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass; the trainer calls it before each."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // (self.rows * self.processes))
+
+    def items(self, epoch: int, first: int, count: int) -> list[int]:
+        """Returns the row indices of `count` micro-batches of a pass, from the one numbered `first` on."""
+        order = copy.copy(self.order)
+        order.set_epoch(epoch)
+        batches = SharedBatches(order, self.rows, process=self.process, processes=self.processes)
+        return [index for batch in islice(batches, first, first + count) for index in batch]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.order)
+        while taken := list(islice(order, self.rows * self.processes)):
+            yield taken[self.process * self.rows :][: self.rows]

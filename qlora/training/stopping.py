@@ -1,4 +1,4 @@
-"""Signals that ask a training to end: it saves a checkpoint first."""
+"""When a training ends before its last step: a signal asks for it, and all processes agree."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
+from qlora import world
 from qlora.errors import Stopped
 
 DEFAULTS: dict[signal.Signals, Any] = {
@@ -81,34 +81,34 @@ class Stop:
         os.write(2, f"\n{number.name}: saving a checkpoint after this step; Ctrl-C ends at once\n".encode())
 
 
-class StopCallback(TrainerCallback):
-    """Ends the training with a checkpoint after the step, or the evaluation, in which a signal came.
+WISHES = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
-    Several processes agree at steps that are logged, where they wait for each other anyway.
+
+class Agreement(TrainerCallback):
+    """Lets all processes log, measure, save and stop at the same step, whichever of them wants to.
+
+    A signal that one of them got during the step, or during an evaluation, ends the training with a checkpoint.
     """
 
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
-        self.ended_training = False
-        """Whether it was this that ended the training."""
+        self.ended_by_signal = False
+        """Whether it was a signal that ended the training."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks whether a signal came during the step."""
-        if args.world_size == 1 or control.should_log:
-            self._act(args, control)
+        """Asks all after the step."""
+        self._agree(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks whether a signal came during the evaluation."""
-        if args.world_size == 1:
-            self._act(args, control)
+        """Asks all after the evaluation."""
+        self._agree(control)
 
-    def _act(self, args: Any, control: Any) -> None:
-        requested = self.stop.requested
-        if args.world_size > 1:
-            number = torch.tensor(int(requested or 0), device=args.device)
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-            requested = signal.Signals(int(number)) if number else None
-            self.stop.requested = requested
-        if requested is not None:
-            self.ended_training = self.ended_training or not control.should_training_stop
+    def _agree(self, control: Any) -> None:
+        own = [getattr(control, wish) for wish in WISHES]
+        *agreed, number = world.agree([*own, self.stop.requested or 0])
+        for wish, is_wanted in zip(WISHES, agreed, strict=True):
+            setattr(control, wish, bool(is_wanted))
+        if number:
+            self.stop.requested = signal.Signals(number)
+            self.ended_by_signal = self.ended_by_signal or not control.should_training_stop
             control.should_save = control.should_training_stop = True

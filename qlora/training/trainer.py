@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from bitsandbytes.optim.optimizer import Optimizer8bit  # the base of all of them, in 32 bits too
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -23,16 +30,31 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput, seed_worker
 
+from qlora import world
 from qlora.errors import ConfigError
-from qlora.files import folder_size, patiently, read_json, replace_folder, wait_for_space, write_text
-from qlora.schema import TrainerConfig
-from qlora.training.checkpoints import UNFINISHED, remove_surplus, seal
+from qlora.files import folder_size, patiently, read_json, replace_folder, write_text
+from qlora.kernels.loss import IGNORED
+from qlora.schema import TrainerConfig, WatchdogConfig
+from qlora.training.checkpoints import (
+    DIVERGED,
+    UNFINISHED,
+    find_checkpoints,
+    last_checkpoint,
+    remove_surplus,
+    seal,
+    set_aside,
+    step_of,
+)
 from qlora.training.flat import flatten_groups
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
-from qlora.training.sampler import LengthGroupedSampler
-from qlora.training.stopping import Stop, StopCallback
+from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+from qlora.training.stopping import Agreement, Stop
+from qlora.training.watchdog import Halted, Rollback, Watchdog
+
+log = logging.getLogger(__name__)
 
 LOSS_FILE = "losses.json"
 CHECKPOINT_REST = 2**20
@@ -102,10 +124,12 @@ class _Counting:
 
     collate: Callable[[list[dict[str, Any]]], Batch]
     count: Callable[[Batch], tuple[int, int]]
+    blank: dict[str, Any]
+    """A row without a label, for a process that has no rows left while others have: it takes part in the step."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(rows)
-        return {**batch, COUNTS: self.count(batch)}
+        batch = self.collate(rows or [self.blank])
+        return {**batch, COUNTS: self.count(batch) if rows else (0, 0)}
 
 
 class QLoraTrainer(Trainer):
@@ -128,8 +152,14 @@ class QLoraTrainer(Trainer):
         budget: Budget | None,
         stop: Stop,
         facts: dict[str, Any],
+        watchdog: WatchdogConfig,
+        name_rows: Callable[[int], list[tuple[str, dict[str, Any]]]],
         callbacks: list[TrainerCallback],
     ) -> None:
+        """Takes the parts of a training.
+
+        `name_rows` returns the rows of an item of `rows`, each with its name: of a pack those in it.
+        """
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.measure, self.verify, self.lengths = measure, verify, lengths
@@ -137,20 +167,24 @@ class QLoraTrainer(Trainer):
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
-        self._grouped: LengthGroupedSampler | None = None
-        self.facts, self.stop = facts, StopCallback(stop)
+        self.facts, self.agreement = facts, Agreement(stop)
         self.checkpoint_size = estimate_checkpoint(model)
         self._place = Path(arguments.output_dir)
+        self._random_states: list[tuple[str, bytes]] = []
         self._is_over = False
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=[],  # unused: `evaluate` below measures
-            data_collator=_Counting(collate, count),
-            callbacks=[meter, *callbacks, self.stop],
+            data_collator=_Counting(collate, count, _blank(rows[0])),
+            callbacks=[meter, *callbacks, self.agreement],
         )
         self.add_callback(_LossRecall(self))
+        self.name_rows = name_rows
+        scales = getattr(self.accelerator, "scaler", None) is not None
+        self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=scales)
+        self.add_callback(self.watchdog)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -165,7 +199,8 @@ class QLoraTrainer(Trainer):
                 return plain(model, batch, num_items_in_batch)
 
         can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
-        return self.memory.run(inputs, learn, model.zero_grad, rows=len(inputs["input_ids"]) if can_be_cut else 1)
+        rows = len(inputs["input_ids"]) if can_be_cut else 1
+        return self.watchdog.add_loss(self.memory.run(inputs, learn, model.zero_grad, rows=rows))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""
@@ -181,6 +216,7 @@ class QLoraTrainer(Trainer):
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
         losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged, "over": self._ended_itself}
         write_text(Path(output_dir or self.args.output_dir) / LOSS_FILE, json.dumps(losses) + "\n")
+        self.watchdog.save(Path(output_dir or self.args.output_dir))
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
 
@@ -188,44 +224,48 @@ class QLoraTrainer(Trainer):
     def _ended_itself(self) -> bool:
         """Whether a callback, rather than a signal or the last step, has ended the training."""
         return self.control.should_training_stop and not (
-            self.stop.ended_training or self.state.global_step >= self.state.max_steps
+            self.agreement.ended_by_signal or self.state.global_step >= self.state.max_steps
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Saves a checkpoint beside its place, marks it as complete and puts it there; waits for space, if need be."""
-        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-        def save() -> None:
-            self._write_checkpoint(place, model, trial)
-
-        if self.args.world_size == 1:
-            patiently(place, save, size=self.checkpoint_size)
-        else:  # the processes save together, so that none can do it again alone
-            if self.args.should_save:
-                wait_for_space(place, self.checkpoint_size)
-            save()
-        if self.args.should_save:
+        """Saves a checkpoint; the first process writes it, and waits for space, if need be."""
+        self.store_flos()
+        if self.args.world_size > 1:
+            self._random_states = self._gather_random_states()
+        if world.is_first():
+            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            patiently(place, lambda: self._write_checkpoint(place, model), size=self.checkpoint_size)
             self.checkpoint_size = folder_size(place)
             while remove_surplus(place.parent, self.args.save_total_limit):
                 pass
+        world.wait()
 
-    def _write_checkpoint(self, place: Path, model: torch.nn.Module, trial: Any) -> None:
+    def _write_checkpoint(self, place: Path, model: torch.nn.Module) -> None:
+        """Writes a checkpoint beside its place, marks it as complete and puts it there."""
         unfinished = place.parent / UNFINISHED
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        shutil.rmtree(unfinished, ignore_errors=True)
         self._place = unfinished
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal(unfinished / place.name, {"step": self.state.global_step, "epoch": self.state.epoch, **self.facts})
-                replace_folder(unfinished / place.name, place)
+            # With a trial the library leaves out the counting of operations, which takes all processes.
+            super()._save_checkpoint(model, trial={})
+            seal(unfinished / place.name, {"step": self.state.global_step, "epoch": self.state.epoch, **self.facts})
+            replace_folder(unfinished / place.name, place)
         finally:
             self._place = place.parent
-            if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _gather_random_states(self) -> list[tuple[str, bytes]]:
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            (file,) = Path(own).iterdir()
+            return world.gather((file.name, file.read_bytes()))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves the state of the random generators of all processes."""
+        if self.args.world_size == 1:
+            super()._save_rng_state(output_dir)
+        for name, state in self._random_states:
+            (Path(output_dir) / name).write_bytes(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Loads the weights; raises `ConfigError` where they are those of another model (`resume=force`)."""
@@ -244,8 +284,9 @@ class QLoraTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step, and notes what is in them and how long they took to come."""
         self.memory.begin()
-        with self.meter.waiting():
+        with self.meter.waiting(), self.watchdog.expecting_batches():
             batches, items = super().get_batch_samples(*args, **kwargs)
+        self.watchdog.begin(items)
         for batch in batches:
             tokens, pairs = batch.pop(COUNTS)
             self._unreported_tokens += tokens
@@ -269,6 +310,8 @@ class QLoraTrainer(Trainer):
         """Logs `logs` and the tokens so far; beside a training loss the speed, too."""
         logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         if "loss" in logs:
+            logs["loss"], missing = self.watchdog.mean_since_log(logs["loss"])
+            self._total_loss_scalar += missing
             logs.update(self.meter.since_last_log(self.state))
         super().log(logs, start_time)
 
@@ -276,10 +319,68 @@ class QLoraTrainer(Trainer):
         """Scales the gradients down; returns their norm before that."""
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Returns the norm of the gradients, of which the watchdog decides whether they are used."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watchdog.judge(norm)
+        return norm
+
+    def run(self, checkpoint: Path | None) -> TrainOutput:
+        """Trains, from a checkpoint on; goes back to an earlier one when the watchdog says so."""
+        while True:
+            try:
+                return self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except RuntimeError as error:  # a worker's end is noticed anywhere
+                if (lost := self.watchdog.explain_loss(error)) is None:
+                    raise
+                raise lost from error
+            except Rollback as order:
+                checkpoint = self._find_good_checkpoint(order)
+                factor = self.watchdog.course.rate_factor
+                log.warning("%s; going back to %s, with %g times the learning rate", order, checkpoint.name, factor)
+
+    def _find_good_checkpoint(self, order: Rollback) -> Path:
+        self.watchdog.go_back()
+        checkpoints = Path(self.args.output_dir)
+        found = None
+        if world.is_first():
+            for late in (each for each in find_checkpoints(checkpoints) if step_of(each) > order.step):
+                set_aside(late, DIVERGED)
+            found = last_checkpoint(checkpoints)
+        found = world.share(found)
+        if found is None:
+            raise Halted(f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps")
+        return found
+
+    def _find_bad_rows(self, step: int) -> list[str]:
+        """Runs the rows of a step one by one; returns the names of those whose loss or gradients are no numbers."""
+        per_epoch = -(-len(self._shared) // self.args.gradient_accumulation_steps)
+        epoch, place = divmod(step - 1, per_epoch)
+        items = self._shared.items(epoch, place * self.args.gradient_accumulation_steps,
+                                   self.args.gradient_accumulation_steps)  # fmt: skip
+        rows = [row for item in items for row in self.name_rows(item)]
+        most = max(world.gather(len(rows)))  # a sharded base needs all processes at each row
+        found = []
+        if not all(bool(each.isfinite().all()) for each in self._trained):
+            return []  # weights that are no numbers make no row bad
+        with torch.random.fork_rng([] if self.args.device.type == "cpu" else [self.args.device]):
+            for index in range(most):
+                name, row = rows[min(index, len(rows) - 1)] if rows else ("", self.data_collator.blank)
+                if not self._is_finite(row) and index < len(rows):
+                    found.append(name)
+        return [name for names in world.gather(found) for name in names]
+
+    def _is_finite(self, row: dict[str, Any]) -> bool:
+        batch = self.data_collator([row])
+        batch.pop(COUNTS)
+        with self.step, self.compute_loss_context_manager():
+            loss = self.model(**self._prepare_inputs(batch)).loss
+            gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        return bool(loss.isfinite()) and all(bool(each.isfinite().all()) for each in gradients if each is not None)
+
     def _run_epoch(self, *, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
         """Trains an epoch; a training that goes on from its last step's checkpoint has none left."""
-        if self._grouped is not None:  # with several processes the library would not reach it
-            self._grouped.set_epoch(epoch)
+        self._shared.set_epoch(epoch)  # where a pass goes on, the library would not reach it
         if self._is_over:
             self.control.should_training_stop = True
         elif self.state.global_step < self.state.max_steps:
@@ -299,15 +400,48 @@ class QLoraTrainer(Trainer):
     @property
     def mean_loss(self) -> float:
         """The mean of all steps' losses, those before a resumption included; the library's leaves them out."""
-        return self._total_loss_scalar / max(self.state.global_step, 1)
+        return self._total_loss_scalar / max(self.state.global_step - self.watchdog.counts["skipped"], 1)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """Groups by length with `LengthGroupedSampler`; the library's own orders batches by length."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self._grouped = LengthGroupedSampler(self.lengths, size, self.args.seed)
-        return self._grouped
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns the batches of this process.
+
+        The library's grouping goes from the longest rows to the shortest, and between processes it fills the last
+        batches up with rows that were there before.
+        """
+        arguments, workers = self.args, self.args.dataloader_num_workers
+        processes, rows = arguments.world_size, arguments.train_batch_size
+        if arguments.train_sampling_strategy == "group_by_length":
+            size = rows * arguments.gradient_accumulation_steps * processes
+            order: Any = LengthGroupedSampler(self.lengths, size, arguments.seed)
+        else:
+            order = ShuffledSampler(len(self.train_dataset), arguments.seed)
+        self._shared = SharedBatches(order, rows, process=arguments.process_index, processes=processes)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._shared,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=arguments.process_index),
+        )
+        return prepare_data_loader(
+            loader,
+            device=arguments.device,
+            num_processes=1,  # the batches are shared out already
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Lets several processes average the gradients of what is trained; a base may be sharded."""
+        if self.args.world_size == 1 or self.accelerator.unwrap_model(model) is not model:
+            return super()._wrap_model(model, *args, **kwargs)
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        parts = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
+        devices = None if self.args.device.type == "cpu" else [self.args.device]
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -326,6 +460,7 @@ class QLoraTrainer(Trainer):
         optimizer = self._create_optimizer(model)
         if isinstance(optimizer, Optimizer8bit) and isinstance(self.model, PeftModel):
             flatten_groups(optimizer)
+        self.watchdog.guard(optimizer)
         return optimizer
 
     def _create_optimizer(self, model: torch.nn.Module | None) -> torch.optim.Optimizer:
@@ -367,6 +502,10 @@ def _fitting(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint} does not fit what the config makes of the model ({reason}); start with the config of the "
             "run, or anew with resume=never"
         ) from error
+
+
+def _blank(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [IGNORED] * len(row["labels"])}
 
 
 class _LossRecall(TrainerCallback):

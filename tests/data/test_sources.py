@@ -172,16 +172,16 @@ def test_a_hub_set_gives_the_first_of_the_held_out_splits(monkeypatch, load, mes
     rows = Dataset.from_list([{"text": None, "n": None}, {"text": "a", "n": 1}], features=features)
     splits = DatasetDict({"train": rows, "test": rows.select([0])})
 
-    def load_dataset(path, subset, *, split=None, data_files):
-        assert (path, subset, data_files) == ("org/set", "en", None)
+    def load_dataset(path, subset, *, split=None, data_files, revision):
+        assert (path, subset, data_files, revision) == ("org/set", "en", None, "main")
         return splits if split is None else splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load("org/set", subset="en").to_list() == [{"text": None, "n": None}, {"text": "a", "n": 1}]
-    assert load("org/set", subset="en")._fingerprint == rows._fingerprint
-    assert len(load("org/set", subset="en", split=("eval", "test"))) == 1
+    assert load("org/set", subset="en", revision="main").to_list() == [{"text": None, "n": None}, {"text": "a", "n": 1}]
+    assert load("org/set", subset="en", revision="main")._fingerprint == rows._fingerprint
+    assert len(load("org/set", subset="en", revision="main", split=("eval", "test"))) == 1
     assert "has no split eval, only train, test; leave data.path out" in message(
-        "org/set", subset="en", split=("eval",)
+        "org/set", subset="en", revision="main", split=("eval",)
     )
 
 

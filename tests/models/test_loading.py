@@ -134,6 +134,18 @@ def test_a_memory_limit_lets_accelerate_spread_the_layers(monkeypatch: pytest.Mo
     assert loading._device_map(compose(["model.device_map=balanced"]).model, gpu) == "balanced"
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp32"])
+def test_layers_that_find_no_place_on_the_gpus_are_refused(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    spread = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu",
+              "lm_head": "cpu"}  # fmt: skip
+    monkeypatch.setattr(loading, "_device_map", lambda config, placement: spread)
+    message = "model.device_map=auto: the GPUs do not hold the base within model.max_memory=1GiB each, .*; raise"
+    with pytest.raises(ConfigError, match=message):
+        load(base_folder, f"quantization={quantization}", "model.max_memory=1GiB")
+
+
 def architecture(**fields: object) -> Config:
     shape = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

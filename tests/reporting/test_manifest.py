@@ -33,7 +33,9 @@ def test_a_manifest_names_config_versions_machine_command_and_time() -> None:
 
 def test_a_manifest_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert build_manifest({}, data={}, model={})["code"] == {"commit": None, "dirty": None}
+    built = build_manifest({}, data={}, model={})
+    assert built["code"] == {"commit": None, "dirty": None, "sha256": manifest.code_digest()}
+    assert built["project"] == {"commit": None, "diff": None, "untracked": None}
 
 
 def test_the_commit_is_that_of_the_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

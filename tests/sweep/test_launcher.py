@@ -81,6 +81,7 @@ def starts(folder: Path, name: str) -> dict[str, int]:
 def test_four_faults_leave_the_other_eight_and_are_run_again_alone(tmp_path: Path) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
     words = ["name=faults", "seed=range(0,12)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
+    words.append("trusted=[faults]")
     faults = {"1": "raise", "4": "exit", "5": "kill", "9": "memory"}
     code, output, errors = sweep(tmp_path, *words, FAULTS=json.dumps(faults))
     assert code == 1, output + errors

@@ -72,6 +72,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "kill_once.py").write_text(KILL_ONCE)
     words = ["lora.alpha=8,16", "name=two", "trainer.save_steps=2", "callbacks.kill._target_=kill_once.KillOnce"]
+    words.append("trusted=[kill_once]")
     command = [sys.executable, "-m", "qlora", "-m", *QUICK, *words, "tracking=wandb", "tracking.mode=offline"]
     printed = [start(folder, command) for _ in range(2)]
     assert [code for code, _ in printed] == [1, 0], printed

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
+from qlora.compose import compose
 from qlora.data.collate import Collator, count_work
 from qlora.models.device import Placement
 from qlora.models.fast import BATCH, FastStep
@@ -29,6 +30,7 @@ ROWS, STEPS, ACCUMULATED = 2, 6, 2
 LENGTHS = (3, 5, 8)
 TOKENS = [length for _ in range(8) for length in LENGTHS]
 CPU = torch.device("cpu")
+WATCHDOG = compose([]).watchdog
 
 
 def build_model() -> Any:
@@ -68,6 +70,8 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         loraplus_lr_ratio=None,
         step=FastStep(model, config, QuantizationConfig(bits=32), placement, None),
         budget=None,
+        watchdog=WATCHDOG,
+        name_rows=lambda index: [(f"row {index}", rows[index])],
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
         stop=Stop(),
         facts={},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from qlora.console import is_main_process
+from qlora import world
 from qlora.schema import TrackingBackend, TrackingConfig
 from qlora.training.tracking.base import NoTracker, TrackedRun, Tracker
 
@@ -32,7 +32,7 @@ def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
 
     Raises `ConfigError` if its package or its login is missing.
     """
-    if config.backend is TrackingBackend.none or not is_main_process():
+    if config.backend is TrackingBackend.none or not world.is_first():
         return NoTracker()
     module, kind = KINDS[config.backend]
     tracker: Tracker = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(config, run)

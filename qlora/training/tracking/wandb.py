@@ -42,8 +42,7 @@ class WandbTracker(BackendTracker):
         super().__init__(config, run)
         wandb = self.wandb = import_package("wandb")
         self.mode = wandb_mode(config)
-        if self.mode == "online":
-            _check_login(wandb)
+        check_access(config)
         # An agent of a wandb sweep has chosen where its run belongs, and tells wandb by itself.
         by_agent = "WANDB_SWEEP_ID" in os.environ
         group = run.group(config)
@@ -149,6 +148,13 @@ def wandb_mode(config: TrackingConfig) -> str:
     return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(asked, "online")
 
 
+def check_access(config: TrackingConfig) -> None:
+    """Raises `ConfigError` unless wandb is installed and finds what an online run needs; asks nobody and no server."""
+    wandb = import_package("wandb")
+    if wandb_mode(config) == "online":
+        _check_login(wandb)
+
+
 def count_rows(file: Path) -> int:
     """Returns how many rows of metrics an offline run holds; its end may be missing.
 
@@ -172,7 +178,7 @@ def count_rows(file: Path) -> int:
 
 
 def _check_login(wandb: Any) -> None:
-    """Raises `ConfigError` unless wandb finds credentials; asks nobody and no server."""
+    """Raises `ConfigError` unless wandb finds credentials."""
     try:
         wandb.setup(wandb.Settings(silent=True))
         if hasattr(wandb.sdk.lib, "wbauth"):

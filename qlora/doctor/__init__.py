@@ -1,0 +1,108 @@
+"""`task=doctor`: looks whether this machine can run what the config asks for; a short form begins every training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from qlora import console
+from qlora.doctor.findings import Finding, Status, look
+from qlora.doctor.libraries import check_bitsandbytes, check_torch
+from qlora.doctor.step import check_step, check_support
+from qlora.doctor.surroundings import (
+    check_disk,
+    check_environment,
+    check_hub,
+    check_memory,
+    check_rights,
+    check_tracking,
+)
+from qlora.doctor.versions import check_python, check_versions
+from qlora.errors import ConfigError
+from qlora.files import write_text
+from qlora.folder import RunFolder
+from qlora.schema import Config
+
+STYLES = {Status.ok: "green", Status.warning: "yellow", Status.error: "bold red"}
+TESTED = "install the tested versions: pip install -c constraints.txt"
+
+
+def doctor(config: Config, output_dir: Path) -> dict[str, Any]:
+    """Checks everything, prints the table, writes `doctor.json`; raises `ConfigError` where something is an error."""
+    folder = RunFolder(output_dir)
+    folder.create()
+    findings = []
+    console.start_screen([])
+    for finding in examine(config, output_dir):
+        findings.append(finding)
+        _print(finding)
+    counts = {status.value: sum(finding.status is status for finding in findings) for status in Status}
+    place = str(folder.result("doctor"))
+    result: dict[str, Any] = {
+        "status": "finished",
+        "task": "doctor",
+        "objective": None,
+        "metrics": {f"doctor_{name}": count for name, count in counts.items()},
+        "paths": {"doctor": place},
+        "findings": [asdict(finding) | {"status": finding.status.value} for finding in findings],
+    }
+    write_text(folder.result("doctor"), json.dumps(result, indent=2) + "\n")
+    console.say()
+    console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
+    console.say_rows([("doctor", place)])
+    _stop_at_errors(findings, "task=doctor")
+    return result
+
+
+def examine(config: Config, folder: Path) -> Iterator[Finding]:
+    """Yields what all checks find, in the order of the table; what needs torch is left out where that is broken."""
+    yield from look("python", check_python, "install Python 3.11 or later")
+    yield from look("versions", check_versions, TESTED)
+    broken = False
+    for finding in look("torch", partial(check_torch, config), TESTED):
+        broken = broken or (finding.name == "torch" and finding.status is Status.error)
+        yield finding
+    if not broken:
+        yield from look("bitsandbytes", partial(check_bitsandbytes, config), TESTED)
+        yield from look("attention", partial(check_support, config), TESTED)
+        yield from look("training step", partial(check_step, config), TESTED)
+        yield from look("memory", partial(check_memory, config), "task=plan tells what the run needs")
+    yield from look("disk", partial(check_disk, config, folder), "choose hydra.run.dir=FOLDER elsewhere")
+    yield from look("write rights", partial(check_rights, config, folder), "choose hydra.run.dir=FOLDER elsewhere")
+    yield from look("hub", partial(check_hub, config), TESTED)
+    yield from look("tracking", partial(check_tracking, config), "tracking=none")
+    yield from look("environment", check_environment, "unset what you did not mean")
+
+
+def preflight(config: Config) -> None:
+    """Prints the problems that are found at once; raises `ConfigError` where one is an error. Takes some 30 ms."""
+    findings = [
+        *look("versions", check_versions, TESTED),
+        *look("torch", partial(check_torch, config), TESTED),
+        *look("bitsandbytes", partial(check_bitsandbytes, config), TESTED),
+    ]
+    for finding in findings:
+        if finding.status is not Status.ok:
+            _print(finding)
+    _stop_at_errors(findings, "this machine cannot run it")
+
+
+def _print(finding: Finding) -> None:
+    mark = Text(f"  {finding.status.value:<9}", style=STYLES[finding.status])
+    console.say(Text.assemble(mark, (f"{finding.name:<16}", "cyan"), finding.says))
+    if finding.fix:
+        console.say(Text.assemble(" " * 27, ("fix: ", "dim"), finding.fix))
+
+
+def _stop_at_errors(findings: list[Finding], what: str) -> None:
+    errors = [finding for finding in findings if finding.status is Status.error]
+    if errors:
+        first = errors[0]
+        more = f", and {len(errors) - 1} more above" if len(errors) > 1 else ""
+        raise ConfigError(f"{what}: {first.name}: {first.says}; {first.fix}{more}")

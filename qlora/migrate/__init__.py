@@ -1,0 +1,185 @@
+"""`task=migrate`: turns a config of another project into a command of this one, and says what of it was lost.
+
+What each key becomes stands in tables, one module a project; the command that comes out is composed before it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.text import Text
+
+from qlora import console
+from qlora.compose import compose, group_names, override_value, read_yaml
+from qlora.errors import ConfigError, did_you_mean
+from qlora.files import write_text
+from qlora.folder import RunFolder
+from qlora.migrate.axolotl import AXOLOTL
+from qlora.migrate.factory import FACTORY
+from qlora.migrate.original import PROGRAM, QLORA, read_command
+from qlora.migrate.rules import Dialect, Reading, translate
+from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
+from qlora.schema import Config
+
+MOST_REFUSED = 8
+"""Overrides that may turn out impossible together before the file is given up."""
+
+
+def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
+    """Translates `from=FILE`, prints the command and what was lost, and writes both and an experiment to the folder."""
+    assert config.source is not None, "Config checks it"
+    dialect, reading = read(Path(config.source).expanduser())
+    overrides = reading.overrides
+    folder = RunFolder(output_dir)
+    folder.create()
+    name = re.sub(r"[^\w.-]+", "-", Path(config.source).stem) or "migrated"
+    experiment = output_dir / "conf" / "experiment" / f"{name}.yaml"
+    write_text(experiment, _as_experiment(overrides, f"{dialect.name}: {Path(config.source).name}"))
+    if compose([f"experiment={name}"], output_dir / "conf") != compose(overrides):
+        raise AssertionError(f"{experiment} says something else than the command")
+    result = {
+        "status": "finished",
+        "task": "migrate",
+        "objective": None,
+        "metrics": {"migrate_overrides": len(overrides), "migrate_lost": len(reading.lost)},
+        "paths": {"migrate": str(folder.result("migrate")), "experiment": str(experiment)},
+        "from": dialect.name,
+        "overrides": overrides,
+        "command": shlex.join(["qlora", *overrides]),
+        "lost": [{"key": key, "value": value, "why": why} for key, value, why in reading.lost],
+    }
+    write_text(folder.result("migrate"), json.dumps(result, indent=2, default=str) + "\n")
+    _print(dialect, reading, config.source)
+    console.say()
+    console.say_rows(
+        [
+            ("as an experiment", f"qlora --config-dir {shlex.quote(str(output_dir / 'conf'))} experiment={name}"),
+            ("migrate", str(folder.result("migrate"))),
+        ]
+    )
+    return result
+
+
+def read(path: Path) -> tuple[Dialect, Reading]:
+    """Returns whose config a file is and what became of it; its overrides compose.
+
+    Raises `ConfigError` for a file that is none of these, or that describes no training on answers.
+    """
+    if not path.is_file():
+        siblings = [str(entry) for entry in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise ConfigError(f"from={path}: no such file{did_you_mean(str(path), siblings)}")
+    dialect, facts = _recognise(path)
+    try:
+        reading = translate(dialect, facts)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"from={path}: a value has another form than {dialect.name} documents ({error}); mend it there first"
+        ) from error
+    return dialect, _composable(reading, path)
+
+
+def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"from={path} is no UTF-8 text; give a script or a YAML") from None
+    if path.suffix not in (".yaml", ".yml") and (PROGRAM in text or text.lstrip().startswith("--")):
+        return QLORA, read_command(text)
+    tree = read_yaml(path)
+    if isinstance(tree, dict):
+        flat, here = _flat(tree), {"__folder__": str(path.parent)}
+        if any(key.endswith(COMPONENT) for key in flat):
+            return TORCHTUNE, flat | here
+        if "base_model" in tree:
+            return AXOLOTL, {**tree, **here}
+        if "model_name_or_path" in tree or "finetuning_type" in tree:
+            return FACTORY, {**tree, **here}
+    raise ConfigError(
+        f"from={path} is no command of {PROGRAM}, and no YAML of Axolotl (base_model), LLaMA-Factory "
+        f"(model_name_or_path) or torchtune ({COMPONENT})"
+    )
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns values by full keys; the entries of a list of mappings are numbered."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _composable(reading: Reading, path: Path) -> Reading:
+    """Composes the overrides; one that cannot stand beside the others is left out, with what the error says."""
+    overrides, lost = list(reading.overrides), list(reading.lost)
+    for _ in range(MOST_REFUSED):
+        if (refused := _refusal(overrides)) is None:
+            return Reading(overrides, lost)
+        culprit = next((text for text in reversed(overrides) if _refusal(_without(overrides, text)) is None), None)
+        culprit = culprit or next((text for text in reversed(overrides) if text.partition("=")[0] in refused), None)
+        if culprit is None:
+            raise ConfigError(f"from={path}: what it says cannot be composed: {refused}")
+        overrides = _without(overrides, culprit)
+        lost.append((culprit.partition("=")[0], culprit.partition("=")[2], f"left out: {refused}"))
+    raise ConfigError(f"from={path}: what it says cannot be composed: {refused}")
+
+
+def _refusal(overrides: list[str]) -> str | None:
+    try:
+        compose(overrides)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _without(overrides: list[str], text: str) -> list[str]:
+    return [each for each in overrides if each != text]
+
+
+def _as_experiment(overrides: list[str], title: str) -> str:
+    """Returns an option of the group `experiment` that says the same."""
+    groups, defaults, tree = group_names(), [], dict[str, Any]()
+    for text in overrides:
+        key, value = text.partition("=")[0], override_value(text)
+        if key in groups:
+            defaults.append({f"override /{key}": value})
+            continue
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    body = yaml.safe_dump({"defaults": [*defaults, "_self_"], **tree}, sort_keys=False, allow_unicode=True, width=1000)
+    return f"# @package _global_\n# From {title}\n{body}"
+
+
+def _print(dialect: Dialect, reading: Reading, source: str) -> None:
+    console.start_screen([("from", f"{source}: {dialect.name}"), ("overrides", str(len(reading.overrides)))])
+    console.say("qlora \\")
+    for place, text in enumerate(reading.overrides, 1):
+        console.say(f"  {shlex.quote(text)}" + (" \\" if place < len(reading.overrides) else ""))
+    console.say()
+    if not reading.lost:
+        console.say(Text("Everything has its place here.", style="bold"))
+        return
+    console.say(Text(f"Without a place here ({len(reading.lost)})", style="bold"))
+    console.say_rows(
+        [(f"{key}={_short(value)}" if value is not None else key, why) for key, value, why in reading.lost]
+    )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."

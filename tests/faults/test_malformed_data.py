@@ -1,0 +1,229 @@
+"""1,000 mutated data files of all formats: each is prepared, or refused with one message; none raises anything else."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from qlora.compose import compose
+from qlora.data import build_data
+from qlora.errors import ConfigError
+from qlora.models.tokenizer import load_tokenizer
+
+FULL, SHORT = 1000, 100
+CHUNK = 100
+ROWS = 6
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    "input-output": {"input": "a", "output": "b"},
+    "prompt-completion": {"prompt": "a", "completion": "b"},
+    "question-answer": {"question": "a", "answer": "b"},
+    "messages": {"messages": CHAT},
+    "tools": {
+        "messages": CHAT,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    },
+    "conversations": {"conversations": SHAREGPT, "system": "Be brief."},
+    "chosen": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "dialogue": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    "human-bot": {"text": "<human>: a\n<bot>: b"},
+    "inst": {"text": "<s>[INST] a [/INST] b</s>"},
+    "guanaco": {"text": "### Human: a### Assistant: b"},
+    "self-instruct-tasks": {"instruction": "a", "instances": [{"input": "b", "output": "c"}]},
+    "unnatural": {"instances": [{"instruction_with_input": "a", "output": "b"}]},
+    "segments": {"segments": [{"text": "a", "label": False}, {"text": "b", "label": True}]},
+    "text": {"text": "Once upon a time."},
+}
+VALUES: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1e308, 10**30, "", " ", "\0", "\ud800", "é" * 100, "x" * 5000, [], {}, [[]], [None], "[INST]"),
+    *("<|im_end|>", "</s>", "{{ x }}", "{% for %}", "NaN", "../../evil", {"a": {"b": [1]}}, {"role": "user"}),
+    *([{"role": "system"}], [{"role": 3, "content": None}], [{"from": "gpt", "value": "b"}]),
+    [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+    *([{"role": "tool", "content": "x"}], [{"role": "user", "content": [{"type": "image"}]}]),
+)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".csv.gz", ".ndjson", ".JSONL")
+NOISE = (
+    *(b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\r", b"\n\n", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":"),
+    *(b"\\", b"\\u0000", b"\\ud800", b"NaN", b"Infinity", b"1e999", b"\t", b"#", b"//", b"\x1f\x8b", b"PAR1"),
+    b"\xe2\x80\xa8",
+)
+COLUMNS = ("id", "x" * 300, "", "instruction ", "Messages", "text", "input_ids", "length")
+ENCODINGS = ("utf-16", "utf-8-sig", "utf-32", "latin-1")
+FORMATS = ("alpaca", "messages", "conversations", "text", "chosen", "segments")
+
+
+class Writer:
+    """Draws a data file from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+
+    def write(self, folder: Path) -> Path:
+        """Writes a file that was sound and then got some faults; returns its path."""
+        layout, suffix = self.draw.choice(list(LAYOUTS)), self.draw.choice(SUFFIXES)
+        rows = [self.row(layout) for _ in range(ROWS)]
+        if self.draw.random() < 0.5:
+            for _ in range(self.draw.randint(1, 4)):
+                self.spoil(rows)
+        try:
+            raw = _encode(rows, suffix)
+        except (pa.ArrowException, UnicodeError, TypeError, OverflowError, csv.Error):  # what the format cannot hold
+            raw = _encode([self.row(layout) for _ in range(ROWS)], suffix)
+        if self.draw.random() < 0.7:
+            for _ in range(self.draw.randint(1, 3)):
+                raw = self.damage(raw)
+        if suffix.endswith(".gz"):
+            raw = gzip.compress(raw) if self.draw.random() < 0.8 else raw
+            raw = self.damage(raw) if self.draw.random() < 0.3 else raw
+        path = folder / f"rows{suffix}"
+        path.write_bytes(raw)
+        return path
+
+    def row(self, layout: str) -> dict[str, Any]:
+        """Returns a sound row, told from others by a number."""
+        text = json.dumps(LAYOUTS[layout]).replace('"a"', f'"a{self.draw.randrange(1000)}"')
+        row: dict[str, Any] = json.loads(text)
+        return row
+
+    def spoil(self, rows: list[dict[str, Any]]) -> None:
+        """Changes a row in place: another value, a missing, renamed or further column, or no object at all."""
+        place = self.draw.randrange(len(rows))
+        row = rows[place]
+        if not isinstance(row, dict) or not row:
+            return
+        name = self.draw.choice(list(row))
+        kind = self.draw.randrange(6)
+        if kind == 0:
+            del row[name]
+        elif kind == 1:
+            row[self.draw.choice(("id", "x" * 300, "", "instruction ", "Messages", "text", "input_ids", "length"))] = (
+                row[name]
+            )
+        elif kind == 2:
+            rows[place] = self.draw.choice(VALUES)
+        elif kind == 3:
+            for each in rows:
+                if isinstance(each, dict) and name in each:
+                    each[name] = self.draw.choice(VALUES)
+        else:
+            row[name] = self.draw.choice(VALUES)
+
+    def damage(self, raw: bytes) -> bytes:
+        """Returns the bytes with one fault."""
+        spot, other = sorted(self.draw.randrange(len(raw) + 1) for _ in range(2))
+        kind = self.draw.randrange(8)
+        if kind == 0:
+            return raw[:spot]
+        if kind == 1:
+            return raw[:spot] + self.draw.choice(NOISE) + raw[spot:]
+        if kind == 2:
+            return raw[:spot] + raw[other:]
+        if kind == 3:
+            return raw[:other] + raw[spot:]
+        if kind == 4 and raw:
+            changed = bytearray(raw)
+            for _ in range(self.draw.randint(1, 8)):
+                changed[self.draw.randrange(len(raw))] ^= 1 << self.draw.randrange(8)
+            return bytes(changed)
+        if kind == 5:
+            return raw.decode("utf-8", "replace").encode(self.draw.choice(ENCODINGS), "replace")
+        if kind == 6:
+            return raw.replace(b"\n", self.draw.choice((b"", b"\r", b"\r\n", b"\n\n", b"\n,\n")))
+        return raw[spot:]
+
+
+def _encode(rows: list[Any], suffix: str) -> bytes:
+    kind = suffix.lower().removesuffix(".gz")
+    if kind in (".jsonl", ".ndjson"):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == ".json":
+        return json.dumps(rows, indent=1).encode()
+    if kind == ".txt":
+        return "\n\n".join(str(row) for row in rows).encode("utf-8", "surrogatepass")
+    tables = [row for row in rows if isinstance(row, dict)]
+    if kind == ".parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(tables), buffer)
+        return buffer.getvalue()
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in tables for name in row))
+    writer = csv.DictWriter(text, names, delimiter="," if kind == ".csv" else "\t")
+    writer.writeheader()
+    writer.writerows(tables)
+    return text.getvalue().encode()
+
+
+def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prepares one mutated file as a run would; returns what became of it."""
+    draw = random.Random(-seed)
+    place = folder / "data"
+    place.mkdir(exist_ok=True)
+    path = Writer(seed).write(place)
+    words = ["data=local", f"data.path={path}", "data.eval_dataset_size=2", f"data.cache_dir={folder}/cache"]
+    words += ["recipe=none", "data.num_proc=1", "data.max_length=64", f"data.packing={draw.choice(('true', 'false'))}"]
+    words.append(f"data.on_too_long={draw.choice(('truncate', 'drop', 'error'))}")
+    words.append(f"data.template={draw.choice(('auto', 'chatml', 'llama-3', 'guanaco'))}")
+    if draw.random() < 0.3:
+        words.append(f"data.format={draw.choice(FORMATS)}")
+    before = path.read_bytes()
+    try:
+        data = build_data(compose(words).data, tokenizer)
+        assert data.train is not None
+        assert data.eval is not None
+        for rows in (data.train, data.eval):
+            for row in rows:
+                assert len(row["input_ids"]) == row["length"] <= 64
+                assert any(label != -100 for label in row["labels"])
+        found = "runs"
+    except ConfigError as error:
+        text = str(error)
+        assert "data" in text, f"{seed}: {text}"
+        assert "Traceback" not in text
+        assert len(text) < 3000, f"{seed}: {len(text)} characters: {text[:200]}"
+        found = "refused"
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {words}: {type(error).__name__}: {error}") from error
+    assert path.read_bytes() == before
+    path.unlink()
+    return found
+
+
+def walk(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Examines many; checks that no file appears outside of the cache."""
+    work = folder / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    tokenizer = load_tokenizer(compose([]).model)
+    found = Counter(examine(seed, folder, tokenizer) for seed in seeds)
+    assert not list(work.iterdir())
+    assert {path.name for path in folder.iterdir()} == {"work", "data", "cache"}
+    print(dict(found))
+    return found
+
+
+def test_mutated_data_files_are_prepared_or_refused_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = walk(range(SHORT), tmp_path, monkeypatch)
+    assert min(found["refused"], found["runs"]) > SHORT // 10, "the mutations make both"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("start", range(0, FULL, CHUNK))
+def test_a_thousand_mutated_data_files(start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk(range(start, start + CHUNK), tmp_path, monkeypatch)

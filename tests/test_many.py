@@ -1,0 +1,273 @@
+"""Trainings in several processes: what one alone would have trained, in one folder that the first process writes.
+
+Run as a script, this file is one of the processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import qlora.compose
+import qlora.training.trainer
+from qlora import world
+from qlora.compose import compose
+from qlora.errors import ConfigError, Stopped
+from qlora.replay import replay
+from qlora.run import Run
+from qlora.training.trainer import QLoraTrainer
+
+ROOT = Path(__file__).parents[1]
+
+COMMON = [
+    *("quantization.compute_dtype=fp32", "lora.r=4", "lora.dropout=0.0", "trainer.logging_steps=1"),
+    *("trainer.per_device_train_batch_size=3", "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"),
+    *("recipe=none", "trainer.optim=adamw_torch", "trainer.learning_rate=1e-3", "trainer.max_grad_norm=1.0"),
+    *("trainer.max_steps=null", "trainer.num_train_epochs=2", "trainer.eval_steps=3", "trainer.save_steps=null"),
+    *("trainer.gradient_checkpointing=false", "data.max_train_samples=26", "data.max_eval_samples=6"),
+    *("generation.max_new_tokens=3", "evaluation.baseline=false", "evaluation.generate_samples=2"),
+    *("task.evaluate=false", "task.predict=false"),
+]
+
+# Two processes with 2 micro-batches of 3 rows each, or one with 4: of 26 rows 2 are left for the last step of a pass,
+# where the second process has none.
+CASES = {
+    "grouped": [],
+    "packed": ["data.packing=true", "data.pack_length=96", "trainer.per_device_train_batch_size=1",
+               "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
+               "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
+}  # fmt: skip
+SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
+
+
+def train(folder: Path, accumulated: int, *overrides: str) -> dict[str, Any]:
+    chosen = [*COMMON, f"trainer.gradient_accumulation_steps={accumulated}", *overrides]
+    return Run(compose(chosen), folder, overrides=chosen).execute()
+
+
+def guard(folder: Path) -> None:
+    """Makes whatever this process would write below `folder` an error."""
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove") or (event == "open" and _writes(args))
+        if writes and isinstance(args[0], str | Path) and str(args[0]).startswith(str(folder)):
+            raise AssertionError(f"process {world.rank()}: {event} {args}")
+
+    sys.addaudithook(watch)
+
+
+def _writes(args: tuple[Any, ...]) -> bool:
+    return any(letter in str(args[1] or "") for letter in "wax+") or bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+
+
+def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Starts two processes by torchrun."""
+    path = os.pathsep.join([str(ROOT), str(cwd), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def losses(folder: Path) -> np.ndarray:
+    names = ("loss", "grad_norm", "num_input_tokens_seen", "learning_rate")
+    history = json.loads((folder / "history.json").read_text())
+    return np.array([[entry[name] for name in names] for entry in history if "loss" in entry], dtype=float)
+
+
+def measured(folder: Path) -> list[float]:
+    return [entry["eval_loss"] for entry in json.loads((folder / "history.json").read_text()) if "eval_loss" in entry]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the runs of two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    done = launch(__file__, str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "output.txt").write_text(done.stdout)
+    (folder / "errors.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the same runs of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, overrides in CASES.items():
+        train(folder / name, 4, *overrides)
+    return folder
+
+
+@pytest.mark.parametrize(("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped")])
+def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
+    one, two = losses(alone / single), losses(together / shared)
+    assert len(one) >= 4
+    assert two == pytest.approx(one, rel=2e-5)
+    assert measured(together / shared) == pytest.approx(measured(alone / single), rel=2e-5)
+    before, after = adapter(alone / single), adapter(together / shared)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
+
+
+def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
+    metrics = json.loads((together / "spoiled" / "metrics.json").read_text())
+    assert metrics["train_watchdog_nonfinite"] == metrics["train_watchdog_skipped"] == 1
+    logged = [math.isnan(loss) for loss in losses(together / "spoiled")[:, 0]]
+    assert logged == [False, True, False, False, False, False]
+    told = (together / "errors.txt").read_text()
+    assert "watchdog.nonfinite: step 2: the loss is not a number, but in no row of it alone" in told
+
+
+def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
+    output = (together / "output.txt").read_text()
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 6  # all but the packed one
+    assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
+    states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(
+    together: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
+    (folder / "result.json").unlink()
+    options = ["trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
+    with pytest.raises(ConfigError, match=r"written by 2 processes, and this run has 1.*start 2 again"):
+        train(folder, 2, *options)
+    train(folder, 2, *options, "resume=force")
+    assert "written by 2 processes, and this run has 1: its steps hold other rows" in caplog.text
+    assert (folder / "result.json").is_file()
+
+
+def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> None:
+    metrics = json.loads((together / "replayed" / "replay.json").read_text())["metrics"]
+    assert metrics["replay_near"] == metrics["replay_differs"] == 0
+    with pytest.raises(ConfigError, match="it was trained by 2 processes, and this is 1"):
+        replay(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_go_on(together: Path) -> None:
+    output = (together / "output.txt").read_text()
+    assert "SIGTERM: saving a checkpoint after this step" in (together / "errors.txt").read_text()
+    assert (together / "stopped" / "checkpoints" / "checkpoint-2").is_dir()
+    assert output.count("resuming from checkpoint-2") == 1
+    assert output.count("the run waits up to") == output.count("there is space again: going on") == 1
+    assert np.array_equal(losses(together / "stopped"), losses(together / "grouped"))
+    before, after = adapter(together / "grouped"), adapter(together / "stopped")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+FALL = """
+import os
+from transformers import TrainerCallback
+
+class Fall(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise ArithmeticError("the second process falls")
+"""
+
+
+def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
+    tmp_path: Path, alone: Path
+) -> None:
+    (tmp_path / "fall.py").write_text(FALL)
+    chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
+    done = launch(
+        "--max-restarts",
+        "1",
+        "-m",
+        "qlora",
+        *chosen,
+        "+callbacks.fall._target_=fall.Fall",
+        "trusted=[fall]",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
+    assert told[0].startswith("process 1 of 2: Traceback")
+    assert "ArithmeticError: the second process falls" in done.stderr
+    assert "resuming from checkpoint-3" in done.stdout
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()  # of both processes and both starts, though it has no name
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
+    assert (folder / "train.log").read_text().count("resuming from") == 1
+
+
+def spoil(compute_loss: Any) -> Any:
+    """Makes the losses of the second process' second step no numbers."""
+
+    def spoiled(self: QLoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        bad = world.rank() == 1 and self.state.global_step == 1
+        return compute_loss(self, *args, **kwargs) * (float("nan") if bad else 1)
+
+    return spoiled
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to the second process in its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if world.rank() == 1 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_disk_once(seal: Any) -> Any:
+    """Makes the first checkpoint that is written meet a full disk."""
+    calls = iter([True])
+
+    def fail(*args: Any) -> None:
+        if next(calls, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(*args)
+
+    return fail
+
+
+def main(folder: Path) -> None:
+    world.join()
+    if not world.is_first():
+        guard(folder)
+    for name, overrides in CASES.items():
+        train(folder / name, 2, *overrides)
+    train(folder / "sharded", 2, *SHARDED)
+    replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
+        train(folder / "spoiled", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qlora.compose, "build_callbacks", lambda *_: [Signal()])
+        with pytest.raises(Stopped, match="stopped by SIGTERM: step 2 is saved in "):
+            train(folder / "stopped", 2, "trainer.save_steps=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qlora.training.trainer, "seal", fill_disk_once(qlora.training.trainer.seal))
+        train(folder / "stopped", 2, "trainer.save_steps=3")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

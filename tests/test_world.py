@@ -1,0 +1,115 @@
+"""What a process finds out of those it was launched with, and which launches are refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from qlora import cli, world
+from qlora.compose import compose
+from qlora.errors import ConfigError
+from qlora.run import Run
+
+TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *world.OTHER_COUNTS)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
+    world.join()
+    assert (world.size(), world.rank(), world.is_first()) == (1, 0, True)
+    assert world.share("x") == "x"
+    assert world.gather(1) == [1]
+    assert world.agree([True, False]) == [True, False]
+    with world.one_by_machine():
+        world.check_same("tokens", "abc")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that 2 processes train together, but RANK and LOCAL_RANK and "),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"2 processes of this command were launched \(SLURM_STEP_NUM_TASKS\), but they "
+         r"know of 1 only \(WORLD_SIZE\), so each would train on its own; start it with torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"4 processes of this command were launched \(OMPI_COMM_WORLD_SIZE\)"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"asks for FSDP \(ACCELERATE_USE_FSDP\).* choose trainer.parallel=fsdp"),
+    ],
+)  # fmt: skip
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    environment: pytest.MonkeyPatch, told: dict[str, str], message: str
+) -> None:
+    for name, value in told.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        world.join()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=evaluate"], "2 processes were launched .*, and only a training runs in several processes; start"),
+        (["-m", "seed=1,2"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
+        (["sweep=seeds"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
+    ],
+)
+def test_only_trainings_run_in_several_processes(
+    environment: pytest.MonkeyPatch, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.setenv("WORLD_SIZE", "2")
+    environment.delenv("HYDRA_FULL_ERROR", raising=False)  # which the command line sets for itself
+    environment.setattr(sys, "argv", ["qlora", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr().err
+    assert told.startswith("process 0 of 2: error: ")
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "message"),
+    [
+        (
+            ["trainer.parallel=fsdp"],
+            "1",
+            "trainer.parallel=fsdp shares the base out among processes, and this is ",
+        ),
+        (
+            ["model.device_map=auto"],
+            "2",
+            "model.device_map and model.max_memory spread one process over several",
+        ),
+    ],
+)
+def test_a_base_is_shared_out_in_several_processes_and_spread_in_one(
+    environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory,
+    overrides: list[str], processes: str, message: str,
+) -> None:  # fmt: skip
+    environment.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ConfigError, match=message):
+        Run(compose(overrides), tmp_path_factory.mktemp("run")).execute()
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["lora=none quantization=none", "lora=dora", "lora=eva", "quantization=int8", "trainer.memory_budget=auto",
+     "model.device_map=auto"],
+)  # fmt: skip
+def test_what_needs_a_whole_base_is_refused_beside_a_sharded_one(other: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"trainer.parallel=fsdp and .* exclude each other: .*; leave one of them out"
+    ):
+        compose(["trainer.parallel=fsdp", *other.split()])
+
+
+def test_a_lost_process_is_told_apart_from_other_errors(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(world, "_group", object())
+    assert world.is_loss_of_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"))
+    assert not world.is_loss_of_peer(RuntimeError("shapes differ"))
+    assert not world.is_loss_of_peer(ValueError("closed by peer"))

@@ -1,0 +1,359 @@
+"""What a training does about what goes wrong in it: bad numbers, masked rows, a rising loss, no batches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from qlora.compose import compose
+from qlora.data.collate import Collator, count_work
+from qlora.errors import ConfigError
+from qlora.models.device import Placement
+from qlora.models.fast import FastStep
+from qlora.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
+from qlora.training.meter import Meter
+from qlora.training.sampler import ShuffledSampler
+from qlora.training.stopping import Stop
+from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.watchdog import Halted
+
+CPU = torch.device("cpu")
+ROWS, STEPS, PER_STEP = 24, 12, 2
+BAD_TOKEN = 31
+"""In no row of its own; its embedding is not a number where a test says so."""
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of 4 tokens; the item of `slow` takes `seconds`."""
+
+    slow, seconds, kills = -1, 0.0, False
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.slow:
+            if self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def build_rows() -> Rows:
+    return Rows({"input_ids": [1 + row % 8, 9, 10 + row % 5, 20], "labels": [-100, 9, 10 + row % 5, 20]}
+                for row in range(ROWS))  # fmt: skip
+
+
+def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **options: Any) -> QLoraTrainer:
+    shape = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
+    model.model.embed_tokens.weight.data[BAD_TOKEN] = math.nan
+    model.lm_head.weight.data *= 100  # so that a loss can rise and fall
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    settings = {
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        **options,
+    }
+    config = TrainerConfig(
+        optim=settings.pop("optim", "adamw_torch"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=PER_STEP,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        group_by_length=False,
+        **settings,
+    )
+    return QLoraTrainer(
+        model=model,
+        arguments=build_arguments(config, output_dir=folder, device=CPU, compute=torch.float32, seed=0),
+        rows=rows,
+        lengths=[4] * ROWS,
+        collate=Collator(0),
+        count=lambda batch: count_work(batch, 0),
+        measure=lambda model, step: {"loss": 1.0},
+        verify=lambda folder, model: None,
+        loraplus_lr_ratio=None,
+        step=FastStep(model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None),
+        budget=None,
+        watchdog=compose([f"watchdog.{key}={value}" for key, value in (watchdog or {}).items()]
+                         + ["trainer.save_steps=2"]).watchdog,
+        name_rows=lambda index: [(f"rows.jsonl, row {index + 1}", rows[index])],
+        meter=Meter(CPU, peak_memory_gb=lambda: 0.0),
+        stop=Stop(),
+        facts={},
+        callbacks=[],
+    )  # fmt: skip
+
+
+def weights(trainer: QLoraTrainer) -> torch.Tensor:
+    return torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad]).clone()
+
+
+class Weights(TrainerCallback):
+    """Keeps the weights after each step."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trained = [each.detach().flatten() for each in model.parameters() if each.requires_grad]
+        self.after[state.global_step] = torch.cat(trained).clone()
+
+
+def losses(trainer: QLoraTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+BAD_STEP = 5
+BAD_ROW = list(ShuffledSampler(ROWS, seed=0))[BAD_STEP * PER_STEP - 1]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    made = build_rows()
+    made[BAD_ROW]["input_ids"][0] = BAD_TOKEN
+    return made
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit"], ids=["each weight", "all in one"])
+def test_a_step_with_a_bad_row_is_skipped_and_the_row_is_named(
+    tmp_path: Path, rows: Rows, caplog: pytest.LogCaptureFixture, optim: str
+) -> None:
+    trainer, seen = build(tmp_path, rows, optim=optim), Weights()
+    trainer.add_callback(seen)
+    with caplog.at_level(logging.WARNING):
+        trainer.run(None)
+    assert torch.equal(seen.after[BAD_STEP], seen.after[BAD_STEP - 1])
+    assert not torch.equal(seen.after[BAD_STEP + 1], seen.after[BAD_STEP])
+    assert bool(weights(trainer).isfinite().all())
+    assert trainer.watchdog.metrics() == {f"train_watchdog_{name}": count for name, count in
+                                          {"nonfinite": 1, "zero": 0, "divergence": 0, "slow": 0, "stalled": 0,
+                                           "skipped": 1, "rollbacks": 0}.items()}  # fmt: skip
+    (message,) = [record.getMessage() for record in caplog.records if "watchdog" in record.getMessage()]
+    assert (
+        f"step {BAD_STEP}: the loss is not a number, by itself in rows.jsonl, row {BAD_ROW + 1}; the step is" in message
+    )
+    assert all(5 < loss < 20 for loss in [*losses(trainer), trainer.mean_loss])
+
+
+def test_skipped_steps_are_left_out_of_the_mean_loss(tmp_path: Path, rows: Rows) -> None:
+    trainer = build(tmp_path / "skips", rows, logging_steps=1)
+    trainer.run(None)
+    logged = losses(trainer)
+    assert [step for step, loss in enumerate(logged, 1) if math.isnan(loss)] == [BAD_STEP]
+    assert trainer.mean_loss == pytest.approx(sum(loss for loss in logged if loss == loss) / (STEPS - 1))
+
+
+def test_without_a_guard_bad_numbers_reach_the_weights_and_no_row_is_blamed_for_them(
+    tmp_path: Path, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(tmp_path, rows, {"nonfinite": "warn"})
+    with caplog.at_level(logging.WARNING):
+        trainer.run(None)
+    assert bool(weights(trainer).isnan().any())
+    assert math.isnan(trainer.mean_loss)
+    assert trainer.watchdog.counts["nonfinite"] > 1
+    assert f"row {BAD_ROW + 1}" not in caplog.text.partition("more steps")[2]
+
+
+@pytest.mark.parametrize("spoiled", ["gradients", "loss"])
+def test_what_no_row_does_alone_is_told_so_and_stop_keeps_the_weights_from_before(tmp_path: Path, spoiled: str) -> None:
+    trainer, seen = build(tmp_path, build_rows(), {"nonfinite": "stop"}), Weights()
+    trainer.add_callback(seen)
+    backward = trainer.accelerator.backward
+
+    def spoil(loss: torch.Tensor, **kwargs: Any) -> None:
+        bad = trainer.state.global_step == 5
+        backward(loss * math.inf if bad else loss, **kwargs)
+
+    trainer.accelerator.backward = spoil
+    if spoiled == "loss":
+        trainer.accelerator.backward = backward
+        plain = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: (
+            plain(*args, **kwargs) * (math.nan if trainer.state.global_step == 5 else 1)
+        )
+    what = "gradients are" if spoiled == "gradients" else "loss is"
+    with pytest.raises(Halted, match=f"step 6: the {what} not a number, but in no row of it alone; lower "
+                       "trainer.learning_rate; if it comes back"):  # fmt: skip
+        trainer.run(None)
+    assert trainer.state.global_step == 6  # where it would have been saved
+    assert torch.equal(weights(trainer), seen.after[5])
+
+
+class SpoilOnce(TrainerCallback):
+    """Makes the weights' gradients no numbers in one step of the training, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.rates, self.done = step, [], False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates.append((state.global_step + 1, kwargs["optimizer"].param_groups[0]["lr"]))
+
+
+def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(tmp_path: Path) -> None:
+    trainer, noted = build(tmp_path, build_rows(), {"nonfinite": "rollback"}), SpoilOnce(7)
+    trainer.add_callback(noted)
+    plain, spoiled = trainer.compute_loss, []
+
+    def compute_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain(*args, **kwargs)
+        if trainer.state.global_step == 6 and len(spoiled) < PER_STEP:
+            spoiled.append(True)
+            return loss * math.nan
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer.run(None)
+    assert trainer.watchdog.counts["rollbacks"] == 1
+    # Seen at the checkpoint of step 8, which is not written; back to that of step 6.
+    assert [step for step, _ in noted.rates] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12]
+    assert [rate for _, rate in noted.rates] == [1e-2] * 8 + [5e-3] * 6
+    assert bool(weights(trainer).isfinite().all())
+    stored = json.loads((tmp_path / "checkpoint-12" / "watchdog.json").read_text())
+    assert stored["counts"]["rollbacks"] == 1
+    assert stored["course"]["rate_factor"] == 0.5
+
+    # Another start goes on with the lower rate, and knows what was.
+    again = build(tmp_path, build_rows(), {"nonfinite": "rollback"}, max_steps=14)
+    noted = SpoilOnce(0)
+    again.add_callback(noted)
+    again.run(tmp_path / "checkpoint-12")
+    assert noted.rates == [(13, 5e-3), (14, 5e-3)]
+    assert again.watchdog.counts["rollbacks"] == 1
+
+
+def test_a_bad_row_that_comes_back_after_each_rollback_ends_the_training(tmp_path: Path, rows: Rows) -> None:
+    trainer = build(tmp_path, rows, {"nonfinite": "rollback", "max_rollbacks": 2})
+    with pytest.raises(Halted, match=rf"row {BAD_ROW + 1}, after 2 rollbacks \(watchdog.max_rollbacks\); look at"):
+        trainer.run(None)
+
+
+def test_so_many_bad_steps_in_a_row_end_the_training(tmp_path: Path) -> None:
+    rows = build_rows()
+    for row in rows:
+        row["input_ids"][0] = BAD_TOKEN
+    trainer = build(tmp_path, rows, {"max_skips": 4})
+    with pytest.raises(Halted, match=r"4 steps in a row \(watchdog.max_skips\); look at that row"):
+        trainer.run(None)
+
+
+def test_a_step_whose_rows_are_all_masked_is_told(tmp_path: Path) -> None:
+    rows = build_rows()
+    for row in rows:
+        row["labels"] = [-100] * 4
+    trainer = build(tmp_path, rows, {"zero": "stop"})
+    with pytest.raises(Halted, match=r"watchdog.zero: step 1: no token has a loss; everything in its rows"):
+        trainer.run(None)
+
+
+def test_a_loss_that_runs_away_is_called_divergence_and_taken_back_to_before(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path,
+        build_rows(),
+        {"divergence": "rollback", "rollback_factor": 0.1, "divergence_factor": 1.2},
+        max_steps=60,
+        logging_steps=5,
+        save_steps=5,
+        learning_rate=2e-2,
+    )
+
+    class Jump(TrainerCallback):
+        done = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 30 and not self.done:
+                self.done = True
+                for group in kwargs["optimizer"].param_groups:
+                    group["lr"] = 30.0
+                kwargs["lr_scheduler"].base_lrs = [30.0 for _ in kwargs["lr_scheduler"].base_lrs]
+
+    trainer.add_callback(Jump())
+    trainer.run(None)
+    assert trainer.watchdog.counts["divergence"] == 1
+    assert trainer.watchdog.counts["rollbacks"] == 1
+    aside = sorted(path.stem for path in tmp_path.glob("checkpoint-*.diverged"))
+    assert aside
+    assert losses(trainer)[-1] < 6
+    assert not set(aside) & {f"checkpoint-{n}" for n in range(31)}
+
+
+def test_a_loss_that_only_wavers_has_not_diverged(tmp_path: Path) -> None:
+    trainer = build(tmp_path, build_rows(), {"divergence": "stop"}, max_steps=40)
+    trainer.run(None)
+    assert trainer.watchdog.counts["divergence"] == 0
+
+
+def test_a_slow_step_is_told_with_its_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(tmp_path, build_rows(), max_steps=24, save_steps=24)
+    trainer.get_train_dataloader()
+    item = trainer._shared.items(1, 4, 1)[0]  # in the second pass, in step 15
+    plain = trainer.get_batch_samples
+
+    def fetch(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step >= STEPS:
+            trainer.train_dataset.slow, trainer.train_dataset.seconds = item, 1.2
+        return plain(*args, **kwargs)
+
+    trainer.get_batch_samples = fetch
+    with caplog.at_level(logging.WARNING):
+        trainer.run(None)
+    assert trainer.watchdog.counts["slow"] == 1
+    assert "it waited for its batches; set trainer.dataloader_num_workers" in caplog.text
+    assert "watchdog.slow: step 1" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_that_do_not_come_end_the_training(tmp_path: Path, workers: int) -> None:
+    rows = build_rows()
+    trainer = build(tmp_path, rows, {"stalled_seconds": 0.5}, dataloader_num_workers=workers)
+    trainer.get_train_dataloader()
+    rows.slow, rows.seconds = trainer._shared.items(0, 10, 1)[0], 60
+    started = time.monotonic()
+    with pytest.raises(Halted, match=r"watchdog.stalled: no batch came within 0.5 s; the disk"):
+        trainer.run(None)
+    assert time.monotonic() - started < 20
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_dead_worker_process_ends_the_training(tmp_path: Path) -> None:
+    rows = build_rows()
+    trainer = build(tmp_path, rows, dataloader_num_workers=1)
+    trainer.get_train_dataloader()
+    rows.slow, rows.kills = trainer._shared.items(0, 10, 1)[0], True
+    with pytest.raises(Halted, match=r"a process that prepares batches has ended .*; lower trainer.dataloader_num_w"):
+        trainer.run(None)
+    assert trainer.watchdog.counts["stalled"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["watchdog.zero=skip"], "watchdog.zero must be one of ignore, warn, stop, got 'skip'"),
+        (["watchdog.divergence=rollback", "trainer.save_steps=null"], "watchdog.divergence=rollback needs checkpoints"),
+        (["trainer.optim=lomo"], "watchdog.nonfinite=skip cannot keep an update out; set watchdog.nonfinite=warn"),
+        (["watchdog.slow_factor=1"], "watchdog.slow_factor must be above 1 and finite, got 1.0"),
+    ],
+)
+def test_what_cannot_be_watched_so_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+def test_nothing_is_watched_with_none() -> None:
+    config = compose(["watchdog=none"]).watchdog
+    assert isinstance(config, WatchdogConfig)
+    assert {config.nonfinite.value, config.zero.value, config.slow.value} == {"ignore"}
