@@ -63,8 +63,10 @@ def gradients(chosen: list[str]) -> Any:
                 parameter.data.copy_(drawn)
         batch = run.collate([run.data.train[index] for index in range(8)])  # type: ignore[index]
         batch = {name: tensor.to(run.placement.device) for name, tensor in batch.items()}
-        with step, run.placement.autocast():
-            model(**batch).loss.backward()
+        with step:
+            with run.placement.autocast():
+                loss = model(**batch).loss
+            loss.backward()
         return torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
 
 
