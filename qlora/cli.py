@@ -159,10 +159,14 @@ def _main(argv: list[str]) -> None:
 
 def _join(config: DictConfig, sweeps: bool) -> list[str]:
     """Joins the processes that were launched together; returns what Hydra is to do otherwise in this one."""
+    is_replay = config.task.name is TaskName.replay
+    if config.trainer.deterministic or is_replay:  # before anything is on a GPU
+        from qlora.models.determinism import fix_workspace
+
+        fix_workspace()
     if world.size() == 1:
         world.join()
         return []
-    is_replay = config.task.name is TaskName.replay
     if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
@@ -170,10 +174,6 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
         raise ConfigError(
             f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
-    if config.trainer.deterministic or is_replay:  # before anything is on a GPU
-        from qlora.models.determinism import fix_workspace
-
-        fix_workspace()
     world.join()
     os.environ[START_VARIABLE] = world.agree_on_start("time", now())
     if world.is_first():

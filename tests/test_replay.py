@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora import cli
 from qlora import replay as task
-from qlora.compose import compose, config_to_dict, read_config, restore_config
+from qlora.compose import compose, compose_dict, config_to_dict, read_config, restore_config
 from qlora.errors import ConfigError
 from qlora.folder import RunFolder, config_digest
 from qlora.models.determinism import WORKSPACE, deterministic
@@ -176,3 +178,10 @@ def test_a_cuda_that_is_at_work_already_is_refused(monkeypatch: pytest.MonkeyPat
         pass
     with pytest.raises(ConfigError, match=r"trainer.memory_budget"):
         compose(["trainer.deterministic=true", "trainer.memory_budget=auto"])
+
+
+@pytest.mark.parametrize("chosen", ["trainer.deterministic=true", "task=replay"])
+def test_the_workspace_is_chosen_before_anything_can_start_cuda(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    cli._join(compose_dict([chosen]), sweeps=False)
+    assert os.environ.pop(WORKSPACE) == ":4096:8"

@@ -28,6 +28,7 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
     mesh = init_device_mesh(device.type, (processes,))
     for layer in layers:
         layer.to(device)
+        _store_as_floats(layer)
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     model.to(device)
@@ -40,6 +41,14 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
         layer.reshard()
         _keep_quantization(layer)
     base.hf_device_map = {"": device}
+
+
+def _store_as_floats(layer: torch.nn.Module) -> None:
+    """Lets 4-bit weights, whose bytes stay as they are, pass for floating point numbers: torch 2.11 shards no other."""
+    for module in layer.modules():
+        if isinstance(module, Linear4bit):
+            packed = module.weight.data
+            module.weight.data = packed.view(-1).view(torch.bfloat16).view(-1, *packed.shape[1:])
 
 
 def _keep_quantization(layer: torch.nn.Module) -> None:

@@ -177,12 +177,14 @@ class Watchdog(TrainerCallback):
 
     def add_loss(self, loss: Tensor) -> Tensor:
         """Notes the loss of a micro-batch; returns what counts as it: 0 for one that is no number and is undone."""
+        loss = loss.to(self.device)  # it is another one where the base is spread over several
         self._loss = loss if self._loss is None else self._loss + loss
         return torch.where(loss.isfinite(), loss, 0) if self.guards else loss
 
     def judge(self, norm: Tensor) -> None:
         """Notes the norm of the gradients, which is the same in all processes."""
         assert self._loss is not None
+        norm = norm.to(self.device)
         self._steps.append((self._loss, norm, self._tokens))
         self._bad = ~norm.isfinite() if self.guards else None
 
