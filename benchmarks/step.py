@@ -35,12 +35,16 @@ LONG, PACK, WARM_UP = 2048, 8192, 3
 PLAIN = [f"trainer.{part}=false" for part in ("compile", "fused_linear", "fused_attention", "fused_loss")]
 FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
+LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7300MB"]
+MIDDLE = ["trainer.memory_budget=16GB"]
 CONTESTANTS: dict[str, tuple[list[str], dict[str, int], bool]] = {
     # name: overrides, rows a micro-batch by workload, whether it packs
     "fp8": ([*FP8, *KEEP], {"long": 4, "guanaco": 1}, True),
     "bf16": (KEEP, {"long": 4, "guanaco": 1}, True),
-    "fp8, lean": ([*FP8, *AGAIN], {"long": 2, "guanaco": 1}, True),
-    "bf16, lean": (AGAIN, {"long": 2, "guanaco": 1}, True),
+    "fp8, 16 GB": ([*FP8, *MIDDLE], {"long": 4, "guanaco": 1}, True),
+    "bf16, 16 GB": (MIDDLE, {"long": 4, "guanaco": 1}, True),
+    "fp8, 7.3 GB": ([*FP8, *LEAN], {"long": 4, "guanaco": 1}, True),
+    "bf16, 7.3 GB": (LEAN, {"long": 4, "guanaco": 1}, True),
     "plain": ([*PLAIN, *AGAIN], {"long": 4, "guanaco": 16}, False),
     "original": ([*PLAIN, *AGAIN], {"long": 1, "guanaco": 1}, False),
 }
@@ -128,12 +132,16 @@ def measure(
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         packed = workload == "guanaco" and CONTESTANTS[name][2]
+        width = (PACK if packed else LONG) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
         step = FastStep(model, config.trainer, config.quantization, run.placement, packs)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
         if step.is_active:
             flatten_groups(optimizer)
+        if (budget := run._build_budget(step, longest=width)) is not None:
+            plan = budget.choose()
+            step.checkpointed, step.offloads = plan.checkpointed, plan.offloads
         reset_peak_memory(device)
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         source = batches(workload, name, config.model.architecture.vocab_size, device, shrink)
@@ -149,7 +157,8 @@ def measure(
                     loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 0.3)
             optimizer.step()
-            model.zero_grad()
+            for parameter in trained:
+                parameter.grad = None
             wait()
             assert torch.isfinite(loss)
             return sum(tokens for _, tokens in micro), time.perf_counter() - started
@@ -171,6 +180,8 @@ def measure(
             "first_step_seconds": first,
             "loading_seconds": loading,
             "parts": step.parts,
+            "checkpointed": step.checkpointed,
+            "offloads": step.offloads,
             "device": device_name(device),
         }
 
@@ -178,7 +189,6 @@ def measure(
 def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any]:
     """Runs `python -m qlora` on a file of rows as of chats; returns the speed of its steps 6 to 20."""
     shrink = 16 if small else 1
-    micro = CONTESTANTS[name][1]["guanaco"]
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
         words = ["the", "stone", "owl", "sings", "of", "rivers", "and", "towers"]
@@ -187,9 +197,8 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name][2] else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
-            *(f"data.max_length={1024}", f"trainer.per_device_train_batch_size={micro}", "trainer.max_steps=20"),
-            *(f"trainer.gradient_accumulation_steps={1 if packing else 16 // micro}", "trainer.logging_steps=1"),
-            *("trainer.eval_steps=null", "trainer.save_steps=10", "task.evaluate=false", "task.predict=false"),
+            *("data.max_length=1024", "trainer.max_steps=20", "trainer.logging_steps=1", "trainer.eval_steps=null"),
+            *("trainer.save_steps=10", "task.evaluate=false", "task.predict=false"),
             *("evaluation=loss", "evaluation.baseline=false", *overrides, f"hydra.run.dir={run}"),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -254,7 +263,10 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for workload in arguments.workloads:
         for name in arguments.contestants:
-            overrides = [*shape, *CONTESTANTS[name][0]]
+            own, micro, packs = CONTESTANTS[name]
+            parts = 1 if packs and workload == "guanaco" else ROWS[workload] // micro[workload]
+            batch = [f"trainer.per_device_train_batch_size={micro[workload]}"]
+            overrides = [*shape, *own, *batch, f"trainer.gradient_accumulation_steps={parts}"]
             task = {"workload": workload, "name": name, "overrides": overrides, "steps": arguments.steps}
             found = [(workload, run_apart({**task, "profile": arguments.profile, "small": arguments.small}))]
             if workload == "guanaco" and arguments.end_to_end:

@@ -77,6 +77,41 @@ def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     tl.store(scales + row, scale)
 
 
+@triton.jit
+def _beside_kernel(
+    source, by, out, rows, rank, before, ranks, row_stride, column_stride, stride, width,
+    ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, RANKS)[None, :]
+    own = (column >= before) & (column < before + rank) & (row < rows)
+    place = source + row.to(tl.int64) * row_stride + (column - before).to(tl.int64) * column_stride
+    value = tl.load(place, mask=own, other=0.0).to(tl.float32) * tl.load(by)
+    first = value.to(out.dtype.element_ty)
+    rest = (value - first.to(tl.float32)).to(out.dtype.element_ty)
+    target = out + row.to(tl.int64) * stride + column
+    mask = (column < ranks) & (row < rows)
+    tl.store(target, first, mask=mask)
+    tl.store(target + ranks, first, mask=mask)
+    tl.store(target + 2 * ranks, rest, mask=mask)
+    padding = 3 * ranks + tl.arange(0, 16)[None, :]
+    zero = tl.zeros((ROWS, 16), dtype=tl.float32).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * stride + padding, zero, mask=(padding < width) & (row < rows))
+
+
+def write_beside(other: list[Tensor], by: Tensor, out: Tensor) -> None:
+    """As `linear.write_beside`, a launch a matrix."""
+    ranks, row, before = sum(each.shape[1] for each in other), 0, 0
+    width, size = triton.next_power_of_2(ranks), 32
+    for each in other:
+        rows, rank = each.shape
+        _beside_kernel[(triton.cdiv(rows, size),)](
+            each, by, out[row:], rows, rank, before, ranks, *each.stride(), out.stride(0), out.shape[1],
+            ROWS=size, RANKS=width,
+        )  # fmt: skip
+        row, before = row + rows, before + rank
+
+
 def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `linear.scale_rows`, one program a row, which is read once."""
     rows, columns = x.shape

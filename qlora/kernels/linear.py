@@ -13,7 +13,7 @@ The operators are opaque to `torch.compile`: it would keep decoded weights for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,21 +44,14 @@ def _joint(tensors: list[Tensor], rows: int, columns: int) -> Codes:
 
 
 def _decode(
-    codes: Codes,
-    dtype: torch.dtype,
-    factor: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    tail: Tensor | None = None,
+    codes: Codes, dtype: torch.dtype, factor: Tensor | None = None, *, transposed: bool = False, room: int = 0
 ) -> Tensor:
     """Returns the weights, [rows, columns] or transposed, times `factor`: by kernels on a GPU, else by their twin.
 
-    `tail` is what stands in further columns.
+    `room` is how many columns follow them that hold nothing yet.
     """
     rows, columns = (codes.columns, codes.rows) if transposed else (codes.rows, codes.columns)
-    out = torch.empty(rows, columns + (0 if tail is None else tail.shape[1]), dtype=dtype, device=codes.packed.device)
-    if tail is not None:
-        out[:, columns:] = tail
+    out = torch.empty(rows, columns + room, dtype=dtype, device=codes.packed.device)
     place = out[:, :columns]
     if codes.packed.is_cuda:
         from qlora.kernels.decode import decode_columns, decode_rows  # Triton is there with CUDA only
@@ -90,22 +83,29 @@ def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: li
 
 
 def _fake_backward(dy, dxa, a, codes, columns):
-    return dy.new_empty(dy.shape[0], columns)
+    return dy[0].new_empty(dy[0].shape[0], columns)
 
 
-@_operator("linear_backward(Tensor dy, Tensor? dxa, Tensor a, Tensor[] codes, int columns) -> Tensor", _fake_backward)
-def linear_backward(dy: Tensor, dxa: Tensor | None, a: Tensor, codes: list[Tensor], columns: int) -> Tensor:
-    """Returns the gradient with respect to `x` of `linear`, [tokens, columns]; the adapter's share only with `dxa`."""
-    weight = _decode(_joint(codes, dy.shape[1], columns), dy.dtype)
-    return dy @ weight if dxa is None else (dxa @ a).addmm_(dy, weight)
+@_operator("linear_backward(Tensor[] dy, Tensor? dxa, Tensor a, Tensor[] codes, int columns) -> Tensor", _fake_backward)
+def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list[Tensor], columns: int) -> Tensor:
+    """Returns the gradient with respect to `x` of `linear`, [tokens, columns]; the adapter's share only with `dxa`.
+
+    `dy` are the gradients with respect to each layer's output.
+    """
+    rows = [each.shape[1] for each in dy]
+    weights = _decode(_joint(codes, sum(rows), columns), dy[0].dtype).split(rows)
+    out = dy[0] @ weights[0] if dxa is None else (dxa @ a).addmm_(dy[0], weights[0])
+    for part, weight in zip(dy[1:], weights[1:], strict=True):
+        out.addmm_(part, weight)
+    return out
 
 
-def _fake_product(x, scale, factor, tail, codes, rows, columns, transposed):
+def _fake_product(x, scale, factor, other, by, codes, rows, columns, transposed):
     return x.new_empty(x.shape[0], columns if transposed else rows, dtype=torch.bfloat16)
 
 
 @_operator(
-    "product(Tensor x, Tensor scale, Tensor factor, Tensor? tail, Tensor[] codes, int rows, int columns, "
+    "product(Tensor x, Tensor scale, Tensor factor, Tensor[] other, Tensor? by, Tensor[] codes, int rows, int columns, "
     "bool transposed) -> Tensor",
     _fake_product,
 )
@@ -113,7 +113,8 @@ def product(
     x: Tensor,
     scale: Tensor,
     factor: Tensor,
-    tail: Tensor | None,
+    other: list[Tensor],
+    by: Tensor | None,
     codes: list[Tensor],
     rows: int,
     columns: int,
@@ -121,20 +122,54 @@ def product(
 ) -> Tensor:
     """Returns `x`, in e4m3, times the transpose of the weights [rows, columns], or times the weights (`transposed`).
 
-    The weights, in e4m3 too, are multiplied with `factor` [1]; `x` and they may go on in columns of their own (`tail`).
-    The result, bf16 [tokens, rows or columns], is multiplied with `scale` [tokens, 1].
+    The weights, in e4m3 too, are multiplied with `factor` [1]; where `x` has more columns than they have, `other` times
+    `by` [1] goes on there, as `write_beside` lays it. The result, bf16 [tokens, rows or columns], is multiplied with
+    `scale` [tokens, 1].
     """
-    weight = _decode(_joint(codes, rows, columns), x.dtype, factor, transposed=transposed, tail=tail)
+    own = rows if transposed else columns
+    room = x.shape[1] - own
+    weight = _decode(_joint(codes, rows, columns), x.dtype, factor, transposed=transposed, room=room)
+    if by is not None:
+        write_beside(other, by, weight[:, own:])
     if not x.is_cuda:
         return ((x.float() @ weight.float().t()) * scale).bfloat16()
     ones = torch.ones(1, weight.shape[0], device=x.device)
     return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def scale_rows_plain(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of `scale_rows`; compiled code uses it, and scales where it computes `x`."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+def write_beside_plain(other: list[Tensor], by: Tensor, out: Tensor) -> None:
+    """The twin of `write_beside`."""
+    first, rest = split(torch.block_diag(*other).float() * by)
+    ranks = first.shape[1]
+    out.zero_()
+    for place, part in enumerate((first, first, rest)):
+        out[:, place * ranks : (place + 1) * ranks] = part
+
+
+def write_beside(other: list[Tensor], by: Tensor, out: Tensor) -> None:
+    """Writes the matrices `other`, one for each layer [rows, rank], times `by` [1] to `out` [all rows, columns].
+
+    Each stands in its own rows and columns, between zeros: its first 8 bits, the same again, and what they lost.
+    """
+    if not out.is_cuda:
+        write_beside_plain(other, by, out)
+        return
+    from qlora.kernels.decode import write_beside as kernel
+
+    kernel(other, by, out)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns two tensors in e4m3 whose sum is nearly `x`."""
+    first = x.to(torch.float8_e4m3fn)
+    return first, (x - first.float()).to(first.dtype)
+
+
+def scale_rows_plain(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The twin of `scale_rows` for a matrix in parts; compiled code uses it, and scales where it computes them."""
+    scale = torch.cat([part.abs().amax(1, keepdim=True) for part in parts], 1).amax(1, keepdim=True).float()
+    scale = scale.clamp(min=1e-12) / E4M3_MAX
+    return torch.cat([(part.float() / scale).to(torch.float8_e4m3fn) for part in parts], 1), scale
 
 
 def _fake_scale(x):
@@ -155,36 +190,35 @@ ALIGNED = 16
 """Numbers of 8 bits by which a row of a product's matrix must end."""
 
 
-def product_with_adapter(
-    x: Tensor, half: Tensor, other: Tensor, factor: Tensor, codes: list[Tensor], *, transposed: bool
+def _multiply(
+    parts: Sequence[Tensor],
+    half: Tensor | None,
+    other: list[Tensor],
+    factor: Tensor,
+    codes: list[Tensor],
+    rows: int,
+    columns: int,
+    *,
+    transposed: bool,
 ) -> Tensor:
-    """Returns `product` of `x` in e4m3 plus `half @ other.t()`, in one product: bf16 [tokens, rows or columns].
+    """Returns `product` of a matrix in `parts`, plus `half` times the transpose of the diagonal blocks `other`.
 
     Each number of `half` and `other` is the sum of two of 8 bits, of which the second is what the first lost: about as
-    exact as 16 bits. `half` is divided by how much larger than the largest number of its row of `x` any of it is, and
-    `other` is multiplied with that, so that neither leaves the range of 8 bits; for the sake of `other`, `factor` may
-    shrink.
+    exact as 16 bits. `half` is divided by how much larger than the largest number of its row of `parts` any of it is,
+    and `other` is multiplied with that, so that neither leaves the range of 8 bits; for the sake of `other`, `factor`
+    may shrink.
     """
-    small, scale = _scaled(x)
+    compiled = torch.compiler.is_compiling()
+    x, scale = scale_rows_plain(*parts) if compiled else scale_rows(torch.cat(parts, 1) if parts[1:] else parts[0])
+    if half is None:
+        return product(x, scale / factor, factor, [], None, codes, rows, columns, transposed)
     reach = (half.abs().amax(1, keepdim=True) / scale).amax().clamp(min=1e-12) / E4M3_MAX
-    factor = torch.minimum(factor, E4M3_MAX / (reach * other.abs().amax()).clamp(min=1e-12))
-    (first, rest), (top, left) = _split(half.float() / (scale * reach)), _split(other.float() * (factor * reach))
-    pad = (0, -3 * half.shape[1] % ALIGNED)
-    beside, tail = (
-        torch.nn.functional.pad(torch.cat(each, 1), pad) for each in ([first, rest, first], [top, top, left])
-    )
-    rows, columns = (x.shape[1], len(other)) if transposed else (len(other), x.shape[1])
-    return product(torch.cat([small, beside], 1), scale / factor, factor, tail, codes, rows, columns, transposed)
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two tensors in e4m3 whose sum is nearly `x`."""
-    first = x.to(torch.float8_e4m3fn)
-    return first, (x - first.float()).to(first.dtype)
-
-
-def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    return scale_rows_plain(x) if torch.compiler.is_compiling() else scale_rows(x)
+    largest = torch.stack([each.abs().amax() for each in other]).amax()
+    factor = torch.minimum(factor, E4M3_MAX / (reach * largest).clamp(min=1e-12))
+    first, rest = split(half.float() / (scale * reach))
+    padding = first.new_zeros(len(first), -3 * half.shape[1] % ALIGNED)
+    x = torch.cat([x, first, rest, first, padding], 1)
+    return product(x, scale / factor, factor, other, factor * reach, codes, rows, columns, transposed)
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -192,7 +226,7 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dropped, a, factor, rows, *tensors):
-        """Returns [tokens, all rows] for `x` [tokens, columns].
+        """Returns the layers' outputs, each [tokens, rows], for `x` [tokens, columns].
 
         `dropped` is what the adapters read, `x` after dropout; None: `x` itself. `a` [all ranks, columns] are the A
         matrices; `tensors` the scaled B matrices, one a layer [rows, rank], and the tensors of the layers' `Codes`.
@@ -204,24 +238,22 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(read, xa, a, factor, *tensors)
         ctx.rows, ctx.drops = rows, dropped is not None
         if factor is None:
-            return linear(x, xa, b, codes, rows)
-        return product_with_adapter(x, xa, torch.block_diag(*b), factor, codes, transposed=False)
+            return linear(x, xa, b, codes, rows).split(rows, 1)
+        return _multiply([x], xa, b, factor, codes, sum(rows), x.shape[1], transposed=False).split(rows, 1)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *dy):
         """Returns the gradients with respect to `x`, `dropped`, `a` and the B matrices."""
         read, xa, a, factor, *tensors = ctx.saved_tensors
         rows, columns = ctx.rows, a.shape[1]
         b, codes = tensors[: len(rows)], tensors[len(rows) :]
-        dy = dy.contiguous()
-        parts, halves = dy.split(rows, 1), xa.split([each.shape[1] for each in b], 1)
-        dxa = torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)], 1)
+        dy = [part.contiguous() for part in dy]
+        dxa = torch.cat([part @ matrix for part, matrix in zip(dy, b, strict=True)], 1)
+        half = None if ctx.drops else dxa
         if factor is None:
-            dx = linear_backward(dy, None if ctx.drops else dxa, a, codes, columns)
-        elif ctx.drops:
-            small, scale = _scaled(dy)
-            dx = product(small, scale / factor, factor, None, codes, dy.shape[1], columns, True)
+            dx = linear_backward(dy, half, a, codes, columns)
         else:
-            dx = product_with_adapter(dy, dxa, a.t(), factor, codes, transposed=True)
-        db = [part.t() @ half for part, half in zip(parts, halves, strict=True)]
+            dx = _multiply(dy, half, [a.t()], factor, codes, sum(rows), columns, transposed=True)
+        halves = xa.split([each.shape[1] for each in b], 1)
+        db = [part.t() @ half for part, half in zip(dy, halves, strict=True)]
         return dx, dxa @ a if ctx.drops else None, dxa.t() @ read, None, None, *db, *([None] * len(codes))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,6 +36,7 @@ from qlora.kernels.dropout import keep_mask
 from qlora.kernels.linear import GroupedLinear
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
+from qlora.models.offload import Offloading
 from qlora.schema import BaseProducts, QuantizationConfig, TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ class Group:
         dropped = _drop(flat, first.lora_dropout["default"])
         found = GroupedLinear.apply(flat, dropped, a, self.factor, self.rows, *b, *self.tensors)
         outputs = []
-        for member, part in zip(self.members, found.split(self.rows, 1), strict=True):
+        for member, part in zip(self.members, found, strict=True):
             bias = member.get_base_layer().bias
             part = part if bias is None else part + bias.to(part.dtype)
             outputs.append(part.view(*x.shape[:-1], -1))
@@ -242,23 +241,6 @@ def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
 
 
-def _offload(checkpointed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a checkpointed layer; what it keeps, its input alone, waits in the host's memory."""
-    with saved_tensors_hooks(_to_host, _from_host):
-        return checkpointed(*args, **kwargs)
-
-
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """Starts the copy of a tensor to pinned memory; the device's stream keeps it in order with what follows."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
-    return tensor.device, copy.copy_(tensor, non_blocking=True)
-
-
-def _from_host(stored: tuple[torch.device, Tensor]) -> Tensor:
-    device, copy = stored
-    return copy.to(device, non_blocking=True)
-
-
 class FastStep:
     """The model as a training step sees it; a context manager, entered around each step."""
 
@@ -283,6 +265,7 @@ class FastStep:
         self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
+        self._offloading = Offloading(placement.device)
         self.offloads = False
         """Whether the inputs of those layers wait for the backward pass in the host's memory."""
         self._draws = any(p.p for p in self.base.modules() if isinstance(p, torch.nn.Dropout))
@@ -372,7 +355,8 @@ class FastStep:
             self._context.enter_context(fastest_attention())
         self._context.enter_context(torch._functorch.config.patch(KEEP_LITTLE))
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
-        again = partial(_offload, again) if self.offloads else again
+        self._offloading.begin()
+        again = partial(self._offloading.call, again) if self.offloads else again
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
             call = partial(self._layer, layer)

@@ -56,6 +56,19 @@ def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
     assert (found.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
 
 
+@pytest.mark.parametrize("ranks", [(8,), (64, 64), (3, 5, 4)])
+def test_the_adapter_s_matrices_stand_beside_as_by_the_twin(ranks: tuple[int, ...]) -> None:
+    from qlora.kernels.linear import write_beside, write_beside_plain
+
+    other = [torch.randn(100 * (place + 1), rank, device="cuda").bfloat16() for place, rank in enumerate(ranks)]
+    rows, width = sum(map(len, other)), -(-3 * sum(ranks) // 16) * 16
+    by = torch.tensor([30.0], device="cuda")
+    found, expected = (torch.full((rows, width), 7.0, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    write_beside(other, by, found)
+    write_beside_plain(other, by, expected)
+    assert torch.equal(found.float(), expected.float())
+
+
 def seconds(work: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(3):

@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from qlora.kernels.codes import decode_plain
-from qlora.kernels.decode import decode_columns, decode_rows, scale_rows
+from qlora.kernels.decode import decode_columns, decode_rows, scale_rows, write_beside
 from qlora.kernels.linear import scale_rows_plain
 from tests.kernels.weights import codes
 
@@ -40,4 +40,16 @@ for quant_type in ("nf4", "fp4"):
 x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
 (_, scale), (_, expected) = (f(x) for f in (scale_rows, scale_rows_plain))
 found["rows scale"] = steps(scale, expected)  # the interpreter's own rounding to 8 bits loses carries
+generator = torch.Generator().manual_seed(1)
+other = [torch.randn(rows, rank, generator=generator) for rows, rank in ((40, 3), (56, 5))]
+for kind, matrices in (("blocks", other), ("a transpose", [torch.randn(8, 96, generator=generator).t()])):
+    beside, exact = torch.full((96, 40), 7.0)[:, :32], torch.block_diag(*matrices).float() * 3.0
+    write_beside(matrices, torch.tensor([3.0]), beside)
+    expected = torch.cat([exact, exact, torch.zeros_like(exact), torch.zeros(96, 8)], 1)
+    found[f"beside: {kind}"] = steps(beside, expected)
+    narrow = torch.zeros(96, 32, dtype=torch.bfloat16)
+    write_beside(matrices, torch.tensor([3.0]), narrow)
+    assert torch.equal(narrow[:, :8], narrow[:, 8:16])
+    assert (narrow[:, :8].float() + narrow[:, 16:24].float() - exact).abs().max() <= 2**-13 * exact.abs().max()
+    assert not narrow[:, 24:].any()
 print(json.dumps(found))

@@ -80,7 +80,7 @@ class Case:
 
     def fused(self, factor: torch.Tensor | None = None) -> torch.Tensor:
         x, a, *b = self.inputs
-        return GroupedLinear.apply(x, None, a, factor, self.rows, *b, *self.codes.tensors())
+        return torch.cat(GroupedLinear.apply(x, None, a, factor, self.rows, *b, *self.codes.tensors()), 1)
 
     def plain(self) -> torch.Tensor:
         x, a, *b = self.inputs

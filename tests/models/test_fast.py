@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
-from qlora.models import fast
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
 from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
 from qlora.models.loading import keep_4bit_layout
+from qlora.models.offload import Offloading
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
 SHAPE = {
@@ -125,8 +125,8 @@ def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.Monke
     step = FastStep(model, config.trainer, config.quantization, CPU, None)
     step.checkpointed = 2
     copied: list[torch.Tensor] = []
-    to_host = fast._to_host
-    monkeypatch.setattr(fast, "_to_host", lambda tensor: copied.append(tensor) or to_host(tensor))
+    store = Offloading.store
+    monkeypatch.setattr(Offloading, "store", lambda self, tensor: copied.append(tensor) or store(self, tensor))
     found = []
     for step.offloads in (False, True):
         torch.manual_seed(4)
