@@ -668,7 +668,7 @@ class Run(Parts):
             for name in names
         ]
         folder = self.folder.path
-        own = ("task=", "adapter=", "hydra.run.dir=", "name=")
+        own = ("task=", "adapter=", "hydra.run.dir=", "name=", "resume=")
         chosen = [text for text in self.overrides if not text.startswith(own)]
         again = shlex.join(["qlora", *chosen, f"adapter={self.config.adapter or folder}"])
         console.summary(

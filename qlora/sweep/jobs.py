@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.files import read_json, write_text
@@ -156,6 +156,19 @@ def _in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else repr(error)
 
 
+_held: list[TextIO] = []
+"""The files whose locks this process holds."""
+
+
+def _let_go() -> None:
+    """Closes the locks in a process that was forked, such as a worker, which may outlive a run that is killed."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, complaint: str) -> Iterator[None]:
     """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
@@ -173,7 +186,11 @@ def locked(folder: Path, complaint: str) -> Iterator[None]:
                     message = f"{complaint}; wait until it has ended, or choose another folder"
                     raise ConfigError(message) from None
                 time.sleep(0.1)
-        yield
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
 
 
 def is_locked(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -106,6 +107,21 @@ def test_a_killed_job_is_not_running_and_its_folder_is_free(tmp_path: Path) -> N
     assert (job.status, job.reason) == (Status.interrupted, "its process is gone")
     with locked(tmp_path, "free"):
         pass
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
+    with locked(tmp_path, "taken"):
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        assert is_locked(tmp_path)
+    try:
+        with locked(tmp_path, "free"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_looking_at_a_lock_does_not_disturb_who_takes_it(tmp_path: Path) -> None:
