@@ -383,7 +383,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tu
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:{files}\n---\n")
     load = datasets.load_dataset
 
-    def load_dataset(path: str, subset: str, *, split: str, data_files: None) -> datasets.Dataset:
+    def load_dataset(path: str, subset: str, *, split: str, data_files: None, revision: None) -> datasets.Dataset:
         asked.append((path, subset, split))
         return load(str(folder), subset, split=split, cache_dir=str(tmp_path / "cache"))
 
