@@ -158,6 +158,7 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "packs": None,
         "packed_share": None,
         "fingerprint": report.fingerprint,
+        "commits": [None],
     }
     assert caplog.messages == [
         "toy: of 3 rows: 1 sources cut at the beginning to data.source_max_len=3; 1 targets cut at the end to "
