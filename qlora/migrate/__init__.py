@@ -73,7 +73,9 @@ def read(path: Path) -> tuple[Dialect, Reading]:
     """
     if not path.is_file():
         siblings = [str(entry) for entry in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ConfigError(f"from={path}: no such file{did_you_mean(str(path), siblings)}")
+        raise ConfigError(
+            f"from={path}: no such file{did_you_mean(str(path), siblings)}; give the path of a config or a script"
+        )
     dialect, facts = _recognise(path)
     try:
         reading = translate(dialect, facts)

@@ -222,12 +222,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("image_max_pixels", "video_max_pixels", "freeze_vision_tower"), Lost("only text is trained here")),
     **dict.fromkeys(("tokenized_path", "eval_num_beams", "additional_target", "freeze_trainable_layers"),
                     Lost("there is no such option here")),
-    "ddp_timeout": Same(),
     **dict.fromkeys(
-        ("overwrite_cache", "overwrite_output_dir", "plot_loss", "save_only_model", "pissa_iter", "pissa_convert",
-         "quantization_device_map", "logging_dir", "logging_strategy", "use_fast_tokenizer", "low_cpu_mem_usage",
-         "remove_unused_columns", "include_num_input_tokens_seen", "log_level", "__folder__",
-         "dataloader_pin_memory", "ddp_find_unused_parameters", "per_device_predict_batch_size"),
+        (*shared.WITHOUT_EFFECT,
+         "overwrite_cache", "overwrite_output_dir", "plot_loss", "save_only_model", "pissa_iter", "pissa_convert",
+         "quantization_device_map", "logging_dir", "use_fast_tokenizer",
+         "include_num_input_tokens_seen", "log_level", "__folder__", "per_device_predict_batch_size"),
         Same(),
     ),
 }  # fmt: skip

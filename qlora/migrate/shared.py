@@ -15,6 +15,9 @@ SHARDED = "says how weights are sharded; start with torchrun and trainer.paralle
 ONE_PROCESS = "how a run is spread over processes is said where it is started (torchrun, accelerate launch)"
 REMOTE = "set by the environment here (HF_TOKEN, or `hf auth login`), never by a config"
 SPEED = "speeds up another trainer; here the fast step is on by itself (trainer.fused_linear, fused_loss, compile)"
+WITHOUT_EFFECT = ("dataloader_pin_memory", "ddp_find_unused_parameters", "ddp_timeout", "logging_strategy",
+                  "low_cpu_mem_usage", "remove_unused_columns")  # fmt: skip
+"""Arguments of transformers' trainer, which others hand on, that make no difference here."""
 NO_STEPS = "steps of an epoch are known when the rows are read; set {key}=N"
 
 TRACKERS = {"none": "none", "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
