@@ -146,9 +146,13 @@ def product(
 
 def scale_parts(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """As `scale_rows` for a matrix in parts; compiled code scales where it computes them."""
-    if not torch.compiler.is_compiling():
-        x, scale = scale_rows(torch.cat(tuple(parts), 1) if parts[1:] else parts[0])
-        return [x], scale
+    if torch.compiler.is_compiling():
+        return _scale_parts_plain(parts)
+    x, scale = scale_rows(torch.cat(tuple(parts), 1) if parts[1:] else parts[0])
+    return [x], scale
+
+
+def _scale_parts_plain(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     largest = [part.abs().amax(1, keepdim=True) for part in parts]
     scale = functools.reduce(torch.maximum, largest).float().clamp(min=1e-12) / E4M3_MAX
     return [(part.float() / scale).to(torch.float8_e4m3fn) for part in parts], scale
@@ -156,8 +160,8 @@ def scale_parts(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def scale_rows_plain(x: Tensor) -> tuple[Tensor, Tensor]:
     """The twin of `scale_rows`."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+    (scaled,), scale = _scale_parts_plain([x])
+    return scaled, scale
 
 
 def _fake_scale(x):

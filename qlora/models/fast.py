@@ -339,8 +339,10 @@ class FastStep:
         return None
 
     def _compile_fault(self) -> str | None:
-        if self._is_spread or self.is_sharded:
-            return SPREAD if self._is_spread else SHARDED
+        if self._is_spread:
+            return SPREAD
+        if self.is_sharded:
+            return SHARDED
         return None if self.layers else f"{self.base.config.model_type} has no list of decoder layers"
 
     @property
