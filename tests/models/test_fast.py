@@ -62,9 +62,9 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
     return adapted.train(), config
 
 
-def batch(*, packed: bool = False) -> dict[str, torch.Tensor]:
+def batch(*, packed: bool = False, seed: int = 2) -> dict[str, torch.Tensor]:
     """Returns two rows, the second one with padding or both with two segments."""
-    ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :5] = -100
     if packed:
