@@ -141,7 +141,7 @@ def measure(
             flatten_groups(optimizer)
         if (budget := run._build_budget(step, longest=width)) is not None:
             plan = budget.choose()
-            step.checkpointed, step.offloads = plan.checkpointed, plan.offloads
+            step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
         reset_peak_memory(device)
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         source = batches(workload, name, config.model.architecture.vocab_size, device, shrink)
@@ -181,7 +181,7 @@ def measure(
             "loading_seconds": loading,
             "parts": step.parts,
             "checkpointed": step.checkpointed,
-            "offloads": step.offloads,
+            "offloaded": step.offloaded,
             "device": device_name(device),
         }
 
