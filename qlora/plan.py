@@ -164,6 +164,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
         step=_find_step(config),
+        guarded=config.watchdog.nonfinite.keeps_out,
     )
 
 

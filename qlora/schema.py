@@ -217,6 +217,11 @@ class WatchdogAction(Enum):
     rollback = "rollback"
     stop = "stop"
 
+    @property
+    def keeps_out(self) -> bool:
+        """Whether an update by gradients that are no numbers is undone."""
+        return self not in (WatchdogAction.ignore, WatchdogAction.warn)
+
 
 class Parallel(Enum):
     """How several processes share a training."""
@@ -1160,8 +1165,7 @@ class Config:
             raise ConfigError(
                 f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
             )
-        keeps_out = self.watchdog.nonfinite not in (WatchdogAction.ignore, WatchdogAction.warn)
-        if keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
+        if self.watchdog.nonfinite.keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
             raise ConfigError(
                 f"trainer.optim={self.trainer.optim} changes weights within the backward pass, where "
                 f"watchdog.nonfinite={self.watchdog.nonfinite.value} cannot keep an update out; set "

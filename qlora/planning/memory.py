@@ -89,6 +89,8 @@ class Setup:
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again in the backward pass."""
     step: PlanStep
+    guarded: bool = False
+    """Whether the weights of before are kept during the optimizer's step, for an update that is to be undone."""
     offloaded: int = 0
     """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
 
@@ -392,7 +394,8 @@ class Ledger:
                 + angles + self.saved(names),
                 "backward pass of a layer": self.backward,
             }  # fmt: skip
-        scratch = OPTIMIZERS[setup.optim].scratch * self.gradients
+        kind = OPTIMIZERS[setup.optim]
+        scratch = (kind.scratch + (kind.own and setup.guarded)) * self.gradients  # others keep a piece at a time
         yield OPTIMIZER_STEP, {**base, "gradients": self.gradients, "optimizer's step": scratch}
 
     def memory(self) -> Memory:

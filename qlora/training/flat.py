@@ -1,4 +1,4 @@
-"""One optimizer kernel for all adapter weights, in place of one a matrix."""
+"""A few optimizer kernels for all adapter weights, in place of one a matrix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PIECE = 2**24
+"""Most elements that the optimizer sees as one parameter, so that a copy of one is small; a multiple of its blocks."""
+
 
 def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer see the parameters of each of its groups as one tensor, before its first step.
+    """Makes the optimizer see each of its groups as large pieces of one tensor, before its first step.
 
     bitsandbytes starts a kernel for each tensor and waits for it, and a 7B model has 448 adapter matrices. Optimizers
     that treat every weight alike (Adam, Lion ...) compute the same; what a block of 8-bit states holds may span two
@@ -24,7 +27,7 @@ def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
         own = list(group["params"])
         if len({(parameter.dtype, parameter.device) for parameter in own}) == 1:
             groups.append(_Joint(own))
-            group["params"] = [groups[-1].parameter]
+            group["params"] = groups[-1].pieces
 
     def complete(*_: Any) -> None:
         for group in groups:
@@ -32,7 +35,7 @@ def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
 
     def release(*_: Any) -> None:
         for group in groups:
-            group.parameter.grad = None  # the parameters' own gradients go with `zero_grad`
+            group.release()
 
     optimizer.register_step_pre_hook(complete)
     optimizer.register_step_post_hook(release)
@@ -43,9 +46,11 @@ class _Joint:
 
     def __init__(self, own: list[torch.nn.Parameter]) -> None:
         self.own, self.first = own, [0, *accumulate(parameter.numel() for parameter in own)]
-        self.parameter = torch.nn.Parameter(torch.cat([parameter.detach().view(-1) for parameter in own]))
+        joint = torch.cat([parameter.detach().view(-1) for parameter in own])
+        self.pieces = [torch.nn.Parameter(piece) for piece in joint.split(PIECE)]
+        self.gradient: Tensor | None = None
         for index, parameter in enumerate(own):
-            parameter.data = self._part(self.parameter.detach(), index)
+            parameter.data = self._part(joint, index)
             parameter.register_post_accumulate_grad_hook(partial(self._move, index))
 
     def _part(self, joint: Tensor, index: int) -> Tensor:
@@ -53,17 +58,26 @@ class _Joint:
 
     def _move(self, index: int, parameter: Tensor) -> None:
         """Moves a gradient to its part of the joint one, if it is not there; what is added later is added there."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.empty_like(self.parameter)
-        part = self._part(self.parameter.grad, index)
+        if self.gradient is None:
+            self.gradient = parameter.new_empty(self.first[-1])
+        part = self._part(self.gradient, index)
         assert parameter.grad is not None
         if parameter.grad.data_ptr() != part.data_ptr():
             part.copy_(parameter.grad)
             parameter.grad = part
 
     def complete(self) -> None:
-        """Counts parameters without a gradient as of gradient zero."""
+        """Gives the pieces their gradients; parameters without one count as of gradient zero."""
         for index, parameter in enumerate(self.own):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._move(index, parameter)
+        assert self.gradient is not None
+        for piece, gradient in zip(self.pieces, self.gradient.split(PIECE), strict=True):
+            piece.grad = gradient
+
+    def release(self) -> None:
+        """Forgets the joint gradient; its parts, the parameters' own ones, go with `zero_grad`."""
+        self.gradient = None
+        for piece in self.pieces:
+            piece.grad = None

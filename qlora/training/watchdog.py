@@ -18,10 +18,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl
 
@@ -126,7 +128,7 @@ class Watchdog(TrainerCallback):
     @property
     def guards(self) -> bool:
         """Whether updates by gradients that are no numbers are undone."""
-        return self.config.nonfinite in (WatchdogAction.skip, WatchdogAction.rollback, WatchdogAction.stop)
+        return self.config.nonfinite.keeps_out
 
     @contextlib.contextmanager
     def expecting_batches(self) -> Iterator[None]:
@@ -195,24 +197,42 @@ class Watchdog(TrainerCallback):
         """
         if not self.guards:
             return
+        if isinstance(optimizer, Optimizer8bit):
+            optimizer.update_step = partial(self._update, optimizer.update_step)
+            return
         kept: list[tuple[torch.nn.Parameter, Tensor]] = []
 
         def before(*_: Any) -> None:
             if self._bad is not None:
                 for parameter in (each for group in optimizer.param_groups for each in group["params"]):
                     if parameter.grad is not None:
-                        parameter.grad.masked_fill_(self._bad.to(parameter.device, non_blocking=True), 0)
-                        kept.append((parameter, parameter.detach().clone()))
+                        kept.append((parameter, self._keep(parameter)))
 
         def after(*_: Any) -> None:
             for parameter, old in kept:
-                assert self._bad is not None
-                bad = self._bad.to(parameter.device, non_blocking=True)
-                parameter.data.copy_(torch.where(bad, old, parameter.data))
+                self._undo(parameter, old)
             kept.clear()
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
+
+    def _update(self, own: Callable[..., None], group: Any, parameter: torch.nn.Parameter, *place: int) -> None:
+        """Does what bitsandbytes does about one parameter, guarded; so only one is copied at a time."""
+        old = self._keep(parameter) if self._bad is not None else None
+        own(group, parameter, *place)
+        if old is not None:
+            self._undo(parameter, old)
+
+    def _keep(self, parameter: torch.nn.Parameter) -> Tensor:
+        assert self._bad is not None
+        assert parameter.grad is not None
+        parameter.grad.masked_fill_(self._bad.to(parameter.device, non_blocking=True), 0)
+        return parameter.detach().clone()
+
+    def _undo(self, parameter: torch.nn.Parameter, old: Tensor) -> None:
+        assert self._bad is not None
+        bad = self._bad.to(parameter.device, non_blocking=True)
+        torch.where(bad, old, parameter.data, out=parameter.data)
 
     def mean_since_log(self, logged: float) -> tuple[float, float]:
         """Returns the mean loss since the last call without steps that were undone, and what its sum is more.

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,7 +27,7 @@ from qlora.training.meter import Meter
 from qlora.training.sampler import ShuffledSampler
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments
-from qlora.training.watchdog import Halted
+from qlora.training.watchdog import Halted, Watchdog
 
 CPU = torch.device("cpu")
 ROWS, STEPS, PER_STEP = 24, 12, 2
@@ -357,3 +358,39 @@ def test_nothing_is_watched_with_none() -> None:
     config = compose(["watchdog=none"]).watchdog
     assert isinstance(config, WatchdogConfig)
     assert {config.nonfinite.value, config.zero.value, config.slow.value} == {"ignore"}
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.PagedAdamW32bit, torch.optim.AdamW])
+def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
+    kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = Watchdog(compose([]).watchdog, torch.device("cpu"), find_rows=lambda step: [], scales=False)
+    weights = [torch.nn.Parameter(torch.ones(5)) for _ in range(3)]
+    optimizer = kind(weights, lr=0.1)
+    watchdog.guard(optimizer)
+    held, most = 0, 0
+    keep, undo = watchdog._keep, watchdog._undo
+
+    def count_keep(parameter: torch.nn.Parameter) -> torch.Tensor:
+        nonlocal held, most
+        held, most = held + 1, max(most, held + 1)
+        return keep(parameter)
+
+    def count_undo(*kept: Any) -> None:
+        nonlocal held
+        held -= 1
+        undo(*kept)
+
+    monkeypatch.setattr(watchdog, "_keep", count_keep)
+    monkeypatch.setattr(watchdog, "_undo", count_undo)
+    for norm in (1.0, math.nan, 1.0):
+        before = [weight.detach().clone() for weight in weights]
+        watchdog.begin(None)
+        watchdog.add_loss(torch.tensor(1.0))
+        watchdog.judge(torch.tensor(norm))
+        for weight in weights:
+            weight.grad = torch.full((5,), norm)
+        optimizer.step()
+        unchanged = [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
+        assert unchanged == [math.isnan(norm)] * 3
+    assert most == (1 if kind is bnb.optim.PagedAdamW32bit else 3)
