@@ -122,7 +122,6 @@ def time_trainer(
         optim="paged_adamw_32bit",
         bf16=placement.compute is torch.bfloat16,
         use_cpu=not on_gpu,
-        use_liger_kernel=peft is not None and on_gpu and find_spec("liger_kernel") is not None,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
@@ -155,7 +154,6 @@ def time_trainer(
         "peak_gb": peak_memory_gb(device),
         "first_step_seconds": seconds[0],
         "device": device_name(device),
-        "is_trainer": True,
     }
 
 
@@ -181,6 +179,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "gradient_checkpointing": bool(config.trainer.gradient_checkpointing),
         "packing": packs,
         "max_length": LONG // shrink,
+        "use_liger_kernel": package == "trl" and placement.device.type == "cuda" and bool(find_spec("liger_kernel")),
     }
     with tempfile.TemporaryDirectory() as folder:
         if whole:
@@ -196,7 +195,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             drawn = islice(steps_of_rows(workload, config.model.architecture.vocab_size, shrink), count)
             rows = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for step in drawn for row in step])
             options |= {"train_sampling_strategy": "sequential", "save_strategy": "no"}
-        return time_trainer(rows, task["base"], model, peft, placement, folder, measured, **options)
+        found = time_trainer(rows, task["base"], model, peft, placement, folder, measured, **options)
+        return {**found, "is_trainer": not whole}  # whose step includes its loader
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def to_table(results: list[dict[str, Any]]) -> str:
                 f"{result['first_step_seconds']:.0f}" if "first_step_seconds" in result else "",
             ]
         )
-        contestant = result["contestant"] + (", its trainer" if result.get("is_trainer") else "")
+        contestant = result["contestant"] + (", with its loader" if result.get("is_trainer") else "")
         lines.append([result["workload"], contestant, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

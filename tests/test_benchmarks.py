@@ -123,7 +123,7 @@ def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(
     ]
     assert step.to_table(rows).splitlines()[2:] == [
         "| guanaco | unsloth | 7,048 | 7.9 | 3 |",
-        "| guanaco | trl, its trainer | 7,048 | 7.9 | 3 |",
+        "| guanaco | trl, with its loader | 7,048 | 7.9 | 3 |",
         "| long | trl | out of memory |  |  |",
     ]
 
