@@ -232,7 +232,7 @@ def measure(
             flatten_groups(optimizer)
         if (budget := run._build_budget(step, longest=width)) is not None:
             plan = budget.choose()
-            step.checkpointed, step.offloads = plan.checkpointed, plan.offloads
+            step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
 
         @contextmanager
         def around() -> Iterator[None]:
@@ -245,7 +245,7 @@ def measure(
             "loading_seconds": loading,
             "parts": step.parts,
             "checkpointed": step.checkpointed,
-            "offloads": step.offloads,
+            "offloaded": step.offloaded,
         }
 
 

@@ -530,8 +530,9 @@ class Parts:
         kind = PlanStep.fast if step.parts["fused_linear"] == "on" else PlanStep.plain
         setup = replace(read_setup(self.config, shape), step=kind, length=longest)
 
-        def added(checkpointed: int, rows: int, length: int) -> float:
-            return Ledger(shape, replace(setup, checkpointed=checkpointed, rows=rows, length=length)).added
+        def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
+            plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
+            return Ledger(shape, plan).added
 
         formula = Formula(Ledger(shape, setup).before, setup.accumulates, added, setup.rows, longest)
         cap = parse_size(wanted)

@@ -13,8 +13,9 @@ The operators are opaque to `torch.compile`: it would keep decoded weights for t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,27 @@ def _decode(
     return out
 
 
+_unread: int | None = None
+
+
+@contextlib.contextmanager
+def unread(packed: Tensor) -> Iterator[None]:
+    """Inside, the outputs of the layers whose stored weights `packed` are will not be read: all of it is NaN.
+
+    So a layer that is computed again for its backward pass saves a product, and one that reads it nevertheless is seen.
+    """
+    global _unread
+    _unread = packed.data_ptr()
+    try:
+        yield
+    finally:
+        _unread = None
+
+
+def _is_unread(codes: list[Tensor]) -> bool:
+    return _unread is not None and codes[0].data_ptr() == _unread
+
+
 def _fake_linear(x, xa, b, codes, rows):
     return xa.new_empty(x.shape[0], sum(rows))
 
@@ -77,6 +99,8 @@ def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: li
     matrices, each [rows, rank], `codes` the tensors of the layers' `Codes`.
     """
     out = xa.new_empty(len(x), sum(rows))
+    if _is_unread(codes):
+        return out.fill_(torch.nan)
     ranks = [each.shape[1] for each in b]
     for part, half, matrix in zip(out.split(rows, 1), xa.split(ranks, 1), b, strict=True):
         torch.mm(half, matrix.t(), out=part)
@@ -126,6 +150,8 @@ def product(
     `beside`, in e4m3, go on there as the blocks of a diagonal. The result, bf16 [tokens, rows or columns], is
     multiplied with `scale` [tokens, 1].
     """
+    if not transposed and _is_unread(codes):
+        return x.new_full((len(x), rows), torch.nan, dtype=torch.bfloat16)
     own = rows if transposed else columns
     room = x.shape[1] - own
     weight = _decode(_joint(codes, rows, columns), x.dtype, factor, transposed=transposed, room=room)

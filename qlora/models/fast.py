@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from qlora.errors import ConfigError
 from qlora.kernels.attention import attend_batch, attend_rows, fastest_attention, has_varlen
 from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_scales, join, read_codes
 from qlora.kernels.dropout import keep_mask
-from qlora.kernels.linear import GroupedLinear
+from qlora.kernels.linear import GroupedLinear, unread
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
 from qlora.models.offload import Offloading
@@ -269,8 +270,8 @@ class FastStep:
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
         self._offloading = Offloading(placement.device)
-        self.offloads = False
-        """Whether the inputs of those layers wait for the backward pass in the host's memory."""
+        self.offloaded = 0
+        """How many of those layers, the first ones, have their inputs wait in the host's memory."""
         self._draws = any(p.p for p in self.base.modules() if isinstance(p, torch.nn.Dropout))
 
     def _decide(self, name: str, wanted: bool | str, fault: str | None) -> bool:
@@ -363,16 +364,30 @@ class FastStep:
         self._context.enter_context(torch._functorch.config.patch(KEEP_LITTLE))
         # Layers are compiled one by one, so there is nothing to cut for the exchange of gradients between processes.
         self._context.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self._draws)
         self._offloading.begin()
-        again = partial(self._offloading.call, again) if self.offloads else again
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
-            call = partial(self._layer, layer)
-            layer._compiled_call_impl = partial(again, call) if index < self.checkpointed else call
+            layer._compiled_call_impl = self._call_of(index, layer)
         if self.loss or self.attention:
             self.base.forward = self._forward
         return self
+
+    def _call_of(self, index: int, layer: torch.nn.Module) -> Callable[..., Any]:
+        """Returns how a step calls a layer."""
+        call = partial(self._layer, layer)
+        if index >= self.checkpointed:
+            return call
+        # What a layer adds to its input last, nothing in it reads: the second time that product is left out.
+        last = _last_product(layer)
+        second = partial(unread, last) if last is not None else contextlib.nullcontext
+        again = partial(
+            checkpoint,
+            call,
+            use_reentrant=False,
+            preserve_rng_state=self._draws,
+            context_fn=lambda: (contextlib.nullcontext(), second()),
+        )
+        return partial(self._offloading.call, again) if index < self.offloaded else again
 
     def __exit__(self, *error: object) -> None:
         self._context.close()
@@ -435,6 +450,18 @@ class FastStep:
             "borders": borders,
             "longest": longest,
         }
+
+
+def _last_product(layer: torch.nn.Module) -> Tensor | None:
+    """Returns the weights, as they are stored, of the product that a layer ends with by adding it to its input.
+
+    None: it ends otherwise, with a norm for instance, or that product is none of ours.
+    """
+    own = {name for name, _ in layer.named_children()}
+    if own != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return None
+    last = getattr(layer.mlp, "down_proj", None)
+    return last.group.tensors[0] if isinstance(last, FastLinear) else None
 
 
 def find_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -89,6 +89,8 @@ class Setup:
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again in the backward pass."""
     step: PlanStep
+    offloaded: int = 0
+    """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
 
     @property
     def tokens(self) -> int:
@@ -364,7 +366,8 @@ class Ledger:
         kept = layers - setup.checkpointed
         targets = list(setup.targets) if setup.r else [frozenset[str]()] * layers
         input_bytes = setup.tokens * self.shape.hidden * (4 if self._wide_stream else setup.width)
-        inputs = setup.checkpointed * input_bytes
+        moving = min(setup.offloaded, 2)  # one on its way, and the next
+        inputs = (setup.checkpointed - setup.offloaded + moving) * input_bytes
         late = targets[setup.checkpointed :]
         saved, copies = sum(map(self.saved, late)), sum(map(self.copies, late))
         earlier = self.gradients if setup.accumulates else 0
@@ -385,7 +388,8 @@ class Ledger:
             gradients = self.gradients if setup.accumulates else self.gradients * done / layers
             yield "a checkpointed layer's backward pass", {
                 **base, "gradients": gradients, "adapters in 16 bits": self.copies(names),
-                "activations": (layers - done) * input_bytes + angles + self.saved(names),
+                "activations": (max(layers - done - setup.offloaded, 0) + moving) * input_bytes
+                + angles + self.saved(names),
                 "backward pass of a layer": self.backward,
             }  # fmt: skip
         scratch = OPTIMIZERS[setup.optim].scratch * self.gradients

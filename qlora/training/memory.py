@@ -25,7 +25,7 @@ class Step(Protocol):
     """What a training step runs in."""
 
     checkpointed: int
-    offloads: bool
+    offloaded: int
 
     @property
     def layers(self) -> Sequence[torch.nn.Module]: ...
@@ -41,8 +41,8 @@ class MemoryPlan:
 
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again."""
-    offloads: bool = False
-    """Whether the inputs of those layers wait in the host's memory."""
+    offloaded: int = 0
+    """How many of those layers, the first ones, have their inputs wait in the host's memory."""
     pieces: int = 1
     """Parts of about equally many rows in which a micro-batch is computed."""
 
@@ -55,13 +55,14 @@ class MemoryPlan:
             return replace(self, checkpointed=(self.checkpointed + layers + 1) // 2)
         if self.checkpointed < layers:
             return replace(self, checkpointed=layers)
-        if layers and not self.offloads:
-            return replace(self, offloads=True)
+        if self.offloaded < layers:
+            return replace(self, offloaded=layers)
         return replace(self, pieces=min(2 * self.pieces, rows)) if self.pieces < rows else None
 
     def __str__(self) -> str:
         words = [f"{self.checkpointed} layers checkpointed"]
-        words += ["their inputs in the host's memory"] if self.offloads else []
+        which = "their inputs" if self.offloaded == self.checkpointed else f"the inputs of {self.offloaded}"
+        words += [f"{which} in the host's memory"] if self.offloaded else []
         words += [f"micro-batches in {self.pieces} parts"] if self.pieces > 1 else []
         return ", ".join(words)
 
@@ -74,8 +75,8 @@ class Formula:
     """What is there when a step's last micro-batch begins."""
     accumulates: bool
     """Whether gradients of earlier micro-batches are a part of that."""
-    added: Callable[[int, int, int], float]
-    """What a micro-batch adds at most, by checkpointed layers, rows, and tokens of a row."""
+    added: Callable[[int, int, int, int], float]
+    """What a micro-batch adds at most, by checkpointed and offloaded layers, rows, and tokens of a row."""
     rows: int
     """Rows of the largest micro-batch."""
     length: int
@@ -83,7 +84,7 @@ class Formula:
 
 
 class Budget:
-    """Chooses the fewest checkpointed layers that fit: by the formula, and once steps are measured by what they took.
+    """Chooses the fewest checkpointed and offloaded layers that fit: by the formula, and later by what steps took.
 
     `limit` is what torch may allocate, `cap` what it may reserve in a step (None: all there is), in bytes.
     """
@@ -97,10 +98,13 @@ class Budget:
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
         rows, length = self.formula.rows, self.formula.length
-        for count in range(self.layers + 1):
-            if self._before + self._factor * self.formula.added(count, rows, length) <= self.limit:
-                return MemoryPlan(count)
-        return MemoryPlan(self.layers, offloads=True)
+        plans = [MemoryPlan(count) for count in range(self.layers + 1)]
+        plans += [MemoryPlan(self.layers, count) for count in range(1, self.layers + 1)]
+        for plan in plans:
+            added = self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
+            if self._before + self._factor * added <= self.limit:
+                return plan
+        return plans[-1]
 
     @contextlib.contextmanager
     def measured(self, plan: MemoryPlan, batch: Batch) -> Iterator[None]:
@@ -113,7 +117,7 @@ class Budget:
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - before
             self._tokens, self._before = rows * length, before
-            self._factor = added / self.formula.added(plan.checkpointed, rows, length)
+            self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -141,7 +145,7 @@ class StepMemory:
     def __init__(self, step: Step, device: torch.device, budget: Budget | None, *, alone: bool) -> None:
         self.step, self.device, self.budget, self.alone = step, device, budget, alone
         self.retries = 0
-        self.plan = budget.choose() if budget is not None else MemoryPlan(step.checkpointed, step.offloads)
+        self.plan = budget.choose() if budget is not None else MemoryPlan(step.checkpointed, step.offloaded)
         self._batches: list[Batch] = []
         self._steps = 0
         if budget is not None:
@@ -178,7 +182,7 @@ class StepMemory:
 
     def _try(self, batches: list[Batch], learn: Callable[[Batch], Tensor]) -> Tensor | None:
         """Returns the last micro-batch's loss; None: out of memory."""
-        self.step.checkpointed, self.step.offloads = self.plan.checkpointed, self.plan.offloads
+        self.step.checkpointed, self.step.offloaded = self.plan.checkpointed, self.plan.offloaded
         try:
             for batch in batches:
                 loss = self._learn(batch, learn)
@@ -203,8 +207,8 @@ class StepMemory:
 
     @property
     def _is_by_formula(self) -> bool:
-        """Whether the plan is one that the formula counts: nothing is offloaded or cut."""
-        return self.plan == MemoryPlan(self.plan.checkpointed)
+        """Whether the plan is one that the formula counts: nothing is cut."""
+        return self.plan.pieces == 1
 
     def _too_much(self) -> ConfigError:
         larger = "a larger trainer.memory_budget, " if self.budget is not None and self.budget.cap is not None else ""

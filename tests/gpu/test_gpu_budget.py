@@ -114,7 +114,7 @@ def test_offloaded_inputs_change_no_bit_and_leave_the_gpu() -> None:
     step = FastStep(model, config.trainer, config.quantization, placement, None)
     step.checkpointed = 8
     found, held = [], []
-    for step.offloads in (False, True):
+    for step.offloaded in (0, 8):
         with step, placement.autocast():
             found.append(learn(model, rows, num_items_in_batch=31))
             before = torch.cuda.memory_allocated()

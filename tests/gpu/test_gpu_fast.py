@@ -92,8 +92,8 @@ CASES = {
     "window-packs": ("mistral", {"sliding_window": 8}, True),
     "gemma": ("gemma", {}, True),
 }
-BATCHES = 8
-"""Over which errors of rounding are taken: one batch of 24 tokens a row may round either way."""
+BATCHES = 16
+"""Over which errors of rounding are taken: that of one batch, of 48 tokens, differs by its half from run to run."""
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -107,11 +107,11 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
         {name: tensor.cuda() for name, tensor in batch(packed=packed, seed=seed).items()} for seed in range(BATCHES)
     ]
 
-    def learn_all() -> tuple[float, torch.Tensor]:
-        """Returns the mean loss and the gradients of every batch, one after the other."""
+    def learn_all() -> tuple[float, list[torch.Tensor]]:
+        """Returns the mean loss, and the gradients of each batch."""
         found = [learn(model, rows, num_items_in_batch=31) for rows in batches]
-        gradients = [gradient.flatten() for _, each in found for _, gradient in sorted(each.items())]
-        return sum(loss for loss, _ in found) / BATCHES, torch.cat(gradients)
+        gradients = [torch.cat([each[name].flatten() for name in sorted(each)]) for _, each in found]
+        return sum(loss for loss, _ in found) / BATCHES, gradients
 
     model.to("cuda")
     exact_loss, exact = learn_all()
@@ -129,8 +129,10 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
     with step, GPU.autocast():
         loss, own = learn_all()
 
-    def error(gradients: torch.Tensor) -> float:
-        return float((gradients - exact).norm() / exact.norm())
+    def error(gradients: list[torch.Tensor]) -> float:
+        """Returns the mean of the batches' relative errors."""
+        errors = [(own - true).norm() / true.norm() for own, true in zip(gradients, exact, strict=True)]
+        return float(sum(errors)) / BATCHES
 
     print(f"loss {exact_loss:.4f}, plain {plain_loss:.4f}, fast {loss:.4f}")
     print(f"error of the gradients: plain {error(plain):.4f}, fast {error(own):.4f}")

@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from qlora.kernels.attention import attend_batch, fastest_attention
 from qlora.kernels.codes import E4M3_MAX, can_join, decode_plain, decode_scales, join, read_codes
-from qlora.kernels.linear import GroupedLinear, scale_rows
+from qlora.kernels.linear import GroupedLinear, scale_rows, unread
 from qlora.kernels.loss import ROWS, entropy_and_gradient, linear_cross_entropy
 from tests.kernels.weights import codes, weight
 
@@ -139,6 +139,18 @@ def test_8_bit_products_add_what_the_adapter_alone_gives() -> None:
     base = case.inputs[0].float() @ frozen.t()
     assert expected.norm() > 100 * base.norm()
     assert distance(case.fused(factor), expected) < 6e-3  # as exact as in 16 bits
+
+
+@pytest.mark.parametrize("factor", [None, torch.full((1,), 100.0)], ids=["bf16", "fp8"])
+def test_a_product_that_nothing_reads_is_left_out_and_its_gradients_are_the_same(factor: torch.Tensor | None) -> None:
+    case = Case(torch.bfloat16)
+    with unread(case.codes.packed):
+        found = case.fused(factor)
+    assert found.isnan().all()
+    expected = case.fused(factor)
+    assert not expected.isnan().any()
+    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_rows_are_scaled_to_the_range_of_8_bits() -> None:

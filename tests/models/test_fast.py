@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
+from qlora.kernels import linear
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
 from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
@@ -120,6 +121,30 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
+@pytest.mark.parametrize(("model_type", "times"), [("llama", 2), ("gemma2", 3)])
+def test_the_product_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(
+    model_type: str, times: int, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = build(model_type, (f"trainer.compile={compiled}", "trainer.fused_loss=auto"))
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    with step:
+        _, expected = learn(model, batch(), num_items_in_batch=31)
+    last = step.layers[0].mlp.down_proj.group.tensors[0].data_ptr()
+    decoded, decode = [], linear._decode
+
+    def count(codes: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        decoded.append(codes.packed.data_ptr())
+        return decode(codes, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "_decode", count)
+    step.checkpointed = 3
+    with step:
+        _, found = learn(model, batch(), num_items_in_batch=31)
+    assert decoded.count(last) == times  # forward, backward, and in between
+    assert all((found[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("compiled", ["true", "false"])
 def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
     step = FastStep(model, config.trainer, config.quantization, CPU, None)
@@ -128,7 +153,7 @@ def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.Monke
     store = Offloading.store
     monkeypatch.setattr(Offloading, "store", lambda self, tensor: copied.append(tensor) or store(self, tensor))
     found = []
-    for step.offloads in (False, True):
+    for step.offloaded in (0, 2):
         torch.manual_seed(4)
         with step:
             found.append(learn(model, batch(), num_items_in_batch=31))

@@ -68,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
 
 LEANER = {
     "all layers": (lambda step, rows: step.checkpointed == len(step.layers), 2),
-    "offloaded": (lambda step, rows: step.offloads, 3),
+    "offloaded": (lambda step, rows: step.offloaded == len(step.layers), 3),
 }
 
 
@@ -103,7 +103,7 @@ def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
 
     def begin_lean(memory: StepMemory, *args: Any, **kwargs: Any) -> None:
         own(memory, *args, **kwargs)
-        memory.plan = MemoryPlan(4, offloads=True, pieces=2)
+        memory.plan = MemoryPlan(4, offloaded=4, pieces=2)
 
     monkeypatch.setattr(StepMemory, "__init__", begin_lean)
     _, expected = run(tmp_path / "lean")
@@ -134,9 +134,9 @@ def test_plans_get_leaner_step_by_step() -> None:
     assert plans == [
         MemoryPlan(7),
         MemoryPlan(10),
-        MemoryPlan(10, True),
-        MemoryPlan(10, True, 2),
-        MemoryPlan(10, True, 3),
+        MemoryPlan(10, 10),
+        MemoryPlan(10, 10, 2),
+        MemoryPlan(10, 10, 3),
     ]
     assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, pieces=2)
 
@@ -144,7 +144,7 @@ def test_plans_get_leaner_step_by_step() -> None:
 class FakeStep:
     """A step of four layers that does nothing."""
 
-    checkpointed, offloads, layers = 0, False, [torch.nn.Identity()] * 4
+    checkpointed, offloaded, layers = 0, 0, [torch.nn.Identity()] * 4
 
     def __enter__(self) -> FakeStep:
         return self
@@ -180,9 +180,9 @@ class FakeGpu:
             monkeypatch.setattr(torch.cuda, name, value)
 
 
-# For rows of two times three tokens 10 bytes, and 4 more for each layer that is not checkpointed.
-def added(checkpointed: int, rows: int, length: int) -> float:
-    return rows * length * (10 + 4 * (4 - checkpointed)) / 6
+# For rows of two times three tokens 10 bytes, 4 more for each layer not checkpointed, 1 less for each offloaded one.
+def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
+    return rows * length * (10 + 4 * (4 - checkpointed) - offloaded) / 6
 
 
 @pytest.mark.parametrize(("layer", "first", "then"), [(4, 2, 2), (2, 2, 1), (8, 2, 4)])
@@ -211,7 +211,8 @@ def test_a_budget_is_kept_by_the_formula_first_and_then_by_what_was_measured(
 
 
 def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() -> None:
-    assert Budget(Formula(50, False, added, 2, 3), 4, 59, None, CPU).choose() == MemoryPlan(4, offloads=True)
+    assert Budget(Formula(50, False, added, 2, 3), 4, 55, None, CPU).choose() == MemoryPlan(4, 4)
+    assert Budget(Formula(50, False, added, 2, 3), 4, 58, None, CPU).choose() == MemoryPlan(4, 2)
     assert Budget(Formula(50, False, added, 2, 3), 4, 60, None, CPU).choose() == MemoryPlan(4)
     assert Budget(Formula(50, False, added, 2, 3), 4, 76, None, CPU).choose() == MemoryPlan(0)
 
