@@ -204,7 +204,7 @@ def main() -> None:
     task = json.loads(sys.argv[sys.argv.index("--worker") + 1])
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # they would split a batch over all
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]) / "unsloth_compiled_cache")
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]).with_name("unsloth_compiled_cache"))
     if task["do"] == "save":
         save_base(task["base"], task["overrides"])
         print(json.dumps({"saved": task["base"]}))

@@ -332,7 +332,8 @@ def main() -> None:
     about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions(*LIBRARIES)}"
     shape = [f"model={arguments.model}", *(SMALL if arguments.small else []), *arguments.overrides]
     names, results = choose(arguments.contestants), []
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as folder:
+        base = str(Path(folder) / "base")
         common = {"steps": arguments.steps, "profile": arguments.profile, "small": arguments.small}
         saved: dict[str, Any] = {}
         if any(CONTESTANTS[name].package != "qlora" for name in names):
