@@ -435,9 +435,9 @@ def describe_machine() -> str:
     return f"{model}, {cores} cores"
 
 
-def describe_versions() -> str:
+def describe_versions(*more: str) -> str:
     found = [f"Python {platform.python_version()}"]
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *more):
         with suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found)

@@ -8,6 +8,8 @@ tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped 
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
 all linear layers without dropout, paged AdamW in 32 bits; the median of some steps after warm-up. `--end-to-end` runs
 `python -m qlora` itself on a file of such rows, with loading, logging and saving, and takes its steps 6 to 20.
+
+Unsloth and TRL take part where they are installed (`rivals.py`): they load what qlora draws from a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,21 +36,43 @@ import numpy as np  # noqa: E402
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
 LONG, PACK, WARM_UP = 2048, 8192, 3
+LIBRARIES = ("peft", "bitsandbytes", "unsloth", "liger-kernel")
+"""What decides a step's speed, besides what every benchmark names."""
 PLAIN = [f"trainer.{part}=false" for part in ("compile", "fused_linear", "fused_attention", "fused_loss")]
 FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
 LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7.3GB"]
 MIDDLE = ["trainer.memory_budget=16GB"]
-CONTESTANTS: dict[str, tuple[list[str], dict[str, int], bool]] = {
-    # name: overrides, rows a micro-batch by workload, whether it packs
-    "fp8": ([*FP8, *KEEP], {"long": 4, "guanaco": 1}, True),
-    "bf16": (KEEP, {"long": 4, "guanaco": 1}, True),
-    "fp8, 16 GB": ([*FP8, *MIDDLE], {"long": 4, "guanaco": 1}, True),
-    "bf16, 16 GB": (MIDDLE, {"long": 4, "guanaco": 1}, True),
-    "fp8, 7.3 GB": ([*FP8, *LEAN], {"long": 4, "guanaco": 1}, True),
-    "bf16, 7.3 GB": (LEAN, {"long": 4, "guanaco": 1}, True),
-    "plain": ([*PLAIN, *AGAIN], {"long": 4, "guanaco": 16}, False),
-    "original": ([*PLAIN, *AGAIN], {"long": 1, "guanaco": 1}, False),
+
+
+class Contestant(NamedTuple):
+    """One way to train."""
+
+    overrides: list[str]
+    """What qlora's config says of it; rivals read it too."""
+    micro: dict[str, int]
+    """Rows a micro-batch, by workload; it takes no part in others."""
+    packs: bool = False
+    package: str = "qlora"
+    """What trains."""
+
+
+OURS, ROWWISE, PACKED = {"long": 4, "guanaco": 1}, {"long": 4, "guanaco": 16}, {"guanaco": 4}
+CONTESTANTS = {
+    "fp8": Contestant([*FP8, *KEEP], OURS, packs=True),
+    "bf16": Contestant(KEEP, OURS, packs=True),
+    "fp8, 16 GB": Contestant([*FP8, *MIDDLE], OURS, packs=True),
+    "bf16, 16 GB": Contestant(MIDDLE, OURS, packs=True),
+    "fp8, 7.3 GB": Contestant([*FP8, *LEAN], OURS, packs=True),
+    "bf16, 7.3 GB": Contestant(LEAN, OURS, packs=True),
+    "plain": Contestant([*PLAIN, *AGAIN], ROWWISE),
+    "original": Contestant([*PLAIN, *AGAIN], {"long": 1, "guanaco": 1}),
+    "unsloth": Contestant(AGAIN, ROWWISE, package="unsloth"),
+    "unsloth, keep": Contestant(KEEP, ROWWISE, package="unsloth"),
+    "unsloth, packed": Contestant(AGAIN, PACKED, packs=True, package="unsloth"),
+    "unsloth, packed, keep": Contestant(KEEP, PACKED, packs=True, package="unsloth"),
+    "trl": Contestant(AGAIN, ROWWISE, package="trl"),
+    "trl, packed": Contestant(AGAIN, PACKED, packs=True, package="trl"),
 }
 ROWS = {"long": 8, "guanaco": 16}
 """Rows an optimizer step, where they are not packed."""
@@ -62,49 +88,116 @@ def lengths(count: int) -> list[int]:
     return [int(each) for each in np.clip(drawn, 32, 512)]
 
 
-def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int) -> Iterator[list[tuple[Any, int]]]:
-    """Yields the micro-batches of optimizer steps without end, each with its count of tokens."""
-    import torch
+def steps_of_rows(workload: str, vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields the rows of optimizer steps that do not pack, without end."""
+    generator, together = np.random.default_rng(1), ROWS[workload]
+    drawn = _row_lengths(workload, shrink)
+    while True:
+        for first in range(0, len(drawn) - together + 1, together):
+            yield [_row(generator, vocabulary, count) for count in sorted(drawn[first : first + together])]
 
-    from qlora.data.collate import Collator
+
+def steps_of_packs(vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields the one pack of each optimizer step on chats, without end."""
     from qlora.data.packing import pack
 
-    _, size, packs = CONTESTANTS[name]
-    generator, collate = np.random.default_rng(1), Collator(0, width=PACK // shrink if packs else 0)
-    drawn = [LONG // shrink] * 4096 if workload == "long" else [max(each // shrink, 2) for each in lengths(8192)]
-
-    def row(count: int) -> dict[str, Any]:
-        ids = generator.integers(3, vocabulary, count)
-        return {"input_ids": ids, "labels": ids, "length": count}
-
-    def to_device(rows: list[dict[str, Any]]) -> tuple[Any, int]:
-        batch = {key: tensor.to(device) for key, tensor in collate(rows).items()}
-        return batch, sum(each["length"] for each in rows)
-
-    def joined(counts: list[int]) -> dict[str, Any]:
-        parts = [row(count) for count in counts]
-        joint = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels")}
-        starts = np.cumsum([0, *counts[:-1]])
-        joint["labels"] = joint["labels"].copy()
-        joint["labels"][starts] = -100
-        positions = np.concatenate([np.arange(count) for count in counts])
-        return {**joint, "position_ids": positions, "length": sum(counts)}
-
-    if workload == "long":
-        collate = Collator(0)
+    generator, drawn = np.random.default_rng(1), _row_lengths("guanaco", shrink)
     while True:
-        if workload == "guanaco" and packs:
-            for members in pack(np.array(drawn), PACK // shrink):
-                yield [to_device([joined([drawn[index] for index in members])])]
-        else:
-            together, micro = ROWS[workload], size[workload]
-            for first in range(0, len(drawn) - together + 1, together):
-                chosen = sorted(drawn[first : first + together])
-                yield [
-                    to_device([row(count) for count in chosen[start : start + micro]])
-                    for start in range(0, together, micro)
-                ]
-        torch.manual_seed(1)
+        for members in pack(np.array(drawn), PACK // shrink):
+            counts = [drawn[index] for index in members]
+            parts = [_row(generator, vocabulary, count) for count in counts]
+            joint = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels")}
+            joint["labels"][np.cumsum([0, *counts[:-1]])] = -100
+            positions = np.concatenate([np.arange(count) for count in counts])
+            yield [{**joint, "position_ids": positions, "length": sum(counts)}]
+
+
+def _row_lengths(workload: str, shrink: int) -> list[int]:
+    return [LONG // shrink] * 4096 if workload == "long" else [max(each // shrink, 2) for each in lengths(8192)]
+
+
+def _row(generator: np.random.Generator, vocabulary: int, count: int) -> dict[str, Any]:
+    ids = generator.integers(3, vocabulary, count)
+    return {"input_ids": ids, "labels": ids, "length": count}
+
+
+def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int) -> Iterator[list[tuple[Any, int]]]:
+    """Yields the micro-batches of optimizer steps without end, each with its count of tokens."""
+    from qlora.data.collate import Collator
+
+    packs, micro = CONTESTANTS[name].packs and workload == "guanaco", CONTESTANTS[name].micro[workload]
+    collate = Collator(0, width=PACK // shrink if packs else 0)
+    for rows in steps_of_packs(vocabulary, shrink) if packs else steps_of_rows(workload, vocabulary, shrink):
+        parts = [rows[first : first + micro] for first in range(0, len(rows), micro)]
+        yield [
+            (
+                {key: tensor.to(device) for key, tensor in collate(part).items()},
+                sum(each["length"] for each in part),
+            )
+            for part in parts
+        ]
+
+
+def write_texts(file: Path, shrink: int) -> None:
+    """Writes rows as of chats as text, of one token a word."""
+    words = ["the", "stone", "owl", "sings", "of", "rivers", "and", "towers"]
+    rows = [" ".join(words[place % 8] for place in range(max(each // shrink, 2) - 1)) for each in lengths(2048)]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+def time_steps(
+    model: Any,
+    optimizer: Any,
+    source: Iterator[list[tuple[Any, int]]],
+    around: Callable[[], AbstractContextManager[None]],
+    device: Any,
+    *,
+    steps: int,
+    profile: bool,
+) -> dict[str, Any]:
+    """Trains a bare loop, each micro-batch inside `around()`; returns its speed, memory and first step's seconds."""
+    import torch
+
+    from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    reset_peak_memory(device)
+
+    def once() -> tuple[int, float]:
+        micro = next(source)
+        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in micro)
+        wait()
+        started = time.perf_counter()
+        for batch, _ in micro:
+            with around():
+                loss = model(**batch, num_items_in_batch=count).loss
+                loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        for parameter in trained:
+            parameter.grad = None
+        wait()
+        assert torch.isfinite(loss)
+        return sum(tokens for _, tokens in micro), time.perf_counter() - started
+
+    _, first = once()
+    for _ in range(WARM_UP - 1):
+        once()
+    speeds = [tokens / seconds for tokens, seconds in (once() for _ in range(steps))]
+    if profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as record
+
+        with record(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as trace:
+            once()
+        print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "peak_gb": peak_memory_gb(device),
+        "first_step_seconds": first,
+        "device": device_name(device),
+    }
 
 
 def measure(
@@ -112,10 +205,8 @@ def measure(
 ) -> dict[str, Any]:
     """Trains some steps in this process and returns their speed and memory."""
     import bitsandbytes
-    import torch
 
     from qlora.compose import compose
-    from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
     from qlora.models.fast import FastStep, Packs
     from qlora.run import Run
     from qlora.training.flat import flatten_groups
@@ -131,7 +222,7 @@ def measure(
         if config.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
-        packed = workload == "guanaco" and CONTESTANTS[name][2]
+        packed = workload == "guanaco" and CONTESTANTS[name].packs
         width = (PACK if packed else LONG) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
         step = FastStep(model, config.trainer, config.quantization, run.placement, packs)
@@ -142,47 +233,19 @@ def measure(
         if (budget := run._build_budget(step, longest=width)) is not None:
             plan = budget.choose()
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
-        reset_peak_memory(device)
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            with step, run.placement.autocast():
+                yield
+
         source = batches(workload, name, config.model.architecture.vocab_size, device, shrink)
-
-        def once() -> tuple[int, float]:
-            micro = next(source)
-            count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in micro)
-            wait()
-            started = time.perf_counter()
-            for batch, _ in micro:
-                with step, run.placement.autocast():
-                    loss = model(**batch, num_items_in_batch=count).loss
-                    loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 0.3)
-            optimizer.step()
-            for parameter in trained:
-                parameter.grad = None
-            wait()
-            assert torch.isfinite(loss)
-            return sum(tokens for _, tokens in micro), time.perf_counter() - started
-
-        _, first = once()
-        for _ in range(WARM_UP - 1):
-            once()
-        speeds = [tokens / seconds for tokens, seconds in (once() for _ in range(steps))]
-        if profile:
-            from torch.profiler import ProfilerActivity
-            from torch.profiler import profile as record
-
-            with record(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as trace:
-                once()
-            print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
         return {
-            "tokens_per_second": statistics.median(speeds),
-            "peak_gb": peak_memory_gb(device),
-            "first_step_seconds": first,
+            **time_steps(model, optimizer, source, around, device, steps=steps, profile=profile),
             "loading_seconds": loading,
             "parts": step.parts,
             "checkpointed": step.checkpointed,
             "offloaded": step.offloaded,
-            "device": device_name(device),
         }
 
 
@@ -191,10 +254,8 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
     shrink = 16 if small else 1
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
-        words = ["the", "stone", "owl", "sings", "of", "rivers", "and", "towers"]
-        rows = [" ".join(words[place % 8] for place in range(max(each // shrink, 2) - 1)) for each in lengths(2048)]
-        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-        packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name][2] else []
+        write_texts(file, shrink)
+        packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name].packs else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
             *("data.max_length=1024", "trainer.max_steps=20", "trainer.logging_steps=1", "trainer.eval_steps=null"),
@@ -210,17 +271,26 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         return {"tokens_per_second": statistics.median(speeds[5:20]), "peak_gb": metrics["peak_memory_gb"]}
 
 
-def run_apart(task: dict[str, Any]) -> dict[str, Any]:
-    """Measures in a process of its own; returns its numbers, or the end of what it said when it failed."""
-    command = [sys.executable, str(Path(__file__)), "--worker", json.dumps(task)]
+def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
+    """Runs a task in a process of its own; returns its numbers, or the end of what it said when it failed."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--worker", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if task["profile"]:
+    if task.get("profile") or done.returncode:
         print(done.stderr, file=sys.stderr)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         return {"failure": said[-1] if said else "no message"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith('{"')][-1])
     return found
+
+
+def choose(names: list[str]) -> list[str]:
+    """Returns the contestants whose packages are installed; says of each missing package who is left out for it."""
+    missing = {name: package for name in names if find_spec(package := CONTESTANTS[name].package) is None}
+    for package in dict.fromkeys(missing.values()):
+        without = ", ".join(f'"{name}"' for name in names if missing.get(name) == package)
+        print(f"{without} left out: {package} is not installed (pip install {package})", file=sys.stderr, flush=True)
+    return [name for name in names if name not in missing]
 
 
 def to_table(results: list[dict[str, Any]]) -> str:
@@ -237,7 +307,8 @@ def to_table(results: list[dict[str, Any]]) -> str:
                 f"{result['first_step_seconds']:.0f}" if "first_step_seconds" in result else "",
             ]
         )
-        lines.append([result["workload"], result["contestant"], *numbers])
+        contestant = result["contestant"] + (", with its loader" if result.get("is_trainer") else "")
+        lines.append([result["workload"], contestant, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -258,20 +329,35 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(measure(**json.loads(arguments.worker))))
         return
-    about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions()}"
+    about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions(*LIBRARIES)}"
     shape = [f"model={arguments.model}", *(SMALL if arguments.small else []), *arguments.overrides]
-    results: list[dict[str, Any]] = []
-    for workload in arguments.workloads:
-        for name in arguments.contestants:
-            own, micro, packs = CONTESTANTS[name]
+    names, results = choose(arguments.contestants), []
+    with tempfile.TemporaryDirectory() as folder:
+        base = str(Path(folder) / "base")
+        common = {"steps": arguments.steps, "profile": arguments.profile, "small": arguments.small}
+        saved: dict[str, Any] = {}
+        if any(CONTESTANTS[name].package != "qlora" for name in names):
+            saved = run_apart({"do": "save", "base": base, "overrides": shape}, "rivals.py")
+        for workload, name in ((workload, name) for workload in arguments.workloads for name in names):
+            own, micro, packs, package = CONTESTANTS[name]
+            if workload not in micro:
+                continue
             parts = 1 if packs and workload == "guanaco" else ROWS[workload] // micro[workload]
             batch = [f"trainer.per_device_train_batch_size={micro[workload]}"]
             overrides = [*shape, *own, *batch, f"trainer.gradient_accumulation_steps={parts}"]
-            task = {"workload": workload, "name": name, "overrides": overrides, "steps": arguments.steps}
-            found = [(workload, run_apart({**task, "profile": arguments.profile, "small": arguments.small}))]
-            if workload == "guanaco" and arguments.end_to_end:
-                found.append(("guanaco, end to end", end_to_end(name, overrides, small=arguments.small)))
-            for title, numbers in found:
+            task = {"workload": workload, "name": name, "overrides": overrides, **common}
+            whole = workload == "guanaco" and arguments.end_to_end
+            if package == "qlora":
+                found = {workload: run_apart(task)}
+                if whole:
+                    found["guanaco, end to end"] = end_to_end(name, overrides, small=arguments.small)
+            else:
+                doings = {workload: "step"} | ({"guanaco, end to end": "end to end"} if whole else {})
+                found = {
+                    title: saved if "failure" in saved else run_apart({"do": do, "base": base, **task}, "rivals.py")
+                    for title, do in doings.items()
+                }
+            for title, numbers in found.items():
                 results.append({"workload": title, "contestant": name, **numbers})
                 print(results[-1], file=sys.stderr, flush=True)
             if arguments.json:  # after each: a machine may go away

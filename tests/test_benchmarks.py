@@ -7,6 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.compose import compose
+from qlora.run import Run
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -75,6 +82,50 @@ def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None
     assert [result["contestant"] for result in results] == ["bf16", "plain"]
     assert all(result["tokens_per_second"] > 0 for result in results), results
     assert "| guanaco | bf16 | " in printed
+
+
+def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rivals
+    import step
+
+    shape = ["model=llama-7b", *step.SMALL]
+    rivals.save_base(str(tmp_path / "base"), shape)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    run = Run(compose([*step.EVERY, *shape]), tmp_path / "run")
+    drawn = run.load_base()
+    assert loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
+    stored, wanted = loaded.state_dict(), drawn.state_dict()
+    assert stored.keys() == wanted.keys()
+    assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
+    ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0][0]["input_ids"]
+    logits = [model.train()(ids).logits for model in (loaded, drawn)]  # bitsandbytes rounds otherwise outside training
+    assert torch.equal(*logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()
+
+
+def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    monkeypatch.setattr(step, "find_spec", lambda package: None if package == "unsloth" else package)
+    assert step.choose(["fp8", "unsloth", "trl", "unsloth, keep"]) == ["fp8", "trl"]
+    assert capsys.readouterr().err == (
+        '"unsloth", "unsloth, keep" left out: unsloth is not installed (pip install unsloth)\n'
+    )
+    numbers = {"tokens_per_second": 7048.4, "peak_gb": 7.91, "first_step_seconds": 3.2}
+    rows = [
+        {"workload": "guanaco", "contestant": "unsloth", **numbers},
+        {"workload": "guanaco", "contestant": "trl", **numbers, "is_trainer": True},
+        {"workload": "long", "contestant": "trl", "failure": "out of memory"},
+    ]
+    assert step.to_table(rows).splitlines()[2:] == [
+        "| guanaco | unsloth | 7,048 | 7.9 | 3 |",
+        "| guanaco | trl, with its loader | 7,048 | 7.9 | 3 |",
+        "| long | trl | out of memory |  |  |",
+    ]
 
 
 def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""Unsloth and TRL as contestants of `step.py`, which starts this file as a process for each: they change torch,
+transformers and one another when they are imported.
+
+    python benchmarks/rivals.py --worker TASK
+
+Both load the weights that qlora draws from a checkpoint, which the task "save" writes once. The task "step" is, for
+Unsloth without packing, the loop that times qlora too, around Unsloth's model; else a whole `SFTTrainer` on the same
+rows of tokens, whose steps include its loader. The task "end to end" is the trainer on the texts that `python -m
+qlora` reads, with logging and saving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from importlib.util import find_spec
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from step import CONTESTANTS, EVERY, LONG, WARM_UP, batches, steps_of_rows, time_steps, write_texts
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""What all-linear means in a LLaMA; Unsloth wants the names."""
+
+
+def save_base(base: str, overrides: list[str]) -> None:
+    """Writes the drawn 4-bit base and its tokenizer as a checkpoint of transformers into the folder `base`."""
+    from qlora.compose import compose
+    from qlora.run import Run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(compose([*EVERY, *overrides]), folder)
+        run.load_base().save_pretrained(base)
+        run.tokenizer.save_pretrained(base)
+
+
+def load_model(package: str, base: str, config: Any, placement: Any) -> tuple[Any, Any]:
+    """Returns the saved base with a fresh adapter, as the package builds it, and PEFT's config if it still has none."""
+    if package == "unsloth":
+        from unsloth import FastLanguageModel
+
+        again = "unsloth" if config.trainer.gradient_checkpointing else False
+        model, _ = FastLanguageModel.from_pretrained(
+            base,
+            max_seq_length=LONG,
+            dtype=placement.weights,
+            load_in_4bit=True,
+            use_gradient_checkpointing=again,
+        )
+        adapted = FastLanguageModel.get_peft_model(
+            model,
+            r=config.lora.r,
+            target_modules=LINEAR,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            bias="none",
+            use_gradient_checkpointing=again,
+            random_state=config.seed,
+        )
+        return FastLanguageModel.for_training(adapted), None
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=placement.weights, device_map={"": placement.device})
+    return model, LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora.r,
+        target_modules="all-linear",
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        bias="none",
+    )
+
+
+def time_loop(workload: str, name: str, model: Any, config: Any, placement: Any, **options: Any) -> dict[str, Any]:
+    """Times the loop that times qlora, around a model of Unsloth."""
+    import bitsandbytes
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
+    shrink = 16 if options.pop("small") else 1
+    source = batches(workload, name, config.model.architecture.vocab_size, placement.device, shrink)
+    return time_steps(model, optimizer, source, placement.autocast, placement.device, **options)
+
+
+def time_trainer(
+    rows: Any, base: str, model: Any, peft: Any, placement: Any, folder: str, measured: range, **options: Any
+) -> dict[str, Any]:
+    """Trains with `SFTTrainer`; returns the median speed of the steps of the numbers `measured`, counted from 1.
+
+    The clock is that of qlora's trainer, which leaves out the time of saving.
+    """
+    import torch
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
+    from qlora.training.meter import ClockedCallback
+
+    device, on_gpu = placement.device, placement.device.type == "cuda"
+    ends, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
+
+    class StepEnds(ClockedCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            super().on_step_end(args, state, control)
+            ends.append(self.clock.trained)
+            tokens.append(torch.zeros_like(tokens[0]))
+
+    arguments = SFTConfig(
+        output_dir=folder,
+        max_steps=measured.stop - 1,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.3,
+        optim="paged_adamw_32bit",
+        bf16=placement.compute is torch.bfloat16,
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft,
+        callbacks=[StepEnds()],
+    )
+    if trainer.args.packing != options["packing"]:
+        sys.exit("the trainer does not pack here")
+    own_step = trainer.training_step
+
+    def counted_step(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        mask = inputs.get("attention_mask")  # rows that are joined have none, and no padding
+        tokens[-1] += inputs["input_ids"].numel() if mask is None else mask.sum()
+        return own_step(model, inputs, *rest, **named)
+
+    trainer.training_step = counted_step
+    reset_peak_memory(device)
+    assert math.isfinite(trainer.train().training_loss)
+    seconds = [after - before for before, after in pairwise(ends)]
+    return {
+        "tokens_per_second": statistics.median(int(tokens[step - 1]) / seconds[step - 1] for step in measured),
+        "peak_gb": peak_memory_gb(device),
+        "first_step_seconds": seconds[0],
+        "device": device_name(device),
+    }
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Times a rival in this process, into which its package has been imported."""
+    from datasets import Dataset, load_dataset
+
+    from qlora.compose import compose
+    from qlora.models.device import find_device, place
+
+    workload, name, steps, small = (task[key] for key in ("workload", "name", "steps", "small"))
+    package, packs, shrink = CONTESTANTS[name].package, CONTESTANTS[name].packs, 16 if small else 1
+    config = compose([*EVERY, *task["overrides"]])
+    placement = place(config.quantization, find_device(config.device))
+    model, peft = load_model(package, task["base"], config, placement)
+    whole = task["do"] == "end to end"
+    if package == "unsloth" and not packs and not whole:
+        options = {"steps": steps, "profile": task["profile"], "small": small}
+        return time_loop(workload, name, model, config, placement, **options)
+    options = {
+        "per_device_train_batch_size": config.trainer.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
+        "gradient_checkpointing": bool(config.trainer.gradient_checkpointing),
+        "packing": packs,
+        "max_length": LONG // shrink,
+        "use_liger_kernel": package == "trl" and placement.device.type == "cuda" and bool(find_spec("liger_kernel")),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if whole:
+            file = Path(folder) / "rows.jsonl"
+            write_texts(file, shrink)
+            rows = load_dataset("json", data_files=str(file), split="train", cache_dir=folder)
+            order = "random" if packs else "group_by_length"
+            options |= {"train_sampling_strategy": order, "save_strategy": "steps", "save_steps": 10}
+            measured = range(6, 21)
+        else:
+            measured = range(WARM_UP + 1, WARM_UP + steps + 1)
+            count = measured.stop * (2 if packs else 1)  # a step of packs takes more rows
+            drawn = islice(steps_of_rows(workload, config.model.architecture.vocab_size, shrink), count)
+            rows = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for step in drawn for row in step])
+            options |= {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+        found = time_trainer(rows, task["base"], model, peft, placement, folder, measured, **options)
+        return {**found, "is_trainer": not whole}  # whose step includes its loader
+
+
+def main() -> None:
+    """Does the task of the command line and prints what came out as JSON."""
+    task = json.loads(sys.argv[sys.argv.index("--worker") + 1])
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # they would split a batch over all
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]).with_name("unsloth_compiled_cache"))
+    if task["do"] == "save":
+        save_base(task["base"], task["overrides"])
+        print(json.dumps({"saved": task["base"]}))
+        return
+    if CONTESTANTS[task["name"]].package == "unsloth":
+        import unsloth  # noqa: F401  (before all that it changes)
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"  # TRL's loss is a kernel, which is slow this way
+    print(json.dumps(measure(task)))
+
+
+if __name__ == "__main__":
+    main()
