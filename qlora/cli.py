@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import logging
@@ -207,6 +208,7 @@ def job(composed: DictConfig) -> Any:
                 from qlora.doctor import doctor
 
                 return doctor(config, output_dir)["objective"]
+            _import_run()
             from qlora.run import Run
 
             if not hydra_config.verbose:
@@ -231,6 +233,25 @@ def job(composed: DictConfig) -> Any:
             from qlora.sweep.report import write_overview
 
             write_overview(Path(hydra_config.sweep.dir), config.objective)
+
+
+def _import_run() -> None:
+    """Imports what a run needs, half a million objects that stay: no collection looks through them, now or later."""
+    if "qlora.run" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import qlora.run  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    """Undoes the freezing at the interpreter's end, which frees everything; some libraries call the rest a leak."""
+    gc.unfreeze()
+    gc.disable()
 
 
 def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContextManager[None]:

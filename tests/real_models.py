@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from qlora.models.device import Placement
 from qlora.models.drawing import DrawnWeights
 from qlora.planning.memory import Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
-from qlora.schema import PlanStep
+from qlora.schema import Config, PlanStep
 
 CPU = torch.device("cpu")
 BF16 = Placement(CPU, torch.bfloat16, torch.bfloat16)
@@ -54,8 +55,14 @@ def setup(for_shape: Shape, **changes: Any) -> Setup:
     return chosen if chosen.targets else replace(chosen, targets=find_targets(for_shape, ["all-linear"]))
 
 
+@functools.cache
+def composed(*overrides: str) -> Config:
+    """The config of `overrides`, to be read only."""
+    return compose(overrides)
+
+
 def base(kind: str, *overrides: str, **sizes: int) -> PreTrainedModel:
-    config = compose([*overrides])
+    config = composed(*overrides)
     facts = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**KINDS[kind], **sizes})
     return loading.draw_base(config.model, config.quantization, DrawnWeights(facts, placement=BF16, seed=0))
 
@@ -63,7 +70,7 @@ def base(kind: str, *overrides: str, **sizes: int) -> PreTrainedModel:
 def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:
     """A base with adapters of rank 8 on all linear layers and no dropout, ready to train."""
     overrides = ("lora.r=8", "lora.dropout=0", *overrides)
-    config = compose([*overrides])
+    config = composed(*overrides)
     model = adapters.add_lora(config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[])
     model.config.use_cache = False
     return model.train()

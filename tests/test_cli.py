@@ -29,6 +29,7 @@ def qlora(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Path) -> None:
     done = qlora(tmp_path, "name=mine", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -50,6 +51,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
     assert "step 1/2" in (folder / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
     done = qlora(tmp_path, "-m", "name=grid", "lora.r=2,4", "quantization=nf4,none", *QUICK[1:])
     assert done.returncode == 0, done.stderr
@@ -74,6 +76,7 @@ def test_a_flag_may_stand_between_overrides(tmp_path: Path, place: int) -> None:
     assert "r: 8" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     modules = "lora.target_modules=[q_proj],[nope],[v_proj]"
     done = qlora(tmp_path, "-m", "name=part", modules, "evaluation=loss", *QUICK)

@@ -170,6 +170,7 @@ def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> Non
         replay(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_go_on(together: Path) -> None:
     output = (together / "output.txt").read_text()
     assert "SIGTERM: saving a checkpoint after this step" in (together / "errors.txt").read_text()
@@ -192,6 +193,7 @@ class Fall(TrainerCallback):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
     tmp_path: Path, alone: Path
 ) -> None:

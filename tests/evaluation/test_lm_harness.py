@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from qlora.compose import compose
 from qlora.demo.instructions import eval_rows
@@ -121,10 +122,14 @@ def measure(suite: LmHarness, model: torch.nn.Module) -> Measurement:
         return suite.measure(model)
 
 
+@functools.cache
+def embedded_tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(compose([]).model)
+
+
 def likeliest(model: Any, row: dict[str, Any], *, by_letter: bool = False) -> int:
     """Returns which choice has the largest likelihood, in all or for each of its letters."""
-    tokenizer = load_tokenizer(compose([]).model)
-    found = []
+    tokenizer, found = embedded_tokenizer(), []
     for choice in row["choices"]:
         asked, whole = tokenizer(row["prompt"].rstrip())["input_ids"], tokenizer(row["prompt"] + choice)["input_ids"]
         with torch.no_grad():
