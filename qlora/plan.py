@@ -25,7 +25,7 @@ from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
 from qlora.planning.speed import EFFICIENCY, Speed, plan_speed
-from qlora.schema import ComputeDtype, Config, LoraDtype, PlanStep, Weights
+from qlora.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
 from qlora.wording import format_duration, parse_size
 
 EMBEDDED = "tiny"
@@ -164,6 +164,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
         step=_find_step(config),
+        fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
     )
 
@@ -268,8 +269,9 @@ def _print(found: Plan) -> None:
     if (paper := found.paper) is not None:
         console.say()
         _heading("Beside the paper, one row of 512 tokens with paged states")
+        bits = 16 if found.setup.narrow else 32
         _numbers([("QLoRA paper", paper["paper_gb"] * 1e9, ""), ("this plan", paper["planned_gb"] * 1e9,
-                  "adapters and their gradients in 32 bits")])  # fmt: skip
+                  f"adapters and their gradients in {bits} bits")])  # fmt: skip
 
 
 def _fitting(found: Plan) -> list[tuple[str, str]]:

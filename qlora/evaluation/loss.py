@@ -29,9 +29,10 @@ def measure_loss(
     for start in range(0, len(order), batch_size):
         cells = columns[order[start : start + batch_size]]
         batch = collate([dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)])
-        labels = batch.pop("labels")[:, 1:].to(device)
+        labels = batch.pop("labels")[:, 1:]
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = model(**inputs, use_cache=False).logits[:, :-1]
+        labels = labels.to(logits.device)  # another one where the base is spread over several
         kept = labels != -100
         total += F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum").item()
         count += int(kept.sum())

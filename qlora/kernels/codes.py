@@ -9,7 +9,7 @@ kernels here do; `bitsandbytes.functional.dequantize_4bit` is their twin.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class Codes:
     def is_nested(self) -> bool:
         """Whether the scales are quantized too."""
         return self.scales.dtype is torch.uint8
+
+    def part(self, start: int, stop: int) -> Codes:
+        """Returns rows `start` to `stop` without copying; `start`, a multiple of 256, cuts no group of scales."""
+        assert start % GROUP == 0
+        first, last = start * self.columns // BLOCK, stop * self.columns // BLOCK
+        groups = slice(first // GROUP, -(-last // GROUP))
+        return replace(
+            self,
+            packed=self.packed[first * BLOCK // 2 : last * BLOCK // 2],
+            scales=self.scales[first:last],
+            scale_scales=self.scale_scales[groups],
+            offsets=self.offsets[groups],
+            rows=stop - start,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Returns the six tensors in the order of their fields."""

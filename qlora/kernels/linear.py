@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora.kernels.codes import E4M3_MAX, Codes, decode_plain
+from qlora.kernels.codes import E4M3_MAX, GROUP, Codes, decode_plain
+
+PIECE = 2**27
+"""Most bytes that decoded weights take at a time in 16 bits: a 65B model's largest matrices take 721 MB together."""
 
 _library = torch.library.Library("qlora", "FRAGMENT")
 
@@ -66,6 +70,14 @@ def _decode(
     return out
 
 
+def _pieces(codes: Codes, width: int) -> Iterator[tuple[int, int]]:
+    """Yields where about equal pieces of at most `PIECE` bytes begin and end, in rows; a number has `width` bytes."""
+    count = -(-codes.rows * codes.columns * width // PIECE)
+    step = -(-codes.rows // (count * GROUP)) * GROUP
+    for start in range(0, codes.rows, step):
+        yield start, min(start + step, codes.rows)
+
+
 _unread: int | None = None
 
 
@@ -104,7 +116,10 @@ def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: li
     ranks = [each.shape[1] for each in b]
     for part, half, matrix in zip(out.split(rows, 1), xa.split(ranks, 1), b, strict=True):
         torch.mm(half, matrix.t(), out=part)
-    return out.addmm_(x, _decode(_joint(codes, sum(rows), x.shape[1]), x.dtype).t())
+    joint = _joint(codes, sum(rows), x.shape[1])
+    for start, stop in _pieces(joint, x.element_size()):
+        out[:, start:stop].addmm_(x, _decode(joint.part(start, stop), x.dtype).t())
+    return out
 
 
 def _fake_backward(dy, dxa, a, codes, columns):
@@ -117,11 +132,17 @@ def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list
 
     `dy` are the gradients with respect to each layer's output.
     """
-    rows = [each.shape[1] for each in dy]
-    weights = _decode(_joint(codes, sum(rows), columns), dy[0].dtype).split(rows)
-    out = dy[0] @ weights[0] if dxa is None else (dxa @ a).addmm_(dy[0], weights[0])
-    for part, weight in zip(dy[1:], weights[1:], strict=True):
-        out.addmm_(part, weight)
+    firsts = [0, *itertools.accumulate(each.shape[1] for each in dy)]
+    joint = _joint(codes, firsts[-1], columns)
+    out = None if dxa is None else dxa @ a
+    for start, stop in _pieces(joint, dy[0].element_size()):
+        weights = _decode(joint.part(start, stop), dy[0].dtype)
+        for first, part in zip(firsts[:-1], dy, strict=True):
+            own, end = max(first, start), min(first + part.shape[1], stop)
+            if own < end:
+                factors = part[:, own - first : end - first], weights[own - start : end - start]
+                out = torch.mm(*factors) if out is None else out.addmm_(*factors)
+    assert out is not None
     return out
 
 

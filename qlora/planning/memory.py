@@ -23,6 +23,8 @@ FRAGMENTS = 0.02
 """Share of torch's memory that lies between its tensors."""
 WORKSPACE = 64 * 2**20
 """Bytes that torch sets aside for cuBLAS (twice 32 MiB on Hopper, less before)."""
+PIECE = 2**27
+"""Most bytes that the `fast` step decodes at a time in 16 bits."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the `fast` step."""
 OPTIMIZER_STEP = "the optimizer's step"
@@ -89,6 +91,8 @@ class Setup:
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again in the backward pass."""
     step: PlanStep
+    fp8: bool = False
+    """Whether the products with the base are in 8 bits."""
     guarded: bool = False
     """Whether the weights of before are kept during the optimizer's step, for an update that is to be undone."""
     offloaded: int = 0
@@ -320,12 +324,18 @@ class Ledger:
 
     @cached_property
     def largest_matrix(self) -> float:
-        """The largest matrix, or group of matrices that is decoded together, in the precision of products."""
+        """What is decoded of the largest matrix, or group of matrices, at a time."""
+        setup = self.setup
+        if setup.bits >= 16:
+            return 0
+        if setup.step is PlanStep.plain:
+            scales = 4 / BLOCK if setup.double_quant else 0
+            return max(linear.weights for linear in self.shape.linears) * (setup.width + scales)
         groups: Counter[str] = Counter()
         for linear in self.shape.linears:
-            groups[linear.reads if self.setup.step is PlanStep.fast else linear.name] += linear.weights
-        scales = 4 / BLOCK if self.setup.double_quant and self.setup.step is PlanStep.plain else 0
-        return max(groups.values()) * (self.setup.width + scales) if self.setup.bits < 16 else 0
+            groups[linear.reads] += linear.weights
+        largest = max(groups.values())
+        return largest if setup.fp8 else largest * setup.width / math.ceil(largest * setup.width / PIECE)
 
     @property
     def backward(self) -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
+from qlora.kernels import linear
 from qlora.kernels.attention import attend_batch, fastest_attention
-from qlora.kernels.codes import E4M3_MAX, can_join, decode_plain, decode_scales, join, read_codes
+from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_plain, decode_scales, join, read_codes
 from qlora.kernels.linear import GroupedLinear, scale_rows, unread
 from qlora.kernels.loss import ROWS, entropy_and_gradient, linear_cross_entropy
 from tests.kernels.weights import codes, weight
@@ -66,17 +68,17 @@ def test_other_layouts_are_left_alone() -> None:
 class Case:
     """Three layers with one input, and the same by plain matrices."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, rows: tuple[int, ...] = (64, 128, 64)) -> None:
         generator = torch.Generator().manual_seed(1)
-        stored = [weight(rows, 256, seed=rows) for rows in (64, 128, 64)]
-        self.rows, self.codes = [64, 128, 64], join(stored)
+        stored = [weight(each, 256, seed=each) for each in rows]
+        self.rows, self.codes = list(rows), join(stored)
         self.dense = decode_plain(self.codes, torch.float32)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
         self.inputs = [draw(50, 256), draw(24, 256), *(draw(rows, 8) for rows in self.rows)]
-        self.upstream = torch.randn(50, 256, generator=generator)
+        self.upstream = torch.randn(50, sum(rows), generator=generator)
 
     def fused(self, factor: torch.Tensor | None = None) -> torch.Tensor:
         x, a, *b = self.inputs
@@ -103,6 +105,26 @@ def test_grouped_layers_compute_as_plain_matrices(dtype: torch.dtype, bound: flo
     assert distance(found, expected) < bound
     for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
         assert distance(own, other) < bound
+
+
+def test_matrices_that_are_decoded_in_pieces_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, largest, decode = Case(torch.float32, (320, 128, 320)), [], linear._decode
+
+    def note(codes: Codes, *args: Any, **kwargs: Any) -> torch.Tensor:
+        largest.append(codes.rows)
+        return decode(codes, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "_decode", note)
+    expected = case.fused()
+    whole = case.gradients(expected)
+    assert largest == [768, 768]
+    largest.clear()
+    monkeypatch.setattr(linear, "PIECE", 300 * 256 * 4)
+    found = case.fused()
+    assert distance(found, expected) < 1e-6
+    for own, other in zip(case.gradients(found), whole, strict=True):
+        assert distance(own, other) < 1e-6
+    assert largest == [256] * 6  # the second lies in two layers
 
 
 def test_grouped_layers_keep_no_decoded_weight() -> None:

@@ -7,7 +7,11 @@ import torch
 from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
 from transformers import Trainer, TrainingArguments
 
+import qlora.kernels.codes
+import qlora.kernels.linear
+import qlora.kernels.loss
 from qlora.compose import compose
+from qlora.planning import memory
 from qlora.planning.memory import OPTIMIZERS, Ledger, quantized_bytes
 from qlora.planning.shape import find_targets
 
@@ -141,3 +145,13 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
     planned = max(sum(parts.get(name, 0) for name in step) for _, parts in ledger.moments())
     found = peak_bytes(model, monkeypatch, rows, length, checkpoint=checkpoint, passes=passes)
     assert planned == pytest.approx(found, rel=0.03)
+
+
+def test_the_sizes_of_pieces_and_blocks_are_those_of_the_kernels() -> None:
+    """The plan does not import torch, so they stand in both."""
+    assert (memory.PIECE, memory.CHUNK, memory.BLOCK) == (
+        qlora.kernels.linear.PIECE,
+        qlora.kernels.loss.ROWS,
+        qlora.kernels.codes.BLOCK,
+    )
+    assert memory.GROUP == qlora.kernels.codes.GROUP
