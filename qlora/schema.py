@@ -323,7 +323,8 @@ class ModelConfig:
     """Run Python code that the model's repository brings along. The access token of gated models is read from
     the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`."""
+    """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`, the embedded one, which random
+    weights have where none is named: nothing is downloaded for them."""
     device_map: str | None = None
     """How accelerate spreads the layers: `auto`, `balanced`, `sequential`; unset: everything on one device."""
     max_memory: str | None = None
@@ -357,6 +358,7 @@ class ModelConfig:
             raise ConfigError(
                 "model.weights=random draws the base on one device; leave model.device_map and model.max_memory out"
             )
+        self.tokenizer = self.tokenizer or "tiny"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -236,7 +236,7 @@ def drawn(kind: str) -> list[str]:
     """Overrides that train and measure a small base of a kind, drawn at random."""
     shape = [f"model_type={kind}", "hidden_size=64", "intermediate_size=96", "num_hidden_layers=2"]
     shape += ["num_attention_heads=4", "num_key_value_heads=4", *SHAPES[kind]]
-    options = ["model.weights=random", "model.tokenizer=tiny", "trainer.eval_steps=null", "evaluation=loss"]
+    options = ["model.weights=random", "trainer.eval_steps=null", "evaluation=loss"]
     options += ["device=cpu", "quantization.compute_dtype=fp32", "trainer.learning_rate=1e-2"]
     return [*options, *(f"model.architecture.{text}" for text in shape)]
 
