@@ -44,11 +44,15 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
 
 
 def _store_as_floats(layer: torch.nn.Module) -> None:
-    """Lets 4-bit weights, whose bytes stay as they are, pass for floating point numbers: torch 2.11 shards no other."""
+    """Lets 4-bit weights, whose bytes stay as they are, pass for floating point numbers: torch 2.11 shards no other.
+
+    In 32 bits, for on a GPU torch copies 16-bit numbers by way of 32 bits, which changes those that are no numbers: one
+    pair of bytes in 260 came out as another.
+    """
     for module in layer.modules():
         if isinstance(module, Linear4bit):
             packed = module.weight.data
-            module.weight.data = packed.view(-1).view(torch.bfloat16).view(-1, *packed.shape[1:])
+            module.weight.data = packed.view(-1).view(torch.float32).view(-1, *packed.shape[1:])
 
 
 def _keep_quantization(layer: torch.nn.Module) -> None:
