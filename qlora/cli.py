@@ -107,6 +107,8 @@ class Mistake(BaseException):
     """Carries a `ConfigError` out of a single run past Hydra, which would print lines of its own."""
 
 
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""The variables that settle how torch allocates a GPU's memory."""
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 
 
@@ -165,6 +167,9 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
         from qlora.models.determinism import fix_workspace
 
         fix_workspace()
+    if config.trainer.memory_budget is not None and not ALLOCATOR & os.environ.keys():
+        # What torch holds is what is counted: so pages that are free must serve again wherever they lie.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if world.size() == 1:
         world.join()
         return []

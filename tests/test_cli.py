@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora import cli
+from qlora.compose import compose_dict
+
 QUICK = [
     *("lora.r=4", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=null"),
     *("trainer.lr_scheduler_kwargs.num_decay_steps=1", "trainer.warmup_steps=0", "trainer.logging_steps=1"),
@@ -125,3 +128,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "cannot be written (Not a directory); choose another folder with hydra.run.dir=FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own", "expected"),
+    [
+        (["trainer.memory_budget=48GB"], {}, "expandable_segments:True"),
+        (["trainer.memory_budget=auto"], {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ([], {}, None),
+    ],
+)
+def test_with_a_memory_budget_freed_pages_serve_again_unless_the_user_has_settled_that(
+    overrides: list[str], own: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli.world, "join", lambda: None)
+    cli._join(compose_dict(overrides), sweeps=False)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

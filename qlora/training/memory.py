@@ -149,6 +149,7 @@ class StepMemory:
         self._batches: list[Batch] = []
         self._steps = 0
         if budget is not None:
+            _free(device)  # what loading has left over counts, too
             log.info("memory budget: %s at first", self.plan)
 
     def begin(self) -> None:
