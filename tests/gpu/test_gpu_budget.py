@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from qlora.errors import ConfigError
 from qlora.models.device import Placement
 from qlora.models.fast import FastStep
 from qlora.models.loading import set_compute_dtype
+from qlora.plan import build_plan
 from qlora.run import Run
 from qlora.training.memory import StepMemory
 from tests.models.test_fast import batch, build, learn
@@ -103,6 +106,19 @@ def test_what_no_plan_makes_fit_ends_in_one_sentence(rows: Path, tmp_path: Path)
         ConfigError, match=r"4 layers checkpointed, .* in 4 parts; take a larger trainer.memory_budget, shorter"
     ):
         run(tmp_path / "run", rows, "trainer.memory_budget=100MB")
+
+
+def test_a_budget_hardly_larger_than_what_is_needed_is_kept_with_all_gaps(rows: Path, tmp_path: Path) -> None:
+    chosen = ["model=llama-13b", "model.architecture.vocab_size=32000", "model.architecture.num_hidden_layers=40"]
+    chosen += ["lora.r=64", "data.max_length=512", "trainer.per_device_train_batch_size=1", f"data.path={rows}"]
+    needed = build_plan(compose([*SHAPE, *chosen, "trainer.gradient_checkpointing=true", "plan.device=h200"]))
+    budget = 1.06 * needed.memory.peak
+    chosen += [f"trainer.memory_budget={round(budget / 1e6)}MB", "trainer.max_steps=3", f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "qlora", *SHAPE, *chosen], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert metrics["train_memory_retries"] == 0
+    assert metrics["peak_memory_gb"] <= budget / 1e9
 
 
 def test_offloaded_inputs_change_no_bit_and_leave_the_gpu() -> None:
