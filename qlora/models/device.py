@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Placement:
 
     def __str__(self) -> str:
         return f"{device_name(self.device)}, computing in {str(self.compute).removeprefix('torch.')}"
+
+
+def planned_dtype(plan: dict[str, torch.dtype], name: str, otherwise: torch.dtype) -> torch.dtype:
+    """Returns the dtype that transformers loads a tensor in; by a model's plan of dtypes it keeps a few in float32."""
+    return next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), otherwise)
 
 
 def find_device(wanted: Device) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora.models.device import DTYPES, Placement
+from qlora.models.device import DTYPES, Placement, planned_dtype
 from qlora.schema import ModelConfig
 
 
@@ -34,7 +33,7 @@ class DrawnWeights:
         self._stencil = self._empty()
         self._modules = dict(self._stencil.named_modules())
         self._tied = set(self._stencil.all_tied_weights_keys)
-        self._wide = self._stencil._get_dtype_plan(placement.weights)
+        self._plan = self._stencil._get_dtype_plan(placement.weights)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names that the tensors would have in a file."""
@@ -89,7 +88,8 @@ class DrawnWeights:
         if not empty:
             return {}
         for key, tensor in empty:
-            full = torch.empty_like(tensor, dtype=self._dtype(f"{name}.{key}", tensor), device=device)
+            dtype = planned_dtype(self._plan, f"{name}.{key}", tensor.dtype)
+            full = torch.empty_like(tensor, dtype=dtype, device=device)
             setattr(module, key, nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full)
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_rng(device)):
             torch.manual_seed(_seed(self.seed, name))
@@ -106,11 +106,6 @@ class DrawnWeights:
         chain = [self._modules[".".join(parts[:count])] for count in range(len(parts), -1, -1)]
         for place, module in enumerate(chain):
             yield module, next(above for above in chain[place:] if isinstance(above, PreTrainedModel))
-
-    def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Returns the dtype that loading would give a tensor; some models keep a few in float32."""
-        kept = (dtype for part, dtype in self._wide.items() if re.search(part.replace("*", ".*"), name))
-        return next(kept, tensor.dtype)
 
 
 def drawing_facts(config: ModelConfig, placement: Placement, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.models.device import Placement
+from qlora.models.device import Placement, planned_dtype
 from qlora.models.drawing import DrawnWeights
 from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
 from qlora.models.tokenizer import hub_error
@@ -131,6 +131,8 @@ def load_base(
         if "dispatched on the CPU or the disk" not in str(error):
             raise
         raise _too_large(config) from error
+    if stored is not None:
+        _cast_unquantized(model, placement.weights)
     places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and placement.device.type != "cpu"):
         raise _too_large(config)
@@ -179,6 +181,19 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives what is not quantized the dtype it is loaded in elsewhere: the library leaves a stored base's as it is.
+
+    A 4-bit weight is decoded to that dtype, too.
+    """
+    plan = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(planned_dtype(plan, name, dtype))
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:

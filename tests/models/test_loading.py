@@ -102,6 +102,9 @@ def test_a_stored_4bit_checkpoint_gives_equal_logits(base_folder: Path, stored: 
 
 def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(stored: Path) -> None:
     model = load(stored, "quantization=nf4", "quantization.compute_dtype=bf16")
+    others = [each for each in model.parameters() if not isinstance(each, bnb.nn.Params4bit)]
+    assert {each.dtype for each in others} == {torch.bfloat16}
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.dtype is torch.bfloat16
     assert {m.compute_dtype for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)} == {torch.bfloat16}
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
 
