@@ -230,6 +230,15 @@ class Parallel(Enum):
     fsdp = "fsdp"
 
 
+class FlashAttention(Enum):
+    """Whose kernels attend inside rows of packs and under a sliding window."""
+
+    auto = "auto"
+    fa2 = "fa2"
+    fa3 = "fa3"
+    fa4 = "fa4"
+
+
 class SweepMethod(Enum):
     """How wandb chooses the points of a sweep of its own."""
 
@@ -708,6 +717,10 @@ class TrainerConfig:
     fused_attention: Any = "auto"
     """Lay the rows of a batch one behind the other, with attention inside each: no padding is computed between them.
     True, false or `auto` (with CUDA, in 16 bits)."""
+    flash_attention: FlashAttention = FlashAttention.auto
+    """Whose kernels `fused_attention` uses inside rows of packs and under a sliding window: `fa2`, torch's own; `fa3`
+    (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of
+    these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
     """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
     parallel: Parallel = Parallel.ddp
@@ -758,6 +771,11 @@ class TrainerConfig:
             raise ConfigError(
                 "trainer.memory_budget depends on what memory is free, and cuts batches when it is short, which gives "
                 "other bits; trainer.deterministic=true does not go with it: leave one of them out"
+            )
+        if self.deterministic and self.flash_attention not in (FlashAttention.auto, FlashAttention.fa2):
+            raise ConfigError(
+                f"trainer.flash_attention={self.flash_attention.value} adds up in any order, and "
+                "trainer.deterministic=true takes torch's own attention: leave one of them out"
             )
         for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
             value = getattr(self, name)

@@ -31,14 +31,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from qlora.errors import ConfigError
-from qlora.kernels.attention import attend_batch, attend_rows, fastest_attention, has_varlen
+from qlora.kernels.attention import (
+    NEWER_FLASH,
+    attend_batch,
+    attend_rows,
+    fastest_attention,
+    find_flash_fault,
+    has_varlen,
+)
 from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_scales, join, read_codes
 from qlora.kernels.dropout import keep_mask
 from qlora.kernels.linear import GroupedLinear, unread
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
 from qlora.models.offload import Offloading
-from qlora.schema import BaseProducts, Parallel, QuantizationConfig, TrainerConfig
+from qlora.schema import BaseProducts, FlashAttention, Parallel, QuantizationConfig, TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -263,6 +270,7 @@ class FastStep:
         self.layers = find_layers(self.base)
         self._fuse(model, trainer, quantization)
         self.attention = self._decide("fused_attention", trainer.fused_attention, self._attention_fault())
+        self._choose_flash(trainer)
         self.loss = self._decide("fused_loss", trainer.fused_loss, self._loss_fault())
         self.is_compiled = self._decide("compile", trainer.compile, self._compile_fault())
         self._layer = torch.compile(_call) if self.is_compiled else _call
@@ -322,6 +330,27 @@ class FastStep:
         if own or not getattr(self.base, "_supports_attention_backend", False):
             return f"{settings.model_type} has an attention of its own" + (f" ({own[0]})" if own else "")
         return None
+
+    def _choose_flash(self, trainer: TrainerConfig) -> None:
+        """Takes the FlashAttention of the config; raises `ConfigError` if it names one that cannot be had."""
+        wanted = trainer.flash_attention
+        if not self.attention:
+            if wanted is not FlashAttention.auto:
+                off = f"trainer.fused_attention is off ({self.parts['fused_attention']})"
+                raise ConfigError(f"trainer.flash_attention={wanted.value}: {off}; set trainer.flash_attention=auto")
+            return
+        if wanted is FlashAttention.fa2 or trainer.deterministic:
+            return
+        faults: list[str] = []
+        for name in NEWER_FLASH if wanted is FlashAttention.auto else [wanted.value]:
+            fault = find_flash_fault(name, self.placement.device)
+            if fault is None:
+                self.parts[name] = "on"
+                return
+            faults.append(fault)
+        if wanted is not FlashAttention.auto:
+            raise ConfigError(f"trainer.flash_attention={wanted.value}: {faults[0]}; set trainer.flash_attention=auto")
+        self.parts["flash_attention"] = ", ".join(faults)
 
     @property
     def _is_spread(self) -> bool:

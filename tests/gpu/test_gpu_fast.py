@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora.compose import compose
+from qlora.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
 from qlora.models.device import Placement
 from qlora.models.fast import FastStep, Packs
 from qlora.models.loading import set_compute_dtype
@@ -80,6 +81,28 @@ def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
     decoded = out.numel() * 2.5 / seconds(lambda: decode_rows(stored, out))
     print(f"copy {copy / 1e12:.2f} TB/s, decoding {decoded / 1e12:.2f} TB/s: {decoded / copy:.0%}")
     assert decoded > 0.6 * copy
+
+
+@pytest.mark.parametrize("name", NEWER_FLASH)
+def test_a_newer_flash_attention_serves_windows_and_fewer_keys(name: str) -> None:
+    def attend() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        shapes = [(300, 8, 128), (300, 2, 128), (300, 2, 128)]
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        borders = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device="cuda")
+        found = attend_rows(q, k, v, borders, 170, 0.1, window=64)
+        return [found, *torch.autograd.grad(found.float().square().sum(), (q, k, v))]
+
+    expected = attend()
+    fault = find_flash_fault(name, GPU.device)
+    if fault is not None and fault.endswith(("is not installed", "does not serve this GPU", f"use {name.upper()}")):
+        pytest.skip(fault)
+    assert fault is None
+    try:
+        for own, other in zip(attend(), expected, strict=True):
+            assert (own - other).norm() < 0.02 * other.norm()
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 CASES = {

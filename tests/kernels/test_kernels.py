@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora.kernels import linear
+from qlora.kernels import attention, linear
 from qlora.kernels.attention import attend_batch, fastest_attention
 from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_plain, decode_scales, join, read_codes
 from qlora.kernels.linear import GroupedLinear, scale_rows, unread
@@ -212,3 +212,48 @@ def test_attention_over_a_batch_is_causal_with_grouped_heads() -> None:
     weights = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
     weights = weights.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
     torch.testing.assert_close(found, weights @ v.repeat_interleave(2, 1))
+
+
+class FakeFlash:
+    """A GPU on which newer FlashAttentions can be switched on; each shifts what torch's own gives by a share of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, installed: dict[str, float | Exception], major: int) -> None:
+        self.active: str | None = None
+        shift: dict[str | None, float | Exception] = {None: 0.0, **installed}
+
+        def attend(device: torch.device) -> list[torch.Tensor]:
+            found = shift[self.active]
+            if isinstance(found, Exception):
+                raise found
+            return [torch.ones(3) * (1 + found)]
+
+        modules = [module for title, module, _ in attention.NEWER_FLASH.values() if title in installed]
+        for name, value in {
+            "list_flash_attention_impls": lambda: ["FA3", "FA4"],
+            "activate_flash_attention_impl": lambda title: setattr(self, "active", title),
+            "restore_flash_attention_impl": lambda: setattr(self, "active", None),
+            "current_flash_attention_impl": lambda: self.active,
+        }.items():
+            monkeypatch.setattr(torch.nn.attention, name, value, raising=False)
+        monkeypatch.setattr(attention, "_is_there", modules.__contains__)
+        monkeypatch.setattr(attention, "_try_attention", attend)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+
+
+@pytest.mark.parametrize(
+    ("installed", "major", "name", "fault"),
+    [
+        ({"FA3": 0.001}, 9, "fa3", None),
+        ({"FA4": 0.001}, 10, "fa4", None),
+        ({}, 9, "fa3", "FA3 is not installed"),
+        ({"FA3": 0.001}, 10, "fa3", "FA3 does not serve this GPU"),
+        ({"FA3": 0.5}, 9, "fa3", "FA3 gives other numbers than torch's own attention, 50% apart"),
+        ({"FA4": RuntimeError("no\ncompiler")}, 9, "fa4", "FA4 does not run here (no compiler)"),
+    ],
+)
+def test_a_newer_flash_attention_serves_where_it_agrees_with_torch_s_own(
+    installed: dict[str, float | Exception], major: int, name: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = FakeFlash(monkeypatch, installed, major)
+    assert attention.find_flash_fault(name, torch.device("cpu")) == fault
+    assert flash.active == (name.upper() if fault is None else None)

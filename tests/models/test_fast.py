@@ -217,6 +217,11 @@ def test_auto_switches_nothing_on_without_cuda() -> None:
     ("overrides", "changes", "message"),
     [
         (["trainer.fused_attention=true"], {}, r"trainer\.fused_attention=true: .* on CUDA only; set .*=auto"),
+        (
+            ["trainer.flash_attention=fa3"],
+            {},
+            r"flash_attention=fa3: trainer\.fused_attention is off \(.*; set",
+        ),
         (["lora.use_dora=true"], {}, r"trainer\.fused_linear=true: the model has no 4-bit layers with plain adapters"),
         (
             ["trainer.fused_linear=false", "quantization.compute=fp8"],
