@@ -56,7 +56,7 @@ names.register()
 
 def main() -> None:
     """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    given = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
     try:
         _main(sys.argv[1:])
@@ -73,8 +73,13 @@ def main() -> None:
         close_bars()
         cause = error.__cause__ if isinstance(error, Mistake) else error
         assert isinstance(cause, Exception)
-        _tell(cause, in_full=full_error)
+        _tell(cause, in_full=given == "1")
         sys.exit(1)
+    finally:  # who calls this inside a process of its own may start others
+        if given is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = given
 
 
 PATIENCE = 3

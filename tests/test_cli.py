@@ -149,3 +149,18 @@ def test_with_a_memory_budget_freed_pages_serve_again_unless_the_user_has_settle
     monkeypatch.setattr(cli.world, "join", lambda: None)
     cli._join(compose_dict(overrides), sweeps=False)
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_the_command_line_leaves_the_environment_as_it_was(
+    given: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", given or "")
+    if given is None:
+        monkeypatch.delenv("HYDRA_FULL_ERROR")
+    monkeypatch.setattr(sys, "argv", ["qlora", "lora.rr=8"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: unknown key 'lora.rr'")
+    assert os.environ.get("HYDRA_FULL_ERROR") == given

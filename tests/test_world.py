@@ -62,7 +62,6 @@ def test_only_trainings_run_in_several_processes(
     environment: pytest.MonkeyPatch, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.setenv("WORLD_SIZE", "2")
-    environment.delenv("HYDRA_FULL_ERROR", raising=False)  # which the command line sets for itself
     environment.setattr(sys, "argv", ["qlora", *words])
     with pytest.raises(SystemExit):
         cli.main()

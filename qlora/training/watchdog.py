@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from transformers import TrainerCallback, TrainerControl
 
 from qlora import world
@@ -41,6 +42,8 @@ MEMORY = 0.9
 """How much of the smoothed loss is the one of the step before."""
 RISE = 1.0
 """What the smoothed loss must have risen by, in nats, beside the factor: a loss near zero may double."""
+LOST_SECONDS = 5.0
+"""How long the system may take to tell that a process has ended whose connection is gone."""
 LEAST_SECONDS = 1.0
 """A step that takes less is not slow, whatever the others take."""
 SHOWN = 3
@@ -134,8 +137,12 @@ class Watchdog(TrainerCallback):
     def expecting_batches(self) -> Iterator[None]:
         """Acts on batches that do not come in time."""
         started = time.monotonic()
-        with self._alarm():
-            yield
+        try:
+            with self._alarm():
+                yield
+        except (ConnectionError, EOFError):  # a process that dies while it hands a batch over is heard of later
+            _await_lost_worker()
+            raise
         self._waited += time.monotonic() - started
 
     def explain_loss(self, error: RuntimeError) -> Halted | None:
@@ -425,6 +432,14 @@ class Watchdog(TrainerCallback):
 
 def _seconds(begun: Any, ended: Any) -> float:
     return ended - begun if isinstance(begun, float) else float(begun.elapsed_time(ended)) / 1e3
+
+
+def _await_lost_worker() -> None:
+    """Raises torch's `RuntimeError` that names a process which has ended, if there is one soon."""
+    until = time.monotonic() + LOST_SECONDS
+    while time.monotonic() < until:
+        _error_if_any_worker_fails()
+        time.sleep(0.05)
 
 
 def _scale_rate(optimizer: Any, scheduler: Any, factor: float) -> None:

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data._utils import signal_handling
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from qlora.compose import compose
@@ -338,6 +341,25 @@ def test_a_dead_worker_process_ends_the_training(tmp_path: Path) -> None:
     with pytest.raises(Halted, match=r"a process that prepares batches has ended .*; lower trainer.dataloader_num_w"):
         trainer.run(None)
     assert trainer.watchdog.counts["stalled"] == 1
+
+
+def test_a_connection_that_breaks_before_its_process_is_known_to_be_dead_names_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watchdog = Watchdog(compose([]).watchdog, CPU, find_rows=lambda step: [], scales=False)
+    dying = subprocess.Popen([sys.executable, "-c", "import os, time; time.sleep(0.5); os.kill(os.getpid(), 9)"])
+    signal_handling._set_worker_pids(id(dying), (dying.pid,))
+    try:
+        message = rf"DataLoader worker \(pid {dying.pid}\) is killed"
+        with pytest.raises(RuntimeError, match=message) as caught, watchdog.expecting_batches():
+            raise ConnectionResetError("peer")
+        assert watchdog.explain_loss(caught.value) is not None
+        monkeypatch.setattr("qlora.training.watchdog.LOST_SECONDS", 0.1)
+        with pytest.raises(ConnectionResetError), watchdog.expecting_batches():
+            raise ConnectionResetError("peer")  # of something else
+    finally:
+        signal_handling._remove_worker_pids(id(dying))
+        dying.wait()
 
 
 @pytest.mark.parametrize(
