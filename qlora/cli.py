@@ -77,7 +77,7 @@ def main() -> None:
         sys.exit(1)
     finally:  # who calls this inside a process of its own may start others
         if given is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+            os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = given
 
