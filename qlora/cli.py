@@ -54,10 +54,16 @@ register()
 names.register()
 
 
+FULL_ERROR, WANTS_FULL_ERROR = "HYDRA_FULL_ERROR", "QLORA_FULL_ERROR"
+"""Hydra's variable, which is always set inside, for Hydra then leaves its errors to `main`; and what the user had set
+it to, for the jobs of a sweep, which inherit the first."""
+
+
 def main() -> None:
     """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
-    given = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to the handler below
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, WANTS_FULL_ERROR)}
+    in_full = (before[WANTS_FULL_ERROR] or before[FULL_ERROR]) == "1"
+    os.environ |= {FULL_ERROR: "1", WANTS_FULL_ERROR: "1" if in_full else "0"}
     try:
         _main(sys.argv[1:])
     except Stopped as stopped:
@@ -73,13 +79,12 @@ def main() -> None:
         close_bars()
         cause = error.__cause__ if isinstance(error, Mistake) else error
         assert isinstance(cause, Exception)
-        _tell(cause, in_full=given == "1")
+        _tell(cause, in_full=in_full)
         sys.exit(1)
     finally:  # who calls this inside a process of its own may start others
-        if given is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = given
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 PATIENCE = 3

@@ -87,6 +87,8 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     jobs = json.loads((tmp_path / "outputs" / "sweeps" / "part" / "sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["finished", "failed", "finished"]
     assert "['nope'] match no linear layer" in jobs[1]["reason"]
+    assert "['nope'] match no linear layer" in done.stdout
+    assert 'File "' not in done.stdout + done.stderr  # a line of a traceback
 
 
 def test_a_bad_value_anywhere_in_a_sweep_stops_it_before_the_first_job(tmp_path: Path) -> None:
