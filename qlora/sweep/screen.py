@@ -141,7 +141,7 @@ class Screen:
             return
         say(Text(printable(f"{place}  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
         if job.status is Status.failed:
-            for line in tail(job.folder):
+            for line in (line for line in tail(job.folder) if line != f"error: {job.reason}"):  # told already
                 say(Text(printable(f"      {line}"), style="dim"))
 
     def _standing(self, running: list[Job]) -> str:
