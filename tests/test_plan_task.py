@@ -40,7 +40,7 @@ def test_it_answers_at_once_and_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    assert "needed                         43." in done.stdout
+    assert "needed                         43.3" in done.stdout
     assert "adapters and their gradients in 32 bits" in done.stdout
     assert "fits, 4." in done.stdout
     stored = json.loads((tmp_path / "plan.json").read_text())
@@ -55,8 +55,8 @@ def test_the_paper_s_memory_is_near(size: str, paper: float) -> None:
     assert wide is not None
     assert same is not None
     assert wide["paper_gb"] == same["paper_gb"] == paper
-    assert 0.95 * paper < wide["planned_gb"] < 1.12 * paper
-    assert 0.85 * paper < same["planned_gb"] < 1.02 * paper
+    assert 0.98 * paper < wide["planned_gb"] < 1.12 * paper
+    assert 0.89 * paper < same["planned_gb"] < 1.02 * paper
 
 
 @pytest.mark.skipif(not MEASURED.is_file(), reason="nothing was measured on a GPU")
