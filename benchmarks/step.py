@@ -6,8 +6,9 @@
 `long` is 8 rows of 2,048 tokens an optimizer step. `guanaco` is rows of lengths as of chats (log-normal, 32 to 512
 tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped by length and padded to the longest.
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
-all linear layers without dropout, paged AdamW in 32 bits; the median of some steps after warm-up. `--end-to-end` runs
-`python -m qlora` itself on a file of such rows, with loading, logging and saving, and takes its steps 6 to 20.
+all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training.
+`--end-to-end` runs `python -m qlora` itself on a file of such rows, with loading, logging and saving, and takes its
+steps 6 to 20.
 
 Unsloth and TRL take part where they are installed (`rivals.py`): they load what qlora draws from a checkpoint.
 """
@@ -61,6 +62,8 @@ OURS, ROWWISE, PACKED = {"long": 4, "guanaco": 1}, {"long": 4, "guanaco": 16}, {
 CONTESTANTS = {
     "fp8": Contestant([*FP8, *KEEP], OURS, packs=True),
     "bf16": Contestant(KEEP, OURS, packs=True),
+    "fp8, one micro-batch": Contestant([*FP8, *KEEP], {"long": 8}),
+    "bf16, one micro-batch": Contestant(KEEP, {"long": 8}),
     "fp8, 16 GB": Contestant([*FP8, *MIDDLE], OURS, packs=True),
     "bf16, 16 GB": Contestant(MIDDLE, OURS, packs=True),
     "fp8, 7.3 GB": Contestant([*FP8, *LEAN], OURS, packs=True),
@@ -121,21 +124,31 @@ def _row(generator: np.random.Generator, vocabulary: int, count: int) -> dict[st
     return {"input_ids": ids, "labels": ids, "length": count}
 
 
-def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int) -> Iterator[list[tuple[Any, int]]]:
-    """Yields the micro-batches of optimizer steps without end, each with its count of tokens."""
+class MicroBatch(NamedTuple):
+    """A micro-batch on its device, and what is counted on the host: asking the device would be waiting for it."""
+
+    inputs: dict[str, Any]
+    tokens: int
+    """Without padding."""
+    targets: int
+
+
+def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int) -> Iterator[list[MicroBatch]]:
+    """Yields the micro-batches of optimizer steps without end."""
     from qlora.data.collate import Collator
 
     packs, micro = CONTESTANTS[name].packs and workload == "guanaco", CONTESTANTS[name].micro[workload]
     collate = Collator(0, width=PACK // shrink if packs else 0)
     for rows in steps_of_packs(vocabulary, shrink) if packs else steps_of_rows(workload, vocabulary, shrink):
-        parts = [rows[first : first + micro] for first in range(0, len(rows), micro)]
-        yield [
-            (
-                {key: tensor.to(device) for key, tensor in collate(part).items()},
-                sum(each["length"] for each in part),
-            )
-            for part in parts
-        ]
+        step = []
+        for part in (rows[first : first + micro] for first in range(0, len(rows), micro)):
+            found, tokens = collate(part), sum(each["length"] for each in part)
+            targets = int((found["labels"][:, 1:] != -100).sum())
+            if device.type == "cuda":
+                found = {key: tensor.pin_memory() for key, tensor in found.items()}
+            inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in found.items()}
+            step.append(MicroBatch(inputs, tokens, targets))
+        yield step
 
 
 def write_texts(file: Path, shrink: int) -> None:
@@ -148,7 +161,7 @@ def write_texts(file: Path, shrink: int) -> None:
 def time_steps(
     model: Any,
     optimizer: Any,
-    source: Iterator[list[tuple[Any, int]]],
+    source: Iterator[list[MicroBatch]],
     around: Callable[[], AbstractContextManager[None]],
     device: Any,
     *,
@@ -164,27 +177,31 @@ def time_steps(
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     reset_peak_memory(device)
 
-    def once() -> tuple[int, float]:
+    def once() -> tuple[int, Any]:
         micro = next(source)
-        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in micro)
-        wait()
-        started = time.perf_counter()
-        for batch, _ in micro:
+        count = sum(batch.targets for batch in micro)
+        for batch in micro:
             with around():
-                loss = model(**batch, num_items_in_batch=count).loss
+                loss = model(**batch.inputs, num_items_in_batch=count).loss
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimizer.step()
         for parameter in trained:
             parameter.grad = None
-        wait()
-        assert torch.isfinite(loss)
-        return sum(tokens for _, tokens in micro), time.perf_counter() - started
+        return sum(batch.tokens for batch in micro), loss.detach()
 
-    _, first = once()
-    for _ in range(WARM_UP - 1):
-        once()
-    speeds = [tokens / seconds for tokens, seconds in (once() for _ in range(steps))]
+    def timed(count: int) -> tuple[int, float]:
+        wait()
+        started = time.perf_counter()
+        done = [once() for _ in range(count)]
+        wait()
+        seconds = time.perf_counter() - started
+        assert all(torch.isfinite(loss) for _, loss in done)
+        return sum(tokens for tokens, _ in done), seconds
+
+    _, first = timed(1)
+    timed(WARM_UP - 1)
+    tokens, seconds = timed(steps)
     if profile:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as record
@@ -193,7 +210,7 @@ def time_steps(
             once()
         print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
     return {
-        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second": tokens / seconds,
         "peak_gb": peak_memory_gb(device),
         "first_step_seconds": first,
         "device": device_name(device),
@@ -209,7 +226,7 @@ def measure(
     from qlora.compose import compose
     from qlora.models.fast import FastStep, Packs
     from qlora.run import Run
-    from qlora.training.flat import flatten_groups
+    from qlora.training.flat import flatten_groups, run_ahead
 
     shrink = 16 if small else 1
     config = compose([*EVERY, *overrides])
@@ -230,6 +247,7 @@ def measure(
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
         if step.is_active:
             flatten_groups(optimizer)
+            run_ahead(optimizer)
         if (budget := run._build_budget(step, longest=width)) is not None:
             plan = budget.choose()
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
@@ -258,7 +276,7 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name].packs else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
-            *("data.max_length=1024", "trainer.max_steps=20", "trainer.logging_steps=1", "trainer.eval_steps=null"),
+            *("data.max_length=1024", "trainer.max_steps=20", "trainer.logging_steps=5", "trainer.eval_steps=null"),
             *("trainer.save_steps=10", "task.evaluate=false", "task.predict=false"),
             *("evaluation=loss", "evaluation.baseline=false", *overrides, f"hydra.run.dir={run}"),
         ]
@@ -268,7 +286,7 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         history = json.loads((run / "history.json").read_text())
         speeds = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
         metrics = json.loads((run / "result.json").read_text())["metrics"]
-        return {"tokens_per_second": statistics.median(speeds[5:20]), "peak_gb": metrics["peak_memory_gb"]}
+        return {"tokens_per_second": statistics.harmonic_mean(speeds[1:4]), "peak_gb": metrics["peak_memory_gb"]}
 
 
 def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     stored, wanted = loaded.state_dict(), drawn.state_dict()
     assert stored.keys() == wanted.keys()
     assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
-    ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0][0]["input_ids"]
+    ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0].inputs["input_ids"]
     logits = [model.train()(ids).logits for model in (loaded, drawn)]  # bitsandbytes rounds otherwise outside training
     assert torch.equal(*logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()

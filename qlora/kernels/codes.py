@@ -47,9 +47,9 @@ class Codes:
         return self.scales.dtype is torch.uint8
 
     def part(self, start: int, stop: int) -> Codes:
-        """Returns rows `start` to `stop` without copying; `start`, a multiple of 256, cuts no group of scales."""
-        assert start % GROUP == 0
+        """Returns rows `start` to `stop` without copying; `start` must cut no group of scales."""
         first, last = start * self.columns // BLOCK, stop * self.columns // BLOCK
+        assert not self.is_nested or first % GROUP == 0
         groups = slice(first // GROUP, -(-last // GROUP))
         return replace(
             self,

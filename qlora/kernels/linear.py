@@ -6,7 +6,7 @@ for the backward pass, which decodes the weights again, is the input and its sma
 
 A pass over a group's output to add the adapter's would cost a third of what its product costs in 8 bits. In 16 bits the
 large product adds itself to the adapter's; in 8 bits the adapter's half product is more columns of the input, and its
-other matrix more columns of the weight.
+other matrix more columns of the weight. (The latter costs more in 16 bits: compiled code keeps the input twice.)
 
 The operators are opaque to `torch.compile`: it would keep decoded weights for the backward pass.
 """
@@ -17,7 +17,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
-        _library.define(schema)
+        # Compiled code may lay the rows of a matrix apart; by default it would copy them together for an operator.
+        _library.define(schema, tags=[torch.Tag.needs_fixed_stride_order])
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qlora::{name}", fake, lib=_library)
         found: Callable[..., Any] = getattr(torch.ops.qlora, name).default
@@ -50,15 +51,21 @@ def _joint(tensors: list[Tensor], rows: int, columns: int) -> Codes:
 
 
 def _decode(
-    codes: Codes, dtype: torch.dtype, factor: Tensor | None = None, *, transposed: bool = False, room: int = 0
+    codes: Codes,
+    dtype: torch.dtype,
+    factor: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    before: int = 0,
+    room: int = 0,
 ) -> Tensor:
     """Returns the weights, [rows, columns] or transposed, times `factor`: by kernels on a GPU, else by their twin.
 
-    `room` is how many columns follow them that hold nothing yet.
+    `before` and `room` are how many columns stand before and behind them that hold nothing yet.
     """
     rows, columns = (codes.columns, codes.rows) if transposed else (codes.rows, codes.columns)
-    out = torch.empty(rows, columns + room, dtype=dtype, device=codes.packed.device)
-    place = out[:, :columns]
+    out = torch.empty(rows, before + columns + room, dtype=dtype, device=codes.packed.device)
+    place = out[:, before : before + columns]
     if codes.packed.is_cuda:
         from qlora.kernels.decode import decode_columns, decode_rows  # Triton is there with CUDA only
 
@@ -146,48 +153,95 @@ def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list
     return out
 
 
-def _fake_product(x, scale, factor, beside, codes, rows, columns, transposed):
-    return x.new_empty(x.shape[0], columns if transposed else rows, dtype=torch.bfloat16)
+@functools.cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(1, count, device=device)
+
+
+def _write_diagonal(out: Tensor, blocks: Sequence[Tensor]) -> None:
+    """Writes the blocks along the diagonal of `out`, in 8 bits; what is beside them becomes zero."""
+    out = out.view(torch.int8)  # whose kernels are faster
+    if len(blocks) > 1 or blocks[0].shape[1] < out.shape[1]:
+        out.zero_()
+    row = column = 0
+    for block in blocks:
+        height, width = block.shape
+        out[row : row + height, column : column + width] = block.view(torch.int8)
+        row, column = row + height, column + width
+
+
+def _fake_product(x, scale, factor, before, beside, codes, rows, columns):
+    counts = [rows[0], sum(rows[1:])] if before else [sum(rows)]
+    return [x.new_empty(x.shape[0], count, dtype=torch.bfloat16) for count in counts]
 
 
 @_operator(
-    "product(Tensor x, Tensor scale, Tensor factor, Tensor[] beside, Tensor[] codes, int rows, int columns, "
-    "bool transposed) -> Tensor",
+    "product(Tensor x, Tensor scale, Tensor factor, int before, Tensor[] beside, Tensor[] codes, int[] rows, "
+    "int columns) -> Tensor[]",
     _fake_product,
 )
 def product(
     x: Tensor,
     scale: Tensor,
     factor: Tensor,
+    before: int,
     beside: list[Tensor],
     codes: list[Tensor],
-    rows: int,
+    rows: list[int],
     columns: int,
-    transposed: bool,
-) -> Tensor:
-    """Returns `x`, in e4m3, times the transpose of the weights [rows, columns], or times the weights (`transposed`).
+) -> list[Tensor]:
+    """Returns `x`, in e4m3, times the transpose of the weights of layers of `rows` each: bf16 [tokens, rows].
 
-    The weights, in e4m3 too, are multiplied with `factor` [1]; where `x` has more columns than they have, the matrices
-    `beside`, in e4m3, go on there as the blocks of a diagonal. The result, bf16 [tokens, rows or columns], is
-    multiplied with `scale` [tokens, 1].
+    The weights, in e4m3 too, are multiplied with `factor` [1], the results with `scale` [tokens, 1]. Columns that `x`
+    has after the weights' are for the matrices `beside`, in e4m3, as blocks of a diagonal. With `before`, that many
+    columns before the weights' are for the first layer's, whose result comes apart: so no layer is multiplied with the
+    zeros that the first one's block would have below it.
     """
-    if not transposed and _is_unread(codes):
-        return x.new_full((len(x), rows), torch.nan, dtype=torch.bfloat16)
-    own = rows if transposed else columns
-    room = x.shape[1] - own
-    weight = _decode(_joint(codes, rows, columns), x.dtype, factor, transposed=transposed, room=room)
+    joint = _joint(codes, sum(rows), columns)
+    cut = rows[0] if before else 0
+    if _is_unread(codes):
+        counts = [rows[0], sum(rows[1:])] if before else [sum(rows)]
+        return [x.new_full((len(x), count), torch.nan, dtype=torch.bfloat16) for count in counts]
+    found = []
+    if before:
+        weight = _decode(joint.part(0, cut), x.dtype, factor, before=before)
+        _write_diagonal(weight[:, :before], beside[:1])
+        found.append(_multiply_scaled(x[:, : before + columns], weight, scale))
+        joint, x, beside = joint.part(cut, joint.rows), x[:, before:], beside[1:]
+    room = x.shape[1] - columns
+    weight = _decode(joint, x.dtype, factor, room=room)
     if room:
-        tail = weight.view(torch.int8)[:, own:]  # whose kernels are faster
-        if len(beside) > 1 or beside[0].shape[1] < room:
-            tail.zero_()
-        row = column = 0
-        for block in beside:
-            height, width = block.shape
-            tail[row : row + height, column : column + width] = block.view(torch.int8)
-            row, column = row + height, column + width
+        _write_diagonal(weight[:, columns:], beside)
+    return [*found, _multiply_scaled(x, weight, scale)]
+
+
+def _fake_transposed(dy, scale, factor, beside, codes, rows, columns):
+    return dy.new_empty(dy.shape[0], columns, dtype=torch.bfloat16)
+
+
+@_operator(
+    "product_transposed(Tensor dy, Tensor scale, Tensor factor, Tensor? beside, Tensor[] codes, int rows, int columns)"
+    " -> Tensor",
+    _fake_transposed,
+)
+def product_transposed(
+    dy: Tensor, scale: Tensor, factor: Tensor, beside: Tensor | None, codes: list[Tensor], rows: int, columns: int
+) -> Tensor:
+    """Returns `dy`, in e4m3, times the weights [rows, columns]: bf16 [tokens, columns]; else as `product`.
+
+    Columns that `dy` has after the weights' rows are for the matrix `beside` [columns, ...].
+    """
+    room = dy.shape[1] - rows
+    weight = _decode(_joint(codes, rows, columns), dy.dtype, factor, transposed=True, room=room)
+    if beside is not None:
+        _write_diagonal(weight[:, rows:], [beside])
+    return _multiply_scaled(dy, weight, scale)
+
+
+def _multiply_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not x.is_cuda:
         return ((x.float() @ weight.float().t()) * scale).bfloat16()
-    ones = torch.ones(1, weight.shape[0], device=x.device)
+    ones = _ones(len(weight), x.device)
     return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
@@ -226,21 +280,24 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ALIGNED = 16
-"""Numbers of 8 bits by which a row of a product's matrix must end."""
+"""Numbers of 8 bits after which a matrix may begin or end in a row."""
 
 
-def _multiply(
-    parts: Sequence[Tensor],
-    halves: Sequence[Tensor],
-    others: Sequence[Tensor],
-    factor: Tensor,
-    codes: list[Tensor],
-    rows: int,
-    columns: int,
-    *,
-    transposed: bool,
-) -> Tensor:
-    """Returns `product` of a matrix in `parts`, plus each of `halves` times the transpose of its matrix in `others`.
+class _Scaled(NamedTuple):
+    """Factors of products in e4m3, and what the products are multiplied with."""
+
+    parts: list[Tensor]
+    pieces: list[Tensor]
+    """For each adapter what stands beside the parts, [tokens, ...], and for each what stands beside the weights."""
+    blocks: list[Tensor]
+    scale: Tensor
+    """float32 [tokens, 1]."""
+    factor: Tensor
+    """What the weights are to be multiplied with, [1]."""
+
+
+def _scale(parts: Sequence[Tensor], halves: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> _Scaled:
+    """Returns in e4m3 a matrix in `parts`, and beside it each of `halves` with its matrix of `others`.
 
     Each number of these two is the sum of two of 8 bits, of which the second is what the first lost: about as exact as
     16 bits. `halves` are divided by how much larger than the largest number of its row of `parts` any of them is, and
@@ -249,8 +306,7 @@ def _multiply(
     """
     scaled, scale = scale_parts(parts)
     if not halves:
-        x = torch.cat(scaled, 1) if scaled[1:] else scaled[0]
-        return product(x, scale / factor, factor, [], codes, rows, columns, transposed)
+        return _Scaled(scaled, [], [], scale / factor, factor)
     largest = functools.reduce(torch.maximum, [half.abs().amax(1, keepdim=True) for half in halves])
     reach = (largest / scale).amax().clamp(min=1e-12) / E4M3_MAX
     largest = functools.reduce(torch.maximum, [other.abs().amax() for other in others])
@@ -258,11 +314,23 @@ def _multiply(
     pieces, blocks = [], []
     for half, other in zip(halves, others, strict=True):
         (first, rest), (top, lost) = _split(half.float() / (scale * reach)), _split(other.float() * (factor * reach))
-        pieces += [first, rest, first]
-        blocks.append(torch.cat([top, top, lost], 1))
-    missing = -sum(piece.shape[1] for piece in pieces) % ALIGNED
-    x = torch.cat([*scaled, torch.nn.functional.pad(torch.cat(pieces, 1), (0, missing))], 1)
-    return product(x, scale / factor, factor, blocks, codes, rows, columns, transposed)
+        missing = -3 * half.shape[1] % ALIGNED
+        piece, block = torch.cat([first, rest, first], 1), torch.cat([top, top, lost], 1)
+        pieces.append(torch.nn.functional.pad(piece, (0, missing)) if missing else piece)
+        blocks.append(torch.nn.functional.pad(block, (0, missing)) if missing else block)
+    return _Scaled(scaled, pieces, blocks, scale / factor, factor)
+
+
+def _multiply(
+    x: Tensor, halves: Sequence[Tensor], b: Sequence[Tensor], factor: Tensor, codes: list[Tensor], rows: list[int]
+) -> list[Tensor]:
+    """Returns the outputs of `linear`, by products in e4m3; `halves` is the product with the A matrices, by layer."""
+    (scaled,), pieces, blocks, scale, factor = _scale([x], halves, b, factor)
+    before = pieces[:1] if len(rows) > 1 else []
+    wide = torch.cat([*before, scaled, *pieces[len(before) :]], 1)
+    width = before[0].shape[1] if before else 0
+    *first, rest = product(wide, scale, factor, width, blocks, codes, rows, x.shape[1])
+    return [*first, *rest.split(rows[len(first) :], 1)]
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +357,7 @@ class GroupedLinear(torch.autograd.Function):
         ctx.rows, ctx.drops = rows, dropped is not None
         if factor is None:
             return linear(x, xa, b, codes, rows).split(rows, 1)
-        halves = xa.split([each.shape[1] for each in b], 1)
-        return _multiply([x], halves, b, factor, codes, sum(rows), x.shape[1], transposed=False).split(rows, 1)
+        return tuple(_multiply(x, xa.split([each.shape[1] for each in b], 1), b, factor, codes, rows))
 
     @staticmethod
     def backward(ctx, *dy):
@@ -303,8 +370,9 @@ class GroupedLinear(torch.autograd.Function):
         if factor is None:
             dx = linear_backward(dy, None if ctx.drops else dxa, a, codes, columns)
         else:
-            halves, others = ([], []) if ctx.drops else ([dxa], [a.t()])
-            dx = _multiply(dy, halves, others, factor, codes, sum(rows), columns, transposed=True)
+            scaled, pieces, blocks, scale, factor = _scale(dy, *(([], []) if ctx.drops else ([dxa], [a.t()])), factor)
+            wide = torch.cat([*scaled, *pieces], 1) if len(scaled) + len(pieces) > 1 else scaled[0]
+            dx = product_transposed(wide, scale, factor, next(iter(blocks), None), codes, sum(rows), columns)
         halves = xa.split([each.shape[1] for each in b], 1)
         db = [part.t() @ half for part, half in zip(dy, halves, strict=True)]
         return dx, dxa @ a if ctx.drops else None, dxa.t() @ read, None, None, *db, *([None] * len(codes))

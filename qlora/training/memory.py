@@ -20,10 +20,16 @@ Batch = dict[str, Tensor]
 MEASURED_STEP = 2
 """The optimizer step whose memory is measured: code is compiled, and the optimizer's states are there."""
 
+SMALL = 2**20
+"""Bytes up to which torch puts tensors together elsewhere."""
+MOVED = 2**28
+"""Most bytes of what is moved to close a gap: larger gaps are given back as they are."""
+
 
 class Step(Protocol):
     """What a training step runs in."""
 
+    base: torch.nn.Module
     checkpointed: int
     offloaded: int
 
@@ -149,11 +155,12 @@ class StepMemory:
         self._batches: list[Batch] = []
         self._steps = 0
         if budget is not None:
-            _free(device)  # what loading has left over counts, too
             log.info("memory budget: %s at first", self.plan)
 
     def begin(self) -> None:
         """Begins an optimizer step."""
+        if self.budget is not None and not self._steps:
+            close_gaps(self.step.base, self.device)  # they count, too
         self._batches, self._steps = [], self._steps + 1
         if self.budget is not None and self._steps == MEASURED_STEP + 1 and self._is_by_formula:
             self.plan = self.budget.choose()
@@ -221,8 +228,41 @@ class StepMemory:
         )
 
 
+def close_gaps(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves what a model keeps to where loading has left gaps, and gives back what is free then.
+
+    A tensor's storage is emptied and filled anew, so that whatever shows a part of it does so still; torch puts it into
+    the smallest gap that holds it. The last ones in memory go first: so gaps gather at its end.
+    """
+    _free(device)
+    kept: dict[int, torch.UntypedStorage] = {}
+    device = torch.empty(0, device=device).device  # with its index
+    for parameter in (*model.parameters(), *model.buffers()):
+        for tensor in (parameter, *_quantization_tensors(parameter)):
+            storage = tensor.untyped_storage()
+            if storage.device == device and SMALL < storage.nbytes() <= MOVED and storage.resizable():
+                kept[storage.data_ptr()] = storage
+    if not kept:
+        return
+    room = torch.empty(max(storage.nbytes() for storage in kept.values()), dtype=torch.uint8, device=device)
+    for _, storage in sorted(kept.items(), reverse=True):
+        size, whole = storage.nbytes(), torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        room[:size].copy_(whole)
+        storage.resize_(0)
+        storage.resize_(size)
+        whole.copy_(room[:size])
+    del room
+    _free(device)
+
+
+def _quantization_tensors(weight: Tensor) -> list[Tensor]:
+    """Returns what bitsandbytes keeps beside a 4-bit weight."""
+    state = getattr(weight, "quant_state", None)
+    return [] if state is None else [each for each in vars(state).values() if isinstance(each, Tensor)]
+
+
 def _free(device: torch.device) -> None:
-    """Gives back what a failed step held."""
+    """Gives back what nothing holds any more."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()

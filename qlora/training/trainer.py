@@ -47,7 +47,7 @@ from qlora.training.checkpoints import (
     set_aside,
     step_of,
 )
-from qlora.training.flat import flatten_groups
+from qlora.training.flat import flatten_groups, run_ahead
 from qlora.training.memory import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
@@ -458,8 +458,10 @@ class QLoraTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = self._create_optimizer(model)
-        if isinstance(optimizer, Optimizer8bit) and isinstance(self.model, PeftModel):
-            flatten_groups(optimizer)
+        if isinstance(optimizer, Optimizer8bit):
+            if isinstance(self.model, PeftModel):
+                flatten_groups(optimizer)
+            run_ahead(optimizer)
         self.watchdog.guard(optimizer)
         return optimizer
 

@@ -1,10 +1,12 @@
-"""Adapter matrices in one tensor learn to the bit what they learn one by one."""
+"""Adapter matrices in one tensor learn to the bit what they learn one by one, and nothing waits for the device."""
 
 import bitsandbytes as bnb
+import bitsandbytes.optim.optimizer as library
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW32bit
 
-from qlora.training.flat import flatten_groups
+from qlora.training.flat import flatten_groups, run_ahead
 
 
 def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
@@ -80,3 +82,59 @@ def test_gradients_lie_in_the_joint_one_and_add_up_there() -> None:
     optimizer.step()
     assert weights[0].tolist() == [[-1.0] * 3] * 2
     assert weights[1].tolist() == [0.0] * 4
+
+
+def test_a_step_does_not_wait_and_reading_the_states_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(library, "sync_gpu", lambda parameter: waits.append("step"))
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = PagedAdamW32bit([weight])
+    own = library.sync_gpu
+
+    def step() -> None:
+        weight.grad = torch.ones(8, 8)
+        optimizer.step()
+
+    step()
+    assert waits == ["step"] * 2
+    run_ahead(optimizer)
+    step()
+    assert waits == ["step"] * 2
+    assert library.sync_gpu is own
+    assert optimizer.prefetch_state.__func__ is PagedAdamW32bit.prefetch_state
+
+
+class OtherDevice:
+    """A device of 100 bytes left that notes what is asked of it."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.waits = left, 0
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.left, 1000
+
+    def synchronize(self, device: torch.device) -> None:
+        self.waits += 1
+
+
+@pytest.mark.parametrize(("left", "fetched"), [(255, 1), (256, 0)])
+def test_paged_states_are_fetched_where_memory_is_short(
+    left: int, fetched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, fetches = OtherDevice(left), []
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    weight = torch.nn.Parameter(torch.ones(8, 8, device="meta"))
+    optimizer = PagedAdamW32bit([weight])
+    monkeypatch.setattr(optimizer, "prefetch_state", fetches.append)
+    monkeypatch.setattr(optimizer, "update_step", lambda *_: None)
+    state = torch.zeros(8, 8)
+    state.is_paged = True
+    optimizer.state[weight] = {"state1": state}
+    optimizer.initialized = True
+    run_ahead(optimizer)
+    weight.grad = torch.ones(8, 8, device="meta")
+    optimizer.step()
+    assert len(fetches) == fetched
+    assert device.waits == 0
+    optimizer.state_dict()
+    assert device.waits == 1

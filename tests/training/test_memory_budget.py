@@ -15,7 +15,7 @@ from qlora.errors import ConfigError
 from qlora.models import fast
 from qlora.models.fast import FastStep
 from qlora.run import Run
-from qlora.training.memory import Budget, Formula, MemoryPlan, StepMemory
+from qlora.training.memory import Budget, Formula, MemoryPlan, StepMemory, close_gaps
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -144,7 +144,7 @@ def test_plans_get_leaner_step_by_step() -> None:
 class FakeStep:
     """A step of four layers that does nothing."""
 
-    checkpointed, offloaded, layers = 0, 0, [torch.nn.Identity()] * 4
+    checkpointed, offloaded, layers, base = 0, 0, [torch.nn.Identity()] * 4, torch.nn.Identity()
 
     def __enter__(self) -> FakeStep:
         return self
@@ -224,3 +224,16 @@ def test_a_size_needs_a_gpu_and_auto_does_without(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.memory_budget=auto"]), tmp_path / "auto")
     model = parts.add_adapter(parts.load_base())
     assert parts._build_trainer(model, [], None).memory.budget is None  # type: ignore[arg-type]
+
+
+def test_gaps_are_closed_under_tensors_that_share_what_they_show() -> None:
+    linear = torch.nn.Linear(1024, 1024, bias=False)
+    linear.register_buffer("rows", linear.weight.detach()[512:])
+    linear.register_buffer("small", torch.ones(8))
+    before = linear.weight.detach().clone()
+    close_gaps(linear, CPU)
+    assert torch.equal(linear.weight, before)
+    assert torch.equal(linear.rows, before[512:])
+    assert linear.rows.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
+    linear.weight.sum().backward()
+    assert torch.equal(linear.weight.grad, torch.ones(1024, 1024))
