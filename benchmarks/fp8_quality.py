@@ -59,7 +59,7 @@ def store(chosen: list[str], folder: Path) -> list[str]:
 
 
 def gradients(chosen: list[str]) -> Any:
-    """Returns the gradients of an adapter whose B matrices are not zero on one batch, float32 [parameters]."""
+    """Returns the gradients of an adapter whose B matrices are not zero on one batch, float64 [parameters]."""
     import torch
 
     from qlora.compose import compose
@@ -80,7 +80,7 @@ def gradients(chosen: list[str]) -> Any:
             with run.placement.autocast():
                 loss = model(**batch).loss
             loss.backward()
-        return torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
+        return torch.cat([p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None])
 
 
 def train(chosen: list[str], folder: Path) -> dict[str, Any]:
@@ -107,13 +107,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         exact = gradients([*common, *MODES["fp32"]])
         for mode, own in MODES.items():
             found = gradients([*common, *own])
+            cosine = float(torch.nn.functional.cosine_similarity(found, exact, dim=0))
+            error = float((found - exact).norm() / exact.norm())
+            print(f"{mode}, gradient: cosine {cosine:.5f}, error {error:.4f}", file=sys.stderr, flush=True)
             runs = {}
             for seed in arguments.seeds:
                 runs[seed] = train([*common, *own, f"seed={seed}"], Path(name) / f"{mode}-{seed}")
                 print(f"{mode}, seed {seed}: {runs[seed]['eval_loss']:.4f}", file=sys.stderr, flush=True)
             results[mode] = {
-                "gradient_cosine": float(torch.nn.functional.cosine_similarity(found, exact, dim=0)),
-                "gradient_error": float((found - exact).norm() / exact.norm()),
+                "gradient_cosine": cosine,
+                "gradient_error": error,
                 "runs": runs,
             }
     return results

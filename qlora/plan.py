@@ -20,7 +20,7 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_text
 from qlora.folder import RunFolder
 from qlora.models.files import is_local, locate
-from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, largest_rows
+from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
 from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.shape import Shape, find_targets, read_shape
@@ -74,7 +74,7 @@ class Plan:
         """The largest micro-batch by what is checkpointed."""
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
-        trainings = {name: _with(self.training, checkpointed=count) for name, count in kinds.items()}
+        trainings = {name: _with(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
         return {name: largest_rows(training, self.card) for name, training in trainings.items()}
 
     @cached_property
@@ -118,8 +118,10 @@ def build_plan(config: Config) -> Plan:
         return Plan(config, training, card)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
         card = replace(card, memory=min(card.memory, budget + CONTEXT))
-    fewest = fewest_checkpointed(training, card)
-    return Plan(config, _with(training, checkpointed=shape.layers if fewest is None else fewest), card)
+    if (fewest := fewest_checkpointed(training, card)) is not None:
+        return Plan(config, _with(training, checkpointed=fewest), card)
+    offloaded = fewest_offloaded(training, card)
+    return Plan(config, _with(training, checkpointed=shape.layers, offloaded=offloaded), card)
 
 
 def find_shape(config: Config) -> Shape:
@@ -231,6 +233,7 @@ def _print(found: Plan) -> None:
     trained = f"LoRA r={setup.r}" if setup.r else "all weights"
     if setup.checkpointed:
         checkpointing = f"{setup.checkpointed} of {shape.layers} layers checkpointed"
+        checkpointing += f" (inputs of {setup.offloaded} on the host)" if setup.offloaded else ""
     else:
         checkpointing = "no checkpointing"
     console.start_screen(
@@ -278,6 +281,8 @@ def _fitting(found: Plan) -> list[tuple[str, str]]:
     fewest, layers = fewest_checkpointed(found.training, found.card), found.training.shape.layers
     if fewest is None:
         words = "not even with all layers checkpointed"
+        if found.fits:
+            words = f"with all layers checkpointed and the inputs of {found.setup.offloaded} on the host"
     else:
         words = f"with at least {fewest} of {layers} layers checkpointed" if fewest else "without checkpointing"
     rows = [("this micro-batch", words)]

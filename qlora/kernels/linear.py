@@ -107,26 +107,34 @@ def _is_unread(codes: list[Tensor]) -> bool:
 
 
 def _fake_linear(x, xa, b, codes, rows):
-    return xa.new_empty(x.shape[0], sum(rows))
+    return [xa.new_empty(x.shape[0], count) for count in rows]
 
 
-@_operator("linear(Tensor x, Tensor xa, Tensor[] b, Tensor[] codes, int[] rows) -> Tensor", _fake_linear)
-def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: list[int]) -> Tensor:
-    """Returns the outputs of a group of layers one beside the other: [tokens, all rows].
+@_operator("linear(Tensor x, Tensor xa, Tensor[] b, Tensor[] codes, int[] rows) -> Tensor[]", _fake_linear)
+def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: list[int]) -> list[Tensor]:
+    """Returns the outputs of a group of layers, each [tokens, rows]; they are apart, so that each can be freed.
 
     `x` [tokens, columns] is their input, `xa` [tokens, all ranks] its product with the A matrices, `b` the scaled B
     matrices, each [rows, rank], `codes` the tensors of the layers' `Codes`.
     """
-    out = xa.new_empty(len(x), sum(rows))
     if _is_unread(codes):
-        return out.fill_(torch.nan)
-    ranks = [each.shape[1] for each in b]
-    for part, half, matrix in zip(out.split(rows, 1), xa.split(ranks, 1), b, strict=True):
-        torch.mm(half, matrix.t(), out=part)
+        return [xa.new_full((len(x), count), torch.nan) for count in rows]
+    halves = xa.split([each.shape[1] for each in b], 1)
+    out = [half @ matrix.t() for half, matrix in zip(halves, b, strict=True)]
     joint = _joint(codes, sum(rows), x.shape[1])
     for start, stop in _pieces(joint, x.element_size()):
-        out[:, start:stop].addmm_(x, _decode(joint.part(start, stop), x.dtype).t())
+        weights = _decode(joint.part(start, stop), x.dtype)
+        for part, own, other in _overlaps(rows, start, stop):
+            out[part][:, own].addmm_(x, weights[other].t())
     return out
+
+
+def _overlaps(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yields which of parts of `rows` lie between `start` and `stop`, and with which of their and of these rows."""
+    for part, (first, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(rows)])):
+        begin, last = max(first, start), min(end, stop)
+        if begin < last:
+            yield part, slice(begin - first, last - first), slice(begin - start, last - start)
 
 
 def _fake_backward(dy, dxa, a, codes, columns):
@@ -139,16 +147,14 @@ def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list
 
     `dy` are the gradients with respect to each layer's output.
     """
-    firsts = [0, *itertools.accumulate(each.shape[1] for each in dy)]
-    joint = _joint(codes, firsts[-1], columns)
+    rows = [each.shape[1] for each in dy]
+    joint = _joint(codes, sum(rows), columns)
     out = None if dxa is None else dxa @ a
     for start, stop in _pieces(joint, dy[0].element_size()):
         weights = _decode(joint.part(start, stop), dy[0].dtype)
-        for first, part in zip(firsts[:-1], dy, strict=True):
-            own, end = max(first, start), min(first + part.shape[1], stop)
-            if own < end:
-                factors = part[:, own - first : end - first], weights[own - start : end - start]
-                out = torch.mm(*factors) if out is None else out.addmm_(*factors)
+        for part, own, other in _overlaps(rows, start, stop):
+            factors = dy[part][:, own], weights[other]
+            out = torch.mm(*factors) if out is None else out.addmm_(*factors)
     assert out is not None
     return out
 
@@ -170,49 +176,45 @@ def _write_diagonal(out: Tensor, blocks: Sequence[Tensor]) -> None:
         row, column = row + height, column + width
 
 
-def _fake_product(x, scale, factor, before, beside, codes, rows, columns):
-    counts = [rows[0], sum(rows[1:])] if before else [sum(rows)]
-    return [x.new_empty(x.shape[0], count, dtype=torch.bfloat16) for count in counts]
+def _fake_product(x, scale, factor, beside, codes, rows, columns):
+    return [x.new_empty(x.shape[0], count, dtype=torch.bfloat16) for count in rows]
 
 
 @_operator(
-    "product(Tensor x, Tensor scale, Tensor factor, int before, Tensor[] beside, Tensor[] codes, int[] rows, "
-    "int columns) -> Tensor[]",
+    "product(Tensor x, Tensor scale, Tensor factor, Tensor[] beside, Tensor[] codes, int[] rows, int columns) "
+    "-> Tensor[]",
     _fake_product,
 )
 def product(
     x: Tensor,
     scale: Tensor,
     factor: Tensor,
-    before: int,
     beside: list[Tensor],
     codes: list[Tensor],
     rows: list[int],
     columns: int,
 ) -> list[Tensor]:
-    """Returns `x`, in e4m3, times the transpose of the weights of layers of `rows` each: bf16 [tokens, rows].
+    """Returns `x`, in e4m3, times the transposed weights of each layer of a group: bf16 [tokens, rows], apart.
 
-    The weights, in e4m3 too, are multiplied with `factor` [1], the results with `scale` [tokens, 1]. Columns that `x`
-    has after the weights' are for the matrices `beside`, in e4m3, as blocks of a diagonal. With `before`, that many
-    columns before the weights' are for the first layer's, whose result comes apart: so no layer is multiplied with the
-    zeros that the first one's block would have below it.
+    The weights, in e4m3 too, are multiplied with `factor` [1], the results with `scale` [tokens, 1]. Other columns of
+    `x` are for the layers' matrices `beside`, in e4m3 [rows, ...]: those of the first of several layers stand before
+    the weights' `columns`, those of the others behind. So only from the third layer on there are zeros to multiply.
     """
-    joint = _joint(codes, sum(rows), columns)
-    cut = rows[0] if before else 0
     if _is_unread(codes):
-        counts = [rows[0], sum(rows[1:])] if before else [sum(rows)]
-        return [x.new_full((len(x), count), torch.nan, dtype=torch.bfloat16) for count in counts]
-    found = []
-    if before:
+        return [x.new_full((len(x), count), torch.nan, dtype=torch.bfloat16) for count in rows]
+    joint, out = _joint(codes, sum(rows), columns), []
+    if len(rows) > 1:
+        before, cut = beside[0].shape[1], rows[0]
         weight = _decode(joint.part(0, cut), x.dtype, factor, before=before)
         _write_diagonal(weight[:, :before], beside[:1])
-        found.append(_multiply_scaled(x[:, : before + columns], weight, scale))
-        joint, x, beside = joint.part(cut, joint.rows), x[:, before:], beside[1:]
-    room = x.shape[1] - columns
-    weight = _decode(joint, x.dtype, factor, room=room)
-    if room:
-        _write_diagonal(weight[:, columns:], beside)
-    return [*found, _multiply_scaled(x, weight, scale)]
+        out.append(_multiply_scaled(x[:, : before + columns], weight, scale))
+        joint, x, beside, rows = joint.part(cut, joint.rows), x[:, before:], beside[1:], rows[1:]
+    weight = _decode(joint, x.dtype, factor, room=x.shape[1] - columns)
+    _write_diagonal(weight[:, columns:], beside)
+    ends = itertools.accumulate(block.shape[1] for block in beside)
+    for part, end in zip(weight.split(rows), ends, strict=True):
+        out.append(_multiply_scaled(x[:, : columns + end], part[:, : columns + end], scale))
+    return out
 
 
 def _fake_transposed(dy, scale, factor, beside, codes, rows, columns):
@@ -326,11 +328,9 @@ def _multiply(
 ) -> list[Tensor]:
     """Returns the outputs of `linear`, by products in e4m3; `halves` is the product with the A matrices, by layer."""
     (scaled,), pieces, blocks, scale, factor = _scale([x], halves, b, factor)
-    before = pieces[:1] if len(rows) > 1 else []
-    wide = torch.cat([*before, scaled, *pieces[len(before) :]], 1)
-    width = before[0].shape[1] if before else 0
-    *first, rest = product(wide, scale, factor, width, blocks, codes, rows, x.shape[1])
-    return [*first, *rest.split(rows[len(first) :], 1)]
+    first = pieces[:1] if len(rows) > 1 else []
+    wide = torch.cat([*first, scaled, *pieces[len(first) :]], 1)
+    return product(wide, scale, factor, blocks, codes, rows, x.shape[1])
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,13 +356,18 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(read, xa, a, factor, *tensors)
         ctx.rows, ctx.drops = rows, dropped is not None
         if factor is None:
-            return linear(x, xa, b, codes, rows).split(rows, 1)
+            return tuple(linear(x, xa, b, codes, rows))
         return tuple(_multiply(x, xa.split([each.shape[1] for each in b], 1), b, factor, codes, rows))
 
     @staticmethod
     def backward(ctx, *dy):
         """Returns the gradients with respect to `x`, `dropped`, `a` and the B matrices."""
         read, xa, a, factor, *tensors = ctx.saved_tensors
+        with torch.autocast(read.device.type, enabled=False):  # which knows no 8-bit floats on a CPU
+            return GroupedLinear._differentiate(ctx, dy, read, xa, a, factor, tensors)
+
+    @staticmethod
+    def _differentiate(ctx, dy, read, xa, a, factor, tensors):
         rows, columns = ctx.rows, a.shape[1]
         b, codes = tensors[: len(rows)], tensors[len(rows) :]
         dy = [part.contiguous() for part in dy]

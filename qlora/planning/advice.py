@@ -61,6 +61,14 @@ def fewest_checkpointed(training: Training, card: Card) -> int | None:
     return next((count for count in counts if _checkpointed(training, count).fits(card)), None)
 
 
+def fewest_offloaded(training: Training, card: Card) -> int:
+    """Returns of how many layers, all of them checkpointed, the inputs must wait in the host's memory: at most all."""
+    layers = training.shape.layers
+    setups = (replace(training.setup, checkpointed=layers, offloaded=count) for count in range(layers))
+    fits = (replace(training, setup=setup).fits(card) for setup in setups)
+    return next((count for count, fit in enumerate(fits) if fit), layers)
+
+
 def largest_rows(training: Training, card: Card) -> int:
     """Returns the largest micro-batch that fits, in rows; 0: not even one row does."""
     low, high = 0, 1
@@ -150,7 +158,7 @@ def _smaller_model(training: Training, card: Card, *, models: Mapping[str, Shape
 
 
 def _checkpointed(training: Training, count: int) -> Training:
-    return replace(training, setup=replace(training.setup, checkpointed=count))
+    return replace(training, setup=replace(training.setup, checkpointed=count, offloaded=0))
 
 
 def _halved(training: Training, card: Card, name: str, least: int) -> Training:

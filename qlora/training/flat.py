@@ -49,24 +49,31 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
     bitsandbytes waits for the device after each parameter and at the end, because the host may read paged states: then
     the device has nothing to do until the host has started the next step. Here it is waited for before the states are
     read (`state_dict`); the kernels themselves follow one another anyway. Paged states are fetched before their kernel
-    only where the device has no room to spare: else they are there, and asking for them keeps the device for 0.2 ms.
+    after they were read, and where the device has no room to spare: else they are there, and asking for them keeps the
+    device for 0.2 ms each.
     """
     wait, fetch = library.sync_gpu, optimizer.prefetch_state
+    were_read = True
 
     def begin(*_: Any) -> None:
         library.sync_gpu = _go_on
-        optimizer.prefetch_state = fetch if _is_short(optimizer) else _go_on
+        optimizer.prefetch_state = fetch if were_read or _is_short(optimizer) else _go_on
 
     def end(*_: Any) -> None:
+        nonlocal were_read
+        were_read = False
         library.sync_gpu, optimizer.prefetch_state = wait, fetch
 
-    def wait_for_all(*_: Any) -> None:
+    def read(*_: Any) -> None:
+        nonlocal were_read
+        were_read = True
         for device in _devices(optimizer):
             torch.get_device_module(device).synchronize(device)
 
     optimizer.register_step_pre_hook(begin)
     optimizer.register_step_post_hook(end)
-    optimizer.register_state_dict_pre_hook(wait_for_all)
+    optimizer.register_state_dict_pre_hook(read)
+    optimizer.register_load_state_dict_post_hook(read)
 
 
 def _go_on(parameter: Tensor) -> None:

@@ -17,7 +17,7 @@ from qlora.kernels import linear
 from qlora.models.adapters import add_lora
 from qlora.models.device import Placement
 from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
-from qlora.models.loading import keep_4bit_layout
+from qlora.models.loading import keep_4bit_layout, set_compute_dtype
 from qlora.models.offload import Offloading
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
@@ -179,6 +179,32 @@ def test_compiled_layers_keep_no_masks_of_dropout() -> None:
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert kept[0.1] <= kept[0.0] + 3 * 4 * 8  # two numbers for each group of layers
+
+
+@pytest.mark.parametrize("compute", ["native", "fp8"])
+def test_compiled_layers_keep_each_output_apart(compute: str) -> None:
+    chosen = ("trainer.compile=true", "quantization.compute_dtype=bf16", f"quantization.compute={compute}")
+    model, config = build(overrides=chosen, num_key_value_heads=4)
+    model.to(torch.bfloat16)
+    placement = Placement(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    set_compute_dtype(model, torch.bfloat16)
+    rows = {name: tensor.repeat(4, 1) for name, tensor in batch().items()}
+    kept: list[tuple[int, int]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is torch.bfloat16 and tensor.numel() >= rows["input_ids"].numel() * 256:
+            kept.append((tensor.nbytes, tensor.untyped_storage().nbytes()))
+        return tensor
+
+    torch._dynamo.reset()
+    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    with step, placement.autocast():
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**rows, num_items_in_batch=31).loss
+        loss.backward()
+    assert loss.isfinite()
+    assert len(kept) >= 2 * 8  # of two layers two residuals, queries, keys, values, what was attended, gate and up
+    assert all(own == whole for own, whole in kept)
 
 
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
