@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +236,8 @@ class FakeFlash:
             "current_flash_attention_impl": lambda: self.active,
         }.items():
             monkeypatch.setattr(torch.nn.attention, name, value, raising=False)
+        self.interface = SimpleNamespace(_flash_attn_fwd=lambda *args: ("output", "sums", *args))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", self.interface)
         monkeypatch.setattr(attention, "_is_there", modules.__contains__)
         monkeypatch.setattr(attention, "_try_attention", attend)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
@@ -257,3 +260,12 @@ def test_a_newer_flash_attention_serves_where_it_agrees_with_torch_s_own(
     flash = FakeFlash(monkeypatch, installed, major)
     assert attention.find_flash_fault(name, torch.device("cpu")) == fault
     assert flash.active == (name.upper() if fault is None else None)
+
+
+def test_what_later_flash_attentions_return_more_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = FakeFlash(monkeypatch, {"FA4": 0.0}, 9)
+    flash.interface._flash_attn_fwd.compile_cache = compiled = {"a": 1}
+    for _ in range(2):
+        assert attention.find_flash_fault("fa4", torch.device("cpu")) is None
+        assert flash.interface._flash_attn_fwd("more", None) == ("output", "sums")
+        assert flash.interface._flash_attn_fwd.compile_cache is compiled
