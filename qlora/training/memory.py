@@ -23,7 +23,7 @@ MEASURED_STEP = 2
 SMALL = 2**20
 """Bytes up to which torch puts tensors together elsewhere."""
 MOVED = 2**28
-"""Most bytes of what is moved to close a gap: larger gaps are given back as they are."""
+"""Most bytes of what is moved; for more, the room that moving takes would be too large."""
 
 
 class Step(Protocol):
