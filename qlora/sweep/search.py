@@ -53,8 +53,8 @@ TRIALS = 20
 SHOWN = 5
 """Of a front of best trials."""
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
-JOB, SWEEP = "job", "sweep"
-"""What the study knows of ours: a trial's job folder, and the sweep's folder."""
+JOB, SWEEP, CUT_OFF = "job", "sweep", "cut off"
+"""What the study knows of ours: a trial's job folder, the sweep's, and that a trial is tried again as another."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,7 @@ class Search:
         self._pruner_kwargs = {**_pruner_defaults(settings, example), **settings.pruner_kwargs}
         self._storage = settings.storage or f"sqlite:///{(sweep.folder / 'study.db').absolute()}"
         self._study = self._open_study()
+        self._study.sampler = self._build_sampler()
         self._counted = 0
         self._recover()
         trials = self._study.get_trials(deepcopy=False)
@@ -292,14 +293,15 @@ class Search:
         if study.metric_names is None:
             study.set_metric_names([goal.metric for goal in self.goals])
             study.set_user_attr(SWEEP, str(folder.absolute()))
-        # With the first seed a continued study would draw its first points again.
-        seed = settings.seed + len(study.get_trials(deepcopy=False))
-        own: dict[str, Any] = {"seed": seed}
+        return study
+
+    def _build_sampler(self) -> BaseSampler:
+        """Returns what draws the next point, by how many were drawn: so kills change nothing where one job runs."""
+        settings, trials = self.settings, self._study.get_trials(deepcopy=False)
+        own: dict[str, Any] = {"seed": settings.seed + sum(CUT_OFF not in trial.user_attrs for trial in trials)}
         if settings.sampler == "cmaes":
             own["warn_independent_sampling"] = False  # of choices, which are left to chance
-        name = settings.sampler
-        study.sampler = build("sampler", name, SAMPLERS[name], settings.sampler_kwargs, **own)
-        return study
+        return build("sampler", settings.sampler, SAMPLERS[settings.sampler], settings.sampler_kwargs, **own)
 
     def _check_same_study(self, study: optuna.Study) -> None:
         """Raises `ConfigError` where the study is that of another search."""
@@ -338,6 +340,7 @@ class Search:
                 continue
             if self.settings.sampler != "grid" and trial.params:  # a grid knows what it lacks
                 self._study.enqueue_trial(trial.params)
+            self._study._storage.set_trial_user_attr(trial._trial_id, CUT_OFF, True)
             self._study.tell(trial.number, state=TrialState.FAIL)
         if self.settings.sampler == "grid":
             for _ in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -374,6 +377,7 @@ class Search:
     def _ask(self) -> optuna.Trial:
         if self._grid is not None:
             self._study.enqueue_trial(self._grid.popleft())
+        self._study.sampler = self._build_sampler()
         return self._study.ask()
 
     def _find_job(self, own: list[str]) -> Job:

@@ -174,13 +174,15 @@ def outcome(folder: Path, name: str) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a sweep in /proc")
-def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [2, 1], ids=["grid", "search"])
+def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(slots: int, tmp_path: Path) -> None:
     """`QLORA_TEST_KILLS=20` kills more often than every run of the tests does."""
     count = int(os.environ.get("QLORA_TEST_KILLS", "4"))
-    slots = 2
+    rate = "trainer.learning_rate=tag(log,interval(1e-4,1e-2))"
+    search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.seed=0", rate]
     words = [
-        *(f"seed=range(0,{count})", f"hydra.launcher.n_jobs={slots}"),
-        *("trainer.max_steps=60", "trainer.eval_steps=20", "trainer.save_steps=2"),
+        *([f"seed=range(0,{count})"] if slots == 2 else search),
+        *(f"hydra.launcher.n_jobs={slots}", "trainer.max_steps=60", "trainer.eval_steps=20", "trainer.save_steps=2"),
     ]
     began = time.monotonic()
     assert sweep(tmp_path, *words, "name=calm")[0] == 0
