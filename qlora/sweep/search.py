@@ -262,7 +262,7 @@ class Search:
         self._pruner_kwargs = {**_pruner_defaults(settings, example), **settings.pruner_kwargs}
         self._storage = settings.storage or f"sqlite:///{(sweep.folder / 'study.db').absolute()}"
         self._study = self._open_study()
-        self._study.sampler = self._build_sampler()
+        self._study.sampler = self._build_sampler()  # refuses wrong arguments before anything is changed
         self._counted = 0
         self._recover()
         trials = self._study.get_trials(deepcopy=False)

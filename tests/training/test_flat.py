@@ -105,7 +105,7 @@ def test_a_step_does_not_wait_and_reading_the_states_does(monkeypatch: pytest.Mo
 
 
 class OtherDevice:
-    """A device of 100 bytes left that notes what is asked of it."""
+    """A device with so many bytes left that notes what is asked of it."""
 
     def __init__(self, left: int) -> None:
         self.left, self.waits = left, 0

@@ -226,12 +226,20 @@ def test_a_size_needs_a_gpu_and_auto_does_without(tmp_path: Path) -> None:
     assert parts._build_trainer(model, [], None).memory.budget is None  # type: ignore[arg-type]
 
 
-def test_gaps_are_closed_under_tensors_that_share_what_they_show() -> None:
+def test_gaps_are_closed_under_tensors_that_share_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, resize = [], torch.UntypedStorage.resize_
+
+    def note(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        sizes.append(size)
+        return resize(storage, size)
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", note)
     linear = torch.nn.Linear(1024, 1024, bias=False)
     linear.register_buffer("rows", linear.weight.detach()[512:])
     linear.register_buffer("small", torch.ones(8))
     before = linear.weight.detach().clone()
     close_gaps(linear, CPU)
+    assert sizes == [0, before.nbytes]  # what two show once, and nothing small
     assert torch.equal(linear.weight, before)
     assert torch.equal(linear.rows, before[512:])
     assert linear.rows.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
