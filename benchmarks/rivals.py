@@ -16,12 +16,24 @@ import math
 import os
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from step import CONTESTANTS, EVERY, LONG, WARM_UP, batches, steps_of_rows, time_steps, write_texts
+from step import (
+    CONTESTANTS,
+    EVERY,
+    LOG,
+    LONG,
+    WARM_UP,
+    batches,
+    steps_end_to_end,
+    steps_of_rows,
+    time_steps,
+    write_texts,
+)
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """What all-linear means in a LLaMA; Unsloth wants the names."""
@@ -92,24 +104,25 @@ def time_trainer(
 ) -> dict[str, Any]:
     """Trains with `SFTTrainer`; returns the speed of the steps of the numbers `measured`, counted from 1.
 
-    The clock is that of qlora's trainer, which leaves out the time of saving.
+    The time ends with the training, so that a checkpoint after the last step counts.
     """
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
-    from qlora.training.meter import ClockedCallback
 
     device, on_gpu = placement.device, placement.device.type == "cuda"
-    ends, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
+    moments, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
 
-    class StepEnds(ClockedCallback):
+    class StepEnds(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            moments[0] = time.monotonic()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_gpu and state.global_step in (1, measured.start - 1, measured.stop - 1):
+            if on_gpu and state.global_step in (1, measured.start - 1):
                 torch.cuda.synchronize()
-            super().on_step_end(args, state, control)
-            ends.append(self.clock.trained)
+            moments.append(time.monotonic())
             tokens.append(torch.zeros_like(tokens[0]))
 
     arguments = SFTConfig(
@@ -121,7 +134,7 @@ def time_trainer(
         optim="paged_adamw_32bit",
         bf16=placement.compute is torch.bfloat16,
         use_cpu=not on_gpu,
-        logging_steps=5,
+        logging_steps=LOG,
         report_to="none",
         disable_tqdm=True,
         **options,
@@ -147,11 +160,13 @@ def time_trainer(
     trainer.training_step = counted_step
     reset_peak_memory(device)
     assert math.isfinite(trainer.train().training_loss)
-    first, last = measured.start - 1, measured.stop - 1
+    if on_gpu:
+        torch.cuda.synchronize()
+    ended, first, last = time.monotonic(), measured.start - 1, measured.stop - 1
     return {
-        "tokens_per_second": sum(int(each) for each in tokens[first:last]) / (ends[last] - ends[first]),
+        "tokens_per_second": sum(int(each) for each in tokens[first:last]) / (ended - moments[first]),
         "peak_gb": peak_memory_gb(device),
-        "first_step_seconds": ends[1] - ends[0],
+        "first_step_seconds": moments[1] - moments[0],
         "device": device_name(device),
     }
 
@@ -186,8 +201,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             write_texts(file, shrink)
             rows = load_dataset("json", data_files=str(file), split="train", cache_dir=folder)
             order = "random" if packs else "group_by_length"
-            options |= {"train_sampling_strategy": order, "save_strategy": "steps", "save_steps": 10}
-            measured = range(6, 21)
+            measured = range(LOG + 1, steps_end_to_end(small=small) + 1)
+            options |= {"train_sampling_strategy": order, "save_strategy": "steps", "save_steps": measured.stop - 1}
         else:
             measured = range(WARM_UP + 1, WARM_UP + steps + 1)
             count = measured.stop * (2 if packs else 1)  # a step of packs takes more rows

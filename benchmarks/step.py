@@ -7,8 +7,8 @@
 tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped by length and padded to the longest.
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
 all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training.
-`--end-to-end` runs `python -m qlora` itself on a file of such rows, with loading, logging and saving, and takes its
-steps 6 to 20.
+`--end-to-end` runs `python -m qlora` itself on a file of such rows for 250 steps, with a log every 10 and a checkpoint
+at the end, as the original does by default, and takes all time after the first 10.
 
 Unsloth and TRL take part where they are installed (`rivals.py`): they load what qlora draws from a checkpoint.
 """
@@ -19,7 +19,6 @@ import argparse
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,8 @@ import numpy as np  # noqa: E402
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
 LONG, PACK, WARM_UP = 2048, 8192, 3
+LOG, SAVE = 10, 250
+"""Steps between two logs and two checkpoints end to end: the defaults of qlora.py."""
 LIBRARIES = ("peft", "bitsandbytes", "unsloth", "liger-kernel")
 """What decides a step's speed, besides what every benchmark names."""
 PLAIN = [f"trainer.{part}=false" for part in ("compile", "fused_linear", "fused_attention", "fused_loss")]
@@ -152,9 +153,10 @@ def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int)
 
 
 def write_texts(file: Path, shrink: int) -> None:
-    """Writes rows as of chats as text, of one token a word."""
-    words = ["the", "stone", "owl", "sings", "of", "rivers", "and", "towers"]
-    rows = [" ".join(words[place % 8] for place in range(max(each // shrink, 2) - 1)) for each in lengths(2048)]
+    """Writes rows as of chats as text, of one token a word, one before them and one at their end."""
+    words = ["the", "stone", "owl", "of", "river", "bird", "and", "house"]
+    drawn = _row_lengths("guanaco", shrink)
+    rows = [" ".join(words[place % 8] for place in range(max(count - 2, 1))) for count in drawn]
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -267,26 +269,45 @@ def measure(
         }
 
 
+def steps_end_to_end(*, small: bool) -> int:
+    """Returns how many steps a whole program trains; the last one ends with a checkpoint."""
+    return 3 * LOG if small else SAVE
+
+
 def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any]:
-    """Runs `python -m qlora` on a file of rows as of chats; returns the speed of its steps 6 to 20."""
-    shrink = 16 if small else 1
+    """Runs `python -m qlora` on a file of rows as of chats; returns the speed after its first log, saving included."""
+    shrink, steps = 16 if small else 1, steps_end_to_end(small=small)
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
         write_texts(file, shrink)
         packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name].packs else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
-            *("data.max_length=1024", "trainer.max_steps=20", "trainer.logging_steps=5", "trainer.eval_steps=null"),
-            *("trainer.save_steps=10", "task.evaluate=false", "task.predict=false"),
+            *(
+                "data.source_max_len=null",
+                "data.target_max_len=null",
+                "data.max_length=512",
+                "data.eval_dataset_size=16",
+            ),
+            *(f"trainer.max_steps={steps}", f"trainer.logging_steps={LOG}"),
+            *(f"trainer.save_steps={steps}", "trainer.eval_steps=null", "task.evaluate=false", "task.predict=false"),
             *("evaluation=loss", "evaluation.baseline=false", *overrides, f"hydra.run.dir={run}"),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             return {"failure": (done.stderr or done.stdout).strip().splitlines()[-1]}
-        history = json.loads((run / "history.json").read_text())
-        speeds = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
+        logs = [entry for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
         metrics = json.loads((run / "result.json").read_text())["metrics"]
-        return {"tokens_per_second": statistics.harmonic_mean(speeds[1:4]), "peak_gb": metrics["peak_memory_gb"]}
+    seen = [entry["num_input_tokens_seen"] for entry in logs]
+    seconds = [
+        tokens / entry["train_tokens_per_second"] for tokens, entry in zip([seen[0], *np.diff(seen)], logs, strict=True)
+    ]
+    warm = [entry["step"] for entry in logs].index(LOG) + 1
+    return {
+        "tokens_per_second": float((seen[-1] - seen[warm - 1]) / (metrics["train_runtime"] - sum(seconds[:warm]))),
+        "saving_seconds": float(metrics["train_runtime"] - sum(seconds)),
+        "peak_gb": metrics["peak_memory_gb"],
+    }
 
 
 def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:

@@ -79,11 +79,13 @@ def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path)
 def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     printed = run(
-        "step.py", "--small", "--steps", "1", "--workloads", "guanaco", "--contestants", "bf16", "plain", "--json",
-        str(numbers),
+        "step.py", "--small", "--steps", "1", "--end-to-end", "--workloads", "guanaco", "--contestants", "bf16",
+        "plain", "--json", str(numbers),
     )  # fmt: skip
     results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
-    assert [result["contestant"] for result in results] == ["bf16", "plain"]
+    assert [(result["workload"], result["contestant"]) for result in results] == [
+        (workload, name) for name in ("bf16", "plain") for workload in ("guanaco", "guanaco, end to end")
+    ]
     assert all(result["tokens_per_second"] > 0 for result in results), results
     assert "| guanaco | bf16 | " in printed
 
@@ -106,6 +108,19 @@ def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     logits = [model.train()(ids).logits for model in (loaded, drawn)]  # bitsandbytes rounds otherwise outside training
     assert torch.equal(*logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()
+
+
+def test_texts_of_the_whole_program_are_as_long_as_the_rows_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    step.write_texts(tmp_path / "rows.jsonl", 1)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()[:200]]
+    run = Run(compose(step.EVERY), tmp_path / "run")
+    counts = [len(ids) + 2 for ids in run.tokenizer(texts, add_special_tokens=False).input_ids]
+    assert counts == step.lengths(8192)[:200]
 
 
 def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(

@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ UNFINISHED = "unfinished"
 """Where a checkpoint is written before it gets its name."""
 TORN, DIVERGED = "torn", "diverged"
 """Why a checkpoint is set aside: it is not as it was written, or a rollback passes by it."""
+PIECE = 2**26
+"""Bytes of a file that have a hash of their own, so that several are computed at a time."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,8 +39,10 @@ def step_of(checkpoint: Path) -> int:
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Flushes a checkpoint to the disk and marks it as complete; `facts`, in JSON's types, are stored with it."""
-    flush_folder(checkpoint)
-    record = {**facts, "files": _files(checkpoint)}
+    with ThreadPoolExecutor() as pool:
+        flushed = pool.submit(flush_folder, checkpoint)
+        record = {**facts, "files": _files(checkpoint, pool)}
+        flushed.result()
     write_text(checkpoint / MARKER, json.dumps({"digest": _digest(record), **record}, indent=2) + "\n")
 
 
@@ -57,14 +63,15 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"{MARKER} is missing: it was not written to its end"
     if not isinstance(record, dict) or record.pop("digest", None) != _digest(record):
         return f"{MARKER} is damaged"
-    for name, (size, digest) in record["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
-        if _hash(path) != digest:
-            return f"{name} has other bytes than were written"
+    with ThreadPoolExecutor() as pool:
+        for name, (size, digests) in record["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+            if list(_hashes(path, pool)) != digests:
+                return f"{name} has other bytes than were written"
     return None
 
 
@@ -101,14 +108,25 @@ def remove_surplus(folder: Path, limit: int | None) -> bool:
     return True
 
 
-def _files(checkpoint: Path) -> dict[str, tuple[int, str]]:
+def _files(checkpoint: Path, pool: ThreadPoolExecutor) -> dict[str, tuple[int, list[str]]]:
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, _hash(path)) for path in paths}
+    hashes = [(path, _hashes(path, pool)) for path in paths]  # of all files at once
+    return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, list(found)) for path, found in hashes}
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(path: Path, pool: ThreadPoolExecutor) -> Iterator[str]:
+    """Starts to hash the pieces of a file."""
+    return pool.map(lambda start: _hash(path, start), range(0, path.stat().st_size, PIECE))
+
+
+def _hash(path: Path, start: int) -> str:
+    digest, left = hashlib.sha256(), PIECE
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+    return digest.hexdigest()
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import bitsandbytes.optim.optimizer as library
 import torch
+from bitsandbytes.functional import prefetch_tensor
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
@@ -48,9 +49,9 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
 
     bitsandbytes waits for the device after each parameter and at the end, because the host may read paged states: then
     the device has nothing to do until the host has started the next step. Here it is waited for before the states are
-    read (`state_dict`); the kernels themselves follow one another anyway. Paged states are fetched before their kernel
-    after they were read, and where the device has no room to spare: else they are there, and asking for them keeps the
-    device for 0.2 ms each.
+    read (`state_dict`), and paged states are sent to the host, which would fetch them page by page; the kernels
+    themselves follow one another anyway. Paged states are fetched before their kernel after they were read, and where
+    the device has no room to spare: else they are there, and asking for them keeps the device for 0.2 ms each.
     """
     wait, fetch = library.sync_gpu, optimizer.prefetch_state
     were_read = True
@@ -65,15 +66,20 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
         library.sync_gpu, optimizer.prefetch_state = wait, fetch
 
     def read(*_: Any) -> None:
-        nonlocal were_read
-        were_read = True
         for device in _devices(optimizer):
             torch.get_device_module(device).synchronize(device)
+        for states in _paged(optimizer):
+            prefetch_tensor(states, to_cpu=True)
+        were_moved()
+
+    def were_moved(*_: Any) -> None:
+        nonlocal were_read
+        were_read = True
 
     optimizer.register_step_pre_hook(begin)
     optimizer.register_step_post_hook(end)
     optimizer.register_state_dict_pre_hook(read)
-    optimizer.register_load_state_dict_post_hook(read)
+    optimizer.register_load_state_dict_post_hook(were_moved)
 
 
 def _go_on(parameter: Tensor) -> None:
@@ -85,10 +91,19 @@ def _devices(optimizer: Optimizer8bit) -> set[torch.device]:
     return {device for device in found if device.type != "cpu"}
 
 
+def _paged(optimizer: Optimizer8bit) -> list[Tensor]:
+    """Returns the paged states of what lies on a device."""
+    return [
+        each
+        for parameter, state in optimizer.state.items()
+        for each in state.values()
+        if parameter.device.type != "cpu" and getattr(each, "is_paged", False)
+    ]
+
+
 def _is_short(optimizer: Optimizer8bit) -> bool:
     """Returns whether a device has less memory left than the paged states take."""
-    states = [each for state in optimizer.state.values() for each in state.values()]
-    paged = sum(each.nbytes for each in states if getattr(each, "is_paged", False))
+    paged = sum(states.nbytes for states in _paged(optimizer))
     return any(torch.get_device_module(device).mem_get_info(device)[0] < paged for device in _devices(optimizer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -9,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from qlora.training.checkpoints import MARKER, find_checkpoints, last_checkpoint, read_facts, remove_surplus, seal
+from qlora.training import checkpoints
+from qlora.training.checkpoints import (
+    MARKER,
+    find_checkpoints,
+    find_fault,
+    last_checkpoint,
+    read_facts,
+    remove_surplus,
+    seal,
+)
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:
@@ -72,6 +82,23 @@ def test_what_is_stored_with_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     facts = read_facts(checkpoint)
     assert facts["step"] == 3
     assert facts["files"].keys() == {"optimizer.pt", "shards/0.bin"}
+
+
+@pytest.mark.parametrize("piece", [100, 128])
+def test_each_piece_of_a_large_file_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(checkpoints, "PIECE", piece)
+    checkpoint, content = write_checkpoint(tmp_path, 3), b"moments" * 100
+    pieces = [content[start : start + piece] for start in range(0, 700, piece)]
+    size, digests = read_facts(checkpoint)["files"]["optimizer.pt"]
+    assert size == 700
+    assert digests == [hashlib.sha256(part).hexdigest() for part in pieces]
+    for place in (0, piece - 1, piece, 699):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (checkpoint / "optimizer.pt").write_bytes(damaged)
+        assert find_fault(checkpoint) == "optimizer.pt has other bytes than were written"
+    (checkpoint / "optimizer.pt").write_bytes(content)
+    assert find_fault(checkpoint) is None
 
 
 def test_a_crash_while_a_checkpoint_was_replaced_leaves_the_old_one(tmp_path: Path) -> None:

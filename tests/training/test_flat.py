@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.optim import PagedAdamW32bit
 
+from qlora.training import flat
 from qlora.training.flat import flatten_groups, run_ahead
 
 
@@ -118,11 +119,13 @@ class OtherDevice:
 
 
 @pytest.mark.parametrize("left", [255, 256])
-def test_paged_states_are_fetched_after_they_were_read_and_where_memory_is_short(
+def test_paged_states_go_to_the_host_to_be_read_and_are_fetched_then_and_where_memory_is_short(
     left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, fetches = OtherDevice(left), []
+    sent: list[tuple[torch.Tensor, bool]] = []
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr(flat, "prefetch_tensor", lambda states, to_cpu: sent.append((states, to_cpu)))
     weight = torch.nn.Parameter(torch.ones(8, 8, device="meta"))
     optimizer = PagedAdamW32bit([weight])
     monkeypatch.setattr(optimizer, "prefetch_state", fetches.append)
@@ -142,7 +145,9 @@ def test_paged_states_are_fetched_after_they_were_read_and_where_memory_is_short
     assert fetched_in_a_step() == 1
     assert fetched_in_a_step() == (left < 256)
     assert device.waits == 0
+    assert not sent
     optimizer.state_dict()
     assert device.waits == 1
+    assert sent == [(state, True)]
     assert fetched_in_a_step() == 1
     assert fetched_in_a_step() == (left < 256)
