@@ -202,18 +202,21 @@ def product(
     """
     if _is_unread(codes):
         return [x.new_full((len(x), count), torch.nan, dtype=torch.bfloat16) for count in rows]
-    joint, out = _joint(codes, sum(rows), columns), []
-    if len(rows) > 1:
-        before, cut = beside[0].shape[1], rows[0]
-        weight = _decode(joint.part(0, cut), x.dtype, factor, before=before)
-        _write_diagonal(weight[:, :before], beside[:1])
-        out.append(_multiply_scaled(x[:, : before + columns], weight, scale))
-        joint, x, beside, rows = joint.part(cut, joint.rows), x[:, before:], beside[1:], rows[1:]
-    weight = _decode(joint, x.dtype, factor, room=x.shape[1] - columns)
-    _write_diagonal(weight[:, columns:], beside)
-    ends = itertools.accumulate(block.shape[1] for block in beside)
-    for part, end in zip(weight.split(rows), ends, strict=True):
-        out.append(_multiply_scaled(x[:, : columns + end], part[:, : columns + end], scale))
+    before = beside[0].shape[1] if len(rows) > 1 else 0
+    room = x.shape[1] - before - columns
+    weight = _decode(_joint(codes, sum(rows), columns), x.dtype, factor, before=before, room=room)
+    if before:
+        _write_diagonal(weight[: rows[0], :before], beside[:1])
+        _write_diagonal(weight[rows[0] :, before + columns :], beside[1:])
+    else:
+        _write_diagonal(weight[:, columns:], beside)
+    out: list[Tensor] = []
+    start = end = 0
+    for part, block in zip(weight.split(rows), beside, strict=True):
+        end += 0 if before and not out else block.shape[1]
+        own = slice(start, before + columns + end)
+        out.append(_multiply_scaled(x[:, own], part[:, own], scale))
+        start = before
     return out
 
 
@@ -281,6 +284,9 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return kernel(x)
 
 
+FACTOR, LARGEST_A, LARGEST_B = slice(0, 1), slice(1, 2), slice(2, 3)
+"""Where in the `ranges` of a group stands what its weights are multiplied with, and the largest numbers of its A and
+scaled B matrices."""
 ALIGNED = 16
 """Numbers of 8 bits after which a matrix may begin or end in a row."""
 
@@ -298,25 +304,25 @@ class _Scaled(NamedTuple):
     """What the weights are to be multiplied with, [1]."""
 
 
-def _scale(parts: Sequence[Tensor], halves: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> _Scaled:
-    """Returns in e4m3 a matrix in `parts`, and beside it each of `halves` with its matrix of `others`.
+def _scale(
+    parts: Sequence[Tensor], half: Tensor | None, others: Sequence[Tensor], factor: Tensor, largest: Tensor
+) -> _Scaled:
+    """Returns in e4m3 a matrix in `parts`, and beside it the columns of `half` with the matrix of `others` they are of.
 
     Each number of these two is the sum of two of 8 bits, of which the second is what the first lost: about as exact as
-    16 bits. `halves` are divided by how much larger than the largest number of its row of `parts` any of them is, and
-    `others` are multiplied with that, so that neither leaves the range of 8 bits; for the sake of `others`, `factor`
-    may shrink.
+    16 bits. `half` is divided by how much larger than the largest number of its row of `parts` any of it is, and
+    `others`, in which no number is larger than `largest` [1], are multiplied with that, so that neither leaves the
+    range of 8 bits; for the sake of `others`, `factor` may shrink.
     """
     scaled, scale = scale_parts(parts)
-    if not halves:
+    if half is None:
         return _Scaled(scaled, [], [], scale / factor, factor)
-    largest = functools.reduce(torch.maximum, [half.abs().amax(1, keepdim=True) for half in halves])
-    reach = (largest / scale).amax().clamp(min=1e-12) / E4M3_MAX
-    largest = functools.reduce(torch.maximum, [other.abs().amax() for other in others])
+    reach = (half.abs().amax(1, keepdim=True) / scale).amax().clamp(min=1e-12) / E4M3_MAX
     factor = torch.minimum(factor, E4M3_MAX / (reach * largest).clamp(min=1e-12))
     pieces, blocks = [], []
-    for half, other in zip(halves, others, strict=True):
-        (first, rest), (top, lost) = _split(half.float() / (scale * reach)), _split(other.float() * (factor * reach))
-        missing = -3 * half.shape[1] % ALIGNED
+    for own, other in zip(half.split([each.shape[1] for each in others], 1), others, strict=True):
+        (first, rest), (top, lost) = _split(own.float() / (scale * reach)), _split(other.float() * (factor * reach))
+        missing = -3 * own.shape[1] % ALIGNED
         piece, block = torch.cat([first, rest, first], 1), torch.cat([top, top, lost], 1)
         pieces.append(torch.nn.functional.pad(piece, (0, missing)) if missing else piece)
         blocks.append(torch.nn.functional.pad(block, (0, missing)) if missing else block)
@@ -324,10 +330,10 @@ def _scale(parts: Sequence[Tensor], halves: Sequence[Tensor], others: Sequence[T
 
 
 def _multiply(
-    x: Tensor, halves: Sequence[Tensor], b: Sequence[Tensor], factor: Tensor, codes: list[Tensor], rows: list[int]
+    x: Tensor, xa: Tensor, b: Sequence[Tensor], ranges: Tensor, codes: list[Tensor], rows: list[int]
 ) -> list[Tensor]:
-    """Returns the outputs of `linear`, by products in e4m3; `halves` is the product with the A matrices, by layer."""
-    (scaled,), pieces, blocks, scale, factor = _scale([x], halves, b, factor)
+    """Returns the outputs of `linear`, by products in e4m3."""
+    (scaled,), pieces, blocks, scale, factor = _scale([x], xa, b, ranges[FACTOR], ranges[LARGEST_B])
     first = pieces[:1] if len(rows) > 1 else []
     wide = torch.cat([*first, scaled, *pieces[len(first) :]], 1)
     return product(wide, scale, factor, blocks, codes, rows, x.shape[1])
@@ -343,39 +349,39 @@ class GroupedLinear(torch.autograd.Function):
     """A group of frozen linear layers with their adapters."""
 
     @staticmethod
-    def forward(ctx, x, dropped, a, factor, rows, *tensors):
+    def forward(ctx, x, dropped, a, ranges, rows, *tensors):
         """Returns the layers' outputs, each [tokens, rows], for `x` [tokens, columns].
 
         `dropped` is what the adapters read, `x` after dropout; None: `x` itself. `a` [all ranks, columns] are the A
         matrices; `tensors` the scaled B matrices, one a layer [rows, rank], and the tensors of the layers' `Codes`.
-        With a `factor` that the weights are multiplied with, products with them are in e4m3.
+        With `ranges`, float32 [3], products with the weights are in e4m3: what the weights are multiplied with, and
+        the largest numbers of A and of B.
         """
         b, codes = list(tensors[: len(rows)]), list(tensors[len(rows) :])
         read = x if dropped is None else dropped
         xa = read @ a.t()
-        ctx.save_for_backward(read, xa, a, factor, *tensors)
+        ctx.save_for_backward(read, xa, a, ranges, *tensors)
         ctx.rows, ctx.drops = rows, dropped is not None
-        if factor is None:
-            return tuple(linear(x, xa, b, codes, rows))
-        return tuple(_multiply(x, xa.split([each.shape[1] for each in b], 1), b, factor, codes, rows))
+        return tuple(linear(x, xa, b, codes, rows) if ranges is None else _multiply(x, xa, b, ranges, codes, rows))
 
     @staticmethod
     def backward(ctx, *dy):
         """Returns the gradients with respect to `x`, `dropped`, `a` and the B matrices."""
-        read, xa, a, factor, *tensors = ctx.saved_tensors
+        read, xa, a, ranges, *tensors = ctx.saved_tensors
         with torch.autocast(read.device.type, enabled=False):  # which knows no 8-bit floats on a CPU
-            return GroupedLinear._differentiate(ctx, dy, read, xa, a, factor, tensors)
+            return GroupedLinear._differentiate(ctx, dy, read, xa, a, ranges, tensors)
 
     @staticmethod
-    def _differentiate(ctx, dy, read, xa, a, factor, tensors):
+    def _differentiate(ctx, dy, read, xa, a, ranges, tensors):
         rows, columns = ctx.rows, a.shape[1]
         b, codes = tensors[: len(rows)], tensors[len(rows) :]
         dy = [part.contiguous() for part in dy]
         dxa = torch.cat([part @ matrix for part, matrix in zip(dy, b, strict=True)], 1)
-        if factor is None:
+        if ranges is None:
             dx = linear_backward(dy, None if ctx.drops else dxa, a, codes, columns)
         else:
-            scaled, pieces, blocks, scale, factor = _scale(dy, *(([], []) if ctx.drops else ([dxa], [a.t()])), factor)
+            adapter = (None, []) if ctx.drops else (dxa, [a.t()])
+            scaled, pieces, blocks, scale, factor = _scale(dy, *adapter, ranges[FACTOR], ranges[LARGEST_A])
             wide = torch.cat([*scaled, *pieces], 1) if len(scaled) + len(pieces) > 1 else scaled[0]
             dx = product_transposed(wide, scale, factor, next(iter(blocks), None), codes, sum(rows), columns)
         halves = xa.split([each.shape[1] for each in b], 1)

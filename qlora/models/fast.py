@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,7 @@ from qlora.kernels.attention import (
 )
 from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_scales, join, read_codes
 from qlora.kernels.dropout import keep_mask
-from qlora.kernels.linear import GroupedLinear, unread
+from qlora.kernels.linear import FACTOR, LARGEST_A, LARGEST_B, GroupedLinear, unread
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
 from qlora.models.offload import Offloading
@@ -100,6 +101,8 @@ class Group:
         codes = join(weights)
         self.columns, self.tensors = codes.columns, codes.tensors()
         self.factor = _fp8_factor(codes) if fp8 else None
+        self.ranges: Tensor | None = None
+        """As of `GroupedLinear`, with a `factor`; `Ranges` fills them in."""
         self.pending: tuple[Tensor, list[Tensor]] | None = None
 
     def output(self, slot: int, x: Tensor) -> Tensor:
@@ -118,13 +121,46 @@ class Group:
         a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(x.dtype)
         b = [(each.lora_B["default"].weight * each.scaling["default"]).to(x.dtype) for each in self.members]
         dropped = _drop(flat, first.lora_dropout["default"])
-        found = GroupedLinear.apply(flat, dropped, a, self.factor, self.rows, *b, *self.tensors)
+        found = GroupedLinear.apply(flat, dropped, a, self.ranges, self.rows, *b, *self.tensors)
         outputs = []
         for member, part in zip(self.members, found, strict=True):
             bias = member.get_base_layer().bias
             part = part if bias is None else part + bias.to(part.dtype)
             outputs.append(part.view(*x.shape[:-1], -1))
         return outputs
+
+
+class Ranges:
+    """How large the numbers of adapters are, all of them measured at once where each step begins.
+
+    Measured by each layer, that would be a seventh of all kernels of a step, which take hardly longer than their start.
+    """
+
+    def __init__(self, groups: list[Group]) -> None:
+        """Takes groups with a `factor`, on one device."""
+        device = groups[0].tensors[0].device
+        width = 4  # so that each view begins where compiled code can read 16 bytes at a time
+        self.values = torch.zeros(len(groups), width, device=device)
+        self.matrices: list[Tensor] = []
+        places, scales = [], []
+        for number, group in enumerate(groups):
+            assert group.factor is not None
+            self.values[number, FACTOR] = group.factor
+            group.ranges = self.values[number, :3]
+            for member in group.members:
+                self.matrices += [member.lora_A["default"].weight, member.lora_B["default"].weight]
+                places += [number * width + LARGEST_A.start, number * width + LARGEST_B.start]
+                scales += [1.0, abs(member.scaling["default"])]
+        self.places = torch.tensor(places, device=device)
+        self.scales = torch.tensor(scales, device=device)
+        self.measure()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measures the matrices as they are now."""
+        found = torch.stack(torch._foreach_norm(self.matrices, torch.inf)).float() * self.scales
+        self.values[:, LARGEST_A.start : LARGEST_B.stop] = 0
+        self.values.view(-1).scatter_reduce_(0, self.places, found, "amax")
 
 
 def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
@@ -168,16 +204,19 @@ def _fits(module: torch.nn.Module) -> bool:
     return not (module.merged or module.lora_bias["default"]) and read_codes(module.get_base_layer().weight) is not None
 
 
-def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> None:
-    """Makes the 4-bit layers with plain adapters compute in groups."""
+def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> list[Group]:
+    """Makes the 4-bit layers with plain adapters compute in groups; returns those."""
+    groups: list[Group] = []
     left = {name: module for name, module in model.named_modules() if _fits(module)}
     while left:
         together = _same_input(next(iter(left)), left)
         members = [left.pop(name) for name in together]
         group = Group(members, fp8=fp8)
+        groups.append(group)
         for slot, member in enumerate(members):
             member.__class__ = FastLinear
             member.group, member.slot = group, slot
+    return groups
 
 
 def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
@@ -313,8 +352,12 @@ class FastStep:
             self.parts["fp8"] = reason or "on"
         if wanted and reason is not None:
             log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute)
-        if fused:
-            fuse_linear_layers(model, fp8=wanted and reason is None)
+        groups = fuse_linear_layers(model, fp8=wanted and reason is None) if fused else []
+        scaled: dict[torch.device, list[Group]] = defaultdict(list)
+        for group in groups:
+            if group.factor is not None:
+                scaled[group.factor.device].append(group)
+        self._ranges = [Ranges(own) for own in scaled.values()]
 
     def _attention_fault(self) -> str | None:
         if self.placement.device.type != "cuda":
@@ -394,6 +437,8 @@ class FastStep:
         # Layers are compiled one by one, so there is nothing to cut for the exchange of gradients between processes.
         self._context.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         self._offloading.begin()
+        for ranges in self._ranges:
+            ranges.measure()
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
             layer._compiled_call_impl = self._call_of(index, layer)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,8 @@ TORN, DIVERGED = "torn", "diverged"
 """Why a checkpoint is set aside: it is not as it was written, or a rollback passes by it."""
 PIECE = 2**26
 """Bytes of a file that have a hash of their own, so that several are computed at a time."""
+FLUSH_SECONDS = 0.02
+"""Between two flushes of what is being written."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,6 +48,28 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
         record = {**facts, "files": _files(checkpoint, pool)}
         flushed.result()
     write_text(checkpoint / MARKER, json.dumps({"digest": _digest(record), **record}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def flushing(folder: Path) -> Iterator[None]:
+    """Flushes what the block writes to a folder while it does, so that little is left when `seal` flushes it.
+
+    Raises what the disk says of it: of an error that was told once, it does not speak again.
+    """
+    written = threading.Event()
+
+    def flush() -> None:
+        while not written.wait(FLUSH_SECONDS):
+            with contextlib.suppress(FileNotFoundError):  # not there yet, or a draft that has got its name
+                flush_folder(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(flush)
+        try:
+            yield
+        finally:
+            written.set()
+        flushed.result()
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from qlora.training.checkpoints import (
     DIVERGED,
     UNFINISHED,
     find_checkpoints,
+    flushing,
     last_checkpoint,
     remove_surplus,
     seal,
@@ -247,7 +248,7 @@ class QLoraTrainer(Trainer):
         self._place = unfinished
         try:
             # With a trial the library leaves out the counting of operations, which takes all processes.
-            with _without_checksums():
+            with _without_checksums(), flushing(unfinished):
                 super()._save_checkpoint(model, trial={})
             seal(unfinished / place.name, {"step": self.state.global_step, "epoch": self.state.epoch, **self.facts})
             replace_folder(unfinished / place.name, place)
@@ -460,7 +461,8 @@ class QLoraTrainer(Trainer):
             return self.optimizer
         optimizer = self._create_optimizer(model)
         if isinstance(optimizer, Optimizer8bit):
-            if isinstance(self.model, PeftModel):
+            scales = getattr(self.accelerator, "scaler", None) is not None  # it looks at the gradients before the step
+            if isinstance(self.model, PeftModel) and not scales:
                 flatten_groups(optimizer)
             run_ahead(optimizer)
         self.watchdog.guard(optimizer)

@@ -44,6 +44,12 @@ def test_wide_layers_train_on_the_gpu(tmp_path: Path, quantization: str) -> None
     assert 0 < metrics["peak_memory_gb"] < 20
 
 
+def test_scaled_losses_train_with_paged_optimizers(tmp_path: Path) -> None:
+    overrides = ["quantization.compute_dtype=fp16", "trainer.optim=paged_adamw_32bit"]
+    metrics = Run(compose([*SHAPE, *overrides]), tmp_path).execute()["metrics"]
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+
+
 def test_a_training_tells_its_share_of_the_gpu_s_speed_and_its_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

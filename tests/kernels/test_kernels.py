@@ -83,7 +83,11 @@ class Case:
 
     def fused(self, factor: torch.Tensor | None = None) -> torch.Tensor:
         x, a, *b = self.inputs
-        return torch.cat(GroupedLinear.apply(x, None, a, factor, self.rows, *b, *self.codes.tensors()), 1)
+        ranges = None
+        if factor is not None:
+            largest = [a.detach().abs().amax(), torch.cat(b).detach().abs().amax()]
+            ranges = torch.stack([factor[0], *(each.float() for each in largest)])
+        return torch.cat(GroupedLinear.apply(x, None, a, ranges, self.rows, *b, *self.codes.tensors()), 1)
 
     def plain(self) -> torch.Tensor:
         x, a, *b = self.inputs

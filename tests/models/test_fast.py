@@ -328,3 +328,23 @@ def test_8_bit_products_learn_nearly_the_same() -> None:
     assert found == pytest.approx(expected, rel=0.02)
     flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
     assert torch.nn.functional.cosine_similarity(flat.float(), exact.float(), dim=0) > 0.97
+
+
+def test_a_step_knows_how_large_the_adapters_have_become() -> None:
+    model, config = build(overrides=("quantization.compute=fp8", "lora.alpha=12"))
+    model.to(torch.bfloat16)
+    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.k_proj.lora_A["default"].weight[1, 2] = -5.0
+            layer.mlp.down_proj.lora_B["default"].weight[3, 0] = -7.0
+    with step:
+        learn(model, batch())
+    groups = {module.group for module in model.modules() if isinstance(module, FastLinear)}
+    assert len(groups) == 4 * len(step.layers)
+    for group in groups:
+        matrices = [(each.lora_A["default"].weight, each.lora_B["default"].weight) for each in group.members]
+        largest = [max(float(kind.abs().max()) for kind in kinds) for kinds in zip(*matrices, strict=True)]
+        assert group.ranges.tolist() == pytest.approx([group.factor.item(), largest[0], 3 * largest[1]])
+    down = step.layers[0].mlp.down_proj.group
+    assert down.ranges[2] == 21

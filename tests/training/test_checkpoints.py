@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +121,37 @@ def test_the_oldest_checkpoints_go_by_their_steps_and_the_newest_stays(tmp_path:
     assert remove_surplus(tmp_path, 0)
     assert not remove_surplus(tmp_path, 0)
     assert json.loads((tmp_path / "checkpoint-10" / MARKER).read_text())["step"] == 10
+
+
+def test_files_are_flushed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, seen = threading.Event(), []
+
+    def flush(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        seen.append(name)
+        if name == "a.bin":
+            flushed.set()
+
+    monkeypatch.setattr(os, "fsync", flush)
+    folder = tmp_path / "unfinished"
+    with checkpoints.flushing(folder):
+        folder.mkdir()
+        (folder / "a.bin").write_bytes(b"a")
+        assert flushed.wait(20)
+    count = len(seen)
+    time.sleep(5 * checkpoints.FLUSH_SECONDS)
+    assert len(seen) == count
+
+
+def test_what_the_disk_says_meanwhile_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def flush(folder: Path) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(checkpoints, "flush_folder", flush)
+    with pytest.raises(OSError, match="broken"), checkpoints.flushing(tmp_path):
+        assert asked.wait(20)
+    with pytest.raises(ValueError, match="first"), checkpoints.flushing(tmp_path):
+        raise ValueError("first")
