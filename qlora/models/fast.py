@@ -138,29 +138,31 @@ class Ranges:
 
     def __init__(self, groups: list[Group]) -> None:
         """Takes groups with a `factor`, on one device."""
-        device = groups[0].tensors[0].device
-        width = 4  # so that each view begins where compiled code can read 16 bytes at a time
-        self.values = torch.zeros(len(groups), width, device=device)
+        most = max(len(group.members) for group in groups)
+        # Four numbers for three, so that each group's begin where compiled code can read 16 bytes at a time.
+        self.values = groups[0].tensors[0].new_zeros(len(groups), 4, dtype=torch.float32)
         self.matrices: list[Tensor] = []
-        places, scales = [], []
-        for number, group in enumerate(groups):
+        scales, places = [], []
+        for values, group in zip(self.values, groups, strict=True):
             assert group.factor is not None
-            self.values[number, FACTOR] = group.factor
-            group.ranges = self.values[number, :3]
+            values[FACTOR] = group.factor
+            group.ranges = values[:3]
+            first = len(self.matrices)
             for member in group.members:
                 self.matrices += [member.lora_A["default"].weight, member.lora_B["default"].weight]
-                places += [number * width + LARGEST_A.start, number * width + LARGEST_B.start]
                 scales += [1.0, abs(member.scaling["default"])]
-        self.places = torch.tensor(places, device=device)
-        self.scales = torch.tensor(scales, device=device)
+            last = len(self.matrices) - 2
+            places.append([[min(first + 2 * slot, last) + kind for slot in range(most)] for kind in (0, 1)])
+        self.scales = self.values.new_tensor(scales)
+        self.places = torch.tensor(places, device=self.values.device)
+        """Which matrices are a group's of each kind, [groups, 2, most members]; the last one fills up."""
         self.measure()
 
     @torch.no_grad()
     def measure(self) -> None:
         """Measures the matrices as they are now."""
         found = torch.stack(torch._foreach_norm(self.matrices, torch.inf)).float() * self.scales
-        self.values[:, LARGEST_A.start : LARGEST_B.stop] = 0
-        self.values.view(-1).scatter_reduce_(0, self.places, found, "amax")
+        self.values[:, LARGEST_A.start : LARGEST_B.stop] = found[self.places].amax(2)
 
 
 def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
