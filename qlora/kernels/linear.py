@@ -210,14 +210,11 @@ def product(
         _write_diagonal(weight[rows[0] :, before + columns :], beside[1:])
     else:
         _write_diagonal(weight[:, columns:], beside)
-    out: list[Tensor] = []
-    start = end = 0
-    for part, block in zip(weight.split(rows), beside, strict=True):
-        end += 0 if before and not out else block.shape[1]
-        own = slice(start, before + columns + end)
-        out.append(_multiply_scaled(x[:, own], part[:, own], scale))
-        start = before
-    return out
+    own = [slice(0, before + columns)] if before else []
+    behind = itertools.accumulate(block.shape[1] for block in beside[len(own) :])
+    own += [slice(before, before + columns + end) for end in behind]
+    parts = zip(weight.split(rows), own, strict=True)
+    return [_multiply_scaled(x[:, read], part[:, read], scale) for part, read in parts]
 
 
 def _fake_transposed(dy, scale, factor, beside, codes, rows, columns):

@@ -95,7 +95,7 @@ class _Joint:
     """Parameters that are parts of one tensor, which the optimizer sees in pieces."""
 
     def __init__(self, own: list[torch.nn.Parameter]) -> None:
-        self.own, first = own, [0, *accumulate(parameter.numel() for parameter in own)]
+        first = [0, *accumulate(parameter.numel() for parameter in own)]
         joint = torch.cat([parameter.detach().view(-1) for parameter in own])
         self.pieces = [torch.nn.Parameter(piece) for piece in joint.split(PIECE)]
         for parameter, (start, end) in zip(own, pairwise(first), strict=True):
