@@ -512,14 +512,21 @@ class Parts:
         trained = adapters.count_parameters(model).trainable if self.config.lora.enabled else 0
         return count_operations(read_shape(facts, self.config.model.name), trained)
 
-    def _check_budget(self) -> None:
-        """Raises `ConfigError` for a size where there is no GPU that has it."""
-        wanted, device = self.config.trainer.memory_budget, self.placement.device
-        if wanted not in (None, "auto") and device.type != "cuda":
+    def _check_device(self) -> None:
+        """Raises `ConfigError` for what a training is to have of a CUDA device, where there is none."""
+        trainer, device = self.config.trainer, self.placement.device
+        if device.type == "cuda":
+            return
+        here = f"and this run computes on {device.type}"
+        if trainer.memory_budget not in (None, "auto"):
             raise ConfigError(
-                f"trainer.memory_budget={wanted} is one of a CUDA device's memory, and this run computes on "
-                f"{device.type}; leave it out"
+                f"trainer.memory_budget={trainer.memory_budget} is one of a CUDA device's memory, {here}; leave it out"
             )
+        wanted = {"fused_attention": trainer.fused_attention, "flash_attention": trainer.flash_attention.value}
+        for name, value in wanted.items():
+            if value not in (False, "auto"):
+                said = str(value).lower()
+                raise ConfigError(f"trainer.{name}={said} runs on CUDA only, {here}; set trainer.{name}=auto")
 
     def _build_budget(self, step: FastStep, *, longest: int) -> Budget | None:
         """Returns what `trainer.memory_budget` allows for rows of up to `longest` tokens."""

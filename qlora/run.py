@@ -123,7 +123,8 @@ class Run(Parts):
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
-        self._check_budget()
+        if self.config.task.train:
+            self._check_device()
         preflight(self.config)
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,34 @@ def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() 
     assert Budget(Formula(50, False, added, 2, 3), 4, 76, None, CPU).choose() == MemoryPlan(0)
 
 
-def test_a_size_needs_a_gpu_and_auto_does_without(tmp_path: Path) -> None:
-    message = "trainer.memory_budget=24GB is one of a CUDA device's memory, and this run computes on cpu; leave it out"
-    with pytest.raises(ConfigError, match=message):
-        run(tmp_path / "size", "trainer.memory_budget=24GB")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "trainer.memory_budget=24GB",
+            "trainer.memory_budget=24GB is one of a CUDA device's memory, and this run computes on cpu; leave it out",
+        ),
+        (
+            "trainer.fused_attention=true",
+            "trainer.fused_attention=true runs on CUDA only, and this run computes on cpu; set "
+            "trainer.fused_attention=auto",
+        ),
+        (
+            "trainer.flash_attention=fa3",
+            "trainer.flash_attention=fa3 runs on CUDA only, and this run computes on cpu; set "
+            "trainer.flash_attention=auto",
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_before_anything_is_loaded(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "load_base", None)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        run(tmp_path, override)
+
+
+def test_a_budget_of_what_is_free_does_without_a_gpu(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.memory_budget=auto"]), tmp_path / "auto")
     model = parts.add_adapter(parts.load_base())
     assert parts._build_trainer(model, [], None).memory.budget is None  # type: ignore[arg-type]
