@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -283,13 +284,8 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name].packs else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
-            *(
-                "data.source_max_len=null",
-                "data.target_max_len=null",
-                "data.max_length=512",
-                "data.eval_dataset_size=16",
-            ),
-            *(f"trainer.max_steps={steps}", f"trainer.logging_steps={LOG}"),
+            *("data.source_max_len=null", "data.target_max_len=null", "data.max_length=512"),
+            *("data.eval_dataset_size=16", f"trainer.max_steps={steps}", f"trainer.logging_steps={LOG}"),
             *(f"trainer.save_steps={steps}", "trainer.eval_steps=null", "task.evaluate=false", "task.predict=false"),
             *("evaluation=loss", "evaluation.baseline=false", *overrides, f"hydra.run.dir={run}"),
         ]
@@ -298,14 +294,13 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
             return {"failure": (done.stderr or done.stdout).strip().splitlines()[-1]}
         logs = [entry for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
         metrics = json.loads((run / "result.json").read_text())["metrics"]
-    seen = [entry["num_input_tokens_seen"] for entry in logs]
-    seconds = [
-        tokens / entry["train_tokens_per_second"] for tokens, entry in zip([seen[0], *np.diff(seen)], logs, strict=True)
-    ]
-    warm = [entry["step"] for entry in logs].index(LOG) + 1
+    seen = [0, *(entry["num_input_tokens_seen"] for entry in logs)]
+    speeds = [entry["train_tokens_per_second"] for entry in logs]
+    seconds = [(end - start) / speed for (start, end), speed in zip(itertools.pairwise(seen), speeds, strict=True)]
+    warm = sum(entry["step"] <= LOG for entry in logs)
     return {
-        "tokens_per_second": float((seen[-1] - seen[warm - 1]) / (metrics["train_runtime"] - sum(seconds[:warm]))),
-        "saving_seconds": float(metrics["train_runtime"] - sum(seconds)),
+        "tokens_per_second": (seen[-1] - seen[warm]) / (metrics["train_runtime"] - sum(seconds[:warm])),
+        "saving_seconds": metrics["train_runtime"] - sum(seconds),
         "peak_gb": metrics["peak_memory_gb"],
     }
 

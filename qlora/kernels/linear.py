@@ -124,14 +124,14 @@ def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: li
     joint = _joint(codes, sum(rows), x.shape[1])
     for start, stop in _pieces(joint, x.element_size()):
         weights = _decode(joint.part(start, stop), x.dtype)
-        for part, own, other in _overlaps(rows, start, stop):
+        for part, own, other in overlaps(rows, start, stop):
             out[part][:, own].addmm_(x, weights[other].t())
     return out
 
 
-def _overlaps(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yields which of parts of `rows` lie between `start` and `stop`, and with which of their and of these rows."""
-    for part, (first, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(rows)])):
+def overlaps(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yields which of the parts of `sizes` lie between `start` and `stop`, and where in the part and in that piece."""
+    for part, (first, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(sizes)])):
         begin, last = max(first, start), min(end, stop)
         if begin < last:
             yield part, slice(begin - first, last - first), slice(begin - start, last - start)
@@ -152,7 +152,7 @@ def linear_backward(dy: list[Tensor], dxa: Tensor | None, a: Tensor, codes: list
     out = None if dxa is None else dxa @ a
     for start, stop in _pieces(joint, dy[0].element_size()):
         weights = _decode(joint.part(start, stop), dy[0].dtype)
-        for part, own, other in _overlaps(rows, start, stop):
+        for part, own, other in overlaps(rows, start, stop):
             factors = dy[part][:, own], weights[other]
             out = torch.mm(*factors) if out is None else out.addmm_(*factors)
     assert out is not None

@@ -156,7 +156,6 @@ class Ranges:
         self.scales = self.values.new_tensor(scales)
         self.places = torch.tensor(places, device=self.values.device)
         """Which matrices are a group's of each kind, [groups, 2, most members]; the last one fills up."""
-        self.measure()
 
     @torch.no_grad()
     def measure(self) -> None:

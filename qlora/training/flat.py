@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
 from typing import Any
 
 import bitsandbytes.optim.optimizer as library
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
+
+from qlora.kernels.linear import overlaps
 
 PIECE = 2**24
 """Most elements that the optimizer sees as one parameter, so that a copy of one is small; a multiple of its blocks."""
@@ -95,20 +96,16 @@ class _Joint:
     """Parameters that are parts of one tensor, which the optimizer sees in pieces."""
 
     def __init__(self, own: list[torch.nn.Parameter]) -> None:
-        first = [0, *accumulate(parameter.numel() for parameter in own)]
+        sizes = [parameter.numel() for parameter in own]
         joint = torch.cat([parameter.detach().view(-1) for parameter in own])
         self.pieces = [torch.nn.Parameter(piece) for piece in joint.split(PIECE)]
-        for parameter, (start, end) in zip(own, pairwise(first), strict=True):
-            parameter.data = joint[start:end].view(parameter.shape)
-        self.parts: list[list[tuple[torch.nn.Parameter, slice, slice]]] = []
+        for parameter, part in zip(own, joint.split(sizes), strict=True):
+            parameter.data = part.view(parameter.shape)
+        self.parts = [
+            [(own[index], part, place) for index, part, place in overlaps(sizes, begin, begin + PIECE)]
+            for begin in range(0, len(joint), PIECE)
+        ]
         """Of each piece: whose elements are in it, which of them, and where."""
-        for begin in range(0, first[-1], PIECE):
-            stop, inside = min(begin + PIECE, first[-1]), []
-            for parameter, (start, end) in zip(own, pairwise(first), strict=True):
-                a, z = max(start, begin), min(end, stop)
-                if a < z:
-                    inside.append((parameter, slice(a - start, z - start), slice(a - begin, z - begin)))
-            self.parts.append(inside)
 
     def complete(self) -> None:
         """Gives the pieces their gradients, those of the parameters, which go one piece after the other.

@@ -183,8 +183,7 @@ class QLoraTrainer(Trainer):
         )
         self.add_callback(_LossRecall(self))
         self.name_rows = name_rows
-        scales = getattr(self.accelerator, "scaler", None) is not None
-        self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=scales)
+        self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=self._scales)
         self.add_callback(self.watchdog)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -220,6 +219,11 @@ class QLoraTrainer(Trainer):
         self.watchdog.save(Path(output_dir or self.args.output_dir))
         if state_dict is None:  # else it is gathered from several devices
             self.verify(Path(output_dir or self.args.output_dir), self.model)
+
+    @property
+    def _scales(self) -> bool:
+        """Whether losses are scaled for fp16; the scaler looks at the gradients before the optimizer steps."""
+        return getattr(self.accelerator, "scaler", None) is not None
 
     @property
     def _ended_itself(self) -> bool:
@@ -461,8 +465,7 @@ class QLoraTrainer(Trainer):
             return self.optimizer
         optimizer = self._create_optimizer(model)
         if isinstance(optimizer, Optimizer8bit):
-            scales = getattr(self.accelerator, "scaler", None) is not None  # it looks at the gradients before the step
-            if isinstance(self.model, PeftModel) and not scales:
+            if isinstance(self.model, PeftModel) and not self._scales:
                 flatten_groups(optimizer)
             run_ahead(optimizer)
         self.watchdog.guard(optimizer)
