@@ -19,8 +19,16 @@ log = logging.getLogger(__name__)
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *("data.cache_dir", "data.num_proc", "adapter", "repo", "runs", "run", "source", "trusted", "merge", "plan"),
-    *("trainer.profile", "trainer.parallel", "trainer.disk_wait", "trainer.save_total_limit", "watchdog", "resume"),
+    *("data.cache_dir", "data.num_proc", "adapter", "base", "repo", "runs", "run", "source", "trusted", "merge"),
+    *(
+        "plan",
+        "trainer.profile",
+        "trainer.parallel",
+        "trainer.disk_wait",
+        "trainer.save_total_limit",
+        "watchdog",
+        "resume",
+    ),
 )
 
 
@@ -64,11 +72,6 @@ class RunFolder:
     def merged(self) -> Path:
         """The model that `task=merge` made of base and adapter."""
         return self.path / "merged"
-
-    @property
-    def drawn(self) -> Path:
-        """What decided the base that `model.weights=random` drew for this training."""
-        return self.path / "drawn.json"
 
     @property
     def predictions(self) -> Path:
@@ -129,15 +132,17 @@ class RunFolder:
                 "(hydra.run.dir=FOLDER), or resume=auto to go on"
             )
 
-    def check_same_training(self, stored: dict[str, Any] | None, config: dict[str, Any]) -> bool:
-        """Returns whether a training of this config was started in this folder, or none.
+    def check_same_training(
+        self, stored: dict[str, Any] | None, config: dict[str, Any], free: Iterable[str] = ()
+    ) -> bool:
+        """Returns whether a training of this config was started in this folder, or none; `free` keys may differ.
 
         Raises `ConfigError` naming the changed keys if it was another; with `resume=force` they are a warning.
         """
         if stored is None:
             return True
         before, now = dict(flatten(stored)), dict(flatten(config))
-        keys = [key for key in {*before, *now} if not is_below(key, FREE_KEYS)]
+        keys = [key for key in {*before, *now} if not is_below(key, (*FREE_KEYS, *free))]
         if changes := describe_changes(before, now, keys):
             if config.get("resume") == Resume.force.value:
                 log.warning("resume=force: going on with another config; changed:%s", changes)

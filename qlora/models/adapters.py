@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_folder
 from qlora.models.checkpoint import Tensors
 from qlora.models.files import check_safetensors
+from qlora.models.fingerprint import Base, write_base
 from qlora.models.tokenizer import save_tokenizer
-from qlora.schema import LoraConfig, LoraDtype, LoraInit
+from qlora.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +87,54 @@ def add_lora(
     elif config.init is LoraInit.eva:
         initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
+    if config.bias is not LoraBias.none:
+        biases = [pair for pair in _copy_biases(adapted) if pair[0].requires_grad]
+        if not biases:
+            log.warning("lora.bias=%s: the layers that it means have no biases, so none is trained", config.bias.value)
+        _keep_biases(adapted, biases)
     if config.dtype is LoraDtype.bf16:
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.bfloat16()
     return adapted
+
+
+def _copy_biases(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Returns the biases of a model that no adapter has changed yet, each with a copy."""
+    biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    return [(parameter, parameter.detach().clone()) for parameter in biases]
+
+
+def _keep_biases(model: PeftModel, untuned: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Keeps the biases of the untuned base, which the adapter trains in their place, for `adapter_off`."""
+    model.__dict__["untuned_biases"] = untuned
+
+
+@contextmanager
+def adapter_off(model: torch.nn.Module) -> Iterator[None]:
+    """Makes the untuned base of a model with an adapter in the block, also where the adapter trains biases.
+
+    PEFT alone leaves the trained biases on. A model without an adapter stays as it is.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    has_biases = any(config.bias != "none" for config in model.peft_config.values() if hasattr(config, "bias"))
+    untuned = model.__dict__["untuned_biases"] if has_biases else []
+    trained = [(parameter, parameter.detach().clone()) for parameter, _ in untuned]
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+            stack.enter_context(model.disable_adapter())
+        stack.callback(_set_values, trained)
+        _set_values(untuned)
+        yield
+
+
+@torch.no_grad()
+def _set_values(parameters: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, value in parameters:
+        parameter.copy_(value)
 
 
 def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
@@ -205,11 +251,17 @@ def save_initial_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase, initial: Path | None = None
+    model: PeftModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    initial: Path | None = None,
+    base: Base | None = None,
 ) -> None:
     """Saves the adapter for plain PEFT on the unchanged base, with its tokenizer, and checks what was written.
 
     `initial` (PiSSA, OLoRA) is the folder of the drawn weights; the saved adapter is the difference, of rank 2r.
+    `base` is written beside the adapter, which is then used on that base alone.
     """
 
     def write(partial: Path) -> None:
@@ -219,6 +271,8 @@ def save_adapter(
             save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
         )
         save_tokenizer(tokenizer, partial)
+        if base is not None:
+            write_base(base, partial)
         verify_adapter(partial, model, converted=initial is not None)
         _check_trained(partial)
 
@@ -277,7 +331,8 @@ def _open_adapter(folder: Path) -> Any:
 
 def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
     """Loads a saved adapter onto its base; raises `ConfigError` for one of another base and for one with gaps."""
-    recorded = check_adapter_folder(folder).get("base_model_name_or_path")
+    settings = check_adapter_folder(folder)
+    recorded = settings.get("base_model_name_or_path")
     _check_new_tokens(model, folder)
     unfit = (
         f"adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
@@ -285,6 +340,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     )
     if (difference := _find_difference(model, folder)) is not None:
         raise ConfigError(f"{unfit} ({difference})")
+    biases = _copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -298,6 +354,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
             f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
             f"trained on ({recorded}) as model.name"
         )
+    if biases is not None:
+        _keep_biases(adapted, biases)
     return adapted
 
 
