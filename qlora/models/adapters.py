@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from peft.tuners.lora import Linear4bit
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -265,29 +267,48 @@ def save_adapter(
     """
 
     def write(partial: Path) -> None:
-        model.save_pretrained(
-            partial,
-            path_initial_model_for_weight_conversion=str(initial) if initial else None,
-            save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
-        )
+        # PEFT would add whole embeddings that grew; the trained rows are saved anyway.
+        model.save_pretrained(partial, save_embedding_layers=False)
         save_tokenizer(tokenizer, partial)
         if base is not None:
             write_base(base, partial)
-        verify_adapter(partial, model, converted=initial is not None)
+        verify_adapter(partial, model)
+        if initial is not None:
+            _subtract_initial(partial, initial)
         _check_trained(partial)
 
     write_folder(folder, write)
 
 
-def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = False) -> None:
+def _subtract_initial(folder: Path, initial: Path) -> None:
+    """Makes a saved adapter one for the unchanged base: B A - B0 A0 as one product of rank 2r.
+
+    PEFT's own conversion leaves out all but A and B: trained biases, rows of new tokens, DoRA's magnitudes.
+    """
+    with _open_adapter(folder) as trained, _open_adapter(initial) as start:
+        tensors = {name: trained.get_tensor(name) for name in trained.keys()}  # noqa: SIM118 - no mapping
+        for name, tensor in tensors.items():
+            if ".lora_A." in name:
+                tensors[name] = torch.cat([tensor, start.get_tensor(name)], dim=0)
+            elif ".lora_B." in name:
+                tensors[name] = torch.cat([tensor, -start.get_tensor(name)], dim=1)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    path = folder / ADAPTER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    scale = math.sqrt(2) if settings["use_rslora"] else 2  # what is divided by r, or by its root, stays the same
+    settings |= {"r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"], "init_lora_weights": True}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def verify_adapter(folder: Path, model: torch.nn.Module) -> None:
     """Raises `ConfigError` unless a saved adapter holds every tensor of the live one, to the bit.
 
-    A `converted` one (PiSSA, OLoRA) has the same names and other values. A model without an adapter passes.
+    A model without an adapter passes.
     """
     if not isinstance(model, PeftModel):
         return
     try:
-        fault = _find_fault(folder, get_peft_model_state_dict(model, save_embedding_layers=False), values=not converted)
+        fault = _find_fault(folder, get_peft_model_state_dict(model, save_embedding_layers=False))
     except (OSError, SafetensorError) as error:
         fault = str(error)
     if fault is not None:
@@ -297,13 +318,13 @@ def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = Fa
         )
 
 
-def _find_fault(folder: Path, live: dict[str, torch.Tensor], *, values: bool) -> str | None:
+def _find_fault(folder: Path, live: dict[str, torch.Tensor]) -> str | None:
     with _open_adapter(folder) as file:
         saved = set(file.keys())
         for name, tensor in live.items():
             if name not in saved:
                 return f"{name} is missing"
-            if values and not _is_same(file.get_tensor(name), tensor.detach()):
+            if not _is_same(file.get_tensor(name), tensor.detach()):
                 return f"{name} has other values"
     return None
 

@@ -129,7 +129,7 @@ def test_what_is_stored_quantized_has_the_fingerprint_of_what_is_stored(base_fol
     assert fingerprint(tmp_path / "packed") == fingerprint(tmp_path / "copy") != fingerprint_weights(files)
 
 
-def test_a_large_base_is_fingerprinted_by_few_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_base_is_fingerprinted_by_few_reads(tmp_path: Path) -> None:
     """80 GB in a file with holes; what is read is counted by the kernel."""
     rows, columns, layers = 8192, 28672, 85
     size = rows * columns * 4
