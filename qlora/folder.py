@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora.errors import ConfigError
 from qlora.files import read_json
-from qlora.schema import Resume
+from qlora.schema import Resume, Weights
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run with another config; changed:{changes}\n"
                 "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume; "
-                "resume=force goes on in spite of it, resume=never in a new folder"
+                f"{_force(before, now)} goes on in spite of it, resume=never in a new folder"
             )
         return True
 
@@ -176,6 +176,15 @@ class RunFolder:
             f"{what}; changed:{changes}\nput the old ones back, or choose another folder (hydra.run.dir=FOLDER or "
             "name=NAME); resume=force goes on with the new rows, resume=never in a new folder"
         )
+
+
+def _force(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns what goes on with another config: where that names another base, this takes a word of its own."""
+    names = ["model.name", "model.revision", "model.weights"]
+    if now.get("model.weights") == Weights.random.value:
+        names += ["seed", "quantization.compute_dtype", "model.architecture"]
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "resume=force base=force" if any(is_below(key, names) for key in changed) else "resume=force"
 
 
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:

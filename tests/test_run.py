@@ -285,7 +285,7 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
     manifest["model"] = {"fingerprint": None, "revision": None}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "run" / "drawn.json").write_text(json.dumps(as_on_cuda))
-    with pytest.raises(ConfigError, match="does not fit the config: .*; set device=cuda, or choose another folder"):
+    with pytest.raises(ConfigError, match=r"does not fit the config: .*; set device=cuda, or choose another folder"):
         run(tmp_path / "run", *options)
 
 
