@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from qlora import compose as composing
 from qlora.chat import Speaker
 from qlora.compose import compose
+from qlora.errors import ConfigError
 from qlora.models import adapters
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
@@ -157,12 +158,18 @@ def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
     bases: dict[str, Path], tmp_path: Path, init: str
 ) -> None:
     start = [f"model.name={bases['qwen2']}", "quantization=fp32", f"lora={init}", "lora.bias=all"]
-    start += ["model.new_tokens=['<new>']", "lora.use_dora=true"]
+    start += ["model.new_tokens=['<new>']", "lora.use_dora=true", "trainer.save_steps=2"]
     before = run(tmp_path / "run", *start)["metrics"]
     after = run(tmp_path / "out", *start, "task=evaluate", f"adapter={tmp_path / 'run'}")["metrics"]
     assert after["base_eval_loss"] == pytest.approx(before["base_eval_loss"], rel=1e-5)
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
     assert abs(after["eval_loss"] - after["base_eval_loss"]) > 0.05
+    unconverted = [*start, "task=evaluate", f"adapter={tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}"]
+    says = rf"^adapter: it begins as a part of its base \(init_lora_weights={init}, .* with adapter=none, and leave it out"
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path / "out", *unconverted)
+    alone = run(tmp_path / "out", *unconverted, "evaluation.baseline=false")["metrics"]
+    assert alone["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
 
 
 def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(

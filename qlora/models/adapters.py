@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora import Linear4bit
+from peft.tuners.lora import Linear4bit, LoraModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
@@ -116,11 +116,19 @@ def _keep_biases(model: PeftModel, untuned: list[tuple[torch.nn.Parameter, torch
 def adapter_off(model: torch.nn.Module) -> Iterator[None]:
     """Makes the untuned base of a model with an adapter in the block, also where the adapter trains biases.
 
-    PEFT alone leaves the trained biases on. A model without an adapter stays as it is.
+    PEFT alone leaves the trained biases on. A model without an adapter stays as it is. Raises `ConfigError` for an
+    adapter that rewrote the base when it was loaded: what it leaves behind is not the base.
     """
     if not isinstance(model, PeftModel):
         yield
         return
+    start = model.peft_config["default"].init_lora_weights if isinstance(model.base_model, LoraModel) else True
+    if isinstance(start, str) and start.startswith(REWRITING):
+        raise ConfigError(
+            f"adapter: it begins as a part of its base (init_lora_weights={start}, as checkpoints of such a run have "
+            "it), so that the untuned base is not what is left without it; measure that with adapter=none, and leave "
+            "it out here with evaluation.baseline=false"
+        )
     has_biases = any(config.bias != "none" for config in model.peft_config.values() if hasattr(config, "bias"))
     untuned = model.__dict__["untuned_biases"] if has_biases else []
     trained = [(parameter, parameter.detach().clone()) for parameter, _ in untuned]
@@ -160,6 +168,8 @@ _PEFT_INIT: dict[LoraInit, Any] = {
     LoraInit.eva: "eva",
 }
 REWRITES_BASE = (LoraInit.pissa, LoraInit.olora)
+REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""How the inits begin by which PEFT rewrites the base that an adapter is added to."""
 
 
 @torch.no_grad()
