@@ -491,10 +491,13 @@ class FastStep:
         hidden = found.last_hidden_state
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         weight = self.base.get_output_embeddings().weight
-        hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+        kind = hidden.device.type
+        # As autocast computes any other linear layer: the matrix may be stored in 32 bits.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         targets = targets.reshape(-1)
-        with torch.autocast(hidden.device.type, enabled=False):
-            total = linear_cross_entropy(hidden, weight, targets, self._pieces)
+        with torch.autocast(kind, enabled=False):
+            total = linear_cross_entropy(hidden, weight.to(dtype), targets, self._pieces)
         return CausalLMOutputWithPast(loss=total / (count if count is not None else (targets != IGNORED).sum()))
 
     def _lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
