@@ -253,18 +253,24 @@ class Parts:
         """Loads or draws the frozen base."""
         if not self.draws:
             return self._load(None)
-        base = loading.draw_base(self.config.model, self.config.quantization, self._drawn_weights())
+        weights = self._drawn_weights()
+        base = loading.draw_base(self.config.model, self.config.quantization, weights, self._base_device)
         return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
             self.config.model,
             self.config.quantization,
-            placement=replace(self.placement, device=torch.device("cpu")) if self.is_sharded else self.placement,
+            placement=replace(self.placement, device=self._base_device),
             model_config=self.model_config,
             folder=folder,
         )
         return self._fit_to_tokens(base)
+
+    @property
+    def _base_device(self) -> torch.device:
+        """Where the base is loaded to; from the host's memory it is sharded layer by layer."""
+        return torch.device("cpu") if self.is_sharded else self.placement.device
 
     def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
         loading.resize_embeddings(base, self.tokenizer)

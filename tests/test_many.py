@@ -51,6 +51,7 @@ CASES = {
                "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
                "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
+DRAWN = ["model.weights=random", "trainer.num_train_epochs=null", "trainer.max_steps=3", "trainer.eval_steps=null"]
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
 
@@ -119,6 +120,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     for name, overrides in CASES.items():
         train(folder / name, 4, *overrides)
+    train(folder / "drawn", 4, *DRAWN)
     return folder
 
 
@@ -133,6 +135,13 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
 
 
+def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Path) -> None:
+    one, two = losses(alone / "drawn"), losses(together / "drawn")
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=2e-5)
+    assert (together / "drawn" / "drawn.json").read_text() == (alone / "drawn" / "drawn.json").read_text()
+
+
 def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
     metrics = json.loads((together / "spoiled" / "metrics.json").read_text())
     assert metrics["train_watchdog_nonfinite"] == metrics["train_watchdog_skipped"] == 1
@@ -144,7 +153,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
 
 def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 6  # all but the packed one
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 7  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -257,6 +266,7 @@ def main(folder: Path) -> None:
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
+    train(folder / "drawn", 2, *DRAWN, "trainer.parallel=fsdp", "trainer.fused_linear=true")
     replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
