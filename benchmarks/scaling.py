@@ -1,14 +1,14 @@
 """Measures how trainings and sweeps scale over the GPUs of one machine.
 
-    python benchmarks/scaling.py [--parts data ...] [--models llama-7b ...] [--modes bf16 ...] [--gpus 1 2 ...]
+    python benchmarks/scaling.py [--parts weak ...] [--models llama-7b ...] [--modes bf16 ...] [--gpus 1 2 ...]
                                  [--json FILE] [--small] [-- KEY=VALUE]
     python benchmarks/scaling.py --table FILE [FILE ...]
 
 Every measurement is the whole program, `python -m qlora`, started by torchrun where it has several processes: NF4 with
 double quantization, LoRA r=64 on all linear layers without dropout, random weights, rows of 2,048 tokens.
 
-`data`: one GPU with 8 rows a step; n GPUs with 8 rows each; n GPUs with the same 8 rows, whose losses are set beside
-those of one GPU. `rounding`: the same 8 rows on one GPU in smaller micro-batches, which changes nothing but rounding.
+`weak`: one GPU with 8 rows a step, and n GPUs with 8 rows each. `strong`: n GPUs with the same 8 rows, whose losses are
+set beside those of one GPU. `rounding`: these rows on one GPU in smaller micro-batches, where only rounding differs.
 `sharded`: a base of which each GPU holds a part. `sweep`: small jobs, on one GPU and on all.
 
 What `--json FILE` holds already is not measured again. `--table` prints the tables of such files.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
 from qlora.sweep.processes import visible_gpus  # noqa: E402
 
-PARTS = ("data", "rounding", "sharded", "sweep")
+PARTS = ("weak", "strong", "rounding", "sharded", "sweep")
 ROWS, LENGTH, MICRO = 8, 2048, 4
 WARM_UP, LOG = 5, 5
 """Steps that do not count, and steps between two logs."""
@@ -48,6 +49,7 @@ MODES = {
     "bf16": [],
     "fp8": ["quantization.compute=fp8"],
     "plain": ["trainer.compile=false", "trainer.fused_linear=false"],
+    "bf16, not compiled": ["trainer.compile=false"],
 }
 EVERY = [
     *("model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=local", "data.format=text"),
@@ -64,6 +66,7 @@ SMALL = [
 JOBS = [
     *("trainer.max_steps=20", "trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={}"),
     *("trainer.warmup_steps=0", "trainer.eval_steps=null", "data.max_eval_samples=32", "evaluation=loss"),
+    *("evaluation.baseline=false", "task.predict=false"),
 ]
 LIBRARIES = ("peft", "bitsandbytes")
 
@@ -95,13 +98,14 @@ class Training:
 def trainings(arguments: argparse.Namespace) -> Iterator[Training]:
     """Yields the trainings of the chosen parts."""
     shapes = [(model, mode) for model in arguments.models for mode in arguments.modes]
-    for model, mode in shapes if "data" in arguments.parts else []:
+    for model, mode in shapes:
         for gpus in arguments.gpus:
-            yield Training("data", model, mode, gpus, ROWS * gpus, MICRO)
-            if gpus > 1 and ROWS % gpus == 0:
-                yield Training("data", model, mode, gpus, ROWS, min(MICRO, ROWS // gpus))
-    for model, mode in shapes if "rounding" in arguments.parts else []:
-        yield Training("rounding", model, mode, 1, ROWS, MICRO // 2)
+            if "weak" in arguments.parts:
+                yield Training("weak", model, mode, gpus, ROWS * gpus, MICRO)
+            if "strong" in arguments.parts and gpus > 1 and ROWS % gpus == 0:
+                yield Training("strong", model, mode, gpus, ROWS, min(MICRO, ROWS // gpus))
+        if "rounding" in arguments.parts:
+            yield Training("rounding", model, mode, 1, ROWS, MICRO // 2)
     for mode in arguments.sharded_modes if "sharded" in arguments.parts else []:
         for gpus in (count for count in arguments.gpus if count > 1):
             yield Training("sharded", arguments.sharded_model, mode, gpus, MICRO * gpus, MICRO)
@@ -222,13 +226,13 @@ def measure_sweep(gpus: int, arguments: argparse.Namespace, folder: Path) -> dic
 def overlap(records: Sequence[dict[str, Any]], visible: str) -> int:
     """Returns how many jobs trained on a GPU while another one did."""
     own = sorted((record["began"], record["ended"]) for record in records if record["visible"] == visible)
-    return sum(began < ended for (_, ended), (began, _) in zip(own, own[1:], strict=False))
+    return sum(began < ended for (_, ended), (began, _) in itertools.pairwise(own))
 
 
 def to_tables(results: list[dict[str, Any]]) -> str:
     """Returns a table of the trainings with whole bases, one of those with sharded bases, one of the sweeps."""
     tables = [
-        data_table([each for each in results if each["part"] in ("data", "rounding")]),
+        data_table([each for each in results if each["part"] in ("weak", "strong", "rounding")]),
         sharded_table([each for each in results if each["part"] == "sharded"]),
         sweep_table([each for each in results if each["part"] == "sweep"]),
     ]
@@ -238,7 +242,7 @@ def to_tables(results: list[dict[str, Any]]) -> str:
 def data_table(results: list[dict[str, Any]]) -> str:
     """Returns the table of data-parallel trainings, each beside that of one GPU."""
     single = {(each["model"], each["mode"]): each for each in results
-              if each["part"] == "data" and each["gpus"] == 1 and "failure" not in each}  # fmt: skip
+              if each["part"] == "weak" and each["gpus"] == 1 and "failure" not in each}  # fmt: skip
     head = ["model", "mode", "GPUs", "rows a step", "rows a micro-batch", "tokens/s", "of GPUs x one", "peak a GPU, GB"]
     lines = [[*head, "first step, s", "losses differ by"]]
     for result in results:
@@ -359,7 +363,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama-7b", "llama-3.1-8b"], help="presets, for whole bases")
     parser.add_argument("--modes", nargs="+", default=["bf16", "fp8"], choices=list(MODES), help="for whole bases")
     parser.add_argument("--sharded-model", default="llama-3.1-70b", help="a preset, for a sharded base")
-    parser.add_argument("--sharded-modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--sharded-modes", nargs="+", default=["bf16", "fp8", "plain"], choices=list(MODES))
     parser.add_argument("--gpus", nargs="+", type=int, help="numbers of GPUs; 1, 2, 4 ... all by default")
     parser.add_argument("--jobs", type=int, default=8, help="jobs of the sweep")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")

@@ -478,6 +478,7 @@ class Parts:
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
                 "processes": world.size(),
+                "rows": self.rows_a_step,
                 "trackers": tracker_ids(self.folder.path),
             },
             watchdog=self.config.watchdog,
@@ -490,6 +491,12 @@ class Parts:
                 *callbacks,
             ],
         )
+
+    @property
+    def rows_a_step(self) -> int:
+        """How many rows, or packs, the processes take together in an optimizer step."""
+        trainer = self.config.trainer
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * world.size()
 
     def _build_step(self, model: PreTrainedModel) -> FastStep:
         packed = self.data.packed

@@ -165,11 +165,23 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
     (folder / "result.json").unlink()
     options = ["trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
-    with pytest.raises(ConfigError, match=r"written by 2 processes, and this run has 1.*start 2 again"):
+    refusal = r"written by 2 processes, and this run has 1.*start 2 again.*same rows if trainer\.gradient_acc\w+=4$"
+    with pytest.raises(ConfigError, match=refusal):
         train(folder, 2, *options)
     train(folder, 2, *options, "resume=force")
     assert "written by 2 processes, and this run has 1: its steps hold other rows" in caplog.text
     assert (folder / "result.json").is_file()
+
+
+def test_one_process_goes_on_with_the_steps_of_two_where_it_accumulates_twice_as_much(
+    together: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    train(folder, 4, "trainer.gradient_checkpointing=true", "trainer.save_steps=3", "resume=force")
+    assert "and this run has 1: its steps hold the same rows, but dropout draws other masks" in caplog.text
+    assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
 
 
 def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> None:
@@ -193,18 +205,25 @@ def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_g
 
 FALL = """
 import os
+import signal
 from transformers import TrainerCallback
 
 class Fall(TrainerCallback):
+    def __init__(self, killed):
+        self.killed = killed
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("the second process falls")
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "is killed"])
 def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
-    tmp_path: Path, alone: Path
+    tmp_path: Path, alone: Path, killed: bool
 ) -> None:
     (tmp_path / "fall.py").write_text(FALL)
     chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
@@ -215,13 +234,18 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
         "qlora",
         *chosen,
         "+callbacks.fall._target_=fall.Fall",
+        f"+callbacks.fall.killed={killed}",
         "trusted=[fall]",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
-    assert told[0].startswith("process 1 of 2: Traceback")
-    assert "ArithmeticError: the second process falls" in done.stderr
+    if killed:
+        assert "another process of this run has ended" in told[0]
+        assert "Signal 9 (SIGKILL) received by PID" in done.stderr
+    else:
+        assert told[0].startswith("process 1 of 2: Traceback")
+        assert "ArithmeticError: the second process falls" in done.stderr
     assert "resuming from checkpoint-3" in done.stdout
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()  # of both processes and both starts, though it has no name
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"

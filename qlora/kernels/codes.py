@@ -108,8 +108,8 @@ def can_join(codes: Sequence[Codes]) -> bool:
 def join(weights: Sequence[Tensor]) -> Codes:
     """Stores bitsandbytes' 4-bit weights one below the other, and returns them as one.
 
-    The weights themselves become views of the joint storage, so that nothing is stored twice. Sharded weights stay where
-    they are, and `packed` is empty.
+    The weights themselves become views of the joint storage, so that nothing is stored twice. Sharded weights stay
+    where they are, and `packed` is empty.
     """
     parts = [codes for weight in weights if (codes := read_codes(weight)) is not None]
     is_sharded = isinstance(weights[0], DTensor)

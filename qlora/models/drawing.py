@@ -56,7 +56,8 @@ class DrawnWeights:
     ) -> PreTrainedModel:
         """Returns the model, quantized as `bits` says, or in the dtype of `placement`.
 
-        It is drawn and quantized on the device of `placement`, and kept there or on `store`. `options` are those of transformers' `from_config`, e.g. `attn_implementation`.
+        It is drawn and quantized on the device of `placement`, and kept there or on `store`. `options` are those of
+        transformers' `from_config`, e.g. `attn_implementation`.
         """
         model = self._empty(**options)
         quantizer = None if bits is None else AutoHfQuantizer.from_config(bits, pre_quantized=False)
