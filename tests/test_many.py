@@ -240,9 +240,8 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
-    if killed:
-        assert "another process of this run has ended" in told[0]
-        assert "Signal 9 (SIGKILL) received by PID" in done.stderr
+    if killed:  # torchrun may end the other one before it can tell anything
+        assert "failed (exitcode: -9) local_rank: 1" in done.stderr
     else:
         assert told[0].startswith("process 1 of 2: Traceback")
         assert "ArithmeticError: the second process falls" in done.stderr

@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -331,7 +332,10 @@ class FastStep:
         self._choose_flash(trainer)
         self.loss = self._decide("fused_loss", trainer.fused_loss, self._loss_fault())
         self.is_compiled = self._decide("compile", trainer.compile, self._compile_fault())
-        self._compiled = torch.compile(_forward) if self.is_compiled else None
+        is_sharded = any(isinstance(layer, FSDPModule) for layer in self.layers)
+        self._layer = torch.compile(_call) if self.is_compiled and not is_sharded else _call
+        # Not the hooks around it, which put a sharded layer together.
+        self._inside = torch.compile(_forward) if self.is_compiled and is_sharded else None
         self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
@@ -457,15 +461,15 @@ class FastStep:
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
             layer._compiled_call_impl = self._call_of(index, layer)
-            if self._compiled is not None:  # not the hooks around it, which put a sharded layer together
-                layer.forward = partial(self._compiled, layer)
+            if self._inside is not None:
+                layer.forward = partial(self._inside, layer)
         if self.loss or self.attention:
             self.base.forward = self._forward
         return self
 
     def _call_of(self, index: int, layer: torch.nn.Module) -> Callable[..., Any]:
         """Returns how a step calls a layer."""
-        call = partial(_call, layer)
+        call = partial(self._layer, layer)
         if index >= self.checkpointed:
             return call
         # What a layer adds to its input last, nothing in it reads: the second time that product is left out.
@@ -490,7 +494,8 @@ class FastStep:
         self.base.config._attn_implementation = implementation
         for layer, own in zip(self.layers, checkpointing, strict=True):
             layer._compiled_call_impl, layer.gradient_checkpointing = None, own
-            layer.__dict__.pop("forward", None)
+            if self._inside is not None:
+                del layer.__dict__["forward"]
         self.base.__dict__.pop("forward", None)
 
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:

@@ -88,7 +88,7 @@ def test_sharded_layers_are_compiled_once_and_learn_the_same(tmp_path: Path) -> 
     for own in (each["compiled"] for each in learn_in_two_processes(tmp_path, "compiled")):
         whole, sharded = own["whole"], own["sharded"]
         assert sharded["parts"]["compile"] == sharded["parts"]["fused_linear"] == "on"
-        assert sharded["graphs"] == 1
+        assert sharded["graphs"] == 2  # the first layer's input needs no gradient
         assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-5)
         for key, gradient in whole["gradients"].items():
             assert (sharded["gradients"][key] - gradient).norm() <= 1e-5 * gradient.norm(), key
