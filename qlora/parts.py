@@ -261,18 +261,24 @@ class Parts:
         """Loads or draws the frozen base."""
         if not self.draws:
             return self._load(None)
-        base = loading.draw_base(self.config.model, self.config.quantization, self._drawn_weights())
+        weights = self._drawn_weights()
+        base = loading.draw_base(self.config.model, self.config.quantization, weights, self._base_device)
         return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
             self.config.model,
             self.config.quantization,
-            placement=replace(self.placement, device=torch.device("cpu")) if self.is_sharded else self.placement,
+            placement=replace(self.placement, device=self._base_device),
             model_config=self.model_config,
             folder=folder,
         )
         return self._fit_to_tokens(base)
+
+    @property
+    def _base_device(self) -> torch.device:
+        """Where the base is loaded to; from the host's memory it is sharded layer by layer."""
+        return torch.device("cpu") if self.is_sharded else self.placement.device
 
     def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
         loading.resize_embeddings(base, self.tokenizer)
@@ -499,6 +505,7 @@ class Parts:
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
                 "processes": world.size(),
+                "rows": self.rows_a_step,
                 "trackers": tracker_ids(self.folder.path),
             },
             watchdog=self.config.watchdog,
@@ -511,6 +518,12 @@ class Parts:
                 *callbacks,
             ],
         )
+
+    @property
+    def rows_a_step(self) -> int:
+        """How many rows, or packs, the processes take together in an optimizer step."""
+        trainer = self.config.trainer
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * world.size()
 
     def _build_step(self, model: PreTrainedModel) -> FastStep:
         packed = self.data.packed

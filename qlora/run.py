@@ -399,17 +399,7 @@ class Run(Parts):
                 f"{checkpoint} was written with another config, and {self.folder.config}, which would say which, is "
                 "gone; choose another folder (hydra.run.dir=FOLDER or name=NAME), or resume=force to go on"
             )
-        if (before := facts["processes"]) != world.size():
-            what = (
-                f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
-                f"{world.size()}: its steps hold other rows"
-            )
-            if not force:
-                raise ConfigError(
-                    f"{what}; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
-                    "resume=force goes on in spite of it"
-                )
-            log.warning("resume=force: %s", what)
+        self._check_same_processes(checkpoint, facts)
         for name, text in facts["trackers"].items():
             if not (self.folder.path / name).is_file():
                 write_text(self.folder.path / name, text)
@@ -431,6 +421,26 @@ class Run(Parts):
         same = trained is None or self.check_base(f"the run in {self.folder.path}", trained, elsewhere)
         world.check_same("base weights", self.base.fingerprint)
         return same
+
+    def _check_same_processes(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+        """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
+        before, rows = facts["processes"], facts.get("rows")
+        if before == world.size():
+            return
+        what = (
+            f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
+            f"{world.size()}: its steps hold "
+        )
+        if self.config.resume is Resume.force:
+            same = "the same rows, but dropout draws other masks" if rows == self.rows_a_step else "other rows"
+            log.warning("resume=force: %s%s", what, same)
+            return
+        accumulated, rest = divmod(rows or 0, self.config.trainer.per_device_train_batch_size * world.size())
+        same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
+        raise ConfigError(
+            f"{what}other rows; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
+            f"resume=force goes on in spite of it{same}"
+        )
 
     def _how_to_go_on(self) -> str:
         saved = find_checkpoints(self.folder.checkpoints)
@@ -598,7 +608,7 @@ class Run(Parts):
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
                 "batch": f"{micro} x {steps} accumulated x {processes} process{'es' if processes > 1 else ''} "
-                f"= {micro * steps * processes} {unit} a step",
+                f"= {self.rows_a_step} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }

@@ -1210,7 +1210,6 @@ class Config:
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
             "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
-            "model.weights=random": (model.weights is Weights.random, "the base is drawn on one device"),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
         }

@@ -84,11 +84,13 @@ def _set_rope_theta(config: Any, theta: float) -> None:
     rope["rope_theta"] = theta
 
 
-def draw_base(config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights) -> PreTrainedModel:
-    """Returns a base with drawn weights as `load_base` returns a stored one."""
+def draw_base(
+    config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights, store: torch.device | None = None
+) -> PreTrainedModel:
+    """Returns a base with drawn weights, on the device `store` if given, as `load_base` returns a stored one."""
     placement, options = weights.placement, _attention(config)
     bits = bitsandbytes_config(quantization, placement) if quantization.bits in (4, 8) else None
-    return _as_base(weights.build(bits, **options), config, quantization, placement)
+    return _as_base(weights.build(bits, store=store, **options), config, quantization, placement)
 
 
 def load_base(
