@@ -20,15 +20,8 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "adapter", "base", "repo", "runs", "run", "source", "trusted", "merge"),
-    *(
-        "plan",
-        "trainer.profile",
-        "trainer.parallel",
-        "trainer.disk_wait",
-        "trainer.save_total_limit",
-        "watchdog",
-        "resume",
-    ),
+    *("plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait", "trainer.save_total_limit"),
+    *("watchdog", "resume"),
 )
 
 
