@@ -387,7 +387,8 @@ class Parts:
             return Base(model.name, fingerprint=fingerprint_random(settings), random=settings)
         _ = self.model_config  # says what is wrong with a folder
         files = fetch_weights(model)
-        return Base(model.name, model.revision, None if files is None else fingerprint_weights(files))
+        revision = getattr(self.model_config, "_commit_hash", None) or model.revision
+        return Base(model.name, revision, None if files is None else fingerprint_weights(files))
 
     def check_base(self, user: str, trained: Base, otherwise: str = "") -> bool:
         """Returns whether the base is the one that `user` was trained on, as far as can be told.

@@ -46,11 +46,16 @@ class Base:
     name: str
     """`model.name`; "": nothing says it."""
     revision: str | None = None
-    """`model.revision`."""
+    """Of a model on the hub the commit."""
     fingerprint: str | None = None
     """`RULE:HEX` of its weights; None: nothing says it."""
     random: dict[str, Any] | None = None
     """With `model.weights=random` all that decides the weights, by the full keys of the config."""
+
+    def __post_init__(self) -> None:
+        texts = (self.revision or "", self.fingerprint or "", self.name)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(self.random, dict | None):
+            raise TypeError("a value of another type than it has")
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ def _compare_random(trained: Base, now: Base) -> Difference:
         return Difference(what, f"set model.weights=pretrained model.name={trained.name}")
     settings = now.random or {**trained.random, "model.weights": Weights.pretrained.value}
     changed = [key for key in {**trained.random, **settings} if trained.random.get(key) != settings.get(key)]
-    remedy = " ".join(f"{key}={trained.random.get(key, 'null')}" for key in changed)
+    values = {key: trained.random.get(key) for key in changed}
+    remedy = " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
     return Difference("the config: it was trained on a base that was drawn otherwise", f"set {remedy}")
 
 
@@ -196,15 +202,21 @@ def read_base(adapter: Path) -> Base:
 def read_run_base(run: RunFolder) -> Base | None:
     """Returns the base of the training in a run's folder, as its manifest says; None: there is none.
 
-    Runs of older versions have a digest of files there, which cannot be compared, and `drawn.json` beside it.
+    Runs of older versions have a digest of files there, which cannot be compared, and `drawn.json` beside it. Raises
+    `ConfigError` for a damaged manifest.
     """
-    manifest = read_json(run.manifest)
-    if manifest is None:
-        return None
-    model, config = manifest["model"], manifest["config"]["model"]
-    settings = model.get("random") or read_json(run.path / "drawn.json")
-    digest = model.get("fingerprint") if settings is None else fingerprint_random(settings)
-    return Base(model.get("name", config["name"]), model.get("revision"), digest, settings)
+    try:
+        if (manifest := read_json(run.manifest)) is None:
+            return None
+        model, config = manifest["model"], manifest["config"]["model"]
+        settings = model.get("random") or read_json(run.path / "drawn.json")
+        digest = model.get("fingerprint") if settings is None else fingerprint_random(settings)
+        return Base(model.get("name", config["name"]), model.get("revision"), digest, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{run.manifest} is damaged ({type(error).__name__}: {error}), and nothing else says which base the run "
+            "was trained on; copy the run again, or choose another folder"
+        ) from error
 
 
 def adapter_digest(folder: Path) -> str:

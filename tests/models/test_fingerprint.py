@@ -202,11 +202,12 @@ def test_the_fingerprint_decides_and_the_name_only_where_there_is_none() -> None
 
 
 def test_random_weights_are_told_apart_by_what_decides_them() -> None:
-    one, other = ({"model.weights": "random", "seed": seed} for seed in (0, 1))
+    one, other = ({"model.weights": "random", "seed": seed, "model.architecture.head_dim": size}
+                  for seed, size in ((0, None), (1, 8)))  # fmt: skip
     trained, now = (base("tiny", fingerprint_random(each), random=each) for each in (one, other))
     assert find_difference(trained, trained) is None
     for found, remedy in (
-        (find_difference(trained, now), "set seed=0"),
+        (find_difference(trained, now), "set seed=0 model.architecture.head_dim=null"),
         (find_difference(trained, base("tiny")), "set model.weights=random"),
         (find_difference(base("tiny"), now), "set model.weights=pretrained model.name=tiny"),
     ):
@@ -214,10 +215,18 @@ def test_random_weights_are_told_apart_by_what_decides_them() -> None:
         assert found.remedy == remedy
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"random": 3}, "config": {"model": {"name": "a"}}}'])
+def test_a_damaged_manifest_is_one_sentence_where_nothing_else_says_the_base(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged \(.*\), and nothing else says .*; copy the run"):
+        read_base(tmp_path / "adapter")
+
+
 def test_a_damaged_record_of_the_base_is_one_sentence(tmp_path: Path) -> None:
     write_base(base("a"), tmp_path)
     assert read_base(tmp_path) == base("a")
-    for text in ("{", "[]", '{"nme": "a"}'):
+    for text in ("{", "[]", '{"nme": "a"}', '{"name": 3}', '{"name": "a", "random": "b"}', '{"name": null}'):
         (tmp_path / "base.json").write_text(text)
         with pytest.raises(ConfigError, match=r"^adapter=.*: base\.json is damaged \(.*\); copy the adapter again$"):
             read_base(tmp_path)
