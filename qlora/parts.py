@@ -32,7 +32,7 @@ from qlora.files import read_json
 from qlora.folder import RunFolder, config_digest, find_adapter
 from qlora.membership import TRIAL_VARIABLE, Membership
 from qlora.models import adapters, drawing, loading
-from qlora.models.checkpoint import Checkpoint, Tensors, local_files
+from qlora.models.checkpoint import Checkpoint, Tensors, fetch_weights, local_files
 from qlora.models.device import (
     Placement,
     computes_bf16,
@@ -43,6 +43,14 @@ from qlora.models.device import (
 )
 from qlora.models.fast import FastStep, Packs
 from qlora.models.files import locate
+from qlora.models.fingerprint import (
+    Base,
+    find_difference,
+    fingerprint_random,
+    fingerprint_weights,
+    read_base,
+    write_base,
+)
 from qlora.models.shard import shard_base
 from qlora.models.tokenizer import (
     load_saved_tokenizer,
@@ -54,7 +62,7 @@ from qlora.plan import read_setup
 from qlora.planning.memory import FRAGMENTS, Ledger
 from qlora.planning.shape import FAMILIES, read_shape
 from qlora.planning.speed import Operations, count_operations
-from qlora.schema import Config, EvaluationName, Parallel, PlanStep, TaskName, TrackingBackend, Weights
+from qlora.schema import Config, EvaluationName, Parallel, PlanStep, SameBase, TaskName, TrackingBackend, Weights
 from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
@@ -327,7 +335,10 @@ class Parts:
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
-        """The (adapter, fully finetuned model) that `adapter` or this folder holds; (None, None): the base."""
+        """The (adapter, fully finetuned model) that `adapter` or this folder holds; (None, None): the base.
+
+        Raises `ConfigError` where there is none, and for an adapter of another base than the task would use it on.
+        """
         wanted = self.config.adapter
         if wanted == "none":
             return None, None
@@ -341,6 +352,10 @@ class Parts:
                 f"adapter={wanted or 'null'}: {place} holds no adapter; give adapter=FOLDER of an adapter "
                 "or of a finished run, or adapter=none for the untuned base"
             )
+        if (adapter := found[0]) is not None:
+            adapters.check_adapter_folder(adapter)
+            if self.config.task.name is not TaskName.push:  # which uses no base
+                self.check_base(f"adapter={adapter}", read_base(adapter))
         return found
 
     @cached_property
@@ -357,34 +372,47 @@ class Parts:
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
-            adapters.check_adapter_folder(adapter)
-            self._check_drawn_base(RunFolder(adapter.parent))
             return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
         if full is None:
             return self.load_base()
         self._check_whole_model(full)
         return self._load(full)
 
-    def _drawing_facts(self) -> dict[str, Any]:
-        return drawing.drawing_facts(self.config.model, self.placement, self.config.seed)
+    @cached_property
+    def base(self) -> Base:
+        """The base that the config means, known by its weights; those on the hub are downloaded for it."""
+        model = self.config.model
+        if self.draws:
+            settings = drawing.drawing_facts(model, self.placement, self.config.seed)
+            return Base(model.name, fingerprint=fingerprint_random(settings), random=settings)
+        _ = self.model_config  # says what is wrong with a folder
+        files = fetch_weights(model)
+        revision = getattr(self.model_config, "_commit_hash", None) or model.revision
+        return Base(model.name, revision, None if files is None else fingerprint_weights(files))
 
-    def _check_drawn_base(self, trained: RunFolder) -> None:
-        """Raises `ConfigError` if this config does not give the drawn base that the run `trained` an adapter on."""
-        stored = read_json(trained.drawn)
-        if stored is None and not self.draws:
-            return
-        if stored is None:
-            raise ConfigError(
-                f"model.weights=random: {trained.drawn} is missing, which says how the base of the adapter was drawn; "
-                "give adapter=FOLDER of the run that trained it"
-            )
-        now = self._drawing_facts() if self.draws else {**stored, "model.weights": Weights.pretrained.value}
-        if changed := [key for key in {**stored, **now} if stored.get(key) != now.get(key)]:
-            words = " ".join(f"{key}={stored.get(key, 'null')}" for key in changed)
-            raise ConfigError(
-                f"{trained.path}: its adapter was trained on a base that was drawn otherwise than the config says; "
-                f"set {words}"
-            )
+    def check_base(self, user: str, trained: Base, otherwise: str = "") -> bool:
+        """Returns whether the base is the one that `user` was trained on, as far as can be told.
+
+        Raises `ConfigError` if it is another, whose message may offer something `otherwise`; with `base=force`, and
+        where there is no fingerprint to compare, that is a warning.
+        """
+        difference = find_difference(trained, self.base)
+        if difference is None:
+            return True
+        what = f"{user} does not fit {difference.what}"
+        if not difference.is_certain:
+            log.warning("%s may not fit %s; %s", user, difference.what, difference.remedy)
+        elif self.config.base is SameBase.force:
+            log.warning("base=force: %s", what)
+        else:
+            raise ConfigError(f"{what}; {difference.remedy}{otherwise}, or use it in spite of that with base=force")
+        return not difference.is_certain
+
+    def _finish_adapter(self, folder: Path, model: torch.nn.Module) -> None:
+        """Completes the adapter of a checkpoint with its base, and checks what was written."""
+        if isinstance(model, PeftModel):
+            write_base(self.base, folder)
+        adapters.verify_adapter(folder, model)
 
     def _check_whole_model(self, folder: Path) -> None:
         """Raises `ConfigError` if a finished model would be rounded again without a word."""
@@ -468,7 +496,7 @@ class Parts:
             collate=Collator(self.pad_token_id, width=width),
             count=partial(count_work, pad_token_id=self.pad_token_id),
             measure=measure,
-            verify=adapters.verify_adapter,
+            verify=self._finish_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             step=step,
             meter=self._build_meter(model),

@@ -46,7 +46,7 @@ from qlora.models.device import (
 )
 from qlora.models.energy import read_energy
 from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, content_digest, folder_digest
+from qlora.models.fingerprint import adapter_digest, find_difference, folder_digest, read_base, read_run_base
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
@@ -117,7 +117,8 @@ class Run(Parts):
         self.folder.create()
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        is_same = self.folder.check_same_training(compose.read_config(self.folder.config), plain)
+        before = compose.read_config(self.folder.config)
+        is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
         if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
@@ -128,13 +129,11 @@ class Run(Parts):
         preflight(self.config)
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
-        before = (read_json(self.folder.manifest) or {}).get("data")
-        is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
+        rows = (read_json(self.folder.manifest) or {}).get("data")
+        is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
-        if self.draws:
-            if self.folder.drawn.is_file():
-                self._check_drawn_base(self.folder)
-            write_json(self.folder.drawn, self._drawing_facts())
+        if self.config.task.train:
+            is_same &= self._check_same_base(checkpoint)
         if not is_same:
             for stale in (self.folder.result("train"), self.folder.baseline):
                 stale.unlink(missing_ok=True)
@@ -166,6 +165,7 @@ class Run(Parts):
             return stored
         preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
+        world.check_same("base weights", self.base.fingerprint)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         model = self.build_model()
         self._baseline(model)
@@ -175,6 +175,7 @@ class Run(Parts):
 
     def evaluate(self) -> dict[str, Any]:
         """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
+        _ = self.trained  # before the rows: an adapter of another base fails at once
         _ = self.suite  # before the model: a broken file of questions fails at once, and so do rows
         if self.measures_rows:
             _ = self.measurer
@@ -258,7 +259,6 @@ class Run(Parts):
             raise ConfigError(
                 f"{what}, so there is nothing to merge; give adapter=FOLDER of an adapter or of a finished run"
             )
-        adapters.check_adapter_folder(adapter)
         self._check_trained_base(adapter)
         self.folder.create()
         assert self.data.eval is not None
@@ -306,8 +306,6 @@ class Run(Parts):
         """Uploads what `adapter` names, its model card and what was measured to the hub repository `repo`."""
         assert self.config.repo is not None, "Config checks it"
         adapter, full = self.trained
-        if adapter is not None:
-            adapters.check_adapter_folder(adapter)
         folder = adapter or full
         if folder is None:
             raise ConfigError("adapter=none: there is nothing to push; give adapter=FOLDER of an adapter or a run")
@@ -384,8 +382,7 @@ class Run(Parts):
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
         console.say(f"measuring the untuned base{rows}")
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
-        switched_off = isinstance(model, PeftModel) and not part_of_base
-        with model.disable_adapter() if switched_off else contextlib.nullcontext():
+        with contextlib.nullcontext() if part_of_base else adapters.adapter_off(model):
             measured = self._measure(model, answers=self._wanted_answers)
         if training and world.is_first():
             write_json(path, measured.to_dict())
@@ -407,6 +404,23 @@ class Run(Parts):
             if not (self.folder.path / name).is_file():
                 write_text(self.folder.path / name, text)
         return checkpoint
+
+    def _moved_base(self, before: dict[str, Any] | None) -> tuple[str, ...]:
+        """Returns the keys that may name the base otherwise than `before`, because it is the same in another folder."""
+        name = self.config.model.name
+        if before is None or self.draws or before["model"]["name"] == name or not is_local(locate(name)):
+            return ()
+        trained = read_run_base(self.folder)
+        is_same = trained is not None and find_difference(trained, self.base) is None
+        return ("model.name", "model.revision") if is_same else ()
+
+    def _check_same_base(self, checkpoint: Path | None) -> bool:
+        """Returns whether the base is the one that the run in this folder began with, if it has begun."""
+        trained = read_base(checkpoint) if checkpoint and self.config.lora.enabled else read_run_base(self.folder)
+        elsewhere = ", or choose another folder (hydra.run.dir=FOLDER or name=NAME)"
+        same = trained is None or self.check_base(f"the run in {self.folder.path}", trained, elsewhere)
+        world.check_same("base weights", self.base.fingerprint)
+        return same
 
     def _check_same_processes(self, checkpoint: Path, facts: dict[str, Any]) -> None:
         """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
@@ -477,24 +491,17 @@ class Run(Parts):
         return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
 
     def _build_manifest(self, plain: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
-        model = {**facts, "fingerprint": self._base_fingerprint(), "revision": self.config.model.revision}
+        model = {**facts, **asdict(self.base)}
         seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
         data = asdict(self.data.report)
         return build_manifest(plain, overrides=self.overrides, data=data, model=model, seeds=seeds)
-
-    def _base_fingerprint(self) -> str | None:
-        """Returns what tells the base's files from others: of the hub the commit; None: it is drawn."""
-        if self.draws:
-            return None
-        place = locate(self.config.model.name)
-        return content_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _save(self, model: PreTrainedModel) -> None:
         self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did
         if isinstance(model, PeftModel):
             rewritten = self.config.lora.init in adapters.REWRITES_BASE
             initial = self.folder.path / "initial_adapter" if rewritten else None
-            adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial)
+            adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial, base=self.base)
         else:
             write_folder(self.folder.model, partial(self._save_model, model))
 
@@ -515,8 +522,6 @@ class Run(Parts):
     def _answers_decided_by(self) -> dict[str, Any]:
         """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
         config, place, (adapter, full) = compose.config_to_dict(self.config), self.placement, self.trained
-        if adapter is not None:
-            adapters.check_adapter_folder(adapter)
         facts = {
             "model": {key: value for key, value in config["model"].items() if key not in ("cache_dir", "license")},
             "quantization": config["quantization"],
@@ -679,8 +684,9 @@ class Run(Parts):
             for name in names
         ]
         folder = self.folder.path
-        own = ("task=", "adapter=", "hydra.run.dir=", "name=", "resume=")
-        chosen = [text for text in self.overrides if not text.startswith(own)]
+        own = ["task=", "adapter=", "hydra.run.dir=", "name=", "resume="]
+        own += ["base="] if self.config.task.name is TaskName.train else []  # its adapter belongs to this base now
+        chosen = [text for text in self.overrides if not text.startswith(tuple(own))]
         again = shlex.join(["qlora", *chosen, f"adapter={self.config.adapter or folder}"])
         console.summary(
             f"{title}: {folder}",

@@ -104,6 +104,13 @@ class Resume(Enum):
     never = "never"
 
 
+class SameBase(Enum):
+    """What happens where an adapter meets another base than its own."""
+
+    auto = "auto"
+    force = "force"
+
+
 class Weights(Enum):
     """Where the base weights come from."""
 
@@ -1111,6 +1118,9 @@ class Config:
     adapter: str | None = None
     """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
     run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+    base: SameBase = SameBase.auto
+    """What happens where the weights of the base are not those that an adapter, or the run that goes on, was trained
+    on: `auto` refuses them, `force` goes on with a warning."""
     repo: str | None = None
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None

@@ -55,7 +55,8 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
     charts, groups = _charts(curves(read_history(folder.path)))
     answers = [_answer(record) for record in read_lines(folder.predictions, ANSWERS)]
     metrics = result.get("metrics", {})
-    facts = [(label, value) for label, value in manifest.get("model", {}).items() if label != "folder"]
+    facts = [(label, text) for label, text in manifest.get("model", {}).items()
+             if label != "folder" and isinstance(text, str)]  # fmt: skip
     sections = {
         "metrics": "Metrics",
         "curves": "Curves" if charts else "",

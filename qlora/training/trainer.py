@@ -211,7 +211,7 @@ class QLoraTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
+        """Saves the weights of a checkpoint, has them completed and checked, and saves the losses so far."""
         super()._save(output_dir, state_dict)
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
         losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged, "over": self._ended_itself}
