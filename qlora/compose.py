@@ -45,6 +45,7 @@ from yaml import MarkedYAMLError, YAMLError
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
+from qlora.spelling import keep_spelling, reading_spellings, takes_one_option
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -185,11 +186,14 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`.
+    """Returns overrides as Hydra is to get them; to do so again changes nothing.
 
+    A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` gets
+    Hydra's `++`.
     `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
     """
-    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text for text in overrides]
+    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
+                 for text in keep_spelling(overrides)]  # fmt: skip
     keys = set(config_keys())
     pairs = zip(overrides, _parse(overrides), strict=True)
     plain = OverrideType.CHANGE
@@ -251,9 +255,10 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     outer = instance.hydra
     instance.clear()
     try:
-        hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
-        check_keys(overrides, hydra)
-        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+        with reading_spellings(CONF_DIR):
+            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
+            check_keys(overrides, hydra)
+            return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -279,6 +284,7 @@ def check_overrides(
     `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
+    overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
     _check_hydra(composed)
@@ -383,7 +389,7 @@ def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
             f"{given['sweep'].input_line}: one sweep at a time; name the keys to combine on the command line"
         )
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
-    return [f"{key}={value}" for key, value in params.items() if key not in given]
+    return keep_spelling([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
 def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Path | str | None) -> DictConfig:
@@ -564,6 +570,9 @@ def _check_choice(override: Override, options: Sequence[str]) -> None:
     group = override.key_or_group
     if override.is_delete():
         raise ConfigError(f"~{group}: a run needs every group; choose an option instead, e.g. {group}=none")
+    if takes_one_option(group, CONF_DIR) and any(isinstance(value, list) for value in _values(override)):
+        several = f"-m {group}=A,B runs one after the other" if group != "sweep" else "start one sweep after the other"
+        raise ConfigError(f"{override.input_line}: {group} takes one option, and this is a list; name one; {several}")
     for choice in [item for value in _values(override) for item in (value if isinstance(value, list) else [value])]:
         if choice is None:
             remedy = (

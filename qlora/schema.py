@@ -29,6 +29,9 @@ TEMPLATE_NAMES = (
     *("auto", "alpaca", "chatml", "gemma", "guanaco", "llama-2", "llama-3", "mistral", "phi-3", "plain", "qwen"),
     *("vicuna", "zephyr"),
 )
+HOLDS = "holds"
+"""In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
+
 FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The user's own function, as `module:function`."""
 
@@ -424,7 +427,7 @@ class LoraConfig:
     """Share of the adapter's inputs that are zeroed in training."""
     bias: LoraBias = LoraBias.none
     """Which bias vectors train too: `none`, `all`, `lora_only`."""
-    target_modules: Any = "all-linear"
+    target_modules: Any = field(default="all-linear", metadata={HOLDS: list[str] | str})
     """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
     regular expressions; each must match a linear layer."""
     use_rslora: bool = False
@@ -513,7 +516,7 @@ class DataConfig:
     """Held-out rows of their own, in the forms of `path`; unset: those of `eval_split`, or rows split off `path`."""
     eval_split: str | None = None
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
-    mix: dict[str, Any] = field(default_factory=dict)
+    mix: dict[str, Any] = field(default_factory=dict, metadata={HOLDS: dict[str, MixConfig | str]})
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
     shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
     `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
