@@ -59,6 +59,9 @@ SWEEPER_MAPPINGS = tuple(
     f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
 )
 
+CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
+"""Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
+
 # Hydra's flags that a user meets.
 FLAGS = (
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
@@ -188,17 +191,23 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 def open_entries(overrides: Sequence[str]) -> list[str]:
     """Returns overrides as Hydra is to get them; to do so again changes nothing.
 
-    A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` gets
-    Hydra's `++`.
+    A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
+    `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
     `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
     """
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
     keys = set(config_keys())
-    pairs = zip(overrides, _parse(overrides), strict=True)
-    plain = OverrideType.CHANGE
-    return [f"++{text}" if override.type is plain and _in_free_mapping(override.key_or_group, keys) else text
-            for text, override in pairs]  # fmt: skip
+    return [_open_entry(text, override, keys) for text, override in zip(overrides, _parse(overrides), strict=True)]
+
+
+def _open_entry(text: str, override: Override, keys: set[str]) -> str:
+    key = override.key_or_group
+    if override.value() == {} and key in CLEARED:  # Hydra merges mappings, so that an empty one would take nothing out
+        return f"{override.get_key_element()}=null"
+    is_mapping = isinstance(override.value(), dict) and get_origin(field_type(key)) is dict
+    is_entry = is_mapping or _in_free_mapping(key, keys)
+    return f"++{text}" if override.type is OverrideType.CHANGE and is_entry else text
 
 
 def write_override(key: str, value: Any) -> str:

@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.errors import ConfigError, did_you_mean, require
+from qlora.optimization import OPTIMIZERS, check_installed, check_optimizer, check_schedule
 from qlora.wording import parse_size
 
 # The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
@@ -43,18 +44,6 @@ TRUSTED = ("qlora", "transformers", "evaluate")
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
-# transformers.training_args.OptimizerNames; a test compares the two.
-OPTIMIZER_NAMES = (
-    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor"),
-    *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad"),
-    *("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit"),
-    *("paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit"),
-    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit"),
-    *("galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
-    *("lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
-    *("apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"),
-)
-
 # The cards of `planning/cards.py`; a test compares the two.
 CARD_NAMES = (
     *("t4", "v100-32gb", "rtx-3090", "rtx-4090", "rtx-5090", "a10", "l4", "a6000", "l40s", "a100-40gb", "a100-80gb"),
@@ -63,13 +52,6 @@ CARD_NAMES = (
 
 # What the watchdog counts.
 WATCHDOG_COUNTS = ("nonfinite", "zero", "divergence", "slow", "stalled", "skipped", "rollbacks")
-
-# transformers.trainer_utils.SchedulerType; a test compares the two.
-SCHEDULER_NAMES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
-    *("inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
-    *("warmup_stable_decay", "greedy"),
-)
 
 
 class Device(Enum):
@@ -248,6 +230,21 @@ class SweepMethod(Enum):
     grid = "grid"
     random = "random"
     bayes = "bayes"
+
+
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "adapter": (TaskName.chat, TaskName.evaluate, TaskName.merge, TaskName.predict, TaskName.push),
+    "repo": (TaskName.push,),
+    "runs": (TaskName.report,),
+    "run": (TaskName.replay,),
+    "source": (TaskName.migrate,),
+    "task.rows": (TaskName.preview,),
+    "task.ids": (TaskName.preview,),
+    "task.private": (TaskName.push,),
+    "task.online": (TaskName.doctor,),
+    "task.method": (TaskName.wandb_sweep,),
+}
+"""The keys that describe no training: what one task reads or writes, and how. No other task takes them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -686,14 +683,20 @@ class TrainerConfig:
     learning_rate: float = MISSING
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"
-    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..."""
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`; a `num_..._steps` below 1 is a share of all
-    steps."""
+    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
+    lr_scheduler_kwargs: dict[str, Any] | None = field(default_factory=dict)
+    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`, by the table in docs/run.md; a
+    `num_..._steps` below 1 is a share of all steps. `constant` reads none. Null: none, also of those that a recipe
+    sets."""
     warmup_steps: float = 0
-    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`)."""
+    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`). `constant`,
+    `reduce_lr_on_plateau` and `greedy` have no warm-up."""
     optim: str = MISSING
-    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`."""
+    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`; all in
+    docs/run.md."""
+    optim_args: dict[str, Any] | None = field(default_factory=dict)
+    """Further arguments of that optimizer, by the table in docs/run.md, e.g. `trainer.optim=sgd
+    trainer.optim_args.momentum=0.9`. Null: none."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -785,16 +788,19 @@ class TrainerConfig:
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ConfigError(
-                f"trainer.max_steps={_shown(self.max_steps)} and trainer.num_train_epochs="
-                f"{_shown(self.num_train_epochs)}: set "
+                f"trainer.max_steps={_written(self.max_steps)} and trainer.num_train_epochs="
+                f"{_written(self.num_train_epochs)}: set "
                 "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
             )
-        for key, names in (("optim", OPTIMIZER_NAMES), ("lr_scheduler_type", SCHEDULER_NAMES)):
-            value = getattr(self, key)
-            if value not in names:
-                raise ConfigError(
-                    f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; choose one of {', '.join(names)}"
-                )
+        self.lr_scheduler_kwargs = check_schedule(
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs or {},
+            learning_rate=self.learning_rate,
+            measures=self.eval_steps is not None,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+        )
+        self.optim_args = check_optimizer(self.optim, self.optim_args or {}, self.lr_scheduler_type)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1137,6 +1143,7 @@ class Config:
             raise ConfigError(
                 f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
+        self._check_task_keys()
         if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
             given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
             raise ConfigError(f"repo {given}; name the hub repository to upload to, e.g. repo=me/guanaco-7b")
@@ -1167,6 +1174,8 @@ class Config:
         if self.trainer.parallel is Parallel.fsdp:
             self._check_fsdp()
         self._check_watchdog()
+        if self.task.name is TaskName.train and self.task.train:
+            self._check_optimizer()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1180,6 +1189,21 @@ class Config:
                 f"choose one of {', '.join(known)} or null"
             )
 
+    def _check_task_keys(self) -> None:
+        """Refuses a key that names the input or output of another task."""
+        for key, tasks in TASK_KEYS.items():
+            owner, name = (self.task, key.removeprefix("task.")) if key.startswith("task.") else (self, key)
+            value = getattr(owner, name)
+            if self.task.name in tasks or value == next(item.default for item in fields(owner) if item.name == name):
+                continue
+            readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
+            shown = f"{'from' if key == 'source' else key}={_written(value)}"
+            raise ConfigError(
+                f"{shown} is not read by task={self.task.name.value.replace('_', '-')}, but by "
+                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
+                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
+            )
+
     def _check_watchdog(self) -> None:
         """Refuses actions that the training cannot take."""
         rollback = [name for name in ("nonfinite", "divergence")
@@ -1188,12 +1212,13 @@ class Config:
             raise ConfigError(
                 f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
             )
-        if self.watchdog.nonfinite.keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
-            raise ConfigError(
-                f"trainer.optim={self.trainer.optim} changes weights within the backward pass, where "
-                f"watchdog.nonfinite={self.watchdog.nonfinite.value} cannot keep an update out; set "
-                "watchdog.nonfinite=warn"
-            )
+
+    def _check_optimizer(self) -> None:
+        """Refuses an optimizer that this machine, or the device that the run names, does not have."""
+        name = self.trainer.optim
+        check_installed(name)
+        if OPTIMIZERS[name].needs_cuda and self.device in (Device.cpu, Device.xpu):
+            raise no_cuda(name, self.device.value)
 
     def _check_fsdp(self) -> None:
         """Refuses what reads or draws the weights of a base that no process holds whole."""
@@ -1212,6 +1237,14 @@ class Config:
                 raise ConfigError(
                     f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+
+def no_cuda(optim: str, device: str) -> ConfigError:
+    """Returns the error for an optimizer that needs a CUDA device on another one."""
+    return ConfigError(
+        f"trainer.optim={optim} runs on CUDA only, and this run computes on {device}; set trainer.optim="
+        f"{optim.removeprefix('paged_').removesuffix('_32bit')}"
+    )
 
 
 def is_folder_name(name: str) -> bool:
@@ -1252,8 +1285,11 @@ def check_trusted(key: str, name: str, trusted: list[str]) -> None:
         )
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+def _written(value: object) -> str:
+    """Returns a value as the command line writes it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def metric_name(name: str) -> str:
