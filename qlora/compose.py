@@ -547,6 +547,7 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
     keys = set(config_keys())
     for override in _parse(overrides):
         key = override.key_or_group
+        _refuse_several(override)
         if re.match(r"hydra\b", key):
             continue
         if override.package not in (None, "_global_"):
@@ -575,13 +576,18 @@ def _in_mapping(key: str, keys: set[str]) -> bool:
     return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
 
 
+def _refuse_several(override: Override) -> None:
+    """Raises `ConfigError` for a list of options where a run has one; Hydra would take the last, or mix them."""
+    group = override.key_or_group
+    if takes_one_option(group, CONF_DIR) and any(isinstance(value, list) for value in _values(override)):
+        several = f"-m {group}=A,B runs one after the other" if group != "sweep" else "start one sweep after the other"
+        raise ConfigError(f"{override.input_line}: {group} takes one option, and this is a list; name one; {several}")
+
+
 def _check_choice(override: Override, options: Sequence[str]) -> None:
     group = override.key_or_group
     if override.is_delete():
         raise ConfigError(f"~{group}: a run needs every group; choose an option instead, e.g. {group}=none")
-    if takes_one_option(group, CONF_DIR) and any(isinstance(value, list) for value in _values(override)):
-        several = f"-m {group}=A,B runs one after the other" if group != "sweep" else "start one sweep after the other"
-        raise ConfigError(f"{override.input_line}: {group} takes one option, and this is a list; name one; {several}")
     for choice in [item for value in _values(override) for item in (value if isinstance(value, list) else [value])]:
         if choice is None:
             remedy = (

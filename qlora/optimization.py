@@ -85,13 +85,16 @@ _PROJECTS = (
     "state that a checkpoint, which holds tensors alone, does not read back"
 )
 _OTHER_DEVICE = "it runs on devices that this project does not know"
+_LOW_RANK = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw")
 LEFT_OUT: dict[str, str] = {
     "adamw_torch_xla": _OTHER_DEVICE,
     "adamw_torch_npu_fused": _OTHER_DEVICE,
-    "adamw_anyprecision": "its package, torchdistx, does not go with today's torch; lora.dtype=bf16 saves memory too",
+    "adamw_anyprecision": "it is of the package torchdistx, which does not go with today's torch",
     "grokadamw": "it keeps its state where no checkpoint finds it, and goes by losses that no trainer tells it",
     **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
-    **dict.fromkeys(("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD),
+    **dict.fromkeys(
+        ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD
+    ),
     "apollo_adamw_layerwise": _IN_BACKWARD,
     **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _PROJECTS),
 }
@@ -132,8 +135,8 @@ SCHEDULES: dict[str, Schedule] = {
     "inverse_sqrt": Schedule({"timescale": int}),
     "warmup_stable_decay": Schedule(
         {
-            **{"num_decay_steps": float, "num_stable_steps": float, "min_lr_ratio": float, "num_cycles": float},
-            **{"warmup_type": _SHAPES, "decay_type": _SHAPES},
+            **dict.fromkeys(("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"), float),
+            **dict.fromkeys(("warmup_type", "decay_type"), _SHAPES),
         },
         needs=("num_decay_steps",),
     ),
@@ -148,7 +151,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def check_optimizer(name: str, arguments: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """Returns the typed arguments of an optimizer; raises `ConfigError` for one that is not offered or cannot run so."""
+    """Returns the typed arguments of an optimizer; raises `ConfigError` for one that does not run so."""
     if name in LEFT_OUT:
         raise ConfigError(f"trainer.optim={name} is not offered: {LEFT_OUT[name]}; choose another, e.g. adamw_torch")
     if name not in OPTIMIZERS:
@@ -173,15 +176,7 @@ def check_installed(name: str) -> None:
         )
 
 
-def check_schedule(
-    name: str,
-    arguments: Mapping[str, Any],
-    *,
-    learning_rate: float,
-    measures: bool,
-    warmup_steps: float,
-    max_steps: int | None,
-) -> dict[str, Any]:
+def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: float, measures: bool) -> dict[str, Any]:
     """Returns the typed arguments of a schedule; raises `ConfigError` for those that it cannot start with.
 
     `measures` says whether the held-out loss is measured while it trains.
@@ -206,14 +201,6 @@ def check_schedule(
     if schedule.follows_loss and not measures:
         raise ConfigError(f"{who} goes by the held-out loss while it trains; set trainer.eval_steps, e.g. to 100")
     _check_limits(who, typed, {"lr_end": 1e-7} if name == "polynomial" else {}, learning_rate)
-    if name == "warmup_stable_decay" and max_steps is not None:
-        parts = (warmup_steps, typed.get("num_stable_steps", 0), typed["num_decay_steps"])
-        total = sum(round(part * max_steps) if part < 1 else round(part) for part in parts)
-        if total > max_steps:
-            raise ConfigError(
-                f"{who}: warm-up, stable and decaying steps are {total} together, more than trainer.max_steps="
-                f"{max_steps}; lower trainer.warmup_steps or trainer.lr_scheduler_kwargs.num_decay_steps"
-            )
     return typed
 
 
@@ -244,9 +231,7 @@ def _example(key: str) -> str:
     return examples.get(key, ", a learning rate")
 
 
-def _typed(
-    owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choices], who: str
-) -> dict[str, Any]:
+def _typed(owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choices], who: str) -> dict[str, Any]:
     """Returns arguments with the types that they are to have; raises `ConfigError` for an unknown or impossible one."""
     for key in given:
         if key not in known:

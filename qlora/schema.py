@@ -17,7 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.errors import ConfigError, did_you_mean, require
-from qlora.optimization import OPTIMIZERS, check_installed, check_optimizer, check_schedule
+from qlora.optimization import OPTIMIZERS, SCHEDULES, check_installed, check_optimizer, check_schedule
 from qlora.wording import parse_size
 
 # The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
@@ -43,6 +43,8 @@ TRUSTED = ("qlora", "transformers", "evaluate")
 
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
+
+OPTIMIZER_NAMES, SCHEDULER_NAMES = tuple(OPTIMIZERS), tuple(SCHEDULES)
 
 # The cards of `planning/cards.py`; a test compares the two.
 CARD_NAMES = (
@@ -797,8 +799,6 @@ class TrainerConfig:
             self.lr_scheduler_kwargs or {},
             learning_rate=self.learning_rate,
             measures=self.eval_steps is not None,
-            warmup_steps=self.warmup_steps,
-            max_steps=self.max_steps,
         )
         self.optim_args = check_optimizer(self.optim, self.optim_args or {}, self.lr_scheduler_type)
 

@@ -369,13 +369,6 @@ def test_an_unknown_optimizer_or_schedule_is_refused(base: DictConfig, key: str,
     assert near in suggested(message_of_value(base, f"trainer.{key}", typo))
 
 
-def test_optimizers_and_schedules_are_those_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
-    optimizers = {item.value for item in transformers.training_args.OptimizerNames}
-    assert set(schema.OPTIMIZER_NAMES) == optimizers
-    assert set(schema.SCHEDULER_NAMES) == {item.value for item in transformers.SchedulerType}
-
-
 # --- a user's folder ----------------------------------------------------------------------------------------------
 
 
