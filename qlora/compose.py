@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose as hydra_compose
@@ -45,7 +45,7 @@ from yaml import MarkedYAMLError, YAMLError
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
-from qlora.spelling import keep_spelling, reading_spellings, takes_one_option
+from qlora.spelling import field_types, keep_spelling, reading_spellings, takes_one_option
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -708,6 +708,11 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
     if isinstance(inner, InterpolationKeyError):
         name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
+    if strange := re.search(r"Key (.+) \(\w+\) is incompatible with", text):
+        owner = key.removesuffix(f".{strange[1]}")
+        return ConfigError(
+            f"{owner}{where}: the key {strange[1]} is no text; give the entries in a file, with quotes around this key"
+        )
     if key or re.search(r"is not a subclass of|is not Optional", text):
         return _wrong_type(key, text, where)
     return ConfigError(f"{_first_line(text)}{where}")
@@ -819,9 +824,8 @@ def field_type(key: str) -> Any:
     return node
 
 
-@functools.cache
 def _hints(schema: Any) -> dict[str, Any]:
-    return get_type_hints(schema) if dataclasses.is_dataclass(schema) else {}
+    return field_types(schema) if isinstance(schema, type) and dataclasses.is_dataclass(schema) else {}
 
 
 def may_be_null(key: str) -> bool:
@@ -839,7 +843,7 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
+        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}", UnionType: "a text or a list of texts"}
         text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
     return f"{text} or null" if may_be_null(key) else text
 

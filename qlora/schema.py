@@ -686,7 +686,7 @@ class TrainerConfig:
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"
     """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
-    lr_scheduler_kwargs: dict[str, Any] | None = field(default_factory=dict)
+    lr_scheduler_kwargs: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
     """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`, by the table in docs/run.md; a
     `num_..._steps` below 1 is a share of all steps. `constant` reads none. Null: none, also of those that a recipe
     sets."""
@@ -696,7 +696,7 @@ class TrainerConfig:
     optim: str = MISSING
     """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`; all in
     docs/run.md."""
-    optim_args: dict[str, Any] | None = field(default_factory=dict)
+    optim_args: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
     """Further arguments of that optimizer, by the table in docs/run.md, e.g. `trainer.optim=sgd
     trainer.optim_args.momentum=0.9`. Null: none."""
     weight_decay: float = 0.0
@@ -794,6 +794,10 @@ class TrainerConfig:
                 f"{_written(self.num_train_epochs)}: set "
                 "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
             )
+        for name in ("lr_scheduler_kwargs", "optim_args"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, dict), f"trainer.{name}",
+                    "be a mapping such as {a: 1} or null", value)  # fmt: skip
         self.lr_scheduler_kwargs = check_schedule(
             self.lr_scheduler_type,
             self.lr_scheduler_kwargs or {},

@@ -87,7 +87,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _step(hint: Any, name: str) -> Any:
     if get_origin(hint) in (list, dict):
         return get_args(hint)[-1]
-    return _field_types(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return field_types(hint).get(name) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
 def _type_of_plugin(group: str, path: KeyPath) -> Any:
@@ -101,7 +101,8 @@ def _type_of_plugin(group: str, path: KeyPath) -> Any:
 
 
 @functools.cache
-def _field_types(owner: Any) -> dict[str, Any]:
+def field_types(owner: type) -> dict[str, Any]:
+    """Returns the annotations of a dataclass by field; where Hydra cannot express a type, what the field says it is."""
     hints = get_type_hints(owner)
     return hints | {item.name: item.metadata[HOLDS] for item in dataclasses.fields(owner) if HOLDS in item.metadata}
 
@@ -376,7 +377,7 @@ def _spell_sweeps(config: DictConfig, top: KeyPath) -> None:
         return
     params = OmegaConf.select(config, ".".join(SWEPT[len(top) :])) if top != SWEPT else config
     for key, values in params.items() if isinstance(params, DictConfig) else ():
-        if isinstance(values, str):
+        if isinstance(key, str) and isinstance(values, str):
             params[key] = keep_spelling([f"{key}={values}"])[0].partition("=")[2]
 
 
@@ -384,8 +385,8 @@ def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None
     """Raises `ConfigError` for an entry of a defaults list that names no option, several, or another place."""
     pairs = (pair for entry in entries.value if isinstance(entry, yaml.MappingNode) for pair in entry.value)
     for key_node, option in pairs:
-        name, _, package = str(key_node.value).split()[-1].partition("@")
-        group = name.lstrip("/") if name.startswith("/") or not parent else f"{parent}/{name}"
+        name, _, package = key_node.value.split()[-1].partition("@")
+        group: str = name.lstrip("/") if name.startswith("/") or not parent else f"{parent}/{name}"
         where = f"{file}, line {key_node.start_mark.line + 1}: {group}"
         if package and package != group.replace("/", "."):
             raise ConfigError(

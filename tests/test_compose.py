@@ -158,10 +158,12 @@ def test_a_plus_before_an_existing_key_is_refused() -> None:
 def test_free_mappings_take_any_entry() -> None:
     for sign in ("", "+", "++"):
         config = compose(
-            [f"{sign}trainer.lr_scheduler_kwargs.my_own=3", f"{sign}callbacks.mine._target_=a.B", "trusted=[a]"]
+            [f"{sign}trainer.lr_scheduler_kwargs.num_cycles=3", f"{sign}callbacks.mine._target_=a.B", "trusted=[a]"]
         )
-        assert config.trainer.lr_scheduler_kwargs["my_own"] == 3
+        assert config.trainer.lr_scheduler_kwargs is not None
+        assert config.trainer.lr_scheduler_kwargs["num_cycles"] == 3
         assert config.callbacks == {"mine": {"_target_": "a.B"}}
+    assert compose(["data.columns={output: answer}"]).data.columns == {"output": "answer"}
 
 
 def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:

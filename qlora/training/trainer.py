@@ -218,12 +218,13 @@ class QLoraTrainer(Trainer):
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """Lets the model hold the average of its weights, which is what a schedule-free optimizer trains."""
-        averages = hasattr(self.optimizer, "eval")
-        if averages:
-            self.optimizer.eval()
+        optimizer: Any = self.optimizer
+        if not hasattr(optimizer, "eval"):
+            yield
+            return
+        optimizer.eval()
         yield
-        if averages:
-            self.optimizer.train()
+        optimizer.train()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
@@ -351,8 +352,9 @@ class QLoraTrainer(Trainer):
         while True:
             try:
                 output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                if hasattr(self.optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
-                    self.optimizer.eval()
+                optimizer: Any = self.optimizer
+                if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
+                    optimizer.eval()
                 return output
             except RuntimeError as error:  # a worker's end is noticed anywhere
                 if (lost := self.watchdog.explain_loss(error)) is None:
