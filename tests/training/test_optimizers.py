@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -304,3 +305,13 @@ def test_the_arguments_of_a_recipe_are_taken_out_by_null_and_by_an_empty_mapping
     chosen = ["trainer.optim=sgd", "trainer.optim_args.momentum=0.9", "trainer.optim_args={nesterov: true}"]
     assert compose(chosen).trainer.optim_args == {"momentum": 0.9, "nesterov": True}
     assert replace(compose(chosen).trainer, optim_args=None).optim_args == {}
+
+
+def test_the_manual_names_every_optimizer_and_schedule_with_its_arguments() -> None:
+    text = (Path(__file__).parents[2] / "docs/run.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:3] for row in text.splitlines() if row.startswith("| `")]
+    for name, table in {**OPTIMIZERS, **SCHEDULES}.items():
+        [arguments] = [second for first, second in rows if f"`{name}`" in first]
+        assert re.findall(r"`(\w+)`", arguments) == list(table.arguments)
+    prose = text.replace("all `..._layerwise` ones", " ".join(f"`{name}`" for name in LEFT_OUT if "layerwise" in name))
+    assert all(f"`{name}`" in prose for name in LEFT_OUT)
