@@ -158,7 +158,7 @@ def _main(argv: list[str]) -> None:
             # Processes that torchrun starts again go on in the folder that they began in.
             folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
         # Hydra reads no flag between overrides.
-        sys.argv[1:] = [*open_entries(args.overrides), *folder, *joined, *flags]
+        sys.argv[1:] = [*open_entries([*args.overrides, *folder]), *joined, *flags]
         if sweeps and composed.tracking.backend is TrackingBackend.wandb:
             from qlora.sweep.trackers import track_other_engine
 

@@ -38,7 +38,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_yaml_loader
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -216,8 +216,8 @@ def write_override(key: str, value: Any) -> str:
 
 
 def override_value(text: str) -> Any:
-    """Returns the value of `KEY=VALUE` as the command line reads it."""
-    return _plain(_parse([text])[0].value())
+    """Returns the value of `KEY=VALUE` as its field gets it from the command line."""
+    return _plain(_parse(keep_spelling([text]))[0].value())
 
 
 def _plain(value: Any) -> Any:
@@ -237,11 +237,17 @@ def _written(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
     if not isinstance(value, str):
         return repr(value)
-    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
+    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(_parse([f"key={value}"])[0].value(), str):
         return value
     # Hydra reads a backslash as such unless it stands before a quote.
     quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
     return '"' + quoted.replace("${", "\\${") + '"'
+
+
+def write_yaml(tree: Any) -> str:
+    """Returns a tree as YAML that OmegaConf reads back as it is, texts such as `1e5` in quotes."""
+    dumper = get_omega_conf_dumper()
+    return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def read_yaml(path: Path) -> Any:

@@ -1178,7 +1178,8 @@ class Config:
         if self.trainer.parallel is Parallel.fsdp:
             self._check_fsdp()
         self._check_watchdog()
-        if self.task.name is TaskName.train and self.task.train:
+        trains = self.task.name is TaskName.train and self.task.train
+        if trains or self.task.name is TaskName.doctor:  # which says whether this machine can train so
             self._check_optimizer()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return

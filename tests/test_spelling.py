@@ -16,9 +16,12 @@ from qlora.compose import (
     compose_dict,
     config_keys,
     dump_config,
+    override_value,
     read_config,
     restore_config,
     sweep_params,
+    write_override,
+    write_yaml,
 )
 from qlora.errors import ConfigError
 from qlora.spelling import SpelledSource, keep_spelling, reading_spellings, split_key, type_at
@@ -58,8 +61,8 @@ def test_a_word_of_the_command_line_keeps_its_spelling_to_the_stored_config(tmp_
     [text] = keep_spelling([f"name={word}"])
     assert text in (f"name={word}", f"name='{word}'")
     assert keep_spelling([text]) == [text]
-    written = OmegaConf.to_yaml(OmegaConf.create({"name": word}))
-    assert OmegaConf.create(written).name == word
+    assert OmegaConf.create(write_yaml({"name": word})).name == word
+    assert override_value(write_override("name", word)) == override_value(f"name={word}") == word
 
 
 SPELLED = {

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.text import Text
 
 from qlora import console
-from qlora.compose import compose, group_names, override_value, read_yaml
+from qlora.compose import compose, group_names, override_value, read_yaml, write_yaml
 from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_text
 from qlora.folder import RunFolder
@@ -163,7 +162,7 @@ def _as_experiment(overrides: list[str], title: str) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    body = yaml.safe_dump({"defaults": [*defaults, "_self_"], **tree}, sort_keys=False, allow_unicode=True, width=1000)
+    body = write_yaml({"defaults": [*defaults, "_self_"], **tree})
     return f"# @package _global_\n# From {title}\n{body}"
 
 

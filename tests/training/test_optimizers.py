@@ -56,16 +56,21 @@ def settings(**changes: Any) -> TrainerConfig:
     )
 
 
-def build(folder: Path, config: TrainerConfig, measure: Callable[[Any, int], dict[str, float]] | None = None,
-          loraplus: float | None = None) -> QLoraTrainer:  # fmt: skip
+def build(
+    folder: Path,
+    config: TrainerConfig,
+    measure: Callable[[Any, int], dict[str, float]] | None = None,
+    loraplus: float | None = None,
+) -> QLoraTrainer:
+    device = torch.device("cuda") if OPTIMIZERS[config.optim].needs_cuda else CPU
     torch.manual_seed(0)
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).to(device)
     rows = [{"input_ids": [1 + row % 8, 9, 20], "labels": [-100, 9, 20]} for row in range(8)]
     return QLoraTrainer(
         model=model,
-        arguments=build_arguments(config, output_dir=folder, device=CPU, compute=torch.float32, seed=0),
+        arguments=build_arguments(config, output_dir=folder, device=device, compute=torch.float32, seed=0),
         rows=rows,
         lengths=[3] * len(rows),
         collate=Collator(0),
@@ -73,11 +78,13 @@ def build(folder: Path, config: TrainerConfig, measure: Callable[[Any, int], dic
         measure=measure or (lambda model, step: {"loss": 2.0 + step}),
         verify=lambda folder, model: None,
         loraplus_lr_ratio=loraplus,
-        step=FastStep(model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None),
+        step=FastStep(
+            model, config, QuantizationConfig(bits=32), Placement(device, torch.float32, torch.float32), None
+        ),
         budget=None,
         watchdog=WATCHDOG,
         name_rows=lambda index: [(f"row {index + 1}", rows[index])],
-        meter=Meter(CPU, peak_memory_gb=lambda: 0.0),
+        meter=Meter(device, peak_memory_gb=lambda: 0.0),
         stop=Stop(),
         facts={},
         callbacks=[],
@@ -192,10 +199,11 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(name: str, mo
     )
 
 
-def test_only_a_training_needs_the_package_of_its_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_and_the_doctor_alone_ask_for_the_package_of_an_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     chosen = ["recipe=none", "trainer.optim=stable_adamw"]
-    assert "needs the package torch-optimi" in refusal(*chosen)
+    for task in ("train", "doctor"):
+        assert "needs the package torch-optimi" in refusal(*chosen, f"task={task}")
     assert compose([*chosen, "task=plan"]).trainer.optim == "stable_adamw"
 
 
