@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -326,6 +327,8 @@ def _check(file: Path, scalar: _Scalar) -> int | None:
         return None
     if _is_text(hint) and tag != "null":
         raise ConfigError(f"{where} must be a text, and {_made(node, tag)}; {_quotes(node)}")
+    if isinstance(hint, type) and issubclass(hint, Enum) and tag != "null":
+        raise ConfigError(f"{where} must be one of {', '.join(hint.__members__)}, and {_made(node, tag)}")
     if tag in ("int", "float") and (base := _other_base(node.value)) is not None:
         value = _value_of(node)
         raise ConfigError(
