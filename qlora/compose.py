@@ -216,8 +216,8 @@ def write_override(key: str, value: Any) -> str:
 
 
 def override_value(text: str) -> Any:
-    """Returns the value of `KEY=VALUE` as its field gets it from the command line."""
-    return _plain(_parse(keep_spelling([text]))[0].value())
+    """Returns the value of `KEY=VALUE` as the command line reads it."""
+    return _plain(_parse([text])[0].value())
 
 
 def _plain(value: Any) -> Any:
@@ -237,7 +237,7 @@ def _written(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
     if not isinstance(value, str):
         return repr(value)
-    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(_parse([f"key={value}"])[0].value(), str):
+    if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
         return value
     # Hydra reads a backslash as such unless it stands before a quote.
     quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)

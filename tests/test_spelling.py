@@ -62,7 +62,7 @@ def test_a_word_of_the_command_line_keeps_its_spelling_to_the_stored_config(tmp_
     assert text in (f"name={word}", f"name='{word}'")
     assert keep_spelling([text]) == [text]
     assert OmegaConf.create(write_yaml({"name": word})).name == word
-    assert override_value(write_override("name", word)) == override_value(f"name={word}") == word
+    assert override_value(write_override("name", word)) == override_value(text) == word
 
 
 SPELLED = {

@@ -25,6 +25,7 @@ from qlora.migrate.original import PROGRAM, QLORA, read_command
 from qlora.migrate.rules import Dialect, Reading, translate
 from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
 from qlora.schema import Config
+from qlora.spelling import keep_spelling
 
 MOST_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
@@ -152,7 +153,7 @@ def _without(overrides: list[str], text: str) -> list[str]:
 def _as_experiment(overrides: list[str], title: str) -> str:
     """Returns an option of the group `experiment` that says the same."""
     groups, defaults, tree = group_names(), [], dict[str, Any]()
-    for text in overrides:
+    for text in keep_spelling(overrides):
         key, value = text.partition("=")[0], override_value(text)
         if key in groups:
             defaults.append({f"override /{key}": value})
