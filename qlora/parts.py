@@ -58,11 +58,22 @@ from qlora.models.tokenizer import (
     pad_token_id,
     repair_special_tokens,
 )
+from qlora.optimization import OPTIMIZERS
 from qlora.plan import read_setup
 from qlora.planning.memory import FRAGMENTS, Ledger
 from qlora.planning.shape import FAMILIES, read_shape
 from qlora.planning.speed import Operations, count_operations
-from qlora.schema import Config, EvaluationName, Parallel, PlanStep, SameBase, TaskName, TrackingBackend, Weights
+from qlora.schema import (
+    Config,
+    EvaluationName,
+    Parallel,
+    PlanStep,
+    SameBase,
+    TaskName,
+    TrackingBackend,
+    Weights,
+    no_cuda,
+)
 from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
@@ -558,6 +569,8 @@ class Parts:
         trainer, device = self.config.trainer, self.placement.device
         if device.type == "cuda":
             return
+        if OPTIMIZERS[trainer.optim].needs_cuda:
+            raise no_cuda(trainer.optim, device.type)
         here = f"and this run computes on {device.type}"
         if trainer.memory_budget not in (None, "auto"):
             raise ConfigError(
