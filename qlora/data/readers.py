@@ -27,6 +27,8 @@ CHUNK_SIZE = 2**21
 LONGEST_CELL = 2**28
 """Characters; a longer CSV cell is a quote that was left open."""
 PARQUET_ROWS = 4096
+NOT_A_NUMBER = frozenset({"nan", "NaN", "-nan", "-NaN"})
+"""How a CSV cell spells a missing value that was turned to text; elsewhere text is text."""
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
          ".txt": "text"}  # fmt: skip
@@ -168,7 +170,7 @@ def _blocks_of_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
             lines = []
 
 
-def _table(names: list[str], columns: Iterable[Sequence[str]]) -> pa.Table:
+def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Table:
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
@@ -185,7 +187,7 @@ def _delimited(path: Path, delimiter: str, shown: str) -> Iterator[Chunk]:
             yield Chunk(_table(names, zip(*rows, strict=True)), "line", numbers)
 
 
-def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str]], list[int]]:
+def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str | None]], list[int]]:
     """Takes a chunk's rows out of the csv reader, with the lines they begin at."""
     rows, numbers, size, start = [], [], 0, reader.line_num + 1
     with _long_cells():
@@ -195,7 +197,7 @@ def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str
             if cells is None:
                 break
             if len(cells) == len(names):
-                rows.append(cells)
+                rows.append([None if cell in NOT_A_NUMBER else cell for cell in cells])
                 numbers.append(start)
                 size += sum(map(len, cells))
             elif cells:
