@@ -192,7 +192,8 @@ class RowSet:
         encoded, counts = load_encoded(folder)
         if not len(encoded):
             self.cache.discard(key)
-            raise ConfigError(f"{shown}: none of the {counts.rows} rows has a token to train on: {_losses(counts)}")
+            rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
+            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {_losses(counts)}")
         self._check_columns(counts, choice)
         return encoded, counts
 
@@ -240,10 +241,10 @@ def _losses(counts: Counts) -> str:
     """Says what became of rows of which none is left, and what keeps them."""
     limits = "raise data.source_max_len, data.target_max_len or data.max_length"
     losses = (
-        (counts.left_out, "are left out by their format: bad answers, or chats in which nobody speaks"),
-        (counts.empty, "have empty answers: check which column holds the answers, or set data.on_empty=train"),
-        (counts.untrained, f"have no answer, none that is switched on, or none within the lengths ({limits})"),
-        (counts.too_long, f"are too long: {limits}, or set data.on_too_long=truncate"),
+        (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+        (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
+        (counts.untrained, f"without an answer, one that is switched on, or one within the lengths ({limits})"),
+        (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
     )
     return "; ".join(f"{count} {what}" for count, what in losses if count)
 

@@ -185,8 +185,8 @@ def test_rows_without_anything_to_train_on_stop_the_run(tokenizer, make_config):
     with pytest.raises(ConfigError) as caught:
         build_data(config, tokenizer)
     assert str(caught.value) == (
-        f"data.path={config.path}: none of the 2 rows has a token to train on: 2 have no answer, none that is switched "
-        "on, or none within the lengths (raise data.source_max_len, data.target_max_len or data.max_length)"
+        f"data.path={config.path}: none of the 2 rows has a token to train on: 2 without an answer, one that is "
+        "switched on, or one within the lengths (raise data.source_max_len, data.target_max_len or data.max_length)"
     )
 
 
