@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.json_text import DoubledKey, parse
-from qlora.data.rows import Row, is_rejected, number_text, read_switch, short, track
+from qlora.data.rows import Row, is_rejected, list_names, number_text, read_switch, short, track
 from qlora.errors import ConfigError
 
 Message = dict[str, Any]
@@ -123,7 +123,7 @@ def _message(turn: object, where: str) -> Message:
         raise ConfigError(f"{where} is {short(turn)}; each must be an object with role and content, or from and value")
     spoken = _first(turn, "role", "from")
     if spoken is None:
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
     name = str(spoken).strip().lower()
     if name not in ROLES:
         raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
@@ -137,7 +137,7 @@ def _message(turn: object, where: str) -> Message:
     if calls:
         message["tool_calls"] = _calls(decode(calls), where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
     message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
     switch = read_switch(turn, where)
     return message if switch is None else message | {"weight": int(switch)}

@@ -288,7 +288,7 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         "trained": [encoded.trained for encoded in kept],
         "cut_source": [encoded.cut_source for encoded in kept],
         "cut_target": [encoded.cut_target for encoded in kept],
-        "stops": [encoded.last_trained in job.tokenizer.end_ids for encoded in kept],
+        "stops": [job.tokenizer.stops(encoded) for encoded in kept],
         "row": rows,
         "digest": [_digest(pair) for pair in zip(ids, labels, strict=True)],
     }

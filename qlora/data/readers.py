@@ -10,6 +10,7 @@ import itertools
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,18 @@ def _check_names(names: Iterable[str], shown: str) -> None:
         seen.add(name)
 
 
+def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
+    """Refuses objects with a key that stands twice, however deep in a column."""
+    inner = [kind.field(index) for index in range(kind.num_fields)]
+    for name, count in Counter(field.name for field in inner).items():
+        if count > 1:
+            raise ConfigError(
+                f"{shown}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
+            )
+    for field in inner:
+        _check_keys(field.type, column, shown)
+
+
 @contextmanager
 def _csv_errors(shown: str, line: int) -> Iterator[None]:
     try:
@@ -247,13 +260,15 @@ def _parquet(path: Path, shown: str) -> Iterator[Chunk]:
         try:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # else a whole row group at once
             _check_names(file.schema_arrow.names, shown)
+            for field in file.schema_arrow:
+                _check_keys(field.type, field.name, shown)
             start = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 batch.validate(full=True)
                 yield Chunk(pa.Table.from_batches([batch]), "row", range(start, start + len(batch)))
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).split("\n")[0].rstrip(".")
+            reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
             raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora.data.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.data.rows import LABELS, Row, is_missing, track
+from qlora.data.rows import LABELS, Row, is_missing, list_names, track
 from qlora.errors import ConfigError
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
@@ -73,7 +73,7 @@ class _Rows(NamedTuple):
 
     @property
     def listed(self) -> str:
-        return ", ".join(self.columns)
+        return list_names(self.columns)
 
     def column_key(self, column: str) -> str:
         return f"{self.setting.removesuffix('format')}columns.{column}"

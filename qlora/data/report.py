@@ -15,13 +15,11 @@ from datasets import Dataset
 
 from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
+from qlora.data.rows import list_names
 from qlora.data.sets import RowSet
 from qlora.schema import DataConfig, OnEmpty
 
 log = logging.getLogger(__name__)
-
-MOST_UNREAD = 12
-"""So many keys that nothing reads are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +180,10 @@ def describe_unread(report: DataReport) -> str:
     rows = report.train_rows + report.eval_rows + report.lost_rows + report.eval_lost_rows
     rows -= report.left_out_rows + report.eval_left_out_rows
     keys = sorted(report.unread.items(), key=lambda item: -item[1])
-    listed = []
-    for key, count in keys[:MOST_UNREAD]:
-        part = f" (in {count:,})" if "." in key else f" (in {count:,} of {rows:,} rows)" if count < rows else ""
-        listed.append(f"{key}{part}")
-    return ", ".join(listed) + (f" and {len(keys) - MOST_UNREAD} more" if len(keys) > MOST_UNREAD else "")
+    return list_names(
+        f"{key} (in {count:,})" if "." in key else f"{key} (in {count:,} of {rows:,} rows)" if count < rows else key
+        for key, count in keys
+    )
 
 
 def data_warnings(report: DataReport, config: DataConfig) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -31,6 +31,8 @@ UNCLEAR_SWITCHES = {
     "train_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
     "training_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
 }
+MOST_NAMES = 30
+"""So many names of columns are listed in a sentence."""
 LABELS = ("label", "kto_tag")
 """Columns that say whether an answer is a good one (KTO)."""
 
@@ -183,6 +185,10 @@ def read_switch(turn: Row, where: str) -> bool | None:
     for key, meaning in UNCLEAR_SWITCHES.items():
         if key in turn and not is_missing(turn[key]):
             raise ConfigError(f"{where} has the key {key}, {meaning}")
+    for part in (part for key in ("content", "value") if isinstance(turn.get(key), list) for part in turn[key]):
+        if isinstance(part, Mapping) and (own := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
+            raise ConfigError(f"{where} holds a part with {own}={short(part[own])}; a turn is trained whole or not at "
+                              f"all, so set {own} beside its role, or split it")  # fmt: skip
     said: dict[str, bool] = {}
     for key in (*SWITCHES, *OPPOSITES):
         value = turn.get(key)
@@ -204,3 +210,10 @@ def short(value: object) -> str:
     """Returns a value for a sentence, at most 60 characters long."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Returns names of columns or keys for a sentence, at most 30 of them, without characters that do not print."""
+    listed = [name if name.isprintable() else repr(name)[1:-1] for name in names]
+    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
+    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:MOST_NAMES]) + more

@@ -93,6 +93,12 @@ class Tokenizer:
         ends = {self.eos, *self.base.all_special_ids}
         return frozenset(ends if self.template is None else ends | {self.writer.end_id}) - {None}
 
+    def stops(self, row: Encoded) -> bool:
+        """Tells whether a row teaches to stop: its last trained token is an end token, but for blanks behind it."""
+        trained = (label for label in reversed(row.labels) if label != IGNORED)
+        last = next((label for label in trained if label in self.end_ids or self.base.decode([label]).strip()), None)
+        return last in self.end_ids
+
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
         segments = [example for example in examples if not isinstance(example, Conversation)]

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import Features, Json, Value
 
 from qlora.data.readers import Chunk
+from qlora.data.rows import list_names
 from qlora.errors import ConfigError
 
 TEXT = pa.string()
@@ -180,8 +181,8 @@ def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, 
     names = list(row)
     if known and names and known.keys().isdisjoint(names):
         raise ConfigError(
-            f"{shown}, {chunk.place(index)}: has the columns {', '.join(map(str, names))}, but the rows before it have "
-            f"{', '.join(known)}; all rows must be of one kind"
+            f"{shown}, {chunk.place(index)}: has the columns {list_names(names)}, but the rows before it have "
+            f"{list_names(known)}; all rows must be of one kind"
         )
 
 

@@ -233,8 +233,8 @@ def test_a_number_is_text_and_an_object_or_a_list_is_an_error():
     with pytest.raises(ConfigError) as caught:
         render("alpaca", instruction="a", output=["b"])
     assert str(caught.value) == (
-        "data.format=alpaca needs text in column output, but a row holds ['b']; make text of it with a function of your "
-        "own (data.format=module:function)"
+        "data.format=alpaca needs text in column output, but a row holds ['b']; make text of it with a function of "
+        "your own (data.format=module:function)"
     )
     with pytest.raises(
         ConfigError, match=r"data\.format=chosen needs text in column chosen, but a row holds \{'value'"
