@@ -28,6 +28,10 @@ KEPT = ("name", "tool_call_id", "reasoning_content")
 """Keys of a turn that go on unchanged, for templates to read."""
 
 
+PRINTED = re.compile(r"\s*\[\s*\{\s*'")
+"""How Python prints a list of objects."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A chat as `apply_chat_template` takes it."""
@@ -78,7 +82,10 @@ def read_turns(row: Row, column: str) -> list[Any]:
     if cell is None or cell == "":
         return []
     if not isinstance(cell, Sequence) or isinstance(cell, str):
-        raise ConfigError(f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}")
+        written = "; write lists as JSON (json.dumps), not as Python prints them" if PRINTED.match(str(cell)) else ""
+        raise ConfigError(
+            f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}{written}"
+        )
     return list(cell)
 
 

@@ -300,11 +300,11 @@ def _nearest(rows: _Rows) -> list[str]:
         for needed in layout.needs if name not in LOOKS else ():
             lacking = [column for column in needed if column not in rows.columns]
             guesses = _guess(lacking, [column for column in rows.columns if column not in needed])
+            if not _works(rows, _format_for(rows, name), {c: guesses[c] or COLUMN for c in lacking}):
+                guesses = dict.fromkeys(lacking)
             columns = {column: guesses[column] or COLUMN for column in lacking}
             unknown = sum(guess is None for guess in guesses.values())
-            if unknown > 1 or (unknown and len(lacking) == len(needed)):
-                continue
-            if not _works(rows, _format_for(rows, name), columns):
+            if unknown > 1 or unknown == len(needed) or not _works(rows, _format_for(rows, name), columns):
                 continue
             unlike = sum(guess is not None and guess.lower()[:4] != column[:4] for column, guess in guesses.items())
             listed = _settings(rows, name, columns)
