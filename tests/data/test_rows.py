@@ -91,6 +91,14 @@ def test_an_answer_that_a_label_calls_bad_is_never_trained(row, label, column):
         assert FORMATS[name].render(row | {column: good}) == FORMATS[name].render(row) != []
 
 
+def test_alpaca_s_rows_are_labelled_too_also_as_chats(tokenizer, make_config):
+    rows = [{"instruction": f"q{i}", "output": i, "kto_tag": str(i % 2 == 0)} for i in range(4)]
+    for name in ("alpaca", "qlora.data.as_chat:from_alpaca"):
+        data = build_whole(make_config(rows, format=name, template="plain"), tokenizer)
+        assert list(map(trained, data.train)) == ["0.", "2."]
+        assert data.report.left_out_rows == 2
+
+
 @pytest.mark.parametrize("row", ANSWERED.values(), ids=ANSWERED)
 @pytest.mark.parametrize("label", ["maybe", 0.5, 3, -1, "science"])
 def test_an_unclear_label_is_refused(row, label):
