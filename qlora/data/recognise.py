@@ -255,7 +255,12 @@ def _format_for(rows: _Rows, name: str) -> str:
 def _settings(rows: _Rows, name: str, columns: Mapping[str, str]) -> str:
     """Returns what to set, so that the rows are read as format `name` with these columns."""
     settings = [f"{rows.setting}={name}"] if rows.chosen not in ("auto", name) else []
-    return " ".join([*settings, *(f"{rows.column_key(wanted)}={source}" for wanted, source in columns.items())])
+    for wanted, source in columns.items():
+        is_word = source.isascii() and source.replace("-", "_").isidentifier()
+        settings.append(
+            f"{rows.column_key(wanted)}={source}" if is_word else f"'{rows.column_key(wanted)}=\"{source}\"'"
+        )
+    return " ".join(settings)
 
 
 def _works(rows: _Rows, name: str, columns: Mapping[str, str]) -> bool:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from qlora.compose import compose
 from qlora.data import build_data
 from qlora.errors import ConfigError
 from qlora.schema import DataConfig, OnEmpty, OnTooLong, TrainOn
@@ -163,3 +165,14 @@ def test_a_hint_that_would_not_work_is_not_given(row, ending, tokenizer, tmp_pat
     sentence = refuse(config, tokenizer)
     assert ending in sentence
     assert not [hint for hint in find_hints(sentence, config) if "COLUMN" not in hint.values()]
+
+
+def test_a_column_whose_name_is_no_word_is_quoted_for_the_command_line(tokenizer, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    write(path, [{"id": 1, "chat history": [USER, ANSWER]}] * 6)
+    base = ["data=local", f"data.path={path}", "data.eval_dataset_size=1", "data.template=plain", "recipe=none"]
+    with pytest.raises(ConfigError) as caught:
+        build_data(compose(base).data, tokenizer)
+    told = shlex.split(str(caught.value).partition("a chat: ")[2])
+    assert told == ['data.columns.messages="chat history"']
+    assert build_data(compose([*base, *told]).data, tokenizer).report.train_rows == 5
