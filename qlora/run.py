@@ -603,7 +603,7 @@ class Run(Parts):
             processes = world.size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
-                f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
+                f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
                 **({"template": report.template} if report.template else {}),
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",

@@ -477,6 +477,14 @@ class OnTooLong(Enum):
     error = "error"
 
 
+class OnEmpty(Enum):
+    """What happens to an answer without text."""
+
+    drop = "drop"
+    train = "train"
+    error = "error"
+
+
 @dataclass(kw_only=True, slots=True)
 class MixConfig:
     """One of several data sets that are trained on together; the fields are those of `data`."""
@@ -549,6 +557,9 @@ class DataConfig:
     """Longest row in tokens: the answer keeps at least half of it, the prompt loses its beginning. Null: no limit."""
     on_too_long: OnTooLong = OnTooLong.truncate
     """`truncate` a row that is too long, `drop` it, or stop with an `error`."""
+    on_empty: OnEmpty = OnEmpty.drop
+    """An answer without text (white space alone is none): `drop` leaves an empty turn of a chat without loss, and drops
+    a row in which nothing else is trained; `train` trains its end token; or stop with an `error`."""
     max_train_samples: int | None = None
     """Use at most so many rows to train."""
     max_eval_samples: int | None = None

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.conversations import Conversation
+from qlora.data.conversations import Conversation, is_empty
 from qlora.data.templates import NEEDED_TOKENS, Template
 from qlora.errors import ConfigError
 from qlora.schema import TrainOn
@@ -110,14 +110,12 @@ class ChatWriter:
             ) from None
 
     def _turns(self, text: str, messages: Sequence[Message], tools: Any) -> list[ChatTurn]:
-        """Returns the turns of the assistant that say or call something."""
+        """Returns the turns of the assistant that a weight asks for, or that have none and say or call something."""
         found = self._by_marks(text, messages, tools) or {}
         said = [
             index
             for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-            and (message["content"].strip() or message.get("tool_calls"))
-            and message.get("weight") != 0
+            if message["role"] == "assistant" and message.get("weight", not is_empty(message))
         ]
         turns = []
         for index in said:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.data.json_text import DoubledKey, parse
+from qlora.data.rows import Row, is_rejected, list_names, number_text, read_switch, short, track
 from qlora.errors import ConfigError
 
-Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 # What data sets call the speakers, and what chat templates call them.
@@ -23,8 +24,12 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-KEPT = ("name", "tool_call_id", "reasoning_content", "weight")
-"""Keys of a turn that go on unchanged: templates read the first three, the loss leaves out turns of weight 0."""
+KEPT = ("name", "tool_call_id", "reasoning_content")
+"""Keys of a turn that go on unchanged, for templates to read."""
+
+
+PRINTED = re.compile(r"\s*\[\s*\{\s*'")
+"""How Python prints a list of objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,8 @@ class Conversation:
     """A chat as `apply_chat_template` takes it."""
 
     messages: list[Message]
-    """Each with role (system, user, assistant, tool) and content (text), maybe with tool_calls and those of `KEPT`."""
+    """Each with role (system, user, assistant, tool) and content (text), maybe with tool_calls and those of `KEPT`;
+    `weight` (1 or 0) where a turn says whether the loss counts it."""
     tools: list[dict[str, Any]] | None
     """The functions that the assistant may call, as OpenAI's JSON schemas; None: none."""
 
@@ -48,9 +54,9 @@ def conversations(row: Row) -> list[Conversation]:
 
 
 def _render(row: Row, column: str) -> list[Conversation]:
-    if row.get("label") is False:
+    if is_rejected(row):
         return []
-    return build_conversation(row, normalise(read_turns(row, column), f"column {column}"), f"column {column}")
+    return build_conversation(row, normalise(read_turns(row, column), column, row), f"column {column}")
 
 
 def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conversation]:
@@ -63,8 +69,9 @@ def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conve
             f"{where}, turn {first + 1} of {len(turns)}: the assistant speaks before any user turn; take such turns "
             "out, or map the rows with a function of your own (data.format=module:function)"
         )
-    system = row.get("system")
-    if isinstance(system, str) and system and turns[0]["role"] != "system":
+    if turns[0]["role"] != "system" and (system := row.get("system")):
+        if not isinstance(system, str):
+            raise ConfigError(f"column system must hold text, but a row holds {short(system)}")
         turns = [{"role": "system", "content": system}, *turns]
     return [Conversation(turns, read_tools(row))]
 
@@ -75,17 +82,28 @@ def read_turns(row: Row, column: str) -> list[Any]:
     if cell is None or cell == "":
         return []
     if not isinstance(cell, Sequence) or isinstance(cell, str):
-        raise ConfigError(f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}")
+        written = "; write lists as JSON (json.dumps), not as Python prints them" if PRINTED.match(str(cell)) else ""
+        raise ConfigError(
+            f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}{written}"
+        )
     return list(cell)
 
 
 def decode(cell: Any) -> Any:
-    """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is."""
+    """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is.
+
+    Raises `ConfigError` for turns of a chat with a key that stands twice.
+    """
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError:
+        return parse(cell)
+    except DoubledKey as error:
+        value = json.loads(cell)
+        if is_turn(value) or (isinstance(value, list) and any(map(is_turn, value))):
+            raise ConfigError(f"in the turns {short(cell)}, {error}") from None
+        return cell
+    except (ValueError, RecursionError):
         return cell
 
 
@@ -94,9 +112,17 @@ def is_turn(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
 
 
-def normalise(turns: Sequence[Any], where: str) -> list[Message]:
-    """Turns {role, content} or {from, value} of any naming into messages of a chat template."""
-    return [_message(turn, f"{where}, turn {number} of {len(turns)}") for number, turn in enumerate(turns, start=1)]
+def is_empty(message: Message) -> bool:
+    """Tells whether a turn says, calls and thinks nothing."""
+    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def normalise(turns: Sequence[Any], column: str, row: Row) -> list[Message]:
+    """Turns {role, content} or {from, value} of any naming, from a column of a row, into messages of a template."""
+    return [
+        _message(track(row, turn, column), f"column {column}, turn {number} of {len(turns)}")
+        for number, turn in enumerate(turns, start=1)
+    ]
 
 
 def _message(turn: object, where: str) -> Message:
@@ -104,7 +130,7 @@ def _message(turn: object, where: str) -> Message:
         raise ConfigError(f"{where} is {short(turn)}; each must be an object with role and content, or from and value")
     spoken = _first(turn, "role", "from")
     if spoken is None:
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
     name = str(spoken).strip().lower()
     if name not in ROLES:
         raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
@@ -118,8 +144,10 @@ def _message(turn: object, where: str) -> Message:
     if calls:
         message["tool_calls"] = _calls(decode(calls), where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
-    return message | {key: turn[key] for key in KEPT if turn.get(key) is not None}
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
+    message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
+    switch = read_switch(turn, where)
+    return message if switch is None else message | {"weight": int(switch)}
 
 
 def _first(turn: Mapping[str, Any], *keys: str) -> Any:
@@ -134,8 +162,8 @@ def _content(value: Any, role: str, where: str) -> str:
         return value
     if role == "tool" and not _is_parts(value):
         return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (int, float)):
-        return str(value)
+    if (number := number_text(value)) is not None:
+        return number
     if not isinstance(value, Sequence):
         raise ConfigError(f"{where} says {short(value)}; content must be text, or a list of parts of text")
     return "".join(_part(part, where) for part in value)
@@ -226,9 +254,3 @@ def split_inst(text: str) -> list[Message] | None:
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
     return turns[:-1] if not turns[-1]["content"] else turns
-
-
-def short(value: object) -> str:
-    """Returns a value for a sentence, at most 60 characters long."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -20,7 +20,7 @@ from qlora.data.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
 from qlora.data.writer import RowWriter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """To be raised whenever equal files become other rows, so that older cache entries are not read."""
 
 FILE_SUFFIXES = (*KINDS, ".gz", ".arrow", ".xlsx", ".zip", ".bz2", ".xz", ".zst")

@@ -91,7 +91,8 @@ def build_data(
         evaluated = evaluated.select(few)
     packed, share = _pack(config, train)
     used = sets if need_train or config.splits_off else evaluated_sets
-    report = build_report(config, used, train, evaluated, [counts for _, counts in trained], packed, share)
+    counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
+    report = build_report(config, used, train, evaluated, counts, eval_counts, packed, share)
     log_losses(report, config)
     template = next((part.template for part in used if part.template), used[0].chat_template)
     return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed, origin)

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ CHUNK_SIZE = 2**21
 LONGEST_CELL = 2**28
 """Characters; a longer CSV cell is a quote that was left open."""
 PARQUET_ROWS = 4096
+NOT_A_NUMBER = frozenset({"nan", "NaN", "-nan", "-NaN"})
+"""How a CSV cell spells a missing value that was turned to text; elsewhere text is text."""
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
          ".txt": "text"}  # fmt: skip
@@ -168,7 +171,7 @@ def _blocks_of_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
             lines = []
 
 
-def _table(names: list[str], columns: Iterable[Sequence[str]]) -> pa.Table:
+def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Table:
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
@@ -185,7 +188,7 @@ def _delimited(path: Path, delimiter: str, shown: str) -> Iterator[Chunk]:
             yield Chunk(_table(names, zip(*rows, strict=True)), "line", numbers)
 
 
-def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str]], list[int]]:
+def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str | None]], list[int]]:
     """Takes a chunk's rows out of the csv reader, with the lines they begin at."""
     rows, numbers, size, start = [], [], 0, reader.line_num + 1
     with _long_cells():
@@ -195,7 +198,7 @@ def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str
             if cells is None:
                 break
             if len(cells) == len(names):
-                rows.append(cells)
+                rows.append([None if cell in NOT_A_NUMBER else cell for cell in cells])
                 numbers.append(start)
                 size += sum(map(len, cells))
             elif cells:
@@ -214,6 +217,18 @@ def _check_names(names: Iterable[str], shown: str) -> None:
         if name in seen:
             raise ConfigError(f"{shown}: two columns are named {name}; give each its own name")
         seen.add(name)
+
+
+def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
+    """Refuses objects with a key that stands twice, however deep in a column."""
+    inner = [kind.field(index) for index in range(kind.num_fields)]
+    for name, count in Counter(field.name for field in inner).items():
+        if count > 1:
+            raise ConfigError(
+                f"{shown}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
+            )
+    for field in inner:
+        _check_keys(field.type, column, shown)
 
 
 @contextmanager
@@ -245,13 +260,15 @@ def _parquet(path: Path, shown: str) -> Iterator[Chunk]:
         try:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # else a whole row group at once
             _check_names(file.schema_arrow.names, shown)
+            for field in file.schema_arrow:
+                _check_keys(field.type, field.name, shown)
             start = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 batch.validate(full=True)
                 yield Chunk(pa.Table.from_batches([batch]), "row", range(start, start + len(batch)))
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).split("\n")[0].rstrip(".")
+            reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
             raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
 
 

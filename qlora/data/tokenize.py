@@ -89,8 +89,15 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer or a turn."""
-        return frozenset({self.eos, *self.base.all_special_ids})
+        """Tokens that end an answer or a turn; the one of the chat template may be no special token."""
+        ends = {self.eos, *self.base.all_special_ids}
+        return frozenset(ends if self.template is None else ends | {self.writer.end_id}) - {None}
+
+    def stops(self, row: Encoded) -> bool:
+        """Tells whether a row teaches to stop: its last trained token is an end token, but for blanks behind it."""
+        trained = (label for label in reversed(row.labels) if label != IGNORED)
+        last = next((label for label in trained if label in self.end_ids or self.base.decode([label]).strip()), None)
+        return last in self.end_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
@@ -121,9 +128,9 @@ class Tokenizer:
 
     def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         # Each text once: short answers and the words of templates come again and again.
-        texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
+        texts = list(dict.fromkeys(segment.whole for row in rows for segment in row))
         pieces = dict(zip(texts, self._ids(texts, plain=True), strict=True))
-        return [self._join(row, [pieces[segment.text] for segment in row]) for row in rows]
+        return [self._join(row, [pieces[segment.whole] for segment in row]) for row in rows]
 
     def _ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
         """Returns the ids of each text; in a `plain` one, "</s>" is the four characters and not the end token."""
@@ -142,19 +149,27 @@ class Tokenizer:
 
     def _join(self, row: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
         flags = [segment.trained for segment in row]
-        first = flags.index(True) if any(flags) else len(flags)
         kept = _wanted(flags, self.train_on)
         ids, labels = list(self.bos), [IGNORED] * len(self.bos)
-        for piece, trained in zip(pieces, kept, strict=True):
+        turns: list[Turn] = []
+        prompt, answering = "", False
+        for segment, piece, trained in zip(row, pieces, kept, strict=True):
+            if segment.trained and not answering:
+                turns.append(Turn(len(ids), prompt, ""))
+                answering = True
+            if answering:
+                turns[-1] = turns[-1]._replace(reference=turns[-1].reference + segment.whole)
+            piece = [*piece, self.eos] if segment.ends else piece
+            prompt += segment.whole + (str(self.base.eos_token) if segment.ends else "")
+            answering = answering and not segment.ends
             ids += piece
             labels += piece if trained else [IGNORED] * len(piece)
-        lead = len(self.bos) + sum(map(len, pieces[:first]))
+        lead = turns[0].start if turns else len(ids)
         if any(flags):  # a row without any trained text teaches nothing, not even to stop
             ids.append(self.eos)
             labels.append(self.eos)
-        prompt = "".join(segment.text for segment in row[:first])
-        answer = "".join(segment.text for segment in row[first:]).strip()
-        return Encoded(ids, labels, lead, len(ids) - lead, [Turn(lead, prompt, answer)])
+        turns = [turn._replace(reference=turn.reference.strip()) for turn in turns] or [Turn(lead, prompt, "")]
+        return Encoded(ids, labels, lead, len(ids) - lead, turns)
 
     # Conversations: the whole text is tokenized at once, as an inference server does it
 

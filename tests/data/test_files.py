@@ -247,6 +247,17 @@ def test_folders_and_globs_without_data_are_answered_with_what_there_is(tmp_path
         ("a.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}', ", line 2: column a holds half of a surrogate pair"),
         ("a.jsonl", '{"a": "x"}\n{"a": ["\\ud83d"]}', ", line 2: column a holds half of a surrogate pair"),
         ("a.jsonl", '{"a": 1}\n{"a": 36893488147419103232}', ", line 2: column a cannot be kept (Value is too big!)"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}', ", line 2: the key 'a' stands twice in one object; keep one"),
+        (
+            "a.jsonl",
+            '{"a": [{"b": {"c": 1, "c": 1}}]}',
+            ", line 1: the key 'c' stands twice in one object; keep one of",
+        ),
+        ("a.json", '[{"a": 1},\n{"a": {"b": 1,\n"b": 2}}]', ", line 2: the key 'b' stands twice in one object; keep"),
+        ("a.json", '[\n{"a": 1,\n"a": 1}\n]', ", line 2: the key 'a' stands twice in one object; keep one of them"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "\\ud800": "x"}', ", line 2: the name of the column '\\ud800' holds half of a"),
+        ("a.json", '[{"a": 1}, {"\\udfff b": 1}]', ", element 1: the name of the column '\\udfff b' holds half of a"),
+        ("a.jsonl", '{"a": {"\\ud800": "x"}}', ", line 1: column a holds half of a surrogate pair"),
         ("a.jsonl", "{}\n{}", ", line 1: has no columns"),
         ("a.jsonl", "", " is empty"),
         ("a.json", " \n", " is empty"),
@@ -314,6 +325,25 @@ def test_files_of_a_folder_that_share_no_column_are_refused(tmp_path, message):
 def test_parquet_columns_of_one_name_are_refused(tmp_path, message):
     pq.write_table(pa.table([["1"], ["2"]], names=["a", "a"]), tmp_path / "a.parquet")
     assert message(tmp_path / "a.parquet").endswith("two columns are named a; give each its own name")
+
+
+def test_a_key_that_stands_twice_in_parquet_s_objects_is_refused(tmp_path, message):
+    twice = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["k", "k"])
+    for column in (twice, pa.ListArray.from_arrays([0, 1], twice)):
+        pq.write_table(pa.table({"a": column}), tmp_path / "a.parquet")
+        assert message(tmp_path / "a.parquet").endswith(
+            "a.parquet: in column a, the key 'k' stands twice in one object; keep one of them"
+        )
+
+
+def test_what_does_not_print_is_in_no_message(tmp_path, message):
+    (tmp_path / "a.jsonl").write_text('{"a\\u0007": 1}\n{"b\\u0000\\u202e": 1}\n')
+    sentence = message(tmp_path / "a.jsonl")
+    assert sentence.isprintable()
+    assert "has the columns b\\x00\\u202e, but the rows before it have a\\x07; all" in sentence
+    wide = {f"column {number}": 1 for number in range(500)}
+    write(tmp_path / "b.jsonl", [wide, {"other": 1}])
+    assert "column 29 and 470 more; all rows must be of one kind" in message(tmp_path / "b.jsonl")
 
 
 def test_text_that_is_not_utf8_is_named_with_line_and_byte(tmp_path, message):
