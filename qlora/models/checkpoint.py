@@ -18,8 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora.errors import ConfigError
-
-WEIGHTS = "model.safetensors"  # repositories may hold copies under other names
+from qlora.models.files import INDEX, SINGLE
 
 
 def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -76,13 +75,19 @@ class Checkpoint:
 
     @staticmethod
     def _index(folder: Path) -> dict[str, Path]:
-        if (whole := folder / WEIGHTS).is_file():
-            with safe_open(whole, framework="pt") as file:
-                return dict.fromkeys(file.keys(), whole)
-        if (index := folder / f"{WEIGHTS}.index.json").is_file():
+        if (whole := folder / SINGLE).is_file():
+            files = [whole]
+        elif (index := folder / INDEX).is_file():
+            # It may omit tensors that lie in its files, and transformers loads those.
             placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {key: folder / file for key, file in placed.items()}
-        raise ConfigError(f"model.name={folder} has no weights ({WEIGHTS}, or an index of several files)")
+            files = [folder / file for file in sorted(set(placed.values()))]
+        else:
+            raise ConfigError(f"model.name={folder} has no weights ({SINGLE}, or an index of several files)")
+        found: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
 
 
 class ModelNames:
