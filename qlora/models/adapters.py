@@ -78,20 +78,33 @@ def add_lora(
     )
     try:
         adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
-    except ValueError as error:
-        if "target_modules" not in str(error):
-            raise
-        raise ConfigError(f"lora.target_modules={config.target_modules}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"lora.target_modules={config.target_modules}: PEFT cannot adapt this {model.config.model_type} so "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
+            "lora=all-linear"
+        ) from error
     if config.init is LoraInit.loftq:
         correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
     elif config.init is LoraInit.eva:
-        initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
+        _start_from_data(adapted, batches)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
     if config.dtype is LoraDtype.bf16:
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.bfloat16()
     return adapted
+
+
+def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Lets PEFT draw an adapter from what its layers read (EVA), which it can of [rows, tokens, features] alone."""
+    try:
+        initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.init=eva: PEFT cannot start from what some layers of this {model.config.model_type} read "
+            f"({str(error).strip().splitlines()[0]}); use lora=attention lora.init=eva, or another lora.init"
+        ) from error
 
 
 def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:

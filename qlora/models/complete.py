@@ -39,7 +39,7 @@ def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
             f"{key}: {_tensors(failed)} cannot be made of what its files hold, {_first(failed)}: parts are missing or "
             "of other shapes; download or copy the model again"
         ) from error
-    missing = _missing(model, report["missing_keys"])
+    missing = _missing(model, report["missing_keys"]) + _missing_scales(model)
     misshapen = {name: (stored, needed) for name, stored, needed in report["mismatched_keys"]} | _misshapen(model)
     _check_missing(model, key, missing, report["unexpected_keys"])
     if misshapen:
@@ -76,6 +76,19 @@ def _missing(model: PreTrainedModel, reported: Iterable[str]) -> list[str]:
     """
     buffers = dict(model.named_buffers())
     return [name for name in reported if name not in buffers or buffers[name].unique().numel() == 1]
+
+
+def _missing_scales(model: PreTrainedModel) -> list[str]:
+    """Returns the scales of stored 4-bit weights that are missing though those they scale are quantized themselves.
+
+    bitsandbytes takes the codes of the latter for scales then (0.50).
+    """
+    states = {name: getattr(parameter, "quant_state", None) for name, parameter in model.named_parameters()}
+    return [
+        f"{name}.nested_absmax"
+        for name, state in states.items()
+        if state is not None and not (state.nested or state.absmax.is_floating_point())
+    ]
 
 
 def _misshapen(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.Size]]:

@@ -17,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    __version__,
 )
 
 from qlora.errors import ConfigError, did_you_mean
@@ -162,9 +163,22 @@ def _read(place: str, key: str, config: ModelConfig, placement: Placement, optio
     except ImportError as error:
         raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from error
     except ValueError as error:
-        if "dispatched on the CPU or the disk" not in str(error):
+        if "dispatched on the CPU or the disk" in str(error):
+            raise _too_large(config) from error
+        if isinstance(error, ConfigError):
             raise
-        raise _too_large(config) from error
+        raise _unreadable(key, error) from error
+    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise _unreadable(key, error) from error
+
+
+def _unreadable(key: str, error: Exception) -> ConfigError:
+    """Returns the error for a model that transformers fails on: what its `config.json` says makes no sense, mostly."""
+    lines = str(error).strip().splitlines() or [""]
+    return ConfigError(
+        f"{key}: transformers {__version__} cannot build a model by its config.json ({type(error).__name__}: "
+        f"{lines[0][:200]}); correct config.json, or download or copy the model again"
+    )
 
 
 def _check_finite(model: PreTrainedModel, key: str, spoiled: list[Tensor]) -> None:
@@ -185,7 +199,10 @@ def check_quantization(
     if getattr(model_config, "quantization_config", None) is not None:
         return
     if (bits := bitsandbytes_config(quantization, placement)) is not None:
-        empty = build_empty(model_config, bits, trust_remote_code=config.trust_remote_code)
+        try:
+            empty = build_empty(model_config, bits, trust_remote_code=config.trust_remote_code)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+            raise _unreadable(f"model.name={config.name}", error) from error
         check_is_quantized(empty, quantization, config.name)
 
 
