@@ -269,25 +269,28 @@ class Parts:
         check_vocabulary(self.tokenizer, model, self._embedding_rows)
         loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
 
-    def _check_tokens(self) -> None:
-        """Raises `ConfigError` if a row holds a token that the base has no embedding for; such tokens are warned of."""
+    @cached_property
+    def tokens_without_embedding(self) -> list[str]:
+        """The tokens that the base has no embedding for, which are warned of; no row may hold one."""
         model, rows = self.config.model, self._embedding_rows
         beyond = check_vocabulary(self.tokenizer, model, rows)
         if not beyond:
-            return
+            return []
+        tokens = list(beyond.values())
         for part in (self.data.train, self.data.eval) if self.measures_rows else ():
             if part is not None and (used := _first_used(part, beyond)) is not None:
-                raise refuse_token(self.tokenizer, model, rows, beyond[used], list(beyond.values()))
+                raise refuse_token(self.tokenizer, model, rows, beyond[used], tokens)
         log.warning(
             "the tokenizer has %s tokens and the base embeddings for %s: a text with %s cannot be read (no row here "
             "has it); model.new_tokens gives a token an embedding",
-            *(f"{len(self.tokenizer.get_vocab()):,}", f"{rows:,}", " or ".join(map(repr, list(beyond.values())[:3]))),
+            *(f"{len(self.tokenizer.get_vocab()):,}", f"{rows:,}", " or ".join(map(repr, tokens[:3]))),
         )
+        return tokens
 
     def load_base(self) -> PreTrainedModel:
         """Loads or draws the frozen base."""
         self.check_base()
-        self._check_tokens()
+        _ = self.tokens_without_embedding
         if not self.draws:
             return self._load(None)
         base = loading.draw_base(self.config.model, self.config.quantization, self._drawn_weights())

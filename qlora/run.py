@@ -131,6 +131,7 @@ class Run(Parts):
         self.check_base()
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
+        _ = self.tokens_without_embedding
         before = (read_json(self.folder.manifest) or {}).get("data")
         is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)

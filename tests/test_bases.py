@@ -46,14 +46,14 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
 ) -> None:
     base = write("qwen3_moe", tmp_path / "base", num_experts=2, moe_intermediate_size=16)
     run(tmp_path / "run", base, "quantization.compute_dtype=bf16")
-    share = "33.5 % of the decoder's weights are in bfloat16 (experts, router)"
+    share = "33.8 % of the decoder's weights are in bfloat16 (experts, router)"
     screen = capsys.readouterr().out
     assert f"nf4 + double quantization; {share}\n" in screen
     assert "0.2 M in bfloat16, 0.0 M in nf4" in screen
-    assert "experts (33.0 % of the decoder's weights), router (0.7 %); the router is frozen" in " ".join(screen.split())
+    assert "experts (33.1 % of the decoder's weights), router (0.7 %); the router is frozen" in " ".join(screen.split())
     model = json.loads((tmp_path / "run" / "manifest.json").read_text())["model"]
     assert model["base"] == f"nf4 + double quantization; {share}"
-    assert model["left out"].startswith("experts (33.0 %")
+    assert model["left out"].startswith("experts (33.1 %")
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"frozen in 4-bit NF4 with double quantization, but {share}." in card
 
@@ -86,7 +86,7 @@ def spoiled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["quantization=none"],
         ["quantization=fp32", "lora=none"],
         ["quantization=fp32", "task=evaluate", "adapter=none"],
-        ["quantization=nf4", "task=predict", "adapter=none"],
+        ["quantization=nf4", "task=predict", "adapter=none", "generation.max_new_tokens=4"],
         ["quantization=nf4", "task=chat", "adapter=none"],
     ],
     ids=lambda words: " ".join(words),
@@ -96,7 +96,8 @@ def test_weights_that_are_no_numbers_end_a_run_of_any_task_with_the_first_of_the
 ) -> None:
     assert refusal(tmp_path / "run", spoiled, *overrides) == (
         f"model.name={spoiled}: 2 of the base's weights hold NaN or infinite numbers, first "
-        "model.layers.1.mlp.up_proj.weight, so every loss is NaN; download or copy the model again, or choose another base"
+        "model.layers.1.mlp.up_proj.weight, so every loss is NaN; download or copy the model again, or choose another "
+        "base"
     )
 
 
@@ -142,8 +143,8 @@ def test_a_loss_of_the_base_that_is_no_number_is_not_laid_to_the_training(
     monkeypatch.setattr(Measurer, "measure", break_down)
     message = refusal(tmp_path / "run", llama, "quantization=fp32")
     assert message.startswith(
-        f"model.name={llama}: its loss on the held-out rows is NaN or infinite before anything is trained, first those of "
-        "its module model.layers.1.mlp.act_fn: its weights are finite"
+        f"model.name={llama}: its loss on the held-out rows is NaN or infinite before anything is trained, first those "
+        "of its module model.layers.1.mlp.act_fn: its weights are finite"
     )
     assert not (tmp_path / "run" / "baseline.json").exists()
 
@@ -158,9 +159,9 @@ def test_a_base_that_transformers_cannot_run_is_one_sentence(llama: Path, tmp_pa
 
 @pytest.fixture
 def larger_tokenizer(tmp_path: Path) -> Path:
-    """The embedded tokenizer with two special tokens more than a base of as many rows as it has."""
+    """The embedded tokenizer with two added tokens more than a base of as many rows as it has."""
     tokenizer = load_tokenizer(compose([]).model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|picture|>", "<|call|>"]})
+    tokenizer.add_tokens(["picture", "zyzzyva"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
@@ -171,24 +172,24 @@ def rows(folder: Path, answer: str) -> Path:
     return path
 
 
-def test_a_special_token_without_an_embedding_is_refused_where_rows_hold_it_and_its_hint_works(
+def test_an_added_token_without_an_embedding_is_refused_where_rows_hold_it_and_its_hint_works(
     tmp_path: Path, larger_tokenizer: Path
 ) -> None:
     size = len(load_tokenizer(compose([]).model))
     base = write("llama", tmp_path / "base", vocab_size=size)
-    words = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so <|call|>')}",
+    words = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so zyzzyva')}",
              "data.eval_dataset_size=2"]  # fmt: skip
     message = refusal(tmp_path / "run", base, *words)
     assert message == (
-        f"the rows hold '<|call|>', one of {size + 2:,} tokens of the tokenizer, but the base {base} has embeddings for "
-        f"""{size:,}; train one with 'model.new_tokens=["<|picture|>", "<|call|>"]', or take the token out of the data """
+        f"the rows hold 'zyzzyva', one of {size + 2:,} tokens of the tokenizer, but the base {base} has embeddings for "
+        f"""{size:,}; train one with 'model.new_tokens=["picture", "zyzzyva"]', or take the token out of the data """
         "and its template"
     )
     hint = message.split("'")[3]
     run(tmp_path / "run", base, *words, hint)
 
 
-def test_a_special_token_without_an_embedding_that_no_row_holds_is_said_and_grows_nothing(
+def test_an_added_token_without_an_embedding_that_no_row_holds_is_said_and_grows_nothing(
     tmp_path: Path, larger_tokenizer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = len(load_tokenizer(compose([]).model))

@@ -30,6 +30,7 @@ from qlora.errors import ConfigError, Stopped
 from qlora.replay import replay
 from qlora.run import Run
 from qlora.training.trainer import QLoraTrainer
+from tests.models.bases import write
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,7 @@ CASES = {
                "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
                "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
+PICTURES = ["trainer.max_steps=3", "trainer.num_train_epochs=null", "trainer.eval_steps=null"]
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
 
@@ -106,6 +108,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("together")
+    write("gemma3", folder / "base")
     done = launch(__file__, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
@@ -133,6 +136,13 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
 
 
+def test_two_processes_train_a_base_with_a_tower_for_pictures_that_gets_no_adapter(together: Path) -> None:
+    assert len(losses(together / "pictures")) == 3
+    weights = adapter(together / "pictures")
+    assert len(weights) == 28
+    assert all(".language_model." in name and value.any() for name, value in weights.items())
+
+
 def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
     metrics = json.loads((together / "spoiled" / "metrics.json").read_text())
     assert metrics["train_watchdog_nonfinite"] == metrics["train_watchdog_skipped"] == 1
@@ -144,7 +154,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
 
 def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 6  # all but the packed one
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 7  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -257,6 +267,7 @@ def main(folder: Path) -> None:
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
+    train(folder / "pictures", 2, *PICTURES, f"model.name={folder / 'base'}")
     replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))

@@ -85,7 +85,7 @@ def test_a_stored_4bit_base_must_be_complete_too(llama: Path, tmp_path: Path) ->
         for name, content in whole.items():
             (tmp_path / name).write_bytes(content)
         change(tmp_path, lambda tensors, gone=gone: {name: value for name, value in tensors.items() if name != gone})
-        with pytest.raises(ConfigError, match="missing|cannot be made of what its files hold"):
+        with pytest.raises(ConfigError, match=r"missing|cannot be made of what its files hold"):
             load(tmp_path, "quantization=nf4")
 
 
@@ -100,7 +100,7 @@ def test_both_of_two_tied_matrices_may_not_be_missing(tmp_path: Path) -> None:
     folder = change(write("qwen2", tmp_path), lambda tensors: {
         name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name
     })  # fmt: skip
-    with pytest.raises(ConfigError, match="2 tensors are missing .*model.embed_tokens.weight"):
+    with pytest.raises(ConfigError, match=r"2 tensors are missing .*model.embed_tokens.weight"):
         load(folder, "quantization=fp32")
 
 
@@ -118,7 +118,7 @@ def test_a_buffer_that_training_fills_may_not_be_missing(tmp_path: Path) -> None
     folder = change(write("deepseek_v3", tmp_path), lambda tensors: {
         name: tensor for name, tensor in tensors.items() if "e_score_correction_bias" not in name
     })  # fmt: skip
-    with pytest.raises(ConfigError, match="1 tensor is missing .*e_score_correction_bias"):
+    with pytest.raises(ConfigError, match=r"1 tensor is missing .*e_score_correction_bias"):
         load(folder, "quantization=fp32")
 
 

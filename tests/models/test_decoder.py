@@ -156,8 +156,9 @@ def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
     shape = loading.load_model_config(config.model)
     with pytest.raises(ConfigError) as error:
         loading.check_quantization(config.model, config.quantization, shape, placement=placement)
+    name = re.escape(str(folders[kind]))
     assert re.fullmatch(
-        rf"quantization.bits={config.quantization.bits}: of model.name={re.escape(str(folders[kind]))} \d\d.\d % of the "
+        rf"quantization.bits={config.quantization.bits}: of model.name={name} \d\d.\d % of the "
         r"decoder's weights are in \w+ \(experts, router\), because bitsandbytes quantizes linear layers alone; use "
         r"quantization=none \(16 bits\), or a base without such weights",
         str(error.value),
