@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -53,9 +55,11 @@ from qlora.models.fingerprint import (
 )
 from qlora.models.shard import shard_base
 from qlora.models.tokenizer import (
+    check_vocabulary,
     load_saved_tokenizer,
     load_tokenizer,
     pad_token_id,
+    refuse_token,
     repair_special_tokens,
 )
 from qlora.optimization import OPTIMIZERS
@@ -141,7 +145,17 @@ class Parts:
     @cached_property
     def pad_token_id(self) -> int:
         """The id that fills up batches."""
-        return pad_token_id(self.tokenizer)
+        return pad_token_id(self.tokenizer, self._embedding_rows)
+
+    @property
+    def _embedding_rows(self) -> int:
+        """How many tokens the base has embeddings for, as its config says."""
+        return int(self.model_config.get_text_config().vocab_size)
+
+    @cached_property
+    def new_token_ids(self) -> list[int]:
+        """The ids of `model.new_tokens`."""
+        return [int(number) for number in self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)]
 
     @cached_property
     def collate(self) -> Collator:
@@ -268,8 +282,34 @@ class Parts:
             device=self.placement.device,
         )
 
+    def check_trainable(self) -> None:
+        """Raises `ConfigError`, before rows or weights are read, for a base that the config's choices do not fit."""
+        model, quantization = self.config.model, self.config.quantization
+        check_vocabulary(self.tokenizer, model, self._embedding_rows)
+        loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
+
+    @cached_property
+    def tokens_without_embedding(self) -> list[str]:
+        """The tokens that the base has no embedding for, which are warned of; no row may hold one."""
+        model, rows = self.config.model, self._embedding_rows
+        beyond = check_vocabulary(self.tokenizer, model, rows)
+        if not beyond:
+            return []
+        tokens = list(beyond.values())
+        for part in (self.data.train, self.data.eval) if self.measures_rows else ():
+            if part is not None and (used := _first_used(part, beyond)) is not None:
+                raise refuse_token(self.tokenizer, model, rows, beyond[used], tokens)
+        log.warning(
+            "the tokenizer has %s tokens and the base embeddings for %s: a text with %s cannot be read (no row here "
+            "has it); model.new_tokens gives a token an embedding",
+            *(f"{len(self.tokenizer.get_vocab()):,}", f"{rows:,}", " or ".join(map(repr, tokens[:3]))),
+        )
+        return tokens
+
     def load_base(self) -> PreTrainedModel:
         """Loads or draws the frozen base."""
+        self.check_trainable()
+        _ = self.tokens_without_embedding
         if not self.draws:
             return self._load(None)
         weights = self._drawn_weights()
@@ -283,6 +323,7 @@ class Parts:
             placement=replace(self.placement, device=self._base_device),
             model_config=self.model_config,
             folder=folder,
+            tried=not self.is_sharded,
         )
         return self._fit_to_tokens(base)
 
@@ -292,7 +333,7 @@ class Parts:
         return torch.device("cpu") if self.is_sharded else self.placement.device
 
     def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
-        loading.resize_embeddings(base, self.tokenizer)
+        loading.resize_embeddings(base, self.new_token_ids)
         loading.add_end_token(base, self.end_id)
         return base
 
@@ -325,9 +366,8 @@ class Parts:
         if not self.config.lora.enabled:
             base.requires_grad_(True)
             return base
-        new_tokens = self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)
         model = adapters.add_lora(
-            self.config.lora, base, tensors=self._tensors, new_token_ids=new_tokens, batches=self._batches()
+            self.config.lora, base, tensors=self._tensors, new_token_ids=self.new_token_ids, batches=self._batches()
         )
         if self.config.lora.init in adapters.REWRITES_BASE and world.is_first():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
@@ -610,3 +650,14 @@ class Parts:
         from qlora.training.pruning import PruningCallback
 
         return [PruningCallback(TrialLink.from_text(link))]
+
+
+def _first_used(rows: Dataset, ids: Collection[int]) -> int | None:
+    """Returns the first token of `rows` that is one of `ids`; None: they hold none of them."""
+    wanted = pa.array(sorted(ids))
+    for batch in rows.select_columns("input_ids").with_format("arrow").iter(10_000):
+        tokens = pc.list_flatten(batch["input_ids"])
+        used = tokens.filter(pc.is_in(tokens, value_set=wanted.cast(tokens.type)))
+        if len(used):
+            return int(used[0].as_py())
+    return None

@@ -39,6 +39,7 @@ from qlora.files import (
 from qlora.folder import config_digest, flatten
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
+from qlora.models.decoder import Decoder, read_decoder
 from qlora.models.determinism import deterministic
 from qlora.models.device import (
     peak_memory_gb,
@@ -52,6 +53,7 @@ from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
     save_tokenizer,
 )
+from qlora.models.trial import explain_nonfinite
 from qlora.parts import Parts
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
@@ -127,8 +129,10 @@ class Run(Parts):
         if self.config.task.train:
             self._check_device()
         preflight(self.config)
+        self.check_trainable()
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
+        _ = self.tokens_without_embedding
         rows = (read_json(self.folder.manifest) or {}).get("data")
         is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
@@ -183,7 +187,10 @@ class Run(Parts):
         with self._tracking(compose.config_to_dict(self.config)) as (tracker, summary):
             base = self._baseline(model) if isinstance(model, PeftModel) else Measurement()
             summary |= _prefixed("base_eval_", base.metrics)
-            measured = self._measure(model, answers=self._wanted_answers)
+            if isinstance(model, PeftModel):
+                measured = self._measure(model, answers=self._wanted_answers)
+            else:
+                measured = self._measure_base(model)
             summary |= _prefixed("eval_", measured.metrics)
             tracker.log(_prefixed("eval/", measured.metrics), step=0)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=0)
@@ -383,9 +390,19 @@ class Run(Parts):
         console.say(f"measuring the untuned base{rows}")
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
         with contextlib.nullcontext() if part_of_base else adapters.adapter_off(model):
-            measured = self._measure(model, answers=self._wanted_answers)
+            measured = self._measure_base(model)
         if training and world.is_first():
             write_json(path, measured.to_dict())
+        return measured
+
+    def _measure_base(self, model: PreTrainedModel) -> Measurement:
+        """Measures a model without an adapter; raises `ConfigError` if its loss is NaN or infinite."""
+        measured = self._measure(model, answers=self._wanted_answers)
+        if not math.isfinite(measured.metrics.get("loss", 0.0)):
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            forward = partial(self.measurer.measure, model, answers=0)
+            key, what = f"model.name={self.config.model.name}", "its loss on the held-out rows is"
+            raise self._in_first(lambda: explain_nonfinite(base, key, self.placement, forward, what))
         return measured
 
     def _find_checkpoint(self, plain: dict[str, Any]) -> Path | None:
@@ -486,6 +503,7 @@ class Run(Parts):
         return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
+    _unquantized: str | None = None
 
     def _peak_memory_gb(self) -> float:
         return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
@@ -582,9 +600,15 @@ class Run(Parts):
         base = f"{quantization.quant_type.value}" + (" + double quantization" if quantization.double_quant else "")
         micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         count = adapters.count_parameters(model)
+        decoder = read_decoder(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._unquantized = decoder.describe_unquantized() if quantization.bits in (4, 8) else None
+        bits = base if quantization.bits == 4 else f"{quantization.bits} bit"
+        stored = sorted(count.by_dtype.items(), key=lambda item: -item[1])
         facts = {
-            "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters",
-            "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
+            "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters"
+            + (f", {decoder.beside / 1e6:,.1f} M of them not for text" if decoder.beside else ""),
+            "base": f"{bits}; {self._unquantized}" if self._unquantized else bits,
+            "weights": ", ".join(f"{number / 1e6:,.1f} M in {dtype}" for dtype, number in stored),
             "device": str(self.placement),
             "folder": str(self.folder.path),
         }
@@ -607,12 +631,19 @@ class Run(Parts):
                 **({"template": report.template} if report.template else {}),
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
+                **({"left out": left_out} if (left_out := self._left_out(decoder)) else {}),
                 "batch": f"{micro} x {steps} accumulated x {processes} process{'es' if processes > 1 else ''} "
                 f"= {self.rows_a_step} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }
         return facts
+
+    def _left_out(self, decoder: Decoder) -> str | None:
+        """Says what `lora.target_modules=all-linear` has no adapter for; None: it has one for all, or is not set."""
+        lora = self.config.lora
+        is_all = lora.enabled and lora.target_modules == ["all-linear"]
+        return decoder.describe_unadapted() if is_all else None
 
     def _store(self, task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
         """Writes the result of a task that has no objective, and returns it."""
@@ -668,6 +699,7 @@ class Run(Parts):
                         base_model=self.config.model.name,
                         command=command,
                         compute_dtype=str(self.placement.compute).removeprefix("torch."),
+                        unquantized=self._unquantized,
                         example_prompt=self.measurer.rows[0]["prompt"],
                     )
             paths["card"] = str(card)

@@ -27,9 +27,12 @@ import qlora.training.trainer
 from qlora import world
 from qlora.compose import compose
 from qlora.errors import ConfigError, Stopped
+from qlora.folder import RunFolder
+from qlora.models.fingerprint import read_run_base
 from qlora.replay import replay
 from qlora.run import Run
 from qlora.training.trainer import QLoraTrainer
+from tests.models.bases import write
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +55,7 @@ CASES = {
                "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
 DRAWN = ["model.weights=random", "trainer.num_train_epochs=null", "trainer.max_steps=3", "trainer.eval_steps=null"]
+PICTURES = ["trainer.max_steps=3", "trainer.num_train_epochs=null", "trainer.eval_steps=null"]
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
 
@@ -107,6 +111,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("together")
+    write("gemma3", folder / "base")
     done = launch(__file__, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
@@ -139,7 +144,14 @@ def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Pa
     one, two = losses(alone / "drawn"), losses(together / "drawn")
     assert len(one) == 3
     assert two == pytest.approx(one, rel=2e-5)
-    assert (together / "drawn" / "drawn.json").read_text() == (alone / "drawn" / "drawn.json").read_text()
+    assert read_run_base(RunFolder(together / "drawn")) == read_run_base(RunFolder(alone / "drawn"))
+
+
+def test_two_processes_train_a_base_with_a_tower_for_pictures_that_gets_no_adapter(together: Path) -> None:
+    assert len(losses(together / "pictures")) == 3
+    weights = adapter(together / "pictures")
+    assert len(weights) == 28
+    assert all(".language_model." in name and value.any() for name, value in weights.items())
 
 
 def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
@@ -290,6 +302,7 @@ def main(folder: Path) -> None:
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
     train(folder / "drawn", 2, *DRAWN, "trainer.parallel=fsdp", "trainer.fused_linear=true")
+    train(folder / "pictures", 2, *PICTURES, f"model.name={folder / 'base'}")
     replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))

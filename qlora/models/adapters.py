@@ -18,8 +18,9 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import Linear4bit, LoraModel
-from peft.tuners.tuners_utils import cast_adapter_dtype
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_folder
 from qlora.models.checkpoint import Tensors
+from qlora.models.decoder import ROUTER, linear_modules, read_decoder
 from qlora.models.files import check_safetensors
 from qlora.models.fingerprint import Base, write_base
 from qlora.models.tokenizer import save_tokenizer
@@ -48,6 +50,7 @@ class ParameterCount:
     total: int
     base: int
     by_dtype: dict[str, int]
+    """Those of the base, by what they are stored in: `nf4`, `int8`, `bfloat16` ..."""
 
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
@@ -80,14 +83,16 @@ def add_lora(
     )
     try:
         adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
-    except ValueError as error:
-        if "target_modules" not in str(error):
-            raise
-        raise ConfigError(f"lora.target_modules={config.target_modules}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"lora.target_modules={config.target_modules}: PEFT cannot adapt this {model.config.model_type} so "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
+            "lora=all-linear"
+        ) from error
     if config.init is LoraInit.loftq:
         correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
     elif config.init is LoraInit.eva:
-        initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
+        _start_from_data(adapted, batches)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
     if config.bias is not LoraBias.none:
         biases = [pair for pair in _copy_biases(adapted) if pair[0].requires_grad]
@@ -147,6 +152,17 @@ def _set_values(parameters: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> No
         parameter.copy_(value)
 
 
+def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Lets PEFT draw an adapter from what its layers read (EVA), which it can of [rows, tokens, features] alone."""
+    try:
+        initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.init=eva: PEFT cannot start from what some layers of this {model.config.model_type} read "
+            f"({str(error).strip().splitlines()[0]}); use lora=attention lora.init=eva, or another lora.init"
+        ) from error
+
+
 def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
     """Returns the rows of new tokens by matrix: of the embedding and, where it is a matrix of its own, the output."""
     if not new_token_ids:
@@ -197,33 +213,69 @@ def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Ten
     return lambda name: tensors.read(name if name in names else name.removeprefix(f"{prefix}."))
 
 
-def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Returns the full names of all linear layers but the output layer, found by class."""
-    output = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
-    ]
+def find_target_modules(wanted: list[str], model: PreTrainedModel) -> list[str]:
+    """Turns `lora.target_modules` into what PEFT takes; each name or pattern must match a linear layer.
 
-
-def find_target_modules(wanted: list[str], model: PreTrainedModel) -> str | list[str]:
-    """Turns `lora.target_modules` into what PEFT takes; each name or pattern must match a linear layer."""
-    names = linear_modules(model)
-    if not names:
-        raise ConfigError(f"lora.target_modules: {model.config.model_type} has no linear layer; use lora=none")
+    Layers that text does not run through are left out, and with `all-linear` those that PEFT cannot adapt, too.
+    """
+    routers = {each.name.removesuffix(".weight") for each in read_decoder(model).matrices if each.kind == ROUTER}
+    names = [name for name in linear_modules(model) if name not in routers]  # its output may be more than a tensor
+    experts = _names_of_experts(names, model)
     if wanted == ["all-linear"]:
-        return "all-linear"
-    kinds = sorted({name.rpartition(".")[2] for name in names})
+        chosen = [name for name in names if _last(name) not in experts and _is_called(name, model)]
+        if not chosen:
+            raise ConfigError(f"lora.target_modules: {model.config.model_type} has no linear layer; use lora=none")
+        return chosen
+    kinds = sorted({_last(name) for name in names})
     found: dict[str, list[str]] = {pattern: _matches(pattern, names) for pattern in wanted}
     if missing := [pattern for pattern, matched in found.items() if not matched]:
         raise ConfigError(
             f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; "
             f"the model has {kinds}, or use all-linear"
         )
-    if all(pattern in kinds for pattern in wanted):
-        return wanted
-    return sorted({name for matched in found.values() for name in matched})
+    chosen = sorted({name for matched in found.values() for name in matched})
+    if taken := sorted({_last(name) for name in chosen} & experts):
+        raise ConfigError(
+            f"lora.target_modules {taken}: in {model.config.model_type} PEFT gives these names to the experts, which "
+            f"have no adapters here; choose among {sorted(set(kinds) - experts)}, or use all-linear"
+        )
+    is_plain = all(pattern in kinds for pattern in wanted) and len(chosen) == _count(wanted, model)
+    return wanted if is_plain else chosen
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_called(name: str, model: PreTrainedModel) -> bool:
+    """Returns whether PEFT may adapt a layer: the kernels of Mamba read some weights and do not call their layer."""
+    try:
+        _check_lora_target_modules_mamba(PeftLoraConfig(), model, _last(name))
+    except ValueError:
+        return False
+    return True
+
+
+def _count(kinds: list[str], model: PreTrainedModel) -> int:
+    """Returns how many modules PEFT finds by the last parts of their names."""
+    return sum(_last(name) in kinds for name, _ in model.named_modules())
+
+
+def _names_of_experts(names: list[str], model: PreTrainedModel) -> set[str]:
+    """Returns the last parts of names that PEFT takes for experts that were linear layers once.
+
+    It adapts the tensor of all experts then, without dropout or DoRA, and also when it loads the adapter (peft 0.21).
+    """
+    taken = set()
+    for name in {_last(name) for name in names}:
+        config = PeftLoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one of several that are joined in the experts' tensor
+            taken.add(name)
+        if name not in config.target_modules:
+            taken.add(name)
+    return taken
 
 
 def _matches(pattern: str, names: list[str]) -> list[str]:
@@ -246,9 +298,10 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
             count, dtype = state.shape.numel(), state.quant_type
         else:
             count, dtype = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
-        by_dtype[dtype] += count
         total += count
-        base += 0 if "lora_" in name else count
+        if "lora_" not in name:
+            base += count
+            by_dtype[dtype] += count
         trainable += count if parameter.requires_grad else 0
     return ParameterCount(trainable, total, base, dict(by_dtype))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +17,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from qlora.errors import ConfigError
-from qlora.models.files import check_safetensors, is_local, locate
+from qlora.models.files import INDEX, SINGLE, is_local, locate, weight_files
 from qlora.models.tokenizer import hub_error
 from qlora.schema import ModelConfig
-
-WEIGHTS = "model.safetensors"  # repositories may hold copies under other names
-INDEX = f"{WEIGHTS}.index.json"
 
 
 def fetch_weights(config: ModelConfig) -> list[Path] | None:
@@ -34,7 +29,7 @@ def fetch_weights(config: ModelConfig) -> list[Path] | None:
         return weight_files(Path(place))
     options = {"revision": config.revision or "main", "cache_dir": config.cache_dir}
     try:
-        for name in (WEIGHTS, INDEX):
+        for name in (SINGLE, INDEX):
             if (file := cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)) is not None:
                 if name == INDEX:
                     get_checkpoint_shard_files(place, file, **options)
@@ -42,23 +37,6 @@ def fetch_weights(config: ModelConfig) -> list[Path] | None:
     except (OSError, ValueError) as error:
         raise hub_error("model.name", place, error, gated=config.gated) from error
     return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files of the weights in a model's folder; raises `ConfigError` where one is missing or damaged."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file():
-        names = {WEIGHTS}
-    elif index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        raise ConfigError(f"model.name={folder} has no weights ({WEIGHTS}, or an index of several files)")
-    files = sorted(folder / name for name in names)
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"model.name={folder}: {file.name} is missing, which {index.name} names; copy it again")
-        check_safetensors(file, "model.name")
-    return files
 
 
 def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
