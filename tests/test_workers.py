@@ -16,7 +16,6 @@ from doubling import PARTS, Double
 from qlora.errors import ConfigError
 from qlora.workers import OPEN, do_parts
 
-
 MANY = [(start, start + 10) for start in range(0, 20_000, 10)]
 """More than one process does before it hears of the others."""
 
