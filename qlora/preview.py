@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data import Data, DataReport, column
-from qlora.data.collate import IGNORED
 from qlora.data.packing import efficiency, pack
 from qlora.data.report import data_warnings, describe_unread
+from qlora.data.tokenize import IGNORED
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 from qlora.schema import Config, DataConfig
 

@@ -576,6 +576,8 @@ class DataConfig:
     """Where rows and tokens are kept between runs; unset: `$QLORA_CACHE`, or `~/.cache/qlora`."""
     num_proc: int | None = None
     """Processes that tokenize; unset: as many as pay for the number of rows and cores."""
+    max_row_bytes: str = "64MB"
+    """A row with more bytes, in its file or once it is read, stops the run; a size such as `64MB` or `1.5GiB`."""
 
     def __post_init__(self) -> None:
         for name in ("source_max_len", "target_max_len", "max_length", "pack_length", "num_proc"):
@@ -584,6 +586,8 @@ class DataConfig:
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", "be positive or null", value)
+        require((parse_size(self.max_row_bytes) or 0) > 0, "data.max_row_bytes", "be a size such as 64MB",
+                self.max_row_bytes)  # fmt: skip
         size = self.eval_dataset_size
         require(size > 0 and (size < 1 or size == int(size)), "data.eval_dataset_size",
                 "be a number of rows, or a share between 0 and 1", size)  # fmt: skip

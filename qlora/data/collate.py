@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label that PyTorch's cross entropy leaves out."""
+from qlora.data.tokenize import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -25,6 +24,7 @@ from qlora.data.rows import Row, TrackedRow, take_rows
 from qlora.data.tokenize import Encoded, Tokenizer
 from qlora.errors import ConfigError
 from qlora.schema import OnEmpty, OnTooLong
+from qlora.workers import Part, Result, do_parts
 
 CHUNK: Final = 1000
 CHUNK_BYTES: Final = 2**18
@@ -135,9 +135,10 @@ def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
         pa.OSFile(str(folder / TOKENS_FILE), "wb") as sink,
         pa.ipc.new_stream(sink, job.schema) as writer,
         console.progress("tokenizing", len(job)) as advance,
+        closing(_chunks(job, processes or _processes(job), folder)) as chunks,
     ):
         waiting: list[pa.RecordBatch] = []
-        for batch, counts in _chunks(job, processes or _processes(job)):
+        for batch, counts in chunks:
             waiting.append(batch)
             if sum(part.nbytes for part in waiting) > BATCH_BYTES:
                 writer.write_batch(pa.concat_batches(waiting))
@@ -173,47 +174,34 @@ def _processes(job: Job) -> int:
     return min(cores, MAX_PROCESSES) if len(job) * job.row_bytes > PARALLEL_BYTES else 1
 
 
-Chunk = tuple[pa.RecordBatch, Counter[str]]
-
-
-def _chunks(job: Job, processes: int) -> Iterator[Chunk]:
+def _chunks(job: Job, processes: int, folder: Path) -> Generator[Result, None, None]:
     size = min(max(int(CHUNK_BYTES / max(job.row_bytes, 1)), 1), CHUNK)
     parts = [(start, min(start + size, len(job))) for start in range(0, len(job), size)]
-    # Only a forked process shares the memory-mapped rows and the user's own format as they are.
-    if processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        for part in parts:
-            yield _encode_chunk(job, *part)
-        return
-    with multiprocessing.get_context("fork").Pool(processes, _adopt, (job,)) as pool:
-        yield from pool.imap(_encode_adopted, parts)
+    encoder = _Encoder(job)
+    # Rows that lie in memory would lie in that of every process.
+    if processes > 1 and len(parts) > 1 and job.rows.cache_files:
+        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.shown)
+    else:
+        yield from map(encoder, parts)
 
 
-class _Worker:
-    """The job of this process, and how many chunks it encoded."""
+class _Encoder:
+    """Encodes the chunks of a job in one process."""
 
-    job: Job
-    mapped: bytes | None
-    """The rows pickled, which is the paths of their files; None: they lie in memory."""
-    chunks = 0
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.chunks = 0
+        self.mapped = pickle.dumps(job.rows) if job.rows.cache_files else None
+        """The rows pickled, which is the paths of their files; None: they lie in memory."""
 
-
-def _adopt(job: Job) -> None:
-    """Prepares a process: one thread each, for the processes already fill the cores."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # the objects of the libraries are not looked through, and their memory stays shared
-    pa.set_cpu_count(1)
-    _Worker.job = job
-    _Worker.mapped = pickle.dumps(job.rows) if job.rows.cache_files else None
+    def __call__(self, part: Part) -> Result:
+        self.chunks += 1
+        if self.mapped and self.chunks % REOPEN == 0:
+            self.job = replace(self.job, rows=pickle.loads(self.mapped))
+        return _encode_chunk(self.job, *part)
 
 
-def _encode_adopted(part: tuple[int, int]) -> Chunk:
-    if _Worker.mapped and _Worker.chunks % REOPEN == 0:
-        _Worker.job = replace(_Worker.job, rows=pickle.loads(_Worker.mapped))
-    _Worker.chunks += 1
-    return _encode_chunk(_Worker.job, *part)
-
-
-def _encode_chunk(job: Job, start: int, stop: int) -> Chunk:
+def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
     rows = take_rows(job.rows, slice(start, stop) if job.order is None else indices)
     counts = Counter(rows=len(rows))

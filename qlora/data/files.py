@@ -17,6 +17,7 @@ from datasets.table import MemoryMappedTable
 
 from qlora.data.cache import Cache
 from qlora.data.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
+from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.data.writer import RowWriter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 
@@ -53,18 +54,18 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def load_files(path: str, *, cache: Cache, key: str) -> Stored:
+def load_files(path: str, *, cache: Cache, key: str, max_row_bytes: int = MAX_ROW_BYTES) -> Stored:
     """Returns the rows of a file, folder or glob, which are parsed only if the cache lacks this content."""
     shown = f"{key}={path}"
     files = find_files(path, shown)
     names = _names(files, path, shown)
-    entry_key = _content_key(files, names)
+    entry_key = _content_key(files, names, max_row_bytes)
     before = [_state(file) for file in files]
 
     def write(folder: Path) -> None:
         chunks = ((chunk, name) for file, name in zip(files, names, strict=True)
-                  for chunk in read_chunks(file, shown=name))  # fmt: skip
-        write_rows(chunks, folder, shown)
+                  for chunk in read_chunks(file, shown=name, most=max_row_bytes))  # fmt: skip
+        write_rows(chunks, folder, shown, most=max_row_bytes)
         for file, name, state in zip(files, names, before, strict=True):
             if _state(file) != state:
                 raise ConfigError(f"{name}: changed while it was read; run again when it is finished")
@@ -105,9 +106,9 @@ def find_files(path: str, shown: str) -> list[Path]:
     return [location]
 
 
-def write_rows(chunks: Iterable[tuple[Chunk, str]], folder: Path, shown: str) -> None:
+def write_rows(chunks: Iterable[tuple[Chunk, str]], folder: Path, shown: str, *, most: int) -> None:
     """Writes chunks, each with the beginning of its errors, to `folder` in the layout of a cache entry."""
-    writer = RowWriter(folder)
+    writer = RowWriter(folder, most)
     try:
         for chunk, name in chunks:
             writer.add(chunk, shown=name)
@@ -149,8 +150,8 @@ def _names(files: list[Path], path: str, shown: str) -> list[str]:
     return [f"{shown}, file {file}" for file in files]
 
 
-def _content_key(files: list[Path], names: list[str]) -> str:
-    digest = hashlib.sha256(f"rows {FORMAT_VERSION}".encode())
+def _content_key(files: list[Path], names: list[str], max_row_bytes: int) -> str:
+    digest = hashlib.sha256(f"rows {FORMAT_VERSION} {max_row_bytes}".encode())
     for file, name in zip(files, names, strict=True):
         try:
             digest.update(f" {kind_of(file)} {file.suffix.lower() == '.gz'} {file_digest(file)}".encode())

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
+from qlora.data.row_size import check_text, too_long
 from qlora.errors import ConfigError
 
 Row = dict[str, Any]
@@ -39,10 +40,13 @@ _scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _decoder).scan_once
 """Parses one value at a position; `parse` does the same in twice the time for a short row."""
 
 
-def read_lines(file: IO[bytes], shown: str, *, size: int) -> Iterator[tuple[list[int], list[Row]]]:
-    """Yields line numbers and the objects that stand on them, for about `size` bytes at a time."""
+def read_lines(file: IO[bytes], shown: str, *, size: int, most: int) -> Iterator[tuple[list[int], list[Row]]]:
+    """Yields line numbers and the objects that stand on them, for about `size` bytes at a time.
+
+    No line may have more than `most` bytes.
+    """
     number = 0
-    for text in _whole_lines(file, size):
+    for text in _whole_lines(file, shown, size, most):
         rows, numbers = [], []
         # str.splitlines would also split at characters like U+2028, which JSON strings may hold.
         for line in text.split("\n"):
@@ -50,6 +54,7 @@ def read_lines(file: IO[bytes], shown: str, *, size: int) -> Iterator[tuple[list
             line = line.strip(BLANKS)
             if not line:
                 continue
+            check_text(line, most, f"{shown}, line {number}")
             try:
                 row, end = _scan(line, 0)
             except DoubledKey as error:
@@ -68,15 +73,18 @@ def read_lines(file: IO[bytes], shown: str, *, size: int) -> Iterator[tuple[list
         yield numbers, rows
 
 
-def read_array(file: IO[str], shown: str, *, size: int) -> Iterator[tuple[int, list[Row]]]:
-    """Yields objects of the array, with the number of the first (from 0), for about `size` characters at a time."""
+def read_array(file: IO[str], shown: str, *, size: int, most: int) -> Iterator[tuple[int, list[Row]]]:
+    """Yields objects of the array, with the number of the first (from 0), for about `size` characters at a time.
+
+    No object may have more than `most` bytes.
+    """
     window = _Window(file, shown, size)
     rows: list[Row] = []
     start = count = yielded = 0
     window.advance()
     is_open = window.peek() != "]"
     while is_open:
-        row = window.value()
+        row = window.value(most, f"{shown}: element {count} of the array")
         if type(row) is not dict:
             raise ConfigError(f"{shown}: element {count} of the array is {_kind(row)}; each must be an object")
         rows.append(row)
@@ -122,11 +130,11 @@ class _Window:
     def advance(self) -> None:
         self.position += 1
 
-    def value(self) -> Any:
+    def value(self, most: int, name: str) -> Any:
+        """Returns the value that begins here, which errors call `name` where it has more than `most` bytes."""
         while True:
             try:
-                value, self.position = _scan(self.text, self.position)
-                return value
+                value, end = _scan(self.text, self.position)
             except StopIteration as error:
                 message, position = "Expecting value", error.value
             except json.JSONDecodeError as error:
@@ -135,7 +143,13 @@ class _Window:
                 raise ConfigError(f"{self.shown}, line {self.line_of(self.position)}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise self.error(_said(error), self.position) from None
+            else:
+                check_text(self.text[self.position : end], most, name)
+                self.position = end
+                return value
             is_cut = message.startswith("Unterminated string") or position >= len(self.text) - NEAR_END
+            if is_cut and len(self.text) - self.position > most:
+                raise too_long(name, most)
             if not is_cut or not self.more():
                 raise self.error(message, position)
 
@@ -166,16 +180,22 @@ def _end_of_blanks(text: str, position: int) -> int:
     return match.end()
 
 
-def _whole_lines(file: IO[bytes], size: int) -> Iterator[str]:
+def _whole_lines(file: IO[bytes], shown: str, size: int, most: int) -> Iterator[str]:
     """Yields text that ends with a line, without its newline."""
     waiting = [file.read(size).removeprefix(b"\xef\xbb\xbf")]
+    lines, unfinished = waiting[0].count(b"\n"), len(waiting[0]) - waiting[0].rfind(b"\n") - 1
     while block := file.read(size):
         cut = block.rfind(b"\n")
+        lines += block.count(b"\n")
         if cut < 0:
             waiting.append(block)
+            unfinished += len(block)
+            if unfinished > most:
+                raise too_long(f"{shown}, line {lines + 1}", most)
             continue
         yield str(b"".join([*waiting, block[:cut]]), "utf-8")
         waiting = [block[cut + 1 :]]
+        unfinished = len(waiting[0])
     yield str(b"".join(waiting), "utf-8")
 
 

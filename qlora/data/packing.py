@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from datasets import Dataset
 
-from qlora.data.collate import IGNORED
 from qlora.data.encode import column
+from qlora.data.tokenize import IGNORED
 from qlora.errors import ConfigError
 
 Pack = np.ndarray
@@ -92,7 +91,7 @@ class _Packs:
             self.is_open[room] = True
 
 
-class PackedRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+class PackedRows:
     """The packs of tokenized rows; each is fetched from the rows' Arrow table when asked for."""
 
     def __init__(self, rows: Dataset, packs: Sequence[Pack]) -> None:

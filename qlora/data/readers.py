@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora.data.json_text import read_array, read_lines
+from qlora.data.row_size import MAX_ROW_BYTES, lines, too_long
 from qlora.errors import ConfigError
 
 CHUNK_SIZE = 2**21
 """Characters of a file that become one chunk."""
-LONGEST_CELL = 2**28
-"""Characters; a longer CSV cell is a quote that was left open."""
+OPEN_QUOTE = ", or a quote before it is opened and never closed"
 PARQUET_ROWS = 4096
 NOT_A_NUMBER = frozenset({"nan", "NaN", "-nan", "-NaN"})
 """How a CSV cell spells a missing value that was turned to text; elsewhere text is text."""
@@ -59,8 +59,10 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_chunks(path: Path, *, shown: str) -> Iterator[Chunk]:
+def read_chunks(path: Path, *, shown: str, most: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
     """Yields the rows of a file; errors begin with `shown`, the key and the path as the user wrote them.
+
+    A row of more than `most` bytes is refused, as far as the form of the file allows before it is in memory.
 
     JSON files of any suffix may hold one array of objects or one object a line. A text file has a row for each
     block between blank lines.
@@ -68,23 +70,23 @@ def read_chunks(path: Path, *, shown: str) -> Iterator[Chunk]:
     kind = kind_of(path)
     with _named_errors(path, shown):
         if kind == "parquet":
-            yield from _parquet(path, shown)
+            yield from _parquet(path, shown, most)
             return
         first = _first_character(path)
         if not first:
             raise ConfigError(f"{shown} is empty")
         if kind == "json" and first == "[":
             with _open_text(path) as file:
-                for start, rows in read_array(file, shown, size=CHUNK_SIZE):
+                for start, rows in read_array(file, shown, size=CHUNK_SIZE, most=most):
                     yield Chunk(rows, "element", range(start, start + len(rows)))
         elif kind == "json":
             with open_binary(path) as file:
-                for numbers, rows in read_lines(file, shown, size=CHUNK_SIZE):
+                for numbers, rows in read_lines(file, shown, size=CHUNK_SIZE, most=most):
                     yield Chunk(rows, "line", numbers)
         elif kind == "text":
-            yield from _paragraphs(path)
+            yield from _paragraphs(path, shown, most)
         else:
-            yield from _delimited(path, "," if kind == "csv" else "\t", shown)
+            yield from _delimited(path, "," if kind == "csv" else "\t", shown, most)
 
 
 @contextmanager
@@ -147,10 +149,10 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _paragraphs(path: Path) -> Iterator[Chunk]:
+def _paragraphs(path: Path, shown: str, most: int) -> Iterator[Chunk]:
     numbers, texts, size = [], [], 0
     with _open_text(path, newline=None) as file:
-        for number, text in _blocks_of_lines(file):
+        for number, text in _blocks_of_lines(file, shown, most):
             numbers.append(number)
             texts.append(text)
             size += len(text)
@@ -160,40 +162,47 @@ def _paragraphs(path: Path) -> Iterator[Chunk]:
     yield Chunk(_table(["text"], [texts]), "line", numbers)
 
 
-def _blocks_of_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
+def _blocks_of_lines(file: IO[str], shown: str, most: int) -> Iterator[tuple[int, str]]:
     """Yields what stands between blank lines, with the number of its first line."""
-    lines: list[str] = []
-    for number, line in enumerate(itertools.chain(file, [""]), 1):
+    block: list[str] = []
+    size = 0
+    whole = lines(file, most, lambda number: too_long(f"{shown}, line {number - len(block)}", most))
+    for number, line in enumerate(itertools.chain(whole, [""]), 1):
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield number - len(lines), "".join(lines).removesuffix("\n")
-            lines = []
+            block.append(line)
+            size += len(line)
+            if size > most:
+                raise too_long(f"{shown}, line {number + 1 - len(block)}", most)
+        elif block:
+            yield number - len(block), "".join(block).removesuffix("\n")
+            block.clear()
+            size = 0
 
 
 def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Table:
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
-def _delimited(path: Path, delimiter: str, shown: str) -> Iterator[Chunk]:
+def _delimited(path: Path, delimiter: str, shown: str, most: int) -> Iterator[Chunk]:
     with _open_text(path, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        with _csv_errors(shown, 1), _long_cells():
+        text = lines(file, most, lambda number: csv.Error("field limit"))
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        with _csv_errors(shown, 1, most), _long_cells(most):
             names = next(cells for cells in reader if cells)
         _check_names(names, f"{shown}, line {reader.line_num}")
         while True:
-            rows, numbers = _next_rows(reader, names, shown)
+            rows, numbers = _next_rows(reader, names, shown, most)
             if not rows:
                 return
             yield Chunk(_table(names, zip(*rows, strict=True)), "line", numbers)
 
 
-def _next_rows(reader: Any, names: list[str], shown: str) -> tuple[list[list[str | None]], list[int]]:
+def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[list[list[str | None]], list[int]]:
     """Takes a chunk's rows out of the csv reader, with the lines they begin at."""
     rows, numbers, size, start = [], [], 0, reader.line_num + 1
-    with _long_cells():
+    with _long_cells(most):
         while size < CHUNK_SIZE:
-            with _csv_errors(shown, start):
+            with _csv_errors(shown, start, most):
                 cells = next(reader, None)
             if cells is None:
                 break
@@ -232,27 +241,29 @@ def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
 
 
 @contextmanager
-def _csv_errors(shown: str, line: int) -> Iterator[None]:
+def _csv_errors(shown: str, line: int, most: int) -> Iterator[None]:
     try:
         yield
     except csv.Error as error:
         reason = str(error)
-        if "unexpected end" in reason or "field limit" in reason:
+        if "field limit" in reason:
+            raise too_long(f"{shown}, line {line}", most, OPEN_QUOTE) from None
+        if "unexpected end" in reason:
             reason = "a quote is opened and never closed"
         raise ConfigError(f"{shown}, line {line}: broken row ({reason})") from None
 
 
 @contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lifts the limit of 131,072 characters a cell, which the csv module keeps for the whole process."""
-    before = csv.field_size_limit(LONGEST_CELL)
+def _long_cells(most: int) -> Iterator[None]:
+    """Sets the limit of characters a cell, which the csv module keeps for the whole process: it is 131,072."""
+    before = csv.field_size_limit(most)
     try:
         yield
     finally:
         csv.field_size_limit(before)
 
 
-def _parquet(path: Path, shown: str) -> Iterator[Chunk]:
+def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
     with _seekable(path) as source:
         if not source.read(1):
             raise ConfigError(f"{shown} is empty")
@@ -262,6 +273,7 @@ def _parquet(path: Path, shown: str) -> Iterator[Chunk]:
             _check_names(file.schema_arrow.names, shown)
             for field in file.schema_arrow:
                 _check_keys(field.type, field.name, shown)
+            _check_groups(file.metadata, most, shown)
             start = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 batch.validate(full=True)
@@ -270,6 +282,18 @@ def _parquet(path: Path, shown: str) -> Iterator[Chunk]:
         except (pa.ArrowException, OSError) as error:
             reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
             raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
+
+
+def _check_groups(metadata: pq.FileMetaData, most: int, shown: str) -> None:
+    """Refuses a group of rows that is so large that one of them must be too long, before any of it is read."""
+    start = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        # A value may stand there four times: in a page, as its smallest and largest, and in a dictionary.
+        if group.total_byte_size > 4 * most * group.num_rows:
+            rows = f"row {start}" if group.num_rows == 1 else f"one of the rows {start} to {start + group.num_rows - 1}"
+            raise too_long(f"{shown}, {rows}", most)
+        start += group.num_rows
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
 from qlora.errors import ConfigError, did_you_mean
 from qlora.schema import DataConfig, MixConfig
+from qlora.wording import parse_size
 
 SAMPLE = 20
 """Rows that are looked at to recognise a format."""
@@ -81,6 +82,7 @@ class RowSet:
             revision=fields.revision,
             data_files=fields.data_files,
             limit=limit,
+            max_row_bytes=parse_size(self.config.max_row_bytes) or 0,
             columns=fields.columns,
             key=self.part.path_key,
             columns_key=f"{self.part.key}.columns",

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
 from qlora.data.readers import Chunk
+from qlora.data.row_size import MAX_ROW_BYTES, check_table
 from qlora.data.rows import list_names
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
@@ -46,6 +47,7 @@ def load_rows(
     revision: str | None = None,
     data_files: str | None = None,
     limit: int | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
     columns: Mapping[str, str] | None = None,
     key: str = "data.path",
     columns_key: str = "data.columns",
@@ -54,20 +56,22 @@ def load_rows(
 
     `subset`, `split` (the first that exists, where several are named) and `data_files` select within a hub data
     set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
-    endless iterable needs one, for without it this call never returns. `columns` maps names to the columns that
-    shall bear them. The rows' `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
+    endless iterable needs one, for without it this call never returns. No row may be longer than `max_row_bytes`.
+    `columns` maps names to the columns that shall bear them. The rows'
+    `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
     `key` or `columns_key`.
     """
     if FUNCTION_PATH.fullmatch(path):
-        stored = _from_function(path, limit, cache, key)
+        stored = _from_function(path, limit, cache, key, max_row_bytes)
     elif is_file_path(path) and is_saved(Path(path).expanduser()):
         stored = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
     elif is_file_path(path):
-        stored = load_files(path, cache=cache, key=key)
+        stored = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
     else:
         failure = f"{key}={path}: no such file, and not to be had"
         remedy = "or name a local file: data=local data.path=FILE"
         stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
+    check_table(stored.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
     if not len(stored.rows):
         raise ConfigError(f"{key}={path}: no rows in it")
     if stored.repeated_ids:
@@ -87,11 +91,11 @@ def no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _from_function(path: str, limit: int | None, cache: Cache, key: str) -> Stored:
+def _from_function(path: str, limit: int | None, cache: Cache, key: str, max_row_bytes: int) -> Stored:
     shown = f"{key}={path}"
     rows = iter(islice(_call(path, key), limit))
     with cache.temporary() as folder:
-        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown)
+        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown, most=max_row_bytes)
         return open_rows(folder, file_digest(folder / ROWS))
 
 

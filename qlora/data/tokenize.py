@@ -11,12 +11,14 @@ from typing import NamedTuple
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora.data.chat import ChatWriter, Written
-from qlora.data.collate import IGNORED
 from qlora.data.conversations import Conversation, Message
 from qlora.data.formats import Example, Segment
 from qlora.data.templates import Template
 from qlora.errors import ConfigError
 from qlora.schema import DataConfig, OnTooLong, TrainOn
+
+IGNORED = -100
+"""The label that PyTorch's cross entropy leaves out."""
 
 
 class Turn(NamedTuple):

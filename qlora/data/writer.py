@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import Features, Json, Value
 
 from qlora.data.readers import Chunk
+from qlora.data.row_size import MAX_ROW_BYTES, check_table
 from qlora.data.rows import list_names
 from qlora.errors import ConfigError
 
@@ -33,10 +34,10 @@ LONG_NUMBER = r"\d{19}"
 
 
 class RowWriter:
-    """Writes chunks of rows to `folder`; errors begin with the chunk's `shown`."""
+    """Writes chunks of rows to `folder`, none of more than `most` bytes; errors begin with the chunk's `shown`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, most: int = MAX_ROW_BYTES) -> None:
+        self.folder, self.most = folder, most
         self.count = 0
         self.ids = IdCounter()
         self._types: dict[str, pa.DataType] = {}
@@ -49,6 +50,7 @@ class RowWriter:
         if not count:
             return
         columns = self._columns(chunk, shown)
+        check_table(pa.table(columns), self.most, lambda index: f"{shown}, {chunk.place(index)}")
         if not columns and not self._types:
             raise ConfigError(f"{shown}, {chunk.place(0)}: has no columns")
         before = self._schema() if self._part is not None else None

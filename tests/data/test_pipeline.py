@@ -308,6 +308,34 @@ def test_an_error_in_one_of_several_processes_names_the_row(tokenizer, make_conf
         build_data(make_config(rows, num_proc=2, format="input-output"), tokenizer)
 
 
+FORMAT = """
+import os, pathlib, time
+def render(row):
+    pathlib.Path(os.environ["NOTES"], f"pid-{os.getpid()}").touch()
+    time.sleep(0.0002)
+    return {"input": row["q"], "output": row["a"]}
+"""
+
+
+def test_a_format_of_the_users_own_gives_the_same_tokens_in_several_processes(
+    tokenizer, make_config, tmp_path, monkeypatch
+):
+    (tmp_path / "my_format.py").write_text(FORMAT)
+    (tmp_path / "notes").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    rows = [{"q": f"q{i}", "a": f"a{i}" * (i % 7)} for i in range(30_000)]
+    one, two = (
+        build_data(
+            make_config(rows, num_proc=n, format="my_format:render", cache_dir=str(tmp_path / str(n))), tokenizer
+        )
+        for n in (1, 2)
+    )
+    assert one.report == two.report
+    assert one.train[:]["input_ids"] == two.train[:]["input_ids"]
+    assert len(list(tmp_path.glob("notes/pid-*"))) == 2
+
+
 # Several sets
 
 
