@@ -26,8 +26,8 @@ FORMAT_NAMES = (
 )
 # The chat templates of `data/templates/`, by name; `auto` is the tokenizer's own.
 TEMPLATE_NAMES = (
-    *("auto", "alpaca", "chatml", "gemma", "guanaco", "llama-2", "llama-3", "mistral", "phi-3", "plain", "qwen"),
-    *("vicuna", "zephyr"),
+    *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
+    *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
 )
 FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The user's own function, as `module:function`."""

@@ -69,6 +69,10 @@ class Counts:
     """Examples dropped because no token of them would be trained."""
     too_long: int = 0
     """Examples dropped by `on_too_long=drop`."""
+    lost_thoughts: int = 0
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +212,8 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Chunk:
         elif not encoded.trained:
             counts["untrained"] += 1
         else:
+            counts["lost_thoughts"] += encoded.lost_thoughts
+            counts["lost_messages"] += encoded.lost_messages
             kept.append(encoded)
             rows_kept.append(index)
             tasks_kept.append(task)
@@ -256,7 +262,11 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
         turns = [encoded.turns[-1] for encoded in kept]
-        cells["prompt_ids"] = _lists([row[: turn.start] for row, turn in zip(ids, turns, strict=True)])
+        prompts = [
+            row[: turn.start] if turn.asked is None else np.asarray(turn.asked, dtype=np.int32)
+            for row, turn in zip(ids, turns, strict=True)
+        ]
+        cells["prompt_ids"] = _lists(prompts)
         cells["prompt"] = [turn.prompt for turn in turns]
         cells["reference"] = [turn.reference for turn in turns]
         cells[TASK_COLUMN] = tasks

@@ -15,6 +15,7 @@ from datasets import Dataset
 from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
 from qlora.data.sets import RowSet
+from qlora.data.templates import suggest_template, suggest_thoughts
 from qlora.schema import DataConfig
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class DataReport:
     """Rows dropped because nothing in them is trained."""
     too_long_rows: int
     """Rows dropped by `data.on_too_long=drop`."""
+    lost_thoughts: int
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int
+    """Messages of system, user or tool that it leaves out."""
     held_out_in_training: int
     """Held-out rows that are equal, token for token, to a row that is trained on."""
     packs: int | None
@@ -93,6 +98,8 @@ def build_report(
         left_out_rows=sum(part.left_out for part in counts),
         dropped_rows=sum(part.untrained for part in counts),
         too_long_rows=sum(part.too_long for part in counts),
+        lost_thoughts=sum(part.lost_thoughts for part in counts),
+        lost_messages=sum(part.lost_messages for part in counts),
         held_out_in_training=_count_shared(*digests),
         packs=None if packed is None else len(packed),
         packed_share=packed_share,
@@ -127,4 +134,28 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
             report.name,
             f"{report.held_out_in_training:,}",
             f"{report.eval_rows:,}",
+        )
+
+
+def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
+    """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
+    if part.template is None:
+        return
+    where = f"{part.part.shown}: the chat template ({part.template.name})"
+    if thoughts := sum(item.lost_thoughts for item in counts):
+        log.warning(
+            "%s leaves out the thoughts of %s, so the model learns to answer without them; %s=%s writes them",
+            where,
+            "1 turn" if thoughts == 1 else f"{thoughts:,} turns",
+            part.template_key,
+            suggest_thoughts(part.tokenizer),
+        )
+    if messages := sum(item.lost_messages for item in counts):
+        log.warning(
+            "%s leaves out the text of %s of system, user or tool, so the model learns to answer without it; "
+            "%s=%s writes it",
+            where,
+            "1 message" if messages == 1 else f"{messages:,} messages",
+            part.template_key,
+            suggest_template(part.tokenizer),
         )

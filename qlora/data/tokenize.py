@@ -28,6 +28,8 @@ class Turn(NamedTuple):
     """The text before it."""
     reference: str
     """Its own text, without an end token."""
+    asked: list[int] | None = None
+    """The tokens that a server sends for it; None: those of the row before `start`."""
 
 
 class Encoded(NamedTuple):
@@ -43,6 +45,10 @@ class Encoded(NamedTuple):
     turns: list[Turn]
     cut_source: bool = False
     cut_target: bool = False
+    lost_thoughts: int = 0
+    """Trained turns whose thought the template left out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it left out."""
 
     @property
     def trained(self) -> int:
@@ -107,9 +113,7 @@ class Tokenizer:
 
         What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
         """
-        chat = self.writer.ask(messages)
-        cuts = self._cuts(chat)
-        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+        return self._encode_whole(self.writer.ask(messages))
 
     @cached_property
     def writer(self) -> ChatWriter:
@@ -164,6 +168,10 @@ class Tokenizer:
         batch = self._batch([chat.text for chat in chats], plain=False)
         return [self._label(chat, batch, index) for index, chat in enumerate(chats)]
 
+    def _encode_whole(self, chat: Written) -> list[int]:
+        cuts = self._cuts(chat)
+        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+
     def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
         ids = batch["input_ids"][index]
         borders = sorted({border for span in (*chat.trained, *(turn.span for turn in chat.turns)) for border in span})
@@ -175,11 +183,14 @@ class Tokenizer:
         for start, end in chat.trained:
             labels[at[start] : at[end]] = ids[at[start] : at[end]]
         turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
+        if chat.asked is not None:
+            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=self._encode_whole(chat.asked))
         if chat.turns and not chat.ends:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         turns = turns or [Turn(len(ids), chat.text, "")]
         source = turns[0].start
-        return Encoded(list(ids), labels, source, len(ids) - source, turns)
+        lost = {"lost_thoughts": chat.lost_thoughts, "lost_messages": chat.lost_messages}
+        return Encoded(list(ids), labels, source, len(ids) - source, turns, **lost)
 
     def _cuts(self, chat: Written) -> set[int]:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
@@ -267,7 +278,13 @@ class Tokenizer:
         ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
         labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
         labels[:1] = [IGNORED] * len(labels[:1])
-        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
+        turns = [
+            turn._replace(
+                start=turn.start - gone, asked=turn.asked and [*turn.asked[:first], *turn.asked[first + gone :]]
+            )
+            for turn in row.turns
+            if turn.start - gone <= len(ids)
+        ]
         return row._replace(
             input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
         )
