@@ -129,7 +129,9 @@ class ChatWriter:
     # The form of messages
 
     @cached_property
-    def _form(self) -> MessageForm:
+    def form(self) -> MessageForm:
+        """The form in which the template takes a message."""
+
         def write(messages: list[Message], tools: Any) -> str | None:
             try:
                 return self._render(messages, tools, False)
@@ -149,7 +151,7 @@ class ChatWriter:
                 texts.append(Text(index, piece, self._part(text)))
                 return MARK.format(len(texts) - 1)
 
-            return self._form.shape(message, leaf)
+            return self.form.shape(message, leaf)
 
         return [shape(index, message) for index, message in enumerate(messages)], texts
 
@@ -160,7 +162,7 @@ class ChatWriter:
         def leaf(piece: Piece, text: str) -> str:
             return self._part(text) if piece is Piece.label else next(rest).text
 
-        return [self._form.shape(message, leaf) for message in messages]
+        return [self.form.shape(message, leaf) for message in messages]
 
     # Turns
 
@@ -266,7 +268,7 @@ class ChatWriter:
     @cached_property
     def _sample(self) -> tuple[str, str, str]:
         """What the template writes between a question and an answer, behind a last answer, and as a prompt."""
-        asked, answered = (self._form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER))
+        asked, answered = (self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER))
         parts = MARKS.split(self._apply([asked, answered]))
         prompt = self._apply([asked], prompt=True).rpartition(QUESTION["content"])[2]
         if parts[1::2] != ["0", "1"]:
@@ -280,7 +282,7 @@ class ChatWriter:
     def _followed(self) -> str:
         """What the template writes between an answer and the next question; "" where it cannot."""
         asked, answered, following = (
-            self._form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER, NEXT)
+            self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER, NEXT)
         )
         parts = MARKS.split(self._apply([asked, answered, following]))
         return parts[4] if parts[1::2] == ["0", "1", "2"] else ""
@@ -288,7 +290,7 @@ class ChatWriter:
     @cached_property
     def _borders(self) -> Borders:
         before, behind, prompt = self._sample
-        closed = self._apply([self._form.shape(QUESTION, lambda piece, text: text)]).rpartition(QUESTION["content"])[2]
+        closed = self._apply([self.form.shape(QUESTION, lambda piece, text: text)]).rpartition(QUESTION["content"])[2]
         lead = before.removeprefix(prompt) if prompt == closed and before.startswith(prompt) else None
         borders = Borders(self._special, before if lead is not None or before == prompt else "", behind, lead)
         shared = borders.agree(self._followed, behind)

@@ -139,23 +139,25 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
 
 def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
     """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
-    if part.template is None:
-        return
-    where = f"{part.part.shown}: the chat template ({part.template.name})"
-    if thoughts := sum(item.lost_thoughts for item in counts):
-        log.warning(
-            "%s leaves out the thoughts of %s, so the model learns to answer without them; %s=%s writes them",
-            where,
-            "1 turn" if thoughts == 1 else f"{thoughts:,} turns",
-            part.template_key,
-            suggest_thoughts(part.tokenizer),
-        )
-    if messages := sum(item.lost_messages for item in counts):
-        log.warning(
-            "%s leaves out the text of %s of system, user or tool, so the model learns to answer without it; "
-            "%s=%s writes it",
-            where,
-            "1 message" if messages == 1 else f"{messages:,} messages",
-            part.template_key,
-            suggest_template(part.tokenizer),
-        )
+    losses = (
+        (sum(item.lost_thoughts for item in counts), "the thoughts of", "turn", "", suggest_thoughts),
+        (
+            sum(item.lost_messages for item in counts),
+            "the text of",
+            "message",
+            " of system, user or tool",
+            suggest_template,
+        ),
+    )
+    for count, what, noun, whose, suggest in losses:
+        if count and part.template is not None:
+            log.warning(
+                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without; %s=%s writes all",
+                part.part.shown,
+                part.template.name,
+                what,
+                f"1 {noun}" if count == 1 else f"{count:,} {noun}s",
+                whose,
+                part.template_key,
+                suggest(part.tokenizer),
+            )

@@ -279,7 +279,7 @@ def test_lost_thoughts_are_warned_of_once_with_their_count(processes, base, tmp_
         data = build_data(config, base)
         assert [record.getMessage() for record in caplog.records if "thoughts" in record.getMessage()] == [
             f"data.path={path}: the chat template ({template}) leaves out the thoughts of 12 turns, so the model "
-            "learns to answer without them; data.template=chatml-thoughts writes them"
+            "learns to answer without; data.template=chatml-thoughts writes all"
         ]
         assert data.report.lost_thoughts == 10
 

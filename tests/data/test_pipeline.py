@@ -154,6 +154,8 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "left_out_rows": 0,
         "dropped_rows": 1,
         "too_long_rows": 0,
+        "lost_thoughts": 0,
+        "lost_messages": 0,
         "held_out_in_training": 0,
         "packs": None,
         "packed_share": None,
