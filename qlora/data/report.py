@@ -152,7 +152,8 @@ def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
     for count, what, noun, whose, suggest in losses:
         if count and part.template is not None:
             log.warning(
-                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without; %s=%s writes all",
+                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without it; "
+                "%s=%s writes all of it",
                 part.part.shown,
                 part.template.name,
                 what,

@@ -189,8 +189,8 @@ class Tokenizer:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         turns = turns or [Turn(len(ids), chat.text, "")]
         source = turns[0].start
-        lost = {"lost_thoughts": chat.lost_thoughts, "lost_messages": chat.lost_messages}
-        return Encoded(list(ids), labels, source, len(ids) - source, turns, **lost)
+        row = Encoded(list(ids), labels, source, len(ids) - source, turns)
+        return row._replace(lost_thoughts=chat.lost_thoughts, lost_messages=chat.lost_messages)
 
     def _cuts(self, chat: Written) -> set[int]:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
