@@ -179,9 +179,10 @@ class ChatWriter:
         if not turns:
             return Turns([], None, 0, 0)
         layout = self._layout(marked, texts, turns, tools)
-        prompt = self._apply(messages[: trained[-1]], tools, prompt=True) if trained else ""
+        asked = trained[-1] if trained else turns[-1]
+        prompt = self._apply(messages[:asked], tools, prompt=True)
         fitted = layout.fit(text, texts, self._special)
-        if fitted is None or (trained and not self._follows(text, fitted, layout, trained[-1], prompt)):
+        if fitted is None or not self._follows(text, fitted, layout, asked, prompt):
             fitted = self._by_beginnings(text, messages, local, layout, tools)
         for index in turns:
             self._refuse_lost(fitted.lost[index], messages, index)
@@ -192,9 +193,11 @@ class ChatWriter:
         needed = {TrainOn.assistant: trained, TrainOn.last: trained[-1:], TrainOn.all: []}[self.train_on]
         self._refuse_unclear([index for index in needed if index not in spans], needed)
         counted = lost & {max(lost | spans.keys())} if self.train_on is TrainOn.last and lost else lost
+        if spans and max(spans) != asked:
+            prompt = self._apply(messages[: max(spans)], tools, prompt=True)
         is_text = not spans or self._is_prompt(text, spans[max(spans)].start, prompt)
-        found = [ChatTurn(span, self._reference(text, span)) for span in spans.values()]
-        return Turns(found, None if is_text else prompt, len(counted), layout.lost_messages)
+        written = [ChatTurn(span, self._reference(text, span)) for span in spans.values()]
+        return Turns(written, None if is_text else prompt, len(counted), layout.lost_messages)
 
     def _layout(self, marked: list[Message], texts: list[Text], turns: list[int], tools: Any) -> Layout:
         key = json.dumps([marked, tools], ensure_ascii=False)

@@ -262,10 +262,7 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
         turns = [encoded.turns[-1] for encoded in kept]
-        prompts = [
-            row[: turn.start] if turn.asked is None else np.asarray(turn.asked, dtype=np.int32)
-            for row, turn in zip(ids, turns, strict=True)
-        ]
+        prompts = [np.asarray(job.tokenizer.encode_asked(encoded), dtype=np.int32) for encoded in kept]
         cells["prompt_ids"] = _lists(prompts)
         cells["prompt"] = [turn.prompt for turn in turns]
         cells["reference"] = [turn.reference for turn in turns]

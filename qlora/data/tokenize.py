@@ -28,8 +28,10 @@ class Turn(NamedTuple):
     """The text before it."""
     reference: str
     """Its own text, without an end token."""
-    asked: list[int] | None = None
-    """The tokens that a server sends for it; None: those of the row before `start`."""
+    asked: Written | None = None
+    """What a server sends for it; None: the text before it."""
+    cut: int = 0
+    """Tokens that were cut from the beginning of its prompt."""
 
 
 class Encoded(NamedTuple):
@@ -115,6 +117,15 @@ class Tokenizer:
         """
         return self._encode_whole(self.writer.ask(messages))
 
+    def encode_asked(self, row: Encoded) -> list[int]:
+        """Returns the ids that ask for the last turn of a row, as far as the lengths allow."""
+        turn = row.turns[-1]
+        if turn.asked is None:
+            return row.input_ids[: turn.start]
+        ids = self._encode_whole(turn.asked)
+        first = 1 if self.bos and ids[:1] == self.bos else 0
+        return [*ids[:first], *ids[first + turn.cut :]]
+
     @cached_property
     def writer(self) -> ChatWriter:
         """What writes conversations."""
@@ -184,7 +195,7 @@ class Tokenizer:
             labels[at[start] : at[end]] = ids[at[start] : at[end]]
         turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
         if chat.asked is not None:
-            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=self._encode_whole(chat.asked))
+            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=chat.asked)
         if chat.turns and not chat.ends:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         turns = turns or [Turn(len(ids), chat.text, "")]
@@ -279,11 +290,7 @@ class Tokenizer:
         labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
         labels[:1] = [IGNORED] * len(labels[:1])
         turns = [
-            turn._replace(
-                start=turn.start - gone, asked=turn.asked and [*turn.asked[:first], *turn.asked[first + gone :]]
-            )
-            for turn in row.turns
-            if turn.start - gone <= len(ids)
+            turn._replace(start=turn.start - gone, cut=gone) for turn in row.turns if turn.start - gone <= len(ids)
         ]
         return row._replace(
             input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target

@@ -380,12 +380,22 @@ def test_evaluation_asks_as_a_server_does(base, tmp_path):
 def test_a_prompt_of_its_own_is_cut_as_the_row_is(limit, base):
     opens = HEAD + "{{ m.content }}" + TAIL.replace("assistant\n", "assistant\n<think>\n")
     config = DataConfig(name="toy", path="toy.json", source_max_len=limit, target_max_len=None)
-    whole, cut = (
-        build_tokenizer(settings, base, Template("opens", opens)).encode([chat(user("question" * 4), assistant("b"))])[
-            0
-        ]
-        for settings in (DataConfig(name="toy", path="toy.json", source_max_len=None, target_max_len=None), config)
-    )
+    free = DataConfig(name="toy", path="toy.json", source_max_len=None, target_max_len=None)
+    example = chat(user("question" * 4), assistant("b"))
+    encoders = [build_tokenizer(settings, base, Template("opens", opens)) for settings in (free, config)]
+    whole, cut = (encoder.encode([example])[0] for encoder in encoders)
     gone = len(whole.input_ids) - len(cut.input_ids)
-    assert cut.turns[0].asked == whole.turns[0].asked[gone:]
+    asked = encoders[0].encode_asked(whole)
+    assert encoders[1].encode_asked(cut) == asked[gone:]
+    assert base.decode(asked).endswith("<think>\n")
     assert gone > 0
+
+
+def test_the_last_turn_that_is_trained_is_asked_for_with_its_own_prompt(base):
+    opens = HEAD + "{{ m.content }}" + TAIL.replace("assistant\n", "assistant\n<think>\n")
+    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), base, Template("opens", opens))
+    example = chat(user("a"), assistant("b"), user("c"), assistant("", reasoning="x"))
+    (row,) = encoder.encode([example])
+    assert row.lost_thoughts == 1
+    assert row.turns[-1].prompt == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert row.turns[-1].reference == "b"
