@@ -85,8 +85,9 @@ class ChatWriter:
         Raises `ConfigError` where the template cannot write the conversation, or leaves out an answer or a call.
         """
         # Parted, a token that a message spells is none of the template's own to all that follows.
-        marked, texts = self._mark(conversation.messages)
-        messages = self._fill(conversation.messages, texts)
+        prepared = self.form.prepare(conversation.messages)
+        marked, texts = self._mark(prepared)
+        messages = self._fill(prepared, texts)
         tools = map_texts(conversation.tools, self._part)
         text = self._apply(messages, tools)
         turns, prompt, lost_thoughts, lost_messages = self._turns(text, messages, marked, texts, tools)
@@ -103,7 +104,8 @@ class ChatWriter:
 
     def ask(self, messages: Sequence[Message]) -> Written:
         """Returns the text that a server sends for the next answer; raises `ConfigError` as `write` does."""
-        text = self._apply(self._fill(messages, self._mark(messages)[1]), prompt=True)
+        prepared = self.form.prepare(messages)
+        text = self._apply(self._fill(prepared, self._mark(prepared)[1]), prompt=True)
         return self._join(Written(text, [], [], [], True))
 
     def _apply(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:

@@ -7,9 +7,10 @@ written in each form, and the form is taken whose text holds all that the sample
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -22,8 +23,10 @@ MARKS: Final = re.compile("\ue0a0(\\d+)\ue0a1")
 QUESTION: Final[Message] = {"role": "user", "content": MARK.format(0)}
 ANSWER: Final[Message] = {"role": "assistant", "content": MARK.format(1)}
 NEXT: Final[Message] = {"role": "user", "content": MARK.format(2)}
-CALL_ID: Final = "qloracall"
-"""Nine letters, as Mistral's templates demand of an id."""
+SHORT_ID: Final = "qloracall"
+LONG_ID: Final = "call_of_qlora"
+SHORT: Final = re.compile(r"[0-9A-Za-z]{9}")
+"""An id of a call as Mistral's templates demand it."""
 
 INLINE: Final = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
 CLOSED: Final = re.compile(r"()((?:(?!<think>).)*?)(\s*</think>\s*)(?!.*</think>)", re.DOTALL)
@@ -65,6 +68,27 @@ class MessageForm:
     """Whether it takes the arguments of a call as JSON, not as an object."""
     content_as_parts: bool = False
     """Whether it takes a content as a list of parts."""
+    short_ids: bool = False
+    """Whether it takes an id of a call only if that has nine letters and digits."""
+
+    def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Returns messages with the ids that the template demands: calls and their results keep belonging together."""
+        if not self.short_ids:
+            return messages
+        prepared, open_ids = [], []
+        for index, message in enumerate(messages):
+            if calls := message.get("tool_calls"):
+                ids = [_short_id(call.get("id") or f"{index} {number}") for number, call in enumerate(calls)]
+                calls = [{**call, "id": short} for call, short in zip(calls, ids, strict=True)]
+                message, open_ids = {**message, "tool_calls": calls}, list(ids)
+            elif message["role"] == "tool":
+                # A result without an id answers the first call that has none yet.
+                label = message.get("tool_call_id")
+                short = _short_id(label) if label else open_ids[0] if open_ids else _short_id(str(index))
+                open_ids = [other for other in open_ids if other != short]
+                message = {**message, "tool_call_id": short}
+            prepared.append(message)
+        return prepared
 
     def shape(self, message: Message, leaf: Leaf) -> Message:
         """Returns a message in this form, each of its texts replaced by what `leaf` makes of it."""
@@ -92,6 +116,10 @@ class MessageForm:
             arguments = json.dumps(arguments, ensure_ascii=False)
         labels = _map_labels({key: value for key, value in call.items() if key != "function"}, leaf)
         return {**labels, "function": {"name": name, "arguments": arguments}}
+
+
+def _short_id(label: str) -> str:
+    return label if SHORT.fullmatch(label) else hashlib.sha256(label.encode()).hexdigest()[:9]
 
 
 def read_speech(message: Message) -> Speech:
@@ -138,12 +166,14 @@ def find_form(write: Write) -> MessageForm:
     keys = (replace(form, thoughts=key) for key in THOUGHT_KEYS)
     form = next((keyed for keyed in keys if _holds(write, keyed, [QUESTION, thinking], 3)), form)
     with_text = replace(form, arguments_as_text=True)
-    return with_text if not _writes_call(write, form) and _writes_call(write, with_text) else form
+    forms = (replace(other, short_ids=short) for short in (False, True) for other in (form, with_text))
+    return next((calling for calling in forms if _writes_call(write, calling)), form)
 
 
 def _writes_call(write: Write, form: MessageForm) -> bool:
     arguments = {"text": MARK.format(2)}
-    call = {"type": "function", "id": CALL_ID, "function": {"name": MARK.format(1), "arguments": arguments}}
+    label = SHORT_ID if form.short_ids else LONG_ID
+    call = {"type": "function", "id": label, "function": {"name": MARK.format(1), "arguments": arguments}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     # A template that joins texts writes an object as Python would.
     return _holds(write, form, [QUESTION, calling], 3, without=str(arguments))

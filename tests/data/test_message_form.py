@@ -1,6 +1,7 @@
 """Nothing that a turn holds is left out of its text without a word, and each template is given the form it takes."""
 
 import json
+import re
 
 import pytest
 from conftest import build_byte_tokenizer
@@ -320,6 +321,43 @@ def test_the_form_of_a_template_is_what_its_samples_show():
     message = {"role": "assistant", "content": "a", "reasoning_content": "b"}
     shaped = form.shape(message, lambda piece, text: MARK.format(piece is Piece.thought))
     assert shaped == {"role": "assistant", "content": MARK.format(False), "thinking": MARK.format(True)}
+
+
+SHORT_IDS = (
+    HEAD
+    + (
+        "{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('9!') }}"
+        "{% endif %}{{ c.function | tojson }}#{{ c.id }}{% endfor %}"
+        "{{ m.content }}{% if m.role == 'tool' %}#{{ m.tool_call_id }}{% endif %}"
+    )
+    + TAIL
+)
+
+
+@pytest.mark.parametrize("labels", [("call_Kx8pQvZ1", "call_2"), ("abcdefghi", "123456789"), ("x", "abcdefghi"), None])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_template_that_demands_short_ids_gets_some_and_results_stay_with_their_calls(labels, backwards, write):
+    calls = [call({"a": 1}, "first"), call({"a": 2}, "second")]
+    results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
+    if labels:
+        calls = [{**item, "id": label} for item, label in zip(calls, labels, strict=True)]
+        results = [{**item, "tool_call_id": label} for item, label in zip(results, labels, strict=True)]
+        results = results[::-1] if backwards else results
+    written = write(SHORT_IDS, user("a"), assistant("", tool_calls=calls), *results, assistant("b"))
+    (called, _) = spans(written)
+    ids = re.findall(r"#([0-9A-Za-z]{9})", called)
+    assert len(set(ids)) == 2
+    expected = [f"{item['content']}#{ids[int(item['content']) - 1]}<|im_end|>" for item in results]
+    assert all(text in written.text for text in expected)
+    assert [label in ids for label in labels or ()] == [len(label) == 9 and "_" not in label for label in labels or ()]
+
+
+def test_a_template_that_takes_any_id_keeps_it(write):
+    text = CALLS.replace("CALL", "{{ c.function.name }}#{{ c.id }}")
+    called = {**call({"a": "b"}), "id": "call_Kx8pQvZ1abc"}
+    text = text.replace("#", " {{ c.function.arguments | tojson }}#")
+    found = spans(write(text, user("a"), assistant("", tool_calls=[called])))
+    assert found == ['<call>weather {"a": "b"}#call_Kx8pQvZ1abc</call><|im_end|>']
 
 
 # Parts of a content
