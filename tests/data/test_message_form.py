@@ -390,6 +390,87 @@ def test_rows_without_a_picture_in_their_column_are_kept(cell):
     assert len(chat(user("a"), assistant("b"), images=cell, image=cell).messages) == 2
 
 
+# Where a turn begins and ends
+
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+TWO_ENDS = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LAST_ONLY = NO_END.replace("{{ m.content }}", "{{ m.content }}<|end|>\n").replace(
+    "{% if", "{% if not add_generation_prompt %}</s>{% endif %}{% if"
+)
+SWITCHED = (
+    "{% set quiet = messages[0].role == 'system' and '/quiet' in messages[0].content %}"
+    + HEAD
+    + "{{ '<think></think>' if quiet and m.role == 'assistant' }}{{ m.content }}"
+    + TAIL.replace("assistant\n", "assistant\n{{ '<think></think>' if quiet }}")
+)
+MARKED = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<|system|>")
+TURNS = (user("a"), assistant("b"), user("c"), assistant("d", thinking="x"))
+QUIET = {"role": "system", "content": "/quiet please"}
+
+
+@pytest.mark.parametrize(
+    ("text", "turns", "expected"),
+    [
+        (
+            CHANNELS,
+            TURNS,
+            [
+                "<|channel|>final<|message|>b<|end|>",
+                "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>d<|return|>",
+            ],
+        ),
+        (TWO_ENDS, TURNS, ["b<|return|><|end|>", "d<|return|><|end|>"]),
+        (NO_END, TURNS, ["b<|user|>", "d"]),
+        (NO_END, (user("a"), assistant("b"), assistant("c"), user("d"), assistant("e")), ["b", "c<|user|>", "e"]),
+        (LAST_ONLY, TURNS, ["b<|end|>", "d<|end|>"]),
+        (SWITCHED, TURNS, ["b<|im_end|>", "d<|im_end|>"]),
+        (SWITCHED, (QUIET, *TURNS), ["b<|im_end|>", "d<|im_end|>"]),
+        (SWITCHED.replace("if quiet }}{% endif %}", "if not quiet }}{% endif %}"), (QUIET, *TURNS),
+         ["<think></think>b<|im_end|>", "<think></think>d<|im_end|>"]),
+    ],
+    ids=["channels", "two ends", "no end", "two answers", "last only", "not switched", "switched", "off in the prompt"],
+)  # fmt: skip
+def test_a_turn_reaches_from_its_prompt_to_its_end(text, turns, expected):
+    base = build_byte_tokenizer(bos_token="<s>", eos_token="</s>")
+    base.add_tokens([AddedToken(token, normalized=False, special=True) for token in (*IM, *MARKED)])
+    written = ChatWriter(base, Template("mine.jinja", text)).write(chat(*turns))
+    assert spans(written) == expected
+    assert written.turns[0].reference in ("b", "finalb", "<think></think>b")
+
+
+def test_generation_stops_at_the_token_that_ends_a_turn():
+    base = build_byte_tokenizer(bos_token="<s>", eos_token="</s>")
+    base.add_tokens([AddedToken(token, normalized=False, special=True) for token in MARKED])
+    ends = {CHANNELS: "<|return|>", TWO_ENDS: "<|end|>", NO_END: "<|user|>", LAST_ONLY: "<|end|>"}
+    for text, token in ends.items():
+        writer = ChatWriter(base, Template("mine.jinja", text))
+        assert (writer.end_id, writer.stop_text) == (base.convert_tokens_to_ids(token), "")
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_weight_asks_for_an_empty_turn_or_forbids_a_full_one(weight, write):
+    turns = (user("a"), assistant("", weight=weight), user("b"), assistant("c", weight=1 - weight))
+    assert spans(write(PLAIN, *turns)) == (["<|im_end|>"] if weight else ["c<|im_end|>"])
+    assert spans(write(PLAIN, user("a"), assistant("", weight=weight))) == ["<|im_end|>"] * weight
+    thinking = write(LAST, user("a"), assistant("", weight=weight))
+    assert spans(thinking) == ["<think>\n\n</think>\n<|im_end|>"] * weight
+
+
 # Prompts of evaluation
 
 
