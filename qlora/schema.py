@@ -27,8 +27,8 @@ FORMAT_NAMES = (
 )
 # The chat templates of `data/templates/`, by name; `auto` is the tokenizer's own.
 TEMPLATE_NAMES = (
-    *("auto", "alpaca", "chatml", "gemma", "guanaco", "llama-2", "llama-3", "mistral", "phi-3", "plain", "qwen"),
-    *("vicuna", "zephyr"),
+    *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
+    *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
 )
 HOLDS = "holds"
 """In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""

@@ -24,10 +24,17 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-KEPT = ("name", "tool_call_id", "reasoning_content")
+TEXT_KEYS = ("text", "value", "content")
+"""The keys of a part of a content that hold its text."""
+THOUGHT_PARTS = ("thinking", "reasoning")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what a text model cannot see or hear."""
+KEPT = ("name", "tool_call_id")
 """Keys of a turn that go on unchanged, for templates to read."""
-
-
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""What data sets and templates call the thoughts before an answer."""
+THOUGHTS = THOUGHT_KEYS[0]
+"""The key of a message that holds them here."""
 PRINTED = re.compile(r"\s*\[\s*\{\s*'")
 """How Python prints a list of objects."""
 
@@ -61,6 +68,7 @@ def _render(row: Row, column: str) -> list[Conversation]:
 
 def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conversation]:
     """Adds the columns `system` (unless the turns begin with one) and `tools`; nothing said gives no conversation."""
+    _refuse_media(row)
     if all(turn["role"] == "system" for turn in turns):
         return []
     first = next(index for index, turn in enumerate(turns) if turn["role"] != "system")
@@ -74,6 +82,23 @@ def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conve
             raise ConfigError(f"column system must hold text, but a row holds {short(system)}")
         turns = [{"role": "system", "content": system}, *turns]
     return [Conversation(turns, read_tools(row))]
+
+
+def _refuse_media(row: Row) -> None:
+    """Raises `ConfigError` where a row holds pictures, sound or films beside its turns."""
+    for column in MEDIA_COLUMNS:
+        cell = decode(row.get(column))
+        if _holds_media(cell):
+            raise ConfigError(
+                f"column {column} holds {short(cell)}; qlora trains text only, so leave such rows out, or take the "
+                "column out if the turns say all without it"
+            )
+
+
+def _holds_media(cell: Any) -> bool:
+    if isinstance(cell, Mapping):
+        return any(map(_holds_media, cell.values()))
+    return any(map(_holds_media, cell)) if isinstance(cell, list) else isinstance(cell, (str, bytes)) and bool(cell)
 
 
 def read_turns(row: Row, column: str) -> list[Any]:
@@ -114,7 +139,7 @@ def is_turn(value: object) -> bool:
 
 def is_empty(message: Message) -> bool:
     """Tells whether a turn says, calls and thinks nothing."""
-    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+    return not (message["content"].strip() or message.get("tool_calls") or message.get(THOUGHTS))
 
 
 def normalise(turns: Sequence[Any], column: str, row: Row) -> list[Message]:
@@ -140,6 +165,8 @@ def _message(turn: object, where: str) -> Message:
         message |= {"content": "", "tool_calls": _calls(decode(value), where)}
     else:
         message["content"] = _content(value, message["role"], where)
+    if thought := _thought(turn, value, where):
+        message[THOUGHTS] = thought
     calls = turn.get("tool_calls") or turn.get("function_call")
     if calls:
         message["tool_calls"] = _calls(decode(calls), where)
@@ -166,7 +193,25 @@ def _content(value: Any, role: str, where: str) -> str:
         return number
     if not isinstance(value, Sequence):
         raise ConfigError(f"{where} says {short(value)}; content must be text, or a list of parts of text")
-    return "".join(_part(part, where) for part in value)
+    return "".join(_part(part, where) for part in value if not _is_thought(part))
+
+
+def _thought(turn: Mapping[str, Any], content: Any, where: str) -> str:
+    """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
+    spoken = {key: _content(turn[key], "assistant", where) for key in THOUGHT_KEYS if turn.get(key) is not None}
+    if isinstance(content, list):
+        parts = [_first(part, *THOUGHT_KEYS, *TEXT_KEYS) for part in content if _is_thought(part)]
+        spoken["content"] = "".join(_content(part, "assistant", where) for part in parts)
+    thoughts = {key: text for key, text in spoken.items() if text.strip()}
+    if len({text.strip() for text in thoughts.values()}) > 1:
+        raise ConfigError(
+            f"{where} holds different thoughts under {' and '.join(thoughts)}; keep one of them, for a turn thinks once"
+        )
+    return next(iter(thoughts.values()), "")
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
 
 
 def _is_parts(value: object) -> bool:
@@ -177,10 +222,11 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-        shown = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
-        raise ConfigError(f"{where} holds a part {shown}; qlora trains text only, so leave such rows out")
-    return part["text"]
+    text = _first(part, *TEXT_KEYS) if isinstance(part, Mapping) else None
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
+        raise ConfigError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
+    return text
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -80,6 +80,10 @@ class Counts:
     """Empty answers in examples that are kept."""
     unread: dict[str, int] = field(default_factory=dict)
     """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something."""
+    lost_thoughts: int = 0
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,8 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
             counts["untrained"] += 1
         else:
             counts["empty_answers"] += draft.empty
+            counts["lost_thoughts"] += encoded.lost_thoughts
+            counts["lost_messages"] += encoded.lost_messages
             kept.append(encoded)
             rows_kept.append(draft.row)
             tasks_kept.append(draft.task)
@@ -283,7 +289,8 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
         turns = [encoded.turns[-1] for encoded in kept]
-        cells["prompt_ids"] = _lists([row[: turn.start] for row, turn in zip(ids, turns, strict=True)])
+        prompts = [np.asarray(job.tokenizer.encode_asked(encoded), dtype=np.int32) for encoded in kept]
+        cells["prompt_ids"] = _lists(prompts)
         cells["prompt"] = [turn.prompt for turn in turns]
         cells["reference"] = [turn.reference for turn in turns]
         cells[TASK_COLUMN] = tasks

@@ -17,6 +17,7 @@ from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
 from qlora.data.rows import list_names
 from qlora.data.sets import RowSet
+from qlora.data.templates import suggest_template, suggest_thoughts
 from qlora.schema import DataConfig, OnEmpty
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class DataReport:
     unread: dict[str, int]
     """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something, in rows
     to train on and in held-out rows."""
+    lost_thoughts: int
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int
+    """Messages of system, user or tool that it leaves out."""
     held_out_in_training: int
     """Held-out rows that are equal, token for token, to a row that is trained on."""
     packs: int | None
@@ -131,6 +136,8 @@ def build_report(
         eval_too_long_rows=sum(part.too_long for part in eval_counts),
         eval_empty_rows=sum(part.empty for part in eval_counts),
         unread=dict(sum((Counter(part.unread) for part in (*counts, *eval_counts)), Counter())),
+        lost_thoughts=sum(part.lost_thoughts for part in counts),
+        lost_messages=sum(part.lost_messages for part in counts),
         held_out_in_training=_count_shared(*digests),
         packs=None if packed is None else len(packed),
         packed_share=packed_share,
@@ -200,3 +207,30 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
         ),
     )
     return [text for count, text in facts if count]
+
+
+def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
+    """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
+    losses = (
+        (sum(item.lost_thoughts for item in counts), "the thoughts of", "turn", "", suggest_thoughts),
+        (
+            sum(item.lost_messages for item in counts),
+            "the text of",
+            "message",
+            " of system, user or tool",
+            suggest_template,
+        ),
+    )
+    for count, what, noun, whose, suggest in losses:
+        if count and part.template is not None:
+            log.warning(
+                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without it; "
+                "%s=%s writes all of it",
+                part.part.shown,
+                part.template.name,
+                what,
+                f"1 {noun}" if count == 1 else f"{count:,} {noun}s",
+                whose,
+                part.template_key,
+                suggest(part.tokenizer),
+            )

@@ -120,9 +120,12 @@ class RowSet:
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
         if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
             return None
-        name = self.part.fields.template
-        key = "data.template" if name is None else f"{self.part.key}.template"
-        return choose_template(name or self.config.template, self.tokenizer, key=key)
+        return choose_template(self.part.fields.template or self.config.template, self.tokenizer, key=self.template_key)
+
+    @property
+    def template_key(self) -> str:
+        """The key that chooses the template."""
+        return "data.template" if self.part.fields.template is None else f"{self.part.key}.template"
 
     def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
         """Renders the sample; raises `ConfigError` with the row that cannot be."""

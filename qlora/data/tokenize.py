@@ -30,6 +30,10 @@ class Turn(NamedTuple):
     """The text before it."""
     reference: str
     """Its own text, without an end token."""
+    asked: Written | None = None
+    """What a server sends for it; None: the text before it."""
+    cut: int = 0
+    """Tokens that were cut from the beginning of its prompt."""
 
 
 class Encoded(NamedTuple):
@@ -45,6 +49,10 @@ class Encoded(NamedTuple):
     turns: list[Turn]
     cut_source: bool = False
     cut_target: bool = False
+    lost_thoughts: int = 0
+    """Trained turns whose thought the template left out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it left out."""
 
     @property
     def trained(self) -> int:
@@ -116,9 +124,16 @@ class Tokenizer:
 
         What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
         """
-        chat = self.writer.ask(messages)
-        cuts = self._cuts(chat)
-        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+        return self._encode_whole(self.writer.ask(messages))
+
+    def encode_asked(self, row: Encoded) -> list[int]:
+        """Returns the ids that ask for the last turn of a row, as far as the lengths allow."""
+        turn = row.turns[-1]
+        if turn.asked is None:
+            return row.input_ids[: turn.start]
+        ids = self._encode_whole(turn.asked)
+        first = 1 if self.bos and ids[:1] == self.bos else 0
+        return [*ids[:first], *ids[first + turn.cut :]]
 
     @cached_property
     def writer(self) -> ChatWriter:
@@ -181,6 +196,10 @@ class Tokenizer:
         batch = self._batch([chat.text for chat in chats], plain=False)
         return [self._label(chat, batch, index) for index, chat in enumerate(chats)]
 
+    def _encode_whole(self, chat: Written) -> list[int]:
+        cuts = self._cuts(chat)
+        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+
     def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
         ids = batch["input_ids"][index]
         borders = sorted({border for span in (*chat.trained, *(turn.span for turn in chat.turns)) for border in span})
@@ -192,11 +211,14 @@ class Tokenizer:
         for start, end in chat.trained:
             labels[at[start] : at[end]] = ids[at[start] : at[end]]
         turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
+        if chat.asked is not None:
+            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=chat.asked)
         if chat.turns and not chat.ends:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         turns = turns or [Turn(len(ids), chat.text, "")]
         source = turns[0].start
-        return Encoded(list(ids), labels, source, len(ids) - source, turns)
+        row = Encoded(list(ids), labels, source, len(ids) - source, turns)
+        return row._replace(lost_thoughts=chat.lost_thoughts, lost_messages=chat.lost_messages)
 
     def _cuts(self, chat: Written) -> set[int]:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
@@ -284,7 +306,9 @@ class Tokenizer:
         ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
         labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
         labels[:1] = [IGNORED] * len(labels[:1])
-        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
+        turns = [
+            turn._replace(start=turn.start - gone, cut=gone) for turn in row.turns if turn.start - gone <= len(ids)
+        ]
         return row._replace(
             input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
         )

@@ -161,6 +161,8 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "eval_too_long_rows": 0,
         "eval_empty_rows": 0,
         "unread": {},
+        "lost_thoughts": 0,
+        "lost_messages": 0,
         "held_out_in_training": 0,
         "packs": None,
         "packed_share": None,
