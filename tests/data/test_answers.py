@@ -168,7 +168,7 @@ def test_alpaca_s_system_and_history_stand_before_the_instruction(history, token
     row = build(make_config, tokenizer, [ROW | {"history": history}], target_max_len=None).train[0]
     text = "".join("|" if token == 2 else chr(token - 3) for token in row["input_ids"] if token != 1)
     rounds = [ALPACA.ask(asked) + answer for asked, answer in (*HISTORY, ("Say 3", "three"))]
-    assert text == "Be brief.\n\n" + "".join(f"{each}|" for each in rounds)
+    assert text == "Be brief.\n\n" + "".join(f"{part}|" for part in rounds)
     assert trained(row) == "one.two.three."
     assert row["cut_source"] is False
 
