@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Json, Value
 
 from qlora.data.json_text import read_array, read_lines
+from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.data.readers import kind_of
 from qlora.errors import ConfigError
 
@@ -383,7 +384,7 @@ def test_rows_of_many_megabytes_are_read(tmp_path, load, size):
         path = tmp_path / name
         path.write_text(json.dumps(rows, ensure_ascii=False) if name == "a.json" else
                         "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))  # fmt: skip
-        loaded = load(path)
+        loaded = load(path, max_row_bytes=2**27)
         assert [len(text) for text in loaded["text"]] == [5, size * 2**19, 4]
         assert loaded[1]["text"] == rows[1]["text"]
 
@@ -393,7 +394,7 @@ ARRAY = '[ {"a": "ä\\n\\u00e4 \\"]", "b": [1.5e3, -7, true, null]},\n {} , {"c"
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_an_array_may_be_cut_anywhere_while_it_is_read(size):
-    chunks = list(read_array(io.StringIO(ARRAY), "F", size=size))
+    chunks = list(read_array(io.StringIO(ARRAY), "F", size=size, most=MAX_ROW_BYTES))
     assert [row for _, rows in chunks for row in rows] == json.loads(ARRAY)
     starts = [start for start, _ in chunks]
     assert starts == [sum(len(rows) for _, rows in chunks[:i]) for i in range(len(chunks))]
@@ -403,13 +404,13 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(size):
 def test_an_array_that_ends_early_is_never_taken_for_whole(size):
     for end in range(1, len(ARRAY.rstrip())):
         with pytest.raises(ConfigError, match=r"^F, line \d: broken JSON"):
-            list(read_array(io.StringIO(ARRAY[:end]), "F", size=size))
+            list(read_array(io.StringIO(ARRAY[:end]), "F", size=size, most=MAX_ROW_BYTES))
 
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_lines_may_be_cut_anywhere_while_they_are_read(size):
     text = '\ufeff{"a": "ä\u2028"}\r\n\n {"b": []} \n{"c": 1}'
-    chunks = list(read_lines(io.BytesIO(text.encode()), "F", size=max(size, 3)))
+    chunks = list(read_lines(io.BytesIO(text.encode()), "F", size=max(size, 3), most=MAX_ROW_BYTES))
     assert [row for _, rows in chunks for row in rows] == [{"a": "ä\u2028"}, {"b": []}, {"c": 1}]
     assert [number for numbers, _ in chunks for number in numbers] == [1, 3, 4]
 
