@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +18,6 @@ log = logging.getLogger(__name__)
 
 SHOWN = 3
 """Names of tensors in a message."""
-LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:

@@ -103,9 +103,7 @@ def draw_base(
     """Returns a base with drawn weights, on the device `store` if given, as `load_base` returns a stored one."""
     placement, options = weights.placement, _attention(config)
     bits = bitsandbytes_config(quantization, placement)
-    model = _as_base(weights.build(bits, store=store, **options), config, quantization, placement)
-    try_base(model, f"model.name={config.name}", placement)
-    return model
+    return _as_base(weights.build(bits, store=store, **options), config, quantization, placement)
 
 
 def load_base(
@@ -140,7 +138,7 @@ def load_base(
         raise _too_large(config)
     _check_finite(model, key, watch.spoiled)
     model = _as_base(model, config, quantization, placement)
-    if tried:
+    if tried and quantization.bits != 8:  # the first call of an 8-bit layer moves its weight elsewhere
         try_base(model, key, placement)
     return model
 
