@@ -202,7 +202,7 @@ class ChatWriter:
         return Turns(written, None if is_text else prompt, len(counted), layout.lost_messages)
 
     def _layout(self, marked: list[Message], texts: list[Text], turns: list[int], tools: Any) -> Layout:
-        key = json.dumps([marked, tools], ensure_ascii=False)
+        key = json.dumps([marked, tools], ensure_ascii=False, default=repr)
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= LAYOUTS:

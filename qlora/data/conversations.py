@@ -198,16 +198,26 @@ def _content(value: Any, role: str, where: str) -> str:
 
 def _thought(turn: Mapping[str, Any], content: Any, where: str) -> str:
     """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
-    spoken = {key: _content(turn[key], "assistant", where) for key in THOUGHT_KEYS if turn.get(key) is not None}
+    values = {key: turn.get(key) for key in THOUGHT_KEYS}
+    # A number or true under such a key is a setting.
+    spoken = {
+        key: _content(value, "assistant", where) for key, value in values.items() if isinstance(value, (str, list))
+    }
     if isinstance(content, list):
-        parts = [_first(part, *THOUGHT_KEYS, *TEXT_KEYS) for part in content if _is_thought(part)]
-        spoken["content"] = "".join(_content(part, "assistant", where) for part in parts)
+        spoken["content"] = "".join(_thought_part(part, where) for part in content if _is_thought(part))
     thoughts = {key: text for key, text in spoken.items() if text.strip()}
     if len({text.strip() for text in thoughts.values()}) > 1:
         raise ConfigError(
             f"{where} holds different thoughts under {' and '.join(thoughts)}; keep one of them, for a turn thinks once"
         )
     return next(iter(thoughts.values()), "")
+
+
+def _thought_part(part: Mapping[str, Any], where: str) -> str:
+    thought = _first(part, *THOUGHT_KEYS, *TEXT_KEYS)
+    if thought is None:
+        raise ConfigError(f"{where} holds a part {short(part)} without a text of thoughts; leave such parts out")
+    return _content(thought, "assistant", where)
 
 
 def _is_thought(part: object) -> bool:
@@ -244,7 +254,13 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         read = decode(arguments)
         arguments = read if isinstance(read, dict) else arguments
-    known = {"id": call["id"]} if call.get("id") is not None else {}
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where} calls {bare['name']} with arguments that JSON cannot write ({error}); write them as text"
+        ) from None
+    known = {"id": str(call["id"])} if call.get("id") is not None else {}
     return {"type": "function", **known, "function": {"name": bare["name"], "arguments": arguments or {}}}
 
 

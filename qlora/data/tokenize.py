@@ -32,8 +32,6 @@ class Turn(NamedTuple):
     """Its own text, without an end token."""
     asked: Written | None = None
     """What a server sends for it; None: the text before it."""
-    cut: int = 0
-    """Tokens that were cut from the beginning of its prompt."""
 
 
 class Encoded(NamedTuple):
@@ -133,7 +131,8 @@ class Tokenizer:
             return row.input_ids[: turn.start]
         ids = self._encode_whole(turn.asked)
         first = 1 if self.bos and ids[:1] == self.bos else 0
-        return [*ids[:first], *ids[first + turn.cut :]]
+        cut = row.source - row.turns[0].start
+        return [*ids[:first], *ids[first + cut :]]
 
     @cached_property
     def writer(self) -> ChatWriter:
@@ -306,9 +305,7 @@ class Tokenizer:
         ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
         labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
         labels[:1] = [IGNORED] * len(labels[:1])
-        turns = [
-            turn._replace(start=turn.start - gone, cut=gone) for turn in row.turns if turn.start - gone <= len(ids)
-        ]
+        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
         return row._replace(
             input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
         )

@@ -198,6 +198,8 @@ def lay_out(
     whole = apply(marked, False)
     parts = MARKS.split(whole)
     literals, marks = parts[::2], [int(index) for index in parts[1::2]]
+    if any(index >= len(texts) for index in marks):  # a name or a tool spells a mark, so that it is no copy of marks
+        return Layout([whole], [], [0], dict.fromkeys(turns), set(), {message: set() for message in turns}, 0)
     sizes = [len(literal) + len(MARK.format(index)) for literal, index in zip(literals, marks, strict=False)]
     search = _Search(whole, marked, texts, apply, borders)
     spans, exact = {}, set()

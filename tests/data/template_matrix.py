@@ -20,7 +20,7 @@ from qlora.data.templates import Template
 from qlora.errors import ConfigError
 
 TOKENS = re.compile(
-    r"<\|[\w./-]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|?[\w]*turn\|?>|\[/?INST\]|<\|?channel\|?>"
+    r"<\|[\w./-]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool_call|tool_response)\|?>|\[gMASK\]|<sop>|<\|?[\w]*turn\|?>|\[/?INST\]|<\|?channel\|?>"
 )
 """What families spell as tokens of their own; tags such as <think> are added tokens too, but plain ones."""
 
@@ -79,6 +79,7 @@ FAMILIES = {
     "DeepSeek R1 distilled": Family("deepseek_r1_distill", "<｜end▁of▁sentence｜>"),
     "Gemma 1, 2": Family("gemma", "<eos>"),
     "Gemma 3": Family("gemma3", "<eos>"),
+    "Gemma 4": Family("gemma4_v5", "<eos>"),
     "GLM 4.5": Family("glm4moe", "<|endoftext|>"),
     "gpt-oss": Family("gptoss", "<|return|>"),
     "LFM2": Family("lfm2_v2", "<|im_end|>"),
@@ -107,6 +108,7 @@ NOTES = {
     "holds a call": "\u2074",
     "only supports single tool-calls": "\u2074",
     "beside a call": "\u2075",
+    "otherwise when more turns follow": "\u2076",
 }
 """Why a template is refused, and the mark of the note below the table."""
 

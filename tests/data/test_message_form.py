@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 
 import pytest
 from conftest import build_byte_tokenizer
@@ -168,6 +169,20 @@ def test_a_call_whose_name_comes_again_with_its_result_is_trained_once(write):
     assert found == ['<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>', "Yes.<|im_end|>"]
 
 
+@pytest.mark.parametrize("index", [0, 1, 99])
+def test_a_key_that_spells_a_mark_changes_nothing(index, write):
+    called = assistant("", tool_calls=[call({MARK.format(index): "Oslo"})])
+    text = CALLS.replace("CALL", "{{ c.function | tojson }}")
+    found = spans(write(text, user("Cold?"), called, {"role": "tool", "content": "3"}, assistant("Yes.")))
+    written = f'<call>{{"name": "weather", "arguments": {{"{MARK.format(index)}": "Oslo"}}}}</call><|im_end|>'
+    assert found == [written, "Yes.<|im_end|>"]
+
+
+def test_arguments_that_json_cannot_write_are_refused():
+    with pytest.raises(ConfigError, match=r"turn 2 of 2 calls weather with arguments that JSON cannot write"):
+        chat(user("a"), assistant("", tool_calls=[call({"day": datetime(2026, 1, 2)})]))
+
+
 # Thoughts
 
 
@@ -202,6 +217,17 @@ def test_different_thoughts_of_one_turn_are_refused():
         ConfigError, match="turn 2 of 2 holds different thoughts under thinking and reasoning; keep one"
     ):
         chat(user("a"), assistant("b", thinking="c", reasoning="d"))
+
+
+@pytest.mark.parametrize("setting", [True, False, 1, 0.5, None, "", []])
+def test_a_setting_under_a_key_of_thoughts_is_no_thought(setting, write):
+    assert spans(write(LAST, user("a"), assistant("b", thinking=setting))) == ["<think>\n\n</think>\nb<|im_end|>"]
+
+
+def test_a_part_of_thoughts_without_text_is_refused():
+    parts = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"type": "text", "text": "b"}]
+    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a part .* without a text of thoughts"):
+        chat(user("a"), assistant(parts))
 
 
 def test_a_template_that_strips_thoughts_loses_them_with_a_count_and_keeps_the_answer(write):
