@@ -277,16 +277,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         raise ConfigError(
             f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {short(cell)}"
         )
-    if not isinstance(cell, str):
-        # Arrow gives every object all the keys of its column; JSON text has no such leftovers.
-        tools = _without_nulls(tools)
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:

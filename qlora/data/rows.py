@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -87,18 +87,30 @@ def is_missing(value: Any) -> bool:
 
 
 def take_rows(rows: Dataset, indices: slice | np.ndarray) -> list[dict[str, Any]]:
-    """Returns rows as dicts; a number that is NaN is null, wherever it stands."""
+    """Returns rows as dicts; a number that is NaN is null, wherever it stands.
+
+    Arrow gives every object all the keys of its column, null where the object has none: such keys are left out.
+    """
     columns = rows[indices]
     for field in rows.data.schema:
-        if _holds_floats(field.type):
+        if _holds(field.type, pa.types.is_floating):
             columns[field.name] = [without_nan(cell) for cell in columns[field.name]]
+        if _holds(field.type, pa.types.is_struct):
+            columns[field.name] = [_without_null_keys(cell) for cell in columns[field.name]]
     names = list(columns)
     return [dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-def _holds_floats(kind: pa.DataType) -> bool:
+def _holds(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> bool:
+    """Tells whether a type, or one inside it, is of a wanted kind."""
     inner = (kind.value_type,) if pa.types.is_dictionary(kind) else (kind.field(i).type for i in range(kind.num_fields))
-    return pa.types.is_floating(kind) or any(map(_holds_floats, inner))
+    return is_wanted(kind) or any(_holds(part, is_wanted) for part in inner)
+
+
+def _without_null_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_null_keys(item) for key, item in value.items() if item is not None}
+    return [_without_null_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def without_nan(value: Any) -> Any:

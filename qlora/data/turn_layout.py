@@ -268,10 +268,11 @@ class _Search:
         if order:
             last = self.whole.index(order[-1]) + len(order[-1])
             rest = _behind(alone, order[-1])
-        else:  # nothing is said: the turn is its end alone, maybe behind the blank of an answer
-            rest = self.borders.behind if following else self.whole[start:]
-            said = self.whole[start:]
-            last = start + (0 if rest[:1].isspace() else len(said) - len(said.lstrip()))
+        else:  # nothing is said: the turn is its end alone, maybe behind the blanks around an answer
+            rest, last = self.borders.behind if following else self.whole[start:], start
+            if rest.strip():
+                rest = rest.lstrip()
+                last += len(self.whole[start:]) - len(self.whole[start:].lstrip())
         size = self.borders.end(self.whole[last:], rest, hands_over=hands_over)
         return None if size is None else last + size
 

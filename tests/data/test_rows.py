@@ -12,8 +12,10 @@ import pytest
 from datasets import Dataset
 
 from qlora.data import build_data
+from qlora.data.cache import Cache
 from qlora.data.formats import FORMATS
 from qlora.data.rows import OPPOSITES, SWITCHES, TrackedRow, read_truth, take_rows
+from qlora.data.sources import load_rows
 from qlora.errors import ConfigError
 from qlora.schema import DataConfig, TrainOn
 
@@ -262,8 +264,23 @@ def test_nan_in_saved_rows_is_a_missing_value_in_objects_and_lists(tmp_path):
     rows = [{"a": NAN, "b": {"c": NAN, "d": [1.0, NAN]}, "e": "nan", "f": 1}]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     assert take_rows(Dataset.load_from_disk(tmp_path / "saved"), slice(1)) == [
-        {"a": None, "b": {"c": None, "d": [1.0, None]}, "e": "nan", "f": 1}
+        {"a": None, "b": {"d": [1.0, None]}, "e": "nan", "f": 1}
     ]
+
+
+def test_calls_and_tools_in_parquet_have_the_keys_that_they_have(tmp_path):
+    calls = [{"city": "Bern"}, {"zone": "utc", "days": [1, None]}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": dict.fromkeys(call, "x")}} for call in calls]
+    rows = [
+        {"messages": [USER, answer("", tool_calls=[{"function": {"name": "f", "arguments": call}}])], "tools": [tool]}
+        for call, tool in zip(calls, tools, strict=True)
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    loaded = load_rows(str(path), cache=Cache(tmp_path / "cache"))
+    chats = [FORMATS["messages"].render(row)[0] for row in take_rows(loaded, slice(2))]
+    assert [chat.messages[1]["tool_calls"][0]["function"]["arguments"] for chat in chats] == calls
+    assert [chat.tools for chat in chats] == [[tool] for tool in tools]
 
 
 # Cells that are no text
