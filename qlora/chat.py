@@ -26,6 +26,7 @@ from qlora.data.tokenize import Tokenizer
 from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.generation import build_settings, community_code, end_token_ids, left_pad, own_settings_aside
 from qlora.evaluation.measure import evaluation_mode
+from qlora.models.adapters import adapter_off
 from qlora.schema import GenerationConfig
 
 COMMANDS: Final = {
@@ -152,7 +153,7 @@ class Speaker:
             options = {"streamer": stream, "stopping_criteria": StoppingCriteriaList([_stops(stream)])}
         inputs = left_pad([prompt], self.pad_token_id, self.device)
         try:
-            switch = model.disable_adapter() if base and isinstance(model, PeftModel) else contextlib.nullcontext()
+            switch = adapter_off(model) if base else contextlib.nullcontext()
             with switch, torch.inference_mode(), evaluation_mode(model), self.autocast(), own_settings_aside(model):
                 output = model.generate(**inputs, generation_config=settings, **options)
             if not as_it_comes:

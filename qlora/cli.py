@@ -43,6 +43,7 @@ from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
 from qlora.secrets import hide
+from qlora.spelling import keep_spelling, reading_spellings
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -137,7 +138,9 @@ def _main(argv: list[str]) -> None:
         )
     afterwards: Callable[[], None] = lambda: None  # noqa: E731
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
+        flags = [word for word in argv if word not in args.overrides]
         check_engine(args.overrides)
+        args.overrides = keep_spelling(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
@@ -147,7 +150,6 @@ def _main(argv: list[str]) -> None:
 
             write_wandb_sweep(args.overrides, args.config_dir)
             return
-        flags = [word for word in argv if word not in args.overrides]
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
         joined = _join(composed, sweeps)
@@ -156,13 +158,14 @@ def _main(argv: list[str]) -> None:
             # Processes that torchrun starts again go on in the folder that they began in.
             folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
         # Hydra reads no flag between overrides.
-        sys.argv[1:] = [*open_entries(args.overrides), *folder, *joined, *flags]
+        sys.argv[1:] = [*open_entries([*args.overrides, *folder]), *joined, *flags]
         if sweeps and composed.tracking.backend is TrackingBackend.wandb:
             from qlora.sweep.trackers import track_other_engine
 
             afterwards = partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        with reading_spellings(CONF_DIR):
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except Exception:
         afterwards()
         raise

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose as hydra_compose
@@ -38,13 +38,14 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_yaml_loader
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
+from qlora.spelling import field_types, keep_spelling, reading_spellings, takes_one_option
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -57,6 +58,9 @@ START_VARIABLE = "QLORA_START"
 SWEEPER_MAPPINGS = tuple(
     f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
 )
+
+CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
+"""Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
 
 # Hydra's flags that a user meets.
 FLAGS = (
@@ -185,16 +189,25 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Lets an entry of a free mapping be set whether it exists or not: `data.columns.output=x` gets Hydra's `++`.
+    """Returns overrides as Hydra is to get them; to do so again changes nothing.
 
+    A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
+    `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
     `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
     """
-    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text for text in overrides]
+    overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
+                 for text in keep_spelling(overrides)]  # fmt: skip
     keys = set(config_keys())
-    pairs = zip(overrides, _parse(overrides), strict=True)
-    plain = OverrideType.CHANGE
-    return [f"++{text}" if override.type is plain and _in_free_mapping(override.key_or_group, keys) else text
-            for text, override in pairs]  # fmt: skip
+    return [_open_entry(text, override, keys) for text, override in zip(overrides, _parse(overrides), strict=True)]
+
+
+def _open_entry(text: str, override: Override, keys: set[str]) -> str:
+    key = override.key_or_group
+    if override.value() == {} and key in CLEARED:  # Hydra merges mappings, so that an empty one would take nothing out
+        return f"{override.get_key_element()}=null"
+    is_mapping = isinstance(override.value(), dict) and get_origin(field_type(key)) is dict
+    is_entry = is_mapping or _in_free_mapping(key, keys)
+    return f"++{text}" if override.type is OverrideType.CHANGE and is_entry else text
 
 
 def write_override(key: str, value: Any) -> str:
@@ -231,6 +244,12 @@ def _written(value: Any) -> str:
     return '"' + quoted.replace("${", "\\${") + '"'
 
 
+def write_yaml(tree: Any) -> str:
+    """Returns a tree as YAML that OmegaConf reads back as it is, texts such as `1e5` in quotes."""
+    dumper = get_omega_conf_dumper()
+    return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000))
+
+
 def read_yaml(path: Path) -> Any:
     """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
     try:
@@ -251,9 +270,10 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     outer = instance.hydra
     instance.clear()
     try:
-        hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
-        check_keys(overrides, hydra)
-        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+        with reading_spellings(CONF_DIR):
+            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
+            check_keys(overrides, hydra)
+            return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -279,6 +299,7 @@ def check_overrides(
     `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
+    overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
     _check_hydra(composed)
@@ -383,7 +404,7 @@ def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
             f"{given['sweep'].input_line}: one sweep at a time; name the keys to combine on the command line"
         )
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
-    return [f"{key}={value}" for key, value in params.items() if key not in given]
+    return keep_spelling([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
 def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Path | str | None) -> DictConfig:
@@ -532,6 +553,7 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
     keys = set(config_keys())
     for override in _parse(overrides):
         key = override.key_or_group
+        _refuse_several(override)
         if re.match(r"hydra\b", key):
             continue
         if override.package not in (None, "_global_"):
@@ -558,6 +580,14 @@ def _in_free_mapping(key: str, keys: set[str]) -> bool:
 def _in_mapping(key: str, keys: set[str]) -> bool:
     parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
     return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
+
+
+def _refuse_several(override: Override) -> None:
+    """Raises `ConfigError` for a list of options where a run has one; Hydra would take the last, or mix them."""
+    group = override.key_or_group
+    if takes_one_option(group, CONF_DIR) and any(isinstance(value, list) for value in _values(override)):
+        several = f"-m {group}=A,B runs one after the other" if group != "sweep" else "start one sweep after the other"
+        raise ConfigError(f"{override.input_line}: {group} takes one option, and this is a list; name one; {several}")
 
 
 def _check_choice(override: Override, options: Sequence[str]) -> None:
@@ -684,6 +714,11 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
     if isinstance(inner, InterpolationKeyError):
         name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
+    if strange := re.search(r"Key (.+) \(\w+\) is incompatible with", text):
+        owner = key.removesuffix(f".{strange[1]}")
+        return ConfigError(
+            f"{owner}{where}: the key {strange[1]} is no text; give the entries in a file, with quotes around this key"
+        )
     if key or re.search(r"is not a subclass of|is not Optional", text):
         return _wrong_type(key, text, where)
     return ConfigError(f"{_first_line(text)}{where}")
@@ -795,9 +830,8 @@ def field_type(key: str) -> Any:
     return node
 
 
-@functools.cache
 def _hints(schema: Any) -> dict[str, Any]:
-    return get_type_hints(schema) if dataclasses.is_dataclass(schema) else {}
+    return field_types(schema) if isinstance(schema, type) and dataclasses.is_dataclass(schema) else {}
 
 
 def may_be_null(key: str) -> bool:
@@ -815,7 +849,7 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
+        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}", UnionType: "a text or a list of texts"}
         text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
     return f"{text} or null" if may_be_null(key) else text
 

@@ -12,27 +12,16 @@ from typing import Any
 
 from qlora.errors import ConfigError
 from qlora.files import read_json
-from qlora.schema import Resume
+from qlora.schema import Resume, Weights
 
 log = logging.getLogger(__name__)
 
 # What a run may change and still be the same training.
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
-    *(
-        "data.cache_dir",
-        "data.num_proc",
-        "data.max_row_bytes",
-        "adapter",
-        "repo",
-        "runs",
-        "run",
-        "source",
-        "trusted",
-        "merge",
-        "plan",
-    ),
-    *("trainer.profile", "trainer.parallel", "trainer.disk_wait", "trainer.save_total_limit", "watchdog", "resume"),
+    *("data.cache_dir", "data.num_proc", "data.max_row_bytes", "adapter", "base", "repo", "runs", "run", "source"),
+    *("trusted", "merge", "plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait"),
+    *("trainer.save_total_limit", "watchdog", "resume"),
 )
 
 
@@ -76,11 +65,6 @@ class RunFolder:
     def merged(self) -> Path:
         """The model that `task=merge` made of base and adapter."""
         return self.path / "merged"
-
-    @property
-    def drawn(self) -> Path:
-        """What decided the base that `model.weights=random` drew for this training."""
-        return self.path / "drawn.json"
 
     @property
     def predictions(self) -> Path:
@@ -141,15 +125,17 @@ class RunFolder:
                 "(hydra.run.dir=FOLDER), or resume=auto to go on"
             )
 
-    def check_same_training(self, stored: dict[str, Any] | None, config: dict[str, Any]) -> bool:
-        """Returns whether a training of this config was started in this folder, or none.
+    def check_same_training(
+        self, stored: dict[str, Any] | None, config: dict[str, Any], free: Iterable[str] = ()
+    ) -> bool:
+        """Returns whether a training of this config was started in this folder, or none; `free` keys may differ.
 
         Raises `ConfigError` naming the changed keys if it was another; with `resume=force` they are a warning.
         """
         if stored is None:
             return True
         before, now = dict(flatten(stored)), dict(flatten(config))
-        keys = [key for key in {*before, *now} if not is_below(key, FREE_KEYS)]
+        keys = [key for key in {*before, *now} if not is_below(key, (*FREE_KEYS, *free))]
         if changes := describe_changes(before, now, keys):
             if config.get("resume") == Resume.force.value:
                 log.warning("resume=force: going on with another config; changed:%s", changes)
@@ -157,7 +143,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run with another config; changed:{changes}\n"
                 "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume; "
-                "resume=force goes on in spite of it, resume=never in a new folder"
+                f"{_force(before, now)} goes on in spite of it, resume=never in a new folder"
             )
         return True
 
@@ -183,6 +169,15 @@ class RunFolder:
             f"{what}; changed:{changes}\nput the old ones back, or choose another folder (hydra.run.dir=FOLDER or "
             "name=NAME); resume=force goes on with the new rows, resume=never in a new folder"
         )
+
+
+def _force(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns what goes on with another config: where that names another base, this takes a word of its own."""
+    names = ["model.name", "model.revision", "model.weights"]
+    if now.get("model.weights") == Weights.random.value:
+        names += ["seed", "quantization.compute_dtype", "model.architecture"]
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "resume=force base=force" if any(is_below(key, names) for key in changed) else "resume=force"
 
 
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:

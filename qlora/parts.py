@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -32,7 +34,7 @@ from qlora.files import read_json
 from qlora.folder import RunFolder, config_digest, find_adapter
 from qlora.membership import TRIAL_VARIABLE, Membership
 from qlora.models import adapters, drawing, loading
-from qlora.models.checkpoint import Checkpoint, Tensors, local_files
+from qlora.models.checkpoint import Checkpoint, Tensors, fetch_weights, local_files
 from qlora.models.device import (
     Placement,
     computes_bf16,
@@ -43,18 +45,39 @@ from qlora.models.device import (
 )
 from qlora.models.fast import FastStep, Packs
 from qlora.models.files import locate
+from qlora.models.fingerprint import (
+    Base,
+    find_difference,
+    fingerprint_random,
+    fingerprint_weights,
+    read_base,
+    write_base,
+)
 from qlora.models.shard import shard_base
 from qlora.models.tokenizer import (
+    check_vocabulary,
     load_saved_tokenizer,
     load_tokenizer,
     pad_token_id,
+    refuse_token,
     repair_special_tokens,
 )
+from qlora.optimization import OPTIMIZERS
 from qlora.plan import read_setup
 from qlora.planning.memory import FRAGMENTS, Ledger
 from qlora.planning.shape import FAMILIES, read_shape
 from qlora.planning.speed import Operations, count_operations
-from qlora.schema import Config, EvaluationName, Parallel, PlanStep, TaskName, TrackingBackend, Weights
+from qlora.schema import (
+    Config,
+    EvaluationName,
+    Parallel,
+    PlanStep,
+    SameBase,
+    TaskName,
+    TrackingBackend,
+    Weights,
+    no_cuda,
+)
 from qlora.training.memory import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profile import ProfileCallback
@@ -122,7 +145,17 @@ class Parts:
     @cached_property
     def pad_token_id(self) -> int:
         """The id that fills up batches."""
-        return pad_token_id(self.tokenizer)
+        return pad_token_id(self.tokenizer, self._embedding_rows)
+
+    @property
+    def _embedding_rows(self) -> int:
+        """How many tokens the base has embeddings for, as its config says."""
+        return int(self.model_config.get_text_config().vocab_size)
+
+    @cached_property
+    def new_token_ids(self) -> list[int]:
+        """The ids of `model.new_tokens`."""
+        return [int(number) for number in self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)]
 
     @cached_property
     def collate(self) -> Collator:
@@ -249,25 +282,58 @@ class Parts:
             device=self.placement.device,
         )
 
+    def check_trainable(self) -> None:
+        """Raises `ConfigError`, before rows or weights are read, for a base that the config's choices do not fit."""
+        model, quantization = self.config.model, self.config.quantization
+        check_vocabulary(self.tokenizer, model, self._embedding_rows)
+        loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
+
+    @cached_property
+    def tokens_without_embedding(self) -> list[str]:
+        """The tokens that the base has no embedding for, which are warned of; no row may hold one."""
+        model, rows = self.config.model, self._embedding_rows
+        beyond = check_vocabulary(self.tokenizer, model, rows)
+        if not beyond:
+            return []
+        tokens = list(beyond.values())
+        for part in (self.data.train, self.data.eval) if self.measures_rows else ():
+            if part is not None and (used := _first_used(part, beyond)) is not None:
+                raise refuse_token(self.tokenizer, model, rows, beyond[used], tokens)
+        log.warning(
+            "the tokenizer has %s tokens and the base embeddings for %s: a text with %s cannot be read (no row here "
+            "has it); model.new_tokens gives a token an embedding",
+            *(f"{len(self.tokenizer.get_vocab()):,}", f"{rows:,}", " or ".join(map(repr, tokens[:3]))),
+        )
+        return tokens
+
     def load_base(self) -> PreTrainedModel:
         """Loads or draws the frozen base."""
+        self.check_trainable()
+        _ = self.tokens_without_embedding
         if not self.draws:
             return self._load(None)
-        base = loading.draw_base(self.config.model, self.config.quantization, self._drawn_weights())
+        weights = self._drawn_weights()
+        base = loading.draw_base(self.config.model, self.config.quantization, weights, self._base_device)
         return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
         base = loading.load_base(
             self.config.model,
             self.config.quantization,
-            placement=replace(self.placement, device=torch.device("cpu")) if self.is_sharded else self.placement,
+            placement=replace(self.placement, device=self._base_device),
             model_config=self.model_config,
             folder=folder,
+            tried=not self.is_sharded,
         )
         return self._fit_to_tokens(base)
 
+    @property
+    def _base_device(self) -> torch.device:
+        """Where the base is loaded to; from the host's memory it is sharded layer by layer."""
+        return torch.device("cpu") if self.is_sharded else self.placement.device
+
     def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
-        loading.resize_embeddings(base, self.tokenizer)
+        loading.resize_embeddings(base, self.new_token_ids)
         loading.add_end_token(base, self.end_id)
         return base
 
@@ -300,9 +366,8 @@ class Parts:
         if not self.config.lora.enabled:
             base.requires_grad_(True)
             return base
-        new_tokens = self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)
         model = adapters.add_lora(
-            self.config.lora, base, tensors=self._tensors, new_token_ids=new_tokens, batches=self._batches()
+            self.config.lora, base, tensors=self._tensors, new_token_ids=self.new_token_ids, batches=self._batches()
         )
         if self.config.lora.init in adapters.REWRITES_BASE and world.is_first():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
@@ -321,7 +386,10 @@ class Parts:
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
-        """The (adapter, fully finetuned model) that `adapter` or this folder holds; (None, None): the base."""
+        """The (adapter, fully finetuned model) that `adapter` or this folder holds; (None, None): the base.
+
+        Raises `ConfigError` where there is none, and for an adapter of another base than the task would use it on.
+        """
         wanted = self.config.adapter
         if wanted == "none":
             return None, None
@@ -335,6 +403,10 @@ class Parts:
                 f"adapter={wanted or 'null'}: {place} holds no adapter; give adapter=FOLDER of an adapter "
                 "or of a finished run, or adapter=none for the untuned base"
             )
+        if (adapter := found[0]) is not None:
+            adapters.check_adapter_folder(adapter)
+            if self.config.task.name is not TaskName.push:  # which uses no base
+                self.check_base(f"adapter={adapter}", read_base(adapter))
         return found
 
     @cached_property
@@ -351,34 +423,47 @@ class Parts:
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
-            adapters.check_adapter_folder(adapter)
-            self._check_drawn_base(RunFolder(adapter.parent))
             return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
         if full is None:
             return self.load_base()
         self._check_whole_model(full)
         return self._load(full)
 
-    def _drawing_facts(self) -> dict[str, Any]:
-        return drawing.drawing_facts(self.config.model, self.placement, self.config.seed)
+    @cached_property
+    def base(self) -> Base:
+        """The base that the config means, known by its weights; those on the hub are downloaded for it."""
+        model = self.config.model
+        if self.draws:
+            settings = drawing.drawing_facts(model, self.placement, self.config.seed)
+            return Base(model.name, fingerprint=fingerprint_random(settings), random=settings)
+        _ = self.model_config  # says what is wrong with a folder
+        files = fetch_weights(model)
+        revision = getattr(self.model_config, "_commit_hash", None) or model.revision
+        return Base(model.name, revision, None if files is None else fingerprint_weights(files))
 
-    def _check_drawn_base(self, trained: RunFolder) -> None:
-        """Raises `ConfigError` if this config does not give the drawn base that the run `trained` an adapter on."""
-        stored = read_json(trained.drawn)
-        if stored is None and not self.draws:
-            return
-        if stored is None:
-            raise ConfigError(
-                f"model.weights=random: {trained.drawn} is missing, which says how the base of the adapter was drawn; "
-                "give adapter=FOLDER of the run that trained it"
-            )
-        now = self._drawing_facts() if self.draws else {**stored, "model.weights": Weights.pretrained.value}
-        if changed := [key for key in {**stored, **now} if stored.get(key) != now.get(key)]:
-            words = " ".join(f"{key}={stored.get(key, 'null')}" for key in changed)
-            raise ConfigError(
-                f"{trained.path}: its adapter was trained on a base that was drawn otherwise than the config says; "
-                f"set {words}"
-            )
+    def check_base(self, user: str, trained: Base, otherwise: str = "") -> bool:
+        """Returns whether the base is the one that `user` was trained on, as far as can be told.
+
+        Raises `ConfigError` if it is another, whose message may offer something `otherwise`; with `base=force`, and
+        where there is no fingerprint to compare, that is a warning.
+        """
+        difference = find_difference(trained, self.base)
+        if difference is None:
+            return True
+        what = f"{user} does not fit {difference.what}"
+        if not difference.is_certain:
+            log.warning("%s may not fit %s; %s", user, difference.what, difference.remedy)
+        elif self.config.base is SameBase.force:
+            log.warning("base=force: %s", what)
+        else:
+            raise ConfigError(f"{what}; {difference.remedy}{otherwise}, or use it in spite of that with base=force")
+        return not difference.is_certain
+
+    def _finish_adapter(self, folder: Path, model: torch.nn.Module) -> None:
+        """Completes the adapter of a checkpoint with its base, and checks what was written."""
+        if isinstance(model, PeftModel):
+            write_base(self.base, folder)
+        adapters.verify_adapter(folder, model)
 
     def _check_whole_model(self, folder: Path) -> None:
         """Raises `ConfigError` if a finished model would be rounded again without a word."""
@@ -462,7 +547,7 @@ class Parts:
             collate=Collator(self.pad_token_id, width=width),
             count=partial(count_work, pad_token_id=self.pad_token_id),
             measure=measure,
-            verify=adapters.verify_adapter,
+            verify=self._finish_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             step=step,
             meter=self._build_meter(model),
@@ -472,6 +557,7 @@ class Parts:
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
                 "processes": world.size(),
+                "rows": self.rows_a_step,
                 "trackers": tracker_ids(self.folder.path),
             },
             watchdog=self.config.watchdog,
@@ -484,6 +570,12 @@ class Parts:
                 *callbacks,
             ],
         )
+
+    @property
+    def rows_a_step(self) -> int:
+        """How many rows, or packs, the processes take together in an optimizer step."""
+        trainer = self.config.trainer
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * world.size()
 
     def _build_step(self, model: PreTrainedModel) -> FastStep:
         packed = self.data.packed
@@ -517,6 +609,8 @@ class Parts:
         trainer, device = self.config.trainer, self.placement.device
         if device.type == "cuda":
             return
+        if OPTIMIZERS[trainer.optim].needs_cuda:
+            raise no_cuda(trainer.optim, device.type)
         here = f"and this run computes on {device.type}"
         if trainer.memory_budget not in (None, "auto"):
             raise ConfigError(
@@ -556,3 +650,14 @@ class Parts:
         from qlora.training.pruning import PruningCallback
 
         return [PruningCallback(TrialLink.from_text(link))]
+
+
+def _first_used(rows: Dataset, ids: Collection[int]) -> int | None:
+    """Returns the first token of `rows` that is one of `ids`; None: they hold none of them."""
+    wanted = pa.array(sorted(ids))
+    for batch in rows.select_columns("input_ids").with_format("arrow").iter(10_000):
+        tokens = pc.list_flatten(batch["input_ids"])
+        used = tokens.filter(pc.is_in(tokens, value_set=wanted.cast(tokens.type)))
+        if len(used):
+            return int(used[0].as_py())
+    return None

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.data import Data, DataReport, column
 from qlora.data.packing import efficiency, pack
+from qlora.data.report import data_warnings, describe_unread
 from qlora.data.tokenize import IGNORED
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 from qlora.schema import Config, DataConfig
@@ -25,15 +26,16 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         ("format", f"{report.format}, by {report.recognised}"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
         ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
-        ("rows", f"{report.train_rows:,} to train, {report.eval_rows:,} held out"),
+        ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_share(report.trained_tokens, report.train_tokens)} with loss"),
         ("end token", f"trained in {_share(report.stopping_rows, report.train_rows)} of the rows"),
         ("cut", f"{report.cut_sources:,} sources, {report.cut_targets:,} targets"),
         (
             "dropped",
             f"{report.dropped_rows:,} with nothing to train, {report.too_long_rows:,} too long, "
-            f"{report.left_out_rows:,} left out by the format",
+            f"{report.empty_rows:,} with empty answers, {report.left_out_rows:,} left out by the format",
         ),
+        ("not read", describe_unread(report) or "nothing"),
         ("packing", _packing(config.data, data)),
         (
             "steps",
@@ -61,8 +63,6 @@ def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Co
     rows = report.train_rows
     longest = tokenizer.model_max_length
     facts = (
-        (report.held_out_in_training, f"{report.held_out_in_training:,} of {report.eval_rows:,} held-out rows are also "
-                                      "trained on, word for word"),
         (report.stopping_rows < rows, f"{_share(rows - report.stopping_rows, rows)} of the rows do not train an end "
                                       "token, so they do not teach to stop"),
         (report.cut_targets > rows // 10, f"{_share(report.cut_targets, rows)} of the answers are cut; raise "
@@ -71,7 +71,7 @@ def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Co
                                       f"its model takes {longest:,}"),
         (config.data.train_on.value == "all", "data.train_on=all: the prompts carry loss too"),
     )  # fmt: skip
-    return [text for holds, text in facts if holds]
+    return [*data_warnings(report, config.data), *(text for holds, text in facts if holds)]
 
 
 def _packing(config: DataConfig, data: Data) -> str:
@@ -129,7 +129,10 @@ def _share(part: int, whole: int) -> str:
 def preview_metrics(data: Data) -> dict[str, float]:
     """Returns the numbers of the report, for `result.json`."""
     report = data.report
-    names = ("train_rows", "eval_rows", "train_tokens", "trained_tokens", "mean_length", "max_length", "cut_sources",
-             "cut_targets", "dropped_rows", "too_long_rows", "left_out_rows", "stopping_rows")  # fmt: skip
+    names = (
+        *("train_rows", "eval_rows", "train_tokens", "trained_tokens", "mean_length", "max_length", "cut_sources"),
+        *("cut_targets", "dropped_rows", "too_long_rows", "left_out_rows", "empty_rows", "empty_answers"),
+        *("stopping_rows", "eval_dropped_rows", "eval_too_long_rows", "eval_left_out_rows", "eval_empty_rows"),
+    )
     metrics = {name: float(getattr(report, name)) for name in names}
     return metrics | ({"packed_share": report.packed_share} if report.packed_share is not None else {})

@@ -17,6 +17,7 @@ from qlora import compose, console, world
 from qlora.errors import ConfigError
 from qlora.files import read_json, read_lines
 from qlora.folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below
+from qlora.models.fingerprint import find_difference, read_run_base
 from qlora.reporting.manifest import write_json
 from qlora.run import Run
 from qlora.schema import Config, TaskName
@@ -63,8 +64,12 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
             f"{world.size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node N -m qlora "
             "task=replay ...)"
         )
-    again = replace(compose.restore_config(stored), name=config.name, tracking=config.tracking, resume=config.resume)
-    Run(again, output_dir, manifest.get("overrides", [])).train()
+    own = {name: getattr(config, name) for name in ("name", "tracking", "resume", "base")}
+    again = Run(replace(compose.restore_config(stored), **own), output_dir, manifest.get("overrides", []))
+    trained = read_run_base(first)
+    assert trained is not None, "_read_finished checks it"
+    again.check_base(f"run={config.run}", trained)
+    again.train()
     if not world.is_first():
         return {"objective": None}
     second = RunFolder(output_dir)
@@ -89,6 +94,7 @@ def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
     """Yields what is the same in two finished trainings and what is not."""
     before, now = (read_json(folder.manifest) for folder in (first, second))
     yield from _compare_inputs(before, now)
+    yield _compare_bases(first, second)
     reason = _other_machine(before, now)
     if reason is None:
         yield Comparison("machine", Verdict.same, "same versions, hardware and code: the same bits are expected")
@@ -106,10 +112,19 @@ def _compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
     keys = [key for key in {*old, *new} if not is_below(key, FREE_KEYS)]
     changes = describe_changes(old, new, keys)
     yield Comparison("config", Verdict.differs if changes else Verdict.same, changes.strip() or f"{len(keys)} keys")
-    for what, key in (("rows", "data"), ("base", "model")):
-        a, b = before[key].get("fingerprint"), now[key].get("fingerprint")
-        says = str(b)[:16] if a == b else f"{a} -> {b}: other files, or rows written otherwise"
-        yield Comparison(what, Verdict.same if a == b else Verdict.differs, says)
+    a, b = before["data"].get("fingerprint"), now["data"].get("fingerprint")
+    says = str(b)[:16] if a == b else f"{a} -> {b}: other files, or rows written otherwise"
+    yield Comparison("rows", Verdict.same if a == b else Verdict.differs, says)
+
+
+def _compare_bases(first: RunFolder, second: RunFolder) -> Comparison:
+    trained, now = read_run_base(first), read_run_base(second)
+    assert trained is not None, "_read_finished checks it"
+    assert now is not None, "it has just ended"
+    difference = find_difference(trained, now)
+    if difference is None:
+        return Comparison("base", Verdict.same, str(now.fingerprint)[:16])
+    return Comparison("base", Verdict.differs if difference.is_certain else Verdict.near, difference.what)
 
 
 def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

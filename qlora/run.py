@@ -39,6 +39,7 @@ from qlora.files import (
 from qlora.folder import config_digest, flatten
 from qlora.merging import PROMPT_TOKENS, REPORT, Merge
 from qlora.models import adapters
+from qlora.models.decoder import Decoder, read_decoder
 from qlora.models.determinism import deterministic
 from qlora.models.device import (
     peak_memory_gb,
@@ -46,12 +47,13 @@ from qlora.models.device import (
 )
 from qlora.models.energy import read_energy
 from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, content_digest, folder_digest
+from qlora.models.fingerprint import adapter_digest, find_difference, folder_digest, read_base, read_run_base
 from qlora.models.hub import push
 from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
     save_tokenizer,
 )
+from qlora.models.trial import explain_nonfinite
 from qlora.parts import Parts
 from qlora.preview import build_preview, preview_metrics
 from qlora.reporting.card import card_on_hub, write_model_card
@@ -117,7 +119,8 @@ class Run(Parts):
         self.folder.create()
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        is_same = self.folder.check_same_training(compose.read_config(self.folder.config), plain)
+        before = compose.read_config(self.folder.config)
+        is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
         if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
@@ -126,15 +129,15 @@ class Run(Parts):
         if self.config.task.train:
             self._check_device()
         preflight(self.config)
+        self.check_trainable()
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
-        before = (read_json(self.folder.manifest) or {}).get("data")
-        is_same &= self.folder.check_same_rows(before, asdict(data.report), plain)
+        _ = self.tokens_without_embedding
+        rows = (read_json(self.folder.manifest) or {}).get("data")
+        is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
-        if self.draws:
-            if self.folder.drawn.is_file():
-                self._check_drawn_base(self.folder)
-            write_json(self.folder.drawn, self._drawing_facts())
+        if self.config.task.train:
+            is_same &= self._check_same_base(checkpoint)
         if not is_same:
             for stale in (self.folder.result("train"), self.folder.baseline):
                 stale.unlink(missing_ok=True)
@@ -166,6 +169,7 @@ class Run(Parts):
             return stored
         preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
+        world.check_same("base weights", self.base.fingerprint)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         model = self.build_model()
         self._baseline(model)
@@ -175,6 +179,7 @@ class Run(Parts):
 
     def evaluate(self) -> dict[str, Any]:
         """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
+        _ = self.trained  # before the rows: an adapter of another base fails at once
         _ = self.suite  # before the model: a broken file of questions fails at once, and so do rows
         if self.measures_rows:
             _ = self.measurer
@@ -182,7 +187,10 @@ class Run(Parts):
         with self._tracking(compose.config_to_dict(self.config)) as (tracker, summary):
             base = self._baseline(model) if isinstance(model, PeftModel) else Measurement()
             summary |= _prefixed("base_eval_", base.metrics)
-            measured = self._measure(model, answers=self._wanted_answers)
+            if isinstance(model, PeftModel):
+                measured = self._measure(model, answers=self._wanted_answers)
+            else:
+                measured = self._measure_base(model)
             summary |= _prefixed("eval_", measured.metrics)
             tracker.log(_prefixed("eval/", measured.metrics), step=0)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=0)
@@ -258,7 +266,6 @@ class Run(Parts):
             raise ConfigError(
                 f"{what}, so there is nothing to merge; give adapter=FOLDER of an adapter or of a finished run"
             )
-        adapters.check_adapter_folder(adapter)
         self._check_trained_base(adapter)
         self.folder.create()
         assert self.data.eval is not None
@@ -306,8 +313,6 @@ class Run(Parts):
         """Uploads what `adapter` names, its model card and what was measured to the hub repository `repo`."""
         assert self.config.repo is not None, "Config checks it"
         adapter, full = self.trained
-        if adapter is not None:
-            adapters.check_adapter_folder(adapter)
         folder = adapter or full
         if folder is None:
             raise ConfigError("adapter=none: there is nothing to push; give adapter=FOLDER of an adapter or a run")
@@ -384,11 +389,20 @@ class Run(Parts):
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
         console.say(f"measuring the untuned base{rows}")
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
-        switched_off = isinstance(model, PeftModel) and not part_of_base
-        with model.disable_adapter() if switched_off else contextlib.nullcontext():
-            measured = self._measure(model, answers=self._wanted_answers)
+        with contextlib.nullcontext() if part_of_base else adapters.adapter_off(model):
+            measured = self._measure_base(model)
         if training and world.is_first():
             write_json(path, measured.to_dict())
+        return measured
+
+    def _measure_base(self, model: PreTrainedModel) -> Measurement:
+        """Measures a model without an adapter; raises `ConfigError` if its loss is NaN or infinite."""
+        measured = self._measure(model, answers=self._wanted_answers)
+        if not math.isfinite(measured.metrics.get("loss", 0.0)):
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            forward = partial(self.measurer.measure, model, answers=0)
+            key, what = f"model.name={self.config.model.name}", "its loss on the held-out rows is"
+            raise self._in_first(lambda: explain_nonfinite(base, key, self.placement, forward, what))
         return measured
 
     def _find_checkpoint(self, plain: dict[str, Any]) -> Path | None:
@@ -402,21 +416,48 @@ class Run(Parts):
                 f"{checkpoint} was written with another config, and {self.folder.config}, which would say which, is "
                 "gone; choose another folder (hydra.run.dir=FOLDER or name=NAME), or resume=force to go on"
             )
-        if (before := facts["processes"]) != world.size():
-            what = (
-                f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
-                f"{world.size()}: its steps hold other rows"
-            )
-            if not force:
-                raise ConfigError(
-                    f"{what}; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
-                    "resume=force goes on in spite of it"
-                )
-            log.warning("resume=force: %s", what)
+        self._check_same_processes(checkpoint, facts)
         for name, text in facts["trackers"].items():
             if not (self.folder.path / name).is_file():
                 write_text(self.folder.path / name, text)
         return checkpoint
+
+    def _moved_base(self, before: dict[str, Any] | None) -> tuple[str, ...]:
+        """Returns the keys that may name the base otherwise than `before`, because it is the same in another folder."""
+        name = self.config.model.name
+        if before is None or self.draws or before["model"]["name"] == name or not is_local(locate(name)):
+            return ()
+        trained = read_run_base(self.folder)
+        is_same = trained is not None and find_difference(trained, self.base) is None
+        return ("model.name", "model.revision") if is_same else ()
+
+    def _check_same_base(self, checkpoint: Path | None) -> bool:
+        """Returns whether the base is the one that the run in this folder began with, if it has begun."""
+        trained = read_base(checkpoint) if checkpoint and self.config.lora.enabled else read_run_base(self.folder)
+        elsewhere = ", or choose another folder (hydra.run.dir=FOLDER or name=NAME)"
+        same = trained is None or self.check_base(f"the run in {self.folder.path}", trained, elsewhere)
+        world.check_same("base weights", self.base.fingerprint)
+        return same
+
+    def _check_same_processes(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+        """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
+        before, rows = facts["processes"], facts.get("rows")
+        if before == world.size():
+            return
+        what = (
+            f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
+            f"{world.size()}: its steps hold "
+        )
+        if self.config.resume is Resume.force:
+            same = "the same rows, but dropout draws other masks" if rows == self.rows_a_step else "other rows"
+            log.warning("resume=force: %s%s", what, same)
+            return
+        accumulated, rest = divmod(rows or 0, self.config.trainer.per_device_train_batch_size * world.size())
+        same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
+        raise ConfigError(
+            f"{what}other rows; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
+            f"resume=force goes on in spite of it{same}"
+        )
 
     def _how_to_go_on(self) -> str:
         saved = find_checkpoints(self.folder.checkpoints)
@@ -462,29 +503,23 @@ class Run(Parts):
         return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
 
     _steps, _highest_memory_gb = 0, 0.0
+    _unquantized: str | None = None
 
     def _peak_memory_gb(self) -> float:
         return max(self._highest_memory_gb, peak_memory_gb(self.placement.device))
 
     def _build_manifest(self, plain: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
-        model = {**facts, "fingerprint": self._base_fingerprint(), "revision": self.config.model.revision}
+        model = {**facts, **asdict(self.base)}
         seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
         data = asdict(self.data.report)
         return build_manifest(plain, overrides=self.overrides, data=data, model=model, seeds=seeds)
-
-    def _base_fingerprint(self) -> str | None:
-        """Returns what tells the base's files from others: of the hub the commit; None: it is drawn."""
-        if self.draws:
-            return None
-        place = locate(self.config.model.name)
-        return content_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
 
     def _save(self, model: PreTrainedModel) -> None:
         self.tokenizer.chat_template = self.data.template.text  # chat and serving then write as training did
         if isinstance(model, PeftModel):
             rewritten = self.config.lora.init in adapters.REWRITES_BASE
             initial = self.folder.path / "initial_adapter" if rewritten else None
-            adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial)
+            adapters.save_adapter(model, self.folder.adapter, tokenizer=self.tokenizer, initial=initial, base=self.base)
         else:
             write_folder(self.folder.model, partial(self._save_model, model))
 
@@ -505,8 +540,6 @@ class Run(Parts):
     def _answers_decided_by(self) -> dict[str, Any]:
         """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
         config, place, (adapter, full) = compose.config_to_dict(self.config), self.placement, self.trained
-        if adapter is not None:
-            adapters.check_adapter_folder(adapter)
         facts = {
             "model": {key: value for key, value in config["model"].items() if key not in ("cache_dir", "license")},
             "quantization": config["quantization"],
@@ -567,9 +600,15 @@ class Run(Parts):
         base = f"{quantization.quant_type.value}" + (" + double quantization" if quantization.double_quant else "")
         micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         count = adapters.count_parameters(model)
+        decoder = read_decoder(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._unquantized = decoder.describe_unquantized() if quantization.bits in (4, 8) else None
+        bits = base if quantization.bits == 4 else f"{quantization.bits} bit"
+        stored = sorted(count.by_dtype.items(), key=lambda item: -item[1])
         facts = {
-            "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters",
-            "base": base if quantization.bits == 4 else f"{quantization.bits} bit",
+            "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters"
+            + (f", {decoder.beside / 1e6:,.1f} M of them not for text" if decoder.beside else ""),
+            "base": f"{bits}; {self._unquantized}" if self._unquantized else bits,
+            "weights": ", ".join(f"{number / 1e6:,.1f} M in {dtype}" for dtype, number in stored),
             "device": str(self.placement),
             "folder": str(self.folder.path),
         }
@@ -588,16 +627,23 @@ class Run(Parts):
             processes = world.size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
-                f"{report.trained_tokens:,} with loss), {report.eval_rows:,} held out",
+                f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
                 **({"template": report.template} if report.template else {}),
                 **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
                 "training": f"{adapter}: {count}",
+                **({"left out": left_out} if (left_out := self._left_out(decoder)) else {}),
                 "batch": f"{micro} x {steps} accumulated x {processes} process{'es' if processes > 1 else ''} "
-                f"= {micro * steps * processes} {unit} a step",
+                f"= {self.rows_a_step} {unit} a step",
                 "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} "
                 f"({trainer.lr_scheduler_type})",
             }
         return facts
+
+    def _left_out(self, decoder: Decoder) -> str | None:
+        """Says what `lora.target_modules=all-linear` has no adapter for; None: it has one for all, or is not set."""
+        lora = self.config.lora
+        is_all = lora.enabled and lora.target_modules == ["all-linear"]
+        return decoder.describe_unadapted() if is_all else None
 
     def _store(self, task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
         """Writes the result of a task that has no objective, and returns it."""
@@ -653,6 +699,7 @@ class Run(Parts):
                         base_model=self.config.model.name,
                         command=command,
                         compute_dtype=str(self.placement.compute).removeprefix("torch."),
+                        unquantized=self._unquantized,
                         example_prompt=self.measurer.rows[0]["prompt"],
                     )
             paths["card"] = str(card)
@@ -669,8 +716,9 @@ class Run(Parts):
             for name in names
         ]
         folder = self.folder.path
-        own = ("task=", "adapter=", "hydra.run.dir=", "name=", "resume=")
-        chosen = [text for text in self.overrides if not text.startswith(own)]
+        own = ["task=", "adapter=", "hydra.run.dir=", "name=", "resume="]
+        own += ["base="] if self.config.task.name is TaskName.train else []  # its adapter belongs to this base now
+        chosen = [text for text in self.overrides if not text.startswith(tuple(own))]
         again = shlex.join(["qlora", *chosen, f"adapter={self.config.adapter or folder}"])
         console.summary(
             f"{title}: {folder}",

@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.errors import ConfigError, did_you_mean, require
+from qlora.optimization import OPTIMIZERS, SCHEDULES, check_installed, check_optimizer, check_schedule
 from qlora.wording import parse_size
 
 # The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
@@ -26,9 +27,12 @@ FORMAT_NAMES = (
 )
 # The chat templates of `data/templates/`, by name; `auto` is the tokenizer's own.
 TEMPLATE_NAMES = (
-    *("auto", "alpaca", "chatml", "gemma", "guanaco", "llama-2", "llama-3", "mistral", "phi-3", "plain", "qwen"),
-    *("vicuna", "zephyr"),
+    *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
+    *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
 )
+HOLDS = "holds"
+"""In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
+
 FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The user's own function, as `module:function`."""
 
@@ -40,17 +44,7 @@ TRUSTED = ("qlora", "transformers", "evaluate")
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
-# transformers.training_args.OptimizerNames; a test compares the two.
-OPTIMIZER_NAMES = (
-    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor"),
-    *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad"),
-    *("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit"),
-    *("paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit"),
-    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit"),
-    *("galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
-    *("lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
-    *("apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"),
-)
+OPTIMIZER_NAMES, SCHEDULER_NAMES = tuple(OPTIMIZERS), tuple(SCHEDULES)
 
 # The cards of `planning/cards.py`; a test compares the two.
 CARD_NAMES = (
@@ -60,13 +54,6 @@ CARD_NAMES = (
 
 # What the watchdog counts.
 WATCHDOG_COUNTS = ("nonfinite", "zero", "divergence", "slow", "stalled", "skipped", "rollbacks")
-
-# transformers.trainer_utils.SchedulerType; a test compares the two.
-SCHEDULER_NAMES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
-    *("inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
-    *("warmup_stable_decay", "greedy"),
-)
 
 
 class Device(Enum):
@@ -102,6 +89,13 @@ class Resume(Enum):
     auto = "auto"
     force = "force"
     never = "never"
+
+
+class SameBase(Enum):
+    """What happens where an adapter meets another base than its own."""
+
+    auto = "auto"
+    force = "force"
 
 
 class Weights(Enum):
@@ -245,6 +239,21 @@ class SweepMethod(Enum):
     grid = "grid"
     random = "random"
     bayes = "bayes"
+
+
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "adapter": (TaskName.chat, TaskName.evaluate, TaskName.merge, TaskName.predict, TaskName.push),
+    "repo": (TaskName.push,),
+    "runs": (TaskName.report,),
+    "run": (TaskName.replay,),
+    "source": (TaskName.migrate,),
+    "task.rows": (TaskName.preview,),
+    "task.ids": (TaskName.preview,),
+    "task.private": (TaskName.push,),
+    "task.online": (TaskName.doctor,),
+    "task.method": (TaskName.wandb_sweep,),
+}
+"""The keys that describe no training: what one task reads or writes, and how. No other task takes them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -424,7 +433,7 @@ class LoraConfig:
     """Share of the adapter's inputs that are zeroed in training."""
     bias: LoraBias = LoraBias.none
     """Which bias vectors train too: `none`, `all`, `lora_only`."""
-    target_modules: Any = "all-linear"
+    target_modules: Any = field(default="all-linear", metadata={HOLDS: list[str] | str})
     """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
     regular expressions; each must match a linear layer."""
     use_rslora: bool = False
@@ -465,6 +474,14 @@ class OnTooLong(Enum):
 
     truncate = "truncate"
     drop = "drop"
+    error = "error"
+
+
+class OnEmpty(Enum):
+    """What happens to an answer without text."""
+
+    drop = "drop"
+    train = "train"
     error = "error"
 
 
@@ -513,7 +530,7 @@ class DataConfig:
     """Held-out rows of their own, in the forms of `path`; unset: those of `eval_split`, or rows split off `path`."""
     eval_split: str | None = None
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
-    mix: dict[str, Any] = field(default_factory=dict)
+    mix: dict[str, Any] = field(default_factory=dict, metadata={HOLDS: dict[str, MixConfig | str]})
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
     shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
     `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
@@ -540,6 +557,9 @@ class DataConfig:
     """Longest row in tokens: the answer keeps at least half of it, the prompt loses its beginning. Null: no limit."""
     on_too_long: OnTooLong = OnTooLong.truncate
     """`truncate` a row that is too long, `drop` it, or stop with an `error`."""
+    on_empty: OnEmpty = OnEmpty.drop
+    """An answer without text (white space alone is none): `drop` leaves an empty turn of a chat without loss, and drops
+    a row in which nothing else is trained; `train` trains its end token; or stop with an `error`."""
     max_train_samples: int | None = None
     """Use at most so many rows to train."""
     max_eval_samples: int | None = None
@@ -687,14 +707,20 @@ class TrainerConfig:
     learning_rate: float = MISSING
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"
-    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..."""
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`; a `num_..._steps` below 1 is a share of all
-    steps."""
+    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
+    lr_scheduler_kwargs: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
+    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`, by the table in docs/run.md; a
+    `num_..._steps` below 1 is a share of all steps. `constant` reads none. Null: none, also of those that a recipe
+    sets."""
     warmup_steps: float = 0
-    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`)."""
+    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`). `constant`,
+    `reduce_lr_on_plateau` and `greedy` have no warm-up."""
     optim: str = MISSING
-    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`."""
+    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`; all in
+    docs/run.md."""
+    optim_args: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
+    """Further arguments of that optimizer, by the table in docs/run.md, e.g. `trainer.optim=sgd
+    trainer.optim_args.momentum=0.9`. Null: none."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -786,16 +812,21 @@ class TrainerConfig:
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ConfigError(
-                f"trainer.max_steps={_shown(self.max_steps)} and trainer.num_train_epochs="
-                f"{_shown(self.num_train_epochs)}: set "
+                f"trainer.max_steps={_written(self.max_steps)} and trainer.num_train_epochs="
+                f"{_written(self.num_train_epochs)}: set "
                 "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
             )
-        for key, names in (("optim", OPTIMIZER_NAMES), ("lr_scheduler_type", SCHEDULER_NAMES)):
-            value = getattr(self, key)
-            if value not in names:
-                raise ConfigError(
-                    f"trainer.{key}={value!r} is unknown{did_you_mean(value, names)}; choose one of {', '.join(names)}"
-                )
+        for name in ("lr_scheduler_kwargs", "optim_args"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, dict), f"trainer.{name}",
+                    "be a mapping such as {a: 1} or null", value)  # fmt: skip
+        self.lr_scheduler_kwargs = check_schedule(
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs or {},
+            learning_rate=self.learning_rate,
+            measures=self.eval_steps is not None,
+        )
+        self.optim_args = check_optimizer(self.optim, self.optim_args or {}, self.lr_scheduler_type)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1115,6 +1146,9 @@ class Config:
     adapter: str | None = None
     """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
     run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+    base: SameBase = SameBase.auto
+    """What happens where the weights of the base are not those that an adapter, or the run that goes on, was trained
+    on: `auto` refuses them, `force` goes on with a warning."""
     repo: str | None = None
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None
@@ -1138,6 +1172,7 @@ class Config:
             raise ConfigError(
                 f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
+        self._check_task_keys()
         if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
             given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
             raise ConfigError(f"repo {given}; name the hub repository to upload to, e.g. repo=me/guanaco-7b")
@@ -1168,6 +1203,9 @@ class Config:
         if self.trainer.parallel is Parallel.fsdp:
             self._check_fsdp()
         self._check_watchdog()
+        trains = self.task.name is TaskName.train and self.task.train
+        if trains or self.task.name is TaskName.doctor:  # which says whether this machine can train so
+            self._check_optimizer()
         if self.task.name is TaskName.report:  # the metrics are those of the runs that it reads
             return
         known = known_metrics(self.evaluation)
@@ -1181,6 +1219,21 @@ class Config:
                 f"choose one of {', '.join(known)} or null"
             )
 
+    def _check_task_keys(self) -> None:
+        """Refuses a key that names the input or output of another task."""
+        for key, tasks in TASK_KEYS.items():
+            owner, name = (self.task, key.removeprefix("task.")) if key.startswith("task.") else (self, key)
+            value = getattr(owner, name)
+            if self.task.name in tasks or value == next(item.default for item in fields(owner) if item.name == name):
+                continue
+            readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
+            shown = f"{'from' if key == 'source' else key}={_written(value)}"
+            raise ConfigError(
+                f"{shown} is not read by task={self.task.name.value.replace('_', '-')}, but by "
+                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
+                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
+            )
+
     def _check_watchdog(self) -> None:
         """Refuses actions that the training cannot take."""
         rollback = [name for name in ("nonfinite", "divergence")
@@ -1189,12 +1242,13 @@ class Config:
             raise ConfigError(
                 f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
             )
-        if self.watchdog.nonfinite.keeps_out and self.trainer.optim.endswith(("lomo", "layerwise")):
-            raise ConfigError(
-                f"trainer.optim={self.trainer.optim} changes weights within the backward pass, where "
-                f"watchdog.nonfinite={self.watchdog.nonfinite.value} cannot keep an update out; set "
-                "watchdog.nonfinite=warn"
-            )
+
+    def _check_optimizer(self) -> None:
+        """Refuses an optimizer that this machine, or the device that the run names, does not have."""
+        name = self.trainer.optim
+        check_installed(name)
+        if OPTIMIZERS[name].needs_cuda and self.device in (Device.cpu, Device.xpu):
+            raise no_cuda(name, self.device.value)
 
     def _check_fsdp(self) -> None:
         """Refuses what reads or draws the weights of a base that no process holds whole."""
@@ -1204,7 +1258,6 @@ class Config:
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
             "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
-            "model.weights=random": (model.weights is Weights.random, "the base is drawn on one device"),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
         }
@@ -1213,6 +1266,14 @@ class Config:
                 raise ConfigError(
                     f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+
+def no_cuda(optim: str, device: str) -> ConfigError:
+    """Returns the error for an optimizer that needs a CUDA device on another one."""
+    return ConfigError(
+        f"trainer.optim={optim} runs on CUDA only, and this run computes on {device}; set trainer.optim="
+        f"{optim.removeprefix('paged_').removesuffix('_32bit')}"
+    )
 
 
 def is_folder_name(name: str) -> bool:
@@ -1253,8 +1314,11 @@ def check_trusted(key: str, name: str, trusted: list[str]) -> None:
         )
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+def _written(value: object) -> str:
+    """Returns a value as the command line writes it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def metric_name(name: str) -> str:

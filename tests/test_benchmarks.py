@@ -160,3 +160,43 @@ def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_pa
     assert results["fp32"]["gradient_error"] == 0
     assert results["bf16"]["gradient_error"] < results["fp8"]["gradient_error"] < 0.5
     assert "fp8 and float32 of one seed" in printed
+
+
+@pytest.mark.slow
+def test_the_scaling_benchmark_sets_two_processes_beside_one(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    options = ["--small", "--parts", "weak", "strong", "--models", "llama-7b", "--modes", "bf16"]
+    options += ["--json", str(numbers)]
+    run("scaling.py", *options, "--steps", "1", "--warm-up", "1")
+    one, weak, strong = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert [(result["gpus"], result["rows"]) for result in (one, weak, strong)] == [(1, 8), (2, 16), (2, 8)]
+    assert [len(result["peak_gb"]) for result in (one, weak, strong)] == [1, 2, 2]
+    assert strong["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert weak["losses"] != pytest.approx(one["losses"], rel=1e-5)
+    printed = run("scaling.py", *options)  # measures nothing again
+    assert f"| llama-7b | bf16 | 2 | 8 | 4 | {strong['tokens_per_second']:,.0f} | " in printed
+
+
+def test_the_scaling_benchmark_compares_with_one_gpu_and_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    known = {"part": "weak", "model": "llama-7b", "mode": "fp8", "micro": 4}
+    one = known | {"gpus": 1, "rows": 8, "tokens_per_second": 2e4, "peak_gb": [31.04], "first_step_seconds": 13.2}
+    two = known | {
+        "part": "strong",
+        "gpus": 2,
+        "rows": 8,
+        "tokens_per_second": 3e4,
+        "peak_gb": [31, 32],
+        "first_step_seconds": 14.0,
+    }
+    lost = known | {"gpus": 2, "rows": 16, "failure": "longer than 400 s"}
+    table = scaling.to_tables([one | {"losses": [2.0, 1.0]}, two | {"losses": [2.0, 1.01]}, lost])
+    assert table.splitlines()[2:] == [
+        "| llama-7b | fp8 | 1 | 8 | 4 | 20,000 | 1.000 | 31.0 | 13 |  |",
+        "| llama-7b | fp8 | 2 | 8 | 4 | 30,000 | 0.750 | 32.0 | 14 | 1.0e-02 |",
+        "| llama-7b | fp8 | 2 | 16 | 4 | longer than 400 s |  |  |  |  |",
+    ]
+    jobs = [{"visible": name, "began": began, "ended": began + 3} for name, began in [("0", 0), ("1", 1), ("0", 2)]]
+    assert [scaling.overlap(jobs, name) for name in ("0", "1")] == [1, 0]

@@ -53,11 +53,25 @@ def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
         "trainer.save_total_limit=2",
         "trainer.disk_wait=0",
         "resume=force",
+        "base=force",
     ],
 )
 def test_what_leaves_the_training_alone_may_change(tmp_path: Path, override: str) -> None:
     assert plain() != plain(override)
     RunFolder(tmp_path).check_same_training(plain(), plain(override))
+
+
+def test_a_config_that_names_another_base_takes_both_words(tmp_path: Path) -> None:
+    drawn = ["model=llama-7b", "model.weights=random", "model.tokenizer=tiny"]
+    for words, change, hint in (
+        ([], "lora.r=8", "resume=force goes on"),
+        ([], "seed=1", "resume=force goes on"),
+        ([], "model.revision=v2", "resume=force base=force goes on"),
+        (drawn, "seed=1", "resume=force base=force goes on"),
+        (drawn, "model.architecture.num_hidden_layers=3", "resume=force base=force goes on"),
+    ):
+        with pytest.raises(ConfigError, match=f"to resume; {hint}"):
+            RunFolder(tmp_path).check_same_training(plain(*words), plain(*words, change))
 
 
 def test_a_free_key_frees_no_key_that_begins_alike(tmp_path: Path) -> None:

@@ -27,9 +27,12 @@ import qlora.training.trainer
 from qlora import world
 from qlora.compose import compose
 from qlora.errors import ConfigError, Stopped
+from qlora.folder import RunFolder
+from qlora.models.fingerprint import read_run_base
 from qlora.replay import replay
 from qlora.run import Run
 from qlora.training.trainer import QLoraTrainer
+from tests.models.bases import write
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +54,8 @@ CASES = {
                "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
                "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
+DRAWN = ["model.weights=random", "trainer.num_train_epochs=null", "trainer.max_steps=3", "trainer.eval_steps=null"]
+PICTURES = ["trainer.max_steps=3", "trainer.num_train_epochs=null", "trainer.eval_steps=null"]
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
 
 
@@ -106,6 +111,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("together")
+    write("gemma3", folder / "base")
     done = launch(__file__, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
@@ -119,6 +125,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     for name, overrides in CASES.items():
         train(folder / name, 4, *overrides)
+    train(folder / "drawn", 4, *DRAWN)
     return folder
 
 
@@ -133,6 +140,20 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
 
 
+def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Path) -> None:
+    one, two = losses(alone / "drawn"), losses(together / "drawn")
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=2e-5)
+    assert read_run_base(RunFolder(together / "drawn")) == read_run_base(RunFolder(alone / "drawn"))
+
+
+def test_two_processes_train_a_base_with_a_tower_for_pictures_that_gets_no_adapter(together: Path) -> None:
+    assert len(losses(together / "pictures")) == 3
+    weights = adapter(together / "pictures")
+    assert len(weights) == 28
+    assert all(".language_model." in name and value.any() for name, value in weights.items())
+
+
 def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
     metrics = json.loads((together / "spoiled" / "metrics.json").read_text())
     assert metrics["train_watchdog_nonfinite"] == metrics["train_watchdog_skipped"] == 1
@@ -144,7 +165,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
 
 def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 6  # all but the packed one
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 7  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -156,11 +177,23 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
     (folder / "result.json").unlink()
     options = ["trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
-    with pytest.raises(ConfigError, match=r"written by 2 processes, and this run has 1.*start 2 again"):
+    refusal = r"written by 2 processes, and this run has 1.*start 2 again.*same rows if trainer\.gradient_acc\w+=4$"
+    with pytest.raises(ConfigError, match=refusal):
         train(folder, 2, *options)
     train(folder, 2, *options, "resume=force")
     assert "written by 2 processes, and this run has 1: its steps hold other rows" in caplog.text
     assert (folder / "result.json").is_file()
+
+
+def test_one_process_goes_on_with_the_steps_of_two_where_it_accumulates_twice_as_much(
+    together: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    train(folder, 4, "trainer.gradient_checkpointing=true", "trainer.save_steps=3", "resume=force")
+    assert "and this run has 1: its steps hold the same rows, but dropout draws other masks" in caplog.text
+    assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
 
 
 def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> None:
@@ -184,18 +217,25 @@ def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_g
 
 FALL = """
 import os
+import signal
 from transformers import TrainerCallback
 
 class Fall(TrainerCallback):
+    def __init__(self, killed):
+        self.killed = killed
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("the second process falls")
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "is killed"])
 def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
-    tmp_path: Path, alone: Path
+    tmp_path: Path, alone: Path, killed: bool
 ) -> None:
     (tmp_path / "fall.py").write_text(FALL)
     chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
@@ -206,13 +246,17 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
         "qlora",
         *chosen,
         "+callbacks.fall._target_=fall.Fall",
+        f"+callbacks.fall.killed={killed}",
         "trusted=[fall]",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("process ")]
-    assert told[0].startswith("process 1 of 2: Traceback")
-    assert "ArithmeticError: the second process falls" in done.stderr
+    if killed:  # torchrun may end the other one before it can tell anything
+        assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+    else:
+        assert told[0].startswith("process 1 of 2: Traceback")
+        assert "ArithmeticError: the second process falls" in done.stderr
     assert "resuming from checkpoint-3" in done.stdout
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()  # of both processes and both starts, though it has no name
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
@@ -257,6 +301,8 @@ def main(folder: Path) -> None:
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
     train(folder / "sharded", 2, *SHARDED)
+    train(folder / "drawn", 2, *DRAWN, "trainer.parallel=fsdp", "trainer.fused_linear=true")
+    train(folder / "pictures", 2, *PICTURES, f"model.name={folder / 'base'}")
     replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))

@@ -239,7 +239,7 @@ def test_a_base_stored_in_few_bits_is_merged_in_full(
     run(tmp_path / "run", *chosen)
     merge(tmp_path / "run", *chosen)
     expected = load_file(tmp_path / "run" / "merged" / "model.safetensors")
-    chosen[0] = f"model.name={tmp_path / 'stored'}"
+    chosen = [f"model.name={tmp_path / 'stored'}", chosen[1], "base=force"]  # what is stored is another base
     report = merge(tmp_path / "run", *chosen)
     found = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     assert report["kl_mean"] < (5e-3 if quantization == "int8" else 1e-6)

@@ -185,8 +185,8 @@ def test_a_model_whose_config_cannot_be_had_is_one_sentence() -> None:
 
 def test_an_unknown_card_and_an_unknown_optimizer_name_those_that_are_known() -> None:
     assert "plan.device='a600' is unknown (did you mean a6000?); choose one of this, t4" in refusal("plan.device=a600")
-    text = refusal("plan.device=t4", "trainer.optim=galore_adamw")
-    assert text.startswith("trainer.optim=galore_adamw: task=plan does not know what it stores")
+    text = refusal("plan.device=t4", "trainer.optim=ademamix")
+    assert text.startswith("trainer.optim=ademamix: task=plan does not know what it stores")
 
 
 def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,24 @@ def test_what_a_person_must_know_is_said(preview_run: Callable[..., Run], tmp_pa
     assert "data.train_on=all: the prompts carry loss too" in said
 
 
+def test_what_rows_lose_is_shown_of_held_out_rows_too(preview_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": i, "input": f"q{i} " * (1 + 40 * (i % 4 == 0)), "output": "red" * (i % 4 != 1)} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=8", "data.max_length=30",
+                      "data.on_too_long=drop")  # fmt: skip
+    preview = build_preview(run.config, run.data, run.tokenizer)
+    report, facts = run.data.report, dict(preview.facts)
+    assert report.train_rows + report.lost_rows == 12
+    assert report.eval_rows + report.eval_lost_rows == 8
+    assert facts["rows"] == (
+        f"{report.train_rows} to train, {report.eval_rows} held out (8, but {report.eval_lost_rows} are dropped)"
+    )
+    assert f"{report.too_long_rows} too long, {report.empty_rows} with empty answers" in facts["dropped"]
+    assert facts["not read"] == "id"
+    assert "5 answers are empty and are not trained (data.on_empty=drop)" in preview.warnings
+
+
 TEXTS = ("Sort: swan oak = oak swan", "naïve café ☕ 日本語 \n\n tabs\t and   blanks", "</s> ###", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -271,17 +272,21 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
             with pytest.raises(ConfigError) as error:
                 run(tmp_path / "again", *options, change, f"task={task}", f"adapter={tmp_path / 'run'}")
             assert str(error.value) == (
-                f"{tmp_path / 'run'}: its adapter was trained on a base that was drawn otherwise than the config says; "
-                f"set {remedy}"
+                f"adapter={tmp_path / 'run' / 'adapter'} does not fit the config: it was trained on a base that was "
+                f"drawn otherwise; set {remedy}, or use it in spite of that with base=force"
             )
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "copy")
+    with pytest.raises(ConfigError, match="set seed=0, or"):
+        run(tmp_path / "again", *options, "seed=1", "task=evaluate", f"adapter={tmp_path / 'copy'}")
     (tmp_path / "run" / "result.json").unlink()
-    stored = json.loads((tmp_path / "run" / "drawn.json").read_text())
-    (tmp_path / "run" / "drawn.json").write_text(json.dumps(stored | {"device": "cuda"}))
-    with pytest.raises(ConfigError, match="set device=cuda"):
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    as_on_cuda = manifest["model"]["random"] | {"device": "cuda"}
+    # Runs of older versions have what decides the base in a file of its own.
+    manifest["model"] = {"fingerprint": None, "revision": None}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run" / "drawn.json").write_text(json.dumps(as_on_cuda))
+    with pytest.raises(ConfigError, match=r"does not fit the config: .*; set device=cuda, or choose another folder"):
         run(tmp_path / "run", *options)
-    (tmp_path / "run" / "drawn.json").unlink()
-    with pytest.raises(ConfigError, match=r"drawn\.json is missing, which says how the base .* give adapter=FOLDER"):
-        run(tmp_path / "again", *options, "task=evaluate", f"adapter={tmp_path / 'run'}")
 
 
 def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:

@@ -1,47 +1,36 @@
 """Writes conversations with a chat template, and finds which characters of the text the loss counts.
 
 A template is a program; what it made of a message is found, not assumed. The conversation is written a second time
-with a mark in place of every content, and the two texts are read side by side: between two marks both must agree to
-the letter, and at a mark stands the content. Where that cannot work (a call of a tool has no content; a template that
-rewrites earlier turns), the text is compared with that of the conversation's beginnings, as an inference server would
-send them. A template that fits neither way is refused: no guess ever decides what is trained.
+with a mark in place of every text, and the two are read side by side: between two marks both must agree to the letter.
+A template that looks into its messages is compared with the conversation's beginnings instead, as an inference server
+would send them. A turn that fits neither way is refused, and so is one whose answer or call the text lacks: no guess
+ever decides what is trained, and nothing is left out without a word.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.conversations import Conversation
-from qlora.data.templates import NEEDED_TOKENS, Template
+from qlora.data.conversations import Conversation, Message
+from qlora.data.message_form import ANSWER, MARK, MARKS, NEXT, QUESTION, MessageForm, Piece, find_form, map_texts
+from qlora.data.templates import NEEDED_TOKENS, Template, suggest_template
+from qlora.data.turn_layout import Borders, Fitted, Layout, Span, Text, find_span, holds, lay_out
 from qlora.errors import ConfigError
 from qlora.schema import TrainOn
 
-Message = dict[str, Any]
-
-# Characters for private use: no template acts on them.
-MARK: Final = "\ue0a0{}\ue0a1"
-QUESTION: Final = {"role": "user", "content": MARK.format(0)}
-ANSWER: Final = {"role": "assistant", "content": MARK.format(1)}
-NEXT: Final = {"role": "user", "content": MARK.format(2)}
-MARKS: Final = re.compile("\ue0a0(\\d+)\ue0a1")
-
 PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
-
-
-class Span(NamedTuple):
-    """Characters [start, end) of a written conversation."""
-
-    start: int
-    end: int
+LAYOUTS: Final = 256
+"""So many structures of conversations are remembered."""
 
 
 class ChatTurn(NamedTuple):
@@ -64,6 +53,22 @@ class Written:
     """Where a message spells a token of the template's own: text there must not become that token."""
     ends: bool
     """Whether the last turn ends with an end-of-turn token, or others follow it; else the end token is added."""
+    asked: Written | None = None
+    """What a server sends for the last turn, where it is not the text before that turn."""
+    lost_thoughts: int = 0
+    """Trained turns whose thought the text lacks."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that the text lacks."""
+
+
+class Turns(NamedTuple):
+    """The turns of the assistant that are trained."""
+
+    turns: list[ChatTurn]
+    prompt: str | None
+    """What a server sends for the last one; None: the text before it."""
+    lost_thoughts: int
+    lost_messages: int
 
 
 @dataclass(frozen=True)
@@ -75,119 +80,202 @@ class ChatWriter:
     train_on: TrainOn = TrainOn.assistant
 
     def write(self, conversation: Conversation) -> Written:
-        """Returns the text and its trained spans; raises `ConfigError` where the template cannot write it."""
+        """Returns the text and its trained spans.
+
+        Raises `ConfigError` where the template cannot write the conversation, or leaves out an answer or a call.
+        """
         # Parted, a token that a message spells is none of the template's own to all that follows.
-        messages, tools = self._part(conversation.messages), self._part(conversation.tools)
+        prepared = self.form.prepare(conversation.messages)
+        marked, texts = self._mark(prepared)
+        messages = self._fill(prepared, texts)
+        tools = map_texts(conversation.tools, self._part)
         text = self._apply(messages, tools)
-        turns = self._turns(text, messages, tools)
-        spans = [turn.span for turn in turns]
+        turns, prompt, lost_thoughts, lost_messages = self._turns(text, messages, marked, texts, tools)
+        trained = [turn.span for turn in turns]
         if self.train_on is TrainOn.last:
-            spans = spans[-1:]
+            trained = trained[-1:]
         elif self.train_on is TrainOn.all:
-            spans = [Span(0, len(text))]
-        ends = bool(turns) and (turns[-1].span.end < len(text.rstrip()) or self._closes(text, turns[-1].span))
-        return self._join(Written(text, spans, turns, [], ends))
+            trained = [Span(0, len(text))]
+        ends = bool(turns) and (
+            turns[-1].span.end < len(text.rstrip()) or self._borders.closes(text[: turns[-1].span.end])
+        )
+        asked = None if prompt is None else self._join(Written(prompt, [], [], [], True))
+        return self._join(Written(text, trained, turns, [], ends, asked, lost_thoughts, lost_messages))
 
     def ask(self, messages: Sequence[Message]) -> Written:
         """Returns the text that a server sends for the next answer; raises `ConfigError` as `write` does."""
-        text = self._apply([self._part(message) for message in messages], prompt=True)
+        prepared = self.form.prepare(messages)
+        text = self._apply(self._fill(prepared, self._mark(prepared)[1]), prompt=True)
         return self._join(Written(text, [], [], [], True))
 
     def _apply(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools or None,
-                chat_template=self.template.text,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            return self._render(messages, tools, prompt)
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             roles = " ".join(str(message.get("role")) for message in messages[:12])
             raise ConfigError(
                 f"data.template={self.template.name}: the template cannot write a conversation of the roles {roles}"
-                f"{' ...' if len(messages) > 12 else ''} ({error}); choose another data.template"
+                f"{' ...' if len(messages) > 12 else ''} ({error}); choose another data.template, such as "
+                f"{suggest_template(self.tokenizer)}"
             ) from None
 
-    def _turns(self, text: str, messages: Sequence[Message], tools: Any) -> list[ChatTurn]:
-        """Returns the turns of the assistant that say or call something."""
-        found = self._by_marks(text, messages, tools) or {}
-        said = [
-            index
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-            and (message["content"].strip() or message.get("tool_calls"))
-            and message.get("weight") != 0
-        ]
-        turns = []
-        for index in said:
-            by_marks = None if messages[index].get("tool_calls") else found.get(index)
-            span = by_marks or self._by_beginnings(text, messages, index, tools)
-            if span is not None:
-                turns.append(ChatTurn(span, text[span.start : span.end].removesuffix(self._end).strip()))
-            elif self.train_on is TrainOn.assistant or (self.train_on is TrainOn.last and index == said[-1]):
-                raise ConfigError(
-                    f"data.template={self.template.name}: the template writes turn {index + 1} otherwise when more "
-                    "turns follow, so the tokens to train cannot be told; set data.train_on=last or data.train_on=all, "
-                    "or choose another data.template"
-                )
-        return turns
+    def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools or None,
+            chat_template=self.template.text,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
 
-    def _closes(self, text: str, span: Span) -> bool:
-        """Tells whether a turn ends with a token that can end it."""
-        found = self._special.findall(text, *span) if self._special else []
-        return bool(found) and text.endswith(found[-1], *span)
+    # The form of messages
 
-    # By marks
+    @cached_property
+    def form(self) -> MessageForm:
+        """The form in which the template takes a message."""
 
-    def _by_marks(self, text: str, messages: Sequence[Message], tools: Any) -> dict[int, Span] | None:
-        """Returns the spans of the assistant's contents by message, or None where the two texts do not agree."""
-        marked = [
-            {**message, "content": MARK.format(index)} if message["content"].strip() else message
-            for index, message in enumerate(messages)
-        ]
-        parts = MARKS.split(self._apply(marked, tools))
-        spans: dict[int, Span] = {}
-        position = 0
-        literals, indices = parts[::2], [int(number) for number in parts[1::2]]
-        for literal, following, index in zip(literals, literals[1:], indices, strict=False):
-            position += len(literal)
-            form = _written_form(text, position, messages[index]["content"], following)
-            if not text.startswith(literal, position - len(literal)) or form is None:
+        def write(messages: list[Message], tools: Any) -> str | None:
+            try:
+                return self._render(messages, tools, False)
+            except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError):
                 return None
-            end = position + len(form)
-            begun = position - self._written_before(literal)
-            spans[index] = Span(begun, end + len(self._end) if text.startswith(self._end, end) else end)
-            position = end
-        return spans if text[position:] == literals[-1] else None
 
-    def _written_before(self, literal: str) -> int:
-        """Returns how many characters before an answer the model writes: after "[/INST]" the blank of " Yes"."""
-        if self._header:
-            found = literal.rfind(self._header)
-            return len(literal) - found - len(self._header) if found >= 0 else 0
-        before, _, prompt = self._sample
-        lead = before.removeprefix(prompt)
-        return len(lead) if before.startswith(prompt) and lead.isspace() and literal.endswith(lead) else 0
+        return find_form(write)
+
+    def _mark(self, messages: Sequence[Message]) -> tuple[list[Message], list[Text]]:
+        """Returns the messages with a mark in place of every text, and the texts."""
+        texts: list[Text] = []
+
+        def shape(index: int, message: Message) -> Message:
+            def leaf(piece: Piece, text: str) -> str:
+                if piece is Piece.label:
+                    return self._part(text)
+                texts.append(Text(index, piece, self._part(text)))
+                return MARK.format(len(texts) - 1)
+
+            return self.form.shape(message, leaf)
+
+        return [shape(index, message) for index, message in enumerate(messages)], texts
+
+    def _fill(self, messages: Sequence[Message], texts: Sequence[Text]) -> list[Message]:
+        """Returns the messages in the template's form, with the texts that `_mark` returned."""
+        rest = iter(texts)
+
+        def leaf(piece: Piece, text: str) -> str:
+            return self._part(text) if piece is Piece.label else next(rest).text
+
+        return [self.form.shape(message, leaf) for message in messages]
+
+    # Turns
+
+    def _turns(self, text: str, messages: list[Message], marked: list[Message], texts: list[Text], tools: Any) -> Turns:
+        """Returns the turns that are trained; raises `ConfigError` where the text lacks an answer or a call."""
+        local = [content for content in texts if messages[content.message]["role"] == "assistant"]
+        said = {content.message for content in local}
+        answered = {content.message for content in local if content.piece is not Piece.thought}
+        # A weight of 1 asks for a turn that says nothing, too.
+        turns = [
+            i for i, turn in enumerate(messages) if turn["role"] == "assistant" and (i in said or turn.get("weight"))
+        ]
+        trained = [index for index in turns if messages[index].get("weight", 1)]
+        if not turns:
+            return Turns([], None, 0, 0)
+        layout = self._layout(marked, texts, turns, tools)
+        asked = trained[-1] if trained else turns[-1]
+        prompt = self._apply(messages[:asked], tools, prompt=True)
+        fitted = layout.fit(text, texts, self._special)
+        if fitted is None or not self._follows(text, fitted, layout, asked, prompt):
+            fitted = self._by_beginnings(text, messages, local, layout, tools)
+        for index in turns:
+            self._refuse_lost(fitted.lost[index], messages, index)
+        # A turn that only thinks says nothing where its thought is lost.
+        lost = {index for index in trained if Piece.thought in fitted.lost[index]}
+        trained = [index for index in trained if index in answered or index not in lost]
+        spans = {index: span for index in trained if (span := fitted.spans[index])}
+        needed = {TrainOn.assistant: trained, TrainOn.last: trained[-1:], TrainOn.all: []}[self.train_on]
+        self._refuse_unclear([index for index in needed if index not in spans], needed)
+        counted = lost & {max(lost | spans.keys())} if self.train_on is TrainOn.last and lost else lost
+        if spans and max(spans) != asked:
+            prompt = self._apply(messages[: max(spans)], tools, prompt=True)
+        is_text = not spans or self._is_prompt(text, spans[max(spans)].start, prompt)
+        written = [ChatTurn(span, self._reference(text, span)) for span in spans.values()]
+        return Turns(written, None if is_text else prompt, len(counted), layout.lost_messages)
+
+    def _layout(self, marked: list[Message], texts: list[Text], turns: list[int], tools: Any) -> Layout:
+        key = json.dumps([marked, tools], ensure_ascii=False)
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= LAYOUTS:
+                self._layouts.clear()
+
+            def apply(few: Sequence[Message], prompt: bool) -> str:
+                return self._apply(few, tools, prompt=prompt)
+
+            layout = self._layouts[key] = lay_out(marked, texts, turns, apply, self._borders)
+        return layout
 
     @cached_property
-    def end_id(self) -> int | None:
-        """The token that ends a turn of the assistant, for generation to stop at; None where there is none."""
-        found = self._special.findall(self._end) if self._special else []
-        return self.tokenizer.convert_tokens_to_ids(found[-1]) if found else None
+    def _layouts(self) -> dict[str, Layout]:
+        return {}
 
-    @cached_property
-    def stop_text(self) -> str:
-        """What opens the next question, for generation to stop at; "" where a token ends an answer before it."""
-        parts = MARKS.split(self._apply([QUESTION, ANSWER, NEXT]))
-        opening = parts[4] if parts[1::2] == ["0", "1", "2"] else ""
-        return "" if self._special and self._special.search(opening) else opening.rstrip()
+    def _follows(self, text: str, fitted: Fitted, layout: Layout, index: int, prompt: str) -> bool:
+        """Tells whether a turn follows its prompt as in the layout; a template may read what messages say."""
+        span = fitted.spans[index]
+        return span is None or index not in layout.exact or self._is_prompt(text, span.start, prompt)
+
+    def _is_prompt(self, text: str, end: int, prompt: str) -> bool:
+        return text[:end] in (prompt, prompt + self._borders.header)
+
+    def _by_beginnings(
+        self, text: str, messages: list[Message], texts: list[Text], layout: Layout, tools: Any
+    ) -> Fitted:
+        """Returns the turns by the conversation's beginnings, where a copy of marks is written otherwise."""
+
+        def apply(few: Sequence[Message], prompt: bool) -> str:
+            return self._apply(few, tools, prompt=prompt)
+
+        spans = {index: find_span(text, messages, index, apply, self._borders) for index in layout.spans}
+        lost = {index: pieces - {Piece.thought} for index, pieces in layout.lost.items()}
+        for content in texts:
+            span = spans[content.message]
+            if span is not None and not holds(text[span.start : span.end], content.text):
+                lost[content.message].add(content.piece)
+        return Fitted(spans, lost)
+
+    def _refuse_lost(self, lost: set[Piece], messages: list[Message], index: int) -> None:
+        """Raises `ConfigError` where the text lacks an answer or a call; a lost thought is counted."""
+        if not lost - {Piece.thought}:
+            return
+        calls = messages[index].get("tool_calls") or []
+        names = " and ".join(dict.fromkeys(self._plain(call["function"]["name"]) for call in calls))
+        what = f"a call ({names})" if Piece.call in lost else "what the assistant says" + " beside a call" * bool(calls)
+        raise ConfigError(
+            f"data.template={self.template.name}: turn {index + 1} of {len(messages)} holds {what}, which the template "
+            f"does not write, so it would not be trained; data.template={suggest_template(self.tokenizer)} writes it"
+        )
+
+    def _refuse_unclear(self, unclear: list[int], needed: list[int]) -> None:
+        if unclear:
+            last = "data.train_on=last or " if unclear[-1] != needed[-1] else ""
+            raise ConfigError(
+                f"data.template={self.template.name}: the template writes turn {unclear[0] + 1} otherwise when more "
+                f"turns follow, so the tokens to train cannot be told; set {last}data.train_on=all, or choose another "
+                "data.template"
+            )
+
+    def _reference(self, text: str, span: Span) -> str:
+        """Returns what a turn says without the template's tokens, as generated answers are decoded."""
+        turn = text[span.start : span.end]
+        return (self._special.sub("", turn) if self._special else turn).strip()
+
+    # What a question and an answer show of the template
 
     @cached_property
     def _sample(self) -> tuple[str, str, str]:
         """What the template writes between a question and an answer, behind a last answer, and as a prompt."""
-        parts = MARKS.split(self._apply([QUESTION, ANSWER]))
-        prompt = self._apply([QUESTION], prompt=True).rpartition(QUESTION["content"])[2]
+        asked, answered = (self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER))
+        parts = MARKS.split(self._apply([asked, answered]))
+        prompt = self._apply([asked], prompt=True).rpartition(QUESTION["content"])[2]
         if parts[1::2] != ["0", "1"]:
             raise ConfigError(
                 f"data.template={self.template.name}: the template does not write what a question and an answer say "
@@ -196,38 +284,44 @@ class ChatWriter:
         return parts[2], parts[4], prompt
 
     @cached_property
-    def _header(self) -> str:
-        """What a prompt adds to a conversation; "" where a question's end is all."""
-        prompt, closed = self._sample[2], self._apply([QUESTION]).rpartition(QUESTION["content"])[2]
-        return prompt.removeprefix(closed) if prompt.startswith(closed) else ""
+    def _followed(self) -> str:
+        """What the template writes between an answer and the next question; "" where it cannot."""
+        asked, answered, following = (
+            self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER, NEXT)
+        )
+        parts = MARKS.split(self._apply([asked, answered, following]))
+        return parts[4] if parts[1::2] == ["0", "1", "2"] else ""
+
+    @cached_property
+    def _borders(self) -> Borders:
+        before, behind, prompt = self._sample
+        closed = self._apply([self.form.shape(QUESTION, lambda piece, text: text)]).rpartition(QUESTION["content"])[2]
+        lead = before.removeprefix(prompt) if prompt == closed and before.startswith(prompt) else None
+        borders = Borders(self._special, before if lead is not None or before == prompt else "", behind, lead)
+        shared = borders.agree(self._followed, behind)
+        last_only = behind[shared:] if borders.closes(behind[:shared].rstrip()) else ""
+        return replace(borders, last_only=last_only)
 
     @cached_property
     def _end(self) -> str:
-        """What ends a turn of the assistant: up to the first special token behind it; "" where there is none."""
-        behind = self._sample[1]
-        found = self._special.search(behind) if self._special else None
-        return behind[: found.end()] if found else ""
+        """What ends a turn of the assistant, up to its end token; "" where there is none."""
+        behind, borders = self._sample[1], self._borders
+        for text in (behind, self._followed):
+            end = text[: borders.end(text, behind, hands_over=text is not behind) or 0]
+            if borders.closes(end):
+                return end
+        return ""
 
-    # By beginnings
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends a turn of the assistant, for generation to stop at; None where there is none."""
+        tokens = self._special.findall(self._end) if self._special else []
+        return self.tokenizer.convert_tokens_to_ids(tokens[-1]) if tokens else None
 
-    def _by_beginnings(self, text: str, messages: Sequence[Message], index: int, tools: Any) -> Span | None:
-        """Returns the span of a turn as what the conversation up to it adds to the prompt before it; None: unclear."""
-        prompt = self._prompt(messages[:index], tools)
-        whole = self._apply(messages[: index + 1], tools)
-        turn = whole.removeprefix(prompt)
-        end = turn.rfind(self._end) + len(self._end) if self._end and self._end in turn else len(turn.rstrip())
-        span = Span(len(prompt), len(prompt) + end)
-        return span if whole.startswith(prompt) and text[: span.end] == whole[: span.end] and end else None
-
-    def _prompt(self, messages: Sequence[Message], tools: Any) -> str:
-        """Returns what stands before an answer in a written conversation."""
-        prompt = self._apply(messages, tools, prompt=True)
-        before, _, asked = self._sample
-        if asked.startswith(before):  # a prompt may open thoughts that a written turn lacks
-            return prompt.removesuffix(asked.removeprefix(before))
-        header = before.removeprefix(asked)
-        # A template without prompts writes the header of an answer with the answer.
-        return prompt + header if before.startswith(asked) and not (self._header or header.isspace()) else prompt
+    @cached_property
+    def stop_text(self) -> str:
+        """What opens the next question, for generation to stop at; "" where a token ends an answer before it."""
+        return "" if self._special and self._special.search(self._followed) else self._followed.rstrip()
 
     # Text that spells a token
 
@@ -242,37 +336,28 @@ class ChatWriter:
         ]  # fmt: skip
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
-    def _part(self, value: Any) -> Any:
-        """Parts every token that a message spells, however deep in it."""
-        if self._special is None:
-            return value
-        if isinstance(value, str):
-            return self._special.sub(lambda match: match[0][0] + PART + match[0][1:], value)
-        if isinstance(value, dict):
-            return {self._part(key): self._part(item) for key, item in value.items()}
-        return [self._part(item) for item in value] if isinstance(value, list) else value
+    def _part(self, text: str) -> str:
+        """Parts every token that a text spells."""
+        return self._special.sub(lambda match: match[0][0] + PART + match[0][1:], text) if self._special else text
+
+    def _plain(self, text: str) -> str:
+        return text.replace(PART, "")
 
     def _join(self, written: Written) -> Written:
         """Joins what `_part` parted, and notes where that was."""
-        places = [match.start() for match in re.finditer(PART, written.text)]
-        if not places or self._special is None:
+        positions = [match.start() for match in re.finditer(PART, written.text)]
+        if not positions or self._special is None:
             return written
-        text = written.text.replace(PART, "")
-        found = [self._special.match(text, place - number - 1) for number, place in enumerate(places)]
+        text = self._plain(written.text)
+        spelled = [self._special.match(text, position - index - 1) for index, position in enumerate(positions)]
 
         def joined(span: Span) -> Span:
-            return Span(*(place - bisect_left(places, place) for place in span))
+            return Span(*(position - bisect_left(positions, position) for position in span))
 
-        return Written(
-            text,
-            [joined(span) for span in written.trained],
-            [ChatTurn(joined(turn.span), turn.reference.replace(PART, "")) for turn in written.turns],
-            [Span(*match.span()) for match in found if match],
-            written.ends,
+        return replace(
+            written,
+            text=text,
+            trained=[joined(span) for span in written.trained],
+            turns=[ChatTurn(joined(turn.span), self._plain(turn.reference)) for turn in written.turns],
+            raw=[Span(*match.span()) for match in spelled if match],
         )
-
-
-def _written_form(text: str, position: int, content: str, following: str) -> str | None:
-    """Returns how a template wrote a content before `following`: as it is, or without white space at its ends."""
-    forms = dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip()))
-    return next((form for form in forms if text.startswith(form + following, position)), None)

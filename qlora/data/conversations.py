@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.data.json_text import DoubledKey, parse
+from qlora.data.rows import Row, is_rejected, list_names, number_text, read_switch, short, track
 from qlora.errors import ConfigError
 
-Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 # What data sets call the speakers, and what chat templates call them.
@@ -23,8 +24,19 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-KEPT = ("name", "tool_call_id", "reasoning_content", "weight")
-"""Keys of a turn that go on unchanged: templates read the first three, the loss leaves out turns of weight 0."""
+TEXT_KEYS = ("text", "value", "content")
+"""The keys of a part of a content that hold its text."""
+THOUGHT_PARTS = ("thinking", "reasoning")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what a text model cannot see or hear."""
+KEPT = ("name", "tool_call_id")
+"""Keys of a turn that go on unchanged, for templates to read."""
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""What data sets and templates call the thoughts before an answer."""
+THOUGHTS = THOUGHT_KEYS[0]
+"""The key of a message that holds them here."""
+PRINTED = re.compile(r"\s*\[\s*\{\s*'")
+"""How Python prints a list of objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +44,8 @@ class Conversation:
     """A chat as `apply_chat_template` takes it."""
 
     messages: list[Message]
-    """Each with role (system, user, assistant, tool) and content (text), maybe with tool_calls and those of `KEPT`."""
+    """Each with role (system, user, assistant, tool) and content (text), maybe with tool_calls and those of `KEPT`;
+    `weight` (1 or 0) where a turn says whether the loss counts it."""
     tools: list[dict[str, Any]] | None
     """The functions that the assistant may call, as OpenAI's JSON schemas; None: none."""
 
@@ -48,13 +61,14 @@ def conversations(row: Row) -> list[Conversation]:
 
 
 def _render(row: Row, column: str) -> list[Conversation]:
-    if row.get("label") is False:
+    if is_rejected(row):
         return []
-    return build_conversation(row, normalise(read_turns(row, column), f"column {column}"), f"column {column}")
+    return build_conversation(row, normalise(read_turns(row, column), column, row), f"column {column}")
 
 
 def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conversation]:
     """Adds the columns `system` (unless the turns begin with one) and `tools`; nothing said gives no conversation."""
+    _refuse_media(row)
     if all(turn["role"] == "system" for turn in turns):
         return []
     first = next(index for index, turn in enumerate(turns) if turn["role"] != "system")
@@ -63,10 +77,28 @@ def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conve
             f"{where}, turn {first + 1} of {len(turns)}: the assistant speaks before any user turn; take such turns "
             "out, or map the rows with a function of your own (data.format=module:function)"
         )
-    system = row.get("system")
-    if isinstance(system, str) and system and turns[0]["role"] != "system":
+    if turns[0]["role"] != "system" and (system := row.get("system")):
+        if not isinstance(system, str):
+            raise ConfigError(f"column system must hold text, but a row holds {short(system)}")
         turns = [{"role": "system", "content": system}, *turns]
     return [Conversation(turns, read_tools(row))]
+
+
+def _refuse_media(row: Row) -> None:
+    """Raises `ConfigError` where a row holds pictures, sound or films beside its turns."""
+    for column in MEDIA_COLUMNS:
+        cell = decode(row.get(column))
+        if _holds_media(cell):
+            raise ConfigError(
+                f"column {column} holds {short(cell)}; qlora trains text only, so leave such rows out, or take the "
+                "column out if the turns say all without it"
+            )
+
+
+def _holds_media(cell: Any) -> bool:
+    if isinstance(cell, Mapping):
+        return any(map(_holds_media, cell.values()))
+    return any(map(_holds_media, cell)) if isinstance(cell, list) else isinstance(cell, (str, bytes)) and bool(cell)
 
 
 def read_turns(row: Row, column: str) -> list[Any]:
@@ -75,17 +107,28 @@ def read_turns(row: Row, column: str) -> list[Any]:
     if cell is None or cell == "":
         return []
     if not isinstance(cell, Sequence) or isinstance(cell, str):
-        raise ConfigError(f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}")
+        written = "; write lists as JSON (json.dumps), not as Python prints them" if PRINTED.match(str(cell)) else ""
+        raise ConfigError(
+            f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}{written}"
+        )
     return list(cell)
 
 
 def decode(cell: Any) -> Any:
-    """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is."""
+    """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is.
+
+    Raises `ConfigError` for turns of a chat with a key that stands twice.
+    """
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError:
+        return parse(cell)
+    except DoubledKey as error:
+        value = json.loads(cell)
+        if is_turn(value) or (isinstance(value, list) and any(map(is_turn, value))):
+            raise ConfigError(f"in the turns {short(cell)}, {error}") from None
+        return cell
+    except (ValueError, RecursionError):
         return cell
 
 
@@ -94,9 +137,17 @@ def is_turn(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
 
 
-def normalise(turns: Sequence[Any], where: str) -> list[Message]:
-    """Turns {role, content} or {from, value} of any naming into messages of a chat template."""
-    return [_message(turn, f"{where}, turn {number} of {len(turns)}") for number, turn in enumerate(turns, start=1)]
+def is_empty(message: Message) -> bool:
+    """Tells whether a turn says, calls and thinks nothing."""
+    return not (message["content"].strip() or message.get("tool_calls") or message.get(THOUGHTS))
+
+
+def normalise(turns: Sequence[Any], column: str, row: Row) -> list[Message]:
+    """Turns {role, content} or {from, value} of any naming, from a column of a row, into messages of a template."""
+    return [
+        _message(track(row, turn, column), f"column {column}, turn {number} of {len(turns)}")
+        for number, turn in enumerate(turns, start=1)
+    ]
 
 
 def _message(turn: object, where: str) -> Message:
@@ -104,7 +155,7 @@ def _message(turn: object, where: str) -> Message:
         raise ConfigError(f"{where} is {short(turn)}; each must be an object with role and content, or from and value")
     spoken = _first(turn, "role", "from")
     if spoken is None:
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
     name = str(spoken).strip().lower()
     if name not in ROLES:
         raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
@@ -114,12 +165,16 @@ def _message(turn: object, where: str) -> Message:
         message |= {"content": "", "tool_calls": _calls(decode(value), where)}
     else:
         message["content"] = _content(value, message["role"], where)
+    if thought := _thought(turn, value, where):
+        message[THOUGHTS] = thought
     calls = turn.get("tool_calls") or turn.get("function_call")
     if calls:
         message["tool_calls"] = _calls(decode(calls), where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
-        raise ConfigError(f"{where} has the keys {', '.join(turn)}; it needs role and content, or from and value")
-    return message | {key: turn[key] for key in KEPT if turn.get(key) is not None}
+        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
+    message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
+    switch = read_switch(turn, where)
+    return message if switch is None else message | {"weight": int(switch)}
 
 
 def _first(turn: Mapping[str, Any], *keys: str) -> Any:
@@ -134,11 +189,29 @@ def _content(value: Any, role: str, where: str) -> str:
         return value
     if role == "tool" and not _is_parts(value):
         return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (int, float)):
-        return str(value)
+    if (number := number_text(value)) is not None:
+        return number
     if not isinstance(value, Sequence):
         raise ConfigError(f"{where} says {short(value)}; content must be text, or a list of parts of text")
-    return "".join(_part(part, where) for part in value)
+    return "".join(_part(part, where) for part in value if not _is_thought(part))
+
+
+def _thought(turn: Mapping[str, Any], content: Any, where: str) -> str:
+    """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
+    spoken = {key: _content(turn[key], "assistant", where) for key in THOUGHT_KEYS if turn.get(key) is not None}
+    if isinstance(content, list):
+        parts = [_first(part, *THOUGHT_KEYS, *TEXT_KEYS) for part in content if _is_thought(part)]
+        spoken["content"] = "".join(_content(part, "assistant", where) for part in parts)
+    thoughts = {key: text for key, text in spoken.items() if text.strip()}
+    if len({text.strip() for text in thoughts.values()}) > 1:
+        raise ConfigError(
+            f"{where} holds different thoughts under {' and '.join(thoughts)}; keep one of them, for a turn thinks once"
+        )
+    return next(iter(thoughts.values()), "")
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
 
 
 def _is_parts(value: object) -> bool:
@@ -149,10 +222,11 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-        shown = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
-        raise ConfigError(f"{where} holds a part {shown}; qlora trains text only, so leave such rows out")
-    return part["text"]
+    text = _first(part, *TEXT_KEYS) if isinstance(part, Mapping) else None
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
+        raise ConfigError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
+    return text
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -226,9 +300,3 @@ def split_inst(text: str) -> list[Message] | None:
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
     return turns[:-1] if not turns[-1]["content"] else turns
-
-
-def short(value: object) -> str:
-    """Returns a value for a sentence, at most 60 characters long."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -7,21 +7,23 @@ import json
 import os
 import pickle
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
 from qlora import console
+from qlora.data.answers import settle
 from qlora.data.formats import Example, Format
+from qlora.data.rows import Row, TrackedRow, take_rows
 from qlora.data.tokenize import Encoded, Tokenizer
 from qlora.errors import ConfigError
-from qlora.schema import OnTooLong
+from qlora.schema import OnEmpty, OnTooLong
 from qlora.workers import Part, Result, do_parts
 
 CHUNK: Final = 1000
@@ -53,6 +55,9 @@ EVAL_COLUMNS: Final = {"prompt_ids": TOKENS, "prompt": pa.string(), "reference":
 TASK_COLUMN: Final = "task"
 """The column of source rows that evaluation rows keep, for reports by task."""
 
+UNREAD: Final = "unread:"
+"""Stands before the keys that nothing reads among the counts of a chunk."""
+
 TOKENS_FILE: Final = "tokens.arrow"
 COUNTS_FILE: Final = "counts.json"
 
@@ -69,6 +74,16 @@ class Counts:
     """Examples dropped because no token of them would be trained."""
     too_long: int = 0
     """Examples dropped by `on_too_long=drop`."""
+    empty: int = 0
+    """Examples dropped because their answers are empty."""
+    empty_answers: int = 0
+    """Empty answers in examples that are kept."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something."""
+    lost_thoughts: int = 0
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,7 @@ class Job:
     """Indices of the rows to take; None: all."""
     layout: Format
     tokenizer: Tokenizer
+    on_empty: OnEmpty
     for_eval: bool
     shown: str
     """The key and the path, for messages."""
@@ -101,6 +117,16 @@ class Job:
             if TASK_COLUMN in self.rows.column_names:
                 columns[TASK_COLUMN] = pa.string()
         return pa.schema(columns)
+
+
+class _Draft(NamedTuple):
+    """An example that is to be tokenized."""
+
+    example: Example
+    row: int
+    task: str
+    empty: int
+    """Its empty answers."""
 
 
 def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
@@ -125,7 +151,13 @@ def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
             advance(total["rows"])
         if waiting:
             writer.write_batch(pa.concat_batches(waiting))
-    (folder / COUNTS_FILE).write_text(json.dumps(asdict(Counts(**total))), encoding="utf-8")
+    (folder / COUNTS_FILE).write_text(json.dumps(asdict(_counts(total))), encoding="utf-8")
+
+
+def _counts(total: Counter[str]) -> Counts:
+    names = {item.name for item in fields(Counts)}
+    unread = {key.removeprefix(UNREAD): count for key, count in sorted(total.items()) if key.startswith(UNREAD)}
+    return Counts(**{key: count for key, count in total.items() if key in names}, unread=unread)
 
 
 def load_encoded(folder: Path) -> tuple[Dataset, Counts]:
@@ -175,42 +207,55 @@ class _Encoder:
 
 def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
-    columns = job.rows[start:stop] if job.order is None else job.rows[indices]
-    names = list(columns)
-    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    examples: list[Example] = []
-    origin, tasks, counts = [], [], Counter(rows=len(rows))
+    rows = take_rows(job.rows, slice(start, stop) if job.order is None else indices)
+    counts = Counter(rows=len(rows))
+    drafts: list[_Draft] = []
     for index, row in zip(indices.tolist(), rows, strict=True):
         try:
-            found = job.layout.render(row)
+            drafts += _render(job, index, row, counts)
         except ConfigError as error:
             raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
-        counts["left_out"] += not found
-        examples += found
-        origin += [index] * len(found)
-        tasks += [str(row.get(TASK_COLUMN, ""))] * len(found)
     kept, rows_kept, tasks_kept = [], [], []
-    for encoded, index, task in zip(_encode(job, examples, origin), origin, tasks, strict=True):
-        if (encoded.cut_source or encoded.cut_target) and not _stays(job, index):
+    for encoded, draft in zip(_encode(job, drafts), drafts, strict=True):
+        if (encoded.cut_source or encoded.cut_target) and not _stays(job, draft.row):
             counts["too_long"] += 1
         elif not encoded.trained:
             counts["untrained"] += 1
         else:
+            counts["empty_answers"] += draft.empty
+            counts["lost_thoughts"] += encoded.lost_thoughts
+            counts["lost_messages"] += encoded.lost_messages
             kept.append(encoded)
-            rows_kept.append(index)
-            tasks_kept.append(task)
+            rows_kept.append(draft.row)
+            tasks_kept.append(draft.task)
     return _record_batch(job, kept, rows_kept, tasks_kept), counts
 
 
-def _encode(job: Job, examples: list[Any], origin: list[int]) -> list[Encoded]:
+def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_Draft]:
+    """Yields what is to be tokenized of a row, and counts what is not, with the keys that nothing read."""
+    tracked = TrackedRow(row)
+    examples = job.layout.render(tracked)
+    task = str(tracked.get(TASK_COLUMN, ""))
+    counts["left_out"] += not examples
+    for key in tracked.unread() if examples else ():
+        counts[f"{UNREAD}{key}"] += 1
+    for example in examples:
+        settled = settle(example, job.on_empty, job.tokenizer.train_on)
+        if settled.example is None:
+            counts["empty"] += 1
+        else:
+            yield _Draft(settled.example, index, task, settled.empty)
+
+
+def _encode(job: Job, drafts: list[_Draft]) -> list[Encoded]:
     try:
-        return job.tokenizer.encode(examples)
+        return job.tokenizer.encode([draft.example for draft in drafts])
     except ConfigError:
-        for index, example in zip(origin, examples, strict=True):  # again, one by one, to name the row
+        for draft in drafts:  # again, one by one, to name the row
             try:
-                job.tokenizer.encode([example])
+                job.tokenizer.encode([draft.example])
             except ConfigError as error:
-                raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+                raise ConfigError(f"{job.shown}, row {draft.row + 1}: {error}") from None
         raise
 
 
@@ -237,14 +282,15 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         "trained": [encoded.trained for encoded in kept],
         "cut_source": [encoded.cut_source for encoded in kept],
         "cut_target": [encoded.cut_target for encoded in kept],
-        "stops": [encoded.last_trained in job.tokenizer.end_ids for encoded in kept],
+        "stops": [job.tokenizer.stops(encoded) for encoded in kept],
         "row": rows,
         "digest": [_digest(pair) for pair in zip(ids, labels, strict=True)],
     }
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
         turns = [encoded.turns[-1] for encoded in kept]
-        cells["prompt_ids"] = _lists([row[: turn.start] for row, turn in zip(ids, turns, strict=True)])
+        prompts = [np.asarray(job.tokenizer.encode_asked(encoded), dtype=np.int32) for encoded in kept]
+        cells["prompt_ids"] = _lists(prompts)
         cells["prompt"] = [turn.prompt for turn in turns]
         cells["reference"] = [turn.reference for turn in turns]
         cells[TASK_COLUMN] = tasks

@@ -21,7 +21,7 @@ from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.data.writer import RowWriter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """To be raised whenever equal files become other rows, so that older cache entries are not read."""
 
 FILE_SUFFIXES = (*KINDS, ".gz", ".arrow", ".xlsx", ".zip", ".bz2", ".xz", ".zst")

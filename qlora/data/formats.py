@@ -10,7 +10,8 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from qlora.data import conversations as chats
-from qlora.data.conversations import Conversation, Message, Row, short
+from qlora.data.conversations import Conversation, Message
+from qlora.data.rows import Row, cell_text, is_rejected, short, track
 from qlora.errors import ConfigError
 
 END_MARK = "<|endoftext|>"
@@ -25,6 +26,15 @@ class Segment(NamedTuple):
 
     text: str
     trained: bool
+    system: str = ""
+    """What the system says, with an empty line behind; it stands before the text and is tokenized with it."""
+    ends: bool = False
+    """Whether the end token follows, as behind an answer before the last one; the last one always gets it."""
+
+    @property
+    def whole(self) -> str:
+        """The text with what the system says."""
+        return self.system + self.text
 
 
 Example = list[Segment] | Conversation
@@ -111,9 +121,32 @@ class Format:
 
 
 def alpaca(row: Row) -> list[Example]:
-    """Renders instruction, input or context (absent, null or empty: none) and output or response as Alpaca does."""
+    """Renders instruction, input or context (absent, null or empty: none) and output or response as Alpaca does.
+
+    The column `system` stands before all, an empty line behind it. Each round of `history`, pairs of question and
+    answer, stands before the row's own with the same prompt and an end token.
+    """
+    if is_rejected(row, "kto_tag"):
+        return []
     context = _text(row, "alpaca", "input", "context")
-    return [_alpaca(_text(row, "alpaca", "instruction"), context, _text(row, "alpaca", "output", "response"))]
+    rounds = [_alpaca(asked, "", answer) for asked, answer in _history(row)]
+    asked = _alpaca(_text(row, "alpaca", "instruction"), context, _text(row, "alpaca", "output", "response"))
+    earlier = [segment._replace(ends=segment.trained) for segments in rounds for segment in segments]
+    return [_after_system(row, "alpaca", [*earlier, *asked])]
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Returns the pairs of question and answer in the column `history`, a list or its JSON."""
+    cell = chats.decode(row.get("history"))
+    rounds = [] if cell is None or cell == "" else cell
+    if not isinstance(rounds, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+        for pair in rounds
+    ):
+        raise ConfigError(
+            f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {short(cell)}"
+        )
+    return [(asked, answer) for asked, answer in rounds]
 
 
 def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
@@ -124,26 +157,36 @@ def _pair(source: str, target: str) -> list[Segment]:
     return [Segment(source, False), Segment(target, True)]
 
 
+def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]:
+    """Puts what the column `system` says before the first segment, as the chat template of these rows does."""
+    system = _text(row, name, "system")
+    return [segments[0]._replace(system=f"{system}\n\n"), *segments[1:]] if system else segments
+
+
 def input_output(row: Row) -> list[Example]:
-    """Renders input and output verbatim."""
-    return [_pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))]
+    """Renders input and output verbatim, after what `system` says."""
+    pair = _pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))
+    return [_after_system(row, "input-output", pair)]
 
 
 def prompt_completion(row: Row) -> list[Example]:
-    """Renders prompt and completion verbatim, or both as turns of a chat (TRL); none where `label` is false (KTO)."""
-    if row.get("label") is False:
+    """Renders prompt and completion verbatim, after what `system` says, or all as turns of a chat (TRL).
+
+    None where a label marks the completion as a bad one (KTO).
+    """
+    if is_rejected(row):
         return []
-    if _turns(row.get("prompt")) is None and _turns(row.get("completion")) is None:
-        answer = _text(row, "prompt-completion", "completion")
-        return [_pair(_text(row, "prompt-completion", "prompt"), answer.removesuffix(END_MARK))]
     name = "prompt-completion"
+    if _turns(row.get("prompt")) is None and _turns(row.get("completion")) is None:
+        answer = _text(row, name, "completion").removesuffix(END_MARK)
+        return [_after_system(row, name, _pair(_text(row, name, "prompt"), answer))]
     return _chat(row, _said(row, name, "prompt", "user") + _said(row, name, "completion", "assistant"), "completion")
 
 
 def question_answer(row: Row) -> list[Example]:
-    """Renders "Question: ...", a new line, "Answer: ", and the answer."""
+    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says."""
     question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
-    return [_pair(QUESTION.ask(question), answer)]
+    return [_after_system(row, "question-answer", _pair(QUESTION.ask(question), answer))]
 
 
 def text(row: Row) -> list[Example]:
@@ -161,9 +204,12 @@ def chosen(row: Row) -> list[Example]:
     if _turns(row.get("chosen")) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
         answer, prompt = _text(row, "chosen", "chosen"), _text(row, "chosen", "prompt")
         if row.get("instruction"):
-            return [_alpaca(_text(row, "chosen", "instruction"), _text(row, "chosen", "input"), answer)]
+            pair = _alpaca(_text(row, "chosen", "instruction"), _text(row, "chosen", "input"), answer)
+            return [_after_system(row, "chosen", pair)]
+        if prompt and not answer.startswith(prompt):
+            return [_after_system(row, "chosen", _pair(prompt, answer))]
         if prompt or not row.get("question"):
-            return [_pair("" if answer.startswith(prompt) else prompt, answer)]
+            return [_pair("", answer)]
     turns = _said(row, "chosen", "chosen", "assistant")
     if turns and turns[0]["role"] == "assistant":
         asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
@@ -181,7 +227,7 @@ def _said(row: Row, name: str, column: str, speaker: str) -> list[Message]:
     if turns is None:
         said = _text(row, name, column)
         return [{"role": speaker, "content": said}] if said else []
-    return chats.normalise(turns, f"column {column}")
+    return chats.normalise(turns, column, row)
 
 
 def _turns(cell: Any) -> list[Any] | None:
@@ -267,7 +313,7 @@ def nested(row: Row, column: str, name: str) -> list[Row]:
         raise ConfigError(
             f"data.format={name} needs a list of objects in column {column}, but a row holds {short(cell)}"
         )
-    return list(cell)
+    return [track(row, part, column) for part in cell]
 
 
 def segments(row: Row) -> list[Example]:
@@ -309,13 +355,5 @@ WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), 
 
 def _text(row: Row, name: str, *columns: str) -> str:
     """Returns the first cell that is not empty as text; absent and empty ones are ""."""
-    for column in columns:
-        value = row.get(column)
-        if value is None or value == "":
-            continue
-        if isinstance(value, str):
-            return value
-        if isinstance(value, (int, float)):
-            return str(value)
-        raise ConfigError(f"data.format={name} needs text in column {column}, but a row holds {short(value)}")
-    return ""
+    cells = (cell_text(row.get(column), column, name) for column in columns)
+    return next((text for text in cells if text), "")

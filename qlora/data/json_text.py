@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
@@ -17,8 +19,25 @@ _blanks = re.compile(f"[{BLANKS}]*")
 NEAR_END = 16
 """An error that few characters before the end of the text at hand may come of the cut: longer than -Infinity."""
 
-_scan: Callable[[str, int], tuple[Any, int]] = cast(Any, json.JSONDecoder()).scan_once
-"""Parses one value at a position; json.loads does the same in twice the time for a short row."""
+
+class DoubledKey(ValueError):
+    """An object has a key twice, so that one of its values would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DoubledKey(f"the key {key!r} stands twice in one object; keep one of them")
+    return row
+
+
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
+parse = _decoder.decode
+"""Parses a whole text; NaN is null. Raises `DoubledKey`, `json.JSONDecodeError`, `ValueError` or `RecursionError`."""
+_scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _decoder).scan_once
+"""Parses one value at a position; `parse` does the same in twice the time for a short row."""
 
 
 def read_lines(
@@ -40,6 +59,8 @@ def read_lines(
             check_text(line, most, f"{shown}, line {number}")
             try:
                 row, end = _scan(line, 0)
+            except DoubledKey as error:
+                raise ConfigError(f"{shown}, line {number}: {error}") from None
             except (StopIteration, ValueError, RecursionError):
                 end = -1
             if end != len(line):
@@ -120,6 +141,8 @@ class _Window:
                 message, position = "Expecting value", error.value
             except json.JSONDecodeError as error:
                 message, position = error.msg, error.pos
+            except DoubledKey as error:
+                raise ConfigError(f"{self.shown}, line {self.line_of(self.position)}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise self.error(_said(error), self.position) from None
             else:
@@ -146,8 +169,11 @@ class _Window:
         if position >= len(self.text.rstrip()) or message.startswith("Unterminated string"):
             message = "the array is not closed; is the file cut off?"
             position = len(self.text.rstrip())
-        line = self.line + self.text.count("\n", 0, position)
-        return ConfigError(f"{self.shown}, line {line}: broken JSON ({message})")
+        return ConfigError(f"{self.shown}, line {self.line_of(position)}: broken JSON ({message})")
+
+    def line_of(self, position: int) -> int:
+        """Returns the line of the file, from 1, on which a position of the text stands."""
+        return self.line + self.text.count("\n", 0, position)
 
 
 def _end_of_blanks(text: str, position: int) -> int:
@@ -177,10 +203,10 @@ def _whole_lines(file: IO[bytes], shown: str, size: int, most: int) -> Iterator[
 
 def _reason(text: str) -> str:
     try:
-        json.loads(text)
+        parse(text)
     except (ValueError, RecursionError) as error:
         return _said(error)
-    raise AssertionError("json.loads takes what its own scanner refuses")
+    raise AssertionError("the decoder takes what its own scanner refuses")
 
 
 def _said(error: Exception) -> str:

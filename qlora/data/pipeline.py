@@ -14,7 +14,7 @@ from qlora.data.cache import Cache, cache_root
 from qlora.data.chat import ChatWriter
 from qlora.data.encode import column
 from qlora.data.packing import PackedRows, efficiency, pack
-from qlora.data.report import DataReport, build_report, log_losses
+from qlora.data.report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.sets import Part, RowSet
 from qlora.data.templates import Template
 from qlora.schema import DataConfig, MixConfig
@@ -91,8 +91,12 @@ def build_data(
         evaluated = evaluated.select(few)
     packed, share = _pack(config, train)
     used = sets if need_train or config.splits_off else evaluated_sets
-    report = build_report(config, used, train, evaluated, [counts for _, counts in trained], packed, share)
+    counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
+    report = build_report(config, used, train, evaluated, counts, eval_counts, packed, share)
     log_losses(report, config)
+    for part in dict.fromkeys([*sets, *evaluated_sets]):
+        pairs = [*zip(sets, trained, strict=False), *zip(evaluated_sets, held_out, strict=False)]
+        warn_of_lost_texts(part, [counts for other, (_, counts) in pairs if other is part])
     template = next((part.template for part in used if part.template), used[0].chat_template)
     return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed, origin)
 

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ CHUNK_SIZE = 2**21
 """Characters of a file that become one chunk."""
 OPEN_QUOTE = ", or a quote before it is opened and never closed"
 PARQUET_ROWS = 4096
+NOT_A_NUMBER = frozenset({"nan", "NaN", "-nan", "-NaN"})
+"""How a CSV cell spells a missing value that was turned to text; elsewhere text is text."""
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
          ".txt": "text"}  # fmt: skip
@@ -176,7 +179,7 @@ def _blocks_of_lines(file: IO[str], shown: str, most: int) -> Iterator[tuple[int
             size = 0
 
 
-def _table(names: list[str], columns: Iterable[Sequence[str]]) -> pa.Table:
+def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Table:
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
@@ -194,7 +197,7 @@ def _delimited(path: Path, delimiter: str, shown: str, most: int) -> Iterator[Ch
             yield Chunk(_table(names, zip(*rows, strict=True)), "line", numbers)
 
 
-def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[list[list[str]], list[int]]:
+def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[list[list[str | None]], list[int]]:
     """Takes a chunk's rows out of the csv reader, with the lines they begin at."""
     rows, numbers, size, start = [], [], 0, reader.line_num + 1
     with _long_cells(most):
@@ -204,7 +207,7 @@ def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[li
             if cells is None:
                 break
             if len(cells) == len(names):
-                rows.append(cells)
+                rows.append([None if cell in NOT_A_NUMBER else cell for cell in cells])
                 numbers.append(start)
                 size += sum(map(len, cells))
             elif cells:
@@ -223,6 +226,18 @@ def _check_names(names: Iterable[str], shown: str) -> None:
         if name in seen:
             raise ConfigError(f"{shown}: two columns are named {name}; give each its own name")
         seen.add(name)
+
+
+def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
+    """Refuses objects with a key that stands twice, however deep in a column."""
+    inner = [kind.field(index) for index in range(kind.num_fields)]
+    for name, count in Counter(field.name for field in inner).items():
+        if count > 1:
+            raise ConfigError(
+                f"{shown}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
+            )
+    for field in inner:
+        _check_keys(field.type, column, shown)
 
 
 @contextmanager
@@ -256,6 +271,8 @@ def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
         try:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # else a whole row group at once
             _check_names(file.schema_arrow.names, shown)
+            for field in file.schema_arrow:
+                _check_keys(field.type, field.name, shown)
             _check_groups(file.metadata, most, shown)
             start = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
@@ -263,7 +280,7 @@ def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
                 yield Chunk(pa.Table.from_batches([batch]), "row", range(start, start + len(batch)))
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).split("\n")[0].rstrip(".")
+            reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
             raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qlora.data.conversations import Row, decode, is_turn, split_inst
+from qlora.data.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
+from qlora.data.rows import LABELS, Row, is_missing, list_names, track
 from qlora.errors import ConfigError
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
@@ -28,14 +29,21 @@ DETAILS = (
     *("id", "idx", "index", "name", "category", "source", "subset", "split", "lang", "language", "topic", "task"),
     *("type", "subject", "metadata", "meta", "url", "context", "system", "tree_state", "is_classification"),
 )
+REJECTED = ("reject", "bad", "negative", "worse", "dispreferred")
+"""How the names of columns begin that hold answers not to be trained."""
+CHATS = {"messages": "messages", "chosen": "chosen", "completion": "prompt-completion"}
+"""Names under which a column that holds turns can be read, each with its format."""
+COLUMN = "COLUMN"
+"""Stands for a column that only the user can name."""
 CHOICES = ("choices", "choice0", "options", "A")
 NOTES = {
-    "chosen": "rejected is not read",
     "human-bot": "whose texts read '<human>: ... <bot>: ...'",
     "inst": "whose texts read '[INST] ... [/INST] ...'",
     "unnatural": "with instruction_with_input",
     "self-instruct-tasks": "with several instances a row",
 }
+LABELLED = ("messages", "conversations", "prompt-completion")
+"""Formats whose rows may have a label of preference."""
 ALIKE = {"alpaca": ("unnatural",)}
 """Formats that would render the same, and so are not worth a word."""
 
@@ -60,10 +68,12 @@ class _Rows(NamedTuple):
     """The key that chooses the format, e.g. `data.format`."""
     subject: str
     """Who has the columns, e.g. "data.path has"."""
+    chosen: str = "auto"
+    """What the config asks for: `auto`, a name of `FORMATS`, or a function of the user's that returned the rows."""
 
     @property
     def listed(self) -> str:
-        return ", ".join(self.columns)
+        return list_names(self.columns)
 
     def column_key(self, column: str) -> str:
         return f"{self.setting.removesuffix('format')}columns.{column}"
@@ -78,7 +88,7 @@ def choose_format(
     from: `data.path`, `data.eval_path`, `data.mix.NAME.path`. Raises `ConfigError` where the columns do not fit.
     """
     setting = f"{key.removesuffix('path')}format" if key.endswith(".path") else "data.format"
-    rows = _Rows(columns, sample, setting, f"{key} has")
+    rows = _Rows(columns, sample, setting, f"{key} has", name)
     if name == "auto":
         choice = recognise(rows)
         log.info("%s=auto: %s, by %s", setting, choice.name, choice.why)
@@ -107,15 +117,25 @@ def recognise(rows: _Rows) -> Choice:
         raise ConfigError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
     name = fitting[0]
-    if name == "text" and "question_id" in rows.columns:
-        raise ConfigError(_prompts_only(rows, "text"))
-    if name == "question-answer" and (found := [column for column in CHOICES if column in rows.columns]):
+    if _is_prompt_only(name, rows):
+        raise ConfigError(_prompts_only(rows))
+    if left := _left_choices(name, rows):
+        way_out = f", or leave them out with {rows.setting}={name}" if _works(rows, name, {}) else ""
         raise ConfigError(
             f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, a multiple-choice test; the answers mean "
-            f"little without {found[0]}. Write them into the question with a function of your own "
-            f"({rows.setting}=module:function), or leave them out with {rows.setting}=question-answer"
+            f"little without {left[0]}. Write them into the question with a function of your own "
+            f"({rows.setting}=module:function){way_out}"
         )
     return Choice(name, f"the columns {rows.listed}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
+
+
+def _is_prompt_only(name: str, rows: _Rows) -> bool:
+    return name == "text" and "question_id" in rows.columns
+
+
+def _left_choices(name: str, rows: _Rows) -> list[str]:
+    """Returns the columns that hold the choices of a multiple-choice test, which its format does not read."""
+    return [column for column in CHOICES if column in rows.columns] if name == "question-answer" else []
 
 
 def _fits(name: str, rows: _Rows) -> bool:
@@ -160,11 +180,10 @@ LOOKS: dict[str, Callable[[Row], bool]] = {
 
 
 def _notes(name: str, rows: _Rows) -> str:
-    notes = [NOTES[name]] if name in NOTES and (name != "chosen" or "rejected" in rows.columns) else []
-    if name in ("messages", "prompt-completion") and any(isinstance(row.get("label"), bool) for row in rows.sample):
-        notes.append("rows whose label is false are left out")
-    if name == "alpaca" and "prompt" in rows.columns:
-        notes.append("prompt is not read, the prompt is Alpaca's")
+    notes = [NOTES[name]] if name in NOTES else []
+    labels = [column for column in LABELS if not all(is_missing(row.get(column)) for row in rows.sample)]
+    if labels and name in LABELLED:
+        notes.append(f"rows whose {labels[0]} is false are left out")
     return f" ({'; '.join(notes)})" if notes else ""
 
 
@@ -175,37 +194,103 @@ def _others(name: str, fitting: list[str], rows: _Rows) -> str:
     return f"; {', '.join(others)} would fit too, set {rows.setting} to choose" if others else ""
 
 
-def _prompts_only(rows: _Rows, prompt: str) -> str:
-    whole = f", or train on the text as a whole with {rows.setting}=text" if prompt == "text" else ""
+def _prompts_only(rows: _Rows) -> str:
+    whole = f", or train on the text as a whole with {rows.setting}=text" if _works(rows, "text", {}) else ""
     return (
         f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, prompts only: there is nothing to train on. "
-        f"Name the column of answers ({rows.column_key('output')}=COLUMN), use rows that have answers{whole}"
+        f"{_name_answers(rows, 'text')}, use rows that have answers{whole}"
     )
+
+
+# Ways out: each is tried on the sample before it is named
 
 
 def _way_out(rows: _Rows) -> str:
     """Says which format is nearest, and how to name the columns that it lacks."""
-    fitting = [name for name in FORMATS if _fits(name, rows)]
-    if fitting:
-        return f"They fit {rows.setting}={fitting[0]}"
-    if chat := next((c for c in rows.columns if any(_holds_turns(row.get(c)) for row in rows.sample)), None):
-        return f"{chat} holds the turns of a chat: {rows.column_key('messages')}={chat}"
+    known = "; ".join(f"{name} ({layout.describe_needs()})" for name, layout in FORMATS.items())
+    own = f"{rows.setting}=module:function"
+    if FUNCTION_PATH.fullmatch(rows.chosen):  # data.columns names what the function reads, not what it returns
+        return f"Let it return the columns of a format: {known}"
+    if fitting := next((name for name in FORMATS if _fits(name, rows) and _works(rows, name, {})), None):
+        return f"They fit {rows.setting}={fitting}"
+    chats = [column for column in rows.columns if any(_holds_turns(row.get(column)) for row in rows.sample)]
+    for chat in (column for column in chats if not column.lower().startswith(REJECTED)):
+        for wanted, name in CHATS.items():
+            if _works(rows, _format_for(rows, name), {wanted: chat}):
+                return f"{chat} holds the turns of a chat: {_settings(rows, name, {wanted: chat})}"
+    if chats:
+        return f"{chats[0]} holds turns of a chat, but none of a whole one: map the rows with {own}"
     asked = [column for column in rows.columns if column.lower() in PROMPTS]
     if any(
         isinstance(row.get(column), Mapping) and "replies" in row[column] for column in asked for row in rows.sample
     ):
-        return f"{asked[0]} holds trees of messages: turn each into rows with {rows.setting}=module:function"
+        return f"{asked[0]} holds trees of messages: turn each into rows with {own}"
     if asked and all(c in asked or c.lower() in DETAILS or c.lower().endswith("_id") for c in rows.columns):
-        return f"They are prompts only: there is nothing to train on. {_name_answers(rows)}"
-    nearest = _nearest(rows)
-    if nearest:
-        return f"Closest: {'; '.join(nearest)}; or map the rows with {rows.setting}=module:function"
-    known = "; ".join(f"{name} ({layout.describe_needs()})" for name, layout in FORMATS.items())
+        return f"They are prompts only: there is nothing to train on. {_name_answers(rows, asked[0])}, or use rows " \
+               "that have answers"  # fmt: skip
+    if nearest := _nearest(rows):
+        return f"Closest: {'; '.join(nearest)}; or map the rows with {own}"
     return f"Name the columns of a format with {rows.column_key('NAME')}=COLUMN: {known}"
 
 
-def _name_answers(rows: _Rows) -> str:
-    return f"Name the column of answers ({rows.column_key('output')}=COLUMN), or use rows that have answers"
+def _name_answers(rows: _Rows, prompt: str) -> str:
+    """Says how to name the column of answers, of rows whose column of prompts is known."""
+    for columns, name in (
+        ({"output": COLUMN}, "alpaca"),
+        ({"output": COLUMN}, "input-output"),
+        ({"completion": COLUMN}, "prompt-completion"),
+        ({"answer": COLUMN}, "question-answer"),
+        ({"input": prompt, "output": COLUMN}, "input-output"),
+    ):
+        if _works(rows, _format_for(rows, name), columns):
+            return f"Name the column of answers ({_settings(rows, name, columns)})"
+    return f"Map the rows with {rows.setting}=module:function"
+
+
+def _format_for(rows: _Rows, name: str) -> str:
+    """Returns the format that a run asks for if it follows a hint: the config's where that is `auto` or the same."""
+    return "auto" if rows.chosen == "auto" else name
+
+
+def _settings(rows: _Rows, name: str, columns: Mapping[str, str]) -> str:
+    """Returns what to set, so that the rows are read as format `name` with these columns."""
+    settings = [f"{rows.setting}={name}"] if rows.chosen not in ("auto", name) else []
+    for wanted, source in columns.items():
+        is_word = source.isascii() and source.replace("-", "_").isidentifier()
+        settings.append(
+            f"{rows.column_key(wanted)}={source}" if is_word else f"'{rows.column_key(wanted)}=\"{source}\"'"
+        )
+    return " ".join(settings)
+
+
+def _works(rows: _Rows, name: str, columns: Mapping[str, str]) -> bool:
+    """Tells whether the sample can be trained on as a format (or `auto`), with columns renamed."""
+    renamed = {source: wanted for wanted, source in columns.items()}
+
+    def rename(row: Row) -> Row:
+        kept = {column: cell for column, cell in row.items() if column in renamed or column not in columns}
+        cells = {renamed.get(column, column): cell for column, cell in kept.items()}
+        return cells | ({renamed[COLUMN]: "text"} if COLUMN in renamed else {})
+
+    sample = [rename(row) for row in rows.sample]
+    named = rows._replace(columns=list(rename(dict.fromkeys(rows.columns))), sample=sample)
+    if name == "auto":
+        name = next((candidate for candidate in FORMATS if _fits(candidate, named)), "")
+        if not name or _is_prompt_only(name, named) or _left_choices(name, named):
+            return False
+    if FORMATS[name].lacks(named.columns):
+        return False
+    try:
+        examples = [example for row in sample for example in FORMATS[name].render(row)]
+    except ConfigError:
+        return False
+    return not sample or any(map(_says_something, examples))
+
+
+def _says_something(example: Example) -> bool:
+    if isinstance(example, Conversation):
+        return any(turn["role"] == "assistant" and not is_empty(turn) for turn in example.messages)
+    return any(segment.trained and segment.text.strip() for segment in example)
 
 
 def _holds_turns(cell: Any) -> bool:
@@ -220,12 +305,15 @@ def _nearest(rows: _Rows) -> list[str]:
         for needed in layout.needs if name not in LOOKS else ():
             lacking = [column for column in needed if column not in rows.columns]
             guesses = _guess(lacking, [column for column in rows.columns if column not in needed])
-            if len(lacking) == len(needed) and None in guesses.values():
-                continue
-            keys = " ".join(f"{rows.column_key(column)}={guesses[column] or 'COLUMN'}" for column in lacking)
+            if not _works(rows, _format_for(rows, name), {c: guesses[c] or COLUMN for c in lacking}):
+                guesses = dict.fromkeys(lacking)
+            columns = {column: guesses[column] or COLUMN for column in lacking}
             unknown = sum(guess is None for guess in guesses.values())
+            if unknown > 1 or unknown == len(needed) or not _works(rows, _format_for(rows, name), columns):
+                continue
             unlike = sum(guess is not None and guess.lower()[:4] != column[:4] for column, guess in guesses.items())
-            entry = (unknown, len(lacking), unlike), f"{name}, which lacks {' and '.join(lacking)} ({keys})"
+            listed = _settings(rows, name, columns)
+            entry = (unknown, len(lacking), unlike), f"{name}, which lacks {' and '.join(lacking)} ({listed})"
             if name not in scored or entry[0] < scored[name][0]:
                 scored[name] = entry
     best = min((score for score, _ in scored.values()), default=None)
@@ -249,7 +337,7 @@ def _choose_own(path: str, rows: _Rows) -> Choice:
         why = "it left out the whole sample, so that each of its rows is recognised by itself"
         return Choice(path, why, _own_format(path, rows.setting, None))
     columns = list(dict.fromkeys(column for row in mapped for column in row))
-    inner = recognise(rows._replace(columns=columns, sample=mapped, subject=f"{path} returns"))
+    inner = recognise(_Rows(columns, mapped, rows.setting, f"{path} returns", path))
     why = f"its rows are read as {inner.name}, by {inner.why}"
     return Choice(path, why, _own_format(path, rows.setting, inner.format.render))
 
@@ -263,8 +351,8 @@ def _render_own(
 ) -> list[Example]:
     examples: list[Example] = []
     for mapped in _map(path, row, setting):
-        reader = render or recognise(_Rows(list(mapped), [mapped], setting, f"{path} returns")).format.render
-        examples += reader(mapped)
+        reader = render or recognise(_Rows(list(mapped), [mapped], setting, f"{path} returns", path)).format.render
+        examples += reader(track(row, mapped, ""))
     return examples
 
 

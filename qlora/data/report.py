@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from datasets import Dataset
 
 from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
+from qlora.data.rows import list_names
 from qlora.data.sets import RowSet
-from qlora.schema import DataConfig
+from qlora.data.templates import suggest_template, suggest_thoughts
+from qlora.schema import DataConfig, OnEmpty
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,22 @@ class DataReport:
     """Rows dropped because nothing in them is trained."""
     too_long_rows: int
     """Rows dropped by `data.on_too_long=drop`."""
+    empty_rows: int
+    """Rows dropped because their answers are empty."""
+    empty_answers: int
+    """Empty answers in rows that are kept, held-out rows too: without loss, or with `data.on_empty=train` trained."""
+    eval_left_out_rows: int
+    eval_dropped_rows: int
+    eval_too_long_rows: int
+    eval_empty_rows: int
+    """Held-out rows that are not measured on, for the same reasons."""
+    unread: dict[str, int]
+    """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something, in rows
+    to train on and in held-out rows."""
+    lost_thoughts: int
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int
+    """Messages of system, user or tool that it leaves out."""
     held_out_in_training: int
     """Held-out rows that are equal, token for token, to a row that is trained on."""
     packs: int | None
@@ -60,6 +79,22 @@ class DataReport:
     fingerprint: str
     """16 hex digits of the SHA-256 of all tokens and labels in order; equal on every machine."""
 
+    @property
+    def lost_rows(self) -> int:
+        """Rows to train on that are not trained on."""
+        return self.left_out_rows + self.dropped_rows + self.too_long_rows + self.empty_rows
+
+    @property
+    def eval_lost_rows(self) -> int:
+        """Held-out rows that are not measured on."""
+        return self.eval_left_out_rows + self.eval_dropped_rows + self.eval_too_long_rows + self.eval_empty_rows
+
+    def describe_held_out(self) -> str:
+        """Says how many rows are held out: "4 held out", "2 held out (4, but 2 are dropped)"."""
+        lost = self.eval_lost_rows
+        detail = f" ({self.eval_rows + lost:,}, but {lost:,} are dropped)" if lost else ""
+        return f"{self.eval_rows:,} held out{detail}"
+
 
 def build_report(
     config: DataConfig,
@@ -67,6 +102,7 @@ def build_report(
     train: Dataset | None,
     held_out: Dataset | None,
     counts: Sequence[Counts],
+    eval_counts: Sequence[Counts],
     packed: PackedRows | None,
     packed_share: float | None,
 ) -> DataReport:
@@ -93,6 +129,15 @@ def build_report(
         left_out_rows=sum(part.left_out for part in counts),
         dropped_rows=sum(part.untrained for part in counts),
         too_long_rows=sum(part.too_long for part in counts),
+        empty_rows=sum(part.empty for part in counts),
+        empty_answers=sum(part.empty_answers for part in (*counts, *eval_counts)),
+        eval_left_out_rows=sum(part.left_out for part in eval_counts),
+        eval_dropped_rows=sum(part.untrained for part in eval_counts),
+        eval_too_long_rows=sum(part.too_long for part in eval_counts),
+        eval_empty_rows=sum(part.empty for part in eval_counts),
+        unread=dict(sum((Counter(part.unread) for part in (*counts, *eval_counts)), Counter())),
+        lost_thoughts=sum(part.lost_thoughts for part in counts),
+        lost_messages=sum(part.lost_messages for part in counts),
         held_out_in_training=_count_shared(*digests),
         packs=None if packed is None else len(packed),
         packed_share=packed_share,
@@ -108,23 +153,84 @@ def _count_shared(train: np.ndarray, held_out: np.ndarray) -> int:
 
 
 def log_losses(report: DataReport, config: DataConfig) -> None:
-    """Says in one line what the rows to train on lost, if anything, and warns of held-out rows among them."""
+    """Says in a line each what the rows lost and what nothing reads, and warns of what should not be."""
     limit = f" (data.max_length={config.max_length})" if config.max_length else ""
     losses = (
         (report.cut_sources, f"sources cut at the beginning to data.source_max_len={config.source_max_len}{limit}"),
         (report.cut_targets, f"targets cut at the end to data.target_max_len={config.target_max_len}{limit}"),
         (report.dropped_rows, "rows dropped, nothing in them is trained"),
         (report.too_long_rows, "rows dropped as too long (data.on_too_long=drop)"),
+        (report.empty_rows, "rows dropped, their answers are empty (data.on_empty=drop)"),
         (report.left_out_rows, "rows left out by their format"),
     )
-    said = [f"{count:,} {what}" for count, what in losses if count]
-    rows = report.train_rows + report.dropped_rows + report.too_long_rows + report.left_out_rows
-    if said:
-        log.info("%s: of %s rows: %s", report.name, f"{rows:,}", "; ".join(said))
-    if report.held_out_in_training:
-        log.warning(
-            "%s: %s of %s held-out rows are also trained on, word for word; what is measured on them is not held out",
-            report.name,
-            f"{report.held_out_in_training:,}",
-            f"{report.eval_rows:,}",
-        )
+    _log_counts(losses, f"{report.name}: of {report.train_rows + report.lost_rows:,} rows")
+    held_out = (
+        (report.eval_dropped_rows, "dropped, nothing in them is trained"),
+        (report.eval_too_long_rows, "dropped as too long (data.on_too_long=drop)"),
+        (report.eval_empty_rows, "dropped, their answers are empty (data.on_empty=drop)"),
+        (report.eval_left_out_rows, "left out by their format"),
+    )
+    _log_counts(held_out, f"{report.name}: of {report.eval_rows + report.eval_lost_rows:,} held-out rows")
+    if report.unread:
+        log.info("%s: not read: %s", report.name, describe_unread(report))
+    for warning in data_warnings(report, config):
+        log.warning("%s: %s", report.name, warning)
+
+
+def _log_counts(counts: Sequence[tuple[int, str]], lead: str) -> None:
+    if said := [f"{count:,} {what}" for count, what in counts if count]:
+        log.info("%s: %s", lead, "; ".join(said))
+
+
+def describe_unread(report: DataReport) -> str:
+    """Lists what nothing reads, most of it first: "id, context (in 5 of 20 rows), messages.refusal (in 3)"."""
+    rows = report.train_rows + report.eval_rows + report.lost_rows + report.eval_lost_rows
+    rows -= report.left_out_rows + report.eval_left_out_rows
+    keys = sorted(report.unread.items(), key=lambda item: -item[1])
+    return list_names(
+        f"{key} (in {count:,})" if "." in key else f"{key} (in {count:,} of {rows:,} rows)" if count < rows else key
+        for key, count in keys
+    )
+
+
+def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
+    """Returns what a person should see about the rows before a training run."""
+    trained = config.on_empty is OnEmpty.train
+    empty = report.empty_answers if trained else report.empty_rows + report.eval_empty_rows + report.empty_answers
+    fate = "are trained, an end token alone" if trained else "are not trained"
+    facts = (
+        (empty, f"{empty:,} answers are empty and {fate} (data.on_empty={config.on_empty.value})"),
+        (
+            report.held_out_in_training,
+            f"{report.held_out_in_training:,} of {report.eval_rows:,} held-out rows are also trained on, word for "
+            "word; what is measured on them is not held out",
+        ),
+    )
+    return [text for count, text in facts if count]
+
+
+def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
+    """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
+    losses = (
+        (sum(item.lost_thoughts for item in counts), "the thoughts of", "turn", "", suggest_thoughts),
+        (
+            sum(item.lost_messages for item in counts),
+            "the text of",
+            "message",
+            " of system, user or tool",
+            suggest_template,
+        ),
+    )
+    for count, what, noun, whose, suggest in losses:
+        if count and part.template is not None:
+            log.warning(
+                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without it; "
+                "%s=%s writes all of it",
+                part.part.shown,
+                part.template.name,
+                what,
+                f"1 {noun}" if count == 1 else f"{count:,} {noun}s",
+                whose,
+                part.template_key,
+                suggest(part.tokenizer),
+            )

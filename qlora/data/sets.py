@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
 from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
+from qlora.data.rows import take_rows
 from qlora.data.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, did_you_mean
 from qlora.schema import DataConfig, MixConfig
 from qlora.wording import parse_size
 
@@ -120,9 +120,12 @@ class RowSet:
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
         if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
             return None
-        name = self.part.fields.template
-        key = "data.template" if name is None else f"{self.part.key}.template"
-        return choose_template(name or self.config.template, self.tokenizer, key=key)
+        return choose_template(self.part.fields.template or self.config.template, self.tokenizer, key=self.template_key)
+
+    @property
+    def template_key(self) -> str:
+        """The key that chooses the template."""
+        return "data.template" if self.part.fields.template is None else f"{self.part.key}.template"
 
     def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
         """Renders the sample; raises `ConfigError` with the row that cannot be."""
@@ -151,9 +154,10 @@ class RowSet:
         wanted, key = self.config.eval_dataset_size, "data.eval_dataset_size"
         size = max(round(wanted * count if wanted < 1 else wanted * self.share), 1)
         if size >= count:
+            fewer = f"set {key}={max(count // 10, 1)}, or " if count > 1 else ""
             raise ConfigError(
-                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; set "
-                f"{key}={max(count // 10, 1)}, or hold rows of your own out with data.eval_path=FILE"
+                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows of "
+                "your own out with data.eval_path=FILE"
             )
         return size
 
@@ -186,18 +190,27 @@ class RowSet:
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
         shown = self.part.shown
-        job = Job(rows, order, choice.format, build_tokenizer(self.config, self.tokenizer, template), for_eval, shown)
+        tokenizer = build_tokenizer(self.config, self.tokenizer, template)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
         key = self._key(job, choice)
         folder = self.cache.entry(key, lambda to: encode(job, to, processes=self.config.num_proc))
         encoded, counts = load_encoded(folder)
         if not len(encoded):
             self.cache.discard(key)
-            raise ConfigError(
-                f"{shown}: none of the {counts.rows} rows has a token to train on: {counts.left_out} are left out by "
-                f"their format, in {counts.untrained} nothing that is trained is left within the lengths, "
-                f"{counts.too_long} are dropped as too long; see them with task=preview"
-            )
+            rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
+            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {_losses(counts)}")
+        self._check_columns(counts, choice)
         return encoded, counts
+
+    def _check_columns(self, counts: Counts, choice: Choice) -> None:
+        """Refuses a name in `data.columns` under which no row's format reads anything."""
+        for name, source in self.part.fields.columns.items():
+            if counts.unread.get(name) == counts.rows - counts.left_out:
+                needed = [column for columns in choice.format.needs for column in columns]
+                raise ConfigError(
+                    f"{self.part.key}.columns.{name}={source}: the format {choice.name} reads no column {name}"
+                    f"{did_you_mean(name, needed)}; it needs {choice.format.describe_needs()}"
+                )
 
     def _key(self, job: Job, choice: Choice) -> str:
         """Names all that the tokens depend on; a change of any of it is another key."""
@@ -210,6 +223,7 @@ class RowSet:
             "reformulations": self.config.reformulations,
             "tokenizer": self._tokenizer_digest,
             "template": encoder.template.text if encoder.template else None,
+            "on_empty": job.on_empty.value,
             "limits": [str(limit) for limit in _values(encoder.limits)],
             "train_on": encoder.train_on.value,
             "for_eval": job.for_eval,
@@ -228,8 +242,20 @@ class RowSet:
         return hashlib.sha256((content + special).encode()).hexdigest()
 
 
+def _losses(counts: Counts) -> str:
+    """Says what became of rows of which none is left, and what keeps them."""
+    limits = "raise data.source_max_len, data.target_max_len or data.max_length"
+    losses = (
+        (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+        (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
+        (counts.untrained, f"without an answer, one that is switched on, or one within the lengths ({limits})"),
+        (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
+    )
+    return "; ".join(f"{count} {what}" for count, what in losses if count)
+
+
 def _sample(rows: Dataset) -> list[dict[str, Any]]:
-    return list(islice(iter(rows), SAMPLE))
+    return take_rows(rows, slice(SAMPLE))
 
 
 def _values(limits: Any) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
 from qlora.data.readers import Chunk
 from qlora.data.row_size import MAX_ROW_BYTES, check_table
+from qlora.data.rows import list_names
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 from qlora.functions import import_function
@@ -195,12 +196,13 @@ def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: 
     for wanted, source in columns.items():
         if source not in names:
             raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
-                              f"{did_you_mean(source, names)}; it has {', '.join(names)}")  # fmt: skip
+                              f"{did_you_mean(source, names)}; it has {list_names(names)}")  # fmt: skip
         if source in taken:
             raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
         taken[source] = wanted
     replaced = [wanted for wanted in columns if wanted in names and wanted not in taken]
     if replaced:
+        log.info("%s: not read, for %s puts others in their place: %s", shown, columns_key, ", ".join(replaced))
         rows = rows.remove_columns(replaced)
     changed = {source: wanted for source, wanted in taken.items() if source != wanted}
     return rows.rename_columns(changed) if changed else rows

@@ -25,9 +25,14 @@ INSTRUCTION: Final = "instruction"
 """The file that becomes the template of an instruction format; what it asks with is put before it."""
 FALLBACK: Final = "guanaco"
 """What `auto` takes for a tokenizer without a chat template: plain text, so any tokenizer can write it."""
+WITH_CALLS: Final = ("chatml", "llama-3", FALLBACK)
+"""Templates that write all but thoughts, calls beside an answer too; the last one suits any tokenizer."""
+WITH_THOUGHTS: Final = "chatml-thoughts"
+"""The template that writes the thoughts of every turn."""
 
 NEEDED_TOKENS: Final[dict[str, tuple[str, ...]]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "chatml-thoughts": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "phi-3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
@@ -52,15 +57,33 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str =
         name = FALLBACK
     if name not in TEMPLATE_NAMES:
         return Template(name, _read_file(name, key))
-    known = tokenizer.get_vocab()
-    missing = [token for token in NEEDED_TOKENS.get(name, ()) if token not in known]
+    missing = _missing_tokens(name, tokenizer)
     if missing:
-        listed = ",".join(f'"{token}"' for token in missing)
         raise ConfigError(
             f"{key}={name} writes the tokens {', '.join(missing)}, which this tokenizer does not have; add them "
-            f"('model.new_tokens=[{listed}]' trains them too), or take a template of plain text, such as {FALLBACK}"
+            f"('{_new_tokens(missing)}' trains them too), or take a template of plain text, such as {FALLBACK}"
         )
     return Template(name, read_template(name))
+
+
+def suggest_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the name of a template of ours that writes every conversation but its thoughts with this tokenizer."""
+    return next(name for name in WITH_CALLS if not _missing_tokens(name, tokenizer))
+
+
+def suggest_thoughts(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the name of a template of ours that writes thoughts, with the tokens that this tokenizer needs for it."""
+    missing = _missing_tokens(WITH_THOUGHTS, tokenizer)
+    return WITH_THOUGHTS + (f" with '{_new_tokens(missing)}'" if missing else "")
+
+
+def _missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    known = tokenizer.get_vocab()
+    return [token for token in NEEDED_TOKENS.get(name, ()) if token not in known]
+
+
+def _new_tokens(tokens: list[str]) -> str:
+    return f"model.new_tokens=[{','.join(json.dumps(token, ensure_ascii=False) for token in tokens)}]"
 
 
 def prompt_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -30,6 +30,10 @@ class Turn(NamedTuple):
     """The text before it."""
     reference: str
     """Its own text, without an end token."""
+    asked: Written | None = None
+    """What a server sends for it; None: the text before it."""
+    cut: int = 0
+    """Tokens that were cut from the beginning of its prompt."""
 
 
 class Encoded(NamedTuple):
@@ -45,6 +49,10 @@ class Encoded(NamedTuple):
     turns: list[Turn]
     cut_source: bool = False
     cut_target: bool = False
+    lost_thoughts: int = 0
+    """Trained turns whose thought the template left out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it left out."""
 
     @property
     def trained(self) -> int:
@@ -91,8 +99,15 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer or a turn."""
-        return frozenset({self.eos, *self.base.all_special_ids})
+        """Tokens that end an answer or a turn; the one of the chat template may be no special token."""
+        ends = {self.eos, *self.base.all_special_ids}
+        return frozenset(ends if self.template is None else ends | {self.writer.end_id}) - {None}
+
+    def stops(self, row: Encoded) -> bool:
+        """Tells whether a row teaches to stop: its last trained token is an end token, but for blanks behind it."""
+        trained = (label for label in reversed(row.labels) if label != IGNORED)
+        last = next((label for label in trained if label in self.end_ids or self.base.decode([label]).strip()), None)
+        return last in self.end_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
@@ -109,9 +124,16 @@ class Tokenizer:
 
         What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
         """
-        chat = self.writer.ask(messages)
-        cuts = self._cuts(chat)
-        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+        return self._encode_whole(self.writer.ask(messages))
+
+    def encode_asked(self, row: Encoded) -> list[int]:
+        """Returns the ids that ask for the last turn of a row, as far as the lengths allow."""
+        turn = row.turns[-1]
+        if turn.asked is None:
+            return row.input_ids[: turn.start]
+        ids = self._encode_whole(turn.asked)
+        first = 1 if self.bos and ids[:1] == self.bos else 0
+        return [*ids[:first], *ids[first + turn.cut :]]
 
     @cached_property
     def writer(self) -> ChatWriter:
@@ -123,9 +145,9 @@ class Tokenizer:
 
     def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         # Each text once: short answers and the words of templates come again and again.
-        texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
+        texts = list(dict.fromkeys(segment.whole for row in rows for segment in row))
         pieces = dict(zip(texts, self._ids(texts, plain=True), strict=True))
-        return [self._join(row, [pieces[segment.text] for segment in row]) for row in rows]
+        return [self._join(row, [pieces[segment.whole] for segment in row]) for row in rows]
 
     def _ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
         """Returns the ids of each text; in a `plain` one, "</s>" is the four characters and not the end token."""
@@ -144,19 +166,27 @@ class Tokenizer:
 
     def _join(self, row: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
         flags = [segment.trained for segment in row]
-        first = flags.index(True) if any(flags) else len(flags)
         kept = _wanted(flags, self.train_on)
         ids, labels = list(self.bos), [IGNORED] * len(self.bos)
-        for piece, trained in zip(pieces, kept, strict=True):
+        turns: list[Turn] = []
+        prompt, answering = "", False
+        for segment, piece, trained in zip(row, pieces, kept, strict=True):
+            if segment.trained and not answering:
+                turns.append(Turn(len(ids), prompt, ""))
+                answering = True
+            if answering:
+                turns[-1] = turns[-1]._replace(reference=turns[-1].reference + segment.whole)
+            piece = [*piece, self.eos] if segment.ends else piece
+            prompt += segment.whole + (str(self.base.eos_token) if segment.ends else "")
+            answering = answering and not segment.ends
             ids += piece
             labels += piece if trained else [IGNORED] * len(piece)
-        lead = len(self.bos) + sum(map(len, pieces[:first]))
+        lead = turns[0].start if turns else len(ids)
         if any(flags):  # a row without any trained text teaches nothing, not even to stop
             ids.append(self.eos)
             labels.append(self.eos)
-        prompt = "".join(segment.text for segment in row[:first])
-        answer = "".join(segment.text for segment in row[first:]).strip()
-        return Encoded(ids, labels, lead, len(ids) - lead, [Turn(lead, prompt, answer)])
+        turns = [turn._replace(reference=turn.reference.strip()) for turn in turns] or [Turn(lead, prompt, "")]
+        return Encoded(ids, labels, lead, len(ids) - lead, turns)
 
     # Conversations: the whole text is tokenized at once, as an inference server does it
 
@@ -165,6 +195,10 @@ class Tokenizer:
             return []
         batch = self._batch([chat.text for chat in chats], plain=False)
         return [self._label(chat, batch, index) for index, chat in enumerate(chats)]
+
+    def _encode_whole(self, chat: Written) -> list[int]:
+        cuts = self._cuts(chat)
+        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
 
     def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
         ids = batch["input_ids"][index]
@@ -177,11 +211,14 @@ class Tokenizer:
         for start, end in chat.trained:
             labels[at[start] : at[end]] = ids[at[start] : at[end]]
         turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
+        if chat.asked is not None:
+            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=chat.asked)
         if chat.turns and not chat.ends:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         turns = turns or [Turn(len(ids), chat.text, "")]
         source = turns[0].start
-        return Encoded(list(ids), labels, source, len(ids) - source, turns)
+        row = Encoded(list(ids), labels, source, len(ids) - source, turns)
+        return row._replace(lost_thoughts=chat.lost_thoughts, lost_messages=chat.lost_messages)
 
     def _cuts(self, chat: Written) -> set[int]:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
@@ -269,7 +306,9 @@ class Tokenizer:
         ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
         labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
         labels[:1] = [IGNORED] * len(labels[:1])
-        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
+        turns = [
+            turn._replace(start=turn.start - gone, cut=gone) for turn in row.turns if turn.start - gone <= len(ids)
+        ]
         return row._replace(
             input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
         )

@@ -16,6 +16,7 @@ from datasets import Features, Json, Value
 
 from qlora.data.readers import Chunk
 from qlora.data.row_size import MAX_ROW_BYTES, check_table
+from qlora.data.rows import list_names
 from qlora.errors import ConfigError
 
 TEXT = pa.string()
@@ -114,10 +115,9 @@ class RowWriter:
         names: dict[str, None] = {}
         for index, row in enumerate(chunk.rows):
             if not row.keys() <= names.keys():
+                _check_names(row.keys() - names.keys(), f"{shown}, {chunk.place(index)}")
                 _check_related(known | names, row, chunk, index, shown)
                 names.update(dict.fromkeys(row))
-        if wrong := next((name for name in names if not isinstance(name, str)), None):
-            raise ConfigError(f"{shown}: a column is named {wrong!r}; names must be text")
         return {name: self._cells(name, [row.get(name) for row in chunk.rows], chunk, shown) for name in names}
 
     def _cells(self, name: str, cells: list[Any], chunk: Chunk, shown: str) -> pa.Array:
@@ -183,9 +183,22 @@ def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, 
     names = list(row)
     if known and names and known.keys().isdisjoint(names):
         raise ConfigError(
-            f"{shown}, {chunk.place(index)}: has the columns {', '.join(map(str, names))}, but the rows before it have "
-            f"{', '.join(known)}; all rows must be of one kind"
+            f"{shown}, {chunk.place(index)}: has the columns {list_names(names)}, but the rows before it have "
+            f"{list_names(known)}; all rows must be of one kind"
         )
+
+
+def _check_names(names: Iterable[Any], shown: str) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{shown}: a column is named {name!r}; names must be text")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{shown}: the name of the column {name!r} holds half of a surrogate pair, which is no character; give "
+                "it another name"
+            ) from None
 
 
 def _by_name(table: pa.Table) -> dict[str, pa.Array]:

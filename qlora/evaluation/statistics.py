@@ -45,11 +45,15 @@ class Score:
     def gain(self, base: Score) -> Estimate:
         """Returns how much more than `base`, on the same items, was earned: the paired difference with its interval.
 
-        For answers that are right or wrong, half a pair is added to each of the four cases (Agresti and Min, 2005,
-        doi 10.1002/sim.1781), so that equal answers do not look certain.
+        For answers that are right or wrong it is the interval of Agresti and Min (2005, doi 10.1002/sim.1781): half a
+        pair is added to each of the four cases, so that equal answers do not look certain. Over groups the interval
+        stands around the mean that was observed, and its variance is the sum of theirs, for shrunken differences of
+        small groups would all err in the same direction.
         """
         difference = np.asarray(self.values, float) - np.asarray(base.values, float)
         is_share = self._is_share and base._is_share
+        if self.groups is None and is_share:
+            return _agresti_min(difference)
         variance = _variance_of_pairs if is_share else _variance
         limits = (-1.0, 1.0) if is_share else (-math.inf, math.inf)
         parts = self._parts(difference)
@@ -87,6 +91,17 @@ def _wilson(right: float, count: int) -> Estimate:
     return Estimate(share, max(middle - spread, 0.0), min(middle + spread, 1.0))
 
 
+def _agresti_min(differences: np.ndarray) -> Estimate:
+    better, worse, count = _pairs(differences)
+    middle, spread = (better - worse) / count, Z * math.sqrt(_variance_of_pairs(differences))
+    return Estimate(float(differences.mean()), max(middle - spread, -1.0), min(middle + spread, 1.0))
+
+
+def _pairs(differences: np.ndarray) -> tuple[float, float, int]:
+    """Returns how many pairs got better, how many worse, and how many there are, half a pair added to each case."""
+    return float((differences > 0).sum()) + 0.5, float((differences < 0).sum()) + 0.5, len(differences) + 2
+
+
 def _variance(values: np.ndarray) -> float:
     """Returns the variance of the mean."""
     return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
@@ -98,6 +113,5 @@ def _variance_of_share(values: np.ndarray) -> float:
 
 
 def _variance_of_pairs(differences: np.ndarray) -> float:
-    count = len(differences) + 2
-    better, worse = (differences > 0).sum() + 0.5, (differences < 0).sum() + 0.5
-    return float(better + worse - (better - worse) ** 2 / count) / count / len(differences)
+    better, worse, count = _pairs(differences)
+    return (better + worse - (better - worse) ** 2 / count) / count**2

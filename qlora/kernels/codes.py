@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 BLOCK = 64
 """Values that share a scale."""
@@ -66,16 +67,21 @@ class Codes:
 
 
 def read_codes(weight: Tensor) -> Codes | None:
-    """Returns what bitsandbytes stores of a 4-bit weight, without copying; None for a layout that is not usual."""
+    """Returns what bitsandbytes stores of a 4-bit weight, without copying; None for a layout that is not usual.
+
+    Of a weight that is sharded, whose bytes are stored as float32, `packed` is the part of this process.
+    """
     state = getattr(weight, "quant_state", None)
-    if state is None or state.blocksize != BLOCK or weight.dtype is not torch.uint8:
+    is_sharded = isinstance(weight, DTensor)
+    if state is None or state.blocksize != BLOCK or weight.dtype is not (torch.float32 if is_sharded else torch.uint8):
         return None
+    packed = weight.to_local() if is_sharded else weight
     rows, columns = state.shape
     if columns % BLOCK or (state.nested and state.state2.blocksize != GROUP):
         return None
-    empty = weight.new_empty(0, dtype=torch.float32)
+    empty = state.absmax.new_empty(0, dtype=torch.float32)
     return Codes(
-        packed=weight.detach().as_subclass(Tensor).view(-1),
+        packed=packed.detach().as_subclass(Tensor).view(torch.uint8).view(-1),
         scales=state.absmax,
         values=state.code,
         scale_values=state.state2.code if state.nested else empty,
@@ -102,9 +108,13 @@ def can_join(codes: Sequence[Codes]) -> bool:
 def join(weights: Sequence[Tensor]) -> Codes:
     """Stores bitsandbytes' 4-bit weights one below the other, and returns them as one.
 
-    The weights themselves become views of the joint storage, so that nothing is stored twice.
+    The weights themselves become views of the joint storage, so that nothing is stored twice. Sharded weights stay
+    where they are, and `packed` is empty.
     """
     parts = [codes for weight in weights if (codes := read_codes(weight)) is not None]
+    is_sharded = isinstance(weights[0], DTensor)
+    if is_sharded:
+        parts = [replace(each, packed=each.packed[:0]) for each in parts]
     if len(parts) == 1:
         return parts[0]
     assert len(parts) == len(weights)
@@ -120,7 +130,8 @@ def join(weights: Sequence[Tensor]) -> Codes:
         strict=True,
     )
     for weight, own, own_scales, own_scale_scales in pieces:
-        weight.data = own.view(weight.shape)
+        if not is_sharded:
+            weight.data = own.view(weight.shape)
         weight.quant_state.absmax = own_scales
         if parts[0].is_nested:
             weight.quant_state.state2.absmax = own_scale_scales

@@ -46,8 +46,10 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 
 def _joint(tensors: list[Tensor], rows: int, columns: int) -> Codes:
-    packed, scales, values, scale_values, scale_scales, offsets = tensors
-    return Codes(packed, scales, values, scale_values, scale_scales, offsets, rows, columns)
+    """Returns the tensors of a group's `Codes` as one; the packed bytes may be one tensor a layer, of any dtype."""
+    *packed, scales, values, scale_values, scale_scales, offsets = tensors
+    joint = (packed[0] if len(packed) == 1 else torch.cat(packed)).view(torch.uint8).view(-1)
+    return Codes(joint, scales, values, scale_values, scale_scales, offsets, rows, columns)
 
 
 def _decode(

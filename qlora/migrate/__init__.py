@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.text import Text
 
 from qlora import console
-from qlora.compose import compose, group_names, override_value, read_yaml
+from qlora.compose import compose, group_names, override_value, read_yaml, write_yaml
 from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_text
 from qlora.folder import RunFolder
@@ -26,6 +25,7 @@ from qlora.migrate.original import PROGRAM, QLORA, read_command
 from qlora.migrate.rules import Dialect, Reading, translate
 from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
 from qlora.schema import Config
+from qlora.spelling import keep_spelling
 
 MOST_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
@@ -153,7 +153,7 @@ def _without(overrides: list[str], text: str) -> list[str]:
 def _as_experiment(overrides: list[str], title: str) -> str:
     """Returns an option of the group `experiment` that says the same."""
     groups, defaults, tree = group_names(), [], dict[str, Any]()
-    for text in overrides:
+    for text in keep_spelling(overrides):
         key, value = text.partition("=")[0], override_value(text)
         if key in groups:
             defaults.append({f"override /{key}": value})
@@ -163,7 +163,7 @@ def _as_experiment(overrides: list[str], title: str) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    body = yaml.safe_dump({"defaults": [*defaults, "_self_"], **tree}, sort_keys=False, allow_unicode=True, width=1000)
+    body = write_yaml({"defaults": [*defaults, "_self_"], **tree})
     return f"# @package _global_\n# From {title}\n{body}"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,23 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora import Linear4bit
-from peft.tuners.tuners_utils import cast_adapter_dtype
+from peft.tuners.lora import Linear4bit, LoraModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_folder
 from qlora.models.checkpoint import Tensors
+from qlora.models.decoder import ROUTER, linear_modules, read_decoder
 from qlora.models.files import check_safetensors
+from qlora.models.fingerprint import Base, write_base
 from qlora.models.tokenizer import save_tokenizer
-from qlora.schema import LoraConfig, LoraDtype, LoraInit
+from qlora.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ class ParameterCount:
     total: int
     base: int
     by_dtype: dict[str, int]
+    """Those of the base, by what they are stored in: `nf4`, `int8`, `bfloat16` ..."""
 
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
@@ -75,20 +83,84 @@ def add_lora(
     )
     try:
         adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
-    except ValueError as error:
-        if "target_modules" not in str(error):
-            raise
-        raise ConfigError(f"lora.target_modules={config.target_modules}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"lora.target_modules={config.target_modules}: PEFT cannot adapt this {model.config.model_type} so "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
+            "lora=all-linear"
+        ) from error
     if config.init is LoraInit.loftq:
         correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
     elif config.init is LoraInit.eva:
-        initialize_lora_eva_weights(adapted, dataloader=batches, show_progress_bar=False)
+        _start_from_data(adapted, batches)
         cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
+    if config.bias is not LoraBias.none:
+        biases = [pair for pair in _copy_biases(adapted) if pair[0].requires_grad]
+        if not biases:
+            log.warning("lora.bias=%s: the layers that it means have no biases, so none is trained", config.bias.value)
+        _keep_biases(adapted, biases)
     if config.dtype is LoraDtype.bf16:
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.bfloat16()
     return adapted
+
+
+def _copy_biases(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Returns the biases of a model that no adapter has changed yet, each with a copy."""
+    biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    return [(parameter, parameter.detach().clone()) for parameter in biases]
+
+
+def _keep_biases(model: PeftModel, untuned: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Keeps the biases of the untuned base, which the adapter trains in their place, for `adapter_off`."""
+    model.__dict__["untuned_biases"] = untuned
+
+
+@contextmanager
+def adapter_off(model: torch.nn.Module) -> Iterator[None]:
+    """Makes the untuned base of a model with an adapter in the block, also where the adapter trains biases.
+
+    PEFT alone leaves the trained biases on. A model without an adapter stays as it is. Raises `ConfigError` for an
+    adapter that rewrote the base when it was loaded: what it leaves behind is not the base.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    start = model.peft_config["default"].init_lora_weights if isinstance(model.base_model, LoraModel) else True
+    if isinstance(start, str) and start.startswith(REWRITING):
+        raise ConfigError(
+            f"adapter: it begins as a part of its base (init_lora_weights={start}, as checkpoints of such a run have "
+            "it), so that the untuned base is not what is left without it; measure that with adapter=none, and leave "
+            "it out here with evaluation.baseline=false"
+        )
+    has_biases = any(config.bias != "none" for config in model.peft_config.values() if hasattr(config, "bias"))
+    untuned = model.__dict__["untuned_biases"] if has_biases else []
+    trained = [(parameter, parameter.detach().clone()) for parameter, _ in untuned]
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+            stack.enter_context(model.disable_adapter())
+        stack.callback(_set_values, trained)
+        _set_values(untuned)
+        yield
+
+
+@torch.no_grad()
+def _set_values(parameters: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, value in parameters:
+        parameter.copy_(value)
+
+
+def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Lets PEFT draw an adapter from what its layers read (EVA), which it can of [rows, tokens, features] alone."""
+    try:
+        initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.init=eva: PEFT cannot start from what some layers of this {model.config.model_type} read "
+            f"({str(error).strip().splitlines()[0]}); use lora=attention lora.init=eva, or another lora.init"
+        ) from error
 
 
 def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
@@ -112,6 +184,8 @@ _PEFT_INIT: dict[LoraInit, Any] = {
     LoraInit.eva: "eva",
 }
 REWRITES_BASE = (LoraInit.pissa, LoraInit.olora)
+REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""How the inits begin by which PEFT rewrites the base that an adapter is added to."""
 
 
 @torch.no_grad()
@@ -139,33 +213,69 @@ def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Ten
     return lambda name: tensors.read(name if name in names else name.removeprefix(f"{prefix}."))
 
 
-def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Returns the full names of all linear layers but the output layer, found by class."""
-    output = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
-    ]
+def find_target_modules(wanted: list[str], model: PreTrainedModel) -> list[str]:
+    """Turns `lora.target_modules` into what PEFT takes; each name or pattern must match a linear layer.
 
-
-def find_target_modules(wanted: list[str], model: PreTrainedModel) -> str | list[str]:
-    """Turns `lora.target_modules` into what PEFT takes; each name or pattern must match a linear layer."""
-    names = linear_modules(model)
-    if not names:
-        raise ConfigError(f"lora.target_modules: {model.config.model_type} has no linear layer; use lora=none")
+    Layers that text does not run through are left out, and with `all-linear` those that PEFT cannot adapt, too.
+    """
+    routers = {each.name.removesuffix(".weight") for each in read_decoder(model).matrices if each.kind == ROUTER}
+    names = [name for name in linear_modules(model) if name not in routers]  # its output may be more than a tensor
+    experts = _names_of_experts(names, model)
     if wanted == ["all-linear"]:
-        return "all-linear"
-    kinds = sorted({name.rpartition(".")[2] for name in names})
+        chosen = [name for name in names if _last(name) not in experts and _is_called(name, model)]
+        if not chosen:
+            raise ConfigError(f"lora.target_modules: {model.config.model_type} has no linear layer; use lora=none")
+        return chosen
+    kinds = sorted({_last(name) for name in names})
     found: dict[str, list[str]] = {pattern: _matches(pattern, names) for pattern in wanted}
     if missing := [pattern for pattern, matched in found.items() if not matched]:
         raise ConfigError(
             f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; "
             f"the model has {kinds}, or use all-linear"
         )
-    if all(pattern in kinds for pattern in wanted):
-        return wanted
-    return sorted({name for matched in found.values() for name in matched})
+    chosen = sorted({name for matched in found.values() for name in matched})
+    if taken := sorted({_last(name) for name in chosen} & experts):
+        raise ConfigError(
+            f"lora.target_modules {taken}: in {model.config.model_type} PEFT gives these names to the experts, which "
+            f"have no adapters here; choose among {sorted(set(kinds) - experts)}, or use all-linear"
+        )
+    is_plain = all(pattern in kinds for pattern in wanted) and len(chosen) == _count(wanted, model)
+    return wanted if is_plain else chosen
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_called(name: str, model: PreTrainedModel) -> bool:
+    """Returns whether PEFT may adapt a layer: the kernels of Mamba read some weights and do not call their layer."""
+    try:
+        _check_lora_target_modules_mamba(PeftLoraConfig(), model, _last(name))
+    except ValueError:
+        return False
+    return True
+
+
+def _count(kinds: list[str], model: PreTrainedModel) -> int:
+    """Returns how many modules PEFT finds by the last parts of their names."""
+    return sum(_last(name) in kinds for name, _ in model.named_modules())
+
+
+def _names_of_experts(names: list[str], model: PreTrainedModel) -> set[str]:
+    """Returns the last parts of names that PEFT takes for experts that were linear layers once.
+
+    It adapts the tensor of all experts then, without dropout or DoRA, and also when it loads the adapter (peft 0.21).
+    """
+    taken = set()
+    for name in {_last(name) for name in names}:
+        config = PeftLoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one of several that are joined in the experts' tensor
+            taken.add(name)
+        if name not in config.target_modules:
+            taken.add(name)
+    return taken
 
 
 def _matches(pattern: str, names: list[str]) -> list[str]:
@@ -188,9 +298,10 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
             count, dtype = state.shape.numel(), state.quant_type
         else:
             count, dtype = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
-        by_dtype[dtype] += count
         total += count
-        base += 0 if "lora_" in name else count
+        if "lora_" not in name:
+            base += count
+            by_dtype[dtype] += count
         trainable += count if parameter.requires_grad else 0
     return ParameterCount(trainable, total, base, dict(by_dtype))
 
@@ -205,35 +316,62 @@ def save_initial_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase, initial: Path | None = None
+    model: PeftModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    initial: Path | None = None,
+    base: Base | None = None,
 ) -> None:
     """Saves the adapter for plain PEFT on the unchanged base, with its tokenizer, and checks what was written.
 
     `initial` (PiSSA, OLoRA) is the folder of the drawn weights; the saved adapter is the difference, of rank 2r.
+    `base` is written beside the adapter, which is then used on that base alone.
     """
 
     def write(partial: Path) -> None:
-        model.save_pretrained(
-            partial,
-            path_initial_model_for_weight_conversion=str(initial) if initial else None,
-            save_embedding_layers=False,  # PEFT would add whole embeddings that grew; the trained rows are saved anyway
-        )
+        # PEFT would add whole embeddings that grew; the trained rows are saved anyway.
+        model.save_pretrained(partial, save_embedding_layers=False)
         save_tokenizer(tokenizer, partial)
-        verify_adapter(partial, model, converted=initial is not None)
+        if base is not None:
+            write_base(base, partial)
+        verify_adapter(partial, model)
+        if initial is not None:
+            _subtract_initial(partial, initial)
         _check_trained(partial)
 
     write_folder(folder, write)
 
 
-def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = False) -> None:
+def _subtract_initial(folder: Path, initial: Path) -> None:
+    """Makes a saved adapter one for the unchanged base: B A - B0 A0 as one product of rank 2r.
+
+    PEFT's own conversion leaves out all but A and B: trained biases, rows of new tokens, DoRA's magnitudes.
+    """
+    with _open_adapter(folder) as trained, _open_adapter(initial) as start:
+        tensors = {name: trained.get_tensor(name) for name in trained.keys()}  # noqa: SIM118 - no mapping
+        for name, tensor in tensors.items():
+            if ".lora_A." in name:
+                tensors[name] = torch.cat([tensor, start.get_tensor(name)], dim=0)
+            elif ".lora_B." in name:
+                tensors[name] = torch.cat([tensor, -start.get_tensor(name)], dim=1)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    path = folder / ADAPTER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    scale = math.sqrt(2) if settings["use_rslora"] else 2  # what is divided by r, or by its root, stays the same
+    settings |= {"r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"], "init_lora_weights": True}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def verify_adapter(folder: Path, model: torch.nn.Module) -> None:
     """Raises `ConfigError` unless a saved adapter holds every tensor of the live one, to the bit.
 
-    A `converted` one (PiSSA, OLoRA) has the same names and other values. A model without an adapter passes.
+    A model without an adapter passes.
     """
     if not isinstance(model, PeftModel):
         return
     try:
-        fault = _find_fault(folder, get_peft_model_state_dict(model, save_embedding_layers=False), values=not converted)
+        fault = _find_fault(folder, get_peft_model_state_dict(model, save_embedding_layers=False))
     except (OSError, SafetensorError) as error:
         fault = str(error)
     if fault is not None:
@@ -243,13 +381,13 @@ def verify_adapter(folder: Path, model: torch.nn.Module, *, converted: bool = Fa
         )
 
 
-def _find_fault(folder: Path, live: dict[str, torch.Tensor], *, values: bool) -> str | None:
+def _find_fault(folder: Path, live: dict[str, torch.Tensor]) -> str | None:
     with _open_adapter(folder) as file:
         saved = set(file.keys())
         for name, tensor in live.items():
             if name not in saved:
                 return f"{name} is missing"
-            if values and not _is_same(file.get_tensor(name), tensor.detach()):
+            if not _is_same(file.get_tensor(name), tensor.detach()):
                 return f"{name} has other values"
     return None
 
@@ -277,7 +415,8 @@ def _open_adapter(folder: Path) -> Any:
 
 def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
     """Loads a saved adapter onto its base; raises `ConfigError` for one of another base and for one with gaps."""
-    recorded = check_adapter_folder(folder).get("base_model_name_or_path")
+    settings = check_adapter_folder(folder)
+    recorded = settings.get("base_model_name_or_path")
     _check_new_tokens(model, folder)
     unfit = (
         f"adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
@@ -285,6 +424,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     )
     if (difference := _find_difference(model, folder)) is not None:
         raise ConfigError(f"{unfit} ({difference})")
+    biases = _copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -298,6 +438,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
             f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
             f"trained on ({recorded}) as model.name"
         )
+    if biases is not None:
+        _keep_biases(adapted, biases)
     return adapted
 
 

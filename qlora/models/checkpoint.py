@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +15,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from qlora.errors import ConfigError
+from qlora.models.files import INDEX, SINGLE, is_local, locate, weight_files
+from qlora.models.tokenizer import hub_error
+from qlora.schema import ModelConfig
 
-WEIGHTS = "model.safetensors"  # repositories may hold copies under other names
+
+def fetch_weights(config: ModelConfig) -> list[Path] | None:
+    """Returns the files of a base's weights, downloaded if they are not here; None: they are no safetensors."""
+    place = locate(config.name)
+    if is_local(place):
+        return weight_files(Path(place))
+    options = {"revision": config.revision or "main", "cache_dir": config.cache_dir}
+    try:
+        for name in (SINGLE, INDEX):
+            if (file := cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)) is not None:
+                if name == INDEX:
+                    get_checkpoint_shard_files(place, file, **options)
+                return weight_files(Path(file).parent)
+    except (OSError, ValueError) as error:
+        raise hub_error("model.name", place, error, gated=config.gated) from error
+    return None
 
 
 def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -48,7 +65,10 @@ class Checkpoint:
     """The tensors in a model folder, by their names in its files; each is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = self._index(folder)
+        self._files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names, file by file."""
@@ -73,16 +93,6 @@ class Checkpoint:
         if f"{module}SCB" in self._files:
             return bnb.int8_vectorwise_dequant(self.read(name).to(device), self.read(f"{module}SCB").to(device))
         return None
-
-    @staticmethod
-    def _index(folder: Path) -> dict[str, Path]:
-        if (whole := folder / WEIGHTS).is_file():
-            with safe_open(whole, framework="pt") as file:
-                return dict.fromkeys(file.keys(), whole)
-        if (index := folder / f"{WEIGHTS}.index.json").is_file():
-            placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {key: folder / file for key, file in placed.items()}
-        raise ConfigError(f"model.name={folder} has no weights ({WEIGHTS}, or an index of several files)")
 
 
 class ModelNames:

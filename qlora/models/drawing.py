@@ -51,10 +51,13 @@ class DrawnWeights:
     def read_stored(self, name: str, device: torch.device) -> None:
         """Returns None: no weight is stored in 4 or 8 bits."""
 
-    def build(self, bits: BitsAndBytesConfig | None, **options: Any) -> PreTrainedModel:
+    def build(
+        self, bits: BitsAndBytesConfig | None, *, store: torch.device | None = None, **options: Any
+    ) -> PreTrainedModel:
         """Returns the model, quantized as `bits` says, or in the dtype of `placement`.
 
-        `options` are those of transformers' `from_config`, e.g. `attn_implementation`.
+        It is drawn and quantized on the device of `placement`, and kept there or on `store`. `options` are those of
+        transformers' `from_config`, e.g. `attn_implementation`.
         """
         model = self._empty(**options)
         quantizer = None if bits is None else AutoHfQuantizer.from_config(bits, pre_quantized=False)
@@ -62,7 +65,8 @@ class DrawnWeights:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})
         for name, module in model.named_modules():
             for key, tensor in self._draw(name).items():
-                setattr(module, key, _quantized(module, tensor) if key == "weight" else tensor)
+                made = _quantized(module, tensor) if key == "weight" else tensor
+                setattr(module, key, _move(made, store or self.placement.device))
         model.tie_weights()
         if quantizer is not None:
             model.hf_quantizer = quantizer
@@ -126,6 +130,14 @@ def _seed(seed: int, name: str) -> int:
 
 def _rng(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else device.type
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor, or the parameter that it is, on another device."""
+    if isinstance(tensor, Params4bit):
+        return tensor.to(device)  # with its scales
+    tensor.data = tensor.data.to(device)
+    return tensor
 
 
 def _quantized(module: nn.Module, weight: Tensor) -> Tensor:

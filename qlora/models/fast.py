@@ -16,7 +16,7 @@ import contextlib
 import importlib.util
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,7 +48,7 @@ from qlora.kernels.linear import FACTOR, LARGEST_A, LARGEST_B, GroupedLinear, un
 from qlora.kernels.loss import IGNORED, entropy_and_gradient, linear_cross_entropy
 from qlora.models.device import Placement
 from qlora.models.offload import Offloading
-from qlora.schema import BaseProducts, FlashAttention, Parallel, QuantizationConfig, TrainerConfig
+from qlora.schema import BaseProducts, FlashAttention, QuantizationConfig, TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,6 @@ BATCH, ROWS = "qlora_batch", "qlora_rows"
 """The names under which transformers finds the attention over batches, and that inside rows laid out."""
 
 SPREAD = "the model is spread over several devices (model.device_map)"
-
-SHARDED = "each process holds a part of each layer only (trainer.parallel=fsdp)"
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
@@ -96,14 +96,29 @@ class Group:
     """Linear layers that read one input; whichever is called first computes the outputs of all."""
 
     def __init__(self, members: list[Linear4bit], *, fp8: bool) -> None:
-        weights = [member.get_base_layer().weight for member in members]
-        self.members, self.rows = members, [weight.quant_state.shape[0] for weight in weights]
+        self.members, self.layers = members, [member.get_base_layer() for member in members]
+        weights = [layer.weight for layer in self.layers]
+        self.rows = [weight.quant_state.shape[0] for weight in weights]
         codes = join(weights)
-        self.columns, self.tensors = codes.columns, codes.tensors()
+        self.columns = codes.columns
+        self._packed, *self._constants = codes.tensors()
+        self._is_sharded = isinstance(weights[0], DTensor)
         self.factor = _fp8_factor(codes) if fp8 else None
         self.ranges: Tensor | None = None
         """As of `GroupedLinear`, with a `factor`; `Ranges` fills them in."""
         self.pending: tuple[Tensor, list[Tensor]] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the layers' `Codes`: of sharded ones the weights as they are at this moment, put together."""
+        packed = [layer.weight for layer in self.layers] if self._is_sharded else [self._packed]
+        return [*packed, *self._constants]
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """Inside, nobody reads the outputs; sharded weights must be together where it begins."""
+        with unread(self.tensors[0]):
+            yield
 
     def output(self, slot: int, x: Tensor) -> Tensor:
         """Returns the output of a member for its input `x` [..., columns]."""
@@ -140,7 +155,8 @@ class Ranges:
         """Takes groups with a `factor`, on one device."""
         most = max(len(group.members) for group in groups)
         # Four numbers for three, so that each group's begin where compiled code can read 16 bytes at a time.
-        self.values = groups[0].tensors[0].new_zeros(len(groups), 4, dtype=torch.float32)
+        assert groups[0].factor is not None
+        self.values = groups[0].factor.new_zeros(len(groups), 4)
         self.matrices: list[Tensor] = []
         scales, places = [], []
         for values, group in zip(self.values, groups, strict=True):
@@ -291,6 +307,10 @@ def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
 
 
+def _forward(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
 class FastStep:
     """The model as a training step sees it; a context manager, entered around each step."""
 
@@ -304,7 +324,6 @@ class FastStep:
     ) -> None:
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.packs, self.placement = packs, placement
-        self.is_sharded = trainer.parallel is Parallel.fsdp
         self.parts: dict[str, str] = {}
         """The parts by name: `on`, or why not."""
         self.layers = find_layers(self.base)
@@ -313,7 +332,10 @@ class FastStep:
         self._choose_flash(trainer)
         self.loss = self._decide("fused_loss", trainer.fused_loss, self._loss_fault())
         self.is_compiled = self._decide("compile", trainer.compile, self._compile_fault())
-        self._layer = torch.compile(_call) if self.is_compiled else _call
+        is_sharded = any(isinstance(layer, FSDPModule) for layer in self.layers)
+        self._layer = torch.compile(_call) if self.is_compiled and not is_sharded else _call
+        # Not the hooks around it, which put a sharded layer together.
+        self._inside = torch.compile(_forward) if self.is_compiled and is_sharded else None
         self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
@@ -335,9 +357,7 @@ class FastStep:
 
     def _fuse(self, model: torch.nn.Module, trainer: TrainerConfig, quantization: QuantizationConfig) -> None:
         fault = None
-        if self.is_sharded:
-            fault = SHARDED
-        elif not any(_fits(module) for module in model.modules()):
+        if not any(_fits(module) for module in model.modules()):
             fault = "the model has no 4-bit layers with plain adapters"
         elif self.placement.device.type == "cuda" and importlib.util.find_spec("triton") is None:
             fault = "Triton is not installed (pip install triton)"
@@ -415,8 +435,6 @@ class FastStep:
     def _compile_fault(self) -> str | None:
         if self._is_spread:
             return SPREAD
-        if self.is_sharded:
-            return SHARDED
         return None if self.layers else f"{self.base.config.model_type} has no list of decoder layers"
 
     @property
@@ -443,6 +461,8 @@ class FastStep:
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
             layer._compiled_call_impl = self._call_of(index, layer)
+            if self._inside is not None:
+                layer.forward = partial(self._inside, layer)
         if self.loss or self.attention:
             self.base.forward = self._forward
         return self
@@ -454,7 +474,7 @@ class FastStep:
             return call
         # What a layer adds to its input last, nothing in it reads: the second time that product is left out.
         last = _last_product(layer)
-        second = partial(unread, last) if last is not None else contextlib.nullcontext
+        second = contextlib.nullcontext if last is None else last.unread
         again = partial(
             checkpoint,
             call,
@@ -474,6 +494,8 @@ class FastStep:
         self.base.config._attn_implementation = implementation
         for layer, own in zip(self.layers, checkpointing, strict=True):
             layer._compiled_call_impl, layer.gradient_checkpointing = None, own
+            if self._inside is not None:
+                del layer.__dict__["forward"]
         self.base.__dict__.pop("forward", None)
 
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
@@ -491,10 +513,13 @@ class FastStep:
         hidden = found.last_hidden_state
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         weight = self.base.get_output_embeddings().weight
-        hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+        kind = hidden.device.type
+        # As autocast computes any other linear layer: the matrix may be stored in 32 bits.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         targets = targets.reshape(-1)
-        with torch.autocast(hidden.device.type, enabled=False):
-            total = linear_cross_entropy(hidden, weight, targets, self._pieces)
+        with torch.autocast(kind, enabled=False):
+            total = linear_cross_entropy(hidden, weight.to(dtype), targets, self._pieces)
         return CausalLMOutputWithPast(loss=total / (count if count is not None else (targets != IGNORED).sum()))
 
     def _lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -527,8 +552,8 @@ class FastStep:
         }
 
 
-def _last_product(layer: torch.nn.Module) -> Tensor | None:
-    """Returns the weights, as they are stored, of the product that a layer ends with by adding it to its input.
+def _last_product(layer: torch.nn.Module) -> Group | None:
+    """Returns the group of the product that a layer ends with by adding it to its input.
 
     None: it ends otherwise, with a norm for instance, or that product is none of ours.
     """
@@ -536,7 +561,7 @@ def _last_product(layer: torch.nn.Module) -> Tensor | None:
     if own != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return None
     last = getattr(layer.mlp, "down_proj", None)
-    return last.group.tensors[0] if isinstance(last, FastLinear) else None
+    return last.group if isinstance(last, FastLinear) else None
 
 
 def find_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,6 +11,8 @@ from qlora.errors import ConfigError, did_you_mean
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "demo" / "model"}
 WEIGHTS = "*.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The one file of a model's weights, or what names several; repositories may hold copies under other names."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Weights that are no safetensors: reading a pickle may run code that it holds."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -55,10 +58,40 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
             f"model.name={folder} has a config but no weights (*.safetensors); finish the download, or use "
             "model.weights=random to draw them"
         )
-    for path in weights:
-        check_safetensors(path, "model.name")
+    weight_files(folder)
     if tokenizer:
         check_tokenizer_folder(folder, "model.name")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of the weights in a model's folder; raises `ConfigError` where one is missing or damaged."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    elif index.is_file():
+        files = _read_index(index)
+    else:
+        raise ConfigError(f"model.name={folder} has no weights ({SINGLE}, or an index of several files)")
+    for file in files:
+        check_safetensors(file, "model.name")
+    return files
+
+
+def _read_index(index: Path) -> list[Path]:
+    """Returns the files that an index names; raises `ConfigError` if one is missing."""
+    folder = index.parent
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model.name={folder}: {INDEX}, which names the files of the weights, is damaged; download or copy it again"
+        ) from error
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ConfigError(
+            f"model.name={folder}: {len(missing)} of the {len(names)} files of the weights that {INDEX} names are "
+            f"missing, first {missing[0]}; finish the download, or copy the model again"
+        )
+    return sorted(folder / name for name in names)
 
 
 def only_safetensors(name: str, file: str) -> ConfigError:

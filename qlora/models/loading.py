@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    __version__,
 )
 
 from qlora.errors import ConfigError, did_you_mean
+from qlora.models.causal import check_is_causal
+from qlora.models.complete import load_complete
+from qlora.models.decoder import build_empty, check_is_quantized
 from qlora.models.device import Placement, planned_dtype
 from qlora.models.drawing import DrawnWeights
 from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
+from qlora.models.finite import QuantizationWatch, find_nonfinite, first_in_forward
 from qlora.models.tokenizer import hub_error
+from qlora.models.trial import try_base
 from qlora.schema import ModelConfig, QuantizationConfig
 
 log = logging.getLogger(__name__)
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """Returns transformers' config object of the base model; reads or downloads `config.json` only."""
+    """Returns transformers' config object of the base model; reads or downloads `config.json` only.
+
+    Raises `ConfigError` for what is no decoder-only causal language model.
+    """
     place = locate(config.name)
     if is_local(place):
         check_model_folder(Path(place), tokenizer=config.tokenizer is None)
     try:
-        return AutoConfig.from_pretrained(place, **_hub_options(config))
+        model_config = AutoConfig.from_pretrained(place, **_hub_options(config))
     except (OSError, ValueError) as error:
         raise hub_error("model.name", place, error, gated=config.gated) from error
+    check_is_causal(model_config, f"model.name={config.name}")
+    return model_config
 
 
 def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -58,6 +70,7 @@ def draw_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
             f"model.architecture.model_type={model_type!r} is unknown to transformers"
             f"{did_you_mean(model_type, CONFIG_MAPPING)}; give its name of the architecture, e.g. llama"
         )
+    check_is_causal(CONFIG_MAPPING[model_type](), f"model.architecture.model_type={model_type}")
     own = CONFIG_MAPPING[model_type]().to_dict()
     if "sliding_window" in shape and "use_sliding_window" in own:  # Qwen: off, and above some layers only
         shape |= {"use_sliding_window": True, "max_window_layers": 0}
@@ -84,11 +97,13 @@ def _set_rope_theta(config: Any, theta: float) -> None:
     rope["rope_theta"] = theta
 
 
-def draw_base(config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights) -> PreTrainedModel:
-    """Returns a base with drawn weights as `load_base` returns a stored one."""
+def draw_base(
+    config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights, store: torch.device | None = None
+) -> PreTrainedModel:
+    """Returns a base with drawn weights, on the device `store` if given, as `load_base` returns a stored one."""
     placement, options = weights.placement, _attention(config)
-    bits = bitsandbytes_config(quantization, placement) if quantization.bits in (4, 8) else None
-    return _as_base(weights.build(bits, **options), config, quantization, placement)
+    bits = bitsandbytes_config(quantization, placement)
+    return _as_base(weights.build(bits, store=store, **options), config, quantization, placement)
 
 
 def load_base(
@@ -98,22 +113,42 @@ def load_base(
     placement: Placement,
     model_config: Any,
     folder: Path | None = None,
+    tried: bool = True,
 ) -> PreTrainedModel:
     """Loads the base model frozen, on the device of `placement`, quantized as `quantization` says.
 
-    `folder` overrides `config.name` (a fully finetuned model). Raises `ConfigError` for a base that cannot be had in
-    these bits.
+    `folder` overrides `config.name` (a fully finetuned model); `tried` runs a few tokens, which takes long where a base
+    for several devices lies in the host's memory. Raises `ConfigError` for a base that cannot be had in
+    these bits, whose files lack tensors, or whose weights are not finite.
     """
+    key = f"adapter={folder}" if folder else f"model.name={config.name}"
     place = str(folder) if folder else locate(config.name)
     stored = getattr(model_config, "quantization_config", None)
     options: dict[str, Any] = {} if folder else _hub_options(config)
     if stored is not None:
         _check_stored_quantization(config, quantization, stored)
-    elif quantization.bits in (4, 8):
-        options["quantization_config"] = bitsandbytes_config(quantization, placement)
+    elif (bits := bitsandbytes_config(quantization, placement)) is not None:
+        options["quantization_config"] = bits
+    with QuantizationWatch() as watch:
+        model = _read(place, key, config, placement, options)
+    if stored is not None:
+        _cast_unquantized(model, placement.weights)
+    places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or ("cpu" in places and placement.device.type != "cpu"):
+        raise _too_large(config)
+    _check_finite(model, key, watch.spoiled)
+    model = _as_base(model, config, quantization, placement)
+    if tried and quantization.bits != 8:  # the first call of an 8-bit layer moves its weight elsewhere
+        try_base(model, key, placement)
+    return model
+
+
+def _read(place: str, key: str, config: ModelConfig, placement: Placement, options: dict[str, Any]) -> PreTrainedModel:
+    """Loads a model by transformers, and says in one sentence what that says at length."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return load_complete(
             place,
+            key=key,
             dtype=placement.weights,
             use_safetensors=True,
             device_map=_device_map(config, placement),
@@ -126,17 +161,49 @@ def load_base(
             raise only_safetensors(place, "other files") from error
         raise hub_error("model.name", place, error, gated=config.gated) from error
     except ImportError as error:
-        raise ConfigError(f"model.name={config.name}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from error
     except ValueError as error:
-        if "dispatched on the CPU or the disk" not in str(error):
+        if "dispatched on the CPU or the disk" in str(error):
+            raise _too_large(config) from error
+        if isinstance(error, ConfigError):
             raise
-        raise _too_large(config) from error
-    if stored is not None:
-        _cast_unquantized(model, placement.weights)
-    places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
-    if "disk" in places or ("cpu" in places and placement.device.type != "cpu"):
-        raise _too_large(config)
-    return _as_base(model, config, quantization, placement)
+        raise _unreadable(key, error) from error
+    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise _unreadable(key, error) from error
+
+
+def _unreadable(key: str, error: Exception) -> ConfigError:
+    """Returns the error for a model that transformers fails on: what its `config.json` says makes no sense, mostly."""
+    lines = str(error).strip().splitlines() or [""]
+    return ConfigError(
+        f"{key}: transformers {__version__} cannot build a model by its config.json ({type(error).__name__}: "
+        f"{lines[0][:200]}); correct config.json, or download or copy the model again"
+    )
+
+
+def _check_finite(model: PreTrainedModel, key: str, spoiled: list[Tensor]) -> None:
+    """Raises `ConfigError` if a weight is NaN or infinite; the first that a forward pass uses is named."""
+    names = find_nonfinite(model, spoiled)
+    if names:
+        raise ConfigError(
+            f"{key}: {len(names)} of the base's weights hold{'s' if len(names) == 1 else ''} NaN or infinite numbers, "
+            f"first {first_in_forward(model, names)}, so every loss is NaN; download or copy the model again, or "
+            "choose another base"
+        )
+
+
+def check_quantization(
+    config: ModelConfig, quantization: QuantizationConfig, model_config: Any, *, placement: Placement
+) -> None:
+    """Raises `ConfigError`, before any weight is read, for a base most of which would keep more bits."""
+    if getattr(model_config, "quantization_config", None) is not None:
+        return
+    if (bits := bitsandbytes_config(quantization, placement)) is not None:
+        try:
+            empty = build_empty(model_config, bits, trust_remote_code=config.trust_remote_code)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+            raise _unreadable(f"model.name={config.name}", error) from error
+        check_is_quantized(empty, quantization, config.name)
 
 
 def _too_large(config: ModelConfig) -> ConfigError:
@@ -152,7 +219,7 @@ def _as_base(
     model: PreTrainedModel, config: ModelConfig, quantization: QuantizationConfig, placement: Placement
 ) -> PreTrainedModel:
     """Returns the model frozen and checked, computing in the precision of `placement`."""
-    _check_is_quantized(model, config, quantization)
+    check_is_quantized(model, quantization, config.name)
     keep_4bit_layout(model)
     set_compute_dtype(model, placement.compute)
     model.requires_grad_(False)
@@ -160,8 +227,10 @@ def _as_base(
     return model
 
 
-def bitsandbytes_config(quantization: QuantizationConfig, placement: Placement) -> BitsAndBytesConfig:
-    """Returns transformers' description of a 4- or 8-bit base."""
+def bitsandbytes_config(quantization: QuantizationConfig, placement: Placement) -> BitsAndBytesConfig | None:
+    """Returns transformers' description of a 4- or 8-bit base; None: the base has more bits."""
+    if quantization.bits not in (4, 8):
+        return None
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.int8_threshold)
     return BitsAndBytesConfig(
@@ -203,15 +272,15 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
 
 
-def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def resize_embeddings(model: PreTrainedModel, new_token_ids: Sequence[int]) -> None:
     """Grows the embeddings for `model.new_tokens` if the matrix has no spare rows; new rows are the mean of the old.
 
     transformers would draw them around the mean, each time a model is loaded differently.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= rows:
+    rows, needed = model.get_input_embeddings().weight.shape[0], max(new_token_ids, default=-1) + 1
+    if needed <= rows:
         return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.resize_token_embeddings(needed, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
@@ -283,14 +352,3 @@ def _check_stored_quantization(config: ModelConfig, quantization: QuantizationCo
 
 def _describe(bits: int, quant_type: str, double_quant: bool) -> str:
     return f"{bits} bits" + (f" ({quant_type}{', double-quantized' if double_quant else ''})" if bits == 4 else "")
-
-
-def _check_is_quantized(model: PreTrainedModel, config: ModelConfig, quantization: QuantizationConfig) -> None:
-    if quantization.bits not in (4, 8):
-        return
-    kind = Linear4bit if quantization.bits == 4 else Linear8bitLt
-    if not any(isinstance(module, kind) for module in model.modules()):
-        raise ConfigError(
-            f"quantization.bits={quantization.bits}: {config.name} has no linear layers to quantize; "
-            "use quantization=none"
-        )

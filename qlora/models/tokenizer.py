@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +134,44 @@ def repair_special_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any)
             )
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that fills up batches: an existing token that is not the end token.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int) -> dict[int, str]:
+    """Returns the tokens, by their ids, that a base with embeddings of so many `rows` has none for.
+
+    Those of `model.new_tokens` get one, and no text needs to hold the special ones. Raises `ConfigError` if there are
+    others: the tokenizer is another model's then.
+    """
+    vocabulary = tokenizer.get_vocab()
+    beyond = {number: token for token, number in vocabulary.items() if number >= rows}
+    beyond = {number: beyond[number] for number in sorted(beyond) if beyond[number] not in config.new_tokens}
+    added = tokenizer.get_added_vocab()
+    if ordinary := [token for token in beyond.values() if token not in added]:
+        key = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}: its tokenizer"
+        raise ConfigError(
+            f"{key} has {len(vocabulary):,} tokens, and the base {config.name} has embeddings for {rows:,}, so it is "
+            f"another model's ({ordinary[0]!r} is the first without one); give the base's own as model.tokenizer"
+        )
+    return beyond
+
+
+def refuse_token(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int, token: str, beyond: Sequence[str]
+) -> ConfigError:
+    """Returns the error for rows of text that hold a token without an embedding."""
+    wanted = shlex.quote(f"model.new_tokens={json.dumps([*config.new_tokens, *beyond], ensure_ascii=False)}")
+    return ConfigError(
+        f"the rows hold {token!r}, one of {len(tokenizer.get_vocab()):,} tokens of the tokenizer, but the base "
+        f"{config.name} has embeddings for {rows:,}; train one with {wanted}, or take the token out of the data and "
+        "its template"
+    )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """Returns the id that fills up batches: an existing token that is not the end token, and has an embedding.
 
     Padding is masked and labelled explicitly, so its identity never matters to the loss; the vocabulary does not
     grow and the tokenizer itself is left alone.
     """
     ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1]
-    return next(token for token in ids if token is not None and token != tokenizer.eos_token_id)
+    return next(
+        token for token in ids if token is not None and token != tokenizer.eos_token_id and (not rows or token < rows)
+    )

@@ -361,12 +361,13 @@ class Ledger:
     def logits(self) -> tuple[float, float]:
         """The output layer and the loss, in the forward and in the backward pass."""
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
+        copy = vocabulary * self.shape.hidden * c if setup.bits == 32 and c < 4 else 0  # of the output matrix
         if setup.step is PlanStep.fast:  # a piece's logits and their gradient; the gradient of the hidden state
             pieces = min(setup.tokens, CHUNK) * vocabulary * 2 * c + setup.tokens * self.shape.hidden * c
-            return pieces, 0
+            return pieces + copy, 0
         capped = c if self.shape.family.capped else 0
         # As computed, in float32, and their logarithms; then those, and two gradients in float32.
-        return setup.tokens * vocabulary * (c + 8 + capped), setup.tokens * vocabulary * (12 + capped)
+        return setup.tokens * vocabulary * (c + 8 + capped) + copy, setup.tokens * vocabulary * (12 + capped) + copy
 
     # Moments
 

@@ -32,15 +32,17 @@ def write_model_card(
     command: str,
     compute_dtype: str | None = None,
     example_prompt: str | None = None,
+    unquantized: str | None = None,
 ) -> Path:
     """Writes `README.md` into `folder` and returns its path.
 
     `result` holds `metrics` (`eval_loss`, `base_eval_loss` ...) and `paths`; `command` is what started the run;
-    `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it.
+    `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it;
+    `unquantized` says which share of the decoder's weights has more bits than the rest.
     """
     parts = [
         f"# {config.name or folder.resolve().name}",
-        _introduction(config, base_model),
+        _introduction(config, base_model, unquantized),
         "## Results",
         _results(config, result),
         "## Use",
@@ -48,7 +50,7 @@ def write_model_card(
         if config.lora.enabled and config.model.weights is Weights.random
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
-        _table(("setting", "value"), _settings(config, compute_dtype)),
+        _table(("setting", "value"), _settings(config, compute_dtype, unquantized)),
         "## Reproduce",
         f"```bash\n{command}\n```",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".",
@@ -83,22 +85,23 @@ def _front_matter(config: Config, base_model: str) -> str:
     return ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml().strip()
 
 
-def _introduction(config: Config, base_model: str) -> str:
+def _introduction(config: Config, base_model: str, unquantized: str | None) -> str:
     link = f"[{base_model}](https://huggingface.co/{base_model})" if HUB_ID.match(base_model) else f"`{base_model}`"
     if config.model.weights is Weights.random:
         link = f"random weights in the shape of {link}"
     data = f"trained on `{config.data.name}`" + (f" (`{config.data.path}`)" if config.data.path else "")
     if config.lora.enabled:
-        return f"A LoRA adapter for {link}, {data} with the base weights frozen in {_base_precision(config)}."
+        precision = _base_precision(config, unquantized)
+        return f"A LoRA adapter for {link}, {data} with the base weights frozen in {precision}."
     return f"All weights of {link}, {data}."
 
 
-def _base_precision(config: Config) -> str:
-    quantization = config.quantization
+def _base_precision(config: Config, unquantized: str | None) -> str:
+    quantization, but = config.quantization, f", but {unquantized}" if unquantized else ""
     if quantization.bits == 4:
         double = " with double quantization" if quantization.double_quant else ""
-        return f"4-bit {quantization.quant_type.value.upper()}{double}"
-    return f"{quantization.bits} bits"
+        return f"4-bit {quantization.quant_type.value.upper()}{double}{but}"
+    return f"{quantization.bits} bits{but}"
 
 
 def _results(config: Config, result: dict[str, Any]) -> str:
@@ -193,9 +196,10 @@ def _base_lines(base: str) -> list[str]:
     return [f'base = "{base}"']
 
 
-def _settings(config: Config, compute_dtype: str | None) -> list[tuple[str, str]]:
+def _settings(config: Config, compute_dtype: str | None, unquantized: str | None) -> list[tuple[str, str]]:
     trainer, lora = config.trainer, config.lora
-    rows = [("base weights", f"{_base_precision(config)}, computing in {_dtype(config, compute_dtype)}")]
+    precision = _base_precision(config, unquantized)
+    rows = [("base weights", f"{precision}, computing in {_dtype(config, compute_dtype)}")]
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))

@@ -30,7 +30,13 @@ DATA_COUNTS = {
     "cut_targets": "targets cut",
     "dropped_rows": "rows dropped",
     "too_long_rows": "rows dropped as too long",
+    "empty_rows": "rows dropped, answers empty",
+    "empty_answers": "empty answers in rows that are kept",
     "left_out_rows": "rows left out",
+    "eval_dropped_rows": "held-out rows dropped",
+    "eval_too_long_rows": "held-out rows dropped as too long",
+    "eval_empty_rows": "held-out rows dropped, answers empty",
+    "eval_left_out_rows": "held-out rows left out",
     "packs": "packs",
     "format": "format",
     "template": "template",
@@ -55,7 +61,8 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
     charts, groups = _charts(curves(read_history(folder.path)))
     answers = [_answer(record) for record in read_lines(folder.predictions, ANSWERS)]
     metrics = result.get("metrics", {})
-    facts = [(label, value) for label, value in manifest.get("model", {}).items() if label != "folder"]
+    facts = [(label, text) for label, text in manifest.get("model", {}).items()
+             if label != "folder" and isinstance(text, str)]  # fmt: skip
     sections = {
         "metrics": "Metrics",
         "curves": "Curves" if charts else "",

@@ -92,7 +92,8 @@ def identity(config: Mapping[str, Any]) -> str:
 
 def slug(overrides: Sequence[str]) -> str:
     """Returns overrides as a readable folder name: `lora.r=8,seed=1`."""
-    words = [re.sub(r"[^\w.=+-]+", "-", text).strip("-") for text in overrides]
+    bare = [text.replace("'", "").replace('"', "") for text in overrides]
+    words = [re.sub(r"[^\w.=+-]+", "-", text).strip("-") for text in bare]
     return ",".join(words)[:LONGEST_SLUG].rstrip(",-.=") or "job"
 
 

@@ -16,6 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from qlora.compose import explain, is_logarithmic, open_entries, swept_values
 from qlora.errors import ConfigError, did_you_mean
+from qlora.spelling import keep_spelling
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
@@ -231,7 +232,7 @@ def _build_range(override: Override, swept: RangeSweep, *, log: bool) -> Paramet
 
 
 def _read_condition(name: str, text: str, loader: ConfigLoader) -> Condition:
-    override = _parse([text], loader)[0] if "=" in text else None
+    override = _parse(keep_spelling([text]), loader)[0] if "=" in text else None
     if override is None or override.is_interval_sweep():
         raise ConfigError(
             f"hydra.sweeper.conditions: {name} must hold an override such as lora=loraplus, or one of several values "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import shutil
@@ -36,6 +37,7 @@ from qlora import world
 from qlora.errors import ConfigError
 from qlora.files import folder_size, patiently, read_json, replace_folder, write_text
 from qlora.kernels.loss import IGNORED
+from qlora.optimization import read_arguments, write_arguments
 from qlora.schema import TrainerConfig, WatchdogConfig
 from qlora.training.checkpoints import (
     DIVERGED,
@@ -82,9 +84,10 @@ def build_arguments(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        lr_scheduler_kwargs=dict(config.lr_scheduler_kwargs),
+        lr_scheduler_kwargs=dict(config.lr_scheduler_kwargs or {}),
         warmup_steps=config.warmup_steps,
         optim=config.optim,
+        optim_args=write_arguments(config.optim_args or {}),
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
@@ -204,14 +207,27 @@ class QLoraTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and tells the callbacks."""
-        metrics = {f"eval_{name}": value for name, value in self.measure(self.model, self.state.global_step).items()}
+        with self._averaged():
+            measured = self.measure(self.model, self.state.global_step)
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.store_flos()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Lets the model hold the average of its weights, which is what a schedule-free optimizer trains."""
+        optimizer: Any = self.optimizer
+        if not hasattr(optimizer, "eval"):
+            yield
+            return
+        optimizer.eval()
+        yield
+        optimizer.train()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves the weights of a checkpoint, has them compared with those in memory, and saves the losses so far."""
+        """Saves the weights of a checkpoint, has them completed and checked, and saves the losses so far."""
         super()._save(output_dir, state_dict)
         logged, unlogged = self._globalstep_last_logged, self._tr_loss.item()
         losses = {"total": self._total_loss_scalar, "unlogged": unlogged, "logged": logged, "over": self._ended_itself}
@@ -335,7 +351,11 @@ class QLoraTrainer(Trainer):
         """Trains, from a checkpoint on; goes back to an earlier one when the watchdog says so."""
         while True:
             try:
-                return self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                optimizer: Any = self.optimizer
+                if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
+                    optimizer.eval()
+                return output
             except RuntimeError as error:  # a worker's end is noticed anywhere
                 if (lost := self.watchdog.explain_loss(error)) is None:
                     raise
@@ -457,7 +477,26 @@ class QLoraTrainer(Trainer):
         shares = {key: value for key, value in kwargs.items() if key.endswith("_steps") and 0 < value < 1}
         steps = {key: round(share * num_training_steps) for key, share in shares.items()}
         self.args.lr_scheduler_kwargs = {**kwargs, **steps}
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        for group in scheduler.optimizer.param_groups:
+            if "warmup_steps" in group:  # a schedule-free optimizer warms up by itself, and takes no share for it
+                group["warmup_steps"] = self.args.get_warmup_steps(num_training_steps)
+        return scheduler
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Returns the class of the optimizer and its arguments, which transformers leaves out in part.
+
+        It passes texts for numbers (`block_size`), reads every text as true, and gives not every Adam its betas.
+        """
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        takes = inspect.signature(kind).parameters
+        if "triton" in takes and args.device.type == "cpu":  # torch-optimi takes it for granted where it is installed
+            options["triton"] = False
+        if {"betas", "eps"} <= takes.keys():
+            options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **options}
+        given = read_arguments(args.optim.value, args.optim_args)
+        given.pop("beta3", None)  # among the betas already
+        return kind, {**options, **given}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer by transformers' name; with LoRA+ the B matrices get their own learning rate."""

@@ -191,6 +191,7 @@ FAMILIES = {
     ),
     "Llama 2": Family(LLAMA_2, " </s>", lead=" "),
     "chatml": Family(read_template("chatml"), "<|im_end|>", IM),
+    "chatml-thoughts": Family(read_template("chatml-thoughts"), "<|im_end|>", IM),
     "qwen": Family(read_template("qwen"), "<|im_end|>", IM),
     "gemma": Family(read_template("gemma"), "<end_of_turn>", NEEDED_TOKENS["gemma"]),
     "llama-3": Family(read_template("llama-3"), "<|eot_id|>", LLAMA_3_TOKENS),
@@ -526,6 +527,7 @@ TAGGED = [
 ]
 CALLS = {
     "chatml": [TAGGED[0], TAGGED[1], TAGGED[2].removeprefix("\n"), TAGGED[3]],
+    "chatml-thoughts": [TAGGED[0], TAGGED[1], TAGGED[2].removeprefix("\n"), TAGGED[3]],
     "qwen": [TAGGED[0], TAGGED[1], TAGGED[2].removeprefix("\n"), TAGGED[3]],
     "llama-3": [
         'Let me see.\n{"name": "add", "parameters": {"a": 1, "b": "</s>"}}\n{"name": "add", "parameters": {"a": 2}}'
@@ -605,19 +607,50 @@ def test_thoughts_are_trained_where_the_template_writes_them(bytes_of):
     assert [by_bytes(run, base) for run in runs(row)] == ["<think>\nx\n</think>\n\nb<|im_end|>"]
 
 
-def test_a_turn_that_the_template_rewrites_is_refused_unless_it_is_not_needed(bytes_of):
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"content": "b", "reasoning_content": "x"},
+        {"content": "<think>x</think>\n\nb"},
+        {"content": "<think>\nx\n</think>\n\nb"},
+        {"content": "x\n</think>\n\nb"},
+    ],
+)
+def test_a_thought_that_a_later_turn_hides_is_counted_however_it_is_spelled(spelling, bytes_of):
     base = bytes_of(IM)
-    example = chat(user("a"), assistant("<think>x</think>\n\nb"), user("c"), assistant("d"))
-    sentence = (
-        "data.template=the tokenizer's own: the template writes turn 2 otherwise when more turns follow, so the tokens "
-        "to train cannot be told; set data.train_on=last or data.train_on=all, or choose another data.template"
-    )
-    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
-        encoder(base, "Qwen 3").encode([example])
+    example = chat(user("a"), {"role": "assistant", **spelling}, user("c"), assistant("d"))
+    (row,) = encoder(base, "Qwen 3").encode([example])
+    assert [by_bytes(run, base) for run in runs(row)] == ["b<|im_end|>", f"{THOUGHTS}d<|im_end|>"]
+    assert row.lost_thoughts == 1
     (last,) = encoder(base, "Qwen 3", train_on=TrainOn.last).encode([example])
     assert [by_bytes(run, base) for run in runs(last)] == [f"{THOUGHTS}d<|im_end|>"]
+    assert last.lost_thoughts == 0
     (whole,) = encoder(base, "Qwen 3", train_on=TrainOn.all).encode([example])
-    assert by_bytes(whole.input_ids, base) == written_as(base, example, "Qwen 3")
+    assert whole.labels == [NO, *whole.input_ids[1:]]
+
+
+def test_a_turn_that_the_template_rewrites_is_refused_unless_it_is_not_needed(bytes_of):
+    base = bytes_of(IM)
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ '' if loop.last else ' and more' }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    example = chat(user("a"), assistant("b"), user("c"), assistant("d"))
+    sentence = (
+        "data.template=mine.jinja: the template writes turn 2 otherwise when more turns follow, so the tokens "
+        "to train cannot be told; set data.train_on=last or data.train_on=all, or choose another data.template"
+    )
+
+    def build(train_on):
+        config = DataConfig(name="toy", path="toy.json", train_on=train_on)
+        return build_tokenizer(config, base, Template("mine.jinja", text))
+
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        build(TrainOn.assistant).encode([example])
+    (last,) = build(TrainOn.last).encode([example])
+    assert [by_bytes(run, base) for run in runs(last)] == ["d<|im_end|>"]
+    (whole,) = build(TrainOn.all).encode([example])
     assert whole.labels == [NO, *whole.input_ids[1:]]
 
 

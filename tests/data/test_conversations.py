@@ -213,3 +213,26 @@ def test_a_broken_turn_is_shown(turn, sentence):
 def test_a_cell_that_is_no_list_is_shown(cell):
     with pytest.raises(ConfigError, match=r"^data\.format=messages needs a list of turns in that column, but a row"):
         FORMATS["messages"].render({"messages": cell})
+
+
+def test_a_list_as_python_prints_it_names_the_way_out():
+    with pytest.raises(ConfigError) as caught:
+        FORMATS["messages"].render({"messages": str([USER])})
+    assert str(caught.value).endswith("; write lists as JSON (json.dumps), not as Python prints them")
+    assert messages(*json.loads(json.dumps([USER]))) == [USER]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_key_that_stands_twice_in_turns_of_json_is_an_error(column):
+    for cell in (
+        '[{"role": "user", "content": "a", "content": "b"}]',
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f", "name": "g"}]}]',
+    ):
+        with pytest.raises(ConfigError, match=r"^in the turns .*, the key '(content|name)' stands twice in one object"):
+            FORMATS[column].render({column: cell})
+
+
+def test_text_of_json_with_a_key_that_stands_twice_stays_text():
+    row = {"prompt": '{"a": 1, "a": 2}', "completion": "[" * 5000}
+    rendered = FORMATS["prompt-completion"].render(row)[0]
+    assert [segment.text for segment in rendered] == list(row.values())

@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Json, Value
 
 from qlora.data.json_text import read_array, read_lines
+from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.data.readers import kind_of
 from qlora.errors import ConfigError
 
@@ -247,6 +248,17 @@ def test_folders_and_globs_without_data_are_answered_with_what_there_is(tmp_path
         ("a.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}', ", line 2: column a holds half of a surrogate pair"),
         ("a.jsonl", '{"a": "x"}\n{"a": ["\\ud83d"]}', ", line 2: column a holds half of a surrogate pair"),
         ("a.jsonl", '{"a": 1}\n{"a": 36893488147419103232}', ", line 2: column a cannot be kept (Value is too big!)"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}', ", line 2: the key 'a' stands twice in one object; keep one"),
+        (
+            "a.jsonl",
+            '{"a": [{"b": {"c": 1, "c": 1}}]}',
+            ", line 1: the key 'c' stands twice in one object; keep one of",
+        ),
+        ("a.json", '[{"a": 1},\n{"a": {"b": 1,\n"b": 2}}]', ", line 2: the key 'b' stands twice in one object; keep"),
+        ("a.json", '[\n{"a": 1,\n"a": 1}\n]', ", line 2: the key 'a' stands twice in one object; keep one of them"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "\\ud800": "x"}', ", line 2: the name of the column '\\ud800' holds half of a"),
+        ("a.json", '[{"a": 1}, {"\\udfff b": 1}]', ", element 1: the name of the column '\\udfff b' holds half of a"),
+        ("a.jsonl", '{"a": {"\\ud800": "x"}}', ", line 1: column a holds half of a surrogate pair"),
         ("a.jsonl", "{}\n{}", ", line 1: has no columns"),
         ("a.jsonl", "", " is empty"),
         ("a.json", " \n", " is empty"),
@@ -316,6 +328,25 @@ def test_parquet_columns_of_one_name_are_refused(tmp_path, message):
     assert message(tmp_path / "a.parquet").endswith("two columns are named a; give each its own name")
 
 
+def test_a_key_that_stands_twice_in_parquet_s_objects_is_refused(tmp_path, message):
+    twice = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["k", "k"])
+    for column in (twice, pa.ListArray.from_arrays([0, 1], twice)):
+        pq.write_table(pa.table({"a": column}), tmp_path / "a.parquet")
+        assert message(tmp_path / "a.parquet").endswith(
+            "a.parquet: in column a, the key 'k' stands twice in one object; keep one of them"
+        )
+
+
+def test_what_does_not_print_is_in_no_message(tmp_path, message):
+    (tmp_path / "a.jsonl").write_text('{"a\\u0007": 1}\n{"b\\u0000\\u202e": 1}\n')
+    sentence = message(tmp_path / "a.jsonl")
+    assert sentence.isprintable()
+    assert "has the columns b\\x00\\u202e, but the rows before it have a\\x07; all" in sentence
+    wide = {f"column {number}": 1 for number in range(500)}
+    write(tmp_path / "b.jsonl", [wide, {"other": 1}])
+    assert "column 29 and 470 more; all rows must be of one kind" in message(tmp_path / "b.jsonl")
+
+
 def test_text_that_is_not_utf8_is_named_with_line_and_byte(tmp_path, message):
     for name in ("c.csv", "c.jsonl", "c.txt"):
         (tmp_path / name).write_bytes("a\nä\n".encode("latin-1"))
@@ -353,7 +384,7 @@ def test_rows_of_many_megabytes_are_read(tmp_path, load, size):
         path = tmp_path / name
         path.write_text(json.dumps(rows, ensure_ascii=False) if name == "a.json" else
                         "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))  # fmt: skip
-        loaded = load(path, max_row_bytes=10**8)
+        loaded = load(path, max_row_bytes=2**27)
         assert [len(text) for text in loaded["text"]] == [5, size * 2**19, 4]
         assert loaded[1]["text"] == rows[1]["text"]
 
@@ -363,7 +394,7 @@ ARRAY = '[ {"a": "ä\\n\\u00e4 \\"]", "b": [1.5e3, -7, true, null]},\n {} , {"c"
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_an_array_may_be_cut_anywhere_while_it_is_read(size):
-    chunks = list(read_array(io.StringIO(ARRAY), "F", size=size))
+    chunks = list(read_array(io.StringIO(ARRAY), "F", size=size, most=MAX_ROW_BYTES))
     assert [row for _, rows in chunks for row in rows] == json.loads(ARRAY)
     starts = [start for start, _ in chunks]
     assert starts == [sum(len(rows) for _, rows in chunks[:i]) for i in range(len(chunks))]
@@ -373,13 +404,13 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(size):
 def test_an_array_that_ends_early_is_never_taken_for_whole(size):
     for end in range(1, len(ARRAY.rstrip())):
         with pytest.raises(ConfigError, match=r"^F, line \d: broken JSON"):
-            list(read_array(io.StringIO(ARRAY[:end]), "F", size=size))
+            list(read_array(io.StringIO(ARRAY[:end]), "F", size=size, most=MAX_ROW_BYTES))
 
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_lines_may_be_cut_anywhere_while_they_are_read(size):
     text = '\ufeff{"a": "ä\u2028"}\r\n\n {"b": []} \n{"c": 1}'
-    chunks = list(read_lines(io.BytesIO(text.encode()), "F", size=max(size, 3)))
+    chunks = list(read_lines(io.BytesIO(text.encode()), "F", size=max(size, 3), most=MAX_ROW_BYTES))
     assert [row for _, rows in chunks for row in rows] == [{"a": "ä\u2028"}, {"b": []}, {"c": 1}]
     assert [number for numbers, _ in chunks for number in numbers] == [1, 3, 4]
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS, WITH_REFORMULATIONS
+from qlora.data.formats import FORMATS, WITH_REFORMULATIONS, Segment
 from qlora.errors import ConfigError
 from qlora.schema import FORMAT_NAMES
 
@@ -18,7 +18,7 @@ WITHOUT_INPUT = (
 
 
 def pair(source, target):
-    return [[(source, False), (target, True)]]
+    return [[Segment(source, False), Segment(target, True)]]
 
 
 def chat(*turns):
@@ -216,7 +216,7 @@ def test_flattened_unnatural_instructions_are_rendered_as_alpaca():
 
 
 def test_segments_are_taken_as_pairs_or_as_source_and_target():
-    expected = [[("a", True), ("b", False)]]
+    expected = [[Segment("a", True), Segment("b", False)]]
     assert render("segments", segments=[["a", True], ["b", False]]) == expected
     assert render("segments", segments='[["a", true], ["b", false]]') == expected
     assert render("segments", source="a", target="b") == pair("a", "b")
@@ -232,7 +232,10 @@ def test_a_number_is_text_and_an_object_or_a_list_is_an_error():
     assert render("input-output", input=2, output=0.5) == pair("2", "0.5")
     with pytest.raises(ConfigError) as caught:
         render("alpaca", instruction="a", output=["b"])
-    assert str(caught.value) == "data.format=alpaca needs text in column output, but a row holds ['b']"
+    assert str(caught.value) == (
+        "data.format=alpaca needs text in column output, but a row holds ['b']; make text of it with a function of "
+        "your own (data.format=module:function)"
+    )
     with pytest.raises(
         ConfigError, match=r"data\.format=chosen needs text in column chosen, but a row holds \{'value'"
     ):

@@ -154,6 +154,15 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "left_out_rows": 0,
         "dropped_rows": 1,
         "too_long_rows": 0,
+        "empty_rows": 0,
+        "empty_answers": 0,
+        "eval_left_out_rows": 0,
+        "eval_dropped_rows": 0,
+        "eval_too_long_rows": 0,
+        "eval_empty_rows": 0,
+        "unread": {},
+        "lost_thoughts": 0,
+        "lost_messages": 0,
         "held_out_in_training": 0,
         "packs": None,
         "packed_share": None,
@@ -178,8 +187,8 @@ def test_rows_without_anything_to_train_on_stop_the_run(tokenizer, make_config):
     with pytest.raises(ConfigError) as caught:
         build_data(config, tokenizer)
     assert str(caught.value) == (
-        f"data.path={config.path}: none of the 2 rows has a token to train on: 0 are left out by their format, in 2 "
-        "nothing that is trained is left within the lengths, 0 are dropped as too long; see them with task=preview"
+        f"data.path={config.path}: none of the 2 rows has a token to train on: 2 without an answer, one that is "
+        "switched on, or one within the lengths (raise data.source_max_len, data.target_max_len or data.max_length)"
     )
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS
+from qlora.data.formats import FORMATS, Segment
 from qlora.data.recognise import choose_format
 from qlora.errors import ConfigError
 
@@ -91,12 +91,11 @@ def test_auto_says_what_it_decided_and_what_else_would_fit(caplog):
     assert caplog.messages == [
         "data.format=auto: input-output, by the columns text, input, output; text would fit too, set data.format to "
         "choose",
-        "data.mix.mine.format=auto: alpaca, by the columns instruction, output, prompt (prompt is not read, the "
-        "prompt is Alpaca's)",
+        "data.mix.mine.format=auto: alpaca, by the columns instruction, output, prompt",
         "data.format=auto: text, by the columns text (trained as a whole; data.format=guanaco counts the loss on the "
         "answers alone)",
         "data.format=auto: messages, by the columns messages, label (rows whose label is false are left out)",
-        "data.format=auto: chosen, by the columns chosen, rejected (rejected is not read)",
+        "data.format=auto: chosen, by the columns chosen, rejected",
         "data.format=auto: human-bot, by the columns text (whose texts read '<human>: ... <bot>: ...'); text would fit "
         "too, set data.format to choose",
     ]
@@ -136,20 +135,28 @@ def test_trees_of_messages_are_named():
     )
 
 
-@pytest.mark.parametrize("columns", [["instruction"], ["question", "id"], ["prompt", "category"], ["input", "task_id"]])
-def test_prompts_without_answers_are_an_error(columns):
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        (["instruction"], "data.columns.output=COLUMN"),
+        (["question", "id"], "data.columns.answer=COLUMN"),
+        (["prompt", "category"], "data.columns.completion=COLUMN"),
+        (["input", "task_id"], "data.columns.output=COLUMN"),
+        (["query", "id"], "data.columns.input=query data.columns.output=COLUMN"),
+    ],
+)
+def test_prompts_without_answers_are_an_error(columns, named):
     assert refuse("auto", row(*columns)) == (
         f"data.format=auto recognises no format: data.path has the columns {', '.join(columns)}. They are prompts "
-        "only: there is nothing to train on. Name the column of answers (data.columns.output=COLUMN), or use rows "
-        "that have answers"
+        f"only: there is nothing to train on. Name the column of answers ({named}), or use rows that have answers"
     )
 
 
 def test_texts_with_a_question_id_are_prompts():
     assert refuse("auto", row("question_id", "text", "category")) == (
         "data.format=auto: data.path has the columns question_id, text, category, prompts only: there is nothing to "
-        "train on. Name the column of answers (data.columns.output=COLUMN), use rows that have answers, or train on "
-        "the text as a whole with data.format=text"
+        "train on. Name the column of answers (data.columns.input=text data.columns.output=COLUMN), use rows that have "
+        "answers, or train on the text as a whole with data.format=text"
     )
     assert choose("text", row("question_id", "text", "category")).name == "text"
 
@@ -225,7 +232,9 @@ def test_a_function_of_the_user_s_maps_rows_to_another_format(own, caplog):
     ]
     assert choice.format.lacks([]) == []
     reader = pickle.loads(pickle.dumps(choice.format))
-    assert reader.render({"q": "2 + 2?", "a": "4"}) == [[("Question: 2 + 2?\nAnswer: ", False), ("4", True)]]
+    assert reader.render({"q": "2 + 2?", "a": "4"}) == [
+        [Segment("Question: 2 + 2?\nAnswer: ", False), Segment("4", True)]
+    ]
 
 
 def test_a_function_may_return_several_rows_or_none(own):
@@ -239,7 +248,7 @@ def test_a_function_that_leaves_out_the_sample_is_read_row_by_row(own):
     path = own("def f(row):\n    return {'text': row['n']} if row['n'] else None\n") + ":f"
     choice = choose(path, {"n": ""}, {"n": ""})
     assert choice.why == "it left out the whole sample, so that each of its rows is recognised by itself"
-    assert choice.format.render({"n": "a"}) == [[("", False), ("a", True)]]
+    assert choice.format.render({"n": "a"}) == [[Segment("", False), Segment("a", True)]]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_functions_that_give_no_rows_are_named(module, message):
     assert message(f"{module}:strange").startswith(
         "data.path=my_rows:strange, row 1: column a holds a value of type object; rows are of text, numbers,"
     )
-    assert message(f"{module}:numbered") == "data.path=my_rows:numbered: a column is named 1; names must be text"
+    assert message(f"{module}:numbered") == "data.path=my_rows:numbered, row 0: a column is named 1; names must be text"
     assert message(f"{module}:mixed").startswith(
         "data.path=my_rows:mixed, row 1: has the columns b, but the rows before it have a"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +41,23 @@ def test_the_gain_is_paired():
     same = tuned.gain(tuned)
     assert same.value == 0
     assert -0.02 < same.low < 0 < same.high < 0.02
+
+
+@pytest.mark.parametrize(
+    ("both", "worse", "better", "neither"),
+    [(1, 7, 1, 12), (59, 16, 6, 80), (40, 0, 0, 0), (0, 0, 3, 0)],
+    ids=["one cell is rare", "many pairs", "equal answers", "all better"],
+)
+def test_the_gain_of_shares_is_that_of_agresti_and_min(both, worse, better, neither):
+    base = [1] * (both + worse) + [0] * (better + neither)
+    tuned = [1] * both + [0] * worse + [1] * better + [0] * neither
+    # "Add 0.5 to each cell, then take the Wald interval" (2005, section 4)
+    b, c, n = worse + 0.5, better + 0.5, both + worse + better + neither + 2
+    error = 1.959964 * math.sqrt((b + c) - (c - b) ** 2 / n) / n
+    expected = max((c - b) / n - error, -1), min((c - b) / n + error, 1)
+    gain = Score(tuned).gain(Score(base))
+    assert gain.value == pytest.approx((better - worse) / (n - 2))
+    assert (gain.low, gain.high) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("groups", [None, 5], ids=["one group", "five groups"])

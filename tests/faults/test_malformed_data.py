@@ -1,12 +1,17 @@
-"""1,000 mutated data files of all formats: each is prepared, or refused with one message; none raises anything else."""
+"""1,000 mutated data files of all formats: each is refused with one message, or prepared and every row of it counted.
+
+None raises anything else.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
+import itertools
 import json
 import random
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,7 +55,30 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "text": {"text": "Once upon a time."},
 }
 VALUES: tuple[Any, ...] = (
-    *(None, True, 0, -1, 1e308, 10**30, "", " ", "\0", "\ud800", "é" * 100, "x" * 5000, [], {}, [[]], [None], "[INST]"),
+    *(
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        10**30,
+        float("nan"),
+        float("inf"),
+        "",
+        " ",
+        "\0",
+        "nan",
+        "False",
+        "no",
+        "\ud800",
+        "é" * 100,
+        "x" * 5000,
+        [],
+        {},
+        [[]],
+        [None],
+        "[INST]",
+    ),
     *("<|im_end|>", "</s>", "{{ x }}", "{% for %}", "NaN", "../../evil", {"a": {"b": [1]}}, {"role": "user"}),
     *([{"role": "system"}], [{"role": 3, "content": None}], [{"from": "gpt", "value": "b"}]),
     [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -62,7 +90,25 @@ NOISE = (
     *(b"\\", b"\\u0000", b"\\ud800", b"NaN", b"Infinity", b"1e999", b"\t", b"#", b"//", b"\x1f\x8b", b"PAR1"),
     b"\xe2\x80\xa8",
 )
-COLUMNS = ("id", "x" * 300, "", "instruction ", "Messages", "text", "input_ids", "length")
+COLUMNS = (
+    *(
+        "id",
+        "x" * 300,
+        "",
+        "instruction ",
+        "Messages",
+        "text",
+        "input_ids",
+        "length",
+        "\ud800",
+        "\0",
+        "label",
+        "kto_tag",
+    ),
+    *("system", "history", "weight", "train", "tools", "context", "unread"),
+)
+NESTED = ("self-instruct-tasks", "unnatural")
+"""Formats whose rows give several examples."""
 ENCODINGS = ("utf-16", "utf-8-sig", "utf-32", "latin-1")
 FORMATS = ("alpaca", "messages", "conversations", "text", "chosen", "segments")
 
@@ -84,7 +130,7 @@ class Writer:
             raw = _encode(rows, suffix)
         except (pa.ArrowException, UnicodeError, TypeError, OverflowError, csv.Error):  # what the format cannot hold
             raw = _encode([self.row(layout) for _ in range(ROWS)], suffix)
-        if self.draw.random() < 0.7:
+        if self.draw.random() < 0.5:
             for _ in range(self.draw.randint(1, 3)):
                 raw = self.damage(raw)
         if suffix.endswith(".gz"):
@@ -111,9 +157,7 @@ class Writer:
         if kind == 0:
             del row[name]
         elif kind == 1:
-            row[self.draw.choice(("id", "x" * 300, "", "instruction ", "Messages", "text", "input_ids", "length"))] = (
-                row[name]
-            )
+            row[self.draw.choice(COLUMNS)] = self.draw.choice((row[name], *VALUES))
         elif kind == 2:
             rows[place] = self.draw.choice(VALUES)
         elif kind == 3:
@@ -126,7 +170,7 @@ class Writer:
     def damage(self, raw: bytes) -> bytes:
         """Returns the bytes with one fault."""
         spot, other = sorted(self.draw.randrange(len(raw) + 1) for _ in range(2))
-        kind = self.draw.randrange(8)
+        kind = self.draw.randrange(9)
         if kind == 0:
             return raw[:spot]
         if kind == 1:
@@ -144,7 +188,31 @@ class Writer:
             return raw.decode("utf-8", "replace").encode(self.draw.choice(ENCODINGS), "replace")
         if kind == 6:
             return raw.replace(b"\n", self.draw.choice((b"", b"\r", b"\r\n", b"\n\n", b"\n,\n")))
+        if kind == 7:
+            return raw.replace(b'": ', b'": 1, "a": ', self.draw.choice((1, 1, 3)))  # a key that may stand twice
         return raw[spot:]
+
+
+def count_rows(path: Path) -> int | None:
+    """Counts the rows of a file without this project; None: it is not plain enough to tell."""
+    suffix, raw = path.name.lower().removeprefix("rows"), path.read_bytes()
+    try:
+        if suffix.endswith(".gz"):
+            raw, suffix = gzip.decompress(raw), suffix.removesuffix(".gz")
+        if suffix == ".parquet":
+            return int(pq.read_table(io.BytesIO(raw)).num_rows)
+        text = raw.decode("utf-8-sig")
+        if suffix in (".csv", ".tsv"):
+            lines = csv.reader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t", strict=True)
+            return sum(bool(cells) for cells in lines) - 1
+        if suffix == ".txt":
+            blocks = itertools.groupby(io.StringIO(text, newline=None), key=lambda line: bool(line.strip()))
+            return sum(is_text for is_text, _ in blocks)
+        if text.lstrip().startswith("["):
+            return len(json.loads(text))
+        return sum(bool(line.strip(" \t\r")) for line in text.split("\n"))
+    except (ValueError, OSError, EOFError, zlib.error, csv.Error, pa.ArrowException):
+        return None
 
 
 def _encode(rows: list[Any], suffix: str) -> bytes:
@@ -177,6 +245,7 @@ def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     words = ["data=local", f"data.path={path}", "data.eval_dataset_size=2", f"data.cache_dir={folder}/cache"]
     words += ["recipe=none", "data.num_proc=1", "data.max_length=64", f"data.packing={draw.choice(('true', 'false'))}"]
     words.append(f"data.on_too_long={draw.choice(('truncate', 'drop', 'error'))}")
+    words.append(f"data.on_empty={draw.choice(('drop', 'drop', 'train', 'train', 'error'))}")
     words.append(f"data.template={draw.choice(('auto', 'chatml', 'llama-3', 'guanaco'))}")
     if draw.random() < 0.3:
         words.append(f"data.format={draw.choice(FORMATS)}")
@@ -185,6 +254,10 @@ def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         data = build_data(compose(words).data, tokenizer)
         assert data.train is not None
         assert data.eval is not None
+        report, count = data.report, count_rows(path)
+        if count is not None and report.format not in NESTED:
+            read = report.train_rows + report.lost_rows + report.eval_rows + report.eval_lost_rows
+            assert (read, report.eval_rows + report.eval_lost_rows) == (count, 2), f"{seed}: {report}"
         for rows in (data.train, data.eval):
             for row in rows:
                 assert len(row["input_ids"]) == row["length"] <= 64
@@ -194,6 +267,7 @@ def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         text = str(error)
         assert "data" in text, f"{seed}: {text}"
         assert "Traceback" not in text
+        assert text.isprintable(), f"{seed}: {text!r}"
         assert len(text) < 3000, f"{seed}: {len(text)} characters: {text[:200]}"
         found = "refused"
     except Exception as error:

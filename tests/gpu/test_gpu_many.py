@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,18 @@ CASES = {
 }
 SHARDED = {
     "sharded": [*CASES["plain"], "trainer.parallel=fsdp"],
+    "sharded fast": ["trainer.parallel=fsdp"],
+    "sharded fp8": ["trainer.parallel=fsdp", "quantization.compute=fp8"],
     "sharded16": [*CASES["plain"], "trainer.parallel=fsdp", "quantization=none"],
 }
+
+
+SINGLE = {**CASES, "fp8": ["quantization.compute=fp8"]}
+
+
+def base_of(name: str, base: Path, stored: Path) -> Path:
+    """Returns the base of a case; of those that are sharded in 4 bits the stored one."""
+    return stored if name.startswith("sharded") and name != "sharded16" else base
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +125,16 @@ def together(base: Path, stored: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    ("shared", "single"), [("plain", "plain"), ("fast", "fast"), ("packed", "packed"), ("sharded", "plain")]
+    ("shared", "single"),
+    [
+        *(("plain", "plain"), ("fast", "fast"), ("packed", "packed"), ("sharded", "plain"), ("sharded fast", "fast")),
+        ("sharded fp8", "fp8"),
+    ],
 )
 def test_two_gpus_train_what_one_trains(
     base: Path, stored: Path, together: Path, tmp_path: Path, shared: str, single: str
 ) -> None:
-    train(stored if shared == "sharded" else base, tmp_path, 4, *CASES[single])
+    train(base_of(shared, base, stored), tmp_path, 4, *SINGLE[single])
     one, two = losses(tmp_path), losses(together / shared)
     print(shared, one, two)
     assert two == pytest.approx(one, rel=0.02)  # in bf16
@@ -145,6 +160,68 @@ def test_accelerate_launches_the_same_command(base: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.skipif(shutil.which("srun") is None, reason="needs SLURM")
+def test_srun_starts_torchrun_on_a_machine(base: Path, tmp_path: Path) -> None:
+    words = [*COMMON, *CASES["plain"], f"model.name={base}", "trainer.gradient_accumulation_steps=2"]
+    command = ["srun", "--ntasks", "1", "--gpus", "2", sys.executable, "-m", *TORCHRUN, "-m", "qlora", *words]
+    done = subprocess.run([*command, f"hydra.run.dir={tmp_path / 'run'}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "4 x 2 accumulated x 2 processes = 16 rows a step" in done.stdout
+
+
+FALL = """
+import os
+import signal
+from transformers import TrainerCallback
+
+class Fall(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes of which one was killed in its sixth step, and which torchrun started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "fall.py").write_text(FALL)
+    chosen = [*COMMON, *CASES["plain"], f"model.name={base}", "trainer.gradient_accumulation_steps=2"]
+    fall = ["+callbacks.fall._target_=fall.Fall", "trusted=[fall]", f"hydra.run.dir={folder / 'run'}"]
+    program = [*TORCHRUN, "--max-restarts", "1", "-m", "qlora"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        (folder / "output.txt").write_text(launch(program, *chosen, *fall))
+    return folder
+
+
+def test_a_killed_process_is_started_again_with_the_others_from_the_last_checkpoint(
+    killed: Path, together: Path
+) -> None:
+    assert "resuming from checkpoint-4" in (killed / "output.txt").read_text()
+    assert json.loads((killed / "run" / "result.json").read_text())["status"] == "finished"
+    assert losses(killed / "run") == pytest.approx(losses(together / "plain"), rel=0.02)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_checkpoint_of_two_processes_is_refused_by_others_until_they_are_forced(
+    together: Path, base: Path, tmp_path: Path, processes: int
+) -> None:
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} CUDA devices")
+    folder = shutil.copytree(together / "plain", tmp_path / "run")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-8")
+    words = ["-m", "qlora", *COMMON, *CASES["plain"], f"model.name={base}", f"hydra.run.dir={folder}"]
+    program = [*TORCHRUN[:-1], str(processes)]
+    with pytest.raises(AssertionError, match=f"written by 2 processes, and this run has {processes}"):
+        launch(program, *words, "trainer.gradient_accumulation_steps=2")
+    steps = f"trainer.gradient_accumulation_steps={4 // processes}"
+    output = launch(program, *words, steps, "resume=force")
+    assert "resuming from checkpoint-4" in output
+    assert losses(folder) == pytest.approx(losses(together / "plain"), rel=0.02)
+
+
 def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path, tmp_path: Path) -> None:
     spread = ["model.device_map=auto", "model.max_memory=500MiB", *CASES["plain"]]
     config = compose([*COMMON, f"model.name={base}", *spread])
@@ -162,8 +239,8 @@ def main(base: Path, stored: Path, folder: Path) -> None:
     world.join()
     for name, overrides in {**CASES, **SHARDED}.items():
         print(f"training {name}", file=sys.stderr, flush=True)
-        train(stored if name == "sharded" else base, folder / name, 2, *overrides)
-        if name in SHARDED:
+        train(base_of(name, base, stored), folder / name, 2, *overrides)
+        if name in ("sharded", "sharded16"):
             run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name)
             local = [each.to_local().nbytes for each in run.build_model().parameters() if isinstance(each, DTensor)]
             print(json.dumps({"name": name, "rank": world.rank(), "bytes": sum(local)}), flush=True)

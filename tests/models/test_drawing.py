@@ -34,8 +34,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": SMALL,
     "gpt2": {"vocab_size": 1600, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4},
     "opt": {"vocab_size": 1600, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "mixtral": SMALL | {"num_key_value_heads": 2, "num_local_experts": 4},
-    "gpt_oss": GROUPED | {"num_local_experts": 4},
+    # Most of a mixture is quantized where its experts are few and small.
+    "mixtral": SMALL | {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 16},
+    "gpt_oss": GROUPED | {"num_local_experts": 2, "intermediate_size": 16},
 }
 
 

@@ -287,6 +287,22 @@ def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
     assert fault == "gemma2 changes its logits (final_logit_softcapping)"
 
 
+def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others() -> None:
+    model, config = build(overrides=("trainer.fused_linear=false",))
+    rows = batch()
+    _, exact = learn(model, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, plain = learn(model, rows)
+        with FastStep(model, config.trainer, config.quantization, CPU, None):
+            loss, fused = learn(model, rows)
+    assert loss == pytest.approx(expected, rel=1e-6)  # float32 in the output layer is 6e-6 away
+    error, usual = (
+        sum((gradients[name] - gradient).norm() / gradient.norm() for name, gradient in exact.items())
+        for gradients in (fused, plain)
+    )
+    assert error < 1.1 * usual
+
+
 def test_dropout_reaches_the_adapter_only_and_one_group_shares_its_mask() -> None:
     model, config = build(overrides=("lora.dropout=0.5",))
     FastStep(model, config.trainer, config.quantization, CPU, None)

@@ -177,7 +177,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     placement = place(config.quantization, find_device(config.device))
     model_config = loading.load_model_config(config.model)
     base = loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)
-    loading.resize_embeddings(base, tokenizer)
+    loading.resize_embeddings(base, tokenizer.convert_tokens_to_ids(NEW))
     return base
 
 

@@ -367,7 +367,6 @@ def test_a_connection_that_breaks_before_its_process_is_known_to_be_dead_names_t
     [
         (["watchdog.zero=skip"], "watchdog.zero must be one of ignore, warn, stop, got 'skip'"),
         (["watchdog.divergence=rollback", "trainer.save_steps=null"], "watchdog.divergence=rollback needs checkpoints"),
-        (["trainer.optim=lomo"], "watchdog.nonfinite=skip cannot keep an update out; set watchdog.nonfinite=warn"),
         (["watchdog.slow_factor=1"], "watchdog.slow_factor must be above 1 and finite, got 1.0"),
     ],
 )

@@ -1,0 +1,149 @@
+"""Loads a model by transformers and reads what it reports: what its files lack would be drawn at random."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from qlora.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3
+"""Names of tensors in a message."""
+
+
+def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
+    """Loads a causal language model; raises `ConfigError` unless its files hold all that its config means.
+
+    `key` is the key and value that name the model; `options` are those of transformers' `from_pretrained`. What the
+    files hold beyond it is warned of.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except RuntimeError as error:
+        if (failed := _failed_conversions(error)) is None:
+            raise
+        raise ConfigError(
+            f"{key}: {_tensors(failed)} cannot be made of what its files hold, {_first(failed)}: parts are missing or "
+            "of other shapes; download or copy the model again"
+        ) from error
+    missing = _missing(model, report["missing_keys"]) + _missing_scales(model)
+    misshapen = {name: (stored, needed) for name, stored, needed in report["mismatched_keys"]} | _misshapen(model)
+    _check_missing(model, key, missing, report["unexpected_keys"])
+    if misshapen:
+        name = min(misshapen, key=_in_order)
+        stored, needed = (" x ".join(map(str, shape)) for shape in misshapen[name])
+        raise ConfigError(
+            f"{key}: {_tensors(misshapen)} in its files differ in shape from what its config.json means, first {name} "
+            f"({stored}, and {needed} is needed); correct config.json, or download or copy the model again"
+        )
+    if unexpected := report["unexpected_keys"]:
+        log.warning(
+            "%s: a %s has no place for %s of its files, which training leaves out: %s",
+            *(key, model.config.model_type, _tensors(unexpected), _first(unexpected)),
+        )
+    return model
+
+
+def _failed_conversions(error: RuntimeError) -> list[str] | None:
+    """Returns the tensors that transformers could not make of those in the files; None: it is another error.
+
+    Its message refers to a table in the log, so the report is taken from the frame that raised it.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        report = frame.f_locals.get("loading_info")
+        if isinstance(report, LoadStateDictInfo) and report.conversion_errors:
+            return list(report.conversion_errors)
+    return None
+
+
+def _missing(model: PreTrainedModel, reported: Iterable[str]) -> list[str]:
+    """Returns the missing tensors but for buffers that the model computes from its config.
+
+    A buffer of one number throughout is no such: it waits for what training put there (the balance of experts).
+    """
+    buffers = dict(model.named_buffers())
+    return [name for name in reported if name not in buffers or buffers[name].unique().numel() == 1]
+
+
+def _missing_scales(model: PreTrainedModel) -> list[str]:
+    """Returns the scales of stored 4-bit weights that are missing though those they scale are quantized themselves.
+
+    bitsandbytes takes the codes of the latter for scales then (0.50).
+    """
+    states = {name: getattr(parameter, "quant_state", None) for name, parameter in model.named_parameters()}
+    return [
+        f"{name}.nested_absmax"
+        for name, state in states.items()
+        if state is not None and not (state.nested or state.absmax.is_floating_point())
+    ]
+
+
+def _misshapen(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Returns the quantized weights of other shapes than needed, both; transformers compares the others alone."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit | Linear8bitLt):
+            continue
+        state = getattr(module.weight, "quant_state", None)
+        stored = module.weight.shape if isinstance(module, Linear8bitLt) else state.shape if state else None
+        needed = torch.Size([module.out_features, module.in_features])
+        if stored is not None and stored != needed:
+            found[f"{name}.weight"] = (stored, needed)
+    return found
+
+
+def _check_missing(model: PreTrainedModel, key: str, missing: list[str], unexpected: Iterable[str]) -> None:
+    if not missing:
+        return
+    are = "are" if len(missing) > 1 else "is"
+    what = f"{key}: {_tensors(missing)} {are} missing from its files, {_first(missing)}"
+    output = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    if prefix := _common_prefix(missing, unexpected):
+        raise ConfigError(
+            f"{what}: there the names begin with {prefix!r}; save the model without it (from PEFT: "
+            "model.merge_and_unload().save_pretrained(FOLDER))"
+        )
+    if {name.rpartition(".")[0] for name in missing} <= output:
+        raise ConfigError(
+            f"{what}: that is the output layer, and without it the base predicts no token; give the causal language "
+            "model, or set tie_word_embeddings to true in config.json if the embedding is the output layer too"
+        )
+    raise ConfigError(
+        f"{what}, and would be drawn at random; download or copy the model again, or correct its config.json"
+    )
+
+
+def _common_prefix(missing: list[str], unexpected: Iterable[str]) -> str | None:
+    """Returns what the files put in front of the name of every missing tensor; None: they do nothing of that kind."""
+    first = min(missing)
+    for name in unexpected:
+        if name.endswith(f".{first}"):
+            prefix = name.removesuffix(first)
+            return prefix if set(unexpected) >= {prefix + tensor for tensor in missing} else None
+    return None
+
+
+def _tensors(names: Iterable[str]) -> str:
+    count = len(list(names))
+    return f"{count:,} tensor{'s' if count != 1 else ''}"
+
+
+def _first(names: Iterable[str]) -> str:
+    ordered = sorted(names, key=_in_order)
+    return f"first {', '.join(ordered[:SHOWN])}" if len(ordered) > 1 else ordered[0]
+
+
+def _in_order(name: str) -> tuple[Any, ...]:
+    """Returns what sorts layer 10 behind layer 9."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))

@@ -1,0 +1,224 @@
+"""Tells the matrices of a base that text runs through: which are quantized, which have adapters, which are experts'."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from qlora.errors import ConfigError
+from qlora.models.outputs import on_output, plain_ids
+from qlora.schema import QuantizationConfig
+
+MOST_UNQUANTIZED = 0.5
+"""The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
+EXPERTS, ROUTER = "experts", "router"
+ADAPTER_PARTS = re.compile(r"\.(lora_\w+|token_adapter|modules_to_save)(\.|$)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of two or more dimensions that the decoder multiplies with."""
+
+    name: str
+    kind: str
+    """`experts`, `router`, or the last part of its module's name, such as `q_proj`."""
+    count: int
+    """Its numbers; of a 4-bit weight those that it stands for."""
+    dtype: torch.dtype
+    is_quantized: bool
+    is_adapted: bool
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The matrices of a base's decoder; embeddings and the output layer are not among them."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    beside: int = 0
+    """Numbers of the base in other parts than the decoder and its output layer, such as a tower for pictures."""
+
+    @property
+    def unquantized(self) -> dict[str, float]:
+        """The share of the weights that is not quantized, by kind, the largest first."""
+        return self._shares(matrix for matrix in self.matrices if not matrix.is_quantized)
+
+    @property
+    def unadapted(self) -> dict[str, float]:
+        """The share of the weights without an adapter, by kind, the largest first."""
+        return self._shares(matrix for matrix in self.matrices if not matrix.is_adapted)
+
+    def _shares(self, chosen: Iterator[Matrix]) -> dict[str, float]:
+        counts = Counter[str]()
+        for matrix in chosen:
+            counts[matrix.kind] += matrix.count
+        total = sum(matrix.count for matrix in self.matrices)
+        return {kind: count / total for kind, count in counts.most_common()}
+
+    def describe_unquantized(self) -> str | None:
+        """Says which share of the weights is not quantized, and in which precision it is; None: all are quantized."""
+        shares = self.unquantized
+        if not shares:
+            return None
+        dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in self.matrices if not each.is_quantized})
+        share, kinds = _percent(sum(shares.values())), ", ".join(shares)
+        return f"{share} of the decoder's weights are in {' and '.join(dtypes)} ({kinds})"
+
+    def describe_unadapted(self) -> str | None:
+        """Says which kinds of weights have no adapter, and their shares; None: all have one."""
+        shares = self.unadapted
+        if not shares:
+            return None
+        (first, largest), *rest = shares.items()
+        kinds = [f"{first} ({_percent(largest)} of the decoder's weights)"]
+        kinds += [f"{kind} ({_percent(share)})" for kind, share in rest]
+        return ", ".join(kinds) + ("; the router is frozen" if ROUTER in shares else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else "less than 0.1 %"
+
+
+def read_decoder(model: PreTrainedModel) -> Decoder:
+    """Returns the matrices of a base, with or without an adapter on it; it may lie on the meta device."""
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    owners = {name: module for name, module in model.named_modules() if module is not output}
+    weights: list[tuple[str, nn.Module, nn.Parameter]] = []
+    beside = 0
+    for name, weight in model.named_parameters():
+        owner = owners.get(name.rpartition(".")[0])
+        if owner is None or ADAPTER_PARTS.search(name):
+            continue
+        if prefix and not name.startswith(f"{prefix}."):
+            beside += _shape(weight, owner).numel()
+        elif len(_shape(weight, owner)) >= 2 and not isinstance(owner, nn.Embedding):
+            weights.append((name, owner, weight))
+    kinds = _kinds(weights)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    matrices = [
+        Matrix(
+            name,
+            kinds[name],
+            _shape(weight, owner).numel(),
+            weight.dtype,
+            isinstance(owner, Linear4bit | Linear8bitLt),
+            any(name.startswith(f"{wrapper}.") for wrapper in _above(name) & adapted),
+        )
+        for name, owner, weight in weights
+    ]
+    return Decoder(matrices, beside)
+
+
+def _above(name: str) -> set[str]:
+    """Returns the names of the modules that a parameter lies in."""
+    parts = name.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts))}
+
+
+def _shape(weight: nn.Parameter, owner: nn.Module) -> torch.Size:
+    """Returns a weight's shape before quantization."""
+    if isinstance(owner, Linear4bit) and weight is owner.weight:
+        return torch.Size([owner.out_features, owner.in_features])
+    return weight.shape
+
+
+def _kinds(weights: list[tuple[str, nn.Module, nn.Parameter]]) -> dict[str, str]:
+    """Returns the kind of each weight by its name.
+
+    Experts are the weights of a module that holds them in one tensor, [experts, out, in]; the router is a matrix
+    beside it with a row for each expert.
+    """
+    counts: dict[str, int] = {}
+    for name, owner, weight in weights:
+        if weight.dim() == 3 and min(weight.shape) > 1 and not isinstance(owner, nn.Conv1d):
+            counts[name.rpartition(".")[0]] = weight.shape[0]
+    around = {place.rpartition(".")[0]: count for place, count in counts.items()}
+    kinds = {}
+    for name, owner, weight in weights:
+        place = name.rpartition(".")[0].removesuffix(".base_layer")
+        kinds[name] = place.rpartition(".")[2]
+        if place in counts:
+            kinds[name] = EXPERTS
+        elif any(_shape(weight, owner)[0] == around[above] for above in _above(name) & around.keys()):
+            kinds[name] = ROUTER
+    return kinds
+
+
+def linear_modules(model: PreTrainedModel) -> list[str]:
+    """Returns the full names of the linear layers that text runs through, but for the output layer, found by class."""
+    output = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    ]
+    if not _has_other_parts(model, names):
+        return names
+    called = _kinds_in_text(model)
+    return [name for name in names if INDEX.sub("*", name) in called]
+
+
+def _has_other_parts(model: PreTrainedModel, linear: list[str]) -> bool:
+    """Returns whether a model may have layers that text does not run through, such as a tower for pictures."""
+    decoder = model.get_decoder()
+    places = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    inside = f"{prefix}." if prefix else ""
+    towers = [name for name in places if name and not f"{inside}.".startswith(f"{name}.")]
+    return bool(towers) or any(not name.startswith(inside) for name in linear)
+
+
+@torch.no_grad()
+def _kinds_in_text(model: PreTrainedModel) -> set[str]:
+    """Returns the modules that a forward pass of text calls, by their names without the numbers of layers.
+
+    A layer or an expert that a few tokens do not call counts by those of its kind.
+    """
+    kinds = {module: INDEX.sub("*", name) for name, module in model.named_modules()}
+    called = set[str]()
+    ids, narrow = plain_ids(model), model.dtype is not torch.float32
+    with (
+        on_output(model, lambda module, _: called.add(kinds[module])),
+        torch.autocast(ids.device.type, model.dtype if narrow else torch.bfloat16, enabled=narrow),
+    ):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return called
+
+
+def build_empty(model_config: Any, bits: BitsAndBytesConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model without storage, with the layers that `bits` quantizes in place."""
+    with torch.device("meta"):
+        config = copy.deepcopy(model_config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    AutoHfQuantizer.from_config(bits, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    return model
+
+
+def check_is_quantized(model: PreTrainedModel, quantization: QuantizationConfig, name: str) -> None:
+    """Raises `ConfigError` unless most of a base's decoder has the bits that were asked for."""
+    if quantization.bits not in (4, 8):
+        return
+    decoder = read_decoder(model)
+    if all(not matrix.is_quantized for matrix in decoder.matrices):
+        raise ConfigError(
+            f"quantization.bits={quantization.bits}: {name} has no linear layers to quantize; use quantization=none"
+        )
+    if sum(decoder.unquantized.values()) > MOST_UNQUANTIZED:
+        raise ConfigError(
+            f"quantization.bits={quantization.bits}: of model.name={name} {decoder.describe_unquantized()}, because "
+            "bitsandbytes quantizes linear layers alone; use quantization=none (16 bits), or a base "
+            "without such weights"
+        )

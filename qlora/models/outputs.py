@@ -1,0 +1,39 @@
+"""Shows what each module of a model computes from plain text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+TOKENS = 8
+
+
+@contextlib.contextmanager
+def on_output(model: nn.Module, look: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
+    """Shows `look` each module and its output as soon as it is computed: inner modules before those around them."""
+
+    def hook(module: nn.Module, _: Any, output: Any) -> None:
+        look(module, output)
+
+    hooks = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def plain_ids(model: PreTrainedModel) -> Tensor:
+    """Returns the ids of a few tokens where the model takes them, int64 [1, `TOKENS`]; none stands for a picture."""
+    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    special = {value for name, value in settings.items() if name.endswith(("_token_id", "_token_index"))
+               and isinstance(value, int)}  # fmt: skip
+    embedding = model.get_input_embeddings().weight
+    middle = embedding.shape[0] // 2
+    ids = [number for number in range(middle, middle + TOKENS + len(special)) if number not in special]
+    return torch.tensor([ids[:TOKENS]], device=embedding.device) % embedding.shape[0]

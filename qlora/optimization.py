@@ -1,0 +1,269 @@
+"""The optimizers and schedules that a training may have, what each of them takes, and what it needs; no torch.
+
+Names and arguments are those of transformers; what its trainer offers beside these cannot run here, for a reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora.errors import ConfigError, did_you_mean
+
+Choices = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer takes and needs."""
+
+    arguments: Mapping[str, type | Choices] = field(default_factory=dict)
+    """The keys of `trainer.optim_args` that it reads."""
+    module: str | None = None
+    package: str | None = None
+    """What brings the module, beside transformers, torch and bitsandbytes."""
+    needs_cuda: bool = False
+    is_schedule_free: bool = False
+    """Whether it averages weights in place of a schedule."""
+
+
+_ADEMAMIX = {"beta3": float, "alpha": float, "t_alpha": int, "t_beta3": int}
+_RMSPROP = {"alpha": float, "momentum": float, "eps": float}
+_AVERAGING = {"r": float, "weight_lr_power": float}
+
+
+def _torchao() -> Optimizer:
+    return Optimizer({"block_size": int, "bf16_stochastic_round": bool}, "torchao", "torchao")
+
+
+def _schedule_free() -> Optimizer:
+    return Optimizer(_AVERAGING, "schedulefree", "schedulefree", is_schedule_free=True)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw_torch": Optimizer(),
+    "adamw_torch_fused": Optimizer(),
+    "adamw_torch_8bit": _torchao(),
+    "adamw_torch_4bit": _torchao(),
+    "adamw_8bit": Optimizer(),
+    "adamw_bnb_8bit": Optimizer(),
+    "paged_adamw_32bit": Optimizer(),
+    "paged_adamw_8bit": Optimizer(),
+    "adafactor": Optimizer(),
+    "adagrad": Optimizer({"lr_decay": float, "eps": float}),
+    "ademamix": Optimizer(_ADEMAMIX),
+    "ademamix_8bit": Optimizer(_ADEMAMIX),
+    "paged_ademamix_32bit": Optimizer(_ADEMAMIX, needs_cuda=True),
+    "paged_ademamix_8bit": Optimizer(_ADEMAMIX, needs_cuda=True),
+    "lion_32bit": Optimizer(),
+    "lion_8bit": Optimizer(),
+    "paged_lion_32bit": Optimizer(),
+    "paged_lion_8bit": Optimizer(),
+    "rmsprop": Optimizer({**_RMSPROP, "centered": bool}),
+    "rmsprop_bnb": Optimizer(_RMSPROP),
+    "rmsprop_bnb_32bit": Optimizer(_RMSPROP),
+    "rmsprop_bnb_8bit": Optimizer(_RMSPROP),
+    "sgd": Optimizer({"momentum": float, "dampening": float, "nesterov": bool}),
+    "stable_adamw": Optimizer(
+        {"decouple_lr": bool, "max_lr": float, "kahan_sum": bool}, "optimi", "torch-optimi"
+    ),
+    "schedule_free_adamw": _schedule_free(),
+    "schedule_free_radam": _schedule_free(),
+    "schedule_free_sgd": _schedule_free(),
+}  # fmt: skip
+"""By transformers' names; it has 41, those in `LEFT_OUT` too."""
+
+_IN_BACKWARD = (
+    "it changes weights within the backward pass, so that micro-batches do not add up, and keeps its state where no "
+    "checkpoint finds it"
+)
+_PROJECTS = (
+    "it projects the gradients of whole matrices, where an adapter's are of low rank already, and keeps objects in its "
+    "state that a checkpoint, which holds tensors alone, does not read back"
+)
+_OTHER_DEVICE = "it runs on devices that this project does not know"
+_LOW_RANK = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw")
+LEFT_OUT: dict[str, str] = {
+    "adamw_torch_xla": _OTHER_DEVICE,
+    "adamw_torch_npu_fused": _OTHER_DEVICE,
+    "adamw_anyprecision": "it is of the package torchdistx, which does not go with today's torch",
+    "grokadamw": "it keeps its state where no checkpoint finds it, and goes by losses that no trainer tells it",
+    **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
+    **dict.fromkeys(
+        ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD
+    ),
+    "apollo_adamw_layerwise": _IN_BACKWARD,
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _PROJECTS),
+}
+"""Optimizers of transformers' trainer that are not offered, and why."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a course of the learning rate takes and needs."""
+
+    arguments: Mapping[str, type | Choices] = field(default_factory=dict)
+    """The keys of `trainer.lr_scheduler_kwargs` that it reads."""
+    one_of: tuple[str, ...] = ()
+    """Arguments of which exactly one is needed."""
+    needs: tuple[str, ...] = ()
+    """Arguments without which it does not start."""
+    follows_loss: bool = False
+    """Whether it goes by the held-out loss, measured every `trainer.eval_steps`."""
+
+
+_SHAPES = ("linear", "cosine", "1-sqrt")
+_THRESHOLD = ("rel", "abs")
+_MIN_LR = {"num_cycles": float, "min_lr": float, "min_lr_rate": float}
+_PLATEAU: dict[str, type | Choices] = {
+    **dict.fromkeys(("factor", "threshold", "min_lr", "eps"), float),
+    **dict.fromkeys(("patience", "cooldown"), int),
+    "threshold_mode": _THRESHOLD,
+}
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(),
+    "constant_with_warmup": Schedule(),
+    "linear": Schedule(),
+    "cosine": Schedule({"num_cycles": float}),
+    "cosine_with_restarts": Schedule({"num_cycles": int}),
+    "cosine_with_min_lr": Schedule(_MIN_LR, one_of=("min_lr", "min_lr_rate")),
+    "cosine_warmup_with_min_lr": Schedule({**_MIN_LR, "warmup_lr_rate": float}, one_of=("min_lr", "min_lr_rate")),
+    "polynomial": Schedule({"lr_end": float, "power": float}),
+    "inverse_sqrt": Schedule({"timescale": int}),
+    "warmup_stable_decay": Schedule(
+        {
+            **dict.fromkeys(("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"), float),
+            **dict.fromkeys(("warmup_type", "decay_type"), _SHAPES),
+        },
+        needs=("num_decay_steps",),
+    ),
+    "reduce_lr_on_plateau": Schedule(_PLATEAU, follows_loss=True),
+    "greedy": Schedule(
+        {**_PLATEAU, "warmup": int, "max_lr": float, "smooth": bool, "window_size": int, "reset_start": int},
+        needs=("min_lr", "max_lr"),  # its own limits, 0.001 and 1, are no adapter's
+        follows_loss=True,
+    ),
+}
+"""By transformers' names, all that it has."""
+
+
+def check_optimizer(name: str, arguments: Mapping[str, Any], schedule: str) -> dict[str, Any]:
+    """Returns the typed arguments of an optimizer; raises `ConfigError` for one that does not run so."""
+    if name in LEFT_OUT:
+        raise ConfigError(f"trainer.optim={name} is not offered: {LEFT_OUT[name]}; choose another, e.g. adamw_torch")
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            f"trainer.optim={name!r} is unknown{did_you_mean(name, OPTIMIZERS)}; choose one of {', '.join(OPTIMIZERS)}"
+        )
+    if OPTIMIZERS[name].is_schedule_free and schedule != "constant":
+        raise ConfigError(
+            f"trainer.optim={name} averages weights in place of a schedule, and trainer.lr_scheduler_type={schedule}; "
+            "set trainer.lr_scheduler_type=constant"
+        )
+    return _typed("trainer.optim_args", arguments, OPTIMIZERS[name].arguments, f"trainer.optim={name}")
+
+
+def check_installed(name: str) -> None:
+    """Raises `ConfigError` where the package that brings an optimizer is not installed."""
+    optimizer = OPTIMIZERS[name]
+    if optimizer.module is not None and importlib.util.find_spec(optimizer.module) is None:
+        raise ConfigError(
+            f"trainer.optim={name} needs the package {optimizer.package}, which is not installed: pip install "
+            f"{optimizer.package}, or choose another, e.g. trainer.optim=adamw_torch"
+        )
+
+
+def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: float, measures: bool) -> dict[str, Any]:
+    """Returns the typed arguments of a schedule; raises `ConfigError` for those that it cannot start with.
+
+    `measures` says whether the held-out loss is measured while it trains.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(
+            f"trainer.lr_scheduler_type={name!r} is unknown{did_you_mean(name, SCHEDULES)}; choose one of "
+            f"{', '.join(SCHEDULES)}"
+        )
+    if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
+        return {}
+    schedule, who = SCHEDULES[name], f"trainer.lr_scheduler_type={name}"
+    typed = _typed("trainer.lr_scheduler_kwargs", arguments, schedule.arguments, who)
+    if missing := [key for key in schedule.needs if key not in typed]:
+        raise ConfigError(f"{who} needs trainer.lr_scheduler_kwargs.{missing[0]}; set it{_example(missing[0])}")
+    if schedule.one_of and len(given := [key for key in schedule.one_of if key in typed]) != 1:
+        said = "both are set" if given else "neither is set"
+        raise ConfigError(
+            f"{who} needs exactly one of trainer.lr_scheduler_kwargs.{' and '.join(schedule.one_of)}, and {said}; set "
+            f"{schedule.one_of[1]} to a share of the learning rate, e.g. to 0.1"
+        )
+    if schedule.follows_loss and not measures:
+        raise ConfigError(f"{who} goes by the held-out loss while it trains; set trainer.eval_steps, e.g. to 100")
+    _check_limits(who, typed, {"lr_end": 1e-7} if name == "polynomial" else {}, learning_rate)
+    return typed
+
+
+def _check_limits(who: str, typed: Mapping[str, Any], unset: Mapping[str, float], learning_rate: float) -> None:
+    for key in ("min_lr", "lr_end"):
+        low = typed.get(key, unset.get(key, 0.0))
+        if not 0 <= low < learning_rate:
+            raise ConfigError(
+                f"{who}: trainer.lr_scheduler_kwargs.{key}={low:g} must lie between 0 and "
+                f"trainer.learning_rate={learning_rate:g}; lower it"
+            )
+    if typed.get("max_lr", math.inf) < learning_rate:
+        raise ConfigError(
+            f"{who}: trainer.lr_scheduler_kwargs.max_lr={typed['max_lr']:g} lies below "
+            f"trainer.learning_rate={learning_rate:g}; raise it"
+        )
+    factor = typed.get("factor", 0.5)
+    if not 0 < factor < 1:
+        raise ConfigError(f"{who}: trainer.lr_scheduler_kwargs.factor={factor:g} must lie between 0 and 1")
+    for key in ("num_cycles", "timescale", "power", "num_decay_steps", "num_stable_steps", "min_lr_rate",
+                "min_lr_ratio", "warmup_lr_rate", "patience", "cooldown", "warmup", "threshold", "eps"):  # fmt: skip
+        if typed.get(key, 0) < 0 or (key in ("timescale", "window_size") and typed.get(key, 1) < 1):
+            raise ConfigError(f"{who}: trainer.lr_scheduler_kwargs.{key}={typed[key]:g} must not be negative")
+
+
+def _example(key: str) -> str:
+    examples = {"num_decay_steps": ", e.g. to 0.2, a share of all steps"}
+    return examples.get(key, ", a learning rate")
+
+
+def _typed(owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choices], who: str) -> dict[str, Any]:
+    """Returns arguments with the types that they are to have; raises `ConfigError` for an unknown or impossible one."""
+    for key in given:
+        if key not in known:
+            reads = f"it reads {', '.join(known)}" if known else "it takes none"
+            raise ConfigError(
+                f"{owner}.{key} is no argument of {who}{did_you_mean(str(key), known)}; {reads}; {owner}=null takes "
+                "all out"
+            )
+    return {key: _cast(f"{owner}.{key}", value, known[key]) for key, value in given.items()}
+
+
+def _cast(key: str, value: Any, kind: type | Choices) -> Any:
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise ConfigError(f"{key} must be one of {', '.join(kind)}, got {value!r}")
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if (kind is bool and isinstance(value, bool)) or (kind is float and is_number):
+        return value
+    if kind is int and is_number and value == int(value):
+        return int(value)
+    names = {bool: "true or false", float: "a number", int: "a whole number"}
+    raise ConfigError(f"{key} must be {names[kind]}, got {value!r}")
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str | None:
+    """Returns the arguments of an optimizer as transformers' `optim_args` holds them; None: there are none."""
+    return ",".join(f"{key}={value}" for key, value in arguments.items()) or None
+
+
+def read_arguments(name: str, text: str | None) -> dict[str, Any]:
+    """Returns what `write_arguments` wrote; transformers itself takes some of them as texts."""
+    kinds = OPTIMIZERS[name].arguments
+    pairs = (pair.partition("=")[::2] for pair in text.split(",")) if text else ()
+    return {key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in pairs}  # type: ignore[operator]

@@ -1,0 +1,103 @@
+"""Small bases of many architectures, and what can be wrong with their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from qlora.compose import compose
+from qlora.models import loading
+from qlora.models.device import find_device, place
+from qlora.models.tokenizer import load_tokenizer
+from qlora.schema import Config
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": 1600, "max_position_embeddings": 256}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
+PICTURES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+LATENT = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
+          "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+          "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1,
+          "num_key_value_heads": 4}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "qwen2": SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mixtral": GROUPED | {"num_local_experts": 4},
+    "qwen3_moe": GROUPED | EXPERTS,
+    "olmoe": SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "granitemoe": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "deepseek_v3": SMALL | LATENT,
+    "qwen3_next": GROUPED | EXPERTS | LINEAR | {
+        "shared_expert_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "llama4_text": GROUPED | {
+        "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 64,
+    },
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1600, "state_size": 8},
+    "gemma3": {
+        "text_config": GROUPED | IDS | {"sliding_window": 16}, "vision_config": PICTURES, "mm_tokens_per_image": 4,
+        "boi_token_index": 1590, "eoi_token_index": 1591, "image_token_index": 1592,
+    },
+    "llava": {"text_config": SMALL | {"model_type": "llama"}, "vision_config": PICTURES, "image_token_index": 1592},
+    "bert": SMALL,
+    "roberta": SMALL,
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 1600},
+    "t5": {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 1600},
+}  # fmt: skip
+
+
+def build(kind: str, **changes: Any) -> PreTrainedModel:
+    """A base with random weights."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**IDS, **SHAPES[kind], **changes})
+    auto = AutoModelForImageTextToText if "vision_config" in SHAPES[kind] else AutoModelForCausalLM
+    return auto.from_config(config)
+
+
+def write(kind: str, folder: Path, **changes: Any) -> Path:
+    """The folder of a base with the embedded tokenizer."""
+    build(kind, **changes).save_pretrained(folder)
+    load_tokenizer(compose([]).model).save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, **settings: Any) -> Path:
+    """Edits the tensors of a model's file and its config."""
+    path, config = folder / "model.safetensors", folder / "config.json"
+    if edit is not None:
+        tensors = {name: tensor.contiguous() for name, tensor in edit(load_file(path)).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return folder
+
+
+def choose(folder: Path, *overrides: str) -> Config:
+    return compose([f"model.name={folder}", "model.tokenizer=tiny", "device=cpu", "lora.r=4", *overrides])
+
+
+def load(folder: Path, *overrides: str) -> PreTrainedModel:
+    config = choose(folder, *overrides)
+    return loading.load_base(
+        config.model,
+        config.quantization,
+        placement=place(config.quantization, find_device(config.device)),
+        model_config=loading.load_model_config(config.model),
+    )

@@ -1,0 +1,273 @@
+"""A text is what was typed, on the command line and in files; what YAML reads otherwise than it looks is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from qlora.compose import (
+    CONF_DIR,
+    compose,
+    compose_dict,
+    config_keys,
+    dump_config,
+    override_value,
+    read_config,
+    restore_config,
+    sweep_params,
+    write_override,
+    write_yaml,
+)
+from qlora.errors import ConfigError
+from qlora.spelling import SpelledSource, keep_spelling, reading_spellings, split_key, type_at
+
+NUMBERS = (
+    *(
+        "5",
+        "-5",
+        "007",
+        "0123456",
+        "0777",
+        "20231101",
+        "1e5",
+        "1234e567",
+        "1.50",
+        ".5",
+        "1_000",
+        "0x1F",
+        "0b11",
+        "1:30",
+    ),
+    *(".inf", "-.inf", ".nan", "1e-3", "190:20:30.15"),
+)
+BOOLEANS = ("on", "off", "yes", "no", "true", "False", "y", "N")
+DATES = ("2024-01-02", "2024-01-02T10:00:00Z")
+
+
+@pytest.mark.parametrize("word", [*NUMBERS, *BOOLEANS, *DATES, "0o10", "inf", "NaN"])
+def test_a_word_of_the_command_line_keeps_its_spelling_to_the_stored_config(tmp_path: Path, word: str) -> None:
+    if word in ("5", "1e5", "true", "2024-01-02"):  # the others are read by the same rule, without composing
+        config = compose([f"name={word}", f"data.columns.output={word}", f"model.new_tokens=[{word},x]"])
+        assert (config.name, config.data.columns["output"], config.model.new_tokens[0]) == (word, word, word)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        stored = read_config(tmp_path / "config.yaml")
+        assert stored is not None
+        assert restore_config(stored).name == word
+    [text] = keep_spelling([f"name={word}"])
+    assert text in (f"name={word}", f"name='{word}'")
+    assert keep_spelling([text]) == [text]
+    assert OmegaConf.create(write_yaml({"name": word})).name == word
+    assert override_value(write_override("name", word)) == override_value(text) == word
+
+
+SPELLED = {
+    "name=1e5": "name='1e5'",
+    "name= 5 ": "name= '5' ",
+    "++data.columns.output=5": "++data.columns.output='5'",
+    "from=5": "from='5'",
+    "name=on": "name=on",
+    "name=null": "name=null",
+    "name='5'": "name='5'",
+    "name=1e5,on,5": "name='1e5',on,'5'",
+    "name=choice(1,a,sort(3,2,reverse=true))": "name=choice('1',a,sort('3','2',reverse=true))",
+    "model.revision=range(1,3)": "model.revision=range(1,3)",
+    "data.columns={a: 5, b: x}": "data.columns={a: '5', b: x}",
+    "data.mix={a: 5, b: {path: 5, weight: 5, columns: {x: 5}}}": "data.mix={a: '5', b: {path: '5', weight: 5, "
+    "columns: {x: '5'}}}",
+    "data.mix.a.weight=5": "data.mix.a.weight=5",
+    "lora.target_modules=[5,q_proj]": "lora.target_modules=['5',q_proj]",
+    "lora.target_modules=5": "lora.target_modules='5'",
+    "tracking.tags=[1.0,[]]": "tracking.tags=['1.0',[]]",
+    "model={name: 5, architecture: {vocab_size: 1e3}}": "model={name: '5', architecture: {vocab_size: 1000}}",
+    "experiment=2024": "experiment='2024'",
+    "hydra/launcher=5": "hydra/launcher='5'",
+    "callbacks=5": "callbacks='5'",
+    "callbacks.mine.patience=5": "callbacks.mine.patience=5",
+    "hydra.run.dir=5": "hydra.run.dir='5'",
+    "hydra.sweeper.storage=5": "hydra.sweeper.storage='5'",
+    "hydra.sweeper.n_trials=1e1": "hydra.sweeper.n_trials=10",
+    "trainer.compile=true": "trainer.compile=true",
+    "trainer.max_steps=1e3,1.5e1,2E+2": "trainer.max_steps=1000,15,200",
+    "trainer.max_steps=interval(1e1,1e2)": "trainer.max_steps=interval(10,100)",
+    "trainer.max_steps=1.5e0": "trainer.max_steps=1.5e0",
+    "trainer.max_steps=1e-3": "trainer.max_steps=1e-3",
+    "trainer.max_steps=1e999999999": "trainer.max_steps=1e999999999",
+    "trainer.learning_rate=1e3": "trainer.learning_rate=1e3",
+    "trainer.lr_scheduler_kwargs.num_cycles=1e0": "trainer.lr_scheduler_kwargs.num_cycles=1e0",
+    "~lora": "~lora",
+    "no option": "no option",
+}
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_only_texts_and_whole_numbers_are_written_otherwise(text: str) -> None:
+    assert keep_spelling([text]) == [SPELLED[text]]
+
+
+def test_every_field_has_a_known_type() -> None:
+    unknown = [key for key in config_keys() if type_at(split_key(key)) is None]
+    assert not unknown
+
+
+def test_a_number_in_exponents_is_a_whole_number_where_one_is_meant() -> None:
+    assert compose(["trainer.max_steps=1e2"]).trainer.max_steps == 100
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps must be a whole number or null, got '15\.5'"):
+        compose(["trainer.max_steps=1.55e1"])
+
+
+# Files
+
+HEAD = "# @package _global_\n"
+
+
+def read(folder: Path, text: str, option: str = "experiment/mine") -> Any:
+    """Returns what Hydra gets of a file of the user's own."""
+    file = folder / f"{option}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    with reading_spellings(CONF_DIR):
+        return SpelledSource("user", str(folder)).load_config(option).config
+
+
+def refusal(folder: Path, text: str, option: str = "experiment/mine") -> str:
+    with pytest.raises(ConfigError) as error:
+        read(folder, text, option)
+    return str(error.value)
+
+
+FILES = {
+    "name: WORD": (3, "name"),
+    "model: {revision: WORD}": (3, "model.revision"),
+    "data:\n  columns:\n    output: WORD": (5, "data.columns.output"),
+    "model:\n  new_tokens:\n  - x\n  - WORD": (6, "model.new_tokens[1]"),
+    "lora: {target_modules: [WORD]}": (3, "lora.target_modules[0]"),
+    "lora: {target_modules: WORD}": (3, "lora.target_modules"),
+    "data: {mix: {a: WORD}}": (3, "data.mix.a"),
+    "data:\n  mix:\n    a:\n      path: WORD": (6, "data.mix.a.path"),
+    "evaluation: {tasks: [WORD]}": (3, "evaluation.tasks[0]"),
+    "tracking: {tags: [WORD]}": (3, "tracking.tags[0]"),
+    "trainer: {lr_scheduler_type: WORD}": (3, "trainer.lr_scheduler_type"),
+    "from: WORD": (3, "from"),
+    "runs: WORD": (3, "runs"),
+    "hydra: {run: {dir: WORD}}": (3, "hydra.run.dir"),
+    "hydra: {sweeper: {storage: WORD}}": (3, "hydra.sweeper.storage"),
+    "hydra: {sweeper: {params: {model.revision: WORD}}}": (3, "hydra.sweeper.params.model.revision"),
+    "x: &x {revision: WORD}\nmodel:\n  <<: *x": (3, "model.revision"),
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_what_yaml_does_not_read_as_text_is_refused_in_a_text_field(tmp_path: Path, text: str) -> None:
+    line, key = FILES[text]
+    said = refusal(tmp_path, f"{HEAD}# a comment\n{text.replace('WORD', '1e5')}\n")
+    assert said == (
+        f"{tmp_path}/experiment/mine.yaml, line {line}: {key} must be a text, and YAML reads 1e5 as a number "
+        '(100000.0); put quotes around it: "1e5"'
+    )
+    read(tmp_path, HEAD + text.replace("WORD", "'1e5'"))
+    read(tmp_path, HEAD + text.replace("WORD", "null"))
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"), [(NUMBERS, "a number"), (BOOLEANS[:6], "a boolean"), (DATES, "a date")], ids=lambda kind: kind
+)
+def test_numbers_booleans_and_dates_are_told_from_texts(tmp_path: Path, words: tuple[str, ...], kind: str) -> None:
+    for word in words:
+        assert f"YAML reads {word} as {kind}" in refusal(tmp_path, f"{HEAD}name: {word}\n")
+    for word in ("a", "1e5x", "0o10", "1.2.3", "v1", "'5'", '"on"', "!!str 5", "|\n  5", "08"):
+        assert read(tmp_path, f"{HEAD}name: {word}\n").name == OmegaConf.create({"n": word}).n.strip(
+            "'\"|\n "
+        ).removeprefix("!!str ") + ("\n" if "|" in word else "")
+
+
+def test_files_of_groups_are_read_by_their_place_and_by_their_head(tmp_path: Path) -> None:
+    assert "line 2: data.path must be a text" in refusal(tmp_path, "name: x\npath: 007\n", "data/mine")
+    assert "line 2: data.path must be a text" in refusal(tmp_path, "# @package data\npath: 007\n", "mine/deep/set")
+    assert "line 1: name must be a text" in refusal(tmp_path, "name: 007\n", "recipe/llama-7b_mine")
+    assert "line 1: trainer.max_steps: YAML reads 010 as" in refusal(tmp_path, "max_steps: 010\n", "trainer/mine")
+
+
+def test_a_key_that_yaml_does_not_read_as_text_is_refused_in_a_mapping_of_texts(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "columns: {on: output}\n", "data/mine").endswith(
+        'line 1: data.columns: YAML reads on as a boolean (true), and a key is a text; put quotes around it: "on"'
+    )
+
+
+def test_the_choices_are_named_where_yaml_makes_a_boolean_of_a_word(tmp_path: Path) -> None:
+    assert refusal(tmp_path, f"{HEAD}tracking: {{mode: off}}\n").endswith(
+        "line 2: tracking.mode must be one of online, offline, and YAML reads off as a boolean (false)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "base", "value"),
+    [("010", "an octal", 8), ("0x1F", "a hexadecimal", 31), ("0b11", "a binary", 3), ("-010", "an octal", -8)],
+)
+def test_numbers_to_other_bases_are_refused(tmp_path: Path, word: str, base: str, value: int) -> None:
+    for text in (f"seed: {word}", f"trainer: {{learning_rate: {word}}}", f"callbacks: {{x: {{y: {word}}}}}"):
+        assert f"YAML reads {word} as {base} number ({value}); write decimal digits" in refusal(tmp_path, HEAD + text)
+    assert "as a number to the base of 60 (90)" in refusal(tmp_path, f"{HEAD}seed: 1:30")
+
+
+def test_numbers_stay_where_numbers_are_meant(tmp_path: Path) -> None:
+    text = "seed: 1_000\ntrainer: {max_steps: 1e3, learning_rate: 1e3, save_steps: 0, eval_steps: 1.5e1}\n"
+    assert read(tmp_path, HEAD + text + "callbacks: {x: {y: 1e3}}\ntask: {rows: 1.5}\n") == {
+        "seed": 1000,
+        "trainer": {"max_steps": 1000, "learning_rate": 1000.0, "save_steps": 0, "eval_steps": 15},
+        "callbacks": {"x": {"y": 1000.0}},
+        "task": {"rows": 1.5},
+    }
+    merged = read(tmp_path, f"{HEAD}x: &x {{max_steps: 1e3}}\ntrainer: {{<<: *x, max_steps: 7}}\n")
+    assert merged.trainer.max_steps == 7
+
+
+def test_what_a_file_sweeps_keeps_its_spelling(tmp_path: Path) -> None:
+    text = "hydra: {sweeper: {params: {model.revision: '1e5,on,007', trainer.max_steps: 1e2, lora.r: '8,16'}}}\n"
+    read(tmp_path, HEAD + text)
+    composed = compose_dict(["experiment=mine"], tmp_path)
+    assert sweep_params(composed, []) == ["model.revision='1e5',on,007", "trainer.max_steps=100", "lora.r=8,16"]
+
+
+def test_a_defaults_list_names_one_option_of_its_group(tmp_path: Path) -> None:
+    start = f"{tmp_path}/experiment/mine.yaml, line 3: "
+    assert refusal(tmp_path, f"{HEAD}defaults:\n- override /lora: [dora, attention]\n") == (
+        f"{start}lora takes one option, and this is a list; name one of them"
+    )
+    assert refusal(tmp_path, f"{HEAD}defaults:\n- override /tracking: no\n") == (
+        f"{start}tracking must be the name of an option, and YAML reads no as a boolean (false); "
+        'put quotes around it: "no"'
+    )
+    assert refusal(tmp_path, f"{HEAD}defaults:\n- /mine@data: 5\n").startswith(f"{start}mine@data: an option stays in")
+    read(tmp_path, f"{HEAD}defaults:\n- override /callbacks: [early-stopping, mine]\n- _self_\n- /data@data: demo\n")
+
+
+@pytest.mark.parametrize("group", ["quantization", "lora", "model", "data", "experiment", "sweep", "hydra/launcher"])
+def test_a_list_of_options_is_refused_on_the_command_line(group: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([f"{group}=[a,b]"])
+    assert str(error.value).startswith(f"{group}=[a,b]: {group} takes one option, and this is a list; name one; ")
+
+
+def test_several_callbacks_are_options_of_one_run() -> None:
+    assert list(compose(["callbacks=[none,early-stopping]"]).callbacks) == ["early_stopping"]
+
+
+def test_every_file_that_is_shipped_is_spelled_so(tmp_path: Path) -> None:
+    files = [file.relative_to(CONF_DIR) for file in CONF_DIR.rglob("*.yaml") if file != CONF_DIR / "config.yaml"]
+    with reading_spellings(tmp_path):
+        for file in files:
+            SpelledSource("shipped", str(CONF_DIR)).load_config(str(file))
+    assert len(files) > 100
+
+
+def test_a_sweep_passes_the_spelling_on_to_its_jobs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qlora", "-m", "task=plan", "plan.device=a6000", "name=1e3", "model.revision=1e5"]
+    subprocess.run([*command, "data.subset=007,5"], cwd=tmp_path, check=True, capture_output=True)
+    jobs = sorted((tmp_path / "outputs/sweeps/1e3").glob("*/.hydra/config.yaml"))
+    assert [OmegaConf.load(job).data.subset for job in jobs] == ["007", "5"]
+    assert {OmegaConf.load(job).model.revision for job in jobs} == {"1e5"}
