@@ -15,8 +15,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Json, Value
 
 from qlora.data.json_text import read_array, read_lines
-from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.data.readers import kind_of
+from qlora.data.row_size import MAX_ROW_BYTES
 from qlora.errors import ConfigError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
