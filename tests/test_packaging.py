@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -143,14 +144,36 @@ def test_the_package_and_the_project_have_one_version() -> None:
     assert project["version"] == qlora.__version__
 
 
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def is_torchs_own(name: str) -> bool:
+    """Whether each build of torch asks for one version of a package, another than the next build."""
+    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
+
+
 def test_every_direct_dependency_has_a_tested_version_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     wanted = [
         *project["dependencies"],
         *(text for extra in project["optional-dependencies"].values() for text in extra),
     ]
     for requirement in map(Requirement, wanted):
-        if requirement.name != "qlora":
-            assert requirement.specifier.contains(pinned[requirement.name]), str(requirement)
+        if requirement.name != "qlora" and not is_torchs_own(requirement.name):
+            assert requirement.specifier.contains(pinned()[requirement.name]), str(requirement)
+
+
+def test_nothing_is_pinned_that_torch_pins_itself() -> None:
+    assert not [name for name in pinned() if is_torchs_own(name)]
+    for requirement in map(Requirement, metadata.requires("torch") or []):
+        if (version := pinned().get(requirement.name)) is not None:
+            assert requirement.specifier.contains(version), str(requirement)
+
+
+def test_the_index_alone_is_asked_for_every_python_that_the_project_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    prefix = "Programming Language :: Python :: 3."
+    versions = [f"3.{text.removeprefix(prefix)}" for text in project["classifiers"] if text.startswith(prefix)]
+    assert f"for version in {' '.join(versions)}; do" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

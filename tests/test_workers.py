@@ -44,7 +44,7 @@ def alone(parts=PARTS):
 def test_results_come_in_order_and_others_take_part_with_default_signals(task, work):
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        assert run(task, work, processes=3) == alone()
+        assert run(task, work, MANY, processes=3) == alone(MANY)
     finally:
         signal.signal(signal.SIGTERM, before)
     others = [stop for start, stop, _ in task.done_by("other")]

@@ -31,8 +31,8 @@ CHUNK_BYTES: Final = 2**18
 """About so much text is in a chunk of long rows: its memory stays small, and every process gets some."""
 BATCH_BYTES: Final = 2**22
 """About so much is written as one batch: opening the file, or reading one column, touches memory for each batch."""
-PARALLEL_BYTES: Final = 2**20
-"""Above so much text several processes pay: starting them costs about as much as tokenizing a tenth of it."""
+PARALLEL_BYTES: Final = 2**22
+"""Above so much text several processes pay: the others import for about two seconds before they begin."""
 MAX_PROCESSES: Final = 16
 REOPEN: Final = 50
 """After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
-from qlora.data.row_size import check_text, too_long
+from qlora.data.row_size import MAX_ROW_BYTES, check_text, too_long
 from qlora.errors import ConfigError
 
 Row = dict[str, Any]
@@ -40,7 +40,9 @@ _scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _decoder).scan_once
 """Parses one value at a position; `parse` does the same in twice the time for a short row."""
 
 
-def read_lines(file: IO[bytes], shown: str, *, size: int, most: int) -> Iterator[tuple[list[int], list[Row]]]:
+def read_lines(
+    file: IO[bytes], shown: str, *, size: int, most: int = MAX_ROW_BYTES
+) -> Iterator[tuple[list[int], list[Row]]]:
     """Yields line numbers and the objects that stand on them, for about `size` bytes at a time.
 
     No line may have more than `most` bytes.
@@ -73,7 +75,7 @@ def read_lines(file: IO[bytes], shown: str, *, size: int, most: int) -> Iterator
         yield numbers, rows
 
 
-def read_array(file: IO[str], shown: str, *, size: int, most: int) -> Iterator[tuple[int, list[Row]]]:
+def read_array(file: IO[str], shown: str, *, size: int, most: int = MAX_ROW_BYTES) -> Iterator[tuple[int, list[Row]]]:
     """Yields objects of the array, with the number of the first (from 0), for about `size` characters at a time.
 
     No object may have more than `most` bytes.

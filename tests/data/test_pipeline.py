@@ -312,9 +312,14 @@ def test_an_error_in_one_of_several_processes_names_the_row(tokenizer, make_conf
 
 FORMAT = """
 import os, pathlib, time
+notes, calls = pathlib.Path(os.environ["NOTES"]), 0
 def render(row):
-    pathlib.Path(os.environ["NOTES"], f"pid-{os.getpid()}").touch()
-    time.sleep(0.0002)
+    global calls
+    calls += 1
+    (notes / f"pid-{os.getpid()}").touch()
+    deadline = time.monotonic() + 60
+    while calls == int(os.environ["WAIT_AT"]) and len(list(notes.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     return {"input": row["q"], "output": row["a"]}
 """
 
@@ -326,15 +331,16 @@ def test_a_format_of_the_users_own_gives_the_same_tokens_in_several_processes(
     (tmp_path / "notes").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    rows = [{"q": f"q{i}", "a": f"a{i}" * (i % 7)} for i in range(30_000)]
-    one, two = (
-        build_data(
-            make_config(rows, num_proc=n, format="my_format:render", cache_dir=str(tmp_path / str(n))), tokenizer
+    rows = [{"q": f"q{i}", "a": f"a{i}" * (i % 7)} for i in range(5_000)]
+    data = []
+    for processes, wait_at in ((1, 0), (2, 2_000)):
+        monkeypatch.setenv("WAIT_AT", str(5_000 * (processes - 1) + wait_at))
+        config = make_config(
+            rows, num_proc=processes, format="my_format:render", cache_dir=str(tmp_path / str(processes))
         )
-        for n in (1, 2)
-    )
-    assert one.report == two.report
-    assert one.train[:]["input_ids"] == two.train[:]["input_ids"]
+        data.append(build_data(config, tokenizer))
+    assert data[0].report == data[1].report
+    assert data[0].train[:]["input_ids"] == data[1].train[:]["input_ids"]
     assert len(list(tmp_path.glob("notes/pid-*"))) == 2
 
 
