@@ -1226,6 +1226,8 @@ class Config:
             value = getattr(owner, name)
             if self.task.name in tasks or value == next(item.default for item in fields(owner) if item.name == name):
                 continue
+            if key == "adapter" and self.task.name is TaskName.train and not self.task.train:
+                continue  # which measures it and lets it answer
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
             shown = f"{'from' if key == 'source' else key}={_written(value)}"
             raise ConfigError(

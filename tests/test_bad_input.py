@@ -232,15 +232,16 @@ def test_a_metric_is_looked_for_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Run, "load_base", lambda self: pytest.fail("the model was loaded"))
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    text = refusal(tmp_path, f"task={task}", "adapter=none", "evaluation.metrics=['evaluate:rouge']")
+    adapter = [] if task == "train" else ["adapter=none"]
+    text = refusal(tmp_path, f"task={task}", *adapter, "evaluation.metrics=['evaluate:rouge']")
     assert text == "evaluation.metrics=evaluate:rouge needs the package evaluate; pip install 'qlora[eval]'"
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["task=predict"],
-        ["task=evaluate", "evaluation=exact-match"],
+        ["task=predict", "adapter=none"],
+        ["task=evaluate", "adapter=none", "evaluation=exact-match"],
         ["task=train", "evaluation=exact-match", "evaluation.generate_samples=3"],
         ["task=train", "task.predict=true"],
         ["task=train", "tracking=tensorboard"],
@@ -252,7 +253,7 @@ def test_answers_beyond_the_model_s_context_are_refused_before_it_is_loaded(
 ) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(Run, "load_base", lambda self: loaded.append("base") or pytest.skip("loaded"))
-    chosen = [f"model.name={base}", "adapter=none", "data.max_eval_samples=null", *overrides]
+    chosen = [f"model.name={base}", "data.max_eval_samples=null", *overrides]
     text = refusal(tmp_path, *chosen, "generation.max_new_tokens=240")
     found = re.fullmatch(
         rf"generation\.max_new_tokens=240 on top of the longest prompt's (\d+) tokens is more than the 256 that {base} "

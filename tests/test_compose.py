@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_origin
 
 import pytest
@@ -237,7 +238,11 @@ def wrong_value(key: str) -> Any:
     return 5 if get_origin(hint) is dict or hint is schema.ArchitectureConfig else "abc"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if field_type(key) is not Any])
+TYPED = [key for key in FIELDS if field_type(key) is not Any and not isinstance(field_type(key), UnionType)]
+"""The fields whose type Hydra can express; the others have a sentence of their own."""
+
+
+@pytest.mark.parametrize("key", TYPED)
 def test_a_value_of_the_wrong_type_is_refused_with_the_right_type(base: DictConfig, key: str) -> None:
     text = message_of_value(base, key, wrong_value(key))
     assert text.startswith(f"{key} must be {in_words(key)}, got "), text
@@ -250,7 +255,7 @@ def test_a_part_of_the_fast_step_is_true_false_or_auto(base: DictConfig, name: s
     assert text == f"trainer.{name} must be true, false or auto, got {value!r}"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if not may_be_null(key) and field_type(key) is not Any])
+@pytest.mark.parametrize("key", [key for key in TYPED if not may_be_null(key)])
 def test_null_is_refused_where_a_value_is_needed(base: DictConfig, key: str) -> None:
     assert message_of_value(base, key, None) == f"{key} must be {in_words(key)}, got null"
 

@@ -25,7 +25,7 @@ def test_a_config_has_one_identity_however_it_is_written() -> None:
     assert identity(config()) == identity(config("lora.r=32", "seed=0", "model=tiny"))
     assert identity(config("trainer.learning_rate=1e-4")) == identity(config("trainer.learning_rate=0.0001"))
     assert identity(config()) == identity(config("tracking=wandb", "name=other", "data.num_proc=3"))
-    others = ("lora.r=8", "seed=1", "quantization=fp4", "task=evaluate", "adapter=none", "evaluation=loss")
+    others = ("lora.r=8", "seed=1", "quantization=fp4", "task=evaluate", "data.max_length=9", "evaluation=loss")
     assert len({identity(config()), *(identity(config(other)) for other in others)}) == len(others) + 1
 
 
