@@ -271,3 +271,43 @@ def test_a_sweep_passes_the_spelling_on_to_its_jobs(tmp_path: Path) -> None:
     jobs = sorted((tmp_path / "outputs/sweeps/1e3").glob("*/.hydra/config.yaml"))
     assert [OmegaConf.load(job).data.subset for job in jobs] == ["007", "5"]
     assert {OmegaConf.load(job).model.revision for job in jobs} == {"1e5"}
+
+
+INSIDE = {
+    "model: {new_tokens: [{a: b}]}": "model.new_tokens[0] must be a text, got {'a': 'b'}",
+    "model: {new_tokens: [[a]]}": "model.new_tokens[0] must be a text, got ['a']",
+    "data: {columns: {output: [a]}}": "data.columns.output must be a text, got ['a']",
+    "data: {columns: {output: {a: b}}}": "data.columns.output must be a text, got {'a': 'b'}",
+    "data: {mix: {a: {path: b, columns: {c.d: [a]}}}}": "data.mix.a.columns.c.d must be a text, got ['a']",
+    "evaluation: {metrics: [[a]]}": "evaluation.metrics[0] must be a text, got ['a']",
+    "tracking: {tags: [a, [b]]}": "tracking.tags[1] must be a text, got ['b']",
+    "trusted: [[a]]": "trusted[0] must be a text, got ['a']",
+    "callbacks: {x: 1}": "callbacks.x must be a mapping with a _target_ (module.Class) and its arguments, got 1",
+    "callbacks: {x: [a]}": "callbacks.x must be a mapping with a _target_",
+    "callbacks: {x: {patience: 1}}": "callbacks.x must be a mapping with a _target_",
+    "trainer: {max_steps: 9223372036854775808}": "trainer.max_steps must lie between -2^63 and 2^63, got 92233720",
+}
+
+
+def mistake(folder: Path, text: str) -> str:
+    """Returns what is said of a run with a file of the user's own."""
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        compose(["experiment=mine"], folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("text", INSIDE)
+def test_a_list_or_a_mapping_is_no_text_wherever_it_stands(tmp_path: Path, text: str) -> None:
+    assert mistake(tmp_path, f"# @package _global_\n{text}\n").startswith(INSIDE[text])
+
+
+def test_a_list_is_no_text_on_the_command_line_either() -> None:
+    for words, sentence in {
+        "model.new_tokens=[[a]]": "model.new_tokens[0] must be a text, got ['a']",
+        "callbacks.x=1e5": "callbacks.x must be a mapping with a _target_",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            compose([words])
+        assert str(error.value).startswith(sentence)
