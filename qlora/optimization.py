@@ -239,9 +239,16 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
             f"trainer.lr_scheduler_type={name!r} is unknown{did_you_mean(name, SCHEDULES)}; choose one of "
             f"{', '.join(SCHEDULES)}"
         )
-    if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
-        return {}
     schedule, who = SCHEDULES[name], f"trainer.lr_scheduler_type={name}"
+    if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
+        known = {key: kind for each in SCHEDULES.values() for key, kind in each.arguments.items()}
+        for key in arguments:
+            if key not in known:
+                raise ConfigError(
+                    f"trainer.lr_scheduler_kwargs.{key} is no argument of any trainer.lr_scheduler_type"
+                    f"{did_you_mean(str(key), known)}; leave it out, as {who} takes none"
+                )
+        return {}
     typed = _typed("trainer.lr_scheduler_kwargs", arguments, schedule.arguments, who)
     if missing := [key for key in schedule.needs if key not in typed]:
         raise ConfigError(f"{who} needs trainer.lr_scheduler_kwargs.{missing[0]}; set it{_example(missing[0])}")

@@ -260,6 +260,11 @@ REFUSED = {
         {"optim": "rmsprop_bnb", "optim_args": {"alpha": 0}},
         "trainer.optim=rmsprop_bnb: trainer.optim_args.alpha=0 must be above 0 and below 1",
     ),
+    "no schedule's": (
+        {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycle": 1}},
+        "trainer.lr_scheduler_kwargs.num_cycle is no argument of any trainer.lr_scheduler_type (did you mean "
+        "num_cycles?); leave it out, as trainer.lr_scheduler_type=constant takes none",
+    ),
     "half a step": (
         {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 1.5}},
         "trainer.lr_scheduler_kwargs.timescale must be a whole number, got 1.5",
@@ -364,6 +369,8 @@ def assert_agrees(name: str, given: dict[str, Any]) -> None:
 
 def test_the_arguments_of_a_recipe_are_taken_out_by_null_and_by_an_empty_mapping() -> None:
     assert compose(["trainer.lr_scheduler_type=constant"]).trainer.lr_scheduler_kwargs == {}
+    left = {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}
+    assert settings(lr_scheduler_type="constant", lr_scheduler_kwargs=left).lr_scheduler_kwargs == {}
     for nothing in ("null", "{}"):
         trainer = compose(["trainer.lr_scheduler_type=linear", f"trainer.lr_scheduler_kwargs={nothing}"]).trainer
         assert trainer.lr_scheduler_kwargs == {}
