@@ -387,6 +387,7 @@ def _spell_sweeps(config: DictConfig, top: KeyPath) -> None:
 def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None:
     """Raises `ConfigError` for an entry of a defaults list that names no option, several, or another place."""
     pairs = (pair for entry in entries.value if isinstance(entry, yaml.MappingNode) for pair in entry.value)
+    overridden = dict[str, int]()
     for key_node, option in pairs:
         name, _, package = key_node.value.split()[-1].partition("@")
         group: str = name.lstrip("/") if name.startswith("/") or not parent else f"{parent}/{name}"
@@ -396,6 +397,13 @@ def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None
                 f"{where}@{package}: an option stays in its group; leave the @{package} out, and write "
                 f"`# @package {package}` at the top of the file that belongs elsewhere"
             )
+        if key_node.value.split()[0] == "override":  # Hydra takes the last of them
+            if group in overridden:
+                raise ConfigError(
+                    f"{where} is overridden in line {overridden[group]} already, and one option would be lost; leave "
+                    "one of the two lines out"
+                )
+            overridden[group] = key_node.start_mark.line + 1
         if isinstance(option, yaml.SequenceNode) and takes_one_option(group, SpelledSource.shipped):
             raise ConfigError(f"{where} takes one option, and this is a list; name one of them")
         for node in option.value if isinstance(option, yaml.SequenceNode) else [option]:

@@ -311,3 +311,22 @@ def test_a_list_is_no_text_on_the_command_line_either() -> None:
         with pytest.raises(ConfigError) as error:
             compose([words])
         assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("group", "entries"),
+    {
+        "lora": ("/lora: dora", "/lora: attention"),
+        "data": ("/data: alpaca", "/data@data: oasst1"),
+        "callbacks": ("/callbacks: none", "/callbacks: early-stopping"),
+        "hydra/sweeper": ("/hydra/sweeper: optuna", "/hydra/sweeper: basic"),
+    }.items(),
+)
+def test_a_group_is_overridden_once_in_a_defaults_list(tmp_path: Path, group: str, entries: tuple[str, str]) -> None:
+    lines = "".join(f"- override {entry}\n" for entry in entries)
+    text = f"# @package _global_\ndefaults:\n- override /model: llama-7b\n{lines}"
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert mistake(tmp_path, text) == (
+        f"{file}, line 5: {group} is overridden in line 4 already, and one option would be lost; leave one of the two "
+        "lines out"
+    )
