@@ -45,7 +45,7 @@ from yaml import MarkedYAMLError, YAMLError
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
-from qlora.spelling import field_types, keep_spelling, reading_spellings, takes_one_option
+from qlora.spelling import SHAPES, field_types, keep_spelling, reading_spellings, takes_one_option
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -873,7 +873,7 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}", UnionType: "a text or a list of texts"}
+        lists: dict[Any, str] = {**SHAPES, UnionType: "a text or a list of texts"}
         text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
     return f"{text} or null" if may_be_null(key) else text
 

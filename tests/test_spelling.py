@@ -330,3 +330,61 @@ def test_a_group_is_overridden_once_in_a_defaults_list(tmp_path: Path, group: st
         f"{file}, line 5: {group} is overridden in line 4 already, and one option would be lost; leave one of the two "
         "lines out"
     )
+
+
+SHAPED = {
+    "trusted: yes": "trusted must be a list such as [a,b], got yes",
+    "trusted: a": "trusted must be a list such as [a,b], got a",
+    "trusted: {a: b}": "trusted must be a list such as [a,b], got {a: b}",
+    "model: {new_tokens: abc}": "model.new_tokens must be a list such as [a,b], got abc",
+    "evaluation: {metrics: 1}": "evaluation.metrics must be a list such as [a,b], got 1",
+    "data: {columns: [a]}": "data.columns must be a mapping such as {a: 1}, got [a]",
+    "data: {columns: a}": "data.columns must be a mapping such as {a: 1}, got a",
+    "data: {mix: [a, {b: c}]}": "data.mix must be a mapping such as {a: 1}, got [a, {b: c}]",
+    "trainer: {optim_args: [a]}": "trainer.optim_args must be a mapping such as {a: 1}, got [a]",
+    "callbacks: [a]": "callbacks must be a mapping such as {a: 1}, got [a]",
+    "model: {new_tokens: [<a>, ~]}": "model.new_tokens[1] must be a text, got ~",
+    "tracking: {tags: [null]}": "tracking.tags[0] must be a text, got null",
+    "data: {columns: {output: }}": "data.columns.output must be a text, got null",
+    "model.revision: x": "model.revision is written as one key; nest it: model: {revision: VALUE}",
+    "model: {architecture.head_dim: 8}": "architecture.head_dim is written as one key; nest it: architecture: {head_d",
+    "model.architecture.head_dim: 8": "model.architecture.head_dim is written as one key; nest it: model: "
+    "{architecture: {head_dim: VALUE}}",
+    "hydra.run.dir: x": "hydra.run.dir is written as one key; nest it: hydra: {run: {dir: VALUE}}",
+}
+
+
+@pytest.mark.parametrize("text", SHAPED)
+def test_a_value_of_another_shape_is_shown_with_its_line_and_key(tmp_path: Path, text: str) -> None:
+    sentence = mistake(tmp_path, f"# @package _global_\n\n{text}\n")
+    assert sentence.startswith(f"{tmp_path / 'experiment' / 'mine.yaml'}, line 3: {SHAPED[text]}")
+
+
+def test_a_list_is_no_file_of_options(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    said = f"{file} must hold keys and values such as `seed: 1`, got "
+    assert mistake(tmp_path, "# @package _global_\n- a\n- b: 1\n") == f"{said}[a, {{b: 1}}]"
+    assert mistake(tmp_path, "# @package _global_\nseed\n") == f"{said}seed"
+
+
+@pytest.mark.parametrize("text", ["seed: 1\n", "", "- a\n", "# mine\n# @package _global_\nseed: 1\n"])
+def test_an_experiment_says_in_its_first_line_that_it_is_of_all_groups(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    said = f"{file}: an option of experiment sets keys of all groups; put `# @package _global_` into its first line"
+    assert mistake(tmp_path, text) == said
+    file.write_text(f"# @package _global_\n{text if text != '- a' + chr(10) else ''}")
+    assert compose(["experiment=mine"], tmp_path)
+
+
+def test_a_byte_order_mark_that_hides_the_first_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert mistake(tmp_path, "\ufeff# @package _global_\nseed: 1\n") == (
+        f"{file} begins with a byte order mark, which hides its first line; save it as UTF-8 without"
+    )
+
+
+def test_names_with_dots_stay_where_names_are_free(tmp_path: Path) -> None:
+    text = "# @package _global_\ndata: {columns: {a.b: c}}\nhydra: {sweeper: {params: {model.revision: 'a,b'}}}\n"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert compose(["experiment=mine", "hydra/sweeper=basic"], tmp_path).data.columns == {"a.b": "c"}
