@@ -45,7 +45,7 @@ from yaml import MarkedYAMLError, YAMLError
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
-from qlora.spelling import field_types, keep_spelling, reading_spellings, takes_one_option
+from qlora.spelling import SHAPES, field_types, keep_spelling, reading_spellings, takes_one_option
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -58,6 +58,9 @@ START_VARIABLE = "QLORA_START"
 SWEEPER_MAPPINGS = tuple(
     f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
 )
+
+LARGEST_NUMBER = 2**63 - 1
+"""What torch and Arrow count to."""
 
 CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
 """Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
@@ -449,11 +452,32 @@ def to_config(composed: DictConfig) -> Config:
             raise unknown_key(key)
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise ConfigError(f"{missing[0]} is not set; choose an option for its group or give {missing[0]}=VALUE")
+        _check_values(OmegaConf.to_container(composed, resolve=True), Config, "")
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)
     return config
+
+
+def _check_values(value: Any, hint: Any, key: str) -> None:
+    """Raises `ConfigError` for what OmegaConf lets through: a list or a mapping as a text, a number of over 63 bits."""
+    options = [each for each in (get_args(hint) if get_origin(hint) is UnionType else [hint]) if each is not NoneType]
+    held = [each for each in options if dataclasses.is_dataclass(each)] if isinstance(value, dict) else options
+    kind = held[0] if len(held) == 1 else options[0] if len(options) == 1 else Any
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+        for name, each in value.items():
+            _check_values(each, _hints(kind).get(name, Any), f"{key}.{name}".lstrip("."))
+    elif isinstance(value, dict) and get_origin(kind) is dict:
+        for name, each in value.items():
+            _check_values(each, get_args(kind)[-1], f"{key}.{name}")
+    elif isinstance(value, list) and get_origin(kind) is list:
+        for index, each in enumerate(value):
+            _check_values(each, get_args(kind)[0], f"{key}[{index}]")
+    elif kind is str and isinstance(value, dict | list):
+        raise ConfigError(f"{key} must be a text, got {value!r}")
+    elif kind is int and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ConfigError(f"{key} must lie between -2^63 and 2^63, got {value}; write a smaller number")
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
@@ -849,7 +873,7 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}", UnionType: "a text or a list of texts"}
+        lists: dict[Any, str] = {**SHAPES, UnionType: "a text or a list of texts"}
         text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
     return f"{text} or null" if may_be_null(key) else text
 
@@ -912,8 +936,6 @@ def build_callbacks(nodes: dict[str, Any], kind: type) -> list[Any]:
 
     callbacks = []
     for name, node in nodes.items():
-        if not isinstance(node, dict) or "_target_" not in node:
-            raise ConfigError(f"callbacks.{name} must hold a _target_ (module.Class) and its arguments, got {node!r}")
         try:
             if not issubclass(get_class(str(node["_target_"])), kind):
                 raise ConfigError(f"callbacks.{name}._target_={node['_target_']} is no {kind.__name__}")

@@ -17,11 +17,37 @@ Choices = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Bound:
+    """Where a number lies: from `low`, or right above it, and below `high`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    is_open: bool = False
+    """Whether `low` itself is left out, of a bound that has a `high`."""
+
+    def allows(self, number: float) -> bool:
+        """Returns whether a number lies there."""
+        return (self.low < number if self.is_open else self.low <= number) and number < self.high
+
+    @property
+    def rule(self) -> str:
+        """What is said of a number that does not."""
+        if self.high == math.inf:
+            return f"be {self.low:g} or more" if self.low else "not be negative"
+        return f"be {'above' if self.is_open else 'at least'} {self.low:g} and below {self.high:g}"
+
+
+NOT_NEGATIVE, SHARE, INNER_SHARE, COUNT = Bound(), Bound(high=1), Bound(high=1, is_open=True), Bound(low=1)
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """What an optimizer takes and needs."""
 
     arguments: Mapping[str, type | Choices] = field(default_factory=dict)
     """The keys of `trainer.optim_args` that it reads."""
+    bounds: Mapping[str, Bound] = field(default_factory=dict)
+    """Where those numbers lie, as its library checks them or divides by them."""
     module: str | None = None
     package: str | None = None
     """What brings the module, beside transformers, torch and bitsandbytes."""
@@ -32,15 +58,18 @@ class Optimizer:
 
 _ADEMAMIX = {"beta3": float, "alpha": float, "t_alpha": int, "t_beta3": int}
 _RMSPROP = {"alpha": float, "momentum": float, "eps": float}
+_ADEMAMIX_BOUNDS = {"beta3": SHARE, "t_alpha": NOT_NEGATIVE, "t_beta3": NOT_NEGATIVE}
+_RMSPROP_BOUNDS = {"alpha": INNER_SHARE, "momentum": SHARE, "eps": NOT_NEGATIVE}
+"""Those of bitsandbytes; torch takes 1 and more."""
 _AVERAGING = {"r": float, "weight_lr_power": float}
 
 
 def _torchao() -> Optimizer:
-    return Optimizer({"block_size": int, "bf16_stochastic_round": bool}, "torchao", "torchao")
+    return Optimizer({"block_size": int, "bf16_stochastic_round": bool}, {"block_size": COUNT}, "torchao", "torchao")
 
 
 def _schedule_free() -> Optimizer:
-    return Optimizer(_AVERAGING, "schedulefree", "schedulefree", is_schedule_free=True)
+    return Optimizer(_AVERAGING, module="schedulefree", package="schedulefree", is_schedule_free=True)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -53,22 +82,22 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "paged_adamw_32bit": Optimizer(),
     "paged_adamw_8bit": Optimizer(),
     "adafactor": Optimizer(),
-    "adagrad": Optimizer({"lr_decay": float, "eps": float}),
-    "ademamix": Optimizer(_ADEMAMIX),
-    "ademamix_8bit": Optimizer(_ADEMAMIX),
-    "paged_ademamix_32bit": Optimizer(_ADEMAMIX, needs_cuda=True),
-    "paged_ademamix_8bit": Optimizer(_ADEMAMIX, needs_cuda=True),
+    "adagrad": Optimizer({"lr_decay": float, "eps": float}, dict.fromkeys(("lr_decay", "eps"), NOT_NEGATIVE)),
+    "ademamix": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS),
+    "ademamix_8bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS),
+    "paged_ademamix_32bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS, needs_cuda=True),
+    "paged_ademamix_8bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS, needs_cuda=True),
     "lion_32bit": Optimizer(),
     "lion_8bit": Optimizer(),
     "paged_lion_32bit": Optimizer(),
     "paged_lion_8bit": Optimizer(),
-    "rmsprop": Optimizer({**_RMSPROP, "centered": bool}),
-    "rmsprop_bnb": Optimizer(_RMSPROP),
-    "rmsprop_bnb_32bit": Optimizer(_RMSPROP),
-    "rmsprop_bnb_8bit": Optimizer(_RMSPROP),
-    "sgd": Optimizer({"momentum": float, "dampening": float, "nesterov": bool}),
+    "rmsprop": Optimizer({**_RMSPROP, "centered": bool}, dict.fromkeys(_RMSPROP, NOT_NEGATIVE)),
+    "rmsprop_bnb": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
+    "rmsprop_bnb_32bit": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
+    "rmsprop_bnb_8bit": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
+    "sgd": Optimizer({"momentum": float, "dampening": float, "nesterov": bool}, {"momentum": NOT_NEGATIVE}),
     "stable_adamw": Optimizer(
-        {"decouple_lr": bool, "max_lr": float, "kahan_sum": bool}, "optimi", "torch-optimi"
+        {"decouple_lr": bool, "max_lr": float, "kahan_sum": bool}, {"max_lr": NOT_NEGATIVE}, "optimi", "torch-optimi"
     ),
     "schedule_free_adamw": _schedule_free(),
     "schedule_free_radam": _schedule_free(),
@@ -123,6 +152,15 @@ _PLATEAU: dict[str, type | Choices] = {
     **dict.fromkeys(("patience", "cooldown"), int),
     "threshold_mode": _THRESHOLD,
 }
+_SCHEDULE_BOUNDS = {
+    **dict.fromkeys(
+        ("num_cycles", "power", "num_decay_steps", "num_stable_steps", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate",
+         "patience", "cooldown", "warmup", "threshold", "eps", "reset_start"),
+        NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("timescale", "window_size"), COUNT),
+}  # fmt: skip
+"""Of all schedules, as their arguments of one name mean the same."""
 SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(),
     "constant_with_warmup": Schedule(),
@@ -163,7 +201,22 @@ def check_optimizer(name: str, arguments: Mapping[str, Any], schedule: str) -> d
             f"trainer.optim={name} averages weights in place of a schedule, and trainer.lr_scheduler_type={schedule}; "
             "set trainer.lr_scheduler_type=constant"
         )
-    return _typed("trainer.optim_args", arguments, OPTIMIZERS[name].arguments, f"trainer.optim={name}")
+    who = f"trainer.optim={name}"
+    typed = _typed("trainer.optim_args", arguments, OPTIMIZERS[name].arguments, who)
+    _check_bounds(who, "trainer.optim_args", typed, OPTIMIZERS[name].bounds)
+    if typed.get("nesterov") and (not typed.get("momentum") or typed.get("dampening")):
+        raise ConfigError(
+            f"{who}: trainer.optim_args.nesterov=true needs a momentum and no dampening, got "
+            f"momentum={typed.get('momentum', 0):g} and dampening={typed.get('dampening', 0):g}; set "
+            "trainer.optim_args.momentum, e.g. to 0.9, and leave dampening out"
+        )
+    return typed
+
+
+def _check_bounds(who: str, owner: str, typed: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
+    for key, bound in bounds.items():
+        if key in typed and not bound.allows(typed[key]):
+            raise ConfigError(f"{who}: {owner}.{key}={typed[key]:g} must {bound.rule}")
 
 
 def check_installed(name: str) -> None:
@@ -186,9 +239,16 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
             f"trainer.lr_scheduler_type={name!r} is unknown{did_you_mean(name, SCHEDULES)}; choose one of "
             f"{', '.join(SCHEDULES)}"
         )
-    if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
-        return {}
     schedule, who = SCHEDULES[name], f"trainer.lr_scheduler_type={name}"
+    if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
+        known = {key: kind for each in SCHEDULES.values() for key, kind in each.arguments.items()}
+        for key in arguments:
+            if key not in known:
+                raise ConfigError(
+                    f"trainer.lr_scheduler_kwargs.{key} is no argument of any trainer.lr_scheduler_type"
+                    f"{did_you_mean(str(key), known)}; leave it out, as {who} takes none"
+                )
+        return {}
     typed = _typed("trainer.lr_scheduler_kwargs", arguments, schedule.arguments, who)
     if missing := [key for key in schedule.needs if key not in typed]:
         raise ConfigError(f"{who} needs trainer.lr_scheduler_kwargs.{missing[0]}; set it{_example(missing[0])}")
@@ -220,10 +280,7 @@ def _check_limits(who: str, typed: Mapping[str, Any], unset: Mapping[str, float]
     factor = typed.get("factor", 0.5)
     if not 0 < factor < 1:
         raise ConfigError(f"{who}: trainer.lr_scheduler_kwargs.factor={factor:g} must lie between 0 and 1")
-    for key in ("num_cycles", "timescale", "power", "num_decay_steps", "num_stable_steps", "min_lr_rate",
-                "min_lr_ratio", "warmup_lr_rate", "patience", "cooldown", "warmup", "threshold", "eps"):  # fmt: skip
-        if typed.get(key, 0) < 0 or (key in ("timescale", "window_size") and typed.get(key, 1) < 1):
-            raise ConfigError(f"{who}: trainer.lr_scheduler_kwargs.{key}={typed[key]:g} must not be negative")
+    _check_bounds(who, "trainer.lr_scheduler_kwargs", typed, _SCHEDULE_BOUNDS)
 
 
 def _example(key: str) -> str:

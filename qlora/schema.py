@@ -1186,6 +1186,10 @@ class Config:
             raise ConfigError(
                 "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
             )
+        for name, node in self.callbacks.items():
+            is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
+            rule = "be a mapping with a _target_ (module.Class) and its arguments"
+            require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
         for key, name in named_code(self):
             check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)

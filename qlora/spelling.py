@@ -53,6 +53,8 @@ OTHER_BASES = {
     re.compile(r"[+-]?0b[01_]+"): "a binary number",
     re.compile(r"[+-]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?"): "a number to the base of 60",
 }
+SHAPES = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
+"""What holds other values, in words."""
 KINDS = {"int": "a number", "float": "a number", "bool": "a boolean", "timestamp": "a date", "null": "null"}
 """What a tag of YAML is called."""
 
@@ -279,21 +281,84 @@ def read_spellings(file: Path, config_path: str, result: ConfigResult) -> None:
     """Checks the spelling of every value in a file of options, and makes numbers whole that are, in `result`."""
     with file.open(encoding="utf-8") as stream:
         root = yaml.compose(stream, Loader=_Loader)
-    if not isinstance(root, yaml.MappingNode) or not isinstance(result.config, DictConfig):
-        return
     group = config_path.removesuffix(".yaml").rpartition("/")[0]
+    _check_head(file, group, result.header.get("package"))
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{file} must hold keys and values such as `seed: 1`, got {_shown(root)}")
+    if root is None or not isinstance(result.config, DictConfig):
+        return
     package = result.header.get("package") or group.replace("/", ".")
     top = () if package == "_global_" or group in ANYWHERE else split_key(package)
     for key_node, value in root.value:
         if key_node.value == "defaults" and isinstance(value, yaml.SequenceNode):
             _check_defaults(file, group, value)
     body = yaml.MappingNode(root.tag, [pair for pair in root.value if pair[0].value != "defaults"])
+    _check_shape(file, body, top)
     for scalar in _scalars(body, top):
         if (number := _check(file, scalar)) is not None:
             _make_whole(result.config, scalar.path[len(top) :], number)
     if not top and "from" in result.config:  # no field of a Python class can be called so
         result.config["source"] = result.config.pop("from")
     _spell_sweeps(result.config, top)
+
+
+def _check_head(file: Path, group: str, package: str | None) -> None:
+    """Raises `ConfigError` for a file whose keys are those of all groups, if its first line does not say so."""
+    if package is not None or not group or group in ANYWHERE:
+        return
+    with file.open(encoding="utf-8") as stream:
+        first = stream.readline()
+    if re.match("\ufeff\\s*#\\s*@", first):
+        raise ConfigError(f"{file} begins with a byte order mark, which hides its first line; save it as UTF-8 without")
+    if type_at((group.partition("/")[0],)) is None:
+        raise ConfigError(
+            f"{file}: an option of {group} sets keys of all groups; put `# @package _global_` into its first line"
+        )
+
+
+def _check_shape(file: Path, node: yaml.Node, path: KeyPath) -> None:
+    """Raises `ConfigError` for a list or a mapping in place of the other, for a key with dots, and for null as text."""
+    hint = type_at(path)
+    if path and path[0] != "hydra":  # whose own types say what a run has, and `params` what is swept
+        _check_kind(file, node, path, hint)
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _check_shape(file, item, (*path, f"[{index}]"))
+    for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = "source" if not path and key_node.value == "from" else key_node.value
+        if key_node.tag.endswith(":merge") or not isinstance(name, str):
+            continue
+        first, dot, rest = name.partition(".")
+        if dot and (not path or dataclasses.is_dataclass(hint)) and type_at((*path, first)) is not None:
+            raise ConfigError(
+                f"{file}, line {key_node.start_mark.line + 1}: {name} is written as one key; nest it: "
+                f"{first}: {{{rest.replace('.', ': {')}: VALUE{'}' * rest.count('.')}}}"
+            )
+        _check_shape(file, value, (*path, name))
+
+
+def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
+    is_null = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")
+    is_later = isinstance(node, yaml.ScalarNode) and ("${" in node.value or node.value == "???")
+    owner = type_at(path[:-1])
+    wanted = None
+    if is_null and get_origin(owner) in SHAPES and get_args(owner)[-1] is str:
+        wanted = "a text"
+    elif not (is_null or is_later) and get_origin(hint) in SHAPES:
+        node_kind = {yaml.SequenceNode: list, yaml.MappingNode: dict}.get(type(node))
+        wanted = SHAPES[get_origin(hint)] if node_kind is not get_origin(hint) else None
+    if wanted is not None:
+        where = f"{file}, line {node.start_mark.line + 1}: {_dotted(path)}"
+        raise ConfigError(f"{where} must be {wanted}, got {_shown(node)}")
+
+
+def _shown(node: yaml.Node) -> str:
+    """Returns a value of a file in one line, as it could be written there."""
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(map(_shown, node.value))}]"
+    if isinstance(node, yaml.MappingNode):
+        return f"{{{', '.join(f'{_shown(key)}: {_shown(value)}' for key, value in node.value)}}}"
+    return str(node.value) or "null"
 
 
 def _scalars(node: yaml.Node, path: KeyPath) -> Iterator[_Scalar]:
@@ -387,6 +452,7 @@ def _spell_sweeps(config: DictConfig, top: KeyPath) -> None:
 def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None:
     """Raises `ConfigError` for an entry of a defaults list that names no option, several, or another place."""
     pairs = (pair for entry in entries.value if isinstance(entry, yaml.MappingNode) for pair in entry.value)
+    overridden = dict[str, int]()
     for key_node, option in pairs:
         name, _, package = key_node.value.split()[-1].partition("@")
         group: str = name.lstrip("/") if name.startswith("/") or not parent else f"{parent}/{name}"
@@ -396,6 +462,13 @@ def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None
                 f"{where}@{package}: an option stays in its group; leave the @{package} out, and write "
                 f"`# @package {package}` at the top of the file that belongs elsewhere"
             )
+        if key_node.value.split()[0] == "override":  # Hydra takes the last of them
+            if group in overridden:
+                raise ConfigError(
+                    f"{where} is overridden in line {overridden[group]} already, and one option would be lost; leave "
+                    "one of the two lines out"
+                )
+            overridden[group] = key_node.start_mark.line + 1
         if isinstance(option, yaml.SequenceNode) and takes_one_option(group, SpelledSource.shipped):
             raise ConfigError(f"{where} takes one option, and this is a list; name one of them")
         for node in option.value if isinstance(option, yaml.SequenceNode) else [option]:

@@ -271,3 +271,120 @@ def test_a_sweep_passes_the_spelling_on_to_its_jobs(tmp_path: Path) -> None:
     jobs = sorted((tmp_path / "outputs/sweeps/1e3").glob("*/.hydra/config.yaml"))
     assert [OmegaConf.load(job).data.subset for job in jobs] == ["007", "5"]
     assert {OmegaConf.load(job).model.revision for job in jobs} == {"1e5"}
+
+
+INSIDE = {
+    "model: {new_tokens: [{a: b}]}": "model.new_tokens[0] must be a text, got {'a': 'b'}",
+    "model: {new_tokens: [[a]]}": "model.new_tokens[0] must be a text, got ['a']",
+    "data: {columns: {output: [a]}}": "data.columns.output must be a text, got ['a']",
+    "data: {columns: {output: {a: b}}}": "data.columns.output must be a text, got {'a': 'b'}",
+    "data: {mix: {a: {path: b, columns: {c.d: [a]}}}}": "data.mix.a.columns.c.d must be a text, got ['a']",
+    "evaluation: {metrics: [[a]]}": "evaluation.metrics[0] must be a text, got ['a']",
+    "tracking: {tags: [a, [b]]}": "tracking.tags[1] must be a text, got ['b']",
+    "trusted: [[a]]": "trusted[0] must be a text, got ['a']",
+    "callbacks: {x: 1}": "callbacks.x must be a mapping with a _target_ (module.Class) and its arguments, got 1",
+    "callbacks: {x: [a]}": "callbacks.x must be a mapping with a _target_",
+    "callbacks: {x: {patience: 1}}": "callbacks.x must be a mapping with a _target_",
+    "trainer: {max_steps: 9223372036854775808}": "trainer.max_steps must lie between -2^63 and 2^63, got 92233720",
+}
+
+
+def mistake(folder: Path, text: str) -> str:
+    """Returns what is said of a run with a file of the user's own."""
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        compose(["experiment=mine"], folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("text", INSIDE)
+def test_a_list_or_a_mapping_is_no_text_wherever_it_stands(tmp_path: Path, text: str) -> None:
+    assert mistake(tmp_path, f"# @package _global_\n{text}\n").startswith(INSIDE[text])
+
+
+def test_a_list_is_no_text_on_the_command_line_either() -> None:
+    for words, sentence in {
+        "model.new_tokens=[[a]]": "model.new_tokens[0] must be a text, got ['a']",
+        "callbacks.x=1e5": "callbacks.x must be a mapping with a _target_",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            compose([words])
+        assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("group", "entries"),
+    {
+        "lora": ("/lora: dora", "/lora: attention"),
+        "data": ("/data: alpaca", "/data@data: oasst1"),
+        "callbacks": ("/callbacks: none", "/callbacks: early-stopping"),
+        "hydra/sweeper": ("/hydra/sweeper: optuna", "/hydra/sweeper: basic"),
+    }.items(),
+)
+def test_a_group_is_overridden_once_in_a_defaults_list(tmp_path: Path, group: str, entries: tuple[str, str]) -> None:
+    lines = "".join(f"- override {entry}\n" for entry in entries)
+    text = f"# @package _global_\ndefaults:\n- override /model: llama-7b\n{lines}"
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert mistake(tmp_path, text) == (
+        f"{file}, line 5: {group} is overridden in line 4 already, and one option would be lost; leave one of the two "
+        "lines out"
+    )
+
+
+SHAPED = {
+    "trusted: yes": "trusted must be a list such as [a,b], got yes",
+    "trusted: a": "trusted must be a list such as [a,b], got a",
+    "trusted: {a: b}": "trusted must be a list such as [a,b], got {a: b}",
+    "model: {new_tokens: abc}": "model.new_tokens must be a list such as [a,b], got abc",
+    "evaluation: {metrics: 1}": "evaluation.metrics must be a list such as [a,b], got 1",
+    "data: {columns: [a]}": "data.columns must be a mapping such as {a: 1}, got [a]",
+    "data: {columns: a}": "data.columns must be a mapping such as {a: 1}, got a",
+    "data: {mix: [a, {b: c}]}": "data.mix must be a mapping such as {a: 1}, got [a, {b: c}]",
+    "trainer: {optim_args: [a]}": "trainer.optim_args must be a mapping such as {a: 1}, got [a]",
+    "callbacks: [a]": "callbacks must be a mapping such as {a: 1}, got [a]",
+    "model: {new_tokens: [<a>, ~]}": "model.new_tokens[1] must be a text, got ~",
+    "tracking: {tags: [null]}": "tracking.tags[0] must be a text, got null",
+    "data: {columns: {output: }}": "data.columns.output must be a text, got null",
+    "model.revision: x": "model.revision is written as one key; nest it: model: {revision: VALUE}",
+    "model: {architecture.head_dim: 8}": "architecture.head_dim is written as one key; nest it: architecture: {head_d",
+    "model.architecture.head_dim: 8": "model.architecture.head_dim is written as one key; nest it: model: "
+    "{architecture: {head_dim: VALUE}}",
+    "hydra.run.dir: x": "hydra.run.dir is written as one key; nest it: hydra: {run: {dir: VALUE}}",
+}
+
+
+@pytest.mark.parametrize("text", SHAPED)
+def test_a_value_of_another_shape_is_shown_with_its_line_and_key(tmp_path: Path, text: str) -> None:
+    sentence = mistake(tmp_path, f"# @package _global_\n\n{text}\n")
+    assert sentence.startswith(f"{tmp_path / 'experiment' / 'mine.yaml'}, line 3: {SHAPED[text]}")
+
+
+def test_a_list_is_no_file_of_options(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    said = f"{file} must hold keys and values such as `seed: 1`, got "
+    assert mistake(tmp_path, "# @package _global_\n- a\n- b: 1\n") == f"{said}[a, {{b: 1}}]"
+    assert mistake(tmp_path, "# @package _global_\nseed\n") == f"{said}seed"
+
+
+@pytest.mark.parametrize("text", ["seed: 1\n", "", "- a\n", "# mine\n# @package _global_\nseed: 1\n"])
+def test_an_experiment_says_in_its_first_line_that_it_is_of_all_groups(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    said = f"{file}: an option of experiment sets keys of all groups; put `# @package _global_` into its first line"
+    assert mistake(tmp_path, text) == said
+    file.write_text(f"# @package _global_\n{text if text != '- a' + chr(10) else ''}")
+    assert compose(["experiment=mine"], tmp_path)
+
+
+def test_a_byte_order_mark_that_hides_the_first_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert mistake(tmp_path, "\ufeff# @package _global_\nseed: 1\n") == (
+        f"{file} begins with a byte order mark, which hides its first line; save it as UTF-8 without"
+    )
+
+
+def test_names_with_dots_stay_where_names_are_free(tmp_path: Path) -> None:
+    text = "# @package _global_\ndata: {columns: {a.b: c}}\nhydra: {sweeper: {params: {model.revision: 'a,b'}}}\n"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert compose(["experiment=mine", "hydra/sweeper=basic"], tmp_path).data.columns == {"a.b": "c"}

@@ -21,7 +21,15 @@ from qlora.data.collate import Collator, count_work
 from qlora.errors import ConfigError
 from qlora.models.device import Placement
 from qlora.models.fast import FastStep
-from qlora.optimization import LEFT_OUT, OPTIMIZERS, SCHEDULES, check_installed
+from qlora.optimization import (
+    LEFT_OUT,
+    OPTIMIZERS,
+    SCHEDULES,
+    check_installed,
+    check_optimizer,
+    read_arguments,
+    write_arguments,
+)
 from qlora.parts import Parts
 from qlora.schema import QuantizationConfig, TrainerConfig
 from qlora.training.meter import Meter
@@ -240,6 +248,23 @@ REFUSED = {
         {"optim": "sgd", "optim_args": {"nesterov": 1}},
         "trainer.optim_args.nesterov must be true or false, got 1",
     ),
+    "nesterov alone": (
+        {"optim": "sgd", "optim_args": {"nesterov": True}},
+        "trainer.optim_args.nesterov=true needs a momentum and no dampening, got momentum=0 and dampening=0; set",
+    ),
+    "window": (
+        {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": 1e-4, "max_lr": 0.5, "window_size": 0}},
+        "trainer.lr_scheduler_kwargs.window_size=0 must be 1 or more",
+    ),
+    "share": (
+        {"optim": "rmsprop_bnb", "optim_args": {"alpha": 0}},
+        "trainer.optim=rmsprop_bnb: trainer.optim_args.alpha=0 must be above 0 and below 1",
+    ),
+    "no schedule's": (
+        {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycle": 1}},
+        "trainer.lr_scheduler_kwargs.num_cycle is no argument of any trainer.lr_scheduler_type (did you mean "
+        "num_cycles?); leave it out, as trainer.lr_scheduler_type=constant takes none",
+    ),
     "half a step": (
         {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 1.5}},
         "trainer.lr_scheduler_kwargs.timescale must be a whole number, got 1.5",
@@ -305,8 +330,47 @@ def test_what_cannot_run_is_refused_when_the_config_is_read(kind: str) -> None:
     assert sentence in str(error.value)
 
 
+OWN_BOUNDS = ("t_alpha", "t_beta3")
+"""What bitsandbytes takes below zero, as counts of steps that turn the average around."""
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].module is None])
+def test_arguments_are_refused_where_the_library_refuses_them(name: str) -> None:
+    if not OPTIMIZERS[name].arguments:
+        assert not OPTIMIZERS[name].bounds
+    for key, kind in OPTIMIZERS[name].arguments.items():
+        for value in (True, False) if kind is bool else (-1, 0, 1, 2) if kind is int else (-0.1, 0.0, 0.5, 1.0, 1.5):
+            assert_agrees(name, {key: value})
+    if "nesterov" in OPTIMIZERS[name].arguments:
+        for momentum in (0.0, 0.5):
+            for dampening in (-0.1, 0.0, 0.1):
+                assert_agrees(name, {"nesterov": True, "momentum": momentum, "dampening": dampening})
+
+
+def assert_agrees(name: str, given: dict[str, Any]) -> None:
+    """Compares our check of the arguments of an optimizer with what happens where the library builds it."""
+    text = write_arguments(given)
+    arguments = transformers.TrainingArguments(optim=name, optim_args=text, use_cpu=True, report_to=[])
+    kind, keys = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if "rmsprop_bnb" in name:  # which transformers hands texts
+        keys |= read_arguments(name, text)
+    try:
+        kind([torch.nn.Parameter(torch.zeros(2))], **keys)
+        is_refused = False
+    except (ValueError, NotImplementedError):
+        is_refused = True
+    try:
+        check_optimizer(name, given, "linear")
+        is_ours = False
+    except ConfigError:
+        is_ours = True
+    assert is_ours == is_refused or (is_ours and set(given) <= set(OWN_BOUNDS)), (name, given, is_ours, is_refused)
+
+
 def test_the_arguments_of_a_recipe_are_taken_out_by_null_and_by_an_empty_mapping() -> None:
     assert compose(["trainer.lr_scheduler_type=constant"]).trainer.lr_scheduler_kwargs == {}
+    left = {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}
+    assert settings(lr_scheduler_type="constant", lr_scheduler_kwargs=left).lr_scheduler_kwargs == {}
     for nothing in ("null", "{}"):
         trainer = compose(["trainer.lr_scheduler_type=linear", f"trainer.lr_scheduler_kwargs={nothing}"]).trainer
         assert trainer.lr_scheduler_kwargs == {}
