@@ -61,6 +61,10 @@ class TrackedRow(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(self._cells)
 
+    def peek(self, key: str) -> Any:
+        """Returns what a key holds, without reading it."""
+        return self._cells.get(key)
+
     def part(self, cells: Row, column: str) -> TrackedRow:
         """Returns an object inside the cell of a column, whose unread keys are told with those of the row."""
         part = TrackedRow(cells, f"{self._prefix}{column}." if column else self._prefix)
@@ -79,6 +83,11 @@ class TrackedRow(Mapping[str, Any]):
 def track(row: Row, part: Any, column: str) -> Any:
     """Returns an object inside the cell of a row, tracked where the row is; all else stays as it is."""
     return row.part(part, column) if isinstance(row, TrackedRow) and isinstance(part, Mapping) else part
+
+
+def peek(row: Row, key: str) -> Any:
+    """Returns what a key of a row or an object holds; one that is tracked does not count it as read."""
+    return row.peek(key) if isinstance(row, TrackedRow) else row.get(key)
 
 
 def is_missing(value: Any) -> bool:
