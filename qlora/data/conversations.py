@@ -337,13 +337,14 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
 def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:
     """Splits a text at marks whose first group names the speaker; what stands before them is the system's.
 
-    An empty last turn, which some sets leave open for the answer, is left out.
+    A last turn of the user that says nothing, which some sets leave open for a question, is left out.
     """
     start, *pieces = mark.split(text)
     turns: list[Message] = [{"role": "system", "content": start.strip()}] if start.strip() else []
     for name, said in zip(pieces[::2], pieces[1::2], strict=True):
         turns.append({"role": ROLES[name.lower()], "content": said.strip()})
-    return turns[:-1] if turns and not turns[-1]["content"] else turns
+    is_open = bool(turns) and turns[-1]["role"] == "user" and not turns[-1]["content"]
+    return turns[:-1] if is_open else turns
 
 
 def split_inst(text: str) -> list[Message] | None:
@@ -360,4 +361,4 @@ def split_inst(text: str) -> list[Message] | None:
         turns.append({"role": "user", "content": (rest if found else asked).strip()})
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
-    return turns[:-1] if not turns[-1]["content"] else turns
+    return turns

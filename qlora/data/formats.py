@@ -140,13 +140,15 @@ def _history(row: Row) -> list[tuple[str, str]]:
     cell = chats.decode(row.get("history"))
     rounds = [] if cell is None or cell == "" else cell
     if not isinstance(rounds, list) or not all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(said is None or isinstance(said, str) for said in pair)
         for pair in rounds
     ):
         raise ConfigError(
             f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {short(cell)}"
         )
-    return [(asked, answer) for asked, answer in rounds]
+    return [(asked or "", answer or "") for asked, answer in rounds]
 
 
 def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
@@ -155,6 +157,16 @@ def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
 
 def _pair(source: str, target: str) -> list[Segment]:
     return [Segment(source, False), Segment(target, True)]
+
+
+def _whole(text: str, prompt: str = "") -> list[Segment]:
+    """Returns a text that is trained as a whole; one that ends where its answer would begin has an empty answer."""
+    said = text.rstrip()
+    marks = (words for words in PROMPTS if words.in_text and words.before.strip() in said)
+    is_open = bool(prompt.strip()) and said == prompt.rstrip()
+    if is_open or any(said.endswith(words.behind) for words in marks):
+        return _pair(said, "")
+    return _pair("", text)
 
 
 def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]:
@@ -191,7 +203,7 @@ def question_answer(row: Row) -> list[Example]:
 
 def text(row: Row) -> list[Example]:
     """Renders a whole text without a prompt (OpenAssistant-Guanaco)."""
-    return [_pair("", _text(row, "text", "text"))]
+    return [_whole(_text(row, "text", "text"))]
 
 
 def chosen(row: Row) -> list[Example]:
@@ -209,7 +221,7 @@ def chosen(row: Row) -> list[Example]:
         if prompt and not answer.startswith(prompt):
             return [_after_system(row, "chosen", _pair(prompt, answer))]
         if prompt or not row.get("question"):
-            return [_pair("", answer)]
+            return [_whole(answer, prompt)]
     turns = _said(row, "chosen", "chosen", "assistant")
     if turns and turns[0]["role"] == "assistant":
         asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
