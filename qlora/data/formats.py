@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qlora.data import conversations as chats
 from qlora.data.conversations import Conversation, Message
-from qlora.data.rows import Row, cell_text, is_rejected, short, track
+from qlora.data.rows import KTO_LABELS, LABELS, Row, cell_text, is_rejected, short, track
 from qlora.errors import ConfigError
 
 END_MARK = "<|endoftext|>"
@@ -109,6 +109,8 @@ class Format:
     several where it is nested, none where it is to be left out."""
     needs: tuple[tuple[str, ...], ...]
     """The columns without which it cannot work; each tuple is an alternative."""
+    labels: tuple[str, ...] = ()
+    """The columns, in any capitals, that say whether the answer of a row is a good one."""
 
     def lacks(self, columns: Iterable[str]) -> list[str]:
         """Returns the columns that are missing for the alternative nearest to `columns`."""
@@ -126,7 +128,7 @@ def alpaca(row: Row) -> list[Example]:
     The column `system` stands before all, an empty line behind it. Each round of `history`, pairs of question and
     answer, stands before the row's own with the same prompt and an end token.
     """
-    if is_rejected(row, "kto_tag"):
+    if is_rejected(row, *KTO_LABELS):
         return []
     context = _text(row, "alpaca", "input", "context")
     rounds = [_alpaca(asked, "", answer) for asked, answer in _history(row)]
@@ -176,7 +178,9 @@ def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]
 
 
 def input_output(row: Row) -> list[Example]:
-    """Renders input and output verbatim, after what `system` says."""
+    """Renders input and output verbatim, after what `system` says; none where `kto_tag` is false."""
+    if is_rejected(row, *KTO_LABELS):
+        return []
     pair = _pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))
     return [_after_system(row, "input-output", pair)]
 
@@ -196,7 +200,12 @@ def prompt_completion(row: Row) -> list[Example]:
 
 
 def question_answer(row: Row) -> list[Example]:
-    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says."""
+    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says.
+
+    None where `kto_tag` is false.
+    """
+    if is_rejected(row, *KTO_LABELS):
+        return []
     question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
     return [_after_system(row, "question-answer", _pair(QUESTION.ask(question), answer))]
 
@@ -349,14 +358,14 @@ FORMATS: dict[str, Format] = {
         unnatural, (("instruction", "instances"), ("instruction_with_input", "output"), ("instruction", "output"))
     ),
     "self-instruct-tasks": Format(self_instruct_tasks, (("instruction", "instances"),)),
-    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response"))),
+    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
     "segments": Format(segments, (("segments",), ("source", "target"))),
     "chosen": Format(chosen, (("chosen",),)),
-    "messages": Format(chats.messages, (("messages",),)),
-    "conversations": Format(chats.conversations, (("conversations",),)),
-    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),)),
-    "input-output": Format(input_output, (("input", "output"),)),
-    "question-answer": Format(question_answer, (("question", "answer"),)),
+    "messages": Format(chats.messages, (("messages",),), LABELS),
+    "conversations": Format(chats.conversations, (("conversations",),), LABELS),
+    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),), LABELS),
+    "input-output": Format(input_output, (("input", "output"),), KTO_LABELS),
+    "question-answer": Format(question_answer, (("question", "answer"),), KTO_LABELS),
     "human-bot": Format(human_bot, (("text",),)),
     "inst": Format(inst, (("text",),)),
     "text": Format(text, (("text",),)),

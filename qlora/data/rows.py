@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -35,6 +35,8 @@ MOST_NAMES = 30
 """So many names of columns are listed in a sentence."""
 LABELS = ("label", "kto_tag")
 """Columns that say whether an answer is a good one (KTO)."""
+KTO_LABELS = ("kto_tag",)
+"""Those that say so in every set; a `label` beside an instruction may be another thing, such as a class."""
 
 
 class TrackedRow(Mapping[str, Any]):
@@ -180,12 +182,22 @@ def read_truth(value: Any) -> bool | None:
     raise ValueError(value)
 
 
+def label_columns(columns: Iterable[str], labels: Sequence[str]) -> list[str]:
+    """Returns the columns that hold labels of preference, in whatever capitals."""
+    return [column for column in columns if column.lower() in labels]
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Tells whether a label says nothing."""
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
+
+
 def is_rejected(row: Row, *columns: str) -> bool:
     """Tells whether a label marks the answer of a row as a bad one; raises `ConfigError` where it is unclear.
 
     `columns` are those that may hold the label; unset: `LABELS`.
     """
-    for column in columns or LABELS:
+    for column in label_columns(row, columns or LABELS):
         try:
             if read_truth(row.get(column)) is False:
                 return True

@@ -22,7 +22,7 @@ from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
 from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
-from qlora.data.rows import take_rows
+from qlora.data.rows import is_unlabelled, label_columns, take_rows
 from qlora.data.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.data.templates import Template, choose_template, prompt_template
 from qlora.data.tokenize import build_tokenizer
@@ -190,6 +190,7 @@ class RowSet:
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
         shown = self.part.shown
+        _check_labels(rows, choice, shown)
         tokenizer = build_tokenizer(self.config, self.tokenizer, template)
         job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
         key = self._key(job, choice)
@@ -240,6 +241,18 @@ class RowSet:
             content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
         special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
         return hashlib.sha256((content + special).encode()).hexdigest()
+
+
+def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
+    """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
+    for column in label_columns(rows.column_names, choice.format.labels):
+        cells = (row[column] for row in take_rows(rows.select_columns(column), slice(None)))
+        missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
+        if 0 < len(missing) < len(rows):
+            raise ConfigError(
+                f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
+                f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
+            )
 
 
 def _losses(counts: Counts) -> str:
