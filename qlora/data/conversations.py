@@ -178,7 +178,8 @@ def _message(turn: object, where: str) -> Message:
         message |= {"content": "", "tool_calls": _calls(turn, key, where)}
     else:
         message["content"] = _content(value, message["role"], where)
-    if thought := _thought(turn, value, where):
+    # No template writes the thoughts of others: their keys stay unread, and are named.
+    if message["role"] == "assistant" and (thought := _thought(turn, value, where)):
         message[THOUGHTS] = thought
     calls = next((key for key in ("tool_calls", "function_call") if turn.get(key)), None)
     if calls:
@@ -310,7 +311,7 @@ def _arguments(call: Row, bare: Row, where: str) -> Any:
         value = holders[name].get(key)
         read = decode(value)
         given |= {} if is_missing(value) else {name + key: read if isinstance(read, dict) else value}
-    first = next(iter(given.values()), {})
+    first: Any = next(iter(given.values()), {})
     if any(value != first for value in given.values()):
         raise ConfigError(
             f"{where} calls {bare['name']} with different arguments under {' and '.join(given)}; keep one of them"
