@@ -162,6 +162,7 @@ def test_rows_read_are_rows_trained_held_out_and_lost(size, tokenizer, make_conf
     rows = [{"prompt": "q", "completion": text} for text in ("a", "", "b", long, "c", long, "d", " ", "e", "f")]
     rows += [{"prompt": "q", "completion": "x"} | bad, {"prompt": "r", "completion": "y"} | bad]
     rows += [{"prompt": f"p{number}", "completion": "a"} for number in range(10)]
+    rows = [{"label": True} | row for row in rows]
     for seed in range(6):
         config = make_config(rows, eval_dataset_size=size, max_length=20, on_too_long=OnTooLong.drop, split_seed=seed)
         report = build_data(config, tokenizer).report
