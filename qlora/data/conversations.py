@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.json_text import DoubledKey, parse
-from qlora.data.rows import Row, is_rejected, list_names, number_text, read_switch, short, track
+from qlora.data.rows import (
+    Row,
+    is_missing,
+    is_rejected,
+    list_names,
+    number_text,
+    peek,
+    read_switch,
+    short,
+    track,
+)
 from qlora.errors import ConfigError
 
 Message = dict[str, Any]
@@ -23,6 +33,8 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 CALL_ROLES = ("function_call", "tool_call")
+ARGUMENTS = ("arguments", "parameters", "input")
+"""What data sets call the arguments of a call: OpenAI, Llama 3, Anthropic."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_KEYS = ("text", "value", "content")
 """The keys of a part of a content that hold its text."""
@@ -160,16 +172,18 @@ def _message(turn: object, where: str) -> Message:
     if name not in ROLES:
         raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
     message: Message = {"role": ROLES[name]}
-    value = _first(turn, "content", "value")
+    key = "value" if turn.get("content") is None else "content"
+    value = turn.get(key) if name in CALL_ROLES else _parts(turn, key, message["role"])
     if name in CALL_ROLES:
-        message |= {"content": "", "tool_calls": _calls(decode(value), where)}
+        message |= {"content": "", "tool_calls": _calls(turn, key, where)}
     else:
         message["content"] = _content(value, message["role"], where)
-    if thought := _thought(turn, value, where):
+    # No template writes the thoughts of others: their keys stay unread, and are named.
+    if message["role"] == "assistant" and (thought := _thought(turn, value, where)):
         message[THOUGHTS] = thought
-    calls = turn.get("tool_calls") or turn.get("function_call")
+    calls = next((key for key in ("tool_calls", "function_call") if turn.get(key)), None)
     if calls:
-        message["tool_calls"] = _calls(decode(calls), where)
+        message["tool_calls"] = _calls(turn, calls, where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
         raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
     message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
@@ -181,8 +195,22 @@ def _first(turn: Mapping[str, Any], *keys: str) -> Any:
     return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
+def _parts(turn: Row, key: str, role: str) -> Any:
+    """Returns what a turn says; where that is an object or a list of parts, they are tracked in a list."""
+    value = turn.get(key)
+    if isinstance(value, Mapping) and (value.get("type") in TEXT_PARTS or (role != "tool" and _text_key(value))):
+        return _each(turn, key)
+    return _each(turn, key) if isinstance(value, list) and (role != "tool" or _is_parts(value)) else value
+
+
+def _each(holder: Row, key: str) -> list[Any]:
+    """Returns what a key holds as a list, its objects tracked."""
+    value = holder[key]
+    return [track(holder, part, key) for part in (value if isinstance(value, list) else [value])]
+
+
 def _content(value: Any, role: str, where: str) -> str:
-    """Returns what is said as text; typed parts are joined, a tool's objects are written as JSON."""
+    """Returns what is said as text; parts are joined, a tool's objects are written as JSON."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -196,15 +224,17 @@ def _content(value: Any, role: str, where: str) -> str:
     return "".join(_part(part, where) for part in value if not _is_thought(part))
 
 
-def _thought(turn: Mapping[str, Any], content: Any, where: str) -> str:
+def _thought(turn: Row, content: Any, where: str) -> str:
     """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
-    values = {key: turn.get(key) for key in THOUGHT_KEYS}
-    # A number or true under such a key is a setting.
+    # A number, true, or an object without text under such a key is a setting: nothing reads it.
     spoken = {
-        key: _content(value, "assistant", where) for key, value in values.items() if isinstance(value, (str, list))
+        key: _thought_text(_each(turn, key), where)
+        for key in THOUGHT_KEYS
+        if isinstance(value := peek(turn, key), (str, list))
+        or (isinstance(value, Mapping) and _text_key(value, *THOUGHT_KEYS))
     }
     if isinstance(content, list):
-        spoken["content"] = "".join(_thought_part(part, where) for part in content if _is_thought(part))
+        spoken["content"] = _thought_text([part for part in content if _is_thought(part)], where)
     thoughts = {key: text for key, text in spoken.items() if text.strip()}
     if len({text.strip() for text in thoughts.values()}) > 1:
         raise ConfigError(
@@ -213,11 +243,21 @@ def _thought(turn: Mapping[str, Any], content: Any, where: str) -> str:
     return next(iter(thoughts.values()), "")
 
 
-def _thought_part(part: Mapping[str, Any], where: str) -> str:
-    thought = _first(part, *THOUGHT_KEYS, *TEXT_KEYS)
-    if thought is None:
-        raise ConfigError(f"{where} holds a part {short(part)} without a text of thoughts; leave such parts out")
-    return _content(thought, "assistant", where)
+def _thought_text(value: Any, where: str) -> str:
+    if isinstance(value, list):
+        return "".join(_thought_text(part, where) for part in value)
+    if not isinstance(value, Mapping):
+        return _content(value, "assistant", where)
+    key = _text_key(value, *THOUGHT_KEYS)
+    if key is None:
+        raise ConfigError(f"{where} holds a part {short(value)} without a text of thoughts; leave such parts out")
+    value.get("type")  # whatever it is, the text is a thought here
+    return _thought_text(_each(value, key), where)
+
+
+def _text_key(part: Row, *before: str) -> str | None:
+    """Returns the key of a part that holds its text, `before` first; None: there is none."""
+    return next((key for key in (*before, *TEXT_KEYS) if peek(part, key) is not None), None)
 
 
 def _is_thought(part: object) -> bool:
@@ -232,28 +272,27 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    text = _first(part, *TEXT_KEYS) if isinstance(part, Mapping) else None
-    if kind not in TEXT_PARTS or not isinstance(text, str):
+    key = _text_key(part) if isinstance(part, Mapping) else None
+    text = None if key is None else part[key]
+    if kind not in (None, *TEXT_PARTS) or not isinstance(text, str):
         label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
         raise ConfigError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
     return text
 
 
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Returns calls of functions in OpenAI's shape, their arguments as objects; broken JSON stays text."""
-    listed = calls if isinstance(calls, list) else [calls]
-    return [_call(call, where) for call in listed]
+def _calls(turn: Row, key: str, where: str) -> list[dict[str, Any]]:
+    """Returns the calls of functions under a key of a turn in OpenAI's shape; their broken JSON stays text."""
+    calls = decode(turn.get(key))
+    return [_call(track(turn, call, key), where) for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
-    bare = function if isinstance(function, Mapping) else call
+    bare = track(call, function, "function") if isinstance(function, Mapping) else call
     if not isinstance(bare, Mapping) or not isinstance(bare.get("name"), str):
         raise ConfigError(f"{where} calls {short(call)}; a call of a function is JSON with name and arguments")
-    arguments = bare.get("arguments")
-    if isinstance(arguments, str):
-        read = decode(arguments)
-        arguments = read if isinstance(read, dict) else arguments
+    arguments = _arguments(call, bare, where)
+    call.get("type")  # "function" or the like says nothing more
     try:
         json.dumps(arguments)
     except TypeError as error:
@@ -261,7 +300,23 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             f"{where} calls {bare['name']} with arguments that JSON cannot write ({error}); write them as text"
         ) from None
     known = {"id": str(call["id"])} if call.get("id") is not None else {}
-    return {"type": "function", **known, "function": {"name": bare["name"], "arguments": arguments or {}}}
+    return {"type": "function", **known, "function": {"name": bare["name"], "arguments": arguments}}
+
+
+def _arguments(call: Row, bare: Row, where: str) -> Any:
+    """Returns the arguments under any of their keys, of a call or of the function in it; {}: there are none."""
+    holders = {"": bare} if bare is call else {"function.": bare, "": call}
+    given: dict[str, Any] = {}
+    for name, key in ((name, key) for name in holders for key in ARGUMENTS):
+        value = holders[name].get(key)
+        read = decode(value)
+        given |= {} if is_missing(value) else {name + key: read if isinstance(read, dict) else value}
+    first: Any = next(iter(given.values()), {})
+    if any(value != first for value in given.values()):
+        raise ConfigError(
+            f"{where} calls {bare['name']} with different arguments under {' and '.join(given)}; keep one of them"
+        )
+    return first
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
@@ -283,13 +338,14 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
 def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:
     """Splits a text at marks whose first group names the speaker; what stands before them is the system's.
 
-    An empty last turn, which some sets leave open for the answer, is left out.
+    A last turn of the user that says nothing, which some sets leave open for a question, is left out.
     """
     start, *pieces = mark.split(text)
     turns: list[Message] = [{"role": "system", "content": start.strip()}] if start.strip() else []
     for name, said in zip(pieces[::2], pieces[1::2], strict=True):
         turns.append({"role": ROLES[name.lower()], "content": said.strip()})
-    return turns[:-1] if turns and not turns[-1]["content"] else turns
+    is_open = bool(turns) and turns[-1]["role"] == "user" and not turns[-1]["content"]
+    return turns[:-1] if is_open else turns
 
 
 def split_inst(text: str) -> list[Message] | None:
@@ -306,4 +362,4 @@ def split_inst(text: str) -> list[Message] | None:
         turns.append({"role": "user", "content": (rest if found else asked).strip()})
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
-    return turns[:-1] if not turns[-1]["content"] else turns
+    return turns

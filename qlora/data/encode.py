@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from qlora import console
 from qlora.data.answers import settle
+from qlora.data.conversations import Conversation
 from qlora.data.formats import Example, Format
 from qlora.data.rows import Row, TrackedRow, take_rows
 from qlora.data.tokenize import Encoded, Tokenizer
@@ -72,6 +73,10 @@ class Counts:
     """Rows that their format leaves out, e.g. answers marked as bad."""
     untrained: int = 0
     """Examples dropped because no token of them would be trained."""
+    switched_off: int = 0
+    """Those of them whose answers are all switched off."""
+    only_thoughts: int = 0
+    """Those of them whose answers hold thoughts alone, which the chat template leaves out."""
     too_long: int = 0
     """Examples dropped by `on_too_long=drop`."""
     empty: int = 0
@@ -221,6 +226,8 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
             counts["too_long"] += 1
         elif not encoded.trained:
             counts["untrained"] += 1
+            counts["switched_off"] += _is_off(draft.example)
+            counts["only_thoughts"] += bool(encoded.lost_thoughts) and not (encoded.cut_source or encoded.cut_target)
         else:
             counts["empty_answers"] += draft.empty
             counts["lost_thoughts"] += encoded.lost_thoughts
@@ -229,6 +236,14 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
             rows_kept.append(draft.row)
             tasks_kept.append(draft.task)
     return _record_batch(job, kept, rows_kept, tasks_kept), counts
+
+
+def _is_off(example: Example) -> bool:
+    """Tells whether a chat has answers, but all of them are switched off."""
+    if not isinstance(example, Conversation):
+        return False
+    weights = [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"]
+    return bool(weights) and not any(weights)
 
 
 def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_Draft]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qlora.data import conversations as chats
 from qlora.data.conversations import Conversation, Message
-from qlora.data.rows import Row, cell_text, is_rejected, short, track
+from qlora.data.rows import KTO_LABELS, LABELS, Row, cell_text, is_rejected, short, track
 from qlora.errors import ConfigError
 
 END_MARK = "<|endoftext|>"
@@ -109,6 +109,8 @@ class Format:
     several where it is nested, none where it is to be left out."""
     needs: tuple[tuple[str, ...], ...]
     """The columns without which it cannot work; each tuple is an alternative."""
+    labels: tuple[str, ...] = ()
+    """The columns, in any capitals, that say whether the answer of a row is a good one."""
 
     def lacks(self, columns: Iterable[str]) -> list[str]:
         """Returns the columns that are missing for the alternative nearest to `columns`."""
@@ -126,7 +128,7 @@ def alpaca(row: Row) -> list[Example]:
     The column `system` stands before all, an empty line behind it. Each round of `history`, pairs of question and
     answer, stands before the row's own with the same prompt and an end token.
     """
-    if is_rejected(row, "kto_tag"):
+    if is_rejected(row, *KTO_LABELS):
         return []
     context = _text(row, "alpaca", "input", "context")
     rounds = [_alpaca(asked, "", answer) for asked, answer in _history(row)]
@@ -140,13 +142,15 @@ def _history(row: Row) -> list[tuple[str, str]]:
     cell = chats.decode(row.get("history"))
     rounds = [] if cell is None or cell == "" else cell
     if not isinstance(rounds, list) or not all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(said is None or isinstance(said, str) for said in pair)
         for pair in rounds
     ):
         raise ConfigError(
             f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {short(cell)}"
         )
-    return [(asked, answer) for asked, answer in rounds]
+    return [(asked or "", answer or "") for asked, answer in rounds]
 
 
 def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
@@ -157,6 +161,16 @@ def _pair(source: str, target: str) -> list[Segment]:
     return [Segment(source, False), Segment(target, True)]
 
 
+def _whole(text: str, prompt: str = "") -> list[Segment]:
+    """Returns a text that is trained as a whole; one that ends where its answer would begin has an empty answer."""
+    said = text.rstrip()
+    marks = (words for words in PROMPTS if words.in_text and words.before.strip() in said)
+    is_open = bool(prompt.strip()) and said == prompt.rstrip()
+    if is_open or any(said.endswith(words.behind) for words in marks):
+        return _pair(said, "")
+    return _pair("", text)
+
+
 def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]:
     """Puts what the column `system` says before the first segment, as the chat template of these rows does."""
     system = _text(row, name, "system")
@@ -164,7 +178,9 @@ def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]
 
 
 def input_output(row: Row) -> list[Example]:
-    """Renders input and output verbatim, after what `system` says."""
+    """Renders input and output verbatim, after what `system` says; none where `kto_tag` is false."""
+    if is_rejected(row, *KTO_LABELS):
+        return []
     pair = _pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))
     return [_after_system(row, "input-output", pair)]
 
@@ -184,14 +200,19 @@ def prompt_completion(row: Row) -> list[Example]:
 
 
 def question_answer(row: Row) -> list[Example]:
-    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says."""
+    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says.
+
+    None where `kto_tag` is false.
+    """
+    if is_rejected(row, *KTO_LABELS):
+        return []
     question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
     return [_after_system(row, "question-answer", _pair(QUESTION.ask(question), answer))]
 
 
 def text(row: Row) -> list[Example]:
     """Renders a whole text without a prompt (OpenAssistant-Guanaco)."""
-    return [_pair("", _text(row, "text", "text"))]
+    return [_whole(_text(row, "text", "text"))]
 
 
 def chosen(row: Row) -> list[Example]:
@@ -209,7 +230,7 @@ def chosen(row: Row) -> list[Example]:
         if prompt and not answer.startswith(prompt):
             return [_after_system(row, "chosen", _pair(prompt, answer))]
         if prompt or not row.get("question"):
-            return [_pair("", answer)]
+            return [_whole(answer, prompt)]
     turns = _said(row, "chosen", "chosen", "assistant")
     if turns and turns[0]["role"] == "assistant":
         asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
@@ -337,14 +358,14 @@ FORMATS: dict[str, Format] = {
         unnatural, (("instruction", "instances"), ("instruction_with_input", "output"), ("instruction", "output"))
     ),
     "self-instruct-tasks": Format(self_instruct_tasks, (("instruction", "instances"),)),
-    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response"))),
+    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
     "segments": Format(segments, (("segments",), ("source", "target"))),
     "chosen": Format(chosen, (("chosen",),)),
-    "messages": Format(chats.messages, (("messages",),)),
-    "conversations": Format(chats.conversations, (("conversations",),)),
-    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),)),
-    "input-output": Format(input_output, (("input", "output"),)),
-    "question-answer": Format(question_answer, (("question", "answer"),)),
+    "messages": Format(chats.messages, (("messages",),), LABELS),
+    "conversations": Format(chats.conversations, (("conversations",),), LABELS),
+    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),), LABELS),
+    "input-output": Format(input_output, (("input", "output"),), KTO_LABELS),
+    "question-answer": Format(question_answer, (("question", "answer"),), KTO_LABELS),
     "human-bot": Format(human_bot, (("text",),)),
     "inst": Format(inst, (("text",),)),
     "text": Format(text, (("text",),)),

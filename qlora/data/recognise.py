@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora.data.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.data.rows import LABELS, Row, is_missing, list_names, track
+from qlora.data.rows import Row, is_unlabelled, label_columns, list_names, track
 from qlora.errors import ConfigError
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
@@ -42,8 +42,6 @@ NOTES = {
     "unnatural": "with instruction_with_input",
     "self-instruct-tasks": "with several instances a row",
 }
-LABELLED = ("messages", "conversations", "prompt-completion")
-"""Formats whose rows may have a label of preference."""
 ALIKE = {"alpaca": ("unnatural",)}
 """Formats that would render the same, and so are not worth a word."""
 
@@ -181,8 +179,9 @@ LOOKS: dict[str, Callable[[Row], bool]] = {
 
 def _notes(name: str, rows: _Rows) -> str:
     notes = [NOTES[name]] if name in NOTES else []
-    labels = [column for column in LABELS if not all(is_missing(row.get(column)) for row in rows.sample)]
-    if labels and name in LABELLED:
+    named = label_columns(rows.columns, FORMATS[name].labels)
+    labels = [column for column in named if not all(is_unlabelled(row.get(column)) for row in rows.sample)]
+    if labels:
         notes.append(f"rows whose {labels[0]} is false are left out")
     return f" ({'; '.join(notes)})" if notes else ""
 

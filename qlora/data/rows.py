@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -35,6 +35,8 @@ MOST_NAMES = 30
 """So many names of columns are listed in a sentence."""
 LABELS = ("label", "kto_tag")
 """Columns that say whether an answer is a good one (KTO)."""
+KTO_LABELS = ("kto_tag",)
+"""Those that say so in every set; a `label` beside an instruction may be another thing, such as a class."""
 
 
 class TrackedRow(Mapping[str, Any]):
@@ -61,6 +63,10 @@ class TrackedRow(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(self._cells)
 
+    def peek(self, key: str) -> Any:
+        """Returns what a key holds, without reading it."""
+        return self._cells.get(key)
+
     def part(self, cells: Row, column: str) -> TrackedRow:
         """Returns an object inside the cell of a column, whose unread keys are told with those of the row."""
         part = TrackedRow(cells, f"{self._prefix}{column}." if column else self._prefix)
@@ -79,6 +85,11 @@ class TrackedRow(Mapping[str, Any]):
 def track(row: Row, part: Any, column: str) -> Any:
     """Returns an object inside the cell of a row, tracked where the row is; all else stays as it is."""
     return row.part(part, column) if isinstance(row, TrackedRow) and isinstance(part, Mapping) else part
+
+
+def peek(row: Row, key: str) -> Any:
+    """Returns what a key of a row or an object holds; one that is tracked does not count it as read."""
+    return row.peek(key) if isinstance(row, TrackedRow) else row.get(key)
 
 
 def is_missing(value: Any) -> bool:
@@ -171,12 +182,22 @@ def read_truth(value: Any) -> bool | None:
     raise ValueError(value)
 
 
+def label_columns(columns: Iterable[str], labels: Sequence[str]) -> list[str]:
+    """Returns the columns that hold labels of preference, in whatever capitals."""
+    return [column for column in columns if column.lower() in labels]
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Tells whether a label says nothing."""
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
+
+
 def is_rejected(row: Row, *columns: str) -> bool:
     """Tells whether a label marks the answer of a row as a bad one; raises `ConfigError` where it is unclear.
 
     `columns` are those that may hold the label; unset: `LABELS`.
     """
-    for column in columns or LABELS:
+    for column in label_columns(row, columns or LABELS):
         try:
             if read_truth(row.get(column)) is False:
                 return True

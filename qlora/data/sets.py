@@ -22,9 +22,9 @@ from qlora.data.conversations import Conversation
 from qlora.data.encode import Counts, Job, encode, load_encoded
 from qlora.data.formats import Example, find_prompt
 from qlora.data.recognise import Choice, choose_format
-from qlora.data.rows import take_rows
+from qlora.data.rows import is_unlabelled, label_columns, take_rows
 from qlora.data.sources import HELD_OUT_SPLITS, hub_commit, load_rows
-from qlora.data.templates import Template, choose_template, prompt_template
+from qlora.data.templates import Template, choose_template, prompt_template, suggest_thoughts
 from qlora.data.tokenize import build_tokenizer
 from qlora.errors import ConfigError, did_you_mean
 from qlora.schema import DataConfig, MixConfig
@@ -190,6 +190,7 @@ class RowSet:
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
         shown = self.part.shown
+        _check_labels(rows, choice, shown)
         tokenizer = build_tokenizer(self.config, self.tokenizer, template)
         job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
         key = self._key(job, choice)
@@ -198,9 +199,30 @@ class RowSet:
         if not len(encoded):
             self.cache.discard(key)
             rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
-            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {_losses(counts)}")
+            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}")
         self._check_columns(counts, choice)
         return encoded, counts
+
+    def _losses(self, counts: Counts) -> str:
+        """Says what became of rows of which none is left, and what keeps them."""
+        limits = "raise data.source_max_len, data.target_max_len or data.max_length"
+        template = f"{self.template_key}={suggest_thoughts(self.tokenizer)} writes them"
+        rest = counts.untrained - counts.switched_off - counts.only_thoughts
+        losses = (
+            (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+            (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
+            (
+                counts.switched_off,
+                "whose answers are all switched off (train, weight, masked or the like in their turns)",
+            ),
+            (
+                counts.only_thoughts,
+                f"whose answers are thoughts alone, which the chat template leaves out ({template})",
+            ),
+            (rest, f"without an answer, or one within the lengths ({limits})"),
+            (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
+        )
+        return "; ".join(f"{count} {what}" for count, what in losses if count)
 
     def _check_columns(self, counts: Counts, choice: Choice) -> None:
         """Refuses a name in `data.columns` under which no row's format reads anything."""
@@ -242,16 +264,16 @@ class RowSet:
         return hashlib.sha256((content + special).encode()).hexdigest()
 
 
-def _losses(counts: Counts) -> str:
-    """Says what became of rows of which none is left, and what keeps them."""
-    limits = "raise data.source_max_len, data.target_max_len or data.max_length"
-    losses = (
-        (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
-        (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
-        (counts.untrained, f"without an answer, one that is switched on, or one within the lengths ({limits})"),
-        (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
-    )
-    return "; ".join(f"{count} {what}" for count, what in losses if count)
+def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
+    """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
+    for column in label_columns(rows.column_names, choice.format.labels):
+        cells = (row[column] for row in take_rows(rows.select_columns(column), slice(None)))
+        missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
+        if 0 < len(missing) < len(rows):
+            raise ConfigError(
+                f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
+                f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
+            )
 
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:

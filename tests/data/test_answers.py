@@ -22,6 +22,8 @@ ROWS = {
     "text": lambda text: {"text": text},
     "messages": lambda text: {"messages": [USER, {"role": "assistant", "content": text}]},
     "conversations": lambda text: {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}]},
+    "inst": lambda text: {"text": f"<s>[INST] q [/INST] {text or ''} </s>"},
+    "human-bot": lambda text: {"text": f"<human>: q\n<bot>: {text or ''}"},
     "turns": lambda text: {"prompt": [USER], "completion": [{"role": "assistant", "content": text}]},
 }
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -126,6 +128,31 @@ def test_a_held_out_row_that_is_empty_is_said_to_be_held_out(tokenizer, make_con
     )
 
 
+OPEN = {
+    "guanaco": {"text": "### Human: q### Assistant:"},
+    "guanaco, later": {"text": "### Human: q### Assistant: a### Human: r### Assistant: "},
+    "hh-rlhf": {"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "x"},
+    "prompt": {"prompt": "Why? ", "chosen": "Why? ", "rejected": "x"},
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_whole_text_that_ends_where_its_answer_would_begin_has_an_empty_answer(name, tokenizer, make_config):
+    rows = [OPEN[name], {key: f"{text} b" for key, text in OPEN[name].items() if key != "prompt"}]
+    report = build(make_config, tokenizer, rows).report
+    assert (report.train_rows, report.empty_rows, report.eval_empty_rows) == (1, 1, 1)
+    data = build(make_config, tokenizer, rows, on_empty=OnEmpty.train)
+    assert trained(data.train[0]) == "."
+    with pytest.raises(ConfigError, match="row 1: the answer is empty"):
+        build(make_config, tokenizer, rows, on_empty=OnEmpty.error)
+
+
+def test_an_open_answer_of_guanaco_s_turns_is_counted(tokenizer, make_config):
+    rows = [{"text": f"### Human: q### Assistant: a### Human: r### Assistant:{text}"} for text in ("", " b")]
+    data = build(make_config, tokenizer, rows, format="guanaco")
+    assert ([trained(row) for row in data.train], data.report.empty_answers) == (["a.", "a.b."], 2)
+
+
 # Every row is counted, the held-out ones too
 
 
@@ -135,6 +162,7 @@ def test_rows_read_are_rows_trained_held_out_and_lost(size, tokenizer, make_conf
     rows = [{"prompt": "q", "completion": text} for text in ("a", "", "b", long, "c", long, "d", " ", "e", "f")]
     rows += [{"prompt": "q", "completion": "x"} | bad, {"prompt": "r", "completion": "y"} | bad]
     rows += [{"prompt": f"p{number}", "completion": "a"} for number in range(10)]
+    rows = [{"label": True} | row for row in rows]
     for seed in range(6):
         config = make_config(rows, eval_dataset_size=size, max_length=20, on_too_long=OnTooLong.drop, split_seed=seed)
         report = build_data(config, tokenizer).report
@@ -187,7 +215,7 @@ def test_an_empty_answer_of_a_history_carries_no_loss(tokenizer, make_config):
     rows = [
         ROW | {"history": [["Say 1", ""], ["Say 2", "two"]]},
         ROW | {"history": [["Say 1", "one"]], "output": ""},
-        ROW | {"history": [["Say 1", ""]], "output": " "},
+        ROW | {"history": [["Say 1", None]], "output": " "},
     ]
     data = build(make_config, tokenizer, rows, **limits)
     assert [trained(row) for row in data.train] == ["two.three.", "one."]
@@ -196,7 +224,7 @@ def test_an_empty_answer_of_a_history_carries_no_loss(tokenizer, make_config):
     assert [trained(row).replace(" ", "") for row in data.train] == [".two.three.", "one..", ".."]
 
 
-@pytest.mark.parametrize("history", ["Say 1", [["Say 1"]], [["Say 1", None]], [{"a": "b"}], 5])
+@pytest.mark.parametrize("history", ["Say 1", [["Say 1"]], [["Say 1", 5]], [{"a": "b"}], 5])
 def test_a_history_that_is_no_list_of_pairs_is_refused(history):
     with pytest.raises(ConfigError, match=r"needs pairs \[question, answer\] in column history, but a row holds "):
         FORMATS["alpaca"].render(ROW | {"history": history})

@@ -4,6 +4,7 @@ import pytest
 
 from qlora.data.conversations import ROLES
 from qlora.data.formats import FORMATS
+from qlora.data.rows import TrackedRow
 from qlora.errors import ConfigError
 
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -232,3 +233,85 @@ def test_text_of_json_with_a_key_that_stands_twice_stays_text():
     row = {"prompt": '{"a": 1, "a": 2}', "completion": "[" * 5000}
     rendered = FORMATS["prompt-completion"].render(row)[0]
     assert [segment.text for segment in rendered] == list(row.values())
+
+
+# Nothing that a turn holds is lost without a word
+
+
+def unread(*turns, role="assistant"):
+    """Returns the messages of turns behind a question, and the keys that nothing read."""
+    row = TrackedRow({"messages": [USER, *({"role": role} | turn for turn in turns)]})
+    return FORMATS["messages"].render(row)[0].messages[1:], sorted(row.unread())
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
+@pytest.mark.parametrize("value", [{"a": 1}, '{"a": 1}'])
+def test_the_arguments_of_a_call_are_read_under_every_name(key, value):
+    bare = {"name": "add", key: value}
+    for call in (bare, {"function": bare}, {"function": {"name": "add"}, key: value}, bare | {"arguments": {"a": 1}}):
+        (message,), left = unread({"tool_calls": [call]})
+        assert (message["tool_calls"], left) == (CALLS, [])
+
+
+def test_different_arguments_of_one_call_are_refused():
+    call = {"name": "add", "parameters": {"a": 1}, "input": {"a": 2}}
+    with pytest.raises(ConfigError) as caught:
+        unread({"tool_calls": [call]})
+    assert str(caught.value) == (
+        "column messages, turn 2 of 2 calls add with different arguments under parameters and input; keep one of them"
+    )
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_keys_of_a_call_that_nothing_reads_are_named(key):
+    call = {"id": "c", "type": "function", "index": 1, "function": {"name": "f", "strict": True, "none": None}}
+    (message,), left = unread({key: [call]})
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert left == [f"messages.{key}.function.strict", f"messages.{key}.index"]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        ({"text": "t"}, ""),
+        ({"content": "t"}, ""),
+        ({"content": [{"type": "text", "text": "t"}]}, ""),
+        ({"thinking": "t", "signature": "s"}, ".signature"),
+        ([{"type": "thinking", "thinking": "t"}], ""),
+        ([{"type": "reasoning", "text": "t", "id": "x"}], ".id"),
+        ([{"text": "t"}], ""),
+    ],
+)
+def test_thoughts_are_read_from_objects_and_parts(key, value, left):
+    (message,), named = unread({"content": "b", key: value})
+    assert message["reasoning_content"] == "t"
+    assert named == ([f"messages.{key}{left}"] if left else [])
+
+
+@pytest.mark.parametrize("value", [5, 0.5, True, {"effort": "high"}, {"type": "enabled", "budget_tokens": 9}])
+def test_a_setting_under_a_key_of_thoughts_is_named_as_not_read(value):
+    (message,), left = unread({"content": "b", "thinking": value})
+    assert "reasoning_content" not in message
+    assert left == ["messages.thinking"]
+
+
+@pytest.mark.parametrize(
+    ("content", "left"),
+    [
+        ({"type": "text", "text": "a"}, []),
+        ({"text": "a"}, []),
+        ([{"text": "a"}], []),
+        ([{"type": "text", "text": "a", "extra": "b"}], ["messages.content.extra"]),
+        ([{"type": "text", "text": "a", "value": "b", "none": None}], ["messages.content.value"]),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_what_a_part_of_a_content_holds_beside_its_text_is_named(role, content, left):
+    assert unread({"content": content}, role=role) == ([{"role": role, "content": "a"}], left)
+
+
+def test_the_object_that_a_tool_returns_stays_json():
+    for content in ({"text": "a"}, [{"text": "a", "b": {"c": 1}}]):
+        (message,), left = unread({"content": content}, role="tool")
+        assert (json.loads(message["content"]), left) == (content, [])

@@ -143,7 +143,9 @@ def test_more_turns_of_human_and_bot_are_a_chat():
 
 def test_guanaco_texts_are_a_chat():
     text = "### Human: a### Assistant: b\n### c ### Human: d### Assistant:"
-    assert render("guanaco", text=text) == chat(("user", "a"), ("assistant", "b\n### c"), ("user", "d"))
+    assert render("guanaco", text=text) == chat(
+        ("user", "a"), ("assistant", "b\n### c"), ("user", "d"), ("assistant", "")
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,10 @@ def test_guanaco_texts_are_a_chat():
             "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s>",
             [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
         ),
-        ("[INST]a[/INST]b</s> <s>[INST]c[/INST]", [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        (
+            "[INST]a[/INST]b</s> <s>[INST]c[/INST]",
+            [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "")],
+        ),
     ],
 )
 def test_llama_2_texts_are_a_chat(text, turns):

@@ -306,7 +306,7 @@ def test_lost_thoughts_are_warned_of_once_with_their_count(processes, base, tmp_
         data = build_data(config, base)
         assert [record.getMessage() for record in caplog.records if "thoughts" in record.getMessage()] == [
             f"data.path={path}: the chat template ({template}) leaves out the thoughts of 12 turns, so the model "
-            "learns to answer without it; data.template=chatml-thoughts writes all of it"
+            "learns to answer without them; data.template=chatml-thoughts writes all of them"
         ]
         assert data.report.lost_thoughts == 10
 
@@ -319,7 +319,7 @@ def test_the_template_that_writes_thoughts_is_named_with_the_tokens_it_needs(tok
     build_data(
         DataConfig(name="toy", path=str(path), eval_dataset_size=1, cache_dir=str(tmp_path / "cache")), tokenizer
     )
-    hint = 'data.template=chatml-thoughts with \'model.new_tokens=["<|im_start|>","<|im_end|>"]\' writes all of it'
+    hint = 'data.template=chatml-thoughts with \'model.new_tokens=["<|im_start|>","<|im_end|>"]\' writes all of them'
     assert sum(hint in message for message in caplog.messages) == 1
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 
 from qlora.data import build_data, encode
 from qlora.errors import ConfigError
-from qlora.schema import DataConfig, OnTooLong
+from qlora.schema import DataConfig, OnTooLong, TrainOn
 
 ROWS = [{"input": f"q{i}", "output": f"a{i}", "task": "even" if i % 2 == 0 else "odd"} for i in range(20)]
 
@@ -187,9 +187,35 @@ def test_rows_without_anything_to_train_on_stop_the_run(tokenizer, make_config):
     with pytest.raises(ConfigError) as caught:
         build_data(config, tokenizer)
     assert str(caught.value) == (
-        f"data.path={config.path}: none of the 2 rows has a token to train on: 2 without an answer, one that is "
-        "switched on, or one within the lengths (raise data.source_max_len, data.target_max_len or data.max_length)"
+        f"data.path={config.path}: none of the 2 rows has a token to train on: 2 without an answer, or one "
+        "within the lengths (raise data.source_max_len, data.target_max_len or data.max_length)"
     )
+
+
+def test_rows_whose_answers_are_switched_off_or_thoughts_alone_say_so(tokenizer, make_config):
+    asked = {"role": "user", "content": "q"}
+
+    def loss(answer, **changes):
+        with pytest.raises(ConfigError) as caught:
+            build_data(make_config([{"messages": [asked, {"role": "assistant"} | answer]}] * 3, **changes), tokenizer)
+        return str(caught.value).partition("has a token to train on: ")[2]
+
+    off = "2 whose answers are all switched off (train, weight, masked or the like in their turns)"
+    for train_on in (TrainOn.assistant, TrainOn.last):
+        assert loss({"content": "a", "train": False}, train_on=train_on) == off
+    assert loss({"content": "", "reasoning": "x"}) == (
+        "2 whose answers are thoughts alone, which the chat template leaves out (data.template=chatml-thoughts with "
+        '\'model.new_tokens=["<|im_start|>","<|im_end|>"]\' writes them)'
+    )
+
+
+def test_thoughts_of_others_than_the_assistant_are_named_as_not_read(tokenizer, make_config, caplog):
+    parts = [{"type": "text", "text": "q"}, {"type": "thinking", "thinking": "x"}]
+    for turn, key in (({"content": "q", "reasoning": "x"}, "reasoning"), ({"content": parts}, "content.thinking")):
+        rows = [{"messages": [{"role": "user"} | turn, {"role": "assistant", "content": "a"}]}] * 3
+        report = build_data(make_config(rows), tokenizer).report
+        assert report.unread == {f"messages.{key}": 3}
+    assert not [text for text in caplog.messages if "leaves out" in text]
 
 
 def test_a_broken_cell_stops_the_run_with_its_column(tokenizer, make_config):

@@ -115,10 +115,10 @@ def test_an_unclear_label_is_refused(row, label):
 
 
 def test_labels_of_numbers_and_words_in_one_file_leave_bad_answers_out(tokenizer, make_config):
-    labels = [1, 0, True, False, "yes", "no", None]
+    labels = [1, 0, True, False, "yes", "no"]
     rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i, label in enumerate(labels)]
     data = build_whole(make_config(rows), tokenizer)
-    assert texts(data.train) == ["q0a", "q2a", "q4a", "q6a"]
+    assert texts(data.train) == ["q0a", "q2a", "q4a"]
     assert (data.report.left_out_rows, data.report.eval_left_out_rows) == (3, 3)
 
 
@@ -390,3 +390,46 @@ def test_a_name_in_data_columns_that_no_format_reads_is_refused(tokenizer, make_
         "data.columns.outptu=reply: the format alpaca reads no column outptu (did you mean output?); it needs "
         "instruction and output or instruction and response"
     )
+
+
+# Labels of preference
+
+LABELLED = {
+    "prompt-completion": ({"prompt": "q", "completion": "a"}, ["label", "Label", "LABEL", "kto_tag"]),
+    "messages": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ["label", "Label", "KTO_TAG"],
+    ),
+    "alpaca": ({"instruction": "q", "output": "a"}, ["kto_tag", "KTO_tag"]),
+    "input-output": ({"input": "q", "output": "a"}, ["kto_tag"]),
+    "question-answer": ({"question": "q", "answer": "a"}, ["kto_tag"]),
+}
+
+
+@pytest.mark.parametrize(("name", "column"), [(name, column) for name in LABELLED for column in LABELLED[name][1]])
+def test_a_label_of_preference_is_read_and_one_that_is_missing_among_others_is_refused(
+    name, column, tokenizer, make_config
+):
+    row = LABELLED[name][0]
+    config = make_config([row | {column: label} for label in (True, False, True)])
+    config.eval_path = config.path
+    data = build_data(config, tokenizer)
+    assert (data.report.left_out_rows, data.report.eval_left_out_rows) == (1, 1)
+    assert data.report.unread == {}
+    for missing in (None, "", " "):
+        rows = [row | {column: label} for label in ("true", missing, "false")]
+        with pytest.raises(ConfigError, match=rf"row 2: column {column} holds no label, which 2 of 3 rows have; label"):
+            build_data(make_config(rows), tokenizer)
+
+
+def test_a_column_without_any_label_is_no_label(tokenizer, make_config):
+    rows = [LABELLED["messages"][0] | {"label": None} for _ in range(3)]
+    assert build_data(make_config(rows), tokenizer).report.train_rows == 2
+
+
+def test_a_label_of_nan_or_of_no_items_is_missing(tokenizer, make_config, tmp_path):
+    row = LABELLED["prompt-completion"][0]
+    for labels in ([1.0, float("nan"), 0.0], [[True], [], [False]]):
+        pq.write_table(pa.Table.from_pylist([row | {"label": label} for label in labels]), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match="column label holds "):
+            build_data(make_config([], path=str(tmp_path / "a.parquet")), tokenizer)
