@@ -209,3 +209,27 @@ def test_the_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) 
         "another model's ("
     )
     assert message.endswith("give the base's own as model.tokenizer")
+
+
+def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_config(
+    llama: Path, spoiled: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert "hold NaN or infinite numbers" in refusal(folder, spoiled, "trainer.save_steps=1")
+    run(folder, llama, "resume=never", "trainer.save_steps=1")
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        run(folder, llama, "trainer.save_steps=1", "seed=5")
+    for name in ("result.json", "manifest.json", "adapter"):  # each of what is left protects the run
+        place = folder / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        with pytest.raises(ConfigError, match="holds a run with another config"):
+            run(folder, llama, "trainer.save_steps=1", "seed=5")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", llama)
+    for place in (tmp_path / "run").iterdir():
+        if place.name not in ("manifest.json", "config.yaml"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        run(tmp_path / "run", llama, "seed=5")
