@@ -193,6 +193,7 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
     """Sets each adapter to the best rank-r correction of its layer's 4-bit error (LoftQ, arXiv 2310.08659).
 
     One step on the given quantized base, which stays as it is. `original` returns a layer's 16-bit weight by name.
+    A rank above the smaller side of a matrix corrects it exactly; the rest of the adapter starts as others do, at nothing.
     PEFT's own version runs on CUDA and XPU only, and forgets that the adapter's output is scaled.
     """
     for name, module in model.get_base_model().named_modules():
@@ -202,9 +203,9 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
         error = original(f"{name}.weight").to(quantized) - quantized
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         for adapter, rank in module.r.items():
-            root = s[:rank].sqrt()
-            module.lora_A[adapter].weight.copy_(root[:, None] * v[:rank])
-            module.lora_B[adapter].weight.copy_(u[:, :rank] * root / module.scaling[adapter])
+            root, used = s[:rank].sqrt(), min(rank, len(s))
+            module.lora_A[adapter].weight[:used] = root[:, None] * v[:rank]
+            module.lora_B[adapter].weight[:, :used] = u[:, :rank] * root / module.scaling[adapter]
 
 
 def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Tensor]:

@@ -155,6 +155,21 @@ def test_loftq_starts_nearer_to_the_original_weights(base_folder: Path) -> None:
     assert corrected < 0.7 * quantized
 
 
+def test_loftq_of_a_rank_above_the_sides_of_a_matrix_corrects_it_exactly_and_trains(base_folder: Path) -> None:
+    ids = torch.arange(3, 35)[None]
+    _, full = load(base_folder, "quantization=fp32")
+    config, base = load(
+        base_folder, "quantization=nf4", "quantization.compute_dtype=fp32", "lora=loftq", "lora.r=300", "lora.alpha=150"
+    )
+    model = attach(config, base, base_folder)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert any(min(layer.in_features, layer.out_features) < 300 for layer in layers)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(input_ids=ids).logits, full(input_ids=ids).logits, atol=1e-3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.abs().sum(0).gt(0).all() for layer in layers)
+
+
 def loading_tokenizer():  # type: ignore[no-untyped-def]
     from qlora.models.tokenizer import load_tokenizer
 
