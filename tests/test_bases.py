@@ -157,6 +157,14 @@ def test_a_base_that_transformers_cannot_run_is_one_sentence(llama: Path, tmp_pa
     assert "cannot run this deepseek_v3 (RuntimeError: " in message
 
 
+def test_layers_whose_inputs_8_bits_cannot_take_are_one_sentence_and_its_hint_works(tmp_path: Path) -> None:
+    base = write("deepseek_v3", tmp_path / "base")
+    message = refusal(tmp_path / "run", base, "quantization=int8")
+    assert message.startswith(f"quantization.bits=8: model.name={base}: model.layers.")
+    assert message.endswith("8-bit weights; use quantization=nf4 or quantization=none")
+    run(tmp_path / "run", base, "quantization=nf4")
+
+
 @pytest.fixture
 def larger_tokenizer(tmp_path: Path) -> Path:
     """The embedded tokenizer with two added tokens more than a base of as many rows as it has."""
