@@ -241,3 +241,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Pa
             shutil.rmtree(place) if place.is_dir() else place.unlink()
     with pytest.raises(ConfigError, match="holds a run with another config"):
         run(tmp_path / "run", llama, "seed=5")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_linear_layers_of_a_class_that_is_not_quantized_are_named(tmp_path: Path, quantization: str) -> None:
+    base = write("falcon", tmp_path / "base")
+    message = refusal(tmp_path / "run", base, f"quantization={quantization}")
+    assert message.endswith(
+        f"the linear layers of {base} are of a class of their own (FalconLinear), which transformers does not "
+        "quantize; use quantization=none"
+    )
