@@ -45,7 +45,8 @@ def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
         stored, needed = (" x ".join(map(str, shape)) for shape in misshapen[name])
         raise ConfigError(
             f"{key}: {_tensors(misshapen)} in its files differ{'s' if len(misshapen) == 1 else ''} in shape from "
-            f"what its config.json means, first {name} ({stored}, and {needed} is needed); correct config.json, or download or copy the model again"
+            f"what its config.json means, first {name} ({stored}, and {needed} is needed); correct config.json, "
+            "or download or copy the model again"
         )
     if unexpected := report["unexpected_keys"]:
         log.warning(
