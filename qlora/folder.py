@@ -96,6 +96,17 @@ class RunFolder:
         """What `trainer.profile` recorded of some steps, as a Chrome trace."""
         return self.path / "profile" / "trace.json.gz"
 
+    @property
+    def holds_training(self) -> bool:
+        """Whether a training has begun here; one refused while its base was loaded has left a config alone."""
+        return (
+            self.manifest.is_file()
+            or self.result("train").is_file()
+            or any(self.checkpoints.glob("checkpoint-*"))
+            or self.adapter.exists()
+            or self.model.exists()
+        )
+
     def result(self, task: str) -> Path:
         """The result of a task; training's is `result.json`."""
         return self.path / ("result.json" if task == "train" else f"{task}.json")
@@ -119,7 +130,7 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises `ConfigError` if a training was started in this folder."""
-        if self.config.is_file():
+        if self.config.is_file() and self.holds_training:
             raise ConfigError(
                 f"{self.path} holds a run, which resume=never leaves alone; choose another folder "
                 "(hydra.run.dir=FOLDER), or resume=auto to go on"

@@ -119,7 +119,7 @@ class Run(Parts):
         self.folder.create()
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        before = compose.read_config(self.folder.config)
+        before = compose.read_config(self.folder.config) if self.folder.holds_training else None
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
         if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:

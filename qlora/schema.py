@@ -1359,6 +1359,12 @@ def _check_adapter_on_base(lora: LoraConfig, quantization: QuantizationConfig) -
             f"lora.init={lora.init.value} rewrites the base weights, which quantization.bits={bits} does not allow "
             "exactly; it is valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva"
         )
+    if lora.use_dora and bits == 8:
+        raise ConfigError(
+            "lora.use_dora=true (lora=dora) needs the weights as numbers at each step, which PEFT cannot read of 8-bit "
+            "layers in training; choose quantization=nf4 or quantization=none, or train without it (lora=all-linear "
+            "lora.use_dora=false)"
+        )
     if lora.init is LoraInit.loftq and bits != 4:
         raise ConfigError(
             f"lora.init=loftq repairs the error of 4-bit weights, got quantization.bits={bits}; choose "

@@ -157,6 +157,14 @@ def test_a_base_that_transformers_cannot_run_is_one_sentence(llama: Path, tmp_pa
     assert "cannot run this deepseek_v3 (RuntimeError: " in message
 
 
+def test_layers_whose_inputs_8_bits_cannot_take_are_one_sentence_and_its_hint_works(tmp_path: Path) -> None:
+    base = write("deepseek_v3", tmp_path / "base")
+    message = refusal(tmp_path / "run", base, "quantization=int8")
+    assert message.startswith(f"quantization.bits=8: model.name={base}: model.layers.")
+    assert message.endswith("8-bit weights; use quantization=nf4 or quantization=none")
+    run(tmp_path / "run", base, "quantization=nf4")
+
+
 @pytest.fixture
 def larger_tokenizer(tmp_path: Path) -> Path:
     """The embedded tokenizer with two added tokens more than a base of as many rows as it has."""
@@ -209,3 +217,37 @@ def test_the_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) 
         "another model's ("
     )
     assert message.endswith("give the base's own as model.tokenizer")
+
+
+def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_config(
+    llama: Path, spoiled: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert "hold NaN or infinite numbers" in refusal(folder, spoiled, "trainer.save_steps=1")
+    run(folder, llama, "resume=never", "trainer.save_steps=1")
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        run(folder, llama, "trainer.save_steps=1", "seed=5")
+    for name in ("result.json", "manifest.json", "adapter"):  # each of what is left protects the run
+        place = folder / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        with pytest.raises(ConfigError, match="holds a run with another config"):
+            run(folder, llama, "trainer.save_steps=1", "seed=5")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", llama)
+    for place in (tmp_path / "run").iterdir():
+        if place.name not in ("manifest.json", "config.yaml"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        run(tmp_path / "run", llama, "seed=5")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_linear_layers_of_a_class_that_is_not_quantized_are_named(tmp_path: Path, quantization: str) -> None:
+    base = write("falcon", tmp_path / "base")
+    message = refusal(tmp_path / "run", base, f"quantization={quantization}")
+    assert message.endswith(
+        f"the linear layers of {base} are of a class of their own (FalconLinear), which transformers does not "
+        "quantize; use quantization=none"
+    )

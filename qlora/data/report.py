@@ -155,9 +155,13 @@ def _count_shared(train: np.ndarray, held_out: np.ndarray) -> int:
 def log_losses(report: DataReport, config: DataConfig) -> None:
     """Says in a line each what the rows lost and what nothing reads, and warns of what should not be."""
     limit = f" (data.max_length={config.max_length})" if config.max_length else ""
+    cut_source, cut_target = (
+        "" if getattr(config, key) is None else f" to data.{key}={getattr(config, key)}"
+        for key in ("source_max_len", "target_max_len")
+    )
     losses = (
-        (report.cut_sources, f"sources cut at the beginning to data.source_max_len={config.source_max_len}{limit}"),
-        (report.cut_targets, f"targets cut at the end to data.target_max_len={config.target_max_len}{limit}"),
+        (report.cut_sources, f"sources cut at the beginning{cut_source}{limit}"),
+        (report.cut_targets, f"targets cut at the end{cut_target}{limit}"),
         (report.dropped_rows, "rows dropped, nothing in them is trained"),
         (report.too_long_rows, "rows dropped as too long (data.on_too_long=drop)"),
         (report.empty_rows, "rows dropped, their answers are empty (data.on_empty=drop)"),

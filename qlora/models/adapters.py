@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora import Linear4bit, LoraModel
+from peft.tuners.lora import Linear4bit, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
 EXPERTS = ".experts."
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+"""What `lora=attention` adapts."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,31 @@ def _set_values(parameters: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> No
 
 def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
     """Lets PEFT draw an adapter from what its layers read (EVA), which it can of [rows, tokens, features] alone."""
+    _check_rank_for_data(model)
     try:
         initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
+        base = model.get_base_model()
+        adapted = {_last(name) for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+        elsewhere = "lora=attention lora.init=eva, or " if adapted > ATTENTION else ""
         raise ConfigError(
             f"lora.init=eva: PEFT cannot start from what some layers of this {model.config.model_type} read "
-            f"({str(error).strip().splitlines()[0]}); use lora=attention lora.init=eva, or another lora.init"
+            f"({str(error).strip().splitlines()[0]}); use {elsewhere}lora=all-linear lora.init=default"
         ) from error
+
+
+def _check_rank_for_data(model: PeftModel) -> None:
+    """Raises `ConfigError` where EVA would look for more directions than a layer reads features."""
+    config = model.peft_config["default"]
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    name = min(layers, key=lambda each: layers[each].in_features)
+    features, wanted = layers[name].in_features, round(config.r * config.eva_config.rho)
+    if wanted > features:
+        raise ConfigError(
+            f"lora.r={config.r}: lora.init=eva looks for {wanted} directions in what a layer reads, and {name} reads "
+            f"{features} features; set lora.r={int(features / config.eva_config.rho)} or less, or use lora=all-linear "
+            "lora.init=default"
+        )
 
 
 def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
@@ -193,6 +213,7 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
     """Sets each adapter to the best rank-r correction of its layer's 4-bit error (LoftQ, arXiv 2310.08659).
 
     One step on the given quantized base, which stays as it is. `original` returns a layer's 16-bit weight by name.
+    A rank above the smaller side of a matrix corrects it exactly; the rest of the adapter starts as any other.
     PEFT's own version runs on CUDA and XPU only, and forgets that the adapter's output is scaled.
     """
     for name, module in model.get_base_model().named_modules():
@@ -202,9 +223,9 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
         error = original(f"{name}.weight").to(quantized) - quantized
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         for adapter, rank in module.r.items():
-            root = s[:rank].sqrt()
-            module.lora_A[adapter].weight.copy_(root[:, None] * v[:rank])
-            module.lora_B[adapter].weight.copy_(u[:, :rank] * root / module.scaling[adapter])
+            root, used = s[:rank].sqrt(), min(rank, len(s))
+            module.lora_A[adapter].weight[:used] = root[:, None] * v[:rank]
+            module.lora_B[adapter].weight[:, :used] = u[:, :rank] * root / module.scaling[adapter]
 
 
 def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Tensor]:

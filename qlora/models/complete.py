@@ -44,15 +44,30 @@ def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
         name = min(misshapen, key=_in_order)
         stored, needed = (" x ".join(map(str, shape)) for shape in misshapen[name])
         raise ConfigError(
-            f"{key}: {_tensors(misshapen)} in its files differ in shape from what its config.json means, first {name} "
-            f"({stored}, and {needed} is needed); correct config.json, or download or copy the model again"
+            f"{key}: {_tensors(misshapen)} in its files differ{'s' if len(misshapen) == 1 else ''} in shape from "
+            f"what its config.json means, first {name} ({stored}, and {needed} is needed); correct config.json, "
+            "or download or copy the model again"
         )
     if unexpected := report["unexpected_keys"]:
         log.warning(
             "%s: a %s has no place for %s of its files, which training leaves out: %s",
             *(key, model.config.model_type, _tensors(unexpected), _first(unexpected)),
         )
+    _warn_of_untied(model, key)
     return model
+
+
+def _warn_of_untied(model: PreTrainedModel, key: str) -> None:
+    """Warns where config.json ties the embeddings and the files hold two matrices, which transformers leaves apart."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings or output is None or output.weight is embedding.weight:
+        return
+    names = {module: name for name, module in model.named_modules()}
+    log.warning(
+        "%s: its config.json says tie_word_embeddings=true, but its files hold two matrices, %s.weight and %s.weight, "
+        "that differ: both are used as they are",
+        *(key, names[embedding], names[output]),
+    )
 
 
 def _failed_conversions(error: RuntimeError) -> list[str] | None:

@@ -213,6 +213,12 @@ def check_is_quantized(model: PreTrainedModel, quantization: QuantizationConfig,
         return
     decoder = read_decoder(model)
     if all(not matrix.is_quantized for matrix in decoder.matrices):
+        layers = [model.get_submodule(each) for each in linear_modules(model)]
+        if own := sorted({type(layer).__name__ for layer in layers} - {"Linear", "Conv1D"}):
+            raise ConfigError(
+                f"quantization.bits={quantization.bits}: the linear layers of {name} are of a class of their own "
+                f"({', '.join(own)}), which transformers does not quantize; use quantization=none"
+            )
         raise ConfigError(
             f"quantization.bits={quantization.bits}: {name} has no linear layers to quantize; use quantization=none"
         )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,9 @@ def read_base(adapter: Path) -> Base:
     path = adapter / BASE_FILE
     try:
         if (stored := read_json(path)) is not None:
-            return Base(**stored)
+            if not isinstance(stored, dict) or "name" not in stored:
+                raise ValueError("it holds no object with the name of a base")
+            return Base(**{field.name: stored[field.name] for field in fields(Base) if field.name in stored})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"adapter={adapter}: {BASE_FILE} is damaged ({error}); copy the adapter again") from error
     run = RunFolder(adapter.parent.parent if adapter.parent.name == "checkpoints" else adapter.parent)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -138,8 +141,9 @@ def load_base(
         raise _too_large(config)
     _check_finite(model, key, watch.spoiled)
     model = _as_base(model, config, quantization, placement)
-    if tried and quantization.bits != 8:  # the first call of an 8-bit layer moves its weight elsewhere
-        try_base(model, key, placement)
+    if tried:
+        with decoded_8bit(model, key):
+            try_base(model, key, placement)
     return model
 
 
@@ -263,6 +267,35 @@ def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.quant_state.dtype = dtype
         elif parameter.is_floating_point():
             parameter.data = parameter.data.to(planned_dtype(plan, name, dtype))
+
+
+@contextmanager
+def decoded_8bit(model: torch.nn.Module, key: str) -> Iterator[None]:
+    """Lets 8-bit layers compute with decoded weights in the block: the first call of their own moves the weight.
+
+    Raises `ConfigError` for a layer that reads more than [rows, tokens, features], which bitsandbytes cannot multiply
+    (0.50).
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear8bitLt)}
+    wide: list[str] = []
+
+    def compute(name: str, layer: Linear8bitLt, x: Tensor) -> Tensor:
+        if x.dim() > 3:
+            wide.append(name)
+        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+        weight = (layer.weight.data * (scales[:, None] / 127)).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            method = "_old_forward" if hasattr(layer, "_old_forward") else "forward"  # accelerate moves inputs first
+            stack.enter_context(patch.object(layer, method, partial(compute, name, layer)))
+        yield
+    if wide:
+        raise ConfigError(
+            f"quantization.bits=8: {key}: {wide[0]} reads more than rows of tokens, which bitsandbytes cannot multiply "
+            "by 8-bit weights; use quantization=nf4 or quantization=none"
+        )
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama4_text": GROUPED | {
         "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 64,
     },
+    "falcon": SMALL,
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1600, "state_size": 8},
     "gemma3": {
         "text_config": GROUPED | IDS | {"sliding_window": 16}, "vision_config": PICTURES, "mm_tokens_per_image": 4,

@@ -17,6 +17,7 @@ from qlora.models import adapters, loading
 from qlora.models.checkpoint import Checkpoint
 from qlora.models.device import find_device, place
 from qlora.schema import Config
+from tests.models import bases
 
 
 def load(folder: Path, *overrides: str) -> tuple[Config, torch.nn.Module]:
@@ -153,6 +154,48 @@ def test_loftq_starts_nearer_to_the_original_weights(base_folder: Path) -> None:
         quantized = (base(input_ids=ids).logits - expected).norm()
         corrected = (attach(config, base, base_folder).eval()(input_ids=ids).logits - expected).norm()
     assert corrected < 0.7 * quantized
+
+
+def test_loftq_of_a_rank_above_the_sides_of_a_matrix_corrects_it_exactly_and_trains(base_folder: Path) -> None:
+    ids = torch.arange(3, 35)[None]
+    _, full = load(base_folder, "quantization=fp32")
+    config, base = load(
+        base_folder, "quantization=nf4", "quantization.compute_dtype=fp32", "lora=loftq", "lora.r=300", "lora.alpha=150"
+    )
+    model = attach(config, base, base_folder)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert any(min(layer.in_features, layer.out_features) < 300 for layer in layers)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(input_ids=ids).logits, full(input_ids=ids).logits, atol=1e-3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.abs().sum(0).gt(0).all() for layer in layers)
+
+
+def test_eva_on_more_directions_than_features_names_the_largest_rank_which_works(base_folder: Path) -> None:
+    def start(rank: int) -> PeftModel:
+        config, base = load(base_folder, "quantization=fp32", "lora=eva", f"lora.r={rank}")
+        return attach(config, base, base_folder)
+
+    with pytest.raises(ConfigError) as error:
+        start(500)
+    message = str(error.value)
+    assert message.startswith("lora.r=500: lora.init=eva looks for 1000 directions in what a layer reads, and model.")
+    assert message.endswith(" or less, or use lora=all-linear lora.init=default")
+    largest = int(message.partition("set lora.r=")[2].partition(" ")[0])
+    with pytest.raises(ConfigError, match=f"set lora.r={largest} or less"):
+        start(largest + 1)
+
+
+def test_eva_on_layers_that_peft_cannot_read_gives_a_hint_that_works(tmp_path: Path) -> None:
+    folder = bases.write("deepseek_v3", tmp_path / "base")
+    config, base = load(folder, "quantization=fp32", "lora=eva")
+    with pytest.raises(ConfigError) as error:
+        attach(config, base, folder)
+    message = str(error.value)
+    assert message.startswith("lora.init=eva: PEFT cannot start from what some layers of this deepseek_v3 read (")
+    assert message.endswith("); use lora=all-linear lora.init=default")
+    config, base = load(folder, "quantization=fp32", "lora=all-linear", "lora.init=default")
+    assert attach(config, base, folder) is not None
 
 
 def loading_tokenizer():  # type: ignore[no-untyped-def]

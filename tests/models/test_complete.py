@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from qlora.errors import ConfigError
 from qlora.models import loading
 from qlora.models.checkpoint import Checkpoint
+from tests.models import bases
 from tests.models.bases import change, choose, load, write
 
 Tensors = dict[str, Tensor]
@@ -51,7 +52,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str
     "a weight is narrower": (
         lambda tensors: {name: tensor[:100] if name == UP else tensor for name, tensor in tensors.items()},
         {},
-        rf"1 tensor in its files differ in shape .*, first {UP} \(100 x 64, and 128 x 64 is needed\); correct",
+        rf"1 tensor in its files differs in shape .*, first {UP} \(100 x 64, and 128 x 64 is needed\); correct",
     ),
     "the vocabulary is smaller than the config says": (
         None,
@@ -211,3 +212,16 @@ def test_a_text_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(ConfigError, match="gemma3_text lets tokens see those behind them"):
         loading.load_model_config(choose(tmp_path).model)
+
+
+def test_two_matrices_that_config_json_ties_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = bases.write("llama", tmp_path / "base")
+    bases.change(base, tie_word_embeddings=True)
+    bases.load(base, "quantization=nf4")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("qlora")] == [
+        f"model.name={base}: its config.json says tie_word_embeddings=true, but its files hold two matrices, "
+        "model.embed_tokens.weight and lm_head.weight, that differ: both are used as they are"
+    ]
+    caplog.clear()
+    bases.load(bases.write("qwen2", tmp_path / "tied"), "quantization=nf4")
+    assert "tie_word_embeddings" not in caplog.text

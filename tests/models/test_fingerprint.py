@@ -230,3 +230,18 @@ def test_a_damaged_record_of_the_base_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "base.json").write_text(text)
         with pytest.raises(ConfigError, match=r"^adapter=.*: base\.json is damaged \(.*\); copy the adapter again$"):
             read_base(tmp_path)
+
+
+def test_what_a_newer_version_adds_to_the_base_of_an_adapter_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text('{"name": "mine", "added": 1}')
+    assert read_base(tmp_path) == Base("mine")
+
+
+@pytest.mark.parametrize("text", ["[]", '"mine"', "3", "{}"])
+def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "base.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_base(tmp_path)
+    assert str(error.value) == (
+        f"adapter={tmp_path}: base.json is damaged (it holds no object with the name of a base); copy the adapter again"
+    )
