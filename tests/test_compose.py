@@ -335,7 +335,7 @@ CROSS_FIELD = {
     "lora=dora quantization=int8": "lora.use_dora=true (lora=dora) needs the weights as numbers at each "
     "step, which PEFT cannot read of 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
     "without it (lora=all-linear lora.use_dora=false)",
-    "lora.use_dora=true quantization.bits=8": "lora.use_dora=true (lora=dora) needs the weights as numbers at each "
+    "lora.use_dora=true quantization=int8": "lora.use_dora=true (lora=dora) needs the weights as numbers at each "
     "step, which PEFT cannot read of 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
     "without it (lora=all-linear lora.use_dora=false)",
     "generation.num_beam_groups=2 generation.num_beams=4": "generation.num_beam_groups: transformers moved this search "
@@ -393,7 +393,7 @@ def test_an_unknown_optimizer_or_schedule_is_refused(base: DictConfig, key: str,
         (b"r: 8\n\talpha: 3\n", "{file}, line 2: this is no valid YAML: found character '\\t' that cannot start any "
          "token; indent with spaces"),
         (b"\xff\xfe", "{file} is no UTF-8 text; save it as UTF-8"),
-        (b"- 1\n", "lora in {file} must be a mapping of fields, got [1]"),
+        (b"- 1\n", "{file} must hold keys and values such as `seed: 1`, got [1]"),
         (b"r: abc\n", "lora.r in {file} must be a whole number, got 'abc'"),
         (b"bias: nones\n", "lora.bias in {file} must be one of none, all, lora_only, got 'nones' (did you mean none?)"),
         (b"defaults: 3\nr: 3\n", "Invalid defaults list in 'lora/mine', defaults must be a list (got int)"),
