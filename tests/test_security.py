@@ -318,14 +318,19 @@ def test_a_bomb_in_a_checkpoint_does_not_go_off(tmp_path: Path, file: str) -> No
     assert not (tmp_path / "mark").exists()
 
 
+CODE = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineModel"}
+
+
 def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path) -> None:
     mark = tmp_path / "mark"
     (base / "modeling_mine.py").write_text(
         f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
-        "from transformers import LlamaConfig\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineModel(LlamaForCausalLM):\n    config_class = MineConfig\n"
     )
     config = json.loads((base / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "modeling_mine.MineConfig"}}
+    config |= {"model_type": "mine", "auto_map": CODE}
     (base / "config.json").write_text(json.dumps(config))
     words = [f"model.name={base}", *QUICK]
     with pytest.raises(ConfigError, match=r"brings Python code of its own along.*model\.trust_remote_code=true"):
