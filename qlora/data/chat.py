@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 from jinja2 import TemplateError
@@ -29,6 +29,8 @@ from qlora.schema import TrainOn
 
 PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
+CANNOT_WRITE: Final = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""What a template raises for messages that it has no form for."""
 LAYOUTS: Final = 256
 """So many structures of conversations are remembered."""
 
@@ -89,7 +91,7 @@ class ChatWriter:
         marked, texts = self._mark(prepared)
         messages = self._fill(prepared, texts)
         tools = map_texts(conversation.tools, self._part)
-        text = self._apply(messages, tools)
+        text = self._apply(tools, messages)
         turns, prompt, lost_thoughts, lost_messages = self._turns(text, messages, marked, texts, tools)
         trained = [turn.span for turn in turns]
         if self.train_on is TrainOn.last:
@@ -105,13 +107,13 @@ class ChatWriter:
     def ask(self, messages: Sequence[Message]) -> Written:
         """Returns the text that a server sends for the next answer; raises `ConfigError` as `write` does."""
         prepared = self.form.prepare(messages)
-        text = self._apply(self._fill(prepared, self._mark(prepared)[1]), prompt=True)
+        text = self._apply(None, self._fill(prepared, self._mark(prepared)[1]), prompt=True)
         return self._join(Written(text, [], [], [], True))
 
-    def _apply(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
+    def _apply(self, tools: Any, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
             return self._render(messages, tools, prompt)
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        except CANNOT_WRITE as error:
             roles = " ".join(str(message.get("role")) for message in messages[:12])
             raise ConfigError(
                 f"data.template={self.template.name}: the template cannot write a conversation of the roles {roles}"
@@ -137,7 +139,7 @@ class ChatWriter:
         def write(messages: list[Message], tools: Any) -> str | None:
             try:
                 return self._render(messages, tools, False)
-            except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError):
+            except CANNOT_WRITE:
                 return None
 
         return find_form(write)
@@ -182,7 +184,7 @@ class ChatWriter:
             return Turns([], None, 0, 0)
         layout = self._layout(marked, texts, turns, tools)
         asked = trained[-1] if trained else turns[-1]
-        prompt = self._apply(messages[:asked], tools, prompt=True)
+        prompt = self._apply(tools, messages[:asked], prompt=True)
         fitted = layout.fit(text, texts, self._special)
         if fitted is None or not self._follows(text, fitted, layout, asked, prompt):
             fitted = self._by_beginnings(text, messages, local, layout, tools)
@@ -196,7 +198,7 @@ class ChatWriter:
         self._refuse_unclear([index for index in needed if index not in spans], needed)
         counted = lost & {max(lost | spans.keys())} if self.train_on is TrainOn.last and lost else lost
         if spans and max(spans) != asked:
-            prompt = self._apply(messages[: max(spans)], tools, prompt=True)
+            prompt = self._apply(tools, messages[: max(spans)], prompt=True)
         is_text = not spans or self._is_prompt(text, spans[max(spans)].start, prompt)
         written = [ChatTurn(span, self._reference(text, span)) for span in spans.values()]
         return Turns(written, None if is_text else prompt, len(counted), layout.lost_messages)
@@ -207,11 +209,7 @@ class ChatWriter:
         if layout is None:
             if len(self._layouts) >= LAYOUTS:
                 self._layouts.clear()
-
-            def apply(few: Sequence[Message], prompt: bool) -> str:
-                return self._apply(few, tools, prompt=prompt)
-
-            layout = self._layouts[key] = lay_out(marked, texts, turns, apply, self._borders)
+            layout = self._layouts[key] = lay_out(marked, texts, turns, partial(self._apply, tools), self._borders)
         return layout
 
     @cached_property
@@ -230,10 +228,7 @@ class ChatWriter:
         self, text: str, messages: list[Message], texts: list[Text], layout: Layout, tools: Any
     ) -> Fitted:
         """Returns the turns by the conversation's beginnings, where a copy of marks is written otherwise."""
-
-        def apply(few: Sequence[Message], prompt: bool) -> str:
-            return self._apply(few, tools, prompt=prompt)
-
+        apply = partial(self._apply, tools)
         spans = {index: find_span(text, messages, index, apply, self._borders) for index in layout.spans}
         lost = {index: pieces - {Piece.thought} for index, pieces in layout.lost.items()}
         for content in texts:
@@ -273,9 +268,9 @@ class ChatWriter:
     @cached_property
     def _sample(self) -> tuple[str, str, str]:
         """What the template writes between a question and an answer, behind a last answer, and as a prompt."""
-        asked, answered = (self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER))
-        parts = MARKS.split(self._apply([asked, answered]))
-        prompt = self._apply([asked], prompt=True).rpartition(QUESTION["content"])[2]
+        asked, answered = map(self.form.plain, (QUESTION, ANSWER))
+        parts = MARKS.split(self._apply(None, [asked, answered]))
+        prompt = self._apply(None, [asked], prompt=True).rpartition(QUESTION["content"])[2]
         if parts[1::2] != ["0", "1"]:
             raise ConfigError(
                 f"data.template={self.template.name}: the template does not write what a question and an answer say "
@@ -286,16 +281,13 @@ class ChatWriter:
     @cached_property
     def _followed(self) -> str:
         """What the template writes between an answer and the next question; "" where it cannot."""
-        asked, answered, following = (
-            self.form.shape(message, lambda piece, text: text) for message in (QUESTION, ANSWER, NEXT)
-        )
-        parts = MARKS.split(self._apply([asked, answered, following]))
+        parts = MARKS.split(self._apply(None, list(map(self.form.plain, (QUESTION, ANSWER, NEXT)))))
         return parts[4] if parts[1::2] == ["0", "1", "2"] else ""
 
     @cached_property
     def _borders(self) -> Borders:
         before, behind, prompt = self._sample
-        closed = self._apply([self.form.shape(QUESTION, lambda piece, text: text)]).rpartition(QUESTION["content"])[2]
+        closed = self._apply(None, [self.form.plain(QUESTION)]).rpartition(QUESTION["content"])[2]
         lead = before.removeprefix(prompt) if prompt == closed and before.startswith(prompt) else None
         borders = Borders(self._special, before if lead is not None or before == prompt else "", behind, lead)
         shared = borders.agree(self._followed, behind)

@@ -108,6 +108,10 @@ class MessageForm:
             content = [{"type": "text", "text": content}]
         return {**other, "content": content}
 
+    def plain(self, message: Message) -> Message:
+        """Returns a message in this form, its texts as they are."""
+        return self.shape(message, lambda piece, text: text)
+
     def _shape_call(self, call: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
         function = call["function"]
         name = leaf(Piece.call, function["name"])
@@ -181,7 +185,7 @@ def _writes_call(write: Write, form: MessageForm) -> bool:
 
 def _holds(write: Write, form: MessageForm, messages: list[Message], marks: int, *, without: str = "") -> bool:
     """Tells whether the text of messages in a form holds the first `marks` marks."""
-    text = write([form.shape(message, lambda piece, text: text) for message in messages], None)
+    text = write([form.plain(message) for message in messages], None)
     if text is None or (without and without in text):
         return False
     return {str(index) for index in range(marks)} <= set(MARKS.findall(text))

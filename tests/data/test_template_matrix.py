@@ -43,7 +43,7 @@ def send(writer, messages, tools, *, prompt=True):
 
 def shape_messages(writer, conversation):
     """Returns the messages in the form that the template takes."""
-    return [writer.form.shape(message, lambda piece, text: text) for message in conversation.messages]
+    return list(map(writer.form.plain, conversation.messages))
 
 
 def bare(text):
