@@ -32,6 +32,8 @@ from qlora.wording import parse_size
 
 SAMPLE = 20
 """Rows that are looked at to recognise a format."""
+LABEL_ROWS = 10_000
+"""Rows whose labels are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +192,15 @@ class RowSet:
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
         shown = self.part.shown
-        _check_labels(rows, choice, shown)
         tokenizer = build_tokenizer(self.config, self.tokenizer, template)
         job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
         key = self._key(job, choice)
-        folder = self.cache.entry(key, lambda to: encode(job, to, processes=self.config.num_proc))
+
+        def tokenize(folder: Path) -> None:
+            _check_labels(rows, choice, shown)
+            encode(job, folder, processes=self.config.num_proc)
+
+        folder = self.cache.entry(key, tokenize)
         encoded, counts = load_encoded(folder)
         if not len(encoded):
             self.cache.discard(key)
@@ -267,7 +273,11 @@ class RowSet:
 def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
     """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
     for column in label_columns(rows.column_names, choice.format.labels):
-        cells = (row[column] for row in take_rows(rows.select_columns(column), slice(None)))
+        cells = (
+            row[column]
+            for start in range(0, len(rows), LABEL_ROWS)
+            for row in take_rows(rows.select_columns(column), slice(start, start + LABEL_ROWS))
+        )
         missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
         if 0 < len(missing) < len(rows):
             raise ConfigError(
