@@ -125,7 +125,7 @@ LEFT_OUT: dict[str, str] = {
         ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD
     ),
     "apollo_adamw_layerwise": _IN_BACKWARD,
-    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _PROJECTS),
+    **dict.fromkeys(_LOW_RANK, _PROJECTS),
 }
 """Optimizers of transformers' trainer that are not offered, and why."""
 

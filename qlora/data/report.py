@@ -215,29 +215,19 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
 
 def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
     """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
+    thoughts, messages = sum(item.lost_thoughts for item in counts), sum(item.lost_messages for item in counts)
     losses = (
-        (sum(item.lost_thoughts for item in counts), "the thoughts of", "turn", "", "them", suggest_thoughts),
-        (
-            sum(item.lost_messages for item in counts),
-            "the text of",
-            "message",
-            " of system, user or tool",
-            "it",
-            suggest_template,
-        ),
+        (thoughts, f"the thoughts of {_numbered(thoughts, 'turn')}", "them", suggest_thoughts),
+        (messages, f"the text of {_numbered(messages, 'message')} of system, user or tool", "it", suggest_template),
     )
-    for count, what, noun, whose, them, suggest in losses:
+    for count, what, them, suggest in losses:
         if count and part.template is not None:
             log.warning(
-                "%s: the chat template (%s) leaves out %s %s%s, so the model learns to answer without %s; "
-                "%s=%s writes all of %s",
-                part.part.shown,
-                part.template.name,
-                what,
-                f"1 {noun}" if count == 1 else f"{count:,} {noun}s",
-                whose,
-                them,
-                part.template_key,
-                suggest(part.tokenizer),
-                them,
+                "%s: the chat template (%s) leaves out %s, so the model learns to answer without %s; %s=%s writes all "
+                "of %s",
+                *(part.part.shown, part.template.name, what, them, part.template_key, suggest(part.tokenizer), them),
             )
+
+
+def _numbered(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
