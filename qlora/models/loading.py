@@ -9,8 +9,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
@@ -283,13 +283,16 @@ def decoded_8bit(model: torch.nn.Module, key: str) -> Iterator[None]:
         if x.dim() > 3:
             wide.append(name)
         scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        weight = (layer.weight.data * (scales[:, None] / 127)).to(x.dtype)
+        weight = bnb.int8_vectorwise_dequant(layer.weight.data, scales).to(x.dtype)
         return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
     with ExitStack() as stack:
         for name, layer in layers.items():
             method = "_old_forward" if hasattr(layer, "_old_forward") else "forward"  # accelerate moves inputs first
-            stack.enter_context(patch.object(layer, method, partial(compute, name, layer)))
+            previous = {method: layer.__dict__[method]} if method in layer.__dict__ else {}
+            stack.callback(layer.__dict__.update, previous)
+            stack.callback(layer.__dict__.pop, method)
+            layer.__dict__[method] = partial(compute, name, layer)
         yield
     if wide:
         raise ConfigError(
