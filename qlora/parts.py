@@ -282,17 +282,23 @@ class Parts:
             device=self.placement.device,
         )
 
-    def check_trainable(self) -> None:
-        """Raises `ConfigError`, before rows or weights are read, for a base that the config's choices do not fit."""
+    @cached_property
+    def is_trainable(self) -> bool:
+        """True; raises `ConfigError`, before rows or weights are read, for a base that the config does not fit."""
+        _ = self._beyond_embeddings
         model, quantization = self.config.model, self.config.quantization
-        check_vocabulary(self.tokenizer, model, self._embedding_rows)
         loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
+        return True
+
+    @cached_property
+    def _beyond_embeddings(self) -> dict[int, str]:
+        """The tokens by their ids that the base has no embedding for."""
+        return check_vocabulary(self.tokenizer, self.config.model, self._embedding_rows)
 
     @cached_property
     def tokens_without_embedding(self) -> list[str]:
         """The tokens that the base has no embedding for, which are warned of; no row may hold one."""
-        model, rows = self.config.model, self._embedding_rows
-        beyond = check_vocabulary(self.tokenizer, model, rows)
+        model, rows, beyond = self.config.model, self._embedding_rows, self._beyond_embeddings
         if not beyond:
             return []
         tokens = list(beyond.values())
@@ -308,7 +314,7 @@ class Parts:
 
     def load_base(self) -> PreTrainedModel:
         """Loads or draws the frozen base."""
-        self.check_trainable()
+        _ = self.is_trainable
         _ = self.tokens_without_embedding
         if not self.draws:
             return self._load(None)

@@ -129,7 +129,7 @@ class Run(Parts):
         if self.config.task.train:
             self._check_device()
         preflight(self.config)
-        self.check_trainable()
+        _ = self.is_trainable
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         _ = self.tokens_without_embedding
