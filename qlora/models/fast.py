@@ -307,7 +307,7 @@ def _call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
 
 
-def _forward(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call_inside(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
@@ -335,7 +335,7 @@ class FastStep:
         is_sharded = any(isinstance(layer, FSDPModule) for layer in self.layers)
         self._layer = torch.compile(_call) if self.is_compiled and not is_sharded else _call
         # Not the hooks around it, which put a sharded layer together.
-        self._inside = torch.compile(_forward) if self.is_compiled and is_sharded else None
+        self._inside = torch.compile(_call_inside) if self.is_compiled and is_sharded else None
         self._pieces = torch.compile(entropy_and_gradient) if self.is_compiled else entropy_and_gradient
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0
         """How many decoder layers, the first ones, compute their activations again in the backward pass."""
