@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from qlora.compose import compose
 from qlora.errors import ConfigError
-from qlora.models.tokenizer import load_tokenizer
 from qlora.replay import replay
 from qlora.run import Run
+from tests.models.bases import write
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.eval_steps=null", "trainer.warmup_steps=0"),
@@ -32,15 +31,7 @@ QUICK = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a small model with random weights and the embedded tokenizer."""
-    folder = tmp_path_factory.mktemp("bases") / "first"
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=1600, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(compose([]).model).save_pretrained(folder)
-    return folder
+    return write("qwen2", tmp_path_factory.mktemp("bases") / "first", tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
