@@ -45,7 +45,16 @@ from yaml import MarkedYAMLError, YAMLError
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
-from qlora.spelling import SHAPES, field_types, keep_spelling, reading_spellings, takes_one_option
+from qlora.spelling import (
+    SHAPES,
+    KeyPath,
+    dotted,
+    field_types,
+    keep_spelling,
+    reading_spellings,
+    takes_one_option,
+    type_at,
+)
 
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
@@ -452,7 +461,7 @@ def to_config(composed: DictConfig) -> Config:
             raise unknown_key(key)
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise ConfigError(f"{missing[0]} is not set; choose an option for its group or give {missing[0]}=VALUE")
-        _check_values(OmegaConf.to_container(composed, resolve=True), Config, "")
+        _check_values(OmegaConf.to_container(composed, resolve=True))
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise explain(error) from error
@@ -460,24 +469,17 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
-def _check_values(value: Any, hint: Any, key: str) -> None:
+def _check_values(value: Any, path: KeyPath = ()) -> None:
     """Raises `ConfigError` for what OmegaConf lets through: a list or a mapping as a text, a number of over 63 bits."""
-    options = [each for each in (get_args(hint) if get_origin(hint) is UnionType else [hint]) if each is not NoneType]
-    held = [each for each in options if dataclasses.is_dataclass(each)] if isinstance(value, dict) else options
-    kind = held[0] if len(held) == 1 else options[0] if len(options) == 1 else Any
-    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
-        for name, each in value.items():
-            _check_values(each, _hints(kind).get(name, Any), f"{key}.{name}".lstrip("."))
-    elif isinstance(value, dict) and get_origin(kind) is dict:
-        for name, each in value.items():
-            _check_values(each, get_args(kind)[-1], f"{key}.{name}")
-    elif isinstance(value, list) and get_origin(kind) is list:
-        for index, each in enumerate(value):
-            _check_values(each, get_args(kind)[0], f"{key}[{index}]")
-    elif kind is str and isinstance(value, dict | list):
-        raise ConfigError(f"{key} must be a text, got {value!r}")
-    elif kind is int and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-        raise ConfigError(f"{key} must lie between -2^63 and 2^63, got {value}; write a smaller number")
+    kind = type_at(path)
+    if kind is str and isinstance(value, dict | list):
+        raise ConfigError(f"{dotted(path)} must be a text, got {value!r}")
+    if kind is int and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ConfigError(f"{dotted(path)} must lie between -2^63 and 2^63, got {value}; write a smaller number")
+    for name, item in value.items() if isinstance(value, dict) else ():
+        _check_values(item, (*path, str(name)))
+    for index, item in enumerate(value) if isinstance(value, list) else ():
+        _check_values(item, (*path, f"[{index}]"))
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:

@@ -241,7 +241,7 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
         )
     schedule, who = SCHEDULES[name], f"trainer.lr_scheduler_type={name}"
     if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
-        known = {key: kind for each in SCHEDULES.values() for key, kind in each.arguments.items()}
+        known = {key: kind for other in SCHEDULES.values() for key, kind in other.arguments.items()}
         for key in arguments:
             if key not in known:
                 raise ConfigError(

@@ -271,8 +271,8 @@ class _Loader(get_yaml_loader()):  # type: ignore[misc]
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [*resolvers, *(each for each in yaml.SafeLoader.yaml_implicit_resolvers.get(first, [])
-                          if each[0].endswith(":timestamp"))]
+    first: [*resolvers, *(resolver for resolver in yaml.SafeLoader.yaml_implicit_resolvers.get(first, [])
+                          if resolver[0].endswith(":timestamp"))]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }  # fmt: skip
 
@@ -341,15 +341,15 @@ def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
     is_null = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")
     is_later = isinstance(node, yaml.ScalarNode) and ("${" in node.value or node.value == "???")
     owner = type_at(path[:-1])
-    wanted = None
+    needed = None
     if is_null and get_origin(owner) in SHAPES and get_args(owner)[-1] is str:
-        wanted = "a text"
+        needed = "a text"
     elif not (is_null or is_later) and get_origin(hint) in SHAPES:
         node_kind = {yaml.SequenceNode: list, yaml.MappingNode: dict}.get(type(node))
-        wanted = SHAPES[get_origin(hint)] if node_kind is not get_origin(hint) else None
-    if wanted is not None:
-        where = f"{file}, line {node.start_mark.line + 1}: {_dotted(path)}"
-        raise ConfigError(f"{where} must be {wanted}, got {_shown(node)}")
+        needed = SHAPES[get_origin(hint)] if node_kind is not get_origin(hint) else None
+    if needed is not None:
+        where = f"{file}, line {node.start_mark.line + 1}: {dotted(path)}"
+        raise ConfigError(f"{where} must be {needed}, got {_shown(node)}")
 
 
 def _shown(node: yaml.Node) -> str:
@@ -384,7 +384,7 @@ def _check(file: Path, scalar: _Scalar) -> int | None:
     node, tag = scalar.node, scalar.node.tag.rpartition(":")[2]
     if node.style is not None or tag not in KINDS or not node.value:
         return None
-    where = f"{file}, line {node.start_mark.line + 1}: {_dotted(scalar.path)}"
+    where = f"{file}, line {node.start_mark.line + 1}: {dotted(scalar.path)}"
     hint = type_at(scalar.path)
     if scalar.is_key:
         if get_origin(hint) is dict:
@@ -424,7 +424,8 @@ def _other_base(text: str) -> str | None:
     return next((name for pattern, name in OTHER_BASES.items() if pattern.fullmatch(text)), None)
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """Returns a key as people write it."""
     names = ["from", *path[1:]] if path[:1] == ("source",) else list(path)
     return ".".join(names).replace(".[", "[")
 
