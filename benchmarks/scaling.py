@@ -232,17 +232,17 @@ def overlap(records: Sequence[dict[str, Any]], visible: str) -> int:
 def to_tables(results: list[dict[str, Any]]) -> str:
     """Returns a table of the trainings with whole bases, one of those with sharded bases, one of the sweeps."""
     tables = [
-        data_table([each for each in results if each["part"] in ("weak", "strong", "rounding")]),
-        sharded_table([each for each in results if each["part"] == "sharded"]),
-        sweep_table([each for each in results if each["part"] == "sweep"]),
+        data_table([result for result in results if result["part"] in ("weak", "strong", "rounding")]),
+        sharded_table([result for result in results if result["part"] == "sharded"]),
+        sweep_table([result for result in results if result["part"] == "sweep"]),
     ]
     return "\n\n".join(table for table in tables if table)
 
 
 def data_table(results: list[dict[str, Any]]) -> str:
     """Returns the table of data-parallel trainings, each beside that of one GPU."""
-    single = {(each["model"], each["mode"]): each for each in results
-              if each["part"] == "weak" and each["gpus"] == 1 and "failure" not in each}  # fmt: skip
+    single = {(result["model"], result["mode"]): result for result in results
+              if result["part"] == "weak" and result["gpus"] == 1 and "failure" not in result}  # fmt: skip
     head = ["model", "mode", "GPUs", "rows a step", "rows a micro-batch", "tokens/s", "of GPUs x one", "peak a GPU, GB"]
     lines = [[*head, "first step, s", "losses differ by"]]
     for result in results:
@@ -280,7 +280,7 @@ def sharded_table(results: list[dict[str, Any]]) -> str:
 
 def sweep_table(results: list[dict[str, Any]]) -> str:
     """Returns the table of sweeps, each beside that of one GPU."""
-    single = next((each["seconds"] for each in results if each["gpus"] == 1 and "failure" not in each), None)
+    single = next((result["seconds"] for result in results if result["gpus"] == 1 and "failure" not in result), None)
     lines = [["jobs", "GPUs", "seconds", "times as fast", "jobs by GPU", "jobs that shared one", "memory left, MiB"]]
     for result in results:
         known = [result["jobs"], result["gpus"]]

@@ -660,10 +660,10 @@ class Parts:
 
 def _first_used(rows: Dataset, ids: Collection[int]) -> int | None:
     """Returns the first token of `rows` that is one of `ids`; None: they hold none of them."""
-    wanted = pa.array(sorted(ids))
+    searched = pa.array(sorted(ids))
     for batch in rows.select_columns("input_ids").with_format("arrow").iter(10_000):
         tokens = pc.list_flatten(batch["input_ids"])
-        used = tokens.filter(pc.is_in(tokens, value_set=wanted.cast(tokens.type)))
+        used = tokens.filter(pc.is_in(tokens, value_set=searched.cast(tokens.type)))
         if len(used):
             return int(used[0].as_py())
     return None

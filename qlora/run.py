@@ -439,9 +439,9 @@ class Run(Parts):
         world.check_same("base weights", self.base.fingerprint)
         return same
 
-    def _check_same_processes(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+    def _check_same_processes(self, checkpoint: Path, written: dict[str, Any]) -> None:
         """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
-        before, rows = facts["processes"], facts.get("rows")
+        before, rows = written["processes"], written.get("rows")
         if before == world.size():
             return
         what = (

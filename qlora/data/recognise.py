@@ -214,9 +214,9 @@ def _way_out(rows: _Rows) -> str:
         return f"They fit {rows.setting}={fitting}"
     chats = [column for column in rows.columns if any(_holds_turns(row.get(column)) for row in rows.sample)]
     for chat in (column for column in chats if not column.lower().startswith(REJECTED)):
-        for wanted, name in CHATS.items():
-            if _works(rows, _format_for(rows, name), {wanted: chat}):
-                return f"{chat} holds the turns of a chat: {_settings(rows, name, {wanted: chat})}"
+        for needed, name in CHATS.items():
+            if _works(rows, _format_for(rows, name), {needed: chat}):
+                return f"{chat} holds the turns of a chat: {_settings(rows, name, {needed: chat})}"
     if chats:
         return f"{chats[0]} holds turns of a chat, but none of a whole one: map the rows with {own}"
     asked = [column for column in rows.columns if column.lower() in PROMPTS]
@@ -254,17 +254,17 @@ def _format_for(rows: _Rows, name: str) -> str:
 def _settings(rows: _Rows, name: str, columns: Mapping[str, str]) -> str:
     """Returns what to set, so that the rows are read as format `name` with these columns."""
     settings = [f"{rows.setting}={name}"] if rows.chosen not in ("auto", name) else []
-    for wanted, source in columns.items():
+    for needed, source in columns.items():
         is_word = source.isascii() and source.replace("-", "_").isidentifier()
         settings.append(
-            f"{rows.column_key(wanted)}={source}" if is_word else f"'{rows.column_key(wanted)}=\"{source}\"'"
+            f"{rows.column_key(needed)}={source}" if is_word else f"'{rows.column_key(needed)}=\"{source}\"'"
         )
     return " ".join(settings)
 
 
 def _works(rows: _Rows, name: str, columns: Mapping[str, str]) -> bool:
     """Tells whether the sample can be trained on as a format (or `auto`), with columns renamed."""
-    renamed = {source: wanted for wanted, source in columns.items()}
+    renamed = {source: needed for needed, source in columns.items()}
 
     def rename(row: Row) -> Row:
         kept = {column: cell for column, cell in row.items() if column in renamed or column not in columns}

@@ -202,7 +202,7 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
     trained = config.on_empty is OnEmpty.train
     empty = report.empty_answers if trained else report.empty_rows + report.eval_empty_rows + report.empty_answers
     fate = "are trained, an end token alone" if trained else "are not trained"
-    facts = (
+    warnings = (
         (empty, f"{empty:,} answers are empty and {fate} (data.on_empty={config.on_empty.value})"),
         (
             report.held_out_in_training,
@@ -210,7 +210,7 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
             "word; what is measured on them is not held out",
         ),
     )
-    return [text for count, text in facts if count]
+    return [text for count, text in warnings if count]
 
 
 def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:

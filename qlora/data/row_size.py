@@ -14,17 +14,17 @@ MAX_ROW_BYTES: Final = 64_000_000
 """What files may have that no config speaks of."""
 
 
-def too_long(place: str, most: int, why: str = "") -> ConfigError:
-    """Returns the error of a row that stands at `place`; `why` says what else may be wrong."""
+def too_long(where: str, most: int, why: str = "") -> ConfigError:
+    """Returns the error of a row that stands `where`; `why` says what else may be wrong."""
     return ConfigError(
-        f"{place}: the row has more than {most:,} bytes{why}; if it is meant to be so long, raise data.max_row_bytes"
+        f"{where}: the row has more than {most:,} bytes{why}; if it is meant to be so long, raise data.max_row_bytes"
     )
 
 
-def check_text(text: str, most: int, place: str) -> None:
+def check_text(text: str, most: int, where: str) -> None:
     """Raises `ConfigError` where the text of a row has more than `most` bytes in UTF-8."""
     if 4 * len(text) > most and len(text.encode("utf-8", "surrogatepass")) > most:
-        raise too_long(place, most)
+        raise too_long(where, most)
 
 
 def lines(file: IO[str], most: int, error: Callable[[int], Exception]) -> Iterator[str]:
@@ -35,10 +35,10 @@ def lines(file: IO[str], most: int, error: Callable[[int], Exception]) -> Iterat
         yield line
 
 
-def check_table(table: pa.Table, most: int, place: Callable[[int], str]) -> None:
-    """Raises `ConfigError`, which begins with `place` of its index, where a row has more than `most` bytes."""
+def check_table(table: pa.Table, most: int, where: Callable[[int], str]) -> None:
+    """Raises `ConfigError`, which begins with `where` of its index, where a row has more than `most` bytes."""
     if (index := _first_long(table, most)) is not None:
-        raise too_long(place(index), most)
+        raise too_long(where(index), most)
 
 
 def _first_long(table: pa.Table, most: int) -> int | None:

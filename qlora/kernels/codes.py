@@ -114,7 +114,7 @@ def join(weights: Sequence[Tensor]) -> Codes:
     parts = [codes for weight in weights if (codes := read_codes(weight)) is not None]
     is_sharded = isinstance(weights[0], DTensor)
     if is_sharded:
-        parts = [replace(each, packed=each.packed[:0]) for each in parts]
+        parts = [replace(codes, packed=codes.packed[:0]) for codes in parts]
     if len(parts) == 1:
         return parts[0]
     assert len(parts) == len(weights)

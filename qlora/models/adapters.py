@@ -173,13 +173,13 @@ def _check_rank_for_data(model: PeftModel) -> None:
     """Raises `ConfigError` where EVA would look for more directions than a layer reads features."""
     config = model.peft_config["default"]
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    name = min(layers, key=lambda each: layers[each].in_features)
-    features, wanted = layers[name].in_features, round(config.r * config.eva_config.rho)
-    if wanted > features:
+    name = min(layers, key=lambda name: layers[name].in_features)
+    features, directions = layers[name].in_features, round(config.r * config.eva_config.rho)
+    if directions > features:
         raise ConfigError(
-            f"lora.r={config.r}: lora.init=eva looks for {wanted} directions in what a layer reads, and {name} reads "
-            f"{features} features; set lora.r={int(features / config.eva_config.rho)} or less, or use lora=all-linear "
-            "lora.init=default"
+            f"lora.r={config.r}: lora.init=eva looks for {directions} directions in what a layer reads, and {name} "
+            f"reads {features} features; set lora.r={int(features / config.eva_config.rho)} or less, or use "
+            "lora=all-linear lora.init=default"
         )
 
 
@@ -239,7 +239,7 @@ def find_target_modules(wanted: list[str], model: PreTrainedModel) -> list[str]:
 
     Layers that text does not run through are left out, and with `all-linear` those that PEFT cannot adapt, too.
     """
-    routers = {each.name.removesuffix(".weight") for each in read_decoder(model).matrices if each.kind == ROUTER}
+    routers = {matrix.name.removesuffix(".weight") for matrix in read_decoder(model).matrices if matrix.kind == ROUTER}
     names = [name for name in linear_modules(model) if name not in routers]  # its output may be more than a tensor
     experts = _names_of_experts(names, model)
     if wanted == ["all-linear"]:

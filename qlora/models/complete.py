@@ -106,7 +106,7 @@ def _missing_scales(model: PreTrainedModel) -> list[str]:
 
 def _misshapen(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.Size]]:
     """Returns the quantized weights of other shapes than needed, both; transformers compares the others alone."""
-    found = {}
+    differing = {}
     for name, module in model.named_modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
             continue
@@ -114,8 +114,8 @@ def _misshapen(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.Size
         stored = module.weight.shape if isinstance(module, Linear8bitLt) else state.shape if state else None
         needed = torch.Size([module.out_features, module.in_features])
         if stored is not None and stored != needed:
-            found[f"{name}.weight"] = (stored, needed)
-    return found
+            differing[f"{name}.weight"] = (stored, needed)
+    return differing
 
 
 def _check_missing(model: PreTrainedModel, key: str, missing: list[str], unexpected: Iterable[str]) -> None:

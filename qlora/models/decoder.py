@@ -72,7 +72,9 @@ class Decoder:
         shares = self.unquantized
         if not shares:
             return None
-        dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in self.matrices if not each.is_quantized})
+        dtypes = sorted(
+            {str(matrix.dtype).removeprefix("torch.") for matrix in self.matrices if not matrix.is_quantized}
+        )
         share, kinds = _percent(sum(shares.values())), ", ".join(shares)
         return f"{share} of the decoder's weights are in {' and '.join(dtypes)} ({kinds})"
 
@@ -145,12 +147,12 @@ def _kinds(weights: list[tuple[str, nn.Module, nn.Parameter]]) -> dict[str, str]
     for name, owner, weight in weights:
         if weight.dim() == 3 and min(weight.shape) > 1 and not isinstance(owner, nn.Conv1d):
             counts[name.rpartition(".")[0]] = weight.shape[0]
-    around = {place.rpartition(".")[0]: count for place, count in counts.items()}
+    around = {path.rpartition(".")[0]: count for path, count in counts.items()}
     kinds = {}
     for name, owner, weight in weights:
-        place = name.rpartition(".")[0].removesuffix(".base_layer")
-        kinds[name] = place.rpartition(".")[2]
-        if place in counts:
+        path = name.rpartition(".")[0].removesuffix(".base_layer")
+        kinds[name] = path.rpartition(".")[2]
+        if path in counts:
             kinds[name] = EXPERTS
         elif any(_shape(weight, owner)[0] == around[above] for above in _above(name) & around.keys()):
             kinds[name] = ROUTER
@@ -174,10 +176,10 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
 def _has_other_parts(model: PreTrainedModel, linear: list[str]) -> bool:
     """Returns whether a model may have layers that text does not run through, such as a tower for pictures."""
     decoder = model.get_decoder()
-    places = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     inside = f"{prefix}." if prefix else ""
-    towers = [name for name in places if name and not f"{inside}.".startswith(f"{name}.")]
+    towers = [name for name in models if name and not f"{inside}.".startswith(f"{name}.")]
     return bool(towers) or any(not name.startswith(inside) for name in linear)
 
 
@@ -213,7 +215,7 @@ def check_is_quantized(model: PreTrainedModel, quantization: QuantizationConfig,
         return
     decoder = read_decoder(model)
     if all(not matrix.is_quantized for matrix in decoder.matrices):
-        layers = [model.get_submodule(each) for each in linear_modules(model)]
+        layers = [model.get_submodule(name) for name in linear_modules(model)]
         if own := sorted({type(layer).__name__ for layer in layers} - {"Linear", "Conv1D"}):
             raise ConfigError(
                 f"quantization.bits={quantization.bits}: the linear layers of {name} are of a class of their own "

@@ -44,10 +44,10 @@ class QuantizationWatch(TorchDispatchMode):
 
 def find_nonfinite(model: torch.nn.Module, spoiled: Iterable[Tensor] = ()) -> list[str]:
     """Returns the names of the weights that are not finite; `spoiled` are quantized ones known to come from such."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in spoiled}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in spoiled}
     names = []
     for name, parameter in model.named_parameters():
-        if parameter.untyped_storage().data_ptr() in places or not all(map(is_finite, _numbers(parameter))):
+        if parameter.untyped_storage().data_ptr() in storages or not all(map(is_finite, _numbers(parameter))):
             names.append(name)
     # A mask may hold infinities.
     return names + [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
@@ -94,6 +94,6 @@ def first_nonfinite_module(model: PreTrainedModel, forward: Callable[[], Any]) -
     try:
         with on_output(model, look):
             forward()
-    except _Found as found:
-        return str(found)
+    except _Found as end:
+        return str(end)
     return None

@@ -157,10 +157,10 @@ def refuse_token(
     tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int, token: str, beyond: Sequence[str]
 ) -> ConfigError:
     """Returns the error for rows of text that hold a token without an embedding."""
-    wanted = shlex.quote(f"model.new_tokens={json.dumps([*config.new_tokens, *beyond], ensure_ascii=False)}")
+    remedy = shlex.quote(f"model.new_tokens={json.dumps([*config.new_tokens, *beyond], ensure_ascii=False)}")
     return ConfigError(
         f"the rows hold {token!r}, one of {len(tokenizer.get_vocab()):,} tokens of the tokenizer, but the base "
-        f"{config.name} has embeddings for {rows:,}; train one with {wanted}, or take the token out of the data and "
+        f"{config.name} has embeddings for {rows:,}; train one with {remedy}, or take the token out of the data and "
         "its template"
     )
 
