@@ -132,16 +132,18 @@ class Group:
     def compute(self, x: Tensor) -> list[Tensor]:
         """Returns the outputs of all members, each [..., rows]."""
         first = self.members[0]
-        flat = x.reshape(-1, self.columns)
-        a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(x.dtype)
-        b = [(each.lora_B["default"].weight * each.scaling["default"]).to(x.dtype) for each in self.members]
+        # 8-bit products come in bf16, also where a CPU computes all else in float32.
+        dtype = x.dtype if self.factor is None else torch.bfloat16
+        flat = x.reshape(-1, self.columns).to(dtype)
+        a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(dtype)
+        b = [(each.lora_B["default"].weight * each.scaling["default"]).to(dtype) for each in self.members]
         dropped = _drop(flat, first.lora_dropout["default"])
         found = GroupedLinear.apply(flat, dropped, a, self.ranges, self.rows, *b, *self.tensors)
         outputs = []
         for member, part in zip(self.members, found, strict=True):
             bias = member.get_base_layer().bias
             part = part if bias is None else part + bias.to(part.dtype)
-            outputs.append(part.view(*x.shape[:-1], -1))
+            outputs.append(part.view(*x.shape[:-1], -1).to(x.dtype))
         return outputs
 
 
