@@ -91,7 +91,7 @@ def test_what_no_process_can_do_is_the_error_of_one_process_alone(task, work, ca
     ids=["others fail", "others do something else"],
 )
 def test_what_only_others_get_wrong_is_done_by_one_process_and_said(task, work, caplog, changes, reason):
-    vars(task).update(changes)
+    vars(task).update(changes, slow_until=2000)  # 2 s: the other one has answered by then
     assert run(task, work, MANY) == alone(MANY)
     assert [record.getMessage() for record in caplog.records] == [
         f"data.path=x: one process tokenizes the rest, for another one failed at what this one can do ({reason}); "

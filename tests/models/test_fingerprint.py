@@ -161,7 +161,8 @@ def test_a_shard_that_is_missing_is_named(base_folder: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         weight_files(tmp_path)
     assert str(error.value) == (
-        f"model.name={tmp_path}: {gone.name} is missing, which model.safetensors.index.json names; copy it again"
+        f"model.name={tmp_path}: 1 of the 4 files of the weights that model.safetensors.index.json names are missing, "
+        f"first {gone.name}; finish the download, or copy the model again"
     )
 
 
