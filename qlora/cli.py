@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora import world
+from qlora import trust, world
 from qlora.compose import (
     CONF_DIR,
     START_VARIABLE,
@@ -37,6 +37,7 @@ from qlora.compose import (
     show_config,
     to_config,
     unknown_flag,
+    with_environment,
 )
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
@@ -66,7 +67,8 @@ def main() -> None:
     in_full = (before[WANTS_FULL_ERROR] or before[FULL_ERROR]) == "1"
     os.environ |= {FULL_ERROR: "1", WANTS_FULL_ERROR: "1" if in_full else "0"}
     try:
-        _main(sys.argv[1:])
+        with trust.fixed_resolvers():
+            _main(sys.argv[1:])
     except Stopped as stopped:
         close_bars()
         if world.is_first():
@@ -129,6 +131,7 @@ def _main(argv: list[str]) -> None:
 
         print_help(argv)
         return
+    trust.check_version()
     args, rest = get_args_parser().parse_known_intermixed_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         raise unknown_flag(unknown[0])
@@ -136,11 +139,19 @@ def _main(argv: list[str]) -> None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
+    if args.config_name is not None:
+        raise ConfigError(
+            f"--config-name replaces the whole configuration; use --config-dir FOLDER experiment={args.config_name}"
+        )
+    if args.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun unpickles a file, which may run code that it holds; use task=replay run=FOLDER"
+        )
     afterwards: Callable[[], None] = lambda: None  # noqa: E731
-    if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
+    if not (args.shell_completion or args.hydra_help):
         flags = [word for word in argv if word not in args.overrides]
         check_engine(args.overrides)
-        args.overrides = keep_spelling(args.overrides)
+        args.overrides = with_environment(keep_spelling(args.overrides))
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))

@@ -39,11 +39,12 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 from yaml import MarkedYAMLError, YAMLError
 
+from qlora import trust
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
+from qlora.schema import ArchitectureConfig, Config, TaskName
 from qlora.secrets import find_secret
 from qlora.spelling import (
     SHAPES,
@@ -185,6 +186,7 @@ def register() -> None:
     )
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
+    trust.install(CONF_DIR)
 
 
 def now() -> str:
@@ -205,12 +207,19 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
 
     A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
     `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
-    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. What QLORA_TRUSTED says
+    becomes an override, which every job of a sweep gets.
     """
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
+    overrides = with_environment(overrides)
     keys = set(config_keys())
     return [_open_entry(text, override, keys) for text, override in zip(overrides, _parse(overrides), strict=True)]
+
+
+def with_environment(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides with those that QLORA_TRUSTED stands for; to do so again changes nothing."""
+    return trust.add_environment(overrides, _parse(overrides))
 
 
 def _open_entry(text: str, override: Override, keys: set[str]) -> str:
@@ -276,6 +285,7 @@ def read_yaml(path: Path) -> Any:
 
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
+    trust.check_version()
     register()
     overrides = open_entries(overrides)
     instance = GlobalHydra.instance()
@@ -314,7 +324,6 @@ def check_overrides(
     overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
-    _check_hydra(composed)
     if OmegaConf.is_missing(composed.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
@@ -362,20 +371,6 @@ def _refuse_intervals(overrides: Sequence[str]) -> None:
                 f"{override.input_line}: a grid cannot walk through an interval; add hydra/sweeper=optuna to search in "
                 "it, or list the values"
             )
-
-
-HYDRA_TRUSTED = ("hydra", "hydra_plugins", "omegaconf", "logging", "qlora", "colorlog", "rich")
-CODE_KEYS = ("_target_", "()", "class", "factory")
-"""The keys by which Hydra and Python's logging call what their value names."""
-
-
-def _check_hydra(composed: DictConfig) -> None:
-    """Raises `ConfigError` if Hydra's own node names code of a package that is not trusted."""
-    trusted = list(OmegaConf.select(composed, "trusted") or [])
-    for key, value in _leaves(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"):
-        package = str(value).partition(".")[0]
-        if key.rpartition(".")[2] in CODE_KEYS and package not in HYDRA_TRUSTED:
-            check_trusted(key, str(value), trusted)
 
 
 def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
@@ -454,7 +449,11 @@ def _search_path(config_dir: Path | str | None) -> Any:
 
 def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
-    composed = _without_hydra(composed)
+    with trust.fixed_resolvers():
+        return _to_config(_without_hydra(composed))
+
+
+def _to_config(composed: DictConfig) -> Config:
     try:
         _refuse_secrets(_leaves(OmegaConf.to_container(composed, resolve=True), ""))
         for key in unknown_keys(composed):
@@ -737,6 +736,12 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
     key = str(inner.full_key) if inner is not None else _key_of(text)
     if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
         return _no_place_for(key, where)
+    if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:
+        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", text) or ["", "?"])[1]
+        return ConfigError(
+            f"{key}{where}: ${{{name}:...}} calls no function that a config may call; those are oc.env, oc.select and "
+            "the others of OmegaConf, hydra and now"
+        )
     if isinstance(inner, InterpolationKeyError):
         name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
@@ -911,14 +916,37 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return {str(key): value for key, value in plain.items()}
 
 
-def restore_config(stored: dict[str, Any]) -> Config:
-    """Returns the config that `read_config` read; raises `ConfigError` for one of another version's schema."""
+def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Config:
+    """Returns the config that `read_config` read of `file`, which trusts what `trusting` does.
+
+    Raises `ConfigError` for one that trusts more, and for one of another version's schema.
+    """
+    check_stored_trust(stored, trusting, file)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+        with trust.fixed_resolvers():
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)
+    if config.model.trust_remote_code and not trusting.model.trust_remote_code:
+        raise ConfigError(f"{file} sets model by an interpolation, which a stored config never holds; write it anew")
     return config
+
+
+def check_stored_trust(stored: dict[str, Any], trusting: Config, file: Path) -> None:
+    """Raises `ConfigError` if a stored config trusts code that the command line does not; else it trusts as that."""
+    model = stored.get("model")
+    names = [str(name) for name in names] if isinstance(names := stored.get("trusted") or [], list) else [str(names)]
+    lacking = [f"trusted=[{','.join([*trusting.trusted, *more])}]"] if (
+        more := [name for name in names if name not in trusting.trusted]) else []  # fmt: skip
+    if isinstance(model, dict) and model.get("trust_remote_code") and not trusting.model.trust_remote_code:
+        lacking.append(f"{trust.REMOTE_CODE}=true")
+    if lacking:
+        raise ConfigError(
+            f"{file} sets {' and '.join(lacking)}, and what is trusted is said on the command line alone; if you know "
+            f"what it does, add {' '.join(lacking)} to this command"
+        )
+    stored["trusted"] = list(trusting.trusted)
 
 
 @functools.cache
@@ -930,20 +958,3 @@ def model_presets() -> dict[str, dict[str, Any]]:
         shape = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ArchitectureConfig), node.architecture))
         presets[file.stem] = {"name": str(node.name), "architecture": shape}
     return presets
-
-
-def build_callbacks(nodes: dict[str, Any], kind: type) -> list[Any]:
-    """Instantiates the `callbacks` group: each node a `_target_`, a class below `kind`, with its arguments."""
-    from hydra.utils import get_class, instantiate
-
-    callbacks = []
-    for name, node in nodes.items():
-        try:
-            if not issubclass(get_class(str(node["_target_"])), kind):
-                raise ConfigError(f"callbacks.{name}._target_={node['_target_']} is no {kind.__name__}")
-            callbacks.append(instantiate(node))
-        except (HydraException, ImportError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"callbacks.{name}: {_first_line(str(error))}") from error
-    return callbacks

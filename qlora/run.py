@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from qlora import compose, console, world
 from qlora.chat import Speaker, hold
@@ -62,6 +62,7 @@ from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
 from qlora.schema import Parallel, Resume, TaskName
+from qlora.training.callbacks import build_callbacks
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
@@ -135,7 +136,7 @@ class Run(Parts):
         _ = self.tokens_without_embedding
         rows = (read_json(self.folder.manifest) or {}).get("data")
         is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
-        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
+        callbacks = build_callbacks(self.config.callbacks)
         if self.config.task.train:
             is_same &= self._check_same_base(checkpoint)
         if not is_same:
@@ -170,7 +171,7 @@ class Run(Parts):
         preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
         world.check_same("base weights", self.base.fingerprint)
-        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
+        callbacks = build_callbacks(self.config.callbacks)
         model = self.build_model()
         self._baseline(model)
         self._run_steps(self._prepare_training(model, callbacks, NoTracker()), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -38,8 +38,14 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
-TRUSTED = ("qlora", "transformers", "evaluate")
-"""The packages whose code a config may name; `trusted` adds the user's own."""
+CALLBACK_PACKAGES = ("qlora", "transformers")
+"""The packages whose trainer callbacks a config may name; `trusted` adds the user's own."""
+
+EMBEDDED_ROWS = (
+    *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
+    *("qlora.demo.pretraining:training_rows", "qlora.demo.pretraining:probe_rows"),
+)
+"""The functions that a config may name by itself: those of the embedded data."""
 
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
@@ -338,8 +344,9 @@ class ModelConfig:
     cache_dir: str | None = None
     """Folder for downloaded files; unset: the hub library's own."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along. The access token of gated models is read from
-    the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
+    """Run Python code that the model's repository brings along; given on the command line, or as
+    `QLORA_TRUSTED=model.trust_remote_code` in the environment, and in no file. The access token of gated models is
+    read from the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
     tokenizer: str | None = None
     """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`, the embedded one, which random
     weights have where none is named: nothing is downloaded for them."""
@@ -1160,7 +1167,9 @@ class Config:
     Axolotl, LLaMA-Factory or torchtune."""
     trusted: list[str] = field(default_factory=list)
     """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
-    `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
+    `trusted=[my_rows]`; given on the command line, or as `QLORA_TRUSTED=my_rows` in the environment, and in no file.
+    Callbacks of `qlora` and `transformers` and metrics of `evaluate` need no trust. A full key with a dot, e.g.
+    `hydra.launcher.setup`, lets a file set what is otherwise the command line's alone."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -1190,8 +1199,11 @@ class Config:
             is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
             rule = "be a mapping with a _target_ (module.Class) and its arguments"
             require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
-        for key, name in named_code(self):
-            check_trusted(key, name, self.trusted)
+            check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
+            check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
+        for key, name in named_functions(self):
+            if name not in EMBEDDED_ROWS:
+                check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -1287,37 +1299,46 @@ def is_folder_name(name: str) -> bool:
     return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
 
 
-def named_code(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields the full keys whose values name code, with the names: `module:function`, or a `_target_`."""
+def named_functions(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
-    texts |= {f"evaluation.metrics[{place}]": name for place, name in enumerate(config.evaluation.metrics)}
-    yield from ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
-    yield from _targets(config.callbacks, "callbacks")
+    texts |= {
+        f"evaluation.metrics[{index}]": name
+        for index, name in enumerate(config.evaluation.metrics)
+        if not name.startswith(f"{METRIC_LIBRARY}:")
+    }
+    return ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "_target_":
-                yield f"{key}.{name}", str(value)
-            else:
-                yield from _targets(value, f"{key}.{name}")
-    elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _targets(value, f"{key}[{place}]")
-
-
-def check_trusted(key: str, name: str, trusted: list[str]) -> None:
+def check_trusted(key: str, name: str, trusted: Sequence[str]) -> None:
     """Raises `ConfigError` unless the code that a config names is of a package that is trusted."""
     package = re.split(r"[.:]", name)[0]
-    if package not in (*TRUSTED, *trusted):
+    if package not in trusted:
+        added = [name for name in trusted if name not in CALLBACK_PACKAGES]
         raise ConfigError(
             f"{key}={name}: code of the package {package!r} would run, which is not trusted; if you know what it does, "
-            f"add trusted=[{','.join([*trusted, package])}]"
+            f"add trusted=[{','.join([*added, package])}] to the command line"
         )
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raises `ConfigError` unless an argument of what a config names is a plain value, which names no code itself."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str) or re.fullmatch(r"_\w+_", name):
+                raise ConfigError(
+                    f"{key}.{name}={item}: an argument is a plain value and names no code, whatever trusted=[...] "
+                    "holds; take it out"
+                )
+            check_plain(f"{key}.{name}", item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_plain(f"{key}[{index}]", item)
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise ConfigError(f"{key} must be a plain value, a list or a mapping, got {value!r}")
 
 
 def _written(value: object) -> str:

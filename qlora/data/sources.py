@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, packaged_modules
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,  # of httpx or httpx2, whichever the hub's client uses
@@ -134,6 +134,7 @@ def load_hub(
 
     Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
+    _check_hub_name(path, data_files, failure, key)
     try:
         with no_progress_bars():
             if isinstance(split, str):
@@ -142,6 +143,18 @@ def load_hub(
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
     return _choose(splits, split, path, key)
+
+
+def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
+    """Raises `ConfigError` for what is no data set of the hub to `datasets`: one of its own readers by name, a folder
+    here, or files that lie elsewhere, behind which there may be any library's reader."""
+    if path in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise ConfigError(f"{failure} from the hub: {path} is a reader of the package datasets; name the file in {key}")
+    if data_files is not None and (":" in data_files or data_files.startswith(("/", "~")) or ".." in data_files):
+        raise ConfigError(
+            f"data.data_files={data_files} must name files inside the hub's data set; for files elsewhere use "
+            "data=local data.path=FILE"
+        )
 
 
 def hub_commit(rows: Dataset) -> str | None:

@@ -522,6 +522,11 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"adapter={folder}: {ADAPTER_CONFIG} has no peft_type, so it is none of PEFT's; copy the adapter again"
         )
+    if settings.get("megatron_config"):  # PEFT imports the module that stands beside it
+        raise ConfigError(
+            f"adapter={folder}: {ADAPTER_CONFIG} is that of an adapter for Megatron (megatron_config), which names a "
+            "module to import; give an adapter for transformers"
+        )
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ConfigError(f"adapter={folder}: {ADAPTER_WEIGHTS} is missing; copy the adapter again")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import pickle
 import shlex
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,12 +44,13 @@ from qlora.sweep.trackers import track_sweep
 from qlora.wording import format_metric, higher_is_better
 
 RESULTS_FILE = "optimization_results.yaml"
-SAMPLERS: dict[str, type[BaseSampler]] = {
-    "tpe": TPESampler,
-    "random": RandomSampler,
-    "grid": RandomSampler,  # never asked: every point of a grid is enqueued
-    "cmaes": CmaEsSampler,
-}
+STATE = {
+    *(("cmaes._cma", "CMA"), ("cmaes._sepcma", "SepCMA"), ("cmaes._cmawm", "CMAwM")),
+    *((module, name) for module in ("numpy._core.multiarray", "numpy.core.multiarray")
+      for name in ("scalar", "_reconstruct")),
+    *(("numpy", "dtype"), ("numpy", "ndarray"), ("_codecs", "encode")),
+}  # fmt: skip
+"""What the pickled state of Optuna's CMA-ES is made of."""
 TRIALS = 20
 """Of a study whose `n_trials` is unset."""
 SHOWN = 5
@@ -55,6 +58,36 @@ SHOWN = 5
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOB, SWEEP, CUT_OFF = "job", "sweep", "cut off"
 """What the study knows of ours: a trial's job folder, the sweep's, and that a trial is tried again as another."""
+
+
+class SafeCmaEsSampler(CmaEsSampler):
+    """Optuna's sampler, whose state is a pickle in the study: one that calls anything but what it wrote is refused."""
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        for trial in reversed(completed_trials):
+            name = self._attr_key_optimizer
+            parts = {key: text for key, text in trial.system_attrs.items() if key.startswith(name)}
+            if parts:
+                return _StateReader(io.BytesIO(bytes.fromhex(self._concat_optimizer_attrs(parts)))).load()
+        return None
+
+
+class _StateReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in STATE:
+            raise ConfigError(
+                f"the study holds a sampler's state that would run {module}.{name}, so it is not Optuna's; choose "
+                "another folder with name=NAME"
+            )
+        return super().find_class(module, name)
+
+
+SAMPLERS: dict[str, type[BaseSampler]] = {
+    "tpe": TPESampler,
+    "random": RandomSampler,
+    "grid": RandomSampler,  # never asked: every point of a grid is enqueued
+    "cmaes": SafeCmaEsSampler,
+}
 
 
 @dataclass(frozen=True)
