@@ -43,6 +43,7 @@ from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
 from qlora.places import anchor_paths, give_home
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.searchpath import option_folder
 from qlora.secrets import hide
 from qlora.spelling import keep_spelling, reading_spellings
 from qlora.sweep import names
@@ -142,6 +143,11 @@ def _main(argv: list[str]) -> None:
     afterwards: Callable[[], None] = lambda: None  # noqa: E731
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         flags = [word for word in argv if word not in args.overrides]
+        if args.config_dir is not None and "://" in args.config_dir:  # Hydra's flag knows folders only
+            folder = str(option_folder(args.config_dir, "--config-dir"))
+            flags = [f"{word.removesuffix(args.config_dir)}{folder}" if word.endswith(args.config_dir) else word
+                     for word in flags]  # fmt: skip
+            args.config_dir = folder
         check_engine(args.overrides)
         args.overrides = keep_spelling(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)

@@ -179,7 +179,7 @@ def _ask_hub() -> Iterator[Finding]:
 
 def check_tracking(config: Config) -> Iterator[Finding]:
     """Looks whether the tracker's package and login are there."""
-    backend = config.tracking.backend
+    backend = config.tracking.in_use
     if backend is not TrackingBackend.wandb:
         yield fine("tracking", backend.value)
         return
