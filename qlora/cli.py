@@ -42,7 +42,9 @@ from qlora.compose import (
 from qlora.console import close_bars, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
+from qlora.places import anchor_paths, give_home
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.searchpath import option_folder
 from qlora.secrets import hide
 from qlora.spelling import keep_spelling, reading_spellings
 from qlora.sweep import names
@@ -63,7 +65,7 @@ it to, for the jobs of a sweep, which inherit the first."""
 
 def main() -> None:
     """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
-    before = {name: os.environ.get(name) for name in (FULL_ERROR, WANTS_FULL_ERROR)}
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, WANTS_FULL_ERROR, "HOME")}
     in_full = (before[WANTS_FULL_ERROR] or before[FULL_ERROR]) == "1"
     os.environ |= {FULL_ERROR: "1", WANTS_FULL_ERROR: "1" if in_full else "0"}
     try:
@@ -122,6 +124,8 @@ class Mistake(BaseException):
 
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """The variables that settle how torch allocates a GPU's memory."""
+WITHOUT_CACHES = (TaskName.report, TaskName.plan, TaskName.migrate, TaskName.doctor)
+"""The tasks that read no rows, and load no model."""
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 
 
@@ -150,6 +154,11 @@ def _main(argv: list[str]) -> None:
     afterwards: Callable[[], None] = lambda: None  # noqa: E731
     if not (args.shell_completion or args.hydra_help):
         flags = [word for word in argv if word not in args.overrides]
+        if args.config_dir is not None and "://" in args.config_dir:  # Hydra's flag knows folders only
+            folder = str(option_folder(args.config_dir, "--config-dir"))
+            flags = [f"{word.removesuffix(args.config_dir)}{folder}" if word.endswith(args.config_dir) else word
+                     for word in flags]  # fmt: skip
+            args.config_dir = folder
         check_engine(args.overrides)
         args.overrides = with_environment(keep_spelling(args.overrides))
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
@@ -161,6 +170,8 @@ def _main(argv: list[str]) -> None:
 
             write_wandb_sweep(args.overrides, args.config_dir)
             return
+        if composed.task.name not in WITHOUT_CACHES or composed.data.cache_dir:
+            give_home(composed.data.cache_dir)
         sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
         folder = names.folder_words(args.overrides) if sweeps else []
         joined = _join(composed, sweeps)
@@ -216,6 +227,11 @@ def job(composed: DictConfig) -> Any:
     config = to_config(composed)
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
+    typed_in = Path(hydra_config.runtime.cwd)
+    if hydra_config.job.chdir:
+        anchor_paths(config, typed_in)
+    if config.task.name not in WITHOUT_CACHES:  # an engine may have sent the job to another machine
+        give_home(config.data.cache_dir)
     quiet_libraries(verbose=bool(hydra_config.verbose))
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
@@ -261,7 +277,7 @@ def job(composed: DictConfig) -> Any:
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
             from qlora.sweep.report import write_overview
 
-            write_overview(Path(hydra_config.sweep.dir), config.objective)
+            write_overview(typed_in / hydra_config.sweep.dir, config.objective)
 
 
 def _import_run() -> None:

@@ -44,7 +44,10 @@ from yaml import MarkedYAMLError, YAMLError
 
 from qlora import trust
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
+from qlora.places import check_paths
 from qlora.schema import ArchitectureConfig, Config, TaskName
+from qlora.searchpath import KEY as SEARCH_PATH
+from qlora.searchpath import check_options, option_folder, search_folders
 from qlora.secrets import find_secret
 from qlora.spelling import (
     SHAPES,
@@ -53,6 +56,7 @@ from qlora.spelling import (
     field_types,
     keep_spelling,
     reading_spellings,
+    shape_in_words,
     takes_one_option,
     type_at,
 )
@@ -224,6 +228,8 @@ def with_environment(overrides: Sequence[str]) -> list[str]:
 
 def _open_entry(text: str, override: Override, keys: set[str]) -> str:
     key = override.key_or_group
+    if key == SEARCH_PATH and not override.is_delete():  # relative to this folder, wherever a job runs
+        return write_override(key, [f"file://{folder}" for folder in search_folders([override])])
     if override.value() == {} and key in CLEARED:  # Hydra merges mappings, so that an empty one would take nothing out
         return f"{override.get_key_element()}=null"
     is_mapping = isinstance(override.value(), dict) and get_origin(field_type(key)) is dict
@@ -274,7 +280,7 @@ def write_yaml(tree: Any) -> str:
 def read_yaml(path: Path) -> Any:
     """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=get_yaml_loader())
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:
@@ -293,9 +299,11 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     instance.clear()
     try:
         with reading_spellings(CONF_DIR):
-            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
+            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
             check_keys(overrides, hydra)
-            return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            _check_job_folder(composed)
+            return composed
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -373,6 +381,18 @@ def _refuse_intervals(overrides: Sequence[str]) -> None:
             )
 
 
+JOB_FOLDER = "${qlora.job_name:}"
+"""What `conf/config.yaml` says of `hydra.sweep.subdir`."""
+
+
+def _check_job_folder(composed: DictConfig) -> None:
+    if composed.hydra.sweep._get_node("subdir")._value() != JOB_FOLDER:
+        raise ConfigError(
+            "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
+            "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
+        )
+
+
 def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
     """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
     for key, value in values:
@@ -430,19 +450,12 @@ def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Pa
     return varied
 
 
-def _search_path(config_dir: Path | str | None) -> Any:
+def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
+    folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
+    folders += search_folders(_parse(overrides))
+    check_options(folders, CONF_DIR)
     search_path = create_config_search_path(str(CONF_DIR))
-    if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: there is no such folder ({folder})")
-        for file in sorted(folder.rglob("*.yaml")):
-            ours = CONF_DIR / file.relative_to(folder)
-            if ours.is_file() and file.read_bytes() != ours.read_bytes():
-                raise ConfigError(
-                    f"{file}: the name {file.relative_to(folder).with_suffix('')} is taken by an option of qlora, "
-                    "which Hydra reads first; give the file another name"
-                )
+    for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return search_path
 
@@ -465,6 +478,7 @@ def _to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)
+    check_paths(config)
     return config
 
 
@@ -726,6 +740,11 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
         if isinstance(link, OverrideParseException):
             return _broken_override(link)
     text = "\n".join(str(link) for link in chain)
+    if late := re.search(r"In '([^']+)': Overriding hydra.searchpath", text):
+        return ConfigError(
+            f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
+            f"line: '{SEARCH_PATH}=[FOLDER]'"
+        )
     found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
     name = found[1] or found[2] if found else "config"
     where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
@@ -847,6 +866,8 @@ def _value_of(text: str) -> str:
         return repr(said[1])
     if said := re.search(r"to string: '(.*)'|value: (.*)", text):
         return said[1] or said[2]
+    if said := re.search(r"Error merging override [^=\s]+=(.*)", text):
+        return said[1]
     said = re.search(r"(?:assign|assigned:) (\w+)", text)
     return {"int": "a number", "float": "a number", "str": "a text"}.get(said[1], said[1]) if said else "another type"
 
@@ -880,8 +901,8 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists: dict[Any, str] = {**SHAPES, UnionType: "a text or a list of texts"}
-        text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
+        either = "a text or a list of texts" if get_origin(hint) is UnionType else "valid"
+        text = words.get(hint) or (shape_in_words(hint, key) if get_origin(hint) in SHAPES else either)
     return f"{text} or null" if may_be_null(key) else text
 
 

@@ -217,7 +217,7 @@ class Parts:
             return None
         if task.name is not TaskName.train:
             return wanted
-        tracked = self.config.tracking.backend is not TrackingBackend.none
+        tracked = self.config.tracking.in_use is not TrackingBackend.none
         return max(wanted, evaluation.show_predictions if task.predict or tracked else 0)
 
     @property
@@ -536,7 +536,7 @@ class Parts:
         def measure_rows(current: torch.nn.Module, step: int) -> dict[str, float]:
             shown = (
                 self.config.evaluation.show_predictions
-                if self.config.tracking.backend is not TrackingBackend.none
+                if self.config.tracking.in_use is not TrackingBackend.none
                 else 0
             )
             measured = self.measurer.measure(current, answers=shown)

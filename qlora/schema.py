@@ -7,6 +7,7 @@ stands here only where a choice has no better place. `slots=True` makes an unkno
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,8 @@ TEMPLATE_NAMES = (
     *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
     *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
 )
+MAPPINGS = {"trainer.optim_args": "{momentum: 0.9}", "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}"}
+"""What may stand in a mapping, where an example tells more than `{a: 1}`."""
 HOLDS = "holds"
 """In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
 
@@ -202,10 +205,11 @@ class TrackingBackend(Enum):
 
 
 class WandbMode(Enum):
-    """Whether wandb talks to its server."""
+    """Whether a run is sent to its tracker, and whether wandb talks to its server."""
 
     online = "online"
     offline = "offline"
+    disabled = "disabled"
 
 
 class WatchdogAction(Enum):
@@ -826,7 +830,7 @@ class TrainerConfig:
         for name in ("lr_scheduler_kwargs", "optim_args"):
             value = getattr(self, name)
             require(value is None or isinstance(value, dict), f"trainer.{name}",
-                    "be a mapping such as {a: 1} or null", value)  # fmt: skip
+                    f"be a mapping such as {MAPPINGS[f'trainer.{name}']} or null", value)  # fmt: skip
         self.lr_scheduler_kwargs = check_schedule(
             self.lr_scheduler_type,
             self.lr_scheduler_kwargs or {},
@@ -1117,12 +1121,23 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """Labels of the run, in wandb and MLflow; a job of a sweep has the sweep's name beside them."""
     mode: WandbMode = WandbMode.online
-    """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`."""
+    """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`. `disabled` tracks nothing,
+    nor does wandb where the environment has `WANDB_MODE=disabled` or `WANDB_DISABLED=true`."""
     uri: str | None = None
     """MLflow's server or database, e.g. `http://localhost:5000`; unset: the environment's MLFLOW_TRACKING_URI, else
     `sqlite:///outputs/mlflow/mlflow.db`."""
     log_adapter: bool = False
     """Store the finished adapter with the run, in wandb and MLflow."""
+
+    @property
+    def in_use(self) -> TrackingBackend:
+        """The tracker that a run is sent to: none where `mode` or the environment disables it."""
+        silenced = os.environ.get("WANDB_MODE") == "disabled" or (
+            os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+        )
+        if self.mode is WandbMode.disabled or (silenced and self.backend is TrackingBackend.wandb):
+            return TrackingBackend.none
+        return self.backend
 
 
 @dataclass(kw_only=True, slots=True)

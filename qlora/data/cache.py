@@ -80,13 +80,6 @@ class Cache:
             raise
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """Returns `cache_dir`, else `$QLORA_CACHE`, else `qlora` in `$XDG_CACHE_HOME` or in `~/.cache`."""
-    if chosen := cache_dir or os.environ.get("QLORA_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora"
-
-
 def _unwritable(root: Path, error: OSError) -> ConfigError:
     reason = error.strerror or str(error)
     return ConfigError(

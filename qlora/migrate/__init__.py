@@ -94,7 +94,7 @@ def read(path: Path) -> tuple[Dialect, Reading]:
 
 def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"from={path} is no UTF-8 text; give a script or a YAML") from None
     if path.suffix not in (".yaml", ".yml") and (PROGRAM in text or text.lstrip().startswith("--")):

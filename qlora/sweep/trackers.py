@@ -28,7 +28,7 @@ def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
 
     A tracker that cannot be reached costs a line on the screen only: the jobs are done.
     """
-    if tracking.backend is not TrackingBackend.wandb:
+    if tracking.in_use is not TrackingBackend.wandb:
         return
     from qlora.training.tracking.wandb import WandbTracker, wandb_mode
 

@@ -310,6 +310,22 @@ def test_the_environment_may_take_an_online_run_offline(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "disabled"), ("", "")]
+)
+def test_a_disabled_tracker_is_none_and_needs_no_package(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    if name:
+        monkeypatch.setenv(name, value)
+    backends = [TrackingBackend.wandb] if name else list(TrackingBackend)
+    for backend in backends:
+        mode = WandbMode.offline if name else WandbMode.disabled
+        assert isinstance(tracker_for(tmp_path, backend, mode=mode), NoTracker)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("backend", "module"),
     [
         *(("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")),
