@@ -29,6 +29,7 @@ from qlora.compose import (
     CONF_DIR,
     START_VARIABLE,
     check_overrides,
+    config_to_dict,
     expand_sweep,
     explain,
     now,
@@ -141,7 +142,8 @@ def _main(argv: list[str]) -> None:
         flags = [word for word in argv if word not in args.overrides]
         check_engine(args.overrides)
         args.overrides = keep_spelling(args.overrides)
-        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        runs = args.cfg != "job"
+        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun, leave_grid=runs)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
             return
@@ -276,7 +278,8 @@ def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContex
     """Holds the run's folder and records what becomes of the run; of several processes the first one does."""
     if not world.is_first():
         return nullcontext()
-    return recorded(folder, names.own_overrides(hydra_config), RunFolder(folder).result(config.task.name.value).name)
+    result = RunFolder(folder).result(config.task.name.value).name
+    return recorded(folder, names.own_overrides(hydra_config), result, config_to_dict(config))
 
 
 def free_memory() -> None:

@@ -21,19 +21,18 @@ from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import CategoricalDistribution, IntDistribution, check_distribution_compatibility
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from rich.text import Text
 
-from qlora.compose import explain, to_config
-from qlora.console import printable, say, say_rows
+from qlora.compose import config_to_dict, to_config
+from qlora.console import say, say_rows
 from qlora.errors import ConfigError
 from qlora.files import write_text
 from qlora.membership import TRIAL_VARIABLE
 from qlora.schema import Config, Device, EvaluationName, TaskName
 from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage
-from qlora.sweep.jobs import Job, Status, identity, read_job, slug, write_status
-from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare
-from qlora.sweep.leaderboard import describe, write_leaderboard
-from qlora.sweep.overview import Sweep
+from qlora.sweep.jobs import Job, Status, read_job, write_status
+from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare, refuse
+from qlora.sweep.leaderboard import write_leaderboard
+from qlora.sweep.overview import Sweep, common_facts
 from qlora.sweep.processes import Task, run_tasks
 from qlora.sweep.screen import Screen
 from qlora.sweep.settings import SearchSettings
@@ -108,7 +107,8 @@ def search(
     goals = find_goals(settings, configs)
     check_pruning(settings, configs, goals)
     slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
-    with open_sweep(Path(str(config.hydra.sweep.dir)), configs) as sweep:
+    shared = common_facts([config_to_dict(each) for each in configs])
+    with open_sweep(Path(str(config.hydra.sweep.dir)), shared, configs[0].objective) as sweep:
         sweep.goals = {goal.metric: goal.direction for goal in goals}
         own = Search(settings, space, goals, sweep, compose, configs[0])
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
@@ -385,13 +385,9 @@ class Search:
         try:
             return find_job(self.sweep, self._compose([*self.space.fixed, *own]), own)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            folder = self.sweep.folder / f"{slug(own)}-{identity({'overrides': own})}"
-            write_status(folder, Status.failed, overrides=own, reason=str(explain(error)))
-            job = read_job(folder)
-            if job.name not in self._impossible:
-                say(Text(printable(describe(job)), style="red"))
+            job = refuse(self.sweep, own, error)
             self._impossible.add(job.name)
-            self.sweep.update(job)
+            self.sweep.write()
             return job
 
     def _link(self, trial: optuna.Trial) -> TrialLink | None:
