@@ -1029,7 +1029,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def _to_plain(value: Any) -> Any:
     # As OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), in a hundredth of the time.
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: _to_plain(getattr(value, name)) for name in _field_names(type(value))}
     if isinstance(value, Enum):
         return value.name

@@ -30,6 +30,10 @@ class Sweep:
     """The config's keys that have one value in all jobs, but for those that may differ anyway."""
     goals: dict[str, str] = field(default_factory=dict)
     """The metrics that a search goes by, with `minimize` or `maximize`; none: the objective, as its name tells."""
+    study: str | None = None
+    """What the study of a search is called in its database."""
+    is_shared: bool = False
+    """Whether other commands run jobs in the folder."""
     to_come: int = 0
     """How many combinations are not composed yet, and so are no jobs."""
     folders: dict[str, str] = field(default_factory=dict)
@@ -57,8 +61,16 @@ class Sweep:
 
     def write(self) -> None:
         """Writes the overview, whole or not at all; only jobs that have changed are put into text anew."""
+        if self.is_shared:
+            self.jobs |= read_sweep(self.folder, self.objective).jobs
         counts = {status.value: count for status in Status if (count := len(self.with_status(status)))}
-        record = {"name": self.folder.name, "objective": self.objective, "goals": self.goals, "counts": counts}
+        record: dict[str, Any] = {
+            "name": self.folder.name,
+            "objective": self.objective,
+            "goals": self.goals,
+            "counts": counts,
+        }
+        record |= {"study": self.study} if self.study is not None else {}
         record |= {"to_come": self.to_come} if self.to_come else {}
         head = json.dumps(record, indent=2).removesuffix("\n}")
         jobs = ",\n    ".join(map(self._text, self.jobs.values()))
@@ -90,7 +102,7 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
     """
     stored = read_json(folder / OVERVIEW_FILE) or {}
     sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}), has_changed=False)
-    sweep.goals, sweep.to_come = stored.get("goals", {}), stored.get("to_come", 0)
+    sweep.goals, sweep.to_come, sweep.study = stored.get("goals", {}), stored.get("to_come", 0), stored.get("study")
     records = {record["job"]: record for record in stored.get("jobs", [])}
     for name, record in records.items():
         sweep.jobs[name] = Job(folder / name, overrides=record["overrides"])

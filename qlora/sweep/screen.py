@@ -15,7 +15,7 @@ from rich.text import Text
 from qlora.console import printable, progress, record, say, screen
 from qlora.errors import ConfigError
 from qlora.reporting.page import short_value
-from qlora.sweep.jobs import Job, Status
+from qlora.sweep.jobs import Job, Status, in_turn
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
@@ -116,8 +116,9 @@ class Screen:
         self._page.finish()
 
     def _write_tables(self) -> None:
-        self.sweep.write()
-        write_leaderboard(self.sweep)
+        with in_turn(self.sweep.folder):
+            self.sweep.write()
+            write_leaderboard(self.sweep)
 
     def _write_page(self) -> None:
         try:

@@ -542,10 +542,10 @@ def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, mon
     )
 
 
-def test_a_study_of_another_folder_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_of_another_config_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = f"sqlite:///{tmp_path}/shared.db"
     other = optuna.create_study(study_name="s", storage=storage)
     other.set_metric_names(["eval_loss"])
-    other.set_user_attr("sweep", "/elsewhere/outputs/sweeps/s")
-    sentence = refused(tmp_path, monkeypatch, RATE, f"hydra.sweeper.storage={storage}")
-    assert "holds a study 's' of the sweep in /elsewhere/outputs/sweeps/s; choose another name" in sentence
+    other.set_user_attr("shared", json.dumps({"lora.r": 8, "seed": 3}))
+    sentence = refused(tmp_path, monkeypatch, RATE, "lora.r=8", f"hydra.sweeper.storage={storage}")
+    assert "holds a study 's' of another config; changed:\n  seed: 3 -> 0\nchoose another name with" in sentence
