@@ -228,6 +228,7 @@ def job(composed: DictConfig) -> Any:
                 from qlora.doctor import doctor
 
                 return doctor(config, output_dir)["objective"]
+            world.check_shared(output_dir)
             _import_run()
             from qlora.run import Run
 

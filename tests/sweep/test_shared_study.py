@@ -116,8 +116,9 @@ def test_an_interrupted_command_leaves_its_trials_to_the_others_at_once(
     other = command(base, tmp_path / "b" / "s", journal, n_trials=1)
     with other.presence.shown():
         other.recover()
+        again = other.next()
         assert left is not None
-        assert (again := other.next()) is not None
+        assert again is not None
         assert again.words == left.words
         finish(other, again)
         finish(ended, left)  # late, and no longer asked for
