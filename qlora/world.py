@@ -240,8 +240,8 @@ def check_shared(folder: Path) -> None:
     if blind := sorted({node for node, sees in seen if not sees}):
         raise ConfigError(
             f"{folder} is written by the first process, on {seen[0][0]}, and not seen by all processes on "
-            f"{', '.join(blind)}: checkpoints and the end of a run are read by all of them; give a folder on a disk that "
-            "all machines share, with hydra.run.dir=FOLDER"
+            f"{', '.join(blind)}: all of them read its checkpoints; give a folder on a disk that all machines share, "
+            "with hydra.run.dir=FOLDER"
         )
 
 
