@@ -294,6 +294,8 @@ class Search:
         self.presence = Presence(self._study, sweep.folder, is_alone=settings.storage is None)
         self._awaited: dict[str, list[int]] = {}
         """Jobs that another command runs in the folder, with the numbers of our trials that are the same."""
+        self._follows = False
+        """Whether jobs of commands that are gone still run in the folder."""
         self._looked = -math.inf
         """When the other commands were looked at."""
         self._points = list(space.points()) if settings.sampler == "grid" else None
@@ -324,9 +326,11 @@ class Search:
         """Returns whether trials of other commands may still fail to end, so that this one is to run them."""
         if time.monotonic() - self._looked > ASK_SECONDS:
             self.recover()
-        if self._awaited:
+        if len(self.failed) > self.settings.max_failures:
+            return False
+        if self._awaited or self._follows:
             return True
-        if self.settings.storage is None or len(self.failed) > self.settings.max_failures:
+        if self.settings.storage is None:
             return False
         trials = self._trials()
         return self._left(trials) > 0 or any(
@@ -393,7 +397,7 @@ class Search:
 
     def recover(self) -> None:
         """Takes up the trials of commands that are gone: told if their jobs have finished, else tried again."""
-        self._looked = time.monotonic()
+        self._looked, self._follows = time.monotonic(), False
         beats = self._study.user_attrs
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self.presence.is_gone(trial, beats):
@@ -401,7 +405,9 @@ class Search:
             job = self._own_job(trial)
             if job is not None and job.status in (Status.finished, Status.pruned):
                 self._tell(trial.number, job)
-            elif job is None or job.status is not Status.running:
+            elif job is not None and job.status is Status.running:  # on a cluster, jobs outlive the command
+                self._follows = True
+            else:
                 self._give_up(trial, CUT_OFF, AGAIN)
         for name, numbers in list(self._awaited.items()):
             job = read_job(self.sweep.folder / name)
