@@ -395,10 +395,14 @@ def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
     """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
     for key, value in values:
         if isinstance(value, str) and (kind := find_secret(value)) is not None:
-            raise ConfigError(
-                f"{key.lstrip('.+')} holds {kind}; configs are stored, printed and sent to trackers. Put it into the "
-                "environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
+            name = key.lstrip(".+")
+            remedy = (
+                f"Put the URL into the environment, and write {name}='${{oc.env:NAME}}'"
+                if name == "hydra.sweeper.storage"
+                else "Put it into the environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, "
+                "MLFLOW_TRACKING_PASSWORD ...)"
             )
+            raise ConfigError(f"{name} holds {kind}; configs are stored, printed and sent to trackers. {remedy}")
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -475,7 +475,8 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=-1"],
          "hydra.sweeper.pruner_kwargs does not suit median: Number of startup trials cannot be negative"),
         ([RATE, "hydra.sweeper.storage=postgresql://me:secret@localhost/x"],
-         "hydra.sweeper.storage holds a password in an address; configs are stored, printed and sent to trackers"),
+         "hydra.sweeper.storage holds a password in an address; configs are stored, printed and sent to trackers. Put "
+         "the URL into the environment, and write hydra.sweeper.storage='${oc.env:NAME}'"),
         ([RATE, "hydra.sweeper.storage=postgresql://me@localhost/x"],
          "hydra.sweeper.storage=postgresql://me@localhost/x cannot be used (Failed to import DB access module"),
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
