@@ -29,6 +29,7 @@ from qlora.compose import (
     CONF_DIR,
     START_VARIABLE,
     check_overrides,
+    config_to_dict,
     expand_sweep,
     explain,
     now,
@@ -155,13 +156,14 @@ def _main(argv: list[str]) -> None:
     if not (args.shell_completion or args.hydra_help):
         flags = [word for word in argv if word not in args.overrides]
         if args.config_dir is not None and "://" in args.config_dir:  # Hydra's flag knows folders only
-            folder = str(option_folder(args.config_dir, "--config-dir"))
-            flags = [f"{word.removesuffix(args.config_dir)}{folder}" if word.endswith(args.config_dir) else word
+            options = str(option_folder(args.config_dir, "--config-dir"))
+            flags = [f"{word.removesuffix(args.config_dir)}{options}" if word.endswith(args.config_dir) else word
                      for word in flags]  # fmt: skip
-            args.config_dir = folder
+            args.config_dir = options
         check_engine(args.overrides)
         args.overrides = with_environment(keep_spelling(args.overrides))
-        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        runs = args.cfg != "job"
+        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun, leave_grid=runs)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
             return
@@ -253,6 +255,7 @@ def job(composed: DictConfig) -> Any:
                 from qlora.doctor import doctor
 
                 return doctor(config, output_dir)["objective"]
+            world.check_shared(output_dir)
             _import_run()
             from qlora.run import Run
 
@@ -303,7 +306,8 @@ def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContex
     """Holds the run's folder and records what becomes of the run; of several processes the first one does."""
     if not world.is_first():
         return nullcontext()
-    return recorded(folder, names.own_overrides(hydra_config), RunFolder(folder).result(config.task.name.value).name)
+    result = RunFolder(folder).result(config.task.name.value).name
+    return recorded(folder, names.own_overrides(hydra_config), result, config_to_dict(config))
 
 
 def free_memory() -> None:

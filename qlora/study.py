@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import RandomSampler
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from qlora.errors import ConfigError
 
@@ -61,21 +64,49 @@ class TrialLink:
         return optuna.Trial(study, self.trial_id)
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Connects to a study's database; raises `ConfigError` where it cannot be reached."""
-    try:
-        lite = make_url(url).get_backend_name() == "sqlite"
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}} if lite else None)
-    except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
-        raise ConfigError(
-            f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
-            "can be reached, e.g. sqlite:////data/study.db, or leave it out for a file in the sweep's folder"
-        ) from error
+JOURNAL = "journal:///"
+"""What the name of Optuna's journal file begins with: a file that many machines write to on a shared disk."""
+ATTEMPTS = 5
+"""Several commands that start together all make the tables of a new database, and all but one fail at first."""
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Connects to a study's database or opens its journal; raises `ConfigError` where it cannot be reached."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _connect(url)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            is_race = not isinstance(error, OperationalError) or "already exists" in str(error)
+            if not is_race or attempt == ATTEMPTS - 1:
+                raise _unusable(url, error) from error
+            time.sleep(0.2 * 2**attempt)
+        except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
+            raise _unusable(url, error) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _connect(url: str) -> BaseStorage:
+    if url.startswith(JOURNAL):
+        # The lock beside the file is a link to it, which must not depend on where a process runs.
+        return JournalStorage(JournalFileBackend(str(Path("/", url.removeprefix(JOURNAL)))))
+    if make_url(url).get_backend_name() == "sqlite":
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may have been started anew
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+    return ConfigError(
+        f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
+        "can be reached, e.g. sqlite:////data/study.db or postgresql+psycopg://HOST/NAME, journal:////data/study.log "
+        "for Optuna's journal, or leave it out for a file in the sweep's folder"
+    )
 
 
 def hide_password(url: str) -> str:
     """Returns a database's URL as it may be shown."""
+    if url.startswith(JOURNAL):
+        return url
     try:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:

@@ -258,11 +258,11 @@ class ChatWriter:
         text = written(lambda index, value: PROBE + index) or ""
         doubted = [index for index in range(len(owners)) if str(PROBE + index) not in text]
         whole = self._apply(tools, marked) if doubted else None
-        lost = set()
-        for doubt in doubted:
-            if written(lambda index, value, doubt=doubt: other_value(value) if index == doubt else value) == whole:
-                lost.add(owners[doubt])
-        return lost
+
+        def with_other(doubt: int, index: int, value: Any) -> Any:
+            return other_value(value) if index == doubt else value
+
+        return {owners[doubt] for doubt in doubted if written(partial(with_other, doubt)) == whole}
 
     @cached_property
     def _layouts(self) -> dict[str, Layout]:

@@ -20,6 +20,7 @@ from qlora.folder import FREE_KEYS, RunFolder, config_digest
 from qlora.secrets import hide
 
 LOCK_FILE = ".lock"
+OVERVIEW_LOCK = ".overview.lock"
 STATUS_FILE = "status.json"
 
 # What a job may have otherwise and still give the same result.
@@ -57,6 +58,10 @@ class Job:
     """How long it ran, of the last start."""
     progress: dict[str, Any] = field(default_factory=dict)
     """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
+    seedless: str | None = None
+    """The same for jobs whose configs differ by the seed alone; unset: of an older version."""
+    stamp: dict[str, list[int]] = field(default_factory=dict)
+    """Time and size of the files that tell this, by their names."""
 
     @property
     def name(self) -> str:
@@ -82,12 +87,19 @@ class Job:
             "objective": self.objective,
             "metrics": self.metrics,
             "seconds": self.seconds,
+            "seedless": self.seedless,
+            "stamp": self.stamp,
         }
 
 
 def identity(config: Mapping[str, Any]) -> str:
     """Returns 8 hex digits that are the same for every way to write the same resolved config."""
     return config_digest(config, UNNAMED_KEYS)[:8]
+
+
+def seedless(config: Mapping[str, Any]) -> str:
+    """Returns digits that are the same for configs that give the same result but for their seed."""
+    return config_digest(config, (*UNNAMED_KEYS, "seed"))[:16]
 
 
 def slug(overrides: Sequence[str]) -> str:
@@ -106,9 +118,12 @@ def job_folder(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any])
 
 def read_job(folder: Path) -> Job:
     """Returns what the files of a job's folder tell; a process that no longer lives is not running."""
+    written = _file_stamp(folder / STATUS_FILE)
     stored = read_json(folder / STATUS_FILE) or {}
     job = Job(folder, overrides=stored.get("overrides", []), status=Status(stored.get("status", "queued")))
-    job.reason, job.seconds = stored.get("reason"), stored.get("seconds")
+    job.reason, job.seconds, job.seedless = stored.get("reason"), stored.get("seconds"), stored.get("seedless")
+    if written is not None and "result" in stored and (of_result := _file_stamp(folder / stored["result"])) is not None:
+        job.stamp = {STATUS_FILE: written, stored["result"]: of_result}
     result = read_json(folder / stored["result"]) if "result" in stored else None
     if result is not None:
         job.objective, job.metrics = result["objective"], result["metrics"]
@@ -126,15 +141,20 @@ def write_status(folder: Path, status: Status, **facts: Any) -> None:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterator[None]:
+def recorded(
+    folder: Path, overrides: Sequence[str], result_name: str, config: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Records the start and the end of the job that the block runs; one folder has one job at a time.
 
-    Raises `ConfigError` where another process runs in the folder.
+    What was recorded of a finished job stays where the block finds its result there and leaves it alone. Raises
+    `ConfigError` where another process runs in the folder.
     """
     with locked(folder, f"{folder} is in use by another process"):
         started, clock = time.time(), time.monotonic()
-        known = (read_json(folder / STATUS_FILE) or {}).get("overrides")  # a sweep knows which of them it varies
+        before, result = read_json(folder / STATUS_FILE) or {}, _file_stamp(folder / result_name)
+        known = before.get("overrides")  # a sweep knows which of them it varies
         facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "reason": None}
+        facts |= {"seedless": seedless(config)} if config is not None else {}
         write_status(folder, Status.running, **facts, result=result_name)
         try:
             yield
@@ -147,7 +167,26 @@ def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterat
             with contextlib.suppress(ConfigError):
                 write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
             raise
-        write_status(folder, Status.finished, seconds=time.monotonic() - clock)
+        is_same = (before.get("status"), before.get("result")) == (Status.finished.value, result_name)
+        if is_same and result is not None and result == _file_stamp(folder / result_name):
+            kept = {key: before[key] for key in ("seconds", "started", "pid") if key in before}
+            write_status(folder, Status.finished, **kept)
+        else:
+            write_status(folder, Status.finished, seconds=time.monotonic() - clock)
+
+
+def _file_stamp(path: Path) -> list[int] | None:
+    """Returns when a file was written, and its size; None: there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_mtime_ns, facts.st_size]
+
+
+def is_stamped(folder: Path, stamp: Mapping[str, list[int]]) -> bool:
+    """Returns whether the files of a job are those that `stamp` was taken of."""
+    return bool(stamp) and all(_file_stamp(folder / name) == written for name, written in stamp.items())
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -171,16 +210,16 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, complaint: str) -> Iterator[None]:
+def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool = False) -> Iterator[None]:
     """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
 
-    Raises `ConfigError` with `complaint` where another process holds it.
+    Several processes may hold it `shared`. Raises `ConfigError` with `complaint` where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as file:
+    with (folder / name).open("a") as file:
         for attempt in range(LOCK_ATTEMPTS):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
                 if attempt == LOCK_ATTEMPTS - 1:
@@ -194,9 +233,21 @@ def locked(folder: Path, complaint: str) -> Iterator[None]:
             _held.remove(file)
 
 
-def is_locked(folder: Path) -> bool:
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Holds the lock of a sweep's overview, having waited for whoever brings it up to date just now."""
+    with (folder / OVERVIEW_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+def is_locked(folder: Path, name: str = LOCK_FILE) -> bool:
     """Returns whether a living process holds the lock of a folder."""
-    path = folder / LOCK_FILE
+    path = folder / name
     if not path.exists():
         return False
     with path.open("a") as file:

@@ -32,7 +32,7 @@ GAP, LONGEST_VALUE = 2, 24
 
 @dataclass(frozen=True)
 class Row:
-    """Jobs that differ by their seed only."""
+    """Jobs whose configs differ by their seed only."""
 
     values: dict[str, str]
     """The varied keys but the seed."""
@@ -74,10 +74,10 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
     finished = sweep.with_status(Status.finished)
     several_seeds = len({job.values.get(SEED) for job in finished}) > 1
     keys = [key for key in sweep.varied if key != SEED or not several_seeds]
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    groups: dict[tuple[str | None, ...], list[Job]] = {}
     for job in finished:
-        groups.setdefault(tuple(job.values.get(key, "") for key in keys), []).append(job)
-    rows = [Row(dict(zip(keys, values, strict=True)), jobs, _means(jobs)) for values, jobs in groups.items()]
+        groups.setdefault((*(job.values.get(key, "") for key in keys), job.seedless), []).append(job)
+    rows = [Row({key: jobs[0].values.get(key, "") for key in keys}, jobs, _means(jobs)) for jobs in groups.values()]
     if len(sweep.goals) > 1:
         rows = _mark_front(rows, sweep.goals)
     return Leaderboard(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from qlora.errors import ConfigError
 from qlora.files import read_json, write_text
 from qlora.folder import describe_changes, flatten, is_below
-from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
+from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, identity, is_stamped, read_job, slug
 from qlora.wording import higher_is_better
 
 OVERVIEW_FILE = "sweep.json"
@@ -29,6 +30,17 @@ class Sweep:
     """The config's keys that have one value in all jobs, but for those that may differ anyway."""
     goals: dict[str, str] = field(default_factory=dict)
     """The metrics that a search goes by, with `minimize` or `maximize`; none: the objective, as its name tells."""
+    study: str | None = None
+    """What the study of a search is called in its database."""
+    is_shared: bool = False
+    """Whether other commands run jobs in the folder."""
+    to_come: int = 0
+    """How many combinations are not composed yet, and so are no jobs."""
+    folders: dict[str, str] = field(default_factory=dict)
+    """The folders of jobs by the identities of their configs."""
+    has_changed: bool = True
+    """Whether the jobs' folders tell anything that the overview did not hold when it was read."""
+    _texts: dict[str, tuple[Any, str]] = field(default_factory=dict, repr=False)
 
     @property
     def maximizes(self) -> bool:
@@ -36,22 +48,42 @@ class Sweep:
         name = self.objective or ""
         return self.goals[name] == "maximize" if name in self.goals else higher_is_better(name)
 
+    def find(self, own: list[str], config: Mapping[str, Any]) -> Job:
+        """Returns the job of a config: the one that has its identity already, however it is named, or a new one."""
+        digits = identity(config)
+        name = self.folders.setdefault(digits, f"{slug(own)}-{digits}")
+        return self.jobs.get(name) or Job(self.folder / name, overrides=own)
+
     def update(self, job: Job) -> None:
         """Takes what is known of a job now, and writes the overview."""
         self.jobs[job.name] = job
         self.write()
 
     def write(self) -> None:
-        """Writes the overview, whole or not at all."""
-        record = {
+        """Writes the overview, whole or not at all; only jobs that have changed are put into text anew."""
+        if self.is_shared:
+            self.jobs |= read_sweep(self.folder, self.objective).jobs
+        counts = {status.value: count for status in Status if (count := len(self.with_status(status)))}
+        record: dict[str, Any] = {
             "name": self.folder.name,
             "objective": self.objective,
             "goals": self.goals,
-            "counts": {status.value: count for status in Status if (count := len(self.with_status(status)))},
-            "jobs": [job.to_dict() for job in self.jobs.values()],
-            "common": self.common,
+            "counts": counts,
         }
-        write_text(self.folder / OVERVIEW_FILE, json.dumps(record, indent=2) + "\n")
+        record |= {"study": self.study} if self.study is not None else {}
+        record |= {"to_come": self.to_come} if self.to_come else {}
+        head = json.dumps(record, indent=2).removesuffix("\n}")
+        jobs = ",\n    ".join(map(self._text, self.jobs.values()))
+        common = json.dumps(self.common, indent=2).replace("\n", "\n  ")
+        text = f'{head},\n  "jobs": [\n    {jobs}\n  ],\n  "common": {common}\n}}\n'
+        write_text(self.folder / OVERVIEW_FILE, text)
+
+    def _text(self, job: Job) -> str:
+        facts = (job.status, job.reason, job.objective, job.seconds, job.metrics, job.stamp, len(job.overrides))
+        known = self._texts.get(job.name)
+        if known is None or known[0] != facts:
+            self._texts[job.name] = known = (facts, json.dumps(job.to_dict()))
+        return known[1]
 
     def with_status(self, *wanted: Status) -> list[Job]:
         """Returns the jobs of these statuses, in order."""
@@ -64,15 +96,34 @@ class Sweep:
 
 
 def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
-    """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older."""
+    """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older.
+
+    Jobs that have ended and whose files are those that the overview was made of are not read again.
+    """
     stored = read_json(folder / OVERVIEW_FILE) or {}
-    sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}))
-    sweep.goals = stored.get("goals", {})
-    for record in stored.get("jobs", []):
-        sweep.jobs[record["job"]] = Job(folder / record["job"], overrides=record["overrides"])
-    for path in sorted(folder.glob(f"*/{STATUS_FILE}")):
-        sweep.jobs[path.parent.name] = read_job(path.parent)
+    sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}), has_changed=False)
+    sweep.goals, sweep.to_come, sweep.study = stored.get("goals", {}), stored.get("to_come", 0), stored.get("study")
+    records = {record["job"]: record for record in stored.get("jobs", [])}
+    for name, record in records.items():
+        sweep.jobs[name] = Job(folder / name, overrides=record["overrides"])
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []:
+        sweep.folders.setdefault(name.rpartition("-")[2], name)
+        record = records.get(name, {})
+        if record.get("status") in ENDED and is_stamped(folder / name, record.get("stamp", {})):
+            sweep.jobs[name] = _restore(folder / name, record)
+        elif (folder / name / STATUS_FILE).is_file():
+            sweep.jobs[name], sweep.has_changed = read_job(folder / name), True
     return sweep
+
+
+ENDED = (Status.finished.value,)
+"""What is not read again: the files of a failed job tell more than the overview."""
+
+
+def _restore(folder: Path, record: Mapping[str, Any]) -> Job:
+    """Returns a job as `Job.to_dict` told of it."""
+    names = ("overrides", "reason", "objective", "metrics", "seconds", "seedless", "stamp")
+    return Job(folder, status=Status(record["status"]), **{name: record[name] for name in names if name in record})
 
 
 def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,12 +24,14 @@ from qlora.reporting.history import curves, read_history, read_intact
 from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.schema import Config
-from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
+from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, in_turn, read_job
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_facts, read_sweep
 from qlora.sweep.processes import tail
 
 FILE = "report.html"
+PAGE_COST_FILE = ".page_seconds"
+"""How long the page took to write, for processes that share a sweep."""
 RESULT = "result.json"
 DEFAULT_OBJECTIVE = next(item.default for item in fields(Config) if item.name == "objective")
 NAMED_GROUPS = ("model", "data")
@@ -44,12 +48,47 @@ def write_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
     return path
 
 
+PAGE_SHARE = 0.05
+"""The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
+
+
 def write_overview(folder: Path, objective: str | None) -> None:
-    """Brings the files of a sweep up to date from the folders of its jobs."""
-    sweep = read_sweep(folder, objective)
-    sweep.write()
-    write_leaderboard(sweep)
+    """Brings the files of a sweep up to date from the folders of its jobs, one process after the other.
+
+    Where other jobs are still to end, the page may wait for them.
+    """
+    with in_turn(folder):
+        sweep = read_sweep(folder, objective)
+        sweep.write()
+        write_leaderboard(sweep)
+        if not (sweep.with_status(Status.queued, Status.running) or sweep.to_come) or _is_page_due(folder):
+            _write_page(sweep)
+
+
+def refresh(sweep: Sweep) -> None:
+    """Takes into `sweep` what the folders of its jobs tell, and brings its files up to date."""
+    with in_turn(sweep.folder):
+        now = read_sweep(sweep.folder, sweep.objective)
+        sweep.jobs |= now.jobs
+        sweep.write()
+        write_leaderboard(sweep)
+        _write_page(sweep)
+
+
+def _write_page(sweep: Sweep) -> None:
+    started = time.monotonic()
     write_report(sweep)
+    write_text(sweep.folder / PAGE_COST_FILE, f"{time.monotonic() - started:.3f}\n", flush=False)
+
+
+def _is_page_due(folder: Path) -> bool:
+    """Returns whether the page is so old that to write it takes no more than its share of the time."""
+    page, cost = folder / FILE, folder / PAGE_COST_FILE
+    if not (page.is_file() and cost.is_file()):
+        return True
+    with contextlib.suppress(ValueError):
+        return time.time() - page.stat().st_mtime > float(cost.read_text(encoding="utf-8")) / PAGE_SHARE
+    return True
 
 
 def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = True) -> RunsReport:

@@ -31,6 +31,19 @@ class ProcessesConf:
     """GPUs that a job sees; the others are hidden from it."""
 
 
+@dataclass
+class GridConf:
+    """All combinations of the values of several keys; see docs/sweeps.md."""
+
+    _target_: str = "hydra_plugins.qlora_sweep.GridSweeper"
+    max_batch_size: int | None = None
+    """Jobs that launchers other than `processes` get at a time; unset: all."""
+    params: dict[str, str] | None = None
+    """What to combine: a key and its values, as the command line writes them; it comes before them."""
+
+
+# In place of Hydra's own, which composes all combinations before the first job and again for each.
+ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GridConf, provider="qlora")
 ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="qlora")
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchSettings, provider="qlora")
 
@@ -58,11 +71,11 @@ class ProcessesLauncher(Launcher):
         )
 
 
-class OptunaSweeper(Sweeper):
-    """Searches by Optuna for the best values of several keys."""
+class OwnSweeper(Sweeper):
+    """What the sweepers below have in common."""
 
     def __init__(self, **settings: Any) -> None:
-        """Takes what `SearchSettings` declares; `sweep` reads it from the config, with its types."""
+        """Takes what the config declares; `sweep` reads it from there, with its types."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what Hydra composes jobs with, and builds the launcher that runs them."""
@@ -71,10 +84,31 @@ class OptunaSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def launching(self) -> dict[str, Any]:
+        """Returns the launcher's function, and what builds the slots of our own launcher; None: it is another's."""
+        launcher = self.launcher
+        own = isinstance(launcher, ProcessesLauncher)
+        slots = partial(_build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None
+        return {"launch": launcher.launch, "build_slots": slots}
+
+
+class GridSweeper(OwnSweeper):
+    """Walks through all combinations of the values of several keys."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the jobs that are not finished yet."""
+        from qlora.sweep.grid import run_grid
+
+        assert self.config is not None
+        run_grid(self.config, arguments, **self.launching())
+
+
+class OptunaSweeper(OwnSweeper):
+    """Searches by Optuna for the best values of several keys."""
+
     def sweep(self, arguments: list[str]) -> None:
         """Runs the trials that the study lacks."""
         from qlora.errors import ConfigError
-        from qlora.sweep.processes import build_slots
 
         try:
             from qlora.sweep.search import search
@@ -86,12 +120,10 @@ class OptunaSweeper(Sweeper):
             ) from error
         assert self.config is not None
         assert self.hydra_context is not None
-        launcher = self.launcher
-        own = isinstance(launcher, ProcessesLauncher)
-        search(
-            self.config,
-            self.hydra_context.config_loader,
-            arguments,
-            launch=launcher.launch,
-            build_slots=partial(build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None,
-        )
+        search(self.config, self.hydra_context.config_loader, arguments, **self.launching())
+
+
+def _build_slots(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
+    from qlora.sweep.processes import build_slots
+
+    return build_slots(*args, **kwargs)
