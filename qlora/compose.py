@@ -42,7 +42,7 @@ from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from qlora.errors import ConfigError, did_you_mean, mean, suggest
+from qlora.errors import ConfigError, DamagedFile, describe_fault, did_you_mean, mean, suggest
 from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
 from qlora.secrets import find_secret
 from qlora.spelling import (
@@ -903,12 +903,37 @@ def dump_config(config: Config) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """Reads what `dump_config` wrote; None where there is no such file."""
-    if not path.is_file():
+    """Reads what `dump_config` wrote; None where there is no such file. Raises `DamagedFile`."""
+    plain = _read_stored(path)
+    if plain is None:
         return None
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict) or not plain:
+        raise DamagedFile(path, "it holds no config")
+    for name, hint in field_types(Config).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
+            raise DamagedFile(path, f"{name} is no group of keys")
+    if not isinstance(plain.get("objective"), str | NoneType):
+        raise DamagedFile(path, "objective is no text")
     return {str(key): value for key, value in plain.items()}
+
+
+def read_overrides(path: Path) -> list[str] | None:
+    """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
+    words = _read_stored(path)
+    if not isinstance(words, list | NoneType):
+        raise DamagedFile(path, "it holds no list of overrides")
+    return None if words is None else [str(word) for word in words]
+
+
+def _read_stored(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        fault = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
+        raise DamagedFile(path, fault) from error
 
 
 def restore_config(stored: dict[str, Any]) -> Config:

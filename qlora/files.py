@@ -16,10 +16,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from qlora import console
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DamagedFile, describe_fault
 from qlora.wording import format_bytes, format_duration
 
 Result = TypeVar("Result")
@@ -190,19 +191,52 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Returns what a JSON file holds, or None where there is no such file; raises `DamagedFile`."""
+    try:
+        return _parse(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(path, describe_fault(error)) from error
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Returns the object that a JSON file holds, or None where there is no such file; raises `DamagedFile`."""
+    record = read_json(path)
+    if not isinstance(record, dict | NoneType) or (record is None and path.exists()):
+        raise DamagedFile(path, f"it holds {json.dumps(record)[:20]}, and no object")
+    return record
+
+
+def _parse(content: bytes) -> Any:
+    if not content.strip():
+        raise ValueError("it is empty")
+    value = json.loads(content.decode("utf-8"))
+    if b"\\ud" not in content.lower():
+        return value
+    # Half a sign, such as a file's name may hold, can be written nowhere.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file."""
+    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file.
+
+    Raises `DamagedFile`.
+    """
     return list(islice(iter_lines(path), count)) if path.is_file() else []
 
 
 def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records that `write_lines` wrote."""
+    """Yields the records that `write_lines` wrote; raises `DamagedFile`."""
     with path.open("rb") as file:  # in a text there are more ends of lines than the one between records
-        yield from map(json.loads, file)
+        for number, line in enumerate(file, start=1):
+            try:
+                record = _parse(line)
+            except (ValueError, RecursionError) as error:
+                raise DamagedFile(path, f"line {number}: {describe_fault(error)}") from error
+            if not isinstance(record, dict):
+                raise DamagedFile(path, f"line {number} holds no object")
+            yield record
 
 
 def remove_drafts(folder: Path) -> None:

@@ -79,7 +79,7 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
 
 def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config and the manifest of a finished training; raises `ConfigError` for a folder that holds none."""
-    stored, manifest = compose.read_config(folder.config), read_json(folder.manifest)
+    stored, manifest = compose.read_config(folder.config), folder.stored_manifest()
     if stored is None or manifest is None or folder.stored_result("train") is None:
         raise ConfigError(
             f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "

@@ -62,6 +62,7 @@ from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
 from qlora.schema import Parallel, Resume, TaskName
+from qlora.stored import find_damage, set_damage_aside
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
@@ -119,7 +120,7 @@ class Run(Parts):
         self.folder.create()
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        before = compose.read_config(self.folder.config) if self.folder.holds_training else None
+        before = self._read_before()
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
         if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
@@ -133,7 +134,7 @@ class Run(Parts):
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         _ = self.tokens_without_embedding
-        rows = (read_json(self.folder.manifest) or {}).get("data")
+        rows = (self.folder.stored_manifest() or {}).get("data")
         is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
         callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
         if self.config.task.train:
@@ -162,6 +163,18 @@ class Run(Parts):
                 tracker.log_adapter(self.folder.adapter)
         self._print_summary("finished", world.share(result), measured.predictions)
         return result
+
+    def _read_before(self) -> dict[str, Any] | None:
+        """Returns the config of the training in this folder, or None; damaged files that it can do without are renamed.
+
+        Raises `DamagedFile` for what nothing else tells; a job's sweep knows its config.
+        """
+        needed = () if self.sweep is not None else (self.folder.config.name, self.folder.manifest.name)
+        for error in find_damage(self.folder.path, *needed) if needed else ():
+            raise error
+        set_damage_aside(self.folder.path)
+        before = compose.read_config(self.folder.config)
+        return before if self.folder.holds_training else None
 
     def _train_along(self) -> dict[str, Any]:
         """Takes part in the training that the first process leads; writes nothing, and returns its result."""
@@ -204,6 +217,7 @@ class Run(Parts):
         Answers that are there already, decided by the same model, rows and settings, are not generated again.
         """
         self.folder.create()
+        set_damage_aside(self.folder.path, self.folder.result("predict").name)
         decided_by, metrics = self._answers_decided_by(), self.config.evaluation.metrics
         path, stored = self.folder.predictions, self.folder.stored_result("predict") or {}
         known = stored.get("answers", {})

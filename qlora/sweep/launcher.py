@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from qlora.compose import config_to_dict, to_config
 from qlora.errors import ConfigError
 from qlora.schema import Config, Device
-from qlora.sweep.jobs import Job, Status, job_folder, locked, read_job
+from qlora.sweep.jobs import Job, Status, job_folder, locked, name_damage, read_job
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
 from qlora.sweep.processes import Task, build_slots, run_tasks
 from qlora.sweep.screen import Screen
@@ -83,6 +83,8 @@ def open_sweep(folder: Path, configs: Sequence[Config]) -> Iterator[Sweep]:
     """Yields the sweep of a folder under its lock; raises `ConfigError` for one of another config."""
     with locked(folder, f"another sweep runs in {folder}"):
         sweep = read_sweep(folder, configs[0].objective)
+        for job in sweep.jobs.values():
+            name_damage(job)
         common = common_facts([config_to_dict(config) for config in configs])
         if sweep.common:
             check_same_sweep(folder, sweep.common, common)
@@ -106,7 +108,9 @@ def plan(sweep: Sweep, configs: Sequence[Config], overrides: Sequence[Sequence[s
 def find_job(sweep: Sweep, config: Config, own: list[str]) -> Job:
     """Returns the job of a config, as its folder tells where there is one; `own` overrides name a new one."""
     folder = job_folder(sweep.folder, own, config_to_dict(config))
-    return sweep.jobs.get(folder.name) or Job(folder, overrides=own)
+    job = sweep.jobs.get(folder.name) or Job(folder)
+    job.overrides = job.overrides or own
+    return job
 
 
 def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from qlora.errors import ConfigError
-from qlora.files import read_json, write_text
-from qlora.folder import describe_changes, flatten, is_below
-from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
+from qlora.compose import read_config
+from qlora.errors import ConfigError, DamagedFile
+from qlora.files import read_record, write_text
+from qlora.folder import RunFolder, describe_changes, flatten, is_below
+from qlora.stored import RESULTS, STATUS_FILE
+from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, read_job
 from qlora.wording import higher_is_better
+
+log = logging.getLogger(__name__)
 
 OVERVIEW_FILE = "sweep.json"
 
@@ -65,14 +72,58 @@ class Sweep:
 
 def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
     """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older."""
-    stored = read_json(folder / OVERVIEW_FILE) or {}
+    damage: DamagedFile | None = None
+    try:
+        stored = read_overview(folder / OVERVIEW_FILE)
+    except DamagedFile as error:
+        stored, damage = {}, error
     sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}))
     sweep.goals = stored.get("goals", {})
     for record in stored.get("jobs", []):
         sweep.jobs[record["job"]] = Job(folder / record["job"], overrides=record["overrides"])
-    for path in sorted(folder.glob(f"*/{STATUS_FILE}")):
-        sweep.jobs[path.parent.name] = read_job(path.parent)
+    for place in job_folders(folder):
+        job, known = read_job(place), sweep.jobs.get(place.name)
+        job.overrides = job.overrides or (known.overrides if known else [])
+        sweep.jobs[place.name] = job
+    if damage is not None:
+        log.warning("%s is damaged (%s); its jobs' folders are read instead", damage.path, damage.fault)
+        sweep.common = _restore_common(sweep)
     return sweep
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """Returns the folders of a sweep's jobs, those included of which a file is left only."""
+    names = (STATUS_FILE, *RESULTS)
+    return sorted({path.parent for name in names for path in folder.glob(f"*/{name}")})
+
+
+def read_overview(path: Path) -> dict[str, Any]:
+    """Returns what a sweep's overview tells, {} where there is none; raises `DamagedFile`."""
+    record = read_record(path) or {}
+    kinds = {"jobs": list, "common": dict, "goals": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name, kind()), kind)]:
+        raise DamagedFile(path, f"{wrong[0]} is no {'list' if kinds[wrong[0]] is list else 'object'}")
+    if not isinstance(record.get("objective"), str | NoneType):
+        raise DamagedFile(path, "objective is no text")
+    if not all(way in ("minimize", "maximize") for way in record.get("goals", {}).values()):
+        raise DamagedFile(path, "goals are neither to minimize nor to maximize")
+    for job in record.get("jobs", []):
+        name, overrides = (job.get("job"), job.get("overrides")) if isinstance(job, dict) else (None, None)
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise DamagedFile(path, "a job in it has no name of a folder")
+        if not (isinstance(overrides, list) and all(isinstance(text, str) for text in overrides)):
+            raise DamagedFile(path, f"the overrides of the job {name} are no list of texts")
+    return record
+
+
+def _restore_common(sweep: Sweep) -> dict[str, Any]:
+    """Returns the keys that the stored configs of all jobs have in common; {} where none can be read."""
+    configs = []
+    for job in sweep.jobs.values():
+        with contextlib.suppress(DamagedFile):
+            configs += [stored] if (stored := read_config(RunFolder(job.folder).config)) is not None else []
+    common = common_facts(configs) if configs else {}
+    return {key: value for key, value in common.items() if not is_below(key, sweep.varied)}
 
 
 def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
