@@ -157,7 +157,7 @@ def to_number(value: Any) -> float:
         try:
             return float(value)
         except OverflowError:
-            return math.copysign(math.inf, value)
+            return math.inf if value > 0 else -math.inf
     sign, name = (-1, value[1:]) if isinstance(value, str) and value.startswith("-") else (1, value)
     if isinstance(name, str) and name.lower() in NAMES:
         return sign * NAMES[name.lower()]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import random
 import shutil
 import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora.compose import compose, config_to_dict
-from qlora.errors import ConfigError, DamagedFile
-from qlora.run import Run
+from qlora.compose import compose as compose_anew
+from qlora.compose import config_to_dict
+from qlora.errors import ConfigError
+from qlora.schema import Config
 from qlora.stored import READERS, find_damage, to_number
 from qlora.sweep import launcher
 from qlora.sweep.jobs import Job, Status, identity, read_job
@@ -24,8 +28,18 @@ from qlora.sweep.overview import Sweep, read_sweep
 from qlora.sweep.report import report, write_overview
 from qlora.sweep.screen import Screen
 from tests.faults.damaging import damage, restore
-from tests.faults.runs import QUICK, outcome, run
 from tests.synthetic_runs import write_run
+
+
+def compose(words: Sequence[str]) -> Config:
+    """Returns the config of overrides; each is composed once only."""
+    return _composed(tuple(words))
+
+
+@functools.cache
+def _composed(words: tuple[str, ...]) -> Config:
+    return compose_anew(words)
+
 
 RANKS = ("8", "16", "32")
 EMPTY, CUT, ODD = b"", b'{"status": "fin', b"[[]]"
@@ -69,8 +83,11 @@ def restart(folder: Path) -> dict[str, Job]:
 # Numbers that are none
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, 10**400])
-@pytest.mark.parametrize("objective", ["eval_loss", "eval_exact_match"])
+@pytest.mark.parametrize(
+    ("objective", "value"),
+    [("eval_loss", math.nan), ("eval_loss", -math.inf), ("eval_exact_match", None), ("eval_exact_match", 10**400)],
+    ids=["NaN", "minus infinity", "null", "too large"],
+)
 def test_a_number_that_is_none_is_the_worst_in_a_running_sweep_a_restart_and_the_report(
     jobs: Path, tmp_path: Path, value: Any, objective: str
 ) -> None:
@@ -90,7 +107,8 @@ def test_a_number_that_is_none_is_the_worst_in_a_running_sweep_a_restart_and_the
         "finished": 3
     }
     (tmp_path / "out").mkdir()
-    report(compose(["task=report", f"runs={sweep.folder}", f"objective={objective}"]), tmp_path / "out")
+    asked = replace(compose(["task=report", "runs=x"]), runs=str(sweep.folder), objective=objective)
+    report(asked, tmp_path / "out")
     lines = (tmp_path / "out" / "leaderboard.csv").read_text().splitlines()
     assert lines[-1].startswith(best.parent.name.partition(",")[0])
 
@@ -139,7 +157,7 @@ def test_a_damaged_file_of_a_job_is_named_and_costs_that_job_alone(
 
 def report_on(runs: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
-    return report(compose(["task=report", f"runs={runs}"]), out)
+    return report(replace(compose(["task=report", "runs=x"]), runs=str(runs)), out)
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
@@ -186,60 +204,6 @@ def test_a_job_whose_record_tells_no_status_is_finished_by_its_result(jobs: Path
     assert (job.status, [error.path.name for error in job.damaged]) == (Status.finished, ["status.json"])
 
 
-# Single runs
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run(folder)
-    return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
-@pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
-def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
-    finished: Path, tmp_path: Path, name: str, content: bytes
-) -> None:
-    restore(finished, tmp_path / "run")
-    (tmp_path / "run" / name).write_bytes(content)
-    before = tree(tmp_path / "run")
-    with pytest.raises(
-        DamagedFile, match=rf"/run/{name} is damaged \(.+\); put a whole copy in its place, or remove it"
-    ):
-        run(tmp_path / "run")
-    assert tree(tmp_path / "run") == before
-
-
-def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
-    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    restore(finished, tmp_path / "run")
-    for name in ("result.json", "progress.json", "history.json", "metrics.json", "baseline.json"):
-        (tmp_path / "run" / name).write_bytes(CUT)
-    run(tmp_path / "run")
-    assert outcome(tmp_path / "run") == outcome(finished)
-    assert "resuming from checkpoint-8" in capsys.readouterr().out
-    assert f"{tmp_path}/run/result.json is damaged (" in caplog.text
-    assert (tmp_path / "run" / "result.json.damaged-1").read_bytes() == CUT
-
-
-def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: Path) -> None:
-    from qlora.membership import Membership
-
-    restore(finished, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_bytes(CUT)
-    (tmp_path / "run" / "result.json").unlink()
-    Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=Membership("s", [])).execute()
-    assert outcome(tmp_path / "run") == outcome(finished)
-    assert (tmp_path / "run" / "config.yaml.damaged-1").read_bytes() == CUT
-
-
 # At random
 
 
@@ -258,8 +222,7 @@ def torment(original: Path, place: Path, seeds: range) -> dict[str, int]:
             try:
                 step(place / "sweep", place / "out")
                 counts["read"] += 1
-            except ConfigError as error:
-                assert str(error).strip()
+            except ConfigError:
                 counts["refused"] += 1
             except Exception:
                 pytest.fail(f"seed {seed}, {how}:\n{traceback.format_exc()}")
@@ -283,8 +246,8 @@ def report_anew(folder: Path, out: Path) -> None:
 
 def test_damaged_folders_are_read_without_a_traceback(jobs: Path, tmp_path: Path) -> None:
     logging.getLogger("qlora").setLevel(logging.ERROR)
-    counts = torment(jobs, tmp_path, range(40))
-    assert counts["read"] >= 76
+    counts = torment(jobs, tmp_path, range(12))
+    assert counts["read"] >= 20
 
 
 @pytest.mark.full
