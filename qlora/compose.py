@@ -60,6 +60,9 @@ _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
+LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan, TaskName.preview.name, TaskName.plan.name)
+"""The folder of tasks that show what a run would be, and leave nothing that counts as one."""
+
 START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
 
@@ -70,6 +73,9 @@ SWEEPER_MAPPINGS = tuple(
 
 LARGEST_NUMBER = 2**63 - 1
 """What torch and Arrow count to."""
+
+LONGEST_KEY, DEEPEST = 500, 30
+"""Characters of a key, and brackets inside each other in a value."""
 
 CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
 """Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
@@ -183,6 +189,7 @@ def register() -> None:
         use_cache=True,
         replace=True,
     )
+    OmegaConf.register_new_resolver("qlora.kind", lambda task: LOOKS if task in LOOKING else "runs", replace=True)
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
 
@@ -277,6 +284,7 @@ def read_yaml(path: Path) -> Any:
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
     register()
+    refuse_unreadable(overrides)
     overrides = open_entries(overrides)
     instance = GlobalHydra.instance()
     outer = instance.hydra
@@ -307,9 +315,20 @@ def check_overrides(
 ) -> DictConfig:
     """Raises `ConfigError` if any job that these overrides start would be refused; starts nothing.
 
-    Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
+    Returns the config of the first job, without the `hydra` node.
+    """
+    return without_hydra(check_command(overrides, config_dir, multirun=multirun))
+
+
+def check_command(
+    overrides: Sequence[str], config_dir: Path | str | None = None, *, multirun: bool = False
+) -> DictConfig:
+    """Does what `check_overrides` does, and returns the config with its `hydra` node.
+
+    A sweep's values come from the command line and from
     `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
     """
+    refuse_unreadable(overrides)
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
@@ -321,18 +340,43 @@ def check_overrides(
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
         to_config(composed)
-        return _without_hydra(composed)
+        return composed
     if str(composed.hydra.sweeper._target_).endswith(".BasicSweeper") and not described:
         _refuse_intervals([*overrides, *sweep_params(composed, overrides)])
     if (words := _unconditional(composed, overrides)) != list(overrides):
         overrides = words
         first = next(expand_sweep(overrides))
         composed = compose_dict(first, config_dir)
-    composed = _without_hydra(composed)
-    to_config(composed)
+    plain = without_hydra(composed)
+    to_config(plain)
     for job in itertools.islice(expand_sweep(overrides), 1, None):
-        to_config(_vary(composed, first, job, config_dir))
+        to_config(_vary(plain, first, job, config_dir))
     return composed
+
+
+def refuse_unreadable(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for an override that no config holds and that would take its readers very long."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if len(key) > LONGEST_KEY:
+            raise ConfigError(
+                f"{key[:40]} ... is no key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
+                "options are written KEY=VALUE, e.g. lora.r=16"
+            )
+        if _depth(value) > DEEPEST:
+            raise ConfigError(
+                f"{key}={value[:40]} ... opens more than {DEEPEST} brackets inside each other, which no value needs; "
+                "put quotes around a text that holds brackets"
+            )
+
+
+def _depth(value: str) -> int:
+    """Returns how many brackets are open at most, outside of quotes."""
+    depth = deepest = 0
+    for sign in re.sub(r"""(["'])(?:\\.|(?!\1).)*\1""", "", value):
+        depth += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:
@@ -454,7 +498,7 @@ def _search_path(config_dir: Path | str | None) -> Any:
 
 def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
-    composed = _without_hydra(composed)
+    composed = without_hydra(composed)
     try:
         _refuse_secrets(_leaves(OmegaConf.to_container(composed, resolve=True), ""))
         for key in unknown_keys(composed):
@@ -482,7 +526,8 @@ def _check_values(value: Any, path: KeyPath = ()) -> None:
         _check_values(item, (*path, f"[{index}]"))
 
 
-def _without_hydra(composed: DictConfig) -> DictConfig:
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Returns a config without the `hydra` node."""
     if "hydra" not in composed:
         return composed
     composed = composed.copy()

@@ -252,8 +252,8 @@ class Run(Parts):
         return result
 
     def chat(self) -> dict[str, Any]:
-        """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input."""
-        model = self._prepare_task()
+        """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input; writes no file."""
+        model = self._load_for_task()
         set_seed(self.config.seed)
         speaker = Speaker(
             model=model,
@@ -270,7 +270,7 @@ class Run(Parts):
             "chat_tokens": tokens,
             "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
         }
-        return self._store("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
+        return _result("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
 
     def merge(self) -> dict[str, Any]:
         """Makes one model of the base and the adapter in `merged/`, if it answers as they do."""
@@ -597,6 +597,9 @@ class Run(Parts):
 
     def _prepare_task(self) -> PreTrainedModel:
         self.folder.create()
+        return self._load_for_task()
+
+    def _load_for_task(self) -> PreTrainedModel:
         model = self.load_trained()
         console.start_screen(list(self._facts(model).items()))
         return model
@@ -628,6 +631,7 @@ class Run(Parts):
         }
         if config.task.name is TaskName.chat:
             place = self.trained[0] or self.trained[1] or "none"
+            del facts["folder"]
             return facts | {"adapter": str(place), "template": self.chat_encoder.writer.template.name}
         if not self.measures_rows:
             tasks = ": ".join([config.evaluation.name.value.replace("_", "-"), *config.evaluation.tasks[:1]])
@@ -661,7 +665,7 @@ class Run(Parts):
 
     def _store(self, task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
         """Writes the result of a task that has no objective, and returns it."""
-        result = {"status": "finished", "task": task, "objective": None, "metrics": dict(metrics), "paths": paths}
+        result = _result(task, metrics, paths)
         write_json(self.folder.result(task), result)
         return result
 
@@ -751,6 +755,11 @@ class Run(Parts):
         if gain is None:
             return words
         return f"{words}; gain {format_range(name, gain['low'], gain['high'], signed=True)}"
+
+
+def _result(task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
+    """Returns the result of a task that has no objective."""
+    return {"status": "finished", "task": task, "objective": None, "metrics": dict(metrics), "paths": paths}
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
