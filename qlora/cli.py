@@ -347,7 +347,7 @@ def execute(
     if config.task.name is TaskName.replay:
         from qlora.replay import replay
 
-        return replay(config, folder)
+        return replay(config, folder, overrides)
     return Run(config, folder, overrides, membership).execute()
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
 from qlora.doctor import preflight
-from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.errors import ConfigError, Pruned, Stopped, describe_fault
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurement
@@ -78,6 +78,9 @@ class Run(Parts):
     same folder may be given again: a finished task returns its stored result, an interrupted training resumes.
     """
 
+    started_by: Sequence[str] | None = None
+    """The overrides of the command, where they are not those of the training."""
+
     def execute(self) -> dict[str, Any]:
         """Runs the task of `task=` and returns its result, as stored in the run's folder."""
         tasks = {
@@ -113,6 +116,13 @@ class Run(Parts):
                 return self._train() if world.is_first() else self._train_along()
             except Stopped as stopped:
                 raise Stopped(f"{stopped}: {self._how_to_go_on()}") from None
+            except Exception as error:
+                if isinstance(error, ConfigError | Pruned) or not self._is_removed:
+                    raise
+                raise ConfigError(
+                    f"the run folder {self.folder.path} was removed while the run wrote into it "
+                    f"({describe_fault(error)}); start the same command again"
+                ) from error
 
     def _train(self) -> dict[str, Any]:
         if self.config.resume is Resume.never:
@@ -142,7 +152,7 @@ class Run(Parts):
         if not is_same:
             for stale in (self.folder.result("train"), self.folder.baseline):
                 stale.unlink(missing_ok=True)
-        write_text(self.folder.config, compose.dump_config(self.config))
+        self._write_config()
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
             model = self.build_model() if self.config.task.train else self.load_trained()
@@ -157,12 +167,26 @@ class Run(Parts):
                 measured = self._measure_after(model)
                 summary |= _prefixed("eval_", measured.metrics)
                 summary["peak_memory_gb"] = self._peak_memory_gb()
+                if self._is_removed:
+                    log.warning("%s was removed while the run went on; it is written again", self.folder.path)
+                    self._write_config()
                 result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
         self._print_summary("finished", world.share(result), measured.predictions)
         return result
+
+    _has_config = False
+
+    def _write_config(self) -> None:
+        write_text(self.folder.config, compose.dump_config(self.config))
+        self._has_config = True
+
+    @property
+    def _is_removed(self) -> bool:
+        """Whether somebody has removed the folder since the run began to write into it."""
+        return self._has_config and not self.folder.config.is_file()
 
     def _read_before(self) -> dict[str, Any] | None:
         """Returns the config of the training in this folder, or None; damaged files that it can do without are renamed.
@@ -476,7 +500,8 @@ class Run(Parts):
     def _how_to_go_on(self) -> str:
         saved = find_checkpoints(self.folder.checkpoints)
         state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
-        words = [text for text in self.overrides if not text.startswith("resume=")]
+        given = self.overrides if self.started_by is None else self.started_by
+        words = [text for text in given if not text.startswith("resume=")]
         place = f"hydra.run.dir={quoted(str(self.folder.path))}"
         return f"{state}; go on with\n  {shlex.join([*world.command(), *words, place])}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped
-from qlora.files import write_text
+from qlora.files import follow_umask, write_text
 from qlora.folder import FREE_KEYS, RunFolder, config_digest
 from qlora.secrets import hide
 from qlora.stored import (
@@ -175,20 +175,29 @@ def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterat
         set_damage_aside(folder, STATUS_FILE)
         started, clock = time.time(), time.monotonic()
         known = read_job(folder).overrides  # a sweep knows which of them it varies
-        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "reason": None}
-        write_status(folder, Status.running, **facts, result=result_name)
+        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "result": result_name}
+
+        def write(status: Status, reason: str | None = None) -> None:
+            seconds = {} if status is Status.running else {"seconds": time.monotonic() - clock}
+            write_status(
+                folder, status, **facts, reason=reason, **seconds
+            )  # all of it: the folder may have been removed
+
+        write(Status.running)
         try:
             yield
         except (KeyboardInterrupt, Stopped):
             with contextlib.suppress(ConfigError):  # on a full disk; what ended the job counts
-                write_status(folder, Status.interrupted, reason="interrupted", seconds=time.monotonic() - clock)
+                write(Status.interrupted, "interrupted")
             raise
         except BaseException as error:
             status = Status.pruned if isinstance(error, Pruned) else Status.failed
             with contextlib.suppress(ConfigError):
-                write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
+                write(status, _in_one_line(error))
             raise
-        write_status(folder, Status.finished, seconds=time.monotonic() - clock)
+        write(Status.finished)
+        with contextlib.suppress(OSError):  # of another owner
+            follow_umask(folder)
 
 
 def _in_one_line(error: BaseException) -> str:
