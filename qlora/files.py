@@ -158,7 +158,7 @@ def _says(error: BaseException | None, codes: Sequence[int]) -> bool:
 
 
 def follow_umask(path: Path) -> None:
-    """Gives a file, or a folder with all in it, the mode that the umask asks for: libraries write for the owner alone."""
+    """Gives a file, or a folder and all in it, the mode that the umask asks for; some libraries leave others out."""
     mask = os.umask(0o077)
     os.umask(mask)
     for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):

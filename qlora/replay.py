@@ -24,8 +24,8 @@ from qlora.run import Run
 from qlora.schema import Config, TaskName
 from qlora.wording import quoted
 
-OWN_KEYS = ("task", "run", "name", "tracking", "resume", "base")
-"""The keys that a replay reads; the last ones replace those of the training."""
+OWN_KEYS = ("name", "tracking", "resume", "base")
+"""The keys of a replay that replace those of the training."""
 TIMED = ("runtime", "per_second", "mfu", "data_wait", "memory_gb", "memory_retries", "speed")
 """Parts of the names of metrics that no two runs have alike."""
 MACHINE = ("versions", "hardware", "platform", "code.sha256", "model.device")
@@ -56,12 +56,13 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
     """Runs the training of `run=` again, prints and writes the comparison; raises `ConfigError` where it must be equal
     and is not.
 
-    `overrides` are the command's: one that describes a training is refused, for the stored config does that. Several processes run it again together, as many as before; the first of them compares."""
+    `overrides` are the command's: one that describes a training is refused, for the stored config does that. Several
+    processes run it again together, as many as before; the first of them compares."""
     assert config.run is not None, "Config checks it"
-    if ignored := [text for text in overrides if not is_below(key_of(text), OWN_KEYS)]:
+    if ignored := [text for text in overrides if not is_below(key_of(text), ("task", "run", "trusted", *OWN_KEYS))]:
         raise ConfigError(
-            f"{ignored[0]}: task=replay trains with the stored config of run={config.run}, which this would not change; "
-            f"leave it out, or start a training of its own without task=replay (only {', '.join(OWN_KEYS[2:])} are read)"
+            f"{ignored[0]} would not be read: task=replay trains with the stored config of run={config.run}; leave it "
+            f"out, or train without task=replay (a replay reads {', '.join(OWN_KEYS)} alone)"
         )
     first = RunFolder(Path(config.run).expanduser())
     stored, manifest = _read_finished(first)
@@ -73,7 +74,7 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
             f"{world.size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node N -m qlora "
             "task=replay ...)"
         )
-    own = {name: getattr(config, name) for name in OWN_KEYS[2:]}
+    own = {name: getattr(config, name) for name in OWN_KEYS}
     again = Run(replace(compose.restore_config(stored), **own), output_dir, manifest.get("overrides", []))
     again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
     trained = read_run_base(first)
