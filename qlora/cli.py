@@ -163,6 +163,7 @@ def _main(argv: list[str]) -> None:
     if args.shell_completion or args.hydra_help or args.experimental_rerun:
         _call_hydra()
         return
+    flags = [word for word in argv if word not in args.overrides]
     check_engine(args.overrides)
     args.overrides = keep_spelling(args.overrides)
     if world.size() == 1:
@@ -171,9 +172,9 @@ def _main(argv: list[str]) -> None:
     if args.cfg == "job":
         sys.stdout.write(show_config(without_hydra(composed), args.package, resolve=args.resolve))
     elif args.cfg or args.info:
-        if _sweeps(args):
-            raise ConfigError("--info and --cfg show one run, and -m asks for a sweep; leave one of them out")
-        _hand_over(args, argv)
+        if args.info and _sweeps(args):
+            raise ConfigError("--info tells of one run, and -m or sweep= asks for a sweep; leave one of them out")
+        _hand_over(args, flags)
         _call_hydra()
     elif composed.task.name is TaskName.wandb_sweep:
         from qlora.sweep.wandb_sweep import write_wandb_sweep
@@ -183,16 +184,15 @@ def _main(argv: list[str]) -> None:
         _join(composed, sweeps=False)
         _run_without_folder(composed)
     else:
-        _run(args, argv, composed)
+        _run(args, flags, composed)
 
 
 def _sweeps(args: Any) -> bool:
     return args.multirun or any(word.startswith("sweep=") for word in args.overrides)
 
 
-def _hand_over(args: Any, argv: list[str], *more: str) -> None:
+def _hand_over(args: Any, flags: list[str], *more: str) -> None:
     """Hands Hydra the overrides, spelt for it, before the flags: it reads none between them."""
-    flags = [word for word in argv if word not in args.overrides]
     sys.argv[1:] = [*open_entries([*args.overrides, *more]), *flags]
 
 
@@ -201,7 +201,7 @@ def _call_hydra() -> None:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
 
 
-def _run(args: Any, argv: list[str], composed: DictConfig) -> None:
+def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
     """Runs what Hydra starts; a refused command leaves its folder as it was, or none."""
     sweeps, afterwards = _sweeps(args), list[Callable[[], None]]()
     folder = names.folder_words(args.overrides) if sweeps else []
@@ -211,7 +211,9 @@ def _run(args: Any, argv: list[str], composed: DictConfig) -> None:
         # Processes that torchrun starts again go on in the folder that they began in.
         folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
     start = _start(composed, folder, sweeps)
-    _hand_over(args, argv, *folder, *joined)
+    if world.size() > 1:  # the folder of the first process is that of all, also when they are started again
+        os.environ[START_VARIABLE] = world.agree_on_start("place", world.share(os.environ[START_VARIABLE]))
+    _hand_over(args, flags, *folder, *joined)
     if sweeps and composed.tracking.backend is TrackingBackend.wandb:
         from qlora.sweep.trackers import track_other_engine
 
@@ -231,12 +233,13 @@ def _run(args: Any, argv: list[str], composed: DictConfig) -> None:
 
 def _start(composed: DictConfig, folder: list[str], sweeps: bool) -> Start | None:
     """Makes the folder of the command and returns its start; None: another process keeps it."""
-    if not world.is_first() or VARIABLE in os.environ:  # a job's folder is its sweep's
+    if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
         return None
+    sweeps = sweeps or composed.hydra.mode is RunMode.MULTIRUN
     given = [word for word in folder if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     place = Path(str(override_value(given[-1]) if given else composed.hydra[("run", "sweep")[sweeps]].dir))
     is_named_by_time = not given and composed.name is None and place.name == os.environ.get(START_VARIABLE)
-    if is_named_by_time and not sweeps and not world.is_restart():
+    if is_named_by_time and not sweeps:
         return start_anew(place)
     return start_in(place, is_sweep=sweeps)
 
