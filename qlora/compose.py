@@ -46,7 +46,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, Unsu
 from yaml import MarkedYAMLError, YAMLError
 
 from qlora import trust
-from qlora.errors import ConfigError, did_you_mean, mean, suggest
+from qlora.errors import ConfigError, DamagedFile, describe_fault, did_you_mean, mean, suggest
 from qlora.places import check_paths
 from qlora.schema import ArchitectureConfig, Config, TaskName
 from qlora.searchpath import KEY as SEARCH_PATH
@@ -68,6 +68,9 @@ _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
+LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan, TaskName.preview.name, TaskName.plan.name)
+"""The folder of tasks that show what a run would be, and leave nothing that counts as one."""
+
 START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
 
@@ -78,6 +81,9 @@ SWEEPER_MAPPINGS = tuple(
 
 LARGEST_NUMBER = 2**63 - 1
 """What torch and Arrow count to."""
+
+LONGEST_KEY, DEEPEST = 500, 30
+"""Characters of a key, and brackets inside each other in a value."""
 
 CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
 """Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
@@ -191,6 +197,7 @@ def register() -> None:
         use_cache=True,
         replace=True,
     )
+    OmegaConf.register_new_resolver("qlora.kind", lambda task: LOOKS if task in LOOKING else "runs", replace=True)
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
     trust.install(CONF_DIR)
@@ -296,6 +303,7 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
     trust.check_version()
     register()
+    refuse_unreadable(overrides)
     overrides = open_entries(overrides)
     instance = GlobalHydra.instance()
     outer = instance.hydra
@@ -332,14 +340,28 @@ def check_overrides(
     config_dir: Path | str | None = None,
     *,
     multirun: bool = False,
-    leave_grid: bool = False,
 ) -> DictConfig:
     """Raises `ConfigError` if a value in these overrides would be refused; starts nothing.
 
-    Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
-    `hydra.sweeper.params` of a `sweep=` file; each is checked once, beside the first of every other key. Those that a
-    search tries under a condition only are checked by it, those of a grid with `leave_grid` by its sweeper.
+    Returns the config of the first job, without the `hydra` node.
     """
+    return without_hydra(check_command(overrides, config_dir, multirun=multirun))
+
+
+def check_command(
+    overrides: Sequence[str],
+    config_dir: Path | str | None = None,
+    *,
+    multirun: bool = False,
+    leave_grid: bool = False,
+) -> DictConfig:
+    """Does what `check_overrides` does, and returns the config with its `hydra` node.
+
+    A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file; each is checked
+    once, beside the first of every other key. Those that a search tries under a condition only are checked by it, those
+    of a grid with `leave_grid` by its sweeper.
+    """
+    refuse_unreadable(overrides)
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
@@ -350,19 +372,43 @@ def check_overrides(
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
         to_config(composed)
-        return _without_hydra(composed)
+        return composed
     is_grid = str(composed.hydra.sweeper._target_) == GRID_SWEEPER
     if is_grid and not described:
         _refuse_intervals([*overrides, *sweep_params(composed, overrides)])
     if (words := _unconditional(composed, overrides)) != list(overrides):
         overrides = words
         composed = compose_dict(next(expand_sweep(overrides)), config_dir)
-    composed = _without_hydra(composed)
     if is_grid and leave_grid and not described:
         to_config(composed)
     else:
         Combinations(overrides, config_dir).check()
     return composed
+
+
+def refuse_unreadable(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for an override that no config holds and that would take its readers very long."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if len(key) > LONGEST_KEY:
+            raise ConfigError(
+                f"{key[:40]} ... is no key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
+                "options are written KEY=VALUE, e.g. lora.r=16"
+            )
+        if _depth(value) > DEEPEST:
+            raise ConfigError(
+                f"{key}={value[:40]} ... opens more than {DEEPEST} brackets inside each other, which no value needs; "
+                "put quotes around a text that holds brackets"
+            )
+
+
+def _depth(value: str) -> int:
+    """Returns how many brackets are open at most, outside of quotes."""
+    depth = deepest = 0
+    for sign in re.sub(r"""(["'])(?:\\.|(?!\1).)*\1""", "", value):
+        depth += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:
@@ -527,7 +573,7 @@ class _Composed:
     """A composed config whose plain fields are set again and again."""
 
     def __init__(self, composed: DictConfig) -> None:
-        self._node = _without_hydra(composed)
+        self._node = without_hydra(composed)
         self._config: Config | None = None
         texts = (value for _, value in _leaves(OmegaConf.to_container(self._node, resolve=False), ""))
         self._refers = any(isinstance(text, str) and "${" in text for text in texts)
@@ -597,7 +643,7 @@ def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any
 def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
     with trust.fixed_resolvers():
-        return _to_config(_without_hydra(composed))
+        return _to_config(without_hydra(composed))
 
 
 def _to_config(composed: DictConfig) -> Config:
@@ -629,7 +675,8 @@ def _check_values(value: Any, path: KeyPath = ()) -> None:
         _check_values(item, (*path, f"[{index}]"))
 
 
-def _without_hydra(composed: DictConfig) -> DictConfig:
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Returns a config without the `hydra` node."""
     if "hydra" not in composed:
         return composed
     composed = composed.copy()
@@ -1079,12 +1126,37 @@ def dump_config(config: Config) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """Reads what `dump_config` wrote; None where there is no such file."""
-    if not path.is_file():
+    """Reads what `dump_config` wrote; None where there is no such file. Raises `DamagedFile`."""
+    plain = _read_stored(path)
+    if plain is None:
         return None
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict) or not plain:
+        raise DamagedFile(path, "it holds no config")
+    for name, hint in field_types(Config).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
+            raise DamagedFile(path, f"{name} is no group of keys")
+    if not isinstance(plain.get("objective"), str | NoneType):
+        raise DamagedFile(path, "objective is no text")
     return {str(key): value for key, value in plain.items()}
+
+
+def read_overrides(path: Path) -> list[str] | None:
+    """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
+    words = _read_stored(path)
+    if not isinstance(words, list | NoneType):
+        raise DamagedFile(path, "it holds no list of overrides")
+    return None if words is None else [str(word) for word in words]
+
+
+def _read_stored(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        fault = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
+        raise DamagedFile(path, fault) from error
 
 
 def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Config:

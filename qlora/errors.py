@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -12,6 +13,25 @@ class ConfigError(ValueError):
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
     traceback.
     """
+
+
+class DamagedFile(ConfigError):
+    """Says which stored file cannot be read back, and what is wrong in it."""
+
+    def __init__(self, path: Path, fault: str) -> None:
+        super().__init__(f"{path} is damaged ({fault}); put a whole copy in its place, or remove it")
+        self.path, self.fault = path, fault
+
+
+def describe_fault(error: BaseException) -> str:
+    """Returns in a few words why a file cannot be read, for a message that names the file."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 class Pruned(Exception):

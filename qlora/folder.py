@@ -13,8 +13,8 @@ from typing import Any
 
 from qlora.compose import flatten as flatten
 from qlora.errors import ConfigError
-from qlora.files import read_json
 from qlora.schema import Resume, Weights
+from qlora.stored import read_manifest, read_result
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,12 @@ class RunFolder:
             ) from error
 
     def stored_result(self, task: str) -> dict[str, Any] | None:
-        """Returns the result of a finished task, or None."""
-        return read_json(self.result(task))
+        """Returns the result of a finished task, or None; raises `DamagedFile`."""
+        return read_result(self.result(task))
+
+    def stored_manifest(self) -> dict[str, Any] | None:
+        """Returns what the training in this folder was made of, or None; raises `DamagedFile`."""
+        return read_manifest(self.manifest)
 
     def check_unused(self) -> None:
         """Raises `ConfigError` if a training was started in this folder."""

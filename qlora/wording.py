@@ -63,7 +63,9 @@ def parse_size(text: str) -> int | None:
 
 
 def format_duration(seconds: float) -> str:
-    """Returns seconds as `0:41`, `12:05` or `3:07:00`."""
+    """Returns seconds as `0:41`, `12:05` or `3:07:00`; a number that is not finite by its name."""
+    if not math.isfinite(seconds):
+        return str(seconds)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

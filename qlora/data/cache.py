@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora.errors import ConfigError
+from qlora.files import follow_umask
 
 UNFINISHED = ".unfinished"
 """Beginning of a temporary folder's name: `.unfinished~HOST~PID~RANDOM`."""
@@ -46,6 +47,7 @@ class Cache:
         if not folder.is_dir():
             with _exit_on_sigterm(), self._unfinished() as unfinished:
                 write(unfinished)
+                follow_umask(unfinished)
                 try:
                     unfinished.rename(folder)
                 except OSError:  # another process was faster

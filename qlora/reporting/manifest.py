@@ -23,9 +23,10 @@ from typing import Any
 
 from qlora import world
 from qlora.errors import ConfigError, Pruned, Stopped
-from qlora.files import read_json, write_text
+from qlora.files import write_text
 from qlora.folder import config_digest
 from qlora.secrets import hide, hide_all
+from qlora.stored import read_manifest
 
 PACKAGES = {
     **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
@@ -80,7 +81,7 @@ def keep_manifest(
 
     `energy` counts joules. The starts before, of a run that goes on, are kept in `starts`.
     """
-    earlier = (read_json(path) or {}).get("starts", [])
+    earlier = (read_manifest(path) or {}).get("starts", [])
     manifest = {**manifest, "starts": [*earlier, {"started": manifest["started"], "status": "running"}]}
     write_json(path, manifest)
     began, joules, status = time.perf_counter(), energy(), "failed"

@@ -31,6 +31,7 @@ from qlora.sweep.jobs import (
     identity,
     in_turn,
     locked,
+    name_damage,
     read_job,
     slug,
     write_status,
@@ -97,6 +98,8 @@ def open_sweep(
     with locked(folder, f"another sweep runs in {folder}", shared=not is_alone):
         with in_turn(folder):
             sweep = read_sweep(folder, objective)
+            for job in sweep.jobs.values():
+                name_damage(job)
             common = {key: value for key, value in shared.items() if not is_below(key, UNNAMED_KEYS)}
             if sweep.common:
                 check_same_sweep(folder, sweep.common, common)

@@ -16,6 +16,7 @@ from rich.text import Text
 from qlora.console import printable, say, say_rows, screen
 from qlora.files import write_text
 from qlora.reporting.page import short_value
+from qlora.stored import cost
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
@@ -109,20 +110,21 @@ def write_leaderboard(sweep: Sweep) -> Leaderboard:
 
 def _means(jobs: Sequence[Job]) -> dict[str, tuple[float, float | None]]:
     names = dict.fromkeys(name for job in jobs for name in job.metrics)
-    found = {}
-    for name in names:
-        values = [float(job.metrics[name]) for job in jobs if name in job.metrics]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[name] = (statistics.fmean(values), error)
-    return found
+    return {name: _mean([job.metrics[name] for job in jobs if name in job.metrics]) for name in names}
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean with its standard error; one that is no finite number makes a mean that is none."""
+    if len(values) == 1:
+        return values[0], None
+    try:
+        return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    except (ArithmeticError, AttributeError, ValueError):  # as they say of infinite ones, and of too large ones
+        return math.nan, None
 
 
 def _cost(row: Row, name: str | None, *, maximizes: bool) -> float:
-    """Returns a metric as a number of which less is better; what was not measured, or diverged, is the worst."""
-    value = row.metrics.get(name or "", (math.nan, None))[0]
-    if math.isnan(value):
-        return math.inf
-    return -value if maximizes else value
+    return cost(row.metrics[name][0] if name in row.metrics else None, maximizes=maximizes)
 
 
 def cell(row: Row, name: str) -> str:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from qlora.errors import ConfigError
-from qlora.files import read_json, write_text
-from qlora.folder import describe_changes, flatten, is_below
-from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, identity, is_stamped, read_job, slug
+from qlora.compose import read_config
+from qlora.errors import ConfigError, DamagedFile
+from qlora.files import read_record, write_text
+from qlora.folder import RunFolder, describe_changes, flatten, is_below
+from qlora.stored import RESULTS, STATUS_FILE, to_number, to_numbers
+from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, is_stamped, read_job, slug
 from qlora.wording import higher_is_better
 
+log = logging.getLogger(__name__)
+
 OVERVIEW_FILE = "sweep.json"
+KINDS = {list: "list", dict: "object", int: "whole number"}
 
 
 @dataclass
@@ -98,9 +106,13 @@ class Sweep:
 def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
     """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older.
 
-    Jobs that have ended and whose files are those that the overview was made of are not read again.
+    Jobs that have finished and whose files are those that the overview was made of are not read again.
     """
-    stored = read_json(folder / OVERVIEW_FILE) or {}
+    damage: DamagedFile | None = None
+    try:
+        stored = read_overview(folder / OVERVIEW_FILE)
+    except DamagedFile as error:
+        stored, damage = {}, error
     sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}), has_changed=False)
     sweep.goals, sweep.to_come, sweep.study = stored.get("goals", {}), stored.get("to_come", 0), stored.get("study")
     records = {record["job"]: record for record in stored.get("jobs", [])}
@@ -108,22 +120,68 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
         sweep.jobs[name] = Job(folder / name, overrides=record["overrides"])
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []:
         sweep.folders.setdefault(name.rpartition("-")[2], name)
-        record = records.get(name, {})
-        if record.get("status") in ENDED and is_stamped(folder / name, record.get("stamp", {})):
-            sweep.jobs[name] = _restore(folder / name, record)
-        elif (folder / name / STATUS_FILE).is_file():
-            sweep.jobs[name], sweep.has_changed = read_job(folder / name), True
+        place, record = folder / name, records.get(name, {})
+        if (job := _restore(place, record)) is not None:
+            sweep.jobs[name] = job
+        elif is_job_folder(place):
+            job, sweep.has_changed = read_job(place), True
+            job.overrides = job.overrides or record.get("overrides", [])
+            sweep.jobs[name] = job
+    if damage is not None:
+        log.warning("%s is damaged (%s); its jobs' folders are read instead", damage.path, damage.fault)
+        sweep.common, sweep.has_changed = _restore_common(sweep), True
     return sweep
 
 
-ENDED = (Status.finished.value,)
-"""What is not read again: the files of a failed job tell more than the overview."""
+def _restore(folder: Path, record: Mapping[str, Any]) -> Job | None:
+    """Returns a finished job as `Job.to_dict` told of it; None: it has not, or its files are others now."""
+    if record.get("status") != Status.finished.value:
+        return None  # the files of a failed job tell more than the overview
+    job = Job(folder, status=Status.finished, overrides=record["overrides"])
+    try:
+        if not is_stamped(folder, record.get("stamp", {})):
+            return None
+        job.objective = None if record.get("objective") is None else to_number(record["objective"])
+        job.seconds = None if record.get("seconds") is None else to_number(record["seconds"])
+        job.metrics = to_numbers(record.get("metrics", {}))
+    except (AttributeError, TypeError, ValueError):
+        return None
+    job.reason, job.seedless, job.stamp = record.get("reason"), record.get("seedless"), record["stamp"]
+    return job
 
 
-def _restore(folder: Path, record: Mapping[str, Any]) -> Job:
-    """Returns a job as `Job.to_dict` told of it."""
-    names = ("overrides", "reason", "objective", "metrics", "seconds", "seedless", "stamp")
-    return Job(folder, status=Status(record["status"]), **{name: record[name] for name in names if name in record})
+def is_job_folder(folder: Path) -> bool:
+    """Returns whether a folder is that of a job, of which a file may be left only."""
+    return any((folder / name).is_file() for name in (STATUS_FILE, *RESULTS))
+
+
+def read_overview(path: Path) -> dict[str, Any]:
+    """Returns what a sweep's overview tells, {} where there is none; raises `DamagedFile`."""
+    record = read_record(path) or {}
+    kinds = {"jobs": list, "common": dict, "goals": dict, "to_come": int}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name, kind()), kind)]:
+        raise DamagedFile(path, f"{wrong[0]} is no {KINDS[kinds[wrong[0]]]}")
+    if not isinstance(record.get("objective"), str | NoneType):
+        raise DamagedFile(path, "objective is no text")
+    if not all(way in ("minimize", "maximize") for way in record.get("goals", {}).values()):
+        raise DamagedFile(path, "goals are neither to minimize nor to maximize")
+    for job in record.get("jobs", []):
+        name, overrides = (job.get("job"), job.get("overrides")) if isinstance(job, dict) else (None, None)
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise DamagedFile(path, "a job in it has no name of a folder")
+        if not (isinstance(overrides, list) and all(isinstance(text, str) for text in overrides)):
+            raise DamagedFile(path, f"the overrides of the job {name} are no list of texts")
+    return record
+
+
+def _restore_common(sweep: Sweep) -> dict[str, Any]:
+    """Returns the keys that the stored configs of all jobs have in common; {} where none can be read."""
+    configs = []
+    for job in sweep.jobs.values():
+        with contextlib.suppress(DamagedFile):
+            configs += [stored] if (stored := read_config(RunFolder(job.folder).config)) is not None else []
+    common = common_facts(configs) if configs else {}
+    return {key: value for key, value in common.items() if not is_below(key, sweep.varied)}
 
 
 def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:

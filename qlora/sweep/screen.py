@@ -15,6 +15,7 @@ from rich.text import Text
 from qlora.console import printable, progress, record, say, screen
 from qlora.errors import ConfigError
 from qlora.reporting.page import short_value
+from qlora.stored import cost
 from qlora.sweep.jobs import Job, Status, in_turn
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import Sweep
@@ -152,7 +153,7 @@ class Screen:
         """Moves the bars of the running jobs."""
         for job in running:
             steps = job.progress
-            if job.name in self._bars and steps:
+            if job.name in self._bars and steps:  # which have a step and a number of steps
                 notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
                 if steps.get("tokens_per_second"):
                     notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
@@ -190,9 +191,9 @@ class Screen:
             notes.append(f"{format_duration(left)} left")
         finished = [job for job in self.sweep.with_status(Status.finished) if job.objective is not None]
         if finished:
-            pick = max if self.sweep.maximizes else min
-            best = pick(finished, key=lambda job: job.objective or 0.0)
-            notes.append(f"best {self._objective(best.objective or 0.0)}")
+            best = min(finished, key=lambda job: cost(job.objective, maximizes=self.sweep.maximizes))
+            assert best.objective is not None, "those without one are left out"
+            notes.append(f"best {self._objective(best.objective)}")
             room = rooms(screen().width)[1] - len("  ".join(notes)) - 1
             notes[-1] += f" {label(best, room)}" if room >= SHORTEST else ""
         return "  ".join(notes)

@@ -582,7 +582,7 @@ class Search:
             self._record(number, TrialState.PRUNED)
         elif job.status is Status.finished and None not in values:
             # A training that diverged tells the sampler something; a failed trial would not.
-            told = [goal.worst() if value is None or math.isnan(value) else value
+            told = [value if value is not None and math.isfinite(value) else goal.worst()
                     for goal, value in zip(self.goals, values, strict=True)]  # fmt: skip
             self._record(number, TrialState.COMPLETE, told)
         else:
