@@ -5,22 +5,36 @@ A config is stored, printed and sent to trackers; a secret belongs into the envi
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "[hidden]"
 SHORTEST = 8
 """Characters; a shorter value of a variable is no secret, and would be found everywhere."""
 
-NAMES = re.compile(r"(_|^)(TOKEN|API_?KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-"""Variables of the environment that hold one."""
+NAMES = re.compile(
+    r"(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?_?\d*$"
+    r"|(?:(?:ACCESS|SECRET|PRIVATE|ACCOUNT|MASTER|SIGNING|ENCRYPTION)_?|(?<!GPG)_)KEY(?:_?\d+|_BASE|_ID)?$"
+    r"|(?:CONNECTION_STRING|_PWD|_PAT|_AUTH|(?<!ASK)(?<!COM)(?<!BY)PASS)$",
+    re.IGNORECASE,
+)
+"""Variables of the environment that hold one: `HF_TOKEN` and `HFTOKEN`, `PGPASSWORD`, `MYSQL_PWD`, `SSHPASS` ..."""
 
 KINDS = {
-    "a password in an address": re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)"),
-    "a token of the Hugging Face hub": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    "a key of an API": re.compile(r"\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}|\bAIza[0-9A-Za-z_-]{35}|\bglpat-[\w-]{20,}"),
+    "a password in an address": re.compile(
+        r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}(?:[/?#]|$))[^\s'\"]+(?=@)"
+        r"|(?<=[?&])(?i:password|passwd|pwd|sslpassword|(?:\w*_)?token|\w*api_?key|\w*secret|sig|signature)=[^\s&#'\"]+"
+    ),
+    "a token of the Hugging Face hub": re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}"),
+    "a key of an API": re.compile(
+        r"\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_\w{16,}|\bAIza[0-9A-Za-z_-]{35}|\bglpat-[\w-]{20,}"
+        r"|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{40,}|\bSG\.[\w-]{16,}\.[\w-]{16,}"
+    ),
+    "a signed token": re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
     "a key of wandb": re.compile(r"\bwandb_v\d_\w{20,}"),
     "a token of GitHub": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"),
     "a key of AWS": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
@@ -29,27 +43,28 @@ KINDS = {
 }
 """What a secret looks like by itself."""
 
-ASSIGNED = re.compile(
-    r"(?i)(\b[\w.-]*(?:api[_-]?key|secret|password|passwd|token|credential)s?[\"']?\s*[:=]\s*[\"']?)(?!\s)[^\s\"',;]{8,}"
-)
-"""What code assigns to a name that says it; taken out of diffs, where it is better to hide too much."""
-
 
 def find_secret(text: str) -> str | None:
     """Says in words which secret a text holds; None: none that is known."""
     for kind, pattern in KINDS.items():
         if pattern.search(text):
             return kind
-    return next((f"the value of {name}" for name, value in _environment().items() if value in text), None)
+    return next((f"the value of {name}" for name, spelling in _spellings() if spelling in text), None)
 
 
-def hide(text: str, *, assigned: bool = False) -> str:
-    """Returns a text with every secret in it replaced; `assigned` replaces what looks like one by its name, too."""
-    for value in _environment().values():
-        text = text.replace(value, HIDDEN)
+def is_secret_variable(name: str) -> bool:
+    """Returns whether a variable of the environment holds a secret, by its name or by what its value looks like."""
+    value = os.environ.get(name, "")
+    return bool(NAMES.search(name)) or any(pattern.search(value) for pattern in KINDS.values())
+
+
+def hide(text: str) -> str:
+    """Returns a text with every secret in it replaced."""
+    for _, spelling in _spellings():
+        text = text.replace(spelling, HIDDEN)
     for pattern in KINDS.values():
         text = pattern.sub(HIDDEN, text)
-    return ASSIGNED.sub(rf"\g<1>{HIDDEN}", text) if assigned else text
+    return text
 
 
 def hide_all(tree: Any) -> Any:
@@ -58,8 +73,89 @@ def hide_all(tree: Any) -> Any:
         return hide(tree)
     if isinstance(tree, Mapping):
         return {hide_all(key): hide_all(value) for key, value in tree.items()}
-    return [hide_all(each) for each in tree] if isinstance(tree, list | tuple) else tree
+    return [hide_all(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if len(value) >= SHORTEST and NAMES.search(name)}
+def _spellings() -> list[tuple[str, str]]:
+    """Returns the environment's secrets by name, as they are and as addresses, JSON and Python write them; long ones
+    first, for one may be the beginning of another."""
+    named = [(name, value.strip()) for name, value in os.environ.items() if NAMES.search(name)]
+    spelled = [
+        (name, spelling)
+        for name, value in named
+        if len(value) >= SHORTEST
+        for spelling in {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    ]
+    return sorted(spelled, key=lambda item: -len(item[1]))
+
+
+# Diffs: what code and settings hold has no name that is known, so it is better to hide too much.
+
+SUSPICIOUS = re.compile(
+    r"(?i)secret|passw|passphrase|(?<![a-z])pass(?![a-z])|pwd|token|credential|authori[sz]ation|bearer|cookie|"
+    r"connection_?string|conn_?str|(?<![a-z])(?:auth|dsn|salt|pin|login)(?![a-z])|key(?![a-z])|-----BEGIN"
+)
+"""What a line says that holds a secret."""
+SECRET_FILES = re.compile(
+    r"(?i)(?:^|/)(?:\.env[^/]*|[^/]*\.env|\.netrc|_netrc|\.pgpass|\.my\.cnf|\.pypirc|\.npmrc|\.htpasswd|id_[a-z0-9_]+|"
+    r"[^/]*\.(?:pem|key|p12|pfx|jks|kdbx|ppk|asc)|[^/]*(?:secret|credential|password|token)s?[^/]*\.(?:ya?ml|json|toml|"
+    r"ini|cfg|conf|txt))$"
+)
+"""Files whose every line may be one."""
+LITERAL = re.compile(r"(\"\"\"|'''|[\"'`])((?:\\.|(?!\1).)*)(\1|$)")
+"""A quoted text, or what follows a quote that the line does not close."""
+RANDOM = re.compile(r"(?<![\w+/=-])(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])(?=[\w+/=-]*\d)[\w+/=-]{32,}")
+"""What looks drawn at random, whatever it is called."""
+WORD = re.compile(r"\[hidden\]|[^\s\"'`=:,;()\[\]{}<>]{4,}")
+"""What stands behind a suspicious name without quotes."""
+GOES_ON = re.compile(r"(?:[(\[{=:,|>\\]|[|>][+-]?\d*)\s*$")
+"""The end of a line whose value stands below it."""
+
+
+def hide_in_diff(diff: str) -> str:
+    """Returns a unified diff without secrets: on a suspicious line every literal and every value is hidden, in a file
+    for secrets every line, and a value below its name as long as its lines are indented or a literal is open."""
+    return "\n".join(_hide_lines(diff.splitlines()))
+
+
+def _hide_lines(lines: list[str]) -> Iterator[str]:
+    in_secret_file, indent, quote_mark = False, -1, ""
+    for line in lines:
+        if line.startswith(("diff --git ", "@@", "--- ", "+++ ")):
+            if line.startswith("diff --git "):
+                in_secret_file = bool(SECRET_FILES.search(line.rstrip('"')))
+            indent, quote_mark = -1, ""
+            header, marks, context = line.rpartition("@@") if line.startswith("@@") else (line, "", "")
+            yield hide(header) + marks + (_hide_values(context) if context else "")
+            continue
+        sign, body = line[:1], line[1:]
+        depth = len(body) - len(body.lstrip())
+        inside = bool(quote_mark) or (indent >= 0 and bool(body.strip()) and depth > indent)
+        if in_secret_file or inside:
+            if quote_mark and quote_mark in body:
+                quote_mark = ""
+            yield f"{sign}{body[:depth]}{HIDDEN}" if body.strip() else line
+            continue
+        if body.strip():
+            indent = -1
+        if SUSPICIOUS.search(body):
+            quote_mark = _open_quote(body)
+            indent = depth if GOES_ON.search(body) else -1
+        yield sign + _hide_values(body)
+
+
+def _open_quote(line: str) -> str:
+    """Returns the triple quote that a line opens and does not close, or an empty text."""
+    return next((mark for mark in ('"""', "'''") if line.count(mark) % 2), "")
+
+
+def _hide_values(line: str) -> str:
+    found = SUSPICIOUS.search(line)
+    if found is not None:
+        line = LITERAL.sub(lambda literal: f"{literal[1]}{HIDDEN}{literal[3]}", line)
+        found = SUSPICIOUS.search(line) or found
+        value = re.search(r"[=:\s]", line[found.end() :])  # the name may go on
+        if value is not None:
+            start = found.end() + value.start()
+            line = line[:start] + WORD.sub(HIDDEN, line[start:])
+    return RANDOM.sub(HIDDEN, hide(line))
