@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
@@ -72,6 +73,42 @@ def format_duration(seconds: float) -> str:
 def format_bytes(size: int) -> str:
     """Returns a size as `1.2 MB` or `1.2 GB`, in units of 1000."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def brief(value: object, width: int = 160) -> str:
+    """Returns a user's value as a message shows it: in Python's spelling, on one line, not at length."""
+    text = repr(value)
+    if len(text) <= width:
+        return text
+    tail = width // 4
+    return f"{text[: width - tail]} … {text[-tail:]} ({len(text):,} characters)"
+
+
+def brief_text(text: str, width: int = 240) -> str:
+    """Returns what a library says, on one line and not at length."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= width else shorten(line, width)
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Returns names as a message lists them: the first ones, and how many more there are."""
+    texts = [str(name) for name in names]
+    labels = [text if len(text) <= 80 else f"{text[:60]} … ({len(text):,} characters)" for text in texts[:most]]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(labels) + more
+
+
+INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, colours, hides or reorders text on a terminal, and what no encoding can write."""
+
+
+def visible(text: str) -> str:
+    """Returns `text` with every control character but line ends and tabs as a picture of it, one for one."""
+    return INVISIBLE.sub(lambda match: _picture(ord(match[0])), text)
+
+
+def _picture(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def quoted(text: str) -> str:
