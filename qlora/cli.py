@@ -38,11 +38,10 @@ from qlora.compose import (
     to_config,
     unknown_flag,
 )
-from qlora.console import close_bars, quiet_libraries, take_over_handlers
+from qlora.console import close_bars, complain, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
-from qlora.secrets import hide
 from qlora.spelling import keep_spelling, reading_spellings
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
@@ -70,11 +69,11 @@ def main() -> None:
     except Stopped as stopped:
         close_bars()
         if world.is_first():
-            print(f"\n{stopped}", file=sys.stderr)
+            complain(f"\n{stopped}")
         sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
         if world.is_first():
-            print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
+            complain("\ninterrupted; run the same command in the same folder to go on")
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
@@ -111,7 +110,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
     name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
-    print(hide(f"{name}{text}"), file=sys.stderr, flush=True)
+    complain(f"{name}{text}")
 
 
 class Mistake(BaseException):

@@ -83,7 +83,7 @@ def _read_index(index: Path) -> list[Path]:
     """Returns the files that an index names; raises `ConfigError` if one is missing."""
     folder = index.parent
     names = set(read_object(index, f"model.name={folder}")["weight_map"].values())
-    if strange := sorted(name for name in names if Path(name).name != name):
+    if strange := sorted(name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name):
         raise ConfigError(
             f"model.name={folder}: {INDEX} names {brief(strange[0])}, which is no file in this folder; download or "
             "copy the model again"

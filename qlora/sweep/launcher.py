@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig
 
 from qlora.compose import config_to_dict, to_config
+from qlora.console import guard_logs
 from qlora.errors import ConfigError
 from qlora.schema import Config, Device
 from qlora.sweep.jobs import Job, Status, job_folder, locked, read_job
@@ -76,6 +77,7 @@ def prepare(config: DictConfig) -> None:
     """Sets up what Hydra expects of whoever runs jobs: its resolvers and the log."""
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    guard_logs()
 
 
 @contextmanager
