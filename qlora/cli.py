@@ -140,7 +140,7 @@ def _main(argv: list[str]) -> None:
         flags = [word for word in argv if word not in args.overrides]
         check_engine(args.overrides)
         args.overrides = keep_spelling(args.overrides)
-        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
+        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun, printed=args.resolve)
         if args.cfg == "job":
             sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
             return

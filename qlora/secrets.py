@@ -5,6 +5,7 @@ A config is stored, printed and sent to trackers; a secret belongs into the envi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -79,7 +80,12 @@ def hide_all(tree: Any) -> Any:
 def _spellings() -> list[tuple[str, str]]:
     """Returns the environment's secrets by name, as they are and as addresses, JSON and Python write them; long ones
     first, for one may be the beginning of another."""
-    named = [(name, value.strip()) for name, value in os.environ.items() if NAMES.search(name)]
+    return _spell(tuple(os.environ.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _spell(environment: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    named = [(name, value.strip()) for name, value in environment if NAMES.search(name)]
     spelled = [
         (name, spelling)
         for name, value in named

@@ -11,8 +11,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from qlora import compose
 from qlora.console import say_rows
 from qlora.errors import ConfigError, did_you_mean
@@ -119,7 +117,7 @@ def _command(folder: Path) -> str | None:
     """Returns what starts a run again, as far as its folder tells."""
     overrides = folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
-        words = [str(word) for word in OmegaConf.load(overrides)]
+        words = compose.read_overrides(overrides)
         single = ["hydra.mode=RUN"] if any(word.startswith("sweep=") for word in words) else []
         return shlex.join(["qlora", *words, *single])
     return (read_intact(folder / "manifest.json") or {}).get("command")

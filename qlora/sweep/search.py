@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from rich.text import Text
 
-from qlora.compose import explain, to_config
+from qlora.compose import explain, storage_variable, to_config
 from qlora.console import printable, say, say_rows
 from qlora.errors import ConfigError
 from qlora.files import write_text
@@ -110,7 +110,8 @@ def search(
     slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
     with open_sweep(Path(str(config.hydra.sweep.dir)), configs) as sweep:
         sweep.goals = {goal.metric: goal.direction for goal in goals}
-        own = Search(settings, space, goals, sweep, compose, configs[0])
+        variable = storage_variable(config.hydra.sweeper._get_node("storage")._value())
+        own = Search(settings, space, goals, sweep, compose, configs[0], variable)
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
         try:
             if slots is None:
@@ -252,7 +253,9 @@ class Search:
         sweep: Sweep,
         compose: Callable[[list[str]], Config],
         example: Config,
+        variable: str | None = None,
     ) -> None:
+        """`variable` is the one of the environment that the storage's URL comes from."""
         self.settings, self.space, self.goals, self.sweep, self._compose = settings, space, goals, sweep, compose
         self.open: dict[str, list[int]] = {}
         """The running jobs, with the numbers of the trials that wait for each: several if they are the same."""
@@ -261,6 +264,7 @@ class Search:
         self._impossible: set[str] = set()
         self._pruner_kwargs = {**_pruner_defaults(settings, example), **settings.pruner_kwargs}
         self._storage = settings.storage or f"sqlite:///{(sweep.folder / 'study.db').absolute()}"
+        self._variable = variable
         self._study = self._open_study()
         self._study.sampler = self._build_sampler()  # refuses wrong arguments before anything is changed
         self._counted = 0
@@ -398,7 +402,8 @@ class Search:
         if self.settings.pruner == "none":
             return None
         return TrialLink(
-            storage=self._storage,
+            storage=self._storage if self._variable is None else None,
+            variable=self._variable,
             study=self._study.study_name,
             trial_id=trial._trial_id,
             metric=self.goals[0].metric,
