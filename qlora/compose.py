@@ -423,7 +423,8 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
     """
     for key, text in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
         _refuse_secrets([(key, text)])
-        if not isinstance(text, str) or "${" not in text:
+        is_copy = key.startswith((".hydra.overrides.", ".hydra.job.override_dirname"))  # of what was typed
+        if not isinstance(text, str) or "${" not in text or is_copy:
             continue
         if key.lstrip(".") == STORAGE and (name := storage_variable(text)) is not None:
             if printed and is_secret_variable(name):

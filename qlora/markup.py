@@ -10,7 +10,7 @@ from qlora.wording import visible
 
 MARKDOWN = re.compile(r"[\\`*{}\[\]<>#|!~&$]|(?<![^\W_])_|_(?![^\W_])")
 """What has a meaning inside a line of Markdown; an underscore inside a word has none."""
-BEGINS = re.compile(r"^(\s*)([-+=]|\d+[.)])(?=\s|$)")
+BEGINS = re.compile(r"^(\s*)(-+|=+|\+|\d+[.)])(?=\s|$)")
 """What has one at its beginning: lists, and the lines under a heading."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What begins a formula in a spreadsheet."""
@@ -51,7 +51,7 @@ def csv_cell(value: Any) -> Any:
         return value
     text = visible(value)
     is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) is not None
-    starts = text.startswith(FORMULA) or text.lstrip().startswith(FORMULA)
+    starts = value.startswith(FORMULA) or value.lstrip().startswith(FORMULA)
     return f"'{text}" if starts and not is_number else text
 
 

@@ -132,7 +132,7 @@ def _hide_lines(lines: list[str]) -> Iterator[str]:
                 in_secret_file = bool(SECRET_FILES.search(line.rstrip('"')))
             indent, quote_mark = -1, ""
             header, marks, context = line.rpartition("@@") if line.startswith("@@") else (line, "", "")
-            yield hide(header) + marks + (_hide_values(context) if context else "")
+            yield hide(header) + marks + (f" {HIDDEN}" if in_secret_file and context else _hide_values(context))
             continue
         sign, body = line[:1], line[1:]
         depth = len(body) - len(body.lstrip())

@@ -84,7 +84,7 @@ def test_a_password_is_found_wherever_an_address_holds_it() -> None:
         ("hydra.run.dir='out/${oc.env:MY_PASSWORD}'", "hydra.run.dir"),
         ("hydra.sweep.dir='${oc.decode:${oc.env:MY_PASSWORD}}'", "hydra.sweep.dir"),
         ("hydra.job.name='${hydra:runtime.cwd}-${oc.env:MY_PASSWORD}'", "hydra.job.name"),
-        ("++hydra.sweeper.params.name='${oc.env:MY_PASSWORD}'", "hydra.sweeper.params.name"),
+        ("hydra.job.id='x${oc.env:MY_PASSWORD}'", "hydra.job.id"),
         ("name='${oc.env:STORE}'", "name"),
         ("hydra.job.name='${oc.env:NO_SUCH,hf_plantedplantedplantedplanted}'", "hydra.job.name"),
     ],
@@ -99,9 +99,9 @@ def test_an_interpolation_brings_no_secret_into_any_node(override: str, key: str
 def test_a_secret_in_a_file_for_hydra_s_own_node_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\nhydra:\n  run:\n    dir: out/hf_plantedplantedplantedplanted\n"
+        "# @package _global_\nhydra:\n  job:\n    id: hf_plantedplantedplantedplanted\n"
     )
-    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir holds a token of the Hugging Face hub"):
+    with pytest.raises(ConfigError, match=r"^hydra\.job\.id holds a token of the Hugging Face hub"):
         check_overrides(["experiment=mine"], tmp_path)
 
 
@@ -184,7 +184,7 @@ LINES = {
     'config["password"] = "planted12345"': "planted",
     'token: str = "planted12345"': "planted",
     "api_key = 'planted,comma0123456'": "comma",
-    'password="planted word long"': "word",
+    'password="planted as a phrase"': "phrase",
     'headers = {"Authorization": "Bearer planted123"}': "planted",
     'login("planted1", kind="token")': "planted",
     'url = "db.example/x"  # password planted123': "planted123",
