@@ -434,8 +434,10 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
             if is_secret_variable(name):
                 raise _holds_secret(key, f"the value of {name}")
         # What Hydra knows later, such as the run's folder, cannot be resolved yet.
+        value = None
         with contextlib.suppress(OmegaConfBaseException, ValueError):
-            _refuse_secrets([(key, OmegaConf.select(composed, key.lstrip(".")))])
+            value = OmegaConf.select(composed, key.lstrip("."))
+        _refuse_secrets([(key, value)])
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -118,36 +118,58 @@ GOES_ON = re.compile(r"(?:[(\[{=:,|>\\]|[|>][+-]?\d*)\s*$")
 """The end of a line whose value stands below it."""
 
 
+VALUE_OF = re.compile(r"(?i)^\W*(?:value|default|data|content)s?\W*[:=]")
+"""A line that gives the value of what the line above it names."""
+
+
 def hide_in_diff(diff: str) -> str:
     """Returns a unified diff without secrets: on a suspicious line every literal and every value is hidden, in a file
     for secrets every line, and a value below its name as long as its lines are indented or a literal is open."""
-    return "\n".join(_hide_lines(diff.splitlines()))
+    body, lines = _Body(is_secret=False), []
+    in_head = True
+    for line in diff.split("\n"):
+        if line.startswith("diff --git "):
+            in_head, body = True, _Body(is_secret=bool(SECRET_FILES.search(line.rstrip('"'))))
+        elif line.startswith("@@"):
+            in_head, body = False, _Body(is_secret=body.is_secret)
+            header, marks, context = line.rpartition("@@")
+            lines.append(header + marks + (f" {HIDDEN}" if body.is_secret and context else _hide_values(context)))
+            continue
+        lines.append(hide(line) if in_head else line[:1] + body.hide(line[1:]))
+    return "\n".join(lines)
 
 
-def _hide_lines(lines: list[str]) -> Iterator[str]:
-    in_secret_file, indent, quote_mark = False, -1, ""
-    for line in lines:
-        if line.startswith(("diff --git ", "@@", "--- ", "+++ ")):
-            if line.startswith("diff --git "):
-                in_secret_file = bool(SECRET_FILES.search(line.rstrip('"')))
-            indent, quote_mark = -1, ""
-            header, marks, context = line.rpartition("@@") if line.startswith("@@") else (line, "", "")
-            yield hide(header) + marks + (f" {HIDDEN}" if in_secret_file and context else _hide_values(context))
-            continue
-        sign, body = line[:1], line[1:]
-        depth = len(body) - len(body.lstrip())
-        inside = bool(quote_mark) or (indent >= 0 and bool(body.strip()) and depth > indent)
-        if in_secret_file or inside:
-            if quote_mark and quote_mark in body:
-                quote_mark = ""
-            yield f"{sign}{body[:depth]}{HIDDEN}" if body.strip() else line
-            continue
-        if body.strip():
-            indent = -1
-        if SUSPICIOUS.search(body):
-            quote_mark = _open_quote(body)
-            indent = depth if GOES_ON.search(body) else -1
-        yield sign + _hide_values(body)
+class _Body:
+    """The lines of a hunk, and what of them goes on from line to line."""
+
+    def __init__(self, *, is_secret: bool) -> None:
+        self.is_secret = is_secret
+        self.quote_mark = ""
+        """The triple quote that is open."""
+        self.indent: int | None = None
+        """Of the suspicious line whose value stands below it."""
+        self.is_first = False
+        """Whether the value begins with the next line."""
+        self.was_suspicious = False
+
+    def hide(self, line: str) -> str:
+        """Returns the next line without its sign."""
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip())
+        goes_on = self.indent is not None and (self.is_first or depth > self.indent)
+        if bare and (self.is_secret or self.quote_mark or goes_on):
+            self.is_first = False
+            if self.quote_mark and self.quote_mark in line:
+                self.quote_mark = ""
+            return f"{line[:depth]}{HIDDEN}"
+        if not bare:
+            return line
+        is_value = self.was_suspicious and VALUE_OF.search(line) is not None
+        self.was_suspicious = SUSPICIOUS.search(line) is not None
+        self.indent = depth if self.was_suspicious and GOES_ON.search(line) else None
+        self.is_first = self.indent is not None
+        self.quote_mark = _open_quote(line) if self.was_suspicious else ""
+        return _hide_values(line, is_suspicious=is_value)
 
 
 def _open_quote(line: str) -> str:
@@ -155,13 +177,14 @@ def _open_quote(line: str) -> str:
     return next((mark for mark in ('"""', "'''") if line.count(mark) % 2), "")
 
 
-def _hide_values(line: str) -> str:
-    found = SUSPICIOUS.search(line)
-    if found is not None:
+def _hide_values(line: str, *, is_suspicious: bool = False) -> str:
+    """Returns a line without its literals, and without the words behind a suspicious name; a plain one as it is."""
+    if is_suspicious or SUSPICIOUS.search(line):
         line = LITERAL.sub(lambda literal: f"{literal[1]}{HIDDEN}{literal[3]}", line)
-        found = SUSPICIOUS.search(line) or found
-        value = re.search(r"[=:\s]", line[found.end() :])  # the name may go on
+        name = SUSPICIOUS.search(line) or VALUE_OF.search(line)
+        start = name.end() if name else 0
+        value = re.search(r"[=:\s]", line[start:])  # the name may go on
         if value is not None:
-            start = found.end() + value.start()
+            start += value.start()
             line = line[:start] + WORD.sub(HIDDEN, line[start:])
     return RANDOM.sub(HIDDEN, hide(line))

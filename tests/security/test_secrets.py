@@ -33,6 +33,7 @@ URL = f"postgresql+psycopg://opt:{PASSWORD}@127.0.0.1:5432/optuna"
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PASSWORD", PASSWORD)
     monkeypatch.setenv("STORE", URL)
+    monkeypatch.setenv("POINTER", "MY_PASSWORD")
 
 
 def refusal(*overrides: str, **options: bool) -> str:
@@ -86,6 +87,7 @@ def test_a_password_is_found_wherever_an_address_holds_it() -> None:
         ("hydra.job.name='${hydra:runtime.cwd}-${oc.env:MY_PASSWORD}'", "hydra.job.name"),
         ("hydra.job.id='x${oc.env:MY_PASSWORD}'", "hydra.job.id"),
         ("name='${oc.env:STORE}'", "name"),
+        ("hydra.job.name='${oc.env:${oc.env:POINTER}}'", "hydra.job.name"),
         ("hydra.job.name='${oc.env:NO_SUCH,hf_plantedplantedplantedplanted}'", "hydra.job.name"),
     ],
 )
@@ -217,7 +219,8 @@ def test_a_value_below_its_name_is_hidden_and_the_rest_of_a_diff_stays() -> None
         "diff --git a/a.py b/a.py\n@@ -1 +1 @@\n+plain = 'stays'\n"
         "+PASSWORD = (\n+    'planted'\n+    'more'\n+)\n+x = 1\n"
         '+KEY = """\n+planted\n+"""\n+y = "stays"\n+secret: |\n+  planted\n+  planted\n+z: 3\n'
-        "diff --git a/.env b/.env\n@@ -1 +1 @@\n+planted\n"
+        "-- name: DB_PASSWORD\n-  value: planted\n--- password = planted\n+TOKEN = \\\n+'planted'\n+'end'\n"
+        "diff --git a/.env b/.env\n--- a/.env\n@@ -1 +1 @@\n+planted\n"
         "diff --git a/home/.pgpass b/home/.pgpass\n@@ -1 +1 @@ planted password planted\n+host:5432:db:me:planted"
     )
     hidden = hide_in_diff(diff)
@@ -225,7 +228,8 @@ def test_a_value_below_its_name_is_hidden_and_the_rest_of_a_diff_stays() -> None
     assert "more" not in hidden
     assert [line for line in hidden.splitlines() if HIDDEN not in line] == [
         *("diff --git a/a.py b/a.py", "@@ -1 +1 @@", "+plain = 'stays'", "+PASSWORD = (", "+)", "+x = 1"),
-        *('+y = "stays"', "+secret: |", "+z: 3", "diff --git a/.env b/.env", "@@ -1 +1 @@"),
+        *('+y = "stays"', "+secret: |", "+z: 3", "-- name: DB_PASSWORD", "+TOKEN = \\", "+'end'"),
+        *("diff --git a/.env b/.env", "--- a/.env", "@@ -1 +1 @@"),
         "diff --git a/home/.pgpass b/home/.pgpass",
     ]
 
