@@ -43,14 +43,13 @@ from qlora.compose import (
     with_environment,
     without_hydra,
 )
-from qlora.console import close_bars, quiet_libraries, take_over_handlers
+from qlora.console import close_bars, complain, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
 from qlora.membership import VARIABLE, Membership
 from qlora.places import anchor_paths, give_home
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
 from qlora.searchpath import option_folder
-from qlora.secrets import hide
 from qlora.spelling import keep_spelling, reading_spellings
 from qlora.start import Start, start_anew, start_in
 from qlora.sweep import names
@@ -85,11 +84,11 @@ def main() -> None:
     except Stopped as stopped:
         close_bars()
         if world.is_first():
-            print(f"\n{stopped}", file=sys.stderr)
+            complain(f"\n{stopped}")
         sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
         if world.is_first():
-            print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
+            complain("\ninterrupted; run the same command in the same folder to go on")
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
@@ -139,7 +138,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
     name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
-    print(hide(f"{name}{text}"), file=sys.stderr, flush=True)
+    complain(f"{name}{text}")
 
 
 class Mistake(BaseException):
@@ -190,7 +189,11 @@ def _main(argv: list[str]) -> None:
     if world.size() == 1:
         os.environ.setdefault(START_VARIABLE, now())
     composed = check_command(
-        args.overrides, args.config_dir, multirun=args.multirun, leave_grid=not (args.cfg or args.info)
+        args.overrides,
+        args.config_dir,
+        multirun=args.multirun,
+        leave_grid=not (args.cfg or args.info),
+        printed=args.resolve,
     )
     if args.cfg == "job":
         sys.stdout.write(show_config(without_hydra(composed), args.package, resolve=args.resolve))

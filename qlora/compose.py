@@ -5,6 +5,7 @@ Nothing here or below imports torch, so a mistake in a config is answered in wel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -51,7 +52,7 @@ from qlora.places import check_paths
 from qlora.schema import ArchitectureConfig, Config, TaskName
 from qlora.searchpath import KEY as SEARCH_PATH
 from qlora.searchpath import check_options, option_folder, search_folders
-from qlora.secrets import find_secret
+from qlora.secrets import find_secret, is_secret_variable
 from qlora.spelling import (
     SHAPES,
     KeyPath,
@@ -336,10 +337,7 @@ GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
 
 
 def check_overrides(
-    overrides: Sequence[str],
-    config_dir: Path | str | None = None,
-    *,
-    multirun: bool = False,
+    overrides: Sequence[str], config_dir: Path | str | None = None, *, multirun: bool = False
 ) -> DictConfig:
     """Raises `ConfigError` if a value in these overrides would be refused; starts nothing.
 
@@ -354,18 +352,20 @@ def check_command(
     *,
     multirun: bool = False,
     leave_grid: bool = False,
+    printed: bool = False,
 ) -> DictConfig:
     """Does what `check_overrides` does, and returns the config with its `hydra` node.
 
     A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file; each is checked
     once, beside the first of every other key. Those that a search tries under a condition only are checked by it, those
-    of a grid with `leave_grid` by its sweeper.
+    of a grid with `leave_grid` by its sweeper. `printed` says that the resolved config is to be shown.
     """
     refuse_unreadable(overrides)
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
+    _refuse_resolved_secrets(composed, printed=printed)
     if OmegaConf.is_missing(composed.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
@@ -456,14 +456,55 @@ def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
     """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
     for key, value in values:
         if isinstance(value, str) and (kind := find_secret(value)) is not None:
-            name = key.lstrip(".+")
-            remedy = (
-                f"Put the URL into the environment, and write {name}='${{oc.env:NAME}}'"
-                if name == "hydra.sweeper.storage"
-                else "Put it into the environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, "
-                "MLFLOW_TRACKING_PASSWORD ...)"
-            )
-            raise ConfigError(f"{name} holds {kind}; configs are stored, printed and sent to trackers. {remedy}")
+            raise _holds_secret(key, kind)
+
+
+def _holds_secret(key: str, kind: str) -> ConfigError:
+    name = key.lstrip(".+")
+    if name == STORAGE:
+        return ConfigError(
+            f"{name} holds {kind}, which would stand in the command and in the folders of all jobs; put the whole URL "
+            f"into a variable of the environment and give its name: '{STORAGE}=${{oc.env:NAME}}'"
+        )
+    return ConfigError(
+        f"{name} holds {kind}; configs are stored, printed and sent to trackers. Put it into the environment, where "
+        "the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
+    )
+
+
+STORAGE = "hydra.sweeper.storage"
+"""The one key that may refer to a secret, by the name of its variable: nothing resolves it but what opens the study."""
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^\s,:{}]+)")
+
+
+def storage_variable(text: str | None) -> str | None:
+    """Returns the variable of the environment that a storage's URL is taken from, as it is written; None: from none."""
+    match = re.fullmatch(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*\}", text or "")
+    return match[1] if match else None
+
+
+def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
+    """Raises `ConfigError` for a secret in any node, Hydra's own included, or that an interpolation brings there.
+
+    `printed`: the config is to be shown as it is resolved.
+    """
+    for key, text in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+        _refuse_secrets([(key, text)])
+        is_copy = key.startswith((".hydra.overrides.", ".hydra.job.override_dirname"))  # of what was typed
+        if not isinstance(text, str) or "${" not in text or is_copy:
+            continue
+        if key.lstrip(".") == STORAGE and (name := storage_variable(text)) is not None:
+            if printed and is_secret_variable(name):
+                raise ConfigError(f"{STORAGE} holds the value of {name}, which --resolve would print; leave it out")
+            continue
+        for name in FROM_ENVIRONMENT.findall(text):
+            if is_secret_variable(name):
+                raise _holds_secret(key, f"the value of {name}")
+        # What Hydra knows later, such as the run's folder, cannot be resolved yet.
+        value = None
+        with contextlib.suppress(OmegaConfBaseException, ValueError):
+            value = OmegaConf.select(composed, key.lstrip("."))
+        _refuse_secrets([(key, value)])
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -1159,15 +1200,27 @@ def _read_stored(path: Path) -> Any:
         raise DamagedFile(path, fault) from error
 
 
+def _as_text(tree: Any) -> Any:
+    """Returns a tree whose texts OmegaConf reads as they are, `${` included."""
+    if isinstance(tree, dict):
+        return {key: _as_text(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_as_text(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
 def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Config:
     """Returns the config that `read_config` read of `file`, which trusts what `trusting` does.
 
-    Raises `ConfigError` for one that trusts more, and for one of another version's schema.
+    A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
+    nothing of this machine. Raises `ConfigError` for one that trusts more, for a secret in it, and for one of another
+    version's schema.
     """
     check_stored_trust(stored, trusting, file)
+    _refuse_secrets(_leaves(stored, ""))
     try:
         with trust.fixed_resolvers():
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)

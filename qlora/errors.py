@@ -6,13 +6,18 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from qlora.wording import brief, tidy
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: the message says what is wrong (full key or file), why, and the way out.
 
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
-    traceback.
+    traceback. No value in it is printed at length, and none can move the cursor.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(tidy(str(message)))
 
 
 class DamagedFile(ConfigError):
@@ -48,7 +53,7 @@ class Stopped(BaseException):
 def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") -> None:
     """Raises `ConfigError` unless `fact` holds: "`key` must `rule`, got `value`; `remedy`"."""
     if not fact:
-        raise ConfigError(f"{key} must {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+        raise ConfigError(f"{key} must {rule}, got {brief(value)}" + (f"; {remedy}" if remedy else ""))
 
 
 def edit_distance(a: str, b: str) -> int:

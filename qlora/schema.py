@@ -1141,6 +1141,15 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ManifestConfig:
+    """What `manifest.json` records of the repository that a run is started in."""
+
+    diff: bool = False
+    """Store the uncommitted changes themselves, too, without what may be secret in them; else the names of the changed
+    files, how many lines each gained and lost, and the SHA-256 of the changes."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -1187,6 +1196,7 @@ class Config:
     `hydra.launcher.setup`, lets a file set what is otherwise the command line's alone."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
+    manifest: ManifestConfig = field(default_factory=ManifestConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from qlora.errors import ConfigError
+from qlora.secrets import HIDDEN, hide
+from qlora.wording import brief_text
 
 PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
 LOCK_SECONDS = 60.0
@@ -35,8 +38,10 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 class TrialLink:
     """Where a job finds its trial."""
 
-    storage: str
-    """The URL of the study's database."""
+    storage: str | None
+    """The URL of the study's database, if it holds no secret."""
+    variable: str | None
+    """Else the variable of the environment that holds it: the URL itself is written nowhere."""
     study: str
     trial_id: int
     metric: str
@@ -57,11 +62,22 @@ class TrialLink:
         """Returns the trial, to report to."""
         study = optuna.load_study(
             study_name=self.study,
-            storage=open_storage(self.storage),
+            storage=open_storage(self._url()),
             sampler=RandomSampler(),  # draws nothing: the parameters are drawn
             pruner=build_pruner(self.pruner, self.pruner_kwargs),
         )
         return optuna.Trial(study, self.trial_id)
+
+    def _url(self) -> str:
+        if self.variable is None:
+            assert self.storage is not None
+            return self.storage
+        if not (url := os.environ.get(self.variable)):
+            raise ConfigError(
+                f"hydra.sweeper.storage=${{oc.env:{self.variable}}}: the job does not have the variable "
+                f"{self.variable}; export it where jobs run"
+            )
+        return url
 
 
 JOURNAL = "journal:///"
@@ -95,7 +111,7 @@ def _connect(url: str) -> BaseStorage:
 
 
 def _unusable(url: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+    reason = brief_text(hide(str(getattr(error, "orig", None) or error).replace(url, hide_password(url))))
     return ConfigError(
         f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
         "can be reached, e.g. sqlite:////data/study.db or postgresql+psycopg://HOST/NAME, journal:////data/study.log "
@@ -108,9 +124,9 @@ def hide_password(url: str) -> str:
     if url.startswith(JOURNAL):
         return url
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url
+        return hide(make_url(url).render_as_string(hide_password=True))
+    except (SQLAlchemyError, ValueError):  # no URL: whatever it is, it is not shown
+        return HIDDEN
 
 
 def build_pruner(name: str, kwargs: Mapping[str, Any]) -> BasePruner:

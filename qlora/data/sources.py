@@ -23,11 +23,11 @@ from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
 from qlora.data.readers import Chunk
 from qlora.data.row_size import MAX_ROW_BYTES, check_table
-from qlora.data.rows import list_names
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
+from qlora.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: s
         if name in splits:
             return splits[name]
     remedy = "choose one of these" if isinstance(split, str) else f"leave {key} out to split rows off data.path"
-    raise ConfigError(f"{key}={path}: has no split {', '.join(names)}, only {', '.join(splits)}; {remedy}")
+    raise ConfigError(f"{key}={path}: has no split {listed(names)}, only {listed(splits)}; {remedy}")
 
 
 def _counted(rows: Dataset) -> Stored:
@@ -209,7 +209,7 @@ def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: 
     for wanted, source in columns.items():
         if source not in names:
             raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
-                              f"{did_you_mean(source, names)}; it has {list_names(names)}")  # fmt: skip
+                              f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
         if source in taken:
             raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
         taken[source] = wanted

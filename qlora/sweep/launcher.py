@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.text import Text
 
 from qlora.compose import config_to_dict, explain, to_config
-from qlora.console import printable, say
+from qlora.console import guard_logs, printable, say
 from qlora.errors import ConfigError
 from qlora.folder import is_below
 from qlora.schema import Config, Device
@@ -85,6 +85,7 @@ def prepare(config: DictConfig) -> None:
     """Sets up what Hydra expects of whoever runs jobs: its resolvers and the log."""
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    guard_logs()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qlora.console import printable, say, say_rows, screen
 from qlora.files import write_text
+from qlora.markup import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.page import short_value
 from qlora.stored import cost
 from qlora.sweep.jobs import Job, Status
@@ -215,18 +216,19 @@ def print_leaderboard(board: Leaderboard) -> None:
 def to_markdown(board: Leaderboard, name: str) -> str:
     """Returns the table as Markdown, with the last lines that failed jobs wrote."""
     head, lines = table(board)
-    parts = [f"# {name}"]
+    parts = [f"# {markdown_text(name)}"]
     if lines:
-        rows = [head, ["---"] * len(head), *lines]
-        parts.append("\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in rows))
+        parts.append(markdown_table(head, lines))
         better = "higher" if board.maximizes else "lower"
-        parts.append(f"By `{board.objective}`, {better} is better; ± is the standard error over seeds.")
+        parts.append(
+            f"By {markdown_code(str(board.objective))}, {better} is better; ± is the standard error over seeds."
+        )
         if any(row.in_front for row in board.rows):
-            parts.append(f"\\* {front_note(board)}")
+            parts.append(f"\\* {markdown_text(front_note(board))}")
     for job in board.unfinished:
-        parts.append(f"- {describe(job)} (`{job.name}`)")
+        parts.append(f"- {markdown_text(describe(job))} ({markdown_code(job.name)})")
         if job.status is Status.failed and (last := tail(job.folder)):
-            parts.append("```\n" + "\n".join(last) + "\n```")
+            parts.append(markdown_block("\n".join(last)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -237,11 +239,15 @@ def to_csv(board: Leaderboard) -> str:
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+
+    def write(row: Sequence[Any]) -> None:
+        writer.writerow(map(csv_cell, row))
+
     front = {job.name for row in board.rows if row.in_front for job in row.jobs}
-    writer.writerow(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
+    write(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
     for job in jobs:
         values: list[Any] = [job.values.get(key, "") for key in keys]
         facts = [job.status.value, job.reason or "", "" if job.seconds is None else round(job.seconds, 3)]
         marks = [["no", "yes"][job.name in front]] if front else []
-        writer.writerow([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
+        write([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
     return text.getvalue()

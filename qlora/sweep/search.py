@@ -27,7 +27,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from qlora.compose import config_to_dict, to_config
+from qlora.compose import config_to_dict, storage_variable, to_config
 from qlora.console import say, say_rows
 from qlora.errors import ConfigError
 from qlora.files import write_text
@@ -157,7 +157,8 @@ def search(
         contextlib.ExitStack() as stack,
     ):
         sweep.goals, sweep.is_shared = {goal.metric: goal.direction for goal in goals}, not is_alone
-        own = Search(settings, space, goals, sweep, compose, configs[0])
+        variable = storage_variable(config.hydra.sweeper._get_node("storage")._value())
+        own = Search(settings, space, goals, sweep, compose, configs[0], variable)
         stack.enter_context(own.presence.shown())
         own.recover()
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
@@ -313,7 +314,9 @@ class Search:
         sweep: Sweep,
         compose: Callable[[list[str]], Config],
         example: Config,
+        variable: str | None = None,
     ) -> None:
+        """`variable` is the one of the environment that the storage's URL comes from."""
         self.settings, self.space, self.goals, self.sweep, self._compose = settings, space, goals, sweep, compose
         self.open: dict[str, list[int]] = {}
         """The running jobs, with the numbers of the trials that wait for each: several if they are the same."""
@@ -322,6 +325,7 @@ class Search:
         self._impossible: set[str] = set()
         self._pruner_kwargs = {**_pruner_defaults(settings, example), **settings.pruner_kwargs}
         self._storage = settings.storage or f"sqlite:///{(sweep.folder / 'study.db').absolute()}"
+        self._variable = variable
         self._study = self._open_study()
         self._study.sampler = self._build_sampler(0)  # refuses wrong arguments before anything is changed
         self.presence = Presence(self._study, sweep.folder, is_alone=settings.storage is None)
@@ -568,7 +572,8 @@ class Search:
         if self.settings.pruner == "none":
             return None
         return TrialLink(
-            storage=self._storage,
+            storage=self._storage if self._variable is None else None,
+            variable=self._variable,
             study=self._study.study_name,
             trial_id=trial._trial_id,
             metric=self.goals[0].metric,

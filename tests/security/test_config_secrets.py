@@ -42,7 +42,6 @@ def test_texts_without_secrets_stay_as_they_are(monkeypatch: pytest.MonkeyPatch)
     for text in ("hf://datasets/a/b", "https://host:8080/x", "tokenizer: abc", "sk-1", "s3://bucket/key", "a@b.c:d"):
         assert find_secret(text) is None
         assert hide(text) == text
-    assert hide("password = 'longerthan8'", assigned=True) == f"password = '{HIDDEN}'"
     assert hide_all({"a": ["https://u:p@h", 1]}) == {"a": [f"https://{HIDDEN}@h", 1]}
     key = "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----"
     assert hide(f"before {key} after") == f"before {HIDDEN} after"

@@ -360,7 +360,9 @@ def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_prun
     for step in (10, 20, 30, 40):
         good.report(1.0, step)
     own.tell(good, 1.0)
-    link = TrialLink(url, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20})
+    link = TrialLink(
+        url, None, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20}
+    )
     callback = PruningCallback(TrialLink.from_text(link.to_text()))
     state = SimpleNamespace(log_history=[{"loss": 4, "step": 9}, {"eval_loss": 3, "step": 10}], max_steps=30)
     callback.on_train_begin(None, state, None)
