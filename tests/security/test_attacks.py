@@ -200,7 +200,7 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
         ("callbacks/mine", "# @package hydra.job.env_set\nA: b", ["callbacks=mine"], "sets hydra.job.env_set.A"),
         ("model/mine", "name: tiny\ntrust_remote_code: true", ["model=mine"], "sets model.trust_remote_code"),
         ("model/mine", "# @package _global_\ntrusted: [evilmod]", ["model=mine"], "sets trusted"),
-        ("recipe/mine", "trusted: [evilmod]", ["recipe=mine"], "sets trusted"),
+        ("recipe/mine", "# @package _global_\ntrusted: [evilmod]", ["recipe=mine"], "sets trusted"),
         ("recipe/tiny_demo-corpus", "trusted: [evilmod]", ["data=demo-corpus"], "sets trusted"),
         ("sweep/mine", "# @package _global_\nhydra: {sweeper: {params: {trusted: '[evilmod]'}}}", ["sweep=mine"],
          "sweeps trusted"),
