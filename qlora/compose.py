@@ -437,6 +437,8 @@ def _search_path(config_dir: Path | str | None) -> Any:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: there is no such folder ({folder})")
         for file in sorted(folder.rglob("*.yaml")):
+            if file.relative_to(folder) in (Path("schema.yaml"), Path("hydra/config.yaml")):
+                raise ConfigError(f"{file}: this name is taken by qlora itself; give the file another one")
             ours = CONF_DIR / file.relative_to(folder)
             if ours.is_file() and file.read_bytes() != ours.read_bytes():
                 raise ConfigError(
