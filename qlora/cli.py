@@ -92,7 +92,9 @@ def main() -> None:
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
-        cause = error.__cause__ if isinstance(error, Mistake) else error
+        # Python's logging wraps what a handler raises.
+        is_wrapped = isinstance(error, Mistake) or isinstance(error.__cause__, ConfigError)
+        cause = error.__cause__ if is_wrapped else error
         assert isinstance(cause, Exception)
         _tell(cause, in_full=in_full)
         sys.exit(1)
