@@ -144,10 +144,10 @@ def _main(argv: list[str]) -> None:
     if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
         flags = [word for word in argv if word not in args.overrides]
         if args.config_dir is not None and "://" in args.config_dir:  # Hydra's flag knows folders only
-            folder = str(option_folder(args.config_dir, "--config-dir"))
-            flags = [f"{word.removesuffix(args.config_dir)}{folder}" if word.endswith(args.config_dir) else word
+            options = str(option_folder(args.config_dir, "--config-dir"))
+            flags = [f"{word.removesuffix(args.config_dir)}{options}" if word.endswith(args.config_dir) else word
                      for word in flags]  # fmt: skip
-            args.config_dir = folder
+            args.config_dir = options
         check_engine(args.overrides)
         args.overrides = keep_spelling(args.overrides)
         composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
@@ -217,7 +217,9 @@ def job(composed: DictConfig) -> Any:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     typed_in = Path(hydra_config.runtime.cwd)
+    sweep_dir = Path(hydra_config.sweep.dir)
     if hydra_config.job.chdir:
+        sweep_dir = typed_in / sweep_dir
         anchor_paths(config, typed_in)
     if config.task.name not in WITHOUT_CACHES:  # an engine may have sent the job to another machine
         give_home(config.data.cache_dir)
@@ -266,7 +268,7 @@ def job(composed: DictConfig) -> Any:
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
             from qlora.sweep.report import write_overview
 
-            write_overview(typed_in / hydra_config.sweep.dir, config.objective)
+            write_overview(sweep_dir, config.objective)
 
 
 def _import_run() -> None:

@@ -381,13 +381,14 @@ JOB_FOLDER = "${qlora.job_name:}"
 
 def _check_hydra(composed: DictConfig) -> None:
     """Raises `ConfigError` for what Hydra's own node must not say: code that is not trusted, other jobs' folders."""
-    if composed.hydra.sweep._get_node("subdir")._value() != JOB_FOLDER:
+    nodes: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    if nodes["sweep"]["subdir"] != JOB_FOLDER:
         raise ConfigError(
             "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
             "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
         )
     trusted = list(OmegaConf.select(composed, "trusted") or [])
-    for key, value in _leaves(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"):
+    for key, value in _leaves(nodes, "hydra"):
         package = str(value).partition(".")[0]
         if key.rpartition(".")[2] in CODE_KEYS and package not in HYDRA_TRUSTED:
             check_trusted(key, str(value), trusted)
@@ -453,7 +454,8 @@ def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Pa
 def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
     folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
     folders += search_folders(_parse(overrides))
-    check_options(folders, CONF_DIR)
+    if folders:
+        check_options(folders, CONF_DIR)
     search_path = create_config_search_path(str(CONF_DIR))
     for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))

@@ -260,7 +260,7 @@ class ChatWriter:
         whole = self._apply(tools, marked) if doubted else None
         lost = set()
         for doubt in doubted:
-            if written(lambda index, value, doubt=doubt: other_value(value) if index == doubt else value) == whole:
+            if written(partial(_change_one, doubt)) == whole:
                 lost.add(owners[doubt])
         return lost
 
@@ -405,3 +405,7 @@ class ChatWriter:
             turns=[ChatTurn(joined(turn.span), self._plain(turn.reference)) for turn in written.turns],
             raw=[Span(*match.span()) for match in spelled if match],
         )
+
+
+def _change_one(changed: int, index: int, value: Any) -> Any:
+    return other_value(value) if index == changed else value
