@@ -325,7 +325,9 @@ def job(composed: DictConfig) -> Any:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     typed_in = Path(hydra_config.runtime.cwd)
+    sweep_dir = Path(hydra_config.sweep.dir)
     if hydra_config.job.chdir:
+        sweep_dir = typed_in / sweep_dir
         anchor_paths(config, typed_in)
     if config.task.name not in WITHOUT_CACHES:  # an engine may have sent the job to another machine
         give_home(config.data.cache_dir)
@@ -350,7 +352,7 @@ def job(composed: DictConfig) -> Any:
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
             from qlora.sweep.report import write_overview
 
-            write_overview(typed_in / hydra_config.sweep.dir, config.objective)
+            write_overview(sweep_dir, config.objective)
 
 
 def execute(

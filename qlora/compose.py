@@ -445,7 +445,8 @@ JOB_FOLDER = "${qlora.job_name:}"
 
 
 def _check_job_folder(composed: DictConfig) -> None:
-    if composed.hydra.sweep._get_node("subdir")._value() != JOB_FOLDER:
+    nodes: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    if nodes["sweep"]["subdir"] != JOB_FOLDER:
         raise ConfigError(
             "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
             "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
@@ -674,7 +675,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
     folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
     folders += search_folders(_parse(overrides))
-    check_options(folders, CONF_DIR)
+    if folders:
+        check_options(folders, CONF_DIR)
     search_path = create_config_search_path(str(CONF_DIR))
     for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
