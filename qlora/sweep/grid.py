@@ -94,5 +94,5 @@ def _run_by(launch: Callable[..., Any], queue: Queue, batch_size: int | None) ->
         started += len(batch)
         if not queue.failed:
             for result in results:
-                _ = result.return_value  # raises what no file tells
+                _ = result.return_value  # raises what ended a job that could not record it
     Screen(sweep, 0).summary()
