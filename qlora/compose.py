@@ -558,7 +558,8 @@ class Combinations:
     """The jobs of a grid by the positions of their values; plain fields are set without composing anew."""
 
     def __init__(self, overrides: Sequence[str], config_dir: Path | str | None = None) -> None:
-        axes = {override.get_key_element(): _read_axis(override) for override in _parse(overrides)}
+        parsed = _parse(keep_spelling(overrides))
+        axes = {override.get_key_element(): _read_axis(override) for override in parsed}
         self.axes = list(axes.values())
         self._composed = functools.lru_cache(LATEST)(lambda words: _Composed(compose_dict(words, config_dir)))
 
@@ -628,7 +629,7 @@ class _Composed:
             if self._config is None or self._refers or MISSING_VALUE in converted.values():
                 self._config = to_config(self._node)
                 return self._config
-            _refuse_secrets(values.items())
+            _refuse_secrets(_leaves(dict(values), ""))
             for key, value in converted.items():
                 _check_values(value, tuple(key.split(".")))
             groups = {key.partition(".")[0] for key in values}
