@@ -80,7 +80,10 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0 if {"-h", "--help", "--cfg", "-c", "--info", "-i", "--hydra-help"} & {*sys.argv} else 1)
+        if SHOWING & {*sys.argv}:
+            sys.exit(0)
+        print("error: the standard output was closed before the command had ended", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         close_bars()
         if world.is_first():
@@ -102,6 +105,10 @@ def main() -> None:
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
+
+
+SHOWING = {"-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+"""Flags that print something and do nothing else."""
 
 
 def _check_surroundings() -> None:
@@ -279,6 +286,7 @@ def _run_without_folder(composed: DictConfig) -> None:
     """Runs a task that writes nothing: no folder, no log."""
     logging_config = composed.hydra.job_logging.copy()
     OmegaConf.set_struct(logging_config, False)
+    OmegaConf.set_readonly(logging_config, False)
     logging_config.merge_with({"root": {"handlers": ["console"]}})
     logging_config.handlers.pop("file", None)
     configure_log(logging_config, composed.hydra.verbose)

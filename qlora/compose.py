@@ -1220,12 +1220,14 @@ def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Conf
     version's schema.
     """
     check_stored_trust(stored, trusting, file)
-    _refuse_secrets(_leaves(stored, ""))
     try:
+        _refuse_secrets(_leaves(stored, ""))
         with trust.fixed_resolvers():
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except OmegaConfBaseException as error:
-        raise explain(error) from error
+        raise ConfigError(f"{file}: {explain(error)}") from error
     assert isinstance(config, Config)
     if config.model.trust_remote_code and not trusting.model.trust_remote_code:
         raise ConfigError(f"{file} sets model by an interpolation, which a stored config never holds; write it anew")
