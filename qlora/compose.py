@@ -489,7 +489,10 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
 
     `printed`: the config is to be shown as it is resolved.
     """
-    for key, text in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+    leaves = list(_leaves(OmegaConf.to_container(composed, resolve=False), ""))
+    # First the key that a variable was written for, then those that take their value from it.
+    leaves.sort(key=lambda leaf: (FROM_ENVIRONMENT.search(str(leaf[1])) is None, leaf[0].startswith(".hydra.")))
+    for key, text in leaves:
         _refuse_secrets([(key, text)])
         is_copy = key.startswith((".hydra.overrides.", ".hydra.job.override_dirname"))  # of what was typed
         if not isinstance(text, str) or "${" not in text or is_copy:
@@ -503,7 +506,7 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
                 raise _holds_secret(key, f"the value of {name}")
         # What Hydra knows later, such as the run's folder, cannot be resolved yet.
         value = None
-        with contextlib.suppress(OmegaConfBaseException, ValueError):
+        with contextlib.suppress(OmegaConfBaseException, ValueError), trust.fixed_resolvers():
             value = OmegaConf.select(composed, key.lstrip("."))
         _refuse_secrets([(key, value)])
 

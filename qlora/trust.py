@@ -29,6 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora.errors import ConfigError
 from qlora.schema import check_plain, check_trusted
+from qlora.secrets import hide
+from qlora.wording import brief_text
 
 TESTED_HYDRA = "1.3.8"
 """The version whose ways to code are closed here; another one may have others."""
@@ -227,8 +229,7 @@ def _check_param(file: str, name: str) -> None:
 
 
 def _refusal(file: str, key: str, value: Any, what: str, remedy: str) -> ConfigError:
-    shown = " ".join(str(value).split())
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    shown = brief_text(hide(str(value)))
     return ConfigError(
         f"{file} sets {key} ({shown}), and {what} is said on the command line alone; if you know what it does, take it "
         f"out of the file and add {remedy} there"

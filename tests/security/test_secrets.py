@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qlora.compose import (
+    check_command,
     check_overrides,
     compose,
     config_to_dict,
@@ -26,6 +27,7 @@ from qlora.reporting.manifest import build_manifest
 from qlora.secrets import HIDDEN, NAMES, find_secret, hide, hide_in_diff
 
 PASSWORD = "planted-horse-battery"
+FILE = Path("run/config.yaml")
 URL = f"postgresql+psycopg://opt:{PASSWORD}@127.0.0.1:5432/optuna"
 
 
@@ -38,7 +40,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(*overrides: str, **options: bool) -> str:
     with pytest.raises(ConfigError) as error:
-        check_overrides(overrides, **options)
+        check_command(overrides, **options)
     return str(error.value)
 
 
@@ -103,7 +105,9 @@ def test_a_secret_in_a_file_for_hydra_s_own_node_is_refused(tmp_path: Path) -> N
     (tmp_path / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nhydra:\n  job:\n    id: hf_plantedplantedplantedplanted\n"
     )
-    with pytest.raises(ConfigError, match=r"^hydra\.job\.id holds a token of the Hugging Face hub"):
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml sets hydra\.job\.id \(\[hidden\]\), and what Hydra runs or writes is"
+    ):
         check_overrides(["experiment=mine"], tmp_path)
 
 
@@ -159,15 +163,17 @@ def test_a_stored_config_learns_nothing_of_this_machine(tmp_path: Path) -> None:
     for text in odd:
         stored = {**config, "tracking": {**config["tracking"], "project": text}}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"x": "y"}))
-        assert restore_config(stored).tracking.project == text, "what looks like an interpolation is text"
-    with pytest.raises(ConfigError, match=r"^tracking\.project holds the value of MY_PASSWORD"):
-        restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}})
+        assert restore_config(stored, compose([]), FILE).tracking.project == text, (
+            "what looks like an interpolation is text"
+        )
+    with pytest.raises(ConfigError, match=r"^run/config\.yaml: tracking\.project holds the value of MY_PASSWORD"):
+        restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}}, compose([]), FILE)
 
 
 def test_a_stored_config_comes_back_as_it_was(tmp_path: Path) -> None:
     config = compose(["seed=3", "name=a"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert restore_config(read_config(tmp_path / "config.yaml") or {}) == config
+    assert restore_config(read_config(tmp_path / "config.yaml") or {}, config, FILE) == config
 
 
 def test_the_overrides_of_a_run_are_reported_as_they_were_typed(tmp_path: Path) -> None:
