@@ -65,9 +65,8 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
             "task=replay ...)"
         )
     own = {name: getattr(config, name) for name in ("name", "tracking", "resume", "base")}
-    again = Run(
-        replace(compose.restore_config(stored, config, first.config), **own), output_dir, manifest.get("overrides", [])
-    )
+    restored = compose.restore_config(compose.with_trust_of(config, stored, first.config))
+    again = Run(replace(restored, **own), output_dir, manifest.get("overrides", []))
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"
     again.check_base(f"run={config.run}", trained)
