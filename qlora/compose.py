@@ -1215,42 +1215,41 @@ def _as_text(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Config:
-    """Returns the config that `read_config` read of `file`, which trusts what `trusting` does.
+def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
+    """Returns the config that `read_config` read, of `file`, which errors name.
 
     A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
-    nothing of this machine. Raises `ConfigError` for one that trusts more, for a secret in it, and for one of another
-    version's schema.
+    nothing of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
     """
-    check_stored_trust(stored, trusting, file)
     try:
         _refuse_secrets(_leaves(stored, ""))
         with trust.fixed_resolvers():
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {explain(error)}") from error
+    except (ConfigError, OmegaConfBaseException) as error:
+        told = explain(error) if isinstance(error, OmegaConfBaseException) else error
+        raise (ConfigError(f"{file}: {told}") if file is not None else told) from error
     assert isinstance(config, Config)
-    if config.model.trust_remote_code and not trusting.model.trust_remote_code:
-        raise ConfigError(f"{file} sets model by an interpolation, which a stored config never holds; write it anew")
     return config
 
 
-def check_stored_trust(stored: dict[str, Any], trusting: Config, file: Path) -> None:
-    """Raises `ConfigError` if a stored config trusts code that the command line does not; else it trusts as that."""
-    model = stored.get("model")
-    names = [str(name) for name in names] if isinstance(names := stored.get("trusted") or [], list) else [str(names)]
-    lacking = [f"trusted=[{','.join([*trusting.trusted, *more])}]"] if (
-        more := [name for name in names if name not in trusting.trusted]) else []  # fmt: skip
-    if isinstance(model, dict) and model.get("trust_remote_code") and not trusting.model.trust_remote_code:
+def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns what `read_config` read of `file`, trusting the code that `config` does.
+
+    Raises `ConfigError` for one that trusts more: what is trusted is said on the command line alone.
+    """
+    names, model = stored.get("trusted") or [], stored.get("model")
+    if not isinstance(names, list) or not isinstance(model, dict):
+        raise ConfigError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
+    more = [str(name) for name in names if name not in config.trusted]
+    lacking = [f"trusted=[{','.join([*config.trusted, *more])}]"] if more else []
+    if model.get("trust_remote_code") and not config.model.trust_remote_code:
         lacking.append(f"{trust.REMOTE_CODE}=true")
     if lacking:
         raise ConfigError(
             f"{file} sets {' and '.join(lacking)}, and what is trusted is said on the command line alone; if you know "
             f"what it does, add {' '.join(lacking)} to this command"
         )
-    stored["trusted"] = list(trusting.trusted)
+    return {**stored, "trusted": list(config.trusted)}
 
 
 @functools.cache

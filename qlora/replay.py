@@ -75,7 +75,7 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
             "task=replay ...)"
         )
     own = {name: getattr(config, name) for name in OWN_KEYS}
-    training = compose.restore_config(stored, config, first.config)
+    training = compose.restore_config(compose.with_trust_of(config, stored, first.config), first.config)
     again = Run(replace(training, **own), output_dir, manifest.get("overrides", []))
     again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
     trained = read_run_base(first)

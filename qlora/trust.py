@@ -198,7 +198,8 @@ def check_file(file: str, config: Any, package: str, trust: Trust) -> None:
         if key == own_defaults or key.startswith(f"{own_defaults}["):
             continue
         first = re.split(r"[.\[]", key)[0]
-        if first == "trusted" and value not in (None, "???"):
+        # What is no list of texts is refused as such, where the config is read.
+        if re.fullmatch(r"trusted(\[\d+\])?", key) and value not in (None, "???"):
             names = tree["trusted"] if isinstance(tree.get("trusted"), list) else [value]
             raise _refusal(file, "trusted", value, "whom a config trusts", f"trusted=[{','.join(map(str, names))}]")
         if key in (REMOTE_CODE, "model") and value not in (None, False, "???") and not trust.covers(key):
@@ -295,7 +296,7 @@ def _check_trust(composed: DictConfig, trust: Trust) -> None:
         remote_code = OmegaConf.select(composed, REMOTE_CODE)
     except OmegaConfBaseException:
         return  # said where the config is read
-    if unknown := [name for name in names if name not in trust.names]:
+    if unknown := [name for name in names if isinstance(name, str) and name not in trust.names]:
         raise ConfigError(
             f"trusted={unknown}: whom a config trusts is said on the command line alone, as trusted=[...]"
         )

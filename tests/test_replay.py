@@ -142,11 +142,11 @@ def test_a_folder_without_a_finished_training_is_refused(tmp_path: Path, pair: P
 def test_a_stored_config_is_restored_whole(pair: Pair) -> None:
     stored = read_config(pair[0] / "config.yaml")
     assert stored is not None
-    assert restore_config(stored, compose([]), FILE) == compose(QUICK)
+    assert restore_config(stored, FILE) == compose(QUICK)
     mixed = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
-    assert restore_config(config_to_dict(mixed), compose([]), FILE) == mixed
+    assert restore_config(config_to_dict(mixed), FILE) == mixed
     with pytest.raises(ConfigError, match=r"unknown key 'lora\.rank'"):
-        restore_config({**stored, "lora": {**stored["lora"], "rank": 3}}, compose([]), FILE)
+        restore_config({**stored, "lora": {**stored["lora"], "rank": 3}}, FILE)
 
 
 def test_deterministic_algorithms_are_taken_inside_the_run_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from promises import ROOT
 
-from qlora.compose import CONF_DIR, check_overrides, compose, register, restore_config
+from qlora.compose import CONF_DIR, check_overrides, compose, register, with_trust_of
 from qlora.errors import ConfigError
 from qlora.training.callbacks import build_callbacks
 from qlora.trust import TESTED_HYDRA
@@ -222,7 +222,7 @@ def test_no_option_of_any_group_runs_anything(here: Path, file: str, body: str, 
         check_overrides(words, here / "conf")
     assert says in str(error.value)
     if " sets " in str(error.value):
-        assert str(path) in str(error.value) or "outside/mine.yaml" in str(error.value), "the file is named"
+        assert f"/{path.name} " in str(error.value), "the file is named"
     assert not (here / "MARK").exists()
 
 
@@ -304,15 +304,20 @@ def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
     assert callback.patience == 2  # type: ignore[attr-defined]
 
 
-def test_a_stored_config_trusts_what_the_command_does(here: Path) -> None:
+def test_a_stored_config_trusts_what_the_command_does() -> None:
+    file = Path("run/config.yaml")
     stored = {"trusted": ["evilmod"], "model": {"trust_remote_code": True}}
-    with pytest.raises(ConfigError, match=r"run/config\.yaml sets trusted=\[evilmod\] and model\.trust_remote_code"):
-        restore_config(stored, compose([]), Path("run/config.yaml"))
-    trusting = compose(["trusted=[evilmod]", "model.trust_remote_code=true"])
-    node = "${callbacks.x}"
-    with pytest.raises(ConfigError):
-        restore_config({"model": node, "callbacks": {"x": {"trust_remote_code": True}}}, compose([]), Path("c.yaml"))
-    assert trusting.trusted == ["evilmod"]
+    with pytest.raises(
+        ConfigError, match=r"run/config\.yaml sets trusted=\[evilmod\] and model\.trust_remote_code=true"
+    ):
+        with_trust_of(compose([]), stored, file)
+    trusting = compose(["trusted=[other,evilmod]", "model.trust_remote_code=true"])
+    assert with_trust_of(trusting, stored, file)["trusted"] == ["other", "evilmod"]
+    for odd in ({"model": "${callbacks.x}"}, {"model": {}, "trusted": "${name}"}, {}):
+        with pytest.raises(ConfigError, match="it is damaged"):
+            with_trust_of(compose([]), odd, file)
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true to this command"):
+        with_trust_of(compose([]), {"model": {"trust_remote_code": "${callbacks.x.y}"}}, file)
 
 
 def test_hydra_is_the_version_that_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def run(*words):
 quick = sys.argv[1:]
 trained = ["adapter=trained", *quick]
 run("task=doctor", "hydra.run.dir=doctor", *quick)
-run("task=plan", "hydra.run.dir=plan", *quick)
+run("task=plan", "plan.device=a6000", "hydra.run.dir=plan", *quick)
 run("task=preview", "hydra.run.dir=preview", *quick)
 run("hydra.run.dir=trained", *quick)
 run("task=evaluate", "hydra.run.dir=evaluated", *trained)
@@ -39,7 +39,7 @@ run("task=replay", "run=trained", "hydra.run.dir=again")
 run("task=report", "runs=trained", "hydra.run.dir=report")
 run("task=migrate", "from=original.sh", "hydra.run.dir=moved")
 run("task=wandb-sweep", "lora.r=4,8", "hydra.sweep.dir=described")
-run("-m", "seed=0,1", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "task=plan")
+run("-m", "seed=0,1", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "task=plan", "plan.device=a6000")
 """
 REMOTE = re.compile(r"AF_INET6?\b")
 

@@ -163,17 +163,15 @@ def test_a_stored_config_learns_nothing_of_this_machine(tmp_path: Path) -> None:
     for text in odd:
         stored = {**config, "tracking": {**config["tracking"], "project": text}}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"x": "y"}))
-        assert restore_config(stored, compose([]), FILE).tracking.project == text, (
-            "what looks like an interpolation is text"
-        )
+        assert restore_config(stored, FILE).tracking.project == text, "what looks like an interpolation is text"
     with pytest.raises(ConfigError, match=r"^run/config\.yaml: tracking\.project holds the value of MY_PASSWORD"):
-        restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}}, compose([]), FILE)
+        restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}}, FILE)
 
 
 def test_a_stored_config_comes_back_as_it_was(tmp_path: Path) -> None:
     config = compose(["seed=3", "name=a"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert restore_config(read_config(tmp_path / "config.yaml") or {}, config, FILE) == config
+    assert restore_config(read_config(tmp_path / "config.yaml") or {}, FILE) == config
 
 
 def test_the_overrides_of_a_run_are_reported_as_they_were_typed(tmp_path: Path) -> None:
