@@ -52,13 +52,13 @@ def launch(
     folder = Path(str(config.hydra.sweep.dir))
     composed = [loader.load_sweep_config(config, list(words)) for words in overrides]
     configs = [to_config(each) for each in composed]
+    slots = build_slots(n_jobs, gpus_per_job, on_cpu=configs[0].device is Device.cpu)
     with open_sweep(folder, configs) as sweep:
         jobs = plan(sweep, configs, overrides)
         waiting = [job for job in dict.fromkeys(job.name for job in jobs)
                    if sweep.jobs[job].status is not Status.finished]  # fmt: skip
         commands = {job.name: command(config, job.folder, words) for job, words in zip(jobs, overrides, strict=True)}
         tasks = (Task(sweep.jobs[name], commands[name], {}) for name in waiting)
-        slots = build_slots(n_jobs, gpus_per_job, on_cpu=configs[0].device is Device.cpu)
         with Screen(sweep, len(waiting)) as screen:
             run_tasks(
                 lambda: next(tasks, None),
