@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import errno
 import gc
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -169,7 +170,7 @@ def _main(argv: list[str]) -> None:
         print_help(argv)
         return
     trust.check_version()
-    args, rest = get_args_parser().parse_known_intermixed_args(argv)
+    args, rest = _parser().parse_known_intermixed_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         raise unknown_flag(unknown[0])
     if args.config_path is not None:
@@ -223,6 +224,17 @@ def _main(argv: list[str]) -> None:
             _run_without_folder(composed)
         else:
             _run(args, flags, composed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns Hydra's parser of flags, whose complaints are sentences of ours."""
+
+    def complain(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.error = complain  # type: ignore[method-assign]
+    return parser
 
 
 def _sweeps(args: Any) -> bool:

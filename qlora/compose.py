@@ -321,6 +321,10 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
         raise explain(error, config_dir) from error
+    except AssertionError as error:
+        if "Unexpected type for root" not in str(error):
+            raise
+        raise _below_null(overrides) from error
     except RecursionError as error:
         where = f" in {config_dir}" if config_dir is not None else ""
         raise ConfigError(
@@ -334,6 +338,17 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
 
 GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
 """The class that walks through the combinations of a grid."""
+
+
+def _below_null(overrides: Sequence[str]) -> ConfigError:
+    """Returns the error for a key below one that is null, of which OmegaConf tells neither."""
+    text = next((text for text in overrides if text.lstrip("+~").startswith("hydra.")), "an override").lstrip("+~")
+    key = text.partition("=")[0]
+    if key.startswith("hydra.sweeper.params."):
+        remedy = f"name the key itself with its values, e.g. -m {key.removeprefix('hydra.sweeper.params.')}=A,B"
+    else:
+        remedy = "leave it out"
+    return ConfigError(f"{key} cannot be set: {key.rpartition('.')[0] or 'what holds it'} is null here; {remedy}")
 
 
 def check_overrides(

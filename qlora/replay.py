@@ -24,6 +24,8 @@ from qlora.run import Run
 from qlora.schema import Config, TaskName
 from qlora.wording import quoted
 
+SAID = ("task", "run", "trusted", "model.trust_remote_code")
+"""What is always the command line's to say."""
 OWN_KEYS = ("name", "tracking", "resume", "base")
 """The keys of a replay that replace those of the training."""
 TIMED = ("runtime", "per_second", "mfu", "data_wait", "memory_gb", "memory_retries", "speed")
@@ -59,7 +61,7 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
     `overrides` are the command's: one that describes a training is refused, for the stored config does that. Several
     processes run it again together, as many as before; the first of them compares."""
     assert config.run is not None, "Config checks it"
-    if ignored := [text for text in overrides if not is_below(key_of(text), ("task", "run", "trusted", *OWN_KEYS))]:
+    if ignored := [text for text in overrides if not is_below(key_of(text), (*SAID, *OWN_KEYS))]:
         raise ConfigError(
             f"{ignored[0]} would not be read: task=replay trains with the stored config of run={config.run}; leave it "
             f"out, or train without task=replay (a replay reads {', '.join(OWN_KEYS)} alone)"
