@@ -505,24 +505,26 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
     `printed`: the config is to be shown as it is resolved.
     """
     leaves = list(_leaves(OmegaConf.to_container(composed, resolve=False), ""))
-    # First the key that a variable was written for, then those that take their value from it.
-    leaves.sort(key=lambda leaf: (FROM_ENVIRONMENT.search(str(leaf[1])) is None, leaf[0].startswith(".hydra.")))
-    for key, text in leaves:
-        _refuse_secrets([(key, text)])
-        is_copy = key.startswith((".hydra.overrides.", ".hydra.job.override_dirname"))  # of what was typed
-        if not isinstance(text, str) or "${" not in text or is_copy:
-            continue
-        if key.lstrip(".") == STORAGE and (name := storage_variable(text)) is not None:
+    _refuse_secrets(leaves)
+    copies = (".hydra.overrides.", ".hydra.job.override_dirname")  # of what was typed
+    referring = [(key.lstrip("."), text) for key, text in leaves
+                 if isinstance(text, str) and "${" in text and not key.startswith(copies)]  # fmt: skip
+    referring.sort(key=lambda leaf: leaf[0].startswith("hydra."))  # which takes most from the others
+    for key, text in referring:  # first the keys that name a variable, then those that refer to them
+        if key == STORAGE and (name := storage_variable(text)) is not None:
             if printed and is_secret_variable(name):
                 raise ConfigError(f"{STORAGE} holds the value of {name}, which --resolve would print; leave it out")
             continue
         for name in FROM_ENVIRONMENT.findall(text):
             if is_secret_variable(name):
                 raise _holds_secret(key, f"the value of {name}")
-        # What Hydra knows later, such as the run's folder, cannot be resolved yet.
+    for key, text in referring:
+        if key == STORAGE and storage_variable(text) is not None:
+            continue
         value = None
+        # What Hydra knows later, such as the run's folder, cannot be resolved yet.
         with contextlib.suppress(OmegaConfBaseException, ValueError), trust.fixed_resolvers():
-            value = OmegaConf.select(composed, key.lstrip("."))
+            value = OmegaConf.select(composed, key)
         _refuse_secrets([(key, value)])
 
 

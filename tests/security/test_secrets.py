@@ -89,7 +89,7 @@ def test_a_password_is_found_wherever_an_address_holds_it() -> None:
         ("hydra.job.name='${hydra:runtime.cwd}-${oc.env:MY_PASSWORD}'", "hydra.job.name"),
         ("hydra.job.id='x${oc.env:MY_PASSWORD}'", "hydra.job.id"),
         ("name='${oc.env:STORE}'", "name"),
-        ("hydra.job.name='${oc.env:${oc.env:POINTER}}'", "hydra.job.name"),
+        ("hydra.run.dir='out/${oc.env:${oc.env:POINTER}}'", "hydra.run.dir"),
         ("hydra.job.name='${oc.env:NO_SUCH,hf_plantedplantedplantedplanted}'", "hydra.job.name"),
     ],
 )
