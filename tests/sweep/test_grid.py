@@ -108,10 +108,10 @@ def test_a_combination_that_is_refused_is_a_failed_job_and_the_others_run() -> N
 
 
 def test_every_engine_refuses_a_folder_of_another_config_and_leaves_finished_jobs_alone() -> None:
-    assert len(run("lora.r=8,16", "seed=0,1")) == 4
+    assert len(run("lora.alpha=8,16", "seed=0,1")) == 4
     with pytest.raises(ConfigError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps: 200 -> 3"):
-        run("lora.r=8,16", "seed=0,1", "trainer.max_steps=3")
-    assert run("lora.r=16,8.0,32", "seed=0") == [["lora.r=32", "seed=0"]]
+        run("lora.alpha=8,16", "seed=0,1", "trainer.max_steps=3")
+    assert run("lora.alpha=16,8.0,32", "seed=0") == [["lora.alpha=32", "seed=0"]]
 
 
 def test_seeds_are_averaged_over_equal_configs_only(tmp_path: Path) -> None:
