@@ -1119,6 +1119,14 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How a sweep is run; its values are those of the command line, or of a file chosen with `sweep=`."""
+
+    detach: bool = False
+    """Submit the jobs and return; the same command shows their state later (`hydra/launcher=slurm`)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -1163,6 +1171,7 @@ class Config:
     `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 

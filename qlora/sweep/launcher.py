@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from qlora.compose import config_to_dict, to_config
 from qlora.errors import ConfigError
-from qlora.schema import Config, Device
-from qlora.sweep.jobs import Job, Status, job_folder, locked, read_job
+from qlora.schema import Config
+from qlora.sweep.jobs import Job, Status, job_folder, locked
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
-from qlora.sweep.processes import Task, build_slots, run_tasks
+from qlora.sweep.processes import RunTasks, Task
 from qlora.sweep.screen import Screen
 from qlora.sweep.trackers import track_sweep
 from qlora.wording import quoted
@@ -41,9 +41,9 @@ class JobsFailed(ConfigError):
 
 
 def launch(
-    config: DictConfig, loader: ConfigLoader, overrides: list[list[str]], *, n_jobs: int | None, gpus_per_job: int
+    config: DictConfig, loader: ConfigLoader, overrides: list[list[str]], *, build: Callable[[Config], RunTasks]
 ) -> list[JobReturn]:
-    """Runs the jobs that are not finished yet, and returns what each of them gave, in order.
+    """Runs the jobs that are not finished yet by the engine that `build` returns; returns what each gave, in order.
 
     A job that failed returns a `JobsFailed`. Raises `ConfigError` where another sweep runs in the folder, or where the
     folder holds a sweep of another config.
@@ -52,17 +52,16 @@ def launch(
     folder = Path(str(config.hydra.sweep.dir))
     composed = [loader.load_sweep_config(config, list(words)) for words in overrides]
     configs = [to_config(each) for each in composed]
+    run = build(configs[0])
     with open_sweep(folder, configs) as sweep:
         jobs = plan(sweep, configs, overrides)
         waiting = [job for job in dict.fromkeys(job.name for job in jobs)
                    if sweep.jobs[job].status is not Status.finished]  # fmt: skip
         commands = {job.name: command(config, job.folder, words) for job, words in zip(jobs, overrides, strict=True)}
         tasks = (Task(sweep.jobs[name], commands[name], {}) for name in waiting)
-        slots = build_slots(n_jobs, gpus_per_job, on_cpu=configs[0].device is Device.cpu)
         with Screen(sweep, len(waiting)) as screen:
-            run_tasks(
+            run(
                 lambda: next(tasks, None),
-                slots,
                 on_start=screen.started,
                 on_end=screen.ended,
                 on_wait=screen.waiting,
@@ -112,13 +111,15 @@ def find_job(sweep: Sweep, config: Config, own: list[str]) -> Job:
 def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     """Returns of each job those overrides that not all jobs have."""
     shared = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
-    return [[text for text in words if text not in shared and not text.startswith("sweep=")] for words in overrides]
+    return [[text for text in words if text not in shared and not text.startswith(("sweep=", "sweep."))]
+            for words in overrides]  # fmt: skip
 
 
 def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[str]:
     """Returns the words that run one job as a plain run in its folder."""
     own = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
-    words = [text for text in overrides if text != "resume=never"]  # the sweep's folder is the new one
+    # The sweep's folder is the new one, and the sweep alone is detached.
+    words = [text for text in overrides if text != "resume=never" and not text.startswith("sweep.")]
     return [
         *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
         *("hydra.mode=RUN", f"hydra.run.dir={quoted(str(folder.absolute()))}"),
@@ -139,9 +140,9 @@ class _Failed(JobReturn):
 
 
 def to_return(sweep: Sweep, job: Job, overrides: Sequence[str]) -> JobReturn:
-    """Returns a job's end as Hydra's sweepers want it."""
-    ended = read_job(job.folder)
-    if ended.status is Status.finished:
+    """Returns a job's end as Hydra's sweepers want it; one that an engine keeps for later has none yet."""
+    ended = sweep.jobs[job.name]
+    if ended.status in (Status.finished, Status.queued, Status.running):
         return JobReturn(list(overrides), status=JobStatus.COMPLETED, _return_value=ended.objective)
     failed = len(sweep.with_status(Status.failed, Status.interrupted))
     reason = JobsFailed(

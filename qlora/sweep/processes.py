@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qlora.errors import ConfigError, Stopped
 from qlora.folder import RunFolder
@@ -37,6 +38,20 @@ class Task:
     job: Job
     command: list[str]
     environment: Mapping[str, str]
+
+
+class RunTasks(Protocol):
+    """An engine: it runs tasks until `next_task` has none left and all have ended."""
+
+    def __call__(
+        self,
+        next_task: Callable[[], Task | None],
+        *,
+        on_start: Callable[[Job], None],
+        on_end: Callable[[Job], None],
+        on_wait: Callable[[list[Job]], None],
+    ) -> None:
+        """Tells of each start and end, and often of the jobs that run, or that wait again after they ran."""
 
 
 @dataclass
@@ -100,7 +115,7 @@ def run_tasks(
     """
     free, running = list(slots), list[_Process]()
     empty = False
-    with _terminable():
+    with terminable():
         try:
             while running or not empty:
                 while free and not empty:
@@ -162,11 +177,12 @@ def _ended(process: _Process, *, interrupted: bool = False) -> Job:
     if interrupted:
         write_status(folder, Status.interrupted, reason="interrupted", seconds=seconds)
     else:
-        write_status(folder, Status.failed, reason=_reason(code), seconds=seconds)
+        write_status(folder, Status.failed, reason=describe_exit(code), seconds=seconds)
     return read_job(folder)
 
 
-def _reason(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """Returns why a process ended that left no result, in one line."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL): the system does so when memory runs out"
     if code < 0:
@@ -200,7 +216,7 @@ def _signal(process: _Process, number: int) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Lets SIGTERM and SIGUSR1 end the block as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:

@@ -28,13 +28,13 @@ from qlora.console import printable, say, say_rows
 from qlora.errors import ConfigError
 from qlora.files import write_text
 from qlora.membership import TRIAL_VARIABLE
-from qlora.schema import Config, Device, EvaluationName, TaskName
+from qlora.schema import Config, EvaluationName, TaskName
 from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage
 from qlora.sweep.jobs import Job, Status, identity, read_job, slug, write_status
 from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare
 from qlora.sweep.leaderboard import describe, write_leaderboard
 from qlora.sweep.overview import Sweep
-from qlora.sweep.processes import Task, run_tasks
+from qlora.sweep.processes import RunTasks, Task
 from qlora.sweep.screen import Screen
 from qlora.sweep.settings import SearchSettings
 from qlora.sweep.space import Space, build_space
@@ -86,9 +86,9 @@ def search(
     overrides: list[str],
     *,
     launch: Callable[..., Any],
-    build_slots: Callable[..., list[dict[str, str]]] | None,
+    build: Callable[[Config], RunTasks] | None,
 ) -> None:
-    """Runs the trials that the study lacks: in slots of our own, or in batches by another launcher's `launch`.
+    """Runs the trials that the study lacks: by an engine of our own, or in batches by another launcher's `launch`.
 
     Raises `ConfigError` for every mistake before a job starts, and `JobsFailed` at the end where a trial failed.
     """
@@ -107,16 +107,18 @@ def search(
     configs = [compose([*space.fixed, *words]) for words in examples]
     goals = find_goals(settings, configs)
     check_pruning(settings, configs, goals)
-    slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
+    if configs[0].sweep.detach:
+        raise ConfigError("sweep.detach=true: a search waits for the results that it goes on from; leave it out")
+    run = build(configs[0]) if build is not None else None
     with open_sweep(Path(str(config.hydra.sweep.dir)), configs) as sweep:
         sweep.goals = {goal.metric: goal.direction for goal in goals}
         own = Search(settings, space, goals, sweep, compose, configs[0])
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
         try:
-            if slots is None:
+            if run is None:
                 _run_in_batches(own, launch)
             else:
-                _run_in_slots(own, config, slots)
+                _run_one_by_one(own, config, run)
         finally:
             own.write_results()
             write_leaderboard(sweep)
@@ -194,8 +196,8 @@ def check_pruning(settings: SearchSettings, configs: Sequence[Config], goals: Se
         )
 
 
-def _run_in_slots(own: Search, config: DictConfig, slots: list[dict[str, str]]) -> None:
-    """Runs jobs as processes of our own; a slot that gets free asks for the next trial."""
+def _run_one_by_one(own: Search, config: DictConfig, run: RunTasks) -> None:
+    """Runs jobs by an engine that asks for the next trial whenever it has room."""
     with Screen(own.sweep, own.left) as screen:
 
         def next_task() -> Task | None:
@@ -210,7 +212,7 @@ def _run_in_slots(own: Search, config: DictConfig, slots: list[dict[str, str]]) 
             screen.ended(job)
             own.ended(job)
 
-        run_tasks(next_task, slots, on_start=screen.started, on_end=ended, on_wait=screen.waiting)
+        run(next_task, on_start=screen.started, on_end=ended, on_wait=screen.waiting)
 
 
 def _run_in_batches(own: Search, launch: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""What Hydra finds as its plugins: the launcher of a process a job, and the sweeper that searches by Optuna.
+"""What Hydra finds as its plugins: the launchers of a process a job, and the sweeper that searches by Optuna.
 
 Hydra takes plugins from the package `hydra_plugins` only and imports them at every start, so the work is elsewhere. It
 does so without `sys.modules`, so that dataclasses here cannot have annotations as text (`from __future__`).
@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qlora.sweep.settings import SearchSettings
+from qlora.sweep.settings import RaySettings, SearchSettings, SlurmSettings
 
 
 @dataclass
@@ -32,14 +32,16 @@ class ProcessesConf:
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmSettings, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RaySettings, provider="qlora")
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchSettings, provider="qlora")
 
 
-class ProcessesLauncher(Launcher):
+class OwnLauncher(Launcher):
     """Runs each job in a process of its own, so that none can take the others with it."""
 
-    def __init__(self, n_jobs: int | None, gpus_per_job: int) -> None:
-        self.n_jobs, self.gpus_per_job = n_jobs, gpus_per_job
+    def __init__(self, **settings: Any) -> None:
+        """Takes what the launcher's settings declare; `build_engine` reads them from the config, with their types."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what Hydra composes jobs with; the task function runs in the jobs' own processes."""
@@ -47,15 +49,27 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs that are not finished yet and returns what each of them gave."""
+        from qlora.sweep.engines import build_engine
         from qlora.sweep.launcher import launch
 
         return launch(
             self.config,
             self.hydra_context.config_loader,
             [list(overrides) for overrides in job_overrides],
-            n_jobs=self.n_jobs,
-            gpus_per_job=self.gpus_per_job,
+            build=partial(build_engine, self.config.hydra.launcher),
         )
+
+
+class ProcessesLauncher(OwnLauncher):
+    """Runs jobs on this machine."""
+
+
+class SlurmLauncher(OwnLauncher):
+    """Runs jobs on a SLURM cluster."""
+
+
+class RayLauncher(OwnLauncher):
+    """Runs jobs on a Ray cluster."""
 
 
 class OptunaSweeper(Sweeper):
@@ -74,7 +88,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Runs the trials that the study lacks."""
         from qlora.errors import ConfigError
-        from qlora.sweep.processes import build_slots
+        from qlora.sweep.engines import build_engine
 
         try:
             from qlora.sweep.search import search
@@ -87,11 +101,12 @@ class OptunaSweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         launcher = self.launcher
-        own = isinstance(launcher, ProcessesLauncher)
         search(
             self.config,
             self.hydra_context.config_loader,
             arguments,
             launch=launcher.launch,
-            build_slots=partial(build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None,
+            build=partial(build_engine, self.config.hydra.launcher, room=self.config.hydra.sweeper.batch_size)
+            if isinstance(launcher, OwnLauncher)
+            else None,
         )
