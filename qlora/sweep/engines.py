@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora.errors import ConfigError
 from qlora.schema import Config, Device
-from qlora.sweep.jobs import Job
 from qlora.sweep.processes import RunTasks, Task, build_slots, run_tasks
 from qlora.sweep.settings import RaySettings, SlurmSettings
 

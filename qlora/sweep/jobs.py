@@ -55,6 +55,8 @@ class Job:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     """How long it ran, of the last start."""
+    node: str | None = None
+    """The machine of a cluster that it was given to."""
     progress: dict[str, Any] = field(default_factory=dict)
     """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
 
@@ -108,7 +110,7 @@ def read_job(folder: Path) -> Job:
     """Returns what the files of a job's folder tell; a process that no longer lives is not running."""
     stored = read_json(folder / STATUS_FILE) or {}
     job = Job(folder, overrides=stored.get("overrides", []), status=Status(stored.get("status", "queued")))
-    job.reason, job.seconds = stored.get("reason"), stored.get("seconds")
+    job.reason, job.seconds, job.node = stored.get("reason"), stored.get("seconds"), stored.get("node")
     result = read_json(folder / stored["result"]) if "result" in stored else None
     if result is not None:
         job.objective, job.metrics = result["objective"], result["metrics"]

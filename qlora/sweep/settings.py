@@ -46,7 +46,7 @@ class SearchSettings:
     max_failures: int = 5
     """So many trials of one command may fail; one more ends the search."""
     batch_size: int = 1
-    """Trials that other launchers than `processes` get at a time."""
+    """Trials that are queued or run at a time on a cluster; other launchers than ours get so many at once."""
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is never possible."""

@@ -32,7 +32,7 @@ BATCHES = ".slurm"
 """The folder of what was submitted, in the sweep's: of each array its script, its number, and a link to each job."""
 SUBMITTED = "slurm"
 """In a job's status, what was submitted and has not been seen to end: the array's folder and the index in it."""
-POLL_SECONDS, LONGEST_POLL = 2.0, 15.0
+POLL_SECONDS, LONGEST_POLL = 1.0, 15.0
 """SLURM is asked for the queue so often at the beginning, and later."""
 FILE_SECONDS = 15.0
 """What a node wrote may be seen so much later here."""
@@ -63,8 +63,8 @@ def check_programs() -> None:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         raise ConfigError(
-            f"hydra/launcher=slurm needs SLURM's {', '.join(missing)}, which this machine lacks; start the command on a "
-            "login node of the cluster"
+            f"hydra/launcher=slurm needs SLURM's {', '.join(missing)}, which this machine lacks; start the command on "
+            "a login node of the cluster"
         )
 
 
@@ -145,7 +145,9 @@ class SlurmJobs:
         script = batch / "job.sh"
         write_text(script, script_text(batch, len(tasks), self.settings, previous))
         with (batch / "id").open("wb") as file:  # written by sbatch itself: nothing that runs is ever forgotten
-            done = subprocess.run(["sbatch", "--parsable", str(script)], stdout=file, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(
+                ["sbatch", "--parsable", str(script)], stdout=file, stderr=subprocess.PIPE, check=False
+            )
         if done.returncode:
             for task in tasks:
                 write_status(task.job.folder, Status.queued, **{SUBMITTED: None})
@@ -419,10 +421,13 @@ def _killed_by(code: str) -> int:
 
 def _refused(told: str, settings: SlurmSettings) -> ConfigError:
     text = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in told.strip().splitlines())
-    hint = ""
-    if "generic resource" in text or "gres" in text.lower():
-        hint = f"; hydra.launcher.gpus_per_node={settings.gpus_per_node} asks for GPUs, null for none"
-    return ConfigError(f"SLURM refused the jobs: {text or 'sbatch said nothing'}{hint}; docs/clusters.md lists the keys")
+    keys = ("gpus_per_node", "gres", "cpus_per_task", "mem_gb", "constraint", "partition")
+    asked = ", ".join(f"{key}={value}" for key in keys if (value := getattr(settings, key)) is not None)
+    unfit = any(word in text.lower() for word in ("generic resource", "gres", "node configuration", "feature"))
+    hint = f"; no node has what is asked for: {asked} (of hydra.launcher; gpus_per_node=null for none)" if unfit else ""
+    return ConfigError(
+        f"SLURM refused the jobs: {text or 'sbatch said nothing'}{hint}; docs/clusters.md lists the keys"
+    )
 
 
 def _count(names: Sequence[str]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
@@ -28,7 +28,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -89,7 +89,7 @@ def start(folder: Path, *, node_timeout: int = 30, job_age: int = 300) -> dict[s
             job_age=job_age,
             nodes="\n".join(
                 f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=8 "
-                f"RealMemory=1000 Gres=gpu:1 Feature={name}-only State=UNKNOWN"
+                f"RealMemory=1000 Gres=gpu:1 Feature=a100 State=UNKNOWN"
                 for name, port in zip(NODES, ports[1:], strict=True)
             ),
         )
@@ -123,30 +123,15 @@ def start_node(folder: Path, name: str) -> None:
     _run({"SLURM_CONF": str(folder / "slurm.conf")}, "slurmd", "-N", name)
 
 
-def kill_node(folder: Path, name: str) -> None:
-    """Ends a node's daemon and all that runs on it, as a machine that loses its power does."""
-    daemon = _pid(folder / f"slurmd-{name}.pid")
-    steps = [pid for pid in _descendants(1) if f"{folder}/spool-{name}" in _environment(pid)]
-    for pid in [daemon, *steps]:
-        if pid is not None:
-            _kill(pid)
-
-
 def stop(folder: Path) -> None:
-    """Ends all daemons that `start` has started in the folder, and what still runs under them."""
-    if (folder / "slurm.conf").is_file():
-        with contextlib.suppress(subprocess.SubprocessError):
-            _run({"SLURM_CONF": str(folder / "slurm.conf")}, "scancel", "--user=root", "--signal=KILL", "--full")
+    """Ends what runs on the cluster of a folder, and its daemons."""
+    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+    with contextlib.suppress(subprocess.SubprocessError, RuntimeError):
+        _run(environment, "scancel", "--user=root", "--signal=KILL", "--full")
+        _wait(lambda: not _run(environment, "squeue", "--noheader", "--states=R,CG"), folder, "jobs are left")
     for name in (*(f"slurmd-{node}.pid" for node in NODES), "slurmctld.pid", "munge.pid"):
-        pid = _pid(folder / name)
-        if pid is None:
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + 10
-        while _lives(pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        _kill(pid)
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            os.kill(int((folder / name).read_text()), signal.SIGKILL)
 
 
 def _find(name: str) -> str | None:
@@ -171,8 +156,7 @@ def _states(environment: dict[str, str]) -> list[str]:
         return []
 
 
-def _wait(condition: object, folder: Path, complaint: str) -> None:
-    assert callable(condition)
+def _wait(condition: Callable[[], bool], folder: Path, complaint: str) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > end:
@@ -186,26 +170,6 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def _pid(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
