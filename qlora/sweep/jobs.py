@@ -22,6 +22,9 @@ from qlora.secrets import hide
 LOCK_FILE = ".lock"
 STATUS_FILE = "status.json"
 
+SUBMITTED = "slurm"
+"""In a job's status, what SLURM got and has not been seen to end: the array's folder and the index in it."""
+
 # What a job may have otherwise and still give the same result.
 UNNAMED_KEYS = tuple(key for key in FREE_KEYS if key not in ("task", "adapter", "repo", "merge"))
 
@@ -115,7 +118,8 @@ def read_job(folder: Path) -> Job:
     if result is not None:
         job.objective, job.metrics = result["objective"], result["metrics"]
     job.progress = read_json(RunFolder(folder).progress) or {}
-    if job.status is Status.running and not is_locked(folder):
+    in_cluster = stored.get(SUBMITTED) is not None  # whose locks may not be seen here
+    if job.status is Status.running and not in_cluster and not is_locked(folder):
         job.status, job.reason = Status.interrupted, "its process is gone"
     return job
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qlora.console import say
+from qlora.console import ON_SCREEN, say
 from qlora.errors import ConfigError
 from qlora.folder import RunFolder
 from qlora.membership import Membership
@@ -26,6 +27,8 @@ from qlora.sweep.jobs import Job, Status, read_job, write_status
 from qlora.sweep.processes import GRACE_SECONDS, Task, record_end, start_job, stop_group, terminable
 from qlora.sweep.settings import RaySettings
 from qlora.wording import shorten
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 300.0
@@ -91,6 +94,8 @@ def _connected(settings: RaySettings) -> Iterator[None]:
     address = settings.ray.init.get("address")
     if address is not None:
         given.pop("include_dashboard")  # the cluster has its own
+    # Ray prints what its daemons say of a lost node, their last 20 lines, whatever `log_to_driver` says.
+    printed, worker.print_to_stdstream = worker.print_to_stdstream, _log
     try:
         os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
         ray.init(**{**given, **settings.ray.init})
@@ -104,6 +109,11 @@ def _connected(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        worker.print_to_stdstream = printed
+
+
+def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    log.info("Ray's %s: %s", data.get("pid"), "\n".join(data["lines"]), extra=ON_SCREEN)
 
 
 def _remote(settings: RaySettings) -> Any:

@@ -21,7 +21,7 @@ from qlora.console import printable, say
 from qlora.errors import ConfigError
 from qlora.files import read_json, write_text
 from qlora.folder import RunFolder
-from qlora.sweep.jobs import STATUS_FILE, Job, Status, read_job, write_status
+from qlora.sweep.jobs import STATUS_FILE, SUBMITTED, Job, Status, read_job, write_status
 from qlora.sweep.processes import ERRORS, OUTPUT, Task, terminable
 from qlora.sweep.settings import SlurmSettings
 from qlora.sweep.slurm_job import FINAL, TIMEOUTS
@@ -30,8 +30,6 @@ from qlora.wording import shorten
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel")
 BATCHES = ".slurm"
 """The folder of what was submitted, in the sweep's: of each array its script, its number, and a link to each job."""
-SUBMITTED = "slurm"
-"""In a job's status, what was submitted and has not been seen to end: the array's folder and the index in it."""
 POLL_SECONDS, LONGEST_POLL = 1.0, 15.0
 """SLURM is asked for the queue so often at the beginning, and later."""
 FILE_SECONDS = 15.0

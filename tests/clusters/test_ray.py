@@ -65,7 +65,9 @@ def run(
     return ended
 
 
-def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(tmp_path: Path, cluster: Cluster) -> None:
+def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(
+    tmp_path: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
     node = cluster.add_node(num_cpus=1, num_gpus=0)
     ends = {
         "one": "wait(folder.parent / 'go')",
@@ -84,7 +86,11 @@ def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(tmp_path: 
         if lost and any(read_job(tmp_path / name).status is Status.interrupted for name in ("one", "two")):
             (tmp_path / "go").touch()
 
+    capfd.readouterr()
     ended = run([task(tmp_path / name, what) for name, what in ends.items()], settings(cluster), on_wait=lose)
+    output, errors = capfd.readouterr()
+    assert {line.partition(" on ")[0] for line in output.splitlines()} == {"runs"}, output
+    assert errors == ""
     both = sorted([ended["one"], ended["two"]], key=lambda job: job.status is Status.interrupted)
     assert [job.status for job in both] == [Status.finished, Status.interrupted]
     assert "was lost" in (both[1].reason or "")
