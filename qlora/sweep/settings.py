@@ -94,8 +94,7 @@ class SlurmSettings:
     timeout_min: int = 1440
     """Minutes after which SLURM ends a job."""
     signal_delay_s: int = 120
-    """Seconds before this limit at which a job is warned: it saves a checkpoint, and is queued again. SLURM may warn up
-    to a minute earlier."""
+    """Seconds before this limit at which a job is warned: it saves a checkpoint, and is queued again."""
     max_num_timeout: int = 3
     """How often a job that runs out of time is queued again."""
     array_parallelism: int = 16

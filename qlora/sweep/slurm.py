@@ -34,6 +34,7 @@ POLL_SECONDS, LONGEST_POLL = 1.0, 15.0
 """SLURM is asked for the queue so often at the beginning, and later."""
 FILE_SECONDS = 15.0
 """What a node wrote may be seen so much later here."""
+LONGEST_LABEL = 100
 LISTED = 20
 """Jobs that are told by a line each."""
 ON_NODE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
@@ -83,6 +84,7 @@ class SlurmJobs:
         self._jobs: dict[str, Job] = {}
         """What was submitted and has not ended, by SLURM's names such as `12_0`."""
         self._started: set[str] = set()
+        self._timeouts: dict[str, int] = {}
         self._stuck: dict[str, str] = {}
         self._answers = True
 
@@ -155,7 +157,7 @@ class SlurmJobs:
         names = [f"{number}_{index}" for index in range(len(tasks))]
         say(f"submitted {_count(names)} to SLURM: {_ranges(names)}")
         for name, task in zip(names[:LISTED], tasks, strict=False):
-            say(f"  {name}  {' '.join(task.job.overrides) or task.job.name}")
+            say(f"  {name}  {_label(task.job)}")
         if len(tasks) > LISTED:
             say(f"  ... and {len(tasks) - LISTED} more; {batch} has a link to each")
         self._jobs |= {name: task.job for name, task in zip(names, tasks, strict=True)}
@@ -186,16 +188,21 @@ class SlurmJobs:
         return bool(gone)
 
     def _tell(self, name: str, job: Job, queued: Queued) -> None:
+        """Says what has become of a job since the last look."""
+        stored = read_json(job.folder / STATUS_FILE) or {}
+        timeouts = stored.get(TIMEOUTS, 0)
+        # One that waited for a moment only is not seen to wait.
+        if name in self._started and (not queued.runs or timeouts > self._timeouts[name]):
+            self._started.discard(name)
+            why = f"queued again after {timeouts} of {self.settings.max_num_timeout + 1} allocations"
+            job.status, job.reason = Status.queued, why if timeouts else None
+            say(f"{name} is queued again: {_label(job)}")
+            self._on_wait([job])
         if queued.runs and name not in self._started:
             self._started.add(name)
-            say(f"{name} runs on {queued.node}: {' '.join(job.overrides) or job.name}")
+            self._timeouts[name] = timeouts
+            say(f"{name} runs on {queued.node}: {_label(job)}")
             self._on_start(job)
-        elif not queued.runs and name in self._started:
-            self._started.discard(name)
-            stored = read_json(job.folder / STATUS_FILE) or {}
-            job.status, job.reason = Status.queued, stored.get("reason") if stored.get(TIMEOUTS) else None
-            say(f"{name} is queued again: {' '.join(job.overrides) or job.name}")
-            self._on_wait([job])
         elif not queued.runs and queued.reason not in USUAL and self._stuck.get(name) != queued.reason:
             self._stuck[name] = queued.reason
             say(Text(printable(f"{name} waits: SLURM says {queued.reason}"), style="yellow"))
@@ -222,6 +229,10 @@ class SlurmJobs:
                 say(f"{_count(names)} still {what} in SLURM: {_ranges(names)}")
         say("follow       the same command again: it shows their state, and submits none of them twice")
         say(f"cancel       scancel {' '.join(_ranges(self._jobs, separator=' ').split())}")
+
+
+def _label(job: Job) -> str:
+    return shorten(" ".join(job.overrides) or job.name, LONGEST_LABEL)
 
 
 def submitted_name(folder: Path) -> str | None:
@@ -262,6 +273,7 @@ def prepare_job(batch: Path, index: int, task: Task, settings: SlurmSettings) ->
         "environment": dict(task.environment),
         "timeout_min": settings.timeout_min,
         "max_num_timeout": settings.max_num_timeout,
+        "signal_delay_s": settings.signal_delay_s,
     }
     write_text(batch / f"{index}.json", json.dumps(record, indent=2) + "\n", flush=False)
     (batch / str(index)).symlink_to(os.path.relpath(folder.absolute(), batch), target_is_directory=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from qlora.files import read_json
@@ -23,6 +25,9 @@ WARNING = signal.SIGUSR1
 """What SLURM sends before it ends a job that runs out of time."""
 TIMEOUTS = "timeouts"
 """How often a job ran out of time since it was submitted, in its status."""
+POLL_SECONDS = 0.2
+LONGEST_EARLY = 65.0
+"""SLURM looks for jobs to warn once a minute or more often."""
 FINAL = (Status.finished, Status.pruned, Status.failed)
 
 
@@ -30,22 +35,14 @@ def main(record: Path) -> int:
     """Runs the job that `record` describes, and returns the exit code that SLURM is to see."""
     task = json.loads(record.read_text(encoding="utf-8"))
     folder = Path(task["folder"])
-    received: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: object) -> None:
-        received.append(number)
-        if child is not None:
-            child.send_signal(number)
-
+    received: set[int] = set()
     for number in (WARNING, signal.SIGTERM):
-        signal.signal(number, forward)
+        signal.signal(number, lambda number, frame: received.add(number))
     overrides = (read_json(folder / STATUS_FILE) or {}).get("overrides", [])
     sweep = Membership.environment(folder.parent.name, overrides)
     environment = {**_threads(), **os.environ, **sweep, **task["environment"]}
-    if not received:  # a warning that came before the job began
-        child = subprocess.Popen(task["command"], stdin=subprocess.DEVNULL, env=environment)
-    code = child.wait() if child is not None else 0
+    process = subprocess.Popen(task["command"], stdin=subprocess.DEVNULL, env=environment)
+    code = _wait(process, received, task["signal_delay_s"])
     if read_job(folder).status in FINAL:
         return code
     if WARNING in received and signal.SIGTERM not in received:
@@ -55,6 +52,43 @@ def main(record: Path) -> int:
     elif read_job(folder).reason != "interrupted":
         write_status(folder, Status.failed, reason=describe_exit(code))
     return code if code > 0 else 128 - code
+
+
+def _wait(process: subprocess.Popen[bytes], received: Set[int], delay: float) -> int:
+    """Waits for the job's process and passes signals on, a warning that came early when it is due."""
+    sent: set[int] = set()
+    due: float | None = None
+    while process.poll() is None:
+        if WARNING in received and due is None:
+            due = time.monotonic() + seconds_early(delay)
+        for number in received - sent:
+            if number != WARNING or (due is not None and time.monotonic() >= due):
+                sent.add(number)
+                process.send_signal(number)
+        time.sleep(POLL_SECONDS)
+    return process.returncode
+
+
+def seconds_early(delay: float) -> float:
+    """Returns how long before its time a warning came: SLURM sends it up to a minute early, which a job may still use.
+
+    A warning that is no matter of time, such as one by `scancel`, is never early.
+    """
+    ask = ["squeue", "--noheader", f"--jobs={_name()}", "--format=%L"]
+    try:
+        text = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
+    if match is None:  # no limit
+        return 0.0
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    early = seconds + 60 * (minutes + 60 * (hours + 24 * days)) - delay
+    return early if 0 < early <= LONGEST_EARLY else 0.0
+
+
+def _name() -> str:
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def _threads() -> dict[str, str]:
@@ -76,11 +110,10 @@ def _queue_again(folder: Path, task: Mapping[str, int]) -> int:
         )
         write_status(folder, Status.interrupted, reason=reason, **{TIMEOUTS: count})
         return os.EX_TEMPFAIL
-    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    reason = f"queued again after {count} of {limit + 1} allocations of {minutes} minutes"
+    reason = f"queued again after {count} of {limit + 1} allocations"
     write_status(folder, Status.queued, reason=reason, **{TIMEOUTS: count})
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which SLURM ends this allocation
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    done = subprocess.run(["scontrol", "requeue", _name()], capture_output=True, text=True, check=False)
     if done.returncode:
         complaint = " ".join(done.stderr.split())
         write_status(folder, Status.interrupted, reason=f"timed out, and SLURM does not queue it again: {complaint}")

@@ -130,7 +130,7 @@ def test_a_warned_job_is_queued_again_until_its_allocations_are_used_up(
                 queued[job.name] = (read_job(job.folder).status, job.reason)
 
     ended = run(tasks, on_one_node(max_num_timeout=1), on_start=warn, on_wait=watch)
-    again = (Status.queued, "queued again after 1 of 2 allocations of 60 minutes")
+    again = (Status.queued, "queued again after 1 of 2 allocations")
     assert queued == {"goes-on": again, "too-long": again}
     assert (ended["goes-on"].status, starts(tmp_path / "goes-on")) == (Status.finished, 2)
     assert (ended["too-long"].status, starts(tmp_path / "too-long")) == (Status.interrupted, 2)
@@ -267,7 +267,7 @@ def test_three_allocations_of_two_minutes_get_ahead_each_time(tmp_path: Path, sl
         "seed=0",
         "name=t",
     ]
-    done = sweep(tmp_path, [*words, "trainer.gradient_accumulation_steps=4"], slurm)
+    done = sweep(tmp_path, [*words, "trainer.gradient_accumulation_steps=1"], slurm)
     [job] = read_sweep(tmp_path / "outputs" / "sweeps" / "t").jobs.values()
     text = (job.folder / "stdout.log").read_text()
     resumed = [int(step) for step in re.findall(r"resuming from checkpoint-(\d+)", text)]
