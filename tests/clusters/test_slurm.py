@@ -232,29 +232,34 @@ def sweep(folder: Path, words: list[str], environment: dict[str, str]) -> subpro
 
 
 @pytest.mark.slow
-def test_the_documented_command_trains_on_the_cluster(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_the_documented_command_trains_on_the_cluster_submitted_first_and_followed_later(
+    tmp_path: Path, slurm: dict[str, str]
+) -> None:
     words = [*documented("slurm"), "trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
-    done = sweep(tmp_path, words, slurm)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    first = sweep(tmp_path, [*words, "sweep.detach=true"], slurm)
+    assert (first.returncode, first.stderr) == (0, ""), first.stdout + first.stderr
+    lines = first.stdout.splitlines()
     assert lines[0] == "sweep outputs/sweeps/ranks: 2 jobs to run, 0 finished already"
-    assert re.fullmatch(r"submitted 2 jobs to SLURM: \d+_\[0-1\]", lines[1])
+    submitted = re.fullmatch(r"submitted 2 jobs to SLURM: (\d+)_\[0-1\]", lines[1])
+    assert submitted is not None, first.stdout
+    assert f"cancel       scancel {submitted[1]}_[0-1]" in lines
+    followed = sweep(tmp_path, words, slurm)
+    assert (followed.returncode, followed.stderr) == (0, ""), followed.stdout + followed.stderr
+    assert "submitted" not in followed.stdout
     folder = tmp_path / "outputs" / "sweeps" / "ranks"
-    assert lines[-2:] == [
+    assert followed.stdout.splitlines()[-2:] == [
         "leaderboard  outputs/sweeps/ranks/leaderboard.md",
         "report       outputs/sweeps/ranks/report.html",
     ]
     jobs = read_sweep(folder).jobs.values()
-    assert [(job.status, job.overrides) for job in jobs] == [
-        (Status.finished, ["lora.r=16"]),
-        (Status.finished, ["lora.r=8"]),
-    ]
+    told = sorted(((job.overrides, job.status) for job in jobs), key=str)
+    assert told == [(["lora.r=16"], Status.finished), (["lora.r=8"], Status.finished)]
     for job in jobs:
-        assert "qlora 0." in (job.folder / "stdout.log").read_text()
+        assert (job.folder / "stdout.log").read_text().count("qlora 0.") == 1
+        assert (job.folder / "stderr.log").read_text() == ""
     again = sweep(tmp_path, words, slurm)
     assert again.returncode == 0
     assert again.stdout.splitlines()[0] == "sweep outputs/sweeps/ranks: 0 jobs to run, 2 finished already"
-    assert "submitted" not in again.stdout
 
 
 @pytest.mark.full
