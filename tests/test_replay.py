@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_the_manifest_tells_all_that_is_needed_to_repeat_a_run(pair: Pair) -> No
     assert manifest["overrides"] == QUICK
     assert manifest["config_hash"] == config_digest(config_to_dict(compose(QUICK)))
     assert manifest["seeds"] == {"seed": 0, "data.split_seed": 42}
-    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["torch"] == metadata.version("torch")
     assert manifest["model"]["fingerprint"] == again["model"]["fingerprint"]
     assert len(manifest["model"]["fingerprint"]) == 64
     [start] = manifest["starts"]

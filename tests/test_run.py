@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_run_writes_what_it_promises(finished: Path) -> None:
 def test_the_manifest_tells_versions_hardware_and_data(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["config"] == config_to_dict(compose(QUICK))
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == metadata.version("torch")
     assert manifest["data"]["train_rows"] == 64
     assert len(manifest["data"]["fingerprint"]) == 16
 

@@ -37,11 +37,7 @@ def build_engine(launcher: DictConfig, config: Config, room: int | None = None) 
     if isinstance(settings, SlurmSettings):
         settings.check()
         return partial(_run_on_slurm, settings, config.sweep.detach, room)
-    if config.sweep.detach:
-        raise ConfigError(
-            "sweep.detach=true needs an engine that keeps the jobs when the command has ended: add "
-            "hydra/launcher=slurm, or leave it out"
-        )
+    check_not_detached(config)
     if isinstance(settings, RaySettings):
         settings.check()
         from qlora.sweep.ray_jobs import run_on_ray
@@ -51,12 +47,21 @@ def build_engine(launcher: DictConfig, config: Config, room: int | None = None) 
     return partial(run_tasks, slots=slots)
 
 
+def check_not_detached(config: Config) -> None:
+    """Raises `ConfigError` where jobs end with the command that is to return at once."""
+    if config.sweep.detach:
+        raise ConfigError(
+            "sweep.detach=true needs an engine that keeps the jobs when the command has ended: add "
+            "hydra/launcher=slurm, or leave it out"
+        )
+
+
 def _run_on_slurm(
     settings: SlurmSettings,
     detach: bool,
     room: int | None,
     next_task: Callable[[], Task | None],
-    **tell: Callable[..., None],
+    **tell: Callable[..., Any],
 ) -> None:
     from qlora.sweep.slurm import SlurmJobs
 

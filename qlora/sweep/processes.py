@@ -23,6 +23,8 @@ from qlora.sweep.jobs import Job, Status, read_job, write_status
 
 OUTPUT, ERRORS = "stdout.log", "stderr.log"
 POLL_SECONDS = 0.1
+ASK_SECONDS = 2.0
+"""So often a free slot asks for a task again when there was none."""
 GRACE_SECONDS = 30.0
 """After an interruption a job has so long to end by itself."""
 TAIL_LINES = 8
@@ -41,7 +43,7 @@ class Task:
 
 
 class RunTasks(Protocol):
-    """An engine: it runs tasks until `next_task` has none left and all have ended."""
+    """An engine: it runs tasks until `next_task` has none left, all have ended, and no more `may_come`."""
 
     def __call__(
         self,
@@ -50,6 +52,7 @@ class RunTasks(Protocol):
         on_start: Callable[[Job], None],
         on_end: Callable[[Job], None],
         on_wait: Callable[[list[Job]], None],
+        may_come: Callable[[], bool] = lambda: False,
     ) -> None:
         """Tells of each start and end, and often of the jobs that run, or that wait again after they ran."""
 
@@ -107,19 +110,22 @@ def run_tasks(
     on_start: Callable[[Job], None],
     on_end: Callable[[Job], None],
     on_wait: Callable[[list[Job]], None],
+    may_come: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs tasks until `next_task` has none left and all have ended.
+    """Runs tasks until `next_task` has none left, all have ended, and no more `may_come` from elsewhere.
 
     `on_wait` gets the running jobs with their progress several times a second. On an interruption all jobs are
     interrupted too and have half a minute to end; then the interruption goes on.
     """
     free, running = list(slots), list[_Process]()
-    empty = False
+    empty, asked = False, 0.0
     with terminable():
         try:
-            while running or not empty:
+            while running or not empty or may_come():
+                if empty and free and time.monotonic() - asked > ASK_SECONDS:
+                    empty = False
                 while free and not empty:
-                    task = next_task()
+                    task, asked = next_task(), time.monotonic()
                     if task is None:
                         empty = True
                     else:
@@ -133,6 +139,7 @@ def run_tasks(
                     empty = False  # what ended may call for another
                 if running:
                     on_wait([read_job(process.task.job.folder) for process in running])
+                if running or empty:
                     time.sleep(POLL_SECONDS)
         finally:
             _stop(running)

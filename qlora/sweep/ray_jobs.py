@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -31,6 +32,7 @@ from qlora.wording import shorten
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+CONNECT_SECONDS = 30.0
 CHECK_SECONDS = 300.0
 """A node that has not answered by then is not there."""
 FILE_SECONDS = 15.0
@@ -57,6 +59,7 @@ def run_on_ray(
     on_start: Callable[[Job], None],
     on_end: Callable[[Job], None],
     on_wait: Callable[[list[Job]], None],
+    may_come: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs tasks until `next_task` has none left and all have ended, at most `room` of them at a time.
 
@@ -77,7 +80,10 @@ def run_on_ray(
                         checked = True
                     running[_submit(start, task)] = _Running(task, time.monotonic())
                 if not running:
-                    return
+                    if not may_come():
+                        return
+                    time.sleep(POLL_SECONDS)
+                    continue
                 done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
                 for reference in done:
                     _tell_end(reference, running.pop(reference), on_start, on_end)
@@ -97,6 +103,7 @@ def _connected(settings: RaySettings) -> Iterator[None]:
     # Ray prints what its daemons say of a lost node, their last 20 lines, whatever `log_to_driver` says.
     printed, worker.print_to_stdstream = worker.print_to_stdstream, _log
     try:
+        _knock(os.environ.get("RAY_ADDRESS") if address == "auto" else address)
         os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
         ray.init(**{**given, **settings.ray.init})
     except (RayError, ConnectionError, ValueError, RuntimeError, TypeError, OSError) as error:
@@ -110,6 +117,13 @@ def _connected(settings: RaySettings) -> Iterator[None]:
     finally:
         ray.shutdown()
         worker.print_to_stdstream = printed
+
+
+def _knock(address: Any) -> None:
+    """Raises `OSError` where nobody listens at HOST:PORT; Ray itself would go on trying for minutes."""
+    match = re.fullmatch(r"([\w.-]+):(\d+)", str(address))
+    if match is not None:
+        socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
 
 
 def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:

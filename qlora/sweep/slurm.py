@@ -78,9 +78,10 @@ class SlurmJobs:
         on_start: Callable[[Job], None],
         on_end: Callable[[Job], None],
         on_wait: Callable[[list[Job]], None],
+        may_come: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings, self.detach = settings, detach
-        self._on_start, self._on_end, self._on_wait = on_start, on_end, on_wait
+        self._on_start, self._on_end, self._on_wait, self._may_come = on_start, on_end, on_wait, may_come
         self._jobs: dict[str, Job] = {}
         """What was submitted and has not ended, by SLURM's names such as `12_0`."""
         self._started: set[str] = set()
@@ -99,7 +100,7 @@ class SlurmJobs:
                 delay = POLL_SECONDS
                 while True:
                     self._fill(next_task, room)  # again and again: what ended may call for another
-                    if not self._jobs:
+                    if not self._jobs and not self._may_come():
                         return
                     ended = self._look()
                     if self.detach:

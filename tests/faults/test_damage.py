@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.compose import compose
+from qlora.errors import ConfigError, DamagedFile
+from qlora.membership import Membership
+from qlora.run import Run
 from qlora.training.checkpoints import MARKER, find_checkpoints
-from tests.faults.runs import at_step, outcome, run, write_rows
+from tests.faults.damaging import restore
+from tests.faults.runs import QUICK, at_step, outcome, run, write_rows
 
 
 def interrupt() -> None:
@@ -50,6 +54,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+EMPTY, CUT, ODD = b"", b'{"status": "fin', b"[[]]"
 DAMAGES: list[Callable[[Path], None]] = [truncate, flip, Path.unlink]
 
 
@@ -116,3 +121,55 @@ def test_a_row_that_is_no_text_is_named_before_any_training(tmp_path: Path) -> N
     assert f"{rows}" in str(error.value)
     assert "8" in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+# Damaged files of a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+@pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
+def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
+    finished: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    restore(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    before = tree(tmp_path / "run")
+    with pytest.raises(
+        DamagedFile, match=rf"/run/{name} is damaged \(.+\); put a whole copy in its place, or remove it"
+    ):
+        run(tmp_path / "run")
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restore(finished, tmp_path / "run")
+    for name in ("result.json", "progress.json", "history.json", "metrics.json", "baseline.json"):
+        (tmp_path / "run" / name).write_bytes(CUT)
+    run(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(finished)
+    assert "resuming from checkpoint-8" in capsys.readouterr().out
+    assert f"{tmp_path}/run/result.json is damaged (" in caplog.text
+    assert (tmp_path / "run" / "result.json.damaged-1").read_bytes() == CUT
+
+
+def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: Path) -> None:
+    restore(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_bytes(CUT)
+    (tmp_path / "run" / "result.json").unlink()
+    Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=Membership("s", [])).execute()
+    assert outcome(tmp_path / "run") == outcome(finished)
+    assert (tmp_path / "run" / "config.yaml.damaged-1").read_bytes() == CUT

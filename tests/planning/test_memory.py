@@ -125,11 +125,19 @@ def test_a_layer_keeps_what_is_planned(
     assert planned == pytest.approx(found, rel=0.005)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 512), (4, 256)])
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("dropout", [0, 0.1])
-@pytest.mark.parametrize("vocabulary", [96, 4000])
+@pytest.mark.parametrize(
+    ("rows", "length", "passes", "checkpoint", "dropout", "vocabulary"),
+    [  # each value of one with each value of another
+        (1, 512, 1, False, 0, 96),
+        (1, 512, 1, True, 0.1, 4000),
+        (1, 512, 2, False, 0.1, 4000),
+        (1, 512, 2, True, 0, 96),
+        (4, 256, 1, False, 0, 4000),
+        (4, 256, 1, True, 0.1, 96),
+        (4, 256, 2, False, 0.1, 96),
+        (4, 256, 2, True, 0, 4000),
+    ],
+)
 def test_the_most_that_a_step_holds_at_once_is_planned(
     rows: int, length: int, passes: int, checkpoint: bool, dropout: float, vocabulary: int,
     monkeypatch: pytest.MonkeyPatch,

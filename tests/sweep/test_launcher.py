@@ -78,24 +78,24 @@ def starts(folder: Path, name: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_four_faults_leave_the_other_eight_and_are_run_again_alone(tmp_path: Path) -> None:
+def test_four_faults_leave_the_others_and_are_run_again_alone(tmp_path: Path) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
-    words = ["name=faults", "seed=range(0,12)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
+    words = ["name=faults", "seed=range(0,6)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
     words.append("trusted=[faults]")
-    faults = {"1": "raise", "4": "exit", "5": "kill", "9": "memory"}
+    faults = {"0": "raise", "2": "exit", "3": "kill", "5": "memory"}
     code, output, errors = sweep(tmp_path, *words, FAULTS=json.dumps(faults))
     assert code == 1, output + errors
     found = by_status(tmp_path, "faults")
-    assert sorted(found["failed"]) == ["seed=1", "seed=4", "seed=5", "seed=9"]
-    assert len(found["finished"]) == 8
+    assert sorted(found["failed"]) == ["seed=0", "seed=2", "seed=3", "seed=5"]
+    assert len(found["finished"]) == 2
     reasons = {job["overrides"][0]: job["reason"] for job in overview(tmp_path, "faults")["jobs"]}
-    assert reasons["seed=1"] == "ValueError: a bad row"
-    assert reasons["seed=4"] == "SystemExit: 0"
-    assert reasons["seed=5"] == "killed (SIGKILL): the system does so when memory runs out"
-    assert reasons["seed=9"] == "MemoryError()"
-    assert "seed=1: failed, ValueError: a bad row" in output
+    assert reasons["seed=0"] == "ValueError: a bad row"
+    assert reasons["seed=2"] == "SystemExit: 0"
+    assert reasons["seed=3"] == "killed (SIGKILL): the system does so when memory runs out"
+    assert reasons["seed=5"] == "MemoryError()"
+    assert "seed=0: failed, ValueError: a bad row" in output
     assert errors == (
-        "error: 4 of 12 jobs failed: outputs/sweeps/faults/leaderboard.md says why; the same command runs them again "
+        "error: 4 of 6 jobs failed: outputs/sweeps/faults/leaderboard.md says why; the same command runs them again "
         "and leaves the finished ones alone\n"
     )
     board = (tmp_path / "outputs/sweeps/faults/leaderboard.md").read_text()
@@ -105,10 +105,10 @@ def test_four_faults_leave_the_other_eight_and_are_run_again_alone(tmp_path: Pat
     assert code == 0, output + errors
     assert by_status(tmp_path, "faults").keys() == {"finished"}
     again = {job: count - before[job] for job, count in starts(tmp_path, "faults").items()}
-    assert {job for job, count in again.items() if count} == {"seed=1", "seed=4", "seed=5", "seed=9"}
+    assert {job for job, count in again.items() if count} == {"seed=0", "seed=2", "seed=3", "seed=5"}
     with (tmp_path / "outputs/sweeps/faults/leaderboard.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12
+    assert len(rows) == 6
     assert {row["status"] for row in rows} == {"finished"}
 
 
@@ -177,7 +177,7 @@ def outcome(folder: Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("slots", [2, 1], ids=["grid", "search"])
 def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(slots: int, tmp_path: Path) -> None:
     """`QLORA_TEST_KILLS=20` kills more often than every run of the tests does."""
-    count = int(os.environ.get("QLORA_TEST_KILLS", "4"))
+    count = int(os.environ.get("QLORA_TEST_KILLS", "2"))
     rate = "trainer.learning_rate=tag(log,interval(1e-4,1e-2))"
     search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.seed=0", rate]
     words = [
@@ -193,7 +193,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(slots
     for _ in range(count):
         process = start(tmp_path, *words, "name=killed")
         try:
-            process.communicate(timeout=draw.uniform(0, 1.2) * calm * slots / count)  # soon, or after about a job
+            process.communicate(timeout=draw.uniform(0, 0.7) * calm * slots / count)  # soon, or late in a job
         except subprocess.TimeoutExpired:
             hit.append(sum(read_job(path.parent).status is Status.running for path in folder.glob("*/status.json")))
             kill_family(process.pid)
