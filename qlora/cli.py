@@ -80,7 +80,10 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0 if {"-h", "--help", "--cfg", "-c", "--info", "-i", "--hydra-help"} & {*sys.argv} else 1)
+        if SHOWING & {*sys.argv}:
+            sys.exit(0)
+        print("error: the standard output was closed before the command had ended", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         close_bars()
         if world.is_first():
@@ -92,7 +95,9 @@ def main() -> None:
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
-        cause = error.__cause__ if isinstance(error, Mistake) else error
+        # Python's logging wraps what a handler raises.
+        is_wrapped = isinstance(error, Mistake) or isinstance(error.__cause__, ConfigError)
+        cause = error.__cause__ if is_wrapped else error
         assert isinstance(cause, Exception)
         _tell(cause, in_full=in_full)
         sys.exit(1)
@@ -100,6 +105,10 @@ def main() -> None:
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
+
+
+SHOWING = {"-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+"""Flags that print something and do nothing else."""
 
 
 def _check_surroundings() -> None:
@@ -277,6 +286,7 @@ def _run_without_folder(composed: DictConfig) -> None:
     """Runs a task that writes nothing: no folder, no log."""
     logging_config = composed.hydra.job_logging.copy()
     OmegaConf.set_struct(logging_config, False)
+    OmegaConf.set_readonly(logging_config, False)
     logging_config.merge_with({"root": {"handlers": ["console"]}})
     logging_config.handlers.pop("file", None)
     configure_log(logging_config, composed.hydra.verbose)
@@ -323,7 +333,9 @@ def job(composed: DictConfig) -> Any:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     typed_in = Path(hydra_config.runtime.cwd)
+    sweep_dir = Path(hydra_config.sweep.dir)
     if hydra_config.job.chdir:
+        sweep_dir = typed_in / sweep_dir
         anchor_paths(config, typed_in)
     if config.task.name not in WITHOUT_CACHES:  # an engine may have sent the job to another machine
         give_home(config.data.cache_dir)
@@ -348,7 +360,7 @@ def job(composed: DictConfig) -> Any:
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
             from qlora.sweep.report import write_overview
 
-            write_overview(typed_in / hydra_config.sweep.dir, config.objective)
+            write_overview(sweep_dir, config.objective)
 
 
 def execute(

@@ -446,7 +446,8 @@ JOB_FOLDER = "${qlora.job_name:}"
 
 
 def _check_job_folder(composed: DictConfig) -> None:
-    if composed.hydra.sweep._get_node("subdir")._value() != JOB_FOLDER:
+    nodes: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    if nodes["sweep"]["subdir"] != JOB_FOLDER:
         raise ConfigError(
             "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
             "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
@@ -558,7 +559,8 @@ class Combinations:
     """The jobs of a grid by the positions of their values; plain fields are set without composing anew."""
 
     def __init__(self, overrides: Sequence[str], config_dir: Path | str | None = None) -> None:
-        axes = {override.get_key_element(): _read_axis(override) for override in _parse(overrides)}
+        parsed = _parse(keep_spelling(overrides))
+        axes = {override.get_key_element(): _read_axis(override) for override in parsed}
         self.axes = list(axes.values())
         self._composed = functools.lru_cache(LATEST)(lambda words: _Composed(compose_dict(words, config_dir)))
 
@@ -628,7 +630,7 @@ class _Composed:
             if self._config is None or self._refers or MISSING_VALUE in converted.values():
                 self._config = to_config(self._node)
                 return self._config
-            _refuse_secrets(values.items())
+            _refuse_secrets(_leaves(dict(values), ""))
             for key, value in converted.items():
                 _check_values(value, tuple(key.split(".")))
             groups = {key.partition(".")[0] for key in values}
@@ -675,7 +677,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
     folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
     folders += search_folders(_parse(overrides))
-    check_options(folders, CONF_DIR)
+    if folders:
+        check_options(folders, CONF_DIR)
     search_path = create_config_search_path(str(CONF_DIR))
     for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
@@ -1218,12 +1221,14 @@ def restore_config(stored: dict[str, Any], trusting: Config, file: Path) -> Conf
     version's schema.
     """
     check_stored_trust(stored, trusting, file)
-    _refuse_secrets(_leaves(stored, ""))
     try:
+        _refuse_secrets(_leaves(stored, ""))
         with trust.fixed_resolvers():
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except OmegaConfBaseException as error:
-        raise explain(error) from error
+        raise ConfigError(f"{file}: {explain(error)}") from error
     assert isinstance(config, Config)
     if config.model.trust_remote_code and not trusting.model.trust_remote_code:
         raise ConfigError(f"{file} sets model by an interpolation, which a stored config never holds; write it anew")

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.table import Column
 from rich.text import Text
 
 from qlora import world
+from qlora.errors import ConfigError
 from qlora.secrets import hide
 from qlora.wording import format_metric, prompt_core, shorten, visible
 
@@ -64,6 +66,12 @@ class HidingFormatter(logging.Formatter):
 
 class LogFile(logging.FileHandler):
     """A log file that may lose lines while the disk is full; what matters waits for space."""
+
+    def __init__(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Opens the file; raises `ConfigError` for a link, by which a folder that was sent could lead elsewhere."""
+        if Path(filename).is_symlink():
+            raise ConfigError(f"{filename} is a link to another file, which a run would write to; remove it")
+        super().__init__(filename, *args, **kwargs)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Reports what is wrong with a record, unless it is the disk."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from safetensors import safe_open
 
 from qlora import compose, console, world
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DamagedFile
 from qlora.files import read_json, read_lines
 from qlora.folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below
 from qlora.membership import key_of
@@ -75,9 +75,8 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
             "task=replay ...)"
         )
     own = {name: getattr(config, name) for name in OWN_KEYS}
-    again = Run(
-        replace(compose.restore_config(stored, config, first.config), **own), output_dir, manifest.get("overrides", [])
-    )
+    training = compose.restore_config(stored, config, first.config)
+    again = Run(replace(training, **own), output_dir, manifest.get("overrides", []))
     again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"
@@ -98,6 +97,9 @@ def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
             f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "
             "folder of one"
         )
+    for name in ("config", "data", "model"):
+        if name not in manifest:
+            raise DamagedFile(folder.manifest, f"{name} is missing")
     if (task := stored.get("task", {}).get("name")) != TaskName.train.value:
         raise ConfigError(f"run={folder.path}: only trainings can be run again, not task={task}")
     return stored, manifest

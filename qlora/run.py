@@ -20,7 +20,7 @@ from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
 from qlora.doctor import preflight
-from qlora.errors import ConfigError, Pruned, Stopped, describe_fault
+from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped, describe_fault
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurement
@@ -246,12 +246,12 @@ class Run(Parts):
         decided_by, metrics = self._answers_decided_by(), self.config.evaluation.metrics
         path, stored = self.folder.predictions, self.folder.stored_result("predict") or {}
         known = stored.get("answers", {})
-        if known.get("decided_by") == decided_by and path.is_file() and known["sha256"] == file_digest(path):
-            if known["metrics"] == metrics:
+        if known.get("decided_by") == decided_by and path.is_file() and known.get("sha256") == file_digest(path):
+            if known.get("metrics") == metrics:
                 console.say(f"{self.folder.path} holds these answers already; this is the stored result")
                 self._print_summary("predicted", stored, self._first_predictions())
                 return stored
-            speed = stored["metrics"]["predict_tokens_per_second"]
+            speed = stored["metrics"].get("predict_tokens_per_second", math.nan)
         else:
             speed = self._answer_rows(decided_by)
         measured = self.measurer.score(iter_lines(path))
@@ -338,7 +338,7 @@ class Run(Parts):
         stored = compose.read_config(adapter.parent / self.folder.config.name)
         if stored is None:
             return
-        before, now = (dict(flatten({"quantization": each["quantization"]}))
+        before, now = (dict(flatten({"quantization": each.get("quantization", {})}))
                        for each in (stored, compose.config_to_dict(self.config)))  # fmt: skip
         machine = "quantization.compute_dtype"  # `auto` is another on another machine
         if changed := [key for key in before if before[key] != now.get(key) and key != machine]:
@@ -424,7 +424,10 @@ class Run(Parts):
         path = self.folder.baseline
         stored = world.share(read_json(path) if training and world.is_first() else None)
         if stored is not None:
-            return Measurement.from_dict(stored)
+            try:
+                return Measurement.from_dict(stored)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(path, "it holds no measurement of the base") from error
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
         console.say(f"measuring the untuned base{rows}")
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
@@ -464,7 +467,7 @@ class Run(Parts):
     def _moved_base(self, before: dict[str, Any] | None) -> tuple[str, ...]:
         """Returns the keys that may name the base otherwise than `before`, because it is the same in another folder."""
         name = self.config.model.name
-        if before is None or self.draws or before["model"]["name"] == name or not is_local(locate(name)):
+        if before is None or self.draws or before.get("model", {}).get("name") == name or not is_local(locate(name)):
             return ()
         trained = read_run_base(self.folder)
         is_same = trained is not None and find_difference(trained, self.base) is None

@@ -12,6 +12,8 @@ from qlora.errors import ConfigError
 
 KEY = "hydra.searchpath"
 FILE, PACKAGE = "file://", "pkg://"
+OURS = (Path("schema.yaml"), Path("hydra/config.yaml"))
+"""What is stored under these names is no file of ours."""
 
 
 def option_folder(text: str, key: str) -> Path:
@@ -60,6 +62,8 @@ def check_options(folders: Sequence[Path], shipped: Path) -> None:
     for folder in folders:
         for file in sorted(folder.rglob("*.yaml")):
             name = file.relative_to(folder)
+            if name in OURS:
+                raise ConfigError(f"{file}: this name is taken by qlora itself; give the file another one")
             other = names.setdefault(str(name).lower(), file)
             if other.name == file.name and (other == file or other.read_bytes() == file.read_bytes()):
                 continue

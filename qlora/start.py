@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from qlora.compose import START_VARIABLE
 from qlora.errors import ConfigError
+from qlora.sweep.jobs import is_locked
 
 AT_START = (".hydra", "train.log", ".lock", "status.json", "config.yaml", "multirun.yaml", "study.db")
 """What is in a folder before its run has begun: written by Hydra, the log, and the checks."""
@@ -28,8 +30,11 @@ class Start:
         self.state = self._state()
 
     def put_back(self) -> None:
-        """Leaves the folder as it was, or none where there was none; unless the run has begun to write into it."""
-        if self._state() != self.state:
+        """Leaves the folder as it was, or none where there was none.
+
+        Nothing is done where the run has begun to write, or where the folder is that of another process.
+        """
+        if is_locked(self.folder) or self._state() != self.state:
             return
         for path in self._files_at_start():
             if path not in self.sizes:
@@ -50,10 +55,16 @@ class Start:
         return [path for path in paths if path.is_file()]
 
     def _state(self) -> dict[Path, tuple[int, int]]:
-        """Returns sizes and times of all other files; of a sweep, whose jobs are many, of those in its folder alone."""
-        paths = self.folder.glob("*" if self.is_sweep else "**/*")
-        others = (path for path in paths if path.relative_to(self.folder).parts[0] not in AT_START)
-        return {path: ((facts := path.lstat()).st_size, facts.st_mtime_ns) for path in others}
+        """Returns sizes and times of what else is in the folder, and right below it: a sweep has many jobs."""
+        others = [path for path in self.folder.glob("*") if path.name not in AT_START]
+        if not self.is_sweep:
+            others += [inner for path in others if path.is_dir() for inner in path.glob("*")]
+        state = {}
+        for path in others:
+            with contextlib.suppress(FileNotFoundError):  # of another process, which removes it
+                facts = path.lstat()
+                state[path] = facts.st_size, facts.st_mtime_ns
+        return state
 
 
 def _holds_files(folder: Path) -> bool:

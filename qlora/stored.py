@@ -59,7 +59,9 @@ def read_result(path: Path) -> dict[str, Any] | None:
             "metrics": to_numbers(record["metrics"]),
             "intervals": {name: [to_number(low), to_number(high)]
                           for name, (low, high) in record.get("intervals", {}).items()},
-            "gains": {name: to_numbers(gain) for name, gain in record.get("gains", {}).items()},
+            "gains": {name: {**to_numbers(gain), "low": to_number(gain["low"]), "high": to_number(gain["high"])}
+                      for name, gain in record.get("gains", {}).items()},
+            **({"answers": dict(record["answers"])} if "answers" in record else {}),
             "paths": {name: str(place) for name, place in record.get("paths", {}).items()},
         }  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -282,6 +282,7 @@ def check_composed(composed: DictConfig, trust: Trust) -> None:
     """Raises `ConfigError` if a composed config trusts what the command does not, or if Hydra's node names code."""
     _check_trust(composed, trust)
     _check_plugins(composed.hydra)
+    _check_lines(composed.hydra, trust)
     for name, node in _resolved(composed.hydra, "callbacks").items():
         key = f"hydra.callbacks.{name}"
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
@@ -321,6 +322,24 @@ def _check_plugins(node: DictConfig) -> None:
                     f"{key}={value}: an argument is a plain value and names no code, whatever trusted=[...] holds; "
                     "take it out"
                 )
+
+
+def _check_lines(node: DictConfig, trust: Trust) -> None:
+    """Raises `ConfigError` for a text with line breaks among those that launchers write into the scripts of jobs."""
+    texts = [(f"hydra.{key}", _select(node, key)) for key in ("job.name", "run.dir", "sweep.dir", "sweep.subdir")]
+    for key, value in (*texts, *_leaves(_resolved(node, "launcher"), "hydra.launcher")):
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value) and not trust.covers(key):
+            raise ConfigError(
+                f"{key} holds a line break or another control character ({value[:60]!r}), which a launcher would write "
+                "into a script; take it out"
+            )
+
+
+def _select(node: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(node, key)
+    except (OmegaConfBaseException, ConfigError):
+        return None  # known when a job runs, or said where the config is read
 
 
 def _check_logging(node: DictConfig, name: str, trust: Trust) -> None:

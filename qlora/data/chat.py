@@ -258,11 +258,7 @@ class ChatWriter:
         text = written(lambda index, value: PROBE + index) or ""
         doubted = [index for index in range(len(owners)) if str(PROBE + index) not in text]
         whole = self._apply(tools, marked) if doubted else None
-
-        def with_other(doubt: int, index: int, value: Any) -> Any:
-            return other_value(value) if index == doubt else value
-
-        return {owners[doubt] for doubt in doubted if written(partial(with_other, doubt)) == whole}
+        return {owners[doubt] for doubt in doubted if written(partial(_change_one, doubt)) == whole}
 
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
@@ -405,3 +401,7 @@ class ChatWriter:
             turns=[ChatTurn(joined(turn.span), self._plain(turn.reference)) for turn in written.turns],
             raw=[Span(*match.span()) for match in spelled if match],
         )
+
+
+def _change_one(changed: int, index: int, value: Any) -> Any:
+    return other_value(value) if index == changed else value

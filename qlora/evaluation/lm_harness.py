@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import logging
 import math
@@ -141,11 +142,6 @@ def _load(manager: Any, name: str) -> Any:
         for flag, reason in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "asks about images")):
             if getattr(task, flag, False):
                 raise ConfigError(f"evaluation.tasks: {task_name} {reason}, which is not done here; leave it out")
-        if lost := [metric for metric, function in getattr(task, "_metric_fn_list", {}).items() if function is None]:
-            raise ConfigError(
-                f"evaluation.tasks: {task_name}: its metric {lost[0]} is none of lm_eval's, and could not be had from "
-                "the library evaluate by a plain name; name another, or a !function with trusted=[...]"
-            )
     return loaded
 
 
@@ -262,7 +258,9 @@ def _guarded(path: str | None, trusted: Sequence[str]) -> Iterator[None]:
     key = f"evaluation.path={path}"
 
     def import_trusted(name: str, folder: Path) -> Any:
-        if not folder.resolve().is_relative_to(own.resolve()):
+        is_own = folder.resolve().is_relative_to(own.resolve())
+        file = folder / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+        if not is_own and (file.exists() or importlib.util.find_spec(name.partition(".")[0] or "sys") is not None):
             check_trusted(f"{key}, !function in {folder}", name, trusted)
         return import_named(name, folder)
 
@@ -292,15 +290,27 @@ def _library_metrics_guarded(key: str) -> Iterator[None]:
         return
     load_any = evaluate.load
 
+    refused: list[ConfigError] = []  # for the harness goes on without a metric that is not to be had
+
     def load_metric(name: str, *args: Any, **kwargs: Any) -> Any:
-        check_library_metric(name, f"{key}: metric: {name}")
+        try:
+            check_library_metric(name, f"{key}: metric: {name}")
+        except ConfigError as error:
+            refused.append(error)
+            raise
         return load_any(name, *args, **kwargs)
 
     evaluate.load = load_metric
     try:
         yield
+    except Exception:
+        if refused:
+            raise refused[0] from None
+        raise
     finally:
         evaluate.load = load_any
+    if refused:
+        raise refused[0]
 
 
 @contextlib.contextmanager

@@ -156,9 +156,9 @@ def read_object(path: Path, key: str) -> dict[str, Any]:
     except OSError as error:
         fault = f"it cannot be read ({error.strerror})"
     except ValueError as error:
-        fault = f"it is no JSON ({error})"
+        fault = f"no JSON: {error}"
     if fault is not None:
-        raise ConfigError(f"{key}: {path.name} is damaged: {fault}; correct it, or download or copy the folder again")
+        raise ConfigError(f"{key}: {path.name} is damaged ({fault}); {_remedy(key)}")
     assert isinstance(value, dict)
     return value
 
@@ -268,4 +268,8 @@ def unreadable(key: str, what: str | Callable[[], str], error: BaseException) ->
     name = what if isinstance(what, str) else what()
     said = brief_text(str(error))
     reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return ConfigError(f"{key}: {name} cannot be used ({reason}); correct it, or download or copy the folder again")
+    return ConfigError(f"{key}: {name} cannot be used ({reason}); {_remedy(key)}")
+
+
+def _remedy(key: str) -> str:
+    return "copy the adapter again" if key.startswith("adapter=") else "correct it, or download or copy it again"

@@ -69,8 +69,9 @@ def _blame(folder: Path) -> str:
     """Says which file of a tokenizer a library fails on, as far as that can be told."""
     if (path := folder / "tokenizer.json").is_file():
         try:
-            tokenizers.Tokenizer.from_file(str(path)).encode(TRIED)
-        except BaseException:
+            with library_reads("", path.name):
+                tokenizers.Tokenizer.from_file(str(path)).encode(TRIED)
+        except ConfigError:
             return path.name
     names = [name for name in (*TOKENIZER_JSON, "tokenizer.model") if (folder / name).is_file()]
     return f"its tokenizer ({', '.join(names)})" if names else "its tokenizer"

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from qlora.compose import Combinations
 from qlora.console import say
 from qlora.schema import Config
-from qlora.spelling import keep_spelling
 from qlora.sweep.engines import check_not_detached
 from qlora.sweep.jobs import Status
 from qlora.sweep.launcher import (
@@ -46,7 +45,7 @@ def run_grid(
     """
     prepare(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    grid, folder = Combinations([*keep_spelling(params), *arguments], config_dir()), Path(str(config.hydra.sweep.dir))
+    grid, folder = Combinations([*params, *arguments], config_dir()), Path(str(config.hydra.sweep.dir))
     if len(grid) > AHEAD:
         say(f"sweep {folder}: {_in_words(grid)}; each value is checked, then the first job starts")
     shared, first = grid.check(), grid.config([0] * len(grid.axes))
@@ -101,5 +100,5 @@ def _run_by(launch: Callable[..., Any], queue: Queue, batch_size: int | None) ->
         started += len(batch)
         if not queue.failed:
             for result in results:
-                _ = result.return_value  # raises what no file tells
+                _ = result.return_value  # raises what ended a job that could not record it
     Screen(sweep, 0).summary()

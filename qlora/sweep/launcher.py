@@ -148,8 +148,9 @@ class Queue:
 
     @property
     def failed(self) -> list[Job]:
-        """The jobs that have not finished, of those that were to run."""
-        return [job for name in self.names if (job := self.sweep.jobs[name]).status is not Status.finished]
+        """The jobs that have failed or were interrupted, of those that were to run."""
+        ended = (Status.failed, Status.interrupted)
+        return [job for name in self.names if (job := self.sweep.jobs[name]).status in ended]
 
     def _fill(self) -> None:
         while len(self._ahead) < AHEAD and self._left:

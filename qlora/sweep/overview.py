@@ -42,6 +42,8 @@ class Sweep:
     """What the study of a search is called in its database."""
     is_shared: bool = False
     """Whether other commands run jobs in the folder."""
+    page_seconds: float = 0.0
+    """How long the page took to write, the last time that a job's own process did so."""
     to_come: int = 0
     """How many combinations are not composed yet, and so are no jobs."""
     folders: dict[str, str] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Sweep:
             "counts": counts,
         }
         record |= {"study": self.study} if self.study is not None else {}
+        record |= {"page_seconds": self.page_seconds} if self.page_seconds else {}
         record |= {"to_come": self.to_come} if self.to_come else {}
         head = json.dumps(record, indent=2).removesuffix("\n}")
         jobs = ",\n    ".join(map(self._text, self.jobs.values()))
@@ -115,6 +118,7 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
         stored, damage = {}, error
     sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}), has_changed=False)
     sweep.goals, sweep.to_come, sweep.study = stored.get("goals", {}), stored.get("to_come", 0), stored.get("study")
+    sweep.page_seconds = stored.get("page_seconds", 0.0)
     records = {record["job"]: record for record in stored.get("jobs", [])}
     for name, record in records.items():
         sweep.jobs[name] = Job(folder / name, overrides=record["overrides"])

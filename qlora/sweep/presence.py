@@ -106,5 +106,5 @@ def _lock_name(token: str) -> str:
 
 
 def _owner(trial: FrozenTrial) -> dict[str, str]:
-    text = trial.user_attrs.get(OWNER)
-    return json.loads(text) if text is not None else {}
+    owner: dict[str, str] = json.loads(trial.user_attrs.get(OWNER, "{}"))
+    return owner

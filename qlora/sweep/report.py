@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import logging
@@ -32,8 +31,6 @@ from qlora.sweep.processes import tail
 log = logging.getLogger(__name__)
 
 FILE = "report.html"
-PAGE_COST_FILE = ".page_seconds"
-"""How long the page took to write, for processes that share a sweep."""
 RESULT = "result.json"
 DEFAULT_OBJECTIVE = next(item.default for item in fields(Config) if item.name == "objective")
 NAMED_GROUPS = ("model", "data")
@@ -61,36 +58,30 @@ def write_overview(folder: Path, objective: str | None) -> None:
     """
     with in_turn(folder):
         sweep = read_sweep(folder, objective)
-        sweep.write()
-        write_leaderboard(sweep)
-        if not (sweep.with_status(Status.queued, Status.running) or sweep.to_come) or _is_page_due(folder):
-            _write_page(sweep)
+        is_last = not (sweep.with_status(Status.queued, Status.running) or sweep.to_come)
+        _write_files(sweep, with_page=is_last or _is_page_due(sweep))
 
 
 def refresh(sweep: Sweep) -> None:
     """Takes into `sweep` what the folders of its jobs tell, and brings its files up to date."""
     with in_turn(sweep.folder):
-        now = read_sweep(sweep.folder, sweep.objective)
-        sweep.jobs |= now.jobs
-        sweep.write()
-        write_leaderboard(sweep)
-        _write_page(sweep)
+        sweep.jobs |= read_sweep(sweep.folder, sweep.objective).jobs
+        _write_files(sweep, with_page=True)
 
 
-def _write_page(sweep: Sweep) -> None:
-    started = time.monotonic()
-    write_report(sweep)
-    write_text(sweep.folder / PAGE_COST_FILE, f"{time.monotonic() - started:.3f}\n", flush=False)
+def _write_files(sweep: Sweep, *, with_page: bool) -> None:
+    write_leaderboard(sweep)
+    if with_page:
+        started = time.monotonic()
+        write_report(sweep)
+        sweep.page_seconds = time.monotonic() - started
+    sweep.write()
 
 
-def _is_page_due(folder: Path) -> bool:
+def _is_page_due(sweep: Sweep) -> bool:
     """Returns whether the page is so old that to write it takes no more than its share of the time."""
-    page, cost = folder / FILE, folder / PAGE_COST_FILE
-    if not (page.is_file() and cost.is_file()):
-        return True
-    with contextlib.suppress(ValueError):
-        return time.time() - page.stat().st_mtime > float(cost.read_text(encoding="utf-8")) / PAGE_SHARE
-    return True
+    page = sweep.folder / FILE
+    return not page.is_file() or time.time() - page.stat().st_mtime > sweep.page_seconds / PAGE_SHARE
 
 
 def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = True) -> RunsReport:

@@ -515,13 +515,13 @@ class Search:
     def _ask(self, trials: Sequence[FrozenTrial]) -> optuna.Trial | None:
         """Returns a new trial; None: another command was first, and this one gave its trial back."""
         storage, mark = self._study._storage, self.presence.attribute
-        trial_id, retry = None, None
         if self._points is not None:
             trial_id = self._create(point := self._open_points(trials)[0], mark)
             self._asked.add(_point_key(point))
         elif (retry := _next_retry(trials)) is not None:
             trial_id = self._create(retry.params, {**mark, RETRY: retry.number}, retry.distributions)
-        elif (trial_id := self._study._pop_waiting_trial_id()) is not None:  # somebody enqueued a point
+        elif (enqueued := self._study._pop_waiting_trial_id()) is not None:
+            trial_id = enqueued
             for key, value in mark.items():
                 storage.set_trial_user_attr(trial_id, key, value)
         else:

@@ -16,6 +16,7 @@ from qlora.compose import compose
 from qlora.errors import ConfigError, DamagedFile
 from qlora.membership import Membership
 from qlora.run import Run
+from qlora.sweep.jobs import Status, read_job, recorded
 from qlora.training.checkpoints import MARKER, find_checkpoints
 from tests.faults.damaging import restore
 from tests.faults.runs import QUICK, at_step, outcome, run, write_rows
@@ -173,3 +174,35 @@ def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: 
     Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=Membership("s", [])).execute()
     assert outcome(tmp_path / "run") == outcome(finished)
     assert (tmp_path / "run" / "config.yaml.damaged-1").read_bytes() == CUT
+
+
+def test_a_folder_that_is_removed_while_the_training_runs_is_written_whole_at_its_end(
+    tmp_path: Path, calm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 5, lambda: shutil.rmtree(folder))
+    with recorded(folder, ["lora.r=4"], "result.json"):
+        run(folder)
+    assert outcome(folder) == calm
+    assert f"{folder} was removed while the run went on; it is written again" in caplog.text
+    for name in ("config.yaml", "manifest.json", "metrics.json", "history.json", "report.html", "README.md"):
+        assert (folder / name).is_file(), name
+    job = read_job(folder)
+    assert (job.status, job.overrides, job.damaged) == (Status.finished, ["lora.r=4"], [])
+    assert job.metrics["eval_loss"] == calm["metrics"]["eval_loss"]
+
+
+def test_a_folder_that_is_removed_while_it_is_written_ends_the_run_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def remove() -> None:
+        shutil.rmtree(folder)
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "checkpoints"))
+
+    at_step(monkeypatch, 3, remove)
+    with pytest.raises(
+        ConfigError, match=rf"the run folder {folder} was removed while the run wrote into it \(No such"
+    ):
+        run(folder)

@@ -200,11 +200,13 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
         ("hydra/callbacks/mine", "x: {_target_: os.system}", ["+hydra/callbacks=mine"], "hydra.callbacks.x._target_"),
         ("hydra/env/mine", "# @package _global_\nhydra: {job: {env_set: {A: b}}}", ["hydra/env=mine"],
          "sets hydra.job.env_set.A"),
+        ("schema", "trusted: [evilmod]", [], "is taken by qlora itself"),
+        ("hydra/config", "callbacks: {x: {_target_: os.system}}", [], "is taken by qlora itself"),
         ("callbacks/mine", "x: {_target_: os.system}", ["callbacks=mine"], "callbacks.x._target_=os.system"),
         ("callbacks/mine", "# @package hydra.job.env_set\nA: b", ["callbacks=mine"], "sets hydra.job.env_set.A"),
         ("model/mine", "name: tiny\ntrust_remote_code: true", ["model=mine"], "sets model.trust_remote_code"),
         ("model/mine", "# @package _global_\ntrusted: [evilmod]", ["model=mine"], "sets trusted"),
-        ("recipe/mine", "trusted: [evilmod]", ["recipe=mine"], "sets trusted"),
+        ("recipe/mine", "# @package _global_\ntrusted: [evilmod]", ["recipe=mine"], "sets trusted"),
         ("recipe/tiny_demo-corpus", "trusted: [evilmod]", ["data=demo-corpus"], "sets trusted"),
         ("sweep/mine", "# @package _global_\nhydra: {sweeper: {params: {trusted: '[evilmod]'}}}", ["sweep=mine"],
          "sweeps trusted"),
@@ -233,6 +235,13 @@ def test_a_file_that_leads_out_of_the_shipped_options_is_somebody_s(here: Path) 
     )
     with pytest.raises(ConfigError):
         check_overrides(["experiment=mine"], here / "conf")
+
+
+def test_no_line_break_reaches_a_script_of_a_launcher(here: Path) -> None:
+    """A scheduler's script is made of lines; what follows a line break would be a command."""
+    for words in (['hydra.job.name="a\ntouch MARK"'], ['hydra.sweep.dir="a\ntouch MARK"']):
+        with pytest.raises(ConfigError, match="holds a line break"):
+            check_overrides(words)
 
 
 def test_every_way_to_compose_is_checked(here: Path) -> None:

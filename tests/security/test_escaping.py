@@ -216,7 +216,7 @@ def test_of_many_names_twenty_are_listed() -> None:
     ("name", "text", "says"),
     [
         ("config.json", "[]", "it must be an object, got []"),
-        ("config.json", "", "it is no JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("config.json", "", "no JSON: Expecting value: line 1 column 1 (char 0)"),
         ("config.json", "[" * 100_000, "it is nested too deeply"),
         ("config.json", '{"model_type": 3}', "model_type must be a text, got 3"),
         ("config.json", '{"vocab_size": NaN}', "vocab_size must be a whole number or a list or null, got nan"),
@@ -237,8 +237,8 @@ def test_odd_json_of_others_is_one_sentence_with_the_file_and_what_is_wrong(
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError) as error:
         read_object(tmp_path / name, f"model.name={tmp_path}")
-    assert str(error.value).startswith(f"model.name={tmp_path}: {name} is damaged: {says}")
-    assert str(error.value).endswith("; correct it, or download or copy the folder again")
+    assert str(error.value).startswith(f"model.name={tmp_path}: {name} is damaged ({says}")
+    assert str(error.value).endswith("); correct it, or download or copy it again")
 
 
 def test_what_published_models_hold_is_no_fault(tmp_path: Path) -> None:

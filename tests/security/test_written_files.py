@@ -9,6 +9,7 @@ import pytest
 from promises import QUICK
 
 from qlora.compose import compose
+from qlora.console import LogFile
 from qlora.errors import ConfigError
 from qlora.run import Run
 
@@ -36,3 +37,11 @@ def test_names_inside_data_and_models_do_not_become_paths(tmp_path: Path, base: 
     assert {path for path in written if folder not in path.parents} == {folder, *list(folder.parents)[:2]}
     with pytest.raises(ConfigError):
         compose(["model.name=a/../../b", "task=push", "repo=../x/y"])
+
+
+def test_a_log_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("")
+    (tmp_path / "train.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"train\.log is a link to another file"):
+        LogFile(str(tmp_path / "train.log"))
+    assert (tmp_path / "elsewhere").read_text() == ""
