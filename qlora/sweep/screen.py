@@ -150,9 +150,9 @@ class Screen:
         self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
     def waiting(self, jobs: list[Job]) -> None:
-        """Moves the bars of the running jobs; one that waits again loses its own."""
+        """Moves the bars of the running jobs; one that is queued again, for a reason, loses its own."""
         for job in jobs:
-            if job.status is Status.queued and job.name in self._bars:
+            if job.status is Status.queued and job.reason is not None and job.name in self._bars:
                 self._close(job)
         running = [job for job in jobs if job.name in self._bars]
         for job in running:

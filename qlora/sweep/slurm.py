@@ -196,7 +196,7 @@ class SlurmJobs:
         if name in self._started and (not queued.runs or timeouts > self._timeouts[name]):
             self._started.discard(name)
             why = f"queued again after {timeouts} of {self.settings.max_num_timeout + 1} allocations"
-            job.status, job.reason = Status.queued, why if timeouts else None
+            job.status, job.reason = Status.queued, why if timeouts else "queued again by SLURM"
             say(f"{name} is queued again: {_label(job)}")
             self._on_wait([job])
         if queued.runs and name not in self._started:
