@@ -23,7 +23,7 @@ from tests.clusters.tasks import starts, task
 
 DOCS = Path(__file__).parents[2] / "docs" / "clusters.md"
 QUICK = [
-    *("lora.r=4", "lora.dropout=0", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1"),
+    *("lora.dropout=0", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1"),
     *("trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0"),
     *("data.max_eval_samples=8", "data.max_train_samples=64", "evaluation=loss", "evaluation.baseline=false"),
     *("task.predict=false",),
