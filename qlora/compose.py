@@ -76,8 +76,9 @@ START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
 
 # Free mappings among Hydra's own keys.
-SWEEPER_MAPPINGS = tuple(
-    f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
+HYDRA_MAPPINGS = (
+    *(f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")),
+    *(f"hydra.launcher.{name}" for name in ("additional_parameters", "ray.init", "ray.remote")),
 )
 
 LARGEST_NUMBER = 2**63 - 1
@@ -858,7 +859,7 @@ def _exists(key: str, keys: set[str]) -> bool:
 
 
 def _in_free_mapping(key: str, keys: set[str]) -> bool:
-    return _in_mapping(key, keys) or key.startswith(SWEEPER_MAPPINGS)
+    return _in_mapping(key, keys) or key.startswith(HYDRA_MAPPINGS)
 
 
 def _in_mapping(key: str, keys: set[str]) -> bool:

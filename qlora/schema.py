@@ -1150,6 +1150,14 @@ class ManifestConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How a sweep is run; its values are those of the command line, or of a file chosen with `sweep=`."""
+
+    detach: bool = False
+    """Submit the jobs and return; the same command shows their state later (`hydra/launcher=slurm`)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -1197,6 +1205,7 @@ class Config:
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 

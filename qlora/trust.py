@@ -41,7 +41,9 @@ REMOTE_CODE = "model.trust_remote_code"
 PLUGINS = ("launcher", "sweeper")
 """What Hydra builds of an installed package; an option of these groups names its class."""
 OURS = ("hydra_plugins.qlora_sweep.", "hydra._internal.")
-"""Where the classes of plugins lie whose keys are all plain."""
+"""Where the classes of plugins lie whose keys are plain, but for these."""
+COMMANDS = ("setup", "additional_parameters", "ray")
+"""Keys of our launchers that run what they hold, or hand it to somebody who may."""
 LOGGING = ("job_logging", "hydra_logging")
 CODE_KEYS = ("_target_", "()", "class", "factory")
 """The keys by which Hydra and Python's logging call what their value names."""
@@ -242,17 +244,21 @@ def _is_free(name: str, value: Any) -> bool:
     group, _, key = name.partition(".")
     if group not in PLUGINS:
         return any(fnmatchcase(name, pattern) for pattern in FREE)
+    is_one_line = isinstance(value, str) and "\n" not in value and "${" not in value
+    if isinstance(value, str) and group == "launcher" and not is_one_line:  # a script is made of some of them
+        return False
     if key == "_target_" or (_is_declared_by_us(group, key) and "_target_" not in key):
         return True  # a class that is not a plugin's is refused as a value
     if isinstance(value, str):
-        is_one_line = "\n" not in value and "${" not in value
         return is_one_line and (key in FREE_TEXTS or (key, value) == ("ray.init.address", "auto"))
     return "[" not in key and (value is None or isinstance(value, bool | int | float))
 
 
 def _is_declared_by_us(group: str, key: str) -> bool:
-    """Returns whether the launcher or sweepers of ours, or those of Hydra itself, have a key."""
+    """Returns whether the launchers or sweepers of ours, or those of Hydra itself, have a key that is plain."""
     first = re.split(r"[.\[]", key)[0]
+    if group == "launcher" and first in COMMANDS:
+        return False
     return any(
         first in option.node
         for option in ConfigStore.instance().repo["hydra"].get(group, {}).values()

@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora.compose import Combinations
 from qlora.console import say
-from qlora.schema import Config, Device
+from qlora.schema import Config
+from qlora.sweep.engines import check_not_detached
+from qlora.sweep.jobs import Status
 from qlora.sweep.launcher import (
     AHEAD,
     Combination,
@@ -23,6 +25,7 @@ from qlora.sweep.launcher import (
     run_queue,
 )
 from qlora.sweep.overview import Sweep
+from qlora.sweep.processes import RunTasks
 from qlora.sweep.report import refresh
 from qlora.sweep.screen import Screen, found
 from qlora.sweep.trackers import track_sweep
@@ -33,9 +36,9 @@ def run_grid(
     arguments: Sequence[str],
     *,
     launch: Callable[..., Any],
-    build_slots: Callable[..., list[dict[str, str]]] | None,
+    build: Callable[[Config], RunTasks] | None,
 ) -> None:
-    """Runs the jobs that are not finished yet: in slots of our own, or by another launcher's `launch`.
+    """Runs the jobs that are not finished yet: by an engine of our own, or by another launcher's `launch`.
 
     Raises `ConfigError` for a value that is refused, and where the folder holds a sweep of another config or one that
     runs; `JobsFailed` at the end where a job failed.
@@ -46,16 +49,19 @@ def run_grid(
     if len(grid) > AHEAD:
         say(f"sweep {folder}: {_in_words(grid)}; each value is checked, then the first job starts")
     shared, first = grid.check(), grid.config([0] * len(grid.axes))
-    slots = build_slots(on_cpu=first.device is Device.cpu) if build_slots is not None else None
+    if build is None:
+        check_not_detached(first)
+    run = build(first) if build is not None else None
     with open_sweep(folder, shared, first.objective) as sweep:
         OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
         queue = Queue(sweep, _combinations(grid, sweep), len(grid))
-        if slots is not None:
-            run_queue(config, queue, slots)
+        if run is not None:
+            run_queue(config, queue, run)
         else:
             _run_by(launch, queue, config.hydra.sweeper.max_batch_size)
         track_sweep(sweep, first.tracking)
-        if queue.failed:
+        kept = (Status.queued, Status.running) if first.sweep.detach else ()
+        if any(job.status not in kept for job in queue.failed):
             raise jobs_failed(sweep)
 
 
@@ -76,7 +82,7 @@ def _combinations(grid: Combinations, sweep: Sweep) -> Iterator[Combination]:
     for positions in grid:
         words = grid.words(positions)
         own = [word for word, is_own in zip(words, varied, strict=True)
-               if (is_own or is_alone) and not word.startswith("sweep=")]  # fmt: skip
+               if (is_own or is_alone) and not word.startswith(("sweep=", "sweep."))]  # fmt: skip
         yield words, own, compose(positions)
 
 

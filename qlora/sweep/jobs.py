@@ -32,6 +32,8 @@ from qlora.stored import Status as Status  # of which a job has one
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+SUBMITTED = "slurm"
+"""In a job's status, what SLURM got and has not been seen to end: the array's folder and the index in it."""
 OVERVIEW_LOCK = ".overview.lock"
 
 # What a job may have otherwise and still give the same result.
@@ -55,6 +57,8 @@ class Job:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     """How long it ran, of the last start."""
+    node: str | None = None
+    """The machine of a cluster that it was given to."""
     progress: dict[str, float] = field(default_factory=dict)
     """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
     seedless: str | None = None
@@ -132,13 +136,14 @@ def read_job(folder: Path) -> Job:
         job.objective, job.metrics = result["objective"], result["metrics"]
     if status is not None:
         job.status, job.reason, job.overrides = Status(status["status"]), status["reason"], status["overrides"]
-        job.seconds, job.seedless = status["seconds"], status.get("seedless")
+        job.seconds, job.seedless, job.node = status["seconds"], status.get("seedless"), status.get("node")
         if written is not None and name is not None and of_result is not None and not job.damaged:
             job.stamp = {STATUS_FILE: written, name: of_result}
         if job.status is Status.finished and name is not None and result is None:
             job.status = Status.failed
             job.reason = list_damage(job) if job.damaged else f"{name} is missing"
-        if job.status is Status.running and not is_locked(folder):
+        in_cluster = status.get(SUBMITTED) is not None  # whose locks may not be seen here
+        if job.status is Status.running and not in_cluster and not is_locked(folder):
             job.status, job.reason = Status.interrupted, "its process is gone"
     elif result is not None:
         job.status = Status.finished

@@ -23,7 +23,7 @@ from qlora.compose import config_to_dict, explain, to_config
 from qlora.console import guard_logs, printable, say
 from qlora.errors import ConfigError
 from qlora.folder import is_below
-from qlora.schema import Config, Device
+from qlora.schema import Config
 from qlora.sweep.jobs import (
     UNNAMED_KEYS,
     Job,
@@ -38,7 +38,7 @@ from qlora.sweep.jobs import (
 )
 from qlora.sweep.leaderboard import describe
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
-from qlora.sweep.processes import Task, build_slots, run_tasks
+from qlora.sweep.processes import RunTasks, Task
 from qlora.sweep.screen import Screen
 from qlora.sweep.trackers import track_sweep
 from qlora.wording import quoted
@@ -60,22 +60,22 @@ class JobsFailed(ConfigError):
 
 
 def launch(
-    config: DictConfig, loader: ConfigLoader, overrides: list[list[str]], *, n_jobs: int | None, gpus_per_job: int
+    config: DictConfig, loader: ConfigLoader, overrides: list[list[str]], *, build: Callable[[Config], RunTasks]
 ) -> list[JobReturn]:
-    """Runs the jobs that another project's sweeper gives, and returns what each of them gave, in order.
+    """Runs the jobs that another project's sweeper gives by the engine that `build` returns; returns what each gave.
 
     A job that failed returns a `JobsFailed`. Raises `ConfigError` where another sweep runs in the folder, or where the
     folder holds a sweep of another config.
     """
     prepare(config)
     configs = [to_config(loader.load_sweep_config(config, list(words))) for words in overrides]
-    slots = build_slots(n_jobs, gpus_per_job, on_cpu=configs[0].device is Device.cpu)
+    run = build(configs[0])
     shared = common_facts([config_to_dict(each) for each in configs])
     with open_sweep(Path(str(config.hydra.sweep.dir)), shared, configs[0].objective) as sweep:
         combinations = [(words, own, partial(_given, each))
                         for words, own, each in zip(overrides, varied(overrides), configs, strict=True)]  # fmt: skip
         queue = Queue(sweep, combinations, len(combinations))
-        run_queue(config, queue, slots)
+        run_queue(config, queue, run)
         track_sweep(sweep, configs[0].tracking)
         return [to_return(sweep, sweep.find(own, config_to_dict(each)), words)
                 for (words, own, _), each in zip(combinations, configs, strict=True)]  # fmt: skip
@@ -187,32 +187,37 @@ def refuse(sweep: Sweep, own: list[str], error: Exception) -> Job:
     return job
 
 
-def run_queue(config: DictConfig, queue: Queue, slots: list[dict[str, str]]) -> None:
-    """Runs the jobs of a queue as processes of our own."""
+def run_queue(config: DictConfig, queue: Queue, run: RunTasks) -> None:
+    """Runs the jobs of a queue by an engine of our own."""
+    handed = 0
     with Screen(queue.sweep, len(queue), is_known=queue.is_known) as screen:
 
         def next_task() -> Task | None:
+            nonlocal handed
             taken = queue.next()
-            screen.expect(len(queue) + screen.running + (taken is not None))
+            handed += taken is not None
+            screen.expect(len(queue) + handed - screen.done)
             if taken is None:
                 return None
             job, words = taken
             return Task(job, command(config, job.folder, words), {})
 
-        run_tasks(next_task, slots, on_start=screen.started, on_end=screen.ended, on_wait=screen.waiting)
+        run(next_task, on_start=screen.started, on_end=screen.ended, on_wait=screen.waiting)
     screen.summary()
 
 
 def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     """Returns of each job those overrides that not all jobs have."""
     shared = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
-    return [[text for text in words if text not in shared and not text.startswith("sweep=")] for words in overrides]
+    return [[text for text in words if text not in shared and not text.startswith(("sweep=", "sweep."))]
+            for words in overrides]  # fmt: skip
 
 
 def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[str]:
     """Returns the words that run one job as a plain run in its folder."""
     own = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
-    words = [text for text in overrides if text != "resume=never"]  # the sweep's folder is the new one
+    # The sweep's folder is the new one, and the sweep alone is detached.
+    words = [text for text in overrides if text != "resume=never" and not text.startswith("sweep.")]
     return [
         *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
         *("hydra.mode=RUN", f"hydra.run.dir={quoted(str(folder.absolute()))}"),
@@ -242,8 +247,8 @@ class _Failed(JobReturn):
 
 
 def to_return(sweep: Sweep, job: Job, overrides: Sequence[str]) -> JobReturn:
-    """Returns a job's end as Hydra's sweepers want it."""
-    if job.status is Status.finished:
+    """Returns a job's end as Hydra's sweepers want it; one that an engine keeps for later has none yet."""
+    if job.status in (Status.finished, Status.queued, Status.running):
         return JobReturn(list(overrides), status=JobStatus.COMPLETED, _return_value=job.objective)
     return _Failed(list(overrides), status=JobStatus.FAILED, _return_value=jobs_failed(sweep))
 

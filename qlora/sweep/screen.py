@@ -130,9 +130,9 @@ class Screen:
             log.exception("%s cannot be made", self.sweep.folder / "report.html")
 
     @property
-    def running(self) -> int:
-        """How many jobs run now."""
-        return len(self._bars)
+    def done(self) -> int:
+        """How many jobs have ended."""
+        return self._done
 
     def expect(self, count: int) -> None:
         """Takes how many jobs are still to end; a search learns it as it goes."""
@@ -149,11 +149,15 @@ class Screen:
         bar(0, note="starting")
         self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
-    def waiting(self, running: list[Job]) -> None:
-        """Moves the bars of the running jobs."""
+    def waiting(self, jobs: list[Job]) -> None:
+        """Moves the bars of the running jobs; one that is queued again, for a reason, loses its own."""
+        for job in jobs:
+            if job.status is Status.queued and job.reason is not None and job.name in self._bars:
+                self._close(job)
+        running = [job for job in jobs if job.name in self._bars]
         for job in running:
             steps = job.progress
-            if job.name in self._bars and steps:  # which have a step and a number of steps
+            if steps:  # which have a step and a number of steps
                 notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
                 if steps.get("tokens_per_second"):
                     notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
@@ -164,10 +168,16 @@ class Screen:
         self._tables.poll()
         self._page.poll()
 
-    def ended(self, job: Job) -> None:
-        """Tells what became of a job, and brings the files up to date."""
+    def _close(self, job: Job) -> None:
         stack, _ = self._bars.pop(job.name)
         stack.close()
+        if job.status is Status.queued:
+            self.sweep.jobs[job.name] = job
+            self._tables.changed()
+
+    def ended(self, job: Job) -> None:
+        """Tells what became of a job, and brings the files up to date."""
+        self._close(job)
         self._done += 1
         if job.seconds is not None and job.status is Status.finished:
             self._durations.append(job.seconds)
@@ -204,7 +214,7 @@ class Screen:
         ages = {job.name: now - self._begun[job.name] for job in running}
         known = {job.name: job.progress["seconds_left"] for job in running if job.progress.get("seconds_left")}
         durations = [*self._durations, *(ages[name] + left for name, left in known.items())]
-        if not durations:
+        if not durations or not running:
             return None
         each = statistics.fmean(durations)
         begun = sum(known.get(name, max(each - age, 0.0)) for name, age in ages.items())

@@ -33,14 +33,14 @@ from qlora.errors import ConfigError
 from qlora.files import write_text
 from qlora.folder import describe_changes
 from qlora.membership import TRIAL_VARIABLE
-from qlora.schema import Config, Device, EvaluationName, TaskName
+from qlora.schema import Config, EvaluationName, TaskName
 from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage
 from qlora.sweep.jobs import Job, Status, in_turn, read_job, write_status
 from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare, refuse
 from qlora.sweep.leaderboard import write_leaderboard
 from qlora.sweep.overview import Sweep, common_facts
 from qlora.sweep.presence import Presence
-from qlora.sweep.processes import ASK_SECONDS, Task, run_tasks
+from qlora.sweep.processes import ASK_SECONDS, RunTasks, Task
 from qlora.sweep.screen import Screen
 from qlora.sweep.settings import SearchSettings
 from qlora.sweep.space import Space, build_space
@@ -128,9 +128,9 @@ def search(
     overrides: list[str],
     *,
     launch: Callable[..., Any],
-    build_slots: Callable[..., list[dict[str, str]]] | None,
+    build: Callable[[Config], RunTasks] | None,
 ) -> None:
-    """Runs the trials that the study lacks: in slots of our own, or in batches by another launcher's `launch`.
+    """Runs the trials that the study lacks: by an engine of our own, or in batches by another launcher's `launch`.
 
     Raises `ConfigError` for every mistake before a job starts, and `JobsFailed` at the end where a trial failed.
     """
@@ -149,7 +149,9 @@ def search(
     configs = [compose([*space.fixed, *words]) for words in examples]
     goals = find_goals(settings, configs)
     check_pruning(settings, configs, goals)
-    slots = build_slots(on_cpu=configs[0].device is Device.cpu) if build_slots is not None else None
+    if configs[0].sweep.detach:
+        raise ConfigError("sweep.detach=true: a search waits for the results that it goes on from; leave it out")
+    run = build(configs[0]) if build is not None else None
     shared = common_facts([config_to_dict(each) for each in configs])
     is_alone = settings.storage is None
     with (
@@ -163,10 +165,10 @@ def search(
         own.recover()
         OmegaConf.save(config, sweep.folder / "multirun.yaml")  # as Hydra's own sweeper does
         try:
-            if slots is None:
+            if run is None:
                 _run_in_batches(own, launch)
             else:
-                _run_in_slots(own, config, slots)
+                _run_one_by_one(own, config, run)
         finally:
             own.write_results()
             with in_turn(sweep.folder):
@@ -246,8 +248,8 @@ def check_pruning(settings: SearchSettings, configs: Sequence[Config], goals: Se
         )
 
 
-def _run_in_slots(own: Search, config: DictConfig, slots: list[dict[str, str]]) -> None:
-    """Runs jobs as processes of our own; a slot that gets free asks for the next trial."""
+def _run_one_by_one(own: Search, config: DictConfig, run: RunTasks) -> None:
+    """Runs jobs by an engine that asks for the next trial whenever it has room."""
     with Screen(own.sweep, own.left) as screen:
 
         def next_task() -> Task | None:
@@ -262,9 +264,8 @@ def _run_in_slots(own: Search, config: DictConfig, slots: list[dict[str, str]]) 
             screen.ended(job)
             own.ended(job)
 
-        run_tasks(
+        run(
             next_task,
-            slots,
             on_start=screen.started,
             on_end=ended,
             on_wait=screen.waiting,

@@ -178,14 +178,18 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
     ("file", "body", "words", "says"),
     [
         ("hydra/launcher/mine", "_target_: os.system", ["hydra/launcher=mine"], "hydra.launcher._target_=os.system"),
-        ("hydra/launcher/mine", "defaults: [submitit_slurm]\nsetup: [touch MARK]", ["hydra/launcher=mine"],
+        ("hydra/launcher/mine", "defaults: [slurm]\nsetup: [touch MARK]", ["hydra/launcher=mine"],
          "sets hydra.launcher.setup"),
-        ("hydra/launcher/mine", "defaults: [submitit_slurm]\npartition: \"a\\ntouch MARK\"", ["hydra/launcher=mine"],
+        ("hydra/launcher/mine", "defaults: [slurm]\npartition: \"a\\ntouch MARK\"", ["hydra/launcher=mine"],
          "sets hydra.launcher.partition"),
-        ("hydra/launcher/mine", "defaults: [submitit_slurm]\nadditional_parameters: {wrap: touch MARK}",
+        ("hydra/launcher/mine", "defaults: [slurm]\nadditional_parameters: {wrap: touch MARK}",
          ["hydra/launcher=mine"], "sets hydra.launcher.additional_parameters.wrap"),
-        ("hydra/launcher/mine", "# @package _group_\ndefaults: [submitit_slurm]\nsetup: [touch MARK]",
+        ("hydra/launcher/mine", "# @package _group_\ndefaults: [slurm]\nsetup: [touch MARK]",
          ["hydra/launcher=mine"], "sets hydra.launcher.setup"),
+        ("hydra/launcher/mine", "defaults: [ray]\nray: {init: {runtime_env: {py_executable: touch MARK}}}",
+         ["hydra/launcher=mine"], "sets hydra.launcher.ray.init.runtime_env.py_executable"),
+        ("hydra/launcher/mine", "defaults: [ray]\nray: {init: {address: 'ray://elsewhere:1'}}",
+         ["hydra/launcher=mine"], "sets hydra.launcher.ray.init.address"),
         ("hydra/sweeper/mine", "_target_: os.system", ["hydra/sweeper=mine"], "hydra.sweeper._target_=os.system"),
         ("hydra/job_logging/mine", "version: 1\nhandlers: {x: {(): os.system}}", ["hydra/job_logging=mine"],
          "hydra.job_logging.handlers.x.()=os.system"),
@@ -216,8 +220,6 @@ def test_no_option_of_any_group_runs_anything(here: Path, file: str, body: str, 
     path.write_text(body)
     (here / "outside").mkdir(exist_ok=True)
     (here / "outside" / "mine.yaml").write_text("# @package _global_\ntrusted: [evilmod]\n")
-    if "submitit" in body:
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     with pytest.raises(ConfigError) as error:
         check_overrides(words, here / "conf")
     assert says in str(error.value)
@@ -283,7 +285,6 @@ def test_a_key_that_is_trusted_may_be_set_by_a_file(here: Path) -> None:
 
 
 def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     folder = here / "conf" / "hydra" / "launcher"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(

@@ -1,4 +1,4 @@
-"""What Hydra finds as its plugins: the launcher of a process a job, and the sweeper that searches by Optuna.
+"""What Hydra finds as its plugins: the launchers of a process a job, and the sweeper that searches by Optuna.
 
 Hydra takes plugins from the package `hydra_plugins` only and imports them at every start, so the work is elsewhere. It
 does so without `sys.modules`, so that dataclasses here cannot have annotations as text (`from __future__`).
@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qlora.sweep.settings import SearchSettings
+from qlora.sweep.settings import RaySettings, SearchSettings, SlurmSettings
 
 
 @dataclass
@@ -45,14 +45,16 @@ class GridConf:
 # In place of Hydra's own, which composes all combinations before the first job and again for each.
 ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GridConf, provider="qlora")
 ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmSettings, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RaySettings, provider="qlora")
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchSettings, provider="qlora")
 
 
-class ProcessesLauncher(Launcher):
+class OwnLauncher(Launcher):
     """Runs each job in a process of its own, so that none can take the others with it."""
 
-    def __init__(self, n_jobs: int | None, gpus_per_job: int) -> None:
-        self.n_jobs, self.gpus_per_job = n_jobs, gpus_per_job
+    def __init__(self, **settings: Any) -> None:
+        """Takes what the launcher's settings declare; `build_engine` reads them from the config, with their types."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what Hydra composes jobs with; the task function runs in the jobs' own processes."""
@@ -60,15 +62,27 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs that are not finished yet and returns what each of them gave."""
+        from qlora.sweep.engines import build_engine
         from qlora.sweep.launcher import launch
 
         return launch(
             self.config,
             self.hydra_context.config_loader,
             [list(overrides) for overrides in job_overrides],
-            n_jobs=self.n_jobs,
-            gpus_per_job=self.gpus_per_job,
+            build=partial(build_engine, self.config.hydra.launcher),
         )
+
+
+class ProcessesLauncher(OwnLauncher):
+    """Runs jobs on this machine."""
+
+
+class SlurmLauncher(OwnLauncher):
+    """Runs jobs on a SLURM cluster."""
+
+
+class RayLauncher(OwnLauncher):
+    """Runs jobs on a Ray cluster."""
 
 
 class OwnSweeper(Sweeper):
@@ -84,12 +98,17 @@ class OwnSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
-    def launching(self) -> dict[str, Any]:
-        """Returns the launcher's function, and what builds the slots of our own launcher; None: it is another's."""
-        launcher = self.launcher
-        own = isinstance(launcher, ProcessesLauncher)
-        slots = partial(_build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None
-        return {"launch": launcher.launch, "build_slots": slots}
+    def launching(self, room: int | None = None) -> dict[str, Any]:
+        """Returns the launcher's function, and what builds the engine of a launcher of ours; None: it is another's.
+
+        `room` is how many jobs may wait and run at a time on a cluster.
+        """
+        from qlora.sweep.engines import build_engine
+
+        assert self.config is not None
+        own = isinstance(self.launcher, OwnLauncher)
+        build = partial(build_engine, self.config.hydra.launcher, room=room) if own else None
+        return {"launch": self.launcher.launch, "build": build}
 
 
 class GridSweeper(OwnSweeper):
@@ -120,10 +139,5 @@ class OptunaSweeper(OwnSweeper):
             ) from error
         assert self.config is not None
         assert self.hydra_context is not None
-        search(self.config, self.hydra_context.config_loader, arguments, **self.launching())
-
-
-def _build_slots(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
-    from qlora.sweep.processes import build_slots
-
-    return build_slots(*args, **kwargs)
+        launching = self.launching(room=self.config.hydra.sweeper.batch_size)
+        search(self.config, self.hydra_context.config_loader, arguments, **launching)
