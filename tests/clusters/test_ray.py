@@ -65,6 +65,7 @@ def run(
     return ended
 
 
+@pytest.mark.full
 def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(
     tmp_path: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(
     assert [starts(tmp_path / name) for name in ends] == [1] * len(ends)
 
 
+@pytest.mark.full
 def test_an_interruption_ends_the_running_job_in_order_and_leaves_the_others_queued(
     tmp_path: Path, cluster: Cluster
 ) -> None:
@@ -161,7 +163,7 @@ def _wait_for_nodes(cluster: Cluster, count: int, node: subprocess.Popen[str]) -
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_documented_command_trains_on_the_cluster_that_runs(tmp_path: Path, cluster: Cluster) -> None:
     words = [*documented("ray"), "hydra.launcher.ray.remote.num_gpus=0"]
     words += ["trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
