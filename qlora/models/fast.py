@@ -135,8 +135,8 @@ class Group:
         # 8-bit products come in bf16, also where a CPU computes all else in float32.
         dtype = x.dtype if self.factor is None else torch.bfloat16
         flat = x.reshape(-1, self.columns).to(dtype)
-        a = torch.cat([each.lora_A["default"].weight for each in self.members]).to(dtype)
-        b = [(each.lora_B["default"].weight * each.scaling["default"]).to(dtype) for each in self.members]
+        a = torch.cat([member.lora_A["default"].weight for member in self.members]).to(dtype)
+        b = [(member.lora_B["default"].weight * member.scaling["default"]).to(dtype) for member in self.members]
         dropped = _drop(flat, first.lora_dropout["default"])
         found = GroupedLinear.apply(flat, dropped, a, self.ranges, self.rows, *b, *self.tensors)
         outputs = []

@@ -127,7 +127,7 @@ def test_a_layer_keeps_what_is_planned(
 
 @pytest.mark.parametrize(
     ("rows", "length", "passes", "checkpoint", "dropout", "vocabulary"),
-    [  # each value of one with each value of another
+    [  # all pairs of values of two parameters
         (1, 512, 1, False, 0, 96),
         (1, 512, 1, True, 0.1, 4000),
         (1, 512, 2, False, 0.1, 4000),
