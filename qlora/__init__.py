@@ -8,8 +8,17 @@ result = Run(compose(["lora.r=16", "data.max_eval_samples=100"]), "outputs/my-ru
 
 import os
 import sys
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
+
+if find_spec("fcntl") is None:  # locks of folders need it
+    _sentence = "qlora runs on Linux and macOS; on Windows install WSL (`wsl --install`), and qlora inside it"
+    _program = next(iter(sys.argv), "")
+    # While Python looks for the module that it is to run, `-m` stands for its file.
+    if _program == "-m" or os.path.basename(_program).partition(".")[0] == "qlora":  # noqa: PTH119
+        sys.exit(f"error: {_sentence}")
+    raise ImportError(_sentence)
 
 # Nothing is told to others, and no code is fetched, unless the user asks for it: what is set already stays.
 _QUIET = {

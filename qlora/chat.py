@@ -27,6 +27,7 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.generation import build_settings, community_code, end_token_ids, left_pad, own_settings_aside
 from qlora.evaluation.measure import evaluation_mode
 from qlora.models.adapters import adapter_off
+from qlora.places import expand_home
 from qlora.schema import GenerationConfig
 
 COMMANDS: Final = {
@@ -319,7 +320,7 @@ class Chat:
     def _save(self, name: str) -> None:
         if not self.turns:
             raise ConfigError("/save: nothing was said yet")
-        path = Path(name).expanduser()
+        path = expand_home(name, "/save")
         if path.suffix != ".jsonl":
             raise ConfigError("/save adds the conversation as a line of JSON; name a file FILE.jsonl")
         system = [{"role": "system", "content": self.system}] if self.system else []

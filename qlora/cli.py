@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import errno
 import gc
@@ -10,40 +11,48 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora import world
+from qlora import trust, world
 from qlora.compose import (
     CONF_DIR,
     START_VARIABLE,
-    check_overrides,
+    check_command,
+    config_to_dict,
     expand_sweep,
     explain,
     now,
     open_entries,
+    override_value,
     register,
     show_config,
     to_config,
     unknown_flag,
+    with_environment,
+    without_hydra,
 )
-from qlora.console import close_bars, quiet_libraries, take_over_handlers
+from qlora.console import close_bars, complain, quiet_libraries, take_over_handlers
 from qlora.errors import ConfigError, Pruned, Stopped
 from qlora.folder import RunFolder
+from qlora.membership import VARIABLE, Membership
+from qlora.places import anchor_paths, give_home
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
-from qlora.secrets import hide
+from qlora.searchpath import option_folder
 from qlora.spelling import keep_spelling, reading_spellings
+from qlora.start import Start, start_anew, start_in
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -62,23 +71,34 @@ it to, for the jobs of a sweep, which inherit the first."""
 
 def main() -> None:
     """Runs the command line and exits: 0 when all went well, 1 after a failure, 130 after Ctrl-C, 75 once saved."""
-    before = {name: os.environ.get(name) for name in (FULL_ERROR, WANTS_FULL_ERROR)}
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, WANTS_FULL_ERROR, START_VARIABLE, "HOME")}
     in_full = (before[WANTS_FULL_ERROR] or before[FULL_ERROR]) == "1"
     os.environ |= {FULL_ERROR: "1", WANTS_FULL_ERROR: "1" if in_full else "0"}
     try:
-        _main(sys.argv[1:])
+        _check_surroundings()
+        with trust.fixed_resolvers():
+            _main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if SHOWING & {*sys.argv}:
+            sys.exit(0)
+        print("error: the standard output was closed before the command had ended", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         close_bars()
         if world.is_first():
-            print(f"\n{stopped}", file=sys.stderr)
+            complain(f"\n{stopped}")
         sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
         if world.is_first():
-            print("\ninterrupted; run the same command in the same folder to go on", file=sys.stderr)
+            complain("\ninterrupted; run the same command in the same folder to go on")
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
-        cause = error.__cause__ if isinstance(error, Mistake) else error
+        # Python's logging wraps what a handler raises.
+        is_wrapped = isinstance(error, Mistake) or isinstance(error.__cause__, ConfigError)
+        cause = error.__cause__ if is_wrapped else error
         assert isinstance(cause, Exception)
         _tell(cause, in_full=in_full)
         sys.exit(1)
@@ -86,6 +106,23 @@ def main() -> None:
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
+
+
+SHOWING = {"-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+"""Flags that print something and do nothing else."""
+
+
+def _check_surroundings() -> None:
+    """Raises `ConfigError` where Python was started so that nothing could run."""
+    if sys.flags.optimize > 1:
+        raise ConfigError(
+            "Python was started with -OO or PYTHONOPTIMIZE=2, which takes out descriptions that this program and its "
+            "libraries read; start it without"
+        )
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror}); change to one that exists") from error
 
 
 PATIENCE = 3
@@ -111,7 +148,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
     name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
-    print(hide(f"{name}{text}"), file=sys.stderr, flush=True)
+    complain(f"{name}{text}")
 
 
 class Mistake(BaseException):
@@ -120,7 +157,10 @@ class Mistake(BaseException):
 
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """The variables that settle how torch allocates a GPU's memory."""
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
+WITHOUT_CACHES = (TaskName.report, TaskName.plan, TaskName.migrate, TaskName.doctor)
+"""The tasks that read no rows, and load no model."""
+WRITE_NOTHING = (TaskName.doctor, TaskName.chat)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
 def _main(argv: list[str]) -> None:
@@ -129,48 +169,147 @@ def _main(argv: list[str]) -> None:
 
         print_help(argv)
         return
-    args, rest = get_args_parser().parse_known_intermixed_args(argv)
+    trust.check_version()
+    args, rest = _parser().parse_known_intermixed_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         raise unknown_flag(unknown[0])
     if args.config_path is not None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
         )
-    afterwards: Callable[[], None] = lambda: None  # noqa: E731
-    if not (args.shell_completion or args.hydra_help or args.experimental_rerun):
-        flags = [word for word in argv if word not in args.overrides]
-        check_engine(args.overrides)
-        args.overrides = keep_spelling(args.overrides)
-        composed = check_overrides(args.overrides, args.config_dir, multirun=args.multirun)
-        if args.cfg == "job":
-            sys.stdout.write(show_config(composed, args.package, resolve=args.resolve))
-            return
-        if composed.task.name is TaskName.wandb_sweep:
-            from qlora.sweep.wandb_sweep import write_wandb_sweep
+    if args.config_name is not None:
+        raise ConfigError(
+            f"--config-name replaces the whole configuration; use --config-dir FOLDER experiment={args.config_name}"
+        )
+    if args.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun unpickles a file, which may run code that it holds; use task=replay run=FOLDER"
+        )
+    if args.shell_completion or args.hydra_help:
+        _call_hydra()
+        return
+    flags = [word for word in argv if word not in args.overrides]
+    if args.config_dir is not None and "://" in args.config_dir:  # Hydra's flag knows folders only
+        options = str(option_folder(args.config_dir, "--config-dir"))
+        flags = [f"{word.removesuffix(args.config_dir)}{options}" if word.endswith(args.config_dir) else word
+                 for word in flags]  # fmt: skip
+        args.config_dir = options
+    check_engine(args.overrides)
+    args.overrides = with_environment(keep_spelling(args.overrides))
+    if world.size() == 1:
+        os.environ.setdefault(START_VARIABLE, now())
+    composed = check_command(
+        args.overrides,
+        args.config_dir,
+        multirun=args.multirun,
+        leave_grid=not (args.cfg or args.info),
+        printed=args.resolve,
+    )
+    if args.cfg == "job":
+        sys.stdout.write(show_config(without_hydra(composed), args.package, resolve=args.resolve))
+    elif args.cfg or args.info:
+        if args.info and _sweeps(args):
+            raise ConfigError("--info tells of one run, and -m or sweep= asks for a sweep; leave one of them out")
+        _hand_over(args, flags)
+        _call_hydra()
+    elif composed.task.name is TaskName.wandb_sweep:
+        from qlora.sweep.wandb_sweep import write_wandb_sweep
 
-            write_wandb_sweep(args.overrides, args.config_dir)
-            return
-        sweeps = args.multirun or any(word.startswith("sweep=") for word in args.overrides)
-        folder = names.folder_words(args.overrides) if sweeps else []
-        joined = _join(composed, sweeps)
-        if composed.resume is Resume.never:
-            words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
-            # Processes that torchrun starts again go on in the folder that they began in.
-            folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
-        # Hydra reads no flag between overrides.
-        sys.argv[1:] = [*open_entries([*args.overrides, *folder]), *joined, *flags]
-        if sweeps and composed.tracking.backend is TrackingBackend.wandb:
-            from qlora.sweep.trackers import track_other_engine
+        write_wandb_sweep(args.overrides, args.config_dir)
+    else:
+        if composed.task.name not in WITHOUT_CACHES or composed.data.cache_dir:
+            give_home(composed.data.cache_dir)
+        if composed.task.name in WRITE_NOTHING and not _sweeps(args):
+            _join(composed, sweeps=False)
+            _run_without_folder(composed)
+        else:
+            _run(args, flags, composed)
 
-            afterwards = partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns Hydra's parser of flags, whose complaints are sentences of ours."""
+
+    def complain(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.error = complain  # type: ignore[method-assign]
+    return parser
+
+
+def _sweeps(args: Any) -> bool:
+    return args.multirun or any(word.startswith("sweep=") for word in args.overrides)
+
+
+def _hand_over(args: Any, flags: list[str], *more: str) -> None:
+    """Hands Hydra the overrides, spelt for it, before the flags: it reads none between them."""
+    sys.argv[1:] = [*open_entries([*args.overrides, *more]), *flags]
+
+
+def _call_hydra() -> None:
+    with reading_spellings(CONF_DIR):
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+
+
+def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
+    """Runs what Hydra starts; a refused command leaves its folder as it was, or none."""
+    sweeps, afterwards = _sweeps(args), list[Callable[[], None]]()
+    folder = names.folder_words(args.overrides) if sweeps else []
+    joined = _join(composed, sweeps)
+    if composed.resume is Resume.never:
+        words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
+        # Processes that torchrun starts again go on in the folder that they began in.
+        folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
+    start = _start(composed, folder, sweeps)
+    if world.size() > 1:  # the folder of the first process is that of all, also when they are started again
+        os.environ[START_VARIABLE] = world.agree_on_start("place", world.share(os.environ[START_VARIABLE]))
+    _hand_over(args, flags, *folder, *joined)
+    if sweeps and composed.tracking.backend is TrackingBackend.wandb:
+        from qlora.sweep.trackers import track_other_engine
+
+        afterwards += [partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)]
     try:
-        with reading_spellings(CONF_DIR):
-            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
-    except Exception:
-        afterwards()
+        _call_hydra()
+    except (Mistake, Exception) as error:
+        if start is not None and isinstance(error, Mistake | ConfigError | HydraException | OmegaConfBaseException):
+            start.put_back()
+        for call in afterwards if isinstance(error, Exception) else ():
+            call()
         raise
-    afterwards()
+    for call in afterwards:
+        call()
     world.leave()
+
+
+def _start(composed: DictConfig, folder: list[str], sweeps: bool) -> Start | None:
+    """Makes the folder of the command and returns its start; None: another process keeps it."""
+    if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
+        return None
+    sweeps = sweeps or composed.hydra.mode is RunMode.MULTIRUN
+    given = [word for word in folder if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    place = Path(str(override_value(given[-1]) if given else composed.hydra[("run", "sweep")[sweeps]].dir))
+    is_named_by_time = not given and composed.name is None and place.name == os.environ.get(START_VARIABLE)
+    if is_named_by_time and not sweeps:
+        return start_anew(place)
+    return start_in(place, is_sweep=sweeps)
+
+
+def _run_without_folder(composed: DictConfig) -> None:
+    """Runs a task that writes nothing: no folder, no log."""
+    logging_config = composed.hydra.job_logging.copy()
+    OmegaConf.set_struct(logging_config, False)
+    OmegaConf.set_readonly(logging_config, False)
+    logging_config.merge_with({"root": {"handlers": ["console"]}})
+    logging_config.handlers.pop("file", None)
+    configure_log(logging_config, composed.hydra.verbose)
+    quiet_libraries(verbose=bool(composed.hydra.verbose))
+    try:
+        config = to_config(composed)
+        execute(config, Path(str(composed.hydra.run.dir)), verbose=bool(composed.hydra.verbose))
+    except ConfigError as error:
+        raise Mistake from error
+    finally:
+        free_memory()
 
 
 def _join(config: DictConfig, sweeps: bool) -> list[str]:
@@ -205,37 +344,20 @@ def job(composed: DictConfig) -> Any:
     config = to_config(composed)
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
+    typed_in = Path(hydra_config.runtime.cwd)
+    sweep_dir = Path(hydra_config.sweep.dir)
+    if hydra_config.job.chdir:
+        sweep_dir = typed_in / sweep_dir
+        anchor_paths(config, typed_in)
+    if config.task.name not in WITHOUT_CACHES:  # an engine may have sent the job to another machine
+        give_home(config.data.cache_dir)
     quiet_libraries(verbose=bool(hydra_config.verbose))
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
         with _recorded(output_dir, hydra_config, config):
-            if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
-                from qlora.sweep.report import report
-
-                return report(config, output_dir)["objective"]
-            if config.task.name is TaskName.plan:  # needs the model's shape only
-                from qlora.plan import plan
-
-                return plan(config, output_dir)["objective"]
-            if config.task.name is TaskName.migrate:  # reads and writes texts only
-                from qlora.migrate import migrate
-
-                return migrate(config, output_dir)["objective"]
-            if config.task.name is TaskName.doctor:  # torch may be what is broken
-                from qlora.doctor import doctor
-
-                return doctor(config, output_dir)["objective"]
-            _import_run()
-            from qlora.run import Run
-
-            if not hydra_config.verbose:
-                take_over_handlers()
-            if config.task.name is TaskName.replay:
-                from qlora.replay import replay
-
-                return replay(config, output_dir)["objective"]
-            return Run(config, output_dir, overrides, names.membership(hydra_config)).execute()["objective"]
+            membership, verbose = names.membership(hydra_config), bool(hydra_config.verbose)
+            return execute(config, output_dir, overrides, membership, verbose=verbose)["objective"]
     except Pruned:
         close_bars()
         return None
@@ -250,7 +372,45 @@ def job(composed: DictConfig) -> Any:
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
             from qlora.sweep.report import write_overview
 
-            write_overview(Path(hydra_config.sweep.dir), config.objective)
+            write_overview(sweep_dir, config.objective)
+
+
+def execute(
+    config: Config,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    membership: Membership | None = None,
+    *,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Does what `task=` says in a folder, and returns the result."""
+    if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
+        from qlora.sweep.report import report
+
+        return report(config, folder)
+    if config.task.name is TaskName.plan:  # needs the model's shape only
+        from qlora.plan import plan
+
+        return plan(config, folder)
+    if config.task.name is TaskName.migrate:  # reads and writes texts only
+        from qlora.migrate import migrate
+
+        return migrate(config, folder)
+    if config.task.name is TaskName.doctor:  # torch may be what is broken
+        from qlora.doctor import doctor
+
+        return doctor(config, folder)
+    world.check_shared(folder)
+    _import_run()
+    from qlora.run import Run
+
+    if not verbose:
+        take_over_handlers()
+    if config.task.name is TaskName.replay:
+        from qlora.replay import replay
+
+        return replay(config, folder, overrides)
+    return Run(config, folder, overrides, membership).execute()
 
 
 def _import_run() -> None:
@@ -276,7 +436,8 @@ def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContex
     """Holds the run's folder and records what becomes of the run; of several processes the first one does."""
     if not world.is_first():
         return nullcontext()
-    return recorded(folder, names.own_overrides(hydra_config), RunFolder(folder).result(config.task.name.value).name)
+    result = RunFolder(folder).result(config.task.name.value).name
+    return recorded(folder, names.own_overrides(hydra_config), result, config_to_dict(config))
 
 
 def free_memory() -> None:

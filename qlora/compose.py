@@ -5,13 +5,16 @@ Nothing here or below imports torch, so a mistake in a config is answered in wel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -34,17 +37,22 @@ from hydra.core.override_parser.types import (
     QuotedString,
     RangeSweep,
     Sweep,
+    Transformer,
 )
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 from yaml import MarkedYAMLError, YAMLError
 
-from qlora.errors import ConfigError, did_you_mean, mean, suggest
-from qlora.schema import ArchitectureConfig, Config, TaskName, check_trusted
-from qlora.secrets import find_secret
+from qlora import trust
+from qlora.errors import ConfigError, DamagedFile, describe_fault, did_you_mean, mean, suggest
+from qlora.places import check_paths
+from qlora.schema import ArchitectureConfig, Config, TaskName
+from qlora.searchpath import KEY as SEARCH_PATH
+from qlora.searchpath import check_options, option_folder, search_folders
+from qlora.secrets import find_secret, is_secret_variable
 from qlora.spelling import (
     SHAPES,
     KeyPath,
@@ -52,6 +60,7 @@ from qlora.spelling import (
     field_types,
     keep_spelling,
     reading_spellings,
+    shape_in_words,
     takes_one_option,
     type_at,
 )
@@ -60,16 +69,23 @@ _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 
+LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan, TaskName.preview.name, TaskName.plan.name)
+"""The folder of tasks that show what a run would be, and leave nothing that counts as one."""
+
 START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
 
 # Free mappings among Hydra's own keys.
-SWEEPER_MAPPINGS = tuple(
-    f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")
+HYDRA_MAPPINGS = (
+    *(f"hydra.sweeper.{name}" for name in ("params", "conditions", "sampler_kwargs", "pruner_kwargs")),
+    *(f"hydra.launcher.{name}" for name in ("additional_parameters", "ray.init", "ray.remote")),
 )
 
 LARGEST_NUMBER = 2**63 - 1
 """What torch and Arrow count to."""
+
+LONGEST_KEY, DEEPEST = 500, 30
+"""Characters of a key, and brackets inside each other in a value."""
 
 CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
 """Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
@@ -183,8 +199,10 @@ def register() -> None:
         use_cache=True,
         replace=True,
     )
+    OmegaConf.register_new_resolver("qlora.kind", lambda task: LOOKS if task in LOOKING else "runs", replace=True)
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
+    trust.install(CONF_DIR)
 
 
 def now() -> str:
@@ -205,16 +223,25 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
 
     A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
     `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
-    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`.
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. What QLORA_TRUSTED says
+    becomes an override, which every job of a sweep gets.
     """
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
+    overrides = with_environment(overrides)
     keys = set(config_keys())
     return [_open_entry(text, override, keys) for text, override in zip(overrides, _parse(overrides), strict=True)]
 
 
+def with_environment(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides with those that QLORA_TRUSTED stands for; to do so again changes nothing."""
+    return trust.add_environment(overrides, _parse(overrides))
+
+
 def _open_entry(text: str, override: Override, keys: set[str]) -> str:
     key = override.key_or_group
+    if key == SEARCH_PATH and not override.is_delete():  # relative to this folder, wherever a job runs
+        return write_override(key, [f"file://{folder}" for folder in search_folders([override])])
     if override.value() == {} and key in CLEARED:  # Hydra merges mappings, so that an empty one would take nothing out
         return f"{override.get_key_element()}=null"
     is_mapping = isinstance(override.value(), dict) and get_origin(field_type(key)) is dict
@@ -265,7 +292,7 @@ def write_yaml(tree: Any) -> str:
 def read_yaml(path: Path) -> Any:
     """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=get_yaml_loader())
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:
@@ -276,21 +303,29 @@ def read_yaml(path: Path) -> Any:
 
 def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
+    trust.check_version()
     register()
+    refuse_unreadable(overrides)
     overrides = open_entries(overrides)
     instance = GlobalHydra.instance()
     outer = instance.hydra
     instance.clear()
     try:
         with reading_spellings(CONF_DIR):
-            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir))
+            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
             check_keys(overrides, hydra)
-            return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            _check_job_folder(composed)
+            return composed
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
         raise explain(error, config_dir) from error
+    except AssertionError as error:
+        if "Unexpected type for root" not in str(error):
+            raise
+        raise _below_null(overrides) from error
     except RecursionError as error:
         where = f" in {config_dir}" if config_dir is not None else ""
         raise ConfigError(
@@ -302,37 +337,94 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
             instance.initialize(outer)
 
 
+GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
+"""The class that walks through the combinations of a grid."""
+
+
+def _below_null(overrides: Sequence[str]) -> ConfigError:
+    """Returns the error for a key below one that is null, of which OmegaConf tells neither."""
+    text = next((text for text in overrides if text.lstrip("+~").startswith("hydra.")), "an override").lstrip("+~")
+    key = text.partition("=")[0]
+    if key.startswith("hydra.sweeper.params."):
+        remedy = f"name the key itself with its values, e.g. -m {key.removeprefix('hydra.sweeper.params.')}=A,B"
+    else:
+        remedy = "leave it out"
+    return ConfigError(f"{key} cannot be set: {key.rpartition('.')[0] or 'what holds it'} is null here; {remedy}")
+
+
 def check_overrides(
     overrides: Sequence[str], config_dir: Path | str | None = None, *, multirun: bool = False
 ) -> DictConfig:
-    """Raises `ConfigError` if any job that these overrides start would be refused; starts nothing.
+    """Raises `ConfigError` if a value in these overrides would be refused; starts nothing.
 
-    Returns the config of the first job, without the `hydra` node. A sweep's values come from the command line and from
-    `hydra.sweeper.params` of a `sweep=` file; those that a search tries under a condition only are checked by it.
+    Returns the config of the first job, without the `hydra` node.
     """
+    return without_hydra(check_command(overrides, config_dir, multirun=multirun))
+
+
+def check_command(
+    overrides: Sequence[str],
+    config_dir: Path | str | None = None,
+    *,
+    multirun: bool = False,
+    leave_grid: bool = False,
+    printed: bool = False,
+) -> DictConfig:
+    """Does what `check_overrides` does, and returns the config with its `hydra` node.
+
+    A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file; each is checked
+    once, beside the first of every other key. Those that a search tries under a condition only are checked by it, those
+    of a grid with `leave_grid` by its sweeper. `printed` says that the resolved config is to be shown.
+    """
+    refuse_unreadable(overrides)
     _refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
     first = next(expand_sweep(overrides))
     composed = compose_dict(first, config_dir)
-    _check_hydra(composed)
+    _refuse_resolved_secrets(composed, printed=printed)
     if OmegaConf.is_missing(composed.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         _refuse_sweeps(overrides)
         to_config(composed)
-        return _without_hydra(composed)
-    if str(composed.hydra.sweeper._target_).endswith(".BasicSweeper") and not described:
+        return composed
+    is_grid = str(composed.hydra.sweeper._target_) == GRID_SWEEPER
+    if is_grid and not described:
         _refuse_intervals([*overrides, *sweep_params(composed, overrides)])
     if (words := _unconditional(composed, overrides)) != list(overrides):
         overrides = words
-        first = next(expand_sweep(overrides))
-        composed = compose_dict(first, config_dir)
-    composed = _without_hydra(composed)
-    to_config(composed)
-    for job in itertools.islice(expand_sweep(overrides), 1, None):
-        to_config(_vary(composed, first, job, config_dir))
+        composed = compose_dict(next(expand_sweep(overrides)), config_dir)
+    if is_grid and leave_grid and not described:
+        to_config(composed)
+    else:
+        Combinations(overrides, config_dir).check()
     return composed
+
+
+def refuse_unreadable(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for an override that no config holds and that would take its readers very long."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if len(key) > LONGEST_KEY:
+            raise ConfigError(
+                f"{key[:40]} ... is no key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
+                "options are written KEY=VALUE, e.g. lora.r=16"
+            )
+        if _depth(value) > DEEPEST:
+            raise ConfigError(
+                f"{key}={value[:40]} ... opens more than {DEEPEST} brackets inside each other, which no value needs; "
+                "put quotes around a text that holds brackets"
+            )
+
+
+def _depth(value: str) -> int:
+    """Returns how many brackets are open at most, outside of quotes."""
+    depth = deepest = 0
+    for sign in re.sub(r"""(["'])(?:\\.|(?!\1).)*\1""", "", value):
+        depth += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:
@@ -364,28 +456,77 @@ def _refuse_intervals(overrides: Sequence[str]) -> None:
             )
 
 
-HYDRA_TRUSTED = ("hydra", "hydra_plugins", "omegaconf", "logging", "qlora", "colorlog", "rich")
-CODE_KEYS = ("_target_", "()", "class", "factory")
-"""The keys by which Hydra and Python's logging call what their value names."""
+JOB_FOLDER = "${qlora.job_name:}"
+"""What `conf/config.yaml` says of `hydra.sweep.subdir`."""
 
 
-def _check_hydra(composed: DictConfig) -> None:
-    """Raises `ConfigError` if Hydra's own node names code of a package that is not trusted."""
-    trusted = list(OmegaConf.select(composed, "trusted") or [])
-    for key, value in _leaves(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"):
-        package = str(value).partition(".")[0]
-        if key.rpartition(".")[2] in CODE_KEYS and package not in HYDRA_TRUSTED:
-            check_trusted(key, str(value), trusted)
+def _check_job_folder(composed: DictConfig) -> None:
+    nodes: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    if nodes["sweep"]["subdir"] != JOB_FOLDER:
+        raise ConfigError(
+            "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
+            "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
+        )
 
 
 def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
     """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
     for key, value in values:
         if isinstance(value, str) and (kind := find_secret(value)) is not None:
-            raise ConfigError(
-                f"{key.lstrip('.+')} holds {kind}; configs are stored, printed and sent to trackers. Put it into the "
-                "environment, where the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
-            )
+            raise _holds_secret(key, kind)
+
+
+def _holds_secret(key: str, kind: str) -> ConfigError:
+    name = key.lstrip(".+")
+    if name == STORAGE:
+        return ConfigError(
+            f"{name} holds {kind}, which would stand in the command and in the folders of all jobs; put the whole URL "
+            f"into a variable of the environment and give its name: '{STORAGE}=${{oc.env:NAME}}'"
+        )
+    return ConfigError(
+        f"{name} holds {kind}; configs are stored, printed and sent to trackers. Put it into the environment, where "
+        "the libraries read it (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD ...)"
+    )
+
+
+STORAGE = "hydra.sweeper.storage"
+"""The one key that may refer to a secret, by the name of its variable: nothing resolves it but what opens the study."""
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^\s,:{}]+)")
+
+
+def storage_variable(text: str | None) -> str | None:
+    """Returns the variable of the environment that a storage's URL is taken from, as it is written; None: from none."""
+    match = re.fullmatch(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*\}", text or "")
+    return match[1] if match else None
+
+
+def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
+    """Raises `ConfigError` for a secret in any node, Hydra's own included, or that an interpolation brings there.
+
+    `printed`: the config is to be shown as it is resolved.
+    """
+    leaves = list(_leaves(OmegaConf.to_container(composed, resolve=False), ""))
+    _refuse_secrets(leaves)
+    copies = (".hydra.overrides.", ".hydra.job.override_dirname")  # of what was typed
+    referring = [(key.lstrip("."), text) for key, text in leaves
+                 if isinstance(text, str) and "${" in text and not key.startswith(copies)]  # fmt: skip
+    referring.sort(key=lambda leaf: leaf[0].startswith("hydra."))  # which takes most from the others
+    for key, text in referring:  # first the keys that name a variable, then those that refer to them
+        if key == STORAGE and (name := storage_variable(text)) is not None:
+            if printed and is_secret_variable(name):
+                raise ConfigError(f"{STORAGE} holds the value of {name}, which --resolve would print; leave it out")
+            continue
+        for name in FROM_ENVIRONMENT.findall(text):
+            if is_secret_variable(name):
+                raise _holds_secret(key, f"the value of {name}")
+    for key, text in referring:
+        if key == STORAGE and storage_variable(text) is not None:
+            continue
+        value = None
+        # What Hydra knows later, such as the run's folder, cannot be resolved yet.
+        with contextlib.suppress(OmegaConfBaseException, ValueError), trust.fixed_resolvers():
+            value = OmegaConf.select(composed, key)
+        _refuse_secrets([(key, value)])
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -419,42 +560,158 @@ def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     return keep_spelling([f"{key}={value}" for key, value in params.items() if key not in given])
 
 
-def _vary(composed: DictConfig, first: list[str], job: list[str], config_dir: Path | str | None) -> DictConfig:
-    """Returns the composed config of `job`; a plain field that differs from `first` is set without composing anew."""
-    changed = [text for text, before in zip(job, first, strict=True) if text != before]
-    if not changed:
-        return composed
-    [override] = _parse(changed)
-    if override.key_or_group not in set(config_keys()) - set(group_names()) or override.is_add():
-        return compose_dict(job, config_dir)
-    varied = composed.copy()
-    try:
-        OmegaConf.update(varied, override.key_or_group, override.value())
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    return varied
+LATEST = 64
+"""So many composed configs are kept, of the latest choices of groups."""
+MISSING_VALUE = "???"
 
 
-def _search_path(config_dir: Path | str | None) -> Any:
+@dataclass(frozen=True)
+class Axis:
+    """A key of a grid with the overrides that give it its values, one after the other."""
+
+    key: str
+    overrides: tuple[str, ...]
+    values: tuple[Any, ...] | None
+    """What a plain field is set to; None: the config is composed anew for each of the overrides."""
+
+
+class Combinations:
+    """The jobs of a grid by the positions of their values; plain fields are set without composing anew."""
+
+    def __init__(self, overrides: Sequence[str], config_dir: Path | str | None = None) -> None:
+        parsed = _parse(keep_spelling(overrides))
+        axes = {override.get_key_element(): _read_axis(override) for override in parsed}
+        self.axes = list(axes.values())
+        self._composed = functools.lru_cache(LATEST)(lambda words: _Composed(compose_dict(words, config_dir)))
+
+    def __len__(self) -> int:
+        return math.prod(len(axis.overrides) for axis in self.axes)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return itertools.product(*(range(len(axis.overrides)) for axis in self.axes))
+
+    def words(self, positions: Sequence[int]) -> list[str]:
+        """Returns the overrides of one job."""
+        return [axis.overrides[position] for axis, position in zip(self.axes, positions, strict=True)]
+
+    def config(self, positions: Sequence[int]) -> Config:
+        """Returns the config of one job; raises `ConfigError` where its values exclude each other."""
+        located = list(zip(self.axes, positions, strict=True))
+        chosen = tuple(axis.overrides[position if axis.values is None else 0] for axis, position in located)
+        values = {axis.key: axis.values[position] for axis, position in located if axis.values is not None}
+        return self._composed(chosen).with_values(values)
+
+    def check(self) -> dict[str, Any]:
+        """Returns the full keys with their values that no axis changes, having composed every value of each once.
+
+        Raises `ConfigError` for a value that is refused beside the first of all other axes.
+        """
+        first = [0] * len(self.axes)
+        config = self.config(first)
+        shared = dict(flatten(config_to_dict(config)))
+        for place, axis in enumerate(self.axes):
+            for position in range(1, len(axis.overrides)):
+                for key in _differences(config, self.config([*first[:place], position, *first[place + 1 :]])):
+                    shared.pop(key, None)
+        return shared
+
+
+def _read_axis(override: Override) -> Axis:
+    key, texts = override.get_key_element(), swept_values(override)
+    if texts is None:
+        return Axis(key, (override.input_line or "",), None)
+    if not override.is_discrete_sweep() or not _is_plain_field(override):
+        return Axis(key, tuple(f"{key}={text}" for text in texts), None)
+    elements = list(override.sweep_iterator())  # anew each time, where they are shuffled
+    values = tuple(_plain(element) for element in elements)
+    overrides = tuple(f"{key}={Transformer.encode(element)}" for element in elements)
+    return Axis(key, overrides, None if any(isinstance(value, dict) for value in values) else values)
+
+
+def _is_plain_field(override: Override) -> bool:
+    key = override.key_or_group
+    return override.type is OverrideType.CHANGE and key in set(config_keys()) - set(group_names())
+
+
+class _Composed:
+    """A composed config whose plain fields are set again and again."""
+
+    def __init__(self, composed: DictConfig) -> None:
+        self._node = without_hydra(composed)
+        self._config: Config | None = None
+        texts = (value for _, value in _leaves(OmegaConf.to_container(self._node, resolve=False), ""))
+        self._refers = any(isinstance(text, str) and "${" in text for text in texts)
+        """Whether a field takes its value from another."""
+
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """Returns the config with these values by full keys, always the same keys; as `to_config` checks them."""
+        try:
+            converted = {key: self._set(key, value) for key, value in values.items()}
+            if self._config is None or self._refers or MISSING_VALUE in converted.values():
+                self._config = to_config(self._node)
+                return self._config
+            _refuse_secrets(_leaves(dict(values), ""))
+            for key, value in converted.items():
+                _check_values(value, tuple(key.split(".")))
+            groups = {key.partition(".")[0] for key in values}
+            return dataclasses.replace(self._config, **{group: self._build(group) for group in groups})
+        except OmegaConfBaseException as error:
+            raise explain(error) from error
+
+    def _set(self, key: str, value: Any) -> Any:
+        """Sets a field, and returns its value in the field's type."""
+        *path, name = key.split(".")
+        holder: Any = self._node
+        for part in path:
+            holder = holder[part]
+        if not isinstance(holder, DictConfig):  # null
+            OmegaConf.update(self._node, key, value)
+            return value
+        holder[name] = value
+        held = holder._get_node(name)
+        return held._value() if isinstance(held, Node) and not OmegaConf.is_config(held) else value
+
+    def _build(self, group: str) -> Any:
+        value = self._node[group]
+        return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def _differences(first: Config, other: Config) -> Iterator[str]:
+    """Yields the full keys whose values differ."""
+    for name in _field_names(Config):
+        before, now = getattr(first, name), getattr(other, name)
+        if before is not now and before != now:
+            left, right = (dict(flatten({name: _to_plain(value)})) for value in (before, now))
+            yield from (key for key in {**left, **right} if left.get(key) != right.get(key))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields full keys and values of a nested config."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
+    folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
+    folders += search_folders(_parse(overrides))
+    if folders:
+        check_options(folders, CONF_DIR)
     search_path = create_config_search_path(str(CONF_DIR))
-    if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: there is no such folder ({folder})")
-        for file in sorted(folder.rglob("*.yaml")):
-            ours = CONF_DIR / file.relative_to(folder)
-            if ours.is_file() and file.read_bytes() != ours.read_bytes():
-                raise ConfigError(
-                    f"{file}: the name {file.relative_to(folder).with_suffix('')} is taken by an option of qlora, "
-                    "which Hydra reads first; give the file another name"
-                )
+    for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return search_path
 
 
 def to_config(composed: DictConfig) -> Config:
     """Turns a composed config into dataclasses; raises `ConfigError` for unknown keys and impossible values."""
-    composed = _without_hydra(composed)
+    with trust.fixed_resolvers():
+        return _to_config(without_hydra(composed))
+
+
+def _to_config(composed: DictConfig) -> Config:
     try:
         _refuse_secrets(_leaves(OmegaConf.to_container(composed, resolve=True), ""))
         for key in unknown_keys(composed):
@@ -466,6 +723,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(config, Config)
+    check_paths(config)
     return config
 
 
@@ -482,7 +740,8 @@ def _check_values(value: Any, path: KeyPath = ()) -> None:
         _check_values(item, (*path, f"[{index}]"))
 
 
-def _without_hydra(composed: DictConfig) -> DictConfig:
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Returns a config without the `hydra` node."""
     if "hydra" not in composed:
         return composed
     composed = composed.copy()
@@ -600,7 +859,7 @@ def _exists(key: str, keys: set[str]) -> bool:
 
 
 def _in_free_mapping(key: str, keys: set[str]) -> bool:
-    return _in_mapping(key, keys) or key.startswith(SWEEPER_MAPPINGS)
+    return _in_mapping(key, keys) or key.startswith(HYDRA_MAPPINGS)
 
 
 def _in_mapping(key: str, keys: set[str]) -> bool:
@@ -727,6 +986,11 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
         if isinstance(link, OverrideParseException):
             return _broken_override(link)
     text = "\n".join(str(link) for link in chain)
+    if late := re.search(r"In '([^']+)': Overriding hydra.searchpath", text):
+        return ConfigError(
+            f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
+            f"line: '{SEARCH_PATH}=[FOLDER]'"
+        )
     found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
     name = found[1] or found[2] if found else "config"
     where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
@@ -737,6 +1001,12 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
     key = str(inner.full_key) if inner is not None else _key_of(text)
     if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
         return _no_place_for(key, where)
+    if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:
+        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", text) or ["", "?"])[1]
+        return ConfigError(
+            f"{key}{where}: ${{{name}:...}} calls no function that a config may call; those are oc.env, oc.select and "
+            "the others of OmegaConf, hydra and now"
+        )
     if isinstance(inner, InterpolationKeyError):
         name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
@@ -842,6 +1112,8 @@ def _value_of(text: str) -> str:
         return repr(said[1])
     if said := re.search(r"to string: '(.*)'|value: (.*)", text):
         return said[1] or said[2]
+    if said := re.search(r"Error merging override [^=\s]+=(.*)", text):
+        return said[1]
     said = re.search(r"(?:assign|assigned:) (\w+)", text)
     return {"int": "a number", "float": "a number", "str": "a text"}.get(said[1], said[1]) if said else "another type"
 
@@ -875,8 +1147,8 @@ def in_words(key: str) -> str:
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
-        lists: dict[Any, str] = {**SHAPES, UnionType: "a text or a list of texts"}
-        text = words.get(hint) or lists.get(get_origin(hint)) or "valid"
+        either = "a text or a list of texts" if get_origin(hint) is UnionType else "valid"
+        text = words.get(hint) or (shape_in_words(hint, key) if get_origin(hint) in SHAPES else either)
     return f"{text} or null" if may_be_null(key) else text
 
 
@@ -892,9 +1164,25 @@ def _first_line(text: str) -> str:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Returns plain nested dicts, lists and strings, as YAML and JSON hold them."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    plain = _to_plain(config)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain
+
+
+def _to_plain(value: Any) -> Any:
+    # As OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), in a hundredth of the time.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _to_plain(getattr(value, name)) for name in _field_names(type(value))}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@functools.cache
+def _field_names(schema: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(schema))
 
 
 def dump_config(config: Config) -> str:
@@ -903,22 +1191,83 @@ def dump_config(config: Config) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """Reads what `dump_config` wrote; None where there is no such file."""
-    if not path.is_file():
+    """Reads what `dump_config` wrote; None where there is no such file. Raises `DamagedFile`."""
+    plain = _read_stored(path)
+    if plain is None:
         return None
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict) or not plain:
+        raise DamagedFile(path, "it holds no config")
+    for name, hint in field_types(Config).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
+            raise DamagedFile(path, f"{name} is no group of keys")
+    if not isinstance(plain.get("objective"), str | NoneType):
+        raise DamagedFile(path, "objective is no text")
     return {str(key): value for key, value in plain.items()}
 
 
-def restore_config(stored: dict[str, Any]) -> Config:
-    """Returns the config that `read_config` read; raises `ConfigError` for one of another version's schema."""
+def read_overrides(path: Path) -> list[str] | None:
+    """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
+    words = _read_stored(path)
+    if not isinstance(words, list | NoneType):
+        raise DamagedFile(path, "it holds no list of overrides")
+    return None if words is None else [str(word) for word in words]
+
+
+def _read_stored(path: Path) -> Any:
+    if not path.exists():
+        return None
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        fault = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
+        raise DamagedFile(path, fault) from error
+
+
+def _as_text(tree: Any) -> Any:
+    """Returns a tree whose texts OmegaConf reads as they are, `${` included."""
+    if isinstance(tree, dict):
+        return {key: _as_text(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_as_text(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
+    """Returns the config that `read_config` read, of `file`, which errors name.
+
+    A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
+    nothing of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
+    """
+    try:
+        _refuse_secrets(_leaves(stored, ""))
+        with trust.fixed_resolvers():
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
+    except (ConfigError, OmegaConfBaseException) as error:
+        told = explain(error) if isinstance(error, OmegaConfBaseException) else error
+        raise (ConfigError(f"{file}: {told}") if file is not None else told) from error
     assert isinstance(config, Config)
     return config
+
+
+def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns what `read_config` read of `file`, trusting the code that `config` does.
+
+    Raises `ConfigError` for one that trusts more: what is trusted is said on the command line alone.
+    """
+    names, model = stored.get("trusted") or [], stored.get("model")
+    if not isinstance(names, list) or not isinstance(model, dict):
+        raise ConfigError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
+    more = [str(name) for name in names if name not in config.trusted]
+    lacking = [f"trusted=[{','.join([*config.trusted, *more])}]"] if more else []
+    if model.get("trust_remote_code") and not config.model.trust_remote_code:
+        lacking.append(f"{trust.REMOTE_CODE}=true")
+    if lacking:
+        raise ConfigError(
+            f"{file} sets {' and '.join(lacking)}, and what is trusted is said on the command line alone; if you know "
+            f"what it does, add {' '.join(lacking)} to this command"
+        )
+    return {**stored, "trusted": list(config.trusted)}
 
 
 @functools.cache
@@ -930,20 +1279,3 @@ def model_presets() -> dict[str, dict[str, Any]]:
         shape = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ArchitectureConfig), node.architecture))
         presets[file.stem] = {"name": str(node.name), "architecture": shape}
     return presets
-
-
-def build_callbacks(nodes: dict[str, Any], kind: type) -> list[Any]:
-    """Instantiates the `callbacks` group: each node a `_target_`, a class below `kind`, with its arguments."""
-    from hydra.utils import get_class, instantiate
-
-    callbacks = []
-    for name, node in nodes.items():
-        try:
-            if not issubclass(get_class(str(node["_target_"])), kind):
-                raise ConfigError(f"callbacks.{name}._target_={node['_target_']} is no {kind.__name__}")
-            callbacks.append(instantiate(node))
-        except (HydraException, ImportError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"callbacks.{name}: {_first_line(str(error))}") from error
-    return callbacks

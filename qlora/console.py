@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -23,8 +25,9 @@ from rich.table import Column
 from rich.text import Text
 
 from qlora import world
+from qlora.errors import ConfigError
 from qlora.secrets import hide
-from qlora.wording import format_metric, prompt_core, shorten
+from qlora.wording import format_metric, prompt_core, shorten, visible
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +48,30 @@ class OwnLines(logging.Filter):
 
 
 class HidingFormatter(logging.Formatter):
-    """Formats as another does, and takes secrets out: of messages and of tracebacks."""
+    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
         self.inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line of `record` without secrets."""
+        """Returns the line of `record`, to which a formatter may add colours of its own."""
+        record = copy.copy(record)
+        record.msg, record.args = visible(record.getMessage()), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.inner.formatException(record.exc_info)
+        record.exc_text = record.exc_text and visible(record.exc_text)
         return hide(self.inner.format(record))
 
 
 class LogFile(logging.FileHandler):
     """A log file that may lose lines while the disk is full; what matters waits for space."""
+
+    def __init__(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Opens the file; raises `ConfigError` for a link, by which a folder that was sent could lead elsewhere."""
+        if Path(filename).is_symlink():
+            raise ConfigError(f"{filename} is a link to another file, which a run would write to; remove it")
+        super().__init__(filename, *args, **kwargs)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Reports what is wrong with a record, unless it is the disk."""
@@ -71,9 +85,7 @@ def quiet_libraries(*, verbose: bool = False) -> None:
     No log holds a secret.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for handler in logging.getLogger().handlers:
-        if not isinstance(handler.formatter, HidingFormatter):
-            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
+    guard_logs()
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -82,6 +94,13 @@ def quiet_libraries(*, verbose: bool = False) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def guard_logs() -> None:
+    """Has no handler of the log write a secret or a control character."""
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, HidingFormatter):
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
 
 
 def take_over_handlers() -> None:
@@ -112,11 +131,16 @@ def say(line: str | Text = "") -> None:
     """Prints one line, never cut or wrapped; it stands in `train.log` too."""
     if not world.is_first():
         return
-    text = Text(hide(line)) if isinstance(line, str) else line
+    text = Text(line) if isinstance(line, str) else line
     text.plain = printable(text.plain)
     screen().print(text, soft_wrap=True)
     if text.plain.strip():
         record(text.plain)
+
+
+def complain(text: str) -> None:
+    """Prints what ended a run to standard error."""
+    print(visible(hide(text)), file=sys.stderr, flush=True)
 
 
 def say_colored(text: str) -> None:
@@ -130,7 +154,9 @@ def record(line: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Returns `text` with signs that the terminal's encoding lacks replaced, one for one."""
+    """Returns `text` as it may be shown: without secrets, without control characters, and with signs that the
+    terminal's encoding lacks replaced; the last two one for one."""
+    text = visible(hide(text))
     encoding = screen().encoding
     if encoding.lower().startswith("utf"):
         return text
@@ -238,10 +264,11 @@ def progress(description: str, total: int | None) -> Iterator[Update]:
         yield lambda done, note="", description=None, total=None: None
         return
     with contextlib.nullcontext(_live[0]) if _live else _display() as display:
-        task = display.add_task(description, total=total, note="")
+        task = display.add_task(printable(description), total=total, note="")
 
         def update(done: int, note: str = "", description: str | None = None, total: int | None = None) -> None:
-            display.update(task, completed=done, note=note, description=description, total=total)
+            shown = None if description is None else printable(description)
+            display.update(task, completed=done, note=printable(note), description=shown, total=total)
 
         try:
             yield update

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+from qlora.wording import brief, tidy
 
 
 class ConfigError(ValueError):
     """A mistake of the user's: the message says what is wrong (full key or file), why, and the way out.
 
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
-    traceback.
+    traceback. No value in it is printed at length, and none can move the cursor.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(tidy(str(message)))
+
+
+class DamagedFile(ConfigError):
+    """Says which stored file cannot be read back, and what is wrong in it."""
+
+    def __init__(self, path: Path, fault: str) -> None:
+        super().__init__(f"{path} is damaged ({fault}); put a whole copy in its place, or remove it")
+        self.path, self.fault = path, fault
+
+
+def describe_fault(error: BaseException) -> str:
+    """Returns in a few words why a file cannot be read, for a message that names the file."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 class Pruned(Exception):
@@ -28,7 +53,7 @@ class Stopped(BaseException):
 def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") -> None:
     """Raises `ConfigError` unless `fact` holds: "`key` must `rule`, got `value`; `remedy`"."""
     if not fact:
-        raise ConfigError(f"{key} must {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+        raise ConfigError(f"{key} must {rule}, got {brief(value)}" + (f"; {remedy}" if remedy else ""))
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -10,16 +10,18 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from qlora import console
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DamagedFile, describe_fault
 from qlora.wording import format_bytes, format_duration
 
 Result = TypeVar("Result")
@@ -92,7 +94,7 @@ def wait_for_space(place: Path, size: int) -> None:
 
 def _wait(place: Path, size: int, patience: Patience, until: float | None, fault: BaseException | None) -> float:
     now, missing = time.monotonic(), f", {format_bytes(size)} needed" if size else ""
-    state = f"the disk of {place.parent} is full ({format_bytes(free_bytes(place))} free{missing})"
+    state = f"{_shortage(place, fault)} ({format_bytes(free_bytes(place))} free{missing})"
     if until is None:
         until = now + patience.seconds
         if patience.seconds:
@@ -110,25 +112,62 @@ def _wait(place: Path, size: int, patience: Patience, until: float | None, fault
     return until
 
 
-def free_bytes(place: Path) -> int:
-    """Returns the free bytes of the disk that a file or folder lies on, or would lie on."""
+def _shortage(place: Path, fault: BaseException | None) -> str:
+    """Returns what the disk lacks: space, inodes, or a quota that has room."""
+    disk = os.statvfs(_nearest(place))
+    if _says(fault, (errno.EDQUOT,)):
+        return f"the quota on the disk of {place.parent} is used up"
+    if disk.f_files and not disk.f_favail:
+        return f"the disk of {place.parent} has no inodes left for new files"
+    return f"the disk of {place.parent} is full"
+
+
+def _nearest(place: Path) -> Path:
+    """Returns a path that exists: `place`, or the folder nearest to it."""
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def free_bytes(place: Path) -> int:
+    """Returns the free bytes of the disk that a file or folder lies on, or would lie on."""
+    return shutil.disk_usage(_nearest(place)).free
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Returns whether an exception, or one that caused it, says that a disk is full."""
+    """Returns whether an exception, or one that caused it, says that a disk is full: of space, inodes or a quota."""
+    return _says(error, FULL_DISK)
+
+
+def _says(error: BaseException | None, codes: Sequence[int]) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
+        if isinstance(error, OSError) and error.errno in codes:
             return True
         text = str(error)
-        if any(f"(os error {code})" in text for code in FULL_DISK):  # as safetensors says it
+        # As safetensors and torch say it.
+        if any(f"(os error {code})" in text or os.strerror(code) in text for code in codes):
             return True
-        if "inline_container.cc" in text and ("unexpected pos" in text or "file write failed" in text):  # torch.save
+        is_cut = "unexpected pos" in text or "file write failed" in text
+        if errno.ENOSPC in codes and "inline_container.cc" in text and is_cut:  # torch.save
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# Modes
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or a folder and all in it, the mode that the umask asks for; some libraries leave others out."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if entry.is_symlink():
+            continue
+        mode = stat.S_IMODE(entry.stat().st_mode)
+        asked = (0o777 if entry.is_dir() else 0o666 | mode & 0o111) & ~mask
+        if mode != asked:
+            entry.chmod(asked)
 
 
 # Files
@@ -145,6 +184,7 @@ def write_file(path: Path, write: Callable[[Path], object], *, flush: bool = Tru
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(draft)
+            follow_umask(draft)
             if flush:
                 _flush(draft)
             draft.replace(path)
@@ -190,19 +230,52 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Returns what a JSON file holds, or None where there is no such file; raises `DamagedFile`."""
+    try:
+        return _parse(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(path, describe_fault(error)) from error
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Returns the object that a JSON file holds, or None where there is no such file; raises `DamagedFile`."""
+    record = read_json(path)
+    if not isinstance(record, dict | NoneType) or (record is None and path.exists()):
+        raise DamagedFile(path, f"it holds {json.dumps(record)[:20]}, and no object")
+    return record
+
+
+def _parse(content: bytes) -> Any:
+    if not content.strip():
+        raise ValueError("it is empty")
+    value = json.loads(content.decode("utf-8"))
+    if b"\\ud" not in content.lower():
+        return value
+    # Half a sign, such as a file's name may hold, can be written nowhere.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file."""
+    """Returns the first `count` records that `write_lines` wrote, or all; none where there is no such file.
+
+    Raises `DamagedFile`.
+    """
     return list(islice(iter_lines(path), count)) if path.is_file() else []
 
 
 def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records that `write_lines` wrote."""
+    """Yields the records that `write_lines` wrote; raises `DamagedFile`."""
     with path.open("rb") as file:  # in a text there are more ends of lines than the one between records
-        yield from map(json.loads, file)
+        for number, line in enumerate(file, start=1):
+            try:
+                record = _parse(line)
+            except (ValueError, RecursionError) as error:
+                raise DamagedFile(path, f"line {number}: {describe_fault(error)}") from error
+            if not isinstance(record, dict):
+                raise DamagedFile(path, f"line {number} holds no object")
+            yield record
 
 
 def remove_drafts(folder: Path) -> None:
@@ -237,6 +310,7 @@ def write_folder(place: Path, write: Callable[[Path], object]) -> None:
 
 def replace_folder(new: Path, place: Path) -> None:
     """Puts a folder, flushed, in place of another by renaming; after a crash `restore_folder` finds the old one."""
+    follow_umask(new)
     flush_folder(new)
     old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)

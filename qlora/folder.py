@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.compose import flatten as flatten
 from qlora.errors import ConfigError
-from qlora.files import read_json
 from qlora.schema import Resume, Weights
+from qlora.stored import read_manifest, read_result
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +22,8 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "data.max_row_bytes", "adapter", "base", "repo", "runs", "run", "source"),
-    *("trusted", "merge", "plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait"),
-    *("trainer.save_total_limit", "watchdog", "resume"),
+    *("trusted", "manifest", "merge", "plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait"),
+    *("trainer.save_total_limit", "watchdog", "resume", "sweep"),
 )
 
 
@@ -125,8 +127,12 @@ class RunFolder:
             ) from error
 
     def stored_result(self, task: str) -> dict[str, Any] | None:
-        """Returns the result of a finished task, or None."""
-        return read_json(self.result(task))
+        """Returns the result of a finished task, or None; raises `DamagedFile`."""
+        return read_result(self.result(task))
+
+    def stored_manifest(self) -> dict[str, Any] | None:
+        """Returns what the training in this folder was made of, or None; raises `DamagedFile`."""
+        return read_manifest(self.manifest)
 
     def check_unused(self) -> None:
         """Raises `ConfigError` if a training was started in this folder."""
@@ -193,21 +199,18 @@ def _force(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
     """Returns the SHA-256 of a resolved config, however it was written, without the keys that are `free`."""
-    facts = {key: value for key, value in flatten(dict(config)) if not is_below(key, free)}
+    free = tuple(free)
+    facts = {key: value for key, value in flatten(config) if not is_below(key, free)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields full keys and values of a nested config."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def is_below(key: str, parents: Iterable[str]) -> bool:
     """Returns whether a full key is one of `parents`, or lies in one of them."""
+    return _is_below(key, tuple(parents))
+
+
+@functools.lru_cache(2**14)
+def _is_below(key: str, parents: tuple[str, ...]) -> bool:
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 

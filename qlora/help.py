@@ -19,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from qlora import schema
 from qlora.compose import CONF_DIR, ORIGINAL_FLAGS, config_keys, field_type, group_names, in_words
 from qlora.errors import ConfigError, did_you_mean
+from qlora.searchpath import option_folder
 
 WIDTH = 100
 
@@ -57,13 +58,11 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
     for word in rest:
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
-            folder = Path(value or next(rest, ""))
+            folder = option_folder(value or next(rest, ""), "--config-dir")
         elif name in ("--config-name", "-cn", "--cfg", "-c", "--package", "-p"):
             next(rest, None)
         elif not word.startswith("-") and "=" not in word:
             words.append(word)
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--config-dir {folder}: there is no such folder ({folder.absolute()})")
     return folder, words
 
 

@@ -205,8 +205,10 @@ class Merge:
         settings = GenerationConfig.from_pretrained(folder)
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         end_ids = [token for token in (*ends, self.tokenizer.eos_token_id) if token is not None]
-        write_modelfile(folder, self.tokenizer, form, self.config.generation, end_ids=end_ids, name=self.served_name)
-        return None
+        written = write_modelfile(
+            folder, self.tokenizer, form, self.config.generation, end_ids=end_ids, name=self.served_name
+        )
+        return written if isinstance(written, str) else None
 
     def _copied_files(self) -> list[Path]:
         """Returns the base's files that are part of the merged model as they are."""

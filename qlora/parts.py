@@ -53,6 +53,7 @@ from qlora.models.fingerprint import (
     read_base,
     write_base,
 )
+from qlora.models.own_code import check_own_code
 from qlora.models.shard import shard_base
 from qlora.models.tokenizer import (
     check_vocabulary,
@@ -216,7 +217,7 @@ class Parts:
             return None
         if task.name is not TaskName.train:
             return wanted
-        tracked = self.config.tracking.backend is not TrackingBackend.none
+        tracked = self.config.tracking.in_use is not TrackingBackend.none
         return max(wanted, evaluation.show_predictions if task.predict or tracked else 0)
 
     @property
@@ -255,6 +256,7 @@ class Parts:
                 tokenizer=self.tokenizer,
                 batch_size=self.config.trainer.per_device_eval_batch_size,
                 device=self.placement.device,
+                trusted=self.config.trusted,
             )
         return None
 
@@ -419,7 +421,10 @@ class Parts:
     def trained_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was saved with what `adapter` names, of the same tokens as `tokenizer`; None: no such."""
         folder = self.trained[0] or self.trained[1]
-        return load_saved_tokenizer(folder, self.config.model, self.tokenizer) if folder is not None else None
+        if folder is None:
+            return None
+        check_own_code(folder, self.config.model)
+        return load_saved_tokenizer(folder, self.config.model, self.tokenizer)
 
     def load_trained(self) -> PreTrainedModel:
         """Loads what `adapter` names: the base with an adapter, a fully finetuned model, or the bare base.
@@ -531,7 +536,7 @@ class Parts:
         def measure_rows(current: torch.nn.Module, step: int) -> dict[str, float]:
             shown = (
                 self.config.evaluation.show_predictions
-                if self.config.tracking.backend is not TrackingBackend.none
+                if self.config.tracking.in_use is not TrackingBackend.none
                 else 0
             )
             measured = self.measurer.measure(current, answers=shown)

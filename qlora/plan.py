@@ -20,6 +20,7 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.files import write_text
 from qlora.folder import RunFolder
 from qlora.models.files import is_local, locate
+from qlora.models.foreign import read_object
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
 from qlora.planning.cards import Card, find_card
 from qlora.planning.memory import CONTEXT, OPTIMIZERS, Memory, Setup
@@ -199,11 +200,9 @@ def _smaller(config: Config) -> dict[str, Shape]:
 
 
 def _read_config(path: Path, name: str) -> Mapping[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _no_config(name, str(error)) from error
-    return facts if isinstance(facts, dict) else {}
+    if not path.is_file():
+        raise _no_config(name, f"{path} is missing")
+    return read_object(path, f"model.name={name}")
 
 
 def _download_config(config: Config) -> Mapping[str, Any]:

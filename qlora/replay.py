@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -14,14 +14,20 @@ from rich.text import Text
 from safetensors import safe_open
 
 from qlora import compose, console, world
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DamagedFile
 from qlora.files import read_json, read_lines
 from qlora.folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below
+from qlora.membership import key_of
 from qlora.models.fingerprint import find_difference, read_run_base
 from qlora.reporting.manifest import write_json
 from qlora.run import Run
 from qlora.schema import Config, TaskName
+from qlora.wording import quoted
 
+SAID = ("task", "run", "trusted", "model.trust_remote_code")
+"""What is always the command line's to say."""
+OWN_KEYS = ("name", "tracking", "resume", "base")
+"""The keys of a replay that replace those of the training."""
 TIMED = ("runtime", "per_second", "mfu", "data_wait", "memory_gb", "memory_retries", "speed")
 """Parts of the names of metrics that no two runs have alike."""
 MACHINE = ("versions", "hardware", "platform", "code.sha256", "model.device")
@@ -48,12 +54,18 @@ class Comparison:
     says: str
 
 
-def replay(config: Config, output_dir: Path) -> dict[str, Any]:
+def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Runs the training of `run=` again, prints and writes the comparison; raises `ConfigError` where it must be equal
     and is not.
 
-    Several processes run it again together, as many as before; the first of them compares."""
+    `overrides` are the command's: one that describes a training is refused, for the stored config does that. Several
+    processes run it again together, as many as before; the first of them compares."""
     assert config.run is not None, "Config checks it"
+    if ignored := [text for text in overrides if not is_below(key_of(text), (*SAID, *OWN_KEYS))]:
+        raise ConfigError(
+            f"{ignored[0]} would not be read: task=replay trains with the stored config of run={config.run}; leave it "
+            f"out, or train without task=replay (a replay reads {', '.join(OWN_KEYS)} alone)"
+        )
     first = RunFolder(Path(config.run).expanduser())
     stored, manifest = _read_finished(first)
     if first.path.resolve() == output_dir.resolve():
@@ -64,8 +76,10 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
             f"{world.size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node N -m qlora "
             "task=replay ...)"
         )
-    own = {name: getattr(config, name) for name in ("name", "tracking", "resume", "base")}
-    again = Run(replace(compose.restore_config(stored), **own), output_dir, manifest.get("overrides", []))
+    own = {name: getattr(config, name) for name in OWN_KEYS}
+    training = compose.restore_config(compose.with_trust_of(config, stored, first.config), first.config)
+    again = Run(replace(training, **own), output_dir, manifest.get("overrides", []))
+    again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"
     again.check_base(f"run={config.run}", trained)
@@ -79,14 +93,17 @@ def replay(config: Config, output_dir: Path) -> dict[str, Any]:
 
 def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config and the manifest of a finished training; raises `ConfigError` for a folder that holds none."""
-    stored, manifest = compose.read_config(folder.config), read_json(folder.manifest)
+    stored, manifest = compose.read_config(folder.config), folder.stored_manifest()
     if stored is None or manifest is None or folder.stored_result("train") is None:
         raise ConfigError(
             f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "
             "folder of one"
         )
-    if stored["task"]["name"] != TaskName.train.value:
-        raise ConfigError(f"run={folder.path}: only trainings can be run again, not task={stored['task']['name']}")
+    for name in ("config", "data", "model"):
+        if name not in manifest:
+            raise DamagedFile(folder.manifest, f"{name} is missing")
+    if (task := stored.get("task", {}).get("name")) != TaskName.train.value:
+        raise ConfigError(f"run={folder.path}: only trainings can be run again, not task={task}")
     return stored, manifest
 
 

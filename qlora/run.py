@@ -7,20 +7,20 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from qlora import compose, console, world
 from qlora.chat import Speaker, hold
 from qlora.data.writer import file_digest
 from qlora.doctor import preflight
-from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped, describe_fault
 from qlora.evaluation.answers import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurement
@@ -62,6 +62,8 @@ from qlora.reporting.plot import plot_loss
 from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
 from qlora.schema import Parallel, Resume, TaskName
+from qlora.stored import find_damage, set_damage_aside
+from qlora.training.callbacks import build_callbacks
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
@@ -76,6 +78,9 @@ class Run(Parts):
     `overrides` are the command line's, for the model card, `sweep` is what the run is a job of, for the tracker. The
     same folder may be given again: a finished task returns its stored result, an interrupted training resumes.
     """
+
+    started_by: Sequence[str] | None = None
+    """The overrides of the command, where they are not those of the training."""
 
     def execute(self) -> dict[str, Any]:
         """Runs the task of `task=` and returns its result, as stored in the run's folder."""
@@ -112,6 +117,13 @@ class Run(Parts):
                 return self._train() if world.is_first() else self._train_along()
             except Stopped as stopped:
                 raise Stopped(f"{stopped}: {self._how_to_go_on()}") from None
+            except Exception as error:
+                if isinstance(error, ConfigError | Pruned) or not self._is_removed:
+                    raise
+                raise ConfigError(
+                    f"the run folder {self.folder.path} was removed while the run wrote into it "
+                    f"({describe_fault(error)}); start the same command again"
+                ) from error
 
     def _train(self) -> dict[str, Any]:
         if self.config.resume is Resume.never:
@@ -119,7 +131,7 @@ class Run(Parts):
         self.folder.create()
         remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
-        before = compose.read_config(self.folder.config) if self.folder.holds_training else None
+        before = self._read_before()
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
         if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
@@ -133,15 +145,15 @@ class Run(Parts):
         checkpoint = self._find_checkpoint(plain) if self.config.task.train else None
         data, _, _ = self.data, self.measurer, self.suite  # before the model: a broken data set fails at once
         _ = self.tokens_without_embedding
-        rows = (read_json(self.folder.manifest) or {}).get("data")
+        rows = (self.folder.stored_manifest() or {}).get("data")
         is_same &= self.folder.check_same_rows(rows, asdict(data.report), plain)
-        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
+        callbacks = build_callbacks(self.config.callbacks)
         if self.config.task.train:
             is_same &= self._check_same_base(checkpoint)
         if not is_same:
             for stale in (self.folder.result("train"), self.folder.baseline):
                 stale.unlink(missing_ok=True)
-        write_text(self.folder.config, compose.dump_config(self.config))
+        self._write_config()
         with self._tracking(plain) as (tracker, summary):
             reset_peak_memory(self.placement.device)
             model = self.build_model() if self.config.task.train else self.load_trained()
@@ -156,12 +168,38 @@ class Run(Parts):
                 measured = self._measure_after(model)
                 summary |= _prefixed("eval_", measured.metrics)
                 summary["peak_memory_gb"] = self._peak_memory_gb()
+                if self._is_removed:
+                    log.warning("%s was removed while the run went on; it is written again", self.folder.path)
+                    self._write_config()
                 result = self._write_result("train", summary, measured, base)
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
         self._print_summary("finished", world.share(result), measured.predictions)
         return result
+
+    _has_config = False
+
+    def _write_config(self) -> None:
+        write_text(self.folder.config, compose.dump_config(self.config))
+        self._has_config = True
+
+    @property
+    def _is_removed(self) -> bool:
+        """Whether somebody has removed the folder since the run began to write into it."""
+        return self._has_config and not self.folder.config.is_file()
+
+    def _read_before(self) -> dict[str, Any] | None:
+        """Returns the config of the training in this folder, or None; damaged files that it can do without are renamed.
+
+        Raises `DamagedFile` for what nothing else tells; a job's sweep knows its config.
+        """
+        needed = () if self.sweep is not None else (self.folder.config.name, self.folder.manifest.name)
+        for error in find_damage(self.folder.path, *needed) if needed else ():
+            raise error
+        set_damage_aside(self.folder.path)
+        before = compose.read_config(self.folder.config)
+        return before if self.folder.holds_training else None
 
     def _train_along(self) -> dict[str, Any]:
         """Takes part in the training that the first process leads; writes nothing, and returns its result."""
@@ -170,7 +208,7 @@ class Run(Parts):
         preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
         world.check_same("base weights", self.base.fingerprint)
-        callbacks = compose.build_callbacks(self.config.callbacks, TrainerCallback)
+        callbacks = build_callbacks(self.config.callbacks)
         model = self.build_model()
         self._baseline(model)
         self._run_steps(self._prepare_training(model, callbacks, NoTracker()), None)
@@ -204,15 +242,16 @@ class Run(Parts):
         Answers that are there already, decided by the same model, rows and settings, are not generated again.
         """
         self.folder.create()
+        set_damage_aside(self.folder.path, self.folder.result("predict").name)
         decided_by, metrics = self._answers_decided_by(), self.config.evaluation.metrics
         path, stored = self.folder.predictions, self.folder.stored_result("predict") or {}
         known = stored.get("answers", {})
-        if known.get("decided_by") == decided_by and path.is_file() and known["sha256"] == file_digest(path):
-            if known["metrics"] == metrics:
+        if known.get("decided_by") == decided_by and path.is_file() and known.get("sha256") == file_digest(path):
+            if known.get("metrics") == metrics:
                 console.say(f"{self.folder.path} holds these answers already; this is the stored result")
                 self._print_summary("predicted", stored, self._first_predictions())
                 return stored
-            speed = stored["metrics"]["predict_tokens_per_second"]
+            speed = stored["metrics"].get("predict_tokens_per_second", math.nan)
         else:
             speed = self._answer_rows(decided_by)
         measured = self.measurer.score(iter_lines(path))
@@ -238,8 +277,8 @@ class Run(Parts):
         return result
 
     def chat(self) -> dict[str, Any]:
-        """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input."""
-        model = self._prepare_task()
+        """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input; writes no file."""
+        model = self._load_for_task()
         set_seed(self.config.seed)
         speaker = Speaker(
             model=model,
@@ -256,7 +295,7 @@ class Run(Parts):
             "chat_tokens": tokens,
             "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
         }
-        return self._store("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
+        return _result("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
 
     def merge(self) -> dict[str, Any]:
         """Makes one model of the base and the adapter in `merged/`, if it answers as they do."""
@@ -299,7 +338,7 @@ class Run(Parts):
         stored = compose.read_config(adapter.parent / self.folder.config.name)
         if stored is None:
             return
-        before, now = (dict(flatten({"quantization": each["quantization"]}))
+        before, now = (dict(flatten({"quantization": each.get("quantization", {})}))
                        for each in (stored, compose.config_to_dict(self.config)))  # fmt: skip
         machine = "quantization.compute_dtype"  # `auto` is another on another machine
         if changed := [key for key in before if before[key] != now.get(key) and key != machine]:
@@ -385,7 +424,10 @@ class Run(Parts):
         path = self.folder.baseline
         stored = world.share(read_json(path) if training and world.is_first() else None)
         if stored is not None:
-            return Measurement.from_dict(stored)
+            try:
+                return Measurement.from_dict(stored)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(path, "it holds no measurement of the base") from error
         rows = f" on {len(self.measurer.rows):,} held-out rows" if self.measures_rows else ""
         console.say(f"measuring the untuned base{rows}")
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
@@ -425,7 +467,7 @@ class Run(Parts):
     def _moved_base(self, before: dict[str, Any] | None) -> tuple[str, ...]:
         """Returns the keys that may name the base otherwise than `before`, because it is the same in another folder."""
         name = self.config.model.name
-        if before is None or self.draws or before["model"]["name"] == name or not is_local(locate(name)):
+        if before is None or self.draws or before.get("model", {}).get("name") == name or not is_local(locate(name)):
             return ()
         trained = read_run_base(self.folder)
         is_same = trained is not None and find_difference(trained, self.base) is None
@@ -462,7 +504,8 @@ class Run(Parts):
     def _how_to_go_on(self) -> str:
         saved = find_checkpoints(self.folder.checkpoints)
         state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
-        words = [text for text in self.overrides if not text.startswith("resume=")]
+        given = self.overrides if self.started_by is None else self.started_by
+        words = [text for text in given if not text.startswith("resume=")]
         place = f"hydra.run.dir={quoted(str(self.folder.path))}"
         return f"{state}; go on with\n  {shlex.join([*world.command(), *words, place])}"
 
@@ -583,6 +626,9 @@ class Run(Parts):
 
     def _prepare_task(self) -> PreTrainedModel:
         self.folder.create()
+        return self._load_for_task()
+
+    def _load_for_task(self) -> PreTrainedModel:
         model = self.load_trained()
         console.start_screen(list(self._facts(model).items()))
         return model
@@ -614,6 +660,7 @@ class Run(Parts):
         }
         if config.task.name is TaskName.chat:
             place = self.trained[0] or self.trained[1] or "none"
+            del facts["folder"]
             return facts | {"adapter": str(place), "template": self.chat_encoder.writer.template.name}
         if not self.measures_rows:
             tasks = ": ".join([config.evaluation.name.value.replace("_", "-"), *config.evaluation.tasks[:1]])
@@ -647,7 +694,7 @@ class Run(Parts):
 
     def _store(self, task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
         """Writes the result of a task that has no objective, and returns it."""
-        result = {"status": "finished", "task": task, "objective": None, "metrics": dict(metrics), "paths": paths}
+        result = _result(task, metrics, paths)
         write_json(self.folder.result(task), result)
         return result
 
@@ -737,6 +784,11 @@ class Run(Parts):
         if gain is None:
             return words
         return f"{words}; gain {format_range(name, gain['low'], gain['high'], signed=True)}"
+
+
+def _result(task: str, metrics: Mapping[str, Any], paths: dict[str, str]) -> dict[str, Any]:
+    """Returns the result of a task that has no objective."""
+    return {"status": "finished", "task": task, "objective": None, "metrics": dict(metrics), "paths": paths}
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ stands here only where a choice has no better place. `slots=True` makes an unkno
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -30,6 +31,8 @@ TEMPLATE_NAMES = (
     *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
     *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
 )
+MAPPINGS = {"trainer.optim_args": "{momentum: 0.9}", "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}"}
+"""What may stand in a mapping, where an example tells more than `{a: 1}`."""
 HOLDS = "holds"
 """In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
 
@@ -38,8 +41,14 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
-TRUSTED = ("qlora", "transformers", "evaluate")
-"""The packages whose code a config may name; `trusted` adds the user's own."""
+CALLBACK_PACKAGES = ("qlora", "transformers")
+"""The packages whose trainer callbacks a config may name; `trusted` adds the user's own."""
+
+EMBEDDED_ROWS = (
+    *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
+    *("qlora.demo.pretraining:training_rows", "qlora.demo.pretraining:probe_rows"),
+)
+"""The functions that a config may name by itself: those of the embedded data."""
 
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
@@ -196,10 +205,11 @@ class TrackingBackend(Enum):
 
 
 class WandbMode(Enum):
-    """Whether wandb talks to its server."""
+    """Whether a run is sent to its tracker, and whether wandb talks to its server."""
 
     online = "online"
     offline = "offline"
+    disabled = "disabled"
 
 
 class WatchdogAction(Enum):
@@ -338,8 +348,9 @@ class ModelConfig:
     cache_dir: str | None = None
     """Folder for downloaded files; unset: the hub library's own."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along. The access token of gated models is read from
-    the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
+    """Run Python code that the model's repository brings along; given on the command line, or as
+    `QLORA_TRUSTED=model.trust_remote_code` in the environment, and in no file. The access token of gated models is
+    read from the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
     tokenizer: str | None = None
     """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`, the embedded one, which random
     weights have where none is named: nothing is downloaded for them."""
@@ -819,7 +830,7 @@ class TrainerConfig:
         for name in ("lr_scheduler_kwargs", "optim_args"):
             value = getattr(self, name)
             require(value is None or isinstance(value, dict), f"trainer.{name}",
-                    "be a mapping such as {a: 1} or null", value)  # fmt: skip
+                    f"be a mapping such as {MAPPINGS[f'trainer.{name}']} or null", value)  # fmt: skip
         self.lr_scheduler_kwargs = check_schedule(
             self.lr_scheduler_type,
             self.lr_scheduler_kwargs or {},
@@ -1110,12 +1121,40 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """Labels of the run, in wandb and MLflow; a job of a sweep has the sweep's name beside them."""
     mode: WandbMode = WandbMode.online
-    """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`."""
+    """`offline` writes the wandb run to the run folder, to be sent later with `wandb sync`. `disabled` tracks nothing,
+    nor does wandb where the environment has `WANDB_MODE=disabled` or `WANDB_DISABLED=true`."""
     uri: str | None = None
     """MLflow's server or database, e.g. `http://localhost:5000`; unset: the environment's MLFLOW_TRACKING_URI, else
     `sqlite:///outputs/mlflow/mlflow.db`."""
     log_adapter: bool = False
     """Store the finished adapter with the run, in wandb and MLflow."""
+
+    @property
+    def in_use(self) -> TrackingBackend:
+        """The tracker that a run is sent to: none where `mode` or the environment disables it."""
+        silenced = os.environ.get("WANDB_MODE") == "disabled" or (
+            os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+        )
+        if self.mode is WandbMode.disabled or (silenced and self.backend is TrackingBackend.wandb):
+            return TrackingBackend.none
+        return self.backend
+
+
+@dataclass(kw_only=True, slots=True)
+class ManifestConfig:
+    """What `manifest.json` records of the repository that a run is started in."""
+
+    diff: bool = False
+    """Store the uncommitted changes themselves, too, without what may be secret in them; else the names of the changed
+    files, how many lines each gained and lost, and the SHA-256 of the changes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How a sweep is run; its values are those of the command line, or of a file chosen with `sweep=`."""
+
+    detach: bool = False
+    """Submit the jobs and return; the same command shows their state later (`hydra/launcher=slurm`)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1160,9 +1199,13 @@ class Config:
     Axolotl, LLaMA-Factory or torchtune."""
     trusted: list[str] = field(default_factory=list)
     """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
-    `trusted=[my_rows]`; `qlora`, `transformers` and `evaluate` are trusted always."""
+    `trusted=[my_rows]`; given on the command line, or as `QLORA_TRUSTED=my_rows` in the environment, and in no file.
+    Callbacks of `qlora` and `transformers` and metrics of `evaluate` need no trust. A full key with a dot, e.g.
+    `hydra.launcher.setup`, lets a file set what is otherwise the command line's alone."""
     merge: MergeConfig = MISSING
     plan: PlanConfig = MISSING
+    manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
 
@@ -1190,8 +1233,11 @@ class Config:
             is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
             rule = "be a mapping with a _target_ (module.Class) and its arguments"
             require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
-        for key, name in named_code(self):
-            check_trusted(key, name, self.trusted)
+            check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
+            check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
+        for key, name in named_functions(self):
+            if name not in EMBEDDED_ROWS:
+                check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
@@ -1287,37 +1333,46 @@ def is_folder_name(name: str) -> bool:
     return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
 
 
-def named_code(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields the full keys whose values name code, with the names: `module:function`, or a `_target_`."""
+def named_functions(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
-    texts |= {f"evaluation.metrics[{place}]": name for place, name in enumerate(config.evaluation.metrics)}
-    yield from ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
-    yield from _targets(config.callbacks, "callbacks")
+    texts |= {
+        f"evaluation.metrics[{index}]": name
+        for index, name in enumerate(config.evaluation.metrics)
+        if not name.startswith(f"{METRIC_LIBRARY}:")
+    }
+    return ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "_target_":
-                yield f"{key}.{name}", str(value)
-            else:
-                yield from _targets(value, f"{key}.{name}")
-    elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _targets(value, f"{key}[{place}]")
-
-
-def check_trusted(key: str, name: str, trusted: list[str]) -> None:
+def check_trusted(key: str, name: str, trusted: Sequence[str]) -> None:
     """Raises `ConfigError` unless the code that a config names is of a package that is trusted."""
     package = re.split(r"[.:]", name)[0]
-    if package not in (*TRUSTED, *trusted):
+    if package not in trusted:
+        added = [name for name in trusted if name not in CALLBACK_PACKAGES]
         raise ConfigError(
             f"{key}={name}: code of the package {package!r} would run, which is not trusted; if you know what it does, "
-            f"add trusted=[{','.join([*trusted, package])}]"
+            f"add trusted=[{','.join([*added, package])}] to the command line"
         )
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raises `ConfigError` unless an argument of what a config names is a plain value, which names no code itself."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str) or re.fullmatch(r"_\w+_", name):
+                raise ConfigError(
+                    f"{key}.{name}={item}: an argument is a plain value and names no code, whatever trusted=[...] "
+                    "holds; take it out"
+                )
+            check_plain(f"{key}.{name}", item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_plain(f"{key}[{index}]", item)
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise ConfigError(f"{key} must be a plain value, a list or a mapping, got {value!r}")
 
 
 def _written(value: object) -> str:

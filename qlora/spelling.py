@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from qlora.errors import ConfigError
-from qlora.schema import HOLDS, Config
+from qlora.schema import HOLDS, MAPPINGS, Config
 
 KeyPath = tuple[str, ...]
 """A full key, level by level; a name in a mapping may itself hold dots, and `[0]` is an element of a list."""
@@ -127,8 +127,9 @@ def _whole(text: str) -> int | None:
 # The command line
 
 
-READ_EARLY = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
+READ_EARLY = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, OverrideLexer.NULL)
 """Words that Hydra reads as something else than text."""
+CHOICE = re.compile(r"\A([^=]*=)\s*choice\s*\((.*)\)\s*\Z", re.DOTALL)
 OPENING = (OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACE_OPEN, OverrideLexer.POPEN)
 CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE, OverrideLexer.PCLOSE)
 NUMERIC = ("int", "float", "bool", "range", "interval")
@@ -151,11 +152,14 @@ def _keep_one(text: str) -> str:
     lexer.removeErrorListeners()  # the parser says what is wrong
     tokens = [token for token in lexer.getAllTokens() if token.start > len(key)]
     name = key.lstrip("+").partition("@")[0]
-    changed, end = "", 0
+    changed, end, holds_null = "", 0, False
     for token, level in _single_words(tokens, _Level(split_key("source" if name == "from" else name))):
         changed += text[end : token.start] + _spell(token.text, level)
         end = token.stop + 1
-    return changed + text[end:]
+        holds_null |= token.type == OverrideLexer.NULL and level.function == "choice"
+    changed += text[end:]
+    # Hydra's functions take no null, and its lists of values do: `choice(null,1)` is `null,1`.
+    return CHOICE.sub(r"\1\2", changed) if holds_null else changed
 
 
 @dataclass
@@ -209,6 +213,8 @@ def _single_words(tokens: Sequence[Any], top: _Level) -> Iterator[tuple[Any, _Le
 
 
 def _spell(word: str, level: _Level) -> str:
+    if word.lower() == "null":
+        return word
     hint = type_at(level.value_path)
     if (_is_text(hint) or _is_choice(level)) and level.function not in NUMERIC:
         return f"'{word}'"
@@ -247,6 +253,8 @@ class SpelledSource(FileConfigSource):
         """Returns what Hydra reads, whole numbers such as `1e3` made whole; raises `ConfigError` with file and line."""
         result = super().load_config(config_path)
         file = Path(self.path) / self._normalize_file_name(config_path)
+        with file.open(encoding="utf-8-sig") as stream:  # Hydra's own reader sees no header behind a byte order mark
+            result.header = self._get_header_dict(stream.read(512))
         if not file.is_relative_to(self.shipped):
             read_spellings(file, config_path, result)
         return result
@@ -279,7 +287,7 @@ _Loader.yaml_implicit_resolvers = {
 
 def read_spellings(file: Path, config_path: str, result: ConfigResult) -> None:
     """Checks the spelling of every value in a file of options, and makes numbers whole that are, in `result`."""
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         root = yaml.compose(stream, Loader=_Loader)
     group = config_path.removesuffix(".yaml").rpartition("/")[0]
     _check_head(file, group, result.header.get("package"))
@@ -306,10 +314,6 @@ def _check_head(file: Path, group: str, package: str | None) -> None:
     """Raises `ConfigError` for a file whose keys are those of all groups, if its first line does not say so."""
     if package is not None or not group or group in ANYWHERE:
         return
-    with file.open(encoding="utf-8") as stream:
-        first = stream.readline()
-    if re.match("\ufeff\\s*#\\s*@", first):
-        raise ConfigError(f"{file} begins with a byte order mark, which hides its first line; save it as UTF-8 without")
     if type_at((group.partition("/")[0],)) is None:
         raise ConfigError(
             f"{file}: an option of {group} sets keys of all groups; put `# @package _global_` into its first line"
@@ -346,10 +350,15 @@ def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
         needed = "a text"
     elif not (is_null or is_later) and get_origin(hint) in SHAPES:
         node_kind = {yaml.SequenceNode: list, yaml.MappingNode: dict}.get(type(node))
-        needed = SHAPES[get_origin(hint)] if node_kind is not get_origin(hint) else None
+        needed = shape_in_words(hint, dotted(path)) if node_kind is not get_origin(hint) else None
     if needed is not None:
         where = f"{file}, line {node.start_mark.line + 1}: {dotted(path)}"
         raise ConfigError(f"{where} must be {needed}, got {_shown(node)}")
+
+
+def shape_in_words(hint: Any, key: str) -> str:
+    """Says what a field that holds other values takes: "a list such as [a,b]"."""
+    return f"a mapping such as {MAPPINGS[key]}" if key in MAPPINGS else SHAPES[get_origin(hint)]
 
 
 def _shown(node: yaml.Node) -> str:

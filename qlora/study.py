@@ -5,20 +5,26 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import RandomSampler
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from qlora.errors import ConfigError
+from qlora.secrets import HIDDEN, hide
+from qlora.wording import brief_text
 
 PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
 LOCK_SECONDS = 60.0
@@ -32,8 +38,10 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 class TrialLink:
     """Where a job finds its trial."""
 
-    storage: str
-    """The URL of the study's database."""
+    storage: str | None
+    """The URL of the study's database, if it holds no secret."""
+    variable: str | None
+    """Else the variable of the environment that holds it: the URL itself is written nowhere."""
     study: str
     trial_id: int
     metric: str
@@ -54,32 +62,71 @@ class TrialLink:
         """Returns the trial, to report to."""
         study = optuna.load_study(
             study_name=self.study,
-            storage=open_storage(self.storage),
+            storage=open_storage(self._url()),
             sampler=RandomSampler(),  # draws nothing: the parameters are drawn
             pruner=build_pruner(self.pruner, self.pruner_kwargs),
         )
         return optuna.Trial(study, self.trial_id)
 
+    def _url(self) -> str:
+        if self.variable is None:
+            assert self.storage is not None
+            return self.storage
+        if not (url := os.environ.get(self.variable)):
+            raise ConfigError(
+                f"hydra.sweeper.storage=${{oc.env:{self.variable}}}: the job does not have the variable "
+                f"{self.variable}; export it where jobs run"
+            )
+        return url
 
-def open_storage(url: str) -> RDBStorage:
-    """Connects to a study's database; raises `ConfigError` where it cannot be reached."""
-    try:
-        lite = make_url(url).get_backend_name() == "sqlite"
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}} if lite else None)
-    except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
-        raise ConfigError(
-            f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
-            "can be reached, e.g. sqlite:////data/study.db, or leave it out for a file in the sweep's folder"
-        ) from error
+
+JOURNAL = "journal:///"
+"""What the name of Optuna's journal file begins with: a file that many machines write to on a shared disk."""
+ATTEMPTS = 5
+"""Several commands that start together all make the tables of a new database, and all but one fail at first."""
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Connects to a study's database or opens its journal; raises `ConfigError` where it cannot be reached."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _connect(url)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            is_race = not isinstance(error, OperationalError) or "already exists" in str(error)
+            if not is_race or attempt == ATTEMPTS - 1:
+                raise _unusable(url, error) from error
+            time.sleep(0.2 * 2**attempt)
+        except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
+            raise _unusable(url, error) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _connect(url: str) -> BaseStorage:
+    if url.startswith(JOURNAL):
+        # The lock beside the file is a link to it, which must not depend on where a process runs.
+        return JournalStorage(JournalFileBackend(str(Path("/", url.removeprefix(JOURNAL)))))
+    if make_url(url).get_backend_name() == "sqlite":
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may have been started anew
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    reason = brief_text(hide(str(getattr(error, "orig", None) or error).replace(url, hide_password(url))))
+    return ConfigError(
+        f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
+        "can be reached, e.g. sqlite:////data/study.db or postgresql+psycopg://HOST/NAME, journal:////data/study.log "
+        "for Optuna's journal, or leave it out for a file in the sweep's folder"
+    )
 
 
 def hide_password(url: str) -> str:
     """Returns a database's URL as it may be shown."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
+    if url.startswith(JOURNAL):
         return url
+    try:
+        return hide(make_url(url).render_as_string(hide_password=True))
+    except (SQLAlchemyError, ValueError):  # no URL: whatever it is, it is not shown
+        return HIDDEN
 
 
 def build_pruner(name: str, kwargs: Mapping[str, Any]) -> BasePruner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
@@ -63,7 +64,9 @@ def parse_size(text: str) -> int | None:
 
 
 def format_duration(seconds: float) -> str:
-    """Returns seconds as `0:41`, `12:05` or `3:07:00`."""
+    """Returns seconds as `0:41`, `12:05` or `3:07:00`; a number that is not finite by its name."""
+    if not math.isfinite(seconds):
+        return str(seconds)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -72,6 +75,61 @@ def format_duration(seconds: float) -> str:
 def format_bytes(size: int) -> str:
     """Returns a size as `1.2 MB` or `1.2 GB`, in units of 1000."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def brief(value: object, width: int = 60) -> str:
+    """Returns a user's value as a message shows it: in Python's spelling, on one line, at most `width` characters."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def brief_text(text: str, width: int = 240) -> str:
+    """Returns what a library says, on one line and not at length."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= width else shorten(line, width)
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Returns names as a message lists them: the first ones, and how many more there are."""
+    texts = [str(name) for name in names]
+    plain = [text if text.isprintable() else repr(text)[1:-1] for text in texts[:most]]
+    labels = [text if len(text) <= 80 else f"{text[:77]}..." for text in plain]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(labels) + more
+
+
+LONGEST_MESSAGE, LONGEST_WORD, MOST_LINES = 3000, 400, 40
+"""Characters of a message and of a word in it; lines. A path has fewer characters, and no remedy is longer."""
+
+
+def tidy(message: str) -> str:
+    """Returns a message that can be printed, whatever values stand in it: without control characters, and cut in the
+    middle where it or a word is too long, for it begins with what is wrong and ends with the way out."""
+    text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), visible(message))
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        left_out = f"  ... {len(lines) - MOST_LINES:,} lines ..."
+        text = "\n".join([*lines[: MOST_LINES - 10], left_out, *lines[-10:]])
+    return _cut(text, LONGEST_MESSAGE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: 2 * most // 3]} ... {len(text) - most:,} characters ... {text[-most // 3 :]}"
+
+
+INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, colours, hides or reorders text on a terminal, and what no encoding can write."""
+
+
+def visible(text: str) -> str:
+    """Returns `text` with every control character but line ends and tabs as a picture of it, one for one."""
+    return INVISIBLE.sub(lambda match: _picture(ord(match[0])), text)
+
+
+def _picture(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def quoted(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -218,6 +219,39 @@ def check_same(what: str, value: object) -> None:
     if len(values := set(gather(value))) > 1:
         shown = ", ".join(sorted(map(str, values)))
         raise ConfigError(f"the processes of this run do not have the same {what}: {shown}; all must see equal files")
+
+
+APPEARS_SECONDS = 10.0
+"""A shared disk may take so long to show one machine what another has written."""
+
+
+def check_shared(folder: Path) -> None:
+    """Raises `ConfigError`, in all processes, unless all of them see the folder that the first one writes to."""
+    if _group is None:
+        return
+    mark = folder / share(f".seen-{uuid.uuid4().hex}")
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    wait()
+    seen = gather((platform.node(), _appears(mark)))
+    if is_first():
+        mark.unlink(missing_ok=True)
+    if blind := sorted({node for node, sees in seen if not sees}):
+        raise ConfigError(
+            f"{folder} is written by the first process, on {seen[0][0]}, and not seen by all processes on "
+            f"{', '.join(blind)}: all of them read its checkpoints; give a folder on a disk that all machines share, "
+            "with hydra.run.dir=FOLDER"
+        )
+
+
+def _appears(path: Path) -> bool:
+    end = time.monotonic() + APPEARS_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 @contextlib.contextmanager

@@ -398,7 +398,7 @@ def test_chat_needs_no_rows_and_speaks_without_a_terminal(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/base\n/retry\n/save {tmp_path}/mine.jsonl\n"))
     run = chat_run(tmp_path / "chat", f"adapter={trained}", "data=alpaca")
     result = run.execute()
-    assert result == json.loads((tmp_path / "chat" / "chat.json").read_text())
+    assert not (tmp_path / "chat").exists()
     assert {key: result[key] for key in ("status", "task", "objective")} == {
         "status": "finished", "task": "chat", "objective": None,
     }  # fmt: skip
@@ -589,4 +589,4 @@ def test_a_person_talks_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     os.write(terminal.screen, b"\x04")
     assert terminal.wait() == 0
     assert "Traceback" not in terminal.seen
-    assert json.loads((tmp_path / "out" / "chat.json").read_text())["metrics"]["chat_answers"] == 3
+    assert not (tmp_path / "out").exists()

@@ -120,6 +120,7 @@ def test_a_mistake_found_in_the_job_is_one_line_too(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "did you mean" in done.stderr
     assert "rows.jsonl" in done.stderr
+    assert not (tmp_path / "outputs").exists()
     full = qlora(tmp_path, "data=local", "data.path=row.jsonl", HYDRA_FULL_ERROR="1")
     assert "Traceback" in full.stderr
 

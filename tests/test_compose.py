@@ -548,3 +548,15 @@ def test_composing_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_list_in_place_of_a_mapping_is_shown_beside_what_is_expected() -> None:
+    for override, said in {
+        "trainer.optim_args=[a]": "trainer.optim_args must be a mapping such as {momentum: 0.9} or null, got [a]",
+        "trainer.optim_args=true": "trainer.optim_args must be a mapping such as {momentum: 0.9} or null, got True",
+        "data.columns=[a,b]": "data.columns must be a mapping such as {a: 1}, got [a,b]",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            compose([override])
+        assert str(refused.value) == said
+    assert compose(["trainer.optim=sgd", "trainer.optim_args={momentum: 0.9}"]).trainer.optim_args == {"momentum": 0.9}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,11 @@ def test_a_fully_finetuned_model_is_found_in_a_runs_folder(tmp_path: Path) -> No
 
 def test_training_has_the_plain_name_among_results(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.result("train").write_text(json.dumps({"status": "finished"}))
-    assert folder.stored_result("train") == {"status": "finished"}
+    folder.result("train").write_text(json.dumps({"status": "finished", "metrics": {"eval_loss": "nan"}}))
+    stored = folder.stored_result("train")
+    assert stored is not None
+    assert stored["status"] == "finished"
+    assert math.isnan(stored["metrics"]["eval_loss"])
     assert folder.stored_result("evaluate") is None
     assert folder.result("evaluate").name == "evaluate.json"
 

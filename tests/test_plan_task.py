@@ -168,7 +168,7 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
         "plan.device=h100", f"model.name={tmp_path}"
     )
     (tmp_path / "config.json").write_text("{")
-    assert f"model.name={tmp_path}: its config.json cannot be had" in refusal(
+    assert f"model.name={tmp_path}: config.json is damaged (no JSON: " in refusal(
         "plan.device=h100", f"model.name={tmp_path}"
     )
     (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "lama"}))

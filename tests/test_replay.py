@@ -31,6 +31,7 @@ QUICK = [
 ]
 
 
+FILE = Path("run/config.yaml")
 Pair = tuple[Path, Path, dict[str, Any]]
 
 
@@ -141,11 +142,11 @@ def test_a_folder_without_a_finished_training_is_refused(tmp_path: Path, pair: P
 def test_a_stored_config_is_restored_whole(pair: Pair) -> None:
     stored = read_config(pair[0] / "config.yaml")
     assert stored is not None
-    assert restore_config(stored) == compose(QUICK)
+    assert restore_config(stored, FILE) == compose(QUICK)
     mixed = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
-    assert restore_config(config_to_dict(mixed)) == mixed
+    assert restore_config(config_to_dict(mixed), FILE) == mixed
     with pytest.raises(ConfigError, match=r"unknown key 'lora\.rank'"):
-        restore_config({**stored, "lora": {**stored["lora"], "rank": 3}})
+        restore_config({**stored, "lora": {**stored["lora"], "rank": 3}}, FILE)
 
 
 def test_deterministic_algorithms_are_taken_inside_the_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +187,30 @@ def test_the_workspace_is_chosen_before_anything_can_start_cuda(chosen: str, mon
     monkeypatch.delenv(WORKSPACE, raising=False)
     cli._join(compose_dict([chosen]), sweeps=False)
     assert os.environ.pop(WORKSPACE) == ":4096:8"
+
+
+def test_an_interrupted_replay_says_how_to_go_on_with_the_replay(tmp_path: Path) -> None:
+    run = Run(compose(QUICK), tmp_path / "second", ["lora.r=4"])
+    run.started_by = ["task=replay", f"run={tmp_path}/first", "resume=auto"]
+    assert run._how_to_go_on().endswith(f"qlora task=replay run={tmp_path}/first hydra.run.dir={tmp_path}/second")
+
+
+@pytest.mark.parametrize(
+    "typed", ["model.name=other", "model=llama-7b", "+data.columns.output=x", "seed=3", "device=cpu"]
+)
+def test_a_key_that_a_replay_would_not_read_is_refused(tmp_path: Path, typed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        task.replay(compose(["task=replay", "run=first"]), tmp_path, ["task=replay", "run=first", "name=x", typed])
+    assert str(error.value) == (
+        f"{typed} would not be read: task=replay trains with the stored config of run=first; leave it out, or train "
+        "without task=replay (a replay reads name, tracking, resume, base alone)"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "result.json"])
+def test_a_damaged_file_of_the_training_is_named(pair: Pair, tmp_path: Path, name: str) -> None:
+    shutil.copytree(pair[0], tmp_path / "first")
+    (tmp_path / "first" / name).write_text('{"half')
+    with pytest.raises(ConfigError, match=f"first/{name} is damaged"):
+        task.replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
+    assert not (tmp_path / "second").exists()

@@ -348,7 +348,7 @@ SHAPED = {
     "data: {columns: [a]}": "data.columns must be a mapping such as {a: 1}, got [a]",
     "data: {columns: a}": "data.columns must be a mapping such as {a: 1}, got a",
     "data: {mix: [a, {b: c}]}": "data.mix must be a mapping such as {a: 1}, got [a, {b: c}]",
-    "trainer: {optim_args: [a]}": "trainer.optim_args must be a mapping such as {a: 1}, got [a]",
+    "trainer: {optim_args: [a]}": "trainer.optim_args must be a mapping such as {momentum: 0.9}, got [a]",
     "callbacks: [a]": "callbacks must be a mapping such as {a: 1}, got [a]",
     "model: {new_tokens: [<a>, ~]}": "model.new_tokens[1] must be a text, got ~",
     "tracking: {tags: [null]}": "tracking.tags[0] must be a text, got null",
@@ -383,11 +383,12 @@ def test_an_experiment_says_in_its_first_line_that_it_is_of_all_groups(tmp_path:
     assert compose(["experiment=mine"], tmp_path)
 
 
-def test_a_byte_order_mark_that_hides_the_first_line_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "experiment" / "mine.yaml"
-    assert mistake(tmp_path, "\ufeff# @package _global_\nseed: 1\n") == (
-        f"{file} begins with a byte order mark, which hides its first line; save it as UTF-8 without"
-    )
+def test_a_byte_order_mark_hides_nothing_of_a_file(tmp_path: Path) -> None:
+    for group, text in (("experiment", "# @package _global_\nseed: 5\n"), ("lora", "enabled: true\nalpha: 5\n")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(f"\ufeff{text}", encoding="utf-8")
+    assert compose(["experiment=mine"], tmp_path).seed == 5
+    assert compose(["lora=mine", "recipe=none", "lora.target_modules=all-linear", "lora.r=2"], tmp_path).lora.alpha == 5
 
 
 def test_names_with_dots_stay_where_names_are_free(tmp_path: Path) -> None:
@@ -395,3 +396,16 @@ def test_names_with_dots_stay_where_names_are_free(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     assert compose(["experiment=mine", "hydra/sweeper=basic"], tmp_path).data.columns == {"a.b": "c"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("trainer.eval_steps=choice(null,1e1)", "trainer.eval_steps=null,10"),
+        ("model.revision=choice(null, 1e5)", "model.revision=null, '1e5'"),
+        ("trainer.eval_steps=choice(null)", "trainer.eval_steps=null"),
+        ("lora.r=choice(8,16)", "lora.r=choice(8,16)"),
+    ],
+)
+def test_a_choice_may_hold_null(typed: str, kept: str) -> None:
+    assert keep_spelling([typed]) == keep_spelling(keep_spelling([typed])) == [kept]

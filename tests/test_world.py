@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +116,46 @@ def test_a_lost_process_is_told_apart_from_other_errors(environment: pytest.Monk
     assert world.is_loss_of_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"))
     assert not world.is_loss_of_peer(RuntimeError("shapes differ"))
     assert not world.is_loss_of_peer(ValueError("closed by peer"))
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from qlora import world
+from qlora.errors import ConfigError
+world.APPEARS_SECONDS = 1.0
+world.join()
+world.check_shared(Path(sys.argv[1]))
+try:
+    world.check_shared(Path("run"))
+except ConfigError as error:
+    print(error)
+world.leave()
+"""
+
+
+def test_a_run_folder_that_another_machine_does_not_see_is_refused_in_all_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "shared").mkdir()
+    processes = []
+    for rank in ("0", "1"):  # each in a folder of its own, as on a machine of its own
+        (tmp_path / rank).mkdir()
+        told = {
+            "WORLD_SIZE": "2",
+            "RANK": rank,
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-c", LOOK, str(tmp_path / "shared")]
+        processes.append(
+            subprocess.Popen(command, cwd=tmp_path / rank, env=os.environ | told, stdout=subprocess.PIPE, text=True)
+        )
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0
+        assert output.startswith("run is written by the first process, on ")
+        assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in output
+    assert not list((tmp_path / "shared").iterdir())

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora.errors import ConfigError
+from qlora.files import follow_umask
 
 UNFINISHED = ".unfinished"
 """Beginning of a temporary folder's name: `.unfinished~HOST~PID~RANDOM`."""
@@ -46,6 +47,7 @@ class Cache:
         if not folder.is_dir():
             with _exit_on_sigterm(), self._unfinished() as unfinished:
                 write(unfinished)
+                follow_umask(unfinished)
                 try:
                     unfinished.rename(folder)
                 except OSError:  # another process was faster
@@ -78,13 +80,6 @@ class Cache:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _unwritable(self.root, error) from error
             raise
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """Returns `cache_dir`, else `$QLORA_CACHE`, else `qlora` in `$XDG_CACHE_HOME` or in `~/.cache`."""
-    if chosen := cache_dir or os.environ.get("QLORA_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora"
 
 
 def _unwritable(root: Path, error: OSError) -> ConfigError:

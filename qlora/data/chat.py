@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
@@ -21,7 +22,19 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.conversations import Conversation, Message
-from qlora.data.message_form import ANSWER, MARK, MARKS, NEXT, QUESTION, MessageForm, Piece, find_form, map_texts
+from qlora.data.message_form import (
+    ANSWER,
+    MARK,
+    MARKS,
+    NEXT,
+    QUESTION,
+    MessageForm,
+    Piece,
+    find_form,
+    map_texts,
+    map_values,
+    other_value,
+)
 from qlora.data.templates import NEEDED_TOKENS, Template, suggest_template
 from qlora.data.turn_layout import Borders, Fitted, Layout, Span, Text, find_span, holds, lay_out
 from qlora.errors import ConfigError
@@ -31,6 +44,8 @@ PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
 CANNOT_WRITE: Final = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What a template raises for messages that it has no form for."""
+PROBE: Final = 918_273_645_000
+"""The first of the numbers that stand for the values in calls."""
 LAYOUTS: Final = 256
 """So many structures of conversations are remembered."""
 
@@ -182,7 +197,7 @@ class ChatWriter:
         trained = [index for index in turns if messages[index].get("weight", 1)]
         if not turns:
             return Turns([], None, 0, 0)
-        layout = self._layout(marked, texts, turns, tools)
+        layout = self._layout(messages, marked, texts, turns, tools)
         asked = trained[-1] if trained else turns[-1]
         prompt = self._apply(tools, messages[:asked], prompt=True)
         fitted = layout.fit(text, texts, self._special)
@@ -203,14 +218,47 @@ class ChatWriter:
         written = [ChatTurn(span, self._reference(text, span)) for span in spans.values()]
         return Turns(written, None if is_text else prompt, len(counted), layout.lost_messages)
 
-    def _layout(self, marked: list[Message], texts: list[Text], turns: list[int], tools: Any) -> Layout:
+    def _layout(
+        self, messages: list[Message], marked: list[Message], texts: list[Text], turns: list[int], tools: Any
+    ) -> Layout:
         key = json.dumps([marked, tools], ensure_ascii=False, default=repr)
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= LAYOUTS:
                 self._layouts.clear()
             layout = self._layouts[key] = lay_out(marked, texts, turns, partial(self._apply, tools), self._borders)
+            for turn in self._turns_that_lose_values(messages, marked, turns, tools):
+                layout.lost[turn].add(Piece.call)
         return layout
+
+    def _turns_that_lose_values(
+        self, messages: list[Message], marked: list[Message], turns: list[int], tools: Any
+    ) -> set[int]:
+        """Returns the turns whose text leaves out a number, a boolean or a null among the arguments of their calls.
+
+        First each of these stands for a number that comes nowhere else; one that is then not found may be written in
+        another way, so the text must change with it.
+        """
+        owners: list[int] = []
+
+        def written(change: Callable[[int, Any], Any]) -> str | None:
+            """Returns the text with other values; None: there are none, or the template does not take these."""
+            owners.clear()
+
+            def numbered(turn: int, value: Any) -> Any:
+                owners.append(turn)
+                return change(len(owners) - 1, value)
+
+            changed = [map_values(message, partial(numbered, index)) if index in turns else message
+                       for index, message in enumerate(messages)]  # fmt: skip
+            with suppress(ConfigError):
+                return self._apply(tools, self._mark(changed)[0]) if owners else None
+            return None
+
+        text = written(lambda index, value: PROBE + index) or ""
+        doubted = [index for index in range(len(owners)) if str(PROBE + index) not in text]
+        whole = self._apply(tools, marked) if doubted else None
+        return {owners[doubt] for doubt in doubted if written(partial(_change_one, doubt)) == whole}
 
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
@@ -353,3 +401,7 @@ class ChatWriter:
             turns=[ChatTurn(joined(turn.span), self._plain(turn.reference)) for turn in written.turns],
             raw=[Span(*match.span()) for match in spelled if match],
         )
+
+
+def _change_one(changed: int, index: int, value: Any) -> Any:
+    return other_value(value) if index == changed else value

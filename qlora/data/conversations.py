@@ -13,14 +13,13 @@ from qlora.data.rows import (
     Row,
     is_missing,
     is_rejected,
-    list_names,
     number_text,
     peek,
     read_switch,
-    short,
     track,
 )
 from qlora.errors import ConfigError
+from qlora.wording import brief, listed
 
 Message = dict[str, Any]
 
@@ -91,7 +90,7 @@ def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conve
         )
     if turns[0]["role"] != "system" and (system := row.get("system")):
         if not isinstance(system, str):
-            raise ConfigError(f"column system must hold text, but a row holds {short(system)}")
+            raise ConfigError(f"column system must hold text, but a row holds {brief(system)}")
         turns = [{"role": "system", "content": system}, *turns]
     return [Conversation(turns, read_tools(row))]
 
@@ -102,7 +101,7 @@ def _refuse_media(row: Row) -> None:
         cell = decode(row.get(column))
         if _holds_media(cell):
             raise ConfigError(
-                f"column {column} holds {short(cell)}; qlora trains text only, so leave such rows out, or take the "
+                f"column {column} holds {brief(cell)}; qlora trains text only, so leave such rows out, or take the "
                 "column out if the turns say all without it"
             )
 
@@ -121,7 +120,7 @@ def read_turns(row: Row, column: str) -> list[Any]:
     if not isinstance(cell, Sequence) or isinstance(cell, str):
         written = "; write lists as JSON (json.dumps), not as Python prints them" if PRINTED.match(str(cell)) else ""
         raise ConfigError(
-            f"data.format={column} needs a list of turns in that column, but a row holds {short(cell)}{written}"
+            f"data.format={column} needs a list of turns in that column, but a row holds {brief(cell)}{written}"
         )
     return list(cell)
 
@@ -138,7 +137,7 @@ def decode(cell: Any) -> Any:
     except DoubledKey as error:
         value = json.loads(cell)
         if is_turn(value) or (isinstance(value, list) and any(map(is_turn, value))):
-            raise ConfigError(f"in the turns {short(cell)}, {error}") from None
+            raise ConfigError(f"in the turns {brief(cell)}, {error}") from None
         return cell
     except (ValueError, RecursionError):
         return cell
@@ -164,13 +163,13 @@ def normalise(turns: Sequence[Any], column: str, row: Row) -> list[Message]:
 
 def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise ConfigError(f"{where} is {short(turn)}; each must be an object with role and content, or from and value")
+        raise ConfigError(f"{where} is {brief(turn)}; each must be an object with role and content, or from and value")
     spoken = _first(turn, "role", "from")
     if spoken is None:
-        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
     name = str(spoken).strip().lower()
     if name not in ROLES:
-        raise ConfigError(f"{where} has the unknown role {short(spoken)}; known are {', '.join(ROLES)}")
+        raise ConfigError(f"{where} has the unknown role {brief(spoken)}; known are {', '.join(ROLES)}")
     message: Message = {"role": ROLES[name]}
     key = "value" if turn.get("content") is None else "content"
     value = turn.get(key) if name in CALL_ROLES else _parts(turn, key, message["role"])
@@ -185,7 +184,7 @@ def _message(turn: object, where: str) -> Message:
     if calls:
         message["tool_calls"] = _calls(turn, calls, where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
-        raise ConfigError(f"{where} has the keys {list_names(turn)}; it needs role and content, or from and value")
+        raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
     message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
     switch = read_switch(turn, where)
     return message if switch is None else message | {"weight": int(switch)}
@@ -220,7 +219,7 @@ def _content(value: Any, role: str, where: str) -> str:
     if (number := number_text(value)) is not None:
         return number
     if not isinstance(value, Sequence):
-        raise ConfigError(f"{where} says {short(value)}; content must be text, or a list of parts of text")
+        raise ConfigError(f"{where} says {brief(value)}; content must be text, or a list of parts of text")
     return "".join(_part(part, where) for part in value if not _is_thought(part))
 
 
@@ -250,7 +249,7 @@ def _thought_text(value: Any, where: str) -> str:
         return _content(value, "assistant", where)
     key = _text_key(value, *THOUGHT_KEYS)
     if key is None:
-        raise ConfigError(f"{where} holds a part {short(value)} without a text of thoughts; leave such parts out")
+        raise ConfigError(f"{where} holds a part {brief(value)} without a text of thoughts; leave such parts out")
     value.get("type")  # whatever it is, the text is a thought here
     return _thought_text(_each(value, key), where)
 
@@ -275,7 +274,7 @@ def _part(part: Any, where: str) -> str:
     key = _text_key(part) if isinstance(part, Mapping) else None
     text = None if key is None else part[key]
     if kind not in (None, *TEXT_PARTS) or not isinstance(text, str):
-        label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else short(part)
+        label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else brief(part)
         raise ConfigError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
     return text
 
@@ -290,7 +289,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     bare = track(call, function, "function") if isinstance(function, Mapping) else call
     if not isinstance(bare, Mapping) or not isinstance(bare.get("name"), str):
-        raise ConfigError(f"{where} calls {short(call)}; a call of a function is JSON with name and arguments")
+        raise ConfigError(f"{where} calls {brief(call)}; a call of a function is JSON with name and arguments")
     arguments = _arguments(call, bare, where)
     call.get("type")  # "function" or the like says nothing more
     try:
@@ -330,7 +329,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ConfigError(
-            f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {short(cell)}"
+            f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {brief(cell)}"
         )
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 

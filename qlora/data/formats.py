@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from qlora.data import conversations as chats
 from qlora.data.conversations import Conversation, Message
-from qlora.data.rows import KTO_LABELS, LABELS, Row, cell_text, is_rejected, short, track
+from qlora.data.rows import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
 from qlora.errors import ConfigError
+from qlora.wording import brief
 
 END_MARK = "<|endoftext|>"
 """GPT-3's end of text, which self-instruct's completions spell out; the tokenizer's own end token follows anyway."""
@@ -148,7 +149,7 @@ def _history(row: Row) -> list[tuple[str, str]]:
         for pair in rounds
     ):
         raise ConfigError(
-            f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {short(cell)}"
+            f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {brief(cell)}"
         )
     return [(asked or "", answer or "") for asked, answer in rounds]
 
@@ -283,14 +284,14 @@ def inst(row: Row) -> list[Example]:
     turns = chats.split_inst(whole)
     if turns is None:
         raise ConfigError(
-            f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {short(whole)}"
+            f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {brief(whole)}"
         )
     return _chat(row, turns, "text")
 
 
 def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], shown: str) -> list[Example]:
     if not mark.search(whole):
-        raise ConfigError(f"data.format={name} needs {shown} in column text, but a row holds {short(whole)}")
+        raise ConfigError(f"data.format={name} needs {shown} in column text, but a row holds {brief(whole)}")
     return _chat(row, chats.split_marked(whole, mark), "text")
 
 
@@ -332,7 +333,7 @@ def nested(row: Row, column: str, name: str) -> list[Row]:
         return []
     if not isinstance(cell, list) or not all(isinstance(part, Mapping) for part in cell):
         raise ConfigError(
-            f"data.format={name} needs a list of objects in column {column}, but a row holds {short(cell)}"
+            f"data.format={name} needs a list of objects in column {column}, but a row holds {brief(cell)}"
         )
     return [track(row, part, column) for part in cell]
 
@@ -347,7 +348,7 @@ def segments(row: Row) -> list[Example]:
     except (TypeError, ValueError):
         rendered = None
     if rendered is None or not all(isinstance(s.text, str) and isinstance(s.trained, bool) for s in rendered):
-        raise ConfigError(f"data.format=segments: a row holds {short(pairs)} as segments; each must be a pair "
+        raise ConfigError(f"data.format=segments: a row holds {brief(pairs)} as segments; each must be a pair "
                           "[text, true or false]")  # fmt: skip
     return [rendered]
 

@@ -160,6 +160,29 @@ def _map_values(value: Any, leaf: Leaf) -> Any:
     return [_map_values(item, leaf) for item in value] if isinstance(value, list) else value
 
 
+def map_values(message: Message, change: Callable[[Any], Any]) -> Message:
+    """Returns a message in which every number, boolean and null among the arguments of its calls is changed."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return value if isinstance(value, str) else change(value)
+
+    if not (calls := message.get("tool_calls")):
+        return message
+    functions = ({**call["function"], "arguments": walk(call["function"]["arguments"])} for call in calls)
+    return {**message, "tool_calls": [{**call, "function": told} for call, told in zip(calls, functions, strict=True)]}
+
+
+def other_value(value: Any) -> Any:
+    """Returns another number, boolean or null than `value`, of the same type where there is one."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else 2 * value + 1 if isinstance(value, float) else True
+
+
 def find_form(write: Write) -> MessageForm:
     """Returns the form that a template takes, by what it writes of samples; what it never writes has the plain form."""
     form = MessageForm()

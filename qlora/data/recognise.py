@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from qlora.data.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.data.rows import Row, is_unlabelled, label_columns, list_names, track
+from qlora.data.rows import Row, is_unlabelled, label_columns, track
 from qlora.errors import ConfigError
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
+from qlora.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class _Rows(NamedTuple):
 
     @property
     def listed(self) -> str:
-        return list_names(self.columns)
+        return listed(self.columns)
 
     def column_key(self, column: str) -> str:
         return f"{self.setting.removesuffix('format')}columns.{column}"

@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from qlora.data.encode import Counts, column
 from qlora.data.packing import PackedRows
-from qlora.data.rows import list_names
 from qlora.data.sets import RowSet
 from qlora.data.templates import suggest_template, suggest_thoughts
 from qlora.schema import DataConfig, OnEmpty
+from qlora.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def describe_unread(report: DataReport) -> str:
     rows = report.train_rows + report.eval_rows + report.lost_rows + report.eval_lost_rows
     rows -= report.left_out_rows + report.eval_left_out_rows
     keys = sorted(report.unread.items(), key=lambda item: -item[1])
-    return list_names(
+    return listed(
         f"{key} (in {count:,})" if "." in key else f"{key} (in {count:,} of {rows:,} rows)" if count < rows else key
         for key, count in keys
     )

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora.errors import ConfigError
+from qlora.wording import brief
 
 Row = Mapping[str, Any]
 
@@ -31,8 +32,6 @@ UNCLEAR_SWITCHES = {
     "train_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
     "training_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
 }
-MOST_NAMES = 30
-"""So many names of columns are listed in a sentence."""
 LABELS = ("label", "kto_tag")
 """Columns that say whether an answer is a good one (KTO)."""
 KTO_LABELS = ("kto_tag",)
@@ -147,7 +146,7 @@ def cell_text(value: Any, column: str, name: str) -> str:
     text = value if isinstance(value, str) else number_text(value)
     if text is None:
         raise ConfigError(
-            f"data.format={name} needs text in column {column}, but a row holds {short(value)}; "
+            f"data.format={name} needs text in column {column}, but a row holds {brief(value)}; "
             f"{_remedy(value, column)}"
         )
     return text
@@ -203,7 +202,7 @@ def is_rejected(row: Row, *columns: str) -> bool:
                 return True
         except ValueError:
             raise ConfigError(
-                f"column {column} holds {short(row.get(column))}, and the label of an answer is {TRUTHS} (false: not "
+                f"column {column} holds {brief(row.get(column))}, and the label of an answer is {TRUTHS} (false: not "
                 "trained); write it so, or leave the column out (with a function of your own: "
                 "data.format=module:function)"
             ) from None
@@ -220,7 +219,7 @@ def read_switch(turn: Row, where: str) -> bool | None:
             raise ConfigError(f"{where} has the key {key}, {meaning}")
     for part in (part for key in ("content", "value") if isinstance(turn.get(key), list) for part in turn[key]):
         if isinstance(part, Mapping) and (own := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
-            raise ConfigError(f"{where} holds a part with {own}={short(part[own])}; a turn is trained whole or not at "
+            raise ConfigError(f"{where} holds a part with {own}={brief(part[own])}; a turn is trained whole or not at "
                               f"all, so set {own} beside its role, or split it")  # fmt: skip
     said: dict[str, bool] = {}
     for key in (*SWITCHES, *OPPOSITES):
@@ -229,24 +228,11 @@ def read_switch(turn: Row, where: str) -> bool | None:
             truth = read_truth(value)
         except ValueError:
             raise ConfigError(
-                f"{where} has {key}={short(value)}; a turn is trained whole or not at all, so it must be {TRUTHS}"
+                f"{where} has {key}={brief(value)}; a turn is trained whole or not at all, so it must be {TRUTHS}"
             ) from None
         if truth is not None:
             said[key] = truth is not (key in OPPOSITES)
     if len(set(said.values())) > 1:
-        listed = " and ".join(f"{key}={short(turn[key])}" for key in said)
+        listed = " and ".join(f"{key}={brief(turn[key])}" for key in said)
         raise ConfigError(f"{where} has {listed}, which contradict each other; leave one of them out")
     return next(iter(said.values()), None)
-
-
-def short(value: object) -> str:
-    """Returns a value for a sentence, at most 60 characters long."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Returns names of columns or keys for a sentence, at most 30 of them, without characters that do not print."""
-    listed = [name if name.isprintable() else repr(name)[1:-1] for name in names]
-    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
-    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:MOST_NAMES]) + more

@@ -205,7 +205,12 @@ class RowSet:
         if not len(encoded):
             self.cache.discard(key)
             rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
-            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}")
+            others = (
+                f"; hold out more rows than data.eval_dataset_size={self.config.eval_dataset_size:g}, or draw others "
+                "with data.split_seed"
+            )
+            way_out = others if for_eval and self.config.splits_off else ""
+            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, packaged_modules
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,  # of httpx or httpx2, whichever the hub's client uses
@@ -23,11 +23,11 @@ from qlora.data.cache import Cache
 from qlora.data.files import ROWS, Stored, is_file_path, is_saved, load_files, load_saved, open_rows, write_rows
 from qlora.data.readers import Chunk
 from qlora.data.row_size import MAX_ROW_BYTES, check_table
-from qlora.data.rows import list_names
 from qlora.data.writer import IdCounter, file_digest
 from qlora.errors import ConfigError, did_you_mean
 from qlora.functions import import_function
 from qlora.schema import FUNCTION_PATH
+from qlora.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def load_hub(
 
     Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
+    _check_hub_name(path, data_files, failure, key)
     try:
         with no_progress_bars():
             if isinstance(split, str):
@@ -142,6 +143,18 @@ def load_hub(
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
     return _choose(splits, split, path, key)
+
+
+def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
+    """Raises `ConfigError` for what is no data set of the hub to `datasets`: one of its own readers by name, a folder
+    here, or files that lie elsewhere, behind which there may be any library's reader."""
+    if path in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise ConfigError(f"{failure} from the hub: {path} is a reader of the package datasets; name the file in {key}")
+    if data_files is not None and (":" in data_files or data_files.startswith(("/", "~")) or ".." in data_files):
+        raise ConfigError(
+            f"data.data_files={data_files} must name files inside the hub's data set; for files elsewhere use "
+            "data=local data.path=FILE"
+        )
 
 
 def hub_commit(rows: Dataset) -> str | None:
@@ -179,7 +192,7 @@ def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: s
         if name in splits:
             return splits[name]
     remedy = "choose one of these" if isinstance(split, str) else f"leave {key} out to split rows off data.path"
-    raise ConfigError(f"{key}={path}: has no split {', '.join(names)}, only {', '.join(splits)}; {remedy}")
+    raise ConfigError(f"{key}={path}: has no split {listed(names)}, only {listed(splits)}; {remedy}")
 
 
 def _counted(rows: Dataset) -> Stored:
@@ -196,7 +209,7 @@ def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: 
     for wanted, source in columns.items():
         if source not in names:
             raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
-                              f"{did_you_mean(source, names)}; it has {list_names(names)}")  # fmt: skip
+                              f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
         if source in taken:
             raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
         taken[source] = wanted

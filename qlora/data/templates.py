@@ -126,7 +126,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
 def _read_file(name: str, key: str) -> str:
     path = Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ConfigError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None

@@ -16,8 +16,8 @@ from datasets import Features, Json, Value
 
 from qlora.data.readers import Chunk
 from qlora.data.row_size import MAX_ROW_BYTES, check_table
-from qlora.data.rows import list_names
 from qlora.errors import ConfigError
+from qlora.wording import listed
 
 TEXT = pa.string()
 JSON = pa.json_()
@@ -183,8 +183,8 @@ def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, 
     names = list(row)
     if known and names and known.keys().isdisjoint(names):
         raise ConfigError(
-            f"{shown}, {chunk.place(index)}: has the columns {list_names(names)}, but the rows before it have "
-            f"{list_names(known)}; all rows must be of one kind"
+            f"{shown}, {chunk.place(index)}: has the columns {listed(names)}, but the rows before it have "
+            f"{listed(known)}; all rows must be of one kind"
         )
 
 

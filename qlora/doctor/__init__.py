@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -25,8 +24,6 @@ from qlora.doctor.surroundings import (
 )
 from qlora.doctor.versions import check_python, check_versions
 from qlora.errors import ConfigError
-from qlora.files import write_text
-from qlora.folder import RunFolder
 from qlora.schema import Config
 
 STYLES = {Status.ok: "green", Status.warning: "yellow", Status.error: "bold red"}
@@ -34,28 +31,26 @@ TESTED = "install the tested versions: pip install -c constraints.txt"
 
 
 def doctor(config: Config, output_dir: Path) -> dict[str, Any]:
-    """Checks everything, prints the table, writes `doctor.json`; raises `ConfigError` where something is an error."""
-    folder = RunFolder(output_dir)
-    folder.create()
+    """Checks everything for a run in a folder, and prints the table; writes nothing.
+
+    Raises `ConfigError` where something is an error.
+    """
     findings = []
     console.start_screen([])
     for finding in examine(config, output_dir):
         findings.append(finding)
         _print(finding)
     counts = {status.value: sum(finding.status is status for finding in findings) for status in Status}
-    place = str(folder.result("doctor"))
     result: dict[str, Any] = {
         "status": "finished",
         "task": "doctor",
         "objective": None,
         "metrics": {f"doctor_{name}": count for name, count in counts.items()},
-        "paths": {"doctor": place},
+        "paths": {},
         "findings": [asdict(finding) | {"status": finding.status.value} for finding in findings],
     }
-    write_text(folder.result("doctor"), json.dumps(result, indent=2) + "\n")
     console.say()
     console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
-    console.say_rows([("doctor", place)])
     _stop_at_errors(findings, "task=doctor")
     return result
 

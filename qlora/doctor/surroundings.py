@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from qlora.data.cache import cache_root
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import ConfigError
 from qlora.files import free_bytes
 from qlora.models.files import is_local, locate
+from qlora.places import cache_root
 from qlora.plan import Plan, build_plan
 from qlora.schema import Config, TrackingBackend, Weights
 
@@ -110,9 +110,15 @@ def check_rights(config: Config, folder: Path) -> Iterator[Finding]:
     """Looks whether the run folder, the caches and the place for temporary files can be written."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    try:
+        rows = cache_root(config.data.cache_dir)
+    except ConfigError as error:
+        says, _, fix = str(error).partition("; ")
+        yield fail("home folder", says, fix)
+        return
     places = {
         "the run folder (hydra.run.dir)": folder,
-        "the cache of rows (data.cache_dir)": cache_root(config.data.cache_dir),
+        "the cache of rows (data.cache_dir)": rows,
         "the hub library's cache (HF_HOME)": Path(config.model.cache_dir or HF_HUB_CACHE),
         "temporary files (TMPDIR)": Path(tempfile.gettempdir()),
     }
@@ -173,7 +179,7 @@ def _ask_hub() -> Iterator[Finding]:
 
 def check_tracking(config: Config) -> Iterator[Finding]:
     """Looks whether the tracker's package and login are there."""
-    backend = config.tracking.backend
+    backend = config.tracking.in_use
     if backend is not TrackingBackend.wandb:
         yield fine("tracking", backend.value)
         return

@@ -78,11 +78,18 @@ class AnswerLog:
             place = len(file.readline())
             for line in file:
                 record = _whole(line)
-                if record is None:
+                if record is None or not self._is_answer(record):
                     break
                 self._note(record, place)
                 place += len(line)
         os.truncate(self.path, place)
+
+    def _is_answer(self, record: dict[str, Any]) -> bool:
+        """Returns whether a line is the answer to one of the rows, as `append` writes them."""
+        row, tokens, seconds = (record.get(name) for name in ("row", "tokens", "seconds"))
+        is_row = isinstance(row, int) and 0 <= row < len(self._places)
+        is_text = all(isinstance(record.get(name), str) for name in ("text", "finish"))
+        return is_row and is_text and isinstance(tokens, int) and isinstance(seconds, int | float)
 
     def _note(self, record: dict[str, Any], place: int) -> None:
         self._places[record["row"]] = place
@@ -110,6 +117,6 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     """Returns the object of a line, or None if the line was not written to its end."""
     try:
         found = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import logging
 import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from qlora.console import progress
 from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.measure import Measurement, random_state_kept
+from qlora.evaluation.metrics import check_library_metric
 from qlora.evaluation.statistics import Score
-from qlora.schema import EvaluationConfig
+from qlora.schema import EvaluationConfig, check_trusted
 
 log = logging.getLogger(__name__)
 
 # The seeds of the harness's own command line, so that its solved questions and orders are the same.
 PYTHON_SEED, OTHER_SEED = 0, 1234
+READERS = ("json", "csv", "parquet", "arrow", "text")
+"""The readers of `datasets` that a task may name; others call what their arguments name."""
 
 
 class LmHarness:
@@ -36,15 +41,24 @@ class LmHarness:
     at_each_evaluation = False
 
     def __init__(
-        self, config: EvaluationConfig, *, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: torch.device
+        self,
+        config: EvaluationConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        device: torch.device,
+        trusted: Sequence[str] = (),
     ) -> None:
         """Loads tasks and their data.
 
-        Raises `ConfigError` if the package is missing, or for a task that does not exist or cannot be had.
+        A folder's tasks call functions of packages in `trusted` alone. Raises `ConfigError` if the package is missing,
+        or for a task that does not exist or cannot be had.
         """
         self.limit, self.batch_size, self.device = config.max_samples, batch_size, device
+        self.path = config.path
         self.tokenizer = copy.deepcopy(tokenizer)  # the harness may give it another padding token
-        with _quiet(), _harness_seeds(device):
+        self.trusted = tuple(trusted)
+        with _quiet(), _harness_seeds(device), _guarded(config.path, self.trusted):
             self.tasks = _load_tasks(config)
             for task in self.tasks["tasks"].values():
                 _set_shots(task, config.shots)
@@ -55,7 +69,8 @@ class LmHarness:
         from lm_eval.models.huggingface import HFLM
 
         kind = self.device.type
-        with progress("lm-eval", None) as update, _quiet(), _harness_seeds(self.device):
+        guarded = _guarded(self.path, self.trusted)
+        with progress("lm-eval", None) as update, _quiet(), _harness_seeds(self.device), guarded:
             lm = HFLM(
                 pretrained=model,
                 tokenizer=self.tokenizer,
@@ -89,6 +104,8 @@ def _load_tasks(config: EvaluationConfig) -> Any:
         raise ConfigError(f"evaluation.path={config.path}: no such folder; with evaluation=lm-eval it holds task files")
     try:
         manager = manager_of(include_path=config.path and str(Path(config.path).expanduser()))
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"evaluation.path={config.path}: a task file in it is broken: {_said(error)}") from error
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -110,6 +127,8 @@ def _load_tasks(config: EvaluationConfig) -> Any:
 def _load(manager: Any, name: str) -> Any:
     try:
         loaded = manager.load([name])
+    except ConfigError:
+        raise
     except ModuleNotFoundError as error:
         raise ConfigError(f"evaluation.tasks: {name} needs the package {error.name}; pip install it") from error
     except OSError as error:
@@ -221,6 +240,77 @@ def _harness_seeds(device: torch.device) -> Iterator[None]:
         np.random.seed(OTHER_SEED)
         torch.manual_seed(OTHER_SEED)
         yield
+
+
+@contextlib.contextmanager
+def _guarded(path: str | None, trusted: Sequence[str]) -> Iterator[None]:
+    """Lets the harness run no code that files of tasks bring along, but for functions of packages in `trusted`.
+
+    Its own tasks call theirs. Texts are put together in Jinja's sandbox, and a metric or a data set is none that runs a
+    script.
+    """
+    import datasets
+    import lm_eval
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
+
+    own, import_named, environment = Path(lm_eval.__file__).parent, _yaml_loader._import_func_in_yml, utils.env
+    key = f"evaluation.path={path}"
+
+    def import_trusted(name: str, folder: Path) -> Any:
+        is_own = folder.resolve().is_relative_to(own.resolve())
+        file = folder / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+        if not is_own and (file.exists() or importlib.util.find_spec(name.partition(".")[0] or "sys") is not None):
+            check_trusted(f"{key}, !function in {folder}", name, trusted)
+        return import_named(name, folder)
+
+    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        if path in datasets.packaged_modules._PACKAGED_DATASETS_MODULES and path not in READERS:
+            raise ConfigError(f"{key}: dataset_path: {path} must be one of {', '.join(READERS)}, or name a data set")
+        return load_any(path, *args, **kwargs)
+
+    sandbox = ImmutableSandboxedEnvironment(undefined=environment.undefined, keep_trailing_newline=True)
+    sandbox.filters |= environment.filters
+    load_any = datasets.load_dataset
+    _yaml_loader._import_func_in_yml, utils.env, datasets.load_dataset = import_trusted, sandbox, load_dataset
+    try:
+        with _library_metrics_guarded(key):
+            yield
+    finally:
+        _yaml_loader._import_func_in_yml, utils.env, datasets.load_dataset = import_named, environment, load_any
+
+
+@contextlib.contextmanager
+def _library_metrics_guarded(key: str) -> Iterator[None]:
+    """Lets the harness load metrics of the `evaluate` library by their plain names alone."""
+    try:
+        import evaluate
+    except ImportError:
+        yield
+        return
+    load_any = evaluate.load
+
+    refused: list[ConfigError] = []  # for the harness goes on without a metric that is not to be had
+
+    def load_metric(name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_library_metric(name, f"{key}: metric: {name}")
+        except ConfigError as error:
+            refused.append(error)
+            raise
+        return load_any(name, *args, **kwargs)
+
+    evaluate.load = load_metric
+    try:
+        yield
+    except Exception:
+        if refused:
+            raise refused[0] from None
+        raise
+    finally:
+        evaluate.load = load_any
+    if refused:
+        raise refused[0]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora.errors import ConfigError
@@ -43,20 +45,38 @@ def _from_library(name: str) -> Metric:
         import evaluate
     except ImportError as error:
         raise ConfigError(f"{shown} needs the package evaluate; pip install 'qlora[eval]'") from error
+    check_library_metric(name, shown)
     try:
         metric = evaluate.load(name)
     except ImportError as error:  # of a package that this metric computes with
         raise ConfigError(f"{shown}: {_first_line(error)}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{shown} could be loaded neither from the hub nor from a folder {name} here: {_first_line(error)}; check "
-            "the name and the network"
+            f"{shown} could not be loaded from the hub: {_first_line(error)}; check the name and the network"
         ) from error
 
     def compute(predictions: Sequence[str], references: Sequence[str]) -> Mapping[str, Any]:
         return dict(metric.compute(predictions=predictions, references=references))
 
     return compute
+
+
+def check_library_metric(name: str, shown: str) -> None:
+    """Raises `ConfigError` unless `evaluate` looks for a metric among those of its authors on the hub.
+
+    It would run a script in the working directory, or one of anybody's repository, of the same name.
+    """
+    if not re.fullmatch(r"\w+", name):
+        raise ConfigError(
+            f"{shown} names a script of somebody's; write a function, and name it as module:function with trusted=[...]"
+        )
+    kinds = ("metric", "comparison", "measurement")
+    for path in (Path(name), *(Path(f"evaluate-{kind}") / name for kind in kinds)):
+        if path.exists() or path.with_suffix(".py").exists():
+            raise ConfigError(
+                f"{shown}: the library would run code of {path.absolute()} in place of its own metric; start the "
+                "command in another folder, or name a function as module:function with trusted=[...]"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from qlora.evaluation.choices import ChoiceEncoder, ChoiceReader, Prompt, build_
 from qlora.evaluation.measure import Measurement
 from qlora.evaluation.statistics import Score
 from qlora.schema import EvaluationConfig, MmluSplit
+from qlora.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def read_question(row: Row, place: str) -> Question:
         if name not in row:
             raise ConfigError(
                 f"{place}: no column {name!r}; a question needs {', '.join(COLUMNS)}, and this one has "
-                f"{', '.join(row) or 'none'}"
+                f"{listed(row) or 'none'}"
             )
     subject, text, answer = (row[name] for name in COLUMNS)
     for name, value in (("subject", subject), ("input", text)):

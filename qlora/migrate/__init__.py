@@ -26,6 +26,7 @@ from qlora.migrate.rules import Dialect, Reading, translate
 from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
 from qlora.schema import Config
 from qlora.spelling import keep_spelling
+from qlora.trust import REMOTE_CODE
 
 MOST_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
@@ -40,8 +41,10 @@ def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
     folder.create()
     name = re.sub(r"[^\w.-]+", "-", Path(config.source).stem) or "migrated"
     experiment = output_dir / "conf" / "experiment" / f"{name}.yaml"
-    write_text(experiment, _as_experiment(overrides, f"{dialect.name}: {Path(config.source).name}"))
-    if compose([f"experiment={name}"], output_dir / "conf") != compose(overrides):
+    typed = [text for text in overrides if text.startswith(f"{REMOTE_CODE}=")]  # no file may say it
+    in_file = [text for text in overrides if text not in typed]
+    write_text(experiment, _as_experiment(in_file, f"{dialect.name}: {Path(config.source).name}"))
+    if compose([f"experiment={name}", *typed], output_dir / "conf") != compose(overrides):
         raise AssertionError(f"{experiment} says something else than the command")
     result = {
         "status": "finished",
@@ -57,9 +60,10 @@ def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
     write_text(folder.result("migrate"), json.dumps(result, indent=2, default=str) + "\n")
     _print(dialect, reading, config.source)
     console.say()
+    words = shlex.join(["--config-dir", str(output_dir / "conf"), f"experiment={name}", *typed])
     console.say_rows(
         [
-            ("as an experiment", f"qlora --config-dir {shlex.quote(str(output_dir / 'conf'))} experiment={name}"),
+            ("as an experiment", f"qlora {words}"),
             ("migrate", str(folder.result("migrate"))),
         ]
     )
@@ -90,7 +94,7 @@ def read(path: Path) -> tuple[Dialect, Reading]:
 
 def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"from={path} is no UTF-8 text; give a script or a YAML") from None
     if path.suffix not in (".yaml", ".yml") and (PROGRAM in text or text.lstrip().startswith("--")):

@@ -92,7 +92,7 @@ def _registry(folder: Path, facts: Taken) -> dict[str, Any]:
         file = place / "dataset_info.json"
         if file.is_file():
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
+                found = json.loads(file.read_text(encoding="utf-8-sig"))
             except ValueError as error:
                 raise ConfigError(f"from: {file} is no valid JSON ({error})") from error
             return {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import Linear4bit, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, cast_adapter_dtype
 from peft.utils.integrations import dequantize_module_weight
@@ -32,8 +32,10 @@ from qlora.models.checkpoint import Tensors
 from qlora.models.decoder import ROUTER, linear_modules, read_decoder
 from qlora.models.files import check_safetensors
 from qlora.models.fingerprint import Base, write_base
+from qlora.models.foreign import library_reads, read_object
 from qlora.models.tokenizer import save_tokenizer
 from qlora.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
+from qlora.wording import brief_text
 
 log = logging.getLogger(__name__)
 
@@ -448,8 +450,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     biases = _copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{unfit} ({str(error).strip().splitlines()[0][:200]})") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{unfit} ({type(error).__name__}: {brief_text(str(error))})") from error
     with _open_adapter(folder) as file:
         saved = set(file.keys())
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -499,9 +503,9 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
     """Raises `ConfigError` if an adapter trained rows of new tokens that this base does not have."""
-    trained = json.loads((folder / ADAPTER_CONFIG).read_text()).get("trainable_token_indices") or {}
+    trained = read_object(folder / ADAPTER_CONFIG, f"adapter={folder}").get("trainable_token_indices") or {}
     lists = trained.values() if isinstance(trained, dict) else [trained]
-    last, rows = max((max(ids) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
+    last, rows = max((max(ids, default=-1) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
     if last >= rows:
         raise ConfigError(
             f"adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
@@ -514,14 +518,14 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ConfigError(f"adapter={folder}: no {ADAPTER_CONFIG} there; give an adapter's or a finished run's folder")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"adapter={folder}: {ADAPTER_CONFIG} is damaged ({error}); copy the adapter again") from error
-    if not isinstance(settings, dict) or "peft_type" not in settings:
+    settings = read_object(path, f"adapter={folder}")
+    if settings.get("megatron_config"):  # PEFT imports the module that stands beside it
         raise ConfigError(
-            f"adapter={folder}: {ADAPTER_CONFIG} has no peft_type, so it is none of PEFT's; copy the adapter again"
+            f"adapter={folder}: {ADAPTER_CONFIG} is that of an adapter for Megatron (megatron_config), which names a "
+            "module to import; give an adapter for transformers"
         )
+    with library_reads(f"adapter={folder}", ADAPTER_CONFIG):
+        PeftConfig.from_pretrained(str(folder))
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ConfigError(f"adapter={folder}: {ADAPTER_WEIGHTS} is missing; copy the adapter again")

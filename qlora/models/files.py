@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from qlora.errors import ConfigError, did_you_mean
+from qlora.models.foreign import MODEL_FILES, TOKENIZER_JSON, check_files, read_object
+from qlora.wording import brief
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "demo" / "model"}
 WEIGHTS = "*.safetensors"
@@ -50,6 +51,7 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
                 "as adapter"
             )
         raise ConfigError(f"model.name={folder}: config.json is missing; a model folder needs it")
+    check_files(folder, MODEL_FILES, f"model.name={folder}")
     weights = sorted(folder.glob(WEIGHTS))
     if not weights and (pickles := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]):
         raise only_safetensors(str(folder), pickles[0])
@@ -80,12 +82,12 @@ def weight_files(folder: Path) -> list[Path]:
 def _read_index(index: Path) -> list[Path]:
     """Returns the files that an index names; raises `ConfigError` if one is missing."""
     folder = index.parent
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    names = set(read_object(index, f"model.name={folder}")["weight_map"].values())
+    if strange := sorted(name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name):
         raise ConfigError(
-            f"model.name={folder}: {INDEX}, which names the files of the weights, is damaged; download or copy it again"
-        ) from error
+            f"model.name={folder}: {INDEX} names {brief(strange[0])}, which is no file in this folder; download or "
+            "copy the model again"
+        )
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise ConfigError(
             f"model.name={folder}: {len(missing)} of the {len(names)} files of the weights that {INDEX} names are "
@@ -110,6 +112,7 @@ def check_tokenizer_folder(folder: Path, key: str) -> None:
             f"{key}={folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); copy it there or name another with "
             "model.tokenizer"
         )
+    check_files(folder, TOKENIZER_JSON, f"{key}={folder}")
 
 
 def check_safetensors(path: Path, key: str) -> None:

@@ -16,6 +16,7 @@ from qlora.errors import ConfigError
 from qlora.files import read_json, write_text
 from qlora.folder import RunFolder
 from qlora.models.files import EMBEDDED
+from qlora.models.foreign import read_object
 from qlora.schema import Weights
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,8 +54,12 @@ class Base:
     """With `model.weights=random` all that decides the weights, by the full keys of the config."""
 
     def __post_init__(self) -> None:
-        texts = (self.revision or "", self.fingerprint or "", self.name)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(self.random, dict | None):
+        texts = (self.revision, self.fingerprint)
+        if (
+            not all(isinstance(text, str | None) for text in texts)
+            or not isinstance(self.name, str)
+            or not isinstance(self.random, dict | None)
+        ):
             raise TypeError("a value of another type than it has")
 
 
@@ -186,19 +191,15 @@ def read_base(adapter: Path) -> Base:
 
     Raises `ConfigError` for a damaged file.
     """
-    path = adapter / BASE_FILE
-    try:
-        if (stored := read_json(path)) is not None:
-            if not isinstance(stored, dict) or "name" not in stored:
-                raise ValueError("it holds no object with the name of a base")
-            return Base(**{field.name: stored[field.name] for field in fields(Base) if field.name in stored})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"adapter={adapter}: {BASE_FILE} is damaged ({error}); copy the adapter again") from error
+    key = f"adapter={adapter}"
+    if (path := adapter / BASE_FILE).is_file():
+        stored = read_object(path, key)
+        return Base(**{field.name: stored[field.name] for field in fields(Base) if field.name in stored})
     run = RunFolder(adapter.parent.parent if adapter.parent.name == "checkpoints" else adapter.parent)
     own = adapter.parent == run.checkpoints or adapter == run.adapter
     if own and (base := read_run_base(run)) is not None:
         return base
-    return Base(read_json(adapter / ADAPTER_FILES[0]).get("base_model_name_or_path") or "")
+    return Base(read_object(adapter / ADAPTER_FILES[0], key).get("base_model_name_or_path") or "")
 
 
 def read_run_base(run: RunFolder) -> Base | None:

@@ -31,11 +31,15 @@ from qlora.models.device import Placement, planned_dtype
 from qlora.models.drawing import DrawnWeights
 from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
 from qlora.models.finite import QuantizationWatch, find_nonfinite, first_in_forward
+from qlora.models.foreign import library_reads, unreadable
 from qlora.models.tokenizer import hub_error
 from qlora.models.trial import try_base
 from qlora.schema import ModelConfig, QuantizationConfig
 
 log = logging.getLogger(__name__)
+
+
+CONFIG = "config.json"
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -46,11 +50,13 @@ def load_model_config(config: ModelConfig) -> Any:
     place = locate(config.name)
     if is_local(place):
         check_model_folder(Path(place), tokenizer=config.tokenizer is None)
-    try:
-        model_config = AutoConfig.from_pretrained(place, **_hub_options(config))
-    except (OSError, ValueError) as error:
-        raise hub_error("model.name", place, error, gated=config.gated) from error
-    check_is_causal(model_config, f"model.name={config.name}")
+    key = f"model.name={config.name}"
+    with library_reads(key, CONFIG):
+        try:
+            model_config = AutoConfig.from_pretrained(place, **_hub_options(config))
+        except (OSError, ValueError) as error:
+            raise hub_error("model.name", place, error, gated=config.gated) from error
+        check_is_causal(model_config, key)
     return model_config
 
 
@@ -172,17 +178,15 @@ def _read(place: str, key: str, config: ModelConfig, placement: Placement, optio
         if isinstance(error, ConfigError):
             raise
         raise _unreadable(key, error) from error
-    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
         raise _unreadable(key, error) from error
 
 
 def _unreadable(key: str, error: Exception) -> ConfigError:
     """Returns the error for a model that transformers fails on: what its `config.json` says makes no sense, mostly."""
-    lines = str(error).strip().splitlines() or [""]
-    return ConfigError(
-        f"{key}: transformers {__version__} cannot build a model by its config.json ({type(error).__name__}: "
-        f"{lines[0][:200]}); correct config.json, or download or copy the model again"
-    )
+    return unreadable(key, f"{CONFIG} or the weights, which transformers {__version__} builds a model by,", error)
 
 
 def _check_finite(model: PreTrainedModel, key: str, spoiled: list[Tensor]) -> None:
@@ -203,10 +207,8 @@ def check_quantization(
     if getattr(model_config, "quantization_config", None) is not None:
         return
     if (bits := bitsandbytes_config(quantization, placement)) is not None:
-        try:
+        with library_reads(f"model.name={config.name}", CONFIG):
             empty = build_empty(model_config, bits, trust_remote_code=config.trust_remote_code)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-            raise _unreadable(f"model.name={config.name}", error) from error
         check_is_quantized(empty, quantization, config.name)
 
 

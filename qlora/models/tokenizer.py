@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
+from qlora.models.foreign import TOKENIZER_JSON, library_reads, unreadable
 from qlora.schema import ModelConfig
+from qlora.wording import brief, brief_text
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +26,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `config` with its special tokens repaired and `model.new_tokens` added."""
     key = "model.tokenizer" if config.tokenizer else "model.name"
     place = locate(config.tokenizer or config.name, key)
-    if is_local(place):
-        check_tokenizer_folder(Path(place), key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place,
-            revision=config.revision if not config.tokenizer else None,
-            cache_dir=config.cache_dir,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(key, place, error, gated=config.gated) from error
+    tokenizer = _read(
+        place,
+        key,
+        gated=config.gated,
+        revision=config.revision if not config.tokenizer else None,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+    )
     if config.new_tokens:
         # Found in a text as they are written; those in angle brackets are marks, which decoding can leave out.
         tokens = [AddedToken(token, normalized=False, special=token[:1] == "<" and token[-1:] == ">")
@@ -41,6 +41,36 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         added = tokenizer.add_tokens(tokens)
         log.info("model.new_tokens: %d of %d tokens are new", added, len(config.new_tokens))
     return tokenizer
+
+
+def _read(place: str, key: str, *, gated: bool = False, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by transformers and has it split a text; raises `ConfigError` that names the file at fault."""
+    if is_local(place):
+        check_tokenizer_folder(Path(place), key)
+    with library_reads(f"{key}={place}", lambda: _blame(Path(place))):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        except (OSError, ValueError) as error:
+            if is_local(place) and "trust_remote_code" not in str(error):
+                raise
+            raise hub_error(key, place, error, gated=gated) from error
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"transformers finds no tokenizer there, but {brief(tokenizer)}")
+        text = " ".join(filter(None, tokenizer.convert_ids_to_tokens([0, 1, 2])))  # which it must be able to split
+        tokenizer.decode(tokenizer(text)["input_ids"])
+    return tokenizer
+
+
+def _blame(folder: Path) -> str:
+    """Says which file of a tokenizer a library fails on, as far as that can be told."""
+    if (path := folder / "tokenizer.json").is_file():
+        try:
+            with library_reads("", path.name):
+                tokenizers.Tokenizer.from_file(str(path)).encode("")
+        except ConfigError:
+            return path.name
+    names = [name for name in (*TOKENIZER_JSON, "tokenizer.model") if (folder / name).is_file()]
+    return f"its tokenizer ({', '.join(names)})" if names else "its tokenizer"
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -63,10 +93,7 @@ def load_saved_tokenizer(
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
-        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise hub_error("adapter", str(folder), error) from error
+    saved = _read(str(folder), "adapter", trust_remote_code=config.trust_remote_code)
     if difference := _find_difference(saved, tokenizer):
         base = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}"
         raise ConfigError(
@@ -101,7 +128,7 @@ def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) ->
             "model.trust_remote_code=true (and pin what you read with model.revision=COMMIT)"
         )
     if is_local(place):
-        return ConfigError(f"{key}={place} could not be loaded: {_first_line(error)}")
+        return unreadable(f"{key}={place}", "config.json" if key == "model.name" else "its tokenizer", error)
     near = did_you_mean(place, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
     return ConfigError(
@@ -111,7 +138,8 @@ def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) ->
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    lines = str(error).strip().splitlines()
+    return brief_text(lines[0]) if lines else type(error).__name__
 
 
 def repair_special_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, did_you_mean, require
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,12 @@ def read_shape(facts: Mapping[str, Any], where: str) -> Shape:
             f"{', '.join(FAMILIES)}"
         )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if missing := [name for name in sizes if not isinstance(facts.get(name), int)]:
+    if missing := [name for name in sizes if facts.get(name) is None]:
         raise ConfigError(f"{where}: {missing[0]} is missing, so the model's size is unknown; give it as a number")
+    for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = facts.get(name)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        require(value is None or is_size, f"{where}: {name}", "be a positive whole number", value)
     hidden, intermediate, layers, heads, vocabulary = (int(facts[name]) for name in sizes)
     family = FAMILIES[kind]
     tied = facts.get("tie_word_embeddings")

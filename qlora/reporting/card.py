@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable
+import shlex
 from pathlib import Path
 from typing import Any
 
 from qlora.files import write_text
+from qlora.markup import markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.manifest import versions
 from qlora.schema import ComputeDtype, Config, LoraInit, Weights
-from qlora.wording import format_metric, format_range, is_detail
+from qlora.wording import format_metric, format_range, is_detail, quoted
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
 SEEN = "seen from the folder of this card"
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Licences that the hub knows by an id of its own; others are declared as `other`.
 HUB_LICENSES = (
     *("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "openrail"),
@@ -41,7 +43,7 @@ def write_model_card(
     `unquantized` says which share of the decoder's weights has more bits than the rest.
     """
     parts = [
-        f"# {config.name or folder.resolve().name}",
+        f"# {markdown_text(config.name or folder.resolve().name)}",
         _introduction(config, base_model, unquantized),
         "## Results",
         _results(config, result),
@@ -50,9 +52,9 @@ def write_model_card(
         if config.lora.enabled and config.model.weights is Weights.random
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
-        _table(("setting", "value"), _settings(config, compute_dtype, unquantized)),
+        markdown_table(("setting", "value"), _settings(config, compute_dtype, unquantized)),
         "## Reproduce",
-        f"```bash\n{command}\n```",
+        markdown_block(command, "bash"),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".",
         "## Limits",
         _limits(config),
@@ -74,22 +76,26 @@ def _front_matter(config: Config, base_model: str) -> str:
     known = license_id in HUB_LICENSES
     data_id = config.data.path or ""
     facts: dict[str, Any] = {
-        "base_model": base_model if HUB_ID.match(base_model) and config.model.weights is Weights.pretrained else None,
+        "base_model": base_model
+        if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
+        else None,
         "library_name": "peft" if config.lora.enabled else "transformers",
         "pipeline_tag": "text-generation",
         "license": license_id if known else "other" if license_id else None,
         "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
-        "datasets": [data_id] if HUB_ID.match(data_id) and not Path(data_id).exists() else None,
+        "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
         "tags": ["qlora", *(["lora"] if config.lora.enabled else []), f"{config.quantization.bits}-bit"],
     }
     return ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml().strip()
 
 
 def _introduction(config: Config, base_model: str, unquantized: str | None) -> str:
-    link = f"[{base_model}](https://huggingface.co/{base_model})" if HUB_ID.match(base_model) else f"`{base_model}`"
+    is_id = HUB_ID.fullmatch(base_model)
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_id else markdown_code(base_model)
     if config.model.weights is Weights.random:
         link = f"random weights in the shape of {link}"
-    data = f"trained on `{config.data.name}`" + (f" (`{config.data.path}`)" if config.data.path else "")
+    path = f" ({markdown_code(config.data.path)})" if config.data.path else ""
+    data = f"trained on {markdown_code(config.data.name)}{path}"
     if config.lora.enabled:
         precision = _base_precision(config, unquantized)
         return f"A LoRA adapter for {link}, {data} with the base weights frozen in {precision}."
@@ -118,14 +124,9 @@ def _results(config: Config, result: dict[str, Any]) -> str:
     head: tuple[str, ...] = ("held-out metric", "untuned base", "this model", "95 % interval")
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    table = _table(head, rows)
-    note = f"Measured on held-out rows of `{config.data.name}`; the loss is in nats per answer token."
+    table = markdown_table(head, rows)
+    note = f"Measured on held-out rows of {markdown_code(config.data.name)}; the loss is in nats per answer token."
     return f"{table}\n\n{note}"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _dtype(config: Config, compute_dtype: str | None) -> str:
@@ -136,7 +137,8 @@ def _draw_again(config: Config, folder: Path, paths: dict[str, str], command: st
     """Returns the command that draws the base again; nothing else can."""
     adapter = _relative(paths.get("adapter"), folder)
     words = f"The base was drawn at random from seed {config.seed} and is stored nowhere; this draws it again:"
-    return f"{words}\n\n```bash\n{command} task=chat adapter={adapter}  # {SEEN}\n```"
+    again = f"{command} task=chat {shlex.quote(f'adapter={quoted(adapter)}')}  # {SEEN}"
+    return f"{words}\n\n{markdown_block(again, 'bash')}"
 
 
 def _use(
@@ -150,7 +152,7 @@ def _use(
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [f"from transformers import {', '.join(names)}", ""]
-    lines += [f'folder = "{adapter}"  # {SEEN}']
+    lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     options = f'dtype={dtype}, device_map="auto"'
     if bits in (4, 8):
@@ -158,7 +160,7 @@ def _use(
         options += ", quantization_config=quantization"
     if config.lora.enabled:
         if config.model.revision:
-            options += f', revision="{config.model.revision}"'
+            options += f", revision={_literal(config.model.revision)}"
         lines += [*_base_lines(base), f"model = AutoModelForCausalLM.from_pretrained(base, {options})"]
         if config.model.new_tokens:
             lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
@@ -170,7 +172,12 @@ def _use(
     lines += ["", f"prompt = {text}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
     lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.max_new_tokens})"]
     lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return markdown_block("\n".join(lines), "python")
+
+
+def _literal(text: str) -> str:
+    """Returns a text in Python's quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _relative(path: str | None, folder: Path) -> str:
@@ -193,7 +200,7 @@ def _base_lines(base: str) -> list[str]:
     if base == "tiny":
         embedded = 'str(importlib.resources.files("qlora") / "demo" / "model")'
         return [f"base = {embedded}  # the model that qlora embeds"]
-    return [f'base = "{base}"']
+    return [f"base = {_literal(base)}"]
 
 
 def _settings(config: Config, compute_dtype: str | None, unquantized: str | None) -> list[tuple[str, str]]:
@@ -228,7 +235,7 @@ def _limits(config: Config) -> str:
     lines = [
         "- One training with one seed: small differences between such runs are chance. Repeat it with other seeds "
         "before you compare.",
-        f"- Measured only on rows like those of `{config.data.name}`; nothing is known about other tasks.",
+        f"- Measured only on rows like those of {markdown_code(config.data.name)}; nothing is known about other tasks.",
         "- Nobody examined the answers for safety, bias or truth; those of the base model remain.",
         "- The licence of the base model and the terms of the data apply to this model as well.",
     ]

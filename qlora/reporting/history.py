@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.files import read_json
+from qlora.errors import DamagedFile
 from qlora.folder import RunFolder
+from qlora.stored import read_history_file
 from qlora.wording import is_detail
 
 Series = tuple[list[float], list[float]]
@@ -47,23 +49,15 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     run = RunFolder(folder)
     states = [path / "trainer_state.json" for path in sorted(run.checkpoints.glob("checkpoint-*"), key=_step)]
     for path in (run.history, *reversed(states)):
-        stored = read_intact(path)
-        if stored is not None:
-            return stored["log_history"] if isinstance(stored, dict) else stored
+        with contextlib.suppress(DamagedFile):
+            if (history := read_history_file(path)) is not None:
+                return history
     return []
 
 
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
-
-
-def read_intact(path: Path) -> Any:
-    """Returns what a JSON file holds, or None where it is missing or damaged."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
 
 
 def series(history: list[dict[str, Any]], key: str) -> Series:

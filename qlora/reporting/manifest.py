@@ -23,9 +23,10 @@ from typing import Any
 
 from qlora import world
 from qlora.errors import ConfigError, Pruned, Stopped
-from qlora.files import read_json, write_text
+from qlora.files import write_text
 from qlora.folder import config_digest
-from qlora.secrets import hide, hide_all
+from qlora.secrets import hide_all, hide_in_diff
+from qlora.stored import read_manifest
 
 PACKAGES = {
     **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
@@ -34,6 +35,8 @@ PACKAGES = {
 }
 LONGEST_DIFF = 200_000
 """Characters; of a longer diff the rest is left out."""
+LONGEST_LIST = 200
+"""Files that are named."""
 CODE = Path(__file__).parent.parent  # the package
 
 
@@ -62,7 +65,7 @@ def build_manifest(
         "versions": versions(),
         "packages": packages(),
         "code": {**code_state(), "sha256": code_digest()},
-        "project": project_state(),
+        "project": project_state(with_diff=bool((config.get("manifest") or {}).get("diff"))),
         "hardware": hardware(),
         "processes": world.size(),
         "platform": platform.platform(),
@@ -80,7 +83,7 @@ def keep_manifest(
 
     `energy` counts joules. The starts before, of a run that goes on, are kept in `starts`.
     """
-    earlier = (read_json(path) or {}).get("starts", [])
+    earlier = (read_manifest(path) or {}).get("starts", [])
     manifest = {**manifest, "starts": [*earlier, {"started": manifest["started"], "status": "running"}]}
     write_json(path, manifest)
     began, joules, status = time.perf_counter(), energy(), "failed"
@@ -175,19 +178,39 @@ def code_state() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
-def project_state() -> dict[str, Any]:
+def project_state(*, with_diff: bool = False) -> dict[str, Any]:
     """Returns the commit and the changes of the repository that the run was started in; None where there is none.
 
-    Secrets are taken out of the changes, and so is what a line assigns to a name such as `api_key`.
+    The changes are the names of files with the lines that they gained and lost (None for a binary file), and the
+    SHA-256 of `git diff HEAD`; `with_diff` adds that itself without what may be secret in it.
     """
     here = Path.cwd()
-    commit, changes = _git("rev-parse", "HEAD", folder=here), _git("diff", "HEAD", "--no-color", folder=here)
-    if changes is None:
-        return {"commit": commit, "diff": None, "untracked": None}
-    diff = hide(changes, assigned=True)
-    untracked = (_git("ls-files", "--others", "--exclude-standard", folder=here) or "").splitlines()
-    cut = {"diff_left_out": len(diff) - LONGEST_DIFF} if len(diff) > LONGEST_DIFF else {}
-    return {"commit": commit, "diff": diff[:LONGEST_DIFF], **cut, "untracked": untracked[:200]}
+    compare = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames")  # runs no program
+    commit, diff = _git("rev-parse", "HEAD", folder=here), _git(*compare, folder=here)
+    if diff is None:
+        return {"commit": commit, "changes": None, "diff_sha256": None, "untracked": None}
+    untracked = (_git("ls-files", "--others", "--exclude-standard", "-z", folder=here) or "").split("\0")
+    state: dict[str, Any] = {
+        "commit": commit,
+        "changes": _count_lines(_git(*compare, "--numstat", "-z", folder=here) or ""),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "untracked": [name for name in untracked if name][:LONGEST_LIST],
+    }
+    if with_diff:
+        shown = hide_in_diff(diff)
+        state["diff"] = shown[:LONGEST_DIFF]
+        state |= {"diff_left_out": len(shown) - LONGEST_DIFF} if len(shown) > LONGEST_DIFF else {}
+    return state
+
+
+def _count_lines(numstat: str) -> list[dict[str, Any]]:
+    """Returns what `git diff --numstat -z` prints, file by file."""
+    changes = []
+    for record in filter(None, numstat.split("\0")):
+        added, removed, name = record.split("\t", 2)
+        counts = [int(count) if count.isdecimal() else None for count in (added, removed)]
+        changes.append({"file": name, "added": counts[0], "removed": counts[1]})
+    return changes[:LONGEST_LIST]
 
 
 def _git(*arguments: str, folder: Path | None = None) -> str | None:
@@ -199,7 +222,7 @@ def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.files import write_text
 from qlora.schema import GenerationConfig
+from qlora.wording import brief, visible
 
 Message = dict[str, str]
 
@@ -167,21 +169,23 @@ def write_modelfile(
     *,
     end_ids: Sequence[int],
     name: str,
-) -> Path:
-    """Writes `Modelfile` into the folder of a model with its tokenizer, and returns its path.
+) -> Path | str:
+    """Writes `Modelfile` into the folder of a model with its tokenizer, and returns its path, or why it is not written.
 
     The tokenizer's config there is told whether a server shall add the begin token, which transformers itself reads
     from another file. `end_ids` are the tokens that end an answer; `name` is what the model is called in the comment.
     """
+    stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids]
+    if not any(stop in form.after_answer for stop in stops):  # the next question begins without a token of its own
+        stops += [text for text in [form.after_answer.strip()] if text]
+    if strange := [stop for stop in stops if not _is_quotable(stop)]:
+        return f"a Modelfile has no way to write {brief(strange[0])}, which ends an answer"
     config_path = folder / "tokenizer_config.json"
     settings = json.loads(config_path.read_text(encoding="utf-8"))
     settings |= {"add_bos_token": form.adds_bos, "add_eos_token": False}
     write_text(config_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    stops = [tokenizer.convert_ids_to_tokens(number) for number in end_ids]
-    if not any(stop in form.after_answer for stop in stops):  # the next question begins without a token of its own
-        stops += [text for text in [form.after_answer.strip()] if text]
     lines = [
-        f"# ollama create {name} -f Modelfile",
+        f"# ollama create {shlex.quote(' '.join(visible(name).split()))} -f Modelfile",
         "FROM .",
         f'TEMPLATE """{form.go_template()}"""',
         *(f"PARAMETER {key} {value:g}" for key, value in _parameters(generation).items()),
@@ -200,6 +204,11 @@ def _parameters(generation: GenerationConfig) -> dict[str, float]:
         "repeat_penalty": generation.repetition_penalty,
         "num_predict": generation.max_new_tokens,
     }
+
+
+def _is_quotable(text: str) -> bool:
+    """Returns whether a text cannot end the quotes that a Modelfile puts around it."""
+    return '"""' not in text and not text.endswith('"') and visible(text) == text
 
 
 def _quoted(text: str) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
+from qlora.errors import DamagedFile
 from qlora.files import read_lines, write_text
 from qlora.folder import RunFolder
-from qlora.reporting.history import Curve, curves, read_history, read_intact
+from qlora.reporting.history import Curve, curves, read_history
 from qlora.reporting.page import chart, first_smoothing, format_value, group, line, metric_title, plain_config, render
 from qlora.wording import format_range, is_detail, prompt_core
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 ANSWERS = 60
 """So many answers are shown."""
@@ -57,9 +63,9 @@ def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str
 
 def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> str:
     """Returns the page as HTML, from `result` and what else lies in the run's folder."""
-    manifest = read_intact(folder.path / "manifest.json") or {}
+    manifest = _intact(folder.stored_manifest) or {}
     charts, groups = _charts(curves(read_history(folder.path)))
-    answers = [_answer(record) for record in read_lines(folder.predictions, ANSWERS)]
+    answers = [_answer(record) for record in _intact(lambda: read_lines(folder.predictions, ANSWERS)) or []]
     metrics = result.get("metrics", {})
     facts = [(label, text) for label, text in manifest.get("model", {}).items()
              if label != "folder" and isinstance(text, str)]  # fmt: skip
@@ -96,6 +102,15 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
         config=list(plain_config(manifest.get("config", {}))),
         files=_files(folder, result.get("paths", {})),
     )
+
+
+def _intact(read: Callable[[], Result]) -> Result | None:
+    """Returns what `read` reads back, or None where that is damaged, which a warning says."""
+    try:
+        return read()
+    except DamagedFile as error:
+        log.warning("%s is damaged (%s); the page is made without it", error.path, error.fault)
+        return None
 
 
 def _charts(found: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -170,7 +185,7 @@ def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
 def _answer_note(record: Mapping[str, Any]) -> str:
     """Returns how long an answer is, and whether it was cut."""
     count, finish = record.get("answer_tokens"), record.get("finish")
-    length = [] if count is None else ["1 token" if count == 1 else f"{count:,} tokens"]
+    length = [] if not isinstance(count, int) else ["1 token" if count == 1 else f"{count:,} tokens"]
     return ", ".join([*length, *(["cut at generation.max_new_tokens"] if finish == "length" else [])])
 
 

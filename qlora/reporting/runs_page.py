@@ -278,7 +278,8 @@ def _axis(key: str, texts: Sequence[str | None]) -> dict[str, Any]:
 
 def _jobs(runs: Sequence[RunView]) -> list[dict[str, Any]]:
     names = [name for name in COSTS if any(name in run.costs for run in runs)]
-    most = {name: max(run.costs.get(name, 0.0) for run in runs) for name in names}
+    known = {name: [run.costs[name] for run in runs if name in run.costs] for name in names}
+    most = {name: max(filter(math.isfinite, values), default=0.0) for name, values in known.items()}
     return [
         {
             "label": run.label,
@@ -287,12 +288,17 @@ def _jobs(runs: Sequence[RunView]) -> list[dict[str, Any]]:
             "page": run.page and _link(run.page),
             "folder": _link(run.folder),
             "costs": [
-                {"text": format_value(value, name), "value": value, "share": value / most[name] if value else 0.0}
+                {"text": format_value(value, name), "value": value, "share": _share(value, most[name])}
                 for name, value in ((name, run.costs.get(name)) for name in names)
             ],
         }
         for run in runs
     ]
+
+
+def _share(value: float | None, most: float) -> float:
+    """Returns how long a cost's bar is; that of what is no number has no length."""
+    return min(max(value / most, 0.0), 1.0) if value is not None and math.isfinite(value) and most > 0 else 0.0
 
 
 def _urgency(run: RunView) -> int:

@@ -1,32 +1,68 @@
-"""Engines of other projects that run the jobs of a sweep."""
+"""The engines that run the jobs of a sweep, by `hydra/launcher=`."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from qlora.errors import ConfigError
+from qlora.schema import Config, Device
+from qlora.sweep.processes import RunTasks, Task, build_slots, run_tasks
+from qlora.sweep.settings import RaySettings, SlurmSettings
 
-ENGINES = {
-    "slurm": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),
-    "ray": ("hydra_plugins.hydra_ray_launcher", "hydra-ray-launcher"),
-}
-"""By `hydra/launcher=`: the module and the package that bring the engine."""
+PACKAGES = {"ray": "ray"}
+"""By `hydra/launcher=`: the package that an engine needs, and the extra of the same name."""
 
 
 def check_engine(overrides: Sequence[str]) -> None:
     """Raises `ConfigError` if the engine that a command asks for is not installed."""
     for text in overrides:
         key, _, name = text.partition("=")
-        if key != "hydra/launcher" or name not in ENGINES:
+        if key != "hydra/launcher" or name not in PACKAGES:
             continue
-        module, package = ENGINES[name]
-        if not _is_there(module):
-            raise ConfigError(f"{text} needs the package {package}; install it with pip install 'qlora[{name}]'")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ConfigError(f"{text} needs the package {PACKAGES[name]}; install it with pip install 'qlora[{name}]'")
 
 
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # without any plugin there is no hydra_plugins
-        return False
+def build_engine(launcher: DictConfig, config: Config, room: int | None = None) -> RunTasks:
+    """Returns the engine of a sweep whose jobs are like `config`; `room`: how many may wait and run at a time.
+
+    Raises `ConfigError` for settings that cannot be.
+    """
+    settings: Any = OmegaConf.to_object(launcher)
+    if isinstance(settings, SlurmSettings):
+        settings.check()
+        return partial(_run_on_slurm, settings, config.sweep.detach, room)
+    check_not_detached(config)
+    if isinstance(settings, RaySettings):
+        settings.check()
+        from qlora.sweep.ray_jobs import run_on_ray
+
+        return partial(run_on_ray, settings, room)
+    slots = build_slots(settings.n_jobs, settings.gpus_per_job, on_cpu=config.device is Device.cpu)
+    return partial(run_tasks, slots=slots)
+
+
+def check_not_detached(config: Config) -> None:
+    """Raises `ConfigError` where jobs end with the command that is to return at once."""
+    if config.sweep.detach:
+        raise ConfigError(
+            "sweep.detach=true needs an engine that keeps the jobs when the command has ended: add "
+            "hydra/launcher=slurm, or leave it out"
+        )
+
+
+def _run_on_slurm(
+    settings: SlurmSettings,
+    detach: bool,
+    room: int | None,
+    next_task: Callable[[], Task | None],
+    **tell: Callable[..., Any],
+) -> None:
+    from qlora.sweep.slurm import SlurmJobs
+
+    SlurmJobs(settings, detach=detach, **tell).run(next_task, room)

@@ -5,40 +5,42 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
-from qlora.errors import ConfigError, Pruned, Stopped
-from qlora.files import read_json, write_text
+from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped
+from qlora.files import follow_umask, write_text
 from qlora.folder import FREE_KEYS, RunFolder, config_digest
 from qlora.secrets import hide
+from qlora.stored import (
+    RESULTS,
+    STATUS_FILE,
+    json_number,
+    read_progress,
+    read_result,
+    read_status,
+    set_damage_aside,
+)
+from qlora.stored import Status as Status  # of which a job has one
+
+log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-STATUS_FILE = "status.json"
+SUBMITTED = "slurm"
+"""In a job's status, what SLURM got and has not been seen to end: the array's folder and the index in it."""
+OVERVIEW_LOCK = ".overview.lock"
 
 # What a job may have otherwise and still give the same result.
 UNNAMED_KEYS = tuple(key for key in FREE_KEYS if key not in ("task", "adapter", "repo", "merge"))
 
 LONGEST_SLUG = 80
 LOCK_ATTEMPTS = 10
-
-
-class Status(Enum):
-    """What became of a job."""
-
-    queued = "queued"
-    running = "running"
-    finished = "finished"
-    pruned = "pruned"
-    failed = "failed"
-    interrupted = "interrupted"
-    """Stopped from outside: the sweep was ended, or the machine; it goes on from its checkpoint."""
 
 
 @dataclass
@@ -55,8 +57,16 @@ class Job:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     """How long it ran, of the last start."""
-    progress: dict[str, Any] = field(default_factory=dict)
+    node: str | None = None
+    """The machine of a cluster that it was given to."""
+    progress: dict[str, float] = field(default_factory=dict)
     """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
+    seedless: str | None = None
+    """The same for jobs whose configs differ by the seed alone; unset: of an older version."""
+    stamp: dict[str, list[int]] = field(default_factory=dict)
+    """Time and size of the files that tell this, by their names."""
+    damaged: list[DamagedFile] = field(default_factory=list)
+    """Its files that cannot be read back."""
 
     @property
     def name(self) -> str:
@@ -66,7 +76,7 @@ class Job:
     @property
     def values(self) -> dict[str, str]:
         """The varied keys with their values."""
-        return dict(text.lstrip("+").split("=", 1) for text in self.overrides)
+        return dict(text.lstrip("+").partition("=")[::2] for text in self.overrides)
 
     def queue(self, overrides: list[str]) -> None:
         """Takes the job up anew, `overrides` being its own if it has none yet."""
@@ -79,15 +89,22 @@ class Job:
             "overrides": self.overrides,
             "status": self.status.value,
             "reason": self.reason,
-            "objective": self.objective,
-            "metrics": self.metrics,
+            "objective": json_number(self.objective),
+            "metrics": {name: json_number(value) for name, value in self.metrics.items()},
             "seconds": self.seconds,
+            "seedless": self.seedless,
+            "stamp": self.stamp,
         }
 
 
 def identity(config: Mapping[str, Any]) -> str:
     """Returns 8 hex digits that are the same for every way to write the same resolved config."""
     return config_digest(config, UNNAMED_KEYS)[:8]
+
+
+def seedless(config: Mapping[str, Any]) -> str:
+    """Returns digits that are the same for configs that give the same result but for their seed."""
+    return config_digest(config, (*UNNAMED_KEYS, "seed"))[:16]
 
 
 def slug(overrides: Sequence[str]) -> str:
@@ -105,49 +122,127 @@ def job_folder(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any])
 
 
 def read_job(folder: Path) -> Job:
-    """Returns what the files of a job's folder tell; a process that no longer lives is not running."""
-    stored = read_json(folder / STATUS_FILE) or {}
-    job = Job(folder, overrides=stored.get("overrides", []), status=Status(stored.get("status", "queued")))
-    job.reason, job.seconds = stored.get("reason"), stored.get("seconds")
-    result = read_json(folder / stored["result"]) if "result" in stored else None
+    """Returns what the files of a job's folder tell; a process that no longer lives is not running.
+
+    A file that is damaged is named in `damaged`, and the job has failed, unless its result is whole.
+    """
+    job, written = Job(folder), _file_stamp(folder / STATUS_FILE)
+    status = _read(job, read_status, folder / STATUS_FILE)
+    job.progress = _read(job, read_progress, RunFolder(folder).progress) or {}
+    name = status.get("result") if status is not None else next(_results(folder), None)
+    of_result = _file_stamp(folder / name) if name is not None else None
+    result = _read(job, read_result, folder / name) if name is not None else None
     if result is not None:
         job.objective, job.metrics = result["objective"], result["metrics"]
-    job.progress = read_json(RunFolder(folder).progress) or {}
-    if job.status is Status.running and not is_locked(folder):
-        job.status, job.reason = Status.interrupted, "its process is gone"
+    if status is not None:
+        job.status, job.reason, job.overrides = Status(status["status"]), status["reason"], status["overrides"]
+        job.seconds, job.seedless, job.node = status["seconds"], status.get("seedless"), status.get("node")
+        if written is not None and name is not None and of_result is not None and not job.damaged:
+            job.stamp = {STATUS_FILE: written, name: of_result}
+        if job.status is Status.finished and name is not None and result is None:
+            job.status = Status.failed
+            job.reason = list_damage(job) if job.damaged else f"{name} is missing"
+        in_cluster = status.get(SUBMITTED) is not None  # whose locks may not be seen here
+        if job.status is Status.running and not in_cluster and not is_locked(folder):
+            job.status, job.reason = Status.interrupted, "its process is gone"
+    elif result is not None:
+        job.status = Status.finished
+    elif job.damaged:
+        job.status, job.reason = Status.failed, list_damage(job)
     return job
 
 
+def _results(folder: Path) -> Iterator[str]:
+    """Yields the names of the results in a folder whose status does not tell which one counts."""
+    yield from (name for name in RESULTS if (folder / name).is_file())
+
+
+def _read(job: Job, read: Callable[[Path], Any], path: Path) -> Any:
+    """Returns what a file of a job holds; None where it is missing, or damaged, which the job then knows."""
+    try:
+        return read(path)
+    except DamagedFile as error:
+        job.damaged.append(error)
+        return None
+
+
+def name_damage(job: Job) -> None:
+    """Warns of a job's files that are damaged, and says what that makes of the job."""
+    for error in job.damaged:
+        log.warning("%s is damaged (%s); this job counts as %s", error.path, error.fault, job.status.value)
+
+
+def list_damage(job: Job) -> str:
+    """Returns why a job with damaged files has failed."""
+    return "; ".join(f"{error.path.relative_to(job.folder)} is damaged ({error.fault})" for error in job.damaged)
+
+
 def write_status(folder: Path, status: Status, **facts: Any) -> None:
-    """Records what becomes of a job, whole or not at all; facts that are not given stay."""
+    """Records what becomes of a job, whole or not at all; facts that are not given stay, unless they are damaged."""
     path = folder / STATUS_FILE
-    record = {**(read_json(path) or {}), **facts, "status": status.value}
-    write_text(path, json.dumps(record, indent=2) + "\n")
+    with contextlib.suppress(DamagedFile):
+        facts = {**(read_status(path) or {}), **facts}
+    write_text(path, json.dumps({**facts, "status": status.value}, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, overrides: Sequence[str], result_name: str) -> Iterator[None]:
+def recorded(
+    folder: Path, overrides: Sequence[str], result_name: str, config: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Records the start and the end of the job that the block runs; one folder has one job at a time.
 
-    Raises `ConfigError` where another process runs in the folder.
+    What was recorded of a finished job stays where the block finds its result there and leaves it alone. Raises
+    `ConfigError` where another process runs in the folder.
     """
     with locked(folder, f"{folder} is in use by another process"):
+        set_damage_aside(folder, STATUS_FILE)
         started, clock = time.time(), time.monotonic()
-        known = (read_json(folder / STATUS_FILE) or {}).get("overrides")  # a sweep knows which of them it varies
-        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "reason": None}
-        write_status(folder, Status.running, **facts, result=result_name)
+        before, result = read_status(folder / STATUS_FILE) or {}, _file_stamp(folder / result_name)
+        known = read_job(folder).overrides  # a sweep knows which of them it varies
+        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "result": result_name}
+        facts |= {"seedless": seedless(config)} if config is not None else {}
+
+        def write(status: Status, reason: str | None = None, **kept: Any) -> None:
+            """Writes all facts: the folder may have been removed."""
+            seconds = {} if status is Status.running else {"seconds": time.monotonic() - clock}
+            write_status(folder, status, **{**facts, **seconds, **kept}, reason=reason)
+
+        write(Status.running)
         try:
             yield
         except (KeyboardInterrupt, Stopped):
             with contextlib.suppress(ConfigError):  # on a full disk; what ended the job counts
-                write_status(folder, Status.interrupted, reason="interrupted", seconds=time.monotonic() - clock)
+                write(Status.interrupted, "interrupted")
             raise
         except BaseException as error:
             status = Status.pruned if isinstance(error, Pruned) else Status.failed
             with contextlib.suppress(ConfigError):
-                write_status(folder, status, reason=_in_one_line(error), seconds=time.monotonic() - clock)
+                write(status, _in_one_line(error))
             raise
-        write_status(folder, Status.finished, seconds=time.monotonic() - clock)
+        is_same = (before.get("status"), before.get("result")) == (Status.finished.value, result_name)
+        is_kept = is_same and result is not None and result == _file_stamp(folder / result_name)
+        kept = (
+            {key: before[key] for key in ("seconds", "started", "pid") if before.get(key) is not None}
+            if is_kept
+            else {}
+        )
+        write(Status.finished, **kept)
+        with contextlib.suppress(OSError):  # of another owner
+            follow_umask(folder)
+
+
+def _file_stamp(path: Path) -> list[int] | None:
+    """Returns when a file was written, and its size; None: there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_mtime_ns, facts.st_size]
+
+
+def is_stamped(folder: Path, stamp: Mapping[str, list[int]]) -> bool:
+    """Returns whether the files of a job are those that `stamp` was taken of."""
+    return bool(stamp) and all(_file_stamp(folder / name) == written for name, written in stamp.items())
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -171,16 +266,16 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, complaint: str) -> Iterator[None]:
+def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool = False) -> Iterator[None]:
     """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
 
-    Raises `ConfigError` with `complaint` where another process holds it.
+    Several processes may hold it `shared`. Raises `ConfigError` with `complaint` where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as file:
+    with (folder / name).open("a") as file:
         for attempt in range(LOCK_ATTEMPTS):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
                 if attempt == LOCK_ATTEMPTS - 1:
@@ -194,9 +289,21 @@ def locked(folder: Path, complaint: str) -> Iterator[None]:
             _held.remove(file)
 
 
-def is_locked(folder: Path) -> bool:
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Holds the lock of a sweep's overview, having waited for whoever brings it up to date just now."""
+    with (folder / OVERVIEW_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+def is_locked(folder: Path, name: str = LOCK_FILE) -> bool:
     """Returns whether a living process holds the lock of a folder."""
-    path = folder / LOCK_FILE
+    path = folder / name
     if not path.exists():
         return False
     with path.open("a") as file:

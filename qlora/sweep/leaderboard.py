@@ -15,7 +15,9 @@ from rich.text import Text
 
 from qlora.console import printable, say, say_rows, screen
 from qlora.files import write_text
+from qlora.markup import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.page import short_value
+from qlora.stored import cost
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
@@ -32,7 +34,7 @@ GAP, LONGEST_VALUE = 2, 24
 
 @dataclass(frozen=True)
 class Row:
-    """Jobs that differ by their seed only."""
+    """Jobs whose configs differ by their seed only."""
 
     values: dict[str, str]
     """The varied keys but the seed."""
@@ -74,10 +76,10 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
     finished = sweep.with_status(Status.finished)
     several_seeds = len({job.values.get(SEED) for job in finished}) > 1
     keys = [key for key in sweep.varied if key != SEED or not several_seeds]
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    groups: dict[tuple[str | None, ...], list[Job]] = {}
     for job in finished:
-        groups.setdefault(tuple(job.values.get(key, "") for key in keys), []).append(job)
-    rows = [Row(dict(zip(keys, values, strict=True)), jobs, _means(jobs)) for values, jobs in groups.items()]
+        groups.setdefault((*(job.values.get(key, "") for key in keys), job.seedless), []).append(job)
+    rows = [Row({key: jobs[0].values.get(key, "") for key in keys}, jobs, _means(jobs)) for jobs in groups.values()]
     if len(sweep.goals) > 1:
         rows = _mark_front(rows, sweep.goals)
     return Leaderboard(
@@ -109,20 +111,21 @@ def write_leaderboard(sweep: Sweep) -> Leaderboard:
 
 def _means(jobs: Sequence[Job]) -> dict[str, tuple[float, float | None]]:
     names = dict.fromkeys(name for job in jobs for name in job.metrics)
-    found = {}
-    for name in names:
-        values = [float(job.metrics[name]) for job in jobs if name in job.metrics]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[name] = (statistics.fmean(values), error)
-    return found
+    return {name: _mean([job.metrics[name] for job in jobs if name in job.metrics]) for name in names}
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean with its standard error; one that is no finite number makes a mean that is none."""
+    if len(values) == 1:
+        return values[0], None
+    try:
+        return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    except (ArithmeticError, AttributeError, ValueError):  # as they say of infinite ones, and of too large ones
+        return math.nan, None
 
 
 def _cost(row: Row, name: str | None, *, maximizes: bool) -> float:
-    """Returns a metric as a number of which less is better; what was not measured, or diverged, is the worst."""
-    value = row.metrics.get(name or "", (math.nan, None))[0]
-    if math.isnan(value):
-        return math.inf
-    return -value if maximizes else value
+    return cost(row.metrics[name][0] if name in row.metrics else None, maximizes=maximizes)
 
 
 def cell(row: Row, name: str) -> str:
@@ -213,18 +216,19 @@ def print_leaderboard(board: Leaderboard) -> None:
 def to_markdown(board: Leaderboard, name: str) -> str:
     """Returns the table as Markdown, with the last lines that failed jobs wrote."""
     head, lines = table(board)
-    parts = [f"# {name}"]
+    parts = [f"# {markdown_text(name)}"]
     if lines:
-        rows = [head, ["---"] * len(head), *lines]
-        parts.append("\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in rows))
+        parts.append(markdown_table(head, lines))
         better = "higher" if board.maximizes else "lower"
-        parts.append(f"By `{board.objective}`, {better} is better; ± is the standard error over seeds.")
+        parts.append(
+            f"By {markdown_code(str(board.objective))}, {better} is better; ± is the standard error over seeds."
+        )
         if any(row.in_front for row in board.rows):
-            parts.append(f"\\* {front_note(board)}")
+            parts.append(f"\\* {markdown_text(front_note(board))}")
     for job in board.unfinished:
-        parts.append(f"- {describe(job)} (`{job.name}`)")
+        parts.append(f"- {markdown_text(describe(job))} ({markdown_code(job.name)})")
         if job.status is Status.failed and (last := tail(job.folder)):
-            parts.append("```\n" + "\n".join(last) + "\n```")
+            parts.append(markdown_block("\n".join(last)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,11 +239,15 @@ def to_csv(board: Leaderboard) -> str:
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+
+    def write(row: Sequence[Any]) -> None:
+        writer.writerow(map(csv_cell, row))
+
     front = {job.name for row in board.rows if row.in_front for job in row.jobs}
-    writer.writerow(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
+    write(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
     for job in jobs:
         values: list[Any] = [job.values.get(key, "") for key in keys]
         facts = [job.status.value, job.reason or "", "" if job.seconds is None else round(job.seconds, 3)]
         marks = [["no", "yes"][job.name in front]] if front else []
-        writer.writerow([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
+        write([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
     return text.getvalue()

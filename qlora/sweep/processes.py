@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qlora.errors import ConfigError, Stopped
 from qlora.folder import RunFolder
@@ -22,6 +23,8 @@ from qlora.sweep.jobs import Job, Status, read_job, write_status
 
 OUTPUT, ERRORS = "stdout.log", "stderr.log"
 POLL_SECONDS = 0.1
+ASK_SECONDS = 2.0
+"""So often a free slot asks for a task again when there was none."""
 GRACE_SECONDS = 30.0
 """After an interruption a job has so long to end by itself."""
 TAIL_LINES = 8
@@ -37,6 +40,21 @@ class Task:
     job: Job
     command: list[str]
     environment: Mapping[str, str]
+
+
+class RunTasks(Protocol):
+    """An engine: it runs tasks until `next_task` has none left, all have ended, and no more `may_come`."""
+
+    def __call__(
+        self,
+        next_task: Callable[[], Task | None],
+        *,
+        on_start: Callable[[Job], None],
+        on_end: Callable[[Job], None],
+        on_wait: Callable[[list[Job]], None],
+        may_come: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Tells of each start and end, and often of the jobs that run, or that wait again after they ran."""
 
 
 @dataclass
@@ -92,19 +110,22 @@ def run_tasks(
     on_start: Callable[[Job], None],
     on_end: Callable[[Job], None],
     on_wait: Callable[[list[Job]], None],
+    may_come: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs tasks until `next_task` has none left and all have ended.
+    """Runs tasks until `next_task` has none left, all have ended, and no more `may_come` from elsewhere.
 
     `on_wait` gets the running jobs with their progress several times a second. On an interruption all jobs are
     interrupted too and have half a minute to end; then the interruption goes on.
     """
     free, running = list(slots), list[_Process]()
-    empty = False
-    with _terminable():
+    empty, asked = False, 0.0
+    with terminable():
         try:
-            while running or not empty:
+            while running or not empty or may_come():
+                if empty and free and time.monotonic() - asked > ASK_SECONDS:
+                    empty = False
                 while free and not empty:
-                    task = next_task()
+                    task, asked = next_task(), time.monotonic()
                     if task is None:
                         empty = True
                     else:
@@ -118,6 +139,7 @@ def run_tasks(
                     empty = False  # what ended may call for another
                 if running:
                     on_wait([read_job(process.task.job.folder) for process in running])
+                if running or empty:
                     time.sleep(POLL_SECONDS)
         finally:
             _stop(running)
@@ -131,17 +153,25 @@ def _start(task: Task, slot: dict[str, str]) -> _Process:
     folder.mkdir(parents=True, exist_ok=True)
     write_status(folder, Status.queued, overrides=task.job.overrides, reason=None)
     RunFolder(folder).progress.unlink(missing_ok=True)  # of an earlier start
+    popen = start_job(task.command, folder, {**sweep, **task.environment, **slot})
+    return _Process(task, slot, popen, time.monotonic())
+
+
+def start_job(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts the process of a job, which writes to the logs in its folder and dies with this process."""
     with (folder / OUTPUT).open("ab") as output, (folder / ERRORS).open("ab") as errors:
-        popen = subprocess.Popen(
-            task.command,
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            env={**os.environ, **sweep, **task.environment, **slot},
+            env={**os.environ, **environment},
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
             preexec_fn=functools.partial(_die_with, os.getpid()),
         )
-    return _Process(task, slot, popen, time.monotonic())
 
 
 def _die_with(parent: int) -> None:
@@ -153,20 +183,27 @@ def _die_with(parent: int) -> None:
 
 
 def _ended(process: _Process, *, interrupted: bool = False) -> Job:
-    """Returns what became of a job whose process has ended, and records what it could not record itself."""
-    folder, code = process.task.job.folder, process.popen.returncode
+    seconds = time.monotonic() - process.started
+    return record_end(process.task.job.folder, None if interrupted else process.popen.returncode, seconds)
+
+
+def record_end(folder: Path, code: int | None, seconds: float) -> Job:
+    """Returns what became of a job whose process has ended, and records what it could not record itself.
+
+    `code` is what the process exited with; None: it was interrupted.
+    """
     job = read_job(folder)
     if job.status in (Status.finished, Status.pruned, Status.failed) or code == Stopped.exit_code:
         return job
-    seconds = time.monotonic() - process.started
-    if interrupted:
+    if code is None:
         write_status(folder, Status.interrupted, reason="interrupted", seconds=seconds)
     else:
-        write_status(folder, Status.failed, reason=_reason(code), seconds=seconds)
+        write_status(folder, Status.failed, reason=describe_exit(code), seconds=seconds)
     return read_job(folder)
 
 
-def _reason(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """Returns why a process ended that left no result, in one line."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL): the system does so when memory runs out"
     if code < 0:
@@ -185,22 +222,33 @@ def tail(folder: Path) -> list[str]:
 
 def _stop(running: list[_Process]) -> None:
     for process in running:
-        _signal(process, signal.SIGINT)
+        _signal(process.popen, signal.SIGINT)
     end = time.monotonic() + GRACE_SECONDS
     for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.popen.wait(max(end - time.monotonic(), 0.1))
-        _signal(process, signal.SIGKILL)  # whatever it has started too
-        process.popen.wait()
+        _wait_and_kill(process.popen, end)
 
 
-def _signal(process: _Process, number: int) -> None:
+def stop_group(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ends a process as Ctrl-C does; after so many seconds it is killed, and whatever it has started too."""
+    if process.poll() is None:
+        _signal(process, signal.SIGINT)
+    _wait_and_kill(process, time.monotonic() + seconds)
+
+
+def _wait_and_kill(process: subprocess.Popen[bytes], end: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(end - time.monotonic(), 0.1))
+    _signal(process, signal.SIGKILL)  # whatever it has started too
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.popen.pid, number)
+        os.killpg(process.pid, number)
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Lets SIGTERM and SIGUSR1 end the block as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from qlora import compose
 from qlora.console import say_rows
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, DamagedFile, did_you_mean
 from qlora.files import write_text
 from qlora.folder import RunFolder, flatten, is_below
-from qlora.reporting.history import curves, read_history, read_intact
+from qlora.reporting.history import curves, read_history
 from qlora.reporting.page import plain_value, short_value
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.schema import Config
-from qlora.sweep.jobs import STATUS_FILE, UNNAMED_KEYS, Job, Status, read_job
+from qlora.stored import RESULTS, STATUS_FILE, find_damage, read_result, read_status
+from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, in_turn, list_damage, name_damage, read_job
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_facts, read_sweep
 from qlora.sweep.processes import tail
+
+log = logging.getLogger(__name__)
 
 FILE = "report.html"
 RESULT = "result.json"
@@ -44,12 +47,41 @@ def write_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
     return path
 
 
+PAGE_SHARE = 0.05
+"""The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
+
+
 def write_overview(folder: Path, objective: str | None) -> None:
-    """Brings the files of a sweep up to date from the folders of its jobs."""
-    sweep = read_sweep(folder, objective)
-    sweep.write()
+    """Brings the files of a sweep up to date from the folders of its jobs, one process after the other.
+
+    Where other jobs are still to end, the page may wait for them.
+    """
+    with in_turn(folder):
+        sweep = read_sweep(folder, objective)
+        is_last = not (sweep.with_status(Status.queued, Status.running) or sweep.to_come)
+        _write_files(sweep, with_page=is_last or _is_page_due(sweep))
+
+
+def refresh(sweep: Sweep) -> None:
+    """Takes into `sweep` what the folders of its jobs tell, and brings its files up to date."""
+    with in_turn(sweep.folder):
+        sweep.jobs |= read_sweep(sweep.folder, sweep.objective).jobs
+        _write_files(sweep, with_page=True)
+
+
+def _write_files(sweep: Sweep, *, with_page: bool) -> None:
     write_leaderboard(sweep)
-    write_report(sweep)
+    if with_page:
+        started = time.monotonic()
+        write_report(sweep)
+        sweep.page_seconds = time.monotonic() - started
+    sweep.write()
+
+
+def _is_page_due(sweep: Sweep) -> bool:
+    """Returns whether the page is so old that to write it takes no more than its share of the time."""
+    page = sweep.folder / FILE
+    return not page.is_file() or time.time() - page.stat().st_mtime > sweep.page_seconds / PAGE_SHARE
 
 
 def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = True) -> RunsReport:
@@ -110,19 +142,22 @@ def _view(sweep: Sweep, job: Job, *, label: str) -> RunView:
         seconds=job.seconds,
         curves=curves(read_history(job.folder)),
         reason=job.reason,
-        progress=f"step {step['step']:,} of {step['max_steps']:,}" if step else None,
+        progress=f"step {step['step']:,.0f} of {step['max_steps']:,.0f}" if step else None,
         log=tail(job.folder) if job.status is not Status.finished else (),
     )
 
 
 def _command(folder: Path) -> str | None:
     """Returns what starts a run again, as far as its folder tells."""
-    overrides = folder / ".hydra" / "overrides.yaml"
-    if overrides.is_file():
-        words = [str(word) for word in OmegaConf.load(overrides)]
-        single = ["hydra.mode=RUN"] if any(word.startswith("sweep=") for word in words) else []
-        return shlex.join(["qlora", *words, *single])
-    return (read_intact(folder / "manifest.json") or {}).get("command")
+    try:
+        if (words := compose.read_overrides(folder / ".hydra" / "overrides.yaml")) is not None:
+            single = ["hydra.mode=RUN"] if any(word.startswith("sweep=") for word in words) else []
+            return shlex.join(["qlora", *words, *single])
+        command = (RunFolder(folder).stored_manifest() or {}).get("command")
+    except DamagedFile as error:
+        log.warning("%s is damaged (%s); the page does not say how to run the best one again", error.path, error.fault)
+        return None
+    return command if isinstance(command, str) else None
 
 
 # task=report
@@ -176,7 +211,10 @@ def _is_run(folder: Path) -> bool:
     """Returns whether a folder is that of a run that trains, measures or answers, whatever became of it."""
     if (folder / RESULT).is_file():
         return True
-    return (read_intact(folder / STATUS_FILE) or {}).get("result") in (RESULT, "evaluate.json", "predict.json")
+    try:
+        return (read_status(folder / STATUS_FILE) or {}).get("result") in RESULTS
+    except DamagedFile:
+        return True
 
 
 def _runs_below(folder: Path) -> list[Path]:
@@ -202,12 +240,12 @@ def collect(folders: Sequence[Path], place: Path, objective: str | None) -> Swee
     Runs of one sweep vary as it says, others where their configs differ. `objective` is that of the runs, unless it is
     another than the default. Raises `ConfigError` where no finished run has it.
     """
-    jobs = [read_run(folder) for folder in folders]
-    configs = [dict(flatten(compose.read_config(RunFolder(folder).config) or {})) for folder in folders]
+    origin = _sweep_of(folders)
+    jobs = [read_run(folder, in_sweep=origin is not None) for folder in folders]
+    configs = [dict(flatten(_read_config(folder))) for folder in folders]
     own = {config["objective"] for config in configs if "objective" in config}
     chosen = own.pop() if objective == DEFAULT_OBJECTIVE and len(own) == 1 else objective
     sweep = Sweep(place, chosen, common=common_facts([config for config in configs if config] or [{}]))
-    origin = _sweep_of(folders)
     if origin is None:
         _name_differences(jobs, configs)
     elif (stored := read_sweep(origin)).objective == chosen:
@@ -230,14 +268,29 @@ def _sweep_of(folders: Sequence[Path]) -> Path | None:
     return parent if not parents and (parent / OVERVIEW_FILE).is_file() else None
 
 
-def read_run(folder: Path) -> Job:
-    """Returns a run as its files tell: one with the result of a training is finished, whatever came after."""
+def read_run(folder: Path, *, in_sweep: bool = False) -> Job:
+    """Returns a run as its files tell: one with the result of a training is finished, whatever came after.
+
+    A run with a damaged file has failed; a job of a sweep has not where its result is whole.
+    """
     job = read_job(folder)
-    stored = read_intact(folder / RESULT)
+    job.damaged = list(find_damage(folder))
+    stored = None if any(error.path.name == RESULT for error in job.damaged) else read_result(folder / RESULT)
     if stored is not None:
         job.status, job.reason = Status.finished, None
         job.objective, job.metrics = stored["objective"], stored["metrics"]
+    if job.damaged and not (in_sweep and job.status is Status.finished):
+        job.status, job.reason = Status.failed, list_damage(job)
+    name_damage(job)
     return job
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Returns the config of a run; {} where there is none, or a damaged one, which makes the run a failed one."""
+    try:
+        return compose.read_config(RunFolder(folder).config) or {}
+    except DamagedFile:
+        return {}
 
 
 def _name_differences(jobs: Sequence[Job], configs: Sequence[dict[str, Any]]) -> None:

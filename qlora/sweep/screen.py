@@ -6,6 +6,7 @@ import contextlib
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,17 +15,18 @@ from rich.text import Text
 from qlora.console import printable, progress, record, say, screen
 from qlora.errors import ConfigError
 from qlora.reporting.page import short_value
-from qlora.sweep.jobs import Job, Status
+from qlora.stored import cost
+from qlora.sweep.jobs import Job, Status, in_turn
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import Sweep
 from qlora.sweep.processes import tail
-from qlora.sweep.report import write_report
+from qlora.sweep.report import FILE, PAGE_SHARE, write_report
 from qlora.wording import format_duration, format_metric, shorten
 
 log = logging.getLogger(__name__)
 
-PAGE_SHARE = 0.05
-"""The page of a large sweep takes a while to write; no more than this share of the time goes to it."""
+TABLES_SHARE = 0.05
+"""As `PAGE_SHARE`, of the overview and the table."""
 
 
 NOTE, LABEL = 38, 40
@@ -54,22 +56,54 @@ def rooms(width: int) -> tuple[int, int]:
     return for_label, max(width - BESIDE - for_label, NOTE)
 
 
+def found(sweep: Sweep, waiting: int, *, is_known: bool = True) -> str:
+    """Returns what a sweep has before it: `is_known` is whether all jobs to run are known, or some may be finished."""
+    known, noun = len(sweep.with_status(Status.finished)), "job" if waiting == 1 else "jobs"
+    most = "" if is_known or not known else "up to "
+    return f"sweep {sweep.folder}: {most}{waiting:,} {noun} to run, {known:,} finished already"
+
+
+class Upkeep:
+    """A file that is written again when something has changed, in no more than a `share` of the time."""
+
+    def __init__(self, write: Callable[[], object], share: float, *, is_due: bool = True) -> None:
+        self._write, self._share, self._is_stale, self._next = write, share, is_due, 0.0
+
+    def changed(self) -> None:
+        """Writes now, or soon."""
+        self._is_stale = True
+        self.poll()
+
+    def poll(self) -> None:
+        """Writes what is stale, if it is time."""
+        if self._is_stale and time.monotonic() >= self._next:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes what is stale."""
+        if self._is_stale:
+            started = time.monotonic()
+            self._write()
+            now = time.monotonic()
+            self._is_stale, self._next = False, now + (now - started) / self._share
+
+
 class Screen:
     """Tells of starts, steps and ends of jobs, and keeps the sweep's files true."""
 
-    def __init__(self, sweep: Sweep, waiting: int) -> None:
-        self.sweep, self.waiting_jobs = sweep, waiting
+    def __init__(self, sweep: Sweep, waiting: int, *, is_known: bool = True) -> None:
+        self.sweep, self.waiting_jobs, self._is_known = sweep, waiting, is_known
+        is_due = sweep.has_changed or not (sweep.folder / FILE).is_file()
+        self._tables = Upkeep(self._write_tables, TABLES_SHARE, is_due=is_due)
+        self._page = Upkeep(self._write_page, PAGE_SHARE, is_due=is_due)
         self._bars: dict[str, tuple[contextlib.ExitStack, Any]] = {}
         self._all = contextlib.ExitStack()
         self._begun: dict[str, float] = {}
         self._durations: list[float] = []
         self._done = 0
-        self._page_due = 0.0
 
     def __enter__(self) -> Self:
-        known = len(self.sweep.with_status(Status.finished))
-        noun = "job" if self.waiting_jobs == 1 else "jobs"
-        say(f"sweep {self.sweep.folder}: {self.waiting_jobs} {noun} to run, {known} finished already")
+        say(found(self.sweep, self.waiting_jobs, is_known=self._is_known))
         self._update = self._all.enter_context(progress("sweep", self.waiting_jobs))
         return self
 
@@ -79,8 +113,13 @@ class Screen:
         for stack, _ in self._bars.values():
             stack.close()
         self._all.close()
-        write_leaderboard(self.sweep)
-        self._write_page()
+        self._tables.finish()
+        self._page.finish()
+
+    def _write_tables(self) -> None:
+        with in_turn(self.sweep.folder):
+            self.sweep.write()
+            write_leaderboard(self.sweep)
 
     def _write_page(self) -> None:
         try:
@@ -90,13 +129,10 @@ class Screen:
         except Exception:  # the jobs that still run are worth more than the page
             log.exception("%s cannot be made", self.sweep.folder / "report.html")
 
-    def _write_files(self) -> None:
-        write_leaderboard(self.sweep)
-        started = time.monotonic()
-        if started >= self._page_due:
-            self._write_page()
-            now = time.monotonic()
-            self._page_due = now + (now - started) / PAGE_SHARE
+    @property
+    def done(self) -> int:
+        """How many jobs have ended."""
+        return self._done
 
     def expect(self, count: int) -> None:
         """Takes how many jobs are still to end; a search learns it as it goes."""
@@ -105,18 +141,23 @@ class Screen:
     def started(self, job: Job) -> None:
         """Tells that a job has started."""
         job.status = Status.running
-        self.sweep.update(job)
+        self.sweep.jobs[job.name] = job
+        self._tables.changed()
         record(f"started {job.name}")
         stack = contextlib.ExitStack()
         bar = stack.enter_context(progress(label(job, rooms(screen().width)[0]), None))
         bar(0, note="starting")
         self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
-    def waiting(self, running: list[Job]) -> None:
-        """Moves the bars of the running jobs."""
+    def waiting(self, jobs: list[Job]) -> None:
+        """Moves the bars of the running jobs; one that is queued again, for a reason, loses its own."""
+        for job in jobs:
+            if job.status is Status.queued and job.reason is not None and job.name in self._bars:
+                self._close(job)
+        running = [job for job in jobs if job.name in self._bars]
         for job in running:
             steps = job.progress
-            if job.name in self._bars and steps:
+            if steps:  # which have a step and a number of steps
                 notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
                 if steps.get("tokens_per_second"):
                     notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
@@ -124,16 +165,25 @@ class Screen:
                     notes.append(f"{format_duration(steps['seconds_left'])} left")
                 self._bars[job.name][1](steps["step"], note="  ".join(notes), total=steps["max_steps"])
         self._update(self._done, note=self._standing(running), total=self.waiting_jobs)
+        self._tables.poll()
+        self._page.poll()
+
+    def _close(self, job: Job) -> None:
+        stack, _ = self._bars.pop(job.name)
+        stack.close()
+        if job.status is Status.queued:
+            self.sweep.jobs[job.name] = job
+            self._tables.changed()
 
     def ended(self, job: Job) -> None:
         """Tells what became of a job, and brings the files up to date."""
-        stack, _ = self._bars.pop(job.name)
-        stack.close()
+        self._close(job)
         self._done += 1
         if job.seconds is not None and job.status is Status.finished:
             self._durations.append(job.seconds)
-        self.sweep.update(job)
-        self._write_files()
+        self.sweep.jobs[job.name] = job
+        self._tables.changed()
+        self._page.changed()
         place = f"{self._done}/{self.waiting_jobs}"
         if job.status is Status.finished:
             value = "" if job.objective is None else f"  {self.sweep.objective} {self._objective(job.objective)}"
@@ -151,9 +201,9 @@ class Screen:
             notes.append(f"{format_duration(left)} left")
         finished = [job for job in self.sweep.with_status(Status.finished) if job.objective is not None]
         if finished:
-            pick = max if self.sweep.maximizes else min
-            best = pick(finished, key=lambda job: job.objective or 0.0)
-            notes.append(f"best {self._objective(best.objective or 0.0)}")
+            best = min(finished, key=lambda job: cost(job.objective, maximizes=self.sweep.maximizes))
+            assert best.objective is not None, "those without one are left out"
+            notes.append(f"best {self._objective(best.objective)}")
             room = rooms(screen().width)[1] - len("  ".join(notes)) - 1
             notes[-1] += f" {label(best, room)}" if room >= SHORTEST else ""
         return "  ".join(notes)
@@ -164,7 +214,7 @@ class Screen:
         ages = {job.name: now - self._begun[job.name] for job in running}
         known = {job.name: job.progress["seconds_left"] for job in running if job.progress.get("seconds_left")}
         durations = [*self._durations, *(ages[name] + left for name, left in known.items())]
-        if not durations:
+        if not durations or not running:
             return None
         each = statistics.fmean(durations)
         begun = sum(known.get(name, max(each - age, 0.0)) for name, age in ages.items())

@@ -24,11 +24,13 @@ JOB_TYPE, LEADERBOARD = "sweep", "leaderboard"
 
 
 def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
-    """Writes the run that shows the sweep, or brings it up to date; no run without `tracking=wandb`.
+    """Writes the run that shows the sweep, or brings it up to date, with `tracking=wandb` and `tracking=mlflow`.
 
     A tracker that cannot be reached costs a line on the screen only: the jobs are done.
     """
-    if tracking.backend is not TrackingBackend.wandb:
+    if tracking.in_use is TrackingBackend.mlflow and sweep.with_status(Status.finished):
+        _track_in_mlflow(sweep, tracking)
+    if tracking.in_use is not TrackingBackend.wandb:
         return
     from qlora.training.tracking.wandb import WandbTracker, wandb_mode
 
@@ -46,6 +48,19 @@ def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
             say(f"wandb        {tracker.url}")
     if wandb_mode(tracking) == "offline":
         say(f"sync         {sync_command(sweep.folder)}")
+
+
+def _track_in_mlflow(sweep: Sweep, tracking: TrackingConfig) -> None:
+    """Ends the run that holds those of the jobs, with the table and the page among its artifacts."""
+    from qlora.training.tracking.mlflow import MlflowTracker
+
+    try:
+        tracker = MlflowTracker(tracking, summary_run(sweep))
+    except ConfigError as error:
+        say(Text(printable(f"the sweep as a whole is not tracked: {error}"), style="yellow"))
+        return
+    files = [sweep.folder / name for name in ("leaderboard.md", "leaderboard.csv", REPORT_FILE)]
+    tracker.log_sweep(facts(sweep, build_leaderboard(sweep)), [file for file in files if file.is_file()])
 
 
 def track_other_engine(overrides: Sequence[str], config_dir: str | None) -> None:

@@ -65,8 +65,10 @@ def _check_tracking(config: Config, overrides: Sequence[str]) -> None:
             f"tracking={tracking.backend.value}: the jobs of task=wandb-sweep report to wandb; choose tracking=wandb, "
             "or leave it out"
         )
-    if tracking.mode is WandbMode.offline:
-        raise ConfigError("tracking.mode=offline: the agents of task=wandb-sweep need wandb's server; leave it out")
+    if tracking.mode is not WandbMode.online:
+        raise ConfigError(
+            f"tracking.mode={tracking.mode.value}: the agents of task=wandb-sweep need wandb's server; leave it out"
+        )
 
 
 def describe(config: Config, words: Sequence[str], folder: Path, config_dir: str | None = None) -> dict[str, Any]:

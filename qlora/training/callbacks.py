@@ -7,7 +7,28 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora.errors import ConfigError
+from qlora.functions import import_class
+
 log = logging.getLogger(__name__)
+
+
+def build_callbacks(nodes: dict[str, dict[str, Any]]) -> list[TrainerCallback]:
+    """Builds the callbacks of the group `callbacks`: of each node the class that its `_target_` names, with its
+    arguments.
+
+    Raises `ConfigError` for what is no callback, and for arguments that it does not take."""
+    callbacks = []
+    for name, node in nodes.items():
+        arguments = dict(node)
+        target = arguments.pop("_target_")
+        kind = import_class(target, f"callbacks.{name}._target_", TrainerCallback)
+        try:
+            callbacks.append(kind(**arguments))
+        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ConfigError(f"callbacks.{name}: {target} does not start with these arguments: {said}") from error
+    return callbacks
 
 
 class EarlyStopping(TrainerCallback):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from optuna.study import StudyDirection
 from transformers import TrainerCallback
 
 from qlora import world
 from qlora.errors import Pruned
+from qlora.stored import to_number
 from qlora.study import TrialLink
 from qlora.wording import format_metric
 
@@ -22,7 +25,7 @@ class PruningCallback(TrainerCallback):
         """Reports what a resumed training had measured before."""
         for entry in state.log_history:
             if self.metric in entry:
-                self._report(entry[self.metric], entry["step"])
+                self._report(to_number(entry[self.metric]), entry["step"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Reports, and asks; a training at its end is not pruned any more."""
@@ -33,5 +36,7 @@ class PruningCallback(TrainerCallback):
             raise Pruned(f"{self.metric} {shown} at step {state.global_step} of {state.max_steps}")
 
     def _report(self, value: float, step: int) -> None:
+        """Reports a value; one that is not finite as the worst, for pruners leave out what is no number."""
         if world.is_first():
-            self.trial.report(value, step)
+            worst = -math.inf if self.trial.study.direction is StudyDirection.MAXIMIZE else math.inf
+            self.trial.report(value if math.isfinite(value) else worst, step)

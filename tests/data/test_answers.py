@@ -128,6 +128,23 @@ def test_a_held_out_row_that_is_empty_is_said_to_be_held_out(tokenizer, make_con
     )
 
 
+def test_the_only_held_out_row_that_is_dropped_names_ways_out_that_work(tokenizer, make_config):
+    rows = [{"input": f"q{i}", "output": "" if i % 2 else "a"} for i in range(6)]
+    said = {}
+    for seed in range(8):
+        try:
+            build_data(make_config(rows, eval_dataset_size=1, split_seed=seed), tokenizer)
+        except ConfigError as error:
+            said[seed] = str(error)
+    assert 0 < len(said) < 8  # another data.split_seed helps
+    for seed, sentence in said.items():
+        assert "none of the 1 held-out rows has a token to measure: 1 with empty answers" in sentence
+        assert sentence.endswith(
+            "; hold out more rows than data.eval_dataset_size=1, or draw others with data.split_seed"
+        )
+        build_data(make_config(rows, eval_dataset_size=4, split_seed=seed), tokenizer)
+
+
 OPEN = {
     "guanaco": {"text": "### Human: q### Assistant:"},
     "guanaco, later": {"text": "### Human: q### Assistant: a### Human: r### Assistant: "},

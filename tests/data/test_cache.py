@@ -5,11 +5,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from qlora.data.cache import UNFINISHED, Cache, cache_root
+from qlora.data.cache import UNFINISHED, Cache
 from qlora.errors import ConfigError
 
 PROGRAM = """
@@ -131,18 +130,6 @@ def test_a_temporary_folder_stays_until_the_process_exits(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "a\n"
     assert not list(tmp_path.iterdir())
-
-
-def test_the_root_is_chosen_by_config_then_environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    for name in ("QLORA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_root(None) == Path("/home/me/.cache/qlora")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_root(None) == Path("/xdg/qlora")
-    monkeypatch.setenv("QLORA_CACHE", "~/own")
-    assert cache_root(None) == Path("/home/me/own")
-    assert cache_root("~/chosen") == Path("/home/me/chosen")
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path):

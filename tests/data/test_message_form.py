@@ -102,6 +102,28 @@ def test_a_template_that_writes_the_name_of_a_call_alone_is_refused(write):
         write(text, *CALLED)
 
 
+@pytest.mark.parametrize("arguments", [{"a": 1}, {"on": True}, {"x": None}, {"l": [{"n": 2.5}]}, {"a": 0, "b": False}])
+@pytest.mark.parametrize("as_text", ["{{ c.function.arguments | tojson }}", "{{ c.function.arguments + '' }}"])
+def test_arguments_without_any_text_are_missed_like_others(arguments, as_text, write):
+    turn = assistant("", tool_calls=[call(arguments)])
+    kept = CALLS.replace("CALL", "{{ c.function.name }}" + as_text)
+    assert json.dumps(arguments) in spans(write(kept, user("Cold?"), turn))[0]
+    for text in (
+        CALLS.replace("CALL", "{{ c.function.name }}"),
+        CALLS.replace("CALL", "{{ c.function.name | tojson }}()"),
+    ):
+        with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a call \(weather\)"):
+            write(text, user("Cold?"), turn)
+
+
+def test_a_value_that_is_written_in_words_is_not_missed_and_one_beside_it_is(write):
+    text = CALLS.replace("CALL", "{{ c.function.name }} {{ 'lit' if c.function.arguments.on else 'dark' }}")
+    lit = assistant("", tool_calls=[call({"on": True})])
+    assert spans(write(text, user("Cold?"), lit)) == ["<call>weather lit</call><|im_end|>"]
+    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a call \(weather\)"):
+        write(text, user("Cold?"), assistant("", tool_calls=[call({"on": True, "level": 3})]))
+
+
 def test_text_beside_a_call_that_the_template_leaves_out_is_refused(write):
     text = HEAD + "{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}" + TAIL
     assert spans(write(text, *CALLED)) == ['{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>']

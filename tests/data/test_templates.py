@@ -31,6 +31,11 @@ def test_a_template_names_every_token_that_it_writes(name):
         assert "_of_turn>" not in text
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    (tmp_path / "mine.jinja").write_text("\ufeff{{ messages[0].content }}", encoding="utf-8")
+    assert choose_template(str(tmp_path / "mine.jinja"), base()).text == "{{ messages[0].content }}"
+
+
 def test_auto_takes_the_tokenizer_s_own():
     assert choose_template("auto", base("its own")) == ("the tokenizer's own", "its own")
 

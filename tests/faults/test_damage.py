@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.compose import compose
+from qlora.errors import ConfigError, DamagedFile
+from qlora.membership import Membership
+from qlora.run import Run
+from qlora.sweep.jobs import Status, read_job, recorded
 from qlora.training.checkpoints import MARKER, find_checkpoints
-from tests.faults.runs import at_step, outcome, run, write_rows
+from tests.faults.damaging import restore
+from tests.faults.runs import QUICK, at_step, outcome, run, write_rows
 
 
 def interrupt() -> None:
@@ -50,6 +55,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+EMPTY, CUT, ODD = b"", b'{"status": "fin', b"[[]]"
 DAMAGES: list[Callable[[Path], None]] = [truncate, flip, Path.unlink]
 
 
@@ -116,3 +122,87 @@ def test_a_row_that_is_no_text_is_named_before_any_training(tmp_path: Path) -> N
     assert f"{rows}" in str(error.value)
     assert "8" in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+# Damaged files of a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+@pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
+def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
+    finished: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    restore(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    before = tree(tmp_path / "run")
+    with pytest.raises(
+        DamagedFile, match=rf"/run/{name} is damaged \(.+\); put a whole copy in its place, or remove it"
+    ):
+        run(tmp_path / "run")
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restore(finished, tmp_path / "run")
+    for name in ("result.json", "progress.json", "history.json", "metrics.json", "baseline.json"):
+        (tmp_path / "run" / name).write_bytes(CUT)
+    run(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(finished)
+    assert "resuming from checkpoint-8" in capsys.readouterr().out
+    assert f"{tmp_path}/run/result.json is damaged (" in caplog.text
+    assert (tmp_path / "run" / "result.json.damaged-1").read_bytes() == CUT
+
+
+def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: Path) -> None:
+    restore(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_bytes(CUT)
+    (tmp_path / "run" / "result.json").unlink()
+    Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=Membership("s", [])).execute()
+    assert outcome(tmp_path / "run") == outcome(finished)
+    assert (tmp_path / "run" / "config.yaml.damaged-1").read_bytes() == CUT
+
+
+def test_a_folder_that_is_removed_while_the_training_runs_is_written_whole_at_its_end(
+    tmp_path: Path, calm: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 5, lambda: shutil.rmtree(folder))
+    with recorded(folder, ["lora.r=4"], "result.json"):
+        run(folder)
+    assert outcome(folder) == calm
+    assert f"{folder} was removed while the run went on; it is written again" in caplog.text
+    for name in ("config.yaml", "manifest.json", "metrics.json", "history.json", "report.html", "README.md"):
+        assert (folder / name).is_file(), name
+    job = read_job(folder)
+    assert (job.status, job.overrides, job.damaged) == (Status.finished, ["lora.r=4"], [])
+    assert job.metrics["eval_loss"] == calm["metrics"]["eval_loss"]
+
+
+def test_a_folder_that_is_removed_while_it_is_written_ends_the_run_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def remove() -> None:
+        shutil.rmtree(folder)
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "checkpoints"))
+
+    at_step(monkeypatch, 3, remove)
+    with pytest.raises(
+        ConfigError, match=rf"the run folder {folder} was removed while the run wrote into it \(No such"
+    ):
+        run(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qlora.files import DiskFull
+from qlora.files import DiskFull, Patience, waiting_for_space, write_file, write_folder, write_text
 from qlora.run import Run
 from qlora.sweep.jobs import recorded
 from qlora.training.checkpoints import find_checkpoints
@@ -159,6 +160,56 @@ def test_the_command_line_says_so_in_one_line(tmp_path: Path, options: str, reas
     assert reason in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+class Full(Exception):
+    """Ends a wait in a test."""
+
+
+def test_a_disk_without_inodes_waits_and_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mounted(tmp_path / "disk", "size=24m,nr_inodes=4") as disk:
+
+        def give_up() -> None:
+            raise Full
+
+        patience = Patience(seconds=60, make_room=lambda: False, check=give_up)
+        for name in "abc":
+            (disk / name).touch()
+        for place in (disk / "text.json", disk / "new" / "text.json"):
+            with waiting_for_space(patience), pytest.raises(Full):
+                write_text(place, "{}")
+        with waiting_for_space(patience), pytest.raises(Full):
+            write_folder(disk / "adapter", lambda folder: (folder / "x").touch())
+        said = capsys.readouterr().out
+        assert said.count(f"the disk of {disk} has no inodes left for new files (") == 2
+        (disk / "a").unlink()
+        with waiting_for_space(patience):
+            write_text(disk / "text.json", "{}")
+        assert (disk / "text.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError(f"I/O error: {os.strerror(errno.EDQUOT)} (os error {errno.EDQUOT})"),
+        RuntimeError(f"open file failed because of errno 122 on fopen: {os.strerror(errno.EDQUOT)}"),
+        RuntimeError(f"open file failed with strerror: {os.strerror(errno.ENOSPC)}"),
+    ],
+)
+def test_a_quota_and_a_library_s_own_words_count_as_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    times = iter([error])
+
+    def write(draft: Path) -> None:
+        if (first := next(times, None)) is not None:
+            raise first
+        draft.touch()
+
+    seen = list[bool]()
+    with waiting_for_space(Patience(seconds=60, make_room=lambda: bool(seen.append(True)) or True, check=nothing)):
+        write_file(tmp_path / "file", write)
+    assert seen == [True]
+    assert (tmp_path / "file").exists()
 
 
 @pytest.mark.full

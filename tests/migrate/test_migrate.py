@@ -223,6 +223,11 @@ def test_the_originals_defaults_are_kept(tmp_path: Path) -> None:
     assert set(lost) == {"output_dir", "top_p"}
 
 
+@pytest.mark.parametrize(("name", "text"), [("finetune.sh", SCRIPT), ("axolotl.yml", AXOLOTL_YAML)])
+def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str, text: str) -> None:
+    assert migrated(tmp_path, name, f"\ufeff{text}") == migrated(tmp_path, name, text)
+
+
 def test_an_axolotl_yaml(tmp_path: Path) -> None:
     config, lost = migrated(tmp_path, "axolotl.yml", AXOLOTL_YAML)
     assert (config.quantization.bits, config.quantization.double_quant) == (4, True)

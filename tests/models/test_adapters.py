@@ -282,9 +282,12 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"peft_type": "LO', "adapter_config.json is damaged (Unterminated string starting at: line 1 column 15"),
-        ("{}", "adapter_config.json has no peft_type, so it is none of PEFT's; copy the adapter again"),
-        ("[]", "adapter_config.json has no peft_type"),
+        (
+            '{"peft_type": "LO',
+            "adapter_config.json is damaged (no JSON: Unterminated string starting at: line 1 column 15",
+        ),
+        ("{}", "adapter_config.json is damaged (peft_type is missing); copy the adapter again"),
+        ("[]", "adapter_config.json is damaged (it must be an object, got []); copy the adapter again"),
     ],
 )
 def test_a_broken_adapter_config_is_one_sentence(saved: tuple[PeftModel, Path], text: str, sentence: str) -> None:

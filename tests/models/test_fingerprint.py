@@ -238,11 +238,17 @@ def test_what_a_newer_version_adds_to_the_base_of_an_adapter_is_ignored(tmp_path
     assert read_base(tmp_path) == Base("mine")
 
 
-@pytest.mark.parametrize("text", ["[]", '"mine"', "3", "{}"])
-def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[]", "it must be an object, got []"),
+        ('"mine"', "it must be an object, got 'mine'"),
+        ("3", "it must be an object, got 3"),
+        ("{}", "name is missing"),
+    ],
+)
+def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "base.json").write_text(text)
     with pytest.raises(ConfigError) as error:
         read_base(tmp_path)
-    assert str(error.value) == (
-        f"adapter={tmp_path}: base.json is damaged (it holds no object with the name of a base); copy the adapter again"
-    )
+    assert str(error.value) == f"adapter={tmp_path}: base.json is damaged ({fault}); copy the adapter again"

@@ -35,7 +35,7 @@ def test_a_manifest_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     built = build_manifest({}, data={}, model={})
     assert built["code"] == {"commit": None, "dirty": None, "sha256": manifest.code_digest()}
-    assert built["project"] == {"commit": None, "diff": None, "untracked": None}
+    assert built["project"] == {"commit": None, "changes": None, "diff_sha256": None, "untracked": None}
 
 
 def test_the_commit_is_that_of_the_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,7 +360,9 @@ def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_prun
     for step in (10, 20, 30, 40):
         good.report(1.0, step)
     own.tell(good, 1.0)
-    link = TrialLink(url, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20})
+    link = TrialLink(
+        url, None, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20}
+    )
     callback = PruningCallback(TrialLink.from_text(link.to_text()))
     state = SimpleNamespace(log_history=[{"loss": 4, "step": 9}, {"eval_loss": 3, "step": 10}], max_steps=30)
     callback.on_train_begin(None, state, None)
@@ -475,7 +477,8 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=-1"],
          "hydra.sweeper.pruner_kwargs does not suit median: Number of startup trials cannot be negative"),
         ([RATE, "hydra.sweeper.storage=postgresql://me:secret@localhost/x"],
-         "hydra.sweeper.storage holds a password in an address; configs are stored, printed and sent to trackers"),
+         "hydra.sweeper.storage holds a password in an address; configs are stored, printed and sent to trackers. Put "
+         "the URL into the environment, and write hydra.sweeper.storage='${oc.env:NAME}'"),
         ([RATE, "hydra.sweeper.storage=mssql+pymssql://me@localhost/x"],
          "hydra.sweeper.storage=mssql+pymssql://me@localhost/x cannot be used (Failed to import DB access module"),
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
@@ -542,10 +545,10 @@ def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, mon
     )
 
 
-def test_a_study_of_another_folder_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_of_another_config_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = f"sqlite:///{tmp_path}/shared.db"
     other = optuna.create_study(study_name="s", storage=storage)
     other.set_metric_names(["eval_loss"])
-    other.set_user_attr("sweep", "/elsewhere/outputs/sweeps/s")
-    sentence = refused(tmp_path, monkeypatch, RATE, f"hydra.sweeper.storage={storage}")
-    assert "holds a study 's' of the sweep in /elsewhere/outputs/sweeps/s; choose another name" in sentence
+    other.set_user_attr("shared", json.dumps({"lora.r": 8, "seed": 3}))
+    sentence = refused(tmp_path, monkeypatch, RATE, "lora.r=8", f"hydra.sweeper.storage={storage}")
+    assert "holds a study 's' of another config; changed:\n  seed: 3 -> 0\nchoose another name with" in sentence

@@ -49,7 +49,7 @@ def test_the_command_of_a_named_sweep_runs_the_best_job_alone(tmp_path: Path) ->
 
 def test_the_overview_brings_all_files_of_a_sweep_up_to_date(sweep: Path) -> None:
     write_overview(sweep, "eval_loss")
-    assert {path.name for path in sweep.iterdir() if path.is_file()} == {
+    assert {path.name for path in sweep.iterdir() if path.is_file() and path.name[0] != "."} == {
         *("sweep.json", "leaderboard.md", "leaderboard.csv", "report.html")
     }
     assert "3 of 4" in (sweep / "report.html").read_text()

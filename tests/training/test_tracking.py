@@ -1,13 +1,17 @@
 """Trackers: what was logged can be read back from the files they write."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -310,6 +314,22 @@ def test_the_environment_may_take_an_online_run_offline(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "disabled"), ("", "")]
+)
+def test_a_disabled_tracker_is_none_and_needs_no_package(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    if name:
+        monkeypatch.setenv(name, value)
+    backends = [TrackingBackend.wandb] if name else list(TrackingBackend)
+    for backend in backends:
+        mode = WandbMode.offline if name else WandbMode.disabled
+        assert isinstance(tracker_for(tmp_path, backend, mode=mode), NoTracker)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("backend", "module"),
     [
         *(("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")),
@@ -441,6 +461,7 @@ def test_what_the_trainer_logs_gets_its_place() -> None:
 
 
 MLFLOW_JOB = """
+import os
 import sys
 from pathlib import Path
 from qlora.membership import Membership
@@ -449,8 +470,10 @@ from qlora.training.tracking import TrackedRun, build_tracker
 name, *starts = sys.argv[1:]
 folder = Path(name)
 folder.mkdir(exist_ok=True)
-run = TrackedRun(name, folder, {"seed": 3, "lora": {"r": 16}}, Membership("ranks", [f"lora.r={name}", "data=alpaca"]))
-config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True)
+plain = {"seed": 3, "lora": {"r": 16}, "trusted": ["x" * 7000]}
+run = TrackedRun(name, folder, plain, Membership("ranks", [f"lora.r={name}", "data=alpaca"]))
+uri = os.environ.get("SERVER")
+config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True, uri=uri)
 for steps in starts:
     tracker = build_tracker(config, run)
     for step in map(int, steps):
@@ -490,10 +513,14 @@ def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatc
     experiment = client.get_experiment_by_name("p")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"lora.r=8 data=alpaca", "lora.r=16 data=alpaca"}
-    run = runs["lora.r=8 data=alpaca"]
+    assert set(runs) == {"ranks", "lora.r=8 data=alpaca", "lora.r=16 data=alpaca"}
+    run, parent = runs["lora.r=8 data=alpaca"], runs.pop("ranks").info.run_id
+    assert {job.data.tags["mlflow.parentRunId"] for job in runs.values()} == {parent}
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"seed": "3", "lora.r": "16", "data": "alpaca"}
+    long = "7,004 characters, in the artifact params/trusted.txt"
+    assert run.data.params == {"seed": "3", "lora.r": "16", "data": "alpaca", "trusted": long}
+    [text] = (mlflow_folder / "outputs/mlflow/artifacts").glob(f"{run.info.run_id}/artifacts/params/trusted.txt")
+    assert text.read_text() == f"['{'x' * 7000}']"
     assert {key: run.data.tags[key] for key in ("group", "mine", "ranks", "status")} == {
         "group": "ranks", "mine": "true", "ranks": "true", "status": "finished",
     }  # fmt: skip
@@ -506,6 +533,56 @@ def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatc
     content = json.loads(table.read_text())
     assert content["columns"] == ["step", "prompt", "reference", "prediction", "match"]
     assert [row[0] for row in content["data"]] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of its own; `QLORA_TEST_MLFLOW` is a Python that has the whole package."""
+    pytest.importorskip("mlflow")
+    python = os.environ.get("QLORA_TEST_MLFLOW", sys.executable)
+    if subprocess.run([python, "-c", "import flask, mlflow.server"], capture_output=True).returncode != 0:
+        pytest.skip("the package mlflow with its server is not installed (mlflow-skinny has none)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path)]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_in_its_run_on_a_server_below_the_run_of_its_sweep(tmp_path: Path, mlflow_server: str) -> None:
+    from mlflow import MlflowClient
+
+    environment = os.environ | {"SERVER": mlflow_server}
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    for starts in (["123"], ["234"]):
+        command = [sys.executable, "-c", MLFLOW_JOB, "8", *starts]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    client = MlflowClient(tracking_uri=mlflow_server)
+    experiment = client.get_experiment_by_name("p")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"ranks", "lora.r=8 data=alpaca"}
+    job = runs["lora.r=8 data=alpaca"]
+    assert job.data.tags["mlflow.parentRunId"] == runs["ranks"].info.run_id
+    assert [item.path for item in client.list_artifacts(job.info.run_id, "params")] == ["params/trusted.txt"]
+    assert [entry.step for entry in client.get_metric_history(job.info.run_id, "train/loss")] == [1, 2, 3, 4]
 
 
 def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What Hydra finds as its plugins: the launcher of a process a job, and the sweeper that searches by Optuna.
+"""What Hydra finds as its plugins: the launchers of a process a job, and the sweeper that searches by Optuna.
 
 Hydra takes plugins from the package `hydra_plugins` only and imports them at every start, so the work is elsewhere. It
 does so without `sys.modules`, so that dataclasses here cannot have annotations as text (`from __future__`).
@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qlora.sweep.settings import SearchSettings
+from qlora.sweep.settings import RaySettings, SearchSettings, SlurmSettings
 
 
 @dataclass
@@ -31,15 +31,30 @@ class ProcessesConf:
     """GPUs that a job sees; the others are hidden from it."""
 
 
+@dataclass
+class GridConf:
+    """All combinations of the values of several keys; see docs/sweeps.md."""
+
+    _target_: str = "hydra_plugins.qlora_sweep.GridSweeper"
+    max_batch_size: int | None = None
+    """Jobs that launchers other than `processes` get at a time; unset: all."""
+    params: dict[str, str] | None = None
+    """What to combine: a key and its values, as the command line writes them; it comes before them."""
+
+
+# In place of Hydra's own, which composes all combinations before the first job and again for each.
+ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GridConf, provider="qlora")
 ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmSettings, provider="qlora")
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RaySettings, provider="qlora")
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchSettings, provider="qlora")
 
 
-class ProcessesLauncher(Launcher):
+class OwnLauncher(Launcher):
     """Runs each job in a process of its own, so that none can take the others with it."""
 
-    def __init__(self, n_jobs: int | None, gpus_per_job: int) -> None:
-        self.n_jobs, self.gpus_per_job = n_jobs, gpus_per_job
+    def __init__(self, **settings: Any) -> None:
+        """Takes what the launcher's settings declare; `build_engine` reads them from the config, with their types."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what Hydra composes jobs with; the task function runs in the jobs' own processes."""
@@ -47,22 +62,34 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs that are not finished yet and returns what each of them gave."""
+        from qlora.sweep.engines import build_engine
         from qlora.sweep.launcher import launch
 
         return launch(
             self.config,
             self.hydra_context.config_loader,
             [list(overrides) for overrides in job_overrides],
-            n_jobs=self.n_jobs,
-            gpus_per_job=self.gpus_per_job,
+            build=partial(build_engine, self.config.hydra.launcher),
         )
 
 
-class OptunaSweeper(Sweeper):
-    """Searches by Optuna for the best values of several keys."""
+class ProcessesLauncher(OwnLauncher):
+    """Runs jobs on this machine."""
+
+
+class SlurmLauncher(OwnLauncher):
+    """Runs jobs on a SLURM cluster."""
+
+
+class RayLauncher(OwnLauncher):
+    """Runs jobs on a Ray cluster."""
+
+
+class OwnSweeper(Sweeper):
+    """What the sweepers below have in common."""
 
     def __init__(self, **settings: Any) -> None:
-        """Takes what `SearchSettings` declares; `sweep` reads it from the config, with its types."""
+        """Takes what the config declares; `sweep` reads it from there, with its types."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what Hydra composes jobs with, and builds the launcher that runs them."""
@@ -71,10 +98,36 @@ class OptunaSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def launching(self, room: int | None = None) -> dict[str, Any]:
+        """Returns the launcher's function, and what builds the engine of a launcher of ours; None: it is another's.
+
+        `room` is how many jobs may wait and run at a time on a cluster.
+        """
+        from qlora.sweep.engines import build_engine
+
+        assert self.config is not None
+        own = isinstance(self.launcher, OwnLauncher)
+        build = partial(build_engine, self.config.hydra.launcher, room=room) if own else None
+        return {"launch": self.launcher.launch, "build": build}
+
+
+class GridSweeper(OwnSweeper):
+    """Walks through all combinations of the values of several keys."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the jobs that are not finished yet."""
+        from qlora.sweep.grid import run_grid
+
+        assert self.config is not None
+        run_grid(self.config, arguments, **self.launching())
+
+
+class OptunaSweeper(OwnSweeper):
+    """Searches by Optuna for the best values of several keys."""
+
     def sweep(self, arguments: list[str]) -> None:
         """Runs the trials that the study lacks."""
         from qlora.errors import ConfigError
-        from qlora.sweep.processes import build_slots
 
         try:
             from qlora.sweep.search import search
@@ -86,12 +139,5 @@ class OptunaSweeper(Sweeper):
             ) from error
         assert self.config is not None
         assert self.hydra_context is not None
-        launcher = self.launcher
-        own = isinstance(launcher, ProcessesLauncher)
-        search(
-            self.config,
-            self.hydra_context.config_loader,
-            arguments,
-            launch=launcher.launch,
-            build_slots=partial(build_slots, launcher.n_jobs, launcher.gpus_per_job) if own else None,
-        )
+        launching = self.launching(room=self.config.hydra.sweeper.batch_size)
+        search(self.config, self.hydra_context.config_loader, arguments, **launching)

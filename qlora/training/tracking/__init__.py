@@ -32,7 +32,7 @@ def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
 
     Raises `ConfigError` if its package or its login is missing.
     """
-    if config.backend is TrackingBackend.none or not world.is_first():
+    if config.in_use is TrackingBackend.none or not world.is_first():
         return NoTracker()
     module, kind = KINDS[config.backend]
     tracker: Tracker = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(config, run)

@@ -156,9 +156,17 @@ class Sent:
 
 def _intact_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file with one a line, without those that were cut off."""
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(entry := json.loads(line), dict) and _is_entry(entry):
+                yield entry
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Returns whether `Sent` wrote an object: a start, or a row's step and names."""
+    step, sent = entry.get("step"), entry.get("names")
+    is_row = isinstance(step, int) and isinstance(sent, list) and all(isinstance(name, str) for name in sent)
+    return is_row or isinstance(entry.get("start"), str)
 
 
 class BackendTracker(Tracker):

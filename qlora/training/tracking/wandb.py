@@ -141,11 +141,10 @@ class WandbTracker(BackendTracker):
 
 
 def wandb_mode(config: TrackingConfig) -> str:
-    """Returns `online`, `offline` or `disabled`; the environment's WANDB_MODE may silence an online run."""
+    """Returns `online` or `offline`, which the environment's WANDB_MODE may make of an online run."""
     if config.mode is WandbMode.offline:
         return "offline"
-    asked = os.environ.get("WANDB_MODE", "")
-    return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(asked, "online")
+    return "offline" if os.environ.get("WANDB_MODE") in ("dryrun", "offline") else "online"
 
 
 def check_access(config: TrackingConfig) -> None:
