@@ -37,6 +37,7 @@ from qlora.compose import (
     now,
     open_entries,
     override_value,
+    refuse_unreadable,
     register,
     show_config,
     to_config,
@@ -194,6 +195,7 @@ def _main(argv: list[str]) -> None:
         flags = [f"{word.removesuffix(args.config_dir)}{options}" if word.endswith(args.config_dir) else word
                  for word in flags]  # fmt: skip
         args.config_dir = options
+    refuse_unreadable(args.overrides)
     check_engine(args.overrides)
     args.overrides = with_environment(keep_spelling(args.overrides))
     if world.size() == 1:

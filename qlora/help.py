@@ -97,9 +97,9 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
         near = did_you_mean(group, groups)
         raise ConfigError(f"--help {group}: there is no such group{near}; choose one of {', '.join(groups)}")
     yield from _wrapped(f"{group}: {group_meaning(group)}", "", 2)
-    yield f"\nOptions ({group}=OPTION):\n"
     chosen = default_options().get(group)
-    listed = options(group, config_dir)
+    if listed := options(group, config_dir):
+        yield f"\nOptions ({group}=OPTION):\n"
     width = max(map(len, listed), default=0) + 3
     for name, comment in listed.items():
         mark = "*" if name == chosen else " "
@@ -230,7 +230,8 @@ def reference() -> str:
     lines += [_row(key, text) for key, text in docs.items() if key not in group_names()]
     for group in _schema_groups():
         lines += ["", f"### {group}", "", group_meaning(group), ""]
-        lines += [f"Options: {', '.join(f'`{name}`' for name in options(group))}.", ""]
+        if names := options(group):
+            lines += [f"Options: {', '.join(f'`{name}`' for name in names)}.", ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(key, text) for key, text in group_fields(group)]
     lines += ["", "### callbacks", "", docs["callbacks"], ""]

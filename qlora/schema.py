@@ -44,11 +44,12 @@ METRIC_NAMES = ("exact_match",)
 CALLBACK_PACKAGES = ("qlora", "transformers")
 """The packages whose trainer callbacks a config may name; `trusted` adds the user's own."""
 
-EMBEDDED_ROWS = (
+OWN_FUNCTIONS = (
     *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
     *("qlora.demo.pretraining:training_rows", "qlora.demo.pretraining:probe_rows"),
+    "qlora.data.as_chat:from_alpaca",
 )
-"""The functions that a config may name by itself: those of the embedded data."""
+"""The functions that a config may name by itself: the embedded data, and Alpaca's rows as chats."""
 
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
@@ -1236,7 +1237,7 @@ class Config:
             check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
             check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
         for key, name in named_functions(self):
-            if name not in EMBEDDED_ROWS:
+            if name not in OWN_FUNCTIONS:
                 check_trusted(key, name, self.trusted)
         _check_adapter_on_base(self.lora, self.quantization)
         _check_generation(self.generation, self.model)

@@ -122,7 +122,9 @@ def test_every_command_is_of_a_kind_that_is_checked(command: str) -> None:
     if qlora_words(command) is not None or is_pip(command):
         return
     program, *rest = shlex.split(command)
-    if program == "srun":  # SLURM's, around a launcher
+    if program == "export":
+        assert all("=" in word for word in rest)
+    elif program == "srun":  # SLURM's, around a launcher
         assert qlora_words(shlex.join(rest[rest.index("torchrun") :])) is not None
     elif program == "python":
         assert rest[0] == "-m"

@@ -207,7 +207,7 @@ def test_a_key_that_yaml_does_not_read_as_text_is_refused_in_a_mapping_of_texts(
 
 def test_the_choices_are_named_where_yaml_makes_a_boolean_of_a_word(tmp_path: Path) -> None:
     assert refusal(tmp_path, f"{HEAD}tracking: {{mode: off}}\n").endswith(
-        "line 2: tracking.mode must be one of online, offline, and YAML reads off as a boolean (false)"
+        "line 2: tracking.mode must be one of online, offline, disabled, and YAML reads off as a boolean (false)"
     )
 
 

@@ -249,6 +249,7 @@ def _guarded(path: str | None, trusted: Sequence[str]) -> Iterator[None]:
     Its own tasks call theirs. Texts are put together in Jinja's sandbox, and a metric or a data set is none that runs a
     script.
     """
+    _import_harness()
     import datasets
     import lm_eval
     from lm_eval import utils

@@ -193,7 +193,12 @@ def test_progress_bars_come_back_after_loading(message):
 
 def test_no_more_rows_than_the_limit_are_drawn(monkeypatch, load):
     taken = itertools.count()
-    monkeypatch.setattr("json.rows", lambda: ({"n": str(next(taken))} for _ in range(10)), raising=False)
+
+    def ten_rows():
+        return ({"n": str(next(taken))} for _ in range(10))
+
+    ten_rows.__module__ = "json"  # as if it were written there
+    monkeypatch.setattr("json.rows", ten_rows, raising=False)
     assert len(load("json:rows", limit=4)) == 4
     assert next(taken) == 4
 

@@ -7,7 +7,6 @@ import math
 import random
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,13 +243,14 @@ class Shares(evaluate.Metric):
 
 
 @pytest.fixture
-def library_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A metric of the evaluate library in a folder of its own below the working directory."""
-    pytest.importorskip("evaluate")
-    (tmp_path / "shares").mkdir()
-    (tmp_path / "shares" / "shares.py").write_text(LIBRARY_METRIC)
+def library_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric of the evaluate library in a folder, which stands for its place on the hub."""
+    evaluate = pytest.importorskip("evaluate")
+    (tmp_path / "hub" / "shares").mkdir(parents=True)
+    (tmp_path / "hub" / "shares" / "shares.py").write_text(LIBRARY_METRIC)
+    load = evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda name: load(str(tmp_path / "hub" / name)))
     monkeypatch.chdir(tmp_path)
-    return
 
 
 @pytest.mark.usefixtures("library_metric")
@@ -273,7 +273,7 @@ def test_a_metric_of_the_library_that_cannot_be_had_is_one_sentence(monkeypatch:
 
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert refusal() == "evaluation.metrics=evaluate:rouge needs the package evaluate; pip install 'qlora[eval]'"
-    nowhere = "could be loaded neither from the hub nor from a folder rouge here"
+    nowhere = "could not be loaded from the hub"
     for error, said in (
         (FileNotFoundError("no script\nmore"), f"{nowhere}: no script; check the name and the network"),
         (ConnectionError("offline"), f"{nowhere}: offline; check the name and the network"),

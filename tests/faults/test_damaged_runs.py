@@ -21,10 +21,10 @@ from qlora.compose import config_to_dict
 from qlora.errors import ConfigError
 from qlora.schema import Config
 from qlora.stored import READERS, find_damage, to_number
-from qlora.sweep import launcher
 from qlora.sweep.jobs import Job, Status, identity, read_job
+from qlora.sweep.launcher import Queue, open_sweep
 from qlora.sweep.leaderboard import build_leaderboard
-from qlora.sweep.overview import Sweep, read_sweep
+from qlora.sweep.overview import Sweep, common_facts, read_sweep
 from qlora.sweep.report import report, write_overview
 from qlora.sweep.screen import Screen
 from tests.faults.damaging import damage, restore
@@ -76,8 +76,14 @@ def restart(folder: Path) -> dict[str, Job]:
     """Opens a sweep as a command that goes on with it does, and returns its jobs by rank."""
     words = [[f"lora.r={rank}"] for rank in RANKS]
     configs = [compose(each) for each in words]
-    with launcher.open_sweep(folder, configs) as sweep:
-        return dict(zip(RANKS, launcher.plan(sweep, configs, words), strict=True))
+    with open_sweep(folder, shared(configs), "eval_loss") as sweep:
+        Queue(sweep, [(own, own, lambda c=config: c) for own, config in zip(words, configs, strict=True)], len(words))
+        jobs = [sweep.find(own, config_to_dict(config)) for own, config in zip(words, configs, strict=True)]
+        return dict(zip(RANKS, jobs, strict=True))
+
+
+def shared(configs: Sequence[Config]) -> dict[str, Any]:
+    return common_facts([config_to_dict(config) for config in configs])
 
 
 # Numbers that are none
@@ -187,9 +193,10 @@ def test_a_damaged_overview_is_made_of_its_jobs_and_still_refuses_another_config
 ) -> None:
     restore(jobs, tmp_path / "sweep")
     (tmp_path / "sweep" / "sweep.json").write_bytes(content)
+    other = [compose([f"lora.r={rank}", "trainer.max_steps=7"]) for rank in RANKS]
     with (
         pytest.raises(ConfigError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps"),
-        launcher.open_sweep(tmp_path / "sweep", [compose([f"lora.r={rank}", "trainer.max_steps=7"]) for rank in RANKS]),
+        open_sweep(tmp_path / "sweep", shared(other), "eval_loss"),
     ):
         pass
     assert f"{tmp_path}/sweep/sweep.json is damaged (" in caplog.text
@@ -244,8 +251,10 @@ def report_anew(folder: Path, out: Path) -> None:
     assert report_on(folder, out)["metrics"]["report_finished"] >= 2
 
 
-def test_damaged_folders_are_read_without_a_traceback(jobs: Path, tmp_path: Path) -> None:
-    logging.getLogger("qlora").setLevel(logging.ERROR)
+def test_damaged_folders_are_read_without_a_traceback(
+    jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "qlora")
     counts = torment(jobs, tmp_path, range(12))
     assert counts["read"] >= 20
 

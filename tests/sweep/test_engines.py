@@ -84,7 +84,7 @@ def test_slurm_gets_one_array_whose_indices_lead_to_the_jobs(tmp_path: Path) -> 
          "the sweep from hydra.launcher.timeout_min; leave it out"),
         (["launcher=slurm", "additional_parameters.open_mode=w"], "additional_parameters.open_mode is settled by the"),
         (["launcher=slurm", "additional_parameters.x=[1]"], "hydra.launcher.additional_parameters.x must be a plain"),
-        (["launcher=slurm", 'partition="a\nb"'], "hydra.launcher.partition must be a single line"),
+        (["launcher=slurm", 'partition="a\nb"'], "hydra.launcher.partition holds a line break"),
         (["launcher=ray", "ray.remote.num_gpus=-1"], "hydra.launcher.ray.remote.num_gpus must be a number that is not"),
         (["launcher=ray", "ray.remote.max_retries=3"], "hydra.launcher.ray.remote.max_retries must be 0: a job whose"),
         (["launcher=ray", "sweep.detach=true"], "sweep.detach=true needs an engine that keeps the jobs"),

@@ -53,7 +53,7 @@ def run(*words: str, launch: Callable[..., Any] | None = None) -> list[list[str]
             finish(folder)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=None) for _ in batch]
 
-    run_grid(config, list(words), launch=launch or finish_all, build_slots=None)
+    run_grid(config, list(words), launch=launch or finish_all, build=None)
     return given
 
 
@@ -149,7 +149,7 @@ def test_a_grid_of_ten_thousand_jobs_composes_the_next_ones_only(capsys: pytest.
 
     config = compose_dict([f"hydra.sweep.dir={FOLDER}", "hydra.sweeper.max_batch_size=1"])
     with pytest.raises(Enough):
-        run_grid(config, ["lora.r=range(1,101)", "seed=range(0,100)"], launch=launch, build_slots=None)
+        run_grid(config, ["lora.r=range(1,101)", "seed=range(0,100)"], launch=launch, build=None)
     assert overview()["to_come"] == 10_000 - AHEAD
     assert len(overview()["jobs"]) == AHEAD
     told = capsys.readouterr().out

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,17 @@ def test_two_commands_on_one_study_lose_nothing_by_many_kills(
 
 def kill_and_go_on(folders: list[Path], storage: str, trials: int, *, kills: int = 1) -> None:
     """Kills the commands in all folders several times while jobs run, and lets them go on together to the end."""
-    words = [RATE, f"hydra.sweeper.n_trials={trials}", "hydra.launcher.n_jobs=1", f"hydra.sweeper.storage={storage}"]
+    words = [RATE, f"hydra.sweeper.n_trials={trials}", "hydra.launcher.n_jobs=1", f"hydra.sweeper.storage='{storage}'"]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     lost: list[dict[str, float]] = []
     for _ in range(kills):
         ended = states(storage).get("COMPLETE", 0)
         running = [start(folder, *words, SECONDS="1") for folder in folders]
-        wait(lambda ended=ended: (now := states(storage)).get("RUNNING", 0) > 1 and now.get("COMPLETE", 0) > ended)
+        wait_for(
+            lambda ended=ended: (now := states(storage)).get("RUNNING", 0) > 1 and now.get("COMPLETE", 0) > ended,
+            running,
+        )
         for process in running:
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -195,8 +199,10 @@ def states(storage: str) -> dict[str, int]:
         return {}
 
 
-def wait(happens: Any) -> None:
+def wait_for(happens: Callable[[], bool], running: list[subprocess.Popen[str]]) -> None:
     end = time.monotonic() + 240
     while not happens():
+        ended = [process.communicate() for process in running if process.poll() is not None]
+        assert not ended, "".join(sum(ended, ()))
         assert time.monotonic() < end
         time.sleep(0.1)
