@@ -198,8 +198,7 @@ def _main(argv: list[str]) -> None:
     refuse_unreadable(args.overrides)
     check_engine(args.overrides)
     args.overrides = with_environment(keep_spelling(args.overrides))
-    if world.size() == 1:
-        os.environ.setdefault(START_VARIABLE, now())
+    os.environ.setdefault(START_VARIABLE, now())
     composed = check_command(
         args.overrides,
         args.config_dir,
@@ -257,12 +256,13 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
     """Runs what Hydra starts; a refused command leaves its folder as it was, or none."""
     sweeps, afterwards = _sweeps(args), list[Callable[[], None]]()
     folder = names.folder_words(args.overrides) if sweeps else []
+    composed_at = os.environ[START_VARIABLE]
     joined = _join(composed, sweeps)
     if composed.resume is Resume.never:
         words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
         # Processes that torchrun starts again go on in the folder that they began in.
         folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
-    start = _start(composed, folder, sweeps)
+    start = _start(composed, composed_at, folder, sweeps)
     if world.size() > 1:  # the folder of the first process is that of all, also when they are started again
         os.environ[START_VARIABLE] = world.agree_on_start("place", world.share(os.environ[START_VARIABLE]))
     _hand_over(args, flags, *folder, *joined)
@@ -283,16 +283,19 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
     world.leave()
 
 
-def _start(composed: DictConfig, folder: list[str], sweeps: bool) -> Start | None:
-    """Makes the folder of the command and returns its start; None: another process keeps it."""
+def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bool) -> Start | None:
+    """Makes the folder of the command and returns its start; None: another process keeps it.
+
+    A run without a name is called by the time that was told at `composed_at`; processes that were launched together
+    have agreed on one since.
+    """
     if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
         return None
     sweeps = sweeps or composed.hydra.mode is RunMode.MULTIRUN
     given = [word for word in folder if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     place = Path(str(override_value(given[-1]) if given else composed.hydra[("run", "sweep")[sweeps]].dir))
-    is_named_by_time = not given and composed.name is None and place.name == os.environ.get(START_VARIABLE)
-    if is_named_by_time and not sweeps:
-        return start_anew(place)
+    if not sweeps and not given and composed.name is None and place.name == composed_at:
+        return start_anew(place.with_name(os.environ[START_VARIABLE]))
     return start_in(place, is_sweep=sweeps)
 
 
@@ -335,7 +338,7 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
             f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
     world.join()
-    os.environ[START_VARIABLE] = world.agree_on_start("time", now())
+    os.environ[START_VARIABLE] = world.agree_on_start("time", os.environ[START_VARIABLE])
     if world.is_first():
         return []
     return ["hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]", "~hydra.job_logging.handlers.file"]

@@ -1,8 +1,10 @@
 import atexit
 import gc
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +19,20 @@ os.environ["QLORA_CACHE"] = os.environ["QLORA_TEST_CACHE"]
 
 # What is imported until the tests begin stays: no collection looks through its half a million objects.
 gc.disable()
+
+
+@pytest.fixture(autouse=True)
+def log_left_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sets up Python's log; the next test finds it as if there were none."""
+    root, own = logging.getLogger(), logging.getLogger("qlora")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        if not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
+            handler.close()
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

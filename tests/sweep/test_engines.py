@@ -97,10 +97,9 @@ def test_impossible_settings_are_one_sentence(words: list[str], sentence: str) -
         f"hydra/{launcher}",
         *(word if word.startswith("sweep.") else f"hydra.launcher.{word}" for word in rest),
     ]
-    composed = compose_dict(overrides)
     config = compose([word for word in rest if word.startswith("sweep.")])
     with pytest.raises(ConfigError, match=re.escape(sentence)):
-        build_engine(composed.hydra.launcher, config)
+        build_engine(compose_dict(overrides).hydra.launcher, config)
 
 
 def test_ray_takes_what_its_own_functions_take() -> None:

@@ -477,8 +477,9 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=-1"],
          "hydra.sweeper.pruner_kwargs does not suit median: Number of startup trials cannot be negative"),
         ([RATE, "hydra.sweeper.storage=postgresql://me:secret@localhost/x"],
-         "hydra.sweeper.storage holds a password in an address; configs are stored, printed and sent to trackers. Put "
-         "the URL into the environment, and write hydra.sweeper.storage='${oc.env:NAME}'"),
+         "hydra.sweeper.storage holds a password in an address, which would stand in the command and in the folders of "
+         "all jobs; put the whole URL into a variable of the environment and give its name: "
+         "'hydra.sweeper.storage=${oc.env:NAME}'"),
         ([RATE, "hydra.sweeper.storage=mssql+pymssql://me@localhost/x"],
          "hydra.sweeper.storage=mssql+pymssql://me@localhost/x cannot be used (Failed to import DB access module"),
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
