@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora.compose import flatten as flatten
 from qlora.errors import ConfigError
+from qlora.files import remove_drafts
 from qlora.schema import Resume, Weights
 from qlora.stored import read_manifest, read_result
 
@@ -114,12 +115,13 @@ class RunFolder:
         return self.path / ("result.json" if task == "train" else f"{task}.json")
 
     def create(self) -> None:
-        """Makes the folder; raises `ConfigError` where nothing can be written."""
+        """Makes the folder and removes what killed processes left in it; raises `ConfigError` where that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            remove_drafts(self.path)
         except OSError as error:
             raise ConfigError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); choose another with "

@@ -29,7 +29,6 @@ from qlora.files import (
     iter_lines,
     read_json,
     read_lines,
-    remove_drafts,
     wait_for_space,
     waiting_for_space,
     write_folder,
@@ -129,7 +128,6 @@ class Run(Parts):
         if self.config.resume is Resume.never:
             self.folder.check_unused()
         self.folder.create()
-        remove_drafts(self.folder.path)
         plain = compose.config_to_dict(self.config)
         before = self._read_before()
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))

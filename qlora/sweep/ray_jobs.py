@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import worker
+from ray._private import services, worker
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,9 +33,13 @@ from qlora.wording import shorten
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+END_SECONDS = 0.1
+"""A node looks so often whether its job has ended."""
 CONNECT_SECONDS = 30.0
 CHECK_SECONDS = 300.0
 """A node that has not answered by then is not there."""
+LOST_SECONDS = 30.0
+"""Ray, as it is set up by itself, calls a node lost whose daemon was killed after 15 seconds."""
 FILE_SECONDS = 15.0
 """What a node wrote may be seen so much later here."""
 PASSED_ON = ("QLORA_TRUSTED", "QLORA_FULL_ERROR", "HYDRA_FULL_ERROR")
@@ -96,16 +101,20 @@ def run_on_ray(
 @contextlib.contextmanager
 def _connected(settings: RaySettings) -> Iterator[None]:
     """Joins a cluster, or starts one on this machine, for the time of the block."""
-    given = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    given: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    init = {key: value for key, value in settings.ray.init.items() if key != "address"}
     address = settings.ray.init.get("address")
-    if address is not None:
-        given.pop("include_dashboard")  # the cluster has its own
+    if address is None:
+        address = "local"  # None would join whatever runs here
+        given["include_dashboard"] = False  # a cluster that is joined has its own
     # Ray prints what its daemons say of a lost node, their last 20 lines, whatever `log_to_driver` says.
     printed, worker.print_to_stdstream = worker.print_to_stdstream, _log
     try:
-        _knock(os.environ.get("RAY_ADDRESS") if address == "auto" else address)
         os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
-        ray.init(**{**given, **settings.ray.init})
+        if address == "auto":
+            address = services.get_ray_address_from_environment(address, None)
+        _knock(address)
+        ray.init(address, **{**given, **init})
     except (RayError, ConnectionError, ValueError, RuntimeError, TypeError, OSError) as error:
         text = shorten(" ".join(str(error).split()), 300)
         raise ConfigError(
@@ -159,10 +168,17 @@ def run_job(command: list[str], folder_name: str, cwd: str, environment: Mapping
         if not path.is_dir():
             raise ConfigError(unshared(path, host))
     write_status(folder, Status.queued, node=host)
-    process = start_job([sys.executable, *command], folder, environment, Path(cwd))
+    # Ray blocks the signal of Ctrl-C in its processes; a job, which gets it at an interruption, would inherit that.
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
-        return process.wait()
-    finally:  # Ray cancels a task by an exception
+        process = start_job([sys.executable, *command], folder, environment, Path(cwd))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        while (code := process.poll()) is None:
+            time.sleep(END_SECONDS)  # Ray cancels a task by an exception, which cannot break off `wait`
+        return code
+    finally:
         stop_group(process, GRACE_SECONDS)
 
 
@@ -174,48 +190,81 @@ def unshared(folder: Path, host: str) -> str:
     )
 
 
-def _is_seen(folder: str, token: str) -> tuple[str, bool]:
-    return socket.gethostname(), (Path(folder) / token).is_file()
+def _is_seen(folder: str, token: str) -> bool:
+    return (Path(folder) / token).is_file()
 
 
 def _check_nodes(settings: RaySettings, folder: Path) -> None:
     """Raises `ConfigError` where no node can run a job, or where one does not see the sweep's folder."""
     needed = _resources(settings.ray.remote)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    able = [node for node in nodes if all(node["Resources"].get(name, 0) >= value for name, value in needed.items())]
-    if not able:
-        listed = ", ".join(f"{name}={value:g}" for name, value in needed.items())
-        largest = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in needed}
-        best = ", ".join(f"{value:g} {name}" for name, value in largest.items())
-        hint = "; hydra.launcher.ray.remote.num_gpus=0 for jobs on CPUs" if needed.get("GPU") else ""
-        raise ConfigError(
-            f"hydra.launcher.ray.remote asks for {listed} on one node, and none of the {len(nodes)} nodes has them all "
-            f"(at most {best}){hint}"
-        )
     token = f".shared-{uuid.uuid4().hex}"
+    look = ray.remote(num_cpus=0, max_retries=0)(_is_seen)
     (folder / token).touch()
     try:
-        look = ray.remote(num_cpus=0, max_retries=0)(_is_seen)
-        asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)).remote(
-                str(folder), token
-            )
-            for node in able
-        ]
-        for host, is_seen in ray.get(asked, timeout=CHECK_SECONDS):
-            if not is_seen:
-                raise ConfigError(unshared(folder, host))
-    except GetTimeoutError as error:
-        raise ConfigError(
-            f"a node of the Ray cluster does not answer within {CHECK_SECONDS:.0f} s; `ray status` shows the nodes"
-        ) from error
-    except RayError as error:
-        text = shorten(str(error).strip().splitlines()[-1], 300)
-        raise ConfigError(
-            f"a node of the Ray cluster cannot run qlora ({text}); install the same version on each node"
-        ) from error
+        asked = []
+        for node in _able_nodes(needed):
+            place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            asked.append((node, look.options(scheduling_strategy=place).remote(str(folder), token)))
+        end = time.monotonic() + CHECK_SECONDS
+        for node, reference in asked:
+            if not _answer(node, reference, max(end - time.monotonic(), 0)):
+                raise ConfigError(unshared(folder, node["NodeManagerHostname"]))
     finally:
         (folder / token).unlink(missing_ok=True)
+    _able_nodes(needed)  # those that were lost meanwhile do not count
+
+
+def _able_nodes(needed: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Returns the nodes that have what a job needs; raises `ConfigError` where there is none."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    able = [node for node in nodes if all(node["Resources"].get(name, 0) >= value for name, value in needed.items())]
+    if able:
+        return able
+    listed = ", ".join(f"{name}={value:g}" for name, value in needed.items())
+    largest = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in needed}
+    best = ", ".join(f"{value:g} {name}" for name, value in largest.items())
+    hint = "; hydra.launcher.ray.remote.num_gpus=0 for jobs on CPUs" if needed.get("GPU") else ""
+    raise ConfigError(
+        f"hydra.launcher.ray.remote asks for {listed} on one node, and none of the {len(nodes)} nodes has them all "
+        f"(at most {best}){hint}"
+    )
+
+
+def _answer(node: Mapping[str, Any], reference: Any, seconds: float) -> bool:
+    """Returns whether a node sees the sweep's folder, or is lost and will get no job; raises `ConfigError`."""
+    host = node["NodeManagerHostname"]
+    try:
+        is_seen: bool = ray.get(reference, timeout=seconds)
+    except GetTimeoutError as error:
+        raise ConfigError(
+            f"{host} of the Ray cluster does not answer within {CHECK_SECONDS:.0f} s; `ray status` shows the nodes"
+        ) from error
+    except RayTaskError as error:
+        raise ConfigError(
+            f"{host} of the Ray cluster cannot run qlora ({_last_line(error)}); install the same version on each node"
+        ) from error
+    except RayError as error:
+        if not _is_lost(node["NodeID"]):
+            raise ConfigError(
+                f"{host} of the Ray cluster starts no process ({_last_line(error)}); the logs of Ray on it, below "
+                "/tmp/ray/session_latest/logs, tell why"
+            ) from error
+        return True
+    return is_seen
+
+
+def _is_lost(node_id: str) -> bool:
+    """Returns whether a node that gave an error is lost, which Ray itself may find out a while later."""
+    end = time.monotonic() + LOST_SECONDS
+    while any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id):
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _last_line(error: RayError) -> str:
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[-1], 300)
 
 
 def _resources(remote: Mapping[str, Any]) -> dict[str, float]:

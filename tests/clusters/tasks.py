@@ -29,6 +29,7 @@ try:
         {what}
         (folder / "result.json").write_text(json.dumps({{"objective": 1.0, "metrics": {{"eval_loss": 1.0}}}}))
 except Stopped:
+    (folder / "stopped").touch()
     sys.exit(Stopped.exit_code)
 """
 

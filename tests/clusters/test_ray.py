@@ -118,6 +118,7 @@ def test_an_interruption_ends_the_running_job_in_order_and_leaves_the_others_que
         run(tasks, settings(cluster), on_wait=interrupt)
     assert [read_job(tmp_path / name).status for name in ("one", "two")] == [Status.interrupted, Status.queued]
     assert starts(tmp_path / "two") == 0
+    assert (tmp_path / "one" / "stopped").exists()
 
 
 def test_what_the_cluster_cannot_do_is_one_sentence_before_a_job_starts(tmp_path: Path, cluster: Cluster) -> None:
@@ -172,6 +173,6 @@ def test_the_documented_command_trains_on_the_cluster_that_runs(tmp_path: Path, 
     assert done.stdout.splitlines()[-1] == "report       outputs/sweeps/ranks/report.html"
     jobs = read_sweep(tmp_path / "outputs" / "sweeps" / "ranks").jobs.values()
     assert [(job.status, job.overrides) for job in jobs] == [
-        (Status.finished, ["lora.r=16"]),
         (Status.finished, ["lora.r=8"]),
+        (Status.finished, ["lora.r=16"]),
     ]

@@ -207,7 +207,8 @@ def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -
     folder.mkdir()
     config = compose([*QUICK, "data=local", "data.path=evilmod:f", "trusted=[evilmod]"])
     (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "manifest.json").write_text(json.dumps({"config": config_to_dict(config), "processes": 1} | dict.fromkeys(("data", "model", "versions", "hardware", "code"), {})))
+    manifest = {"config": config_to_dict(config), "processes": 1, "data": {}, "model": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "objective": None, "status": "finished"}))
     words = ["task=replay", f"run={folder}"]
     with pytest.raises(ConfigError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):

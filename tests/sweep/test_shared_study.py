@@ -138,7 +138,7 @@ def test_a_folder_that_was_moved_goes_on_with_its_study(tmp_path: Path) -> None:
     assert len(list((tmp_path / "outputs/sweeps/other").glob("*/result.json"))) == 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def database() -> Iterator[str]:
     with postgres() as url:
         yield url
