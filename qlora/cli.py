@@ -137,7 +137,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
         text = "error: another process of this run has ended; its own message tells why"
         time.sleep(PATIENCE)
     else:
-        world.tell_launcher(error)
+        world.tell_launcher(error, in_full=in_full or not is_mistake)
         if not world.is_first():
             time.sleep(PATIENCE)
         text = f"error: {error if isinstance(error, ConfigError) else explain(error)}" if is_mistake else ""

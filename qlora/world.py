@@ -7,6 +7,7 @@ writes. What is said between processes here goes over the CPU and waits as long 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import time
@@ -273,10 +274,16 @@ def is_loss_of_peer(error: BaseException) -> bool:
                                            "remote process exited"))  # fmt: skip
 
 
-def tell_launcher(error: BaseException) -> None:
-    """Leaves an error where torchrun looks for it, so that its summary tells the first one; without secrets."""
+def tell_launcher(error: BaseException, *, in_full: bool) -> None:
+    """Leaves an error where torchrun looks for it, so that its summary tells the first one; without secrets.
+
+    With its traceback `in_full`, else in its own words alone.
+    """
     if isinstance(error, Exception) and (place := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-        Path(place).write_text(hide(Path(place).read_text(encoding="utf-8")), encoding="utf-8")
+        record = json.loads(Path(place).read_text(encoding="utf-8"))
+        if not in_full:
+            record["message"]["extraInfo"]["py_callstack"] = str(error)
+        Path(place).write_text(hide(json.dumps(record)), encoding="utf-8")

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,27 @@ def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+def meet(*words: str, folders: tuple[Path, Path]) -> list[subprocess.CompletedProcess[str]]:
+    """Starts one process by a torchrun in each folder, as on two machines, which find each other by rendezvous."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "qlora", *words]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for folder in folders
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -261,6 +283,26 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
     assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
     assert (folder / "train.log").read_text().count("resuming from") == 1
+
+
+@pytest.mark.slow
+def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, alone: Path) -> None:
+    words = [*COMMON, "trainer.gradient_accumulation_steps=2", "name=wide"]
+    assert [done.returncode for done in meet(*words, folders=(tmp_path, tmp_path))] == [0, 0]
+    folder = tmp_path / "outputs" / "runs" / "wide"
+    assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
+
+
+def test_folders_that_not_all_machines_see_are_refused(tmp_path: Path) -> None:
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder in folders:
+        folder.mkdir()
+    for done in meet(*COMMON, "name=local", folders=folders):
+        assert done.returncode == 1
+        assert "and not seen by all processes on" in done.stdout
+        assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in done.stdout
+        assert "qlora/cli.py" not in done.stdout, "a mistake of the user's has no traceback"
+    assert not list(tmp_path.glob("*/outputs/runs/local/*"))
 
 
 def spoil(compute_loss: Any) -> Any:

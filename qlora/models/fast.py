@@ -456,7 +456,10 @@ class FastStep:
             self._context.enter_context(fastest_attention())
         self._context.enter_context(torch._functorch.config.patch(KEEP_LITTLE))
         # Layers are compiled one by one, so there is nothing to cut for the exchange of gradients between processes.
-        self._context.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+        # All trainings of this process share their code; past the limit a layer would run uncompiled, and what is
+        # computed again in the backward pass would not be what the forward pass had kept.
+        limit = torch._dynamo.config.accumulated_recompile_limit
+        self._context.enter_context(torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=limit))
         self._offloading.begin()
         for ranges in self._ranges:
             ranges.measure()

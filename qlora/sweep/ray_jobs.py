@@ -129,10 +129,14 @@ def _connected(settings: RaySettings) -> Iterator[None]:
 
 
 def _knock(address: Any) -> None:
-    """Raises `OSError` where nobody listens at HOST:PORT; Ray itself would go on trying for minutes."""
+    """Raises `ConnectionError` where nobody listens at HOST:PORT; Ray itself would go on trying for minutes."""
     match = re.fullmatch(r"([\w.-]+):(\d+)", str(address))
-    if match is not None:
+    if match is None:
+        return
+    try:
         socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {address}: {error.strerror or error}") from error
 
 
 def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:

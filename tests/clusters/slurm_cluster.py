@@ -48,9 +48,9 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=10
 SlurmctldTimeout=30
-SlurmdTimeout={node_timeout}
+SlurmdTimeout=300
 MessageTimeout=30
-MinJobAge={job_age}
+MinJobAge=300
 GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 {nodes}
@@ -69,7 +69,7 @@ def why_not() -> str | None:
     return None
 
 
-def start(folder: Path, *, node_timeout: int = 30, job_age: int = 300) -> dict[str, str]:
+def start(folder: Path) -> dict[str, str]:
     """Starts the daemons with all their files below `folder`, and returns the environment of SLURM's commands."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").mkdir(exist_ok=True)
@@ -85,8 +85,6 @@ def start(folder: Path, *, node_timeout: int = 30, job_age: int = 300) -> dict[s
             host=socket.gethostname(),
             controller=ports[0],
             folder=folder,
-            node_timeout=node_timeout,
-            job_age=job_age,
             nodes="\n".join(
                 f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=8 "
                 f"RealMemory=1000 Gres=gpu:1 Feature=a100 State=UNKNOWN"

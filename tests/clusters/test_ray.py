@@ -121,12 +121,33 @@ def test_an_interruption_ends_the_running_job_in_order_and_leaves_the_others_que
     assert (tmp_path / "one" / "stopped").exists()
 
 
+@pytest.mark.full
+def test_a_ray_of_the_command_alone_is_started_beside_a_cluster_that_runs(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    own = RayParts(init={"address": None, "resources": {"own": 1}}, remote={"num_gpus": 0, "resources": {"own": 1}})
+    ended = run([task(tmp_path / "job")], RaySettings(ray=own))
+    assert ended["job"].status is Status.finished
+
+
+def test_a_cluster_that_is_no_longer_there_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="Ray cannot be reached or started"):
+        run([task(tmp_path / "job")], RaySettings(ray=RayParts(init={"address": "auto"})))
+    assert time.monotonic() - begun < 5
+
+
 def test_what_the_cluster_cannot_do_is_one_sentence_before_a_job_starts(tmp_path: Path, cluster: Cluster) -> None:
     refused = {
         "num_gpus=1 for jobs": (settings(cluster, num_gpus=1), "hydra.launcher.ray.remote.num_gpus=0 for jobs on CPUs"),
         "none of the": (settings(cluster, num_cpus=64), r"asks for CPU=64 on one node.*\(at most 1 CPU\)"),
         "unknown": (settings(cluster, nonsense=1), "hydra.launcher.ray.remote="),
-        "reached": (RaySettings(ray=RayParts(init={"address": "127.0.0.1:1"})), "Ray cannot be reached or started"),
+        "reached": (
+            RaySettings(ray=RayParts(init={"address": "127.0.0.1:1"})),
+            r"Ray cannot be reached or started \(nothing answers at 127.0.0.1:1: Connection refused\)",
+        ),
         "argument": (RaySettings(ray=RayParts(init={"adress": "auto"})), "Ray cannot be reached or started"),
     }
     for choice, sentence in refused.values():

@@ -216,6 +216,17 @@ def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
 
 
+def test_layers_are_compiled_for_every_form_that_they_meet() -> None:
+    model, config = build(overrides=("trainer.compile=true",))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        for copies in (1, 4):
+            rows = {name: tensor.repeat(copies, 1) for name, tensor in batch().items()}
+            with step:
+                model(**rows, num_items_in_batch=31).loss.backward()
+
+
 def test_layers_that_read_one_input_are_one_group() -> None:
     model, config = build()
     FastStep(model, config.trainer, config.quantization, CPU, None)
