@@ -21,6 +21,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from qlora.errors import ConfigError
 from qlora.secrets import HIDDEN, hide
@@ -107,7 +108,8 @@ def _connect(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(Path("/", url.removeprefix(JOURNAL)))))
     if make_url(url).get_backend_name() == "sqlite":
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may have been started anew
+    # A connection for each transaction: none is left open at the end, and the server may be started anew between two.
+    return RDBStorage(url, engine_kwargs={"poolclass": NullPool})
 
 
 def _unusable(url: str, error: Exception) -> ConfigError:
