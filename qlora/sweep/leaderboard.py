@@ -193,7 +193,8 @@ def front_note(board: Leaderboard) -> str:
 
 def describe(job: Job) -> str:
     """Returns what became of an unfinished job in one line."""
-    return f"{' '.join(job.overrides) or job.name}: {job.status.value}" + (f", {job.reason}" if job.reason else "")
+    told = [job.status.value, *([job.reason] if job.reason not in (None, job.status.value) else [])]
+    return f"{' '.join(job.overrides) or job.name}: {', '.join(told)}"
 
 
 def print_leaderboard(board: Leaderboard) -> None:
