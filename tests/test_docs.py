@@ -16,7 +16,12 @@ from qlora import help as pages
 from qlora.compose import check_overrides, config_keys, group_names, unknown_flag
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -70,20 +75,23 @@ def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFi
         pages.print_help(words)
         assert capsys.readouterr().out
         return
-    flags = {"-m": 1, "--cfg": 2}  # with the number of words that each takes
-    multirun, overrides = "-m" in words, list(words)
+    flags = {"-m": 1, "--cfg": 2, "--config-dir": 2}  # with the number of words that each takes
+    taken, overrides = dict[str, str](), list(words)
     for flag, count in flags.items():
         if flag in overrides:
-            place = overrides.index(flag)
-            del overrides[place : place + count]
+            index = overrides.index(flag)
+            taken[flag] = overrides[index + count - 1]
+            del overrides[index : index + count]
     for word in overrides:
         if word.startswith("-"):
             raise unknown_flag(word)
-    check_overrides(overrides, multirun=multirun)
+    folder = taken.get("--config-dir")
+    check_overrides(overrides, folder and str(ROOT / folder), multirun="-m" in taken)
 
 
 def test_the_readme_sets_up_a_fresh_machine_in_two_commands() -> None:
-    run, test = [command for command in COMMANDS if command.startswith(SETUP) and "index-url" not in command]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    run, test = [line for line in readme if line.startswith(SETUP) and "index-url" not in line]
     install = f"{SETUP}.venv/bin/pip install -q -c constraints.txt -e"
     assert run == f"{install} . && .venv/bin/python -m qlora"
     assert test == f"{install} '.[dev]' && .venv/bin/python -m pytest"
@@ -163,8 +171,10 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_the_manual_s_map_names_every_page() -> None:
-    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert not [path.name for path in DOCS[1:] if path.name != "index.md" and f"({path.name})" not in text]
+    for index in (ROOT / "docs").rglob("index.md"):
+        text = index.read_text(encoding="utf-8")
+        pages = [path for path in index.parent.glob("*.md") if path != index]
+        assert not [path.name for path in pages if f"({path.name})" not in text]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
