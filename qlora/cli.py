@@ -7,6 +7,7 @@ import atexit
 import errno
 import gc
 import logging
+import logging.config
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from qlora import trust, world
 from qlora.compose import (
     CONF_DIR,
     START_VARIABLE,
+    VERSION_BASE,
     check_command,
     config_to_dict,
     expand_sweep,
@@ -53,7 +55,7 @@ from qlora.places import anchor_paths, give_home
 from qlora.schema import Config, Resume, TaskName, TrackingBackend
 from qlora.searchpath import option_folder
 from qlora.spelling import keep_spelling, reading_spellings
-from qlora.start import Start, start_anew, start_in
+from qlora.start import Start, check_links, start_anew, start_in
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -132,6 +134,8 @@ PATIENCE = 3
 
 def _tell(error: Exception, *, in_full: bool) -> None:
     """Prints what ended the run: a sentence for a mistake, the traceback of a bug; each of several by its name."""
+    if _is_of_log(error):
+        error = ConfigError(f"hydra.job_logging or hydra.hydra_logging cannot be set up ({error.__cause__ or error})")
     is_mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
     if world.is_loss_of_peer(error):
         text = "error: another process of this run has ended; its own message tells why"
@@ -150,6 +154,12 @@ def _tell(error: Exception, *, in_full: bool) -> None:
         text = "".join(traceback.format_exception(error)).rstrip()
     name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
     complain(f"{name}{text}")
+
+
+def _is_of_log(error: Exception) -> bool:
+    """Returns whether Python could not set up its log as the config says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == logging.config.__file__ and frame.name == "configure" for frame in frames)
 
 
 class Mistake(BaseException):
@@ -249,7 +259,7 @@ def _hand_over(args: Any, flags: list[str], *more: str) -> None:
 
 def _call_hydra() -> None:
     with reading_spellings(CONF_DIR):
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name="config")(job)()
 
 
 def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
@@ -289,11 +299,12 @@ def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bo
     A run without a name is called by the time that was told at `composed_at`; processes that were launched together
     have agreed on one since.
     """
-    if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
-        return None
     sweeps = sweeps or composed.hydra.mode is RunMode.MULTIRUN
     given = [word for word in folder if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     place = Path(str(override_value(given[-1]) if given else composed.hydra[("run", "sweep")[sweeps]].dir))
+    check_links(place)
+    if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
+        return None
     if not sweeps and not given and composed.name is None and place.name == composed_at:
         return start_anew(place.with_name(os.environ[START_VARIABLE]))
     return start_in(place, is_sweep=sweeps)

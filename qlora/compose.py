@@ -41,6 +41,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
+from hydra.version import setbase
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
@@ -52,7 +53,7 @@ from qlora.places import check_paths
 from qlora.schema import ArchitectureConfig, Config, TaskName
 from qlora.searchpath import KEY as SEARCH_PATH
 from qlora.searchpath import check_options, option_folder, search_folders
-from qlora.secrets import find_secret, is_secret_variable
+from qlora.secrets import find_secret, hide, is_secret_variable
 from qlora.spelling import (
     SHAPES,
     KeyPath,
@@ -68,6 +69,9 @@ from qlora.spelling import (
 _PACKAGE = Path(__file__).parent
 PLUGINS = _PACKAGE / "plugins"
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+VERSION_BASE = "1.3"
+"""The version whose rules Hydra keeps to, wherever it composes."""
 
 LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan, TaskName.preview.name, TaskName.plan.name)
 """The folder of tasks that show what a run would be, and leave nothing that counts as one."""
@@ -307,6 +311,7 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     register()
     refuse_unreadable(overrides)
     overrides = open_entries(overrides)
+    setbase(VERSION_BASE)
     instance = GlobalHydra.instance()
     outer = instance.hydra
     instance.clear()
@@ -473,7 +478,7 @@ def _refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
     """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
     for key, value in values:
         if isinstance(value, str) and (kind := find_secret(value)) is not None:
-            raise _holds_secret(key, kind)
+            raise _holds_secret(hide(key), kind)
 
 
 def _holds_secret(key: str, kind: str) -> ConfigError:
@@ -506,7 +511,7 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
     `printed`: the config is to be shown as it is resolved.
     """
     leaves = list(_leaves(OmegaConf.to_container(composed, resolve=False), ""))
-    _refuse_secrets(leaves)
+    _refuse_secrets([*leaves, *_names(leaves)])
     copies = (".hydra.overrides.", ".hydra.job.override_dirname")  # of what was typed
     referring = [(key.lstrip("."), text) for key, text in leaves
                  if isinstance(text, str) and "${" in text and not key.startswith(copies)]  # fmt: skip
@@ -526,7 +531,18 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
         # What Hydra knows later, such as the run's folder, cannot be resolved yet.
         with contextlib.suppress(OmegaConfBaseException, ValueError), trust.fixed_resolvers():
             value = OmegaConf.select(composed, key)
-        _refuse_secrets([(key, value)])
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        resolved = [(name, str(leaf)) for name, leaf in _leaves(value, f".{key}")]  # a password may be of digits alone
+        _refuse_secrets([*resolved, *_names(resolved)])
+
+
+def _names(leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yields the keys that somebody named, such as those of `data.columns`, each as a value too."""
+    known = set(config_keys())
+    for key, _ in leaves:
+        if (name := key.lstrip(".")) not in known and not name.startswith("hydra."):
+            yield name, name
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -999,6 +1015,17 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> ConfigErr
         return unknown_option(missing[1], missing[2], listed[1].split() if listed else _options(missing[1]), where)
     inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
     key = str(inner.full_key) if inner is not None else _key_of(text)
+    if unset := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return ConfigError(
+            f"{unset[1]} is not set by the option that was chosen for it; a file of its group begins without "
+            "`# @package _group_`, which Hydra no longer knows"
+        )
+    if several := re.search(r"Multiple values for ([\w./-]+)", text):
+        group = several[1].rstrip(".")
+        return ConfigError(
+            f"{group} is chosen twice{where}; where it has an option already, write {group}=OPTION on the command line "
+            f"without a +, or `override /{group}: OPTION` in a file's defaults"
+        )
     if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
         return _no_place_for(key, where)
     if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:

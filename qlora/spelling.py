@@ -335,10 +335,15 @@ def _check_shape(file: Path, node: yaml.Node, path: KeyPath) -> None:
         first, dot, rest = name.partition(".")
         if dot and (not path or dataclasses.is_dataclass(hint)) and type_at((*path, first)) is not None:
             raise ConfigError(
-                f"{file}, line {key_node.start_mark.line + 1}: {name} is written as one key; nest it: "
+                f"{_at(file, key_node)}: {name} is written as one key; nest it: "
                 f"{first}: {{{rest.replace('.', ': {')}: VALUE{'}' * rest.count('.')}}}"
             )
         _check_shape(file, value, (*path, name))
+
+
+def _at(file: Path, node: yaml.Node) -> str:
+    """Says where a node was written; the one that an `@package` makes around a file has no line."""
+    return f"{file}, line {node.start_mark.line + 1}" if node.start_mark is not None else str(file)
 
 
 def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
@@ -352,7 +357,7 @@ def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
         node_kind = {yaml.SequenceNode: list, yaml.MappingNode: dict}.get(type(node))
         needed = shape_in_words(hint, dotted(path)) if node_kind is not get_origin(hint) else None
     if needed is not None:
-        where = f"{file}, line {node.start_mark.line + 1}: {dotted(path)}"
+        where = f"{_at(file, node)}: {dotted(path)}"
         raise ConfigError(f"{where} must be {needed}, got {_shown(node)}")
 
 
@@ -393,7 +398,7 @@ def _check(file: Path, scalar: _Scalar) -> int | None:
     node, tag = scalar.node, scalar.node.tag.rpartition(":")[2]
     if node.style is not None or tag not in KINDS or not node.value:
         return None
-    where = f"{file}, line {node.start_mark.line + 1}: {dotted(scalar.path)}"
+    where = f"{_at(file, node)}: {dotted(scalar.path)}"
     hint = type_at(scalar.path)
     if scalar.is_key:
         if get_origin(hint) is dict:
@@ -466,7 +471,7 @@ def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None
     for key_node, option in pairs:
         name, _, package = key_node.value.split()[-1].partition("@")
         group: str = name.lstrip("/") if name.startswith("/") or not parent else f"{parent}/{name}"
-        where = f"{file}, line {key_node.start_mark.line + 1}: {group}"
+        where = f"{_at(file, key_node)}: {group}"
         if package and package != group.replace("/", "."):
             raise ConfigError(
                 f"{where}@{package}: an option stays in its group; leave the @{package} out, and write "

@@ -71,6 +71,23 @@ def _holds_files(folder: Path) -> bool:
     return any(not path.is_dir() or path.is_symlink() for path in folder.rglob("*"))
 
 
+def check_links(folder: Path) -> None:
+    """Raises `ConfigError` where something in a run's folder is a link out of it, by which the run would write there.
+
+    The folders of a sweep's jobs are looked at by the jobs.
+    """
+    try:
+        paths = [path for pattern in ("*", ".hydra/*", "checkpoints/*", "adapter/*") for path in folder.glob(pattern)]
+    except OSError:
+        return  # said when the command makes the folder
+    for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{path} is a link to {path.resolve()}, and a run writes into its own folder alone; remove the link, "
+                "or choose another folder with hydra.run.dir=FOLDER"
+            )
+
+
 def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
     """Returns the start of a command in a folder, which is there then; raises `ConfigError` where none can be."""
     try:

@@ -45,6 +45,8 @@ OURS = ("hydra_plugins.qlora_sweep.", "hydra._internal.")
 COMMANDS = ("setup", "additional_parameters", "ray")
 """Keys of our launchers that run what they hold, or hand it to somebody who may."""
 LOGGING = ("job_logging", "hydra_logging")
+CALLED = (*LOGGING, "callbacks")
+"""Of Hydra's node what is called, or names what is."""
 CODE_KEYS = ("_target_", "()", "class", "factory")
 """The keys by which Hydra and Python's logging call what their value names."""
 LOGGING_CODE = (
@@ -56,7 +58,7 @@ RESOLVERS = ("oc.*", "hydra", "now", "python_version", "qlora.folder", "qlora.jo
 """The functions that a config's `${NAME:...}` may call: OmegaConf's, Hydra's and ours."""
 
 FREE = (
-    *("mode", "verbose", "run.dir", "sweep.dir", "sweep.subdir", "job.name", "job.chdir", "job.config.*"),
+    *("mode", "verbose", "job.chdir", "job.config.*"),
     "callbacks.*",  # each of a package that is trusted
     *(
         f"{node}.{key}"
@@ -167,8 +169,13 @@ class CheckedLoader(ConfigLoaderImpl):
         return OverridesParser.create(config_loader=self)
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
+        if self._is_ours() and {"", ".", ".."} & {*default.config_path.split("/")}:
+            raise ConfigError(
+                f"{brief_text(default.config_path)} names an option outside the folders of options; write GROUP/NAME, "
+                "and add its folder with --config-dir FOLDER"
+            )
         loaded = super()._load_single_config(default, repo)
-        if self._is_ours() and not self._is_installed(loaded, default.config_path):
+        if self._is_ours() and not self._is_installed(loaded):
             where = f"{loaded.path.removeprefix('file://')}/{default.config_path.removesuffix('.yaml')}.yaml"
             check_file(where, loaded.config, default.package or "", self.trust)
         return loaded
@@ -177,10 +184,8 @@ class CheckedLoader(ConfigLoaderImpl):
         return any(str(item.path) == f"file://{self.shipped}" or str(item.path) == str(self.shipped)
                    for item in self.config_search_path.get_path())  # fmt: skip
 
-    def _is_installed(self, loaded: ConfigResult, name: str) -> bool:
+    def _is_installed(self, loaded: ConfigResult) -> bool:
         """Returns whether an option is shipped, or registered by a package that is installed."""
-        if ".." in name.split("/"):
-            return False
         return loaded.path == f"file://{self.shipped}" or loaded.path.startswith(
             ("structured://", "pkg://hydra.", "pkg://hydra_plugins.")
         )
@@ -214,6 +219,11 @@ def _check_hydra_key(file: str, key: str, value: Any, trust: Trust) -> None:
     name = key.removeprefix("hydra.")
     if name.startswith("sweeper.params."):
         _check_param(file, name.removeprefix("sweeper.params."))
+    elif name.startswith(("sweeper.params", *CALLED)) and isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{file} sets {key} ({brief_text(hide(value))}), which is looked at before a ${{...}} in it has a value; "
+            "write the value itself, or give it on the command line"
+        )
     elif name.startswith(LOGGING) and name.rpartition(".")[2] in CODE_KEYS:
         if value not in LOGGING_CODE:
             check_trusted(key, str(value), trust.names)

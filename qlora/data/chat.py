@@ -42,8 +42,11 @@ from qlora.schema import TrainOn
 
 PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
-CANNOT_WRITE: Final = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
-"""What a template raises for messages that it has no form for."""
+CANNOT_WRITE: Final = (
+    *(TemplateError, TypeError, LookupError, ValueError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+"""What a template raises for messages that it has no form for, or whatever it computes."""
 PROBE: Final = 918_273_645_000
 """The first of the numbers that stand for the values in calls."""
 LAYOUTS: Final = 256

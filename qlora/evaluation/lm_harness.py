@@ -25,6 +25,7 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.measure import Measurement, random_state_kept
 from qlora.evaluation.metrics import check_library_metric
 from qlora.evaluation.statistics import Score
+from qlora.functions import import_function
 from qlora.schema import EvaluationConfig, check_trusted
 
 log = logging.getLogger(__name__)
@@ -259,10 +260,13 @@ def _guarded(path: str | None, trusted: Sequence[str]) -> Iterator[None]:
     key = f"evaluation.path={path}"
 
     def import_trusted(name: str, folder: Path) -> Any:
-        is_own = folder.resolve().is_relative_to(own.resolve())
-        file = folder / f"{name.rpartition('.')[0].replace('.', '/')}.py"
-        if not is_own and (file.exists() or importlib.util.find_spec(name.partition(".")[0] or "sys") is not None):
+        if folder.resolve().is_relative_to(own.resolve()):
+            return import_named(name, folder)
+        is_installed = importlib.util.find_spec(name.partition(".")[0] or "sys") is not None
+        if is_installed or (folder / f"{name.rpartition('.')[0].replace('.', '/')}.py").exists():
             check_trusted(f"{key}, !function in {folder}", name, trusted)
+        if is_installed:  # the package that is trusted is this one, whatever the folder has of its name
+            return import_function(":".join(name.rsplit(".", 1)), f"{key}, !function in {folder}")
         return import_named(name, folder)
 
     def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:

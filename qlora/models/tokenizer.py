@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import transformers
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
 from qlora.errors import ConfigError, did_you_mean
+from qlora.files import read_json
 from qlora.models.files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
 from qlora.models.foreign import TOKENIZER_JSON, library_reads, unreadable
 from qlora.schema import ModelConfig
 from qlora.wording import brief, brief_text
 
 log = logging.getLogger(__name__)
+
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is asked whether code of a folder may run
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -47,6 +51,7 @@ def _read(place: str, key: str, *, gated: bool = False, **options: Any) -> PreTr
     """Loads a tokenizer by transformers and has it split a text; raises `ConfigError` that names the file at fault."""
     if is_local(place):
         check_tokenizer_folder(Path(place), key)
+        _check_class(Path(place), key)
     with library_reads(f"{key}={place}", lambda: _blame(Path(place))):
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
@@ -59,6 +64,19 @@ def _read(place: str, key: str, *, gated: bool = False, **options: Any) -> PreTr
         text = " ".join(filter(None, tokenizer.convert_ids_to_tokens([0, 1, 2])))  # which it must be able to split
         tokenizer.decode(tokenizer(text)["input_ids"])
     return tokenizer
+
+
+def _check_class(folder: Path, key: str) -> None:
+    """Raises `ConfigError` where a tokenizer is said to be something else of transformers, which would be loaded."""
+    name = (read_json(folder / "tokenizer_config.json") or {}).get("tokenizer_class")
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_tokenizer = isinstance(kind, type) and (
+        issubclass(kind, PreTrainedTokenizerBase) or "tokenization_" in kind.__module__
+    )
+    if kind is not None and not is_tokenizer:
+        raise ConfigError(
+            f"{key}={folder}: tokenizer_config.json says tokenizer_class={name!r}, which is no tokenizer; correct it"
+        )
 
 
 def _blame(folder: Path) -> str:

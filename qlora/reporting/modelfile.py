@@ -103,7 +103,7 @@ def find_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm | str:
         form = _ask(tokenizer)
         with_system = form is not None and form.before_system is not None
         samples = [(messages, _write(tokenizer, messages)) for messages in _conversations(system=with_system)]
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         return f"the chat template cannot write a plain conversation ({' '.join(str(error).split())})"
     if form is None or any(form.render(messages) != text for messages, text in samples):
         return "what the chat template writes around a message depends on more than its role"

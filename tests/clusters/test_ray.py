@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,13 +33,16 @@ WAIT = 120.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head and a second node, each with one CPU."""
+    """A head and a second node, each with one CPU; Ray takes signals over, which are given back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500"}
     running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
     try:
         yield running
     finally:
         running.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def settings(cluster: Cluster, **remote: Any) -> RaySettings:

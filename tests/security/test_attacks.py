@@ -185,7 +185,7 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
         ("hydra/launcher/mine", "defaults: [slurm]\nadditional_parameters: {wrap: touch MARK}",
          ["hydra/launcher=mine"], "sets hydra.launcher.additional_parameters.wrap"),
         ("hydra/launcher/mine", "# @package _group_\ndefaults: [slurm]\nsetup: [touch MARK]",
-         ["hydra/launcher=mine"], "sets hydra.launcher.setup"),
+         ["hydra/launcher=mine"], "hydra.launcher is not set by the option that was chosen for it"),
         ("hydra/launcher/mine", "defaults: [ray]\nray: {init: {runtime_env: {py_executable: touch MARK}}}",
          ["hydra/launcher=mine"], "sets hydra.launcher.ray.init.runtime_env.py_executable"),
         ("hydra/launcher/mine", "defaults: [ray]\nray: {init: {address: 'ray://elsewhere:1'}}",
@@ -197,7 +197,9 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
          ["hydra/job_logging=mine"], "hydra.job_logging has no root"),
         ("hydra/job_logging/mine", "version: 1\nroot: {handlers: [x]}\nhandlers: {x: {(): os.system}}",
          ["hydra/job_logging=mine"], "hydra.job_logging.handlers.x.()=os.system"),
-        ("hydra/callbacks/mine", "x: {_target_: os.system}", ["+hydra/callbacks=mine"], "hydra.callbacks.x._target_"),
+        ("hydra/callbacks/mine", "x: {_target_: os.system}", ["hydra/callbacks=mine"], "hydra.callbacks.x._target_"),
+        ("hydra/callbacks/mine", "x: {_target_: os.system}", ["+hydra/callbacks=mine"],
+         "hydra/callbacks is chosen twice"),
         ("hydra/env/mine", "# @package _global_\nhydra: {job: {env_set: {A: b}}}", ["hydra/env=mine"],
          "sets hydra.job.env_set.A"),
         ("schema", "trusted: [evilmod]", [], "is taken by qlora itself"),
@@ -296,7 +298,7 @@ def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
         "    storage: ${oc.env:STORE,null}\n    params: {lora.r: 'choice(8,16)'}\n"
     )
     (here / "conf" / "experiment" / "mine.yaml").write_text(
-        f"{HEAD}hydra:\n  job_logging:\n    root: {{level: DEBUG}}\n  run: {{dir: outputs/mine}}\n  verbose: true\n"
+        f"{HEAD}hydra:\n  job_logging:\n    root: {{level: DEBUG}}\n  verbose: true\n"
         f"callbacks:\n  x:\n    _target_: {STOP}\n    patience: 2\n"
     )
     words = ["hydra/launcher=mine", "hydra.launcher.setup=[module load cuda]", "sweep=mine", "experiment=mine"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pickle
@@ -66,6 +67,28 @@ def build_harness(folder: Path, trusted: list[str]) -> LmHarness:
     config = compose(["evaluation=lm-eval", "evaluation.tasks=[evil]", f"evaluation.path={folder}"])
     tokenizer = load_tokenizer(config.model)
     return LmHarness(config.evaluation, tokenizer=tokenizer, batch_size=2, device=torch.device("cpu"), trusted=trusted)
+
+
+def test_a_folder_of_tasks_does_not_stand_for_a_package_that_is_trusted(
+    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    folder, installed = tmp_path / "tasks", tmp_path / "installed"
+    for place in (folder, installed):
+        place.mkdir()
+    (folder / "my_rows.py").write_text(MARKING.format(mark=str(mark)))
+    (installed / "my_rows.py").write_text("def f(rows):\n    return rows.select([])\n")
+    monkeypatch.syspath_prepend(installed)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
+    (folder / "evil.yaml").write_text(TASK.format(rows=rows) + "process_docs: !function my_rows.f\n")
+    with pytest.raises(ConfigError, match="trusted"):
+        build_harness(folder, [])
+    with contextlib.suppress(ConfigError):  # it has no rows
+        build_harness(folder, ["my_rows"])
+    assert sys.modules["my_rows"].__file__ == str(installed / "my_rows.py")
+    assert not mark.exists()
 
 
 def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
