@@ -9,6 +9,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override, QuotedString
 
 from qlora.errors import ConfigError
+from qlora.wording import brief_text
 
 KEY = "hydra.searchpath"
 FILE, PACKAGE = "file://", "pkg://"
@@ -24,7 +25,7 @@ def option_folder(text: str, key: str) -> Path:
     if "://" in text and not text.startswith(FILE):
         raise ConfigError(f"{key} {text}: options are read from FOLDER, file://FOLDER or pkg://PACKAGE")
     if not path.is_dir():
-        raise ConfigError(f"{key} {text}: there is no such folder ({path})")
+        raise ConfigError(f"{key} {brief_text(text)}: there is no such folder ({brief_text(str(path))})")
     return path
 
 

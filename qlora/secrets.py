@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -28,13 +28,14 @@ NAMES = re.compile(
 KINDS = {
     "a password in an address": re.compile(
         r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}(?:[/?#]|$))[^\s'\"]+(?=@)"
-        r"|(?<=[?&])(?i:password|passwd|pwd|sslpassword|(?:\w*_)?token|\w*api_?key|\w*secret|sig|signature)=[^\s&#'\"]+"
+        r"|(?<=[?&])(?i:password|passwd|pwd|sslpassword|(?:[\w-]*[_-])?token|\w*api_?key|\w*secret|sig|(?:[\w-]*-)?signature)=[^\s&#'\"]+"
     ),
     "a token of the Hugging Face hub": re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}"),
     "a key of an API": re.compile(
         r"\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_\w{16,}|\bAIza[0-9A-Za-z_-]{35}|\bglpat-[\w-]{20,}"
         r"|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{40,}|\bSG\.[\w-]{16,}\.[\w-]{16,}"
     ),
+    "a token of a header": re.compile(r"(?i)(?<=authorization: )(?:bearer|basic|token) [^\s'\"]+"),
     "a signed token": re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
     "a key of wandb": re.compile(r"\bwandb_v\d_\w{20,}"),
     "a token of GitHub": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"),
@@ -90,9 +91,16 @@ def _spell(environment: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
         (name, spelling)
         for name, value in named
         if len(value) >= SHORTEST
-        for spelling in {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+        for spelling in {*_quoted(value), value, json.dumps(value)[1:-1], repr(value)[1:-1]}
     ]
     return sorted(spelled, key=lambda item: -len(item[1]))
+
+
+def _quoted(value: str) -> Iterator[str]:
+    """Yields how addresses write a value: with the signs of a path or without, in either case of the digits."""
+    for text in (quote(value, safe=""), quote(value), quote_plus(value)):
+        yield text
+        yield re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), text)
 
 
 # Diffs: what code and settings hold has no name that is known, so it is better to hide too much.

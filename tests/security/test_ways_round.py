@@ -14,6 +14,7 @@ from qlora.compose import check_command, compose
 from qlora.errors import ConfigError
 from qlora.models import tokenizer as tokenizers
 from qlora.models.tokenizer import load_tokenizer
+from qlora.secrets import hide
 from qlora.start import check_links
 
 
@@ -110,6 +111,27 @@ def test_a_secret_is_found_as_a_key_and_as_a_number(
     said = refusal(options(tmp_path, f"name: MY\n{text}\n"))
     assert "the value of MY_PASSWORD" in said
     assert value not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/x?X-Amz-Signature=PLANTEDPLANTED&a=1",
+        "https://host/x?X-Amz-Security-Token=PLANTEDPLANTED",
+        "Authorization: Bearer PLANTEDPLANTED",
+        "https://me:PLANTED%2fPLANTED%3a@host/x",
+        "in a path PLANTED/PLANTED%3A",
+    ],
+)
+def test_secrets_in_addresses_and_headers_are_hidden(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "PLANTED/PLANTED:")
+    assert "PLANTED" not in hide(text)
+
+
+def test_a_message_about_a_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_command([], "no\nfolder")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
