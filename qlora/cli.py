@@ -134,8 +134,11 @@ PATIENCE = 3
 
 def _tell(error: Exception, *, in_full: bool) -> None:
     """Prints what ended the run: a sentence for a mistake, the traceback of a bug; each of several by its name."""
-    if _is_of_log(error):
-        error = ConfigError(f"hydra.job_logging or hydra.hydra_logging cannot be set up ({error.__cause__ or error})")
+    if not isinstance(error, ConfigError) and _is_of_log(error):
+        error = ConfigError(
+            f"hydra.job_logging or hydra.hydra_logging cannot be set up ({error.__cause__ or error}); correct it, or "
+            "leave both as they are"
+        )
     is_mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
     if world.is_loss_of_peer(error):
         text = "error: another process of this run has ended; its own message tells why"

@@ -233,7 +233,7 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
     overrides = with_environment(overrides)
-    keys = set(config_keys())
+    keys = _known_keys()
     return [_open_entry(text, override, keys) for text, override in zip(overrides, _parse(overrides), strict=True)]
 
 
@@ -242,7 +242,7 @@ def with_environment(overrides: Sequence[str]) -> list[str]:
     return trust.add_environment(overrides, _parse(overrides))
 
 
-def _open_entry(text: str, override: Override, keys: set[str]) -> str:
+def _open_entry(text: str, override: Override, keys: frozenset[str]) -> str:
     key = override.key_or_group
     if key == SEARCH_PATH and not override.is_delete():  # relative to this folder, wherever a job runs
         return write_override(key, [f"file://{folder}" for folder in search_folders([override])])
@@ -538,11 +538,15 @@ def _refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
 
 
 def _names(leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yields the keys that somebody named, such as those of `data.columns`, each as a value too."""
-    known = set(config_keys())
+    """Yields the keys that users name, such as those of `data.columns`, as values too."""
     for key, _ in leaves:
-        if (name := key.lstrip(".")) not in known and not name.startswith("hydra."):
+        if (name := key.lstrip(".")) not in _known_keys() and not name.startswith("hydra."):
             yield name, name
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    return frozenset(config_keys())
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -646,7 +650,7 @@ def _read_axis(override: Override) -> Axis:
 
 def _is_plain_field(override: Override) -> bool:
     key = override.key_or_group
-    return override.type is OverrideType.CHANGE and key in set(config_keys()) - set(group_names())
+    return override.type is OverrideType.CHANGE and key in _known_keys() - set(group_names())
 
 
 class _Composed:
@@ -851,7 +855,7 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
     """
     loader = hydra.config_loader
     groups = set(loader.list_groups(""))
-    keys = set(config_keys())
+    keys = _known_keys()
     for override in _parse(overrides):
         key = override.key_or_group
         _refuse_several(override)
@@ -869,16 +873,16 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
             raise ConfigError(f"{override.input_line}: {key} exists; write it without the +")
 
 
-def _exists(key: str, keys: set[str]) -> bool:
+def _exists(key: str, keys: frozenset[str]) -> bool:
     """Returns whether `key` is a field, an element of a list field, or inside a field that holds a free mapping."""
     return key in keys or key.partition("[")[0] in keys or _in_mapping(key, keys)
 
 
-def _in_free_mapping(key: str, keys: set[str]) -> bool:
+def _in_free_mapping(key: str, keys: frozenset[str]) -> bool:
     return _in_mapping(key, keys) or key.startswith(HYDRA_MAPPINGS)
 
 
-def _in_mapping(key: str, keys: set[str]) -> bool:
+def _in_mapping(key: str, keys: frozenset[str]) -> bool:
     parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
     return any(parent in keys and get_origin(field_type(parent)) is dict for parent in parents)
 
@@ -1104,7 +1108,7 @@ def _key_of(text: str) -> str:
 def _no_place_for(key: str, where: str) -> ConfigError:
     if key.startswith("hydra."):
         return _unknown_hydra_key(key, where)
-    if key in set(config_keys()):
+    if key in _known_keys():
         return ConfigError(f"{key}{where} cannot be set here: what holds it is null, or another package is meant")
     return unknown_key(key, where)
 

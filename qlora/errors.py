@@ -8,6 +8,9 @@ from pathlib import Path
 
 from qlora.wording import brief, tidy
 
+OF_CODE = (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+"""What code of a user's, such as the expressions of a chat template, may raise."""
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: the message says what is wrong (full key or file), why, and the way out.

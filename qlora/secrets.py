@@ -28,7 +28,8 @@ NAMES = re.compile(
 KINDS = {
     "a password in an address": re.compile(
         r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}(?:[/?#]|$))[^\s'\"]+(?=@)"
-        r"|(?<=[?&])(?i:password|passwd|pwd|sslpassword|(?:[\w-]*[_-])?token|\w*api_?key|\w*secret|sig|(?:[\w-]*-)?signature)=[^\s&#'\"]+"
+        r"|(?<=[?&])(?i:password|passwd|pwd|sslpassword|(?:[\w-]*[_-])?token|\w*api_?key|\w*secret|sig|"
+        r"(?:[\w-]*-)?signature)=[^\s&#'\"]+"
     ),
     "a token of the Hugging Face hub": re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}"),
     "a key of an API": re.compile(

@@ -84,7 +84,7 @@ def check_links(folder: Path) -> None:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
                 f"{path} is a link to {path.resolve()}, and a run writes into its own folder alone; remove the link, "
-                "or choose another folder with hydra.run.dir=FOLDER"
+                "or choose another folder for the run"
             )
 
 

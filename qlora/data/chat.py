@@ -37,15 +37,12 @@ from qlora.data.message_form import (
 )
 from qlora.data.templates import NEEDED_TOKENS, Template, suggest_template
 from qlora.data.turn_layout import Borders, Fitted, Layout, Span, Text, find_span, holds, lay_out
-from qlora.errors import ConfigError
+from qlora.errors import OF_CODE, ConfigError
 from qlora.schema import TrainOn
 
 PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
-CANNOT_WRITE: Final = (
-    *(TemplateError, TypeError, LookupError, ValueError, AttributeError),
-    *(ArithmeticError, RecursionError, MemoryError),
-)
+CANNOT_WRITE: Final = (TemplateError, *OF_CODE)
 """What a template raises for messages that it has no form for, or whatever it computes."""
 PROBE: Final = 918_273_645_000
 """The first of the numbers that stand for the values in calls."""

@@ -17,6 +17,7 @@ from typing import Final
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora.errors import OF_CODE
 from qlora.files import write_text
 from qlora.schema import GenerationConfig
 from qlora.wording import brief, visible
@@ -103,7 +104,7 @@ def find_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm | str:
         form = _ask(tokenizer)
         with_system = form is not None and form.before_system is not None
         samples = [(messages, _write(tokenizer, messages)) for messages in _conversations(system=with_system)]
-    except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+    except (TemplateError, *OF_CODE) as error:
         return f"the chat template cannot write a plain conversation ({' '.join(str(error).split())})"
     if form is None or any(form.render(messages) != text for messages, text in samples):
         return "what the chat template writes around a message depends on more than its role"

@@ -207,8 +207,8 @@ def _check_nodes(settings: RaySettings, folder: Path) -> None:
     try:
         asked = []
         for node in _able_nodes(needed):
-            place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            asked.append((node, look.options(scheduling_strategy=place).remote(str(folder), token)))
+            strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            asked.append((node, look.options(scheduling_strategy=strategy).remote(str(folder), token)))
         end = time.monotonic() + CHECK_SECONDS
         for node, reference in asked:
             if not _answer(node, reference, max(end - time.monotonic(), 0)):

@@ -75,8 +75,8 @@ def test_a_folder_of_tasks_does_not_stand_for_a_package_that_is_trusted(
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
     folder, installed = tmp_path / "tasks", tmp_path / "installed"
-    for place in (folder, installed):
-        place.mkdir()
+    folder.mkdir()
+    installed.mkdir()
     (folder / "my_rows.py").write_text(MARKING.format(mark=str(mark)))
     (installed / "my_rows.py").write_text("def f(rows):\n    return rows.select([])\n")
     monkeypatch.syspath_prepend(installed)

@@ -35,10 +35,10 @@ def refusal(folder: Path, *words: str) -> str:
 @pytest.mark.parametrize("group", ["/{folder}/x", "//proc/self/cwd/x", "/x/../x", "/./x", "/x//y"])
 def test_an_option_lies_in_the_folders_of_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in ("x/mine", "x/y/mine"):
-        options(tmp_path, "hydra: {job: {env_set: {PATH: /evil}}}\n", place)
+    for name in ("x/mine", "x/y/mine"):
+        options(tmp_path, "hydra: {job: {env_set: {PATH: /evil}}}\n", name)
     options(tmp_path, f"defaults:\n  - {group.format(folder=tmp_path)}: mine\n")
-    assert "env_set" in (text := refusal(tmp_path)) or "names an option outside the folders of options" in text
+    assert "names an option outside the folders of options" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("params", ["${data.columns}", "${oc.create:{trusted: '[evil]'}}", "${oc.decode:'{a: 1}'}"])
