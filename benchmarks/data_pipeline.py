@@ -139,14 +139,14 @@ Prepare = Callable[[], Iterable[dict[str, Any]]]
 def build_qlora(task: Task) -> Prepare:
     import torch
 
-    from qlora import console
-    from qlora.compose import compose
+    from qlora.config.compose import compose
+    from qlora.config.schema import DataConfig
     from qlora.data import build_data
-    from qlora.data.collate import Collator, count_work
-    from qlora.models.device import Placement
-    from qlora.models.fast import FastStep
+    from qlora.data.batching.collate import Collator, count_work
     from qlora.models.tokenizer import pad_token_id
-    from qlora.schema import DataConfig
+    from qlora.runtime import console
+    from qlora.runtime.device import Placement
+    from qlora.step.fast_step import FastStep
     from qlora.training.meter import Meter
     from qlora.training.stopping import Stop
     from qlora.training.trainer import QLoraTrainer

@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[dict
     os.environ["QLORA_CACHE"] = str(folder / "cache")
     import torch
 
-    from qlora.compose import compose
+    from qlora.config.compose import compose
     from qlora.evaluation.measure import evaluation_mode
     from qlora.run import Run
 

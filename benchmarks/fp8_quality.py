@@ -48,7 +48,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def store(chosen: list[str], folder: Path) -> list[str]:
     """Stores the base in 4 bits in `folder`; returns the overrides that train on it."""
-    from qlora.compose import compose
+    from qlora.config.compose import compose
     from qlora.run import Run
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -62,7 +62,7 @@ def gradients(chosen: list[str]) -> Any:
     """Returns the gradients of an adapter whose B matrices are not zero on one batch, float64 [parameters]."""
     import torch
 
-    from qlora.compose import compose
+    from qlora.config.compose import compose
     from qlora.run import Run
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

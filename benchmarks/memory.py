@@ -54,8 +54,8 @@ def trainings(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[dict[
 
 def planned(overrides: list[str], device: str) -> dict[str, Any]:
     """Returns the plan's numbers for a training: 10^9 bytes, and whether the card holds it."""
-    from qlora.compose import compose
-    from qlora.plan import build_plan
+    from qlora.config.compose import compose
+    from qlora.tasks.plan import build_plan
 
     plan = build_plan(compose([*overrides, f"plan.device={device}"]))
     return {"planned_gb": plan.memory.peak / 1e9, "moment": plan.memory.moment, "fits": plan.fits}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from qlora.models.device import peak_memory_gb
+from qlora.runtime.device import peak_memory_gb
 
 
 class Recorder(TrainerCallback):

@@ -41,7 +41,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def save_base(base: str, overrides: list[str]) -> None:
     """Writes the drawn 4-bit base and its tokenizer as a checkpoint of transformers into the folder `base`."""
-    from qlora.compose import compose
+    from qlora.config.compose import compose
     from qlora.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def time_trainer(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
+    from qlora.runtime.device import device_name, peak_memory_gb, reset_peak_memory
 
     device, on_gpu = placement.device, placement.device.type == "cuda"
     moments, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
@@ -175,8 +175,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Times a rival in this process, into which its package has been imported."""
     from datasets import Dataset, load_dataset
 
-    from qlora.compose import compose
-    from qlora.models.device import find_device, place
+    from qlora.config.compose import compose
+    from qlora.runtime.device import find_device, place
 
     workload, name, steps, small = (task[key] for key in ("workload", "name", "steps", "small"))
     package, packs, shrink = CONTESTANTS[name].package, CONTESTANTS[name].packs, 16 if small else 1

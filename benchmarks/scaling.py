@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
-from qlora.sweep.processes import visible_gpus  # noqa: E402
+from qlora.sweep.job_processes import visible_gpus  # noqa: E402
 
 PARTS = ("weak", "strong", "rounding", "sharded", "sweep")
 ROWS, LENGTH, MICRO = 8, 2048, 4

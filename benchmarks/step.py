@@ -104,7 +104,7 @@ def steps_of_rows(workload: str, vocabulary: int, shrink: int) -> Iterator[list[
 
 def steps_of_packs(vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]]]:
     """Yields the one pack of each optimizer step on chats, without end."""
-    from qlora.data.packing import pack
+    from qlora.data.batching.packing import pack
 
     generator, drawn = np.random.default_rng(1), _row_lengths("guanaco", shrink)
     while True:
@@ -137,7 +137,7 @@ class MicroBatch(NamedTuple):
 
 def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int) -> Iterator[list[MicroBatch]]:
     """Yields the micro-batches of optimizer steps without end."""
-    from qlora.data.collate import Collator
+    from qlora.data.batching.collate import Collator
 
     packs, micro = CONTESTANTS[name].packs and workload == "guanaco", CONTESTANTS[name].micro[workload]
     collate = Collator(0, width=PACK // shrink if packs else 0)
@@ -174,7 +174,7 @@ def time_steps(
     """Trains a bare loop, each micro-batch inside `around()`; returns its speed, memory and first step's seconds."""
     import torch
 
-    from qlora.models.device import device_name, peak_memory_gb, reset_peak_memory
+    from qlora.runtime.device import device_name, peak_memory_gb, reset_peak_memory
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -226,10 +226,10 @@ def measure(
     """Trains some steps in this process and returns their speed and memory."""
     import bitsandbytes
 
-    from qlora.compose import compose
-    from qlora.models.fast import FastStep, Packs
+    from qlora.config.compose import compose
     from qlora.run import Run
-    from qlora.training.flat import flatten_groups, run_ahead
+    from qlora.step.fast_step import FastStep, Packs
+    from qlora.training.flat_optimizer import flatten_groups, run_ahead
 
     shrink = 16 if small else 1
     config = compose([*EVERY, *overrides])

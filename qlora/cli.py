@@ -27,8 +27,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora import trust, world
-from qlora.compose import (
+from qlora.config import trust
+from qlora.config.compose import (
     CONF_DIR,
     START_VARIABLE,
     VERSION_BASE,
@@ -47,15 +47,16 @@ from qlora.compose import (
     with_environment,
     without_hydra,
 )
-from qlora.console import close_bars, complain, quiet_libraries, take_over_handlers
-from qlora.errors import ConfigError, Pruned, Stopped
-from qlora.folder import RunFolder
-from qlora.membership import VARIABLE, Membership
-from qlora.places import anchor_paths, give_home
-from qlora.schema import Config, Resume, TaskName, TrackingBackend
-from qlora.searchpath import option_folder
-from qlora.spelling import keep_spelling, reading_spellings
-from qlora.start import Start, check_links, start_anew, start_in
+from qlora.config.paths import anchor_paths, give_home
+from qlora.config.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.config.search_path import option_folder
+from qlora.config.spelling import keep_spelling, reading_spellings
+from qlora.errors import ConfigError, Pruned, Stopped, UserError
+from qlora.runtime import distributed
+from qlora.runtime.command_folder import Start, check_links, start_anew, start_in
+from qlora.runtime.console import close_bars, complain, quiet_libraries, take_over_handlers
+from qlora.runtime.run_folder import RunFolder
+from qlora.runtime.sweep_job import VARIABLE, SweepJob
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
@@ -90,17 +91,17 @@ def main() -> None:
         sys.exit(1)
     except Stopped as stopped:
         close_bars()
-        if world.is_first():
+        if distributed.is_main_process():
             complain(f"\n{stopped}")
         sys.exit(Stopped.exit_code)
     except KeyboardInterrupt:
-        if world.is_first():
+        if distributed.is_main_process():
             complain("\ninterrupted; run the same command in the same folder to go on")
         sys.exit(130)
     except (Mistake, Exception) as error:
         close_bars()
         # Python's logging wraps what a handler raises.
-        is_wrapped = isinstance(error, Mistake) or isinstance(error.__cause__, ConfigError)
+        is_wrapped = isinstance(error, Mistake) or isinstance(error.__cause__, UserError)
         cause = error.__cause__ if is_wrapped else error
         assert isinstance(cause, Exception)
         _tell(cause, in_full=in_full)
@@ -134,20 +135,20 @@ PATIENCE = 3
 
 def _tell(error: Exception, *, in_full: bool) -> None:
     """Prints what ended the run: a sentence for a mistake, the traceback of a bug; each of several by its name."""
-    if not isinstance(error, ConfigError) and _is_of_log(error):
+    if not isinstance(error, UserError) and _is_of_log(error):
         error = ConfigError(
             f"hydra.job_logging or hydra.hydra_logging cannot be set up ({error.__cause__ or error}); correct it, or "
             "leave both as they are"
         )
-    is_mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
-    if world.is_loss_of_peer(error):
+    is_mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    if distributed.is_loss_of_peer(error):
         text = "error: another process of this run has ended; its own message tells why"
         time.sleep(PATIENCE)
     else:
-        world.tell_launcher(error, in_full=in_full or not is_mistake)
-        if not world.is_first():
+        distributed.tell_launcher(error, in_full=in_full or not is_mistake)
+        if not distributed.is_main_process():
             time.sleep(PATIENCE)
-        text = f"error: {error if isinstance(error, ConfigError) else explain(error)}" if is_mistake else ""
+        text = f"error: {error if isinstance(error, UserError) else explain(error)}" if is_mistake else ""
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             place = error.filename or "the run folder"
             text = (
@@ -155,7 +156,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
             )
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
-    name = f"process {world.rank()} of {world.size()}: " if world.size() > 1 else ""
+    name = f"process {distributed.rank()} of {distributed.size()}: " if distributed.size() > 1 else ""
     complain(f"{name}{text}")
 
 
@@ -179,7 +180,7 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSP
 
 def _main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
-        from qlora.help import print_help
+        from qlora.config.help import print_help
 
         print_help(argv)
         return
@@ -227,7 +228,7 @@ def _main(argv: list[str]) -> None:
         _hand_over(args, flags)
         _call_hydra()
     elif composed.task.name is TaskName.wandb_sweep:
-        from qlora.sweep.wandb_sweep import write_wandb_sweep
+        from qlora.tasks.wandb_sweep import write_wandb_sweep
 
         write_wandb_sweep(args.overrides, args.config_dir)
     else:
@@ -274,26 +275,31 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
     if composed.resume is Resume.never:
         words = names.new_folder_words([*next(expand_sweep(args.overrides)), *folder], args.config_dir, sweeps)
         # Processes that torchrun starts again go on in the folder that they began in.
-        folder += [world.agree_on_start("folder", words[0]), *(["resume=auto"] if world.is_restart() else [])]
+        folder += [
+            distributed.agree_on_start("folder", words[0]),
+            *(["resume=auto"] if distributed.is_restart() else []),
+        ]
     start = _start(composed, composed_at, folder, sweeps)
-    if world.size() > 1:  # the folder of the first process is that of all, also when they are started again
-        os.environ[START_VARIABLE] = world.agree_on_start("place", world.share(os.environ[START_VARIABLE]))
+    if distributed.size() > 1:  # the folder of the first process is that of all, also when they are started again
+        os.environ[START_VARIABLE] = distributed.agree_on_start(
+            "place", distributed.broadcast(os.environ[START_VARIABLE])
+        )
     _hand_over(args, flags, *folder, *joined)
     if sweeps and composed.tracking.backend is TrackingBackend.wandb:
-        from qlora.sweep.trackers import track_other_engine
+        from qlora.sweep.sweep_tracker import track_other_engine
 
         afterwards += [partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)]
     try:
         _call_hydra()
     except (Mistake, Exception) as error:
-        if start is not None and isinstance(error, Mistake | ConfigError | HydraException | OmegaConfBaseException):
+        if start is not None and isinstance(error, Mistake | UserError | HydraException | OmegaConfBaseException):
             start.put_back()
         for call in afterwards if isinstance(error, Exception) else ():
             call()
         raise
     for call in afterwards:
         call()
-    world.leave()
+    distributed.leave()
 
 
 def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bool) -> Start | None:
@@ -306,7 +312,9 @@ def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bo
     given = [word for word in folder if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     place = Path(str(override_value(given[-1]) if given else composed.hydra[("run", "sweep")[sweeps]].dir))
     check_links(place)
-    if not world.is_first() or world.is_restart() or VARIABLE in os.environ:  # a job's folder is its sweep's
+    if (
+        not distributed.is_main_process() or distributed.is_restart() or VARIABLE in os.environ
+    ):  # a job's folder is its sweep's
         return None
     if not sweeps and not given and composed.name is None and place.name == composed_at:
         return start_anew(place.with_name(os.environ[START_VARIABLE]))
@@ -325,7 +333,7 @@ def _run_without_folder(composed: DictConfig) -> None:
     try:
         config = to_config(composed)
         execute(config, Path(str(composed.hydra.run.dir)), verbose=bool(composed.hydra.verbose))
-    except ConfigError as error:
+    except UserError as error:
         raise Mistake from error
     finally:
         free_memory()
@@ -335,25 +343,25 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
     """Joins the processes that were launched together; returns what Hydra is to do otherwise in this one."""
     is_replay = config.task.name is TaskName.replay
     if config.trainer.deterministic or is_replay:  # before anything is on a GPU
-        from qlora.models.determinism import fix_workspace
+        from qlora.runtime.determinism import fix_workspace
 
         fix_workspace()
     if config.trainer.memory_budget is not None and not ALLOCATOR & os.environ.keys():
         # What torch holds is what is counted: so pages that are free must serve again wherever they lie.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if world.size() == 1:
-        world.join()
+    if distributed.size() == 1:
+        distributed.join()
         return []
     if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
         )
         raise ConfigError(
-            f"{world.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
+            f"{distributed.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
-    world.join()
-    os.environ[START_VARIABLE] = world.agree_on_start("time", os.environ[START_VARIABLE])
-    if world.is_first():
+    distributed.join()
+    os.environ[START_VARIABLE] = distributed.agree_on_start("time", os.environ[START_VARIABLE])
+    if distributed.is_main_process():
         return []
     return ["hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]", "~hydra.job_logging.handlers.file"]
 
@@ -381,7 +389,7 @@ def job(composed: DictConfig) -> Any:
         close_bars()
         return None
     except Exception as error:
-        if not in_sweep and (isinstance(error, ConfigError) or world.is_loss_of_peer(error)):
+        if not in_sweep and (isinstance(error, UserError) or distributed.is_loss_of_peer(error)):
             raise Mistake from error
         # The traceback's frames hold the model; a sweep keeps the exception until its end.
         traceback.clear_frames(error.__traceback__)
@@ -389,7 +397,7 @@ def job(composed: DictConfig) -> Any:
     finally:
         free_memory()
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
-            from qlora.sweep.report import write_overview
+            from qlora.sweep.sweep_report import write_overview
 
             write_overview(sweep_dir, config.objective)
 
@@ -398,17 +406,17 @@ def execute(
     config: Config,
     folder: Path,
     overrides: Sequence[str] = (),
-    membership: Membership | None = None,
+    membership: SweepJob | None = None,
     *,
     verbose: bool,
 ) -> dict[str, Any]:
     """Does what `task=` says in a folder, and returns the result."""
     if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
-        from qlora.sweep.report import report
+        from qlora.sweep.sweep_report import report
 
         return report(config, folder)
     if config.task.name is TaskName.plan:  # needs the model's shape only
-        from qlora.plan import plan
+        from qlora.tasks.plan import plan
 
         return plan(config, folder)
     if config.task.name is TaskName.migrate:  # reads and writes texts only
@@ -419,14 +427,14 @@ def execute(
         from qlora.doctor import doctor
 
         return doctor(config, folder)
-    world.check_shared(folder)
+    distributed.check_shared(folder)
     _import_run()
     from qlora.run import Run
 
     if not verbose:
         take_over_handlers()
     if config.task.name is TaskName.replay:
-        from qlora.replay import replay
+        from qlora.tasks.replay import replay
 
         return replay(config, folder, overrides)
     return Run(config, folder, overrides, membership).execute()
@@ -453,7 +461,7 @@ def _let_go() -> None:
 
 def _recorded(folder: Path, hydra_config: Any, config: Config) -> AbstractContextManager[None]:
     """Holds the run's folder and records what becomes of the run; of several processes the first one does."""
-    if not world.is_first():
+    if not distributed.is_main_process():
         return nullcontext()
     result = RunFolder(folder).result(config.task.name.value).name
     return recorded(folder, names.own_overrides(hydra_config), result, config_to_dict(config))

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and those that end a training before its time."""
+"""The exceptions for what a user can put right, by kind, and those that end a training run early."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora.wording import brief, tidy
+from qlora.text import brief, tidy
 
 OF_CODE = (TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 """What code of a user's, such as the expressions of a chat template, may raise."""
 
 
-class ConfigError(ValueError):
-    """A mistake of the user's: the message says what is wrong (full key or file), why, and the way out.
+class UserError(Exception):
+    """Something that the user can put right: the message says what is wrong (full key or file), why, and the way out.
 
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its
     traceback. No value in it is printed at length, and none can move the cursor.
@@ -23,7 +23,23 @@ class ConfigError(ValueError):
         super().__init__(tidy(str(message)))
 
 
-class DamagedFile(ConfigError):
+class ConfigError(UserError):
+    """A key, an override or a combination of them asks for what cannot be done."""
+
+
+class DataError(UserError):
+    """A file, a data set, a model or an adapter does not hold what it must."""
+
+
+class ResourceError(UserError):
+    """The machine or a service lacks what the run needs: memory, disk space, a device, a package, a login."""
+
+
+class RunError(UserError):
+    """The run cannot start or go on here: its folder is in use, it is another run's, or the training failed."""
+
+
+class DamagedFile(DataError):
     """Says which stored file cannot be read back, and what is wrong in it."""
 
     def __init__(self, path: Path, fault: str) -> None:

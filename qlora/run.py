@@ -16,15 +16,31 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from qlora import compose, console, world
-from qlora.chat import Speaker, hold
-from qlora.data.writer import file_digest
+from qlora import adapters
+from qlora.config import compose
+from qlora.config.schema import Parallel, Resume, TaskName
+from qlora.data.ingest.arrow_writer import file_digest
 from qlora.doctor import preflight
-from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped, describe_fault
-from qlora.evaluation.answers import AnswerLog, rows_digest
+from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped, UserError, describe_fault
+from qlora.evaluation.answer_log import AnswerLog, rows_digest
 from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurement
-from qlora.files import (
+from qlora.models.decoder import Decoder, read_decoder
+from qlora.models.fingerprint import adapter_digest, find_difference, folder_digest, read_base, read_run_base
+from qlora.models.first_pass import explain_nonfinite
+from qlora.models.hub import push
+from qlora.models.model_files import is_local, locate
+from qlora.models.packing_guard import check_packing
+from qlora.models.tokenizer import (
+    save_tokenizer,
+)
+from qlora.reporting.loss_curve import plot_loss
+from qlora.reporting.manifest import build_manifest, code_digest, keep_manifest, versions, write_json
+from qlora.reporting.model_card import card_on_hub, write_model_card
+from qlora.reporting.preview import plot_lengths, to_html, to_text
+from qlora.reporting.run_page import write_run_page
+from qlora.runtime import console, distributed
+from qlora.runtime.atomic_files import (
     Patience,
     iter_lines,
     read_json,
@@ -35,43 +51,25 @@ from qlora.files import (
     write_lines,
     write_text,
 )
-from qlora.folder import config_digest, flatten
-from qlora.merging import PROMPT_TOKENS, REPORT, Merge
-from qlora.models import adapters
-from qlora.models.decoder import Decoder, read_decoder
-from qlora.models.determinism import deterministic
-from qlora.models.device import (
-    peak_memory_gb,
-    reset_peak_memory,
-)
-from qlora.models.energy import read_energy
-from qlora.models.files import is_local, locate
-from qlora.models.fingerprint import adapter_digest, find_difference, folder_digest, read_base, read_run_base
-from qlora.models.hub import push
-from qlora.models.packing_guard import check_packing
-from qlora.models.tokenizer import (
-    save_tokenizer,
-)
-from qlora.models.trial import explain_nonfinite
-from qlora.parts import Parts
-from qlora.preview import build_preview, preview_metrics
-from qlora.reporting.card import card_on_hub, write_model_card
-from qlora.reporting.manifest import build_manifest, code_digest, keep_manifest, versions, write_json
-from qlora.reporting.plot import plot_loss
-from qlora.reporting.preview import plot_lengths, to_html, to_text
-from qlora.reporting.run_page import write_run_page
-from qlora.schema import Parallel, Resume, TaskName
-from qlora.stored import find_damage, set_damage_aside
+from qlora.runtime.determinism import deterministic
+from qlora.runtime.device import peak_memory_gb, reset_peak_memory
+from qlora.runtime.energy import read_energy
+from qlora.runtime.run_folder import config_digest, flatten
+from qlora.runtime.saved_run import find_damage, set_damage_aside
+from qlora.session import Session
+from qlora.tasks.chat import ChatModel, hold
+from qlora.tasks.merge import PROMPT_TOKENS, REPORT, Merge
+from qlora.tasks.preview import build_preview, preview_metrics
+from qlora.text import format_range, is_detail, quoted
 from qlora.training.callbacks import build_callbacks
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
-from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
-from qlora.wording import format_range, is_detail, quoted
 
 log = logging.getLogger(__name__)
 
 
-class Run(Parts):
+class Run(Session):
     """One config in one folder; a method a task, and parts that are built when first needed.
 
     `overrides` are the command line's, for the model card, `sweep` is what the run is a job of, for the tracker. The
@@ -108,16 +106,18 @@ class Run(Parts):
         patience = Patience(
             seconds=self.config.trainer.disk_wait,
             # The oldest would go when the next one is saved.
-            make_room=lambda: world.is_first() and remove_surplus(self.folder.checkpoints, limit and limit - 1),
+            make_room=lambda: (
+                distributed.is_main_process() and remove_surplus(self.folder.checkpoints, limit and limit - 1)
+            ),
             check=self.stop.check,
         )
         with self.stop.watching(), waiting_for_space(patience), deterministic(self.config.trainer):
             try:
-                return self._train() if world.is_first() else self._train_along()
+                return self._train() if distributed.is_main_process() else self._train_along()
             except Stopped as stopped:
                 raise Stopped(f"{stopped}: {self._how_to_go_on()}") from None
             except Exception as error:
-                if isinstance(error, ConfigError | Pruned) or not self._is_removed:
+                if isinstance(error, UserError | Pruned) or not self._is_removed:
                     raise
                 raise ConfigError(
                     f"the run folder {self.folder.path} was removed while the run wrote into it "
@@ -132,7 +132,7 @@ class Run(Parts):
         before = self._read_before()
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
-        if (stored := world.share(self.folder.stored_result("train") if is_same else None)) is not None:
+        if (stored := distributed.broadcast(self.folder.stored_result("train") if is_same else None)) is not None:
             console.say(f"{self.folder.path} is finished already; this is its stored result")
             self._print_summary("finished", stored, self._first_predictions())
             return stored
@@ -173,7 +173,7 @@ class Run(Parts):
             tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self._steps)
             if self.folder.adapter.exists():
                 tracker.log_adapter(self.folder.adapter)
-        self._print_summary("finished", world.share(result), measured.predictions)
+        self._print_summary("finished", distributed.broadcast(result), measured.predictions)
         return result
 
     _has_config = False
@@ -201,17 +201,17 @@ class Run(Parts):
 
     def _train_along(self) -> dict[str, Any]:
         """Takes part in the training that the first process leads; writes nothing, and returns its result."""
-        if (stored := world.share(None)) is not None:
+        if (stored := distributed.broadcast(None)) is not None:
             return stored
         preflight(self.config)
         _, _, _ = self.data, self.measurer, self.suite
-        world.check_same("base weights", self.base.fingerprint)
+        distributed.check_same("base weights", self.base.fingerprint)
         callbacks = build_callbacks(self.config.callbacks)
         model = self.build_model()
         self._baseline(model)
         self._run_steps(self._prepare_training(model, callbacks, NoTracker()), None)
         self._measure_after(model)
-        return world.share({})
+        return distributed.broadcast({})
 
     def evaluate(self) -> dict[str, Any]:
         """Measures what `adapter` names, and the untuned base beside it; the result goes to `evaluate.json`."""
@@ -278,7 +278,7 @@ class Run(Parts):
         """Talks in the terminal with what `adapter` names, until `/exit` or the end of the input; writes no file."""
         model = self._load_for_task()
         set_seed(self.config.seed)
-        speaker = Speaker(
+        speaker = ChatModel(
             model=model,
             encoder=self.chat_encoder,
             generation=self.config.generation,
@@ -400,14 +400,14 @@ class Run(Parts):
 
     def _check_processes(self) -> None:
         """Raises `ConfigError` for what needs several processes, or cannot be had in them."""
-        if self.config.trainer.parallel is Parallel.fsdp and world.size() == 1:
+        if self.config.trainer.parallel is Parallel.fsdp and distributed.size() == 1:
             raise ConfigError(
-                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; {world.HOW}, or "
-                "leave it out"
+                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; {distributed.HOW}, "
+                "or leave it out"
             )
-        if world.size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
+        if distributed.size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
             raise ConfigError(
-                f"model.device_map and model.max_memory spread one process over several GPUs, and {world.size()} "
+                f"model.device_map and model.max_memory spread one process over several GPUs, and {distributed.size()} "
                 "processes were launched, each with a GPU of its own; leave them out, or start without a launcher"
             )
 
@@ -420,7 +420,7 @@ class Run(Parts):
             return Measurement()
         training = self.config.task.name is TaskName.train
         path = self.folder.baseline
-        stored = world.share(read_json(path) if training and world.is_first() else None)
+        stored = distributed.broadcast(read_json(path) if training and distributed.is_main_process() else None)
         if stored is not None:
             try:
                 return Measurement.from_dict(stored)
@@ -431,7 +431,7 @@ class Run(Parts):
         part_of_base = training and self.config.lora.init in adapters.REWRITES_BASE
         with contextlib.nullcontext() if part_of_base else adapters.adapter_off(model):
             measured = self._measure_base(model)
-        if training and world.is_first():
+        if training and distributed.is_main_process():
             write_json(path, measured.to_dict())
         return measured
 
@@ -476,23 +476,23 @@ class Run(Parts):
         trained = read_base(checkpoint) if checkpoint and self.config.lora.enabled else read_run_base(self.folder)
         elsewhere = ", or choose another folder (hydra.run.dir=FOLDER or name=NAME)"
         same = trained is None or self.check_base(f"the run in {self.folder.path}", trained, elsewhere)
-        world.check_same("base weights", self.base.fingerprint)
+        distributed.check_same("base weights", self.base.fingerprint)
         return same
 
     def _check_same_processes(self, checkpoint: Path, written: dict[str, Any]) -> None:
         """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
         before, rows = written["processes"], written.get("rows")
-        if before == world.size():
+        if before == distributed.size():
             return
         what = (
             f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
-            f"{world.size()}: its steps hold "
+            f"{distributed.size()}: its steps hold "
         )
         if self.config.resume is Resume.force:
             same = "the same rows, but dropout draws other masks" if rows == self.rows_a_step else "other rows"
             log.warning("resume=force: %s%s", what, same)
             return
-        accumulated, rest = divmod(rows or 0, self.config.trainer.per_device_train_batch_size * world.size())
+        accumulated, rest = divmod(rows or 0, self.config.trainer.per_device_train_batch_size * distributed.size())
         same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
         raise ConfigError(
             f"{what}other rows; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
@@ -505,7 +505,7 @@ class Run(Parts):
         given = self.overrides if self.started_by is None else self.started_by
         words = [text for text in given if not text.startswith("resume=")]
         place = f"hydra.run.dir={quoted(str(self.folder.path))}"
-        return f"{state}; go on with\n  {shlex.join([*world.command(), *words, place])}"
+        return f"{state}; go on with\n  {shlex.join([*distributed.command(), *words, place])}"
 
     def _prepare_training(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
         trainer = self._build_trainer(model, callbacks, tracker)
@@ -516,7 +516,7 @@ class Run(Parts):
     def _run_steps(self, trainer: QLoraTrainer, checkpoint: Path | None) -> None:
         """Trains from the first process' checkpoint on; raises `Stopped` if a signal ended that, when all is saved."""
         with self.stop.after_step():
-            trainer.run(world.share(checkpoint))
+            trainer.run(distributed.broadcast(checkpoint))
         self.stop.check()
 
     def _fit(
@@ -530,7 +530,7 @@ class Run(Parts):
         try:
             self._run_steps(trainer, checkpoint)
         except BaseException:  # a run that fails has curves too
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(UserError):
                 write_json(self.folder.history, trainer.state.log_history)
             raise
         runtime = time.monotonic() - started
@@ -669,7 +669,7 @@ class Run(Parts):
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
             unit = "packs" if report.packs else "rows"
-            processes = world.size()
+            processes = distributed.size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
                 f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",

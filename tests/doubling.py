@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 
 PARTS = [(start, start + 10) for start in range(0, 400, 10)]
 
@@ -39,7 +39,7 @@ class Double:
         if name == "other" and self.fail_others:
             raise ValueError("not here")
         if start == self.refuse_at:
-            raise ConfigError(f"row {start + 1}: is broken")
+            raise UserError(f"row {start + 1}: is broken")
         is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         extra = int(name == "other" and self.differ)
         (self.folder / f"{name}-{start}-{stop}-{is_default}").touch()

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 
-from qlora.compose import compose
-from qlora.models import adapters, loading
-from qlora.models.device import Placement
-from qlora.models.drawing import DrawnWeights
-from qlora.planning.memory import Setup
-from qlora.planning.shape import Shape, find_targets, read_shape
-from qlora.schema import Config, PlanStep
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.config.schema import Config, PlanStep
+from qlora.models import loading
+from qlora.models.random_weights import RandomWeights
+from qlora.planning.memory_plan import Setup
+from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.runtime.device import Placement
 
 CPU = torch.device("cpu")
 BF16 = Placement(CPU, torch.bfloat16, torch.bfloat16)
@@ -64,7 +65,7 @@ def composed(*overrides: str) -> Config:
 def base(kind: str, *overrides: str, **sizes: int) -> PreTrainedModel:
     config = composed(*overrides)
     facts = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**KINDS[kind], **sizes})
-    return loading.draw_base(config.model, config.quantization, DrawnWeights(facts, placement=BF16, seed=0))
+    return loading.draw_base(config.model, config.quantization, RandomWeights(facts, placement=BF16, seed=0))
 
 
 def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:

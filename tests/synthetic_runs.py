@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qlora.compose import compose, config_to_dict, group_names
+from qlora.config.compose import compose, config_to_dict, group_names
 from qlora.sweep.jobs import slug
 
 

@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 
@@ -32,7 +32,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 def refusal(folder: Path, *overrides: str) -> str:
     """Returns the sentence that a run of these overrides is refused with."""
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Run(compose([*QUICK, *overrides]), folder / "run").execute()
     return str(error.value)
 
@@ -285,7 +285,7 @@ def test_a_callback_that_cannot_be_built(tmp_path: Path, node: str) -> None:
 
 def test_a_run_folder_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
-    with pytest.raises(ConfigError, match=r"cannot be written .*; choose another with hydra.run.dir=FOLDER"):
+    with pytest.raises(UserError, match=r"cannot be written .*; choose another with hydra.run.dir=FOLDER"):
         Run(compose(QUICK), tmp_path / "run" / "below").execute()
 
 
@@ -332,7 +332,7 @@ def test_the_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:
     done = command(tmp_path, "lora.r=0", HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert "ConfigError: lora.r must be positive" in done.stderr
+    assert "UserError: lora.r must be positive" in done.stderr
 
 
 def test_a_copied_model_trains_without_a_word(tmp_path: Path, base: Path) -> None:

@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.replay import replay
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
+from qlora.tasks.replay import replay
 from tests.models.bases import write
 
 QUICK = [
@@ -61,7 +61,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 def refusal(folder: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(folder, *overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -226,11 +226,11 @@ def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_pa
     run(tmp_path / "run", f"model.name={own}", "trainer.save_steps=null")
     put_other_weights(own)
     words = ["task=replay", f"run={tmp_path}/run", "device=cpu"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         replay(compose(words), tmp_path / "again")
     assert str(error.value).startswith(f"run={tmp_path}/run does not fit model.name={own}, whose weights are not those")
     assert not (tmp_path / "again").exists()
-    with pytest.raises(ConfigError, match=r"task=replay: base, .*: not what .* gave"):
+    with pytest.raises(UserError, match=r"task=replay: base, .*: not what .* gave"):
         replay(compose([*words, "base=force"]), tmp_path / "again")
 
 

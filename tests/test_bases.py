@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.evaluation.measure import Measurer
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
@@ -30,7 +30,7 @@ def run(folder: Path, base: Path, *overrides: str) -> dict[str, Any]:
 
 
 def refusal(folder: Path, base: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(folder, base, *overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -225,12 +225,12 @@ def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_confi
     folder = tmp_path / "run"
     assert "hold NaN or infinite numbers" in refusal(folder, spoiled, "trainer.save_steps=1")
     run(folder, llama, "resume=never", "trainer.save_steps=1")
-    with pytest.raises(ConfigError, match="holds a run with another config"):
+    with pytest.raises(UserError, match="holds a run with another config"):
         run(folder, llama, "trainer.save_steps=1", "seed=5")
     for name in ("result.json", "manifest.json", "adapter"):  # each of what is left protects the run
         place = folder / name
         shutil.rmtree(place) if place.is_dir() else place.unlink()
-        with pytest.raises(ConfigError, match="holds a run with another config"):
+        with pytest.raises(UserError, match="holds a run with another config"):
             run(folder, llama, "trainer.save_steps=1", "seed=5")
 
 
@@ -239,7 +239,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Pa
     for place in (tmp_path / "run").iterdir():
         if place.name not in ("manifest.json", "config.yaml"):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
-    with pytest.raises(ConfigError, match="holds a run with another config"):
+    with pytest.raises(UserError, match="holds a run with another config"):
         run(tmp_path / "run", llama, "seed=5")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.run import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from qlora.chat import Speaker
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models import adapters
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.tasks.chat import ChatModel
 from tests.faults.runs import at_step
 
 QUICK = [
@@ -125,7 +125,7 @@ def test_in_a_chat_the_base_answers_as_it_does_without_an_adapter(trained: tuple
     answers = []
     for adapter, base in ((folder, True), ("none", False), (folder, False)):
         task = Run(compose([*QUICK, *chosen, "task=chat", f"adapter={adapter}"]), folder / "chat")
-        speaker = Speaker(
+        speaker = ChatModel(
             model=task.load_trained(),
             encoder=task.chat_encoder,
             generation=task.config.generation,
@@ -165,7 +165,7 @@ def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
     assert abs(after["eval_loss"] - after["base_eval_loss"]) > 0.05
     unconverted = [*start, "task=evaluate", f"adapter={tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}"]
     says = rf"^adapter: it begins as a part of its base \(init_lora_weights={init}, .* with adapter=none"
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(UserError, match=says):
         run(tmp_path / "out", *unconverted)
     alone = run(tmp_path / "out", *unconverted, "evaluation.baseline=false")["metrics"]
     assert alone["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)

@@ -20,14 +20,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora.chat import Chat, Entered, Reply, Speaker, Stream, choose_saved_template, read_message, talk
-from qlora.compose import compose
+from qlora.config.compose import compose
+from qlora.config.schema import DataConfig
 from qlora.data import build_data
-from qlora.data.formats import ALPACA
+from qlora.data.formats.known_formats import ALPACA
 from qlora.demo.tokenizer import MODEL_FOLDER
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.run import Run
-from qlora.schema import DataConfig
+from qlora.tasks.chat import Chat, ChatModel, Entered, Reply, Stream, choose_saved_template, read_message, talk
 
 EXACT = ["quantization=fp32", "generation.max_new_tokens=12"]
 QUESTION = "What is the opposite of brave?"
@@ -59,7 +59,7 @@ class Told:
 
     def encode(self, messages: list[dict[str, str]]) -> list[str]:
         if messages[0]["content"] == "refused":
-            raise ConfigError("system is no role")
+            raise UserError("system is no role")
         return list("|".join(message["content"] for message in messages))
 
     def answer(self, prompt: list[str], show: Callable[[str], None], *, base: bool) -> Reply:
@@ -339,10 +339,10 @@ def chat_run(folder: Path, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def speaker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+def speaker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     run = chat_run(tmp_path_factory.mktemp("speaker"), f"adapter={trained}")
     place = run.placement
-    return Speaker(
+    return ChatModel(
         run.load_trained(), run.chat_encoder, run.config.generation, run.pad_token_id, place.device, place.autocast
     )
 
@@ -353,7 +353,7 @@ def message_of(prompt: str) -> str:
     return prompt.removeprefix(before).removesuffix(ALPACA.behind)
 
 
-def test_chat_answers_as_predict_does(trained: Path, speaker: Speaker, tmp_path: Path) -> None:
+def test_chat_answers_as_predict_does(trained: Path, speaker: ChatModel, tmp_path: Path) -> None:
     options = ["task=predict", *EXACT, f"adapter={trained}", "data.max_eval_samples=12", "evaluation=loss"]
     predicted = Run(compose(options), tmp_path / "predicted")
     lines = Path(predicted.execute()["paths"]["predictions"]).read_text().splitlines()
@@ -367,13 +367,13 @@ def test_chat_answers_as_predict_does(trained: Path, speaker: Speaker, tmp_path:
         )  # fmt: skip
 
 
-def test_the_base_answers_without_its_adapter_and_the_adapter_comes_back(speaker: Speaker) -> None:
+def test_the_base_answers_without_its_adapter_and_the_adapter_comes_back(speaker: ChatModel) -> None:
     prompt = speaker.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
     first, base, again = (speaker.answer(prompt, lambda text: None, base=base) for base in (False, True, False))
     assert first == again != base
 
 
-def test_beams_are_shown_at_their_end(speaker: Speaker) -> None:
+def test_beams_are_shown_at_their_end(speaker: ChatModel) -> None:
     shown: list[str] = []
     settings = compose([*EXACT, "generation.num_beams=2"]).generation
     reply = replace(speaker, generation=settings).answer(
@@ -382,7 +382,7 @@ def test_beams_are_shown_at_their_end(speaker: Speaker) -> None:
     assert shown == [reply.text]
 
 
-def test_an_answer_never_outgrows_the_context(speaker: Speaker) -> None:
+def test_an_answer_never_outgrows_the_context(speaker: ChatModel) -> None:
     settings = compose([*EXACT, "generation.max_new_tokens=500", "generation.min_new_tokens=490"]).generation
     long = replace(speaker, generation=settings)
     assert (long.context, long.room) == (512, 256)
@@ -394,7 +394,7 @@ def test_an_answer_never_outgrows_the_context(speaker: Speaker) -> None:
 def test_chat_needs_no_rows_and_speaks_without_a_terminal(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora.parts.build_data", lambda *_, **__: pytest.fail("rows are read"))
+    monkeypatch.setattr("qlora.session.build_data", lambda *_, **__: pytest.fail("rows are read"))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/base\n/retry\n/save {tmp_path}/mine.jsonl\n"))
     run = chat_run(tmp_path / "chat", f"adapter={trained}", "data=alpaca")
     result = run.execute()
@@ -431,7 +431,7 @@ def test_the_template_saved_by_the_training_goes_before_the_base_s_own() -> None
     assert choose_saved_template(None, here, "plain").name == "plain"
 
 
-def test_an_answer_of_the_model_stops_at_the_next_question(speaker: Speaker) -> None:
+def test_an_answer_of_the_model_stops_at_the_next_question(speaker: ChatModel) -> None:
     prompt = speaker.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
     endless = replace(speaker, generation=compose([*EXACT, "generation.min_new_tokens=12"]).generation)
     whole = endless.answer(prompt, lambda text: None)
@@ -483,7 +483,7 @@ def test_new_tokens_come_with_the_tokenizer_of_the_adapter(tmp_path: Path) -> No
     assert measure(new) == pytest.approx(expected, rel=1e-5)
     assert measure(f"model.tokenizer={folder}/adapter") == pytest.approx(expected, rel=1e-5)
     for task in ("evaluate", "predict", "chat"):
-        with pytest.raises(ConfigError, match=r"token '<call>' is 1570 there and missing here; give the base"):
+        with pytest.raises(UserError, match=r"token '<call>' is 1570 there and missing here; give the base"):
             Run(compose([*chosen, f"task={task}", f"adapter={folder}"]), tmp_path / task).execute()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.compose import compose_dict
+from qlora.config.compose import compose_dict
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=null"),

@@ -17,8 +17,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora import schema
-from qlora.compose import (
+from qlora.config import schema
+from qlora.config.compose import (
     CONF_DIR,
     FOREIGN_NAMES,
     check_overrides,
@@ -34,8 +34,8 @@ from qlora.compose import (
     to_config,
     unknown_flag,
 )
-from qlora.errors import ConfigError, edit_distance, suggest
-from qlora.schema import MixConfig
+from qlora.config.schema import MixConfig
+from qlora.errors import UserError, edit_distance, suggest
 
 ROOT = Path(__file__).parent.parent
 KEYS = list(config_keys())
@@ -49,7 +49,7 @@ def base() -> DictConfig:
 
 
 def message(*overrides: str, config_dir: Path | None = None) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         compose(overrides, config_dir)
     return str(caught.value)
 
@@ -61,7 +61,7 @@ def message_of_value(base: DictConfig, key: str, value: Any) -> str:
         OmegaConf.update(changed, key, value)
     except OmegaConfBaseException as error:
         return str(explain(error))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         to_config(changed)
     return str(caught.value)
 
@@ -458,7 +458,7 @@ def test_an_unknown_config_dir_is_refused() -> None:
     ],
 )
 def test_a_bad_value_anywhere_in_a_sweep_is_refused_before_a_job_starts(overrides: str, start: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(start)}"):
+    with pytest.raises(UserError, match=f"^{re.escape(start)}"):
         check_overrides(overrides.split(), multirun=True)
 
 
@@ -466,7 +466,7 @@ def test_a_bad_value_in_a_sweep_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     text = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {lora.r: '8,0'}}}\n"
     (tmp_path / "sweep" / "mine.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"^lora\.r must be positive, got 0"):
+    with pytest.raises(UserError, match=r"^lora\.r must be positive, got 0"):
         check_overrides(["sweep=mine"], tmp_path)
 
 
@@ -475,7 +475,7 @@ def test_a_sweep_file_needs_no_m_and_combines_with_the_command_line() -> None:
 
 
 def test_several_values_without_m_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^lora\.r=1,2 gives several values: add -m to run a sweep, write lora\.r="):
+    with pytest.raises(UserError, match=r"^lora\.r=1,2 gives several values: add -m to run a sweep, write lora\.r="):
         check_overrides(["lora.r=1,2"])
 
 
@@ -543,7 +543,8 @@ def test_the_shell_completes_options_and_keys(line: str, answer: str) -> None:
 
 def test_composing_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; import qlora.cli, qlora.help; from qlora.compose import compose; compose(['model=llama-7b']); "
+        "import sys; import qlora.cli, qlora.config.help; from qlora.config.compose import compose; "
+        "compose(['model=llama-7b']); "
         "print({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -556,7 +557,7 @@ def test_a_list_in_place_of_a_mapping_is_shown_beside_what_is_expected() -> None
         "trainer.optim_args=true": "trainer.optim_args must be a mapping such as {momentum: 0.9} or null, got True",
         "data.columns=[a,b]": "data.columns must be a mapping such as {a: 1}, got [a,b]",
     }.items():
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(UserError) as refused:
             compose([override])
         assert str(refused.value) == said
     assert compose(["trainer.optim=sgd", "trainer.optim_args={momentum: 0.9}"]).trainer.optim_args == {"momentum": 0.9}

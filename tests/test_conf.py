@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.compose import CONF_DIR, check_overrides, compose, compose_dict, group_names
+from qlora.config.compose import CONF_DIR, check_overrides, compose, compose_dict, group_names
 
 # What an option needs besides its own name.
 NEEDS = {

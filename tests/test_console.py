@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qlora import console
-from qlora.wording import format_duration, format_metric, higher_is_better, prompt_core, shorten
+from qlora.runtime import console
+from qlora.text import format_duration, format_metric, higher_is_better, prompt_core, shorten
 
 LONG_PATH = "outputs/runs/" + "a-long-folder-name-" * 12 + "end"
 COMMAND = f"qlora lora.r=16 adapter={LONG_PATH} task=evaluate"
@@ -146,7 +146,7 @@ def test_an_ascii_terminal_gets_ascii() -> None:
 
 
 def test_the_console_needs_no_torch() -> None:
-    code = "import sys, qlora.console; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = "import sys, qlora.runtime.console; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora import help as pages
-from qlora.compose import check_overrides, config_keys, group_names, unknown_flag
+from qlora.config import help as pages
+from qlora.config.compose import check_overrides, config_keys, group_names, unknown_flag
 
 ROOT = Path(__file__).parent.parent
 DOCS = [

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose, config_to_dict
-from qlora.errors import ConfigError
-from qlora.folder import RunFolder, find_adapter, flatten
+from qlora.config.compose import compose, config_to_dict
+from qlora.errors import UserError
+from qlora.runtime.run_folder import RunFolder, find_adapter, flatten
 
 
 def plain(*overrides: str) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def plain(*overrides: str) -> dict[str, Any]:
 
 
 def test_a_changed_key_is_named_with_both_values(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         RunFolder(tmp_path).check_same_training(plain("lora.r=64"), plain("lora.r=8", "seed=1"))
     text = str(error.value)
     assert text.startswith(f"{tmp_path} holds a run with another config; changed:\n")
@@ -29,14 +29,14 @@ def test_a_changed_key_is_named_with_both_values(tmp_path: Path) -> None:
 
 def test_many_changes_are_counted_rather_than_listed(tmp_path: Path) -> None:
     before = {f"key{number:02}": 0 for number in range(20)}
-    with pytest.raises(ConfigError, match=r"key11: 0 -> None\n  and 8 more\n"):
+    with pytest.raises(UserError, match=r"key11: 0 -> None\n  and 8 more\n"):
         RunFolder(tmp_path).check_same_training(before, {})
 
 
 def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
     one = {"trainer": {"lr_scheduler_kwargs": {"min_lr_ratio": 0.1}}}
     for before, now in ((one, {}), ({}, one)):
-        with pytest.raises(ConfigError, match=r"trainer\.lr_scheduler_kwargs\.min_lr_ratio: "):
+        with pytest.raises(UserError, match=r"trainer\.lr_scheduler_kwargs\.min_lr_ratio: "):
             RunFolder(tmp_path).check_same_training(before, now)
 
 
@@ -71,12 +71,12 @@ def test_a_config_that_names_another_base_takes_both_words(tmp_path: Path) -> No
         (drawn, "seed=1", "resume=force base=force goes on"),
         (drawn, "model.architecture.num_hidden_layers=3", "resume=force base=force goes on"),
     ):
-        with pytest.raises(ConfigError, match=f"to resume; {hint}"):
+        with pytest.raises(UserError, match=f"to resume; {hint}"):
             RunFolder(tmp_path).check_same_training(plain(*words), plain(*words, change))
 
 
 def test_a_free_key_frees_no_key_that_begins_alike(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device_map"):
+    with pytest.raises(UserError, match="device_map"):
         RunFolder(tmp_path).check_same_training({"device_map": 1}, {"device_map": 2})
 
 
@@ -86,7 +86,7 @@ def test_a_fresh_folder_takes_any_config(tmp_path: Path) -> None:
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/run cannot be written \(Not a directory\); choose another"):
+    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); choose another"):
         RunFolder(tmp_path / "file" / "run").create()
 
 

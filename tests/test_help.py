@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora import help as pages
-from qlora.compose import CONF_DIR, ORIGINAL_FLAGS, compose, config_keys, field_type, group_names
-from qlora.errors import ConfigError
+from qlora.config import help as pages
+from qlora.config.compose import CONF_DIR, ORIGINAL_FLAGS, compose, config_keys, field_type, group_names
+from qlora.errors import UserError
 
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -57,14 +57,12 @@ def test_a_user_s_options_and_groups_are_listed(capsys: pytest.CaptureFixture[st
 
 
 def test_an_unknown_group_is_refused_with_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^--help lroa: there is no such group \(did you mean lora\?\); choose one of"
-    ):
+    with pytest.raises(UserError, match=r"^--help lroa: there is no such group \(did you mean lora\?\); choose one of"):
         pages.print_help(["--help", "lroa"])
 
 
 def test_an_unknown_folder_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--config-dir nowhere: there is no such folder"):
+    with pytest.raises(UserError, match="--config-dir nowhere: there is no such folder"):
         pages.print_help(["--help", "--config-dir", "nowhere"])
 
 
@@ -80,7 +78,7 @@ def test_every_example_composes(command: str) -> None:
 def test_the_reference_in_the_docs_is_up_to_date() -> None:
     text = DOCS.read_text(encoding="utf-8")
     assert text.partition("## Every key")[1:] == ("## Every key", pages.reference().removeprefix("## Every key")), (
-        "run: python -m qlora.help docs/configuration.md"
+        "run: python -m qlora.config.help docs/configuration.md"
     )
 
 

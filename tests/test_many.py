@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import qlora.training.trainer
-from qlora import world
-from qlora.compose import compose
-from qlora.errors import ConfigError, Stopped
-from qlora.folder import RunFolder
+from qlora.config.compose import compose
+from qlora.errors import Stopped, UserError
 from qlora.models.fingerprint import read_run_base
-from qlora.replay import replay
 from qlora.run import Run
+from qlora.runtime import distributed
+from qlora.runtime.run_folder import RunFolder
+from qlora.tasks.replay import replay
 from qlora.training.trainer import QLoraTrainer
 from tests.models.bases import write
 
@@ -70,7 +70,7 @@ def guard(folder: Path) -> None:
     def watch(event: str, args: tuple[Any, ...]) -> None:
         writes = event in ("os.mkdir", "os.rename", "os.remove") or (event == "open" and _writes(args))
         if writes and isinstance(args[0], str | Path) and str(args[0]).startswith(str(folder)):
-            raise AssertionError(f"process {world.rank()}: {event} {args}")
+            raise AssertionError(f"process {distributed.rank()}: {event} {args}")
 
     sys.addaudithook(watch)
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     (folder / "result.json").unlink()
     options = ["trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
     refusal = r"written by 2 processes, and this run has 1.*start 2 again.*same rows if trainer\.gradient_acc\w+=4$"
-    with pytest.raises(ConfigError, match=refusal):
+    with pytest.raises(UserError, match=refusal):
         train(folder, 2, *options)
     train(folder, 2, *options, "resume=force")
     assert "written by 2 processes, and this run has 1: its steps hold other rows" in caplog.text
@@ -220,7 +220,7 @@ def test_one_process_goes_on_with_the_steps_of_two_where_it_accumulates_twice_as
 def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> None:
     metrics = json.loads((together / "replayed" / "replay.json").read_text())["metrics"]
     assert metrics["replay_near"] == metrics["replay_differs"] == 0
-    with pytest.raises(ConfigError, match="it was trained by 2 processes, and this is 1"):
+    with pytest.raises(UserError, match="it was trained by 2 processes, and this is 1"):
         replay(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path)
 
 
@@ -310,7 +310,7 @@ def spoil(compute_loss: Any) -> Any:
     """Makes the losses of the second process' second step no numbers."""
 
     def spoiled(self: QLoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        bad = world.rank() == 1 and self.state.global_step == 1
+        bad = distributed.rank() == 1 and self.state.global_step == 1
         return compute_loss(self, *args, **kwargs) * (float("nan") if bad else 1)
 
     return spoiled
@@ -320,7 +320,7 @@ class Signal(TrainerCallback):
     """Sends a signal to the second process in its second step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if world.rank() == 1 and state.global_step == 2:
+        if distributed.rank() == 1 and state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -337,8 +337,8 @@ def fill_disk_once(seal: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    world.join()
-    if not world.is_first():
+    distributed.join()
+    if not distributed.is_main_process():
         guard(folder)
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
@@ -356,7 +356,7 @@ def main(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qlora.training.trainer, "seal", fill_disk_once(qlora.training.trainer.seal))
         train(folder / "stopped", 2, "trainer.save_steps=3")
-    world.leave()
+    distributed.leave()
 
 
 if __name__ == "__main__":

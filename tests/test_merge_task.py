@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora import merging
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models import merge as merge_module
+from qlora.adapters import merge_tensors as merge_module
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 
@@ -86,7 +85,7 @@ def merge(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 def refusal(folder: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(folder, *overrides, "task=merge")
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -403,10 +402,10 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "failure"),
     [
-        ("qlora.models.merge.save_file", full_to_safetensors),
+        ("qlora.adapters.merge_tensors.save_file", full_to_safetensors),
         ("qlora.evaluation.parity.save_file", full_to_safetensors),
-        ("qlora.merging.write_modelfile", full),
-        ("qlora.merging.replace_folder", full),
+        ("qlora.tasks.merge.write_modelfile", full),
+        ("qlora.tasks.merge.replace_folder", full),
     ],
 )
 def test_a_disk_that_becomes_full_leaves_the_old_model_and_nothing_else(
@@ -428,7 +427,7 @@ def test_a_disk_that_becomes_full_leaves_the_old_model_and_nothing_else(
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
     own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     monkeypatch.setattr(Run, "load_trained", None)
     text = refusal(*own)
     assert text.startswith("task=merge needs 0.0")
@@ -468,7 +467,7 @@ def test_a_merged_model_is_measured_like_its_adapter(own: tuple[Path, str], tmp_
 def test_a_merged_model_is_not_rounded_again_without_a_word(own: tuple[Path, str], tmp_path: Path) -> None:
     folder, name = own
     merge(folder, name)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(tmp_path / "a", name, "task=evaluate", f"adapter={folder / 'merged'}")
     assert str(error.value) == (
         f"adapter={folder / 'merged'} is a whole model in float32, which quantization=nf4 would round again; use "

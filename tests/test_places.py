@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from qlora.cli import main
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.places import anchor_paths, cache_root, give_home
+from qlora.config.compose import compose
+from qlora.config.paths import anchor_paths, cache_root, give_home
+from qlora.errors import UserError
 
 WINDOWS = """
 import sys
@@ -46,7 +46,7 @@ def test_on_windows_the_one_line_of_a_command_names_wsl(command: list[str], with
     assert line.startswith("error: qlora runs on Linux and macOS; on Windows install WSL")
 
 
-@pytest.mark.parametrize("module", ["qlora", "qlora.run", "qlora.compose"])
+@pytest.mark.parametrize("module", ["qlora", "qlora.run", "qlora.config.compose"])
 def test_on_windows_an_import_says_so_and_may_be_caught(module: str, without_posix: dict[str, str]) -> None:
     code = f"try:\n    import {module}\nexcept ImportError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], env=without_posix, capture_output=True, text=True)
@@ -145,7 +145,7 @@ def test_a_homeless_doctor_tells_the_cure(command: Command, tmp_path: Path) -> N
 def test_a_path_in_a_home_folder_that_is_not_known_is_named(key: str) -> None:
     data = ["data=mix"] if "mix" in key else ["data=local", "data.path=rows.jsonl"]
     for value, reason in (("~/a", "HOME is unset"), ("~nobody-here/a", "there is no user 'nobody-here' here")):
-        with pytest.raises(ConfigError, match="write the whole path") as refused:
+        with pytest.raises(UserError, match="write the whole path") as refused:
             compose([*data, "evaluation=mmlu", f"{key}='{value}'"])
         assert str(refused.value).startswith(f"{key}={value}: {reason}")
 
@@ -213,7 +213,7 @@ def test_a_file_that_sets_the_search_path_is_told_to_leave_it_to_the_command_lin
     (tmp_path / "experiment").mkdir()
     file = tmp_path / "experiment" / "late.yaml"
     file.write_text("# @package _global_\nhydra:\n  searchpath: [conf]\n", encoding="utf-8")
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         compose(["experiment=late"], tmp_path)
     assert str(refused.value) == (
         f"hydra.searchpath is set in {file}, where it comes too late; give it on the command line: "
@@ -229,7 +229,7 @@ def test_options_that_differ_in_case_only_are_refused(tmp_path: Path, first: str
         (folder / f"{name}.yaml").write_text("bits: 4\n", encoding="utf-8")
     if len(list(folder.iterdir())) != len([*filter(None, (first, second))]):
         pytest.skip("this file system knows one of them only")
-    with pytest.raises(ConfigError, match="in case only, and some systems cannot tell them apart"):
+    with pytest.raises(UserError, match="in case only, and some systems cannot tell them apart"):
         compose(["quantization=nf4"], tmp_path)
 
 
@@ -264,5 +264,5 @@ def test_in_a_folder_of_its_own_a_run_needs_the_place_of_its_mlflow_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ConfigError, match=r"name one with tracking\.uri, e\.g\. tracking\.uri=sqlite:///"):
+    with pytest.raises(UserError, match=r"name one with tracking\.uri, e\.g\. tracking\.uri=sqlite:///"):
         anchor_paths(compose(["tracking=mlflow"]), tmp_path)

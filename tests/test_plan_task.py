@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from qlora import plan as task
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.planning import cards
-from qlora.planning.memory import CONTEXT, OPTIMIZERS
-from qlora.schema import CARD_NAMES, OPTIMIZER_NAMES
+from qlora.config.compose import compose
+from qlora.config.schema import CARD_NAMES, OPTIMIZER_NAMES
+from qlora.errors import UserError
+from qlora.planning import gpus
+from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS
+from qlora.tasks import plan as task
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "memory.json"
 
@@ -28,7 +28,7 @@ def build(*overrides: str, device: str = "a6000") -> task.Plan:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         task.build_plan(compose(["task=plan", *overrides]))
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -190,8 +190,8 @@ def test_an_unknown_card_and_an_unknown_optimizer_name_those_that_are_known() ->
 
 
 def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cards.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cards.subprocess, "run", missing)
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpus.subprocess, "run", missing)
     text = refusal()
     assert text == (
         "plan.device=this: no NVIDIA GPU is here (there is no nvidia-smi); name the card to plan for, e.g. "
@@ -202,8 +202,8 @@ def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         ("NVIDIA RTX A6000, 49140\nNVIDIA RTX A6000, 49140\n", 49140, 154.8),
         ("NVIDIA Unheard Of, 1000\n", 1000, None),
     ):
-        monkeypatch.setattr(cards.subprocess, "run", lambda *args, said=said, **kwargs: Said(said))
-        card = cards.find_card("this")
+        monkeypatch.setattr(gpus.subprocess, "run", lambda *args, said=said, **kwargs: Said(said))
+        card = gpus.find_card("this")
         assert (card.memory, card.tflops) == (memory * 2**20, tflops)
     assert build(device="this").hours is None
 
@@ -220,7 +220,7 @@ class Said:
 
 
 def test_the_tables_hold_the_names_that_the_config_takes() -> None:
-    assert tuple(cards.CARDS) == CARD_NAMES
+    assert tuple(gpus.CARDS) == CARD_NAMES
     assert set(OPTIMIZERS) <= set(OPTIMIZER_NAMES)
 
 

@@ -16,11 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.evaluation import measure
-from qlora.evaluation.answers import AnswerLog, rows_digest
+from qlora.evaluation.answer_log import AnswerLog, rows_digest
 from qlora.evaluation.generation import Answer
-from qlora.models.files import locate
+from qlora.models.model_files import locate
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 

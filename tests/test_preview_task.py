@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.demo.tokenizer import MODEL_FOLDER
-from qlora.preview import build_preview, token_texts
 from qlora.run import Run
+from qlora.tasks.preview import build_preview, token_texts
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora.wording import parse_size
+from qlora.text import parse_size
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora import cli
-from qlora import replay as task
-from qlora.compose import compose, compose_dict, config_to_dict, read_config, restore_config
-from qlora.errors import ConfigError
-from qlora.folder import RunFolder, config_digest
-from qlora.models.determinism import WORKSPACE, deterministic
-from qlora.replay import Verdict
+from qlora.config.compose import compose, compose_dict, config_to_dict, read_config, restore_config
+from qlora.errors import UserError
 from qlora.run import Run
+from qlora.runtime.determinism import WORKSPACE, deterministic
+from qlora.runtime.run_folder import RunFolder, config_digest
+from qlora.tasks import replay as task
+from qlora.tasks.replay import Verdict
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1"),
@@ -128,14 +128,14 @@ def test_what_differs_ends_in_an_error_that_names_it(pair: Pair, tmp_path: Path)
     shutil.copytree(first, tmp_path / "first")
     shutil.copytree(second, tmp_path / "second")
     edit(tmp_path / "first" / "history.json", lambda rows: rows[0].update(loss=1.0))
-    with pytest.raises(ConfigError, match=r"task=replay: losses: not what .* \(first at step 1: loss was 1\.0"):
+    with pytest.raises(UserError, match=r"task=replay: losses: not what .* \(first at step 1: loss was 1\.0"):
         task.replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
 
 
 def test_a_folder_without_a_finished_training_is_refused(tmp_path: Path, pair: Pair) -> None:
-    with pytest.raises(ConfigError, match="holds no finished training"):
+    with pytest.raises(UserError, match="holds no finished training"):
         task.replay(compose(["task=replay", f"run={tmp_path}"]), tmp_path / "again")
-    with pytest.raises(ConfigError, match="in its own folder"):
+    with pytest.raises(UserError, match="in its own folder"):
         task.replay(compose(["task=replay", f"run={pair[0]}"]), pair[0])
 
 
@@ -145,7 +145,7 @@ def test_a_stored_config_is_restored_whole(pair: Pair) -> None:
     assert restore_config(stored, FILE) == compose(QUICK)
     mixed = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
     assert restore_config(config_to_dict(mixed), FILE) == mixed
-    with pytest.raises(ConfigError, match=r"unknown key 'lora\.rank'"):
+    with pytest.raises(UserError, match=r"unknown key 'lora\.rank'"):
         restore_config({**stored, "lora": {**stored["lora"], "rank": 3}}, FILE)
 
 
@@ -165,7 +165,7 @@ def test_deterministic_algorithms_are_taken_inside_the_run_only(monkeypatch: pyt
 def test_an_operation_without_a_deterministic_form_is_one_sentence() -> None:
     config = compose(["trainer.deterministic=true"]).trainer
     with (
-        pytest.raises(ConfigError, match=r"trainer.deterministic=true: put_ does not have a deterministic"),
+        pytest.raises(UserError, match=r"trainer.deterministic=true: put_ does not have a deterministic"),
         deterministic(config),
     ):
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
@@ -176,9 +176,9 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence() -> None:
 def test_a_cuda_that_is_at_work_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(ConfigError, match=WORKSPACE), deterministic(compose(["trainer.deterministic=true"]).trainer):
+    with pytest.raises(UserError, match=WORKSPACE), deterministic(compose(["trainer.deterministic=true"]).trainer):
         pass
-    with pytest.raises(ConfigError, match=r"trainer.memory_budget"):
+    with pytest.raises(UserError, match=r"trainer.memory_budget"):
         compose(["trainer.deterministic=true", "trainer.memory_budget=auto"])
 
 
@@ -199,7 +199,7 @@ def test_an_interrupted_replay_says_how_to_go_on_with_the_replay(tmp_path: Path)
     "typed", ["model.name=other", "model=llama-7b", "+data.columns.output=x", "seed=3", "device=cpu"]
 )
 def test_a_key_that_a_replay_would_not_read_is_refused(tmp_path: Path, typed: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         task.replay(compose(["task=replay", "run=first"]), tmp_path, ["task=replay", "run=first", "name=x", typed])
     assert str(error.value) == (
         f"{typed} would not be read: task=replay trains with the stored config of run=first; leave it out, or train "
@@ -211,6 +211,6 @@ def test_a_key_that_a_replay_would_not_read_is_refused(tmp_path: Path, typed: st
 def test_a_damaged_file_of_the_training_is_named(pair: Pair, tmp_path: Path, name: str) -> None:
     shutil.copytree(pair[0], tmp_path / "first")
     (tmp_path / "first" / name).write_text('{"half')
-    with pytest.raises(ConfigError, match=f"first/{name} is damaged"):
+    with pytest.raises(UserError, match=f"first/{name} is damaged"):
         task.replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
     assert not (tmp_path / "second").exists()

@@ -18,8 +18,8 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora.compose import compose, config_to_dict, read_config
-from qlora.errors import ConfigError
+from qlora.config.compose import compose, config_to_dict, read_config
+from qlora.errors import UserError
 from qlora.run import Run
 
 QUICK = [
@@ -97,7 +97,7 @@ def test_a_finished_run_returns_its_stored_result(finished: Path) -> None:
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(finished: Path) -> None:
-    with pytest.raises(ConfigError, match=r"another config; changed:\n  lora.dropout: 0.0 -> 0.5\n  seed: 0 -> 3\n"):
+    with pytest.raises(UserError, match=r"another config; changed:\n  lora.dropout: 0.0 -> 0.5\n  seed: 0 -> 3\n"):
         run(finished, "seed=3", "lora.dropout=0.5")
 
 
@@ -137,7 +137,7 @@ def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
     result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
     assert not [name for name in result["metrics"] if "eval" in name]
     assert "predictions" not in result["paths"]
-    with pytest.raises(ConfigError, match=r"holds no adapter; give adapter=FOLDER"):
+    with pytest.raises(UserError, match=r"holds no adapter; give adapter=FOLDER"):
         run(tmp_path / "only_evaluate", "task.train=false")
     measured = run(tmp_path / "measured", "task.train=false", f"adapter={tmp_path / 'only_train'}")
     assert "eval_loss" in measured["metrics"]
@@ -270,14 +270,14 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
         "model.weights=pretrained": "model.weights=random",
     }.items():
         for task in ("evaluate", "merge"):
-            with pytest.raises(ConfigError) as error:
+            with pytest.raises(UserError) as error:
                 run(tmp_path / "again", *options, change, f"task={task}", f"adapter={tmp_path / 'run'}")
             assert str(error.value) == (
                 f"adapter={tmp_path / 'run' / 'adapter'} does not fit the config: it was trained on a base that was "
                 f"drawn otherwise; set {remedy}, or use it in spite of that with base=force"
             )
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "copy")
-    with pytest.raises(ConfigError, match="set seed=0, or"):
+    with pytest.raises(UserError, match="set seed=0, or"):
         run(tmp_path / "again", *options, "seed=1", "task=evaluate", f"adapter={tmp_path / 'copy'}")
     (tmp_path / "run" / "result.json").unlink()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -286,7 +286,7 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
     manifest["model"] = {"fingerprint": None, "revision": None}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "run" / "drawn.json").write_text(json.dumps(as_on_cuda))
-    with pytest.raises(ConfigError, match=r"does not fit the config: .*; set device=cuda, or choose another folder"):
+    with pytest.raises(UserError, match=r"does not fit the config: .*; set device=cuda, or choose another folder"):
         run(tmp_path / "run", *options)
 
 
@@ -341,7 +341,7 @@ def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Pat
     shape = ["model_type=gpt_oss", "hidden_size=32", "intermediate_size=64", "num_hidden_layers=1"]
     shape += ["num_attention_heads=2", "num_key_value_heads=2", "head_dim=16"]
     chosen = [f"model.architecture.{text}" for text in shape]
-    with pytest.raises(ConfigError, match=r"data\.packing=true: .* lets packed rows see each other"):
+    with pytest.raises(UserError, match=r"data\.packing=true: .* lets packed rows see each other"):
         run(tmp_path, *chosen, "model.weights=random", "model.tokenizer=tiny", "quantization=fp32", "data.packing=true")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from qlora.compose import (
+from qlora.config.compose import (
     CONF_DIR,
     compose,
     compose_dict,
@@ -23,8 +23,8 @@ from qlora.compose import (
     write_override,
     write_yaml,
 )
-from qlora.errors import ConfigError
-from qlora.spelling import SpelledSource, keep_spelling, reading_spellings, split_key, type_at
+from qlora.config.spelling import SpelledSource, keep_spelling, reading_spellings, split_key, type_at
+from qlora.errors import UserError
 
 NUMBERS = (
     *(
@@ -116,7 +116,7 @@ def test_every_field_has_a_known_type() -> None:
 
 def test_a_number_in_exponents_is_a_whole_number_where_one_is_meant() -> None:
     assert compose(["trainer.max_steps=1e2"]).trainer.max_steps == 100
-    with pytest.raises(ConfigError, match=r"trainer\.max_steps must be a whole number or null, got '15\.5'"):
+    with pytest.raises(UserError, match=r"trainer\.max_steps must be a whole number or null, got '15\.5'"):
         compose(["trainer.max_steps=1.55e1"])
 
 
@@ -135,7 +135,7 @@ def read(folder: Path, text: str, option: str = "experiment/mine") -> Any:
 
 
 def refusal(folder: Path, text: str, option: str = "experiment/mine") -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read(folder, text, option)
     return str(error.value)
 
@@ -255,7 +255,7 @@ def test_a_defaults_list_names_one_option_of_its_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["quantization", "lora", "model", "data", "experiment", "sweep", "hydra/launcher"])
 def test_a_list_of_options_is_refused_on_the_command_line(group: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose([f"{group}=[a,b]"])
     assert str(error.value).startswith(f"{group}=[a,b]: {group} takes one option, and this is a list; name one; ")
 
@@ -300,7 +300,7 @@ def mistake(folder: Path, text: str) -> str:
     """Returns what is said of a run with a file of the user's own."""
     (folder / "experiment").mkdir(exist_ok=True)
     (folder / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose(["experiment=mine"], folder)
     return str(error.value)
 
@@ -315,7 +315,7 @@ def test_a_list_is_no_text_on_the_command_line_either() -> None:
         "model.new_tokens=[[a]]": "model.new_tokens[0] must be a text, got ['a']",
         "callbacks.x=1e5": "callbacks.x must be a mapping with a _target_",
     }.items():
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             compose([words])
         assert str(error.value).startswith(sentence)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora import cli, compose
-from qlora.errors import ConfigError
-from qlora.files import follow_umask, write_folder, write_text
-from qlora.start import start_anew, start_in
+from qlora import cli
+from qlora.config import compose
+from qlora.errors import UserError
+from qlora.runtime.atomic_files import follow_umask, write_folder, write_text
+from qlora.runtime.command_folder import start_anew, start_in
 from tests.synthetic_runs import write_run
 
 PLAN = ["task=plan", "plan.device=a6000"]
@@ -141,7 +142,7 @@ def test_an_odd_command_line_ends_in_a_sentence(
 
 def test_a_text_with_brackets_is_read_in_quotes() -> None:
     compose.refuse_unreadable(['name="' + "[" * 50 + '"', "data.columns={a: {b: [c]}}", "lora.target_modules=[a,b]"])
-    with pytest.raises(ConfigError, match="brackets"):
+    with pytest.raises(UserError, match="brackets"):
         compose.refuse_unreadable(["name=" + "{" * 50])
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.schema import TASK_KEYS, Config, SweepMethod, TaskName
+from qlora.config.compose import compose
+from qlora.config.schema import TASK_KEYS, Config, SweepMethod, TaskName
+from qlora.errors import UserError
 
 VALUES: dict[str, Any] = {
     "adapter": "outputs/runs/a", "repo": "me/mine", "runs": "outputs/runs/*", "run": "outputs/runs/a",
@@ -41,7 +41,7 @@ def test_only_the_tasks_that_read_a_key_take_it(key: str) -> None:
         if task in TASK_KEYS[key]:
             choose(task, key)
             continue
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             choose(task, key)
         text = str(error.value)
         assert text.startswith(f"{name}=")
@@ -67,7 +67,7 @@ def test_a_task_can_be_appended_to_the_command_of_a_training(task: str) -> None:
 
 
 def test_an_adapter_or_a_file_without_a_task_is_no_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose(["adapter=outputs/runs/a"])
     assert str(error.value) == (
         "adapter=outputs/runs/a is not read by task=train, but by task=chat, task=evaluate, task=merge, task=predict "
@@ -75,7 +75,7 @@ def test_an_adapter_or_a_file_without_a_task_is_no_training(tmp_path: Path) -> N
     )
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nfrom: axolotl.yaml\n")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose(["experiment=mine"], tmp_path)
     assert str(error.value) == (
         "from=axolotl.yaml is not read by task=train, but by task=migrate; add task=migrate, or leave from out"

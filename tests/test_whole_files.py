@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from qlora import files
-from qlora.errors import ConfigError, Stopped
-from qlora.files import (
+from qlora.errors import Stopped, UserError
+from qlora.runtime import atomic_files
+from qlora.runtime.atomic_files import (
     DiskFull,
     Patience,
     append_line,
@@ -22,7 +22,7 @@ from qlora.files import (
     patiently,
     read_json,
     read_lines,
-    remove_drafts,
+    remove_temporary_files,
     restore_folder,
     waiting_for_space,
     write_folder,
@@ -57,7 +57,7 @@ class Failing:
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(atomic_files, "POLL_SECONDS", 0.01)
 
 
 def test_a_full_disk_is_waited_for_and_the_write_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_other_failures_and_those_of_an_impatient_write_are_raised_at_once(tmp_p
 )
 def test_a_full_disk_is_known_by_what_each_library_says(error: Exception, expected: bool) -> None:
     assert is_disk_full(error) is expected
-    wrapped = ConfigError("cannot be written")
+    wrapped = UserError("cannot be written")
     wrapped.__cause__ = error
     assert is_disk_full(wrapped) is expected
 
@@ -172,7 +172,7 @@ def test_lines_that_can_be_read_once_are_never_written_in_part(tmp_path: Path) -
         yield {"new": 1}
         raise full()
 
-    with waiting_for_space(patience()), pytest.raises(ConfigError, match=r"lines\.jsonl cannot be written"):
+    with waiting_for_space(patience()), pytest.raises(UserError, match=r"lines\.jsonl cannot be written"):
         write_lines(tmp_path / "lines.jsonl", once())
     assert list(tmp_path.iterdir()) == []
 
@@ -207,5 +207,5 @@ def test_what_a_kill_left_of_files_and_folders_is_removed(tmp_path: Path) -> Non
     (tmp_path / "adapter.partial").mkdir()
     (tmp_path / "adapter.partial" / "weights").touch()
     (tmp_path / "result.json").write_text("{}")
-    remove_drafts(tmp_path)
+    remove_temporary_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

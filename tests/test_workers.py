@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from doubling import PARTS, Double
 
-from qlora.errors import ConfigError
-from qlora.workers import OPEN, do_parts
+from qlora.errors import UserError
+from qlora.runtime.workers import OPEN, do_parts
 
 MANY = [(start, start + 10) for start in range(0, 20_000, 10)]
 """More than one process does before it hears of the others."""
@@ -69,7 +69,7 @@ def test_a_killed_process_ends_the_work_in_one_sentence(task, work):
         next(results)
     [pid] = children(os.getpid(), "spawn_main")
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         list(results)
     assert str(caught.value) == (
         "data.path=x: a process that tokenizes was killed (SIGKILL), probably because memory ran out; run again with "
@@ -80,7 +80,7 @@ def test_a_killed_process_ends_the_work_in_one_sentence(task, work):
 
 def test_what_no_process_can_do_is_the_error_of_one_process_alone(task, work, caplog):
     task.refuse_at = 350
-    with pytest.raises(ConfigError, match=r"^row 351: is broken$"):
+    with pytest.raises(UserError, match=r"^row 351: is broken$"):
         run(task, work)
     assert not caplog.records
     assert not list(work.iterdir())
@@ -113,7 +113,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from doubling import PARTS, Double
-from qlora.workers import do_parts
+from qlora.runtime.workers import do_parts
 print("begun", flush=True)
 folder = Path(sys.argv[1])
 task = Double(folder / "notes", os.getpid())
@@ -194,6 +194,6 @@ def test_a_signal_ends_all_processes_soon(script, tmp_path, number, moment):
 
 
 def test_a_process_that_tokenizes_needs_no_torch():
-    code = "import sys, qlora.data.encode; print('torch' in sys.modules)"
+    code = "import sys, qlora.data.batching.token_store; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

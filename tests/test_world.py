@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora import cli, world
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora import cli
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
+from qlora.runtime import distributed
 
-TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *world.OTHER_COUNTS)
+TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *distributed.OTHER_COUNTS)
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
-    world.join()
-    assert (world.size(), world.rank(), world.is_first()) == (1, 0, True)
-    assert world.share("x") == "x"
-    assert world.gather(1) == [1]
-    assert world.agree([True, False]) == [True, False]
-    with world.one_by_machine():
-        world.check_same("tokens", "abc")
+    distributed.join()
+    assert (distributed.size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
+    assert distributed.broadcast("x") == "x"
+    assert distributed.all_gather(1) == [1]
+    assert distributed.all_reduce_max([True, False]) == [True, False]
+    with distributed.local_main_process_first():
+        distributed.check_same("tokens", "abc")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,8 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 ) -> None:
     for name, value in told.items():
         environment.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        world.join()
+    with pytest.raises(UserError, match=message):
+        distributed.join()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_only_trainings_run_in_several_processes(
         cli.main()
     told = capsys.readouterr().err
     assert told.startswith("process 0 of 2: error: ")
-    with pytest.raises(ConfigError, match=message):
-        raise ConfigError(told)
+    with pytest.raises(UserError, match=message):
+        raise UserError(told)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_base_is_shared_out_in_several_processes_and_spread_in_one(
     overrides: list[str], processes: str, message: str,
 ) -> None:  # fmt: skip
     environment.setenv("WORLD_SIZE", processes)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         Run(compose(overrides), tmp_path_factory.mktemp("run")).execute()
 
 
@@ -105,30 +106,28 @@ def test_a_base_is_shared_out_in_several_processes_and_spread_in_one(
      "model.device_map=auto"],
 )  # fmt: skip
 def test_what_needs_a_whole_base_is_refused_beside_a_sharded_one(other: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"trainer.parallel=fsdp and .* exclude each other: .*; leave one of them out"
-    ):
+    with pytest.raises(UserError, match=r"trainer.parallel=fsdp and .* exclude each other: .*; leave one of them out"):
         compose(["trainer.parallel=fsdp", *other.split()])
 
 
 def test_a_lost_process_is_told_apart_from_other_errors(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(world, "_group", object())
-    assert world.is_loss_of_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"))
-    assert not world.is_loss_of_peer(RuntimeError("shapes differ"))
-    assert not world.is_loss_of_peer(ValueError("closed by peer"))
+    environment.setattr(distributed, "_group", object())
+    assert distributed.is_loss_of_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"))
+    assert not distributed.is_loss_of_peer(RuntimeError("shapes differ"))
+    assert not distributed.is_loss_of_peer(ValueError("closed by peer"))
 
 
 LOOK = """
 import sys
 from pathlib import Path
 from qlora import world
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 world.APPEARS_SECONDS = 1.0
 world.join()
 world.check_shared(Path(sys.argv[1]))
 try:
     world.check_shared(Path("run"))
-except ConfigError as error:
+except UserError as error:
     print(error)
 world.leave()
 """

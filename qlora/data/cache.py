@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora.errors import ConfigError
-from qlora.files import follow_umask
+from qlora.runtime.atomic_files import follow_umask
 
 UNFINISHED = ".unfinished"
 """Beginning of a temporary folder's name: `.unfinished~HOST~PID~RANDOM`."""

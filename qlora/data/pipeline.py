@@ -10,15 +10,15 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.paths import cache_root
+from qlora.config.schema import DataConfig, MixConfig
+from qlora.data.batching.packing import PackedRows, efficiency, pack
+from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
-from qlora.data.chat import ChatWriter
-from qlora.data.encode import column
-from qlora.data.packing import PackedRows, efficiency, pack
-from qlora.data.report import DataReport, build_report, log_losses, warn_of_lost_texts
-from qlora.data.sets import Part, RowSet
-from qlora.data.templates import Template
-from qlora.places import cache_root
-from qlora.schema import DataConfig, MixConfig
+from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.chat.templates import Template
+from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
+from qlora.data.data_set import Part, RowSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,14 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora import console
+from qlora.config.schema import Config
 from qlora.doctor.findings import Finding, Status, look
-from qlora.doctor.libraries import check_bitsandbytes, check_torch
-from qlora.doctor.step import check_step, check_support
-from qlora.doctor.surroundings import (
-    check_disk,
-    check_environment,
-    check_hub,
-    check_memory,
-    check_rights,
-    check_tracking,
-)
+from qlora.doctor.gpu_libraries import check_bitsandbytes, check_torch
+from qlora.doctor.machine import check_disk, check_environment, check_hub, check_memory, check_rights, check_tracking
+from qlora.doctor.trial_step import check_step, check_support
 from qlora.doctor.versions import check_python, check_versions
 from qlora.errors import ConfigError
-from qlora.schema import Config
+from qlora.runtime import console
 
 STYLES = {Status.ok: "green", Status.warning: "yellow", Status.error: "bold red"}
 TESTED = "install the tested versions: pip install -c constraints.txt"

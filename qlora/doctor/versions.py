@@ -51,7 +51,7 @@ BAD_PAIRS = (
     BadPair(
         "torch>=2.9", "torch<2.10", Status.warning,
         "this torch has no attention over rows of different lengths, so trainer.fused_attention stays off",
-        "pip install -U torch (2.10 or later)", "torch.nn.attention.varlen, looked for by qlora/kernels/attention.py",
+        "pip install -U torch (2.10 or later)", "torch.nn.attention.varlen, see step/kernels/attention.py",
     ),
 )  # fmt: skip
 """Each with its source. bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16, which drops gradients after

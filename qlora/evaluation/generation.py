@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import GenerationConfig as HFGenerationConfig
 from transformers import PreTrainedTokenizerBase
 
-from qlora.schema import GenerationConfig
+from qlora.config.schema import GenerationConfig
 
 # Searches that transformers moved out of the library: https://hf.co/transformers-community
 COMMUNITY = {

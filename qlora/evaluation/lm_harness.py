@@ -20,13 +20,13 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from qlora.console import progress
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.schema import EvaluationConfig, check_trusted
+from qlora.errors import ConfigError, UserError, did_you_mean
 from qlora.evaluation.measure import Measurement, random_state_kept
 from qlora.evaluation.metrics import check_library_metric
 from qlora.evaluation.statistics import Score
-from qlora.functions import import_function
-from qlora.schema import EvaluationConfig, check_trusted
+from qlora.runtime.console import progress
+from qlora.runtime.user_code import import_function
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _load_tasks(config: EvaluationConfig) -> Any:
         raise ConfigError(f"evaluation.path={config.path}: no such folder; with evaluation=lm-eval it holds task files")
     try:
         manager = manager_of(include_path=config.path and str(Path(config.path).expanduser()))
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:
         raise ConfigError(f"evaluation.path={config.path}: a task file in it is broken: {_said(error)}") from error
@@ -128,7 +128,7 @@ def _load_tasks(config: EvaluationConfig) -> Any:
 def _load(manager: Any, name: str) -> Any:
     try:
         loaded = manager.load([name])
-    except ConfigError:
+    except UserError:
         raise
     except ModuleNotFoundError as error:
         raise ConfigError(f"evaluation.tasks: {name} needs the package {error.name}; pip install it") from error
@@ -295,12 +295,12 @@ def _library_metrics_guarded(key: str) -> Iterator[None]:
         return
     load_any = evaluate.load
 
-    refused: list[ConfigError] = []  # for the harness goes on without a metric that is not to be had
+    refused: list[UserError] = []  # for the harness goes on without a metric that is not to be had
 
     def load_metric(name: str, *args: Any, **kwargs: Any) -> Any:
         try:
             check_library_metric(name, f"{key}: metric: {name}")
-        except ConfigError as error:
+        except UserError as error:
             refused.append(error)
             raise
         return load_any(name, *args, **kwargs)

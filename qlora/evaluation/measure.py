@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from qlora.config.schema import GenerationConfig
 from qlora.errors import ConfigError
 from qlora.evaluation.generation import Answer, generate, plan_batches, prompt_lengths
-from qlora.evaluation.loss import Collate, measure_loss
 from qlora.evaluation.metrics import Metric
+from qlora.evaluation.row_loss import Collate, measure_loss
 from qlora.evaluation.statistics import Estimate, Score
-from qlora.schema import GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.config.schema import METRIC_LIBRARY, metric_name
 from qlora.errors import ConfigError
-from qlora.functions import import_function
-from qlora.schema import METRIC_LIBRARY, metric_name
+from qlora.runtime.user_code import import_function
 
 Metric = Callable[[Sequence[str], Sequence[str]], float | Sequence[float] | Mapping[str, Any]]
 """Gets predictions and references; returns a number, or one a row, or a mapping with numbers in it."""

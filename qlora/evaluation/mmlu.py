@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.console import progress
+from qlora.config.schema import EvaluationConfig, MmluSplit
 from qlora.errors import ConfigError
 from qlora.evaluation.choices import ChoiceEncoder, ChoiceReader, Prompt, build_groups, measure_choices
 from qlora.evaluation.measure import Measurement
 from qlora.evaluation.statistics import Score
-from qlora.schema import EvaluationConfig, MmluSplit
-from qlora.wording import listed
+from qlora.runtime.console import progress
+from qlora.text import listed
 
 log = logging.getLogger(__name__)
 

@@ -14,19 +14,19 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora import console
-from qlora.compose import compose, group_names, override_value, read_yaml, write_yaml
-from qlora.errors import ConfigError, did_you_mean
-from qlora.files import write_text
-from qlora.folder import RunFolder
+from qlora.config.compose import compose, group_names, override_value, read_yaml, write_yaml
+from qlora.config.schema import Config
+from qlora.config.spelling import keep_spelling
+from qlora.config.trust import REMOTE_CODE
+from qlora.errors import ConfigError, UserError, did_you_mean
 from qlora.migrate.axolotl import AXOLOTL
-from qlora.migrate.factory import FACTORY
+from qlora.migrate.llama_factory import FACTORY
 from qlora.migrate.original import PROGRAM, QLORA, read_command
 from qlora.migrate.rules import Dialect, Reading, translate
 from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
-from qlora.schema import Config
-from qlora.spelling import keep_spelling
-from qlora.trust import REMOTE_CODE
+from qlora.runtime import console
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.run_folder import RunFolder
 
 MOST_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
@@ -84,8 +84,6 @@ def read(path: Path) -> tuple[Dialect, Reading]:
     try:
         reading = translate(dialect, facts)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f"from={path}: a value has another form than {dialect.name} documents ({error}); mend it there first"
         ) from error
@@ -145,7 +143,7 @@ def _composable(reading: Reading, path: Path) -> Reading:
 def _refusal(overrides: list[str]) -> str | None:
     try:
         compose(overrides)
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     return None
 

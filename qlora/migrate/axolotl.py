@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from qlora.compose import write_override
+from qlora.config.compose import write_override
 from qlora.errors import ConfigError
-from qlora.migrate import shared
+from qlora.migrate import shared_rules
 from qlora.migrate.rules import UNSET, Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
 
 FORMATS = {
@@ -29,7 +29,7 @@ def _model(facts: Taken) -> Iterator[Part]:
             f"from: rl={rl or 'reward_model'} trains by preferences or rewards; here models are trained on answers "
             "alone"
         )
-    yield from shared.choose_model(str(facts.take("base_model", "unset")), "base_model")
+    yield from shared_rules.choose_model(str(facts.take("base_model", "unset")), "base_model")
     if (tokenizer := facts.take("tokenizer_config")) is not None:
         yield write_override("model.tokenizer", tokenizer)
 
@@ -42,7 +42,7 @@ def _bits(facts: Taken) -> Iterator[Part]:
     narrow = any(facts.get(name) for name in ("bf16", "fp16", "bfloat16", "float16"))
     bits = 4 if four or adapter == "qlora" else 8 if eight else 16 if narrow else 32
     kind, double = more.get("bnb_4bit_quant_type", "nf4"), more.get("bnb_4bit_use_double_quant", True)
-    yield from shared.choose_quantization(bits, kind, double, lora=adapter is not None)
+    yield from shared_rules.choose_quantization(bits, kind, double, lora=adapter is not None)
     for name, ours in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
         value = facts.take(name)
         if value and value != "auto" and bits != 32:
@@ -87,9 +87,9 @@ def _data(facts: Taken) -> Iterator[Part]:
         parts.append(part)
         if isinstance(entry, dict):
             template = template or entry.get("chat_template")
-    yield from shared.mix(parts)
-    if template in shared.TEMPLATES:
-        yield f"data.template={shared.TEMPLATES[template]}"
+    yield from shared_rules.mix(parts)
+    if template in shared_rules.TEMPLATES:
+        yield f"data.template={shared_rules.TEMPLATES[template]}"
     elif template is not None:
         yield Lost(
             "no such template here: the tokenizer's own is taken; a Jinja file goes to data.template", "chat_template"
@@ -106,7 +106,7 @@ def _data(facts: Taken) -> Iterator[Part]:
     if tests:
         yield write_override("data.eval_path", tests[0].get("path") if isinstance(tests, list) else tests)
     else:
-        yield from shared.hold_out(float(size) if size and float(size) < 1 else size, "val_set_size")
+        yield from shared_rules.hold_out(float(size) if size and float(size) < 1 else size, "val_set_size")
 
 
 def _part(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], list[Part]]:
@@ -164,11 +164,11 @@ def _steps(facts: Taken) -> Iterator[Part]:
         given = isinstance(steps, int | float) and steps >= 1
         yield write_override(ours, int(steps) if given else None)
         if (often or steps) and not given:
-            yield Lost(shared.NO_STEPS.format(key=ours), name if often else f"{key}_steps")
-    yield from shared.choose_length(facts.take("num_epochs", 1), facts.take("max_steps"))
-    yield from shared.choose_warmup(facts)
-    yield from shared.choose_optimizer(str(facts.take("optimizer", "adamw_torch_fused")), "optimizer")
-    yield from shared.choose_schedule(str(facts.take("lr_scheduler", "cosine")), "lr_scheduler")
+            yield Lost(shared_rules.NO_STEPS.format(key=ours), name if often else f"{key}_steps")
+    yield from shared_rules.choose_length(facts.take("num_epochs", 1), facts.take("max_steps"))
+    yield from shared_rules.choose_warmup(facts)
+    yield from shared_rules.choose_optimizer(str(facts.take("optimizer", "adamw_torch_fused")), "optimizer")
+    yield from shared_rules.choose_schedule(str(facts.take("lr_scheduler", "cosine")), "lr_scheduler")
 
 
 def _attention(facts: Taken) -> Iterator[Part]:
@@ -259,10 +259,10 @@ RULES: dict[str, Rule] = {
     "processor_type": Lost("only text is trained here"),
     "multipack_real_batches": Same(),
     "deepspeed": Lost("DeepSpeed is not used here"),
-    "fsdp": Lost(shared.SHARDED),
-    "fsdp_config": Lost(shared.SHARDED),
+    "fsdp": Lost(shared_rules.SHARDED),
+    "fsdp_config": Lost(shared_rules.SHARDED),
     "fsdp_version": Same(),
-    "local_rank": OnlyIf((0, -1), shared.ONE_PROCESS),
+    "local_rank": OnlyIf((0, -1), shared_rules.ONE_PROCESS),
     "device_map": Move("model.device_map"),
     "gpu_memory_limit": Move("model.max_memory"),
     "sequence_parallel_degree": OnlyIf((1,), "a row stays on one device"),
@@ -279,9 +279,9 @@ RULES: dict[str, Rule] = {
                      "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "liger_rope",
                      "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "liger_layer_norm",
                      "cut_cross_entropy", "xformers_attention", "flash_optimum", "lora_embedding_kernel"),
-                    Same(shared.SPEED)),
+                    Same(shared_rules.SPEED)),
     **dict.fromkeys(
-        (*shared.WITHOUT_EFFECT,
+        (*shared_rules.WITHOUT_EFFECT,
          "model_type", "tokenizer_type", "base_model_config", "strict", "dataset_prepared_path", "pad_to_sequence_len",
          "eval_sample_packing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "debug",
          "sample_packing_eff_est",

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from string import Template
 from typing import Any
 
-from qlora.compose import ORIGINAL_FLAGS, group_names, write_override
+from qlora.config.compose import ORIGINAL_FLAGS, group_names, write_override
 from qlora.errors import ConfigError
-from qlora.migrate import shared
+from qlora.migrate import shared_rules
 from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
 
 SETS = {
@@ -80,14 +80,16 @@ def _typed(text: str) -> Any:
 
 
 def _model(facts: Taken) -> Iterator[Part]:
-    yield from shared.choose_model(str(facts.take("model_name_or_path", "EleutherAI/pythia-12b")), "model_name_or_path")
+    yield from shared_rules.choose_model(
+        str(facts.take("model_name_or_path", "EleutherAI/pythia-12b")), "model_name_or_path"
+    )
 
 
 def _bits(facts: Taken) -> Iterator[Part]:
     full, bits = bool(facts.take("full_finetune")), int(facts.take("bits", 4))
     double = facts.get("double_quant", True) is not False
     facts.read.add("double_quant")
-    yield from shared.choose_quantization(bits, str(facts.take("quant_type", "nf4")), double, lora=not full)
+    yield from shared_rules.choose_quantization(bits, str(facts.take("quant_type", "nf4")), double, lora=not full)
     for name in ("bf16", "fp16"):
         if facts.take(name) and bits != 32:
             yield f"quantization.compute_dtype={name}"
@@ -129,13 +131,13 @@ def _schedule(facts: Taken) -> Iterator[Part]:
         "trainer.eval_steps", (steps or facts.get("logging_steps", 10)) if strategy == "steps" else None
     )
     if strategy == "epoch":
-        yield Lost(shared.NO_STEPS.format(key="trainer.eval_steps"), "evaluation_strategy")
+        yield Lost(shared_rules.NO_STEPS.format(key="trainer.eval_steps"), "evaluation_strategy")
     saves = str(facts.take("save_strategy", "steps"))
     yield write_override("trainer.save_steps", facts.take("save_steps", 250) if saves == "steps" else None)
     if saves == "epoch":
-        yield Lost(shared.NO_STEPS.format(key="trainer.save_steps"), "save_strategy")
+        yield Lost(shared_rules.NO_STEPS.format(key="trainer.save_steps"), "save_strategy")
     epochs, steps = facts.take("num_train_epochs", 3), facts.take("max_steps", 10000)
-    yield from shared.choose_length(epochs, steps)
+    yield from shared_rules.choose_length(epochs, steps)
 
 
 def _mmlu(facts: Taken) -> Iterator[Part]:
@@ -155,9 +157,9 @@ def _mmlu(facts: Taken) -> Iterator[Part]:
 
 def _optimizer(facts: Taken) -> Iterator[Part]:
     name = "paged_adamw_8bit" if facts.take("adam8bit") else str(facts.take("optim", "paged_adamw_32bit"))
-    yield from shared.choose_optimizer(name, "optim")
-    yield from shared.choose_schedule(str(facts.take("lr_scheduler_type", "constant")), "lr_scheduler_type")
-    yield from shared.choose_warmup(facts, 0.03)
+    yield from shared_rules.choose_optimizer(name, "optim")
+    yield from shared_rules.choose_schedule(str(facts.take("lr_scheduler_type", "constant")), "lr_scheduler_type")
+    yield from shared_rules.choose_warmup(facts, 0.03)
 
 
 def _sampling(facts: Taken) -> Iterator[Part]:
@@ -176,16 +178,16 @@ MOVES: dict[str, Rule] = {
 RULES: dict[str, Rule] = MOVES | {
     "max_memory_MB": Pick({80000: ()}, "give it with its unit, e.g. model.max_memory=40GiB"),
     "lora_modules": Pick({"all": ("lora.target_modules=all-linear",)}, "name the modules in lora.target_modules=[...]"),
-    "report_to": Move("tracking", shared.TRACKERS),
-    "use_auth": Same(shared.REMOTE),
-    "use_auth_token": Same(shared.REMOTE),
+    "report_to": Move("tracking", shared_rules.TRACKERS),
+    "use_auth": Same(shared_rules.REMOTE),
+    "use_auth_token": Same(shared_rules.REMOTE),
     "logging_strategy": Pick({"steps": ()}, "lines are logged every trainer.logging_steps"),
     "remove_unused_columns": Same(),
     "overwrite_output_dir": Same("a run goes on in its folder, or refuses another config"),
     "ddp_find_unused_parameters": Same(),
-    "local_rank": OnlyIf((-1, 0), shared.ONE_PROCESS),
+    "local_rank": OnlyIf((-1, 0), shared_rules.ONE_PROCESS),
     "deepspeed": Lost("DeepSpeed is not used here"),
-    "fsdp": Lost(shared.SHARDED),
+    "fsdp": Lost(shared_rules.SHARDED),
     "metric_for_best_model": Lost("the last state is kept; callbacks=early-stopping ends a training"),
     "load_best_model_at_end": Lost("the last state is kept; callbacks=early-stopping ends a training"),
     "push_to_hub": Lost("upload a finished run with task=push repo=OWNER/NAME"),

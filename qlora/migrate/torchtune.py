@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora.compose import write_override
+from qlora.config.compose import write_override
 from qlora.errors import ConfigError
-from qlora.migrate import shared
+from qlora.migrate import shared_rules
 from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
 
 COMPONENT = "_component_"
@@ -67,7 +67,7 @@ def _bits(facts: Taken) -> Iterator[Part]:
     wide = str(facts.take("dtype", "bf16")) == "fp32"
     lora = name.startswith(("lora_", "qlora_", "dora_", "qdora_"))
     quantized = name.startswith(("qlora_", "qdora_")) or bool(facts.take("model.quantize_base"))
-    yield from shared.choose_quantization(4 if quantized else 32 if wide else 16, "nf4", True, lora=lora)
+    yield from shared_rules.choose_quantization(4 if quantized else 32 if wide else 16, "nf4", True, lora=lora)
     if not wide:
         yield "quantization.compute_dtype=bf16"
     if not lora:
@@ -96,7 +96,7 @@ def _data(facts: Taken) -> Iterator[Part]:
     if not parts:
         yield Lost("no rows are named: give data.path=FILE", "dataset")
         parts = [{"path": "rows.jsonl"}]
-    yield from shared.mix(parts)
+    yield from shared_rules.mix(parts)
     if whole:
         yield "data.train_on=all"
     length = facts.take("tokenizer.max_seq_len")
@@ -104,7 +104,7 @@ def _data(facts: Taken) -> Iterator[Part]:
     if length is None and any(facts.get(f"{prefix}.packed") for prefix in _sets(facts)):
         yield "data.max_length=2048"
         yield Lost("packs need a length: 2048 is taken", "tokenizer.max_seq_len")
-    yield from shared.hold_out(0, "dataset_val")
+    yield from shared_rules.hold_out(0, "dataset_val")
 
 
 def _sets(facts: Taken) -> list[str]:
@@ -186,7 +186,7 @@ def _optimizer(facts: Taken) -> Iterator[Part]:
 def _steps(facts: Taken) -> Iterator[Part]:
     epochs, most = facts.take("epochs", 1), facts.take("max_steps_per_epoch")
     steps = int(most) * int(epochs) if isinstance(most, int) else None
-    yield from shared.choose_length(epochs, steps)
+    yield from shared_rules.choose_length(epochs, steps)
     yield "trainer.save_steps=null"
     if epochs and epochs > 1:
         yield Lost("a checkpoint after each epoch: set trainer.save_steps=N", "epochs")
@@ -226,7 +226,7 @@ RULES: dict[str, Rule] = {
     "shuffle": OnlyIf((True,), "rows are always drawn in random order"),
     "tensor_parallel_dim": OnlyIf((1,), "a layer stays on one device"),
     "custom_sharded_layers": Same(),
-    "fsdp_cpu_offload": OnlyIf((False,), shared.SHARDED),
+    "fsdp_cpu_offload": OnlyIf((False,), shared_rules.SHARDED),
     "profiler.enabled": Pick({True: ("trainer.profile=true",), False: ()}),
     "run_val_every_n_steps": Move("trainer.eval_steps"),
     "save_adapter_weights_only": Same("a checkpoint holds the adapter alone"),
@@ -254,7 +254,7 @@ TORCHTUNE = Dialect(
         "checkpointer.": Same("weights are found in the folder"),
         "metric_logger.": Same(),
         "tokenizer.": Same("the base's own tokenizer is taken, with its files"),
-        "loss.": Same(shared.SPEED),
+        "loss.": Same(shared_rules.SPEED),
         "dataset.": Lost("there is no such option here"),
         "dataset_val.": Lost("give rows to measure on with data.eval_path or data.eval_dataset_size"),
         "model.": Lost("there is no such option here"),

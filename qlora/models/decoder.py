@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
+from qlora.config.schema import QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.models.outputs import on_output, plain_ids
-from qlora.schema import QuantizationConfig
 
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from qlora.config.schema import Weights
 from qlora.errors import ConfigError
-from qlora.files import read_json, write_text
-from qlora.folder import RunFolder
-from qlora.models.files import EMBEDDED
-from qlora.models.foreign import read_object
-from qlora.schema import Weights
+from qlora.models.json_files import read_object
+from qlora.models.model_files import EMBEDDED
+from qlora.runtime.atomic_files import read_json, write_text
+from qlora.runtime.run_folder import RunFolder
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FILE = "base.json"

@@ -23,18 +23,18 @@ from transformers import (
     __version__,
 )
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.schema import ModelConfig, QuantizationConfig
+from qlora.errors import ConfigError, UserError, did_you_mean
 from qlora.models.causal import check_is_causal
 from qlora.models.complete import load_complete
 from qlora.models.decoder import build_empty, check_is_quantized
-from qlora.models.device import Placement, planned_dtype
-from qlora.models.drawing import DrawnWeights
-from qlora.models.files import check_model_folder, is_local, locate, only_safetensors
 from qlora.models.finite import QuantizationWatch, find_nonfinite, first_in_forward
-from qlora.models.foreign import library_reads, unreadable
+from qlora.models.first_pass import try_base
+from qlora.models.json_files import library_reads, unreadable
+from qlora.models.model_files import check_model_folder, is_local, locate, only_safetensors
+from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import hub_error
-from qlora.models.trial import try_base
-from qlora.schema import ModelConfig, QuantizationConfig
+from qlora.runtime.device import Placement, planned_dtype
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _set_rope_theta(config: Any, theta: float) -> None:
 
 
 def draw_base(
-    config: ModelConfig, quantization: QuantizationConfig, weights: DrawnWeights, store: torch.device | None = None
+    config: ModelConfig, quantization: QuantizationConfig, weights: RandomWeights, store: torch.device | None = None
 ) -> PreTrainedModel:
     """Returns a base with drawn weights, on the device `store` if given, as `load_base` returns a stored one."""
     placement, options = weights.placement, _attention(config)
@@ -166,6 +166,8 @@ def _read(place: str, key: str, config: ModelConfig, placement: Placement, optio
             **_attention(config),
             **options,
         )
+    except UserError:
+        raise
     except OSError as error:
         if "safetensors" in str(error) and "does not appear to have" in str(error):
             raise only_safetensors(place, "other files") from error
@@ -175,8 +177,6 @@ def _read(place: str, key: str, config: ModelConfig, placement: Placement, optio
     except ValueError as error:
         if "dispatched on the CPU or the disk" in str(error):
             raise _too_large(config) from error
-        if isinstance(error, ConfigError):
-            raise
         raise _unreadable(key, error) from error
     except (torch.OutOfMemoryError, MemoryError):
         raise

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
-from qlora.models.device import Placement
 from qlora.models.loading import keep_4bit_layout
+from qlora.runtime.device import Placement
 
 LEADING, LENGTH = (6, 3), 8
 """Tokens before the measured segment in the first and in the second row, and tokens in it."""

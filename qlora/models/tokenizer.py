@@ -14,12 +14,12 @@ import transformers
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
-from qlora.errors import ConfigError, did_you_mean
-from qlora.files import read_json
-from qlora.models.files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
-from qlora.models.foreign import TOKENIZER_JSON, library_reads, unreadable
-from qlora.schema import ModelConfig
-from qlora.wording import brief, brief_text
+from qlora.config.schema import ModelConfig
+from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.models.json_files import TOKENIZER_JSON, library_reads, unreadable
+from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
+from qlora.runtime.atomic_files import read_json
+from qlora.text import brief, brief_text
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _blame(folder: Path) -> str:
         try:
             with library_reads("", path.name):
                 tokenizers.Tokenizer.from_file(str(path)).encode("")
-        except ConfigError:
+        except UserError:
             return path.name
     names = [name for name in (*TOKENIZER_JSON, "tokenizer.model") if (folder / name).is_file()]
     return f"its tokenizer ({', '.join(names)})" if names else "its tokenizer"

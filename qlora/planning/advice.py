@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from qlora.planning.cards import Card
-from qlora.planning.memory import Memory, Setup, plan_memory
-from qlora.planning.shape import Shape, find_targets
-from qlora.schema import PlanStep
+from qlora.config.schema import PlanStep
+from qlora.planning.gpus import Card
+from qlora.planning.memory_plan import Memory, Setup, plan_memory
+from qlora.planning.model_shape import Shape, find_targets
 
 MOST_ROWS = 4096
 SHORTEST_ROW = 256

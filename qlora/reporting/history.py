@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import DamagedFile
-from qlora.folder import RunFolder
-from qlora.stored import read_history_file
-from qlora.wording import is_detail
+from qlora.runtime.run_folder import RunFolder
+from qlora.runtime.saved_run import read_history_file
+from qlora.text import is_detail
 
 Series = tuple[list[float], list[float]]
 

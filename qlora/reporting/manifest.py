@@ -21,12 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora import world
-from qlora.errors import ConfigError, Pruned, Stopped
-from qlora.files import write_text
-from qlora.folder import config_digest
+from qlora.errors import Pruned, Stopped, UserError
+from qlora.runtime import distributed
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.run_folder import config_digest
+from qlora.runtime.saved_run import read_manifest
 from qlora.secrets import hide_all, hide_in_diff
-from qlora.stored import read_manifest
 
 PACKAGES = {
     **{name: name for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "omegaconf")},
@@ -67,7 +67,7 @@ def build_manifest(
         "code": {**code_state(), "sha256": code_digest()},
         "project": project_state(with_diff=bool((config.get("manifest") or {}).get("diff"))),
         "hardware": hardware(),
-        "processes": world.size(),
+        "processes": distributed.size(),
         "platform": platform.platform(),
     }
     hidden = hide_all(plain(manifest))
@@ -104,7 +104,7 @@ def keep_manifest(
             "gpu_energy": "measured by the driver, all processes on the GPUs" if used is not None else "not told here",
         }
         # What ended the run says more than a disk that is full for this, too.
-        with contextlib.nullcontext() if status == "finished" else contextlib.suppress(ConfigError, OSError):
+        with contextlib.nullcontext() if status == "finished" else contextlib.suppress(UserError, OSError):
             write_json(path, manifest)
 
 

@@ -17,10 +17,10 @@ from typing import Final
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.schema import GenerationConfig
 from qlora.errors import OF_CODE
-from qlora.files import write_text
-from qlora.schema import GenerationConfig
-from qlora.wording import brief, visible
+from qlora.runtime.atomic_files import write_text
+from qlora.text import brief, visible
 
 Message = dict[str, str]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from qlora.folder import flatten
 from qlora.reporting.history import NOISY, Curve, curve_title
-from qlora.wording import format_duration, format_metric
+from qlora.runtime.run_folder import flatten
+from qlora.text import format_duration, format_metric
 
 FOLDER = Path(__file__).parent / "page"
 SMOOTH_FROM = 40  # points; fewer are drawn as they are at first

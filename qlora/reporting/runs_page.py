@@ -22,7 +22,7 @@ from qlora.reporting.page import (
     render,
     short_value,
 )
-from qlora.wording import format_duration
+from qlora.text import format_duration
 
 HUES = 8
 SHOWN = 30

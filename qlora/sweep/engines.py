@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qlora.config.schema import Config, Device
 from qlora.errors import ConfigError
-from qlora.schema import Config, Device
-from qlora.sweep.processes import RunTasks, Task, build_slots, run_tasks
-from qlora.sweep.settings import RaySettings, SlurmSettings
+from qlora.sweep.engine_config import RaySettings, SlurmSettings
+from qlora.sweep.job_processes import RunTasks, Task, build_slots, run_tasks
 
 PACKAGES = {"ray": "ray"}
 """By `hydra/launcher=`: the package that an engine needs, and the extra of the same name."""

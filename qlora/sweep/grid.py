@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.compose import Combinations
-from qlora.console import say
-from qlora.schema import Config
+from qlora.config.compose import Combinations
+from qlora.config.schema import Config
+from qlora.runtime.console import say
 from qlora.sweep.engines import check_not_detached
+from qlora.sweep.job_processes import RunTasks
 from qlora.sweep.jobs import Status
 from qlora.sweep.launcher import (
     AHEAD,
@@ -24,11 +25,10 @@ from qlora.sweep.launcher import (
     prepare,
     run_queue,
 )
+from qlora.sweep.live_table import Screen, found
 from qlora.sweep.overview import Sweep
-from qlora.sweep.processes import RunTasks
-from qlora.sweep.report import refresh
-from qlora.sweep.screen import Screen, found
-from qlora.sweep.trackers import track_sweep
+from qlora.sweep.sweep_report import refresh
+from qlora.sweep.sweep_tracker import track_sweep
 
 
 def run_grid(

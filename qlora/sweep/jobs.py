@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -12,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from qlora.errors import ConfigError, DamagedFile, Pruned, Stopped
-from qlora.files import follow_umask, write_text
-from qlora.folder import FREE_KEYS, RunFolder, config_digest
-from qlora.secrets import hide
-from qlora.stored import (
+from qlora.errors import DamagedFile, Pruned, Stopped, UserError
+from qlora.runtime.atomic_files import follow_umask, write_text
+from qlora.runtime.folder_lock import is_locked, locked
+from qlora.runtime.run_folder import FREE_KEYS, RunFolder, config_digest
+from qlora.runtime.saved_run import (
     RESULTS,
     STATUS_FILE,
     json_number,
@@ -27,20 +26,18 @@ from qlora.stored import (
     read_status,
     set_damage_aside,
 )
-from qlora.stored import Status as Status  # of which a job has one
+from qlora.runtime.saved_run import Status as Status  # of which a job has one
+from qlora.secrets import hide
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
 SUBMITTED = "slurm"
 """In a job's status, what SLURM got and has not been seen to end: the array's folder and the index in it."""
-OVERVIEW_LOCK = ".overview.lock"
 
 # What a job may have otherwise and still give the same result.
 UNNAMED_KEYS = tuple(key for key in FREE_KEYS if key not in ("task", "adapter", "repo", "merge"))
 
 LONGEST_SLUG = 80
-LOCK_ATTEMPTS = 10
 
 
 @dataclass
@@ -211,12 +208,12 @@ def recorded(
         try:
             yield
         except (KeyboardInterrupt, Stopped):
-            with contextlib.suppress(ConfigError):  # on a full disk; what ended the job counts
+            with contextlib.suppress(UserError):  # on a full disk; what ended the job counts
                 write(Status.interrupted, "interrupted")
             raise
         except BaseException as error:
             status = Status.pruned if isinstance(error, Pruned) else Status.failed
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(UserError):
                 write(status, _in_one_line(error))
             raise
         is_same = (before.get("status"), before.get("result")) == (Status.finished.value, result_name)
@@ -247,68 +244,6 @@ def is_stamped(folder: Path, stamp: Mapping[str, list[int]]) -> bool:
 
 def _in_one_line(error: BaseException) -> str:
     text = hide(" ".join(str(error).split()))
-    if isinstance(error, ConfigError | Pruned):
+    if isinstance(error, UserError | Pruned):
         return text
     return f"{type(error).__name__}: {text}" if text else repr(error)
-
-
-_held: list[TextIO] = []
-"""The files whose locks this process holds."""
-
-
-def _let_go() -> None:
-    """Closes the locks in a process that was forked, such as a worker, which may outlive a run that is killed."""
-    for file in _held:
-        file.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool = False) -> Iterator[None]:
-    """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
-
-    Several processes may hold it `shared`. Raises `ConfigError` with `complaint` where another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a") as file:
-        for attempt in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
-                if attempt == LOCK_ATTEMPTS - 1:
-                    message = f"{complaint}; wait until it has ended, or choose another folder"
-                    raise ConfigError(message) from None
-                time.sleep(0.1)
-        _held.append(file)
-        try:
-            yield
-        finally:
-            _held.remove(file)
-
-
-@contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Holds the lock of a sweep's overview, having waited for whoever brings it up to date just now."""
-    with (folder / OVERVIEW_LOCK).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _held.append(file)
-        try:
-            yield
-        finally:
-            _held.remove(file)
-
-
-def is_locked(folder: Path, name: str = LOCK_FILE) -> bool:
-    """Returns whether a living process holds the lock of a folder."""
-    path = folder / name
-    if not path.exists():
-        return False
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

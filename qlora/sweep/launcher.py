@@ -19,29 +19,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.text import Text
 
-from qlora.compose import config_to_dict, explain, to_config
-from qlora.console import guard_logs, printable, say
-from qlora.errors import ConfigError
-from qlora.folder import is_below
-from qlora.schema import Config
-from qlora.sweep.jobs import (
-    UNNAMED_KEYS,
-    Job,
-    Status,
-    identity,
-    in_turn,
-    locked,
-    name_damage,
-    read_job,
-    slug,
-    write_status,
-)
+from qlora.config.compose import config_to_dict, explain, to_config
+from qlora.config.schema import Config
+from qlora.errors import ConfigError, UserError
+from qlora.runtime.console import guard_logs, printable, say
+from qlora.runtime.folder_lock import in_turn, locked
+from qlora.runtime.run_folder import is_below
+from qlora.sweep.job_processes import RunTasks, Task
+from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, name_damage, read_job, slug, write_status
 from qlora.sweep.leaderboard import describe
+from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
-from qlora.sweep.processes import RunTasks, Task
-from qlora.sweep.screen import Screen
-from qlora.sweep.trackers import track_sweep
-from qlora.wording import quoted
+from qlora.sweep.sweep_tracker import track_sweep
+from qlora.text import quoted
 
 NOT_PASSED_ON = (
     "hydra.mode",
@@ -158,7 +148,7 @@ class Queue:
             self._left -= 1
             try:
                 job = find_job(self.sweep, compose(), own)
-            except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            except (UserError, HydraException, OmegaConfBaseException) as error:
                 self.names[refuse(self.sweep, own, error).name] = None
                 continue
             if job.name in self.names:

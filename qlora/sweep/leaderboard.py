@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora.console import printable, say, say_rows, screen
-from qlora.files import write_text
-from qlora.markup import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
+from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.page import short_value
-from qlora.stored import cost
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.console import printable, say, say_rows, screen
+from qlora.runtime.saved_run import cost
+from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.overview import Sweep
-from qlora.sweep.processes import tail
-from qlora.wording import format_duration, format_metric, shorten
+from qlora.text import format_duration, format_metric, shorten
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")

@@ -11,10 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.compose import compose_dict, config_to_dict, to_config
-from qlora.membership import Membership
+from qlora.config.compose import compose_dict, config_to_dict, to_config
+from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import job_folder
-from qlora.wording import quoted
+from qlora.text import quoted
 
 FOLDER = Path("outputs/sweeps")
 
@@ -55,11 +55,11 @@ def own_overrides(hydra: Any) -> list[str]:
     return [each.input_line or "" for each in parsed if each.key_or_group not in fixed]
 
 
-def membership(hydra: Any) -> Membership | None:
+def membership(hydra: Any) -> SweepJob | None:
     """Returns the sweep that a job belongs to, as the process that started it or Hydra tells; None: none."""
     if hydra.mode is RunMode.MULTIRUN:
-        return Membership(Path(hydra.sweep.dir).name, own_overrides(hydra))
-    return Membership.from_environment(list(hydra.overrides.task))
+        return SweepJob(Path(hydra.sweep.dir).name, own_overrides(hydra))
+    return SweepJob.from_environment(list(hydra.overrides.task))
 
 
 def job_name(*, _root_: DictConfig) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora.compose import read_config
+from qlora.config.compose import read_config
 from qlora.errors import ConfigError, DamagedFile
-from qlora.files import read_record, write_text
-from qlora.folder import RunFolder, describe_changes, flatten, is_below
-from qlora.stored import RESULTS, STATUS_FILE, to_number, to_numbers
+from qlora.runtime.atomic_files import read_record, write_text
+from qlora.runtime.run_folder import RunFolder, describe_changes, flatten, is_below
+from qlora.runtime.saved_run import RESULTS, STATUS_FILE, to_number, to_numbers
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, is_stamped, read_job, slug
-from qlora.wording import higher_is_better
+from qlora.text import higher_is_better
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from ray._private import services, worker
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qlora.console import ON_SCREEN, say
-from qlora.errors import ConfigError
-from qlora.folder import RunFolder
-from qlora.membership import Membership
+from qlora.errors import ConfigError, UserError
+from qlora.runtime.console import ON_SCREEN, say
+from qlora.runtime.run_folder import RunFolder
+from qlora.runtime.sweep_job import SweepJob
+from qlora.sweep.engine_config import RaySettings
+from qlora.sweep.job_processes import GRACE_SECONDS, Task, record_end, start_job, stop_group, terminable
 from qlora.sweep.jobs import Job, Status, read_job, write_status
-from qlora.sweep.processes import GRACE_SECONDS, Task, record_end, start_job, stop_group, terminable
-from qlora.sweep.settings import RaySettings
-from qlora.wording import shorten
+from qlora.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _submit(start: Any, task: Task) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     write_status(folder, Status.queued, overrides=task.job.overrides, reason=None, node=None)
     RunFolder(folder).progress.unlink(missing_ok=True)  # of an earlier start
-    sweep = Membership.environment(folder.parent.name, task.job.overrides)
+    sweep = SweepJob.environment(folder.parent.name, task.job.overrides)
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     # The first word is this machine's Python; a node has its own.
     return start.remote(task.command[1:], str(folder), str(Path.cwd()), {**passed, **sweep, **task.environment})
@@ -305,7 +305,7 @@ def _end_of(reference: Any, ended: _Running) -> Job:
         return record_end(folder, None, seconds)
     except RayTaskError as error:
         cause = error.cause
-        text = str(cause) if isinstance(cause, ConfigError) else f"{type(cause).__name__}: {cause}"
+        text = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
         write_status(folder, Status.failed, reason=shorten(" ".join(text.split()), 500), seconds=seconds)
         return read_job(folder)
     except RayError as error:

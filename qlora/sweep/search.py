@@ -27,25 +27,26 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from qlora.compose import config_to_dict, storage_variable, to_config
-from qlora.console import say, say_rows
-from qlora.errors import ConfigError
-from qlora.files import write_text
-from qlora.folder import describe_changes
-from qlora.membership import TRIAL_VARIABLE
-from qlora.schema import Config, EvaluationName, TaskName
-from qlora.study import TrialLink, build, build_pruner, hide_password, open_storage
-from qlora.sweep.jobs import Job, Status, in_turn, read_job, write_status
+from qlora.config.compose import config_to_dict, storage_variable, to_config
+from qlora.config.schema import Config, EvaluationName, TaskName
+from qlora.errors import ConfigError, UserError
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.console import say, say_rows
+from qlora.runtime.folder_lock import in_turn
+from qlora.runtime.run_folder import describe_changes
+from qlora.runtime.search_trial import TrialLink, build, build_pruner, hide_password, open_storage
+from qlora.runtime.sweep_job import TRIAL_VARIABLE
+from qlora.sweep.engine_config import SearchSettings
+from qlora.sweep.job_processes import ASK_SECONDS, RunTasks, Task
+from qlora.sweep.jobs import Job, Status, read_job, write_status
 from qlora.sweep.launcher import JobsFailed, command, config_flags, find_job, open_sweep, prepare, refuse
 from qlora.sweep.leaderboard import write_leaderboard
+from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, common_facts
-from qlora.sweep.presence import Presence
-from qlora.sweep.processes import ASK_SECONDS, RunTasks, Task
-from qlora.sweep.screen import Screen
-from qlora.sweep.settings import SearchSettings
+from qlora.sweep.searchers import Presence
 from qlora.sweep.space import Space, build_space
-from qlora.sweep.trackers import track_sweep
-from qlora.wording import format_metric, higher_is_better
+from qlora.sweep.sweep_tracker import track_sweep
+from qlora.text import format_metric, higher_is_better
 
 RESULTS_FILE = "optimization_results.yaml"
 STATE = {
@@ -203,7 +204,7 @@ def find_goals(settings: SearchSettings, configs: Sequence[Config]) -> list[Goal
 def _check_measured(config: Config, name: str) -> None:
     try:
         dataclasses.replace(config, objective=name)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(str(error).replace("objective=", "hydra.sweeper.objectives: ", 1)) from error
     if missing := _what_lacks(config, name):
         raise ConfigError(f"objective={name} is not measured by these jobs; it needs {missing}")
@@ -563,7 +564,7 @@ class Search:
         """Returns the job of a trial's overrides; where they exclude each other, one that has failed."""
         try:
             return find_job(self.sweep, self._compose([*self.space.fixed, *own]), own)
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        except (UserError, HydraException, OmegaConfBaseException) as error:
             job = refuse(self.sweep, own, error)
             self._impossible.add(job.name)
             self.sweep.write()

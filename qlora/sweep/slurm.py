@@ -17,15 +17,15 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora.console import printable, say
 from qlora.errors import ConfigError
-from qlora.files import read_json, write_text
-from qlora.folder import RunFolder
+from qlora.runtime.atomic_files import read_json, write_text
+from qlora.runtime.console import printable, say
+from qlora.runtime.run_folder import RunFolder
+from qlora.sweep.engine_config import SlurmSettings
+from qlora.sweep.job_processes import ERRORS, OUTPUT, Task, terminable
 from qlora.sweep.jobs import STATUS_FILE, SUBMITTED, Job, Status, read_job, write_status
-from qlora.sweep.processes import ERRORS, OUTPUT, Task, terminable
-from qlora.sweep.settings import SlurmSettings
 from qlora.sweep.slurm_job import FINAL, TIMEOUTS
-from qlora.wording import shorten
+from qlora.text import shorten
 
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel")
 BATCHES = ".slurm"

@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-from qlora.files import read_json
-from qlora.membership import Membership
+from qlora.runtime.atomic_files import read_json
+from qlora.runtime.sweep_job import SweepJob
+from qlora.sweep.job_processes import describe_exit
 from qlora.sweep.jobs import STATUS_FILE, Status, read_job, write_status
-from qlora.sweep.processes import describe_exit
 
 WARNING = signal.SIGUSR1
 """What SLURM sends before it ends a job that runs out of time."""
@@ -39,7 +39,7 @@ def main(record: Path) -> int:
     for number in (WARNING, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.add(number))
     overrides = (read_json(folder / STATUS_FILE) or {}).get("overrides", [])
-    sweep = Membership.environment(folder.parent.name, overrides)
+    sweep = SweepJob.environment(folder.parent.name, overrides)
     environment = {**_threads(), **os.environ, **sweep, **task["environment"]}
     process = subprocess.Popen(task["command"], stdin=subprocess.DEVNULL, env=environment)
     code = _wait(process, received, task["signal_delay_s"])

@@ -14,9 +14,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import OverrideParseException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from qlora.compose import explain, is_logarithmic, open_entries, swept_values
+from qlora.config.compose import explain, is_logarithmic, open_entries, swept_values
+from qlora.config.spelling import keep_spelling
 from qlora.errors import ConfigError, did_you_mean
-from qlora.spelling import keep_spelling
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora.errors import ConfigError
-from qlora.functions import import_class
+from qlora.runtime.user_code import import_class
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora.files import flush_folder, read_json, restore_folder, write_text
+from qlora.runtime.atomic_files import flush_folder, read_json, restore_folder, write_text
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora import world
-from qlora.console import is_live, progress, record, say, screen
-from qlora.files import write_text
+from qlora.runtime import distributed
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.console import is_live, progress, record, say, screen
+from qlora.text import format_duration, format_metric, is_detail
 from qlora.training.meter import ClockedCallback
-from qlora.wording import format_duration, format_metric, is_detail
 
 # What the trainer measures of itself while it evaluates; of no interest to a reader.
 BOOKKEEPING = (
@@ -82,7 +82,7 @@ class ProgressCallback(ClockedCallback):
 
     def _write(self, args: Any, state: Any) -> None:
         now = time.monotonic()
-        if self._file is None or not world.is_first() or now - self._written < 1:
+        if self._file is None or not distributed.is_main_process() or now - self._written < 1:
             return
         self._written = now
         facts = {

@@ -8,11 +8,11 @@ from typing import Any
 from optuna.study import StudyDirection
 from transformers import TrainerCallback
 
-from qlora import world
 from qlora.errors import Pruned
-from qlora.stored import to_number
-from qlora.study import TrialLink
-from qlora.wording import format_metric
+from qlora.runtime import distributed
+from qlora.runtime.saved_run import to_number
+from qlora.runtime.search_trial import TrialLink
+from qlora.text import format_metric
 
 
 class PruningCallback(TrainerCallback):
@@ -37,6 +37,6 @@ class PruningCallback(TrainerCallback):
 
     def _report(self, value: float, step: int) -> None:
         """Reports a value; one that is not finite as the worst, for pruners leave out what is no number."""
-        if world.is_first():
+        if distributed.is_main_process():
             worst = -math.inf if self.trial.study.direction is StudyDirection.MAXIMIZE else math.inf
             self.trial.report(value if math.isfinite(value) else worst, step)

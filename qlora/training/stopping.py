@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora import world
 from qlora.errors import Stopped
+from qlora.runtime import distributed
 
 DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGINT: signal.default_int_handler,
@@ -105,7 +105,7 @@ class Agreement(TrainerCallback):
 
     def _agree(self, control: Any) -> None:
         own = [getattr(control, wish) for wish in WISHES]
-        *agreed, number = world.agree([*own, self.stop.requested or 0])
+        *agreed, number = distributed.all_reduce_max([*own, self.stop.requested or 0])
         for wish, is_wanted in zip(WISHES, agreed, strict=True):
             setattr(control, wish, bool(is_wanted))
         if number:

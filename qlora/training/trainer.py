@@ -33,12 +33,12 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, seed_worker
 
-from qlora import world
+from qlora.config.optimizers import read_arguments, write_arguments
+from qlora.config.schema import TrainerConfig, WatchdogConfig
 from qlora.errors import ConfigError
-from qlora.files import folder_size, patiently, read_json, replace_folder, write_text
-from qlora.kernels.loss import IGNORED
-from qlora.optimization import read_arguments, write_arguments
-from qlora.schema import TrainerConfig, WatchdogConfig
+from qlora.runtime import distributed
+from qlora.runtime.atomic_files import folder_size, patiently, read_json, replace_folder, write_text
+from qlora.step.kernels.linear_cross_entropy import IGNORED
 from qlora.training.checkpoints import (
     DIVERGED,
     UNFINISHED,
@@ -50,8 +50,8 @@ from qlora.training.checkpoints import (
     set_aside,
     step_of,
 )
-from qlora.training.flat import flatten_groups, run_ahead
-from qlora.training.memory import Budget, Step, StepMemory
+from qlora.training.flat_optimizer import flatten_groups, run_ahead
+from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 from qlora.training.stopping import Agreement, Stop
@@ -253,13 +253,13 @@ class QLoraTrainer(Trainer):
         self.store_flos()
         if self.args.world_size > 1:
             self._random_states = self._gather_random_states()
-        if world.is_first():
+        if distributed.is_main_process():
             place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             patiently(place, lambda: self._write_checkpoint(place, model), size=self.checkpoint_size)
             self.checkpoint_size = folder_size(place)
             while remove_surplus(place.parent, self.args.save_total_limit):
                 pass
-        world.wait()
+        distributed.barrier()
 
     def _write_checkpoint(self, place: Path, model: torch.nn.Module) -> None:
         """Writes a checkpoint beside its place, marks it as complete and puts it there."""
@@ -280,7 +280,7 @@ class QLoraTrainer(Trainer):
         with tempfile.TemporaryDirectory() as own:
             super()._save_rng_state(own)
             (file,) = Path(own).iterdir()
-            return world.gather((file.name, file.read_bytes()))
+            return distributed.all_gather((file.name, file.read_bytes()))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Saves the state of the random generators of all processes."""
@@ -369,11 +369,11 @@ class QLoraTrainer(Trainer):
         self.watchdog.go_back()
         checkpoints = Path(self.args.output_dir)
         found = None
-        if world.is_first():
+        if distributed.is_main_process():
             for late in (each for each in find_checkpoints(checkpoints) if step_of(each) > order.step):
                 set_aside(late, DIVERGED)
             found = last_checkpoint(checkpoints)
-        found = world.share(found)
+        found = distributed.broadcast(found)
         if found is None:
             raise Halted(f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps")
         return found
@@ -385,7 +385,7 @@ class QLoraTrainer(Trainer):
         items = self._shared.items(epoch, place * self.args.gradient_accumulation_steps,
                                    self.args.gradient_accumulation_steps)  # fmt: skip
         rows = [row for item in items for row in self.name_rows(item)]
-        most = max(world.gather(len(rows)))  # a sharded base needs all processes at each row
+        most = max(distributed.all_gather(len(rows)))  # a sharded base needs all processes at each row
         found = []
         if not all(bool(each.isfinite().all()) for each in self._trained):
             return []  # weights that are no numbers make no row bad
@@ -394,7 +394,7 @@ class QLoraTrainer(Trainer):
                 name, row = rows[min(index, len(rows) - 1)] if rows else ("", self.data_collator.blank)
                 if not self._is_finite(row) and index < len(rows):
                     found.append(name)
-        return [name for names in world.gather(found) for name in names]
+        return [name for names in distributed.all_gather(found) for name in names]
 
     def _is_finite(self, row: dict[str, Any]) -> bool:
         batch = self.data_collator([row])

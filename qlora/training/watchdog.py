@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from transformers import TrainerCallback, TrainerControl
 
-from qlora import world
+from qlora.config.schema import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError
-from qlora.files import read_json, write_text
-from qlora.schema import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
+from qlora.runtime import distributed
+from qlora.runtime.atomic_files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class Watchdog(TrainerCallback):
                  for loss, norm, tokens in steps]  # fmt: skip
         numbers = torch.stack(cells).tolist()  # waits for the device, and so for what its clock says
         clock = [(_seconds(begun, ended) + waited, waited) for begun, ended, waited in times]
-        everywhere = world.gather((numbers, clock))
+        everywhere = distributed.all_gather((numbers, clock))
         found = []
         for index in range(len(steps)):
             rows = [numbers[index] for numbers, _ in everywhere]

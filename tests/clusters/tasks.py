@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job
-from qlora.sweep.processes import Task
 
 BODY = """
 import json, os, signal, sys, time

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
+from qlora.sweep.engine_config import RayParts, RaySettings
+from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job, Status, read_job
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.processes import Task
-from qlora.sweep.settings import RayParts, RaySettings
 from tests.clusters.tasks import starts, task
 from tests.clusters.test_slurm import documented, sweep
 
@@ -138,7 +138,7 @@ def test_a_ray_of_the_command_alone_is_started_beside_a_cluster_that_runs(
 def test_a_cluster_that_is_no_longer_there_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     begun = time.monotonic()
-    with pytest.raises(ConfigError, match="Ray cannot be reached or started"):
+    with pytest.raises(UserError, match="Ray cannot be reached or started"):
         run([task(tmp_path / "job")], RaySettings(ray=RayParts(init={"address": "auto"})))
     assert time.monotonic() - begun < 5
 
@@ -155,7 +155,7 @@ def test_what_the_cluster_cannot_do_is_one_sentence_before_a_job_starts(tmp_path
         "argument": (RaySettings(ray=RayParts(init={"adress": "auto"})), "Ray cannot be reached or started"),
     }
     for choice, sentence in refused.values():
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             run([task(tmp_path / "job")], choice)
     assert starts(tmp_path / "job") == 0
 
@@ -169,7 +169,7 @@ def test_a_node_that_does_not_see_the_folder_is_named_before_a_job_starts(tmp_pa
     node = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
     try:
         _wait_for_nodes(cluster, 2, node)
-        with pytest.raises(ConfigError, match=r"is not seen on .*: a sweep on several nodes needs a folder that all"):
+        with pytest.raises(UserError, match=r"is not seen on .*: a sweep on several nodes needs a folder that all"):
             run([task(tmp_path / "job")], settings(cluster))
         assert starts(tmp_path / "job") == 0
     finally:

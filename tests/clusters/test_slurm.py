@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
+from qlora.sweep.engine_config import SlurmSettings
+from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job, Status, read_job
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.processes import Task
-from qlora.sweep.settings import SlurmSettings
 from qlora.sweep.slurm import BATCHES, SlurmJobs, submitted_name
 from tests.clusters.tasks import starts, task
 
@@ -206,7 +206,7 @@ def test_what_slurm_refuses_is_one_sentence_and_leaves_nothing_submitted(
         "additional_parameters": ({"nonsense": 1}, "SLURM refused the jobs: .*unrecognized option '--nonsense=1'"),
     }
     for key, (value, sentence) in refusals.items():
-        with pytest.raises(ConfigError, match=f"(?i){sentence}.*docs/clusters.md lists the keys"):
+        with pytest.raises(UserError, match=f"(?i){sentence}.*docs/clusters.md lists the keys"):
             run([task(tmp_path / "job")], on_one_node(**{key: value}))
         assert submitted_name(tmp_path / "job") is None
         assert starts(tmp_path / "job") == 0

@@ -10,10 +10,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from qlora.config.schema import DataConfig
 from qlora.data.cache import Cache
-from qlora.data.sources import load_rows
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig
+from qlora.data.ingest.sources import load_rows
+from qlora.errors import UserError
 
 
 def build_byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -67,7 +67,7 @@ def message(cache: Cache) -> Callable[..., str]:
 
     def fail(path: Path | str, **arguments: Any) -> str:
         before = sorted(cache.root.iterdir())
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             load_rows(str(path), cache=cache, **arguments)
         assert sorted(cache.root.iterdir()) == before
         return str(caught.value)

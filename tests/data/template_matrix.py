@@ -13,11 +13,11 @@ from typing import NamedTuple
 from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
-from qlora.data.chat import ChatWriter
-from qlora.data.conversations import THOUGHTS, Conversation, Message
-from qlora.data.formats import FORMATS
-from qlora.data.templates import Template
-from qlora.errors import ConfigError
+from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.chat.conversations import THOUGHTS, Conversation, Message
+from qlora.data.chat.templates import Template
+from qlora.data.formats.known_formats import FORMATS
+from qlora.errors import UserError
 
 TOKENS = re.compile(
     r"<\|[\w./-]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool_call|tool_response)\|?>|\[gMASK\]|<sop>|<\|?[\w]*turn\|?>|\[/?INST\]|<\|?channel\|?>"
@@ -207,7 +207,7 @@ def describe(family: str, shape: str) -> str:
     """Returns a cell of the table."""
     try:
         written = build_writer(family).write(build_conversation(shape))
-    except ConfigError as error:
+    except UserError as error:
         return f"no{NOTES[next(reason for reason in NOTES if reason in str(error))]}"
     if written.lost_thoughts:
         thinking = sum(1 for message in build_conversation(shape).messages if has_thought(message))

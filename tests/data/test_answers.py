@@ -6,10 +6,10 @@ import logging
 import pytest
 from conftest import build_byte_tokenizer
 
+from qlora.config.schema import OnEmpty, OnTooLong, TrainOn
 from qlora.data import build_data
-from qlora.data.formats import ALPACA, FORMATS
-from qlora.errors import ConfigError
-from qlora.schema import OnEmpty, OnTooLong, TrainOn
+from qlora.data.formats.known_formats import ALPACA, FORMATS
+from qlora.errors import UserError
 
 USER = {"role": "user", "content": "q"}
 ROWS = {
@@ -67,7 +67,7 @@ def test_the_end_token_of_an_empty_answer_is_trained_where_asked_for(name, token
 @pytest.mark.parametrize("name", ROWS)
 def test_an_empty_answer_stops_the_run_where_asked_for(name, tokenizer, make_config):
     with pytest.raises(
-        ConfigError, match=r"row 2: .* (is empty|is an empty answer) \(data\.on_empty=error\); write one, "
+        UserError, match=r"row 2: .* (is empty|is an empty answer) \(data\.on_empty=error\); write one, "
     ):
         build(make_config, tokenizer, [ROWS[name]("a"), ROWS[name](" ")], on_empty=OnEmpty.error)
 
@@ -109,7 +109,7 @@ def test_a_row_with_an_empty_answer_is_dropped_where_all_is_trained(name, tokeni
 
 def test_rows_that_are_all_empty_name_the_way_out_and_it_works(tokenizer, make_config):
     rows = [{"input": f"q{i}", "output": " "} for i in range(3)]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build(make_config, tokenizer, rows)
     assert str(caught.value).endswith(
         "none of the 3 rows has a token to train on: 3 with empty answers (check which column holds the answers, or "
@@ -121,7 +121,7 @@ def test_rows_that_are_all_empty_name_the_way_out_and_it_works(tokenizer, make_c
 def test_a_held_out_row_that_is_empty_is_said_to_be_held_out(tokenizer, make_config, tmp_path):
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text('{"input": "q", "output": ""}')
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(make_config([{"input": "q", "output": "a"}], eval_path=str(held_out)), tokenizer)
     assert f"data.eval_path={held_out}: none of the 1 held-out rows has a token to measure: 1 with empty" in str(
         caught.value
@@ -134,7 +134,7 @@ def test_the_only_held_out_row_that_is_dropped_names_ways_out_that_work(tokenize
     for seed in range(8):
         try:
             build_data(make_config(rows, eval_dataset_size=1, split_seed=seed), tokenizer)
-        except ConfigError as error:
+        except UserError as error:
             said[seed] = str(error)
     assert 0 < len(said) < 8  # another data.split_seed helps
     for seed, sentence in said.items():
@@ -160,7 +160,7 @@ def test_a_whole_text_that_ends_where_its_answer_would_begin_has_an_empty_answer
     assert (report.train_rows, report.empty_rows, report.eval_empty_rows) == (1, 1, 1)
     data = build(make_config, tokenizer, rows, on_empty=OnEmpty.train)
     assert trained(data.train[0]) == "."
-    with pytest.raises(ConfigError, match="row 1: the answer is empty"):
+    with pytest.raises(UserError, match="row 1: the answer is empty"):
         build(make_config, tokenizer, rows, on_empty=OnEmpty.error)
 
 
@@ -243,7 +243,7 @@ def test_an_empty_answer_of_a_history_carries_no_loss(tokenizer, make_config):
 
 @pytest.mark.parametrize("history", ["Say 1", [["Say 1"]], [["Say 1", 5]], [{"a": "b"}], 5])
 def test_a_history_that_is_no_list_of_pairs_is_refused(history):
-    with pytest.raises(ConfigError, match=r"needs pairs \[question, answer\] in column history, but a row holds "):
+    with pytest.raises(UserError, match=r"needs pairs \[question, answer\] in column history, but a row holds "):
         FORMATS["alpaca"].render(ROW | {"history": history})
 
 
@@ -280,7 +280,7 @@ def test_the_system_of_turns_that_have_one_is_named_as_not_read(tokenizer, make_
     turns = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "a"}]
     report = build(make_config, tokenizer, [{"messages": turns, "system": "other"}]).report
     assert report.unread == {"system": 2}
-    with pytest.raises(ConfigError, match="column system must hold text, but a row holds 5"):
+    with pytest.raises(UserError, match="column system must hold text, but a row holds 5"):
         FORMATS["messages"].render({"messages": turns[1:], "system": 5})
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from qlora.data.cache import UNFINISHED, Cache
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 
 PROGRAM = """
 import sys, time
@@ -134,7 +134,7 @@ def test_a_temporary_folder_stays_until_the_process_exits(tmp_path):
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data.cache_dir=.*file/cache: cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"data.cache_dir=.*file/cache: cannot be written \(Not a directory\)"):
         Cache(tmp_path / "file" / "cache")
 
 
@@ -142,7 +142,7 @@ def test_a_full_disk_is_named(cache):
     def write(folder):
         raise OSError(28, os.strerror(28))
 
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         cache.entry("key", write)
 
 
@@ -155,7 +155,7 @@ def test_a_killed_load_leaves_a_cache_that_works(tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from qlora.data.cache import Cache\n"
-        "from qlora.data.sources import load_rows\n"
+        "from qlora.data.ingest.sources import load_rows\n"
         "load_rows(sys.argv[1], cache=Cache(Path(sys.argv[2])))\n"
     )
     root = tmp_path / "cache"

@@ -16,13 +16,13 @@ from conftest import build_byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
 import qlora
-from qlora.data.chat import ChatWriter
-from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS
-from qlora.data.templates import NEEDED_TOKENS, Template, read_template
-from qlora.data.tokenize import build_tokenizer
-from qlora.errors import ConfigError
-from qlora.schema import TEMPLATE_NAMES, DataConfig, TrainOn
+from qlora.config.schema import TEMPLATE_NAMES, DataConfig, TrainOn
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.chat.conversations import Conversation
+from qlora.data.chat.templates import NEEDED_TOKENS, Template, read_template
+from qlora.data.formats.known_formats import FORMATS
+from qlora.errors import UserError
 
 NO = -100
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -573,7 +573,7 @@ def test_a_turn_of_weight_0_is_not_trained(family, index, bytes_of):
 def test_a_template_without_tools_says_so(name, bytes_of):
     roles = " ".join(message["role"] for message in CALLED.messages)
     sentence = f"data.template={name}: the template cannot write a conversation of the roles {roles} "
-    with pytest.raises(ConfigError, match=rf"^{sentence}\(.*{name} has no form for tool calls\); choose another"):
+    with pytest.raises(UserError, match=rf"^{sentence}\(.*{name} has no form for tool calls\); choose another"):
         encoder(bytes_of(FAMILIES[name].tokens), name).encode([CALLED])
 
 
@@ -591,7 +591,7 @@ def test_llama_3_1_puts_tools_into_the_first_question_and_takes_one_call_a_turn(
     (row,) = encode.encode([example])
     expected = ['{"name": "add", "parameters": {"a": 1}}<|eot_id|>', "3<|eot_id|>"]
     assert [by_bytes(run, base) for run in runs(row)] == expected
-    with pytest.raises(ConfigError, match="This model only supports single tool-calls!"):
+    with pytest.raises(UserError, match="This model only supports single tool-calls!"):
         encode.encode([chat(user("a"), assistant("", tool_calls=[call("f", {}), call("g", {})]), tools=TOOLS)])
 
 
@@ -646,7 +646,7 @@ def test_a_turn_that_the_template_rewrites_is_refused_unless_it_is_not_needed(by
         config = DataConfig(name="toy", path="toy.json", train_on=train_on)
         return build_tokenizer(config, base, Template("mine.jinja", text))
 
-    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         build(TrainOn.assistant).encode([example])
     (last,) = build(TrainOn.last).encode([example])
     assert [by_bytes(run, base) for run in runs(last)] == ["d<|im_end|>"]
@@ -674,15 +674,15 @@ def test_a_template_that_changes_all_texts_is_read_by_its_beginnings(bytes_of):
 )
 def test_a_broken_template_is_named(text, sentence, tokenizer):
     encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), tokenizer, Template("mine.jinja", text))
-    with pytest.raises(ConfigError, match=f"^data.template=mine.jinja: .*{sentence}"):
+    with pytest.raises(UserError, match=f"^data.template=mine.jinja: .*{sentence}"):
         encode.encode([chat(user("a"), assistant("b"))])
 
 
 def test_a_template_that_demands_turns_names_the_roles(bytes_of):
     twice = chat(user("a"), user("b"), assistant("c"))
-    with pytest.raises(ConfigError, match=r"of the roles user user assistant .*must alternate"):
+    with pytest.raises(UserError, match=r"of the roles user user assistant .*must alternate"):
         encoder(bytes_of(), "Llama 2").encode([twice])
-    with pytest.raises(ConfigError, match=r"of the roles system user assistant .*System role not supported"):
+    with pytest.raises(UserError, match=r"of the roles system user assistant .*System role not supported"):
         encoder(bytes_of(NEEDED_TOKENS["gemma"]), "Gemma 2").encode(
             [chat({"role": "system", "content": "s"}, user("a"), assistant("c"))]
         )
@@ -736,7 +736,7 @@ def test_nothing_said_makes_no_conversation(messages):
 
 
 def test_an_assistant_that_speaks_first_is_refused():
-    with pytest.raises(ConfigError, match="turn 1 of 1: the assistant speaks before any user turn"):
+    with pytest.raises(UserError, match="turn 1 of 1: the assistant speaks before any user turn"):
         FORMATS["messages"].render({"messages": [assistant("a")]})
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from qlora.data.collate import Collator, count_work, token_mask
+from qlora.data.batching.collate import Collator, count_work, token_mask
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from qlora.data.conversations import ROLES
-from qlora.data.formats import FORMATS
-from qlora.data.rows import TrackedRow
-from qlora.errors import ConfigError
+from qlora.data.chat.conversations import ROLES
+from qlora.data.formats.cells import TrackedRow
+from qlora.data.formats.known_formats import FORMATS
+from qlora.errors import UserError
 
 CALL = {"name": "add", "arguments": {"a": 1}}
 CALLS = [{"type": "function", "function": CALL}]
@@ -65,7 +65,7 @@ def test_content_of_null_is_empty_and_parts_are_joined():
 
 def test_a_part_that_is_no_text_is_an_error():
     content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         messages(USER, {"role": "user", "content": content})
     assert str(caught.value) == (
         "column messages, turn 2 of 2 holds a part of type image_url; qlora trains text only, so leave such rows out"
@@ -108,7 +108,7 @@ def test_share_gpt_s_function_calls_are_calls_of_the_assistant():
 
 @pytest.mark.parametrize("value", ["add(1)", '{"arguments": {}}', None])
 def test_a_function_call_that_is_no_json_is_an_error(value):
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 calls .*; a call of a function is JSON with name and"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 calls .*; a call of a function is JSON with name and"):
         conversations({"from": "human", "value": "a"}, {"from": "function_call", "value": value})
 
 
@@ -155,9 +155,7 @@ def test_tools_get_openai_s_shape_from_lists_and_json():
 
 @pytest.mark.parametrize("cell", ["add", ["add"], 5])
 def test_broken_tools_are_shown(cell):
-    with pytest.raises(
-        ConfigError, match="column tools must hold a list of JSON schemas, or its JSON, but a row holds"
-    ):
+    with pytest.raises(UserError, match="column tools must hold a list of JSON schemas, or its JSON, but a row holds"):
         tools(cell)
 
 
@@ -172,7 +170,7 @@ def test_a_chat_in_which_nobody_speaks_is_left_out(cell):
 
 
 def test_an_unknown_role_is_named_with_its_turn_and_the_known_ones():
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         conversations({"from": "human", "value": "a"}, {"from": "narrator", "value": "b"})
     assert str(caught.value) == (
         "column conversations, turn 2 of 2 has the unknown role 'narrator'; known are system, developer, user, human, "
@@ -183,7 +181,7 @@ def test_an_unknown_role_is_named_with_its_turn_and_the_known_ones():
 
 def test_an_assistant_that_speaks_first_is_an_error():
     for first in ([], [{"role": "system", "content": "s"}]):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             messages(*first, {"role": "assistant", "content": "b"}, USER)
         assert str(caught.value) == (
             f"column messages, turn {len(first) + 1} of {len(first) + 2}: the assistant speaks before any user turn; "
@@ -201,19 +199,19 @@ def test_an_assistant_that_speaks_first_is_an_error():
     ],
 )
 def test_a_broken_turn_is_shown(turn, sentence):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         messages(turn)
     assert str(caught.value).startswith(f"column messages, {sentence}")
 
 
 @pytest.mark.parametrize("cell", ["hello", {"role": "user"}, 5])
 def test_a_cell_that_is_no_list_is_shown(cell):
-    with pytest.raises(ConfigError, match=r"^data\.format=messages needs a list of turns in that column, but a row"):
+    with pytest.raises(UserError, match=r"^data\.format=messages needs a list of turns in that column, but a row"):
         FORMATS["messages"].render({"messages": cell})
 
 
 def test_a_list_as_python_prints_it_names_the_way_out():
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         FORMATS["messages"].render({"messages": str([USER])})
     assert str(caught.value).endswith("; write lists as JSON (json.dumps), not as Python prints them")
     assert messages(*json.loads(json.dumps([USER]))) == [USER]
@@ -225,7 +223,7 @@ def test_a_key_that_stands_twice_in_turns_of_json_is_an_error(column):
         '[{"role": "user", "content": "a", "content": "b"}]',
         '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f", "name": "g"}]}]',
     ):
-        with pytest.raises(ConfigError, match=r"^in the turns .*, the key '(content|name)' stands twice in one object"):
+        with pytest.raises(UserError, match=r"^in the turns .*, the key '(content|name)' stands twice in one object"):
             FORMATS[column].render({column: cell})
 
 
@@ -255,7 +253,7 @@ def test_the_arguments_of_a_call_are_read_under_every_name(key, value):
 
 def test_different_arguments_of_one_call_are_refused():
     call = {"name": "add", "parameters": {"a": 1}, "input": {"a": 2}}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         unread({"tool_calls": [call]})
     assert str(caught.value) == (
         "column messages, turn 2 of 2 calls add with different arguments under parameters and input; keep one of them"

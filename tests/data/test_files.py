@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Json, Value
 
-from qlora.data.json_text import read_array, read_lines
-from qlora.data.readers import kind_of
-from qlora.data.row_size import MAX_ROW_BYTES
-from qlora.errors import ConfigError
+from qlora.data.ingest.json_text import read_array, read_lines
+from qlora.data.ingest.readers import kind_of
+from qlora.data.ingest.row_size import MAX_ROW_BYTES
+from qlora.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the checkout")
@@ -183,7 +183,7 @@ def test_folders_of_save_to_disk_are_opened_with_their_splits(tmp_path, load):
     assert load(tmp_path / "two").to_list() == [{"text": "a"}]
     assert load(tmp_path / "two", split=("eval", "test")).to_list() == [{"text": "b"}]
     assert load(tmp_path / "one")._fingerprint == load(tmp_path / "two")._fingerprint
-    with pytest.raises(ConfigError, match=r"two: has no split tests, only train, test; choose one of these"):
+    with pytest.raises(UserError, match=r"two: has no split tests, only train, test; choose one of these"):
         load(tmp_path / "two", split="tests")
 
 
@@ -403,7 +403,7 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(size):
 @pytest.mark.parametrize("size", [3, 1000])
 def test_an_array_that_ends_early_is_never_taken_for_whole(size):
     for end in range(1, len(ARRAY.rstrip())):
-        with pytest.raises(ConfigError, match=r"^F, line \d: broken JSON"):
+        with pytest.raises(UserError, match=r"^F, line \d: broken JSON"):
             list(read_array(io.StringIO(ARRAY[:end]), "F", size=size, most=MAX_ROW_BYTES))
 
 
@@ -420,7 +420,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from qlora.data.cache import Cache
-from qlora.data.sources import load_rows
+from qlora.data.ingest.sources import load_rows
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before, cache = peak(), Cache(Path(sys.argv[1]))

@@ -3,10 +3,10 @@ import pickle
 
 import pytest
 
-from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS, WITH_REFORMULATIONS, Segment
-from qlora.errors import ConfigError
-from qlora.schema import FORMAT_NAMES
+from qlora.config.schema import FORMAT_NAMES
+from qlora.data.chat.conversations import Conversation
+from qlora.data.formats.known_formats import FORMATS, WITH_REFORMULATIONS, Segment
+from qlora.errors import UserError
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -176,7 +176,7 @@ def test_llama_2_texts_are_a_chat(text, turns):
     ],
 )
 def test_a_text_without_the_marks_of_its_format_is_shown(name, text, marks):
-    with pytest.raises(ConfigError, match=rf"^data\.format={name} needs {marks} in column text, but a row holds '"):
+    with pytest.raises(UserError, match=rf"^data\.format={name} needs {marks} in column text, but a row holds '"):
         render(name, text=text)
 
 
@@ -194,7 +194,7 @@ def test_nested_tasks_give_an_example_an_instance():
 
 @pytest.mark.parametrize("cell", ["x", 5, ["x"]])
 def test_broken_instances_are_shown(cell):
-    with pytest.raises(ConfigError, match="needs a list of objects in column instances, but a row holds"):
+    with pytest.raises(UserError, match="needs a list of objects in column instances, but a row holds"):
         render("self-instruct-tasks", instruction="Do.", instances=cell)
 
 
@@ -229,19 +229,17 @@ def test_segments_are_taken_as_pairs_or_as_source_and_target():
 
 @pytest.mark.parametrize("pairs", ["ab", [["a"]], [["a", 1]], 5, [[None, True]]])
 def test_broken_segments_are_shown(pairs):
-    with pytest.raises(ConfigError, match=r"data\.format=segments: a row holds .* as segments; each must be a pair"):
+    with pytest.raises(UserError, match=r"data\.format=segments: a row holds .* as segments; each must be a pair"):
         render("segments", segments=pairs)
 
 
 def test_a_number_is_text_and_an_object_or_a_list_is_an_error():
     assert render("input-output", input=2, output=0.5) == pair("2", "0.5")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         render("alpaca", instruction="a", output=["b"])
     assert str(caught.value) == (
         "data.format=alpaca needs text in column output, but a row holds ['b']; make text of it with a function of "
         "your own (data.format=module:function)"
     )
-    with pytest.raises(
-        ConfigError, match=r"data\.format=chosen needs text in column chosen, but a row holds \{'value'"
-    ):
+    with pytest.raises(UserError, match=r"data\.format=chosen needs text in column chosen, but a row holds \{'value'"):
         render("chosen", chosen={"value": "x"})

@@ -7,11 +7,11 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 import qlora
-from qlora.compose import CONF_DIR
-from qlora.data.formats import FORMATS, WITH_REFORMULATIONS
-from qlora.data.recognise import choose_format
-from qlora.data.tokenize import build_tokenizer
-from qlora.schema import DataConfig
+from qlora.config.compose import CONF_DIR
+from qlora.config.schema import DataConfig
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.formats.known_formats import FORMATS, WITH_REFORMULATIONS
+from qlora.data.formats.recognise import choose_format
 
 EMBEDDED = Path(qlora.__file__).parent / "demo" / "model"
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "llama"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora.compose import compose
+from qlora.config.compose import compose
+from qlora.config.schema import DataConfig, OnEmpty, OnTooLong, TrainOn
 from qlora.data import build_data
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig, OnEmpty, OnTooLong, TrainOn
+from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SETTING = re.compile(r"(data\.[a-z_.]+)=([^\s;,()]+(?: or [a-z]+\b(?!=))?)")
@@ -74,7 +74,7 @@ HELD_OUT = {
 
 
 def refuse(config, tokenizer):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(DataConfig(**config), tokenizer)
     return str(caught.value)
 
@@ -171,7 +171,7 @@ def test_a_column_whose_name_is_no_word_is_quoted_for_the_command_line(tokenizer
     path = str(tmp_path / "rows.jsonl")
     write(path, [{"id": 1, "chat history": [USER, ANSWER]}] * 6)
     base = ["data=local", f"data.path={path}", "data.eval_dataset_size=1", "data.template=plain", "recipe=none"]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(compose(base).data, tokenizer)
     told = shlex.split(str(caught.value).partition("a chat: ")[2])
     assert told == ['data.columns.messages="chat history"']

@@ -8,14 +8,14 @@ import pytest
 from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
+from qlora.config.schema import DataConfig, TrainOn
 from qlora.data import build_data
-from qlora.data.chat import ChatWriter
-from qlora.data.formats import FORMATS
-from qlora.data.message_form import MARK, Piece, find_form
-from qlora.data.templates import Template, read_template
-from qlora.data.tokenize import build_tokenizer
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig, TrainOn
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.chat.message_form import MARK, Piece, find_form
+from qlora.data.chat.templates import Template, read_template
+from qlora.data.formats.known_formats import FORMATS
+from qlora.errors import UserError
 
 IM = ("<|im_start|>", "<|im_end|>")
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -80,7 +80,7 @@ CALLED = (user("Cold?"), assistant("", tool_calls=[call({"city": "Oslo"})]), {"r
 @pytest.mark.parametrize("content", ["", "Let me see.", None])
 def test_a_call_that_the_template_does_not_write_is_refused(text, content, write):
     turn = assistant(content, tool_calls=[call({}, "first"), call({"a": 1}, "second")])
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         write(text, user("Cold?"), turn, {"role": "tool", "content": "3"}, assistant("Yes."))
     assert str(raised.value) == (
         "data.template=mine.jinja: turn 2 of 4 holds a call (first and second), which the template does not write, so "
@@ -91,14 +91,14 @@ def test_a_call_that_the_template_does_not_write_is_refused(text, content, write
 def test_a_template_that_writes_the_first_of_two_calls_is_refused(write):
     first = HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}" + TAIL
     assert "weather" in spans(write(first, *CALLED))[0]
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a call \(weather and clock\)"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 holds a call \(weather and clock\)"):
         write(first, user("Cold?"), assistant("", tool_calls=[call({}), call({}, "clock")]))
 
 
 def test_a_template_that_writes_the_name_of_a_call_alone_is_refused(write):
     text = CALLS.replace("CALL", "{{ c.function.name }}")
     assert spans(write(text, user("Cold?"), assistant("", tool_calls=[call({})]))) == ["<call>weather</call><|im_end|>"]
-    with pytest.raises(ConfigError, match=r"turn 2 of 3 holds a call \(weather\)"):
+    with pytest.raises(UserError, match=r"turn 2 of 3 holds a call \(weather\)"):
         write(text, *CALLED)
 
 
@@ -112,7 +112,7 @@ def test_arguments_without_any_text_are_missed_like_others(arguments, as_text, w
         CALLS.replace("CALL", "{{ c.function.name }}"),
         CALLS.replace("CALL", "{{ c.function.name | tojson }}()"),
     ):
-        with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a call \(weather\)"):
+        with pytest.raises(UserError, match=r"turn 2 of 2 holds a call \(weather\)"):
             write(text, user("Cold?"), turn)
 
 
@@ -120,32 +120,28 @@ def test_a_value_that_is_written_in_words_is_not_missed_and_one_beside_it_is(wri
     text = CALLS.replace("CALL", "{{ c.function.name }} {{ 'lit' if c.function.arguments.on else 'dark' }}")
     lit = assistant("", tool_calls=[call({"on": True})])
     assert spans(write(text, user("Cold?"), lit)) == ["<call>weather lit</call><|im_end|>"]
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a call \(weather\)"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 holds a call \(weather\)"):
         write(text, user("Cold?"), assistant("", tool_calls=[call({"on": True, "level": 3})]))
 
 
 def test_text_beside_a_call_that_the_template_leaves_out_is_refused(write):
     text = HEAD + "{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}" + TAIL
     assert spans(write(text, *CALLED)) == ['{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>']
-    with pytest.raises(
-        ConfigError, match="turn 2 of 2 holds what the assistant says beside a call, which the template"
-    ):
+    with pytest.raises(UserError, match="turn 2 of 2 holds what the assistant says beside a call, which the template"):
         write(text, user("Cold?"), assistant("Let me see.", tool_calls=[call({"city": "Oslo"})]))
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(write):
     text = HEAD + "{{ m.content if m.role == 'user' or loop.last else '...' }}" + TAIL
     assert spans(write(text, user("a"), assistant("b"))) == ["b<|im_end|>"]
-    with pytest.raises(
-        ConfigError, match="turn 2 of 4 holds what the assistant says, which the template does not write"
-    ):
+    with pytest.raises(UserError, match="turn 2 of 4 holds what the assistant says, which the template does not write"):
         write(text, user("a"), assistant("b"), user("c"), assistant("d"))
 
 
 def test_an_answer_that_the_template_cuts_is_refused(write):
     text = HEAD + "{{ m.content[:12] }}" + TAIL
     assert spans(write(text, user("a"), assistant("short"))) == ["short<|im_end|>"]
-    with pytest.raises(ConfigError, match="turn 2 of 2 holds what the assistant says"):
+    with pytest.raises(UserError, match="turn 2 of 2 holds what the assistant says"):
         write(text, user("a"), assistant("much longer than twelve"))
 
 
@@ -201,7 +197,7 @@ def test_a_key_that_spells_a_mark_changes_nothing(index, write):
 
 
 def test_arguments_that_json_cannot_write_are_refused():
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 calls weather with arguments that JSON cannot write"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 calls weather with arguments that JSON cannot write"):
         chat(user("a"), assistant("", tool_calls=[call({"day": datetime(2026, 1, 2)})]))
 
 
@@ -235,9 +231,7 @@ def test_a_thought_is_the_same_wherever_it_stands(turn, write):
 
 
 def test_different_thoughts_of_one_turn_are_refused():
-    with pytest.raises(
-        ConfigError, match="turn 2 of 2 holds different thoughts under thinking and reasoning; keep one"
-    ):
+    with pytest.raises(UserError, match="turn 2 of 2 holds different thoughts under thinking and reasoning; keep one"):
         chat(user("a"), assistant("b", thinking="c", reasoning="d"))
 
 
@@ -248,7 +242,7 @@ def test_a_setting_under_a_key_of_thoughts_is_no_thought(setting, write):
 
 def test_a_part_of_thoughts_without_text_is_refused():
     parts = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"type": "text", "text": "b"}]
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a part .* without a text of thoughts"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 holds a part .* without a text of thoughts"):
         chat(user("a"), assistant(parts))
 
 
@@ -422,14 +416,14 @@ def test_parts_of_text_are_joined_whatever_their_key(kind, key):
 @pytest.mark.parametrize("kind", ["image", "image_url", "input_image", "audio", "input_audio", "video", "file"])
 def test_parts_that_are_no_text_are_refused(kind):
     sentence = f"turn 1 of 2 holds a part of type {kind}; qlora trains text only, so leave such rows out"
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         chat(user([{"type": "text", "text": "a"}, {"type": kind, kind: "x.png", "text": "y"}]), assistant("c"))
 
 
 @pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios"])
 @pytest.mark.parametrize("cell", ["a.png", ["a.png"], [{"bytes": b"x", "path": None}], {"bytes": b"x", "path": None}])
 def test_rows_with_pictures_sound_or_films_are_refused(column, cell):
-    with pytest.raises(ConfigError, match=rf"^column {column} holds .*; qlora trains text only"):
+    with pytest.raises(UserError, match=rf"^column {column} holds .*; qlora trains text only"):
         chat(user("a"), assistant("b"), **{column: cell})
 
 

@@ -13,10 +13,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora.data import column
-from qlora.data.collate import Collator
-from qlora.data.formats import ALPACA
-from qlora.data.packing import PackedRows, efficiency, pack
-from qlora.errors import ConfigError
+from qlora.data.batching.collate import Collator
+from qlora.data.batching.packing import PackedRows, efficiency, pack
+from qlora.data.formats.known_formats import ALPACA
+from qlora.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 BUDGET = 24
@@ -63,7 +63,7 @@ def test_no_rows_give_no_packs():
 
 
 def test_a_row_longer_than_the_packs_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match=r"data\.pack_length=8 is shorter than the longest row, 9 tokens; raise it"):
+    with pytest.raises(UserError, match=r"data\.pack_length=8 is shorter than the longest row, 9 tokens; raise it"):
         pack(np.array([3, 9]), 8)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora.data import build_data, encode
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig, OnTooLong, TrainOn
+from qlora.config.schema import DataConfig, OnTooLong, TrainOn
+from qlora.data import build_data
+from qlora.data.batching import token_store
+from qlora.errors import UserError
 
 ROWS = [{"input": f"q{i}", "output": f"a{i}", "task": "even" if i % 2 == 0 else "odd"} for i in range(20)]
 
@@ -100,7 +101,7 @@ def test_one_format_renders_both_paths(tokenizer, make_config, tmp_path):
     held_out = tmp_path / "eval.json"
     held_out.write_text('[{"text": "x"}]')
     with pytest.raises(
-        ConfigError, match=r"data\.format=input-output needs the columns input and output; data\.eval_path"
+        UserError, match=r"data\.format=input-output needs the columns input and output; data\.eval_path"
     ):
         build_data(make_config(ROWS, eval_path=str(held_out)), tokenizer)
 
@@ -108,7 +109,7 @@ def test_one_format_renders_both_paths(tokenizer, make_config, tmp_path):
 @pytest.mark.parametrize("size", [20, 1024])
 def test_holding_out_everything_is_answered_with_the_numbers(size, tokenizer, make_config):
     config = make_config(ROWS, eval_dataset_size=size)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(config, tokenizer)
     assert str(caught.value) == (
         f"data.eval_dataset_size={size} leaves no row to train on: {config.path} has 20; set "
@@ -184,7 +185,7 @@ def test_nothing_is_said_when_nothing_is_cut(tokenizer, make_config, caplog):
 def test_rows_without_anything_to_train_on_stop_the_run(tokenizer, make_config):
     rows = [{"segments": [["a", False]]}] * 3
     config = make_config(rows)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(config, tokenizer)
     assert str(caught.value) == (
         f"data.path={config.path}: none of the 2 rows has a token to train on: 2 without an answer, or one "
@@ -196,7 +197,7 @@ def test_rows_whose_answers_are_switched_off_or_thoughts_alone_say_so(tokenizer,
     asked = {"role": "user", "content": "q"}
 
     def loss(answer, **changes):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             build_data(make_config([{"messages": [asked, {"role": "assistant"} | answer]}] * 3, **changes), tokenizer)
         return str(caught.value).partition("has a token to train on: ")[2]
 
@@ -220,7 +221,7 @@ def test_thoughts_of_others_than_the_assistant_are_named_as_not_read(tokenizer, 
 
 def test_a_broken_cell_stops_the_run_with_its_column(tokenizer, make_config):
     rows = [{"input": "a", "output": "b"}] * 30 + [{"input": "a", "output": ["b"]}]
-    with pytest.raises(ConfigError, match=r"rows.jsonl, row 31: data.format=input-output needs text in column output"):
+    with pytest.raises(UserError, match=r"rows.jsonl, row 31: data.format=input-output needs text in column output"):
         build_data(make_config(rows, format="input-output"), tokenizer)
 
 
@@ -228,7 +229,7 @@ def test_the_fingerprint_is_the_same_in_another_process(tokenizer, make_config):
     config = make_config(ROWS)
     code = (
         "import sys; from conftest import build_byte_tokenizer as build; from qlora.data import build_data; "
-        "from qlora.schema import DataConfig; "
+        "from qlora.config.schema import DataConfig; "
         f"config = DataConfig(name='toy', path={config.path!r}, eval_dataset_size=1); "
         "print(build_data(config, build(bos_token='<s>', eos_token='</s>')).report.fingerprint)"
     )
@@ -283,8 +284,8 @@ def test_every_choice_that_changes_tokens_has_tokens_of_its_own(change, tokenize
     build_data(make_config(ROWS, **shared), tokenizer)
     try:
         expected = build_data(make_config(ROWS, **change, **own), tokenizer).report
-    except ConfigError as error:
-        with pytest.raises(ConfigError, match=re.escape(str(error))):
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):
             build_data(make_config(ROWS, **change, **shared), tokenizer)
     else:
         assert build_data(make_config(ROWS, **change, **shared), tokenizer).report == expected
@@ -315,15 +316,15 @@ def test_a_changed_function_of_the_users_own_is_not_served_old_tokens(tokenizer,
 def test_nothing_half_written_is_left_after_an_error(tokenizer, make_config, tmp_path):
     rows = [*ROWS, {"input": "a", "output": ["b"]}]
     config = make_config(rows, format="input-output", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         build_data(config, tokenizer)
     assert not [name for name in cached(tmp_path) if name.startswith(("tokens", "."))]
 
 
 @pytest.mark.parametrize("chunks", [1, 1000], ids=["reopened for each chunk", "opened once"])
 def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path, monkeypatch, chunks):
-    monkeypatch.setattr(encode, "REOPEN", chunks)
-    monkeypatch.setattr(encode, "BATCH_BYTES", 300 * chunks)
+    monkeypatch.setattr(token_store, "REOPEN", chunks)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 300 * chunks)
     rows = [{"input": f"q{i}", "output": f"a{i}" * (i % 7)} for i in range(5000)]
     one, two = (build_data(make_config(rows, num_proc=n, cache_dir=str(tmp_path / str(n))), tokenizer) for n in (1, 2))
     assert one.report == two.report
@@ -332,7 +333,7 @@ def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path
 
 def test_an_error_in_one_of_several_processes_names_the_row(tokenizer, make_config):
     rows = [{"input": "a", "output": "b"}] * 3000 + [{"input": "a", "output": ["b"]}]
-    with pytest.raises(ConfigError, match=r"row 3001: data\.format=input-output needs text in column output"):
+    with pytest.raises(UserError, match=r"row 3001: data\.format=input-output needs text in column output"):
         build_data(make_config(rows, num_proc=2, format="input-output"), tokenizer)
 
 
@@ -410,7 +411,7 @@ def test_limits_hold_for_the_whole_mix(tokenizer, tmp_path):
 
 def test_an_error_in_a_set_names_its_key(tokenizer, tmp_path):
     config = DataConfig(name="mix", path=None, mix={"a": {"path": str(tmp_path / "nowhere.jsonl")}})
-    with pytest.raises(ConfigError, match=r"^data\.mix\.a\.path=.*nowhere\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"^data\.mix\.a\.path=.*nowhere\.jsonl: no such file"):
         build_data(config, tokenizer)
 
 
@@ -444,5 +445,5 @@ def test_packs_hold_every_row_once(tokenizer, make_config):
 
 
 def test_a_row_longer_than_a_pack_is_refused(tokenizer, make_config):
-    with pytest.raises(ConfigError, match=r"data\.pack_length"):
+    with pytest.raises(UserError, match=r"data\.pack_length"):
         build_data(make_config(ROWS, packing=True, pack_length=3), tokenizer)

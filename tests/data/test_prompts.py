@@ -9,12 +9,12 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 import qlora
+from qlora.config.schema import DataConfig
 from qlora.data import build_data
-from qlora.data.formats import ALPACA, FORMATS, PROMPTS, QUESTION, VERBATIM, Segment, find_prompt
-from qlora.data.templates import Template, prompt_template, read_template
-from qlora.data.tokenize import build_tokenizer
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.chat.templates import Template, prompt_template, read_template
+from qlora.data.formats.known_formats import ALPACA, FORMATS, PROMPTS, QUESTION, VERBATIM, Segment, find_prompt
+from qlora.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 GUANACO, HH = PROMPTS[2:4]
@@ -183,7 +183,7 @@ def test_a_system_text_stands_before_all(tokenizer):
 
 def test_calls_of_tools_have_no_form(tokenizer):
     encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), tokenizer, prompt_template(VERBATIM, tokenizer))
-    with pytest.raises(ConfigError, match=r"an instruction format has no form for tool calls"):
+    with pytest.raises(UserError, match=r"an instruction format has no form for tool calls"):
         encoder.encode_prompt([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from qlora.config.schema import DataConfig
 from qlora.data import build_data
-from qlora.data.formats import Segment
-from qlora.data.tokenize import build_tokenizer
-from qlora.schema import DataConfig
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.formats.known_formats import Segment
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 NAMES = ("llama", "gpt2", "pythia")

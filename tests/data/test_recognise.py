@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS, Segment
-from qlora.data.recognise import choose_format
-from qlora.errors import ConfigError
+from qlora.data.chat.conversations import Conversation
+from qlora.data.formats.known_formats import FORMATS, Segment
+from qlora.data.formats.recognise import choose_format
+from qlora.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the checkout")
@@ -24,7 +24,7 @@ def choose(name, *rows, columns=None, **options):
 
 
 def refuse(name, *rows, **options):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         choose(name, *rows, **options)
     return str(caught.value)
 

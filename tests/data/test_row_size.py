@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from qlora.data.readers import read_chunks
-from qlora.errors import ConfigError
+from qlora.data.ingest.readers import read_chunks
+from qlora.errors import UserError
 
 LONG, SHORT = "long " * 600, "short"
 LIMIT = 2000
@@ -132,7 +132,7 @@ def test_a_small_file_that_unpacks_to_a_long_row_is_refused_too(name, place, tmp
 def assert_refused(path, place, most=8_000_000):
     tracemalloc.start()
     try:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             list(read_chunks(path, shown="data.path=x", most=most))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -144,5 +144,5 @@ def assert_refused(path, place, most=8_000_000):
 @pytest.mark.parametrize("size", ["many", "0B", "64"])
 def test_the_limit_is_a_size(size, make_config):
     assert make_config([], max_row_bytes="1.5GiB").max_row_bytes == "1.5GiB"
-    with pytest.raises(ConfigError, match=r"data\.max_row_bytes must be a size such as 64MB"):
+    with pytest.raises(UserError, match=r"data\.max_row_bytes must be a size such as 64MB"):
         make_config([], max_row_bytes=size)

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from qlora.config.schema import DataConfig, TrainOn
 from qlora.data import build_data
 from qlora.data.cache import Cache
-from qlora.data.formats import FORMATS
-from qlora.data.rows import OPPOSITES, SWITCHES, TrackedRow, read_truth, take_rows
-from qlora.data.sources import load_rows
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig, TrainOn
+from qlora.data.formats.cells import OPPOSITES, SWITCHES, TrackedRow, read_truth, take_rows
+from qlora.data.formats.known_formats import FORMATS
+from qlora.data.ingest.sources import load_rows
+from qlora.errors import UserError
 
 USER = {"role": "user", "content": "q"}
 NAN = float("nan")
@@ -44,7 +44,7 @@ def build_whole(config, tokenizer):
 
 
 def refuse(config, tokenizer):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         build_data(config, tokenizer)
     return str(caught.value)
 
@@ -95,7 +95,7 @@ def test_an_answer_that_a_label_calls_bad_is_never_trained(row, label, column):
 
 def test_alpaca_s_rows_are_labelled_too_also_as_chats(tokenizer, make_config):
     rows = [{"instruction": f"q{i}", "output": i, "kto_tag": str(i % 2 == 0)} for i in range(4)]
-    for name in ("alpaca", "qlora.data.as_chat:from_alpaca"):
+    for name in ("alpaca", "qlora.data.formats.as_chat:from_alpaca"):
         data = build_whole(make_config(rows, format=name, template="plain"), tokenizer)
         assert list(map(trained, data.train)) == ["0.", "2."]
         assert data.report.left_out_rows == 2
@@ -105,7 +105,7 @@ def test_alpaca_s_rows_are_labelled_too_also_as_chats(tokenizer, make_config):
 @pytest.mark.parametrize("label", ["maybe", 0.5, 3, -1, "science"])
 def test_an_unclear_label_is_refused(row, label):
     name = next((name for name in FORMATS if name in row), "prompt-completion")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         FORMATS[name].render(row | {"label": label})
     assert str(caught.value) == (
         f"column label holds {label!r}, and the label of an answer is true, yes, on or 1, or false, no, off or 0 "
@@ -149,7 +149,7 @@ def test_a_turn_that_is_masked_carries_no_loss(on, tokenizer, make_config):
 @pytest.mark.parametrize("key", [*SWITCHES, *OPPOSITES])
 @pytest.mark.parametrize("value", [0.5, 2, -1, "maybe", [1]])
 def test_a_switch_that_is_neither_on_nor_off_is_refused(key, value):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         FORMATS["messages"].render({"messages": [USER, answer(**{key: value})]})
     assert str(caught.value) == (
         f"column messages, turn 2 of 2 has {key}={value!r}; a turn is trained whole or not at all, so it must be true, "
@@ -161,9 +161,7 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(key, value):
     "switches", [{"train": True, "weight": 0}, {"loss": "no", "trainable": 1}, {"train": True, "masked": True}]
 )
 def test_switches_that_contradict_each_other_are_refused(switches):
-    with pytest.raises(
-        ConfigError, match=r"turn 2 of 2 has .* and .*, which contradict each other; leave one"
-    ) as caught:
+    with pytest.raises(UserError, match=r"turn 2 of 2 has .* and .*, which contradict each other; leave one") as caught:
         FORMATS["messages"].render({"messages": [USER, answer(**switches)]})
     assert all(f"{key}={value!r}" in str(caught.value) for key, value in switches.items())
 
@@ -175,14 +173,14 @@ def test_switches_that_agree_are_one():
 
 @pytest.mark.parametrize("key", ["mask", "train_detail", "training_detail"])
 def test_a_switch_that_cannot_be_followed_is_refused(key):
-    with pytest.raises(ConfigError, match=f"^column messages, turn 2 of 2 has the key {key}, which "):
+    with pytest.raises(UserError, match=f"^column messages, turn 2 of 2 has the key {key}, which "):
         FORMATS["messages"].render({"messages": [USER, answer(**{key: [{"begin_offset": 0}]})]})
     assert FORMATS["messages"].render({"messages": [USER, answer(**{key: None})]})[0].messages == [USER, answer()]
 
 
 def test_a_switch_of_a_part_is_refused():
     turn = answer([{"type": "text", "text": "a", "loss_weight": 0.0}])
-    with pytest.raises(ConfigError, match=r"turn 2 of 2 holds a part with loss_weight=0\.0; a turn is trained whole"):
+    with pytest.raises(UserError, match=r"turn 2 of 2 holds a part with loss_weight=0\.0; a turn is trained whole"):
         FORMATS["messages"].render({"messages": [USER, turn]})
 
 
@@ -418,7 +416,7 @@ def test_a_label_of_preference_is_read_and_one_that_is_missing_among_others_is_r
     assert data.report.unread == {}
     for missing in (None, "", " "):
         rows = [row | {column: label} for label in ("true", missing, "false")]
-        with pytest.raises(ConfigError, match=rf"row 2: column {column} holds no label, which 2 of 3 rows have; label"):
+        with pytest.raises(UserError, match=rf"row 2: column {column} holds no label, which 2 of 3 rows have; label"):
             build_data(make_config(rows), tokenizer)
 
 
@@ -431,5 +429,5 @@ def test_a_label_of_nan_or_of_no_items_is_missing(tokenizer, make_config, tmp_pa
     row = LABELLED["prompt-completion"][0]
     for labels in ([1.0, float("nan"), 0.0], [[True], [], [False]]):
         pq.write_table(pa.Table.from_pylist([row | {"label": label} for label in labels]), tmp_path / "a.parquet")
-        with pytest.raises(ConfigError, match="column label holds "):
+        with pytest.raises(UserError, match="column label holds "):
             build_data(make_config([], path=str(tmp_path / "a.parquet")), tokenizer)

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Json, Value
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_equal_rows_of_a_function_have_equal_fingerprints(module, load):
         "import sys\n"
         "from pathlib import Path\n"
         "from qlora.data.cache import Cache\n"
-        "from qlora.data.sources import load_rows\n"
+        "from qlora.data.ingest.sources import load_rows\n"
         "print(load_rows('my_rows:endless', cache=Cache(Path('cache')), limit=2000)._fingerprint)\n"
     )
     folder = Path(sys.modules[module].__file__).parent
@@ -125,13 +125,13 @@ def test_columns_are_renamed_and_replace_those_of_the_wanted_name(tmp_path, load
 def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path, load):
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "i", "input": "n", "response": "r"}')
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load(path, columns={"output": "respons"})
     assert str(caught.value) == (
         f"data.columns.output=respons: data.path={path} has no column respons (did you mean response?); it has "
         "instruction, input, response"
     )
-    with pytest.raises(ConfigError, match=r"^data.mix.a.columns.b=input: the column is a already$"):
+    with pytest.raises(UserError, match=r"^data.mix.a.columns.b=input: the column is a already$"):
         load(path, columns={"a": "input", "b": "input"}, columns_key="data.mix.a.columns")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from template_matrix import FAMILIES, SHAPES, build_conversation, build_table, build_writer, read_template, trl_folder
 
-from qlora.data.message_form import read_speech
-from qlora.errors import ConfigError
+from qlora.data.chat.message_form import read_speech
+from qlora.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -31,7 +31,7 @@ def written_shapes(writer):
         conversation = build_conversation(shape)
         try:
             yield shape, conversation, writer.write(conversation)
-        except ConfigError:
+        except UserError:
             continue
 
 

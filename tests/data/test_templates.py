@@ -1,9 +1,9 @@
 import pytest
 from conftest import build_byte_tokenizer
 
-from qlora.data.templates import FALLBACK, NEEDED_TOKENS, choose_template, read_template
-from qlora.errors import ConfigError
-from qlora.schema import TEMPLATE_NAMES, DataConfig
+from qlora.config.schema import TEMPLATE_NAMES, DataConfig
+from qlora.data.chat.templates import FALLBACK, NEEDED_TOKENS, choose_template, read_template
+from qlora.errors import UserError
 
 OURS = [name for name in TEMPLATE_NAMES if name != "auto"]
 
@@ -57,7 +57,7 @@ def test_the_only_one_of_a_table_is_taken():
 
 
 def test_several_without_a_default_are_refused():
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         choose_template("auto", base({"rag": "a", "tool_use": "b"}))
     assert str(raised.value) == (
         "data.template=auto: the tokenizer has the chat templates rag, tool_use but no default; save the one to take "
@@ -69,7 +69,7 @@ def test_several_without_a_default_are_refused():
 def test_tokens_that_the_tokenizer_lacks_are_named_with_the_way_out(name):
     first, *rest = NEEDED_TOKENS[name]
     listed = ",".join(f'"{token}"' for token in rest)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         choose_template(name, base(tokens=[first]), key="data.mix.a.template")
     assert str(raised.value) == (
         f"data.mix.a.template={name} writes the tokens {', '.join(rest)}, which this tokenizer does not have; add them "
@@ -85,20 +85,20 @@ def test_a_file_is_read(tmp_path):
 
 def test_a_missing_file_is_named_with_the_nearest(tmp_path):
     (tmp_path / "mine.jinja").write_text("x")
-    with pytest.raises(ConfigError, match=r"^data.template=\S+/mime.jinja: no such file.*/mine.jinja"):
+    with pytest.raises(UserError, match=r"^data.template=\S+/mime.jinja: no such file.*/mine.jinja"):
         choose_template(str(tmp_path / "mime.jinja"), base())
-    with pytest.raises(ConfigError, match=r"nowhere/mine\.jinja: no such file$"):
+    with pytest.raises(UserError, match=r"nowhere/mine\.jinja: no such file$"):
         choose_template(str(tmp_path / "nowhere" / "mine.jinja"), base())
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin.jinja").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ConfigError, match=r"latin\.jinja: cannot be read"):
+    with pytest.raises(UserError, match=r"latin\.jinja: cannot be read"):
         choose_template(str(tmp_path / "latin.jinja"), base())
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         choose_template(f"{tmp_path}/", base())
 
 
 def test_an_unknown_name_is_corrected_before_any_tokenizer_is_loaded():
-    with pytest.raises(ConfigError, match=r"^data.template='chatlm' is unknown.*chatml.*; choose one of auto, alpaca"):
+    with pytest.raises(UserError, match=r"^data.template='chatlm' is unknown.*chatml.*; choose one of auto, alpaca"):
         DataConfig(name="toy", path="toy.json", template="chatlm")

@@ -4,13 +4,13 @@ import pytest
 from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
+from qlora.config.schema import DataConfig, TrainOn
 from qlora.data import build_data
-from qlora.data.conversations import Conversation
-from qlora.data.formats import FORMATS, Segment
-from qlora.data.templates import Template, read_template
-from qlora.data.tokenize import Limits, build_tokenizer
-from qlora.errors import ConfigError
-from qlora.schema import DataConfig, TrainOn
+from qlora.data.batching.example_tokens import Limits, build_tokenizer
+from qlora.data.chat.conversations import Conversation
+from qlora.data.chat.templates import Template, read_template
+from qlora.data.formats.known_formats import FORMATS, Segment
+from qlora.errors import UserError
 
 BOS, EOS, NO = 1, 2, -100
 
@@ -91,7 +91,7 @@ def test_a_tokenizer_without_bos_begins_with_the_source(tokenizer_without_bos):
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer_without_eos):
-    with pytest.raises(ConfigError, match="has no end token, so no answer could learn to stop; set eos_token"):
+    with pytest.raises(UserError, match="has no end token, so no answer could learn to stop; set eos_token"):
         encode(tokenizer_without_eos, ("a", True))
 
 

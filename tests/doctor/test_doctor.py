@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from qlora import doctor as task
-from qlora.compose import compose, model_presets
-from qlora.doctor import libraries, surroundings, versions
+from qlora.config.compose import compose, model_presets
+from qlora.doctor import gpu_libraries, machine, versions
 from qlora.doctor.findings import Finding, Status, look
-from qlora.doctor.step import check_step, check_support, find_architecture
-from qlora.errors import ConfigError
+from qlora.doctor.trial_step import check_step, check_support, find_architecture
+from qlora.errors import UserError
 from qlora.models import loading
 from qlora.run import Run
 
@@ -45,7 +45,7 @@ def test_a_healthy_machine_has_a_table_without_errors(tmp_path: Path, capsys: py
 
 
 def test_what_is_wrong_ends_in_one_sentence_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         task.doctor(compose(["task=doctor", "trainer.fused_attention=true", "device=cpu"]), tmp_path)
     assert str(error.value).startswith("task=doctor: training step: trainer.fused_attention=true: ")
     assert not list(tmp_path.iterdir())
@@ -95,7 +95,7 @@ def test_the_trap_itself_is_found_where_a_cpu_has_it(monkeypatch: pytest.MonkeyP
 
 
 def test_weights_that_are_quantized_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.models import miniature
+    from qlora.doctor import miniature
 
     def decode(module: Any) -> torch.Tensor:
         return torch.zeros(module.weight.quant_state.shape)
@@ -167,9 +167,9 @@ def test_a_torch_that_cannot_be_imported_is_a_line(monkeypatch: pytest.MonkeyPat
 def test_a_driver_without_a_torch_for_it_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Fri Jan 10\n")
-    monkeypatch.setattr(libraries, "DRIVER", driver)
-    assert named(lines(libraries.check_torch), "gpu").status is Status.warning
-    found = named(lines(libraries.check_torch, "device=cuda"), "gpu")
+    monkeypatch.setattr(gpu_libraries, "DRIVER", driver)
+    assert named(lines(gpu_libraries.check_torch), "gpu").status is Status.warning
+    found = named(lines(gpu_libraries.check_torch, "device=cuda"), "gpu")
     assert found.status is Status.error
     assert "570.86.10" in found.says
 
@@ -178,11 +178,11 @@ def test_a_native_library_that_was_not_loaded_is_found(monkeypatch: pytest.Monke
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no such file"))
-    found = named(lines(libraries.check_bitsandbytes, "device=cpu"), "bitsandbytes")
+    found = named(lines(gpu_libraries.check_bitsandbytes, "device=cpu"), "bitsandbytes")
     assert found.status is Status.warning
     assert "no such file" in found.says
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = named(lines(libraries.check_bitsandbytes), "bitsandbytes")
+    found = named(lines(gpu_libraries.check_bitsandbytes), "bitsandbytes")
     assert found.status is Status.error
     assert "python -m bitsandbytes" in found.fix
 
@@ -196,18 +196,18 @@ def test_a_missing_package_of_an_attention_is_found() -> None:
 def test_a_full_disk_is_an_error_and_too_little_memory_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(surroundings, "free_bytes", lambda _: 1000)
-    monkeypatch.setattr(surroundings, "_host_memory", lambda: (1e9, "1 GB is free"))
+    monkeypatch.setattr(machine, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(machine, "_host_memory", lambda: (1e9, "1 GB is free"))
     words = ["model=llama-7b", "data=alpaca", "device=cpu"]
-    [disk] = lines(partial(surroundings.check_disk, folder=tmp_path), *words)
-    [memory] = lines(surroundings.check_memory, *words)
+    [disk] = lines(partial(machine.check_disk, folder=tmp_path), *words)
+    [memory] = lines(machine.check_memory, *words)
     assert (disk.status, memory.status) == (Status.error, Status.warning)
     assert "trainer.save_total_limit" in disk.fix
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    [found] = lines(partial(surroundings.check_rights, folder=tmp_path), f"data.cache_dir={tmp_path}/file/cache")
+    [found] = lines(partial(machine.check_rights, folder=tmp_path), f"data.cache_dir={tmp_path}/file/cache")
     assert found.status is Status.error
     assert "data.cache_dir" in found.says
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
@@ -219,13 +219,13 @@ def test_a_gated_or_missing_base_is_found_without_a_network(monkeypatch: pytest.
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    [found] = lines(surroundings.check_hub, "model=llama-3.1-8b")
+    [found] = lines(machine.check_hub, "model=llama-3.1-8b")
     assert found.status is Status.error
     assert "HF_HUB_OFFLINE" in found.says
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    [found] = lines(surroundings.check_hub, "model=llama-3.1-8b")
+    [found] = lines(machine.check_hub, "model=llama-3.1-8b")
     assert "gated" in found.says
-    [found] = lines(surroundings.check_hub)
+    [found] = lines(machine.check_hub)
     assert found.status is Status.ok
 
 
@@ -234,10 +234,10 @@ def test_a_wandb_without_a_login_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    [found] = lines(surroundings.check_tracking, "tracking=wandb")
+    [found] = lines(machine.check_tracking, "tracking=wandb")
     assert found.status is Status.error
     assert "wandb login" in found.says
-    [found] = lines(surroundings.check_tracking, "tracking=wandb", "tracking.mode=offline")
+    [found] = lines(machine.check_tracking, "tracking=wandb", "tracking.mode=offline")
     assert found.status is Status.ok
 
 
@@ -257,6 +257,6 @@ def test_a_training_looks_before_it_starts_and_says_problems_only(
     assert "asks for huggingface_hub" in said
     assert "python" not in said
     installed["peft"] = "0.17.1"
-    with pytest.raises(ConfigError, match="HybridCache"):
+    with pytest.raises(UserError, match="HybridCache"):
         Run(config, tmp_path / "run").train()
     assert not (tmp_path / "run" / "config.yaml").exists()

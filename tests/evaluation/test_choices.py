@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.evaluation import choices
 from qlora.evaluation.choices import ChoiceEncoder, ChoiceReader, Prompt, build_groups, measure_choices
-from qlora.models.files import EMBEDDED
+from qlora.models.model_files import EMBEDDED
 from qlora.models.tokenizer import load_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data"

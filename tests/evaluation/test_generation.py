@@ -16,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers import GenerationConfig as HFGenerationConfig
 
-from qlora.compose import ORIGINAL_FLAGS, compose
+from qlora.config.compose import ORIGINAL_FLAGS, compose
+from qlora.config.schema import GenerationConfig
 from qlora.demo.instructions import eval_rows
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.evaluation.generation import (
     Answer,
     build_settings,
@@ -29,9 +30,8 @@ from qlora.evaluation.generation import (
     plan_batches,
     prompt_lengths,
 )
-from qlora.models.files import locate
+from qlora.models.model_files import locate
 from qlora.models.tokenizer import load_tokenizer, pad_token_id
-from qlora.schema import GenerationConfig
 
 CPU = torch.device("cpu")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -228,7 +228,7 @@ UNREAD = {
 def test_an_option_that_the_search_does_not_read_is_refused_with_the_way_out(name: str) -> None:
     value, reader, remedy = UNREAD[name]
     beams = [] if name == "length_penalty" else ["generation.num_beams=4"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose([f"generation.{name}={value}", *beams])
     said = f"generation.{name}={float(value):g} is read {reader} only; set generation.{remedy} too, or leave it out"
     assert str(error.value).startswith(said)
@@ -239,7 +239,7 @@ def test_an_option_that_the_search_does_not_read_is_refused_with_the_way_out(nam
 def test_contrastive_search_reads_top_k_and_no_other_option_of_sampling() -> None:
     contrastive = ["generation.penalty_alpha=0.6", "model.trust_remote_code=true"]
     compose([*contrastive, "generation.top_k=4"])
-    with pytest.raises(ConfigError, match=r"generation\.top_p=0\.9 is read when sampling only"):
+    with pytest.raises(UserError, match=r"generation\.top_p=0\.9 is read when sampling only"):
         compose([*contrastive, "generation.top_p=0.9"])
 
 

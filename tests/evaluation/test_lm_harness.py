@@ -16,15 +16,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from qlora.compose import compose
+from qlora import adapters
+from qlora.config.compose import compose
 from qlora.demo.instructions import eval_rows
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.measure import Measurement, evaluation_mode
-from qlora.models import adapters
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
-from qlora.wording import format_metric, is_detail
+from qlora.text import format_metric, is_detail
 
 tasks = pytest.importorskip("lm_eval.tasks")
 MANAGER = tasks.TaskManager
@@ -266,7 +266,7 @@ def test_a_run_measures_adapter_and_base_without_a_word_of_the_harness(
 
 def refusal(tmp_path: Path, *overrides: str) -> str:
     """Returns the sentence that a run is refused with, before it looks for a model."""
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(tmp_path / "run", "adapter=none", *overrides)
     assert "\n" not in str(error.value)
     return str(error.value)

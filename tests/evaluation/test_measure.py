@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.compose import compose
-from qlora.data.collate import Collator
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.config.schema import GenerationConfig
+from qlora.data.batching.collate import Collator
+from qlora.errors import UserError
 from qlora.evaluation.generation import Answer, plan_batches, prompt_lengths
-from qlora.evaluation.loss import measure_loss
 from qlora.evaluation.measure import Measurer, evaluation_mode, read_result, seeded
 from qlora.evaluation.metrics import exact_match, find_metrics
+from qlora.evaluation.row_loss import measure_loss
 from qlora.models.tokenizer import load_tokenizer
-from qlora.schema import GenerationConfig
 
 CPU = torch.device("cpu")
 
@@ -221,7 +221,7 @@ def test_what_a_metric_may_return() -> None:
     ("result", "given"), [([1, 2], "2 numbers"), (None, "a NoneType"), ("good", "a str"), ([[1], [2], [3]], "a list")]
 )
 def test_what_a_metric_may_not_return(result: Any, given: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_result("mine", result, 3)
     expected = "evaluation.metrics: mine must return a number, or one for each of the 3 answers, got "
     assert str(error.value) == expected + given
@@ -266,7 +266,7 @@ def test_a_metric_of_the_library_gives_each_of_its_numbers_a_name(model: LlamaFo
 
 def test_a_metric_of_the_library_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal() -> str:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             find_metrics(["evaluate:rouge"])
         assert "\n" not in str(error.value)
         return str(error.value)

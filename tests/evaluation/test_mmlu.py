@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.data import read_rows
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.evaluation.measure import Suite, evaluation_mode
 from qlora.evaluation.mmlu import LETTERS, Mmlu, Parts, Question, load_questions, read_question, render_questions
 from qlora.models.tokenizer import load_tokenizer
@@ -327,7 +327,7 @@ def without(name: str) -> dict[str, str]:
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: Any, message: str) -> None:
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join([json.dumps(LINES[0]), line if isinstance(line, str) else json.dumps(line)]))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         from_file(path)
     assert str(error.value).startswith(f"evaluation.path={path}, {message}")
 
@@ -339,10 +339,10 @@ def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
         (path, f"evaluation.path={path} is empty"),
         (tmp_path / "mmlu_vla.jsonl", f"no such file (did you mean {path}?)"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(message)):
+        with pytest.raises(UserError, match=re.escape(message)):
             from_file(wrong)
     path.write_text("[]")
-    with pytest.raises(ConfigError, match=re.escape(f"evaluation.path={path}: no questions in it")):
+    with pytest.raises(UserError, match=re.escape(f"evaluation.path={path}: no questions in it")):
         from_file(path)
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_limits_that_hold_no_question_are_refused(tokenizer: Any, limits: dict[str, int], key: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         build(invented(), tokenizer, **limits)
     assert re.fullmatch(
         re.escape(f"{key} leaves no room for a question: its last word, Answer:, takes ")
@@ -420,7 +420,7 @@ def test_without_a_file_the_questions_are_the_hub_s(
 
 
 def test_a_hub_out_of_reach_is_answered_with_a_way_out() -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         suite_of()
     assert str(error.value).startswith(
         "evaluation=mmlu: cais/mmlu is not to be had from the Hugging Face hub (no network: "
@@ -495,5 +495,5 @@ def test_a_broken_file_of_questions_stops_a_run_before_a_model_is_loaded(
     path.write_text('{"subject": "a"}\n')
     monkeypatch.setattr(Run, "load_base", lambda run: pytest.fail("a model was loaded"))
     for task in (["task=evaluate", "adapter=none"], ["data.max_train_samples=8", "data.max_eval_samples=2"]):
-        with pytest.raises(ConfigError, match="line 1: no column 'input'"):
+        with pytest.raises(UserError, match="line 1: no column 'input'"):
             Run(compose([*task, "evaluation=mmlu", f"evaluation.path={path}"]), tmp_path / "run").execute()

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qlora import compose
+from qlora.config import compose
 from qlora.run import Run
 from qlora.training.checkpoints import find_checkpoints, find_fault
 

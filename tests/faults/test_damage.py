@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose
-from qlora.errors import ConfigError, DamagedFile
-from qlora.membership import Membership
+from qlora.config.compose import compose
+from qlora.errors import DamagedFile, UserError
 from qlora.run import Run
+from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Status, read_job, recorded
 from qlora.training.checkpoints import MARKER, find_checkpoints
 from tests.faults.damaging import restore
@@ -117,7 +117,7 @@ def test_a_row_that_is_no_text_is_named_before_any_training(tmp_path: Path) -> N
     lines = rows.read_text().splitlines()
     lines[7] = '{"instruction": "What is it?", "output": "half \\ud83d a sign"}'
     rows.write_text("\n".join(lines))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(tmp_path / "run", "data=local", f"data.path={rows}", "data.eval_dataset_size=4")
     assert f"{rows}" in str(error.value)
     assert "8" in str(error.value)
@@ -171,7 +171,7 @@ def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: 
     restore(finished, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes(CUT)
     (tmp_path / "run" / "result.json").unlink()
-    Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=Membership("s", [])).execute()
+    Run(compose(QUICK), tmp_path / "run", overrides=QUICK, sweep=SweepJob("s", [])).execute()
     assert outcome(tmp_path / "run") == outcome(finished)
     assert (tmp_path / "run" / "config.yaml.damaged-1").read_bytes() == CUT
 
@@ -202,7 +202,5 @@ def test_a_folder_that_is_removed_while_it_is_written_ends_the_run_with_a_senten
         raise FileNotFoundError(2, "No such file or directory", str(folder / "checkpoints"))
 
     at_step(monkeypatch, 3, remove)
-    with pytest.raises(
-        ConfigError, match=rf"the run folder {folder} was removed while the run wrote into it \(No such"
-    ):
+    with pytest.raises(UserError, match=rf"the run folder {folder} was removed while the run wrote into it \(No such"):
         run(folder)

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose as compose_anew
-from qlora.compose import config_to_dict
-from qlora.errors import ConfigError
-from qlora.schema import Config
-from qlora.stored import READERS, find_damage, to_number
+from qlora.config.compose import compose as compose_anew
+from qlora.config.compose import config_to_dict
+from qlora.config.schema import Config
+from qlora.errors import UserError
+from qlora.runtime.saved_run import READERS, find_damage, to_number
 from qlora.sweep.jobs import Job, Status, identity, read_job
 from qlora.sweep.launcher import Queue, open_sweep
 from qlora.sweep.leaderboard import build_leaderboard
+from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, common_facts, read_sweep
-from qlora.sweep.report import report, write_overview
-from qlora.sweep.screen import Screen
+from qlora.sweep.sweep_report import report, write_overview
 from tests.faults.damaging import damage, restore
 from tests.synthetic_runs import write_run
 
@@ -195,7 +195,7 @@ def test_a_damaged_overview_is_made_of_its_jobs_and_still_refuses_another_config
     (tmp_path / "sweep" / "sweep.json").write_bytes(content)
     other = [compose([f"lora.r={rank}", "trainer.max_steps=7"]) for rank in RANKS]
     with (
-        pytest.raises(ConfigError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps"),
+        pytest.raises(UserError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps"),
         open_sweep(tmp_path / "sweep", shared(other), "eval_loss"),
     ):
         pass
@@ -229,7 +229,7 @@ def torment(original: Path, place: Path, seeds: range) -> dict[str, int]:
             try:
                 step(place / "sweep", place / "out")
                 counts["read"] += 1
-            except ConfigError:
+            except UserError:
                 counts["refused"] += 1
             except Exception:
                 pytest.fail(f"seed {seed}, {how}:\n{traceback.format_exc()}")

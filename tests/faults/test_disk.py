@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qlora.files import DiskFull, Patience, waiting_for_space, write_file, write_folder, write_text
 from qlora.run import Run
+from qlora.runtime.atomic_files import DiskFull, Patience, waiting_for_space, write_file, write_folder, write_text
 from qlora.sweep.jobs import recorded
 from qlora.training.checkpoints import find_checkpoints
 from tests.faults.runs import QUICK, Writes, at_step, check_whole, outcome, run
@@ -130,7 +130,7 @@ def test_a_run_waits_for_space_and_goes_on(
         threading.Timer(1.5, clear, [disk]).start()
 
     at_step(monkeypatch, 4, fill_for_a_while)
-    monkeypatch.setattr("qlora.files.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("qlora.runtime.atomic_files.POLL_SECONDS", 0.1)
     run(disk / "run", "trainer.disk_wait=60")
     assert outcome(disk / "run") == calm
     output = capsys.readouterr().out

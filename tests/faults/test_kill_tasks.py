@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qlora.cli import execute
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.sweep.jobs import recorded
 from tests.faults.runs import QUICK, Writes, check_whole, run
 

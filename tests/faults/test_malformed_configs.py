@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.compose import CONF_DIR, check_overrides, config_keys, field_type, group_names
-from qlora.errors import ConfigError
+from qlora.config.compose import CONF_DIR, check_overrides, config_keys, field_type, group_names
+from qlora.errors import UserError
 
 FULL, SHORT = 1000, 200
 CHUNK = 100
@@ -236,7 +236,7 @@ def examine(seed: int, folder: Path) -> str:
         words = grammar.overrides()
     try:
         check_overrides(words, config_dir, multirun=seed % 7 == 0)
-    except ConfigError as error:
+    except UserError as error:
         text = str(error)
         assert text.strip(), f"{seed}: {words}: an empty message"
         assert "Traceback" not in text, f"{seed}: {words}: {text}"

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.data import build_data
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 
 FULL, SHORT = 1000, 100
@@ -263,7 +263,7 @@ def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
                 assert len(row["input_ids"]) == row["length"] <= 64
                 assert any(label != -100 for label in row["labels"])
         found = "runs"
-    except ConfigError as error:
+    except UserError as error:
         text = str(error)
         assert "data" in text, f"{seed}: {text}"
         assert "Traceback" not in text

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qlora import console
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models.files import EMBEDDED
-from qlora.plan import find_shape
+from qlora.config.compose import compose
+from qlora.errors import UserError
+from qlora.models.model_files import EMBEDDED
 from qlora.reporting.modelfile import find_form
 from qlora.run import Run
+from qlora.runtime import console
+from qlora.tasks.plan import find_shape
 
 SHORT, FULL, CHUNK = 24, 2000, 100
 PATIENCE = 120
@@ -168,7 +168,7 @@ def examine(seed: int, place: Path, folders: dict[str, Path]) -> str:
     try:
         use(kind, folder, place, folders)
         outcome = "runs"
-    except ConfigError as error:
+    except UserError as error:
         text = str(error)
         assert "Traceback" not in text, f"{seed}: {text}"
         assert len(text) < 1500, f"{seed}: {len(text)} characters: {text[:300]}"

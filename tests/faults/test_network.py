@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from qlora.training.tracking.wandb import count_rows
+from qlora.training.trackers.wandb import count_rows
 
 JOB = '''
 import json, logging, os, signal, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qlora.schema import TrackingBackend, TrackingConfig
-from qlora.training.tracking import TrackedRun, build_tracker
-from qlora.training.tracking import wandb as module
+from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.training.trackers import TrackedRun, build_tracker
+from qlora.training.trackers import wandb as module
 
 class Answers(BaseHTTPRequestHandler):
     """What wandb's server says to a new run."""

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from wandb_files import wandb_history, wandb_records
 
-from qlora import cli, compose
-from qlora.errors import ConfigError, Stopped
+from qlora import cli
+from qlora.config import compose
+from qlora.errors import Stopped, UserError
 from qlora.sweep.launcher import command
 from qlora.training.checkpoints import find_checkpoints, step_of
-from qlora.training.tracking.wandb import RUN_ID_FILE
+from qlora.training.trackers.wandb import RUN_ID_FILE
 from tests.faults.runs import at_step, kinds, outcome, run, send, write_rows
 
 
@@ -88,14 +89,14 @@ def test_changed_rows_are_refused_and_named_and_force_goes_on(cut: Path, caplog:
     words, rows = own_rows(cut.parent), cut.parent / "rows.jsonl"
     before = rows.read_text()
     rows.write_text(before.replace("row 3?", "row three?"))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(cut, *words)
     text = str(error.value)
     assert text.startswith(f"the rows of data.path={rows} are not those that the run in {cut} began with; changed:\n")
     assert "\n  fingerprint: '" in text
     assert "resume=force goes on with the new rows, resume=never in a new folder" in text
     rows.write_text(before + before.splitlines()[0] + "\n")
-    with pytest.raises(ConfigError, match=r"train_rows: 20 -> 21\n"):
+    with pytest.raises(UserError, match=r"train_rows: 20 -> 21\n"):
         run(cut, *words)
     (cut / "baseline.json").write_text("{}")
     run(cut, *words, "resume=force")
@@ -109,7 +110,7 @@ def test_a_changed_config_is_refused_and_force_goes_on_also_from_the_end(
     cut: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = own_rows(cut.parent)
-    with pytest.raises(ConfigError, match=r"changed:\n  trainer.max_steps: 4 -> 6\n.*resume=force goes on"):
+    with pytest.raises(UserError, match=r"changed:\n  trainer.max_steps: 4 -> 6\n.*resume=force goes on"):
         run(cut, *words, "trainer.max_steps=6")
     run(cut, *words)
     capsys.readouterr()
@@ -117,20 +118,20 @@ def test_a_changed_config_is_refused_and_force_goes_on_also_from_the_end(
     assert "resume=force: going on with another config; changed:\n  trainer.max_steps: 4 -> 6" in caplog.text
     assert "resuming from checkpoint-4" in capsys.readouterr().out
     assert max(entry["step"] for entry in outcome(cut)["history"]) == 6
-    with pytest.raises(ConfigError, match=r"checkpoint-6 does not fit what the config makes of the model.*=never"):
+    with pytest.raises(UserError, match=r"checkpoint-6 does not fit what the config makes of the model.*=never"):
         run(cut, *words, "trainer.max_steps=6", "lora.r=8", "resume=force")
 
 
 def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
     (cut / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"checkpoint-2 was written with another config, and .*config.yaml, which"):
+    with pytest.raises(UserError, match=r"checkpoint-2 was written with another config, and .*config.yaml, which"):
         run(cut, *own_rows(cut.parent), "seed=1")
     run(cut, *own_rows(cut.parent))
 
 
 def test_never_leaves_a_run_alone(cut: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
-    with pytest.raises(ConfigError, match="holds a run, which resume=never leaves alone; choose another folder"):
+    with pytest.raises(UserError, match="holds a run, which resume=never leaves alone; choose another folder"):
         run(cut, *own_rows(cut.parent), "resume=never")
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qlora.compose import compose
-from qlora.models.device import find_device, matrix_rate, place
+from qlora.config.compose import compose
+from qlora.config.schema import Device
 from qlora.run import Run
-from qlora.schema import Device
+from qlora.runtime.device import find_device, matrix_rate, place
 from qlora.training.trainer import QLoraTrainer
 
 pytestmark = [

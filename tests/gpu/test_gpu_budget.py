@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models.device import Placement
-from qlora.models.fast import FastStep
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.loading import set_compute_dtype
-from qlora.plan import build_plan
 from qlora.run import Run
-from qlora.training.memory import StepMemory
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import FastStep
+from qlora.tasks.plan import build_plan
+from qlora.training.memory_budget import StepMemory
 from tests.models.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -103,7 +103,7 @@ def test_the_whole_gpu_needs_no_layer_checkpointed(
 
 def test_what_no_plan_makes_fit_ends_in_one_sentence(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"4 layers checkpointed, .* in 4 parts; take a larger trainer.memory_budget, shorter"
+        UserError, match=r"4 layers checkpointed, .* in 4 parts; take a larger trainer.memory_budget, shorter"
     ):
         run(tmp_path / "run", rows, "trainer.memory_budget=100MB")
 

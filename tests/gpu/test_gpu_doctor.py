@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.doctor import examine
 from qlora.doctor.findings import Status
-from qlora.models.energy import read_energy
+from qlora.runtime.energy import read_energy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 QUICK = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.run import Run
 
 pytestmark = [

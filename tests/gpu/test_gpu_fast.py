@@ -9,12 +9,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora.compose import compose
-from qlora.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
-from qlora.models.device import Placement
-from qlora.models.fast import FastStep, Packs
+from qlora.config.compose import compose
 from qlora.models.loading import set_compute_dtype
 from qlora.run import Run
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import FastStep, Packs
+from qlora.step.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
 from tests.models.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,8 +25,8 @@ KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (Tr
 
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
 def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
-    from qlora.kernels.codes import decode_plain, read_codes
-    from qlora.kernels.decode import decode_columns, decode_rows
+    from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows
+    from qlora.quantization.bnb4.quantized_weight import decode_plain, read_codes
     from tests.kernels.weights import weight
 
     stored = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
@@ -49,7 +49,7 @@ def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
 
 @pytest.mark.parametrize("columns", [300, 4096, 11008, 22016])
 def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
-    from qlora.kernels.linear import scale_rows, scale_rows_plain
+    from qlora.step.kernels.fused_linear import scale_rows, scale_rows_plain
 
     x = torch.randn(64, columns, device="cuda").bfloat16()
     (found, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
-    from qlora.kernels.decode import decode_rows
+    from qlora.quantization.bnb4.decode_kernels import decode_rows
     from tests.kernels.weights import codes
 
     stored = codes(22016, 4096, device="cuda")

@@ -19,11 +19,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qlora import world
-from qlora.compose import compose
-from qlora.models.files import locate
+from qlora.config.compose import compose
 from qlora.models.loading import load_base
+from qlora.models.model_files import locate
 from qlora.run import Run
+from qlora.runtime import distributed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -236,15 +236,15 @@ def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path
 
 
 def main(base: Path, stored: Path, folder: Path) -> None:
-    world.join()
+    distributed.join()
     for name, overrides in {**CASES, **SHARDED}.items():
         print(f"training {name}", file=sys.stderr, flush=True)
         train(base_of(name, base, stored), folder / name, 2, *overrides)
         if name in ("sharded", "sharded16"):
             run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name)
             local = [each.to_local().nbytes for each in run.build_model().parameters() if isinstance(each, DTensor)]
-            print(json.dumps({"name": name, "rank": world.rank(), "bytes": sum(local)}), flush=True)
-    world.leave()
+            print(json.dumps({"name": name, "rank": distributed.rank(), "bytes": sum(local)}), flush=True)
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.run import Run
 
 pytestmark = [

@@ -7,9 +7,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from qlora.kernels.codes import decode_plain
-from qlora.kernels.decode import decode_columns, decode_rows, scale_rows
-from qlora.kernels.linear import scale_rows_plain
+from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows, scale_rows
+from qlora.quantization.bnb4.quantized_weight import decode_plain
+from qlora.step.kernels.fused_linear import scale_rows_plain
 from tests.kernels.weights import codes
 
 STEPS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora.kernels.dropout import keep_mask
+from qlora.step.kernels.dropout import keep_mask
 
 ROWS, COLUMNS = 512, 768
 

@@ -12,11 +12,19 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora.kernels import attention, linear
-from qlora.kernels.attention import attend_batch, fastest_attention
-from qlora.kernels.codes import E4M3_MAX, Codes, can_join, decode_plain, decode_scales, join, read_codes
-from qlora.kernels.linear import GroupedLinear, scale_rows, unread
-from qlora.kernels.loss import ROWS, entropy_and_gradient, linear_cross_entropy
+from qlora.quantization.bnb4.quantized_weight import (
+    E4M3_MAX,
+    QuantizedWeight,
+    can_join,
+    decode_plain,
+    decode_scales,
+    join,
+    read_codes,
+)
+from qlora.step.kernels import attention, fused_linear
+from qlora.step.kernels.attention import attend_batch, fastest_attention
+from qlora.step.kernels.fused_linear import GroupedLinear, scale_rows, unread
+from qlora.step.kernels.linear_cross_entropy import ROWS, entropy_and_gradient, linear_cross_entropy
 from tests.kernels.weights import codes, weight
 
 KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
@@ -113,18 +121,18 @@ def test_grouped_layers_compute_as_plain_matrices(dtype: torch.dtype, bound: flo
 
 
 def test_matrices_that_are_decoded_in_pieces_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, largest, decode = Case(torch.float32, (320, 128, 320)), [], linear._decode
+    case, largest, decode = Case(torch.float32, (320, 128, 320)), [], fused_linear._decode
 
-    def note(codes: Codes, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def note(codes: QuantizedWeight, *args: Any, **kwargs: Any) -> torch.Tensor:
         largest.append(codes.rows)
         return decode(codes, *args, **kwargs)
 
-    monkeypatch.setattr(linear, "_decode", note)
+    monkeypatch.setattr(fused_linear, "_decode", note)
     expected = case.fused()
     whole = case.gradients(expected)
     assert largest == [768, 768]
     largest.clear()
-    monkeypatch.setattr(linear, "PIECE", 300 * 256 * 4)
+    monkeypatch.setattr(fused_linear, "PIECE", 300 * 256 * 4)
     found = case.fused()
     assert distance(found, expected) < 1e-6
     for own, other in zip(case.gradients(found), whole, strict=True):

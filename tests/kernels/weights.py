@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 
-from qlora.kernels.codes import Codes, read_codes
+from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, read_codes
 
 
 def weight(
@@ -17,7 +17,7 @@ def weight(
     return made._quantize(torch.device(device))
 
 
-def codes(rows: int, columns: int, **options: object) -> Codes:
+def codes(rows: int, columns: int, **options: object) -> QuantizedWeight:
     """Returns what is stored of such a weight."""
     found = read_codes(weight(rows, columns, **options))  # type: ignore[arg-type]
     assert found is not None

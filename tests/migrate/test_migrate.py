@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora.compose import ORIGINAL_FLAGS, compose, config_keys, group_names, override_value, write_override
-from qlora.data.as_chat import from_alpaca
-from qlora.errors import ConfigError
+from qlora.config.compose import ORIGINAL_FLAGS, compose, config_keys, group_names, override_value, write_override
+from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrackingBackend, TrainOn
+from qlora.data.formats.as_chat import from_alpaca
+from qlora.errors import UserError
 from qlora.migrate import migrate, read
 from qlora.migrate.axolotl import AXOLOTL
-from qlora.migrate.factory import FACTORY
+from qlora.migrate.llama_factory import FACTORY
 from qlora.migrate.original import QLORA
 from qlora.migrate.rules import Dialect, Move, Pick
 from qlora.migrate.torchtune import TORCHTUNE
-from qlora.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrackingBackend, TrainOn
 
 SCRIPT = r"""#!/bin/bash
 # Tunes a chat model on one card.
@@ -266,7 +266,7 @@ def test_a_llama_factory_yaml_with_its_registry_of_sets(tmp_path: Path) -> None:
     assert (first.path, first.format) == (f"{tmp_path}/data/a.json", "conversations")
     assert first.columns == {"conversations": "turns"}
     assert (second.path, second.subset, second.columns) == ("me/set", "en", {"output": "answer"})
-    assert second.format == "qlora.data.as_chat:from_alpaca"
+    assert second.format == "qlora.data.formats.as_chat:from_alpaca"
     assert (config.data.template, config.data.max_length, config.data.max_train_samples) == ("qwen", 1024, 500)
     assert config.model.architecture is not None
     assert (config.quantization.bits, config.quantization.double_quant) == (4, False)
@@ -317,16 +317,16 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_translated_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         migrated(tmp_path, name, text)
     assert said in str(error.value)
 
 
 def test_a_missing_file_and_one_that_is_no_text_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="no UTF-8"):
+    with pytest.raises(UserError, match="no UTF-8"):
         read(tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match="did you mean"):
+    with pytest.raises(UserError, match="did you mean"):
         read(tmp_path / "confg.yaml")
 
 

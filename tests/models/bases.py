@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from qlora.compose import compose
+from qlora.config.compose import compose
+from qlora.config.schema import Config
 from qlora.models import loading
-from qlora.models.device import find_device, place
 from qlora.models.tokenizer import load_tokenizer
-from qlora.schema import Config
+from qlora.runtime.device import find_device, place
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

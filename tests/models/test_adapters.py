@@ -11,12 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models import adapters, loading
-from qlora.models.checkpoint import Checkpoint
-from qlora.models.device import find_device, place
-from qlora.schema import Config
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.config.schema import Config
+from qlora.errors import UserError
+from qlora.models import loading
+from qlora.models.weight_files import Checkpoint
+from qlora.runtime.device import find_device, place
 from tests.models import bases
 
 
@@ -84,7 +85,7 @@ def test_target_modules_take_names_and_patterns(base_folder: Path) -> None:
 def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder: Path) -> None:
     _, base = load(base_folder, "quantization=fp32")
     with pytest.raises(
-        ConfigError, match=r"\['q_prj'\] match no linear layer .did you mean q_proj\?.; the model has"
+        UserError, match=r"\['q_prj'\] match no linear layer .did you mean q_proj\?.; the model has"
     ) as e:
         adapters.find_target_modules(["q_prj", "v_proj"], base)
     assert "'gate_proj'" in str(e.value)
@@ -176,20 +177,20 @@ def test_eva_on_more_directions_than_features_names_the_largest_rank_which_works
         config, base = load(base_folder, "quantization=fp32", "lora=eva", f"lora.r={rank}")
         return attach(config, base, base_folder)
 
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         start(500)
     message = str(error.value)
     assert message.startswith("lora.r=500: lora.init=eva looks for 1000 directions in what a layer reads, and model.")
     assert message.endswith(" or less, or use lora=all-linear lora.init=default")
     largest = int(message.partition("set lora.r=")[2].partition(" ")[0])
-    with pytest.raises(ConfigError, match=f"set lora.r={largest} or less"):
+    with pytest.raises(UserError, match=f"set lora.r={largest} or less"):
         start(largest + 1)
 
 
 def test_eva_on_layers_that_peft_cannot_read_gives_a_hint_that_works(tmp_path: Path) -> None:
     folder = bases.write("deepseek_v3", tmp_path / "base")
     config, base = load(folder, "quantization=fp32", "lora=eva")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         attach(config, base, folder)
     message = str(error.value)
     assert message.startswith("lora.init=eva: PEFT cannot start from what some layers of this deepseek_v3 read (")
@@ -206,7 +207,7 @@ def loading_tokenizer():  # type: ignore[no-untyped-def]
 
 def test_an_untrained_adapter_is_not_taken_for_a_trained_one(base_folder: Path, tmp_path: Path) -> None:
     config, base = load(base_folder, "quantization=nf4")
-    with pytest.raises(ConfigError, match=r"are zero: nothing was trained; raise trainer\.learning_rate"):
+    with pytest.raises(UserError, match=r"are zero: nothing was trained; raise trainer\.learning_rate"):
         adapters.save_adapter(attach(config, base, base_folder), tmp_path / "adapter", tokenizer=loading_tokenizer())
     assert not (tmp_path / "adapter").exists()
 
@@ -243,7 +244,7 @@ def test_an_adapter_of_another_base_is_refused_with_its_own_base_and_the_first_d
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2} | shape
     other = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         adapters.load_adapter(other, saved[1], "other")
     assert str(error.value) == (
         f"adapter={saved[1]} does not fit model.name=other: it was trained on {base_folder}; give that base as "
@@ -257,7 +258,7 @@ def test_an_adapter_of_a_smaller_model_lacks_what_this_base_has(base_folder: Pat
     larger = LlamaForCausalLM(LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, vocab_size=100,
     ))  # fmt: skip
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         adapters.load_adapter(larger, tmp_path, "larger")
     assert str(error.value) == (
         f"adapter={tmp_path} is incomplete: 2 of the 6 tensors that its adapter_config.json means on this base are "
@@ -274,7 +275,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
     )
     _, fresh = load(base_folder, "quantization=fp32")
     with pytest.raises(
-        ConfigError, match=r"is incomplete: 2 of the 28 tensors .* first base_model.*up_proj.lora_A.weight; "
+        UserError, match=r"is incomplete: 2 of the 28 tensors .* first base_model.*up_proj.lora_A.weight; "
     ):
         adapters.load_adapter(fresh, saved[1], "base")
 
@@ -292,7 +293,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
 )
 def test_a_broken_adapter_config_is_one_sentence(saved: tuple[PeftModel, Path], text: str, sentence: str) -> None:
     (saved[1] / "adapter_config.json").write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         adapters.check_adapter_folder(saved[1])
     assert str(error.value).startswith(f"adapter={saved[1]}: {sentence}")
     assert "\n" not in str(error.value)
@@ -302,7 +303,7 @@ def test_adapter_weights_that_were_cut_off_are_one_sentence(saved: tuple[PeftMod
     weights = saved[1] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
-        ConfigError, match=r"^adapter: .*adapter_model.safetensors is damaged or incomplete .* copy it again$"
+        UserError, match=r"^adapter: .*adapter_model.safetensors is damaged or incomplete .* copy it again$"
     ):
         adapters.check_adapter_folder(saved[1])
 
@@ -317,14 +318,14 @@ def test_a_saved_adapter_is_compared_with_the_one_in_memory(saved: tuple[PeftMod
     changed[name][0, 0] += 1e-6
     save_file(changed, path)
     with pytest.raises(
-        ConfigError, match=rf"adapter was not saved as it is in memory \({name} has other values\); check"
+        UserError, match=rf"adapter was not saved as it is in memory \({name} has other values\); check"
     ):
         adapters.verify_adapter(folder, model)
     save_file({key: value for key, value in weights.items() if key != name}, path)
-    with pytest.raises(ConfigError, match=rf"\({name} is missing\)"):
+    with pytest.raises(UserError, match=rf"\({name} is missing\)"):
         adapters.verify_adapter(folder, model)
     path.write_bytes(whole[:-100])
-    with pytest.raises(ConfigError, match="check the disk, and run the same command again to go on"):
+    with pytest.raises(UserError, match="check the disk, and run the same command again to go on"):
         adapters.verify_adapter(folder, model)
     adapters.verify_adapter(folder, model.get_base_model())
 

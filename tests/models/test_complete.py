@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.models import loading
-from qlora.models.checkpoint import Checkpoint
+from qlora.models.weight_files import Checkpoint
 from tests.models import bases
 from tests.models.bases import change, choose, load, write
 
@@ -74,7 +74,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_files_lack_is_named_and_refused(llama: Path, tmp_path: Path, fault: str, quantization: str) -> None:
     edit, settings, sentence = FAULTS[fault]
     folder = change(shutil.copytree(llama, tmp_path / "base"), edit, **settings)
-    with pytest.raises(ConfigError, match=rf"^model.name={re.escape(str(folder))}: {sentence}") as error:
+    with pytest.raises(UserError, match=rf"^model.name={re.escape(str(folder))}: {sentence}") as error:
         load(folder, f"quantization={quantization}")
     assert "\n" not in str(error.value)
 
@@ -86,7 +86,7 @@ def test_a_stored_4bit_base_must_be_complete_too(llama: Path, tmp_path: Path) ->
         for name, content in whole.items():
             (tmp_path / name).write_bytes(content)
         change(tmp_path, lambda tensors, gone=gone: {name: value for name, value in tensors.items() if name != gone})
-        with pytest.raises(ConfigError, match=r"missing|cannot be made of what its files hold"):
+        with pytest.raises(UserError, match=r"missing|cannot be made of what its files hold"):
             load(tmp_path, "quantization=nf4")
 
 
@@ -101,7 +101,7 @@ def test_both_of_two_tied_matrices_may_not_be_missing(tmp_path: Path) -> None:
     folder = change(write("qwen2", tmp_path), lambda tensors: {
         name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name
     })  # fmt: skip
-    with pytest.raises(ConfigError, match=r"2 tensors are missing .*model.embed_tokens.weight"):
+    with pytest.raises(UserError, match=r"2 tensors are missing .*model.embed_tokens.weight"):
         load(folder, "quantization=fp32")
 
 
@@ -109,9 +109,7 @@ def test_a_missing_expert_is_named_by_the_tensor_that_it_is_a_part_of(tmp_path: 
     folder = write("mixtral", tmp_path)
     change(folder, lambda tensors: {name: value for name, value in tensors.items() if "1.block_sparse_moe.experts.2.w1"
                                     not in name})  # fmt: skip
-    with pytest.raises(
-        ConfigError, match=r"1 tensor cannot be made .*, model.layers.1.mlp.experts.gate_up_proj: parts"
-    ):
+    with pytest.raises(UserError, match=r"1 tensor cannot be made .*, model.layers.1.mlp.experts.gate_up_proj: parts"):
         load(folder, "quantization=fp32")
 
 
@@ -119,7 +117,7 @@ def test_a_buffer_that_training_fills_may_not_be_missing(tmp_path: Path) -> None
     folder = change(write("deepseek_v3", tmp_path), lambda tensors: {
         name: tensor for name, tensor in tensors.items() if "e_score_correction_bias" not in name
     })  # fmt: skip
-    with pytest.raises(ConfigError, match=r"1 tensor is missing .*e_score_correction_bias"):
+    with pytest.raises(UserError, match=r"1 tensor is missing .*e_score_correction_bias"):
         load(folder, "quantization=fp32")
 
 
@@ -159,7 +157,7 @@ def test_a_missing_file_of_several_is_named_before_any_is_read(shards: Path, tmp
     message = (
         rf"1 of the {len(files)} files of the weights that .*index.json names are missing, first {files[-1].name}; "
     )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         loading.load_model_config(choose(folder).model)
 
 
@@ -167,7 +165,7 @@ def test_a_missing_file_of_several_is_named_before_any_is_read(shards: Path, tmp
 def test_a_damaged_index_is_one_sentence(shards: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(shards, tmp_path / "base")
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"index\.json is damaged \(.*\); correct it, or download or copy it again$"):
+    with pytest.raises(UserError, match=r"index\.json is damaged \(.*\); correct it, or download or copy it again$"):
         loading.load_model_config(choose(folder).model)
 
 
@@ -195,7 +193,7 @@ def test_what_is_no_decoder_is_refused_by_its_config_alone(tmp_path: Path, kind:
     config = {"model_type": kind, **IDS, **SHAPES[kind]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(ConfigError, match=rf"is not a decoder-only causal language model: {kind} {reason}.*; choose"):
+    with pytest.raises(UserError, match=rf"is not a decoder-only causal language model: {kind} {reason}.*; choose"):
         loading.load_model_config(choose(tmp_path).model)
 
 
@@ -210,7 +208,7 @@ def test_a_text_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(ConfigError, match="gemma3_text lets tokens see those behind them"):
+    with pytest.raises(UserError, match="gemma3_text lets tokens see those behind them"):
         loading.load_model_config(choose(tmp_path).model)
 
 

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qlora.errors import ConfigError
-from qlora.models import adapters, loading
+from qlora import adapters
+from qlora.errors import UserError
+from qlora.models import loading
 from qlora.models.decoder import EXPERTS, ROUTER, read_decoder
-from qlora.models.device import find_device, place
 from qlora.models.tokenizer import load_tokenizer
+from qlora.runtime.device import find_device, place
 from tests.models.bases import choose, load, write
 
 IDS = torch.arange(100, 132)[None]
@@ -71,7 +72,7 @@ def test_a_tower_for_pictures_gets_no_adapter_and_plain_peft_loads_the_rest(
 def test_a_name_that_only_the_tower_has_is_refused(folders: dict[str, Path]) -> None:
     base = load(folders["gemma3"], "quantization=fp32")
     with pytest.raises(
-        ConfigError, match=r"lora.target_modules \['fc1'\] match no linear layer.*; the model has \['down"
+        UserError, match=r"lora.target_modules \['fc1'\] match no linear layer.*; the model has \['down"
     ):
         adapters.find_target_modules(["fc1"], base)
 
@@ -110,16 +111,14 @@ def test_every_kind_of_adapter_trains_on_a_mixture(folders: dict[str, Path], lor
 
 
 def test_eva_says_which_layers_it_cannot_start_from(folders: dict[str, Path]) -> None:
-    with pytest.raises(
-        ConfigError, match=r"lora.init=eva: PEFT cannot start .* qwen3_next read .*; use lora=attention"
-    ):
+    with pytest.raises(UserError, match=r"lora.init=eva: PEFT cannot start .* qwen3_next read .*; use lora=attention"):
         attach(folders["qwen3_next"], "quantization=fp32", "lora=eva")
     assert adapted(attach(folders["qwen3_next"], "quantization=fp32", "lora=attention", "lora.init=eva"))
 
 
 def test_loftq_starts_on_a_mixture_that_is_mostly_quantized(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path, num_experts=2, moe_intermediate_size=16)
-    from qlora.models.checkpoint import Checkpoint
+    from qlora.models.weight_files import Checkpoint
 
     config = choose(folder, "lora=loftq", "quantization=nf4")
     model = adapters.add_lora(
@@ -130,7 +129,7 @@ def test_loftq_starts_on_a_mixture_that_is_mostly_quantized(tmp_path: Path) -> N
 
 def test_names_that_peft_gives_to_experts_are_refused(folders: dict[str, Path]) -> None:
     base = load(folders["deepseek_v3"], "quantization=none")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         adapters.find_target_modules(["q_proj", "up_proj"], base)
     assert str(error.value) == (
         "lora.target_modules ['up_proj']: in deepseek_v3 PEFT gives these names to the experts, which have no adapters "
@@ -154,7 +153,7 @@ def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
     config = choose(folders[kind], f"quantization={quantization}")
     placement = place(config.quantization, find_device(config.device))
     shape = loading.load_model_config(config.model)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         loading.check_quantization(config.model, config.quantization, shape, placement=placement)
     name = re.escape(str(folders[kind]))
     assert re.fullmatch(

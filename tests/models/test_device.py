@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models.device import Placement, computes_bf16, find_device, place
-from qlora.schema import Device, QuantizationConfig
+from qlora.config.compose import compose
+from qlora.config.schema import Device, QuantizationConfig
+from qlora.errors import UserError
+from qlora.runtime.device import Placement, computes_bf16, find_device, place
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="there is a GPU")
@@ -30,7 +30,7 @@ def test_auto_falls_to_the_cpu_without_an_accelerator() -> None:
 @NO_GPU
 @pytest.mark.parametrize("wanted", [Device.cuda, Device.xpu])
 def test_a_missing_device_is_refused_with_what_is_there(wanted: Device) -> None:
-    with pytest.raises(ConfigError, match=rf"device={wanted.value}: torch .* only cpu; use device=auto"):
+    with pytest.raises(UserError, match=rf"device={wanted.value}: torch .* only cpu; use device=auto"):
         find_device(wanted)
 
 
@@ -40,7 +40,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert find_device(Device.cuda) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="process 3 of this machine has no GPU of its own, there are 2; launch 2"):
+    with pytest.raises(UserError, match="process 3 of this machine has no GPU of its own, there are 2; launch 2"):
         find_device(Device.cuda)
 
 

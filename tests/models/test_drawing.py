@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.models import loading
-from qlora.models.device import Placement
-from qlora.models.drawing import DrawnWeights
+from qlora.models.random_weights import RandomWeights
+from qlora.runtime.device import Placement
 
 CPU = torch.device("cpu")
 BF16 = Placement(CPU, torch.bfloat16, torch.bfloat16)
@@ -44,11 +44,11 @@ def shape(kind: str) -> Any:
     return AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPES[kind])
 
 
-def weights(kind: str, placement: Placement = FP32, seed: int = 0) -> DrawnWeights:
-    return DrawnWeights(shape(kind), placement=placement, seed=seed)
+def weights(kind: str, placement: Placement = FP32, seed: int = 0) -> RandomWeights:
+    return RandomWeights(shape(kind), placement=placement, seed=seed)
 
 
-def base(source: DrawnWeights, quantization: str = "fp32") -> PreTrainedModel:
+def base(source: RandomWeights, quantization: str = "fp32") -> PreTrainedModel:
     config = compose([f"quantization={quantization}"])
     return loading.draw_base(config.model, config.quantization, source)
 
@@ -87,7 +87,7 @@ def test_buffers_are_those_of_a_model_built_as_usual(kind: str, quantization: st
 def test_what_loading_keeps_in_float32_is_drawn_in_float32() -> None:
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
     config = AutoConfig.for_model("ernie4_5_moe", **SMALL, **experts)
-    drawn = base(DrawnWeights(config, placement=BF16, seed=0), "none")
+    drawn = base(RandomWeights(config, placement=BF16, seed=0), "none")
     kept = {name for name, tensor in drawn.state_dict().items() if tensor.dtype is torch.float32}
     gate = "model.layers.1.mlp.gate"
     assert kept == {f"{gate}.weight", f"{gate}.moe_statics.e_score_correction_bias"}
@@ -180,7 +180,7 @@ class Wide(TorchDispatchMode):
 def test_no_more_than_one_layer_exists_in_16_bits(quantization: str) -> None:
     config = shape("llama")
     config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size = 12, 128, 256, 64
-    model = DrawnWeights(config, placement=BF16, seed=0)
+    model = RandomWeights(config, placement=BF16, seed=0)
     whole = sum(p.numel() for p in model._stencil.parameters())
     with Wide() as seen:
         base(model, quantization)

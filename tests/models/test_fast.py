@@ -11,14 +11,14 @@ from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.kernels import linear
-from qlora.models.adapters import add_lora
-from qlora.models.device import Placement
-from qlora.models.fast import FastLinear, FastStep, attend_in_batch, attend_in_rows
+from qlora.adapters import add_lora
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.loading import keep_4bit_layout, set_compute_dtype
-from qlora.models.offload import Offloading
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import FastLinear, FastStep, attend_in_batch, attend_in_rows
+from qlora.step.kernels import fused_linear
+from qlora.step.offload import Offloading
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
 SHAPE = {
@@ -130,13 +130,13 @@ def test_the_product_that_ends_a_layer_is_not_computed_again_where_no_norm_reads
     with step:
         _, expected = learn(model, batch(), num_items_in_batch=31)
     last = step.layers[0].mlp.down_proj.group.tensors[0].data_ptr()
-    decoded, decode = [], linear._decode
+    decoded, decode = [], fused_linear._decode
 
     def count(codes: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         decoded.append(codes.packed.data_ptr())
         return decode(codes, *args, **kwargs)
 
-    monkeypatch.setattr(linear, "_decode", count)
+    monkeypatch.setattr(fused_linear, "_decode", count)
     step.checkpointed = 3
     with step:
         _, found = learn(model, batch(), num_items_in_batch=31)
@@ -269,7 +269,7 @@ def test_auto_switches_nothing_on_without_cuda() -> None:
 )
 def test_what_cannot_be_is_refused_in_one_sentence(overrides: list[str], changes: dict[str, Any], message: str) -> None:
     model, config = build(overrides=tuple(overrides), **changes)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         FastStep(model, config.trainer, config.quantization, CPU, None)
 
 

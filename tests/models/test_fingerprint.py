@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models.checkpoint import fetch_weights, weight_files
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.models.fingerprint import (
     STORED,
     Base,
@@ -25,6 +24,7 @@ from qlora.models.fingerprint import (
     read_base,
     write_base,
 )
+from qlora.models.weight_files import fetch_weights, weight_files
 
 Weights = dict[str, torch.Tensor]
 
@@ -158,7 +158,7 @@ def test_a_shard_that_is_missing_is_named(base_folder: Path, tmp_path: Path) -> 
     AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(tmp_path, max_shard_size="200KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         weight_files(tmp_path)
     assert str(error.value) == (
         f"model.name={tmp_path}: 1 of the 4 files of the weights that model.safetensors.index.json names are missing, "
@@ -220,7 +220,7 @@ def test_random_weights_are_told_apart_by_what_decides_them() -> None:
 def test_a_damaged_manifest_is_one_sentence_where_nothing_else_says_the_base(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"manifest\.json is damaged \(.*\), and nothing else says .*; copy the run"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(.*\), and nothing else says .*; copy the run"):
         read_base(tmp_path / "adapter")
 
 
@@ -229,7 +229,7 @@ def test_a_damaged_record_of_the_base_is_one_sentence(tmp_path: Path) -> None:
     assert read_base(tmp_path) == base("a")
     for text in ("{", "[]", '{"nme": "a"}', '{"name": 3}', '{"name": "a", "random": "b"}', '{"name": null}'):
         (tmp_path / "base.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"^adapter=.*: base\.json is damaged \(.*\); copy the adapter again$"):
+        with pytest.raises(UserError, match=r"^adapter=.*: base\.json is damaged \(.*\); copy the adapter again$"):
             read_base(tmp_path)
 
 
@@ -249,6 +249,6 @@ def test_what_a_newer_version_adds_to_the_base_of_an_adapter_is_ignored(tmp_path
 )
 def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "base.json").write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_base(tmp_path)
     assert str(error.value) == f"adapter={tmp_path}: base.json is damaged ({fault}); copy the adapter again"

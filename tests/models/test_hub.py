@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
 
 TOKEN = "hf_secret"
@@ -173,10 +173,10 @@ def test_without_a_login_nothing_is_sent(hub: Hub, finished: Path, tmp_path: Pat
     ],
 )
 def test_a_repository_has_an_owner_and_a_name(words: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{sentence}"):
+    with pytest.raises(UserError, match=f"^{sentence}"):
         compose(["task=push", *words])
 
 
 def test_the_bare_base_is_not_pushed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter=none: there is nothing to push"):
+    with pytest.raises(UserError, match="adapter=none: there is nothing to push"):
         Run(compose(["task=push", "repo=me/tuned", "adapter=none"]), tmp_path).execute()

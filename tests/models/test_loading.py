@@ -8,12 +8,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.config.schema import Config
+from qlora.errors import UserError
 from qlora.models import loading
-from qlora.models.device import Placement, find_device, place
 from qlora.models.tokenizer import load_tokenizer
-from qlora.schema import Config
+from qlora.runtime.device import Placement, find_device, place
 
 IDS = torch.arange(3, 35)[None]
 
@@ -114,7 +114,7 @@ def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(stored: Path) ->
 )
 def test_a_stored_checkpoint_in_other_bits_says_what_to_set(stored: Path, overrides: list[str]) -> None:
     remedy = "set quantization.bits=4 quantization.quant_type=nf4 quantization.double_quant=true"
-    with pytest.raises(ConfigError, match=rf"is stored in 4 bits \(nf4, double-quantized\), but .*; {remedy}"):
+    with pytest.raises(UserError, match=rf"is stored in 4 bits \(nf4, double-quantized\), but .*; {remedy}"):
         load(stored, *overrides)
     bits = remedy.removeprefix("set ").split()
     load(stored, *overrides, *bits)
@@ -145,7 +145,7 @@ def test_layers_that_find_no_place_on_the_gpus_are_refused(
               "lm_head": "cpu"}  # fmt: skip
     monkeypatch.setattr(loading, "_device_map", lambda config, placement: spread)
     message = "model.device_map=auto: the GPUs do not hold the base within model.max_memory=1GiB each, .*; raise"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load(base_folder, f"quantization={quantization}", "model.max_memory=1GiB")
 
 
@@ -201,7 +201,7 @@ def test_the_norms_floor_arrives() -> None:
 )
 def test_a_shape_that_cannot_be_built_names_its_field(fields: dict[str, object], message: str) -> None:
     config = architecture(**fields)
-    with pytest.raises(ConfigError, match=rf"model\.architecture\..*{message}"):
+    with pytest.raises(UserError, match=rf"model\.architecture\..*{message}"):
         loading.draw_model_config(config.model, load_tokenizer(config.model))
 
 

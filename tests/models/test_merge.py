@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.adapters.merge_tensors import Adapted, LowRank, Merger, take_apart
+from qlora.config.compose import compose
+from qlora.config.schema import MergeBase
+from qlora.errors import UserError
 from qlora.models import loading
-from qlora.models.checkpoint import Checkpoint, ModelNames
-from qlora.models.device import Placement, find_device, place
-from qlora.models.merge import Adapted, LowRank, Merger, take_apart
-from qlora.schema import MergeBase
+from qlora.models.weight_files import Checkpoint, ModelNames
+from qlora.runtime.device import Placement, find_device, place
 
 BITS = [
     ["quantization=nf4"],
@@ -118,9 +118,7 @@ def test_a_tensor_that_cannot_be_found_stops_the_merge(base_folder: Path, missin
     layer = LowRank(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     name = "model.layers.7.mlp.gate_proj" + (".weight" if missing == "replaced" else "")
     getattr(adapted, missing)[name] = layer
-    with pytest.raises(
-        ConfigError, match=r"in the files of the base no tensor is model\.layers\.7\.mlp.* alone; serve"
-    ):
+    with pytest.raises(UserError, match=r"in the files of the base no tensor is model\.layers\.7\.mlp.* alone; serve"):
         _ = merger(base_folder, adapted, placement).parts
 
 
@@ -129,5 +127,5 @@ def test_another_kind_of_adapter_is_refused(base_folder: Path) -> None:
 
     base, _ = load(base_folder, "quantization=fp32")
     model = get_peft_model(base, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ConfigError, match=r"adapter: task=merge adds LoRA to a base, but this is PEFT's .*IA3; serve"):
+    with pytest.raises(UserError, match=r"adapter: task=merge adds LoRA to a base, but this is PEFT's .*IA3; serve"):
         take_apart(model)

@@ -16,9 +16,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from qlora.errors import ConfigError
-from qlora.models.device import Placement
+from qlora.errors import UserError
 from qlora.models.packing_guard import check_packing
+from qlora.runtime.device import Placement
 
 CPU = torch.device("cpu")
 FP32 = Placement(CPU, torch.float32, torch.float32)
@@ -50,13 +50,13 @@ def test_models_that_do_not_find_the_borders_are_refused(model_type: str, placem
     own = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "falcon": {"alibi": False}}
     model = build(model_type, **SHAPE, **own.get(model_type, {}))
     message = rf"data\.packing=true: {model_type} \(.*\) lets packed rows see each other; set data\.packing=false"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         check_packing(model, placement, batch_size=2)
 
 
 def test_a_model_in_which_only_some_layers_find_the_borders_is_refused():
     mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_expand": 1}
-    with pytest.raises(ConfigError, match=r"falcon_h1 \(.*\) lets packed rows see each other"):
+    with pytest.raises(UserError, match=r"falcon_h1 \(.*\) lets packed rows see each other"):
         check_packing(build("falcon_h1", **GROUPED, **mamba, head_dim=8), FP32, batch_size=2)
 
 
@@ -66,7 +66,7 @@ def test_attention_without_masks_is_refused_for_more_than_one_row_with_the_way_o
     AttentionMaskInterface.register("flash_like", flash_attention_mask)
     model = build("llama", **GROUPED)
     model.config._attn_implementation = "flash_like"
-    with pytest.raises(ConfigError, match=r"flash attention keeps them apart only with .*batch_size=1 \(got 4\)"):
+    with pytest.raises(UserError, match=r"flash attention keeps them apart only with .*batch_size=1 \(got 4\)"):
         check_packing(model, FP32, batch_size=4)
 
 
@@ -77,7 +77,7 @@ def test_positions_that_do_not_restart_are_refused():
         return torch.arange(inputs[0].shape[-1]).expand_as(inputs[0])
 
     model.transformer.wpe.register_forward_pre_hook(run_on)
-    with pytest.raises(ConfigError, match=r"its positions do not restart; set data\.packing=false"):
+    with pytest.raises(UserError, match=r"its positions do not restart; set data\.packing=false"):
         check_packing(model, FP32, batch_size=2)
 
 

@@ -16,9 +16,9 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch.distributed.tensor import DTensor
 
-from qlora import world
-from qlora.models.fast import FastLinear, FastStep
-from qlora.models.shard import _store_as_floats, shard_base
+from qlora.runtime import distributed
+from qlora.step.fast_step import FastLinear, FastStep
+from qlora.step.shard import _store_as_floats, shard_base
 
 ROOT = Path(__file__).parents[2]
 CASES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -110,10 +110,10 @@ def main(folder: Path, *names: str) -> None:
         model, config = build(overrides=overrides)
         if name == "fp8":
             model.to(torch.bfloat16)
-        rows = batch(seed=2 + world.rank())
+        rows = batch(seed=2 + distributed.rank())
         held = [0, 0]
         if shards:
-            shard_base(model, torch.device("cpu"), world.size())
+            shard_base(model, torch.device("cpu"), distributed.size())
             held[0] = held_bytes(model)
         step = FastStep(model, config.trainer, config.quantization, CPU, None)
         step.checkpointed = checkpointed
@@ -126,14 +126,14 @@ def main(folder: Path, *names: str) -> None:
         mine = {"loss": loss, "gradients": gradients, "evaluated": evaluated, "parts": step.parts, "graphs": graphs}
         return mine, (held, sum(isinstance(module, FastLinear) for module in model.modules()))
 
-    world.join()
+    distributed.join()
     found = {}
     for name in names:
         whole, _ = train(name, shards=False)
         sharded, (held, fused) = train(name, shards=True)
         found[name] = {"whole": whole, "sharded": sharded, "held": held, "fused": fused}
-    torch.save(found, folder / f"{world.rank()}.pt")
-    world.leave()
+    torch.save(found, folder / f"{distributed.rank()}.pt")
+    distributed.leave()
 
 
 def held_bytes(model: torch.nn.Module) -> int:

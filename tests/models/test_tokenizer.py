@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models import adapters, loading
-from qlora.models.device import find_device, place
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.config.schema import Config
+from qlora.errors import UserError
+from qlora.models import loading
 from qlora.models.tokenizer import (
     load_saved_tokenizer,
     load_tokenizer,
@@ -29,7 +30,7 @@ from qlora.models.tokenizer import (
     repair_special_tokens,
     save_tokenizer,
 )
-from qlora.schema import Config
+from qlora.runtime.device import find_device, place
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
@@ -139,7 +140,7 @@ def test_a_token_of_another_id_is_named_with_the_way_out(tmp_path: Path) -> None
     trained = toy(**ROLES)
     trained.add_tokens(["<call>", "<answer>"])
     folder = saved(tmp_path, trained)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         load_saved_tokenizer(folder, compose([]).model, toy(**ROLES))
     assert str(raised.value) == (
         f"adapter={folder} was trained with another tokenizer than model.name=tiny: token '<call>' is 8 there and "
@@ -147,13 +148,13 @@ def test_a_token_of_another_id_is_named_with_the_way_out(tmp_path: Path) -> None
     )
     other = toy(**ROLES)
     other.add_tokens(["<answer>", "<call>"])
-    with pytest.raises(ConfigError, match=r"than model\.tokenizer=mine: token '<call>' is 8 there and 9 here; give"):
+    with pytest.raises(UserError, match=r"than model\.tokenizer=mine: token '<call>' is 8 there and 9 here; give"):
         load_saved_tokenizer(folder, compose(["model.tokenizer=mine"]).model, other)
 
 
 def test_another_end_token_is_named(tmp_path: Path) -> None:
     folder = saved(tmp_path, toy(**ROLES))
-    with pytest.raises(ConfigError, match=r"its eos_token is '</s>' there and 'd' here; give the base"):
+    with pytest.raises(UserError, match=r"its eos_token is '</s>' there and 'd' here; give the base"):
         load_saved_tokenizer(folder, compose([]).model, toy(**ROLES | {"eos_token": "d"}))
 
 
@@ -234,7 +235,7 @@ def test_an_adapter_with_new_tokens_asks_for_them_again(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "adapter")
     bare = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=rf"trained the embedding of token {size + 1}, but .* set model.new_tokens"):
+    with pytest.raises(UserError, match=rf"trained the embedding of token {size + 1}, but .* set model.new_tokens"):
         adapters.load_adapter(bare, tmp_path / "adapter", "base")
 
 

@@ -7,13 +7,13 @@ import torch
 from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
 from transformers import Trainer, TrainingArguments
 
-import qlora.kernels.codes
-import qlora.kernels.linear
-import qlora.kernels.loss
-from qlora.compose import compose
-from qlora.planning import memory
-from qlora.planning.memory import OPTIMIZERS, Ledger, quantized_bytes
-from qlora.planning.shape import find_targets
+import qlora.quantization.bnb4.quantized_weight
+import qlora.step.kernels.fused_linear
+import qlora.step.kernels.linear_cross_entropy
+from qlora.config.compose import compose
+from qlora.planning import memory_plan
+from qlora.planning.memory_plan import OPTIMIZERS, Ledger, quantized_bytes
+from qlora.planning.model_shape import find_targets
 
 BITS = {
     "quantization=nf4": (4, True),
@@ -157,9 +157,9 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
 
 def test_the_sizes_of_pieces_and_blocks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
-    assert (memory.PIECE, memory.CHUNK, memory.BLOCK) == (
-        qlora.kernels.linear.PIECE,
-        qlora.kernels.loss.ROWS,
-        qlora.kernels.codes.BLOCK,
+    assert (memory_plan.PIECE, memory_plan.CHUNK, memory_plan.BLOCK) == (
+        qlora.step.kernels.fused_linear.PIECE,
+        qlora.step.kernels.linear_cross_entropy.ROWS,
+        qlora.quantization.bnb4.quantized_weight.BLOCK,
     )
-    assert memory.GROUP == qlora.kernels.codes.GROUP
+    assert memory_plan.GROUP == qlora.quantization.bnb4.quantized_weight.GROUP

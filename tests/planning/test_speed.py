@@ -7,8 +7,8 @@ import torch
 from real_models import adapted, shape
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora.models.adapters import count_parameters
-from qlora.planning.speed import count_operations
+from qlora.adapters import count_parameters
+from qlora.planning.time_plan import count_operations
 
 LAYERS, LENGTH, ROWS = 12, 16, 2
 SIZES = {"num_hidden_layers": LAYERS, "intermediate_size": 320}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora.compose import compose
-from qlora.reporting.card import write_model_card
-from qlora.schema import Config
+from qlora.config.compose import compose
+from qlora.config.schema import Config
+from qlora.reporting.model_card import write_model_card
 
 RESULT = {
     "metrics": {"base_eval_loss": 3.2, "eval_loss": 0.4, "base_eval_exact_match": 0.02, "eval_exact_match": 0.97},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.reporting import manifest
 from qlora.reporting.manifest import build_manifest, write_json
 
@@ -92,7 +92,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(ConfigError, match=r"a\.json cannot be written \(No space left on device\).*hydra\.run\.dir"):
+    with pytest.raises(UserError, match=r"a\.json cannot be written \(No space left on device\).*hydra\.run\.dir"):
         write_json(path, {"new": True})
     assert json.loads(path.read_text()) == {"old": True}
     assert list(tmp_path.iterdir()) == [path]
@@ -101,11 +101,11 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path, m
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
 def test_a_folder_without_permission_is_a_config_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="Permission denied"):
+    with pytest.raises(UserError, match="Permission denied"):
         write_json(tmp_path / "a.json", {})
 
 
 def test_a_file_in_the_folders_place_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "file" / "a.json", {})

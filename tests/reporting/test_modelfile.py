@@ -15,11 +15,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.data.templates import NEEDED_TOKENS, Template, read_template
-from qlora.data.tokenize import build_tokenizer
+from qlora.config.schema import TEMPLATE_NAMES, DataConfig, GenerationConfig
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.chat.templates import NEEDED_TOKENS, Template, read_template
 from qlora.models.tokenizer import save_tokenizer
 from qlora.reporting.modelfile import ChatForm, find_form, write_modelfile
-from qlora.schema import TEMPLATE_NAMES, DataConfig, GenerationConfig
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 OURS = [name for name in TEMPLATE_NAMES if name != "auto"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora.reporting.history import series
-from qlora.reporting.plot import plot_loss, smooth
+from qlora.reporting.loss_curve import plot_loss, smooth
 
 FEW = [{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 1, "eval_loss": 1.9}]
 MANY = [{"step": step, "loss": 1 + 1 / step, "learning_rate": 1e-4} for step in range(1, 5001)]

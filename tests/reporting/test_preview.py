@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken, plot_lengths, to_html, to_text
-from qlora.reporting.preview_parts import Gap, Piece, count_lengths, shorten_row
+from qlora.reporting.preview.content import Gap, Piece, count_lengths, shorten_row
 
 SGR = re.compile(r"\x1b\[[\d;]*m")
 PLAIN = [("<s>", False), ("Say", False), (" hi.", False), ("\n\n", False), ("Hi", True), ("!\n", True), ("</s>", True)]

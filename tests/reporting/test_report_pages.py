@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from synthetic_runs import write_run
 
-from qlora.folder import RunFolder
 from qlora.reporting.history import Curve
 from qlora.reporting.page import format_value, metric_title, plain_value, short_value
 from qlora.reporting.run_page import run_page
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
+from qlora.runtime.run_folder import RunFolder
 
 ALARM = "</script><script>alert(1)</script>"
 EMPTY = RunsReport(
@@ -132,9 +132,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = write_run(tmp_path_factory.mktemp("runs") / "mine", ["lora.r=8"], answers=answers)
     (folder / "train.log").write_text(
-        f"2030-01-01 00:00:00,000 WARNING qlora.data.report: rows overlap {ALARM}\n"
+        f"2030-01-01 00:00:00,000 WARNING qlora.data.data_report: rows overlap {ALARM}\n"
         "2030-01-01 00:00:00,000 WARNING transformers.utils: noise\n"
-        "2030-01-01 00:00:01,000 INFO qlora.console: step 1\n"
+        "2030-01-01 00:00:01,000 INFO qlora.runtime.console: step 1\n"
     )
     return folder
 

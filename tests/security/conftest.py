@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.models.tokenizer import load_tokenizer
 
 

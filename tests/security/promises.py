@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import check_overrides
-from qlora.errors import ConfigError
+from qlora.config.compose import check_overrides
+from qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = [
@@ -27,7 +27,7 @@ SECRETS = {
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_overrides(overrides)
     return str(error.value)
 

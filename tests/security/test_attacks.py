@@ -18,10 +18,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from promises import ROOT
 
-from qlora.compose import CONF_DIR, check_overrides, compose, register, with_trust_of
-from qlora.errors import ConfigError
+from qlora.config.compose import CONF_DIR, check_overrides, compose, register, with_trust_of
+from qlora.config.trust import TESTED_HYDRA
+from qlora.errors import UserError
 from qlora.training.callbacks import build_callbacks
-from qlora.trust import TESTED_HYDRA
 
 HEAD = "# @package _global_\n"
 STOP = "qlora.training.callbacks.EarlyStopping"
@@ -165,7 +165,7 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
             composed = check_overrides(["experiment=evil"], here / "conf", multirun="params" in body)
             assert says is None, f"{name}: accepted"
             build_callbacks(OmegaConf.to_container(composed.callbacks))  # type: ignore[arg-type]
-        except ConfigError as error:
+        except UserError as error:
             text = str(error)
             assert says is not None, f"{name}: {text}"
             assert says in text, f"{name}: {text}"
@@ -222,7 +222,7 @@ def test_no_option_of_any_group_runs_anything(here: Path, file: str, body: str, 
     path.write_text(body)
     (here / "outside").mkdir(exist_ok=True)
     (here / "outside" / "mine.yaml").write_text("# @package _global_\ntrusted: [evilmod]\n")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_overrides(words, here / "conf")
     assert says in str(error.value)
     if " sets " in str(error.value):
@@ -235,14 +235,14 @@ def test_a_file_that_leads_out_of_the_shipped_options_is_somebody_s(here: Path) 
     (here / "conf" / "experiment" / "mine.yaml").write_text(
         f"{HEAD}defaults:\n  - /{os.path.relpath(here, CONF_DIR)}: mine\n"
     )
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         check_overrides(["experiment=mine"], here / "conf")
 
 
 def test_no_line_break_reaches_a_script_of_a_launcher(here: Path) -> None:
     """A scheduler's script is made of lines; what follows a line break would be a command."""
     for words in (['hydra.job.name="a\ntouch MARK"'], ['hydra.sweep.dir="a\ntouch MARK"']):
-        with pytest.raises(ConfigError, match="holds a line break"):
+        with pytest.raises(UserError, match="holds a line break"):
             check_overrides(words)
 
 
@@ -258,9 +258,9 @@ def test_every_way_to_compose_is_checked(here: Path) -> None:
     try:
         loader = Hydra.create_main_hydra2("qlora", path).config_loader
         master = loader.load_configuration("config", ["seed=0,1"], RunMode.MULTIRUN)
-        with pytest.raises(ConfigError, match="sets trusted"):
+        with pytest.raises(UserError, match="sets trusted"):
             loader.load_sweep_config(master, ["data=demo-corpus"])
-        with pytest.raises(ConfigError, match="sets trusted"):
+        with pytest.raises(UserError, match="sets trusted"):
             hydra_compose("config", overrides=["data=demo-corpus"])
     finally:
         GlobalHydra.instance().clear()
@@ -281,7 +281,7 @@ def test_a_key_that_is_trusted_may_be_set_by_a_file(here: Path) -> None:
     (here / "conf" / "experiment" / "mine.yaml").write_text(f"{HEAD}hydra: {{job: {{env_set: {{A: b}}}}}}\n")
     words = ["experiment=mine", "trusted=[hydra.job.env_set]"]
     assert check_overrides(words, here / "conf").trusted == ["hydra.job.env_set"]
-    with pytest.raises(ConfigError, match=r"add .*or trusted=\[hydra\.job\.env_set\.A\]"):
+    with pytest.raises(UserError, match=r"add .*or trusted=\[hydra\.job\.env_set\.A\]"):
         check_overrides(["experiment=mine"], here / "conf")
     check_overrides(["experiment=mine", "trusted=[hydra.job.env_set.A]"], here / "conf")
 
@@ -310,16 +310,14 @@ def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
 def test_a_stored_config_trusts_what_the_command_does() -> None:
     file = Path("run/config.yaml")
     stored = {"trusted": ["evilmod"], "model": {"trust_remote_code": True}}
-    with pytest.raises(
-        ConfigError, match=r"run/config\.yaml sets trusted=\[evilmod\] and model\.trust_remote_code=true"
-    ):
+    with pytest.raises(UserError, match=r"run/config\.yaml sets trusted=\[evilmod\] and model\.trust_remote_code=true"):
         with_trust_of(compose([]), stored, file)
     trusting = compose(["trusted=[other,evilmod]", "model.trust_remote_code=true"])
     assert with_trust_of(trusting, stored, file)["trusted"] == ["other", "evilmod"]
     for odd in ({"model": "${callbacks.x}"}, {"model": {}, "trusted": "${name}"}, {}):
-        with pytest.raises(ConfigError, match="it is damaged"):
+        with pytest.raises(UserError, match="it is damaged"):
             with_trust_of(compose([]), odd, file)
-    with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true to this command"):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code=true to this command"):
         with_trust_of(compose([]), {"model": {"trust_remote_code": "${callbacks.x.y}"}}, file)
 
 
@@ -327,5 +325,5 @@ def test_hydra_is_the_version_that_was_tested(monkeypatch: pytest.MonkeyPatch) -
     assert f"hydra-core=={TESTED_HYDRA}" in (ROOT / "constraints.txt").read_text("utf-8")
     assert f'"hydra-core=={TESTED_HYDRA}"' in (ROOT / "pyproject.toml").read_text("utf-8")
     monkeypatch.setattr("hydra.__version__", "1.3.2")
-    with pytest.raises(ConfigError, match=rf"hydra-core 1\.3\.2 is installed.*pip install hydra-core=={TESTED_HYDRA}"):
+    with pytest.raises(UserError, match=rf"hydra-core 1\.3\.2 is installed.*pip install hydra-core=={TESTED_HYDRA}"):
         compose([])

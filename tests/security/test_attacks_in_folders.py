@@ -16,17 +16,17 @@ from jinja2.exceptions import SecurityError
 from promises import QUICK, Bomb
 from transformers import TrainerCallback
 
-from qlora.compose import compose, config_to_dict, dump_config, open_entries
-from qlora.data.sources import load_hub
-from qlora.errors import ConfigError
+from qlora import adapters
+from qlora.adapters.code_files import check_own_code
+from qlora.config.compose import compose, config_to_dict, dump_config, open_entries
+from qlora.data.ingest.sources import load_hub
+from qlora.errors import UserError
 from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.metrics import find_metrics
-from qlora.functions import import_class, import_function
-from qlora.models import adapters
-from qlora.models.own_code import check_own_code
 from qlora.models.tokenizer import load_tokenizer
-from qlora.replay import replay
 from qlora.run import Run
+from qlora.runtime.user_code import import_class, import_function
+from qlora.tasks.replay import replay
 
 MARKING = "import pathlib\npathlib.Path({mark!r}).touch()\ndef f(*args, **kwargs):\n    return []\n"
 
@@ -83,9 +83,9 @@ def test_a_folder_of_tasks_does_not_stand_for_a_package_that_is_trusted(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
     (folder / "evil.yaml").write_text(TASK.format(rows=rows) + "process_docs: !function my_rows.f\n")
-    with pytest.raises(ConfigError, match="trusted"):
+    with pytest.raises(UserError, match="trusted"):
         build_harness(folder, [])
-    with contextlib.suppress(ConfigError):  # it has no rows
+    with contextlib.suppress(UserError):  # it has no rows
         build_harness(folder, ["my_rows"])
     assert sys.modules["my_rows"].__file__ == str(installed / "my_rows.py")
     assert not mark.exists()
@@ -112,13 +112,13 @@ def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypat
         replaced = tuple(f"{each.partition(':')[0]}:" for each in line.splitlines())
         kept = [each for each in base.splitlines() if not each.startswith(replaced)]
         (folder / "evil.yaml").write_text("\n".join([*kept, line]))
-        with pytest.raises((ConfigError, SecurityError)) as error:
+        with pytest.raises((UserError, SecurityError)) as error:
             build_harness(folder, []).measure(model)
         assert says in str(error.value), (line, str(error.value))
         assert not mark.exists(), line
     assert utils.env is environment
     (folder / "evil.yaml").write_text(base + "process_docs: !function utils.f\n")
-    with pytest.raises(ConfigError):  # it has no rows
+    with pytest.raises(UserError):  # it has no rows
         build_harness(folder, ["utils"])
     assert mark.exists(), "who is trusted runs"
 
@@ -129,24 +129,35 @@ def test_a_metric_of_the_library_is_none_of_the_working_directory(tmp_path: Path
         path.parent.mkdir(parents=True)
         path.write_text(MARKING.format(mark=str(mark)))
     for name in ("evil", "worse"):
-        with pytest.raises(ConfigError, match=rf"evaluate:{name}: the library would run code of .*{name}"):
+        with pytest.raises(UserError, match=rf"evaluate:{name}: the library would run code of .*{name}"):
             find_metrics([f"evaluate:{name}"])
-    with pytest.raises(ConfigError, match="is unknown"):
+    with pytest.raises(UserError, match="is unknown"):
         compose(["evaluation.metrics=['evaluate:somebody/evil']"])
     assert not mark.exists()
 
 
 def test_what_a_module_imports_cannot_be_named(tmp_path: Path, mark: Path) -> None:
     (tmp_path / "mine.py").write_text("import os\nfrom os import system\nimport shutil\n")
-    for name in ("mine:system", "qlora.files.shutil:copyfile", "qlora.files:shutil", "mine:os"):
-        with pytest.raises(ConfigError, match=f"x={name}"):
+    for name in (
+        "mine:system",
+        "qlora.runtime.atomic_files.shutil:copyfile",
+        "qlora.runtime.atomic_files:shutil",
+        "mine:os",
+    ):
+        with pytest.raises(UserError, match=f"x={name}"):
             import_function(name, "x")
     for name in (
-        *("qlora.files.shutil.copyfile", "qlora.models.loading.torch.load", "qlora.run.Run", "qlora.run", "system"),
+        *(
+            "qlora.runtime.atomic_files.shutil.copyfile",
+            "qlora.models.loading.torch.load",
+            "qlora.run.Run",
+            "qlora.run",
+            "system",
+        ),
         "transformers.dynamic_module_utils.get_class_from_dynamic_module",
         *("transformers.AutoModelForCausalLM.from_pretrained", "transformers.pipeline", "transformers.nothing.X"),
     ):
-        with pytest.raises(ConfigError, match=f"x={name}"):
+        with pytest.raises(UserError, match=f"x={name}"):
             import_class(name, "x", TrainerCallback)
     assert import_class("transformers.EarlyStoppingCallback", "x", TrainerCallback).__name__ == "EarlyStoppingCallback"
 
@@ -156,7 +167,7 @@ def test_a_tokenizer_s_code_does_not_run(tmp_path: Path, base: Path, mark: Path)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "tokenization_evil.Evil"]}}
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code=true"):
         load_tokenizer(compose([f"model.tokenizer={base}"]).model)
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text(MARKING.format(mark=str(mark)))
@@ -173,18 +184,18 @@ def test_code_in_an_adapter_s_folder_is_not_that_of_the_base(tmp_path: Path, bas
     (folder / "modeling.py").write_text("x = 1\n")
     check_own_code(folder, trusting)
     (folder / "modeling.py").write_text("x = 2\n")
-    with pytest.raises(ConfigError, match=r"adapter=.* brings Python code of its own along \(modeling\.py\)"):
+    with pytest.raises(UserError, match=r"adapter=.* brings Python code of its own along \(modeling\.py\)"):
         check_own_code(folder, trusting)
     (folder / "modeling.py").unlink()
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["somebody/evil--x.Y", null]}}')
-    with pytest.raises(ConfigError, match=r"\(somebody/evil, by tokenizer_config\.json\)"):
+    with pytest.raises(UserError, match=r"\(somebody/evil, by tokenizer_config\.json\)"):
         check_own_code(folder, trusting)
 
 
 def test_an_adapter_names_no_module(tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "evilmod"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="megatron_config"):
+    with pytest.raises(UserError, match="megatron_config"):
         adapters.check_adapter_folder(tmp_path)
 
 
@@ -207,20 +218,20 @@ def test_a_pickle_in_the_study_of_a_sweep_does_not_go_off(mark: Path) -> None:
     trial = study.ask()
     study._storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", state)
     study.tell(trial, objective(trial))
-    with pytest.raises(ConfigError, match=r"a sampler's state that would run pathlib"):
+    with pytest.raises(UserError, match=r"a sampler's state that would run pathlib"):
         run(study)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("path", ["pandas", "iceberg", "webdataset", "eval"])
 def test_a_data_set_of_the_hub_is_no_reader(path: str) -> None:
-    with pytest.raises(ConfigError, match="is a reader of the package datasets"):
+    with pytest.raises(UserError, match="is a reader of the package datasets"):
         load_hub(path, None, "train", failure=f"data.path={path}: not to be had", remedy="x")
 
 
 @pytest.mark.parametrize("files", ["reference::/x.json", "https://host/x.pkl", "/x.pkl", "../x.pkl", "~/x"])
 def test_files_of_a_data_set_lie_in_it(files: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.data_files=.* must name files inside"):
+    with pytest.raises(UserError, match=r"data\.data_files=.* must name files inside"):
         load_hub("me/set", None, "train", files, failure="data.path=me/set: not to be had", remedy="x")
 
 
@@ -234,11 +245,11 @@ def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "objective": None, "status": "finished"}))
     words = ["task=replay", f"run={folder}"]
-    with pytest.raises(ConfigError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):
+    with pytest.raises(UserError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):
         replay(compose(words), tmp_path / "again")
     text = (folder / "config.yaml").read_text().replace("- evilmod\n", "").replace("trusted:", "trusted: []")
     (folder / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"data\.path=evilmod:f: code of the package 'evilmod'"):
+    with pytest.raises(UserError, match=r"data\.path=evilmod:f: code of the package 'evilmod'"):
         replay(compose(words), tmp_path / "again")
     assert "evilmod" not in sys.modules
     assert not mark.exists()

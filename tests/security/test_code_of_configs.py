@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from promises import QUICK, refusal
 
-from qlora.compose import check_overrides, compose
-from qlora.errors import ConfigError
+from qlora.config.compose import check_overrides, compose
+from qlora.errors import UserError
 from qlora.run import Run
 
 
@@ -45,7 +45,7 @@ def test_code_named_by_somebody_s_yaml_does_not_run_either(tmp_path: Path) -> No
         "# @package _global_\ncallbacks:\n  x:\n    _target_: os.system\n    command: ls\n"
     )
     for words, key in (["hydra/job_logging=mine"], "hydra.job_logging"), (["experiment=mine"], "callbacks.x._target_"):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key)}.*os\.system.*trusted=\[os\]"):
+        with pytest.raises(UserError, match=rf"{re.escape(key)}.*os\.system.*trusted=\[os\]"):
             check_overrides(words, tmp_path)
 
 
@@ -56,9 +56,9 @@ def test_a_user_extends_the_trusted_packages() -> None:
 
 def test_a_callback_must_be_one(tmp_path: Path) -> None:
     words = ["callbacks.x._target_=transformers.AutoModelForCausalLM.from_pretrained", *QUICK]
-    with pytest.raises(ConfigError, match=r"callbacks\.x"):
+    with pytest.raises(UserError, match=r"callbacks\.x"):
         Run(compose(words), tmp_path).train()
-    with pytest.raises(ConfigError, match=r"callbacks\.x\._target_=transformers\.LlamaConfig is no TrainerCallback"):
+    with pytest.raises(UserError, match=r"callbacks\.x\._target_=transformers\.LlamaConfig is no TrainerCallback"):
         Run(compose(["callbacks.x._target_=transformers.LlamaConfig", *QUICK]), tmp_path).train()
 
 

@@ -14,17 +14,18 @@ from datasets import Dataset, DatasetInfo
 from promises import QUICK, Bomb, refusal
 from transformers import trainer
 
-from qlora.compose import compose
-from qlora.data.sources import hub_commit
-from qlora.errors import ConfigError
-from qlora.models import adapters, loading
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.data.ingest.sources import hub_commit
+from qlora.errors import UserError
+from qlora.models import loading
 from qlora.run import Run
 
 
 def test_a_pickle_in_place_of_weights_is_refused_unread(tmp_path: Path, base: Path) -> None:
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    with pytest.raises(ConfigError, match=r"weights in pytorch_model\.bin alone; only safetensors are loaded"):
+    with pytest.raises(UserError, match=r"weights in pytorch_model\.bin alone; only safetensors are loaded"):
         Run(compose([f"model.name={base}", *QUICK]), tmp_path / "run").train()
     assert not (tmp_path / "mark").exists()
 
@@ -44,7 +45,7 @@ def test_an_adapter_in_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         adapters.check_adapter_folder(folder)
     assert not (tmp_path / "mark").exists()
 
@@ -76,7 +77,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path
     config |= {"model_type": "mine", "auto_map": CODE}
     (base / "config.json").write_text(json.dumps(config))
     words = [f"model.name={base}", *QUICK]
-    with pytest.raises(ConfigError, match=r"brings Python code of its own along.*model\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"brings Python code of its own along.*model\.trust_remote_code=true"):
         _ = Run(compose(words), tmp_path / "run").model_config
     assert not mark.exists()
     loading.load_model_config(compose([*words, "model.trust_remote_code=true"]).model)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from promises import SECRETS, refusal
 
-from qlora.doctor.surroundings import check_environment
+from qlora.doctor.machine import check_environment
 from qlora.reporting.manifest import build_manifest
 from qlora.secrets import HIDDEN, find_secret, hide, hide_all
 

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from qlora import console
-from qlora.compose import check_overrides, compose
-from qlora.console import HidingFormatter, complain, printable, say, say_rows
-from qlora.errors import ConfigError
-from qlora.markup import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
-from qlora.models.foreign import find_fault, library_reads, read_object
-from qlora.reporting.card import write_model_card
+from qlora.config.compose import check_overrides, compose
+from qlora.config.schema import GenerationConfig
+from qlora.errors import UserError
+from qlora.models.json_files import find_fault, library_reads, read_object
+from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
+from qlora.reporting.model_card import write_model_card
 from qlora.reporting.modelfile import ChatForm, write_modelfile
-from qlora.schema import GenerationConfig
+from qlora.runtime import console
+from qlora.runtime.console import HidingFormatter, complain, printable, say, say_rows
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard, to_csv, to_markdown
 from qlora.sweep.overview import Sweep
-from qlora.wording import LONGEST_MESSAGE, brief, listed, tidy, visible
+from qlora.text import LONGEST_MESSAGE, brief, listed, tidy, visible
 
 EVIL = (
     *("[click](http://evil)", "![x](http://evil/p.png)", "<script>alert(1)</script>", "a | b", "```\nout", "# head"),
@@ -190,13 +190,13 @@ def test_no_secret_is_said_in_columns_either(
     ids=["long", "brackets", "lines", "words", "control"],
 )
 def test_a_message_is_short_whatever_stands_in_it(value: str) -> None:
-    error = ConfigError(f"data.path={value} is wrong; write it otherwise")
+    error = UserError(f"data.path={value} is wrong; write it otherwise")
     for text in (str(error), tidy(f"{value!r} is wrong; write it otherwise")):
         assert len(text) < LONGEST_MESSAGE + 100
         assert len(text.splitlines()) <= 50
         assert "\x1b" not in text
         assert text.endswith("write it otherwise"), "the way out stays"
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         check_overrides([f"trainer.max_steps='{value[:20_000]}'"])
     assert len(str(refused.value)) < LONGEST_MESSAGE + 100
 
@@ -235,7 +235,7 @@ def test_odd_json_of_others_is_one_sentence_with_the_file_and_what_is_wrong(
     name: str, text: str, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_object(tmp_path / name, f"model.name={tmp_path}")
     assert str(error.value).startswith(f"model.name={tmp_path}: {name} is damaged ({says}")
     assert str(error.value).endswith("); correct it, or download or copy it again")
@@ -265,8 +265,8 @@ def test_whatever_a_library_raises_about_a_foreign_file_is_one_sentence() -> Non
 
     for error in (TypeError("x\ny"), KeyError("a"), PanicException("boom"), OverflowError(), RecursionError("deep")):
         says = rf"^model\.name=m: tokenizer\.json cannot be used \({type(error).__name__}"
-        with pytest.raises(ConfigError, match=says), library_reads("model.name=m", "tokenizer.json"):
+        with pytest.raises(UserError, match=says), library_reads("model.name=m", "tokenizer.json"):
             raise error
-    for error in (MemoryError(), KeyboardInterrupt(), ConfigError("told")):
+    for error in (MemoryError(), KeyboardInterrupt(), UserError("told")):
         with pytest.raises(type(error)), library_reads("model.name=m", "config.json"):
             raise error

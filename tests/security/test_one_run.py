@@ -12,7 +12,7 @@ import pytest
 import torch
 from promises import QUICK, ROOT, SECRETS, losses
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.run import Run
 from qlora.secrets import HIDDEN
 from qlora.training.trainer import build_arguments

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qlora.compose import (
+from qlora.config.compose import (
     check_command,
     check_overrides,
     compose,
@@ -22,7 +22,7 @@ from qlora.compose import (
     read_overrides,
     restore_config,
 )
-from qlora.errors import ConfigError
+from qlora.errors import UserError
 from qlora.reporting.manifest import build_manifest
 from qlora.secrets import HIDDEN, NAMES, find_secret, hide, hide_in_diff
 
@@ -39,7 +39,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(*overrides: str, **options: bool) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_command(overrides, **options)
     return str(error.value)
 
@@ -106,7 +106,7 @@ def test_a_secret_in_a_file_for_hydra_s_own_node_is_refused(tmp_path: Path) -> N
         "# @package _global_\nhydra:\n  job:\n    id: hf_plantedplantedplantedplanted\n"
     )
     with pytest.raises(
-        ConfigError, match=r"mine\.yaml sets hydra\.job\.id \(\[hidden\]\), and what Hydra runs or writes is"
+        UserError, match=r"mine\.yaml sets hydra\.job\.id \(\[hidden\]\), and what Hydra runs or writes is"
     ):
         check_overrides(["experiment=mine"], tmp_path)
 
@@ -127,7 +127,7 @@ def test_the_address_of_a_study_comes_from_a_variable_by_its_name() -> None:
 
 def test_a_trial_is_handed_the_name_of_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     optuna = pytest.importorskip("optuna")
-    from qlora.study import TrialLink
+    from qlora.runtime.search_trial import TrialLink
     from qlora.sweep.search import _link_words
 
     url = f"sqlite:///{tmp_path}/study.db?password={PASSWORD}"
@@ -140,16 +140,16 @@ def test_a_trial_is_handed_the_name_of_the_variable(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("STORE", url.partition("?")[0])
     assert TrialLink.from_text(link.to_text()).open().number == trial.number
     monkeypatch.delenv("STORE")
-    with pytest.raises(ConfigError, match=r"the job does not have the variable STORE; export it where jobs run"):
+    with pytest.raises(UserError, match=r"the job does not have the variable STORE; export it where jobs run"):
         link.open()
 
 
 def test_a_database_that_cannot_be_reached_is_told_without_its_password() -> None:
     pytest.importorskip("optuna")
-    from qlora.study import hide_password, open_storage
+    from qlora.runtime.search_trial import hide_password, open_storage
 
     for url in (f"nosuch://u:{PASSWORD}@h/d", f"postgresql:/u:{PASSWORD}@h", f"u {PASSWORD}"):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             open_storage(url)
         assert PASSWORD not in str(error.value) + hide_password(url)
 
@@ -164,7 +164,7 @@ def test_a_stored_config_learns_nothing_of_this_machine(tmp_path: Path) -> None:
         stored = {**config, "tracking": {**config["tracking"], "project": text}}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"x": "y"}))
         assert restore_config(stored, FILE).tracking.project == text, "what looks like an interpolation is text"
-    with pytest.raises(ConfigError, match=r"^run/config\.yaml: tracking\.project holds the value of MY_PASSWORD"):
+    with pytest.raises(UserError, match=r"^run/config\.yaml: tracking\.project holds the value of MY_PASSWORD"):
         restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}}, FILE)
 
 

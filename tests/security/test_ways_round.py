@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.compose import check_command, compose
-from qlora.errors import ConfigError
+from qlora.config.compose import check_command, compose
+from qlora.errors import UserError
 from qlora.models import tokenizer as tokenizers
 from qlora.models.tokenizer import load_tokenizer
+from qlora.runtime.command_folder import check_links
 from qlora.secrets import hide
-from qlora.start import check_links
 
 
 def options(folder: Path, text: str, name: str = "experiment/mine") -> Path:
@@ -27,7 +27,7 @@ def options(folder: Path, text: str, name: str = "experiment/mine") -> Path:
 
 
 def refusal(folder: Path, *words: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_command(["experiment=mine", *words], folder, multirun=True)
     return str(error.value)
 
@@ -69,7 +69,7 @@ def test_a_tokenizer_is_one_and_nobody_is_asked_about_its_code(tmp_path: Path, b
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": kind}))
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
     (folder / "evil.py").write_text("raise SystemExit('it runs')")
-    with pytest.raises(ConfigError, match=f"says tokenizer_class='{kind}', which is no tokenizer"):
+    with pytest.raises(UserError, match=f"says tokenizer_class='{kind}', which is no tokenizer"):
         load_tokenizer(compose([f"model.tokenizer={folder}"]).model)
     assert tokenizers.dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
 
@@ -82,7 +82,7 @@ def test_a_link_out_of_the_run_s_folder_is_refused(
     link = tmp_path / "sent" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "victim")
-    with pytest.raises(ConfigError, match="is a link to"):
+    with pytest.raises(UserError, match="is a link to"):
         check_links(tmp_path / "sent")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qlora", "task=plan", "plan.device=a6000", f"hydra.run.dir={tmp_path}/sent"])
@@ -129,7 +129,7 @@ def test_secrets_in_addresses_and_headers_are_hidden(monkeypatch: pytest.MonkeyP
 
 
 def test_a_message_about_a_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_command([], "no\nfolder")
     assert "\n" not in str(error.value)
 
@@ -179,5 +179,5 @@ def test_whatever_a_template_computes_is_one_sentence(tmp_path: Path, template: 
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
     words = [f"data.template={tmp_path}/t.jinja", "data=local", f"data.path={tmp_path}/chat.jsonl"]
     config = compose(["task=preview", *words, "data.eval_dataset_size=1", f"data.cache_dir={tmp_path}/cache"])
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         Run(config, tmp_path / "run").preview()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from promises import QUICK
 
-from qlora.compose import compose
-from qlora.console import LogFile
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
+from qlora.runtime.console import LogFile
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "", "a\\0b".replace("\\0", "\0"), "a\nb", "n" * 300])
 def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"name|hydra\.sweep\.dir"):
+    with pytest.raises(UserError, match=r"name|hydra\.sweep\.dir"):
         compose([f'name="{name}"'])
 
 
@@ -35,13 +35,13 @@ def test_names_inside_data_and_models_do_not_become_paths(tmp_path: Path, base: 
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     written = set(tmp_path.rglob("*")) - before
     assert {path for path in written if folder not in path.parents} == {folder, *list(folder.parents)[:2]}
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         compose(["model.name=a/../../b", "task=push", "repo=../x/y"])
 
 
 def test_a_log_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("")
     (tmp_path / "train.log").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"train\.log is a link to another file"):
+    with pytest.raises(UserError, match=r"train\.log is a link to another file"):
         LogFile(str(tmp_path / "train.log"))
     assert (tmp_path / "elsewhere").read_text() == ""

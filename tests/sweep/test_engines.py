@@ -12,12 +12,12 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qlora.compose import compose, compose_dict
-from qlora.errors import ConfigError
+from qlora.config.compose import compose, compose_dict
+from qlora.errors import UserError
+from qlora.sweep.engine_config import SlurmSettings
 from qlora.sweep.engines import build_engine, check_engine
+from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job
-from qlora.sweep.processes import Task
-from qlora.sweep.settings import SlurmSettings
 from qlora.sweep.slurm import check_programs, prepare_job, script_text, submitted_name
 
 FIXED = ("--nodes=1", "--ntasks=1", "--requeue", "--open-mode=append")
@@ -25,7 +25,7 @@ FIXED = ("--nodes=1", "--ntasks=1", "--requeue", "--open-mode=append")
 
 def test_a_missing_engine_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=re.escape("hydra/launcher=ray needs the package ray; install it with pip "
+    with pytest.raises(UserError, match=re.escape("hydra/launcher=ray needs the package ray; install it with pip "
                                                     "install 'qlora[ray]'")):  # fmt: skip
         check_engine(["seed=0,1", "hydra/launcher=ray"])
     check_engine(["hydra/launcher=basic"])
@@ -34,7 +34,7 @@ def test_a_missing_engine_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_slurm_the_way_out_is_a_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     sentence = "hydra/launcher=slurm needs SLURM's sbatch, squeue, scontrol, scancel, which this machine lacks; start"
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         check_programs()
 
 
@@ -98,7 +98,7 @@ def test_impossible_settings_are_one_sentence(words: list[str], sentence: str) -
         *(word if word.startswith("sweep.") else f"hydra.launcher.{word}" for word in rest),
     ]
     config = compose([word for word in rest if word.startswith("sweep.")])
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         build_engine(compose_dict(overrides).hydra.launcher, config)
 
 

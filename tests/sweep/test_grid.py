@@ -14,16 +14,16 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from qlora.compose import Combinations, compose, compose_dict, config_to_dict
-from qlora.errors import ConfigError
-from qlora.sweep import screen
+from qlora.config.compose import Combinations, compose, compose_dict, config_to_dict
+from qlora.errors import UserError
+from qlora.sweep import live_table
 from qlora.sweep.grid import run_grid
 from qlora.sweep.jobs import Job, Status, identity, read_job, recorded, write_status
 from qlora.sweep.launcher import AHEAD, JobsFailed
 from qlora.sweep.leaderboard import build_leaderboard
+from qlora.sweep.live_table import Upkeep
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.report import write_overview
-from qlora.sweep.screen import Upkeep
+from qlora.sweep.sweep_report import write_overview
 
 FOLDER = Path("outputs/sweeps/grid")
 
@@ -91,7 +91,7 @@ def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:
     ],
 )
 def test_every_value_is_checked_before_a_job_starts(words: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence.replace("^", r"\^")):
+    with pytest.raises(UserError, match=sentence.replace("^", r"\^")):
         run("trainer.max_steps=1", *words)
     assert not FOLDER.exists()
 
@@ -109,7 +109,7 @@ def test_a_combination_that_is_refused_is_a_failed_job_and_the_others_run() -> N
 
 def test_every_engine_refuses_a_folder_of_another_config_and_leaves_finished_jobs_alone() -> None:
     assert len(run("lora.alpha=8,16", "seed=0,1")) == 4
-    with pytest.raises(ConfigError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps: 200 -> 3"):
+    with pytest.raises(UserError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps: 200 -> 3"):
         run("lora.alpha=8,16", "seed=0,1", "trainer.max_steps=3")
     assert run("lora.alpha=16,8.0,32", "seed=0") == [["lora.alpha=32", "seed=0"]]
 
@@ -200,7 +200,7 @@ def test_files_are_kept_up_to_date_in_their_share_of_the_time_and_never_stay_sta
         clock[0] += 1.0
         written.append(clock[0])
 
-    monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(live_table, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     upkeep = Upkeep(write, 0.1)
     for _ in range(100):
         clock[0] += 1.0

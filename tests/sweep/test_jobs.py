@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora.compose import compose, config_to_dict
-from qlora.errors import ConfigError, Pruned
-from qlora.sweep.jobs import Status, identity, is_locked, job_folder, locked, read_job, recorded, slug, write_status
+from qlora.config.compose import compose, config_to_dict
+from qlora.errors import Pruned, UserError
+from qlora.runtime.folder_lock import is_locked, locked
+from qlora.sweep.jobs import Status, identity, job_folder, read_job, recorded, slug, write_status
 
 
 def config(*overrides: str) -> dict[str, object]:
@@ -64,7 +65,7 @@ def test_a_finished_job_tells_its_result(tmp_path: Path) -> None:
     ("error", "status", "reason"),
     [
         (ValueError("bad\n  thing"), Status.failed, "ValueError: bad thing"),
-        (ConfigError("lora.r must be positive"), Status.failed, "lora.r must be positive"),
+        (UserError("lora.r must be positive"), Status.failed, "lora.r must be positive"),
         (SystemExit(0), Status.failed, "SystemExit: 0"),
         (MemoryError(), Status.failed, "MemoryError()"),
         (Pruned("eval_loss 2.1 at step 50 of 200"), Status.pruned, "eval_loss 2.1 at step 50 of 200"),
@@ -100,7 +101,7 @@ def test_a_killed_job_is_not_running_and_its_folder_is_free(tmp_path: Path) -> N
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         assert read_job(tmp_path).status is Status.running
-        with pytest.raises(ConfigError, match="is in use by another process; wait until it has ended"):
+        with pytest.raises(UserError, match="is in use by another process; wait until it has ended"):
             locked(tmp_path, f"{tmp_path} is in use by another process").__enter__()
         process.send_signal(signal.SIGKILL)
     job = read_job(tmp_path)
@@ -126,7 +127,7 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path)
 
 def test_looking_at_a_lock_does_not_disturb_who_takes_it(tmp_path: Path) -> None:
     looking = subprocess.Popen([sys.executable, "-c", (
-        "import sys; from pathlib import Path; from qlora.sweep.jobs import is_locked\n"
+        "import sys; from pathlib import Path; from qlora.runtime.folder_lock import is_locked\n"
         "print(flush=True)\nwhile True: is_locked(Path(sys.argv[1]))"
     ), str(tmp_path)], stdout=subprocess.PIPE)  # fmt: skip
     try:

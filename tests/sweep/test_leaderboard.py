@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_sweep
 
-from qlora import console
+from qlora.runtime import console
 from qlora.sweep.leaderboard import (
     Leaderboard,
     build_leaderboard,

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from qlora import cli
-from qlora.compose import check_overrides, compose, config_to_dict
-from qlora.errors import ConfigError
+from qlora.config.compose import check_overrides, compose, config_to_dict
+from qlora.errors import UserError
 from qlora.sweep.jobs import identity
 from tests.sweep.faults import SUFFER
 
@@ -49,7 +49,7 @@ class Run:
         time.sleep(float(os.environ.get("SECONDS", 0)))
         loss = (math.log10(self.config.trainer.learning_rate) + 3) ** 2 + 1 / self.config.lora.r
         if link := os.environ.get("QLORA_TRIAL"):
-            from qlora.study import TrialLink
+            from qlora.runtime.search_trial import TrialLink
             trial = TrialLink.from_text(link).open()
             for step in (10, 20, 30):
                 trial.report(loss + 1 / step, step)
@@ -351,7 +351,7 @@ def test_a_real_study_prunes_a_training(tmp_path: Path) -> None:
 
 def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_pruned(tmp_path: Path) -> None:
     from qlora.errors import Pruned
-    from qlora.study import TrialLink
+    from qlora.runtime.search_trial import TrialLink
     from qlora.training.pruning import PruningCallback
 
     url = f"sqlite:///{tmp_path}/study.db"
@@ -432,7 +432,7 @@ def test_a_parameter_under_a_condition_is_tried_with_its_parent_only() -> None:
     assert len(list(space(params=params, conditions=conditions).points())) == 3
     fixed = space("lora=loraplus", params=params, conditions=conditions)
     assert [list(point.values()) for point in fixed.points()] == [[4], [16]]
-    with pytest.raises(ConfigError, match="there is nothing to search"):
+    with pytest.raises(UserError, match="there is nothing to search"):
         space("lora=dora", "lora.r=8", params=params, conditions=conditions)
 
 
@@ -445,7 +445,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     arguments = ["-m", "hydra/sweeper=optuna", "name=s", *words]
     monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         cli._main(arguments)
     assert not list(folder.glob("outputs/sweeps/*/*/"))
     return str(caught.value)
@@ -525,11 +525,9 @@ def test_without_optuna_a_search_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 def test_an_interval_needs_a_search() -> None:
-    with pytest.raises(ConfigError, match="a grid cannot walk through an interval; add hydra/sweeper=optuna"):
+    with pytest.raises(UserError, match="a grid cannot walk through an interval; add hydra/sweeper=optuna"):
         check_overrides(["lora.dropout=interval(0,0.1)"], multirun=True)
-    with pytest.raises(
-        ConfigError, match=r"hydra\.sweeper\.n_trials is a key of hydra/sweeper=optuna; choose that too"
-    ):
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.n_trials is a key of hydra/sweeper=optuna; choose that too"):
         check_overrides(["lora.r=8,16", "hydra.sweeper.n_trials=3"], multirun=True)
 
 

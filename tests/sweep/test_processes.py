@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora.errors import ConfigError
+from qlora.errors import UserError
+from qlora.sweep.job_processes import Task, _die_with, build_slots, run_tasks, tail, visible_gpus
 from qlora.sweep.jobs import Job, Status, read_job
-from qlora.sweep.processes import Task, _die_with, build_slots, run_tasks, tail, visible_gpus
 
 BODY = """
 import json, os, signal, sys, time
@@ -181,7 +181,7 @@ def test_each_slot_has_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible == ["0", "3", "5", "GPU-a1"]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in build_slots(None, 2, on_cpu=False)] == ["0,3", "5,GPU-a1"]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in build_slots(1, 3, on_cpu=False)] == ["0,3,5"]
-    with pytest.raises(ConfigError, match=r"gpus_per_job=5, but 4 GPUs are visible here \(0, 3, 5, GPU-a1\); lower it"):
+    with pytest.raises(UserError, match=r"gpus_per_job=5, but 4 GPUs are visible here \(0, 3, 5, GPU-a1\); lower it"):
         build_slots(None, 5, on_cpu=False)
 
 
@@ -191,7 +191,7 @@ def test_without_gpus_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert build_slots(None, 1, on_cpu=False) == [{}]
     cores = len(os.sched_getaffinity(0))
     assert build_slots(2, 1, on_cpu=False) == [{"OMP_NUM_THREADS": str(max(cores // 2, 1))}] * 2
-    with pytest.raises(ConfigError, match="gpus_per_job=2, but no GPU is visible here; leave it out"):
+    with pytest.raises(UserError, match="gpus_per_job=2, but no GPU is visible here; leave it out"):
         build_slots(None, 2, on_cpu=False)
 
 

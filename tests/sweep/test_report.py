@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run, write_sweep
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.report import build_report, collect, find_runs, report, write_overview
+from qlora.sweep.sweep_report import build_report, collect, find_runs, report, write_overview
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
 
@@ -76,7 +76,7 @@ def test_a_pattern_finds_runs_sweeps_and_folders_of_runs(sweep: Path, tmp_path: 
 
 
 def test_a_pattern_without_runs_is_answered_with_the_nearest_folder(sweep: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         find_runs(f"{sweep.parent}/rank/*")
     assert str(error.value) == (
         f"runs={sweep.parent}/rank/*: there is no run (did you mean {sweep}?); name folders of runs or of sweeps, "
@@ -118,12 +118,12 @@ def test_the_objective_is_that_of_the_runs_unless_another_is_given(tmp_path: Pat
     assert found.maximizes
     assert collect(folders, tmp_path, "peak_memory_gb").objective == "peak_memory_gb"
     assert collect(folders, tmp_path, None).objective is None
-    with pytest.raises(ConfigError, match=r"objective=eval_exact_mach: none of the 2 runs has it \(did you mean eval_"):
+    with pytest.raises(UserError, match=r"objective=eval_exact_mach: none of the 2 runs has it \(did you mean eval_"):
         collect(folders, tmp_path, "eval_exact_mach")
 
 
 def test_a_report_needs_runs() -> None:
-    with pytest.raises(ConfigError, match=r"^runs is not set; name what task=report shows"):
+    with pytest.raises(UserError, match=r"^runs is not set; name what task=report shows"):
         compose(["task=report"])
     assert compose(["task=report", "runs=a/*", "objective=eval_mmlu_val_accuracy"]).runs == "a/*"
 
@@ -131,7 +131,7 @@ def test_a_report_needs_runs() -> None:
 def test_a_run_in_python_is_no_report(tmp_path: Path) -> None:
     from qlora.run import Run
 
-    with pytest.raises(ConfigError, match=r"^task=report is no run; start it on the command line: qlora task=report$"):
+    with pytest.raises(UserError, match=r"^task=report is no run; start it on the command line: qlora task=report$"):
         Run(compose(["task=report", "runs=a"]), tmp_path).execute()
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from qlora import console
-from qlora.sweep import screen
+from qlora.runtime import console
+from qlora.sweep import live_table
 from qlora.sweep.jobs import Job, Status
+from qlora.sweep.live_table import Screen, label, rooms
 from qlora.sweep.overview import Sweep
-from qlora.sweep.screen import Screen, label, rooms
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.setattr(console, "is_live", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     console._console_on.cache_clear()
-    monkeypatch.setattr(screen, "write_report", lambda sweep: None)
-    monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    monkeypatch.setattr(live_table, "write_report", lambda sweep: None)
+    monkeypatch.setattr(live_table, "time", SimpleNamespace(monotonic=lambda: 100.0))
     jobs = [Job(tmp_path / f"r{rank}", [f"lora.r={rank}", "trainer.learning_rate=0.000123456789"]) for rank in range(4)]
     return Sweep(tmp_path, "eval_loss", {job.name: job for job in jobs})
 
@@ -99,7 +99,7 @@ def test_a_wide_terminal_has_room_for_names_and_for_the_best_job(
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_a_line_is_no_wider_than_the_terminal(width: int) -> None:
     for_label, for_notes = rooms(width)
-    assert for_label + for_notes + screen.BESIDE == max(width, 67)
+    assert for_label + for_notes + live_table.BESIDE == max(width, 67)
 
 
 def test_a_job_of_many_keys_is_called_by_its_values(tmp_path: Path) -> None:

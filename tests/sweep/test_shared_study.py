@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose
-from qlora.schema import Config
+from qlora.config.compose import compose
+from qlora.config.schema import Config
+from qlora.sweep.engine_config import SearchSettings
 from qlora.sweep.jobs import Status, write_status
 from qlora.sweep.overview import Sweep
-from qlora.sweep.settings import SearchSettings
 from tests.sweep.servers import postgres
 from tests.sweep.test_optuna import RATE, results, search, start
 
 optuna = pytest.importorskip("optuna")
 
-from qlora.study import open_storage  # noqa: E402
-from qlora.sweep import presence  # noqa: E402
+from qlora.runtime.search_trial import open_storage  # noqa: E402
+from qlora.sweep import searchers  # noqa: E402
 from qlora.sweep.search import Goal, Planned, Search  # noqa: E402
 from qlora.sweep.space import build_space  # noqa: E402
 
@@ -99,7 +99,7 @@ def test_a_command_that_falls_silent_loses_its_trial_to_one_other(
     with first.presence.shown(), second.presence.shown():
         first.recover()
         assert (first.left, first.may_come()) == (1, True)
-        monkeypatch.setattr(presence, "SILENT_SECONDS", 0.0)
+        monkeypatch.setattr(searchers, "SILENT_SECONDS", 0.0)
         time.sleep(0.01)
         first.recover()
         second.recover()

@@ -14,17 +14,17 @@ import pytest
 import yaml
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.compose import check_overrides
-from qlora.errors import ConfigError
-from qlora.files import write_text
-from qlora.membership import Membership
-from qlora.reporting.parallel import build_axis, plot_parallel
-from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.compose import check_overrides
+from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.errors import UserError
+from qlora.reporting.parallel_axes import build_axis, plot_parallel
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.trackers import facts, sync_command, track_sweep, typed_table
-from qlora.sweep.wandb_sweep import write_wandb_sweep
+from qlora.sweep.sweep_tracker import facts, sync_command, track_sweep, typed_table
+from qlora.tasks.wandb_sweep import write_wandb_sweep
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
@@ -316,7 +316,7 @@ def test_a_sweep_that_wandb_cannot_run_is_refused(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         described(*words)
     assert sentence in str(error.value)
     assert not list(tmp_path.rglob("*.yaml"))
@@ -362,4 +362,4 @@ def test_an_agent_s_job_trains_and_its_summary_holds_the_metric(
 
 def test_a_job_without_a_sweep_belongs_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QLORA_SWEEP", raising=False)
-    assert Membership.from_environment(["lora.r=8"]) is None
+    assert SweepJob.from_environment(["lora.r=8"]) is None

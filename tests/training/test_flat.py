@@ -6,8 +6,8 @@ import pytest
 import torch
 from bitsandbytes.optim import PagedAdamW32bit
 
-from qlora.training import flat
-from qlora.training.flat import flatten_groups, run_ahead
+from qlora.training import flat_optimizer
+from qlora.training.flat_optimizer import flatten_groups, run_ahead
 
 
 def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
@@ -15,7 +15,7 @@ def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 300), (70, 8), (33,))]
     groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:], "lr": 0.01}, {"params": []}]
     optimizer = kind(groups, lr=0.1)
-    if flat:
+    if flat_optimizer:
         flatten_groups(optimizer)
     for _ in range(4):
         for weight in weights:
@@ -31,7 +31,7 @@ def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.
 def test_the_weights_are_the_same_to_the_bit(
     kind: type[torch.optim.Optimizer], piece: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora.training.flat.PIECE", piece)
+    monkeypatch.setattr("qlora.training.flat_optimizer.PIECE", piece)
     expected, _ = train(kind, flat=False)
     found, optimizer = train(kind, flat=True)
     for own, other in zip(found, expected, strict=True):
@@ -65,7 +65,7 @@ def test_states_that_are_there_are_not_lost() -> None:
 
 @pytest.mark.parametrize("piece", [100, 3])
 def test_a_step_takes_the_gradients_that_have_added_up(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "PIECE", piece)
+    monkeypatch.setattr(flat_optimizer, "PIECE", piece)
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (4,))]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     flatten_groups(optimizer)
@@ -86,7 +86,7 @@ def test_a_step_takes_the_gradients_that_have_added_up(piece: int, monkeypatch: 
 
 
 def test_gradients_are_freed_one_piece_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "PIECE", 4)
+    monkeypatch.setattr(flat_optimizer, "PIECE", 4)
     weights = [torch.nn.Parameter(torch.ones(count)) for count in (2, 4, 3)]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     flatten_groups(optimizer)

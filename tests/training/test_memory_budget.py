@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora.compose import compose
-from qlora.errors import ConfigError
-from qlora.models import fast
-from qlora.models.fast import FastStep
+from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
-from qlora.training.memory import Budget, Formula, MemoryPlan, StepMemory, close_gaps
+from qlora.step import fast_step
+from qlora.step.fast_step import FastStep
+from qlora.training.memory_budget import Budget, Formula, MemoryPlan, StepMemory, close_gaps
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -34,9 +34,9 @@ class SmallMemory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, enough: Enough, *, backward: bool, since: int = 1) -> None:
         self.enough, self.backward, self.since, self.entered = enough, backward, since, 0
         self.step: FastStep | None = None
-        self.own_enter, self.own_call = FastStep.__enter__, fast._call
+        self.own_enter, self.own_call = FastStep.__enter__, fast_step._call
         monkeypatch.setattr(FastStep, "__enter__", lambda step: self.enter(step))
-        monkeypatch.setattr(fast, "_call", lambda *args, **kwargs: self.call(*args, **kwargs))
+        monkeypatch.setattr(fast_step, "_call", lambda *args, **kwargs: self.call(*args, **kwargs))
 
     def enter(self, step: FastStep) -> FastStep:
         self.step, self.entered = step, self.entered + 1
@@ -124,7 +124,7 @@ def test_micro_batches_in_parts_learn_what_whole_ones_do(tmp_path: Path, monkeyp
 def test_what_no_plan_makes_fit_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallMemory(monkeypatch, lambda step, rows: False, backward=False)
     plan = "with 4 layers checkpointed, their inputs in the host's memory, micro-batches in 4 parts"
-    with pytest.raises(ConfigError, match=rf"{plan}; take shorter rows .* quantization=nf4, or see with task=plan"):
+    with pytest.raises(UserError, match=rf"{plan}; take shorter rows .* quantization=nf4, or see with task=plan"):
         run(tmp_path / "run")
 
 
@@ -161,7 +161,7 @@ def no_memory(batch: Any) -> torch.Tensor:
 def test_one_of_several_processes_does_not_begin_again_alone() -> None:
     memory = StepMemory(FakeStep(), CPU, None, alone=False)
     memory.begin()
-    with pytest.raises(ConfigError, match="a training step runs out of memory with 0 layers checkpointed; take"):
+    with pytest.raises(UserError, match="a training step runs out of memory with 0 layers checkpointed; take"):
         memory.run({"input_ids": torch.ones(2, 3)}, no_memory, lambda: None, rows=2)
 
 
@@ -241,7 +241,7 @@ def test_what_needs_a_gpu_is_refused_before_anything_is_loaded(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "load_base", None)
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(tmp_path, override)
 
 

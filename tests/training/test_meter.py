@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
-from qlora.compose import compose
-from qlora.data.collate import Collator, count_work
-from qlora.models.device import Placement
-from qlora.models.fast import BATCH, FastStep
-from qlora.models.fast import ROWS as LAID_OUT
-from qlora.schema import QuantizationConfig, TrainerConfig
+from qlora.config.compose import compose
+from qlora.config.schema import QuantizationConfig, TrainerConfig
+from qlora.data.batching.collate import Collator, count_work
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import BATCH, FastStep
+from qlora.step.fast_step import ROWS as LAID_OUT
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments

@@ -16,12 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
 
-from qlora.compose import compose
-from qlora.data.collate import Collator, count_work
-from qlora.errors import ConfigError
-from qlora.models.device import Placement
-from qlora.models.fast import FastStep
-from qlora.optimization import (
+from qlora.config.compose import compose
+from qlora.config.optimizers import (
     LEFT_OUT,
     OPTIMIZERS,
     SCHEDULES,
@@ -30,8 +26,12 @@ from qlora.optimization import (
     read_arguments,
     write_arguments,
 )
-from qlora.parts import Parts
-from qlora.schema import QuantizationConfig, TrainerConfig
+from qlora.config.schema import QuantizationConfig, TrainerConfig
+from qlora.data.batching.collate import Collator, count_work
+from qlora.errors import UserError
+from qlora.runtime.device import Placement
+from qlora.session import Session
+from qlora.step.fast_step import FastStep
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer, build_arguments
@@ -187,7 +187,7 @@ def test_what_is_offered_and_what_is_left_out_are_all_of_transformers() -> None:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         compose(["recipe=none", *overrides])
     return str(error.value)
 
@@ -199,7 +199,7 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(name: str, mo
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda wanted, *at: None if wanted == module else find(wanted, *at)
     )
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_installed(name)
     assert str(error.value) == (
         f"trainer.optim={name} needs the package {package}, which is not installed: pip install {package}, or choose "
@@ -217,7 +217,7 @@ def test_a_training_and_the_doctor_alone_ask_for_the_package_of_an_optimizer(mon
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_an_optimizer_that_is_left_out_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         settings(optim=name)
     assert str(error.value).startswith(f"trainer.optim={name} is not offered: it")
 
@@ -227,9 +227,9 @@ def test_an_optimizer_that_needs_a_cuda_device_is_refused_without_one(tmp_path: 
     assert text == (
         "trainer.optim=paged_ademamix_32bit runs on CUDA only, and this run computes on cpu; set trainer.optim=ademamix"
     )
-    run = Parts(compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]), tmp_path)
+    run = Session(compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]), tmp_path)
     if run.placement.device.type != "cuda":
-        with pytest.raises(ConfigError, match=r"set trainer.optim=ademamix_8bit$"):
+        with pytest.raises(UserError, match=r"set trainer.optim=ademamix_8bit$"):
             run._check_device()
 
 
@@ -325,7 +325,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_run_is_refused_when_the_config_is_read(kind: str) -> None:
     changes, sentence = REFUSED[kind]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         settings(**changes)
     assert sentence in str(error.value)
 
@@ -362,7 +362,7 @@ def assert_agrees(name: str, given: dict[str, Any]) -> None:
     try:
         check_optimizer(name, given, "linear")
         is_ours = False
-    except ConfigError:
+    except UserError:
         is_ours = True
     assert is_ours == is_refused or (is_ours and set(given) <= set(OWN_BOUNDS)), (name, given, is_ours, is_refused)
 

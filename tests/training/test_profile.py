@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qlora.compose import compose
+from qlora.config.compose import compose
 from qlora.run import Run
-from qlora.training.profile import table
+from qlora.training.profiling import table
 
 QUICK = [
     "task.evaluate=false",
@@ -33,9 +33,9 @@ def test_a_profile_writes_a_trace_and_prints_the_most_expensive_operators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, recorded: list[str]
 ) -> None:
     printed: list[str] = []
-    monkeypatch.setattr("qlora.training.profile.say", lambda line="": printed.append(str(line)))
+    monkeypatch.setattr("qlora.training.profiling.say", lambda line="": printed.append(str(line)))
     # The measured rate is that of a device; any will do.
-    monkeypatch.setattr("qlora.parts.matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("qlora.session.matrix_rate", lambda device, dtype: 1e9)
     result: dict[str, Any] = Run(
         compose([*QUICK, f"trainer.max_steps={steps}", "trainer.profile=true"]), tmp_path
     ).execute()

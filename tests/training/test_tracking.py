@@ -20,20 +20,20 @@ import pytest
 import torch
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.errors import ConfigError
-from qlora.membership import VARIABLE, Membership
-from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
-from qlora.training.tracking import NoTracker, TrackedRun, Tracker, build_tracker
-from qlora.training.tracking.base import Sent
-from qlora.training.tracking.callback import TrackerCallback
-from qlora.training.tracking.wandb import RUN_ID_FILE
+from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.errors import UserError
+from qlora.runtime.sweep_job import VARIABLE, SweepJob
+from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.training.trackers.base import Sent
+from qlora.training.trackers.callback import TrackerCallback
+from qlora.training.trackers.wandb import RUN_ID_FILE
 
 ROWS = [
     {"prompt": "What | is\nit?", "reference": "tea", "prediction": "tea", "match": "yes"},
     {"prompt": "Why?", "reference": "so", "prediction": "no", "match": "no"},
 ]
 RUN_CONFIG = {"seed": 3, "lora": {"r": 16, "target_modules": ["q_proj"]}, "data": {"name": "alpaca"}}
-SWEEP = Membership("ranks", ["lora.r=16", "data=alpaca"])
+SWEEP = SweepJob("ranks", ["lora.r=16", "data=alpaca"])
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
 
@@ -42,7 +42,7 @@ def tracker_for(
     folder: Path,
     backend: TrackingBackend,
     *,
-    sweep: Membership | None = None,
+    sweep: SweepJob | None = None,
     resumes: bool = True,
     **options: Any,
 ) -> Tracker:
@@ -96,7 +96,7 @@ def test_a_job_of_a_sweep_is_grouped_tagged_and_named_by_what_varies(tmp_path: P
     run = wandb_start(tmp_path / "job")
     assert (run.display_name, run.run_group, sorted(run.tags)) == ("lora.r=16 data=alpaca", "ranks", ["mine", "ranks"])
     assert wandb_config(run)["sweep"] == {"lora.r": 16, "data": "alpaca"}  # a number, and the name of a group's option
-    long = Membership("s" * 200, ["lora.r=16"] * 20)
+    long = SweepJob("s" * 200, ["lora.r=16"] * 20)
     offline(tmp_path / "long", sweep=long, group="own").finish("finished", {})
     run = wandb_start(tmp_path / "long")
     assert (run.run_group, list(run.tags), len(run.display_name)) == ("own", ["s" * 64], 128)
@@ -104,8 +104,8 @@ def test_a_job_of_a_sweep_is_grouped_tagged_and_named_by_what_varies(tmp_path: P
 
 AGENT_JOB = """
 from pathlib import Path
-from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
-from qlora.training.tracking import TrackedRun, build_tracker
+from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.training.trackers import TrackedRun, build_tracker
 config = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline, project="ours", entity="us")
 build_tracker(config, TrackedRun("job", Path(), {"lora": {"r": 16}})).finish("finished", {"eval_loss": 1.25})
 """
@@ -134,11 +134,11 @@ def test_an_agent_s_run_keeps_the_id_the_sweep_and_the_values_that_the_agent_cho
 
 def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
-    assert Membership.from_environment(words) is None
-    told = Membership.environment("ranks", ["lora.r", "+callbacks.x=2"])
+    assert SweepJob.from_environment(words) is None
+    told = SweepJob.environment("ranks", ["lora.r", "+callbacks.x=2"])
     monkeypatch.setenv(VARIABLE, told[VARIABLE])
-    found = Membership.from_environment(words)
-    assert found == Membership("ranks", ["lora.r=16", "+callbacks.x=1"])
+    found = SweepJob.from_environment(words)
+    assert found == SweepJob("ranks", ["lora.r=16", "+callbacks.x=1"])
     assert found.label == "lora.r=16 callbacks.x=1"
     assert found.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
 
@@ -167,8 +167,8 @@ def test_a_resumed_run_sends_no_metric_twice_and_its_rows_go_on(tmp_path: Path) 
 KILLED_JOB = """
 import os, signal, sys, time
 from pathlib import Path
-from qlora.schema import TrackingBackend, TrackingConfig, WandbMode
-from qlora.training.tracking import TrackedRun, build_tracker
+from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.training.trackers import TrackedRun, build_tracker
 config = TrackingConfig(backend=TrackingBackend(sys.argv[1]), mode=WandbMode.offline)
 tracker = build_tracker(config, TrackedRun("job", Path(), {"seed": 3}))
 for step in range(1, 401):
@@ -300,7 +300,7 @@ def test_wandb_online_without_a_login_names_the_ways_out(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         tracker_for(tmp_path / "run", TrackingBackend.wandb)
     for way in (part, "wandb login", "WANDB_API_KEY", "tracking.mode=offline"):
         assert way in str(error.value)
@@ -340,7 +340,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     backend: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"tracking={backend} needs .* pip install 'qlora\[{backend}\]'"):
+    with pytest.raises(UserError, match=rf"tracking={backend} needs .* pip install 'qlora\[{backend}\]'"):
         tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
 
 
@@ -393,7 +393,7 @@ def test_a_resumed_run_writes_no_scalar_twice(tmp_path: Path) -> None:
     [(SWEEP, {"lora.r": 16.0, "data": "alpaca"}), (None, {"lora.r": 16.0, "data.name": "alpaca", "seed": 3.0})],
 )
 def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
-    tmp_path: Path, sweep: Membership | None, expected: dict[str, Any]
+    tmp_path: Path, sweep: SweepJob | None, expected: dict[str, Any]
 ) -> None:
     from google.protobuf.json_format import MessageToDict
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -464,14 +464,14 @@ MLFLOW_JOB = """
 import os
 import sys
 from pathlib import Path
-from qlora.membership import Membership
-from qlora.schema import TrackingBackend, TrackingConfig
-from qlora.training.tracking import TrackedRun, build_tracker
+from qlora.runtime.sweep_job import SweepJob
+from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.training.trackers import TrackedRun, build_tracker
 name, *starts = sys.argv[1:]
 folder = Path(name)
 folder.mkdir(exist_ok=True)
 plain = {"seed": 3, "lora": {"r": 16}, "trusted": ["x" * 7000]}
-run = TrackedRun(name, folder, plain, Membership("ranks", [f"lora.r={name}", "data=alpaca"]))
+run = TrackedRun(name, folder, plain, SweepJob("ranks", [f"lora.r={name}", "data=alpaca"]))
 uri = os.environ.get("SERVER")
 config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True, uri=uri)
 for steps in starts:
@@ -603,7 +603,7 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
 
 def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    with pytest.raises(ConfigError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
+    with pytest.raises(UserError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
         tracker_for(tmp_path, TrackingBackend.mlflow, uri="bad://place")
 
 

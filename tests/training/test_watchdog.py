@@ -20,12 +20,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data._utils import signal_handling
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from qlora.compose import compose
-from qlora.data.collate import Collator, count_work
-from qlora.errors import ConfigError
-from qlora.models.device import Placement
-from qlora.models.fast import FastStep
-from qlora.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
+from qlora.config.compose import compose
+from qlora.config.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
+from qlora.data.batching.collate import Collator, count_work
+from qlora.errors import UserError
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import FastStep
 from qlora.training.meter import Meter
 from qlora.training.sampler import ShuffledSampler
 from qlora.training.stopping import Stop
@@ -375,7 +375,7 @@ def test_a_connection_that_breaks_before_its_process_is_known_to_be_dead_names_t
     ],
 )
 def test_what_cannot_be_watched_so_is_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         compose(overrides)
 
 

@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qlora.sweep.settings import RaySettings, SearchSettings, SlurmSettings
+from qlora.sweep.engine_config import RaySettings, SearchSettings, SlurmSettings
 
 
 @dataclass

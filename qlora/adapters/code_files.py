@@ -1,0 +1,41 @@
+"""Python code in the folder of an adapter: `model.trust_remote_code` is about that of the base alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlora.config.schema import ModelConfig
+from qlora.errors import ConfigError
+from qlora.models.model_files import locate
+from qlora.models.weight_files import local_files
+
+OTHER_REPOSITORY = re.compile(r'"([^"\s]+)--[\w.]+"')
+"""How transformers names code of another repository in its JSON files."""
+
+
+def check_own_code(folder: Path, config: ModelConfig) -> None:
+    """Raises `ConfigError` if a folder brings code along that is not that of the base, byte by byte."""
+    if config.trust_remote_code and (name := _find_own_code(folder, config)) is not None:
+        raise ConfigError(
+            f"adapter={folder} brings Python code of its own along ({name}), and model.trust_remote_code=true is about "
+            f"that of {config.tokenizer or config.name} alone; take it out, or copy that model's in its place"
+        )
+
+
+def _find_own_code(folder: Path, config: ModelConfig) -> str | None:
+    bases = [name for name in (config.tokenizer, config.name) if name is not None]
+    for file in sorted(folder.glob("**/*.py")):
+        copies = [_base_folder(name, config) / file.relative_to(folder) for name in bases]
+        if not any(copy.is_file() and copy.read_bytes() == file.read_bytes() for copy in copies):
+            return file.name
+    for file in sorted(folder.glob("*.json")):
+        for repository in OTHER_REPOSITORY.findall(file.read_text("utf-8", "replace")):
+            if repository not in bases:
+                return f"{repository}, by {file.name}"
+    return None
+
+
+def _base_folder(name: str, config: ModelConfig) -> Path:
+    revision = config.revision if name == config.name else None
+    return local_files(locate(name), revision=revision, cache_dir=config.cache_dir)

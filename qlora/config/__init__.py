@@ -1,0 +1,1 @@
+"""Everything about configuration, without torch: schema, composing, overrides, suggestions, help."""

@@ -1,0 +1,69 @@
+"""Puts rows of different lengths into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora.data.batching.example_tokens import IGNORED
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads the rows of a batch on the right, to the longest of them."""
+
+    pad_token_id: int
+    width: int = 0
+    """Every batch is at least so wide; equal shapes let compiled code be used again."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
+
+        Packs (rows with `position_ids`) give `position_ids` in place of the mask: a model of transformers reads the
+        borders inside a pack from the positions, and only where there is no mask. Padding is one more row of the
+        pack, with positions of its own from 0.
+        """
+        ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        lengths = np.array([len(row) for row in ids])
+        cells = np.arange(max(lengths.max(), self.width))[None, :]
+        inside = cells < lengths[:, None]
+        batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = _fill([row["position_ids"] for row in rows], inside, cells - lengths[:, None])
+        else:
+            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
+        return batch
+
+
+def token_mask(batch: Mapping[str, Tensor], pad_token_id: int) -> Tensor:
+    """Returns which cells of a batch hold a token rather than padding: bool [rows, width].
+
+    A batch of packs has no mask: there, padding is the end of a row that is all `pad_token_id` with the label -100.
+    An end token that a tokenizer also pads with stays a token, as it has a label.
+    """
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    told = (batch["input_ids"] != pad_token_id) | (batch["labels"] != IGNORED)
+    return told.flip(-1).cumsum(-1).flip(-1) > 0
+
+
+def count_work(batch: Mapping[str, Tensor], pad_token_id: int) -> tuple[int, int]:
+    """Counts the tokens of a batch on the CPU, and the pairs of tokens between which causal attention looks.
+
+    A row of n tokens has n (n + 1) / 2 pairs, each token with itself included; padding counts for nothing.
+    """
+    inside = token_mask(batch, pad_token_id).numpy()
+    places = batch["position_ids"].numpy() + 1 if "position_ids" in batch else inside.cumsum(-1)
+    return int(inside.sum()), int(places[inside].sum())
+
+
+def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int | np.ndarray) -> Tensor:
+    """Writes the rows one after the other into the cells of `inside`, over `padding` [rows, width] or a number."""
+    batch = np.array(np.broadcast_to(padding, inside.shape), dtype=np.int64)
+    batch[inside] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(batch)

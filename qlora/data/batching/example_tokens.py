@@ -1,0 +1,333 @@
+"""Turns examples into token ids and labels, within the lengths of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from qlora.config.schema import DataConfig, OnTooLong, TrainOn
+from qlora.data.chat.chat_writer import ChatWriter, Written
+from qlora.data.chat.conversations import Conversation, Message
+from qlora.data.chat.templates import Template
+from qlora.data.formats.known_formats import Example, Segment
+from qlora.errors import ConfigError
+
+IGNORED = -100
+"""The label that PyTorch's cross entropy leaves out."""
+
+
+class Turn(NamedTuple):
+    """An answer that a row trains, for evaluation to ask for."""
+
+    start: int
+    """Index of its first token in the row."""
+    prompt: str
+    """The text before it."""
+    reference: str
+    """Its own text, without an end token."""
+    asked: Written | None = None
+    """What a server sends for it; None: the text before it."""
+
+
+class Encoded(NamedTuple):
+    """One row in tokens."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The tokens that the loss counts, `IGNORED` elsewhere and at index 0, which no token predicts."""
+    source: int
+    """Tokens before the first answer, `<bos>` included, before anything was cut."""
+    target: int
+    """Tokens from there on, before anything was cut."""
+    turns: list[Turn]
+    cut_source: bool = False
+    cut_target: bool = False
+    lost_thoughts: int = 0
+    """Trained turns whose thought the template left out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it left out."""
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+    @property
+    def last_trained(self) -> int:
+        """The last token that the loss counts; `IGNORED` if there is none."""
+        return next((label for label in reversed(self.labels) if label != IGNORED), IGNORED)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The longest row that is kept whole, in tokens; None: no limit."""
+
+    source_max_len: int | None = None
+    target_max_len: int | None = None
+    max_length: int | None = None
+    on_too_long: OnTooLong = OnTooLong.truncate
+
+    def room(self, lead: int, rest: int) -> tuple[int, int]:
+        """Returns how many tokens are kept before the first answer (from its end) and from there on."""
+        kept_lead = lead if self.source_max_len is None else min(lead, self.source_max_len)
+        kept_rest = rest if self.target_max_len is None else min(rest, self.target_max_len)
+        if self.max_length is not None and kept_lead + kept_rest > self.max_length:
+            kept_rest = min(kept_rest, max(self.max_length - kept_lead, self.max_length // 2))
+            kept_lead = min(kept_lead, self.max_length - kept_rest)
+        return kept_lead, kept_rest
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer with the lengths, the labels and the chat template that a config asks for."""
+
+    base: PreTrainedTokenizerBase
+    bos: list[int]
+    """The token that begins every row; empty where the tokenizer has none."""
+    eos: int
+    limits: Limits
+    train_on: TrainOn = TrainOn.assistant
+    template: Template | None = None
+    """How conversations are written; only they need one."""
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer or a turn; the one of the chat template may be no special token."""
+        ends = {self.eos, *self.base.all_special_ids}
+        return frozenset(ends if self.template is None else ends | {self.writer.end_id}) - {None}
+
+    def stops(self, row: Encoded) -> bool:
+        """Tells whether a row teaches to stop: its last trained token is an end token, but for blanks behind it."""
+        trained = (label for label in reversed(row.labels) if label != IGNORED)
+        last = next((label for label in trained if label in self.end_ids or self.base.decode([label]).strip()), None)
+        return last in self.end_ids
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
+        segments = [example for example in examples if not isinstance(example, Conversation)]
+        chats = [self.writer.write(example) for example in examples if isinstance(example, Conversation)]
+        encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
+        return [
+            self._fit(next(encoded_chats if isinstance(example, Conversation) else encoded_segments))
+            for example in examples
+        ]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a conversation up to where the model goes on, as a server sends it.
+
+        What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
+        """
+        return self._encode_whole(self.writer.ask(messages))
+
+    def encode_asked(self, row: Encoded) -> list[int]:
+        """Returns the ids that ask for the last turn of a row, as far as the lengths allow."""
+        turn = row.turns[-1]
+        if turn.asked is None:
+            return row.input_ids[: turn.start]
+        ids = self._encode_whole(turn.asked)
+        first = 1 if self.bos and ids[:1] == self.bos else 0
+        cut = row.source - row.turns[0].start
+        return [*ids[:first], *ids[first + cut :]]
+
+    @cached_property
+    def writer(self) -> ChatWriter:
+        """What writes conversations."""
+        assert self.template is not None, "the pipeline chooses a template before it meets conversations"
+        return ChatWriter(self.base, self.template, self.train_on)
+
+    # Segments: each is tokenized on its own, as in the original script
+
+    def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        # Each text once: short answers and the words of templates come again and again.
+        texts = list(dict.fromkeys(segment.whole for row in rows for segment in row))
+        pieces = dict(zip(texts, self._ids(texts, plain=True), strict=True))
+        return [self._join(row, [pieces[segment.whole] for segment in row]) for row in rows]
+
+    def _ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+        """Returns the ids of each text; in a `plain` one, "</s>" is the four characters and not the end token."""
+        return self._batch(texts, plain=plain)["input_ids"] if texts else []
+
+    def _batch(self, texts: list[str], *, plain: bool) -> BatchEncoding:
+        # verbose=False: what is longer than model_max_length is cut below, no need to warn.
+        return self.base(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+
+    def _join(self, row: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
+        flags = [segment.trained for segment in row]
+        kept = _wanted(flags, self.train_on)
+        ids, labels = list(self.bos), [IGNORED] * len(self.bos)
+        turns: list[Turn] = []
+        prompt, answering = "", False
+        for segment, piece, trained in zip(row, pieces, kept, strict=True):
+            if segment.trained and not answering:
+                turns.append(Turn(len(ids), prompt, ""))
+                answering = True
+            if answering:
+                turns[-1] = turns[-1]._replace(reference=turns[-1].reference + segment.whole)
+            piece = [*piece, self.eos] if segment.ends else piece
+            prompt += segment.whole + (str(self.base.eos_token) if segment.ends else "")
+            answering = answering and not segment.ends
+            ids += piece
+            labels += piece if trained else [IGNORED] * len(piece)
+        lead = turns[0].start if turns else len(ids)
+        if any(flags):  # a row without any trained text teaches nothing, not even to stop
+            ids.append(self.eos)
+            labels.append(self.eos)
+        turns = [turn._replace(reference=turn.reference.strip()) for turn in turns] or [Turn(lead, prompt, "")]
+        return Encoded(ids, labels, lead, len(ids) - lead, turns)
+
+    # Conversations: the whole text is tokenized at once, as an inference server does it
+
+    def _encode_chats(self, chats: list[Written]) -> list[Encoded]:
+        if not chats:
+            return []
+        batch = self._batch([chat.text for chat in chats], plain=False)
+        return [self._label(chat, batch, index) for index, chat in enumerate(chats)]
+
+    def _encode_whole(self, chat: Written) -> list[int]:
+        cuts = self._cuts(chat)
+        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+
+    def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
+        ids = batch["input_ids"][index]
+        borders = sorted({border for span in (*chat.trained, *(turn.span for turn in chat.turns)) for border in span})
+        at = self._token_borders(batch, index, borders, chat.text)
+        cuts = {border for border in borders if border not in at} | self._cuts(chat)
+        if cuts:
+            ids, at = self._in_pieces(chat, borders, cuts)
+        labels = [IGNORED] * len(ids)
+        for start, end in chat.trained:
+            labels[at[start] : at[end]] = ids[at[start] : at[end]]
+        turns = [Turn(at[turn.span.start], chat.text[: turn.span.start], turn.reference) for turn in chat.turns]
+        if chat.asked is not None:
+            turns[-1] = turns[-1]._replace(prompt=chat.asked.text, asked=chat.asked)
+        if chat.turns and not chat.ends:
+            ids, labels = [*ids, self.eos], [*labels, self.eos]
+        turns = turns or [Turn(len(ids), chat.text, "")]
+        source = turns[0].start
+        row = Encoded(list(ids), labels, source, len(ids) - source, turns)
+        return row._replace(lost_thoughts=chat.lost_thoughts, lost_messages=chat.lost_messages)
+
+    def _cuts(self, chat: Written) -> set[int]:
+        """Returns where to cut a text so that no message's characters become a token of the template's."""
+        # Splitting special tokens does not split those added without that flag.
+        whole = (span.start + 1 for span in chat.raw if chat.text[span.start : span.end] in self._plain_tokens)
+        return {place for span in chat.raw for place in span}.union(whole)
+
+    @cached_property
+    def _plain_tokens(self) -> frozenset[str]:
+        return frozenset(str(token) for token in self.base.added_tokens_decoder.values() if not token.special)
+
+    def _in_pieces(self, chat: Written, borders: list[int], cuts: set[int]) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a text in pieces, and on in smaller ones as long as a token reaches over a border."""
+        places = sorted({0, len(chat.text), *cuts})
+        ids: list[int] = []
+        at = {0: 0}
+        for start, end in pairwise(places):
+            inside = [border for border in borders if start < border < end]
+            piece, found = self._piece(chat, start, end, inside)
+            if len(found) < len(inside):
+                return self._in_pieces(chat, borders, {*cuts, *inside} - set(found))
+            at |= {border: len(ids) + place for border, place in found.items()}
+            ids += piece
+            at[end] = len(ids)
+        return ids, at
+
+    def _piece(self, chat: Written, start: int, end: int, borders: list[int]) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a piece as it stands in its text: behind other text no blank is put before it."""
+        plain = any(span.start <= start < span.end for span in chat.raw)
+        for before, known in (("\n", self._line), ("", [])) if start and self._line else (("", []),):
+            text = before + chat.text[start:end]
+            batch = self._batch([text], plain=plain)
+            ids = batch["input_ids"][0]
+            if ids[: len(known)] == known:
+                break
+        shift = start - len(before)
+        inside = [border - shift for border in borders]
+        found = self._token_borders(batch, 0, inside, text)
+        return ids[len(known) :], {border + shift: place - len(known) for border, place in found.items()}
+
+    def _token_borders(self, batch: BatchEncoding, row: int, borders: list[int], text: str) -> dict[int, int]:
+        """Returns for each border between two characters the token that begins there; not those inside a token."""
+        if not self._has_offsets:
+            return {}
+        ids = batch["input_ids"][row]
+        found = {}
+        for border in borders:
+            if border in (0, len(text)):
+                found[border] = 0 if border == 0 else len(ids)
+                continue
+            before, behind = batch.char_to_token(row, border - 1), batch.char_to_token(row, border)
+            if before is None:
+                continue
+            if behind is not None and behind != before:
+                # A token may hold the last byte of one character and the first of the next.
+                if text[border - 1].isascii() or batch.token_to_chars(row, behind).start >= border:
+                    found[border] = behind
+            elif text[border].isspace():
+                # Some tokens swallow the blanks behind them, and some tokenizers count blanks to no token.
+                said = text[batch.token_to_chars(row, before).start : border]
+                if self.base.convert_ids_to_tokens(ids[before]).endswith(said):
+                    found[border] = before + 1
+        return found
+
+    @cached_property
+    def _has_offsets(self) -> bool:
+        """Whether tokens tell their characters: not where those that no token knows are dropped and shift the rest."""
+        with_unknown, without = self._ids(["a\ue0a0a", "aa"], plain=True)
+        return self.base.is_fast and with_unknown != without
+
+    @cached_property
+    def _line(self) -> list[int]:
+        """The ids of a line feed, where a tokenizer puts a blank before all that it is given; else empty."""
+        line, word, both = self._ids(["\n", "a", "\na"], plain=True)
+        return line if both[: len(line)] == line and both[len(line) :] != word else []
+
+    # Lengths
+
+    def _fit(self, row: Encoded) -> Encoded:
+        """Cuts a prompt's beginning and an answer's end to the limits; a cut answer loses its end token."""
+        lead = row.source
+        kept_lead, kept_rest = self.limits.room(lead, row.target)
+        first = 1 if self.bos and row.input_ids[:1] == self.bos and kept_lead > 0 else 0
+        gone = lead - kept_lead
+        ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
+        labels = [*row.labels[:first], *row.labels[first + gone : lead + kept_rest]]
+        labels[:1] = [IGNORED] * len(labels[:1])
+        turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
+        return row._replace(
+            input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
+        )
+
+
+def build_tokenizer(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> Tokenizer:
+    """Sets a tokenizer's lengths and labels; raises `ConfigError` where it has no end token to teach."""
+    if base.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer {base.name_or_path!r} has no end token, so no answer could learn to stop; set eos_token "
+            "in its tokenizer_config.json"
+        )
+    limits = Limits(config.source_max_len, config.target_max_len, config.max_length, config.on_too_long)
+    bos = [] if base.bos_token_id is None else [base.bos_token_id]
+    return Tokenizer(base, bos, base.eos_token_id, limits, config.train_on, template)
+
+
+def _wanted(flags: list[bool], train_on: TrainOn) -> list[bool]:
+    """Returns which segments the loss counts, of those that are `flags`."""
+    if train_on is TrainOn.all:
+        return [True] * len(flags)
+    if train_on is TrainOn.last and any(flags):
+        last = len(flags) - 1 - flags[::-1].index(True)
+        return [index == last for index in range(len(flags))]
+    return flags

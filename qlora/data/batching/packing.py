@@ -1,0 +1,136 @@
+"""Joins short rows into packs of about equal length, so that hardly any of a batch is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from qlora.data.batching.example_tokens import IGNORED
+from qlora.data.batching.token_store import column
+from qlora.errors import ConfigError
+
+Pack = np.ndarray
+"""The indices of the rows of one pack, int64 [rows of the pack]."""
+
+
+def pack(lengths: np.ndarray, budget: int) -> list[Pack]:
+    """Spreads rows over packs of at most `budget` tokens: each row, longest first, goes where the least room is left.
+
+    `lengths` holds the tokens of every row, int [rows]. Every row is in exactly one pack; equal lengths give equal
+    packs. Raises `ConfigError` for a row longer than `budget`. This is best-fit decreasing, which needs at most 11/9
+    of the fewest possible packs, plus 4 (Johnson, Near-optimal bin packing algorithms, 1973). Rows of one length and
+    packs with the same room are handled in one step: the work grows with the number of lengths rather than of rows.
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) == 0:
+        return []
+    assert lengths.min() > 0, "a row has at least one token"
+    if lengths.max() > budget:
+        raise ConfigError(
+            f"data.pack_length={budget} is shorter than the longest row, {lengths.max()} tokens; raise it, or lower "
+            "data.max_length (or data.source_max_len and data.target_max_len)"
+        )
+    longest_first = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(-lengths, return_counts=True)
+    owners: list[np.ndarray] = []
+    packs = _Packs(budget)
+    for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
+        owners += packs.place(size, count)
+    owner = np.concatenate(owners)
+    by_owner = np.argsort(owner, kind="stable")
+    return np.split(longest_first[by_owner], np.cumsum(np.bincount(owner))[:-1])
+
+
+def efficiency(packs: Sequence[Pack], lengths: np.ndarray, budget: int) -> float:
+    """Returns the share of the packs' `budget` that rows fill; the last, partly empty packs count as whole ones."""
+    return float(lengths[np.concatenate(packs)].sum() / (len(packs) * budget))
+
+
+class _Packs:
+    """Open packs by the room that is left in them."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.opened = budget, 0
+        self.by_room: dict[int, list[np.ndarray]] = {}  # room -> packs with exactly that much, in pieces
+        self.is_open = np.zeros(budget + 1, dtype=bool)  # by room: whether any pack has it
+
+    def place(self, size: int, count: int) -> Iterator[np.ndarray]:
+        """Yields the packs of `count` rows of `size` tokens, int64 arrays with `count` entries in all.
+
+        Sizes must not rise from call to call. A pack that takes one row has the least room still if another fits,
+        so that it takes rows until none fits.
+        """
+        for room in (np.flatnonzero(self.is_open[size:]) + size).tolist():
+            if count == 0:
+                return
+            pieces = self.by_room.pop(room)
+            there = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+            self.is_open[room] = False
+            yield self._fill(there, room, size, count)
+            count -= min(count, len(there) * (room // size))
+        if count:
+            needed = -(-count // (self.budget // size))
+            new = np.arange(self.opened, self.opened + needed)
+            self.opened += needed
+            yield self._fill(new, self.budget, size, count)
+
+    def _fill(self, there: np.ndarray, room: int, size: int, count: int) -> np.ndarray:
+        """Fills packs that have the same room, one after the other; returns the pack of every row that found one."""
+        each = room // size
+        full, rest = divmod(min(count, len(there) * each), each)
+        self._open(there[:full], room - each * size)
+        self._open(there[full : full + 1] if rest else there[:0], room - rest * size)
+        self._open(there[full + bool(rest) :], room)
+        return np.concatenate([np.repeat(there[:full], each), np.repeat(there[full : full + 1], rest)])
+
+    def _open(self, packs: np.ndarray, room: int) -> None:
+        if len(packs) and room:
+            self.by_room.setdefault(room, []).append(packs)
+            self.is_open[room] = True
+
+
+class PackedRows:
+    """The packs of tokenized rows; each is fetched from the rows' Arrow table when asked for."""
+
+    def __init__(self, rows: Dataset, packs: Sequence[Pack]) -> None:
+        """Takes rows with the columns `input_ids`, `labels` and `length`, and what `pack` made of their lengths."""
+        self._rows = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
+        counts = np.array([len(indices) for indices in packs], dtype=np.int64)
+        self._order = np.concatenate([np.zeros(0, np.int64), *packs])  # one array: workers are forked with it
+        self._ends = np.cumsum(counts)
+        lengths = column(rows, "length")[self._order]
+        self.lengths = _sums(lengths, counts)
+        """Tokens in each pack, int64 [packs]."""
+        self.most_rows, self.longest_row = int(counts.max(initial=0)), int(lengths.max(initial=0))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def members(self, index: int) -> list[int]:
+        """Returns the indices of a pack's rows."""
+        first = int(self._ends[index - 1]) if index else 0
+        return self._order[first : self._ends[index]].tolist()
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns `input_ids`, `labels` and `position_ids` of a pack's rows one after the other, each int [tokens].
+
+        Positions restart at 0 with every row, which is how a model tells the rows apart. The first label of a row
+        is ignored: the token before it belongs to another row.
+        """
+        table = self._rows[self.members(range(len(self))[index])]
+        ids = table["input_ids"].combine_chunks()
+        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        labels = np.array(table["labels"].combine_chunks().flatten())
+        labels[starts] = IGNORED
+        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        return {"input_ids": np.array(ids.flatten()), "labels": labels, "position_ids": positions}
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums consecutive groups of `counts` values."""
+    totals = np.concatenate([[0], np.cumsum(values)])
+    ends = np.cumsum(counts)
+    return totals[ends] - totals[ends - counts]

@@ -1,0 +1,325 @@
+"""Renders and tokenizes whole sets in chunks, in parallel, into a memory-mapped Arrow file with the counts of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from qlora.config.schema import OnEmpty, OnTooLong
+from qlora.data.batching.example_tokens import Encoded, Tokenizer
+from qlora.data.chat.conversations import Conversation
+from qlora.data.chat.trained_answers import settle
+from qlora.data.formats.cells import Row, TrackedRow, take_rows
+from qlora.data.formats.known_formats import Example, Format
+from qlora.errors import ConfigError, UserError
+from qlora.runtime import console
+from qlora.runtime.workers import Part, Result, do_parts
+
+CHUNK: Final = 1000
+CHUNK_BYTES: Final = 2**18
+"""About so much text is in a chunk of long rows: its memory stays small, and every process gets some."""
+BATCH_BYTES: Final = 2**22
+"""About so much is written as one batch: opening the file, or reading one column, touches memory for each batch."""
+PARALLEL_BYTES: Final = 2**22
+"""Above so much text several processes pay: the others import for about two seconds before they begin."""
+MAX_PROCESSES: Final = 16
+REOPEN: Final = 50
+"""After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
+
+TOKENS: Final = pa.list_(pa.int32())
+COLUMNS: Final = {
+    "input_ids": TOKENS,
+    "labels": TOKENS,
+    "length": pa.int32(),
+    "source": pa.int32(),
+    "target": pa.int32(),
+    "trained": pa.int32(),
+    "cut_source": pa.bool_(),
+    "cut_target": pa.bool_(),
+    "stops": pa.bool_(),
+    "row": pa.int64(),
+    "digest": pa.int64(),
+}
+EVAL_COLUMNS: Final = {"prompt_ids": TOKENS, "prompt": pa.string(), "reference": pa.string()}
+TASK_COLUMN: Final = "task"
+"""The column of source rows that evaluation rows keep, for reports by task."""
+
+UNREAD: Final = "unread:"
+"""Stands before the keys that nothing reads among the counts of a chunk."""
+
+TOKENS_FILE: Final = "tokens.arrow"
+COUNTS_FILE: Final = "counts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows of a set."""
+
+    rows: int = 0
+    """Rows that were read."""
+    left_out: int = 0
+    """Rows that their format leaves out, e.g. answers marked as bad."""
+    untrained: int = 0
+    """Examples dropped because no token of them would be trained."""
+    switched_off: int = 0
+    """Those of them whose answers are all switched off."""
+    only_thoughts: int = 0
+    """Those of them whose answers hold thoughts alone, which the chat template leaves out."""
+    too_long: int = 0
+    """Examples dropped by `on_too_long=drop`."""
+    empty: int = 0
+    """Examples dropped because their answers are empty."""
+    empty_answers: int = 0
+    """Empty answers in examples that are kept."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something."""
+    lost_thoughts: int = 0
+    """Trained turns whose thoughts the chat template leaves out."""
+    lost_messages: int = 0
+    """Messages of others than the assistant that it leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process needs to encode any chunk of a set."""
+
+    rows: Dataset
+    order: np.ndarray | None
+    """Indices of the rows to take; None: all."""
+    layout: Format
+    tokenizer: Tokenizer
+    on_empty: OnEmpty
+    for_eval: bool
+    shown: str
+    """The key and the path, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.order is None else len(self.order)
+
+    @property
+    def row_bytes(self) -> float:
+        """The mean size of a source row."""
+        return float(self.rows.data.nbytes / max(self.rows.data.num_rows, 1))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the encoded rows."""
+        columns = dict(COLUMNS)
+        if self.for_eval:
+            columns |= EVAL_COLUMNS
+            if TASK_COLUMN in self.rows.column_names:
+                columns[TASK_COLUMN] = pa.string()
+        return pa.schema(columns)
+
+
+class _Draft(NamedTuple):
+    """An example that is to be tokenized."""
+
+    example: Example
+    row: int
+    task: str
+    empty: int
+    """Its empty answers."""
+
+
+def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
+    """Writes the encoded rows of a job, in order, with their counts into an existing folder.
+
+    A row in which nothing is trained is left out. Only some chunks are in memory at a time.
+    """
+    total: Counter[str] = Counter()
+    with (
+        pa.OSFile(str(folder / TOKENS_FILE), "wb") as sink,
+        pa.ipc.new_stream(sink, job.schema) as writer,
+        console.progress("tokenizing", len(job)) as advance,
+        closing(_chunks(job, processes or _processes(job), folder)) as chunks,
+    ):
+        waiting: list[pa.RecordBatch] = []
+        for batch, counts in chunks:
+            waiting.append(batch)
+            if sum(part.nbytes for part in waiting) > BATCH_BYTES:
+                writer.write_batch(pa.concat_batches(waiting))
+                waiting.clear()
+            total.update(counts)
+            advance(total["rows"])
+        if waiting:
+            writer.write_batch(pa.concat_batches(waiting))
+    (folder / COUNTS_FILE).write_text(json.dumps(asdict(_counts(total))), encoding="utf-8")
+
+
+def _counts(total: Counter[str]) -> Counts:
+    names = {item.name for item in fields(Counts)}
+    unread = {key.removeprefix(UNREAD): count for key, count in sorted(total.items()) if key.startswith(UNREAD)}
+    return Counts(**{key: count for key, count in total.items() if key in names}, unread=unread)
+
+
+def load_encoded(folder: Path) -> tuple[Dataset, Counts]:
+    """Memory-maps what `encode` wrote."""
+    counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
+    return Dataset.from_file(str(folder / TOKENS_FILE)), Counts(**counts)
+
+
+def column(rows: Dataset | None, name: str) -> np.ndarray:
+    """Returns a column of numbers, in the order of the rows."""
+    if rows is None:
+        return np.empty(0, int)
+    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+
+def _processes(job: Job) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES) if len(job) * job.row_bytes > PARALLEL_BYTES else 1
+
+
+def _chunks(job: Job, processes: int, folder: Path) -> Generator[Result, None, None]:
+    size = min(max(int(CHUNK_BYTES / max(job.row_bytes, 1)), 1), CHUNK)
+    parts = [(start, min(start + size, len(job))) for start in range(0, len(job), size)]
+    encoder = _Encoder(job)
+    # Rows that lie in memory would lie in that of every process.
+    if processes > 1 and len(parts) > 1 and job.rows.cache_files:
+        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.shown)
+    else:
+        yield from map(encoder, parts)
+
+
+class _Encoder:
+    """Encodes the chunks of a job in one process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.chunks = 0
+        self.mapped = pickle.dumps(job.rows) if job.rows.cache_files else None
+        """The rows pickled, which is the paths of their files; None: they lie in memory."""
+
+    def __call__(self, part: Part) -> Result:
+        self.chunks += 1
+        if self.mapped and self.chunks % REOPEN == 0:
+            self.job = replace(self.job, rows=pickle.loads(self.mapped))
+        return _encode_chunk(self.job, *part)
+
+
+def _encode_chunk(job: Job, start: int, stop: int) -> Result:
+    indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
+    rows = take_rows(job.rows, slice(start, stop) if job.order is None else indices)
+    counts = Counter(rows=len(rows))
+    drafts: list[_Draft] = []
+    for index, row in zip(indices.tolist(), rows, strict=True):
+        try:
+            drafts += _render(job, index, row, counts)
+        except UserError as error:
+            raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+    kept, rows_kept, tasks_kept = [], [], []
+    for encoded, draft in zip(_encode(job, drafts), drafts, strict=True):
+        if (encoded.cut_source or encoded.cut_target) and not _stays(job, draft.row):
+            counts["too_long"] += 1
+        elif not encoded.trained:
+            counts["untrained"] += 1
+            counts["switched_off"] += _is_off(draft.example)
+            counts["only_thoughts"] += bool(encoded.lost_thoughts) and not (encoded.cut_source or encoded.cut_target)
+        else:
+            counts["empty_answers"] += draft.empty
+            counts["lost_thoughts"] += encoded.lost_thoughts
+            counts["lost_messages"] += encoded.lost_messages
+            kept.append(encoded)
+            rows_kept.append(draft.row)
+            tasks_kept.append(draft.task)
+    return _record_batch(job, kept, rows_kept, tasks_kept), counts
+
+
+def _is_off(example: Example) -> bool:
+    """Tells whether a chat has answers, but all of them are switched off."""
+    if not isinstance(example, Conversation):
+        return False
+    weights = [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"]
+    return bool(weights) and not any(weights)
+
+
+def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_Draft]:
+    """Yields what is to be tokenized of a row, and counts what is not, with the keys that nothing read."""
+    tracked = TrackedRow(row)
+    examples = job.layout.render(tracked)
+    task = str(tracked.get(TASK_COLUMN, ""))
+    counts["left_out"] += not examples
+    for key in tracked.unread() if examples else ():
+        counts[f"{UNREAD}{key}"] += 1
+    for example in examples:
+        settled = settle(example, job.on_empty, job.tokenizer.train_on)
+        if settled.example is None:
+            counts["empty"] += 1
+        else:
+            yield _Draft(settled.example, index, task, settled.empty)
+
+
+def _encode(job: Job, drafts: list[_Draft]) -> list[Encoded]:
+    try:
+        return job.tokenizer.encode([draft.example for draft in drafts])
+    except UserError:
+        for draft in drafts:  # again, one by one, to name the row
+            try:
+                job.tokenizer.encode([draft.example])
+            except UserError as error:
+                raise ConfigError(f"{job.shown}, row {draft.row + 1}: {error}") from None
+        raise
+
+
+def _stays(job: Job, index: int) -> bool:
+    limits = job.tokenizer.limits
+    if limits.on_too_long is OnTooLong.error:
+        raise ConfigError(
+            f"{job.shown}, row {index + 1}: longer than data.source_max_len={limits.source_max_len}, "
+            f"data.target_max_len={limits.target_max_len}, data.max_length={limits.max_length} allow; raise them, or "
+            "set data.on_too_long=truncate or drop"
+        )
+    return limits.on_too_long is OnTooLong.truncate
+
+
+def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[str]) -> pa.RecordBatch:
+    ids = [np.asarray(encoded.input_ids, dtype=np.int32) for encoded in kept]
+    labels = [np.asarray(encoded.labels, dtype=np.int32) for encoded in kept]
+    cells: dict[str, Any] = {
+        "input_ids": _lists(ids),
+        "labels": _lists(labels),
+        "length": [len(row) for row in ids],
+        "source": [encoded.source for encoded in kept],
+        "target": [encoded.target for encoded in kept],
+        "trained": [encoded.trained for encoded in kept],
+        "cut_source": [encoded.cut_source for encoded in kept],
+        "cut_target": [encoded.cut_target for encoded in kept],
+        "stops": [job.tokenizer.stops(encoded) for encoded in kept],
+        "row": rows,
+        "digest": [_digest(pair) for pair in zip(ids, labels, strict=True)],
+    }
+    if job.for_eval:
+        # Of a conversation the last answer is asked for: the turns before it are its prompt.
+        turns = [encoded.turns[-1] for encoded in kept]
+        prompts = [np.asarray(job.tokenizer.encode_asked(encoded), dtype=np.int32) for encoded in kept]
+        cells["prompt_ids"] = _lists(prompts)
+        cells["prompt"] = [turn.prompt for turn in turns]
+        cells["reference"] = [turn.reference for turn in turns]
+        cells[TASK_COLUMN] = tasks
+    return pa.record_batch([pa.array(cells[field.name], type=field.type) for field in job.schema], schema=job.schema)
+
+
+def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    values = np.concatenate(rows) if rows else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+
+
+def _digest(pair: tuple[np.ndarray, np.ndarray]) -> int:
+    """Returns 63 bits of a hash over ids and labels, equal on every machine."""
+    digest = hashlib.blake2b(pair[0].astype("<i4").tobytes(), digest_size=8)
+    digest.update(pair[1].astype("<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1

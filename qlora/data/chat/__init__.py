@@ -1,0 +1,1 @@
+"""Conversations: their layouts, the chat templates that write them, and which tokens are trained."""

@@ -1,0 +1,317 @@
+"""One data set of a run: its rows, its format and template, which rows are held out, and its tokens from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qlora.config.schema import DataConfig, MixConfig
+from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
+from qlora.data.cache import Cache
+from qlora.data.chat.conversations import Conversation
+from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
+from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
+from qlora.data.formats.known_formats import Example, find_prompt
+from qlora.data.formats.recognise import Choice, choose_format
+from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
+from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.text import parse_size
+
+SAMPLE = 20
+"""Rows that are looked at to recognise a format."""
+LABEL_ROWS = 10_000
+"""Rows whose labels are in memory at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One data set: its fields in `data`, or in an entry of `data.mix`."""
+
+    fields: MixConfig
+    key: str
+    """`data`, or `data.mix.NAME`."""
+    path_name: str = "path"
+    """The name of the path's field; `eval_path` for held-out rows of their own."""
+
+    @property
+    def path_key(self) -> str:
+        return f"{self.key}.{self.path_name}"
+
+    @property
+    def shown(self) -> str:
+        return f"{self.path_key}={self.fields.path}"
+
+
+class RowSet:
+    """The rows of one data set, its format, and which of them are held out."""
+
+    def __init__(self, config: DataConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
+        self.config, self.part, self.tokenizer, self.cache = config, part, tokenizer, cache
+        self.share = 1.0
+        """Of the rows of all sets, those of this one."""
+
+    @cached_property
+    def rows(self) -> Dataset:
+        """All rows of the split to train on; of held-out rows of their own, all."""
+        config = self.config
+        if self.part.path_name == "eval_path":
+            return self._load(HELD_OUT_SPLITS, config.max_eval_samples)
+        limit = config.max_train_samples
+        if limit is not None and config.splits_off:
+            limit += int(max(config.eval_dataset_size, 1))
+        return self._load(self.part.fields.split, limit)
+
+    def _load(self, split: str | tuple[str, ...], limit: int | None) -> Dataset:
+        fields = self.part.fields
+        return load_rows(
+            fields.path,
+            cache=self.cache,
+            subset=fields.subset,
+            split=split,
+            revision=fields.revision,
+            data_files=fields.data_files,
+            limit=limit,
+            max_row_bytes=parse_size(self.config.max_row_bytes) or 0,
+            columns=fields.columns,
+            key=self.part.path_key,
+            columns_key=f"{self.part.key}.columns",
+        )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository that the rows come from; None: they are from elsewhere."""
+        return hub_commit(self.rows)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The format of the rows."""
+        return self._choose(self.rows)
+
+    def _choose(self, rows: Dataset) -> Choice:
+        return choose_format(
+            self.part.fields.format,
+            rows.column_names,
+            _sample(rows),
+            key=self.part.path_key,
+            reformulations=self.config.reformulations,
+        )
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The chat template, if the rows are conversations."""
+        return self._template_for(self.rows, self.choice)
+
+    @cached_property
+    def chat_template(self) -> Template:
+        """What is saved with an adapter, so that chat and serving ask as these rows do."""
+        return self.template or prompt_template(find_prompt(self._examples(self.rows, self.choice)), self.tokenizer)
+
+    def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
+        if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
+            return None
+        return choose_template(self.part.fields.template or self.config.template, self.tokenizer, key=self.template_key)
+
+    @property
+    def template_key(self) -> str:
+        """The key that chooses the template."""
+        return "data.template" if self.part.fields.template is None else f"{self.part.key}.template"
+
+    def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
+        """Renders the sample; raises `ConfigError` with the row that cannot be."""
+        for number, row in enumerate(_sample(rows), 1):
+            try:
+                yield from choice.format.render(row)
+            except UserError as error:
+                raise ConfigError(f"{self.part.shown}, row {number}: {error}") from None
+
+    @cached_property
+    def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Returns the indices to train and to measure on, each in order; None: all rows, or none."""
+        config, count = self.config, len(self.rows)
+        order = np.random.RandomState(config.split_seed).permutation(count)
+        if not config.splits_off:
+            few = config.max_train_samples is not None and not config.mix
+            return (np.sort(order[: config.max_train_samples]) if few else None), None
+        size = self._held_out_size(count)
+        held_out, training = order[:size], order[size:]
+        if not config.mix:
+            training = training[: config.max_train_samples]
+            held_out = held_out[: config.max_eval_samples]
+        return np.sort(training), np.sort(held_out)
+
+    def _held_out_size(self, count: int) -> int:
+        wanted, key = self.config.eval_dataset_size, "data.eval_dataset_size"
+        size = max(round(wanted * count if wanted < 1 else wanted * self.share), 1)
+        if size >= count:
+            fewer = f"set {key}={max(count // 10, 1)}, or " if count > 1 else ""
+            raise ConfigError(
+                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows of "
+                "your own out with data.eval_path=FILE"
+            )
+        return size
+
+    def train(self) -> tuple[Dataset, Counts]:
+        """Returns the rows to train on in tokens; `weight` is not in it yet."""
+        return self._encode(self.rows, self.split[0], self.choice, self.template, for_eval=False)
+
+    def held_out(self) -> tuple[Dataset, Counts]:
+        """Returns the rows of this set to measure on in tokens."""
+        if self.config.splits_off:
+            return self._encode(self.rows, self.split[1], self.choice, self.template, for_eval=True)
+        limit, order = self.config.max_eval_samples, None
+        if self.config.eval_split is None:
+            rows, choice, template = self.rows, self.choice, self.template
+        else:
+            rows = self._load(self.config.eval_split, limit)
+            choice = self._choose(rows)
+            template = self._template_for(rows, choice)
+        if limit is not None and limit < len(rows):
+            order = np.sort(np.random.RandomState(self.config.split_seed).permutation(len(rows))[:limit])
+        return self._encode(rows, order, choice, template, for_eval=True)
+
+    def _encode(
+        self,
+        rows: Dataset,
+        order: np.ndarray | None,
+        choice: Choice,
+        template: Template | None,
+        *,
+        for_eval: bool,
+    ) -> tuple[Dataset, Counts]:
+        shown = self.part.shown
+        tokenizer = build_tokenizer(self.config, self.tokenizer, template)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
+        key = self._key(job, choice)
+
+        def tokenize(folder: Path) -> None:
+            _check_labels(rows, choice, shown)
+            encode(job, folder, processes=self.config.num_proc)
+
+        folder = self.cache.entry(key, tokenize)
+        encoded, counts = load_encoded(folder)
+        if not len(encoded):
+            self.cache.discard(key)
+            rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
+            others = (
+                f"; hold out more rows than data.eval_dataset_size={self.config.eval_dataset_size:g}, or draw others "
+                "with data.split_seed"
+            )
+            way_out = others if for_eval and self.config.splits_off else ""
+            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
+        self._check_columns(counts, choice)
+        return encoded, counts
+
+    def _losses(self, counts: Counts) -> str:
+        """Says what became of rows of which none is left, and what keeps them."""
+        limits = "raise data.source_max_len, data.target_max_len or data.max_length"
+        template = f"{self.template_key}={suggest_thoughts(self.tokenizer)} writes them"
+        rest = counts.untrained - counts.switched_off - counts.only_thoughts
+        losses = (
+            (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+            (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
+            (
+                counts.switched_off,
+                "whose answers are all switched off (train, weight, masked or the like in their turns)",
+            ),
+            (
+                counts.only_thoughts,
+                f"whose answers are thoughts alone, which the chat template leaves out ({template})",
+            ),
+            (rest, f"without an answer, or one within the lengths ({limits})"),
+            (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
+        )
+        return "; ".join(f"{count} {what}" for count, what in losses if count)
+
+    def _check_columns(self, counts: Counts, choice: Choice) -> None:
+        """Refuses a name in `data.columns` under which no row's format reads anything."""
+        for name, source in self.part.fields.columns.items():
+            if counts.unread.get(name) == counts.rows - counts.left_out:
+                needed = [column for columns in choice.format.needs for column in columns]
+                raise ConfigError(
+                    f"{self.part.key}.columns.{name}={source}: the format {choice.name} reads no column {name}"
+                    f"{did_you_mean(name, needed)}; it needs {choice.format.describe_needs()}"
+                )
+
+    def _key(self, job: Job, choice: Choice) -> str:
+        """Names all that the tokens depend on; a change of any of it is another key."""
+        encoder = job.tokenizer
+        parts = {
+            "rows": job.rows._fingerprint,
+            "order": "all" if job.order is None else hashlib.sha256(job.order.astype("<i8").tobytes()).hexdigest(),
+            "format": choice.name,
+            "own": _own_source(choice.name),
+            "reformulations": self.config.reformulations,
+            "tokenizer": self._tokenizer_digest,
+            "template": encoder.template.text if encoder.template else None,
+            "on_empty": job.on_empty.value,
+            "limits": [str(limit) for limit in _values(encoder.limits)],
+            "train_on": encoder.train_on.value,
+            "for_eval": job.for_eval,
+            "code": _code_digest(),
+        }
+        return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            content = tokenizer.backend_tokenizer.to_str()
+        else:
+            content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+        special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
+        return hashlib.sha256((content + special).encode()).hexdigest()
+
+
+def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
+    """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
+    for column in label_columns(rows.column_names, choice.format.labels):
+        cells = (
+            row[column]
+            for start in range(0, len(rows), LABEL_ROWS)
+            for row in take_rows(rows.select_columns(column), slice(start, start + LABEL_ROWS))
+        )
+        missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
+        if 0 < len(missing) < len(rows):
+            raise ConfigError(
+                f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
+                f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
+            )
+
+
+def _sample(rows: Dataset) -> list[dict[str, Any]]:
+    return take_rows(rows, slice(SAMPLE))
+
+
+def _values(limits: Any) -> Iterator[Any]:
+    for name in type(limits).__slots__:
+        yield getattr(limits, name)
+
+
+def _own_source(format_name: str) -> str | None:
+    """Returns a hash of the module that holds the user's own format, for it may change between two runs."""
+    if ":" not in format_name:
+        return None
+    file = importlib.import_module(format_name.split(":")[0]).__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
+@cache
+def _code_digest() -> str:
+    """Returns a hash of this package and the versions of its libraries: tokens of older code are not used."""
+    digest = hashlib.sha256(f"{tokenizers.__version__} {transformers.__version__}".encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

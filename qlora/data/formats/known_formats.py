@@ -1,0 +1,381 @@
+"""What the columns of a row mean: a table of pure functions from a row to what is trained on."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from qlora.data.chat import conversations as chats
+from qlora.data.chat.conversations import Conversation, Message
+from qlora.data.formats.cells import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
+from qlora.errors import ConfigError
+from qlora.text import brief
+
+END_MARK = "<|endoftext|>"
+"""GPT-3's end of text, which self-instruct's completions spell out; the tokenizer's own end token follows anyway."""
+
+HUMAN_BOT = re.compile(r"(?:^|\n)<(human|bot)>: ?")
+GUANACO = re.compile(r"### (Human|Assistant): ?")
+
+
+class Segment(NamedTuple):
+    """A piece of text, and whether the loss counts its tokens."""
+
+    text: str
+    trained: bool
+    system: str = ""
+    """What the system says, with an empty line behind; it stands before the text and is tokenized with it."""
+    ends: bool = False
+    """Whether the end token follows, as behind an answer before the last one; the last one always gets it."""
+
+    @property
+    def whole(self) -> str:
+        """The text with what the system says."""
+        return self.system + self.text
+
+
+Example = list[Segment] | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The words around a question; rows are rendered with them, and the chat template of an adapter is written of them.
+
+    A message of a chat is a question, or a question, `between` and its input.
+    """
+
+    name: str
+    before: str = ""
+    behind: str = ""
+    between: str = ""
+    """What stands between a question and its input; "" where there are no inputs."""
+    before_both: str = ""
+    """What then stands before both, in place of `before`."""
+    in_text: bool = False
+    """Whether it stands in a text that goes on with the next question, without end tokens between the turns."""
+
+    def ask(self, question: str, context: str = "") -> str:
+        """Returns the prompt for a question, and for its input if it has one."""
+        asked = self.before_both + question + self.between + context if context else self.before + question
+        return asked + self.behind
+
+    def fits(self, example: Sequence[Segment]) -> bool:
+        """Tells whether an example asks in these words."""
+        lead = "".join(segment.text for segment in takewhile(lambda segment: not segment.trained, example))
+        if not lead and self.in_text:  # trained as a whole
+            whole = "".join(segment.text for segment in example)
+            return whole.startswith(self.before) and self.behind in whole
+        befores = (self.before, self.before_both) if self.between else (self.before,)
+        return lead.startswith(befores) and lead.endswith(self.behind)
+
+
+# Stanford Alpaca's, as the original qlora.py has it, the space at the end included.
+ALPACA = Prompt(
+    "alpaca",
+    before="Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+    behind="\n\n### Response: ",
+    between="\n\n### Input:\n",
+    before_both="Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+)
+QUESTION = Prompt("question-answer", before="Question: ", behind="\nAnswer: ")
+VERBATIM = Prompt("verbatim")
+PROMPTS = (
+    ALPACA,
+    QUESTION,
+    Prompt("guanaco", before="### Human: ", behind="### Assistant:", in_text=True),
+    Prompt("hh-rlhf", before="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),
+    VERBATIM,
+)
+"""In the order in which they are looked for in rows; the last one fits all."""
+
+
+def find_prompt(examples: Iterable[Example]) -> Prompt:
+    """Returns the words in which all of the examples ask, conversations left out."""
+    rendered = [example for example in examples if not isinstance(example, Conversation)]
+    return next((prompt for prompt in PROMPTS if rendered and all(map(prompt.fits, rendered))), VERBATIM)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How rows of one layout become examples."""
+
+    render: Callable[[Row], Sequence[Example]]
+    """A pure function; rows reach it with at least one of the alternatives in `needs`. A row gives one example,
+    several where it is nested, none where it is to be left out."""
+    needs: tuple[tuple[str, ...], ...]
+    """The columns without which it cannot work; each tuple is an alternative."""
+    labels: tuple[str, ...] = ()
+    """The columns, in any capitals, that say whether the answer of a row is a good one."""
+
+    def lacks(self, columns: Iterable[str]) -> list[str]:
+        """Returns the columns that are missing for the alternative nearest to `columns`."""
+        found = set(columns)
+        return min(([c for c in names if c not in found] for names in self.needs), key=len)
+
+    def describe_needs(self) -> str:
+        """Returns the columns in words: "instruction and output"."""
+        return " or ".join(" and ".join(names) for names in self.needs)
+
+
+def alpaca(row: Row) -> list[Example]:
+    """Renders instruction, input or context (absent, null or empty: none) and output or response as Alpaca does.
+
+    The column `system` stands before all, an empty line behind it. Each round of `history`, pairs of question and
+    answer, stands before the row's own with the same prompt and an end token.
+    """
+    if is_rejected(row, *KTO_LABELS):
+        return []
+    context = _text(row, "alpaca", "input", "context")
+    rounds = [_alpaca(asked, "", answer) for asked, answer in _history(row)]
+    asked = _alpaca(_text(row, "alpaca", "instruction"), context, _text(row, "alpaca", "output", "response"))
+    earlier = [segment._replace(ends=segment.trained) for segments in rounds for segment in segments]
+    return [_after_system(row, "alpaca", [*earlier, *asked])]
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Returns the pairs of question and answer in the column `history`, a list or its JSON."""
+    cell = chats.decode(row.get("history"))
+    rounds = [] if cell is None or cell == "" else cell
+    if not isinstance(rounds, list) or not all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(said is None or isinstance(said, str) for said in pair)
+        for pair in rounds
+    ):
+        raise ConfigError(
+            f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {brief(cell)}"
+        )
+    return [(asked or "", answer or "") for asked, answer in rounds]
+
+
+def _alpaca(instruction: str, context: str, answer: str) -> list[Segment]:
+    return _pair(ALPACA.ask(instruction, context), answer)
+
+
+def _pair(source: str, target: str) -> list[Segment]:
+    return [Segment(source, False), Segment(target, True)]
+
+
+def _whole(text: str, prompt: str = "") -> list[Segment]:
+    """Returns a text that is trained as a whole; one that ends where its answer would begin has an empty answer."""
+    said = text.rstrip()
+    marks = (words for words in PROMPTS if words.in_text and words.before.strip() in said)
+    is_open = bool(prompt.strip()) and said == prompt.rstrip()
+    if is_open or any(said.endswith(words.behind) for words in marks):
+        return _pair(said, "")
+    return _pair("", text)
+
+
+def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]:
+    """Puts what the column `system` says before the first segment, as the chat template of these rows does."""
+    system = _text(row, name, "system")
+    return [segments[0]._replace(system=f"{system}\n\n"), *segments[1:]] if system else segments
+
+
+def input_output(row: Row) -> list[Example]:
+    """Renders input and output verbatim, after what `system` says; none where `kto_tag` is false."""
+    if is_rejected(row, *KTO_LABELS):
+        return []
+    pair = _pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))
+    return [_after_system(row, "input-output", pair)]
+
+
+def prompt_completion(row: Row) -> list[Example]:
+    """Renders prompt and completion verbatim, after what `system` says, or all as turns of a chat (TRL).
+
+    None where a label marks the completion as a bad one (KTO).
+    """
+    if is_rejected(row):
+        return []
+    name = "prompt-completion"
+    if _turns(row.get("prompt")) is None and _turns(row.get("completion")) is None:
+        answer = _text(row, name, "completion").removesuffix(END_MARK)
+        return [_after_system(row, name, _pair(_text(row, name, "prompt"), answer))]
+    return _chat(row, _said(row, name, "prompt", "user") + _said(row, name, "completion", "assistant"), "completion")
+
+
+def question_answer(row: Row) -> list[Example]:
+    """Renders "Question: ...", a new line, "Answer: ", and the answer, after what `system` says.
+
+    None where `kto_tag` is false.
+    """
+    if is_rejected(row, *KTO_LABELS):
+        return []
+    question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
+    return [_after_system(row, "question-answer", _pair(QUESTION.ask(question), answer))]
+
+
+def text(row: Row) -> list[Example]:
+    """Renders a whole text without a prompt (OpenAssistant-Guanaco)."""
+    return [_whole(_text(row, "text", "text"))]
+
+
+def chosen(row: Row) -> list[Example]:
+    """Renders the preferred answer of a pair.
+
+    A text that holds its own prompt, or has none, is trained as a whole, as in the original (HH-RLHF); one that
+    answers a text in `prompt` or an Alpaca instruction is trained after it; turns become a chat: those of
+    `conversations`, `prompt` or `question`, then the chosen ones.
+    """
+    if _turns(row.get("chosen")) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
+        answer, prompt = _text(row, "chosen", "chosen"), _text(row, "chosen", "prompt")
+        if row.get("instruction"):
+            pair = _alpaca(_text(row, "chosen", "instruction"), _text(row, "chosen", "input"), answer)
+            return [_after_system(row, "chosen", pair)]
+        if prompt and not answer.startswith(prompt):
+            return [_after_system(row, "chosen", _pair(prompt, answer))]
+        if prompt or not row.get("question"):
+            return [_whole(answer, prompt)]
+    turns = _said(row, "chosen", "chosen", "assistant")
+    if turns and turns[0]["role"] == "assistant":
+        asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
+        turns = _said(row, "chosen", asked, "user") + turns
+    return _chat(row, turns, "chosen")
+
+
+def _chat(row: Row, turns: list[Message], column: str) -> list[Example]:
+    return list(chats.build_conversation(row, turns, f"column {column}"))
+
+
+def _said(row: Row, name: str, column: str, speaker: str) -> list[Message]:
+    """Returns a cell as messages: turns as they are, a text as said by `speaker`."""
+    turns = _turns(row.get(column))
+    if turns is None:
+        said = _text(row, name, column)
+        return [{"role": speaker, "content": said}] if said else []
+    return chats.normalise(turns, column, row)
+
+
+def _turns(cell: Any) -> list[Any] | None:
+    """Returns the turns in a cell, which may be one alone or JSON; None: it holds none."""
+    value = chats.decode(cell)
+    if chats.is_turn(value):
+        return [value]
+    if not isinstance(value, list):
+        return None
+    # A text may be a JSON list that is no chat.
+    return value if not isinstance(cell, str) or (value and all(map(chats.is_turn, value))) else None
+
+
+def human_bot(row: Row) -> list[Example]:
+    """Renders "<human>: ...", "<bot>: ..." (OIG): one question and answer as the original does, more as a chat."""
+    whole = _text(row, "human-bot", "text")
+    if whole.count("\n<bot>: ") == 1 and whole.count("<human>: ") <= 1:
+        source, target = whole.split("\n<bot>: ")
+        return [_pair(source.replace("<human>: ", ""), target)]
+    return _marked(row, whole, "human-bot", HUMAN_BOT, "'<human>: ' and '<bot>: '")
+
+
+def guanaco(row: Row) -> list[Example]:
+    """Renders "### Human: ...### Assistant: ..." as a chat, so that the loss may count the answers alone."""
+    marks = "'### Human: ' and '### Assistant: '"
+    return _marked(row, _text(row, "guanaco", "text"), "guanaco", GUANACO, marks)
+
+
+def inst(row: Row) -> list[Example]:
+    """Renders Llama 2's "<s>[INST] ... [/INST] ... </s>" as a chat."""
+    whole = _text(row, "inst", "text")
+    turns = chats.split_inst(whole)
+    if turns is None:
+        raise ConfigError(
+            f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {brief(whole)}"
+        )
+    return _chat(row, turns, "text")
+
+
+def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], shown: str) -> list[Example]:
+    if not mark.search(whole):
+        raise ConfigError(f"data.format={name} needs {shown} in column text, but a row holds {brief(whole)}")
+    return _chat(row, chats.split_marked(whole, mark), "text")
+
+
+def self_instruct_tasks(row: Row) -> list[Example]:
+    """Renders an instruction with instances of input and output: one Alpaca example an instance."""
+    name = "self-instruct-tasks"
+    instruction = _text(row, name, "instruction")
+    return [
+        _alpaca(instruction, _text(task, name, "input"), _text(task, name, "output"))
+        for task in nested(row, "instances", name)
+    ]
+
+
+def unnatural(row: Row, *, reformulations: bool = False) -> list[Example]:
+    """Renders Unnatural Instructions as the original: instruction_with_input verbatim, then output, an instance each.
+
+    The constraints are not shown, and the reformulated instructions only where asked for. Flattened rows without
+    instruction_with_input are Alpaca's.
+    """
+    if "instances" not in row:
+        return [_unnatural(row)] if row.get("instruction_with_input") else alpaca(row)
+    tasks = nested(row, "instances", "unnatural")
+    if reformulations:
+        tasks += nested(row, "reformulations", "unnatural")
+    return [_unnatural(task) for task in tasks]
+
+
+def _unnatural(task: Row) -> list[Segment]:
+    return _pair(_text(task, "unnatural", "instruction_with_input"), _text(task, "unnatural", "output"))
+
+
+def nested(row: Row, column: str, name: str) -> list[Row]:
+    """Returns the rows inside a cell: a list of objects, an object of lists, or the JSON of either."""
+    cell = chats.decode(row.get(column))
+    if isinstance(cell, Mapping) and all(isinstance(part, list) for part in cell.values()):
+        # What `datasets` makes of a sequence of objects.
+        cell = [dict(zip(cell, parts, strict=True)) for parts in zip(*cell.values(), strict=True)]
+    if not cell:
+        return []
+    if not isinstance(cell, list) or not all(isinstance(part, Mapping) for part in cell):
+        raise ConfigError(
+            f"data.format={name} needs a list of objects in column {column}, but a row holds {brief(cell)}"
+        )
+    return [track(row, part, column) for part in cell]
+
+
+def segments(row: Row) -> list[Example]:
+    """Renders a list of [text, trained] pairs, or source and target."""
+    pairs = chats.decode(row.get("segments"))
+    if pairs is None:
+        return [_pair(_text(row, "segments", "source"), _text(row, "segments", "target"))]
+    try:
+        rendered = [Segment(text, trained) for text, trained in pairs]
+    except (TypeError, ValueError):
+        rendered = None
+    if rendered is None or not all(isinstance(s.text, str) and isinstance(s.trained, bool) for s in rendered):
+        raise ConfigError(f"data.format=segments: a row holds {brief(pairs)} as segments; each must be a pair "
+                          "[text, true or false]")  # fmt: skip
+    return [rendered]
+
+
+# In the order in which `auto` tries them.
+FORMATS: dict[str, Format] = {
+    "unnatural": Format(
+        unnatural, (("instruction", "instances"), ("instruction_with_input", "output"), ("instruction", "output"))
+    ),
+    "self-instruct-tasks": Format(self_instruct_tasks, (("instruction", "instances"),)),
+    "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
+    "segments": Format(segments, (("segments",), ("source", "target"))),
+    "chosen": Format(chosen, (("chosen",),)),
+    "messages": Format(chats.messages, (("messages",),), LABELS),
+    "conversations": Format(chats.conversations, (("conversations",),), LABELS),
+    "prompt-completion": Format(prompt_completion, (("prompt", "completion"),), LABELS),
+    "input-output": Format(input_output, (("input", "output"),), KTO_LABELS),
+    "question-answer": Format(question_answer, (("question", "answer"),), KTO_LABELS),
+    "human-bot": Format(human_bot, (("text",),)),
+    "inst": Format(inst, (("text",),)),
+    "text": Format(text, (("text",),)),
+    "guanaco": Format(guanaco, (("text",),)),
+}
+WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
+
+
+def _text(row: Row, name: str, *columns: str) -> str:
+    """Returns the first cell that is not empty as text; absent and empty ones are ""."""
+    cells = (cell_text(row.get(column), column, name) for column in columns)
+    return next((text for text in cells if text), "")

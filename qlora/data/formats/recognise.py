@@ -1,0 +1,368 @@
+"""Which format the rows of a set have: by their columns and by what the first few of them hold."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qlora.config.schema import FUNCTION_PATH
+from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
+from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
+from qlora.data.formats.known_formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
+from qlora.errors import ConfigError, UserError
+from qlora.runtime.user_code import import_function
+from qlora.text import listed
+
+log = logging.getLogger(__name__)
+
+# Other names of the columns that formats want, to suggest one of those found.
+PROMPTS = (
+    *("instruction", "question", "prompt", "query", "input", "inputs", "problem", "source", "questions", "turns"),
+    "context",
+)
+ANSWERS = ("output", "response", "answer", "completion", "target", "targets", "reply", "solution", "outputs", "answers")
+TEXTS = ("text", "content", "document", "body", "story")
+# Columns that are never an answer.
+DETAILS = (
+    *("id", "idx", "index", "name", "category", "source", "subset", "split", "lang", "language", "topic", "task"),
+    *("type", "subject", "metadata", "meta", "url", "context", "system", "tree_state", "is_classification"),
+)
+REJECTED = ("reject", "bad", "negative", "worse", "dispreferred")
+"""How the names of columns begin that hold answers not to be trained."""
+CHATS = {"messages": "messages", "chosen": "chosen", "completion": "prompt-completion"}
+"""Names under which a column that holds turns can be read, each with its format."""
+COLUMN = "COLUMN"
+"""Stands for a column that only the user can name."""
+CHOICES = ("choices", "choice0", "options", "A")
+NOTES = {
+    "human-bot": "whose texts read '<human>: ... <bot>: ...'",
+    "inst": "whose texts read '[INST] ... [/INST] ...'",
+    "unnatural": "with instruction_with_input",
+    "self-instruct-tasks": "with several instances a row",
+}
+ALIKE = {"alpaca": ("unnatural",)}
+"""Formats that would render the same, and so are not worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The format of a set of rows."""
+
+    name: str
+    """A name of `FORMATS`, or the user's `module:function`."""
+    why: str
+    """What decided, for people."""
+    format: Format
+
+
+class _Rows(NamedTuple):
+    """What is known of the rows, and how sentences call them."""
+
+    columns: Sequence[str]
+    sample: Sequence[Row]
+    setting: str
+    """The key that chooses the format, e.g. `data.format`."""
+    subject: str
+    """Who has the columns, e.g. "data.path has"."""
+    chosen: str = "auto"
+    """What the config asks for: `auto`, a name of `FORMATS`, or a function of the user's that returned the rows."""
+
+    @property
+    def listed(self) -> str:
+        return listed(self.columns)
+
+    def column_key(self, column: str) -> str:
+        return f"{self.setting.removesuffix('format')}columns.{column}"
+
+
+def choose_format(
+    name: str, columns: Sequence[str], sample: Sequence[Row], *, key: str = "data.path", reformulations: bool = False
+) -> Choice:
+    """Returns the format `name`, or the one that `auto` recognises; logs what was decided and why.
+
+    `columns` and `sample`, the first few rows, are as `data.columns` has renamed them. `key` is where the rows come
+    from: `data.path`, `data.eval_path`, `data.mix.NAME.path`. Raises `ConfigError` where the columns do not fit.
+    """
+    setting = f"{key.removesuffix('path')}format" if key.endswith(".path") else "data.format"
+    rows = _Rows(columns, sample, setting, f"{key} has", name)
+    if name == "auto":
+        choice = recognise(rows)
+        log.info("%s=auto: %s, by %s", setting, choice.name, choice.why)
+    elif FUNCTION_PATH.fullmatch(name):
+        choice = _choose_own(name, rows)
+        log.info("%s=%s: %s", setting, name, choice.why)
+    else:
+        choice = Choice(name, f"{setting}={name}", FORMATS[name])
+        if choice.format.lacks(columns):
+            raise ConfigError(f"{setting}={name} needs the columns {choice.format.describe_needs()}; "
+                              f"{rows.subject} {rows.listed}. {_way_out(rows)}")  # fmt: skip
+    if reformulations and choice.name != "unnatural":
+        raise ConfigError(f"data.reformulations=true is only read by the format unnatural, but {key} is read as "
+                          f"{choice.name}; leave it out")  # fmt: skip
+    if reformulations:
+        if "reformulations" not in columns:
+            raise ConfigError(f"data.reformulations=true needs the column reformulations; {rows.subject} {rows.listed}")
+        return Choice(choice.name, f"{choice.why}; with its reformulations", WITH_REFORMULATIONS)
+    return choice
+
+
+def recognise(rows: _Rows) -> Choice:
+    """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
+    fitting = [name for name in FORMATS if _fits(name, rows)]
+    if not fitting:
+        raise ConfigError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
+                          f"{_way_out(rows)}")  # fmt: skip
+    name = fitting[0]
+    if _is_prompt_only(name, rows):
+        raise ConfigError(_prompts_only(rows))
+    if left := _left_choices(name, rows):
+        way_out = f", or leave them out with {rows.setting}={name}" if _works(rows, name, {}) else ""
+        raise ConfigError(
+            f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, a multiple-choice test; the answers mean "
+            f"little without {left[0]}. Write them into the question with a function of your own "
+            f"({rows.setting}=module:function){way_out}"
+        )
+    return Choice(name, f"the columns {rows.listed}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
+
+
+def _is_prompt_only(name: str, rows: _Rows) -> bool:
+    return name == "text" and "question_id" in rows.columns
+
+
+def _left_choices(name: str, rows: _Rows) -> list[str]:
+    """Returns the columns that hold the choices of a multiple-choice test, which its format does not read."""
+    return [column for column in CHOICES if column in rows.columns] if name == "question-answer" else []
+
+
+def _fits(name: str, rows: _Rows) -> bool:
+    if FORMATS[name].lacks(rows.columns):
+        return False
+    if name in LOOKS:
+        return bool(rows.sample) and all(LOOKS[name](row) for row in rows.sample)
+    return True
+
+
+def _looks_marked(row: Row, first: str, second: str) -> bool:
+    text = row.get("text")
+    return isinstance(text, str) and first in text and second in text
+
+
+def _looks_inst(row: Row) -> bool:
+    return isinstance(row.get("text"), str) and split_inst(row["text"]) is not None
+
+
+def _looks_guanaco(row: Row) -> bool:
+    text = row.get("text")
+    return isinstance(text, str) and set(GUANACO.findall(text)) == {"Human", "Assistant"}
+
+
+def _looks_unnatural(row: Row) -> bool:
+    if "instances" not in row:
+        return bool(row.get("instruction_with_input"))
+    try:
+        tasks = nested(row, "instances", "unnatural")
+    except UserError:
+        return False
+    return bool(tasks) and "instruction_with_input" in tasks[0]
+
+
+# Formats whose columns alone say too little: what every row of the sample must look like.
+LOOKS: dict[str, Callable[[Row], bool]] = {
+    "unnatural": _looks_unnatural,
+    "human-bot": functools.partial(_looks_marked, first="<human>: ", second="\n<bot>: "),
+    "inst": _looks_inst,
+    "guanaco": _looks_guanaco,
+}
+
+
+def _notes(name: str, rows: _Rows) -> str:
+    notes = [NOTES[name]] if name in NOTES else []
+    named = label_columns(rows.columns, FORMATS[name].labels)
+    labels = [column for column in named if not all(is_unlabelled(row.get(column)) for row in rows.sample)]
+    if labels:
+        notes.append(f"rows whose {labels[0]} is false are left out")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _others(name: str, fitting: list[str], rows: _Rows) -> str:
+    others = [other for other in fitting if other != name and other not in ALIKE.get(name, ())]
+    if name == "text" and "guanaco" in others:
+        return f" (trained as a whole; {rows.setting}=guanaco counts the loss on the answers alone)"
+    return f"; {', '.join(others)} would fit too, set {rows.setting} to choose" if others else ""
+
+
+def _prompts_only(rows: _Rows) -> str:
+    whole = f", or train on the text as a whole with {rows.setting}=text" if _works(rows, "text", {}) else ""
+    return (
+        f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, prompts only: there is nothing to train on. "
+        f"{_name_answers(rows, 'text')}, use rows that have answers{whole}"
+    )
+
+
+# Ways out: each is tried on the sample before it is named
+
+
+def _way_out(rows: _Rows) -> str:
+    """Says which format is nearest, and how to name the columns that it lacks."""
+    known = "; ".join(f"{name} ({layout.describe_needs()})" for name, layout in FORMATS.items())
+    own = f"{rows.setting}=module:function"
+    if FUNCTION_PATH.fullmatch(rows.chosen):  # data.columns names what the function reads, not what it returns
+        return f"Let it return the columns of a format: {known}"
+    if fitting := next((name for name in FORMATS if _fits(name, rows) and _works(rows, name, {})), None):
+        return f"They fit {rows.setting}={fitting}"
+    chats = [column for column in rows.columns if any(_holds_turns(row.get(column)) for row in rows.sample)]
+    for chat in (column for column in chats if not column.lower().startswith(REJECTED)):
+        for needed, name in CHATS.items():
+            if _works(rows, _format_for(rows, name), {needed: chat}):
+                return f"{chat} holds the turns of a chat: {_settings(rows, name, {needed: chat})}"
+    if chats:
+        return f"{chats[0]} holds turns of a chat, but none of a whole one: map the rows with {own}"
+    asked = [column for column in rows.columns if column.lower() in PROMPTS]
+    if any(
+        isinstance(row.get(column), Mapping) and "replies" in row[column] for column in asked for row in rows.sample
+    ):
+        return f"{asked[0]} holds trees of messages: turn each into rows with {own}"
+    if asked and all(c in asked or c.lower() in DETAILS or c.lower().endswith("_id") for c in rows.columns):
+        return f"They are prompts only: there is nothing to train on. {_name_answers(rows, asked[0])}, or use rows " \
+               "that have answers"  # fmt: skip
+    if nearest := _nearest(rows):
+        return f"Closest: {'; '.join(nearest)}; or map the rows with {own}"
+    return f"Name the columns of a format with {rows.column_key('NAME')}=COLUMN: {known}"
+
+
+def _name_answers(rows: _Rows, prompt: str) -> str:
+    """Says how to name the column of answers, of rows whose column of prompts is known."""
+    for columns, name in (
+        ({"output": COLUMN}, "alpaca"),
+        ({"output": COLUMN}, "input-output"),
+        ({"completion": COLUMN}, "prompt-completion"),
+        ({"answer": COLUMN}, "question-answer"),
+        ({"input": prompt, "output": COLUMN}, "input-output"),
+    ):
+        if _works(rows, _format_for(rows, name), columns):
+            return f"Name the column of answers ({_settings(rows, name, columns)})"
+    return f"Map the rows with {rows.setting}=module:function"
+
+
+def _format_for(rows: _Rows, name: str) -> str:
+    """Returns the format that a run asks for if it follows a hint: the config's where that is `auto` or the same."""
+    return "auto" if rows.chosen == "auto" else name
+
+
+def _settings(rows: _Rows, name: str, columns: Mapping[str, str]) -> str:
+    """Returns what to set, so that the rows are read as format `name` with these columns."""
+    settings = [f"{rows.setting}={name}"] if rows.chosen not in ("auto", name) else []
+    for needed, source in columns.items():
+        is_word = source.isascii() and source.replace("-", "_").isidentifier()
+        settings.append(
+            f"{rows.column_key(needed)}={source}" if is_word else f"'{rows.column_key(needed)}=\"{source}\"'"
+        )
+    return " ".join(settings)
+
+
+def _works(rows: _Rows, name: str, columns: Mapping[str, str]) -> bool:
+    """Tells whether the sample can be trained on as a format (or `auto`), with columns renamed."""
+    renamed = {source: needed for needed, source in columns.items()}
+
+    def rename(row: Row) -> Row:
+        kept = {column: cell for column, cell in row.items() if column in renamed or column not in columns}
+        cells = {renamed.get(column, column): cell for column, cell in kept.items()}
+        return cells | ({renamed[COLUMN]: "text"} if COLUMN in renamed else {})
+
+    sample = [rename(row) for row in rows.sample]
+    named = rows._replace(columns=list(rename(dict.fromkeys(rows.columns))), sample=sample)
+    if name == "auto":
+        name = next((candidate for candidate in FORMATS if _fits(candidate, named)), "")
+        if not name or _is_prompt_only(name, named) or _left_choices(name, named):
+            return False
+    if FORMATS[name].lacks(named.columns):
+        return False
+    try:
+        examples = [example for row in sample for example in FORMATS[name].render(row)]
+    except UserError:
+        return False
+    return not sample or any(map(_says_something, examples))
+
+
+def _says_something(example: Example) -> bool:
+    if isinstance(example, Conversation):
+        return any(turn["role"] == "assistant" and not is_empty(turn) for turn in example.messages)
+    return any(segment.trained and segment.text.strip() for segment in example)
+
+
+def _holds_turns(cell: Any) -> bool:
+    value = decode(cell)
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+
+
+def _nearest(rows: _Rows) -> list[str]:
+    """Returns at most two formats that lack least, each with the settings that would mend it."""
+    scored: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, layout in FORMATS.items():
+        for needed in layout.needs if name not in LOOKS else ():
+            lacking = [column for column in needed if column not in rows.columns]
+            guesses = _guess(lacking, [column for column in rows.columns if column not in needed])
+            if not _works(rows, _format_for(rows, name), {c: guesses[c] or COLUMN for c in lacking}):
+                guesses = dict.fromkeys(lacking)
+            columns = {column: guesses[column] or COLUMN for column in lacking}
+            unknown = sum(guess is None for guess in guesses.values())
+            if unknown > 1 or unknown == len(needed) or not _works(rows, _format_for(rows, name), columns):
+                continue
+            unlike = sum(guess is not None and guess.lower()[:4] != column[:4] for column, guess in guesses.items())
+            listed = _settings(rows, name, columns)
+            entry = (unknown, len(lacking), unlike), f"{name}, which lacks {' and '.join(lacking)} ({listed})"
+            if name not in scored or entry[0] < scored[name][0]:
+                scored[name] = entry
+    best = min((score for score, _ in scored.values()), default=None)
+    return [sentence for score, sentence in scored.values() if score == best][:2]
+
+
+def _guess(lacking: Iterable[str], columns: Iterable[str]) -> dict[str, str | None]:
+    """Returns, for each column that a format lacks, one of the others that seems to mean the same."""
+    free, guesses = list(columns), dict[str, str | None]()
+    for wanted in lacking:
+        alike = next((names for names in (PROMPTS, ANSWERS, TEXTS) if wanted in names), (wanted,))
+        guesses[wanted] = next((c for name in alike for c in free if c.lower() == name), None)
+        free = [column for column in free if column != guesses[wanted]]
+    return guesses
+
+
+def _choose_own(path: str, rows: _Rows) -> Choice:
+    """Chooses by what the user's function returns for the sample; its rows are recognised as `auto` does."""
+    mapped = [row for given in rows.sample for row in _map(path, given, rows.setting)]
+    if not mapped:
+        why = "it left out the whole sample, so that each of its rows is recognised by itself"
+        return Choice(path, why, _own_format(path, rows.setting, None))
+    columns = list(dict.fromkeys(column for row in mapped for column in row))
+    inner = recognise(_Rows(columns, mapped, rows.setting, f"{path} returns", path))
+    why = f"its rows are read as {inner.name}, by {inner.why}"
+    return Choice(path, why, _own_format(path, rows.setting, inner.format.render))
+
+
+def _own_format(path: str, setting: str, render: Callable[[Row], Sequence[Example]] | None) -> Format:
+    return Format(functools.partial(_render_own, path=path, setting=setting, render=render), needs=((),))
+
+
+def _render_own(
+    row: Row, *, path: str, setting: str, render: Callable[[Row], Sequence[Example]] | None
+) -> list[Example]:
+    examples: list[Example] = []
+    for mapped in _map(path, row, setting):
+        reader = render or recognise(_Rows(list(mapped), [mapped], setting, f"{path} returns", path)).format.render
+        examples += reader(track(row, mapped, ""))
+    return examples
+
+
+def _map(path: str, row: Row, setting: str) -> list[Row]:
+    """Calls the user's function on one row; it may return a row, a list of rows, or None."""
+    # By name and not as an object, so that a format goes to other processes whatever the function is.
+    result = import_function(path, setting)(dict(row))
+    found = [] if result is None else result if isinstance(result, list) else [result]
+    if wrong := next((item for item in found if not isinstance(item, Mapping)), None):
+        shown = f"a list with {type(wrong).__name__}" if isinstance(result, list) else type(wrong).__name__
+        raise ConfigError(f"{setting}={path}: returned {shown} for a row; it must return a row (dict), a list of rows, "
+                          "or None to leave the row out")  # fmt: skip
+    return found

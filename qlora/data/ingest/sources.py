@@ -1,0 +1,230 @@
+"""Where rows come from: local files, a function of the user's, or the hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, packaged_modules
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # of httpx or httpx2, whichever the hub's client uses
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from qlora.config.schema import FUNCTION_PATH
+from qlora.data.cache import Cache
+from qlora.data.ingest.arrow_writer import IdCounter, file_digest
+from qlora.data.ingest.readers import Chunk
+from qlora.data.ingest.row_files import (
+    ROWS,
+    Stored,
+    is_file_path,
+    is_saved,
+    load_files,
+    load_saved,
+    open_rows,
+    write_rows,
+)
+from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
+from qlora.errors import ConfigError, did_you_mean
+from qlora.runtime.user_code import import_function
+from qlora.text import listed
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_SPLITS = ("eval", "validation", "test")
+"""The names under which hub data sets keep rows to measure on, in order of preference."""
+
+FUNCTION_ROWS = 1000
+"""Rows of a function that are written together."""
+
+
+def load_rows(
+    path: str,
+    *,
+    cache: Cache,
+    subset: str | None = None,
+    split: str | tuple[str, ...] = "train",
+    revision: str | None = None,
+    data_files: str | None = None,
+    limit: int | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    columns: Mapping[str, str] | None = None,
+    key: str = "data.path",
+    columns_key: str = "data.columns",
+) -> Dataset:
+    """Loads rows from files, from `module:function` or from the hub, memory-mapped; null cells stay null.
+
+    `subset`, `split` (the first that exists, where several are named) and `data_files` select within a hub data
+    set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
+    endless iterable needs one, for without it this call never returns. No row may be longer than `max_row_bytes`.
+    `columns` maps names to the columns that shall bear them. The rows'
+    `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
+    `key` or `columns_key`.
+    """
+    if FUNCTION_PATH.fullmatch(path):
+        stored = _from_function(path, limit, cache, key, max_row_bytes)
+    elif is_file_path(path) and is_saved(Path(path).expanduser()):
+        stored = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
+    elif is_file_path(path):
+        stored = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
+    else:
+        failure = f"{key}={path}: no such file, and not to be had"
+        remedy = "or name a local file: data=local data.path=FILE"
+        stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
+    check_table(stored.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
+    if not len(stored.rows):
+        raise ConfigError(f"{key}={path}: no rows in it")
+    if stored.repeated_ids:
+        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, stored.repeated_ids)
+    return _rename(stored.rows, columns or {}, f"{key}={path}", columns_key)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps `datasets` from drawing progress bars inside the block."""
+    shown = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _from_function(path: str, limit: int | None, cache: Cache, key: str, max_row_bytes: int) -> Stored:
+    shown = f"{key}={path}"
+    rows = iter(islice(_call(path, key), limit))
+    with cache.temporary() as folder:
+        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown, most=max_row_bytes)
+        return open_rows(folder, file_digest(folder / ROWS))
+
+
+def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
+    start = 0
+    while chunk := list(islice(rows, FUNCTION_ROWS)):
+        for number, row in enumerate(chunk, start):
+            if not isinstance(row, Mapping):
+                raise ConfigError(
+                    f"{shown}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
+                )
+        yield Chunk(chunk, "row", range(start, start + len(chunk)))
+        start += len(chunk)
+
+
+def _call(path: str, key: str) -> Iterable[Any]:
+    """Imports `module:function` and calls it without arguments."""
+    result = import_function(path, key)()
+    if isinstance(result, (Mapping, str)) or not isinstance(result, Iterable):
+        raise ConfigError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
+    return result
+
+
+def load_hub(
+    path: str,
+    subset: str | None,
+    split: str | tuple[str, ...],
+    data_files: str | None = None,
+    revision: str | None = None,
+    *,
+    key: str = "data.path",
+    failure: str,
+    remedy: str,
+) -> Dataset:
+    """Loads a split of a hub data set, the first that exists where several are named.
+
+    Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
+    """
+    _check_hub_name(path, data_files, failure, key)
+    try:
+        with no_progress_bars():
+            if isinstance(split, str):
+                return datasets.load_dataset(path, subset, split=split, data_files=data_files, revision=revision)
+            splits = datasets.load_dataset(path, subset, data_files=data_files, revision=revision)
+    except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
+    return _choose(splits, split, path, key)
+
+
+def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
+    """Raises `ConfigError` for what is no data set of the hub to `datasets`: one of its own readers by name, a folder
+    here, or files that lie elsewhere, behind which there may be any library's reader."""
+    if path in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise ConfigError(f"{failure} from the hub: {path} is a reader of the package datasets; name the file in {key}")
+    if data_files is not None and (":" in data_files or data_files.startswith(("/", "~")) or ".." in data_files):
+        raise ConfigError(
+            f"data.data_files={data_files} must name files inside the hub's data set; for files elsewhere use "
+            "data=local data.path=FILE"
+        )
+
+
+def hub_commit(rows: Dataset) -> str | None:
+    """Returns the commit of the hub's repository that rows come from; None: they are from elsewhere."""
+    for address in rows.info.download_checksums or {}:
+        if (found := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
+            return found[1]
+    return None
+
+
+def _reason(error: BaseException, key: str) -> str:
+    """Says in the user's words why the hub gave nothing, and what helps."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    said = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if any(isinstance(link, GatedRepoError) for link in chain):
+        return f"it is gated: accept its terms on its page there, and {login}"
+    if any(isinstance(link, RepositoryNotFoundError) for link in chain):
+        return f"no such data set: check the name; if it is private, {login}"
+    if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
+        return f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, " \
+               "`hf auth login`"  # fmt: skip
+    choice = "check the name and data.subset, data.split, data.data_files; " if key.startswith("data.") else ""
+    return f"{said}; {choice}for a gated set {login}"
+
+
+def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
+    """Returns the first of the named splits that there is; rows saved without splits are that of any name."""
+    names = (split,) if isinstance(split, str) else split
+    for name in ("", *names):
+        if name in splits:
+            return splits[name]
+    remedy = "choose one of these" if isinstance(split, str) else f"leave {key} out to split rows off data.path"
+    raise ConfigError(f"{key}={path}: has no split {listed(names)}, only {listed(splits)}; {remedy}")
+
+
+def _counted(rows: Dataset) -> Stored:
+    ids = IdCounter()
+    if "id" in rows.column_names:
+        for cells in rows.data.column("id").chunks:
+            ids.add(cells)
+    return Stored(rows, ids.repeated())
+
+
+def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: str) -> Dataset:
+    names = rows.column_names
+    taken: dict[str, str] = {}
+    for wanted, source in columns.items():
+        if source not in names:
+            raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
+                              f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
+        if source in taken:
+            raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
+        taken[source] = wanted
+    replaced = [wanted for wanted in columns if wanted in names and wanted not in taken]
+    if replaced:
+        log.info("%s: not read, for %s puts others in their place: %s", shown, columns_key, ", ".join(replaced))
+        rows = rows.remove_columns(replaced)
+    changed = {source: wanted for source, wanted in taken.items() if source != wanted}
+    return rows.rename_columns(changed) if changed else rows

@@ -1,0 +1,208 @@
+"""Memory, disk, rights and logins: what a run needs of the machine and of others."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from qlora.config.paths import cache_root
+from qlora.config.schema import Config, TrackingBackend, Weights
+from qlora.doctor.findings import Finding, fail, fine, first_line, warn
+from qlora.errors import UserError
+from qlora.models.model_files import is_local, locate
+from qlora.runtime.atomic_files import free_bytes
+from qlora.tasks.plan import Plan, build_plan
+
+MOST_CHECKPOINTS = 2
+"""A run with `trainer.save_total_limit=null` is taken to keep so many; how many it will be is not known."""
+BEHIND_THE_CONFIG = (
+    *("WANDB_MODE", "HF_ENDPOINT", "BNB_CUDA_VERSION", "PYTORCH_NO_CUDA_MEMORY_CACHING", "TORCHDYNAMO_DISABLE"),
+    "CUDA_LAUNCH_BLOCKING",
+)
+"""Variables that the libraries read."""
+HUB_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def check_memory(config: Config) -> Iterator[Finding]:
+    """Compares what the training needs with what the device has, by the formulas of `task=plan`."""
+    import torch
+
+    from qlora.runtime.device import find_device
+
+    device = find_device(config.device)
+    here = replace(config, plan=replace(config.plan, device="h100"))  # any card: only what is needed is read
+    try:
+        planned: Plan | None = build_plan(here)
+        unknown = ""
+    except UserError as error:
+        planned, unknown = None, first_line(error)
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        there = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the GPU are free"
+        needed = planned.memory.needed if planned else None
+    else:
+        free, there = _host_memory()
+        # The formulas are those of a GPU; on the host the weights are what is certain.
+        needed = (
+            planned.memory.parts.get("weights", 0) + planned.memory.parts.get("embeddings and norms", 0)
+            if planned
+            else None
+        )
+    if needed is None:
+        yield fine("memory", f"{there}; what the run needs is not known ({unknown})")
+    elif needed > free:
+        yield warn("memory", f"{there}, and the training needs about {needed / 1e9:.1f} GB",
+                   "task=plan with the same words tells what to change")  # fmt: skip
+    else:
+        yield fine("memory", f"{there}; the training needs about {needed / 1e9:.1f} GB")
+
+
+def _host_memory() -> tuple[float, str]:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        facts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+        free, whole = facts["MemAvailable"], facts["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        return float("inf"), "how much memory is free is not known here"
+    return float(free), f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the host are free"
+
+
+def check_disk(config: Config, folder: Path) -> Iterator[Finding]:
+    """Compares what the run will write with the free space."""
+    free = free_bytes(folder)
+    try:
+        setup = build_plan(replace(config, plan=replace(config.plan, device="h100")))
+        needed = _written(config, setup)
+    except UserError as error:
+        yield fine(
+            "disk", f"{free / 1e9:.1f} GB are free in {folder}; what is written is not known ({first_line(error)})"
+        )
+        return
+    says = f"{free / 1e9:.1f} GB are free in {folder}; checkpoints and the result take about {needed / 1e9:.2f} GB"
+    if needed > free:
+        yield fail(
+            "disk", says, "free some space, lower trainer.save_total_limit, or choose hydra.run.dir=FOLDER elsewhere"
+        )
+    else:
+        yield fine("disk", says)
+
+
+def _written(config: Config, plan: Plan) -> float:
+    """Returns the bytes of the checkpoints that are kept and of the result: weights in 32 bits, two states of Adam."""
+    trained = plan.training.shape.parameters
+    if config.lora.enabled:
+        names = plan.setup.targets
+        linears = {linear.name: linear for linear in plan.training.shape.linears}
+        trained = sum(
+            config.lora.r * (linears[name].inputs + linears[name].outputs) for layer in names for name in layer
+        )
+    weights, states = 4 * trained, 2 * (1 if "8bit" in config.trainer.optim else 4) * trained
+    saves = config.trainer.save_steps and (config.trainer.save_total_limit or MOST_CHECKPOINTS)
+    if saves and config.trainer.max_steps and config.trainer.save_steps:
+        saves = min(saves, max(1, config.trainer.max_steps // config.trainer.save_steps))
+    return weights + (saves or 0) * (weights + states)
+
+
+def check_rights(config: Config, folder: Path) -> Iterator[Finding]:
+    """Looks whether the run folder, the caches and the place for temporary files can be written."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        rows = cache_root(config.data.cache_dir)
+    except UserError as error:
+        says, _, fix = str(error).partition("; ")
+        yield fail("home folder", says, fix)
+        return
+    places = {
+        "the run folder (hydra.run.dir)": folder,
+        "the cache of rows (data.cache_dir)": rows,
+        "the hub library's cache (HF_HOME)": Path(config.model.cache_dir or HF_HUB_CACHE),
+        "temporary files (TMPDIR)": Path(tempfile.gettempdir()),
+    }
+    bad = [(what, place) for what, place in places.items() if not _is_writable(place)]
+    for what, place in bad:
+        yield fail(
+            "write rights", f"{place} cannot be written: {what}", "mend its permissions, or choose another place"
+        )
+    if not bad:
+        yield fine("write rights", "run folder, caches and temporary files")
+
+
+def _is_writable(place: Path) -> bool:
+    """Returns whether a folder can be written, or made where it is not there yet; leaves nothing behind."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
+
+
+def check_hub(config: Config) -> Iterator[Finding]:
+    """Looks whether the base is here or can be fetched, and whether there is a login if it asks for one."""
+    from huggingface_hub import get_token, try_to_load_from_cache
+    from huggingface_hub.constants import is_offline_mode
+
+    token, model = get_token(), config.model
+    login = "an access token is set" if token else "no access token"
+    place = locate(model.name) if model.weights is Weights.pretrained else ""
+    if model.weights is Weights.random or is_local(place):
+        yield fine("hub", f"{login}; the base is not from the hub")
+    elif isinstance(
+        try_to_load_from_cache(place, "config.json", revision=model.revision, cache_dir=model.cache_dir), str
+    ):
+        yield fine("hub", f"{login}; {model.name} is in the cache")
+    elif is_offline_mode():
+        yield fail("hub", f"{model.name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
+                   "unset HF_HUB_OFFLINE, or give a folder with model.name=FOLDER")  # fmt: skip
+    elif model.gated and not token:
+        yield fail("hub", f"{model.name} is gated, and there is no access token",
+                   f"accept its licence on its hub page, then {HUB_LOGIN}")  # fmt: skip
+    else:
+        yield fine("hub", f"{login}; {model.name} will be fetched")
+    if token and config.task.online:
+        yield from _ask_hub()
+
+
+def _ask_hub() -> Iterator[Finding]:
+    from huggingface_hub import whoami
+
+    try:
+        yield fine("hub login", f"accepted: {whoami()['name']}")
+    except Exception as error:  # of the network, or of the hub
+        yield fail("hub login", f"not accepted: {first_line(error)}", HUB_LOGIN)
+
+
+def check_tracking(config: Config) -> Iterator[Finding]:
+    """Looks whether the tracker's package and login are there."""
+    backend = config.tracking.in_use
+    if backend is not TrackingBackend.wandb:
+        yield fine("tracking", backend.value)
+        return
+    from qlora.training.trackers.wandb import check_access, wandb_mode
+
+    try:
+        check_access(config.tracking)
+    except UserError as error:
+        yield fail("tracking", str(error), "or tracking=none")
+        return
+    yield fine("tracking", f"wandb, {wandb_mode(config.tracking)}")
+    if config.task.online and wandb_mode(config.tracking) == "online":
+        import wandb
+
+        try:
+            yield fine("wandb login", f"accepted: {wandb.Api().viewer.username}")
+        except Exception as error:  # of the network, or of the server
+            yield fail("wandb login", f"not accepted: {first_line(error)}", "wandb login --relogin")
+
+
+def check_environment() -> Iterator[Finding]:
+    """Names variables that change what a run does behind its config's back."""
+    found = {name: os.environ[name] for name in BEHIND_THE_CONFIG if os.environ.get(name)}
+    if found:
+        words = " ".join(f"{name}={value}" for name, value in found.items())
+        yield warn("environment", f"{words} changes what a run does", "unset what you did not mean")

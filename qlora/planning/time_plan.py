@@ -1,0 +1,74 @@
+"""How long a training takes, from its matrix products; measured on one H200, so take it as a rough guide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora.config.schema import PlanStep
+from qlora.planning.gpus import Card
+from qlora.planning.memory_plan import Ledger, Setup
+from qlora.planning.model_shape import Shape
+
+EFFICIENCY = {PlanStep.plain: 0.28, PlanStep.fast: 0.5}
+"""Share of a card's matrix products that steps of many tokens reach."""
+LAUNCHES = {PlanStep.plain: 7e-3, PlanStep.fast: 1.5e-3}
+"""Seconds that the host needs to start the kernels of one layer in one pass; few tokens wait for it."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The time of one micro-batch, forward and backward."""
+
+    operations: float
+    """Floating-point operations."""
+    seconds: float
+    tokens_per_second: float
+    bound: str
+    """What the time is spent on: `matrix products` or `starting kernels`."""
+
+
+def plan_speed(shape: Shape, setup: Setup, card: Card) -> Speed | None:
+    """Returns the time of a micro-batch; None for a card whose speed is unknown."""
+    if card.tflops is None or card.bandwidth is None:
+        return None
+    operations = setup.tokens * operations_per_token(shape, setup)
+    products = operations / (EFFICIENCY[setup.step] * card.tflops * 1e12)
+    again = setup.checkpointed / shape.layers
+    if setup.bits < 16:  # each pass reads the weights, writes them decoded, and reads those
+        products += (2 + again) * shape.linear_weights * (setup.bits / 8 + 2 * setup.width) / (card.bandwidth * 1e9)
+    launches = (2 + again) * shape.layers * LAUNCHES[setup.step]
+    seconds = max(products, launches)
+    bound = "matrix products" if products >= launches else "starting kernels"
+    return Speed(operations, seconds, setup.tokens / seconds, bound)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of the matrix products of a forward and a backward pass."""
+
+    per_token: float
+    per_pair: float
+    """For each token and each token that causal attention lets it see, itself included."""
+
+    def total(self, tokens: int, pairs: int) -> float:
+        """Returns the operations of so many tokens and pairs."""
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
+    """Returns the operations with so many parameters in adapters; 0: all weights are trained.
+
+    A product of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
+    trained ones, and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
+    """
+    frozen = 4 if adapters else 6
+    output = shape.hidden * shape.vocabulary
+    products = (frozen + 2 * again) * shape.linear_weights + frozen * output + (6 + 2 * again) * adapters
+    return Operations(products, (3.5 + again) * 4 * shape.queries * shape.layers)
+
+
+def operations_per_token(shape: Shape, setup: Setup) -> float:
+    """Returns the operations a token in rows of `setup.length` tokens, those of checkpointed layers included."""
+    adapters = Ledger(shape, setup).trained_count if setup.r else 0
+    found = count_operations(shape, adapters, setup.checkpointed / shape.layers)
+    return found.per_token + found.per_pair * setup.length / 2

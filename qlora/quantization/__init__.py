@@ -1,0 +1,1 @@
+"""How base weights are quantized, one module a method."""

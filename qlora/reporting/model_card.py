@@ -1,0 +1,247 @@
+"""Writes the model card: what was trained, how well it does, how to load it, how to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from qlora.config.schema import ComputeDtype, Config, LoraInit, Weights
+from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
+from qlora.reporting.manifest import versions
+from qlora.runtime.atomic_files import write_text
+from qlora.text import format_metric, format_range, is_detail, quoted
+
+DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
+SEEN = "seen from the folder of this card"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# Licences that the hub knows by an id of its own; others are declared as `other`.
+HUB_LICENSES = (
+    *("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "openrail"),
+    *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "bigscience-openrail-m"),
+)
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    config: Config,
+    result: dict[str, Any],
+    base_model: str,
+    command: str,
+    compute_dtype: str | None = None,
+    example_prompt: str | None = None,
+    unquantized: str | None = None,
+) -> Path:
+    """Writes `README.md` into `folder` and returns its path.
+
+    `result` holds `metrics` (`eval_loss`, `base_eval_loss` ...) and `paths`; `command` is what started the run;
+    `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it;
+    `unquantized` says which share of the decoder's weights has more bits than the rest.
+    """
+    parts = [
+        f"# {markdown_text(config.name or folder.resolve().name)}",
+        _introduction(config, base_model, unquantized),
+        "## Results",
+        _results(config, result),
+        "## Use",
+        _draw_again(config, folder, result.get("paths", {}), command)
+        if config.lora.enabled and config.model.weights is Weights.random
+        else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
+        "## Training",
+        markdown_table(("setting", "value"), _settings(config, compute_dtype, unquantized)),
+        "## Reproduce",
+        markdown_block(command, "bash"),
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".",
+        "## Limits",
+        _limits(config),
+    ]
+    path = folder / "README.md"
+    write_text(path, f"---\n{_front_matter(config, base_model)}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return path
+
+
+def card_on_hub(card: str, repo: str) -> str:
+    """Returns a card whose example loads the model from `repo` instead of the folder of the card."""
+    return re.sub(rf'^folder = ".*"  # {SEEN}$', f'folder = "{repo}"', card, flags=re.MULTILINE)
+
+
+def _front_matter(config: Config, base_model: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    license_id = (config.model.license or "").lower()
+    known = license_id in HUB_LICENSES
+    data_id = config.data.path or ""
+    facts: dict[str, Any] = {
+        "base_model": base_model
+        if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
+        else None,
+        "library_name": "peft" if config.lora.enabled else "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license_id if known else "other" if license_id else None,
+        "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
+        "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
+        "tags": ["qlora", *(["lora"] if config.lora.enabled else []), f"{config.quantization.bits}-bit"],
+    }
+    return ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml().strip()
+
+
+def _introduction(config: Config, base_model: str, unquantized: str | None) -> str:
+    is_id = HUB_ID.fullmatch(base_model)
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if is_id else markdown_code(base_model)
+    if config.model.weights is Weights.random:
+        link = f"random weights in the shape of {link}"
+    path = f" ({markdown_code(config.data.path)})" if config.data.path else ""
+    data = f"trained on {markdown_code(config.data.name)}{path}"
+    if config.lora.enabled:
+        precision = _base_precision(config, unquantized)
+        return f"A LoRA adapter for {link}, {data} with the base weights frozen in {precision}."
+    return f"All weights of {link}, {data}."
+
+
+def _base_precision(config: Config, unquantized: str | None) -> str:
+    quantization, but = config.quantization, f", but {unquantized}" if unquantized else ""
+    if quantization.bits == 4:
+        double = " with double quantization" if quantization.double_quant else ""
+        return f"4-bit {quantization.quant_type.value.upper()}{double}{but}"
+    return f"{quantization.bits} bits{but}"
+
+
+def _results(config: Config, result: dict[str, Any]) -> str:
+    metrics, intervals = result.get("metrics", {}), result.get("intervals", {})
+    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not is_detail(key)]
+    if not names:
+        return "Nothing was measured on held-out rows."
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        values = (metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"])
+        interval = intervals.get(f"eval_{name}")
+        certain = format_range(name, *interval) if interval else ""
+        rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
+    head: tuple[str, ...] = ("held-out metric", "untuned base", "this model", "95 % interval")
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    table = markdown_table(head, rows)
+    note = f"Measured on held-out rows of {markdown_code(config.data.name)}; the loss is in nats per answer token."
+    return f"{table}\n\n{note}"
+
+
+def _dtype(config: Config, compute_dtype: str | None) -> str:
+    return compute_dtype or DTYPES.get(config.quantization.compute_dtype, "bfloat16")
+
+
+def _draw_again(config: Config, folder: Path, paths: dict[str, str], command: str) -> str:
+    """Returns the command that draws the base again; nothing else can."""
+    adapter = _relative(paths.get("adapter"), folder)
+    words = f"The base was drawn at random from seed {config.seed} and is stored nowhere; this draws it again:"
+    again = f"{command} task=chat {shlex.quote(f'adapter={quoted(adapter)}')}  # {SEEN}"
+    return f"{words}\n\n{markdown_block(again, 'bash')}"
+
+
+def _use(
+    config: Config, folder: Path, paths: dict[str, str], base: str, compute_dtype: str | None, prompt: str | None
+) -> str:
+    """Returns Python that loads the model with transformers and PEFT alone, quantized as in training."""
+    dtype, bits = f"torch.{_dtype(config, compute_dtype)}", config.quantization.bits
+    adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits in (4, 8) else [])]
+    embedded = config.lora.enabled and base == "tiny"
+    lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
+    lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
+    lines += [f"from transformers import {', '.join(names)}", ""]
+    lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    options = f'dtype={dtype}, device_map="auto"'
+    if bits in (4, 8):
+        lines += ["quantization = BitsAndBytesConfig(", *_quantization_lines(config, dtype), ")"]
+        options += ", quantization_config=quantization"
+    if config.lora.enabled:
+        if config.model.revision:
+            options += f", revision={_literal(config.model.revision)}"
+        lines += [*_base_lines(base), f"model = AutoModelForCausalLM.from_pretrained(base, {options})"]
+        if config.model.new_tokens:
+            lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
+            lines.append("    model.resize_token_embeddings(len(tokenizer))")
+        lines += ["model = PeftModel.from_pretrained(model, folder).eval()"]
+    else:
+        lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, {options}).eval()"]
+    text = repr(prompt) if prompt is not None else '"..."  # in the form of the training rows'
+    lines += ["", f"prompt = {text}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
+    lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.max_new_tokens})"]
+    lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
+    return markdown_block("\n".join(lines), "python")
+
+
+def _literal(text: str) -> str:
+    """Returns a text in Python's quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _relative(path: str | None, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix() if path else "."
+
+
+def _quantization_lines(config: Config, dtype: str) -> list[str]:
+    quantization = config.quantization
+    if quantization.bits == 8:
+        return ["    load_in_8bit=True,", f"    llm_int8_threshold={quantization.int8_threshold},"]
+    return [
+        "    load_in_4bit=True,",
+        f'    bnb_4bit_quant_type="{quantization.quant_type.value}",',
+        f"    bnb_4bit_use_double_quant={quantization.double_quant},",
+        f"    bnb_4bit_compute_dtype={dtype},",
+    ]
+
+
+def _base_lines(base: str) -> list[str]:
+    if base == "tiny":
+        embedded = 'str(importlib.resources.files("qlora") / "demo" / "model")'
+        return [f"base = {embedded}  # the model that qlora embeds"]
+    return [f"base = {_literal(base)}"]
+
+
+def _settings(config: Config, compute_dtype: str | None, unquantized: str | None) -> list[tuple[str, str]]:
+    trainer, lora = config.trainer, config.lora
+    precision = _base_precision(config, unquantized)
+    rows = [("base weights", f"{precision}, computing in {_dtype(config, compute_dtype)}")]
+    if lora.enabled:
+        where = ", ".join(lora.target_modules)
+        rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
+        extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]
+        extras.append((f"LoRA+ ratio {lora.loraplus_lr_ratio}", lora.loraplus_lr_ratio is not None))
+        extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))
+        if any(used for _, used in extras):
+            rows.append(("LoRA variant", ", ".join(name for name, used in extras if used)))
+    length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
+    micro, accumulated = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+    whole = config.data.train_on_source or config.data.format in ("text", "chosen")
+    rows += [
+        ("length", length),
+        ("batch", f"{micro} rows x {accumulated} accumulated, on each device"),
+        ("optimizer", f"{trainer.optim}, beta2 {trainer.adam_beta2:g}, weight decay {trainer.weight_decay:g}"),
+        ("learning rate", f"{trainer.learning_rate:g}, {trainer.lr_scheduler_type}, warm-up {trainer.warmup_steps:g}"),
+        ("gradient norm", f"at most {trainer.max_grad_norm:g}" if trainer.max_grad_norm else "not clipped"),
+        ("tokens a row", f"prompt up to {config.data.source_max_len}, answer up to {config.data.target_max_len}"),
+        ("loss on", "the whole text" if whole else "the answer"),
+        ("seed", f"{config.seed} (rows are split by {config.data.split_seed})"),
+    ]
+    return rows
+
+
+def _limits(config: Config) -> str:
+    lines = [
+        "- One training with one seed: small differences between such runs are chance. Repeat it with other seeds "
+        "before you compare.",
+        f"- Measured only on rows like those of {markdown_code(config.data.name)}; nothing is known about other tasks.",
+        "- Nobody examined the answers for safety, bias or truth; those of the base model remain.",
+        "- The licence of the base model and the terms of the data apply to this model as well.",
+    ]
+    if config.model.name == "tiny":
+        lines.append("- The embedded base is a toy of an invented world and knows nothing of the real one.")
+    if config.lora.enabled and config.quantization.bits in (4, 8):
+        lines.append("- The numbers hold for the quantized base; on unquantized weights the adapter may do a bit "
+                     "better or worse.")  # fmt: skip
+    return "\n".join(lines)

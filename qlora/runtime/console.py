@@ -1,0 +1,321 @@
+"""What a person reads while a run goes on; libraries are silent unless asked.
+
+Lines go to standard output and, through the logger, to `train.log`; with several processes only the first prints.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from qlora.errors import ConfigError
+from qlora.runtime import distributed
+from qlora.secrets import hide
+from qlora.text import format_metric, prompt_core, shorten, visible
+
+log = logging.getLogger(__name__)
+
+# What stands in for a sign where the terminal's encoding lacks it.
+PLAIN_SIGNS = str.maketrans("✓✗–…·→⟦⟧─⏎▁▂▃▄▅▆▇█", "+x-~|>[]-/_.:-=+*#")
+ON_SCREEN = {"on_screen": True}  # marks log records whose text was printed already
+
+
+class OwnLines(logging.Filter):
+    """Lets this project's lines through to the console, and every library's errors."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether `record` belongs on the console; of several processes the first one warns."""
+        if getattr(record, "on_screen", False) or not (
+            distributed.is_main_process() or record.levelno >= logging.ERROR
+        ):
+            return False
+        own = record.name.split(".")[0] in ("qlora", "__main__")
+        return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
+
+
+class HidingFormatter(logging.Formatter):
+    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line of `record`, to which a formatter may add colours of its own."""
+        record = copy.copy(record)
+        record.msg, record.args = visible(record.getMessage()), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.inner.formatException(record.exc_info)
+        record.exc_text = record.exc_text and visible(record.exc_text)
+        return hide(self.inner.format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A log file that may lose lines while the disk is full; what matters waits for space."""
+
+    def __init__(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Opens the file; raises `ConfigError` for a link, by which a folder that was sent could lead elsewhere."""
+        if Path(filename).is_symlink():
+            raise ConfigError(f"{filename} is a link to another file, which a run would write to; remove it")
+        super().__init__(filename, *args, **kwargs)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Reports what is wrong with a record, unless it is the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def quiet_libraries(*, verbose: bool = False) -> None:
+    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
+
+    No log holds a secret.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    guard_logs()
+    if verbose:
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def guard_logs() -> None:
+    """Has no handler of the log write a secret or a control character."""
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, HidingFormatter):
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
+
+
+def take_over_handlers() -> None:
+    """Sends what libraries print by handlers of their own, attached when they were imported, to `train.log` too."""
+    for name in ("transformers", "datasets", "peft", "bitsandbytes", "huggingface_hub", "accelerate"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def is_live() -> bool:
+    """Returns whether a person watches: a terminal that can redraw, and the first process."""
+    console = screen()
+    return distributed.is_main_process() and console.is_interactive and console.file.isatty()
+
+
+def screen() -> Console:
+    """Returns the console on standard output."""
+    return _console_on(getattr(sys.stdout, "rich_proxied_file", sys.stdout))
+
+
+@functools.lru_cache(maxsize=1)
+def _console_on(stream: TextIO) -> Console:
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def say(line: str | Text = "") -> None:
+    """Prints one line, never cut or wrapped; it stands in `train.log` too."""
+    if not distributed.is_main_process():
+        return
+    text = Text(line) if isinstance(line, str) else line
+    text.plain = printable(text.plain)
+    screen().print(text, soft_wrap=True)
+    if text.plain.strip():
+        record(text.plain)
+
+
+def complain(text: str) -> None:
+    """Prints what ended a run to standard error."""
+    print(visible(hide(text)), file=sys.stderr, flush=True)
+
+
+def say_colored(text: str) -> None:
+    """Prints lines that may hold escape sequences for colours."""
+    say(Text.from_ansi(text))
+
+
+def record(line: str) -> None:
+    """Writes a line to `train.log` only."""
+    log.info("%s", line, extra=ON_SCREEN)
+
+
+def printable(text: str) -> str:
+    """Returns `text` as it may be shown: without secrets, without control characters, and with signs that the
+    terminal's encoding lacks replaced; the last two one for one."""
+    text = visible(hide(text))
+    encoding = screen().encoding
+    if encoding.lower().startswith("utf"):
+        return text
+    return text.translate(PLAIN_SIGNS).encode(encoding, "replace").decode(encoding)
+
+
+def start_screen(facts: list[tuple[str, str]]) -> None:
+    """Prints what is about to run: a title and a row for each label and value."""
+    from qlora import __version__
+
+    say(Text(f"qlora {__version__}", style="bold"))
+    say_rows(facts)
+    say()
+
+
+def say_rows(rows: list[tuple[str, str]]) -> None:
+    """Prints labels and values in two columns; on a terminal a long value wraps between words under its column."""
+    if not rows:
+        return
+    indent = max(len(label) for label, _ in rows) + 4
+    room = max(screen().width - indent, 30) if screen().is_terminal else sys.maxsize
+    for label, value in rows:
+        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        body = f"\n{' ' * indent}".join(lines)
+        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body))
+
+
+def summary(
+    title: str,
+    before_after: list[tuple[str, float | None, float | None, str]],
+    predictions: list[dict[str, Any]],
+    files: list[tuple[str, str]],
+    next_steps: list[str],
+) -> None:
+    """Prints the end of a run: metrics before and after, a few answers, the files written, what to type next.
+
+    A metric is its name, both values and what is known of its certainty, in words.
+
+    A prediction has `input` or `prompt`, `reference`, `prediction` and maybe `match`: true, false or None (not judged).
+    """
+    say()
+    say(Text(title, style="bold"))
+    _say_metrics(before_after)
+    if predictions:
+        say()
+        say(Text("Held-out answers", style="bold"))
+        for row in predictions:
+            _say_prediction(row)
+    if files:
+        say()
+        say(Text("Files", style="bold"))
+        say_rows(files)
+    if next_steps:
+        say()
+        say(Text("Next", style="bold"))
+        for line in next_steps:
+            say(f"  {line}")
+
+
+def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
+    if not rows:
+        return
+    compared = any(before is not None for _, before, _, _ in rows)
+    cells = [(name.replace("_", " "), format_metric(name, before), format_metric(name, after), certainty)
+             for name, before, after, certainty in rows]  # fmt: skip
+    label, first, second, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
+    first, second = max(first, len("before")), max(second, len("after"))
+    if compared:
+        head = f"{'before'.rjust(first)}    {'after'.rjust(second)}"
+        say(Text(" " * (label + 6) + head, style="dim"))
+    for name, before, after, certainty in cells:
+        middle = f"{before.rjust(first)} →  " if compared else ""
+        note = f"   {certainty}" if certainty else ""
+        say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold"), (note, "dim")))
+
+
+def _say_prediction(row: dict[str, Any]) -> None:
+    expected, got = str(row.get("reference", "")), str(row.get("prediction", ""))
+    same = " ".join(expected.split()) == " ".join(got.split())
+    judged = row.get("match", same)
+    if isinstance(judged, str):  # as trackers write it
+        judged = judged.lower() in ("true", "yes")
+    room = (screen().width if screen().is_terminal else 120) - 18
+    asked = str(row.get("input", row.get("prompt", "")))
+    mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
+    say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(asked), room + 10)))
+    if same:
+        say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
+        return
+    say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
+    say(Text.assemble((" " * 6 + "got       ", "dim"), (shorten(got, room) or "(nothing)", style)))
+
+
+Update = Callable[..., None]
+_live: list[Progress] = []  # the one display that may be at the foot of the terminal
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None) -> Iterator[Update]:
+    """Shows a bar while the block runs, and yields `update(done, note="", description=None, total=None)`.
+
+    A bar within a bar shares its display. Without a terminal, or in a later process, nothing is shown.
+    """
+    if not is_live():
+        yield lambda done, note="", description=None, total=None: None
+        return
+    with contextlib.nullcontext(_live[0]) if _live else _display() as display:
+        task = display.add_task(printable(description), total=total, note="")
+
+        def update(done: int, note: str = "", description: str | None = None, total: int | None = None) -> None:
+            shown = None if description is None else printable(description)
+            display.update(task, completed=done, note=printable(note), description=shown, total=total)
+
+        try:
+            yield update
+        finally:
+            display.remove_task(task)
+
+
+def close_bars() -> None:
+    """Ends the live display, if an error left one open, so that a message can be read."""
+    while _live:
+        _live.pop().stop()
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Progress]:
+    # On a narrow terminal the bar shrinks and the numbers stay.
+    columns = (
+        TextColumn("{task.description:<10}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+    )
+    display = Progress(*columns, console=screen(), transient=True, refresh_per_second=5)
+    atexit.register(display.stop)  # gives the cursor back even after a crash
+    _live.append(display)
+    try:
+        with display, _handlers_above(display.console):
+            yield display
+    finally:
+        if display in _live:
+            _live.remove(display)
+        atexit.unregister(display.stop)
+
+
+@contextlib.contextmanager
+def _handlers_above(console: Console) -> Iterator[None]:
+    """Lets log handlers that write to the terminal print above the bar instead of into it."""
+    moved: list[tuple[logging.StreamHandler[Any], Any]] = []
+    for handler in logging.getLogger().handlers:
+        stream = getattr(handler, "stream", None)
+        if type(handler) is logging.StreamHandler and stream is not None and stream.isatty():
+            handler.setStream(FileProxy(console, stream))
+            moved.append((handler, stream))
+    try:
+        yield
+    finally:
+        for handler, stream in moved:
+            handler.setStream(stream)

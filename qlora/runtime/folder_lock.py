@@ -1,0 +1,78 @@
+"""Locks of folders, which the system takes back when the process that holds one ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from qlora.errors import ConfigError
+
+LOCK_FILE = ".lock"
+OVERVIEW_LOCK = ".overview.lock"
+LOCK_ATTEMPTS = 10
+
+_held: list[TextIO] = []
+"""The files whose locks this process holds."""
+
+
+def _release() -> None:
+    """Closes the locks in a process that was forked, such as a worker, which may outlive a run that is killed."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_release)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool = False) -> Iterator[None]:
+    """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
+
+    Several processes may hold it `shared`. Raises `ConfigError` with `complaint` where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a") as file:
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
+                if attempt == LOCK_ATTEMPTS - 1:
+                    message = f"{complaint}; wait until it has ended, or choose another folder"
+                    raise ConfigError(message) from None
+                time.sleep(0.1)
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Holds the lock of a sweep's overview, having waited for whoever brings it up to date just now."""
+    with (folder / OVERVIEW_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+def is_locked(folder: Path, name: str = LOCK_FILE) -> bool:
+    """Returns whether a living process holds the lock of a folder."""
+    path = folder / name
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""The fast training step and its kernels."""
