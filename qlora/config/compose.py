@@ -73,7 +73,7 @@ CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 VERSION_BASE = "1.3"
 """The version whose rules Hydra keeps to, wherever it composes."""
 
-LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan, TaskName.preview.name, TaskName.plan.name)
+LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan)
 """The folder of tasks that show what a run would be, and leave nothing that counts as one."""
 
 START_VARIABLE = "QLORA_START"

@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import enum
 import functools
-import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from qlora.config.search_path import option_folder
 from qlora.errors import ConfigError, did_you_mean
 
 WIDTH = 100
+SCHEMA = Path(schema.__file__).parent
 
 # Groups that choose values for several dataclasses, or hold the user's own objects.
 OTHER_GROUPS = {
@@ -183,16 +183,16 @@ def default_options() -> dict[str, str]:
 
 @functools.cache
 def field_docs() -> dict[str, dict[str, str]]:
-    """Returns the docstring below each field, by class and field, in the order of the schema's source."""
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        docs = found.setdefault(node.name, {})
-        for field, below in zip(node.body, [*node.body[1:], None], strict=True):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                docs[field.target.id] = _docstring(below)
-    return found
+    """Returns the docstring below each field, by class and field, in the order of the source."""
+    modules = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SCHEMA.glob("*.py"))]
+    classes = [node for module in modules for node in module.body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_fields_with_docs(node)) for node in classes}
+
+
+def _fields_with_docs(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            yield field.target.id, _docstring(below)
 
 
 def _docstring(node: ast.stmt | None) -> str:
