@@ -16,9 +16,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from qlora.config import schema
-from qlora.config.compose import CONF_DIR, ORIGINAL_FLAGS, config_keys, field_type, group_names, in_words
+from qlora.config.fields import config_keys, field_type, in_words
+from qlora.config.options import CONF_DIR, group_names
 from qlora.config.search_path import option_folder
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import ConfigError, did_you_mean
+from qlora.upstream.omegaconf import raw_node
 
 WIDTH = 100
 SCHEMA = Path(schema.__file__).parent
@@ -177,7 +180,7 @@ def default_options() -> dict[str, str]:
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
         if not isinstance(entry, str):
-            chosen.update({str(key): str(entry._get_node(key)) for key in entry})
+            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
     return chosen
 
 

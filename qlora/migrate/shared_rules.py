@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora.config.compose import model_presets, write_override
 from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
+from qlora.config.options import model_presets
+from qlora.config.overrides import write_override
 from qlora.errors import did_you_mean
 from qlora.migrate.rules import Lost, Part, Taken
 
