@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,8 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     register()
     refuse_unreadable(overrides)
     overrides = open_entries(overrides)
-    setbase(VERSION_BASE)
-    instance = GlobalHydra.instance()
-    outer = instance.hydra
-    instance.clear()
     try:
-        with reading_spellings(CONF_DIR):
-            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
+        with opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
             composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
             _check_job_folder(composed)
@@ -105,8 +101,21 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     except RecursionError as error:
         where = f" in {config_dir}" if config_dir is not None else ""
         raise ConfigError(
-            f"a config file{where} includes itself, or two each other; mend their defaults lists"
+            f"a config file{where} includes itself, or two include each other; correct their defaults lists"
         ) from error
+
+
+@contextmanager
+def opened_hydra(overrides: Sequence[str], config_dir: Path | str | None) -> Iterator[Hydra]:
+    """Yields Hydra with our options and the user's own, as the instance of this process."""
+    register()
+    setbase(VERSION_BASE)
+    instance = GlobalHydra.instance()
+    outer = instance.hydra
+    instance.clear()
+    try:
+        with reading_spellings(CONF_DIR):
+            yield Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
     finally:
         instance.clear()
         if outer is not None:

@@ -20,7 +20,7 @@ from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraInit
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
 from qlora.config.schema.model import ArchitectureConfig, ModelConfig, Weights
-from qlora.config.schema.plan import CARD_NAMES, PlanConfig, PlanStep
+from qlora.config.schema.plan import PlanConfig, PlanStep
 from qlora.config.schema.quantization import BaseProducts, ComputeDtype, QuantizationConfig, QuantType
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
 from qlora.config.schema.sweep import SweepConfig
@@ -32,7 +32,6 @@ from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, Watchd
 
 __all__ = [
     "CALLBACK_PACKAGES",
-    "CARD_NAMES",
     "FORMAT_NAMES",
     "FUNCTION_PATH",
     "HOLDS",

@@ -8,13 +8,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from qlora.errors import ConfigError, did_you_mean, require
-
-# The cards of `planning/cards.py`; a test compares the two.
-CARD_NAMES = (
-    *("t4", "v100-32gb", "rtx-3090", "rtx-4090", "rtx-5090", "a10", "l4", "a6000", "l40s", "a100-40gb", "a100-80gb"),
-    *("h100", "h200"),
-)
-
+from qlora.planning.gpus import CARDS
 
 PlanStep = StrEnum("PlanStep", "auto plain fast")
 """How a training step is computed, as far as its memory and speed depend on it."""
@@ -25,7 +19,7 @@ class PlanConfig:
     """What `task=plan` plans for: memory and time of the training that the rest of the config describes."""
 
     device: str = "this"
-    """The card: `this` (the GPU found here), `t4`, `v100-32gb`, `rtx-3090`, `rtx-4090`, `rtx-5090`, `a10`, `l4`,
+    """The GPU: `this` (the one found here), `t4`, `v100-32gb`, `rtx-3090`, `rtx-4090`, `rtx-5090`, `a10`, `l4`,
     `a6000`, `l40s`, `a100-40gb`, `a100-80gb`, `h100` or `h200`."""
     step: PlanStep = MISSING
     """`plain`: transformers' layers with PEFT's adapters, operation by operation. `fast`: fused linear layers and
@@ -35,7 +29,7 @@ class PlanConfig:
     """Tokens of a row; unset: `data.pack_length`, else the longest that the limits of `data` leave."""
 
     def __post_init__(self) -> None:
-        names = ("this", *CARD_NAMES)
+        names = ("this", *CARDS)
         if self.device not in names:
             raise ConfigError(
                 f"plan.device={self.device!r} is unknown{did_you_mean(self.device, names)}; choose one of "
