@@ -84,7 +84,8 @@ def write_jobs(folder: Path, jobs: int) -> None:
     """Writes the folders of a grid's jobs as finished ones leave them, but for their weights."""
     from dataclasses import replace
 
-    from qlora.config.compose import compose, config_to_dict
+    from qlora.config.compose import compose
+    from qlora.config.saved_config import config_to_dict
     from qlora.sweep.jobs import job_folder
 
     base = compose()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.errors import HydraException
@@ -28,29 +27,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import trust
-from qlora.config.compose import (
-    CONF_DIR,
-    START_VARIABLE,
-    VERSION_BASE,
-    check_command,
-    config_to_dict,
-    expand_sweep,
-    explain,
-    now,
-    open_entries,
-    override_value,
-    refuse_unreadable,
-    register,
-    show_config,
-    to_config,
-    unknown_flag,
-    with_environment,
-    without_hydra,
-)
+from qlora.config.command import check_command, show_config
+from qlora.config.compose import START_VARIABLE, VERSION_BASE, now, register
+from qlora.config.conversion import to_config, without_hydra
+from qlora.config.file_spelling import reading_spellings
+from qlora.config.messages import explain
+from qlora.config.options import CONF_DIR
+from qlora.config.override_spelling import keep_spelling
+from qlora.config.overrides import open_entries, override_value, refuse_unreadable, with_environment
 from qlora.config.paths import anchor_paths, give_home
+from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, Resume, TaskName, TrackingBackend
 from qlora.config.search_path import option_folder
-from qlora.config.spelling import keep_spelling, reading_spellings
+from qlora.config.suggestions import unknown_flag
+from qlora.config.sweep_values import expand_sweep
 from qlora.errors import ConfigError, Pruned, Stopped, UserError
 from qlora.runtime import distributed
 from qlora.runtime.command_folder import Start, check_links, start_anew, start_in
@@ -60,6 +50,7 @@ from qlora.runtime.sweep_job import VARIABLE, SweepJob
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.sweep.jobs import recorded
+from qlora.upstream.hydra import flag_parser
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     def complain(message: str) -> NoReturn:
         raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
 
-    parser: argparse.ArgumentParser = get_args_parser()
+    parser: argparse.ArgumentParser = flag_parser()
     parser.error = complain  # type: ignore[method-assign]
     return parser
 

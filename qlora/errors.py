@@ -75,24 +75,12 @@ def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") ->
         raise ConfigError(f"{key} must {rule}, got {brief(value)}" + (f"; {remedy}" if remedy else ""))
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Counts the insertions, deletions, substitutions and swaps of neighbours that turn `a` into `b`."""
-    before, previous = [0] * (len(b) + 1), list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            cost = min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                cost = min(cost, before[j - 2] + 1)
-            row.append(cost)
-        before, previous = previous, row
-    return previous[-1]
-
-
 def suggest(word: str, choices: Iterable[str]) -> list[str]:
     """Returns the choices nearest to `word`, at most three, in their own order; none when nothing is near."""
+    from rapidfuzz.distance import OSA  # a typo pays for the import, not each start
+
     choices = list(dict.fromkeys(choices))
-    distances = [edit_distance(word.lower(), choice.lower()) for choice in choices]
+    distances = [OSA.distance(word.lower(), choice.lower()) for choice in choices]  # a swap of neighbours counts 1
     near = min(distances, default=len(word))
     if near > 1 and len(word) > 2 and (longer := [choice for choice in choices if choice.startswith(word)]):
         return longer[:3]

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from qlora import adapters
-from qlora.config import compose
+from qlora.config import saved_config
 from qlora.config.schema import Parallel, Resume, TaskName
 from qlora.data.ingest.arrow_writer import file_digest
 from qlora.doctor import preflight
@@ -128,7 +128,7 @@ class Run(Session):
         if self.config.resume is Resume.never:
             self.folder.check_unused()
         self.folder.create()
-        plain = compose.config_to_dict(self.config)
+        plain = saved_config.config_to_dict(self.config)
         before = self._read_before()
         is_same = self.folder.check_same_training(before, plain, self._moved_base(before))
         self._check_processes()
@@ -179,7 +179,7 @@ class Run(Session):
     _has_config = False
 
     def _write_config(self) -> None:
-        write_text(self.folder.config, compose.dump_config(self.config))
+        write_text(self.folder.config, saved_config.dump_config(self.config))
         self._has_config = True
 
     @property
@@ -196,7 +196,7 @@ class Run(Session):
         for error in find_damage(self.folder.path, *needed) if needed else ():
             raise error
         set_damage_aside(self.folder.path)
-        before = compose.read_config(self.folder.config)
+        before = saved_config.read_config(self.folder.config)
         return before if self.folder.holds_training else None
 
     def _train_along(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Run(Session):
         if self.measures_rows:
             _ = self.measurer
         model = self._prepare_task()
-        with self._tracking(compose.config_to_dict(self.config)) as (tracker, summary):
+        with self._tracking(saved_config.config_to_dict(self.config)) as (tracker, summary):
             base = self._baseline(model) if isinstance(model, PeftModel) else Measurement()
             summary |= _prefixed("base_eval_", base.metrics)
             if isinstance(model, PeftModel):
@@ -333,11 +333,11 @@ class Run(Session):
 
     def _check_trained_base(self, adapter: Path) -> None:
         """Raises `ConfigError` if the run that trained the adapter had other bits, which the merge would not show."""
-        stored = compose.read_config(adapter.parent / self.folder.config.name)
+        stored = saved_config.read_config(adapter.parent / self.folder.config.name)
         if stored is None:
             return
         before, now = (dict(flatten({"quantization": each.get("quantization", {})}))
-                       for each in (stored, compose.config_to_dict(self.config)))  # fmt: skip
+                       for each in (stored, saved_config.config_to_dict(self.config)))  # fmt: skip
         machine = "quantization.compute_dtype"  # `auto` is another on another machine
         if changed := [key for key in before if before[key] != now.get(key) and key != machine]:
             words = " ".join(f"{key}={str(before[key]).lower()}" for key in changed)
@@ -580,7 +580,7 @@ class Run(Session):
 
     def _answers_decided_by(self) -> dict[str, Any]:
         """Returns everything that decides the answers of `task=predict`, by name, in JSON's types."""
-        config, place, (adapter, full) = compose.config_to_dict(self.config), self.placement, self.trained
+        config, place, (adapter, full) = saved_config.config_to_dict(self.config), self.placement, self.trained
         facts = {
             "model": {key: value for key, value in config["model"].items() if key not in ("cache_dir", "license")},
             "quantization": config["quantization"],

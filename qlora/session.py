@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import adapters
 from qlora.adapters.code_files import check_own_code
-from qlora.config.compose import config_to_dict
 from qlora.config.optimizers import OPTIMIZERS
+from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import (
     Config,
     EvaluationName,

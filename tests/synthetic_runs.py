@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
-from qlora.config.compose import compose, config_to_dict, group_names
+from qlora.config.compose import compose
+from qlora.config.options import group_names
+from qlora.config.saved_config import config_to_dict
 from qlora.sweep.jobs import slug
 
 

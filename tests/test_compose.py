@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -18,24 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import schema
-from qlora.config.compose import (
-    CONF_DIR,
-    FOREIGN_NAMES,
-    check_overrides,
-    compose,
-    compose_dict,
-    config_keys,
-    expand_sweep,
-    explain,
-    field_type,
-    group_names,
-    in_words,
-    may_be_null,
-    to_config,
-    unknown_flag,
-)
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose, compose_dict
+from qlora.config.conversion import to_config
+from qlora.config.fields import config_keys, field_type, in_words, may_be_null
+from qlora.config.messages import explain
+from qlora.config.options import CONF_DIR, group_names
 from qlora.config.schema import MixConfig
-from qlora.errors import UserError, edit_distance, suggest
+from qlora.config.suggestions import FOREIGN_NAMES, unknown_flag
+from qlora.config.sweep_values import expand_sweep
+from qlora.errors import UserError, suggest
 
 ROOT = Path(__file__).parent.parent
 KEYS = list(config_keys())
@@ -489,8 +481,7 @@ def test_a_sweep_is_expanded_one_key_at_a_time() -> None:
 
 
 def test_a_swap_of_neighbours_is_one_edit() -> None:
-    assert edit_distance("rnak", "rank") == 1
-    assert edit_distance("kitten", "sitting") == 3
+    assert suggest("rnak", ["rink", "rank"]) == ["rank"]
 
 
 def test_suggestions_are_the_nearest_only() -> None:
@@ -509,6 +500,12 @@ def qlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def cpu_seconds() -> float:
+    """Returns what children have computed, which does not depend on what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -520,13 +517,13 @@ def qlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_the_command_line_answers_at_once(words: list[str], code: int) -> None:
-    start = time.perf_counter()
+    start = cpu_seconds()
     done = qlora(*words)
-    seconds = time.perf_counter() - start
+    seconds = cpu_seconds() - start
     print(f"{' '.join(words)}: {seconds:.2f} s")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert seconds < 3
+    assert seconds < 2
 
 
 def test_a_mistake_is_one_line_on_standard_error() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.compose import CONF_DIR, check_overrides, compose, compose_dict, group_names
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose, compose_dict
+from qlora.config.options import CONF_DIR, group_names
 
 # What an option needs besides its own name.
 NEEDS = {

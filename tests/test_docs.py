@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from qlora.config import help as pages
-from qlora.config.compose import check_overrides, config_keys, group_names, unknown_flag
+from qlora.config.command import check_overrides
+from qlora.config.fields import config_keys
+from qlora.config.options import group_names
+from qlora.config.suggestions import unknown_flag
 
 ROOT = Path(__file__).parent.parent
 DOCS = [

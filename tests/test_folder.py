@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora.config.compose import compose, config_to_dict
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict
 from qlora.errors import UserError
 from qlora.runtime.run_folder import RunFolder, find_adapter, flatten
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from qlora.config import help as pages
-from qlora.config.compose import CONF_DIR, ORIGINAL_FLAGS, compose, config_keys, field_type, group_names
+from qlora.config.compose import compose
+from qlora.config.fields import config_keys, field_type
+from qlora.config.options import CONF_DIR, group_names
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import UserError
 
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora import cli
-from qlora.config.compose import compose, compose_dict, config_to_dict, read_config, restore_config
+from qlora.config.compose import compose, compose_dict
+from qlora.config.saved_config import config_to_dict, read_config, restore_config
 from qlora.errors import UserError
 from qlora.run import Run
 from qlora.runtime.determinism import WORKSPACE, deterministic

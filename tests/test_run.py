@@ -18,7 +18,8 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora.config.compose import compose, config_to_dict, read_config
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict, read_config
 from qlora.errors import UserError
 from qlora.run import Run
 

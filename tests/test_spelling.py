@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from qlora.config.compose import (
-    CONF_DIR,
-    compose,
-    compose_dict,
-    config_keys,
-    dump_config,
-    override_value,
-    read_config,
-    restore_config,
-    sweep_params,
-    write_override,
-    write_yaml,
-)
-from qlora.config.spelling import SpelledSource, keep_spelling, reading_spellings, split_key, type_at
+from qlora.config.compose import compose, compose_dict
+from qlora.config.fields import config_keys, split_key, type_at
+from qlora.config.file_spelling import SpelledSource, reading_spellings
+from qlora.config.options import CONF_DIR
+from qlora.config.override_spelling import keep_spelling
+from qlora.config.overrides import override_value, write_override
+from qlora.config.saved_config import dump_config, read_config, restore_config, write_yaml
+from qlora.config.sweep_values import sweep_params
 from qlora.errors import UserError
 
 NUMBERS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.config import compose
+from qlora.config import compose, overrides
 from qlora.errors import UserError
 from qlora.runtime.atomic_files import follow_umask, write_folder, write_text
 from qlora.runtime.command_folder import start_anew, start_in
@@ -141,9 +141,9 @@ def test_an_odd_command_line_ends_in_a_sentence(
 
 
 def test_a_text_with_brackets_is_read_in_quotes() -> None:
-    compose.refuse_unreadable(['name="' + "[" * 50 + '"', "data.columns={a: {b: [c]}}", "lora.target_modules=[a,b]"])
+    overrides.refuse_unreadable(['name="' + "[" * 50 + '"', "data.columns={a: {b: [c]}}", "lora.target_modules=[a,b]"])
     with pytest.raises(UserError, match="brackets"):
-        compose.refuse_unreadable(["name=" + "{" * 50])
+        overrides.refuse_unreadable(["name=" + "{" * 50])
 
 
 def test_a_pipe_that_is_closed_a_folder_that_is_gone_and_python_without_docstrings(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import enum
 import functools
-import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,11 +16,15 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from qlora.config import schema
-from qlora.config.compose import CONF_DIR, ORIGINAL_FLAGS, config_keys, field_type, group_names, in_words
+from qlora.config.fields import config_keys, field_type, in_words
+from qlora.config.options import CONF_DIR, group_names
 from qlora.config.search_path import option_folder
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import ConfigError, did_you_mean
+from qlora.upstream.omegaconf import raw_node
 
 WIDTH = 100
+SCHEMA = Path(schema.__file__).parent
 
 # Groups that choose values for several dataclasses, or hold the user's own objects.
 OTHER_GROUPS = {
@@ -177,22 +180,22 @@ def default_options() -> dict[str, str]:
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
         if not isinstance(entry, str):
-            chosen.update({str(key): str(entry._get_node(key)) for key in entry})
+            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
     return chosen
 
 
 @functools.cache
 def field_docs() -> dict[str, dict[str, str]]:
-    """Returns the docstring below each field, by class and field, in the order of the schema's source."""
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        docs = found.setdefault(node.name, {})
-        for field, below in zip(node.body, [*node.body[1:], None], strict=True):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                docs[field.target.id] = _docstring(below)
-    return found
+    """Returns the docstring below each field, by class and field, in the order of the source."""
+    modules = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SCHEMA.glob("*.py"))]
+    classes = [node for module in modules for node in module.body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_fields_with_docs(node)) for node in classes}
+
+
+def _fields_with_docs(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            yield field.target.id, _docstring(below)
 
 
 def _docstring(node: ast.stmt | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qlora.config.compose import model_presets
+from qlora.config.options import model_presets
 from qlora.config.schema import ArchitectureConfig, Config, QuantType, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError

@@ -14,9 +14,12 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora.config.compose import compose, group_names, override_value, read_yaml, write_yaml
+from qlora.config.compose import compose
+from qlora.config.options import group_names
+from qlora.config.override_spelling import keep_spelling
+from qlora.config.overrides import override_value
+from qlora.config.saved_config import read_yaml, write_yaml
 from qlora.config.schema import Config
-from qlora.config.spelling import keep_spelling
 from qlora.config.trust import REMOTE_CODE
 from qlora.errors import ConfigError, UserError, did_you_mean
 from qlora.migrate.axolotl import AXOLOTL

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from qlora.config.compose import write_override
+from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
 from qlora.migrate import shared_rules
 from qlora.migrate.rules import UNSET, Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken

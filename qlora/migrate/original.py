@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from string import Template
 from typing import Any
 
-from qlora.config.compose import ORIGINAL_FLAGS, group_names, write_override
+from qlora.config.options import group_names
+from qlora.config.overrides import write_override
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import ConfigError
 from qlora.migrate import shared_rules
 from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora.config.compose import write_override
+from qlora.config.overrides import write_override
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora.config.compose import model_presets, write_override
-from qlora.config.schema import OPTIMIZER_NAMES, SCHEDULER_NAMES
+from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
+from qlora.config.options import model_presets
+from qlora.config.overrides import write_override
 from qlora.errors import did_you_mean
 from qlora.migrate.rules import Lost, Part, Taken
 
@@ -79,18 +80,18 @@ def choose_optimizer(name: str, key: str) -> Iterator[Part]:
     """Yields the optimizer, if transformers has one of this name."""
     known = {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused", "adamw": "adamw_torch"}
     name = known.get(name, name)
-    if name in OPTIMIZER_NAMES:
+    if name in OPTIMIZERS:
         yield write_override("trainer.optim", name)
     else:
-        yield Lost(f"no such optimizer here{did_you_mean(name, OPTIMIZER_NAMES)}; see trainer.optim", key)
+        yield Lost(f"no such optimizer here{did_you_mean(name, OPTIMIZERS)}; see trainer.optim", key)
 
 
 def choose_schedule(name: str, key: str) -> Iterator[Part]:
     """Yields the learning rate's course, if transformers has one of this name."""
-    if name in SCHEDULER_NAMES:
+    if name in SCHEDULES:
         yield write_override("trainer.lr_scheduler_type", name)
     else:
-        yield Lost(f"no such schedule here{did_you_mean(name, SCHEDULER_NAMES)}; see trainer.lr_scheduler_type", key)
+        yield Lost(f"no such schedule here{did_you_mean(name, SCHEDULES)}; see trainer.lr_scheduler_type", key)
 
 
 def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora.config.compose import write_override
+from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
 from qlora.migrate import shared_rules
 from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken

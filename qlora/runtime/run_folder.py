@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.config.compose import flatten as flatten
+from qlora.config.saved_config import flatten as flatten
 from qlora.config.schema import Resume, Weights
 from qlora.errors import ConfigError
 from qlora.runtime.atomic_files import remove_temporary_files

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora.config.compose import read_config
+from qlora.config.saved_config import read_config
 from qlora.errors import DamagedFile
 from qlora.runtime.atomic_files import read_json, read_record
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.compose import Combinations
+from qlora.config.combinations import Combinations
 from qlora.config.schema import Config
 from qlora.runtime.console import say
 from qlora.sweep.engines import check_not_detached

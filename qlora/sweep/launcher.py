@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.errors import HydraException
@@ -19,7 +18,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.text import Text
 
-from qlora.config.compose import config_to_dict, explain, to_config
+from qlora.config.conversion import to_config
+from qlora.config.messages import explain
+from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config
 from qlora.errors import ConfigError, UserError
 from qlora.runtime.console import guard_logs, printable, say
@@ -32,6 +33,7 @@ from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
 from qlora.sweep.sweep_tracker import track_sweep
 from qlora.text import quoted
+from qlora.upstream.hydra import flag_parser
 
 NOT_PASSED_ON = (
     "hydra.mode",
@@ -221,7 +223,7 @@ def config_flags() -> list[str]:
 
 def config_dir() -> str | None:
     """Returns the folder of the user's own configs, as this command names it."""
-    args, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    args, _ = flag_parser().parse_known_args(sys.argv[1:])
     return args.config_dir
 
 

@@ -11,7 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.compose import compose_dict, config_to_dict, to_config
+from qlora.config.compose import compose_dict
+from qlora.config.conversion import to_config
+from qlora.config.saved_config import config_to_dict
 from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import job_folder
 from qlora.text import quoted

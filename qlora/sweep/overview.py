@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora.config.compose import read_config
+from qlora.config.saved_config import read_config
 from qlora.errors import ConfigError, DamagedFile
 from qlora.runtime.atomic_files import read_record, write_text
 from qlora.runtime.run_folder import RunFolder, describe_changes, flatten, is_below

@@ -27,8 +27,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from qlora.config.compose import config_to_dict, storage_variable, to_config
+from qlora.config.conversion import to_config
+from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, EvaluationName, TaskName
+from qlora.config.secret_values import storage_variable
 from qlora.errors import ConfigError, UserError
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import say, say_rows
@@ -47,6 +49,7 @@ from qlora.sweep.searchers import Presence
 from qlora.sweep.space import Space, build_space
 from qlora.sweep.sweep_tracker import track_sweep
 from qlora.text import format_metric, higher_is_better
+from qlora.upstream.omegaconf import raw_node, raw_value
 
 RESULTS_FILE = "optimization_results.yaml"
 STATE = {
@@ -160,7 +163,7 @@ def search(
         contextlib.ExitStack() as stack,
     ):
         sweep.goals, sweep.is_shared = {goal.metric: goal.direction for goal in goals}, not is_alone
-        variable = storage_variable(config.hydra.sweeper._get_node("storage")._value())
+        variable = storage_variable(raw_value(raw_node(config.hydra.sweeper, "storage")))
         own = Search(settings, space, goals, sweep, compose, configs[0], variable)
         stack.enter_context(own.presence.shown())
         own.recover()

@@ -14,8 +14,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import OverrideParseException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from qlora.config.compose import explain, is_logarithmic, open_entries, swept_values
-from qlora.config.spelling import keep_spelling
+from qlora.config.messages import explain
+from qlora.config.override_spelling import keep_spelling
+from qlora.config.overrides import open_entries
+from qlora.config.sweep_values import is_logarithmic, swept_values
 from qlora.errors import ConfigError, did_you_mean
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution

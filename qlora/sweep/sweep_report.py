@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.config import compose
+from qlora.config import saved_config
 from qlora.config.schema import Config
 from qlora.errors import ConfigError, DamagedFile, did_you_mean
 from qlora.reporting.history import curves, read_history
@@ -151,7 +151,7 @@ def _view(sweep: Sweep, job: Job, *, label: str) -> RunView:
 def _command(folder: Path) -> str | None:
     """Returns what starts a run again, as far as its folder tells."""
     try:
-        if (words := compose.read_overrides(folder / ".hydra" / "overrides.yaml")) is not None:
+        if (words := saved_config.read_overrides(folder / ".hydra" / "overrides.yaml")) is not None:
             single = ["hydra.mode=RUN"] if any(word.startswith("sweep=") for word in words) else []
             return shlex.join(["qlora", *words, *single])
         command = (RunFolder(folder).stored_manifest() or {}).get("command")
@@ -289,7 +289,7 @@ def read_run(folder: Path, *, in_sweep: bool = False) -> Job:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns the config of a run; {} where there is none, or a damaged one, which makes the run a failed one."""
     try:
-        return compose.read_config(RunFolder(folder).config) or {}
+        return saved_config.read_config(RunFolder(folder).config) or {}
     except DamagedFile:
         return {}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora.config.compose import compose_dict, to_config
+from qlora.config.compose import compose_dict
+from qlora.config.conversion import to_config
 from qlora.config.schema import TrackingBackend, TrackingConfig
 from qlora.errors import UserError
 from qlora.runtime.console import printable, say

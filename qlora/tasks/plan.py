@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora.config.compose import model_presets
+from qlora.config.options import model_presets
 from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
 from qlora.errors import ConfigError, did_you_mean
 from qlora.models.json_files import read_object

@@ -13,7 +13,7 @@ import torch
 from rich.text import Text
 from safetensors import safe_open
 
-from qlora.config import compose
+from qlora.config import saved_config
 from qlora.config.schema import Config, TaskName
 from qlora.errors import ConfigError, DamagedFile
 from qlora.models.fingerprint import find_difference, read_run_base
@@ -78,7 +78,7 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
             "-m qlora task=replay ...)"
         )
     own = {name: getattr(config, name) for name in OWN_KEYS}
-    training = compose.restore_config(compose.with_trust_of(config, stored, first.config), first.config)
+    training = saved_config.restore_config(saved_config.with_trust_of(config, stored, first.config), first.config)
     again = Run(replace(training, **own), output_dir, manifest.get("overrides", []))
     again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
     trained = read_run_base(first)
@@ -94,7 +94,7 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
 
 def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config and the manifest of a finished training; raises `ConfigError` for a folder that holds none."""
-    stored, manifest = compose.read_config(folder.config), folder.stored_manifest()
+    stored, manifest = saved_config.read_config(folder.config), folder.stored_manifest()
     if stored is None or manifest is None or folder.stored_result("train") is None:
         raise ConfigError(
             f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "

@@ -13,8 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
-from qlora.config.compose import compose_dict, expand_sweep, is_logarithmic, sweep_params, swept_values, to_config
+from qlora.config.compose import compose_dict
+from qlora.config.conversion import to_config
 from qlora.config.schema import Config, SweepMethod, TrackingBackend, WandbMode
+from qlora.config.sweep_values import expand_sweep, is_logarithmic, sweep_params, swept_values
 from qlora.errors import ConfigError
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import say_rows

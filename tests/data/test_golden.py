@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 import qlora
-from qlora.config.compose import CONF_DIR
+from qlora.config.options import CONF_DIR
 from qlora.config.schema import DataConfig
 from qlora.data.batching.example_tokens import build_tokenizer
 from qlora.data.formats.known_formats import FORMATS, WITH_REFORMULATIONS

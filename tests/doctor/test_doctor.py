@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qlora import doctor as task
-from qlora.config.compose import compose, model_presets
+from qlora.config.compose import compose
+from qlora.config.options import model_presets
 from qlora.doctor import gpu_libraries, machine, versions
 from qlora.doctor.findings import Finding, Status, look
 from qlora.doctor.trial_step import check_step, check_support, find_architecture

@@ -16,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers import GenerationConfig as HFGenerationConfig
 
-from qlora.config.compose import ORIGINAL_FLAGS, compose
+from qlora.config.compose import compose
 from qlora.config.schema import GenerationConfig
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.demo.instructions import eval_rows
 from qlora.errors import UserError
 from qlora.evaluation.generation import (

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qlora.config.compose import compose as compose_anew
-from qlora.config.compose import config_to_dict
+from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.runtime.saved_run import READERS, find_damage, to_number

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora.config.compose import CONF_DIR, check_overrides, config_keys, field_type, group_names
+from qlora.config.command import check_overrides
+from qlora.config.fields import config_keys, field_type
+from qlora.config.options import CONF_DIR, group_names
 from qlora.errors import UserError
 
 FULL, SHORT = 1000, 200

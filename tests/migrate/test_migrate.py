@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora.config.compose import ORIGINAL_FLAGS, compose, config_keys, group_names, override_value, write_override
+from qlora.config.compose import compose
+from qlora.config.fields import config_keys
+from qlora.config.options import group_names
+from qlora.config.overrides import override_value, write_override
 from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrackingBackend, TrainOn
+from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.data.formats.as_chat import from_alpaca
 from qlora.errors import UserError
 from qlora.migrate import migrate, read

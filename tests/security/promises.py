@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora.config.compose import check_overrides
+from qlora.config.command import check_overrides
 from qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -18,7 +18,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from promises import ROOT
 
-from qlora.config.compose import CONF_DIR, check_overrides, compose, register, with_trust_of
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose, register
+from qlora.config.options import CONF_DIR
+from qlora.config.saved_config import with_trust_of
 from qlora.config.trust import TESTED_HYDRA
 from qlora.errors import UserError
 from qlora.training.callbacks import build_callbacks

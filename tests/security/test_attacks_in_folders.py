@@ -18,7 +18,9 @@ from transformers import TrainerCallback
 
 from qlora import adapters
 from qlora.adapters.code_files import check_own_code
-from qlora.config.compose import compose, config_to_dict, dump_config, open_entries
+from qlora.config.compose import compose
+from qlora.config.overrides import open_entries
+from qlora.config.saved_config import config_to_dict, dump_config
 from qlora.data.ingest.sources import load_hub
 from qlora.errors import UserError
 from qlora.evaluation.lm_harness import LmHarness

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from promises import QUICK, refusal
 
-from qlora.config.compose import check_overrides, compose
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.run import Run
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from qlora.config.compose import check_overrides, compose
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose
 from qlora.config.schema import GenerationConfig
 from qlora.errors import UserError
 from qlora.models.json_files import find_fault, library_reads, read_object

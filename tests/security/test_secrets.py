@@ -12,16 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qlora.config.compose import (
-    check_command,
-    check_overrides,
-    compose,
-    config_to_dict,
-    dump_config,
-    read_config,
-    read_overrides,
-    restore_config,
-)
+from qlora.config.command import check_command, check_overrides
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict, dump_config, read_config, read_overrides, restore_config
 from qlora.errors import UserError
 from qlora.reporting.manifest import build_manifest
 from qlora.secrets import HIDDEN, NAMES, find_secret, hide, hide_in_diff

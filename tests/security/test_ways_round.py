@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.config.compose import check_command, compose
+from qlora.config.command import check_command
+from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models import tokenizer as tokenizers
 from qlora.models.tokenizer import load_tokenizer

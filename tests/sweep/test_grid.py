@@ -14,7 +14,9 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from qlora.config.compose import Combinations, compose, compose_dict, config_to_dict
+from qlora.config.combinations import Combinations
+from qlora.config.compose import compose, compose_dict
+from qlora.config.saved_config import config_to_dict
 from qlora.errors import UserError
 from qlora.sweep import live_table
 from qlora.sweep.grid import run_grid

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.config.compose import compose, config_to_dict
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict
 from qlora.errors import Pruned, UserError
 from qlora.runtime.folder_lock import is_locked, locked
 from qlora.sweep.jobs import Status, identity, job_folder, read_job, recorded, slug, write_status

@@ -20,7 +20,9 @@ import pytest
 import yaml
 
 from qlora import cli
-from qlora.config.compose import check_overrides, compose, config_to_dict
+from qlora.config.command import check_overrides
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict
 from qlora.errors import UserError
 from qlora.sweep.jobs import identity
 from tests.sweep.faults import SUFFER

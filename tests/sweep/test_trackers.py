@@ -14,7 +14,7 @@ import pytest
 import yaml
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.config.compose import check_overrides
+from qlora.config.command import check_overrides
 from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
 from qlora.errors import UserError
 from qlora.reporting.parallel_axes import build_axis, plot_parallel

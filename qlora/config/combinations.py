@@ -1,0 +1,153 @@
+"""The jobs of a grid: a config for each combination of values, composed anew only where a group changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override, OverrideType, Transformer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora.config.compose import compose_dict
+from qlora.config.conversion import check_values, to_config, without_hydra
+from qlora.config.fields import known_keys
+from qlora.config.messages import explain
+from qlora.config.options import group_names
+from qlora.config.override_spelling import keep_spelling
+from qlora.config.overrides import parse_overrides, plain_value
+from qlora.config.saved_config import config_to_dict, field_names, flatten, to_plain
+from qlora.config.schema import Config
+from qlora.config.secret_values import leaves, refuse_secrets
+from qlora.config.sweep_values import swept_values
+from qlora.upstream.omegaconf import raw_node, raw_value
+
+LATEST = 64
+"""So many composed configs are kept, of the latest choices of groups."""
+
+MISSING_VALUE = "???"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key of a grid with the overrides that give it its values, one after the other."""
+
+    key: str
+    overrides: tuple[str, ...]
+    values: tuple[Any, ...] | None
+    """What a plain field is set to; None: the config is composed anew for each of the overrides."""
+
+
+class Combinations:
+    """The jobs of a grid by the positions of their values; plain fields are set without composing anew."""
+
+    def __init__(self, overrides: Sequence[str], config_dir: Path | str | None = None) -> None:
+        parsed = parse_overrides(keep_spelling(overrides))
+        axes = {override.get_key_element(): _read_axis(override) for override in parsed}
+        self.axes = list(axes.values())
+        self._composed = functools.lru_cache(LATEST)(lambda words: _Composed(compose_dict(words, config_dir)))
+
+    def __len__(self) -> int:
+        return math.prod(len(axis.overrides) for axis in self.axes)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return itertools.product(*(range(len(axis.overrides)) for axis in self.axes))
+
+    def words(self, positions: Sequence[int]) -> list[str]:
+        """Returns the overrides of one job."""
+        return [axis.overrides[position] for axis, position in zip(self.axes, positions, strict=True)]
+
+    def config(self, positions: Sequence[int]) -> Config:
+        """Returns the config of one job; raises `ConfigError` where its values exclude each other."""
+        located = list(zip(self.axes, positions, strict=True))
+        chosen = tuple(axis.overrides[position if axis.values is None else 0] for axis, position in located)
+        values = {axis.key: axis.values[position] for axis, position in located if axis.values is not None}
+        return self._composed(chosen).with_values(values)
+
+    def check(self) -> dict[str, Any]:
+        """Returns the full keys with their values that no axis changes, having composed every value of each once.
+
+        Raises `ConfigError` for a value that is refused beside the first of all other axes.
+        """
+        first = [0] * len(self.axes)
+        config = self.config(first)
+        shared = dict(flatten(config_to_dict(config)))
+        for place, axis in enumerate(self.axes):
+            for position in range(1, len(axis.overrides)):
+                for key in _differences(config, self.config([*first[:place], position, *first[place + 1 :]])):
+                    shared.pop(key, None)
+        return shared
+
+
+def _read_axis(override: Override) -> Axis:
+    key, texts = override.get_key_element(), swept_values(override)
+    if texts is None:
+        return Axis(key, (override.input_line or "",), None)
+    if not override.is_discrete_sweep() or not _is_plain_field(override):
+        return Axis(key, tuple(f"{key}={text}" for text in texts), None)
+    elements = list(override.sweep_iterator())  # anew each time, where they are shuffled
+    values = tuple(plain_value(element) for element in elements)
+    overrides = tuple(f"{key}={Transformer.encode(element)}" for element in elements)
+    return Axis(key, overrides, None if any(isinstance(value, dict) for value in values) else values)
+
+
+def _is_plain_field(override: Override) -> bool:
+    key = override.key_or_group
+    return override.type is OverrideType.CHANGE and key in known_keys() - set(group_names())
+
+
+class _Composed:
+    """A composed config whose plain fields are set again and again."""
+
+    def __init__(self, composed: DictConfig) -> None:
+        self._node = without_hydra(composed)
+        self._config: Config | None = None
+        texts = (value for _, value in leaves(OmegaConf.to_container(self._node, resolve=False), ""))
+        self._refers = any(isinstance(text, str) and "${" in text for text in texts)
+        """Whether a field takes its value from another."""
+
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """Returns the config with these values by full keys, always the same keys; as `to_config` checks them."""
+        try:
+            converted = {key: self._set(key, value) for key, value in values.items()}
+            if self._config is None or self._refers or MISSING_VALUE in converted.values():
+                self._config = to_config(self._node)
+                return self._config
+            refuse_secrets(leaves(dict(values), ""))
+            for key, value in converted.items():
+                check_values(value, tuple(key.split(".")))
+            groups = {key.partition(".")[0] for key in values}
+            return dataclasses.replace(self._config, **{group: self._build(group) for group in groups})
+        except OmegaConfBaseException as error:
+            raise explain(error) from error
+
+    def _set(self, key: str, value: Any) -> Any:
+        """Sets a field, and returns its value in the field's type."""
+        *path, name = key.split(".")
+        holder: Any = self._node
+        for part in path:
+            holder = holder[part]
+        if not isinstance(holder, DictConfig):  # null
+            OmegaConf.update(self._node, key, value)
+            return value
+        holder[name] = value
+        return raw_value(raw_node(holder, name))
+
+    def _build(self, group: str) -> Any:
+        value = self._node[group]
+        return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def _differences(first: Config, other: Config) -> Iterator[str]:
+    """Yields the full keys whose values differ."""
+    for name in field_names(Config):
+        before, now = getattr(first, name), getattr(other, name)
+        if before is not now and before != now:
+            left, right = (dict(flatten({name: to_plain(value)})) for value in (before, now))
+            yield from (key for key in {**left, **right} if left.get(key) != right.get(key))

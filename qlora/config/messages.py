@@ -1,0 +1,186 @@
+"""What Hydra, OmegaConf and the YAML reader report, as one sentence with the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+from yaml import MarkedYAMLError
+
+from qlora.config.fields import config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.options import CONF_DIR, option_names
+from qlora.config.search_path import KEY as SEARCH_PATH
+from qlora.config.suggestions import nearest_keys, unknown_key, unknown_option
+from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
+
+
+def explain(error: Exception, config_dir: Path | str | None = None) -> UserError:
+    """Turns what Hydra, OmegaConf or the YAML reader says into one clear sentence with the way out."""
+    chain = _chain(error)
+    for link in chain:
+        if isinstance(link, UserError):
+            return link
+        if isinstance(link, MarkedYAMLError):
+            return broken_yaml(link)
+        if isinstance(link, UnicodeDecodeError):
+            return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
+        if isinstance(link, OverrideParseException):
+            return _broken_override(link)
+    text = "\n".join(str(link) for link in chain)
+    if late := re.search(r"In '([^']+)': Overriding hydra.searchpath", text):
+        return ConfigError(
+            f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
+            f"line: '{SEARCH_PATH}=[FOLDER]'"
+        )
+    found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
+    name = found[1] or found[2] if found else "config"
+    where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
+    if missing := re.search(r"Could not (?:find|load) '([\w.@/-]+)/([^/']+)'", text):
+        listed = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)*)", text)
+        return unknown_option(missing[1], missing[2], listed[1].split() if listed else option_names(missing[1]), where)
+    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
+    key = str(inner.full_key) if inner is not None else _key_of(text)
+    if unset := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return ConfigError(
+            f"{unset[1]} is not set by the option that was chosen for it; a file of its group begins without "
+            "`# @package _group_`, which Hydra no longer knows"
+        )
+    if several := re.search(r"Multiple values for ([\w./-]+)", text):
+        group = several[1].rstrip(".")
+        return ConfigError(
+            f"{group} is chosen twice{where}; where it has an option already, write {group}=OPTION on the command line "
+            f"without a +, or `override /{group}: OPTION` in a file's defaults"
+        )
+    if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
+        return _no_place_for(key, where)
+    if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:
+        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", text) or ["", "?"])[1]
+        return ConfigError(
+            f"{key}{where}: ${{{name}:...}} calls no function that a config may call; those are oc.env, oc.select and "
+            "the others of OmegaConf, hydra and now"
+        )
+    if isinstance(inner, InterpolationKeyError):
+        name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
+        return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
+    if strange := re.search(r"Key (.+) \(\w+\) is incompatible with", text):
+        owner = key.removesuffix(f".{strange[1]}")
+        return ConfigError(
+            f"{owner}{where}: the key {strange[1]} is no text; give the entries in a file, with quotes around this key"
+        )
+    if key or re.search(r"is not a subclass of|is not Optional", text):
+        return _wrong_type(key, text, where)
+    return ConfigError(f"{first_line(text)}{where}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def broken_yaml(error: MarkedYAMLError) -> ConfigError:
+    mark = error.problem_mark or error.context_mark
+    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
+    remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
+    return ConfigError(f"{place}: this is no valid YAML: {error.problem}{remedy}")
+
+
+def _broken_override(error: OverrideParseException) -> ConfigError:
+    if "=" not in error.override:
+        return ConfigError(f"{error.override!r} is no option; options are written KEY=VALUE, e.g. lora.r=16")
+    said = first_line(str(error.__cause__ or error.message))
+    reason = "" if "Exception" in said else f": {said}"
+    return ConfigError(
+        f"{error.override!r} cannot be read{reason}; put quotes around a value with special characters, "
+        "e.g. 'data.path=\"my rows (1).jsonl\"'"
+    )
+
+
+def below_null(overrides: Sequence[str]) -> ConfigError:
+    """Returns the error for a key below one that is null, of which OmegaConf tells neither."""
+    text = next((text for text in overrides if text.lstrip("+~").startswith("hydra.")), "an override").lstrip("+~")
+    key = text.partition("=")[0]
+    if key.startswith("hydra.sweeper.params."):
+        remedy = f"name the key itself with its values, e.g. -m {key.removeprefix('hydra.sweeper.params.')}=A,B"
+    else:
+        remedy = "leave it out"
+    return ConfigError(f"{key} cannot be set: {key.rpartition('.')[0] or 'what holds it'} is null here; {remedy}")
+
+
+def _file_of(name: str, config_dir: Path | str | None) -> str:
+    """Returns the path of the YAML file that Hydra calls `name`, as far as it can be found."""
+    for folder in (CONF_DIR, *([Path(config_dir)] if config_dir is not None else [])):
+        if (file := folder / f"{name}.yaml").is_file():
+            return str(file)
+    return f"{name}.yaml"
+
+
+def _not_utf8(config_dir: Path | str | None) -> str:
+    for file in sorted(Path(config_dir).rglob("*.yaml")) if config_dir is not None else []:
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return str(file)
+    return "a config file"
+
+
+def _key_of(text: str) -> str:
+    found = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
+    return found[1] if found else ""
+
+
+def _no_place_for(key: str, where: str) -> ConfigError:
+    if key.startswith("hydra."):
+        return _unknown_hydra_key(key, where)
+    if key in known_keys():
+        return ConfigError(f"{key}{where} cannot be set here: what holds it is null, or another package is meant")
+    return unknown_key(key, where)
+
+
+def _unknown_hydra_key(key: str, where: str) -> ConfigError:
+    """Returns the error for a key of Hydra's own, e.g. of a sweeper that was not chosen."""
+    owner, _, name = key.rpartition(".")
+    group = owner.removeprefix("hydra.")
+    options = ConfigStore.instance().repo["hydra"].get(group, {})
+    keys = {Path(option).stem: list(node.node or {}) for option, node in options.items()}
+    if owners := [option for option, names in keys.items() if name in names]:
+        return ConfigError(f"{key}{where} is a key of hydra/{group}={' and '.join(sorted(owners))}; choose that too")
+    known = dict.fromkeys(other for names in keys.values() for other in names if not other.startswith("_"))
+    near = [f"{owner}.{other}" for other in suggest(name, known)]
+    return ConfigError(f"unknown key {key!r}{where}{mean(near)}; see `qlora --hydra-help`")
+
+
+def _wrong_type(key: str, text: str, where: str) -> ConfigError:
+    """Returns the error for a value that its field cannot hold: "KEY in FILE must be a whole number, got 'abc'"."""
+    if not key and (found := re.search(r"not a subclass of (\w+)", text)):
+        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == found[1]), "")
+    value = _value_of(text)
+    near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
+    return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")
+
+
+def _value_of(text: str) -> str:
+    """Returns the value that OmegaConf refused, from what it says."""
+    if "is not Optional" in text:
+        return "null"
+    if said := re.search(r"[Vv]alue '(.*?)'(?: of type| is not|, expected)", text):
+        return repr(said[1])
+    if said := re.search(r"to string: '(.*)'|value: (.*)", text):
+        return said[1] or said[2]
+    if said := re.search(r"Error merging override [^=\s]+=(.*)", text):
+        return said[1]
+    said = re.search(r"(?:assign|assigned:) (\w+)", text)
+    return {"int": "a number", "float": "a number", "str": "a text"}.get(said[1], said[1]) if said else "another type"
+
+
+def first_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if "raised while composing config" not in line]
+    line = re.sub(r"^In '[^']*': ", "", lines[0].strip()) if lines else ""
+    return line.rstrip(".") or "invalid config"

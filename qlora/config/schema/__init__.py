@@ -1,0 +1,93 @@
+"""Every config group as a dataclass, one module a group; imports no torch.
+
+The docstring below a field is its manual, which `qlora --help GROUP` prints. Options set values in `conf/`; a default
+stands here only where no option sets the field. `slots=True` makes it impossible to ignore an unknown key.
+"""
+
+from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
+from qlora.config.schema.data import FORMAT_NAMES, TEMPLATE_NAMES, DataConfig, MixConfig, OnEmpty, OnTooLong, TrainOn
+from qlora.config.schema.evaluation import (
+    METRIC_LIBRARY,
+    METRIC_NAMES,
+    EvaluationConfig,
+    EvaluationName,
+    MmluSplit,
+    known_metrics,
+    metric_name,
+)
+from qlora.config.schema.generation import GenerationConfig
+from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraInit
+from qlora.config.schema.manifest import ManifestConfig
+from qlora.config.schema.merge import MergeBase, MergeConfig
+from qlora.config.schema.model import ArchitectureConfig, ModelConfig, Weights
+from qlora.config.schema.plan import PlanConfig, PlanStep
+from qlora.config.schema.quantization import BaseProducts, ComputeDtype, QuantizationConfig, QuantType
+from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
+from qlora.config.schema.sweep import SweepConfig
+from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
+from qlora.config.schema.tracking import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema.trainer import FlashAttention, Parallel, TrainerConfig
+from qlora.config.schema.values import HOLDS, MAPPINGS
+from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
+
+__all__ = [
+    "CALLBACK_PACKAGES",
+    "FORMAT_NAMES",
+    "FUNCTION_PATH",
+    "HOLDS",
+    "MAPPINGS",
+    "METRIC_LIBRARY",
+    "METRIC_NAMES",
+    "OWN_FUNCTIONS",
+    "TASK_KEYS",
+    "TEMPLATE_NAMES",
+    "WATCHDOG_COUNTS",
+    "ArchitectureConfig",
+    "BaseProducts",
+    "ComputeDtype",
+    "Config",
+    "DataConfig",
+    "Device",
+    "EvaluationConfig",
+    "EvaluationName",
+    "FlashAttention",
+    "GenerationConfig",
+    "LoraBias",
+    "LoraConfig",
+    "LoraDtype",
+    "LoraInit",
+    "ManifestConfig",
+    "MergeBase",
+    "MergeConfig",
+    "MixConfig",
+    "MmluSplit",
+    "ModelConfig",
+    "OnEmpty",
+    "OnTooLong",
+    "Parallel",
+    "PlanConfig",
+    "PlanStep",
+    "QuantType",
+    "QuantizationConfig",
+    "Resume",
+    "SameBase",
+    "SweepConfig",
+    "SweepMethod",
+    "TaskConfig",
+    "TaskName",
+    "TrackingBackend",
+    "TrackingConfig",
+    "TrainOn",
+    "TrainerConfig",
+    "WandbMode",
+    "WatchdogAction",
+    "WatchdogConfig",
+    "Weights",
+    "check_plain",
+    "check_trusted",
+    "is_folder_name",
+    "known_metrics",
+    "metric_name",
+    "named_functions",
+    "no_cuda",
+]

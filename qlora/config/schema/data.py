@@ -1,0 +1,244 @@
+"""The rows to train and measure on: the group `data`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora.config.schema.code_names import FUNCTION_PATH
+from qlora.config.schema.values import HOLDS
+from qlora.errors import ConfigError, did_you_mean, require
+from qlora.text import parse_size
+
+# The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
+FORMAT_NAMES = (
+    *("auto", "alpaca", "input-output", "prompt-completion", "question-answer", "messages", "conversations"),
+    *("chosen", "human-bot", "inst", "guanaco", "self-instruct-tasks", "unnatural", "segments", "text"),
+)
+
+
+# The chat templates of `data/templates/`, by name; `auto` is the tokenizer's own.
+TEMPLATE_NAMES = (
+    *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
+    *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
+)
+
+
+TrainOn = StrEnum("TrainOn", "assistant last all")
+"""Which tokens the loss counts."""
+
+OnTooLong = StrEnum("OnTooLong", "truncate drop error")
+"""What happens to a row that is longer than the limits."""
+
+OnEmpty = StrEnum("OnEmpty", "drop train error")
+"""What happens to an answer without text."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MixConfig:
+    """One of several data sets that are trained on together; the fields are those of `data`."""
+
+    path: str
+    """As `data.path`."""
+    weight: float = 1.0
+    """How often a pass over the data shows each row: 2 twice, 0.5 a random half of the rows."""
+    subset: str | None = None
+    """As `data.subset`."""
+    split: str = "train"
+    """As `data.split`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    data_files: str | None = None
+    """As `data.data_files`."""
+    format: str = "auto"
+    """As `data.format`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """As `data.columns`."""
+    template: str | None = None
+    """As `data.template`; unset: that one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The rows to train and measure on, and how they become tokens."""
+
+    name: str = MISSING
+    """The name of the data set in reports."""
+    path: str | None = MISSING
+    """A file (JSON, JSONL, CSV, TSV, Parquet, plain text, each also .gz), a folder or glob of them, a folder that
+    `datasets` saved, a hub id, or `module:function` that returns an iterable of rows."""
+    subset: str | None = None
+    """The hub data set's configuration."""
+    split: str = "train"
+    """The hub data set's split to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set."""
+    data_files: str | None = None
+    """The file inside the hub data set, where it holds several."""
+    eval_path: str | None = None
+    """Held-out rows of their own, in the forms of `path`; unset: those of `eval_split`, or rows split off `path`."""
+    eval_split: str | None = None
+    """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
+    mix: dict[str, Any] = field(default_factory=dict, metadata={HOLDS: dict[str, MixConfig | str]})
+    """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
+    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
+    `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
+    data.mix.other.weight=2`."""
+    format: str = "auto"
+    """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
+    another format out), or `auto` to recognise it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns under other names: `data.columns.output=response` reads `response` where the format wants `output`."""
+    reformulations: bool = False
+    """Train on the reformulated instructions of unnatural-instructions too."""
+    template: str = "auto"
+    """How conversations are written: `auto` takes the tokenizer's chat template (or `guanaco` where it has none);
+    or a name of the table in docs/data.md, or a file with a Jinja chat template."""
+    train_on: TrainOn = TrainOn.assistant
+    """The loss counts every `assistant` turn, the `last` one, or `all` tokens."""
+    train_on_source: bool = False
+    """The original's name for `train_on=all`."""
+    source_max_len: int | None = 1024
+    """Longest prompt in tokens, `<bos>` included; a longer one loses its beginning, never its end. Null: no limit."""
+    target_max_len: int | None = 256
+    """Longest answer in tokens, end token included; a cut answer keeps no end token. Null: no limit."""
+    max_length: int | None = None
+    """Longest row in tokens: the answer keeps at least half of it, the prompt loses its beginning. Null: no limit."""
+    on_too_long: OnTooLong = OnTooLong.truncate
+    """`truncate` a row that is too long, `drop` it, or stop with an `error`."""
+    on_empty: OnEmpty = OnEmpty.drop
+    """An answer without text (white space alone is none): `drop` leaves an empty turn of a chat without loss, and drops
+    a row in which nothing else is trained; `train` trains its end token; or stop with an `error`."""
+    max_train_samples: int | None = None
+    """Use at most so many rows to train."""
+    max_eval_samples: int | None = None
+    """Use at most so many held-out rows."""
+    eval_dataset_size: float = 1024
+    """Rows to hold out when there is neither `eval_path` nor `eval_split`; below 1: a share of all rows."""
+    split_seed: int = 42
+    """Seed of that split and of the order of the rows; apart from `seed`, so that seeds compare on equal rows."""
+    packing: bool = False
+    """Join rows into packs of `pack_length` tokens that do not see each other: no padding, fewer steps."""
+    pack_length: int | None = None
+    """Tokens in a pack; unset: the longest row that the limits allow."""
+    cache_dir: str | None = None
+    """Where rows and tokens are kept between runs; unset: `$QLORA_CACHE`, or `~/.cache/qlora`."""
+    num_proc: int | None = None
+    """Processes that tokenize; unset: as many as pay for the number of rows and cores."""
+    max_row_bytes: str = "64MB"
+    """A row with more bytes, in its file or once it is read, stops the run; a size such as `64MB` or `1.5GiB`."""
+
+    def __post_init__(self) -> None:
+        for name in ("source_max_len", "target_max_len", "max_length", "pack_length", "num_proc"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name}", "be positive or null", value)
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name}", "be positive or null", value)
+        require((parse_size(self.max_row_bytes) or 0) > 0, "data.max_row_bytes", "be a size such as 64MB",
+                self.max_row_bytes)  # fmt: skip
+        size = self.eval_dataset_size
+        require(size > 0 and (size < 1 or size == int(size)), "data.eval_dataset_size",
+                "be a number of rows, or a share between 0 and 1", size)  # fmt: skip
+        require(0 <= self.split_seed < 2**32, "data.split_seed", "lie between 0 and 4294967295", self.split_seed)
+        if self.path is None and not self.mix:
+            raise ConfigError("data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl")
+        if self.path == "vicuna":
+            raise ConfigError(
+                "data=vicuna: the ShareGPT conversations behind Vicuna were never released; train on a ShareGPT file "
+                "of your own with data=local data.format=conversations data.path=FILE, or choose data=oasst1"
+            )
+        if self.mix and self.path is not None:
+            raise ConfigError("data.mix and data.path are both set; name every set in data.mix (data=mix), or one path")
+        if self.mix:
+            self._check_mix()
+        if self.eval_path is not None and self.eval_split is not None:
+            raise ConfigError("data.eval_path and data.eval_split both name held-out rows; leave one of them out")
+        self.mix = {name: build_mix(name, part) for name, part in self.mix.items()}
+        check_format("data.format", self.format)
+        check_template("data.template", self.template)
+        if self.train_on_source and self.train_on is TrainOn.last:
+            raise ConfigError("data.train_on_source=true means data.train_on=all, but data.train_on=last is set; "
+                              "leave one of them out")  # fmt: skip
+        if self.train_on_source:
+            self.train_on = TrainOn.all
+        if self.pack_length is not None and not self.packing:
+            raise ConfigError("data.pack_length is only read with data.packing=true")
+        if self.packing and self.pack_length is None and self.longest_row is None:
+            raise ConfigError("data.packing=true needs a length: set data.pack_length, or data.max_length")
+
+    def _check_mix(self) -> None:
+        """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
+        own: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
+        if self.eval_path is None:
+            own |= {"format": "auto", "columns": {}}
+        for name, unset in own.items():
+            if (value := getattr(self, name)) != unset:
+                raise ConfigError(f"data.{name}={value} is not read beside data.mix, for each of its sets has its own; "
+                                  f"set data.mix.NAME.{name}")  # fmt: skip
+
+    @property
+    def splits_off(self) -> bool:
+        """Whether the held-out rows are split off those to train on."""
+        return self.eval_path is None and self.eval_split is None
+
+    @property
+    def pack_width(self) -> int | None:
+        """Tokens of a pack; None: no packing."""
+        return (self.pack_length or self.longest_row) if self.packing else None
+
+    @property
+    def longest_row(self) -> int | None:
+        """The most tokens that the limits leave of a row; None: no limit."""
+        limits = [self.max_length] if self.max_length is not None else []
+        if self.source_max_len is not None and self.target_max_len is not None:
+            limits.append(self.source_max_len + self.target_max_len)
+        return min(limits, default=None)
+
+
+def build_mix(name: str, part: object) -> MixConfig:
+    """Returns one entry of `data.mix`, which may be a path alone; raises `ConfigError` with the full key."""
+    key = f"data.mix.{name}"
+    if isinstance(part, MixConfig):
+        return part
+    values = {"path": part} if isinstance(part, str) else part
+    names = [item.name for item in fields(MixConfig)]
+    for field_name in values if isinstance(values, dict) else ():
+        if field_name not in names:
+            raise ConfigError(f"unknown key '{key}.{field_name}'{did_you_mean(str(field_name), names)}; "
+                              f"an entry of data.mix has {', '.join(names)}")  # fmt: skip
+    if not isinstance(values, dict) or "path" not in values:
+        raise ConfigError(f"{key} needs a path: {key}=FILE, or {key}.path=FILE beside its other fields")
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MixConfig), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(typed, MixConfig)
+    require(math.isfinite(typed.weight) and typed.weight > 0, f"{key}.weight", "be positive", typed.weight)
+    check_format(f"{key}.format", typed.format)
+    if typed.template is not None:
+        check_template(f"{key}.template", typed.template)
+    return typed
+
+
+def check_format(key: str, name: str) -> None:
+    """Raises `ConfigError` unless `name` is a format's, or the user's own `module:function`."""
+    if name not in FORMAT_NAMES and not FUNCTION_PATH.fullmatch(name):
+        raise ConfigError(
+            f"{key}={name!r} is unknown{did_you_mean(name, FORMAT_NAMES)}; "
+            f"choose one of {', '.join(FORMAT_NAMES)}, or module:function of your own"
+        )
+
+
+def check_template(key: str, name: str) -> None:
+    """Raises `ConfigError` unless `name` is a template's, or looks like a file."""
+    if name not in TEMPLATE_NAMES and "/" not in name and not name.endswith((".jinja", ".j2")):
+        raise ConfigError(
+            f"{key}={name!r} is unknown{did_you_mean(name, TEMPLATE_NAMES)}; "
+            f"choose one of {', '.join(TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)"
+        )

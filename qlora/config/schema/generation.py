@@ -1,0 +1,82 @@
+"""How answers are generated: the group `generation`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from qlora.errors import ConfigError, require
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How answers are generated, in the names of `transformers.GenerationConfig`."""
+
+    batch_size: int = 16
+    """Prompts a batch, left-padded and sorted by length."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    min_new_tokens: int | None = None
+    """Shortest answer in tokens."""
+    do_sample: bool = False
+    """Draw tokens at random; false: greedy or beam search."""
+    num_beams: int = 1
+    """Beams of the beam search; 1: none."""
+    num_beam_groups: int = 1
+    """Groups of diverse beam search; above 1 runs transformers' community code (`model.trust_remote_code`)."""
+    penalty_alpha: float | None = None
+    """Contrastive search; runs transformers' community code (`model.trust_remote_code`)."""
+    use_cache: bool = True
+    """Reuse keys and values of earlier tokens."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    typical_p: float = 1.0
+    """Locally typical sampling (arXiv 2202.00666)."""
+    diversity_penalty: float = 0.0
+    """How much groups of beams avoid each other's tokens."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that stand already less likely."""
+    length_penalty: float = 1.0
+    """Above 0 favours longer beams."""
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size occurs twice; 0: no rule."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_beams", "num_beam_groups", "temperature"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"generation.{name}", "be positive", value)
+        for name in ("top_k", "no_repeat_ngram_size", "diversity_penalty"):
+            require(getattr(self, name) >= 0, f"generation.{name}", "not be negative", getattr(self, name))
+        for name in ("top_p", "typical_p"):
+            require(0 < getattr(self, name) <= 1, f"generation.{name}", "be in (0, 1]", getattr(self, name))
+        penalty, alpha = self.repetition_penalty, self.penalty_alpha
+        require(0 < penalty < math.inf, "generation.repetition_penalty", "be positive", penalty)
+        require(alpha is None or alpha >= 0, "generation.penalty_alpha", "not be negative", alpha)
+        low = self.min_new_tokens
+        require(low is None or 0 <= low <= self.max_new_tokens, "generation.min_new_tokens", "be null or lie between 0 "
+                "and generation.max_new_tokens", low)  # fmt: skip
+        require(self.num_beams % self.num_beam_groups == 0, "generation.num_beam_groups", "divide generation.num_beams",
+                self.num_beam_groups)  # fmt: skip
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Refuses a value that the chosen search does not read."""
+        sampling = (self.do_sample, "when sampling", "generation.do_sample=true")
+        read = {
+            **dict.fromkeys(("temperature", "top_p", "typical_p"), sampling),
+            "top_k": (self.do_sample or bool(self.penalty_alpha), *sampling[1:]),
+            "length_penalty": (self.num_beams > 1, "by beam search", "generation.num_beams=4"),
+            "diversity_penalty": (self.num_beam_groups > 1, "by groups of beams", "generation.num_beam_groups=2"),
+        }
+        unset = {item.name: item.default for item in fields(self)}
+        for name, (is_read, reader, remedy) in read.items():
+            value = getattr(self, name)
+            if value != unset[name] and not is_read:
+                raise ConfigError(
+                    f"generation.{name}={value:g} is read {reader} only; set {remedy} too, or leave it out "
+                    f"(generation.{name}={unset[name]:g})"
+                )

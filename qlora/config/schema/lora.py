@@ -1,0 +1,64 @@
+"""The adapter: the group `lora`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from qlora.config.schema.values import HOLDS
+from qlora.errors import require
+
+LoraBias = StrEnum("LoraBias", "none all lora_only")
+"""Which bias vectors are trained with the adapter."""
+
+LoraInit = StrEnum("LoraInit", "default gaussian orthogonal pissa olora loftq eva")
+"""How the adapter weights are drawn."""
+
+LoraDtype = StrEnum("LoraDtype", "fp32 bf16")
+"""What the adapter weights are stored in while they train."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The adapter (LoRA, arXiv 2106.09685), in PEFT's vocabulary."""
+
+    enabled: bool = True
+    """Train an adapter; false (`lora=none`) trains all weights, with `bits` 16 or 32."""
+    r: int = MISSING
+    """Rank of the adapter matrices."""
+    alpha: float = MISSING
+    """The adapter's output is scaled by `alpha / r` (with `use_rslora`: `alpha / sqrt(r)`)."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that are zeroed in training."""
+    bias: LoraBias = LoraBias.none
+    """Which bias vectors train too: `none`, `all`, `lora_only`."""
+    target_modules: Any = field(default="all-linear", metadata={HOLDS: list[str] | str})
+    """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
+    regular expressions; each must match a linear layer."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    init: LoraInit = LoraInit.default
+    """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354); unset: equal."""
+    dtype: LoraDtype = LoraDtype.fp32
+    """What the adapter and its gradients are stored in while it trains: `fp32`, or `bf16` as in the original script,
+    which takes half of their memory; steps below about 1/256 of a weight are then lost."""
+
+    def __post_init__(self) -> None:
+        require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")
+        require(0 < self.alpha < math.inf, "lora.alpha", "be positive and finite", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "be at least 0 and below 1", self.dropout)
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+        names = self.target_modules
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
+        ratio = self.loraplus_lr_ratio
+        require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)

@@ -1,0 +1,108 @@
+"""The base model: the group `model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from qlora.errors import ConfigError, require
+
+Weights = StrEnum("Weights", "pretrained random")
+"""Where the base weights come from."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ArchitectureConfig:
+    """A model's shape in the names of transformers' config classes; what `model.weights=random` builds."""
+
+    model_type: str = MISSING
+    """transformers' name of the architecture, e.g. `llama`, `qwen3`, `gpt_neox`."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    intermediate_size: int = MISSING
+    """Width of the feed-forward layer."""
+    num_hidden_layers: int = MISSING
+    """Number of decoder layers."""
+    num_attention_heads: int = MISSING
+    """Number of query heads."""
+    num_key_value_heads: int | None = None
+    """Number of key and value heads (grouped-query attention); unset: as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; unset: `hidden_size / num_attention_heads`."""
+    vocab_size: int = MISSING
+    """Rows of the embedding matrix."""
+    max_position_embeddings: int = MISSING
+    """Longest context, in tokens."""
+    tie_word_embeddings: bool = False
+    """Whether the embedding and the output layer are one matrix."""
+    rms_norm_eps: float | None = None
+    """Floor of the norms' divisor; unset: the model type's own."""
+    rope_theta: float | None = None
+    """Base of the rotary position embedding; unset: the model type's own."""
+    sliding_window: int | None = None
+    """Attention looks back so many tokens at most; unset: as the model type does by itself."""
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window")
+        for name in (*sizes, "max_position_embeddings", *optional):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.architecture.{name}", "be positive", value)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The base model and how its files are found and placed."""
+
+    name: str = MISSING
+    """A hub id, a local folder, or `tiny` for the embedded model."""
+    weights: Weights = Weights.pretrained
+    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`, quantized
+    layer by layer (pretraining, or measuring speed and memory without a download)."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    cache_dir: str | None = None
+    """Folder for downloaded files; unset: the hub library's own."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along; given on the command line, or as
+    `QLORA_TRUSTED=model.trust_remote_code` in the environment, and in no file. The access token of gated models is
+    read from the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: a hub id, a local folder, or `tiny`, the embedded one, which random
+    weights have where none is named: nothing is downloaded for them."""
+    device_map: str | None = None
+    """How accelerate spreads the layers: `auto`, `balanced`, `sequential`; unset: everything on one device."""
+    max_memory: str | None = None
+    """Most memory a GPU may hold of the weights, e.g. `40GiB`, for each GPU (the original's `--max_memory_MB`)."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2` or any other name that transformers knows; unset: its choice."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter. Those in angle
+    brackets are special: marks of a template, which decoded answers leave out."""
+    license: str | None = None
+    """The licence of the weights, for the start screen and the model card."""
+    gated: bool = False
+    """Whether the hub asks for an accepted licence and a token."""
+    architecture: ArchitectureConfig | None = None
+    """The shape of the model, as its own config file states it."""
+
+    def __post_init__(self) -> None:
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ConfigError(
+                f"model.attn_implementation={self.attn_implementation}: this is code of a hub repository; set "
+                "model.trust_remote_code=true to run it, and USE_HUB_KERNELS=YES in the environment"
+            )
+        if self.weights is Weights.pretrained:
+            return
+        if self.architecture is None:
+            raise ConfigError(
+                f"model.weights=random needs the shape of {self.name} in model.architecture; "
+                "choose a preset with model=NAME or set model.architecture.* fields"
+            )
+        if self.device_map or self.max_memory:
+            raise ConfigError(
+                "model.weights=random draws the base on one device; leave model.device_map and model.max_memory out"
+            )
+        self.tokenizer = self.tokenizer or "tiny"

@@ -1,0 +1,59 @@
+"""The data type of the frozen base: the group `quantization`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from qlora.errors import ConfigError, require
+
+QuantType = StrEnum("QuantType", "nf4 fp4")
+"""The 4-bit data types of bitsandbytes."""
+
+ComputeDtype = StrEnum("ComputeDtype", "auto bf16 fp16 fp32")
+"""The precision of matrix products."""
+
+BaseProducts = StrEnum("BaseProducts", "native fp8")
+"""The precision of matrix products with the frozen weights."""
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantizationConfig:
+    """The data type of the frozen base weights (QLoRA paper, section 3)."""
+
+    bits: int = MISSING
+    """4, 8, 16 or 32 bits a base weight."""
+    quant_type: QuantType = QuantType.nf4
+    """The 4-bit data type: `nf4` (normal float) or `fp4`; read with `bits=4` only."""
+    double_quant: bool = False
+    """Quantize the quantization constants too (saves 0.37 bits a parameter); with `bits=4` only."""
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    """The precision of matrix products and, with `bits=16`, of the stored weights. `auto`: bf16 where the
+    device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""
+    compute: BaseProducts = BaseProducts.native
+    """The precision of training's products with the 4-bit weights: `native` is that of `compute_dtype`, `fp8` rounds
+    weights, activations and gradients to 8-bit floats for them (NVIDIA Ada, Hopper and later; emulated on a CPU). The
+    adapter, evaluation and generation compute as ever."""
+    int8_threshold: float = 6.0
+    """Activations above this stay in 16 bit (LLM.int8(), arXiv 2208.07339); read with `bits=8` only."""
+
+    def __post_init__(self) -> None:
+        require(self.bits in (4, 8, 16, 32), "quantization.bits", "be 4, 8, 16 or 32", self.bits)
+        require(self.int8_threshold >= 0, "quantization.int8_threshold", "not be negative", self.int8_threshold)
+        if self.double_quant and self.bits != 4:
+            raise ConfigError(
+                f"quantization.double_quant=true needs quantization.bits=4, got bits={self.bits}; choose "
+                "quantization=int8, quantization=none or quantization=fp32, or set quantization.double_quant=false"
+            )
+        if self.compute is BaseProducts.fp8 and self.bits != 4:
+            raise ConfigError(
+                f"quantization.compute=fp8 is for 4-bit weights, got quantization.bits={self.bits}; choose "
+                "quantization=nf4 or quantization=fp4, or leave it out"
+            )
+        if self.bits == 16 and self.compute_dtype is ComputeDtype.fp32:
+            raise ConfigError(
+                "quantization.compute_dtype=fp32 contradicts quantization.bits=16; use quantization=fp32 for "
+                "32-bit weights, or compute_dtype=auto, bf16 or fp16"
+            )

@@ -1,0 +1,283 @@
+"""The whole config of a run, and the rules across its groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from qlora.config.optimizers import OPTIMIZERS, check_installed
+from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
+from qlora.config.schema.data import DataConfig
+from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
+from qlora.config.schema.generation import GenerationConfig
+from qlora.config.schema.lora import LoraConfig, LoraInit
+from qlora.config.schema.manifest import ManifestConfig
+from qlora.config.schema.merge import MergeConfig
+from qlora.config.schema.model import ModelConfig
+from qlora.config.schema.plan import PlanConfig
+from qlora.config.schema.quantization import QuantizationConfig
+from qlora.config.schema.sweep import SweepConfig
+from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
+from qlora.config.schema.tracking import TrackingConfig
+from qlora.config.schema.trainer import Parallel, TrainerConfig
+from qlora.config.schema.values import written
+from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
+from qlora.errors import ConfigError, did_you_mean, require
+
+Device = StrEnum("Device", "auto cpu cuda xpu")
+"""Where the model runs."""
+
+Resume = StrEnum("Resume", "auto force never")
+"""What a start does in a folder that holds a run."""
+
+SameBase = StrEnum("SameBase", "auto force")
+"""What happens where an adapter meets another base than its own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    name: str | None = None
+    """Name of the run or sweep: its folder below `outputs/` and its name in the tracker; unset: the time."""
+    seed: int = 0
+    """Seed of adapter weights, dropout and the order of the batches."""
+    device: Device = Device.auto
+    """`auto` takes the GPU (CUDA, ROCm or Intel XPU) if there is one, else the CPU; or `cpu`, `cuda`, `xpu`."""
+    objective: str | None = "eval_loss"
+    """The metric that a run returns to a sweeper; null: none."""
+    resume: Resume = Resume.auto
+    """What a start does in a folder that holds a run: `auto` goes on from the last good checkpoint, and refuses another
+    config or other rows; `force` goes on in spite of such changes; `never` begins anew in a new folder (`NAME-2`)."""
+    task: TaskConfig = MISSING
+    model: ModelConfig = MISSING
+    quantization: QuantizationConfig = MISSING
+    lora: LoraConfig = MISSING
+    data: DataConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    watchdog: WatchdogConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    generation: GenerationConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    adapter: str | None = None
+    """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
+    run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+    base: SameBase = SameBase.auto
+    """What happens where the weights of the base are not those that an adapter, or the run that goes on, was trained
+    on: `auto` refuses them, `force` goes on with a warning."""
+    repo: str | None = None
+    """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
+    runs: str | None = None
+    """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    run: str | None = None
+    """The folder of the finished training that `task=replay` runs again and compares with."""
+    source: str | None = None
+    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
+    Axolotl, LLaMA-Factory or torchtune."""
+    trusted: list[str] = field(default_factory=list)
+    """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
+    `trusted=[my_rows]`; given on the command line, or as `QLORA_TRUSTED=my_rows` in the environment, and in no file.
+    Callbacks of `qlora` and `transformers` and metrics of `evaluate` need no trust. A full key with a dot, e.g.
+    `hydra.launcher.setup`, lets a file set what is otherwise the command line's alone."""
+    merge: MergeConfig = MISSING
+    plan: PlanConfig = MISSING
+    manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Trainer callbacks by a name of your own: each a `_target_` with its arguments."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "lie between 0 and 4294967295", self.seed)
+        if self.name is not None and not is_folder_name(self.name):
+            raise ConfigError(
+                f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
+            )
+        self._check_task_keys()
+        self._check_required_keys()
+        self._check_trust()
+        _check_adapter_on_base(self.lora, self.quantization)
+        _check_generation(self.generation, self.model)
+        self._check_memory()
+        if self.trainer.parallel is Parallel.fsdp:
+            self._check_fsdp()
+        self._check_watchdog()
+        trains = self.task.name is TaskName.train and self.task.train
+        if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that
+            self._check_optimizer()
+        if self.task.name is not TaskName.report:  # which reads the metrics of other runs
+            self._check_objective()
+
+    def _check_required_keys(self) -> None:
+        """Refuses a task without the key that names its input or output."""
+        if self.task.name is TaskName.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
+            given = "is not set" if self.repo is None else f"must be OWNER/NAME, got {self.repo!r}"
+            raise ConfigError(f"repo {given}; name the hub repository to upload to, e.g. repo=me/guanaco-7b")
+        if self.task.name is TaskName.report and self.runs is None:
+            raise ConfigError(
+                "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
+            )
+        if self.task.name is TaskName.replay and self.run is None:
+            raise ConfigError("run is not set; name the finished training to run again, e.g. run=outputs/runs/mine")
+        if self.task.name is TaskName.migrate and self.source is None:
+            raise ConfigError(
+                "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
+            )
+
+    def _check_trust(self) -> None:
+        """Refuses callbacks and functions of packages that are not trusted."""
+        for name, node in self.callbacks.items():
+            is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
+            rule = "be a mapping with a _target_ (module.Class) and its arguments"
+            require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
+            check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
+            check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
+        for key, name in named_functions(self):
+            if name not in OWN_FUNCTIONS:
+                check_trusted(key, name, self.trusted)
+
+    def _check_memory(self) -> None:
+        """Refuses a base that is spread over several devices where the run needs it on one."""
+        if not (self.model.device_map or self.model.max_memory):
+            return
+        if not self.lora.enabled:
+            raise ConfigError(
+                "model.device_map and model.max_memory spread a frozen base; full finetuning (lora=none) needs the "
+                "model on one device: leave them out"
+            )
+        if self.trainer.memory_budget is not None:
+            raise ConfigError(
+                "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
+                "base over several; leave the one or the others out"
+            )
+
+    def _check_objective(self) -> None:
+        """Refuses an objective that this run does not measure."""
+        known = known_metrics(self.evaluation)
+        # lm-eval and the `evaluate` library name their metrics only once they have measured.
+        prefixes = [metric_name(name) for name in self.evaluation.metrics if name.startswith(f"{METRIC_LIBRARY}:")]
+        prefixes += ["lm_eval"] if self.evaluation.name is EvaluationName.lm_eval else []
+        open_names = tuple(f"eval_{prefix}_" for prefix in prefixes)
+        if self.objective is not None and not (self.objective in known or self.objective.startswith(open_names)):
+            raise ConfigError(
+                f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
+                f"choose one of {', '.join(known)} or null"
+            )
+
+    def _check_task_keys(self) -> None:
+        """Refuses a key that names the input or output of another task."""
+        for key, tasks in TASK_KEYS.items():
+            owner, name = (self.task, key.removeprefix("task.")) if key.startswith("task.") else (self, key)
+            value = getattr(owner, name)
+            if self.task.name in tasks or value == next(item.default for item in fields(owner) if item.name == name):
+                continue
+            if key == "adapter" and self.task.name is TaskName.train and not self.task.train:
+                continue  # which measures it and lets it answer
+            readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
+            shown = f"{'from' if key == 'source' else key}={written(value)}"
+            raise ConfigError(
+                f"{shown} is not read by task={self.task.name.value.replace('_', '-')}, but by "
+                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
+                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
+            )
+
+    def _check_watchdog(self) -> None:
+        """Refuses actions that the training cannot take."""
+        rollback = [name for name in ("nonfinite", "divergence")
+                    if getattr(self.watchdog, name) is WatchdogAction.rollback]  # fmt: skip
+        if rollback and self.trainer.save_steps is None:
+            raise ConfigError(
+                f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuses an optimizer that this machine, or the device that the run names, does not have."""
+        name = self.trainer.optim
+        check_installed(name)
+        if OPTIMIZERS[name].needs_cuda and self.device in (Device.cpu, Device.xpu):
+            raise no_cuda(name, self.device.value)
+
+    def _check_fsdp(self) -> None:
+        """Refuses what reads or draws the weights of a base that no process holds whole."""
+        lora, model = self.lora, self.model
+        faults = {
+            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
+            "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
+            "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
+            "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
+        }
+        for name, (is_set, reason) in faults.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
+                )
+
+
+def no_cuda(optim: str, device: str) -> ConfigError:
+    """Returns the error for an optimizer that needs a CUDA device on another one."""
+    return ConfigError(
+        f"trainer.optim={optim} runs on CUDA only, and this run computes on {device}; set trainer.optim="
+        f"{optim.removeprefix('paged_').removesuffix('_32bit')}"
+    )
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether a text names a folder right below another one, on every system: no path, and not too long."""
+    return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
+
+
+def named_functions(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
+    data = config.data
+    texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    for name, part in data.mix.items():
+        texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
+    texts |= {
+        f"evaluation.metrics[{index}]": name
+        for index, name in enumerate(config.evaluation.metrics)
+        if not name.startswith(f"{METRIC_LIBRARY}:")
+    }
+    return ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
+
+
+def _check_adapter_on_base(lora: LoraConfig, quantization: QuantizationConfig) -> None:
+    bits = quantization.bits
+    if not lora.enabled:
+        if bits in (4, 8):
+            raise ConfigError(
+                f"lora=none trains all weights, which {bits}-bit weights do not allow; choose quantization=none "
+                "(16 bit) or quantization=fp32, or an adapter with lora=all-linear"
+            )
+        return
+    if lora.init in (LoraInit.pissa, LoraInit.olora) and bits in (4, 8):
+        raise ConfigError(
+            f"lora.init={lora.init.value} rewrites the base weights, which quantization.bits={bits} does not allow "
+            "exactly; it is valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva"
+        )
+    if lora.use_dora and bits == 8:
+        raise ConfigError(
+            "lora.use_dora=true (lora=dora) needs the weights as numbers at each step, which PEFT cannot read of 8-bit "
+            "layers in training; choose quantization=nf4 or quantization=none, or train without it (lora=all-linear "
+            "lora.use_dora=false)"
+        )
+    if lora.init is LoraInit.loftq and bits != 4:
+        raise ConfigError(
+            f"lora.init=loftq repairs the error of 4-bit weights, got quantization.bits={bits}; choose "
+            "quantization=nf4, or another lora.init"
+        )
+
+
+def _check_generation(generation: GenerationConfig, model: ModelConfig) -> None:
+    community = generation.num_beam_groups > 1 or bool(generation.penalty_alpha)
+    if community and not model.trust_remote_code:
+        key = "num_beam_groups" if generation.num_beam_groups > 1 else "penalty_alpha"
+        raise ConfigError(
+            f"generation.{key}: transformers moved this search to a hub repository of its own and runs it as remote "
+            "code; set model.trust_remote_code=true to allow that, or leave the option out"
+        )

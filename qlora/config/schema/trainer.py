@@ -1,0 +1,160 @@
+"""The optimization: the group `trainer`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from qlora.config.optimizers import check_optimizer, check_schedule
+from qlora.config.schema.values import HOLDS, MAPPINGS, written
+from qlora.errors import ConfigError, require
+from qlora.text import parse_size
+
+Parallel = StrEnum("Parallel", "ddp fsdp")
+"""How several processes share a training."""
+
+FlashAttention = StrEnum("FlashAttention", "auto fa2 fa3 fa4")
+"""Whose kernels attend inside rows of packs and under a sliding window."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """The optimization, in the names of `transformers.TrainingArguments`."""
+
+    max_steps: int | None = MISSING
+    """Optimizer steps; null to count by `num_train_epochs`."""
+    num_train_epochs: float | None = None
+    """Passes over the data; needs `max_steps=null`."""
+    per_device_train_batch_size: int = MISSING
+    """Rows a forward pass on each device (micro-batch)."""
+    gradient_accumulation_steps: int = MISSING
+    """Micro-batches an optimizer step."""
+    per_device_eval_batch_size: int = 8
+    """Rows a forward pass when the loss of held-out rows is measured."""
+    learning_rate: float = MISSING
+    """Peak learning rate."""
+    lr_scheduler_type: str = "constant"
+    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
+    lr_scheduler_kwargs: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
+    """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`, by the table in docs/run.md; a
+    `num_..._steps` below 1 is a share of all steps. `constant` reads none. Null: none, also of those that a recipe
+    sets."""
+    warmup_steps: float = 0
+    """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`). `constant`,
+    `reduce_lr_on_plateau` and `greedy` have no warm-up."""
+    optim: str = MISSING
+    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`; all in
+    docs/run.md."""
+    optim_args: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
+    """Further arguments of that optimizer, by the table in docs/run.md, e.g. `trainer.optim=sgd
+    trainer.optim_args.momentum=0.9`. Null: none."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: float = 1e-8
+    """Adam's divisor floor."""
+    max_grad_norm: float = MISSING
+    """Gradients are scaled down to this norm; 0: never."""
+    gradient_checkpointing: bool = MISSING
+    """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
+    place."""
+    memory_budget: str | None = None
+    """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
+    (without CUDA: unset). As few decoder layers are recomputed as fit, by the formula of `task=plan` first and then by
+    what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
+    compile: Any = "auto"
+    """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
+    CUDA)."""
+    fused_linear: Any = "auto"
+    """Compute 4-bit layers and their adapters as one operation, layers that read the same input together; they share
+    one dropout mask then. True, false or `auto` (with CUDA)."""
+    fused_attention: Any = "auto"
+    """Lay the rows of a batch one behind the other, with attention inside each: no padding is computed between them.
+    True, false or `auto` (with CUDA, in 16 bits)."""
+    flash_attention: FlashAttention = FlashAttention.auto
+    """Whose kernels `fused_attention` uses inside rows of packs and under a sliding window: `fa2`, torch's own; `fa3`
+    (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of
+    these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
+    fused_loss: Any = "auto"
+    """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    parallel: Parallel = Parallel.ddp
+    """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
+    a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
+    Gradients are averaged over all tokens of a step in both."""
+    group_by_length: bool = True
+    """Draw batches of rows with about equal token counts, which saves padding."""
+    logging_steps: int = 10
+    """Log every so many steps."""
+    eval_steps: int | None = None
+    """Measure the held-out loss every so many steps; null: only at the end."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; null: none before the end."""
+    save_total_limit: int | None = 40
+    """Keep the newest so many checkpoints; null: all."""
+    disk_wait: float = 600
+    """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
+    dataloader_num_workers: int = 0
+    """Processes that collate batches ahead; 0: in the training process."""
+    deterministic: bool = False
+    """Take operations alone that give the same bits every time, also on a GPU; slower there. On a CPU a run gives the
+    same bits anyway."""
+    profile: bool = False
+    """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
+    expensive kernels on the screen."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) > 0, f"trainer.{name}", "be positive", getattr(self, name))
+        for name in ("learning_rate", "adam_epsilon"):
+            value = getattr(self, name)
+            require(value > 0 and math.isfinite(value), f"trainer.{name}", "be positive", value)
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "disk_wait"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
+        require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
+        budget = self.memory_budget
+        require(budget in (None, "auto") or (parse_size(str(budget)) or 0) > 0, "trainer.memory_budget",
+                "be null, auto or a size such as 24GB or 22GiB", budget)  # fmt: skip
+        if self.deterministic and budget is not None:
+            raise ConfigError(
+                "trainer.memory_budget depends on what memory is free, and cuts batches when it is short, which gives "
+                "other bits; trainer.deterministic=true does not go with it: leave one of them out"
+            )
+        if self.deterministic and self.flash_attention not in (FlashAttention.auto, FlashAttention.fa2):
+            raise ConfigError(
+                f"trainer.flash_attention={self.flash_attention.value} adds up in any order, and "
+                "trainer.deterministic=true takes torch's own attention: leave one of them out"
+            )
+        for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
+            value = getattr(self, name)
+            require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ConfigError(
+                f"trainer.max_steps={written(self.max_steps)} and trainer.num_train_epochs="
+                f"{written(self.num_train_epochs)}: set "
+                "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
+            )
+        for name in ("lr_scheduler_kwargs", "optim_args"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, dict), f"trainer.{name}",
+                    f"be a mapping such as {MAPPINGS[f'trainer.{name}']} or null", value)  # fmt: skip
+        self.lr_scheduler_kwargs = check_schedule(
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs or {},
+            learning_rate=self.learning_rate,
+            measures=self.eval_steps is not None,
+        )
+        self.optim_args = check_optimizer(self.optim, self.optim_args or {}, self.lr_scheduler_type)

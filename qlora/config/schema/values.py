@@ -1,0 +1,18 @@
+"""How the schema annotates what Hydra cannot express, and how a message writes a value."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+HOLDS = "holds"
+"""In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
+
+MAPPINGS = {"trainer.optim_args": "{momentum: 0.9}", "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}"}
+"""What may stand in a mapping, where an example tells more than `{a: 1}`."""
+
+
+def written(value: object) -> str:
+    """Returns a value as the command line writes it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
