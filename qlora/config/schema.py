@@ -18,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config.optimizers import OPTIMIZERS, SCHEDULES, check_installed, check_optimizer, check_schedule
+from qlora.config.quantization_methods import check_method, load_method
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import parse_size
 
@@ -397,6 +398,9 @@ class QuantizationConfig:
 
     bits: int = MISSING
     """4, 8, 16 or 32 bits a base weight."""
+    method: str = "auto"
+    """How the base is quantized: `auto` takes the method of `bits` (`bnb4`, `bnb8` or `none`); another package's is
+    named by its entry point of the group `qlora.quantization`, or as `module:Class` with `trusted=[module]`."""
     quant_type: QuantType = QuantType.nf4
     """The 4-bit data type: `nf4` (normal float) or `fp4`; read with `bits=4` only."""
     double_quant: bool = False
@@ -413,6 +417,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         require(self.bits in (4, 8, 16, 32), "quantization.bits", "be 4, 8, 16 or 32", self.bits)
+        check_method(self.method, self.bits)
         require(self.int8_threshold >= 0, "quantization.int8_threshold", "not be negative", self.int8_threshold)
         if self.double_quant and self.bits != 4:
             raise ConfigError(
@@ -1239,7 +1244,7 @@ class Config:
         for key, name in named_functions(self):
             if name not in OWN_FUNCTIONS:
                 check_trusted(key, name, self.trusted)
-        _check_adapter_on_base(self.lora, self.quantization)
+        self._quantization_method.check_adapter(self.quantization, self.lora)
         _check_generation(self.generation, self.model)
         if not self.lora.enabled and (self.model.device_map or self.model.max_memory):
             raise ConfigError(
@@ -1287,6 +1292,11 @@ class Config:
                 f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
             )
 
+    @property
+    def _quantization_method(self) -> Any:
+        """What says which training the base allows."""
+        return load_method(self.quantization.method, self.quantization.bits)
+
     def _check_watchdog(self) -> None:
         """Refuses actions that the training cannot take."""
         rollback = [name for name in ("nonfinite", "divergence")
@@ -1306,11 +1316,12 @@ class Config:
     def _check_fsdp(self) -> None:
         """Refuses what reads or draws the weights of a base that no process holds whole."""
         lora, model = self.lora, self.model
+        sharding = self._quantization_method.fsdp_unsupported_reason()
         faults = {
             "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
-            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            f"quantization.bits={self.quantization.bits}": (sharding is not None, sharding),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
         }
@@ -1338,6 +1349,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    texts["quantization.method"] = config.quantization.method
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
     texts |= {
@@ -1399,33 +1411,6 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     training = ["train_loss", *speed, "train_runtime", "train_memory_retries", "peak_memory_gb"]
     training += [f"train_watchdog_{name}" for name in WATCHDOG_COUNTS]
     return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
-
-
-def _check_adapter_on_base(lora: LoraConfig, quantization: QuantizationConfig) -> None:
-    bits = quantization.bits
-    if not lora.enabled:
-        if bits in (4, 8):
-            raise ConfigError(
-                f"lora=none trains all weights, which {bits}-bit weights do not allow; choose quantization=none "
-                "(16 bit) or quantization=fp32, or an adapter with lora=all-linear"
-            )
-        return
-    if lora.init in (LoraInit.pissa, LoraInit.olora) and bits in (4, 8):
-        raise ConfigError(
-            f"lora.init={lora.init.value} rewrites the base weights, which quantization.bits={bits} does not allow "
-            "exactly; it is valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva"
-        )
-    if lora.use_dora and bits == 8:
-        raise ConfigError(
-            "lora.use_dora=true (lora=dora) needs the weights as numbers at each step, which PEFT cannot read of 8-bit "
-            "layers in training; choose quantization=nf4 or quantization=none, or train without it (lora=all-linear "
-            "lora.use_dora=false)"
-        )
-    if lora.init is LoraInit.loftq and bits != 4:
-        raise ConfigError(
-            f"lora.init=loftq repairs the error of 4-bit weights, got quantization.bits={bits}; choose "
-            "quantization=nf4, or another lora.init"
-        )
 
 
 def _check_generation(generation: GenerationConfig, model: ModelConfig) -> None:

@@ -384,7 +384,7 @@ class FastStep:
         if wanted:
             self.parts["fp8"] = reason or "on"
         if wanted and reason is not None:
-            log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute)
+            log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute_dtype)
         groups = fuse_linear_layers(model, fp8=wanted and reason is None) if fused else []
         scaled: dict[torch.device, list[Group]] = defaultdict(list)
         for group in groups:
@@ -399,7 +399,7 @@ class FastStep:
             return SPREAD
         if not has_varlen():
             return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
-        if self.placement.compute is torch.float32:
+        if self.placement.compute_dtype is torch.float32:
             return "it computes in 16 bits only"
         settings = self.base.config.get_text_config()
         own = [name for name in OTHER_ATTENTION if getattr(settings, name, None)]
@@ -597,6 +597,6 @@ def _fp8_fault(placement: Placement) -> str | None:
         return "products in 8-bit floats are for NVIDIA GPUs"
     if torch.cuda.get_device_capability(placement.device) < (8, 9):
         return "this GPU multiplies no 8-bit floats (Ada, Hopper and later do)"
-    if placement.compute is not torch.bfloat16:
+    if placement.compute_dtype is not torch.bfloat16:
         return "the other products must be in bf16 (quantization.compute_dtype)"
     return None

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-BLOCK = 64
-"""Weights that share an absmax."""
-GROUP = 256
-"""Absmax values that share an absmax of their own, with double quantization."""
+from qlora.quantization.bnb4.layout import BLOCK, GROUP
+
 E4M3_MAX = 448.0
 """The largest number of the 8-bit float with 3 bits of mantissa."""
 
