@@ -59,7 +59,7 @@ def load_model(package: str, base: str, config: Any, placement: Any) -> tuple[An
         model, _ = FastLanguageModel.from_pretrained(
             base,
             max_seq_length=LONG,
-            dtype=placement.weights,
+            dtype=placement.param_dtype,
             load_in_4bit=True,
             use_gradient_checkpointing=again,
         )
@@ -77,7 +77,7 @@ def load_model(package: str, base: str, config: Any, placement: Any) -> tuple[An
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=placement.weights, device_map={"": placement.device})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=placement.param_dtype, device_map={"": placement.device})
     return model, LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora.r,
@@ -132,7 +132,7 @@ def time_trainer(
         lr_scheduler_type="constant",
         max_grad_norm=0.3,
         optim="paged_adamw_32bit",
-        bf16=placement.compute is torch.bfloat16,
+        bf16=placement.compute_dtype is torch.bfloat16,
         use_cpu=not on_gpu,
         logging_steps=LOG,
         report_to="none",
@@ -176,12 +176,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from datasets import Dataset, load_dataset
 
     from qlora.config.compose import compose
-    from qlora.runtime.device import find_device, place
+    from qlora.quantization.placement import find_placement
+    from qlora.runtime.device import find_device
 
     workload, name, steps, small = (task[key] for key in ("workload", "name", "steps", "small"))
     package, packs, shrink = CONTESTANTS[name].package, CONTESTANTS[name].packs, 16 if small else 1
     config = compose([*EVERY, *task["overrides"]])
-    placement = place(config.quantization, find_device(config.device))
+    placement = find_placement(config.quantization, find_device(config.device))
     model, peft = load_model(package, task["base"], config, placement)
     whole = task["do"] == "end to end"
     if package == "unsloth" and not packs and not whole:

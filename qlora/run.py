@@ -34,6 +34,7 @@ from qlora.models.packing_guard import check_packing
 from qlora.models.tokenizer import (
     save_tokenizer,
 )
+from qlora.quantization.method import find_method
 from qlora.reporting.loss_curve import plot_loss
 from qlora.reporting.manifest import build_manifest, code_digest, keep_manifest, versions, write_json
 from qlora.reporting.model_card import card_on_hub, write_model_card
@@ -65,6 +66,7 @@ from qlora.training.callbacks import build_callbacks
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
+from qlora.upstream.transformers_models import commit_hash
 
 log = logging.getLogger(__name__)
 
@@ -586,7 +588,7 @@ class Run(Session):
             "quantization": config["quantization"],
             "generation": config["generation"],
             "seed": config["seed"],
-            "device": f"{place.device.type}, {place.weights}, {place.compute}",
+            "device": f"{place.device.type}, {place.param_dtype}, {place.compute_dtype}",
             "base": None if self.draws else self._base_digest(),
             "adapter": adapter and adapter_digest(adapter),
             "finetuned model": full and folder_digest(full),
@@ -599,7 +601,7 @@ class Run(Session):
 
     def _base_digest(self) -> str | None:
         place = locate(self.config.model.name)
-        return folder_digest(Path(place)) if is_local(place) else self.model_config._commit_hash
+        return folder_digest(Path(place)) if is_local(place) else commit_hash(self.model_config)
 
     def _answer_rows(self, decided_by: dict[str, Any]) -> float:
         """Writes `predictions.jsonl`; returns the speed of generation in tokens a second."""
@@ -641,17 +643,17 @@ class Run(Session):
     def _facts(self, model: PreTrainedModel) -> dict[str, str]:
         config = self.config
         quantization, trainer = config.quantization, config.trainer
-        base = f"{quantization.quant_type.value}" + (" + double quantization" if quantization.double_quant else "")
+        method = find_method(quantization)
         micro, steps = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         count = adapters.count_parameters(model)
         decoder = read_decoder(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self._unquantized = decoder.describe_unquantized() if quantization.bits in (4, 8) else None
-        bits = base if quantization.bits == 4 else f"{quantization.bits} bit"
+        self._unquantized = decoder.describe_unquantized() if method.is_quantized else None
+        base = method.describe(quantization)
         stored = sorted(count.by_dtype.items(), key=lambda item: -item[1])
         facts = {
             "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters"
             + (f", {decoder.beside / 1e6:,.1f} M of them not for text" if decoder.beside else ""),
-            "base": f"{bits}; {self._unquantized}" if self._unquantized else bits,
+            "base": f"{base}; {self._unquantized}" if self._unquantized else base,
             "weights": ", ".join(f"{number / 1e6:,.1f} M in {dtype}" for dtype, number in stored),
             "device": str(self.placement),
             "folder": str(self.folder.path),
@@ -743,7 +745,7 @@ class Run(Session):
                         result=result,
                         base_model=self.config.model.name,
                         command=command,
-                        compute_dtype=str(self.placement.compute).removeprefix("torch."),
+                        compute_dtype=str(self.placement.compute_dtype).removeprefix("torch."),
                         unquantized=self._unquantized,
                         example_prompt=self.measurer.rows[0]["prompt"],
                     )

@@ -51,7 +51,9 @@ from qlora.models.fingerprint import (
     read_base,
     write_base,
 )
+from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.model_files import locate
+from qlora.models.new_tokens import add_end_token, resize_embeddings
 from qlora.models.tokenizer import (
     check_vocabulary,
     load_saved_tokenizer,
@@ -64,9 +66,11 @@ from qlora.models.weight_files import Checkpoint, Tensors, fetch_weights, local_
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
 from qlora.planning.model_shape import FAMILIES, read_shape
 from qlora.planning.time_plan import Operations, count_operations
+from qlora.quantization.method import find_method
+from qlora.quantization.placement import find_placement
 from qlora.runtime import console, distributed
 from qlora.runtime.atomic_files import read_json
-from qlora.runtime.device import Placement, computes_bf16, find_device, matrix_rate, peak_memory_gb, place
+from qlora.runtime.device import Placement, computes_bf16, find_device, matrix_rate, peak_memory_gb
 from qlora.runtime.run_folder import RunFolder, config_digest, find_adapter
 from qlora.runtime.sweep_job import TRIAL_VARIABLE, SweepJob
 from qlora.step.fast_step import FastStep, Packs
@@ -82,6 +86,7 @@ from qlora.training.stopping import Stop
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.upstream.transformers_models import commit_hash
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +108,13 @@ class Session:
     @cached_property
     def placement(self) -> Placement:
         """The device and its precision."""
-        placement = place(self.config.quantization, find_device(self.config.device))
-        if placement.compute is torch.float16 and computes_bf16(placement.device):
+        placement = find_placement(self.config.quantization, find_device(self.config.device))
+        if placement.compute_dtype is torch.float16 and computes_bf16(placement.device):
             log.warning(
                 "quantization.compute_dtype=fp16 on a device that computes in bf16: fp16 overflows more easily; "
                 "compute_dtype=auto takes bf16"
             )
-        if placement.weights is torch.float16 and not self.config.lora.enabled:
+        if placement.param_dtype is torch.float16 and not self.config.lora.enabled:
             raise ConfigError(
                 "lora=none with fp16 weights cannot train (gradients underflow); use quantization=fp32, or "
                 "quantization.compute_dtype=bf16"
@@ -134,8 +139,8 @@ class Session:
     def model_config(self) -> Any:
         """transformers' config object of the base model."""
         if self.draws:
-            return loading.draw_model_config(self.config.model, self.tokenizer)
-        return loading.load_model_config(self.config.model)
+            return build_model_config(self.config.model, self.tokenizer)
+        return load_model_config(self.config.model)
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -315,7 +320,7 @@ class Session:
         if not self.draws:
             return self._load(None)
         weights = self._drawn_weights()
-        base = loading.draw_base(self.config.model, self.config.quantization, weights, self._base_device)
+        base = loading.build_random_base(self.config.model, self.config.quantization, weights, self._base_device)
         return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
@@ -335,8 +340,8 @@ class Session:
         return torch.device("cpu") if self.is_sharded else self.placement.device
 
     def _fit_to_tokens(self, base: PreTrainedModel) -> PreTrainedModel:
-        loading.resize_embeddings(base, self.new_token_ids)
-        loading.add_end_token(base, self.end_id)
+        resize_embeddings(base, self.new_token_ids)
+        add_end_token(base, self.end_id)
         return base
 
     def _tensors(self) -> Tensors:
@@ -439,11 +444,11 @@ class Session:
         """The base that the config means, known by its weights; those on the hub are downloaded for it."""
         model = self.config.model
         if self.draws:
-            settings = random_weights.drawing_facts(model, self.placement, self.config.seed)
+            settings = random_weights.random_base_settings(model, self.placement, self.config.seed)
             return Base(model.name, fingerprint=fingerprint_random(settings), random=settings)
         _ = self.model_config  # says what is wrong with a folder
         files = fetch_weights(model)
-        revision = getattr(self.model_config, "_commit_hash", None) or model.revision
+        revision = commit_hash(self.model_config) or model.revision
         return Base(model.name, revision, None if files is None else fingerprint_weights(files))
 
     def check_base(self, user: str, trained: Base, otherwise: str = "") -> bool:
@@ -473,10 +478,10 @@ class Session:
     def _check_whole_model(self, folder: Path) -> None:
         """Raises `ConfigError` if a finished model would be rounded again without a word."""
         quantization = self.config.quantization
-        if quantization.bits in (4, 8):
+        if (method := find_method(quantization)).is_quantized:
             stored = read_json(folder / "config.json")
             dtype = stored.get("dtype") or stored.get("torch_dtype")
-            kind = quantization.quant_type.value if quantization.bits == 4 else "int8"
+            kind = method.data_type(quantization)
             raise ConfigError(
                 f"adapter={folder} is a whole model in {dtype}, which quantization={kind} would round again; use "
                 "quantization=none or quantization=fp32, or give it as model.name with adapter=none to quantize it on "
@@ -514,7 +519,7 @@ class Session:
             self.config.trainer,
             output_dir=self.folder.checkpoints,
             device=self.placement.device,
-            compute=self.placement.compute,
+            compute=self.placement.compute_dtype,
             seed=self.config.seed,
         )
 
@@ -597,7 +602,7 @@ class Session:
             device,
             peak_memory_gb=partial(peak_memory_gb, device),
             operations=operations.total if operations is not None else None,
-            rate=matrix_rate(device, self.placement.compute),
+            rate=matrix_rate(device, self.placement.compute_dtype),
         )
 
     def _count_operations(self, model: PreTrainedModel) -> Operations | None:
@@ -640,7 +645,7 @@ class Session:
             plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
             return Ledger(shape, plan).added
 
-        formula = Formula(Ledger(shape, setup).before, setup.accumulates, added, setup.rows, longest)
+        formula = Formula(Ledger(shape, setup).at_start, setup.accumulates, added, setup.rows, longest)
         cap = parse_size(wanted)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         limit = min(cap, free) if cap is not None else free

@@ -19,11 +19,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qlora import adapters
 from qlora.config.compose import compose
-from qlora.config.schema import Config, PlanStep
+from qlora.config.schema import Config, PlanStep, QuantizationConfig
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
-from qlora.planning.memory_plan import Setup
 from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.planning.setup import Setup
+from qlora.quantization.method import find_method
 from qlora.runtime.device import Placement
 
 CPU = torch.device("cpu")
@@ -41,8 +42,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi3": GROUPED,
     "gpt_neox": SIZES,
 }
+NF4 = QuantizationConfig(bits=4, double_quant=True)
 PLAIN = Setup(
-    bits=4, double_quant=True, wide=False, r=8, targets=(), dora=False, narrow=False, dropout=False,
+    base=find_method(NF4).stored_base(NF4), fp32=False, r=8, targets=(), dora=False, bf16_adapters=False, dropout=False,
     optim="paged_adamw_32bit", rows=1, length=64, accumulates=False, checkpointed=0, step=PlanStep.plain,
 )  # fmt: skip
 
@@ -65,7 +67,7 @@ def composed(*overrides: str) -> Config:
 def base(kind: str, *overrides: str, **sizes: int) -> PreTrainedModel:
     config = composed(*overrides)
     facts = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**KINDS[kind], **sizes})
-    return loading.draw_base(config.model, config.quantization, RandomWeights(facts, placement=BF16, seed=0))
+    return loading.build_random_base(config.model, config.quantization, RandomWeights(facts, placement=BF16, seed=0))
 
 
 def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:

@@ -322,13 +322,13 @@ CROSS_FIELD = {
     "quantization=fp32, or an adapter with lora=all-linear",
     "lora=pissa": "lora.init=pissa rewrites the base weights, which quantization.bits=4 does not allow exactly; it is "
     "valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva",
-    "lora=loftq quantization=none": "lora.init=loftq repairs the error of 4-bit weights, got quantization.bits=16; "
+    "lora=loftq quantization=none": "lora.init=loftq corrects the error of 4-bit weights, got quantization.bits=16; "
     "choose quantization=nf4, or another lora.init",
-    "lora=dora quantization=int8": "lora.use_dora=true (lora=dora) needs the weights as numbers at each "
-    "step, which PEFT cannot read of 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
+    "lora=dora quantization=int8": "lora.use_dora=true (lora=dora) reads the full weights in each "
+    "step, which PEFT cannot do with 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
     "without it (lora=all-linear lora.use_dora=false)",
-    "lora.use_dora=true quantization=int8": "lora.use_dora=true (lora=dora) needs the weights as numbers at each "
-    "step, which PEFT cannot read of 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
+    "lora.use_dora=true quantization=int8": "lora.use_dora=true (lora=dora) reads the full weights in each "
+    "step, which PEFT cannot do with 8-bit layers in training; choose quantization=nf4 or quantization=none, or train "
     "without it (lora=all-linear lora.use_dora=false)",
     "generation.num_beam_groups=2 generation.num_beams=4": "generation.num_beam_groups: transformers moved this search "
     "to a hub repository of its own and runs it as remote code; set model.trust_remote_code=true to allow that, or "

@@ -17,7 +17,8 @@ from qlora.config import optimizers
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.planning import gpus
-from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS
+from qlora.planning.memory_plan import CONTEXT
+from qlora.planning.optimizer_states import OPTIMIZERS
 from qlora.tasks import plan as task
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "memory.json"
@@ -203,7 +204,7 @@ def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         ("NVIDIA Unheard Of, 1000\n", 1000, None),
     ):
         monkeypatch.setattr(gpus.subprocess, "run", lambda *args, said=said, **kwargs: Said(said))
-        card = gpus.find_card("this")
+        card = gpus.find_gpu("this")
         assert (card.memory, card.tflops) == (memory * 2**20, tflops)
     assert build(device="this").hours is None
 

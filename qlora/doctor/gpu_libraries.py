@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora.config.schema import Config, Device
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
+from qlora.quantization.method import find_method
 
 DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_SITE = "https://pytorch.org/get-started/locally/"
@@ -96,7 +97,10 @@ def check_bitsandbytes(config: Config) -> Iterator[Finding]:
     except Exception as error:  # it raises whatever its set-up meets
         yield fail("bitsandbytes", f"cannot be imported: {first_line(error)}", "pip install -U bitsandbytes")
         return
-    library, needed = cextension.lib, config.quantization.bits in (4, 8) or "8bit" in config.trainer.optim
+    library, needed = (
+        cextension.lib,
+        find_method(config.quantization).package == "bitsandbytes" or "8bit" in config.trainer.optim,
+    )
     says = f"{bitsandbytes.__version__}"
     on_gpu = torch.cuda.is_available() and config.device is not Device.cpu
     if isinstance(library, cextension.ErrorHandlerMockBNBNativeLibrary):

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from qlora import adapters
 from qlora.config.schema import ArchitectureConfig, Config, LoraInit, Weights
 from qlora.models import loading
+from qlora.models.model_config import build_model_config
 from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import load_tokenizer
+from qlora.quantization.method import find_method, method_of
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
 
@@ -48,9 +49,11 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
         max_memory=None,
     )
     tokenizer = load_tokenizer(tiny)
-    weights = RandomWeights(loading.draw_model_config(tiny, tokenizer), placement=placement, seed=config.seed)
-    base = loading.draw_base(tiny, config.quantization, weights)
-    rounding = _rounding(base, weights)
+    weights = RandomWeights(build_model_config(tiny, tokenizer), placement=placement, seed=config.seed)
+    base = loading.build_random_base(tiny, config.quantization, weights)
+    rounding = None
+    if find_method(config.quantization).largest_error(config.quantization) is not None:
+        rounding = _rounding(base, weights)
     model = _with_adapter(config, base)
     base.config.use_cache = False  # as the trainer has it
     step = FastStep(model, config.trainer, config.quantization, placement, None)
@@ -90,10 +93,11 @@ def _no_tensors() -> RandomWeights:
 
 
 def _rounding(base: PreTrainedModel, weights: RandomWeights) -> float | None:
+    method = method_of(base)
     for name, module in base.named_modules():
-        if isinstance(module, loading.Linear4bit):
+        if isinstance(module, method.layer_classes()):
             exact = weights.read(f"{name}.weight").float()
-            rounded = dequantize_module_weight(module).float().cpu()
+            rounded = method.dequantize(module).float().cpu()
             return float((rounded - exact).norm() / exact.norm())
     return None
 

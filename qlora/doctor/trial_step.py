@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.options import model_presets
-from qlora.config.schema import ArchitectureConfig, Config, QuantType, Weights
+from qlora.config.schema import ArchitectureConfig, Config, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
+from qlora.quantization.method import find_method
 
-LARGEST_ERROR = {QuantType.nf4: 0.12, QuantType.fp4: 0.16}
-"""Relative, of normally distributed weights: about 0.096 for NF4 and 0.123 for FP4; more is a broken library."""
 LEAST_AGREEMENT = 0.99
 """The cosine of a gradient before and after an evaluation; bitsandbytes' repacked weights gave 0.24."""
 
@@ -25,9 +24,10 @@ LEAST_AGREEMENT = 0.99
 def check_step(config: Config) -> Iterator[Finding]:
     """Trains one small layer of the model's architecture for a step, before and after an evaluation."""
     from qlora.doctor.miniature import try_layer
-    from qlora.runtime.device import find_device, place
+    from qlora.quantization.placement import find_placement
+    from qlora.runtime.device import find_device
 
-    placement = place(config.quantization, find_device(config.device))
+    placement = find_placement(config.quantization, find_device(config.device))
     yield fine("device", str(placement))
     architecture, whose = find_architecture(config)
     try:
@@ -35,8 +35,9 @@ def check_step(config: Config) -> Iterator[Finding]:
     except UserError as error:
         yield fail("training step", first_line(error), "change the key that the message names")
         return
-    bits = f"{config.quantization.bits}-bit"
-    if trial.rounding is not None and trial.rounding > LARGEST_ERROR[config.quantization.quant_type]:
+    method = find_method(config.quantization)
+    bits, limit = method.width(config.quantization), method.largest_error(config.quantization)
+    if trial.rounding is not None and limit is not None and trial.rounding > limit:
         yield fail("training step", f"{bits} weights are wrong by {trial.rounding:.0%} on this device",
                    "reinstall bitsandbytes (pip install --force-reinstall bitsandbytes)")  # fmt: skip
     elif trial.agreement < LEAST_AGREEMENT:

@@ -1,4 +1,4 @@
-"""Loads a model by transformers and reads what it reports: what its files lack would be drawn at random."""
+"""Loads a model by transformers and reads its report: a tensor that the files lack would be initialised at random."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from qlora.errors import ConfigError
+from qlora.errors import DataError
+from qlora.quantization.method import QuantizationMethod
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ SHOWN = 3
 """Names of tensors in a message."""
 
 
-def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
-    """Loads a causal language model; raises `ConfigError` unless its files hold all that its config means.
+def load_complete(folder: str, *, key: str, method: QuantizationMethod, **options: Any) -> PreTrainedModel:
+    """Loads a causal language model; raises `DataError` unless its files hold all that its config means.
 
     `key` is the key and value that name the model; `options` are those of transformers' `from_pretrained`. What the
     files hold beyond it is warned of.
@@ -33,19 +33,19 @@ def load_complete(folder: str, *, key: str, **options: Any) -> PreTrainedModel:
     except RuntimeError as error:
         if (failed := _failed_conversions(error)) is None:
             raise
-        raise ConfigError(
+        raise DataError(
             f"{key}: {_tensors(failed)} cannot be made of what its files hold, {_first(failed)}: parts are missing or "
             "of other shapes; download or copy the model again"
         ) from error
-    missing = _missing(model, report["missing_keys"]) + _missing_scales(model)
-    misshapen = {name: (stored, needed) for name, stored, needed in report["mismatched_keys"]} | _misshapen(model)
+    missing = _missing(model, report["missing_keys"]) + method.missing_statistics(model)
+    misshapen = {name: (saved, needed) for name, saved, needed in report["mismatched_keys"]} | _misshapen(model, method)
     _check_missing(model, key, missing, report["unexpected_keys"])
     if misshapen:
         name = min(misshapen, key=_in_order)
-        stored, needed = (" x ".join(map(str, shape)) for shape in misshapen[name])
-        raise ConfigError(
+        saved, needed = (" x ".join(map(str, shape)) for shape in misshapen[name])
+        raise DataError(
             f"{key}: {_tensors(misshapen)} in its files differ{'s' if len(misshapen) == 1 else ''} in shape from "
-            f"what its config.json means, first {name} ({stored}, and {needed} is needed); correct config.json, "
+            f"what its config.json means, first {name} ({saved}, and {needed} is needed); correct config.json, "
             "or download or copy the model again"
         )
     if unexpected := report["unexpected_keys"]:
@@ -91,30 +91,16 @@ def _missing(model: PreTrainedModel, reported: Iterable[str]) -> list[str]:
     return [name for name in reported if name not in buffers or buffers[name].unique().numel() == 1]
 
 
-def _missing_scales(model: PreTrainedModel) -> list[str]:
-    """Returns the scales of stored 4-bit weights that are missing though those they scale are quantized themselves.
-
-    bitsandbytes takes the codes of the latter for scales then (0.50).
-    """
-    states = {name: getattr(parameter, "quant_state", None) for name, parameter in model.named_parameters()}
-    return [
-        f"{name}.nested_absmax"
-        for name, state in states.items()
-        if state is not None and not (state.nested or state.absmax.is_floating_point())
-    ]
-
-
-def _misshapen(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Returns the quantized weights of other shapes than needed, both; transformers compares the others alone."""
+def _misshapen(model: PreTrainedModel, method: QuantizationMethod) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Returns the saved and the needed shape of quantized weights that differ; transformers compares the others."""
     differing = {}
     for name, module in model.named_modules():
-        if not isinstance(module, Linear4bit | Linear8bitLt):
+        if not isinstance(module, method.layer_classes()):
             continue
-        state = getattr(module.weight, "quant_state", None)
-        stored = module.weight.shape if isinstance(module, Linear8bitLt) else state.shape if state else None
-        needed = torch.Size([module.out_features, module.in_features])
-        if stored is not None and stored != needed:
-            differing[f"{name}.weight"] = (stored, needed)
+        layer: Any = module
+        saved, needed = method.saved_shape(layer), torch.Size([layer.out_features, layer.in_features])
+        if saved is not None and saved != needed:
+            differing[f"{name}.weight"] = (saved, needed)
     return differing
 
 
@@ -125,17 +111,17 @@ def _check_missing(model: PreTrainedModel, key: str, missing: list[str], unexpec
     what = f"{key}: {_tensors(missing)} {are} missing from its files, {_first(missing)}"
     output = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     if prefix := _common_prefix(missing, unexpected):
-        raise ConfigError(
+        raise DataError(
             f"{what}: there the names begin with {prefix!r}; save the model without it (from PEFT: "
             "model.merge_and_unload().save_pretrained(FOLDER))"
         )
     if {name.rpartition(".")[0] for name in missing} <= output:
-        raise ConfigError(
+        raise DataError(
             f"{what}: that is the output layer, and without it the base predicts no token; give the causal language "
             "model, or set tie_word_embeddings to true in config.json if the embedding is the output layer too"
         )
-    raise ConfigError(
-        f"{what}, and would be drawn at random; download or copy the model again, or correct its config.json"
+    raise DataError(
+        f"{what}, and would be initialised at random; download or copy the model again, or correct its config.json"
     )
 
 

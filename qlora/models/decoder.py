@@ -1,4 +1,4 @@
-"""Tells the matrices of a base that text runs through: which are quantized, which have adapters, which are experts'."""
+"""Lists the matrices of a base's decoder: which are quantized, which have adapters, which belong to experts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora.config.schema import QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.models.outputs import on_output, plain_ids
+from qlora.quantization.method import QuantizationMethod, method_of, quantization_key, set_method
+from qlora.runtime.device import Placement
 
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
@@ -36,7 +37,7 @@ class Matrix:
     kind: str
     """`experts`, `router`, or the last part of its module's name, such as `q_proj`."""
     count: int
-    """Its numbers; of a 4-bit weight those that it stands for."""
+    """Its elements before quantization."""
     dtype: torch.dtype
     is_quantized: bool
     is_adapted: bool
@@ -75,26 +76,27 @@ class Decoder:
         dtypes = sorted(
             {str(matrix.dtype).removeprefix("torch.") for matrix in self.matrices if not matrix.is_quantized}
         )
-        share, kinds = _percent(sum(shares.values())), ", ".join(shares)
-        return f"{share} of the decoder's weights are in {' and '.join(dtypes)} ({kinds})"
+        fraction, kinds = _percent(sum(shares.values())), ", ".join(shares)
+        return f"{fraction} of the decoder's weights are in {' and '.join(dtypes)} ({kinds})"
 
     def describe_unadapted(self) -> str | None:
         """Says which kinds of weights have no adapter, and their shares; None: all have one."""
         shares = self.unadapted
         if not shares:
             return None
-        (first, largest), *rest = shares.items()
-        kinds = [f"{first} ({_percent(largest)} of the decoder's weights)"]
-        kinds += [f"{kind} ({_percent(share)})" for kind, share in rest]
+        (first, fraction), *rest = shares.items()
+        kinds = [f"{first} ({_percent(fraction)} of the decoder's weights)"]
+        kinds += [f"{kind} ({_percent(fraction)})" for kind, fraction in rest]
         return ", ".join(kinds) + ("; the router is frozen" if ROUTER in shares else "")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 else "less than 0.1 %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction >= 0.001 else "less than 0.1 %"
 
 
 def read_decoder(model: PreTrainedModel) -> Decoder:
     """Returns the matrices of a base, with or without an adapter on it; it may lie on the meta device."""
+    method = method_of(model)
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     owners = {name: module for name, module in model.named_modules() if module is not output}
@@ -105,18 +107,18 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         if owner is None or ADAPTER_PARTS.search(name):
             continue
         if prefix and not name.startswith(f"{prefix}."):
-            beside += _shape(weight, owner).numel()
-        elif len(_shape(weight, owner)) >= 2 and not isinstance(owner, nn.Embedding):
+            beside += _shape(method, weight, owner).numel()
+        elif len(_shape(method, weight, owner)) >= 2 and not isinstance(owner, nn.Embedding):
             weights.append((name, owner, weight))
-    kinds = _kinds(weights)
+    kinds = _kinds(method, weights)
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     matrices = [
         Matrix(
             name,
             kinds[name],
-            _shape(weight, owner).numel(),
+            _shape(method, weight, owner).numel(),
             weight.dtype,
-            isinstance(owner, Linear4bit | Linear8bitLt),
+            _is_quantized(method, owner),
             any(name.startswith(f"{wrapper}.") for wrapper in _above(name) & adapted),
         )
         for name, owner, weight in weights
@@ -130,14 +132,18 @@ def _above(name: str) -> set[str]:
     return {".".join(parts[:count]) for count in range(1, len(parts))}
 
 
-def _shape(weight: nn.Parameter, owner: nn.Module) -> torch.Size:
+def _is_quantized(method: QuantizationMethod, owner: Any) -> bool:
+    return isinstance(owner, method.layer_classes())
+
+
+def _shape(method: QuantizationMethod, weight: nn.Parameter, owner: nn.Module) -> torch.Size:
     """Returns a weight's shape before quantization."""
-    if isinstance(owner, Linear4bit) and weight is owner.weight:
+    if _is_quantized(method, owner) and weight is owner.weight:
         return torch.Size([owner.out_features, owner.in_features])
     return weight.shape
 
 
-def _kinds(weights: list[tuple[str, nn.Module, nn.Parameter]]) -> dict[str, str]:
+def _kinds(method: QuantizationMethod, weights: list[tuple[str, nn.Module, nn.Parameter]]) -> dict[str, str]:
     """Returns the kind of each weight by its name.
 
     Experts are the weights of a module that holds them in one tensor, [experts, out, in]; the router is a matrix
@@ -154,7 +160,7 @@ def _kinds(weights: list[tuple[str, nn.Module, nn.Parameter]]) -> dict[str, str]
         kinds[name] = path.rpartition(".")[2]
         if path in counts:
             kinds[name] = EXPERTS
-        elif any(_shape(weight, owner)[0] == around[above] for above in _above(name) & around.keys()):
+        elif any(_shape(method, weight, owner)[0] == around[above] for above in _above(name) & around.keys()):
             kinds[name] = ROUTER
     return kinds
 
@@ -191,42 +197,52 @@ def _kinds_in_text(model: PreTrainedModel) -> set[str]:
     """
     kinds = {module: INDEX.sub("*", name) for name, module in model.named_modules()}
     called = set[str]()
-    ids, narrow = plain_ids(model), model.dtype is not torch.float32
+    ids, is_16_bit = plain_ids(model), model.dtype is not torch.float32
     with (
         on_output(model, lambda module, _: called.add(kinds[module])),
-        torch.autocast(ids.device.type, model.dtype if narrow else torch.bfloat16, enabled=narrow),
+        torch.autocast(ids.device.type, model.dtype if is_16_bit else torch.bfloat16, enabled=is_16_bit),
     ):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return called
 
 
-def build_empty(model_config: Any, bits: BitsAndBytesConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns a model without storage, with the layers that `bits` quantizes in place."""
+def build_empty(
+    model_config: Any,
+    method: QuantizationMethod,
+    quantization: QuantizationConfig,
+    placement: Placement,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Returns a model without storage, with the layers that transformers quantizes in place."""
     with torch.device("meta"):
         config = copy.deepcopy(model_config)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    AutoHfQuantizer.from_config(bits, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    description = method.library_config(quantization, placement)
+    AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    set_method(model, method)
     return model
 
 
-def check_is_quantized(model: PreTrainedModel, quantization: QuantizationConfig, name: str) -> None:
-    """Raises `ConfigError` unless most of a base's decoder has the bits that were asked for."""
-    if quantization.bits not in (4, 8):
+def check_is_quantized(
+    model: PreTrainedModel, method: QuantizationMethod, quantization: QuantizationConfig, name: str
+) -> None:
+    """Raises `ConfigError` unless most of a base's decoder is quantized, where that was asked for."""
+    if not method.is_quantized:
         return
     decoder = read_decoder(model)
+    key = quantization_key(quantization)
     if all(not matrix.is_quantized for matrix in decoder.matrices):
         layers = [model.get_submodule(name) for name in linear_modules(model)]
-        if own := sorted({type(layer).__name__ for layer in layers} - {"Linear", "Conv1D"}):
+        if classes := sorted({type(layer).__name__ for layer in layers} - {"Linear", "Conv1D"}):
             raise ConfigError(
-                f"quantization.bits={quantization.bits}: the linear layers of {name} are of a class of their own "
-                f"({', '.join(own)}), which transformers does not quantize; use quantization=none"
+                f"{key}: the linear layers of {name} are of a class of their own "
+                f"({', '.join(classes)}), which transformers does not quantize; use quantization=none"
             )
-        raise ConfigError(
-            f"quantization.bits={quantization.bits}: {name} has no linear layers to quantize; use quantization=none"
-        )
+        raise ConfigError(f"{key}: {name} has no linear layers to quantize; use quantization=none")
     if sum(decoder.unquantized.values()) > MOST_UNQUANTIZED:
         raise ConfigError(
-            f"quantization.bits={quantization.bits}: of model.name={name} {decoder.describe_unquantized()}, because "
-            "bitsandbytes quantizes linear layers alone; use quantization=none (16 bits), or a base "
-            "without such weights"
+            f"{key}: of model.name={name} {decoder.describe_unquantized()}, because "
+            f"{method.package or method.name} quantizes linear layers alone; use quantization=none (16 bits), or a "
+            "base without such weights"
         )

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qlora.models.outputs import on_output, plain_ids
-
-QUANTIZES = ("quantize_4bit", "int8_vectorwise_quant")
-"""The operators of bitsandbytes that make quantized weights of others."""
+from qlora.quantization.method import QuantizationMethod
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -29,39 +26,31 @@ def is_finite(tensor: Tensor) -> bool:
 class QuantizationWatch(TorchDispatchMode):
     """Looks at weights before they are quantized: 4 bits have no NaN, so that one may become any number."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: QuantizationMethod) -> None:
         super().__init__()
+        self._operators = method.quantizing_operators
         self.spoiled: list[Tensor] = []
-        """What became of weights that were not finite."""
+        """The quantized tensors of weights that were not finite."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator, and notes its result if it quantized what was not finite."""
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "bitsandbytes" and func._opname in QUANTIZES and not is_finite(args[0]):
+        if func.name().partition(".")[0] in self._operators and not is_finite(args[0]):
             self.spoiled.append(result[0])
         return result
 
 
-def find_nonfinite(model: torch.nn.Module, spoiled: Iterable[Tensor] = ()) -> list[str]:
+def find_nonfinite(model: torch.nn.Module, method: QuantizationMethod, spoiled: Iterable[Tensor] = ()) -> list[str]:
     """Returns the names of the weights that are not finite; `spoiled` are quantized ones known to come from such."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in spoiled}
     names = []
     for name, parameter in model.named_parameters():
-        if parameter.untyped_storage().data_ptr() in storages or not all(map(is_finite, _numbers(parameter))):
+        if parameter.untyped_storage().data_ptr() in storages or not all(
+            map(is_finite, method.scales(parameter) or [parameter])
+        ):
             names.append(name)
     # A mask may hold infinities.
     return names + [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
-
-
-def _numbers(parameter: Tensor) -> Iterator[Tensor]:
-    """Yields what decides the numbers of a weight: of a quantized one the scales."""
-    state = parameter.quant_state if isinstance(parameter, Params4bit) else None
-    if state is not None:
-        yield from (state.absmax, *((state.state2.absmax, state.offset) if state.nested else ()))
-    elif isinstance(scales := getattr(parameter, "SCB", None), Tensor):
-        yield scales
-    else:
-        yield parameter
 
 
 def first_in_forward(model: PreTrainedModel, names: list[str]) -> str:

@@ -45,8 +45,8 @@ def explain_nonfinite(
     """Returns the error for a base whose weights are finite and whose results in `forward` are not."""
     module = first_nonfinite_module(model, forward)
     where = f", first those of its module {module}" if module else ""
-    dtype = str(placement.compute).removeprefix("torch.")
-    if placement.compute is torch.float16:
+    dtype = str(placement.compute_dtype).removeprefix("torch.")
+    if placement.compute_dtype is torch.float16:
         remedy = "computing in float16 overflows, most likely; set quantization.compute_dtype=bf16 or fp32"
     else:
         remedy = f"its weights are finite, so its config.json does not fit them, or {dtype} is too narrow; choose " \

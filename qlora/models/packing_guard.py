@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
-from qlora.models.loading import keep_4bit_layout
+from qlora.quantization.method import method_of
 from qlora.runtime.device import Placement
+from qlora.upstream.transformers_models import attention_of
 
 LEADING, LENGTH = (6, 3), 8
 """Tokens before the measured segment in the first and in the second row, and tokens in it."""
@@ -34,7 +35,8 @@ def check_packing(model: PreTrainedModel, placement: Placement, *, batch_size: i
     precision of training. It comes after the trainer is built, which switches the cache off.
     """
     assert not getattr(model.config, "use_cache", False), "a key-value cache switches the borders of packs off"
-    keep_4bit_layout(model)  # no evaluation may come before it
+    method = method_of(model)
+    method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size
     one, other, segment = (_tokens(quarter * vocabulary // 4, vocabulary) for quarter in (1, 2, 3))
     with _evaluating(model), placement.autocast():
@@ -46,9 +48,9 @@ def check_packing(model: PreTrainedModel, placement: Placement, *, batch_size: i
         plain, plain_changed = logits(one, borders=False), logits(other, borders=False)
         inputs = {"input_ids": segment[None].to(placement.device)}
         alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
-    rounding = torch.finfo(placement.compute).eps * _spread(alone)
+    rounding = torch.finfo(placement.compute_dtype).eps * _spread(alone)
     allowed = SEEN * _distance(plain, plain_changed)
-    if not getattr(model, "is_loaded_in_8bit", False):
+    if not method.rounds_activations:
         allowed = min(allowed, 100 * rounding)
     if _distance(packed, changed) > allowed:
         raise ConfigError(
@@ -107,11 +109,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _name(model: PreTrainedModel) -> str:
-    return f"{model.config.model_type} (attention: {model.config._attn_implementation})"
+    return f"{model.config.model_type} (attention: {attention_of(model)})"
 
 
 def _remedy(model: PreTrainedModel, batch_size: int) -> str:
-    if "flash" in str(model.config._attn_implementation) and batch_size > 1:
+    if "flash" in str(attention_of(model)) and batch_size > 1:
         return (
             f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "
             "raise data.pack_length or trainer.gradient_accumulation_steps instead, or set data.packing=false"

@@ -1,4 +1,4 @@
-"""Draws a base of any shape from a seed, one module at a time: no more than one exists in full precision."""
+"""Initialises a base of any shape from a seed, one module at a time: no more than one exists in full precision."""
 
 from __future__ import annotations
 
@@ -8,83 +8,98 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora.config.schema import ModelConfig
+from qlora.config.schema import ModelConfig, QuantizationConfig
+from qlora.quantization.method import QuantizationMethod
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
+from qlora.upstream.transformers_models import dtype_plan, init_weights
 
 
 class RandomWeights:
     """The weights that a seed gives a model of a shape; each module's depend on the seed and its name alone.
 
-    They are drawn by the model's own rules, on the device and in the dtype of `placement`, which decide them too. It
-    is read like a `Checkpoint`.
+    The model's own rules initialise them, on the device and in the dtype of `placement`, which decide them too. They
+    are read like a `Checkpoint`.
     """
 
     def __init__(self, model_config: Any, *, placement: Placement, seed: int) -> None:
         self.placement, self.seed = placement, seed
         self._config = model_config
-        self._stencil = self._empty()
-        self._modules = dict(self._stencil.named_modules())
-        self._tied = set(self._stencil.all_tied_weights_keys)
-        self._plan = self._stencil._get_dtype_plan(placement.weights)
+        self._skeleton = self._empty()
+        self._modules = dict(self._skeleton.named_modules())
+        self._tied = set(self._skeleton.all_tied_weights_keys)
+        self._plan = dtype_plan(self._skeleton, placement.param_dtype)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names that the tensors would have in a file."""
-        return (name for name in self._stencil.state_dict() if name not in self._tied)
+        return (name for name in self._skeleton.state_dict() if name not in self._tied)
+
+    def __contains__(self, name: object) -> bool:
+        """Returns whether a file would hold a tensor of this name."""
+        return name in set(self)
+
+    def names(self, prefix: str) -> list[str]:
+        """Returns the names that begin with `prefix`."""
+        return [name for name in self if name.startswith(prefix)]
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor on the CPU."""
         module, _, key = name.rpartition(".")
-        return self._draw(module)[key].detach().cpu()
+        return self._initialise(module)[key].detach().cpu()
 
     def shape(self, name: str) -> torch.Size:
-        """Returns a tensor's shape without drawing it."""
-        return torch.Size(self._stencil.get_parameter_or_buffer(name).shape)
-
-    def read_stored(self, name: str, device: torch.device) -> None:
-        """Returns None: no weight is stored in 4 or 8 bits."""
+        """Returns a tensor's shape without initialising it."""
+        return torch.Size(self._skeleton.get_parameter_or_buffer(name).shape)
 
     def build(
-        self, bits: BitsAndBytesConfig | None, *, store: torch.device | None = None, **options: Any
+        self,
+        method: QuantizationMethod,
+        quantization: QuantizationConfig,
+        *,
+        store: torch.device | None = None,
+        **options: Any,
     ) -> PreTrainedModel:
-        """Returns the model, quantized as `bits` says, or in the dtype of `placement`.
+        """Returns the model, quantized by `method`.
 
-        It is drawn and quantized on the device of `placement`, and kept there or on `store`. `options` are those of
-        transformers' `from_config`, e.g. `attn_implementation`.
+        It is initialised and quantized on the device of `placement`, and kept there or on `store`. `options` are those
+        of transformers' `from_config`, e.g. `attn_implementation`.
         """
         model = self._empty(**options)
-        quantizer = None if bits is None else AutoHfQuantizer.from_config(bits, pre_quantized=False)
+        description = method.library_config(quantization, self.placement)
+        quantizer = None if description is None else AutoHfQuantizer.from_config(description, pre_quantized=False)
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})
+        layers = method.layer_classes()
         for name, module in model.named_modules():
-            for key, tensor in self._draw(name).items():
-                made = _quantized(module, tensor) if key == "weight" else tensor
-                setattr(module, key, _move(made, store or self.placement.device))
+            for key, tensor in self._initialise(name).items():
+                is_quantized = key == "weight" and isinstance(module, layers)
+                parameter = _quantize(method, module, tensor) if is_quantized else tensor
+                setattr(module, key, _move(parameter, store or self.placement.device))
         model.tie_weights()
         if quantizer is not None:
             model.hf_quantizer = quantizer
             quantizer.postprocess_model(model)
+        else:
+            method.convert(model, quantization, self.placement)
         return model.eval()
 
     def _empty(self, **options: Any) -> PreTrainedModel:
         """Returns the model without storage; initialising what is on the meta device costs nothing and does nothing."""
         with torch.device("meta"):
             config = copy.deepcopy(self._config)
-            return AutoModelForCausalLM.from_config(config, dtype=self.placement.weights, **options)
+            return AutoModelForCausalLM.from_config(config, dtype=self.placement.param_dtype, **options)
 
     @torch.no_grad()
-    def _draw(self, name: str) -> dict[str, Tensor]:
-        """Returns the parameters and buffers of a module's own on the device, by their names in it.
+    def _initialise(self, name: str) -> dict[str, Tensor]:
+        """Returns the parameters and buffers of one module, without those of its children, by their names in it.
 
-        Those above it have a word too: GPT-2's blocks scale their output layers. All but this module is on the meta
-        device meanwhile.
+        The modules around it are asked too, for they may change what it starts from: GPT-2's blocks scale their output
+        layers. All but this module is on the meta device meanwhile.
         """
         module, device = self._modules[name], self.placement.device
         empty = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -97,31 +112,31 @@ class RandomWeights:
             setattr(module, key, nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full)
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_rng(device)):
             torch.manual_seed(_seed(self.seed, name))
-            for place, rules in self._above(name):
-                rules._init_weights(place)
-        drawn = {key: getattr(module, key) for key, _ in empty}
+            for outer, model in self._around(name):
+                init_weights(model, outer)
+        initialised = {key: getattr(module, key) for key, _ in empty}
         for key, tensor in empty:
             setattr(module, key, tensor)
-        return drawn
+        return initialised
 
-    def _above(self, name: str) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    def _around(self, name: str) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
         """Yields a module and those it lies in, from the inside out, each with the nearest model around it."""
         parts = name.split(".") if name else []
         chain = [self._modules[".".join(parts[:count])] for count in range(len(parts), -1, -1)]
-        for place, module in enumerate(chain):
-            yield module, next(above for above in chain[place:] if isinstance(above, PreTrainedModel))
+        for index, module in enumerate(chain):
+            yield module, next(outer for outer in chain[index:] if isinstance(outer, PreTrainedModel))
 
 
-def drawing_facts(config: ModelConfig, placement: Placement, seed: int) -> dict[str, Any]:
-    """Returns all that decides a drawn base, by the full keys of the config.
+def random_base_settings(config: ModelConfig, placement: Placement, seed: int) -> dict[str, Any]:
+    """Returns the settings that decide a base with random weights, by the full keys of the config.
 
-    The kind of device does, for each has random numbers of its own, and so does the dtype that they are drawn in.
+    The kind of device is one, for each has its own random numbers, and so is the dtype that they are generated in.
     """
     assert config.architecture is not None
     shape = {f"model.architecture.{name}": value for name, value in asdict(config.architecture).items()}
-    dtype = next(name.value for name, dtype in DTYPES.items() if dtype is placement.weights)
-    own = {"seed": seed, "device": placement.device.type, "quantization.compute_dtype": dtype}
-    return {"model.weights": config.weights.value} | own | shape
+    dtype = next(name.value for name, dtype in DTYPES.items() if dtype is placement.param_dtype)
+    machine = {"seed": seed, "device": placement.device.type, "quantization.compute_dtype": dtype}
+    return {"model.weights": config.weights.value} | machine | shape
 
 
 def _seed(seed: int, name: str) -> int:
@@ -134,19 +149,12 @@ def _rng(device: torch.device) -> str:
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor, or the parameter that it is, on another device."""
-    if isinstance(tensor, Params4bit):
+    if getattr(tensor, "quant_state", None) is not None:
         return tensor.to(device)  # with its scales
     tensor.data = tensor.data.to(device)
     return tensor
 
 
-def _quantized(module: nn.Module, weight: Tensor) -> Tensor:
-    """Returns a weight as a layer of bitsandbytes stores it; any other module's as it is."""
-    if not isinstance(module, Linear4bit | Linear8bitLt):
-        return weight
-    if module.source_cls is Conv1D:
-        weight = weight.T
-    if isinstance(module, Linear8bitLt):
-        packed, scales, _ = bnb.int8_vectorwise_quant(weight.contiguous().to(torch.float16))
-        return Int8Params(packed, requires_grad=False, CB=packed, SCB=scales)
-    return Params4bit(weight, requires_grad=False, **module.weight.__dict__).to(weight.device)
+def _quantize(method: QuantizationMethod, layer: nn.Module, weight: Tensor) -> Tensor:
+    """Returns a weight as its layer keeps it; that of a `Conv1D` (GPT-2) is [in, out] until then."""
+    return method.quantize(layer, weight.T if getattr(layer, "source_cls", None) is Conv1D else weight)

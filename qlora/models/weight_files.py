@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import bitsandbytes.functional as bnb
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -24,26 +23,26 @@ from qlora.models.tokenizer import hub_error
 
 def fetch_weights(config: ModelConfig) -> list[Path] | None:
     """Returns the files of a base's weights, downloaded if they are not here; None: they are no safetensors."""
-    place = locate(config.name)
-    if is_local(place):
-        return weight_files(Path(place))
+    source = locate(config.name)
+    if is_local(source):
+        return weight_files(Path(source))
     options = {"revision": config.revision or "main", "cache_dir": config.cache_dir}
     try:
         for name in (SINGLE, INDEX):
-            if (file := cached_file(place, name, _raise_exceptions_for_missing_entries=False, **options)) is not None:
+            if (file := cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)) is not None:
                 if name == INDEX:
-                    get_checkpoint_shard_files(place, file, **options)
+                    get_checkpoint_shard_files(source, file, **options)
                 return weight_files(Path(file).parent)
     except (OSError, ValueError) as error:
-        raise hub_error("model.name", place, error, gated=config.gated) from error
+        raise hub_error("model.name", source, error, gated=config.gated) from error
     return None
 
 
-def local_files(place: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """Returns the folder of a model's files: `place` itself, or where the hub library keeps what was downloaded."""
-    if Path(place).is_dir():
-        return Path(place)
-    return Path(snapshot_download(place, revision=revision, cache_dir=cache_dir, local_files_only=True))
+def local_files(source: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Returns the folder of a model's files: `source` itself, or the hub library's cache of what was downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, local_files_only=True))
 
 
 class Tensors(Protocol):
@@ -57,8 +56,10 @@ class Tensors(Protocol):
     def shape(self, name: str) -> torch.Size:
         """Returns a tensor's shape without reading it."""
 
-    def read_stored(self, name: str, device: torch.device) -> Tensor | None:
-        """Returns a weight [out, in] that is stored in 4 or 8 bits in full; None for any other."""
+    def __contains__(self, name: object) -> bool: ...
+
+    def names(self, prefix: str) -> list[str]:
+        """Returns the names that begin with `prefix`."""
 
 
 class Checkpoint:
@@ -74,6 +75,14 @@ class Checkpoint:
         """Yields the names, file by file."""
         return iter(sorted(self._files, key=lambda name: (self._files[name], name)))
 
+    def __contains__(self, name: object) -> bool:
+        """Returns whether the files hold a tensor of this name."""
+        return name in self._files
+
+    def names(self, prefix: str) -> list[str]:
+        """Returns the names that begin with `prefix`."""
+        return [name for name in self._files if name.startswith(prefix)]
+
     def read(self, name: str) -> Tensor:
         """Returns a tensor on the CPU; the rest of its file stays on the disk."""
         with safe_open(self._files[name], framework="pt") as file:
@@ -83,16 +92,6 @@ class Checkpoint:
         """Returns a tensor's shape without reading it."""
         with safe_open(self._files[name], framework="pt") as file:
             return torch.Size(file.get_slice(name).get_shape())
-
-    def read_stored(self, name: str, device: torch.device) -> Tensor | None:
-        """Returns a weight [out, in] that bitsandbytes stored in 4 or 8 bits in full; None for any other."""
-        module = name.removesuffix("weight")
-        statistics = {key: self.read(key).to(device) for key in self._files if key.startswith(f"{name}.")}
-        if statistics:
-            return bnb.dequantize_4bit(self.read(name).to(device), bnb.QuantState.from_dict(statistics, device))
-        if f"{module}SCB" in self._files:
-            return bnb.int8_vectorwise_dequant(self.read(name).to(device), self.read(f"{module}SCB").to(device))
-        return None
 
 
 class ModelNames:
@@ -107,16 +106,16 @@ class ModelNames:
         transforms = get_model_conversion_mapping(model)
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.count = sum(parameter.numel() for parameter in model.parameters())
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._prefix = model.base_model_prefix
 
     def find(self, name: str) -> str | None:
         """Returns the parameter's or buffer's name, or None for a tensor that loading leaves out."""
         for renamings, converters in ((self._renamings, self._converters), ([], [])):
-            found, _ = rename_source_key(name, renamings, converters, self._prefix, self.tensors)
-            if found in self.tensors:
-                return str(found)
+            renamed, _ = rename_source_key(name, renamings, converters, self._prefix, self.tensors)
+            if renamed in self.tensors:
+                return str(renamed)
         return None
 
     def is_converted(self, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""What a training needs of memory and time, computed from the model's shape alone; imports no torch."""
+"""Memory and time of a training run, computed from the model's shape alone; imports no torch."""

@@ -1,4 +1,4 @@
-"""What fits on a card, and the cheapest changes of a training that does not."""
+"""What fits on a GPU, and the cheapest changes to a training run that does not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from qlora.config.schema import PlanStep
-from qlora.planning.gpus import Card
-from qlora.planning.memory_plan import Memory, Setup, plan_memory
+from qlora.planning.gpus import Gpu
+from qlora.planning.memory_plan import Memory, plan_memory
 from qlora.planning.model_shape import Shape, find_targets
+from qlora.planning.setup import Setup
+from qlora.quantization.bnb4.layout import stored_base
 
 MOST_ROWS = 4096
 SHORTEST_ROW = 256
@@ -31,57 +33,57 @@ class Training:
         """What it needs."""
         return plan_memory(self.shape, self.setup)
 
-    def fits(self, card: Card) -> bool:
-        """Returns whether the card holds it, with paged states on the host."""
-        return self.memory.needed <= card.memory
+    def fits(self, gpu: Gpu) -> bool:
+        """Returns whether the GPU holds it, with paged states on the host."""
+        return self.memory.needed <= gpu.memory
 
 
 @dataclass(frozen=True)
 class Change:
     """One step down."""
 
-    words: str
-    """The overrides that make it."""
+    overrides: str
+    """The words of the command line that make it."""
     loses: str
     """What it costs."""
     saves: float
     """Bytes that it gives, after the changes before it."""
     needed: float
-    """Bytes that a card must have then."""
+    """Bytes that a GPU must have then."""
     fits: bool
 
 
-def fewest_checkpointed(training: Training, card: Card) -> int | None:
+def fewest_checkpointed(training: Training, gpu: Gpu) -> int | None:
     """Returns the fewest decoder layers that must be checkpointed; None: all are not enough.
 
     transformers' own layers are checkpointed all or none.
     """
     layers = training.shape.layers
     counts = range(layers + 1) if training.setup.step is PlanStep.fast else (0, layers)
-    return next((count for count in counts if _checkpointed(training, count).fits(card)), None)
+    return next((count for count in counts if _checkpointed(training, count).fits(gpu)), None)
 
 
-def fewest_offloaded(training: Training, card: Card) -> int:
+def fewest_offloaded(training: Training, gpu: Gpu) -> int:
     """Returns of how many layers, all of them checkpointed, the inputs must wait in the host's memory: at most all."""
     layers = training.shape.layers
     setups = (replace(training.setup, checkpointed=layers, offloaded=count) for count in range(layers))
-    fits = (replace(training, setup=setup).fits(card) for setup in setups)
+    fits = (replace(training, setup=setup).fits(gpu) for setup in setups)
     return next((count for count, fit in enumerate(fits) if fit), layers)
 
 
-def largest_rows(training: Training, card: Card) -> int:
+def largest_rows(training: Training, gpu: Gpu) -> int:
     """Returns the largest micro-batch that fits, in rows; 0: not even one row does."""
     low, high = 0, 1
-    while high <= MOST_ROWS and _rows(training, high).fits(card):
+    while high <= MOST_ROWS and _rows(training, high).fits(gpu):
         low, high = high, 2 * high
     high = min(high, MOST_ROWS + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _rows(training, middle).fits(card) else (low, middle)
+        low, high = (middle, high) if _rows(training, middle).fits(gpu) else (low, middle)
     return low
 
 
-def changes(training: Training, card: Card, smaller: Mapping[str, Shape], *, length_key: str) -> Iterator[Change]:
+def changes(training: Training, gpu: Gpu, smaller: Mapping[str, Shape], *, length_key: str) -> Iterator[Change]:
     """Yields the cheapest changes in order, each on top of those before, until the training fits.
 
     `smaller` are the shapes of other models by their names; `length_key` is the key that decides the length of a row.
@@ -89,14 +91,14 @@ def changes(training: Training, card: Card, smaller: Mapping[str, Shape], *, len
     steps = (_checkpoint, _fewer_rows, partial(_shorter, key=length_key), _smaller_states, _fewer_bits, _lower_rank,
              partial(_smaller_model, models=smaller))  # fmt: skip
     for step in steps:
-        if (found := step(training, card)) is None:
+        if (change := step(training, gpu)) is None:
             continue
-        words, loses, changed = found
-        before, after = training.memory.needed, changed.memory.needed
-        if before - after < 1e6:
+        overrides, loses, changed = change
+        previous, needed = training.memory.needed, changed.memory.needed
+        if previous - needed < 1e6:
             continue
-        yield Change(words, loses, before - after, after, changed.fits(card))
-        if changed.fits(card):
+        yield Change(overrides, loses, previous - needed, needed, changed.fits(gpu))
+        if changed.fits(gpu):
             return
         training = changed
 
@@ -105,36 +107,37 @@ Step = tuple[str, str, Training] | None
 """The overrides of a change, what it costs, and the training after it; None: there is nothing to change."""
 
 
-def _checkpoint(training: Training, card: Card) -> Step:
+def _checkpoint(training: Training, gpu: Gpu) -> Step:
     layers = training.shape.layers
     if training.setup.checkpointed == layers:
         return None
     return "trainer.gradient_checkpointing=true", "about a third more time", _checkpointed(training, layers)
 
 
-def _fewer_rows(training: Training, card: Card) -> Step:
+def _fewer_rows(training: Training, gpu: Gpu) -> Step:
     """Takes the largest micro-batch that fits and makes up the same step, or one row."""
     step = training.setup.rows * training.accumulation
-    most = min(largest_rows(training, card), training.setup.rows)
+    most = min(largest_rows(training, gpu), training.setup.rows)
     micro = max((rows for rows in range(1, most + 1) if step % rows == 0), default=1)
-    words = f"trainer.per_device_train_batch_size={micro} trainer.gradient_accumulation_steps={step // micro}"
+    overrides = f"trainer.per_device_train_batch_size={micro} trainer.gradient_accumulation_steps={step // micro}"
     setup = replace(training.setup, rows=micro, accumulates=step > micro)
-    return words, "speed; the same rows a step", Training(training.shape, setup, step // micro)
+    return overrides, "speed; the same rows a step", Training(training.shape, setup, step // micro)
 
 
-def _shorter(training: Training, card: Card, *, key: str) -> Step:
-    changed = _halved(training, card, "length", SHORTEST_ROW)
+def _shorter(training: Training, gpu: Gpu, *, key: str) -> Step:
+    changed = _halved(training, gpu, "length", SHORTEST_ROW)
     return f"{key}={changed.setup.length}", "longer rows are cut", changed
 
 
-def _smaller_states(training: Training, card: Card) -> Step:
+def _smaller_states(training: Training, gpu: Gpu) -> Step:
     optim = EIGHT_BIT.get(training.setup.optim, "paged_adamw_8bit")
     changed = replace(training, setup=replace(training.setup, optim=optim))
     return f"trainer.optim={optim}", "states are rounded to 8 bits", changed
 
 
-def _fewer_bits(training: Training, card: Card) -> Step:
-    setup = replace(training.setup, bits=4, double_quant=True)
+def _fewer_bits(training: Training, gpu: Gpu) -> Step:
+    base = stored_base(double_quant=True, unquantized_bytes=training.setup.width)
+    setup = replace(training.setup, base=base)
     if setup.r == 0:
         setup = replace(setup, r=64, targets=find_targets(training.shape, ["all-linear"]))
         changed = replace(training, setup=setup)
@@ -142,17 +145,17 @@ def _fewer_bits(training: Training, card: Card) -> Step:
     return "quantization=nf4", "the base is rounded to 4 bits, and its scales to 8", replace(training, setup=setup)
 
 
-def _lower_rank(training: Training, card: Card) -> Step:
-    changed = _halved(training, card, "r", LOWEST_RANK)
+def _lower_rank(training: Training, gpu: Gpu) -> Step:
+    changed = _halved(training, gpu, "r", LOWEST_RANK)
     return f"lora.r={changed.setup.r}", "adapters of a smaller rank", changed
 
 
-def _smaller_model(training: Training, card: Card, *, models: Mapping[str, Shape]) -> Step:
+def _smaller_model(training: Training, gpu: Gpu, *, models: Mapping[str, Shape]) -> Step:
     """Takes the largest of the models that fits."""
-    for name, shape in sorted(models.items(), key=lambda each: -each[1].parameters):
+    for name, shape in sorted(models.items(), key=lambda option: -option[1].parameters):
         setup = replace(training.setup, targets=find_targets(shape, ["all-linear"]), checkpointed=shape.layers)
         changed = Training(shape, setup, training.accumulation)
-        if shape.parameters < training.shape.parameters and changed.fits(card):
+        if shape.parameters < training.shape.parameters and changed.fits(gpu):
             return f"model={name}", "a smaller model", changed
     return None
 
@@ -161,10 +164,10 @@ def _checkpointed(training: Training, count: int) -> Training:
     return replace(training, setup=replace(training.setup, checkpointed=count, offloaded=0))
 
 
-def _halved(training: Training, card: Card, name: str, least: int) -> Training:
+def _halved(training: Training, gpu: Gpu, name: str, least: int) -> Training:
     """Returns the training with a number of its setup halved until it fits, or down to `least`."""
     value = getattr(training.setup, name)
-    while value > least and not training.fits(card):
+    while value > least and not training.fits(gpu):
         value = max(value // 2, least)
         training = replace(training, setup=replace(training.setup, **{name: value}))
     return training

@@ -13,7 +13,7 @@ from qlora.errors import ConfigError, did_you_mean, require
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture does otherwise than LLaMA."""
+    """How an architecture differs from LLaMA."""
 
     norms: int = 2
     """Norms of the hidden state in a layer."""
@@ -89,7 +89,7 @@ class Shape:
 
     @property
     def family(self) -> Family:
-        """What its architecture does otherwise than LLaMA."""
+        """How its architecture differs from LLaMA."""
         return FAMILIES[self.model_type]
 
     @property
@@ -149,59 +149,59 @@ class Shape:
         return {f"{prefix}.layers.{layer}.{linear.name}": linear for linear in self.linears}
 
 
-def read_shape(facts: Mapping[str, Any], where: str) -> Shape:
+def read_shape(settings: Mapping[str, Any], where: str) -> Shape:
     """Returns the shape that `model.architecture` or a `config.json` describes; `where` names it in errors.
 
     Raises `ConfigError` for an architecture that is not known here, and for a size that is missing.
     """
-    text = facts.get("text_config")
-    facts = text if isinstance(text, Mapping) else facts
-    kind = str(facts.get("model_type"))
+    text = settings.get("text_config")
+    settings = text if isinstance(text, Mapping) else settings
+    kind = str(settings.get("model_type"))
     if kind not in FAMILIES:
         raise ConfigError(
             f"{where}: task=plan does not know the model type {kind!r}{did_you_mean(kind, FAMILIES)}; it knows "
             f"{', '.join(FAMILIES)}"
         )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if missing := [name for name in sizes if facts.get(name) is None]:
+    if missing := [name for name in sizes if settings.get(name) is None]:
         raise ConfigError(f"{where}: {missing[0]} is missing, so the model's size is unknown; give it as a number")
     for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        value = facts.get(name)
+        value = settings.get(name)
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
         require(value is None or is_size, f"{where}: {name}", "be a positive whole number", value)
-    hidden, intermediate, layers, heads, vocabulary = (int(facts[name]) for name in sizes)
+    hidden, intermediate, layers, heads, vocabulary = (int(settings[name]) for name in sizes)
     family = FAMILIES[kind]
-    tied = facts.get("tie_word_embeddings")
+    tied = settings.get("tie_word_embeddings")
     return Shape(
         model_type=kind,
         hidden=hidden,
         intermediate=intermediate,
         layers=layers,
         heads=heads,
-        key_value_heads=facts.get("num_key_value_heads") or heads,
-        head_dim=facts.get("head_dim") or family.head_dim or hidden // heads,
+        key_value_heads=settings.get("num_key_value_heads") or heads,
+        head_dim=settings.get("head_dim") or family.head_dim or hidden // heads,
         vocabulary=vocabulary,
         tied=family.tied if tied is None else bool(tied),
-        context=facts.get("max_position_embeddings") or 2048,
+        context=settings.get("max_position_embeddings") or 2048,
     )
 
 
-def find_targets(shape: Shape, wanted: list[str]) -> tuple[frozenset[str], ...]:
+def find_targets(shape: Shape, requested: list[str]) -> tuple[frozenset[str], ...]:
     """Returns for each decoder layer the names of the linear layers that `lora.target_modules` gives an adapter.
 
     Raises `ConfigError` for a name or pattern that matches none.
     """
     layers = [shape.full_names(layer) for layer in range(shape.layers)]
-    if wanted == ["all-linear"]:
+    if requested == ["all-linear"]:
         return tuple(frozenset(linear.name for linear in names.values()) for names in layers)
-    found = [{pattern: _matches(pattern, names) for pattern in wanted} for names in layers]
-    if missing := [pattern for pattern in wanted if not any(each[pattern] for each in found)]:
+    matches = [{pattern: _matches(pattern, names) for pattern in requested} for names in layers]
+    if missing := [pattern for pattern in requested if not any(layer[pattern] for layer in matches)]:
         kinds = sorted({linear.name.rpartition(".")[2] for linear in shape.linears})
         raise ConfigError(
             f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; the model has "
             f"{kinds}, or use all-linear"
         )
-    return tuple(frozenset().union(*each.values()) for each in found)
+    return tuple(frozenset().union(*layer.values()) for layer in matches)
 
 
 def _matches(pattern: str, names: Mapping[str, Linear]) -> frozenset[str]:
@@ -209,4 +209,4 @@ def _matches(pattern: str, names: Mapping[str, Linear]) -> frozenset[str]:
     try:
         return frozenset(plain or {linear.name for name, linear in names.items() if re.fullmatch(pattern, name)})
     except re.error as error:
-        raise ConfigError(f"lora.target_modules: {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"lora.target_modules: {pattern!r} is not a regular expression: {error}") from error

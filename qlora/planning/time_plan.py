@@ -1,16 +1,17 @@
-"""How long a training takes, from its matrix products; measured on one H200, so take it as a rough guide."""
+"""How long a training run takes, from its matmuls; calibrated on one H200, so a rough guide."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from qlora.config.schema import PlanStep
-from qlora.planning.gpus import Card
-from qlora.planning.memory_plan import Ledger, Setup
+from qlora.planning.gpus import Gpu
+from qlora.planning.memory_plan import Ledger
 from qlora.planning.model_shape import Shape
+from qlora.planning.setup import Setup
 
 EFFICIENCY = {PlanStep.plain: 0.28, PlanStep.fast: 0.5}
-"""Share of a card's matrix products that steps of many tokens reach."""
+"""Fraction of a GPU's peak matmul speed that steps of many tokens reach."""
 LAUNCHES = {PlanStep.plain: 7e-3, PlanStep.fast: 1.5e-3}
 """Seconds that the host needs to start the kernels of one layer in one pass; few tokens wait for it."""
 
@@ -27,38 +28,40 @@ class Speed:
     """What the time is spent on: `matrix products` or `starting kernels`."""
 
 
-def plan_speed(shape: Shape, setup: Setup, card: Card) -> Speed | None:
-    """Returns the time of a micro-batch; None for a card whose speed is unknown."""
-    if card.tflops is None or card.bandwidth is None:
+def plan_speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed | None:
+    """Returns the time of a micro-batch; None for a GPU whose speed is unknown."""
+    if gpu.tflops is None or gpu.bandwidth is None:
         return None
     operations = setup.tokens * operations_per_token(shape, setup)
-    products = operations / (EFFICIENCY[setup.step] * card.tflops * 1e12)
+    matmul_seconds = operations / (EFFICIENCY[setup.step] * gpu.tflops * 1e12)
     again = setup.checkpointed / shape.layers
-    if setup.bits < 16:  # each pass reads the weights, writes them decoded, and reads those
-        products += (2 + again) * shape.linear_weights * (setup.bits / 8 + 2 * setup.width) / (card.bandwidth * 1e9)
+    if setup.base.is_quantized:  # each pass reads the weights, writes them decoded, and reads those
+        matmul_seconds += (
+            (2 + again) * shape.linear_weights * (setup.base.weight_bytes + 2 * setup.width) / (gpu.bandwidth * 1e9)
+        )
     launches = (2 + again) * shape.layers * LAUNCHES[setup.step]
-    seconds = max(products, launches)
-    bound = "matrix products" if products >= launches else "starting kernels"
+    seconds = max(matmul_seconds, launches)
+    bound = "matrix products" if matmul_seconds >= launches else "starting kernels"
     return Speed(operations, seconds, setup.tokens / seconds, bound)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of the matrix products of a forward and a backward pass."""
+    """Floating-point operations of the matmuls of a forward and a backward pass."""
 
     per_token: float
     per_pair: float
     """For each token and each token that causal attention lets it see, itself included."""
 
     def total(self, tokens: int, pairs: int) -> float:
-        """Returns the operations of so many tokens and pairs."""
+        """Returns the operations of a number of tokens and pairs."""
         return self.per_token * tokens + self.per_pair * pairs
 
 
 def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
-    """Returns the operations with so many parameters in adapters; 0: all weights are trained.
+    """Returns the operations with `adapters` parameters in adapters; 0: all weights are trained.
 
-    A product of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
+    A matmul of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
     trained ones, and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
     """
     frozen = 4 if adapters else 6
@@ -70,5 +73,5 @@ def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operati
 def operations_per_token(shape: Shape, setup: Setup) -> float:
     """Returns the operations a token in rows of `setup.length` tokens, those of checkpointed layers included."""
     adapters = Ledger(shape, setup).trained_count if setup.r else 0
-    found = count_operations(shape, adapters, setup.checkpointed / shape.layers)
-    return found.per_token + found.per_pair * setup.length / 2
+    operations = count_operations(shape, adapters, setup.checkpointed / shape.layers)
+    return operations.per_token + operations.per_pair * setup.length / 2

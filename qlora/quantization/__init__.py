@@ -1,1 +1,1 @@
-"""How base weights are quantized, one module a method."""
+"""How the frozen base is quantized: one module or package a method, behind the protocol in `method`."""

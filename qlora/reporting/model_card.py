@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import ComputeDtype, Config, LoraInit, Weights
+from qlora.quantization.method import find_method
 from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.manifest import versions
 from qlora.runtime.atomic_files import write_text
@@ -84,7 +85,11 @@ def _front_matter(config: Config, base_model: str) -> str:
         "license": license_id if known else "other" if license_id else None,
         "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
         "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
-        "tags": ["qlora", *(["lora"] if config.lora.enabled else []), f"{config.quantization.bits}-bit"],
+        "tags": [
+            "qlora",
+            *(["lora"] if config.lora.enabled else []),
+            find_method(config.quantization).width(config.quantization),
+        ],
     }
     return ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml().strip()
 
@@ -104,10 +109,7 @@ def _introduction(config: Config, base_model: str, unquantized: str | None) -> s
 
 def _base_precision(config: Config, unquantized: str | None) -> str:
     quantization, but = config.quantization, f", but {unquantized}" if unquantized else ""
-    if quantization.bits == 4:
-        double = " with double quantization" if quantization.double_quant else ""
-        return f"4-bit {quantization.quant_type.value.upper()}{double}{but}"
-    return f"{quantization.bits} bits{but}"
+    return f"{find_method(quantization).describe_precision(quantization)}{but}"
 
 
 def _results(config: Config, result: dict[str, Any]) -> str:
@@ -145,9 +147,9 @@ def _use(
     config: Config, folder: Path, paths: dict[str, str], base: str, compute_dtype: str | None, prompt: str | None
 ) -> str:
     """Returns Python that loads the model with transformers and PEFT alone, quantized as in training."""
-    dtype, bits = f"torch.{_dtype(config, compute_dtype)}", config.quantization.bits
+    dtype, method = f"torch.{_dtype(config, compute_dtype)}", find_method(config.quantization)
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
-    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits in (4, 8) else [])]
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *([method.library_class] if method.library_class else [])]
     embedded = config.lora.enabled and base == "tiny"
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
@@ -155,8 +157,9 @@ def _use(
     lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     options = f'dtype={dtype}, device_map="auto"'
-    if bits in (4, 8):
-        lines += ["quantization = BitsAndBytesConfig(", *_quantization_lines(config, dtype), ")"]
+    if method.library_class:
+        arguments = method.library_arguments(config.quantization, dtype)
+        lines += [f"quantization = {method.library_class}(", *(f"    {argument}," for argument in arguments), ")"]
         options += ", quantization_config=quantization"
     if config.lora.enabled:
         if config.model.revision:
@@ -182,18 +185,6 @@ def _literal(text: str) -> str:
 
 def _relative(path: str | None, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix() if path else "."
-
-
-def _quantization_lines(config: Config, dtype: str) -> list[str]:
-    quantization = config.quantization
-    if quantization.bits == 8:
-        return ["    load_in_8bit=True,", f"    llm_int8_threshold={quantization.int8_threshold},"]
-    return [
-        "    load_in_4bit=True,",
-        f'    bnb_4bit_quant_type="{quantization.quant_type.value}",',
-        f"    bnb_4bit_use_double_quant={quantization.double_quant},",
-        f"    bnb_4bit_compute_dtype={dtype},",
-    ]
 
 
 def _base_lines(base: str) -> list[str]:
@@ -241,7 +232,7 @@ def _limits(config: Config) -> str:
     ]
     if config.model.name == "tiny":
         lines.append("- The embedded base is a toy of an invented world and knows nothing of the real one.")
-    if config.lora.enabled and config.quantization.bits in (4, 8):
+    if config.lora.enabled and find_method(config.quantization).is_quantized:
         lines.append("- The numbers hold for the quantized base; on unquantized weights the adapter may do a bit "
                      "better or worse.")  # fmt: skip
     return "\n".join(lines)

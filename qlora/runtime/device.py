@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qlora.config.schema import ComputeDtype, Device, QuantizationConfig
+from qlora.config.schema import ComputeDtype, Device
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
 
@@ -22,23 +22,22 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model runs and in which precision.
-
-    `weights` is the dtype of what is not quantized, `compute` that of matrix products (autocast).
-    """
+    """The device that a model runs on, and its precision."""
 
     device: torch.device
-    compute: torch.dtype
-    weights: torch.dtype
+    compute_dtype: torch.dtype
+    """That of matrix products (autocast)."""
+    param_dtype: torch.dtype
+    """That of the parameters that are not quantized."""
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which forward passes run; training and evaluation use the same."""
-        if self.compute is torch.float32:
+        if self.compute_dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def __str__(self) -> str:
-        return f"{device_name(self.device)}, computing in {str(self.compute).removeprefix('torch.')}"
+        return f"{device_name(self.device)}, computing in {str(self.compute_dtype).removeprefix('torch.')}"
 
 
 def planned_dtype(plan: dict[str, torch.dtype], name: str, otherwise: torch.dtype) -> torch.dtype:
@@ -46,20 +45,20 @@ def planned_dtype(plan: dict[str, torch.dtype], name: str, otherwise: torch.dtyp
     return next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), otherwise)
 
 
-def find_device(wanted: Device) -> torch.device:
+def find_device(requested: Device) -> torch.device:
     """Returns the device of `device=`; `auto` takes the first accelerator there is.
 
     ROCm builds of torch answer to the name `cuda`. Raises `ConfigError` for a device that is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "cpu": True}
-    if wanted is Device.auto:
+    if requested is Device.auto:
         kind = next(kind for kind in ("cuda", "xpu", "cpu") if there[kind])
-    elif there[wanted.value]:
-        kind = wanted.value
+    elif there[requested.value]:
+        kind = requested.value
     else:
         present = " and ".join(kind for kind, is_there in there.items() if is_there)
         raise ConfigError(
-            f"device={wanted.value}: torch {torch.__version__} sees no such device here, only {present}; use "
+            f"device={requested.value}: torch {torch.__version__} sees no such device here, only {present}; use "
             "device=auto, or install a torch build and driver for it"
         )
     if kind == "cpu":
@@ -67,22 +66,10 @@ def find_device(wanted: Device) -> torch.device:
     number, count = distributed.local_rank(), getattr(torch, kind).device_count()
     if number >= count:
         raise ConfigError(
-            f"device={wanted.value}: process {number + 1} of this machine has no GPU of its own, there are {count}; "
+            f"device={requested.value}: process {number + 1} of this machine has no GPU of its own, there are {count}; "
             f"launch {count} (torchrun --nproc-per-node {count}), or use device=cpu"
         )
     return torch.device(kind, number)
-
-
-def place(config: QuantizationConfig, device: torch.device) -> Placement:
-    """Returns the precision of `config` on `device`, with `compute_dtype=auto` decided."""
-    native = computes_bf16(device)
-    if config.compute_dtype is not ComputeDtype.auto:
-        compute = DTYPES[config.compute_dtype]
-    elif native or (config.bits == 16 and device.type == "cpu"):
-        compute = torch.bfloat16
-    else:
-        compute = torch.float16 if device.type != "cpu" else torch.float32
-    return Placement(device, compute, torch.float32 if config.bits == 32 else compute)
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -39,9 +39,9 @@ from qlora.quantization.bnb4.quantized_weight import (
     E4M3_MAX,
     QuantizedWeight,
     can_join,
-    decode_scales,
+    decode_absmax,
     join,
-    read_codes,
+    read_quantized_weight,
 )
 from qlora.runtime.device import Placement
 from qlora.step.kernels.attention import (
@@ -219,7 +219,7 @@ class FastLinear(Linear4bit):
 
 def _fp8_factor(codes: QuantizedWeight) -> Tensor:
     """Returns what the weights of a group are multiplied with to fill the range of e4m3: float32 [1]."""
-    largest = decode_scales(codes).abs().amax() * codes.values.abs().amax()
+    largest = decode_absmax(codes).abs().amax() * codes.codebook.abs().amax()
     return (E4M3_MAX / largest.clamp(min=1e-12)).view(1)
 
 
@@ -227,7 +227,10 @@ def _fits(module: torch.nn.Module) -> bool:
     """Returns whether `FastLinear` can compute a layer: in 4 bits, with one plain adapter."""
     if type(module) is not Linear4bit or list(module.lora_A) != ["default"] or module.lora_variant:
         return False
-    return not (module.merged or module.lora_bias["default"]) and read_codes(module.get_base_layer().weight) is not None
+    return (
+        not (module.merged or module.lora_bias["default"])
+        and read_quantized_weight(module.get_base_layer().weight) is not None
+    )
 
 
 def fuse_linear_layers(model: torch.nn.Module, *, fp8: bool) -> list[Group]:
@@ -252,7 +255,7 @@ def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
         together = [f"{parent}.{kind}" for kind in kinds]
         if own in kinds and all(each in layers for each in together):
             rates = {getattr(layers[each].lora_dropout["default"], "p", 0.0) for each in together}
-            codes = [read_codes(layers[each].get_base_layer().weight) for each in together]
+            codes = [read_quantized_weight(layers[each].get_base_layer().weight) for each in together]
             if len(rates) == 1 and can_join([each for each in codes if each is not None]):
                 return together
     return [name]
@@ -381,7 +384,7 @@ class FastStep:
         if wanted:
             self.parts["fp8"] = reason or "on"
         if wanted and reason is not None:
-            log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute)
+            log.warning("quantization.compute=fp8: %s; computing in %s", reason, self.placement.compute_dtype)
         groups = fuse_linear_layers(model, fp8=wanted and reason is None) if fused else []
         scaled: dict[torch.device, list[Group]] = defaultdict(list)
         for group in groups:
@@ -396,7 +399,7 @@ class FastStep:
             return SPREAD
         if not has_varlen():
             return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
-        if self.placement.compute is torch.float32:
+        if self.placement.compute_dtype is torch.float32:
             return "it computes in 16 bits only"
         settings = self.base.config.get_text_config()
         own = [name for name in OTHER_ATTENTION if getattr(settings, name, None)]
@@ -594,6 +597,6 @@ def _fp8_fault(placement: Placement) -> str | None:
         return "products in 8-bit floats are for NVIDIA GPUs"
     if torch.cuda.get_device_capability(placement.device) < (8, 9):
         return "this GPU multiplies no 8-bit floats (Ada, Hopper and later do)"
-    if placement.compute is not torch.bfloat16:
+    if placement.compute_dtype is not torch.bfloat16:
         return "the other products must be in bf16 (quantization.compute_dtype)"
     return None

@@ -21,14 +21,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora.adapters.merge_tensors import Adapted, Merger, take_apart
+from qlora.adapters.adapted import Adapted, split_adapter
+from qlora.adapters.merge_tensors import Merger
 from qlora.config.schema import ComputeDtype, Config, MergeBase
 from qlora.errors import ConfigError
 from qlora.evaluation.parity import Parity, compare, compare_records, record
-from qlora.models.loading import set_compute_dtype
 from qlora.models.model_files import locate
 from qlora.models.tokenizer import save_tokenizer
 from qlora.models.weight_files import ModelNames, Tensors, local_files
+from qlora.quantization.method import QuantizationMethod, find_method
 from qlora.reporting.manifest import write_json
 from qlora.reporting.modelfile import find_form, write_modelfile
 from qlora.runtime import console
@@ -135,17 +136,29 @@ class Merge:
     def dtype(self) -> torch.dtype:
         """The precision of the merged weights."""
         wanted = self.config.merge.dtype
-        return self.placement.compute if wanted is ComputeDtype.auto else DTYPES[wanted]
+        return self.placement.compute_dtype if wanted is ComputeDtype.auto else DTYPES[wanted]
+
+    @property
+    def _method(self) -> QuantizationMethod:
+        return find_method(self.config.quantization)
+
+    @property
+    def _is_16_bit(self) -> bool:
+        return not self._method.is_quantized and self.placement.param_dtype is not torch.float32
 
     def _limit(self, rounding: float | None) -> float:
         """Returns the mean KL divergence that is accepted, in nats a token.
 
         Unset, it is at least twice what `rounding` in 16 bits does to the adapter on its base itself.
         """
-        merge, bits = self.config.merge, self.config.quantization.bits
+        merge = self.config.merge
         if merge.max_kl is not None:
             return merge.max_kl
-        limit = INT8_LIMIT if bits == 8 and merge.base is MergeBase.dequantized else LIMITS[merge.base]
+        limit = (
+            INT8_LIMIT
+            if self._method.rounds_activations and merge.base is MergeBase.dequantized
+            else LIMITS[merge.base]
+        )
         return max(limit, 2 * (rounding or 0.0))
 
     def _check_space(self, folder: Path, names: ModelNames) -> None:
@@ -167,21 +180,21 @@ class Merge:
         is what they answer as they are.
         """
         model = self.load().eval()
-        adapted = take_apart(model)
+        adapted = split_adapter(model)
         _write_settings(model.get_base_model(), partial, self.dtype)
         console.say(f"noting what the adapter on its base answers to {len(self.prompts)} prompts")
         device, rounding = self.placement.device, None
-        if self.config.quantization.bits == 16:
+        if self._is_16_bit:
             with self.placement.autocast():
                 record(model, self.prompts, folder, device=device)
         else:
             rounded = folder / "rounded"
             if self.dtype is not torch.float32:
                 rounded.mkdir()
-                set_compute_dtype(model, self.dtype)
+                self._method.prepare(model, self.dtype)
                 with torch.autocast(device.type, dtype=self.dtype):
                     record(model, self.prompts, rounded, device=device)
-            set_compute_dtype(model.float(), torch.float32)
+            self._method.prepare(model.float(), torch.float32)
             record(model, self.prompts, folder, device=device)
             if rounded.exists():
                 rounding = compare_records(rounded, folder, device=device).kl_mean
@@ -239,7 +252,6 @@ class Merge:
         return compare(model.eval(), self.prompts, reference, device=self.placement.device)
 
     def _refusal(self, parity: Parity, errors: dict[str, float], limit: float) -> str:
-        quantization = self.config.quantization
         apart = (
             f"merge.base={self.config.merge.base.value}: the merged model answers otherwise than the adapter on its "
             f"base (KL divergence {parity.kl_mean:.2g} nats a token, above merge.max_kl={limit:.2g})"
@@ -248,17 +260,17 @@ class Merge:
             return f"{apart}: its probabilities are no numbers in {_name(self.dtype)}; use another merge.dtype"
         accept = f"accept it with merge.max_kl={1.1 * parity.kl_mean:.2g}"
         if errors and self.config.merge.base is MergeBase.original:
-            kind = quantization.quant_type.value if quantization.bits == 4 else "int8"
+            kind = self._method.data_type(self.config.quantization)
             worst = max(errors, key=lambda name: errors[name])
             return (
                 f"{apart}: the 16-bit weights are not the {kind} ones that it was trained on, which differ from them "
                 f"by {mean(errors.values()):.2%} on average, most in {worst} ({errors[worst]:.2%}); use "
                 f"merge.base=dequantized, or {accept}"
             )
-        if quantization.bits == 8:
+        if self._method.rounds_activations:
             return f"{apart}: LLM.int8() rounds the activations too, which no merged model does; {accept}"
-        if quantization.bits == 16:
-            computed = _name(self.placement.compute)
+        if self._is_16_bit:
+            computed = _name(self.placement.compute_dtype)
             return (
                 f"{apart}: the adapter on its base computes in {computed}, whose rounding can be all of that; {accept}"
             )

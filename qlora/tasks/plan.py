@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,21 @@ from qlora.errors import ConfigError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
-from qlora.planning.gpus import Card, find_card
-from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
+from qlora.planning.gpus import Gpu, find_gpu
+from qlora.planning.memory_plan import CONTEXT, Memory
 from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.planning.optimizer_states import OPTIMIZERS
+from qlora.planning.setup import Setup
 from qlora.planning.time_plan import EFFICIENCY, Speed, plan_speed
+from qlora.quantization.method import find_method
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.run_folder import RunFolder
 from qlora.text import format_duration, parse_size
 
 EMBEDDED = "tiny"
+PLAN_KEYS = {"bf16_adapters": "narrow"}
+"""The keys of `plan.json` that are not the names of fields."""
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
 """The memory that the QLoRA paper (arXiv 2305.14314) needs by model, 10^9 bytes: one row of 512 tokens, paged states
 counted in."""
@@ -41,7 +46,7 @@ class Plan:
 
     config: Config
     training: Training
-    card: Card
+    card: Gpu
 
     @property
     def setup(self) -> Setup:
@@ -112,7 +117,7 @@ def plan(config: Config, output_dir: Path) -> dict[str, Any]:
 
 def build_plan(config: Config) -> Plan:
     """Returns the plan of a training; raises `ConfigError` where a part of it is not known."""
-    card = find_card(config.plan.device)
+    card = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
     if config.trainer.memory_budget is None:
@@ -153,13 +158,12 @@ def read_setup(config: Config, shape: Shape) -> Setup:
             f"{did_you_mean(trainer.optim, OPTIMIZERS)}; it knows {', '.join(OPTIMIZERS)}"
         )
     return Setup(
-        bits=quantization.bits,
-        double_quant=quantization.double_quant,
-        wide=quantization.compute_dtype is ComputeDtype.fp32,
+        base=find_method(quantization).stored_base(quantization),
+        fp32=quantization.compute_dtype is ComputeDtype.fp32,
         r=lora.r if lora.enabled else 0,
         targets=find_targets(shape, lora.target_modules) if lora.enabled else (),
         dora=lora.use_dora,
-        narrow=lora.dtype is LoraDtype.bf16,
+        bf16_adapters=lora.dtype is LoraDtype.bf16,
         dropout=lora.dropout > 0,
         optim=trainer.optim,
         rows=trainer.per_device_train_batch_size,
@@ -179,7 +183,8 @@ def _find_step(config: Config) -> PlanStep:
     trainer, lora = config.trainer, config.lora
     parts = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
     plain_adapter = lora.enabled and not lora.use_dora
-    return PlanStep.fast if config.quantization.bits == 4 and plain_adapter and False not in parts else PlanStep.plain
+    can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
+    return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
 
 
 def _with(training: Training, **changed: Any) -> Training:
@@ -262,7 +267,7 @@ def _print(found: Plan) -> None:
         _heading("The cheapest changes, one on top of the other")
         for change in found.changes:
             what = f"saves {_gb(change.saves)} GB -> {_gb(change.needed)} GB" + (", fits" if change.fits else "")
-            console.say_rows([(change.words, f"{what} ({change.loses})")])
+            console.say_rows([(change.overrides, f"{what} ({change.loses})")])
         if not any(change.fits for change in found.changes):
             console.say("  all of this is not enough: take a larger card")
     console.say()
@@ -271,7 +276,7 @@ def _print(found: Plan) -> None:
     if (paper := found.paper) is not None:
         console.say()
         _heading("Beside the paper, one row of 512 tokens with paged states")
-        bits = 16 if found.setup.narrow else 32
+        bits = 16 if found.setup.bf16_adapters else 32
         _numbers([("QLoRA paper", paper["paper_gb"] * 1e9, ""), ("this plan", paper["planned_gb"] * 1e9,
                   f"adapters and their gradients in {bits} bits")])  # fmt: skip
 
@@ -320,6 +325,11 @@ def _gb(value: float) -> str:
     return f"{value / 1e9:,.2f}" if value < 1e12 else f"{value / 1e9:,.0f}"
 
 
+def _without(item: Any, *names: str) -> dict[str, Any]:
+    """Returns the fields of a dataclass but for those of `names`."""
+    return {field.name: getattr(item, field.name) for field in fields(item) if field.name not in names}
+
+
 def _result(found: Plan, folder: RunFolder) -> dict[str, Any]:
     memory, speed = found.memory, found.speed
     metrics = {
@@ -330,7 +340,10 @@ def _result(found: Plan, folder: RunFolder) -> dict[str, Any]:
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": found.hours} if found.hours is not None else {}),
     }
-    setup = {name: value for name, value in asdict(found.setup).items() if name not in ("targets", "step")}
+    quantization = found.config.quantization
+    setup = {"bits": quantization.bits, "double_quant": quantization.double_quant, "wide": found.setup.fp32}
+    setup |= {PLAN_KEYS.get(name, name): value for name, value in _without(found.setup, "base", "fp32").items()}
+    del setup["targets"], setup["step"]
     return {
         "status": "finished",
         "task": "plan",
@@ -344,6 +357,6 @@ def _result(found: Plan, folder: RunFolder) -> dict[str, Any]:
         "moment": memory.moment,
         "fewest_checkpointed_layers": fewest_checkpointed(found.training, found.card),
         "largest_micro_batch": found.largest,
-        "changes": [asdict(change) for change in found.changes],
+        "changes": [{"words": change.overrides, **_without(change, "overrides")} for change in found.changes],
         "paper": found.paper,
     }

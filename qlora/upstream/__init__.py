@@ -1,1 +1,1 @@
-"""Private names of other libraries, one module a library; a contract test checks each against what is installed."""
+"""Private names of other libraries: one module a library, and a contract test in `tests/upstream` for each name."""

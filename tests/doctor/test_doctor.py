@@ -20,6 +20,7 @@ from qlora.doctor.findings import Finding, Status, look
 from qlora.doctor.trial_step import check_step, check_support, find_architecture
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.quantization.bnb4 import layers
 from qlora.run import Run
 
 
@@ -89,7 +90,7 @@ def test_gradients_that_an_evaluation_takes_away_are_found(monkeypatch: pytest.M
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
 def test_the_trap_itself_is_found_where_a_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "keep_4bit_layout", lambda model: None)
+    monkeypatch.setattr(layers, "keep_layout", lambda model: None)
     found = named(lines(check_step, "device=cpu"), "training step")
     assert found.status is Status.error
     assert "after an evaluation" in found.says
@@ -108,7 +109,7 @@ def test_weights_that_are_quantized_wrong_are_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_raises_is_a_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "draw_base", lambda *_: 1 / 0)
+    monkeypatch.setattr(loading, "build_random_base", lambda *_: 1 / 0)
     [device, found] = lines(check_step, "device=cpu")
     assert device.name == "device"
     assert (found.status, found.says, found.fix) == (Status.error, "ZeroDivisionError: division by zero", "fix")

@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from qlora.config.compose import compose
 from qlora.config.schema import Device
+from qlora.quantization.placement import find_placement
 from qlora.run import Run
-from qlora.runtime.device import find_device, matrix_rate, place
+from qlora.runtime.device import find_device, matrix_rate
 from qlora.training.trainer import QLoraTrainer
 
 pytestmark = [
@@ -34,7 +35,9 @@ def test_the_gpu_is_found_and_computes_in_its_native_precision() -> None:
     device = find_device(Device.auto)
     assert device.type == "cuda"
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    assert place(compose([]).quantization, device).compute is (torch.bfloat16 if native else torch.float16)
+    assert find_placement(compose([]).quantization, device).compute_dtype is (
+        torch.bfloat16 if native else torch.float16
+    )
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])

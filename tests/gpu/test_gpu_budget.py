@@ -14,7 +14,7 @@ import torch
 
 from qlora.config.compose import compose
 from qlora.errors import UserError
-from qlora.models.loading import set_compute_dtype
+from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep

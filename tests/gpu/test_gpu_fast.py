@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora.config.compose import compose
-from qlora.models.loading import set_compute_dtype
+from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep, Packs
@@ -26,12 +26,12 @@ KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (Tr
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
 def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
     from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows
-    from qlora.quantization.bnb4.quantized_weight import decode_plain, read_codes
+    from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
     from tests.kernels.weights import weight
 
     stored = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
     stored.quant_state.dtype = torch.bfloat16
-    codes = read_codes(stored)
+    codes = read_quantized_weight(stored)
     assert codes is not None
     factor = torch.tensor([1000.0], device="cuda")
     rows, columns = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1000, 4096), (4096, 1000)))
@@ -71,9 +71,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
     from qlora.quantization.bnb4.decode_kernels import decode_rows
-    from tests.kernels.weights import codes
+    from tests.kernels.weights import quantized_weight
 
-    stored = codes(22016, 4096, device="cuda")
+    stored = quantized_weight(22016, 4096, device="cuda")
     out = torch.empty(22016, 4096, dtype=torch.bfloat16, device="cuda")
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

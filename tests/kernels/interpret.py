@@ -10,7 +10,7 @@ import torch
 from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows, scale_rows
 from qlora.quantization.bnb4.quantized_weight import decode_plain
 from qlora.step.kernels.fused_linear import scale_rows_plain
-from tests.kernels.weights import codes
+from tests.kernels.weights import quantized_weight
 
 STEPS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -24,7 +24,7 @@ def steps(a: torch.Tensor, b: torch.Tensor) -> int:
 found = {}
 for quant_type in ("nf4", "fp4"):
     for nested in (True, False):
-        weight = codes(96, 192, quant_type=quant_type, nested=nested)
+        weight = quantized_weight(96, 192, quant_type=quant_type, nested=nested)
         name = f"{quant_type}{'-nested' if nested else ''}"
         for dtype in (torch.float32, torch.bfloat16):
             expected = decode_plain(weight, dtype)

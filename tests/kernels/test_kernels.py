@@ -16,16 +16,16 @@ from qlora.quantization.bnb4.quantized_weight import (
     E4M3_MAX,
     QuantizedWeight,
     can_join,
+    decode_absmax,
     decode_plain,
-    decode_scales,
     join,
-    read_codes,
+    read_quantized_weight,
 )
 from qlora.step.kernels import attention, fused_linear
 from qlora.step.kernels.attention import attend_batch, fastest_attention
 from qlora.step.kernels.fused_linear import GroupedLinear, scale_rows, unread
 from qlora.step.kernels.linear_cross_entropy import ROWS, entropy_and_gradient, linear_cross_entropy
-from tests.kernels.weights import codes, weight
+from tests.kernels.weights import quantized_weight, weight
 
 KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
 
@@ -33,11 +33,11 @@ KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (Tr
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_twin_decodes_as_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
-    stored = weight(96, 192, quant_type=quant_type, nested=nested)
-    stored.quant_state.dtype = dtype
-    found = read_codes(stored)
-    assert found is not None
-    assert torch.equal(decode_plain(found, dtype), dequantize_4bit(stored.data, stored.quant_state))
+    parameter = weight(96, 192, quant_type=quant_type, nested=nested)
+    parameter.quant_state.dtype = dtype
+    quantized = read_quantized_weight(parameter)
+    assert quantized is not None
+    assert torch.equal(decode_plain(quantized, dtype), dequantize_4bit(parameter.data, parameter.quant_state))
 
 
 def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> None:
@@ -52,26 +52,28 @@ def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> No
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_joint_weights_are_the_same_and_stored_once(nested: bool) -> None:
-    stored = [weight(rows, 256, nested=nested, seed=rows) for rows in (64, 128, 64)]
-    before = [dequantize_4bit(each.data, each.quant_state) for each in stored]
-    joint = join(stored)
-    assert torch.equal(decode_plain(joint, torch.float32), torch.cat(before))
-    for each, expected in zip(stored, before, strict=True):
-        assert torch.equal(dequantize_4bit(each.data, each.quant_state), expected)
-        assert each.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
+    parameters = [weight(rows, 256, nested=nested, seed=rows) for rows in (64, 128, 64)]
+    dense = [dequantize_4bit(parameter.data, parameter.quant_state) for parameter in parameters]
+    joint = join(parameters)
+    assert torch.equal(decode_plain(joint, torch.float32), torch.cat(dense))
+    for parameter, expected in zip(parameters, dense, strict=True):
+        assert torch.equal(dequantize_4bit(parameter.data, parameter.quant_state), expected)
+        assert parameter.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
 
 
 def test_weights_of_other_kinds_are_not_joined() -> None:
-    assert can_join([codes(64, 256), codes(128, 256)])
-    assert not can_join([codes(64, 256), codes(64, 128)])
-    assert not can_join([codes(64, 256), codes(64, 256, nested=False)])
-    assert not can_join([codes(64, 256), codes(64, 256, quant_type="fp4")])
-    assert not can_join([codes(32, 64), codes(64, 256)])  # a group of scales would span two weights
+    assert can_join([quantized_weight(64, 256), quantized_weight(128, 256)])
+    assert not can_join([quantized_weight(64, 256), quantized_weight(64, 128)])
+    assert not can_join([quantized_weight(64, 256), quantized_weight(64, 256, nested=False)])
+    assert not can_join([quantized_weight(64, 256), quantized_weight(64, 256, quant_type="fp4")])
+    assert not can_join(
+        [quantized_weight(32, 64), quantized_weight(64, 256)]
+    )  # a group of absmax values would span two weights
 
 
 def test_other_layouts_are_left_alone() -> None:
-    assert read_codes(torch.zeros(2, 2)) is None
-    assert read_codes(weight(64, 96)) is None  # a block of 64 would span two rows
+    assert read_quantized_weight(torch.zeros(2, 2)) is None
+    assert read_quantized_weight(weight(64, 96)) is None  # a block of 64 would span two rows
 
 
 class Case:
@@ -151,7 +153,7 @@ def test_grouped_layers_keep_no_decoded_weight() -> None:
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_8_bit_products_are_near_whatever_the_sizes_of_the_adapter(which: str, size: float) -> None:
     case = Case(torch.bfloat16)
-    factor = (E4M3_MAX / (decode_scales(case.codes).max() * case.codes.values.abs().max())).view(1)
+    factor = (E4M3_MAX / (decode_absmax(case.codes).max() * case.codes.codebook.abs().max())).view(1)
     with torch.no_grad():
         for matrix in case.inputs[2:] if which == "b" else case.inputs[1:2]:
             matrix *= size

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.models import loading
+from qlora.models.model_config import load_model_config
 from qlora.models.tokenizer import load_tokenizer
-from qlora.runtime.device import find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import find_device
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,6 +101,6 @@ def load(folder: Path, *overrides: str) -> PreTrainedModel:
     return loading.load_base(
         config.model,
         config.quantization,
-        placement=place(config.quantization, find_device(config.device)),
-        model_config=loading.load_model_config(config.model),
+        placement=find_placement(config.quantization, find_device(config.device)),
+        model_config=load_model_config(config.model),
     )

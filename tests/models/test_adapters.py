@@ -12,19 +12,23 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import adapters
+from qlora.adapters.targets import find_target_modules
 from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.decoder import linear_modules
+from qlora.models.model_config import load_model_config
 from qlora.models.weight_files import Checkpoint
-from qlora.runtime.device import find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import find_device
 from tests.models import bases
 
 
 def load(folder: Path, *overrides: str) -> tuple[Config, torch.nn.Module]:
     config = compose([f"model.name={folder}", "model.tokenizer=tiny", "lora.r=4", "lora.dropout=0", *overrides])
-    placement = place(config.quantization, find_device(config.device))
-    model_config = loading.load_model_config(config.model)
+    placement = find_placement(config.quantization, find_device(config.device))
+    model_config = load_model_config(config.model)
     return config, loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)
 
 
@@ -76,9 +80,9 @@ def test_all_linear_leaves_out_the_output_layer(base_folder: Path) -> None:
 
 def test_target_modules_take_names_and_patterns(base_folder: Path) -> None:
     _, base = load(base_folder, "quantization=fp32")
-    assert adapters.find_target_modules(["q_proj", "v_proj"], base) == ["q_proj", "v_proj"]
-    assert adapters.find_target_modules([r"model\.layers\.1\..*_proj"], base) == sorted(
-        name for name in adapters.linear_modules(base) if ".1." in name
+    assert find_target_modules(["q_proj", "v_proj"], base) == ["q_proj", "v_proj"]
+    assert find_target_modules([r"model\.layers\.1\..*_proj"], base) == sorted(
+        name for name in linear_modules(base) if ".1." in name
     )
 
 
@@ -87,7 +91,7 @@ def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder:
     with pytest.raises(
         UserError, match=r"\['q_prj'\] match no linear layer .did you mean q_proj\?.; the model has"
     ) as e:
-        adapters.find_target_modules(["q_prj", "v_proj"], base)
+        find_target_modules(["q_prj", "v_proj"], base)
     assert "'gate_proj'" in str(e.value)
 
 
@@ -325,7 +329,7 @@ def test_a_saved_adapter_is_compared_with_the_one_in_memory(saved: tuple[PeftMod
     with pytest.raises(UserError, match=rf"\({name} is missing\)"):
         adapters.verify_adapter(folder, model)
     path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="check the disk, and run the same command again to go on"):
+    with pytest.raises(UserError, match="check the disk, and run the same command again to resume"):
         adapters.verify_adapter(folder, model)
     adapters.verify_adapter(folder, model.get_base_model())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.errors import UserError
-from qlora.models import loading
+from qlora.models.model_config import load_model_config
 from qlora.models.weight_files import Checkpoint
 from tests.models import bases
 from tests.models.bases import change, choose, load, write
@@ -158,7 +158,7 @@ def test_a_missing_file_of_several_is_named_before_any_is_read(shards: Path, tmp
         rf"1 of the {len(files)} files of the weights that .*index.json names are missing, first {files[-1].name}; "
     )
     with pytest.raises(UserError, match=message):
-        loading.load_model_config(choose(folder).model)
+        load_model_config(choose(folder).model)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
@@ -166,7 +166,7 @@ def test_a_damaged_index_is_one_sentence(shards: Path, tmp_path: Path, text: str
     folder = shutil.copytree(shards, tmp_path / "base")
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json is damaged \(.*\); correct it, or download or copy it again$"):
-        loading.load_model_config(choose(folder).model)
+        load_model_config(choose(folder).model)
 
 
 def test_tensors_that_an_index_omits_are_read_from_its_files(llama: Path, shards: Path, tmp_path: Path) -> None:
@@ -194,14 +194,14 @@ def test_what_is_no_decoder_is_refused_by_its_config_alone(tmp_path: Path, kind:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match=rf"is not a decoder-only causal language model: {kind} {reason}.*; choose"):
-        loading.load_model_config(choose(tmp_path).model)
+        load_model_config(choose(tmp_path).model)
 
 
 def test_a_bert_that_is_a_decoder_is_taken(tmp_path: Path) -> None:
     config = {"model_type": "bert", "is_decoder": True, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    assert loading.load_model_config(choose(tmp_path).model).is_decoder
+    assert load_model_config(choose(tmp_path).model).is_decoder
 
 
 def test_a_text_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_text_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match="gemma3_text lets tokens see those behind them"):
-        loading.load_model_config(choose(tmp_path).model)
+        load_model_config(choose(tmp_path).model)
 
 
 def test_two_matrices_that_config_json_ties_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,8 +14,10 @@ from qlora import adapters
 from qlora.errors import UserError
 from qlora.models import loading
 from qlora.models.decoder import EXPERTS, ROUTER, read_decoder
+from qlora.models.model_config import load_model_config
 from qlora.models.tokenizer import load_tokenizer
-from qlora.runtime.device import find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import find_device
 from tests.models.bases import choose, load, write
 
 IDS = torch.arange(100, 132)[None]
@@ -151,8 +153,8 @@ def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
     folders: dict[str, Path], kind: str, quantization: str
 ) -> None:
     config = choose(folders[kind], f"quantization={quantization}")
-    placement = place(config.quantization, find_device(config.device))
-    shape = loading.load_model_config(config.model)
+    placement = find_placement(config.quantization, find_device(config.device))
+    shape = load_model_config(config.model)
     with pytest.raises(UserError) as error:
         loading.check_quantization(config.model, config.quantization, shape, placement=placement)
     name = re.escape(str(folders[kind]))

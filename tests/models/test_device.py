@@ -8,7 +8,8 @@ import torch
 from qlora.config.compose import compose
 from qlora.config.schema import Device, QuantizationConfig
 from qlora.errors import UserError
-from qlora.runtime.device import Placement, computes_bf16, find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import Placement, computes_bf16, find_device
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="there is a GPU")
@@ -48,22 +49,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
 def test_a_compute_dtype_that_is_named_is_taken(name: str, dtype: torch.dtype) -> None:
-    placement = place(quantization("quantization=nf4", f"quantization.compute_dtype={name}"), CPU)
-    assert (placement.compute, placement.weights) == (dtype, dtype)
+    placement = find_placement(quantization("quantization=nf4", f"quantization.compute_dtype={name}"), CPU)
+    assert (placement.compute_dtype, placement.param_dtype) == (dtype, dtype)
 
 
 def test_auto_computes_in_bf16_only_where_the_cpu_does() -> None:
     expected = torch.bfloat16 if computes_bf16(CPU) else torch.float32
-    assert place(quantization("quantization=nf4"), CPU).compute is expected
+    assert find_placement(quantization("quantization=nf4"), CPU).compute_dtype is expected
 
 
 def test_16_bit_weights_stay_16_bit_on_any_cpu() -> None:
-    assert place(quantization("quantization=none"), CPU).weights is torch.bfloat16
+    assert find_placement(quantization("quantization=none"), CPU).param_dtype is torch.bfloat16
 
 
 def test_32_bit_weights_stay_32_bit_whatever_is_computed_in() -> None:
-    placement = place(quantization("quantization=fp32", "quantization.compute_dtype=bf16"), CPU)
-    assert (placement.compute, placement.weights) == (torch.bfloat16, torch.float32)
+    placement = find_placement(quantization("quantization=fp32", "quantization.compute_dtype=bf16"), CPU)
+    assert (placement.compute_dtype, placement.param_dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

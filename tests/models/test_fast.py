@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qlora.adapters import add_lora
 from qlora.config.compose import compose
 from qlora.errors import UserError
-from qlora.models.loading import keep_4bit_layout, set_compute_dtype
+from qlora.quantization.bnb4.layers import keep_layout, set_compute_dtype
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastLinear, FastStep, attend_in_batch, attend_in_rows
 from qlora.step.kernels import fused_linear
@@ -51,7 +51,7 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
             setattr(model.get_submodule(parent), own, made.to("cpu"))
             quantized = made.weight if made.weight.bnb_quantized else made.weight._quantize(torch.device("cpu"))
             made.weight = quantized
-    keep_4bit_layout(model)
+    keep_layout(model)
     model.requires_grad_(False)
     model.quantization_method, model.is_loaded_in_4bit = BitsAndBytesConfig(load_in_4bit=True).quant_method, True
     model.config.use_cache = False

@@ -12,8 +12,11 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.model_config import build_model_config, load_model_config
+from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import load_tokenizer
-from qlora.runtime.device import Placement, find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import Placement, find_device
 
 IDS = torch.arange(3, 35)[None]
 
@@ -23,8 +26,8 @@ def load(folder: Path, *overrides: str) -> torch.nn.Module:
     return loading.load_base(
         config.model,
         config.quantization,
-        placement=place(config.quantization, find_device(config.device)),
-        model_config=loading.load_model_config(config.model),
+        placement=find_placement(config.quantization, find_device(config.device)),
+        model_config=load_model_config(config.model),
     )
 
 
@@ -163,7 +166,7 @@ def architecture(**fields: object) -> Config:
 def test_rope_theta_arrives_in_every_family(model_type: str) -> None:
     extra = {"num_key_value_heads": "null"} if model_type == "gpt_neox" else {}
     config = architecture(model_type=model_type, rope_theta=500000, **extra)
-    drawn = loading.draw_model_config(config.model, load_tokenizer(config.model))
+    drawn = build_model_config(config.model, load_tokenizer(config.model))
     rope = drawn.rope_parameters
     assert rope.get("full_attention", rope)["rope_theta"] == 500000
 
@@ -173,7 +176,7 @@ def test_a_sliding_window_forgets_what_lies_further_back(model_type: str) -> Non
     from transformers import AutoModelForCausalLM
 
     config = architecture(model_type=model_type, sliding_window=4, num_hidden_layers=1)
-    drawn = loading.draw_model_config(config.model, load_tokenizer(config.model))
+    drawn = build_model_config(config.model, load_tokenizer(config.model))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(drawn)
     other = IDS.clone()
@@ -186,7 +189,7 @@ def test_a_sliding_window_forgets_what_lies_further_back(model_type: str) -> Non
 
 def test_the_norms_floor_arrives() -> None:
     config = architecture(rms_norm_eps=1e-3)
-    assert loading.draw_model_config(config.model, load_tokenizer(config.model)).rms_norm_eps == 1e-3
+    assert build_model_config(config.model, load_tokenizer(config.model)).rms_norm_eps == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_the_norms_floor_arrives() -> None:
 def test_a_shape_that_cannot_be_built_names_its_field(fields: dict[str, object], message: str) -> None:
     config = architecture(**fields)
     with pytest.raises(UserError, match=rf"model\.architecture\..*{message}"):
-        loading.draw_model_config(config.model, load_tokenizer(config.model))
+        build_model_config(config.model, load_tokenizer(config.model))
 
 
 def test_new_rows_are_the_mean_of_the_old_and_equal_each_time(base_folder: Path) -> None:
@@ -212,7 +215,7 @@ def test_new_rows_are_the_mean_of_the_old_and_equal_each_time(base_folder: Path)
     assert len(tokenizer) > 1600
     model = load(base_folder, "quantization=fp32")
     old = model.lm_head.weight.clone()
-    loading.resize_embeddings(model, [len(tokenizer) - 1])
+    resize_embeddings(model, [len(tokenizer) - 1])
     assert model.lm_head.weight.shape == (len(tokenizer), 64)
     assert torch.equal(model.lm_head.weight[:1600], old)
     torch.testing.assert_close(model.lm_head.weight[1600:], old.mean(0).expand(len(tokenizer) - 1600, 64))
@@ -222,7 +225,7 @@ def test_new_rows_are_the_mean_of_the_old_and_equal_each_time(base_folder: Path)
 def test_spare_rows_are_used_before_the_embeddings_grow(base_folder: Path) -> None:
     config = compose([f"model.name={base_folder}", "model.tokenizer=tiny", "model.new_tokens=['<a>']"])
     model = load(base_folder, "quantization=fp32")
-    loading.resize_embeddings(model, load_tokenizer(config.model).convert_tokens_to_ids(["<a>"]))
+    resize_embeddings(model, load_tokenizer(config.model).convert_tokens_to_ids(["<a>"]))
     assert model.get_input_embeddings().weight.shape[0] == 1600
 
 

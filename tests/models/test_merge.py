@@ -11,13 +11,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora.adapters.merge_tensors import Adapted, LowRank, Merger, take_apart
+from qlora.adapters.merge_tensors import Adapted, LowRank, Merger, split_adapter
 from qlora.config.compose import compose
 from qlora.config.schema import MergeBase
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.model_config import load_model_config
 from qlora.models.weight_files import Checkpoint, ModelNames
-from qlora.runtime.device import Placement, find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import Placement, find_device
 
 BITS = [
     ["quantization=nf4"],
@@ -38,14 +40,14 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, *overrides: str) -> tuple[PreTrainedModel, Placement]:
     config = compose([f"model.name={folder}", "model.tokenizer=tiny", *overrides])
-    placement = place(config.quantization, find_device(config.device))
-    model_config = loading.load_model_config(config.model)
+    placement = find_placement(config.quantization, find_device(config.device))
+    model_config = load_model_config(config.model)
     base = loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)
     return base, placement
 
 
 def merger(folder: Path, adapted: Adapted, placement: Placement, base: MergeBase = MergeBase.dequantized) -> Merger:
-    names = ModelNames(loading.load_model_config(compose([f"model.name={folder}", "model.tokenizer=tiny"]).model))
+    names = ModelNames(load_model_config(compose([f"model.name={folder}", "model.tokenizer=tiny"]).model))
     return Merger(Checkpoint(folder), names, adapted, base, torch.float32, placement)
 
 
@@ -76,7 +78,7 @@ def test_dequantized_weights_are_those_of_the_loaded_model_to_the_bit(
     folder = request.getfixturevalue(kind)
     base, placement = load(folder, *bits, f"quantization.compute_dtype={dtype}")
     expected = weights(base)
-    made = merger(folder, take_apart(untrained(base)), placement)
+    made = merger(folder, split_adapter(untrained(base)), placement)
     assert len(made.parts) == len(expected)
     for name, part in made.parts.items():
         assert torch.equal(made.tensor(part), expected[name].float()), name
@@ -84,7 +86,7 @@ def test_dequantized_weights_are_those_of_the_loaded_model_to_the_bit(
 
 def test_original_weights_are_those_of_the_files_to_the_bit(base_folder: Path) -> None:
     base, placement = load(base_folder, "quantization=nf4", "quantization.compute_dtype=bf16")
-    made = merger(base_folder, take_apart(untrained(base)), placement, MergeBase.original)
+    made = merger(base_folder, split_adapter(untrained(base)), placement, MergeBase.original)
     plain, _ = load(base_folder, "quantization=fp32")
     expected = plain.state_dict()
     assert all(torch.equal(made.tensor(part), expected[name]) for name, part in made.parts.items())
@@ -92,7 +94,7 @@ def test_original_weights_are_those_of_the_files_to_the_bit(base_folder: Path) -
 
 def test_what_rounding_changed_is_noted_by_layer(base_folder: Path) -> None:
     base, placement = load(base_folder, "quantization=nf4")
-    made = merger(base_folder, take_apart(untrained(base)), placement, MergeBase.original)
+    made = merger(base_folder, split_adapter(untrained(base)), placement, MergeBase.original)
     for part in made.parts.values():
         made.tensor(part)
     assert len(made.errors) == 14
@@ -105,7 +107,7 @@ def test_merging_is_what_peft_s_own_does_in_float32(base_folder: Path) -> None:
         torch.manual_seed(1)
         config = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options)
         model = get_peft_model(base, config)
-        made = merger(base_folder, take_apart(model), placement)
+        made = merger(base_folder, split_adapter(model), placement)
         expected = model.merge_and_unload().state_dict()
         for name, part in made.parts.items():
             torch.testing.assert_close(made.tensor(part), expected[name], atol=1e-6, rtol=1e-6)
@@ -114,11 +116,13 @@ def test_merging_is_what_peft_s_own_does_in_float32(base_folder: Path) -> None:
 @pytest.mark.parametrize("missing", ["layers", "rounded", "replaced"])
 def test_a_tensor_that_cannot_be_found_stops_the_merge(base_folder: Path, missing: str) -> None:
     base, placement = load(base_folder, "quantization=nf4")
-    adapted = take_apart(untrained(base))
+    adapted = split_adapter(untrained(base))
     layer = LowRank(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     name = "model.layers.7.mlp.gate_proj" + (".weight" if missing == "replaced" else "")
     getattr(adapted, missing)[name] = layer
-    with pytest.raises(UserError, match=r"in the files of the base no tensor is model\.layers\.7\.mlp.* alone; serve"):
+    with pytest.raises(
+        UserError, match=r"no tensor in the files of the base holds model\.layers\.7\.mlp.* alone; serve"
+    ):
         _ = merger(base_folder, adapted, placement).parts
 
 
@@ -128,4 +132,4 @@ def test_another_kind_of_adapter_is_refused(base_folder: Path) -> None:
     base, _ = load(base_folder, "quantization=fp32")
     model = get_peft_model(base, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(UserError, match=r"adapter: task=merge adds LoRA to a base, but this is PEFT's .*IA3; serve"):
-        take_apart(model)
+        split_adapter(model)

@@ -23,6 +23,8 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.model_config import load_model_config
+from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import (
     load_saved_tokenizer,
     load_tokenizer,
@@ -30,7 +32,8 @@ from qlora.models.tokenizer import (
     repair_special_tokens,
     save_tokenizer,
 )
-from qlora.runtime.device import find_device, place
+from qlora.quantization.placement import find_placement
+from qlora.runtime.device import find_device
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
@@ -175,10 +178,10 @@ def new_token_config(folder: Path, *, tied: bool, rows: int, overrides: list[str
 
 
 def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    placement = place(config.quantization, find_device(config.device))
-    model_config = loading.load_model_config(config.model)
+    placement = find_placement(config.quantization, find_device(config.device))
+    model_config = load_model_config(config.model)
     base = loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)
-    loading.resize_embeddings(base, tokenizer.convert_tokens_to_ids(NEW))
+    resize_embeddings(base, tokenizer.convert_tokens_to_ids(NEW))
     return base
 
 

@@ -7,21 +7,18 @@ import torch
 from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
 from transformers import Trainer, TrainingArguments
 
-import qlora.quantization.bnb4.quantized_weight
 import qlora.step.kernels.fused_linear
 import qlora.step.kernels.linear_cross_entropy
 from qlora.config.compose import compose
-from qlora.planning import memory_plan
-from qlora.planning.memory_plan import OPTIMIZERS, Ledger, quantized_bytes
+from qlora.planning import activations
+from qlora.planning.memory_plan import Ledger
 from qlora.planning.model_shape import find_targets
+from qlora.planning.optimizer_states import OPTIMIZERS
+from qlora.quantization.method import find_method
 
-BITS = {
-    "quantization=nf4": (4, True),
-    "quantization=nf4-plain": (4, False),
-    "quantization=fp4": (4, True),
-    "quantization=int8": (8, False),
-    "quantization=none": (16, False),
-}
+BF16 = compose(["quantization=none"]).quantization
+BF16_BASE = find_method(BF16).stored_base(BF16)
+CHOICES = [f"quantization={name}" for name in ("nf4", "nf4-plain", "fp4", "int8", "none")]
 
 
 def stored_bytes(layer: torch.nn.Module) -> int:
@@ -38,15 +35,16 @@ def stored_bytes(layer: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("chosen", BITS)
+@pytest.mark.parametrize("chosen", CHOICES)
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi3"])
 def test_each_matrix_takes_what_is_planned(kind: str, chosen: str) -> None:
     model, sizes = base(kind, chosen), shape(kind)
     layers = dict(model.named_modules())
-    bits, double = BITS[chosen]
+    quantization = compose([chosen]).quantization
+    stored = find_method(quantization).stored_base(quantization)
     for layer in range(sizes.layers):
         for name, linear in sizes.full_names(layer).items():
-            assert quantized_bytes(linear, bits, double_quant=double) == stored_bytes(layers[name]), name
+            assert stored.matrix_bytes(linear.outputs, linear.inputs) == stored_bytes(layers[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,9 +64,9 @@ def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> N
         pytest.skip("one matrix makes queries, keys and values")
     model, sizes = adapted(kind, *overrides), shape(kind)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wanted = compose([*overrides]).lora.target_modules
-    chosen = {"dora": "lora=dora" in overrides, "narrow": "lora.dtype=bf16" in overrides}
-    ledger = Ledger(sizes, setup(sizes, targets=find_targets(sizes, wanted), **chosen))
+    requested = compose([*overrides]).lora.target_modules
+    chosen = {"dora": "lora=dora" in overrides, "bf16_adapters": "lora.dtype=bf16" in overrides}
+    ledger = Ledger(sizes, setup(sizes, targets=find_targets(sizes, requested), **chosen))
     assert ledger.adapters == ledger.gradients == sum(parameter.nbytes for parameter in trained)
     assert sorted(ledger.trained.elements()) == sorted(parameter.numel() for parameter in trained)
 
@@ -109,8 +107,8 @@ def per_layer(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch, 
     [
         ([], {}),
         (["lora.dropout=0.1"], {"dropout": True}),
-        (["quantization=none"], {"bits": 16, "double_quant": False}),
-        (["quantization=none", "lora.dropout=0.1"], {"bits": 16, "double_quant": False, "dropout": True}),
+        (["quantization=none"], {"base": BF16_BASE}),
+        (["quantization=none", "lora.dropout=0.1"], {"base": BF16_BASE, "dropout": True}),
     ],
     ids=str,
 )
@@ -120,9 +118,9 @@ def test_a_layer_keeps_what_is_planned(
     sizes, length = shape(kind), 128
     ledger = Ledger(sizes, setup(sizes, length=length, **changes))
     names = ledger.setup.targets[0]
-    found = per_layer(kind, overrides, monkeypatch, length)
-    planned = ledger.saved(names) + ledger.copies(names)
-    assert planned == pytest.approx(found, rel=0.005)
+    measured = per_layer(kind, overrides, monkeypatch, length)
+    planned = ledger.activations.saved(names) + ledger.activations.copies(names)
+    assert planned == pytest.approx(measured, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -151,15 +149,13 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
     ledger = Ledger(sizes, chosen)
     step = ("gradients", "adapters in 16 bits", "activations", "logits", "backward pass of a layer")
     planned = max(sum(parts.get(name, 0) for name in step) for _, parts in ledger.moments())
-    found = peak_bytes(model, monkeypatch, rows, length, checkpoint=checkpoint, passes=passes)
-    assert planned == pytest.approx(found, rel=0.03)
+    measured = peak_bytes(model, monkeypatch, rows, length, checkpoint=checkpoint, passes=passes)
+    assert planned == pytest.approx(measured, rel=0.03)
 
 
-def test_the_sizes_of_pieces_and_blocks_are_those_of_the_kernels() -> None:
+def test_the_sizes_of_chunks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
-    assert (memory_plan.PIECE, memory_plan.CHUNK, memory_plan.BLOCK) == (
+    assert (activations.DECODED_CHUNK, activations.LOGITS_CHUNK) == (
         qlora.step.kernels.fused_linear.PIECE,
         qlora.step.kernels.linear_cross_entropy.ROWS,
-        qlora.quantization.bnb4.quantized_weight.BLOCK,
     )
-    assert memory_plan.GROUP == qlora.quantization.bnb4.quantized_weight.GROUP

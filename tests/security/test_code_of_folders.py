@@ -18,7 +18,7 @@ from qlora import adapters
 from qlora.config.compose import compose
 from qlora.data.ingest.sources import hub_commit
 from qlora.errors import UserError
-from qlora.models import loading
+from qlora.models.model_config import load_model_config
 from qlora.run import Run
 
 
@@ -80,7 +80,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path
     with pytest.raises(UserError, match=r"brings Python code of its own along.*model\.trust_remote_code=true"):
         _ = Run(compose(words), tmp_path / "run").model_config
     assert not mark.exists()
-    loading.load_model_config(compose([*words, "model.trust_remote_code=true"]).model)
+    load_model_config(compose([*words, "model.trust_remote_code=true"]).model)
     assert mark.exists()
 
 

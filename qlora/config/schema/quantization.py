@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from qlora.config.quantization_methods import check_method
 from qlora.errors import ConfigError, require
 
 QuantType = StrEnum("QuantType", "nf4 fp4")
@@ -25,6 +26,9 @@ class QuantizationConfig:
 
     bits: int = MISSING
     """4, 8, 16 or 32 bits a base weight."""
+    method: str = "auto"
+    """How the base is quantized: `auto` takes the method of `bits` (`bnb4`, `bnb8` or `none`); another package's is
+    named by its entry point of the group `qlora.quantization`, or as `module:Class` with `trusted=[module]`."""
     quant_type: QuantType = QuantType.nf4
     """The 4-bit data type: `nf4` (normal float) or `fp4`; read with `bits=4` only."""
     double_quant: bool = False
@@ -41,6 +45,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         require(self.bits in (4, 8, 16, 32), "quantization.bits", "be 4, 8, 16 or 32", self.bits)
+        check_method(self.method, self.bits)
         require(self.int8_threshold >= 0, "quantization.int8_threshold", "not be negative", self.int8_threshold)
         if self.double_quant and self.bits != 4:
             raise ConfigError(

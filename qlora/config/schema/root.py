@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora.config.optimizers import OPTIMIZERS, check_installed
+from qlora.config.quantization_methods import load_method
 from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
 from qlora.config.schema.data import DataConfig
 from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
@@ -100,7 +101,7 @@ class Config:
         self._check_task_keys()
         self._check_required_keys()
         self._check_trust()
-        _check_adapter_on_base(self.lora, self.quantization)
+        self._quantization_method.check_adapter(self.quantization, self.lora)
         _check_generation(self.generation, self.model)
         self._check_memory()
         if self.trainer.parallel is Parallel.fsdp:
@@ -185,6 +186,11 @@ class Config:
                 f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
             )
 
+    @property
+    def _quantization_method(self) -> Any:
+        """What says which training the base allows."""
+        return load_method(self.quantization.method, self.quantization.bits)
+
     def _check_watchdog(self) -> None:
         """Refuses actions that the training cannot take."""
         rollback = [name for name in ("nonfinite", "divergence")
@@ -204,11 +210,12 @@ class Config:
     def _check_fsdp(self) -> None:
         """Refuses what reads or draws the weights of a base that no process holds whole."""
         lora, model = self.lora, self.model
+        sharding = self._quantization_method.fsdp_unsupported_reason()
         faults = {
             "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
-            "quantization.bits=8": (self.quantization.bits == 8, "8-bit weights keep their scales elsewhere"),
+            f"quantization.bits={self.quantization.bits}": (sharding is not None, sharding),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
         }
@@ -236,6 +243,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    texts["quantization.method"] = config.quantization.method
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
     texts |= {
@@ -244,33 +252,6 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
         if not name.startswith(f"{METRIC_LIBRARY}:")
     }
     return ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
-
-
-def _check_adapter_on_base(lora: LoraConfig, quantization: QuantizationConfig) -> None:
-    bits = quantization.bits
-    if not lora.enabled:
-        if bits in (4, 8):
-            raise ConfigError(
-                f"lora=none trains all weights, which {bits}-bit weights do not allow; choose quantization=none "
-                "(16 bit) or quantization=fp32, or an adapter with lora=all-linear"
-            )
-        return
-    if lora.init in (LoraInit.pissa, LoraInit.olora) and bits in (4, 8):
-        raise ConfigError(
-            f"lora.init={lora.init.value} rewrites the base weights, which quantization.bits={bits} does not allow "
-            "exactly; it is valid with quantization=none or quantization=fp32. With 4 bits use lora.init=loftq or eva"
-        )
-    if lora.use_dora and bits == 8:
-        raise ConfigError(
-            "lora.use_dora=true (lora=dora) needs the weights as numbers at each step, which PEFT cannot read of 8-bit "
-            "layers in training; choose quantization=nf4 or quantization=none, or train without it (lora=all-linear "
-            "lora.use_dora=false)"
-        )
-    if lora.init is LoraInit.loftq and bits != 4:
-        raise ConfigError(
-            f"lora.init=loftq repairs the error of 4-bit weights, got quantization.bits={bits}; choose "
-            "quantization=nf4, or another lora.init"
-        )
 
 
 def _check_generation(generation: GenerationConfig, model: ModelConfig) -> None:

@@ -1,7 +1,7 @@
-"""Triton kernels that decode 4-bit weights, with their double-quantized scales, in one pass.
+"""Triton kernels that decode 4-bit weights, with their double-quantized absmax values, in one pass.
 
 They write 16- or 32-bit matrices (`decode_rows`), or 8-bit floats in either layout (`decode_rows`, `decode_columns`).
-`codes.decode_plain` is the twin; `TRITON_INTERPRET=1` runs the kernels on a CPU.
+`quantized_weight.decode_plain` is the twin; `TRITON_INTERPRET=1` runs the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -14,56 +14,56 @@ from torch import Tensor
 from qlora.quantization.bnb4.quantized_weight import BLOCK, QuantizedWeight
 
 BLOCKS = 128
-"""Blocks of 64 values that one program of `decode_rows` decodes."""
+"""Blocks of 64 weights that one program of `decode_rows` decodes."""
 TILE = 128
 """Rows of the tile of 64 columns that one program of `decode_columns` transposes."""
 
 
 @triton.jit
-def _decode(packed, scales, values, scale_values, scale_scales, offsets, block, mask, NESTED: tl.constexpr):
+def _decode(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, block, mask, NESTED: tl.constexpr):
     """Decodes blocks: float32 [blocks, 64]."""
     byte = tl.load(packed + block[:, None] * 32 + tl.arange(0, 32)[None, :], mask=mask[:, None], other=0)
-    scale = tl.load(scales + block, mask=mask, other=0)
+    scale = tl.load(absmax + block, mask=mask, other=0)
     if NESTED:
-        group = tl.load(scale_scales + block // 256, mask=mask, other=0.0)
-        scale = tl.load(scale_values + scale.to(tl.int32)) * group + tl.load(
-            offsets + block // 256, mask=mask, other=0.0
+        group = tl.load(nested_absmax + block // 256, mask=mask, other=0.0)
+        scale = tl.load(nested_codebook + scale.to(tl.int32)) * group + tl.load(
+            nested_offset + block // 256, mask=mask, other=0.0
         )
-    first = tl.load(values + (byte >> 4).to(tl.int32))
-    second = tl.load(values + (byte & 15).to(tl.int32))
+    first = tl.load(codebook + (byte >> 4).to(tl.int32))
+    second = tl.load(codebook + (byte & 15).to(tl.int32))
     return tl.interleave(first, second) * scale[:, None]
 
 
 @triton.jit
 def _rows_kernel(
-    packed, scales, values, scale_values, scale_scales, offsets, factor, out, columns, stride, blocks,
+    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, columns, stride, blocks,
     NESTED: tl.constexpr, SCALED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     mask = block < blocks
-    found = _decode(packed, scales, values, scale_values, scale_scales, offsets, block, mask, NESTED)
+    decoded = _decode(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, block, mask, NESTED)
     if SCALED:
-        found = found * tl.load(factor)
+        decoded = decoded * tl.load(weight_scale)
     a_row = columns // 64
-    place = (block // a_row).to(tl.int64) * stride + (block % a_row) * 64
-    tl.store(out + place[:, None] + tl.arange(0, 64)[None, :], found.to(out.dtype.element_ty), mask=mask[:, None])
+    offset = (block // a_row).to(tl.int64) * stride + (block % a_row) * 64
+    tl.store(out + offset[:, None] + tl.arange(0, 64)[None, :], decoded.to(out.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
 def _columns_kernel(
-    packed, scales, values, scale_values, scale_scales, offsets, factor, out, rows, columns, stride,
+    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, rows, columns, stride,
     NESTED: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     a_row = columns // 64
     block = row * a_row + tl.program_id(1)
     mask = row < rows
-    found = _decode(packed, scales, values, scale_values, scale_scales, offsets, block, mask, NESTED)
+    decoded = _decode(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, block, mask, NESTED)
     if SCALED:
-        found = found * tl.load(factor)
+        decoded = decoded * tl.load(weight_scale)
     column = tl.program_id(1) * 64 + tl.arange(0, 64)
-    place = out + column.to(tl.int64)[:, None] * stride + row[None, :]
-    tl.store(place, tl.trans(found.to(out.dtype.element_ty)), mask=mask[None, :])
+    target = out + column.to(tl.int64)[:, None] * stride + row[None, :]
+    tl.store(target, tl.trans(decoded.to(out.dtype.element_ty)), mask=mask[None, :])
 
 
 @triton.jit
@@ -71,14 +71,14 @@ def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = column < columns
-    found = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(found)), 1e-12) / 448.0
-    tl.store(out + row * columns + column, (found / scale).to(tl.float8e4nv), mask=mask)
+    values = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
+    tl.store(out + row * columns + column, (values / scale).to(tl.float8e4nv), mask=mask)
     tl.store(scales + row, scale)
 
 
 def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `linear.scale_rows`, one program a row, which is read once."""
+    """As `fused_linear.scale_rows_plain`; one program a row, which is read once."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
@@ -88,20 +88,20 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def decode_rows(codes: QuantizedWeight, out: Tensor, factor: Tensor | None = None) -> None:
-    """Writes the weight, times `factor` [1], to `out` [rows, columns], whose rows may lie further apart."""
-    blocks = codes.rows * codes.columns // BLOCK
+def decode_rows(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | None = None) -> None:
+    """Writes the weight, times `weight_scale` [1], to `out` [rows, columns], whose rows may have gaps between them."""
+    blocks = weight.rows * weight.columns // BLOCK
     grid = (triton.cdiv(blocks, BLOCKS),)
     _rows_kernel[grid](
-        *codes.tensors(), factor, out, codes.columns, out.stride(0), blocks,
-        NESTED=codes.is_nested, SCALED=factor is not None, BLOCKS=BLOCKS,
+        *weight.tensors(), weight_scale, out, weight.columns, out.stride(0), blocks,
+        NESTED=weight.is_nested, SCALED=weight_scale is not None, BLOCKS=BLOCKS,
     )  # fmt: skip
 
 
-def decode_columns(codes: QuantizedWeight, out: Tensor, factor: Tensor | None = None) -> None:
-    """Writes the transposed weight, times `factor` [1], to `out` [columns, rows]."""
-    grid = (triton.cdiv(codes.rows, TILE), codes.columns // BLOCK)
+def decode_columns(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | None = None) -> None:
+    """Writes the transposed weight, times `weight_scale` [1], to `out` [columns, rows]."""
+    grid = (triton.cdiv(weight.rows, TILE), weight.columns // BLOCK)
     _columns_kernel[grid](
-        *codes.tensors(), factor, out, codes.rows, codes.columns, out.stride(0),
-        NESTED=codes.is_nested, SCALED=factor is not None, TILE=TILE,
+        *weight.tensors(), weight_scale, out, weight.rows, weight.columns, out.stride(0),
+        NESTED=weight.is_nested, SCALED=weight_scale is not None, TILE=TILE,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""4-bit base weights as plain tensors, and what turns them back into matrices.
+"""4-bit weights of bitsandbytes as plain tensors, and the reference that dequantizes them.
 
-bitsandbytes stores two values a byte (the first in the high bits), one scale for every 64 values and, with double
-quantization, that scale as one byte of a code of 256 values, scaled by one float32 for every 256 scales, plus an offset
-for all (QLoRA, arXiv 2305.14314, section 3). Decoding all of it in one pass that writes full cache lines is what the
-kernels here do; `bitsandbytes.functional.dequantize_4bit` is their twin.
+bitsandbytes packs two 4-bit codes in a byte (the first in the high bits) and keeps one absmax for each block of 64
+weights. With double quantization an absmax is one byte, an index into a codebook of 256 values, scaled by one float32
+for every 256 of them, plus one offset for all (QLoRA, arXiv 2305.14314, section 3). The kernels in `decode_kernels`
+decode all of it in one pass that writes full cache lines; `bitsandbytes.functional.dequantize_4bit` is their twin.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-BLOCK = 64
-"""Values that share a scale."""
-GROUP = 256
-"""Scales that share a scale of their own, with double quantization."""
+from qlora.quantization.bnb4.layout import BLOCK, GROUP
+
 E4M3_MAX = 448.0
 """The largest number of the 8-bit float with 3 bits of mantissa."""
 
@@ -29,47 +27,49 @@ class QuantizedWeight:
 
     packed: Tensor
     """uint8 [rows * columns / 2]"""
-    scales: Tensor
+    absmax: Tensor
     """uint8 (double quantization) or float32, [rows * columns / 64]"""
-    values: Tensor
-    """float32 [16]: what the 4-bit codes stand for."""
-    scale_values: Tensor
-    """float32 [256] that the bytes of `scales` stand for, or empty."""
-    scale_scales: Tensor
-    """float32 [scales / 256], or empty."""
-    offsets: Tensor
-    """float32 [scales / 256], added to the scales, or empty."""
+    codebook: Tensor
+    """float32 [16]: the value of each 4-bit code."""
+    nested_codebook: Tensor
+    """float32 [256]: the value of each byte of `absmax`, or empty."""
+    nested_absmax: Tensor
+    """float32 [len(absmax) / 256], or empty."""
+    nested_offset: Tensor
+    """float32 [len(absmax) / 256], added to the decoded `absmax`, or empty."""
     rows: int
     columns: int
 
     @property
     def is_nested(self) -> bool:
-        """Whether the scales are quantized too."""
-        return self.scales.dtype is torch.uint8
+        """Whether the absmax values are quantized too."""
+        return self.absmax.dtype is torch.uint8
 
     def part(self, start: int, stop: int) -> QuantizedWeight:
-        """Returns rows `start` to `stop` without copying; `start` must cut no group of scales."""
+        """Returns rows `start` to `stop` without copying; `start` must not split a group of absmax values."""
         first, last = start * self.columns // BLOCK, stop * self.columns // BLOCK
         assert not self.is_nested or first % GROUP == 0
         groups = slice(first // GROUP, -(-last // GROUP))
         return replace(
             self,
             packed=self.packed[first * BLOCK // 2 : last * BLOCK // 2],
-            scales=self.scales[first:last],
-            scale_scales=self.scale_scales[groups],
-            offsets=self.offsets[groups],
+            absmax=self.absmax[first:last],
+            nested_absmax=self.nested_absmax[groups],
+            nested_offset=self.nested_offset[groups],
             rows=stop - start,
         )
 
     def tensors(self) -> list[Tensor]:
         """Returns the six tensors in the order of their fields."""
-        return [self.packed, self.scales, self.values, self.scale_values, self.scale_scales, self.offsets]
+        return [
+            self.packed, self.absmax, self.codebook, self.nested_codebook, self.nested_absmax, self.nested_offset,
+        ]  # fmt: skip
 
 
-def read_codes(weight: Tensor) -> QuantizedWeight | None:
-    """Returns what bitsandbytes stores of a 4-bit weight, without copying; None for a layout that is not usual.
+def read_quantized_weight(weight: Tensor) -> QuantizedWeight | None:
+    """Returns the tensors that bitsandbytes keeps of a 4-bit weight, without copying; None for an unusual layout.
 
-    Of a weight that is sharded, whose bytes are stored as float32, `packed` is the part of this process.
+    For a sharded weight, whose bytes are kept as float32, `packed` is the shard of this process.
     """
     state = getattr(weight, "quant_state", None)
     is_sharded = isinstance(weight, DTensor)
@@ -82,73 +82,76 @@ def read_codes(weight: Tensor) -> QuantizedWeight | None:
     empty = state.absmax.new_empty(0, dtype=torch.float32)
     return QuantizedWeight(
         packed=packed.detach().as_subclass(Tensor).view(torch.uint8).view(-1),
-        scales=state.absmax,
-        values=state.code,
-        scale_values=state.state2.code if state.nested else empty,
-        scale_scales=state.state2.absmax if state.nested else empty,
-        offsets=state.offset.expand(len(state.state2.absmax)).contiguous() if state.nested else empty,
+        absmax=state.absmax,
+        codebook=state.code,
+        nested_codebook=state.state2.code if state.nested else empty,
+        nested_absmax=state.state2.absmax if state.nested else empty,
+        nested_offset=state.offset.expand(len(state.state2.absmax)).contiguous() if state.nested else empty,
         rows=rows,
         columns=columns,
     )
 
 
-def can_join(codes: Sequence[QuantizedWeight]) -> bool:
-    """Returns whether weights can be stored one below the other: of one kind, and no scales' group spans two."""
-    first = codes[0]
-    alike = all(
-        each.columns == first.columns
-        and each.is_nested == first.is_nested
-        and torch.equal(each.values, first.values)
-        and torch.equal(each.scale_values, first.scale_values)
-        for each in codes
+def can_join(weights: Sequence[QuantizedWeight]) -> bool:
+    """Returns whether weights can be stacked by rows: all of one kind, and no group of absmax values spans two."""
+    first = weights[0]
+    are_alike = all(
+        weight.columns == first.columns
+        and weight.is_nested == first.is_nested
+        and torch.equal(weight.codebook, first.codebook)
+        and torch.equal(weight.nested_codebook, first.nested_codebook)
+        for weight in weights
     )
-    return alike and not (first.is_nested and any(len(each.scales) % GROUP for each in codes))
+    return are_alike and not (first.is_nested and any(len(weight.absmax) % GROUP for weight in weights))
 
 
 def join(weights: Sequence[Tensor]) -> QuantizedWeight:
-    """Stores bitsandbytes' 4-bit weights one below the other, and returns them as one.
+    """Stacks 4-bit weights of bitsandbytes by rows and returns them as one.
 
-    The weights themselves become views of the joint storage, so that nothing is stored twice. Sharded weights stay
-    where they are, and `packed` is empty.
+    The weights become views of the joint storage, so that nothing is stored twice. Sharded weights keep their storage,
+    and `packed` is empty.
     """
-    parts = [codes for weight in weights if (codes := read_codes(weight)) is not None]
+    parts = [part for weight in weights if (part := read_quantized_weight(weight)) is not None]
     is_sharded = isinstance(weights[0], DTensor)
     if is_sharded:
-        parts = [replace(codes, packed=codes.packed[:0]) for codes in parts]
+        parts = [replace(part, packed=part.packed[:0]) for part in parts]
     if len(parts) == 1:
         return parts[0]
     assert len(parts) == len(weights)
     assert can_join(parts)
-    packed, scales, scale_scales, offsets = (
-        torch.cat([getattr(each, name) for each in parts]) for name in ("packed", "scales", "scale_scales", "offsets")
+    packed, absmax, nested_absmax, nested_offset = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("packed", "absmax", "nested_absmax", "nested_offset")
     )
-    pieces = zip(
+    views = zip(
         weights,
-        packed.split([len(each.packed) for each in parts]),
-        scales.split([len(each.scales) for each in parts]),
-        scale_scales.split([len(each.scale_scales) for each in parts]),
+        packed.split([len(part.packed) for part in parts]),
+        absmax.split([len(part.absmax) for part in parts]),
+        nested_absmax.split([len(part.nested_absmax) for part in parts]),
         strict=True,
     )
-    for weight, own, own_scales, own_scale_scales in pieces:
+    for weight, packed_view, absmax_view, nested_view in views:
         if not is_sharded:
-            weight.data = own.view(weight.shape)
-        weight.quant_state.absmax = own_scales
+            weight.data = packed_view.view(weight.shape)
+        weight.quant_state.absmax = absmax_view
         if parts[0].is_nested:
-            weight.quant_state.state2.absmax = own_scale_scales
+            weight.quant_state.state2.absmax = nested_view
     first = parts[0]
-    rows = sum(each.rows for each in parts)
-    return QuantizedWeight(packed, scales, first.values, first.scale_values, scale_scales, offsets, rows, first.columns)
+    rows = sum(part.rows for part in parts)
+    return QuantizedWeight(
+        packed, absmax, first.codebook, first.nested_codebook, nested_absmax, nested_offset, rows, first.columns
+    )
 
 
-def decode_scales(codes: QuantizedWeight) -> Tensor:
-    """Returns the scales of all blocks, float32 [rows * columns / 64]."""
-    if not codes.is_nested:
-        return codes.scales
-    of_group = torch.arange(len(codes.scales), device=codes.scales.device) // GROUP
-    return codes.scale_values[codes.scales.int()] * codes.scale_scales[of_group] + codes.offsets[of_group]
+def decode_absmax(weight: QuantizedWeight) -> Tensor:
+    """Returns the absmax of all blocks, float32 [rows * columns / 64]."""
+    if not weight.is_nested:
+        return weight.absmax
+    group = torch.arange(len(weight.absmax), device=weight.absmax.device) // GROUP
+    return weight.nested_codebook[weight.absmax.int()] * weight.nested_absmax[group] + weight.nested_offset[group]
 
 
-def decode_plain(codes: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Returns the weight, `dtype` [rows, columns], by table look-ups; the twin of `decode`."""
-    pairs = torch.stack([codes.packed >> 4, codes.packed & 15], -1).view(-1, BLOCK)
-    return (codes.values[pairs.int()] * decode_scales(codes)[:, None]).to(dtype).view(codes.rows, codes.columns)
+def decode_plain(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Returns the weight, `dtype` [rows, columns], by table look-ups; the twin of the kernels."""
+    pairs = torch.stack([weight.packed >> 4, weight.packed & 15], -1).view(-1, BLOCK)
+    return (weight.codebook[pairs.int()] * decode_absmax(weight)[:, None]).to(dtype).view(weight.rows, weight.columns)

@@ -47,9 +47,9 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 def _joint(tensors: list[Tensor], rows: int, columns: int) -> QuantizedWeight:
     """Returns the tensors of a group's `QuantizedWeight` as one; the packed bytes may be several tensors."""
-    *packed, scales, values, scale_values, scale_scales, offsets = tensors
+    *packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset = tensors
     joint = (packed[0] if len(packed) == 1 else torch.cat(packed)).view(torch.uint8).view(-1)
-    return QuantizedWeight(joint, scales, values, scale_values, scale_scales, offsets, rows, columns)
+    return QuantizedWeight(joint, absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, columns)
 
 
 def _decode(

@@ -1,0 +1,39 @@
+"""Counts the parameters of a model, with and without an adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from qlora.quantization.method import method_of
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Counts of parameters; a packed tensor counts as the parameters in it."""
+
+    trainable: int
+    total: int
+    base: int
+    by_dtype: dict[str, int]
+    """Those of the base, by the data type that they are stored in: `nf4`, `int8`, `bfloat16` ..."""
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
+
+
+def count_parameters(model: torch.nn.Module) -> ParameterCount:
+    """Counts trainable and all parameters; shared matrices count once."""
+    by_dtype: Counter[str] = Counter()
+    trainable = total = base = 0
+    method = method_of(model)
+    for name, parameter in model.named_parameters():
+        count, dtype = method.count(parameter)
+        total += count
+        if "lora_" not in name:
+            base += count
+            by_dtype[dtype] += count
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(trainable, total, base, dict(by_dtype))

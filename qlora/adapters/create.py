@@ -1,0 +1,126 @@
+"""Attaches a fresh LoRA adapter to a base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from transformers import PreTrainedModel
+
+from qlora.adapters.biases import copy_biases, keep_biases
+from qlora.adapters.loftq import correct_quantization, original_weights
+from qlora.adapters.targets import find_target_modules, last_name
+from qlora.config.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
+from qlora.errors import ConfigError
+from qlora.models.weight_files import Tensors
+
+log = logging.getLogger(__name__)
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+"""What `lora=attention` adapts."""
+# LoftQ as PEFT computes it would replace the base weights; `correct_quantization` leaves them alone.
+PEFT_INIT: dict[LoraInit, Any] = {
+    LoraInit.default: True,
+    LoraInit.gaussian: "gaussian",
+    LoraInit.orthogonal: "orthogonal",
+    LoraInit.pissa: "pissa",
+    LoraInit.olora: "olora",
+    LoraInit.loftq: True,
+    LoraInit.eva: "eva",
+}
+REWRITES_BASE = (LoraInit.pissa, LoraInit.olora)
+
+
+def add_lora(
+    config: LoraConfig,
+    model: PreTrainedModel,
+    *,
+    tensors: Callable[[], Tensors],
+    new_token_ids: list[int],
+    batches: Iterable[dict[str, torch.Tensor]],
+) -> PeftModel:
+    """Attaches a fresh adapter; its weights come from torch's current seed and are stored in `config.dtype`.
+
+    `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
+    Raises `ConfigError` for target modules that match nothing.
+    """
+    peft_config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        bias=config.bias.value,
+        target_modules=find_target_modules(config.target_modules, model),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=PEFT_INIT[config.init],
+        trainable_token_indices=_rows_to_train(model, new_token_ids),
+    )
+    try:
+        adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"lora.target_modules={config.target_modules}: PEFT cannot adapt this {model.config.model_type} "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
+            "lora=all-linear"
+        ) from error
+    if config.init is LoraInit.loftq:
+        correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
+    elif config.init is LoraInit.eva:
+        _start_from_data(adapted, batches)
+        cast_adapter_dtype(adapted.base_model, "default")  # EVA leaves the base's dtype behind
+    if config.bias is not LoraBias.none:
+        biases = [pair for pair in copy_biases(adapted) if pair[0].requires_grad]
+        if not biases:
+            log.warning("lora.bias=%s: the layers it selects have no biases, so none is trained", config.bias.value)
+        keep_biases(adapted, biases)
+    if config.dtype is LoraDtype.bf16:
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.bfloat16()
+    return adapted
+
+
+def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Lets PEFT start an adapter from the inputs of its layers (EVA), which must be [rows, tokens, features]."""
+    _check_rank_for_data(model)
+    try:
+        initialize_lora_eva_weights(model, dataloader=batches, show_progress_bar=False)
+    except (ValueError, IndexError) as error:
+        base = model.get_base_model()
+        adapted = {last_name(name) for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+        elsewhere = "lora=attention lora.init=eva, or " if adapted > ATTENTION else ""
+        raise ConfigError(
+            f"lora.init=eva: PEFT cannot start from what some layers of this {model.config.model_type} read "
+            f"({str(error).strip().splitlines()[0]}); use {elsewhere}lora=all-linear lora.init=default"
+        ) from error
+
+
+def _check_rank_for_data(model: PeftModel) -> None:
+    """Raises `ConfigError` where EVA would look for more directions than a layer reads features."""
+    config = model.peft_config["default"]
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    name = min(layers, key=lambda name: layers[name].in_features)
+    features, directions = layers[name].in_features, round(config.r * config.eva_config.rho)
+    if directions > features:
+        raise ConfigError(
+            f"lora.r={config.r}: lora.init=eva looks for {directions} directions in what a layer reads, and {name} "
+            f"reads {features} features; set lora.r={int(features / config.eva_config.rho)} or less, or use "
+            "lora=all-linear lora.init=default"
+        )
+
+
+def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
+    """Returns the rows of new tokens by matrix: of the embedding and, where it is a matrix of its own, the output."""
+    if not new_token_ids:
+        return None
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    matrices = [embedding] if output is None or output.weight is embedding.weight else [embedding, output]
+    names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
+    return {name: sorted(set(new_token_ids)) for name in names}

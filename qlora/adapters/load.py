@@ -1,0 +1,97 @@
+"""Loads a saved adapter onto its base, and refuses one of another base."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
+from qlora.adapters.biases import copy_biases, keep_biases
+from qlora.errors import DataError
+from qlora.models.json_files import read_object
+from qlora.text import brief_text
+
+LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
+EXPERTS = ".experts."
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
+    """Loads a saved adapter onto its base; raises `DataError` for one of another base and for one with gaps."""
+    settings = check_adapter_folder(folder)
+    recorded = settings.get("base_model_name_or_path")
+    _check_new_tokens(model, folder)
+    unfit = (
+        f"adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
+        "model.name"
+    )
+    if (difference := _find_difference(model, folder)) is not None:
+        raise DataError(f"{unfit} ({difference})")
+    biases = copy_biases(model) if settings.get("bias", "none") != "none" else None
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{unfit} ({type(error).__name__}: {brief_text(str(error))})") from error
+    with open_adapter(folder) as file:
+        saved = set(file.keys())
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := [name for name in expected if name not in saved and EXPERTS not in name]:
+        raise DataError(
+            f"adapter={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
+            f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
+            f"trained on ({recorded}) as model.name"
+        )
+    if biases is not None:
+        keep_biases(adapted, biases)
+    return adapted
+
+
+def _find_difference(model: PreTrainedModel, folder: Path) -> str | None:
+    """Says in words which tensor of an adapter is the first that the base has no place for; None: all fit."""
+    modules = dict(model.named_modules())
+    with open_adapter(folder) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name, shape in shapes.items():
+        part = LINEAR_PART.fullmatch(name)
+        if part is None or EXPERTS in name:  # PEFT itself renames the experts of older adapters
+            continue
+        layer = modules.get(part[1])
+        if layer is None:
+            return f"its {name} belongs to a layer that this base does not have"
+        needed = _needed_shape(layer, part[2], shape)
+        if needed != shape:
+            return f"its {name} is {_by(shape)}, and this base needs {_by(needed)}"
+    return None
+
+
+def _needed_shape(layer: torch.nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that a part of a linear layer's adapter must have, of the rank that it has."""
+    if isinstance(layer, Conv1D):
+        inputs, outputs = layer.weight.shape
+    elif hasattr(layer, "in_features"):
+        inputs, outputs = layer.in_features, layer.out_features
+    else:
+        return shape
+    return {"A.weight": (shape[0], inputs), "B.weight": (outputs, shape[-1])}.get(part, (outputs,))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Raises `DataError` if an adapter trained rows of new tokens that this base does not have."""
+    trained = read_object(folder / ADAPTER_CONFIG, f"adapter={folder}").get("trainable_token_indices") or {}
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    last, rows = max((max(ids, default=-1) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise DataError(
+            f"adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
+            "model.new_tokens as its training did (config.yaml of the run)"
+        )

@@ -1,0 +1,74 @@
+"""The names of quantization methods and where each is implemented; a method is imported when it is first used.
+
+Needs no torch. Another package adds a method with an entry point of the group `qlora.quantization`, or a config names
+a class as `module:Class`. `qlora.quantization.method.QuantizationMethod` says what a method answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from qlora.errors import ConfigError, did_you_mean
+
+GROUP = "qlora.quantization"
+"""The entry points that add a method: `NAME = "module:Class"`."""
+METHODS = {
+    "bnb4": "qlora.quantization.bnb4.method:Bnb4",
+    "bnb8": "qlora.quantization.bnb8.method:Bnb8",
+    "none": "qlora.quantization.none:Unquantized",
+}
+BITS = {4: "bnb4", 8: "bnb8", 16: "none", 32: "none"}
+"""The method that `quantization.method=auto` takes, by `quantization.bits`."""
+AUTO = "auto"
+
+
+def check_method(name: str, bits: int) -> None:
+    """Raises `ConfigError` for a method that is not known, and for one that does not have the bits; imports none."""
+    if name == AUTO or ":" in name:
+        return
+    if name not in METHODS and name not in _installed():
+        choices = [AUTO, *METHODS, *_installed()]
+        raise ConfigError(
+            f"quantization.method={name} is unknown{did_you_mean(name, choices)}; choose one of {', '.join(choices)}, "
+            "or name a class of yours as module:Class"
+        )
+    if name in METHODS and BITS[bits] != name:
+        supported = " or ".join(str(count) for count, method in BITS.items() if method == name)
+        raise ConfigError(
+            f"quantization.method={name} needs quantization.bits={supported}, got bits={bits}; leave quantization."
+            "method out, which takes the method of these bits"
+        )
+
+
+def load_method(name: str, bits: int) -> Any:
+    """Returns the method that a config names, a `QuantizationMethod`; imports its module, which needs no torch.
+
+    Raises `ConfigError` for a class that cannot be imported. Whether its package is trusted is checked with the config.
+    """
+    name = BITS[bits] if name == AUTO else name
+    target = METHODS.get(name) or (name if ":" in name else _installed()[name])
+    return _load(target, f"quantization.method={name}")
+
+
+@functools.cache
+def _load(target: str, key: str) -> Any:
+    module, _, name = target.partition(":")
+    try:
+        method = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}: {module} cannot be imported ({error}); install it, or put it on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{key}: the module {module} has no class {name}; correct the name") from error
+    if not isinstance(method, type):
+        raise ConfigError(f"{key}: {target} is not a class; name a subclass of QuantizationMethod")
+    return method()
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=GROUP)}

@@ -1,0 +1,91 @@
+"""transformers' config object of a base, read from its `config.json` or built from `model.architecture`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
+
+from qlora.config.schema import ModelConfig
+from qlora.errors import ConfigError, did_you_mean
+from qlora.models.causal import check_is_causal
+from qlora.models.json_files import library_reads
+from qlora.models.model_files import check_model_folder, is_local, locate
+from qlora.models.tokenizer import hub_error
+
+CONFIG = "config.json"
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """Returns transformers' config object of the base model; reads or downloads `config.json` only.
+
+    Raises `ConfigError` unless it describes a decoder-only causal language model.
+    """
+    folder = locate(config.name)
+    if is_local(folder):
+        check_model_folder(Path(folder), tokenizer=config.tokenizer is None)
+    key = f"model.name={config.name}"
+    with library_reads(key, CONFIG):
+        try:
+            model_config = AutoConfig.from_pretrained(folder, **hub_options(config))
+        except (OSError, ValueError) as error:
+            raise hub_error("model.name", folder, error, gated=config.gated) from error
+        check_is_causal(model_config, key)
+    return model_config
+
+
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """Returns the options of `from_pretrained` that say what is read from the hub, and whether its code runs."""
+    return {
+        "revision": config.revision or "main",
+        "cache_dir": config.cache_dir,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Returns transformers' config object for `model.weights=random`, with the tokenizer's special ids.
+
+    Raises `ConfigError` for a field of `model.architecture` that the model type does not have.
+    """
+    assert config.architecture is not None
+    shape = {key: value for key, value in asdict(config.architecture).items() if value is not None}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    if len(tokenizer) > shape["vocab_size"]:
+        raise ConfigError(
+            f"model.architecture.vocab_size={shape['vocab_size']} is too small for the tokenizer's "
+            f"{len(tokenizer)} tokens; raise it or choose another model.tokenizer"
+        )
+    model_type, rope_theta = shape.pop("model_type"), shape.pop("rope_theta", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.architecture.model_type={model_type!r} is unknown to transformers"
+            f"{did_you_mean(model_type, CONFIG_MAPPING)}; give its name of the architecture, e.g. llama"
+        )
+    check_is_causal(CONFIG_MAPPING[model_type](), f"model.architecture.model_type={model_type}")
+    defaults = CONFIG_MAPPING[model_type]().to_dict()
+    if "sliding_window" in shape and "use_sliding_window" in defaults:  # Qwen: off, and above some layers only
+        shape |= {"use_sliding_window": True, "max_window_layers": 0}
+    model_config = AutoConfig.for_model(model_type, **shape, **ids)
+    for name, value in shape.items():
+        is_known = name in defaults or name in model_config.attribute_map
+        if not is_known or getattr(model_config, name) != value:
+            raise ConfigError(
+                f"model.architecture.{name}={value}: {model_type} has no such setting; leave it out or set it to null"
+            )
+    if rope_theta is not None:
+        _set_rope_theta(model_config, rope_theta)
+    return model_config
+
+
+def _set_rope_theta(config: Any, theta: float) -> None:
+    """Sets the base of the rotary embedding, in global attention where a model has two kinds (Gemma 3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope:
+        raise ConfigError(
+            f"model.architecture.rope_theta={theta:g}: {config.model_type} has no rotary embedding; set it to null"
+        )
+    rope["rope_theta"] = theta

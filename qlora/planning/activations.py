@@ -1,0 +1,135 @@
+"""The memory of a forward and a backward pass: what layers keep, what they decode, logits and temporary tensors.
+
+The sizes follow torch's autograd on a GPU (tensors kept for the backward pass) with PEFT 0.21 and bitsandbytes 0.50.
+Tests compare each with real modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import cached_property
+
+from qlora.config.schema import PlanStep
+from qlora.planning.model_shape import Shape
+from qlora.planning.setup import Setup
+
+DECODED_CHUNK = 2**27
+"""Most bytes that the `fast` step decodes at a time in 16 bits."""
+LOGITS_CHUNK = 2048
+"""Tokens whose logits exist at a time in the `fast` step."""
+
+
+class Activations:
+    """The memory of a pass, in bytes."""
+
+    def __init__(self, shape: Shape, setup: Setup) -> None:
+        self.shape, self.setup = shape, setup
+        self.linears = {linear.name: linear for linear in shape.linears}
+
+    def saved(self, names: frozenset[str]) -> float:
+        """Returns what one layer keeps for the backward pass; `names` are its linear layers with an adapter."""
+        bytes_per_token = self._saved_fast(names) if self.setup.step is PlanStep.fast else self._saved_plain(names)
+        return self.setup.tokens * bytes_per_token
+
+    def _saved_plain(self, names: frozenset[str]) -> float:
+        """Bytes a token with transformers' layers and PEFT's adapters under autocast, operation by operation."""
+        shape, setup, family, c = self.shape, self.setup, self.shape.family, self.setup.width
+        trained = names if setup.r else frozenset(self.linears)
+        # RMSNorm keeps its input in float32 and a scale; LayerNorm a mean and a scale, of one input where it is shared.
+        norms = family.norms * (4 * shape.hidden + (8 if family.layer_norm else 4))
+        if self.has_fp32_stream:
+            norms -= 4 * shape.hidden
+        if family.head_norms:
+            norms += 4 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.key_value_heads)
+        act = shape.intermediate * (3 * c if family.gated else 4 if self.has_fp32_stream else c)
+        inputs = sum(setup.r * c for _ in names)
+        shared = set()
+        for linear in (self.linears[name] for name in trained):
+            if setup.r and setup.dropout:
+                inputs += linear.inputs * (c + 1)  # the input with zeros, and where they are
+            elif setup.r and not setup.base.is_quantized:
+                inputs += linear.inputs * c  # PEFT casts the input for each layer
+            elif linear.reads != "heads" or not self._keeps_output:
+                shared.add((linear.reads, linear.inputs))
+        if setup.base.keeps_input and setup.dropout:  # the int8 product keeps the input as it was, too
+            shared |= {(linear.reads, linear.inputs) for linear in shape.linears if linear.reads != "heads"}
+        return norms + act + inputs + sum(size * c for _, size in shared) + self._attention
+
+    @property
+    def _attention(self) -> float:
+        """Bytes a token that attention keeps: queries, keys, values, output and the rows' sums."""
+        shape, c = self.shape, self.setup.width
+        if shape.family.capped:
+            # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and in 16 bits.
+            return c * 3 * shape.queries + shape.heads * self.setup.length * (2 * c + 4)
+        # Of a joined matrix all outputs are kept for the values' sake.
+        joined = shape.family.joined and not self.has_fp32_stream
+        values = shape.queries + 2 * shape.keys if joined else shape.keys
+        return c * (2 * shape.queries + shape.keys + values) + 4 * shape.heads
+
+    @property
+    def has_fp32_stream(self) -> bool:
+        """Whether the hidden state is in float32: autocast's LayerNorm returns that, and so do 4- and 8-bit layers."""
+        return self.shape.family.layer_norm and self.setup.base.is_quantized and self.setup.step is PlanStep.plain
+
+    @property
+    def _keeps_output(self) -> bool:
+        """Whether the output that attention keeps is what the next layer reads, and not laid out otherwise."""
+        return not (self.shape.family.capped or self.shape.family.joined)
+
+    def _saved_fast(self, names: frozenset[str]) -> float:
+        """Bytes a token with fused linear layers and attention by rows; compiled norms are computed again."""
+        shape, setup, c = self.shape, self.setup, self.setup.width
+        residual = 2 * shape.hidden * c + 4 * shape.family.norms
+        act = shape.intermediate * c * (2 if shape.family.gated else 1)
+        return residual + setup.r * c * len(names) + act + self._attention
+
+    @cached_property
+    def decoded_matrix(self) -> float:
+        """What is decoded of the largest matrix, or group of matrices, at a time."""
+        setup = self.setup
+        if not setup.base.is_quantized:
+            return 0
+        if setup.step is PlanStep.plain:
+            elements = max(linear.weights for linear in self.shape.linears)
+            return elements * (setup.width + setup.base.decoding_bytes)
+        groups: Counter[str] = Counter()
+        for linear in self.shape.linears:
+            groups[linear.reads] += linear.weights
+        joint = max(groups.values())
+        return joint if setup.fp8 else joint * setup.width / math.ceil(joint * setup.width / DECODED_CHUNK)
+
+    @property
+    def backward(self) -> float:
+        """What the backward pass of one layer needs beyond what the layer kept."""
+        setup, c = self.setup, self.setup.width
+        hidden, middle = self.shape.hidden * c * setup.tokens, self.shape.intermediate * c * setup.tokens
+        if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
+            return hidden + 4 * middle + self.decoded_matrix
+        zeros = setup.r > 0 and setup.dropout
+        sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
+        decoding = hidden + middle + self.decoded_matrix
+        again = 5 * hidden + (middle if zeros else 0)  # the end of the layer's second forward pass
+        return max(sums, decoding, again if setup.checkpointed else 0)
+
+    def copies(self, names: frozenset[str]) -> float:
+        """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""
+        if self.setup.fp32:
+            return 0
+        names = frozenset() if self.setup.bf16_adapters else names
+        adapters = sum(self.setup.r * (self.linears[name].inputs + self.linears[name].outputs) for name in names)
+        base = sum(linear.weights for linear in self.shape.linears) if self.setup.base.is_fp32 else 0
+        return 2 * (adapters + base)
+
+    @property
+    def logits(self) -> tuple[float, float]:
+        """The output layer and the loss, in the forward and in the backward pass."""
+        setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
+        copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
+        if setup.step is PlanStep.fast:  # a chunk's logits and their gradient; the gradient of the hidden state
+            chunk = min(setup.tokens, LOGITS_CHUNK) * vocabulary * 2 * c + setup.tokens * self.shape.hidden * c
+            return chunk + copy, 0
+        capped = c if self.shape.family.capped else 0
+        # As computed, in float32, and their logarithms; then those, and two gradients in float32.
+        return setup.tokens * vocabulary * (c + 8 + capped) + copy, setup.tokens * vocabulary * (12 + capped) + copy

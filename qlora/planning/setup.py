@@ -1,0 +1,51 @@
+"""What decides the memory and the time of a training run, beside the shape of its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora.config.schema import PlanStep
+from qlora.quantization.stored_base import StoredBase
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory of a training run beside the model's shape."""
+
+    base: StoredBase
+    fp32: bool
+    """Whether matrix products are in 32 bits instead of 16."""
+    r: int
+    """Rank of the adapters; 0: all weights are trained."""
+    targets: tuple[frozenset[str], ...]
+    """For each decoder layer, the linear layers with an adapter."""
+    dora: bool
+    bf16_adapters: bool
+    """Whether the adapters are stored in 16 bits."""
+    dropout: bool
+    optim: str
+    rows: int
+    """Rows a micro-batch."""
+    length: int
+    """Tokens a row."""
+    accumulates: bool
+    """Whether gradients of earlier micro-batches are there already."""
+    checkpointed: int
+    """Decoder layers, the first ones, that compute their activations again in the backward pass."""
+    step: PlanStep
+    fp8: bool = False
+    """Whether the matmuls with the base are in 8 bits."""
+    guarded: bool = False
+    """Whether the previous weights are kept during the optimizer's step, to undo an update."""
+    offloaded: int = 0
+    """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a micro-batch."""
+        return self.rows * self.length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 4 if self.fp32 else 2
