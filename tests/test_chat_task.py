@@ -24,8 +24,8 @@ from qlora.config.compose import compose
 from qlora.config.schema import DataConfig
 from qlora.data import build_data
 from qlora.data.formats.known_formats import ALPACA
-from qlora.demo.tokenizer import MODEL_FOLDER
 from qlora.errors import UserError
+from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
 from qlora.tasks.chat import Chat, ChatModel, Entered, Reply, Stream, choose_saved_template, read_message, talk
 
@@ -289,7 +289,7 @@ def test_quoted_text_is_never_a_command() -> None:
 
 
 def tiny() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    return AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
 
 
 def stream(text: str, stop: str = "", *, end: bool = True) -> tuple[list[str], Reply]:

@@ -161,5 +161,5 @@ def test_llama_s_ids_of_a_chip2_row_are_these():
 
 
 def test_every_named_set_of_the_hub_has_rows_here():
-    own = ("demo", "demo-corpus", "local", "mix", "vicuna")
+    own = ("demo", "local", "mix", "vicuna")
     assert {file.stem for file in (CONF_DIR / "data").glob("*.yaml")} - set(own) == set(SETS)
