@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
 import qlora
@@ -23,6 +22,7 @@ from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import NEEDED_TOKENS, Template, read_template
 from qlora.data.formats.known_formats import FORMATS
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 NO = -100
 REAL = Path(__file__).parents[3] / "shared" / "data"

@@ -5,7 +5,6 @@ import re
 from datetime import datetime
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
 from qlora.config.schema import DataConfig, TrainOn
@@ -16,6 +15,7 @@ from qlora.data.chat.message_form import MARK, Piece, find_form
 from qlora.data.chat.templates import Template, read_template
 from qlora.data.formats.known_formats import FORMATS
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 IM = ("<|im_start|>", "<|im_end|>")
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import build_byte_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -15,6 +14,7 @@ from qlora.data.batching.example_tokens import build_tokenizer
 from qlora.data.chat.templates import Template, prompt_template, read_template
 from qlora.data.formats.known_formats import ALPACA, FORMATS, PROMPTS, QUESTION, VERBATIM, Segment, find_prompt
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 GUANACO, HH = PROMPTS[2:4]

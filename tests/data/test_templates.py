@@ -1,9 +1,9 @@
 import pytest
-from conftest import build_byte_tokenizer
 
 from qlora.config.schema import TEMPLATE_NAMES, DataConfig
 from qlora.data.chat.templates import FALLBACK, NEEDED_TOKENS, choose_template, read_template
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 OURS = [name for name in TEMPLATE_NAMES if name != "auto"]
 

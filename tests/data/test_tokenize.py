@@ -1,7 +1,6 @@
 import random
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
 from qlora.config.schema import DataConfig, TrainOn
@@ -11,6 +10,7 @@ from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, read_template
 from qlora.data.formats.known_formats import FORMATS, Segment
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 BOS, EOS, NO = 1, 2, -100
 
