@@ -89,15 +89,31 @@ def siblings(key: str) -> set[str]:
 # --- keys that do not exist ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", ["", "+", "++"])
-@pytest.mark.parametrize("key", KEYS)
-def test_a_misspelled_key_is_refused_with_the_right_one(key: str, sign: str) -> None:
+def check_misspelled(key: str, sign: str, kinds: slice) -> None:
     parent, dot, name = key.rpartition(".")
-    for typo in list(typos(name, siblings(key)))[: 3 if not sign else 1]:
+    for typo in list(typos(name, siblings(key)))[kinds]:
         text = message(f"{sign}{parent}{dot}{typo}=1")
         assert text.startswith(f"unknown key '{parent}{dot}{typo}'")
         assert key in suggested(text), text
         assert "`qlora --help" in text
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelled_key_is_refused_with_the_right_one(key: str) -> None:
+    check_misspelled(key, "", slice(1))
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_key_is_refused_however_it_is_misspelled_and_added(sign: str) -> None:
+    for key in KEYS[::40]:
+        check_misspelled(key, sign, slice(3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("sign", "kinds"), [("", slice(1, 3)), ("+", slice(1)), ("++", slice(1))])
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_refused_however_it_is_misspelled_and_added(key: str, sign: str, kinds: slice) -> None:
+    check_misspelled(key, sign, kinds)
 
 
 @pytest.mark.parametrize("group", group_names())
