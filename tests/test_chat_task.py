@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
 from qlora.config.schema import DataConfig
-from qlora.data import build_data
-from qlora.data.formats.known_formats import ALPACA
+from qlora.data.formats.prompts import ALPACA
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 from qlora.models.model_files import EMBEDDED
 from qlora.run import Run

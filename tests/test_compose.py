@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import schema
+from qlora.config.chat_templates import TEMPLATE_NAMES
 from qlora.config.compose import (
     CONF_DIR,
     FOREIGN_NAMES,
@@ -34,6 +35,7 @@ from qlora.config.compose import (
     to_config,
     unknown_flag,
 )
+from qlora.config.data_formats import FORMAT_NAMES
 from qlora.config.schema import MixConfig
 from qlora.errors import UserError, edit_distance, suggest
 
@@ -381,9 +383,9 @@ CROSS_FIELD = {
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "
-    f"{', '.join(schema.FORMAT_NAMES)}, or module:function of your own",
+    f"{', '.join(FORMAT_NAMES)}, or module:function of your own",
     "data.template=chatm": "data.template='chatm' is unknown (did you mean chatml?); choose one of "
-    f"{', '.join(schema.TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)",
+    f"{', '.join(TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)",
 }
 
 

@@ -18,17 +18,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, MixConfig
-from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
 from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
-from qlora.data.formats.known_formats import Example, find_prompt
+from qlora.data.formats.prompts import Example, find_prompt
 from qlora.data.formats.recognise import Choice, choose_format
 from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
-from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.errors import ConfigError, DataError, UserError, did_you_mean
 from qlora.text import parse_size
+from qlora.upstream.datasets import fingerprint
 
 SAMPLE = 20
 """Rows that are looked at to recognise a format."""
@@ -130,12 +131,12 @@ class RowSet:
         return "data.template" if self.part.fields.template is None else f"{self.part.key}.template"
 
     def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
-        """Renders the sample; raises `ConfigError` with the row that cannot be."""
+        """Renders the sample; raises `DataError` with the row that cannot be."""
         for number, row in enumerate(_sample(rows), 1):
             try:
                 yield from choice.format.render(row)
             except UserError as error:
-                raise ConfigError(f"{self.part.shown}, row {number}: {error}") from None
+                raise DataError(f"{self.part.shown}, row {number}: {error}") from None
 
     @cached_property
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -192,7 +193,7 @@ class RowSet:
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
         shown = self.part.shown
-        tokenizer = build_tokenizer(self.config, self.tokenizer, template)
+        tokenizer = build_encoder(self.config, self.tokenizer, template)
         job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
         key = self._key(job, choice)
 
@@ -210,7 +211,7 @@ class RowSet:
                 "with data.split_seed"
             )
             way_out = others if for_eval and self.config.splits_off else ""
-            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
+            raise DataError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
 
@@ -249,7 +250,7 @@ class RowSet:
         """Names all that the tokens depend on; a change of any of it is another key."""
         encoder = job.tokenizer
         parts = {
-            "rows": job.rows._fingerprint,
+            "rows": fingerprint(job.rows),
             "order": "all" if job.order is None else hashlib.sha256(job.order.astype("<i8").tobytes()).hexdigest(),
             "format": choice.name,
             "own": _own_source(choice.name),
@@ -285,7 +286,7 @@ def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
         )
         missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
         if 0 < len(missing) < len(rows):
-            raise ConfigError(
+            raise DataError(
                 f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
                 f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
             )

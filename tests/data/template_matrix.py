@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from transformers import AddedToken
 
-from qlora.data.chat.chat_writer import ChatWriter
 from qlora.data.chat.conversations import THOUGHTS, Conversation, Message
+from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError
 from tests.data.byte_tokenizer import build_byte_tokenizer
 

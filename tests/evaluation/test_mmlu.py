@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
-from qlora.data import read_rows
+from qlora.data.ingest.row_files import read_rows
 from qlora.errors import UserError
 from qlora.evaluation.measure import Suite, evaluation_mode
 from qlora.evaluation.mmlu import LETTERS, Mmlu, Parts, Question, load_questions, read_question, render_questions

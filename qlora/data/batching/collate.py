@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.data.batching.example_tokens import IGNORED
+from qlora.data.batching.row_encoder import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset
 
-from qlora.data.batching.example_tokens import IGNORED
+from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.token_store import column
 from qlora.errors import ConfigError
 

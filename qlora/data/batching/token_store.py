@@ -18,12 +18,13 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora.config.schema import OnEmpty, OnTooLong
-from qlora.data.batching.example_tokens import Encoded, Tokenizer
+from qlora.data.batching.row_encoder import Encoded, RowEncoder
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.trained_answers import settle
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
-from qlora.data.formats.known_formats import Example, Format
-from qlora.errors import ConfigError, UserError
+from qlora.data.formats.prompts import Example
+from qlora.data.formats.renderers import Format
+from qlora.errors import DataError, UserError
 from qlora.runtime import console
 from qlora.runtime.workers import Part, Result, do_parts
 
@@ -99,7 +100,7 @@ class Job:
     order: np.ndarray | None
     """Indices of the rows to take; None: all."""
     layout: Format
-    tokenizer: Tokenizer
+    tokenizer: RowEncoder
     on_empty: OnEmpty
     for_eval: bool
     shown: str
@@ -219,7 +220,7 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
         try:
             drafts += _render(job, index, row, counts)
         except UserError as error:
-            raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+            raise DataError(f"{job.shown}, row {index + 1}: {error}") from None
     kept, rows_kept, tasks_kept = [], [], []
     for encoded, draft in zip(_encode(job, drafts), drafts, strict=True):
         if (encoded.cut_source or encoded.cut_target) and not _stays(job, draft.row):
@@ -270,14 +271,14 @@ def _encode(job: Job, drafts: list[_Draft]) -> list[Encoded]:
             try:
                 job.tokenizer.encode([draft.example])
             except UserError as error:
-                raise ConfigError(f"{job.shown}, row {draft.row + 1}: {error}") from None
+                raise DataError(f"{job.shown}, row {draft.row + 1}: {error}") from None
         raise
 
 
 def _stays(job: Job, index: int) -> bool:
     limits = job.tokenizer.limits
     if limits.on_too_long is OnTooLong.error:
-        raise ConfigError(
+        raise DataError(
             f"{job.shown}, row {index + 1}: longer than data.source_max_len={limits.source_max_len}, "
             f"data.target_max_len={limits.target_max_len}, data.max_length={limits.max_length} allow; raise them, or "
             "set data.on_too_long=truncate or drop"

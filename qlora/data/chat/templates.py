@@ -5,6 +5,7 @@ Sets without conversations have one too, which asks as their rows do.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from dataclasses import asdict
@@ -14,9 +15,9 @@ from typing import Final, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.schema import TEMPLATE_NAMES
-from qlora.data.formats.known_formats import Prompt
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.chat_templates import TEMPLATES, installed_template
+from qlora.data.formats.prompts import Prompt
+from qlora.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,6 @@ WITH_CALLS: Final = ("chatml", "llama-3", FALLBACK)
 """Templates that write all but thoughts, calls beside an answer too; the last one suits any tokenizer."""
 WITH_THOUGHTS: Final = "chatml-thoughts"
 """The template that writes the thoughts of every turn."""
-
-NEEDED_TOKENS: Final[dict[str, tuple[str, ...]]] = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "chatml-thoughts": ("<|im_start|>", "<|im_end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "phi-3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
-    "qwen": ("<|im_start|>", "<|im_end|>"),
-}
-"""Tokens that a template is written with; spelled out in pieces they would mean nothing to the model."""
 
 
 class Template(NamedTuple):
@@ -55,7 +46,9 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str =
             return Template("the tokenizer's own", _own_template(tokenizer, key))
         log.info("%s=auto: the tokenizer has no chat template; taking %s", key, FALLBACK)
         name = FALLBACK
-    if name not in TEMPLATE_NAMES:
+    if (target := installed_template(name)) is not None:
+        return Template(name, _read_installed(target, f"{key}={name}"))
+    if name not in TEMPLATES:
         return Template(name, _read_file(name, key))
     missing = _missing_tokens(name, tokenizer)
     if missing:
@@ -79,7 +72,7 @@ def suggest_thoughts(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     known = tokenizer.get_vocab()
-    return [token for token in NEEDED_TOKENS.get(name, ()) if token not in known]
+    return [token for token in TEMPLATES[name] if token not in known]
 
 
 def _new_tokens(tokens: list[str]) -> str:
@@ -123,12 +116,24 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
     return own.get("default") or next(iter(own.values()))
 
 
+def _read_installed(target: str, shown: str) -> str:
+    """Returns the text of a template that an installed package adds."""
+    module, _, name = target.partition(":")
+    try:
+        text = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{shown}: its package registers {target}, which cannot be read ({error})") from error
+    if not isinstance(text, str):
+        raise DataError(f"{shown}: {target} is of type {type(text).__name__}; it must be the template's Jinja text")
+    return text
+
+
 def _read_file(name: str, key: str) -> str:
     path = Path(name).expanduser()
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ConfigError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
+        raise DataError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}={name}: cannot be read ({error})") from None
+        raise DataError(f"{key}={name}: cannot be read ({error})") from None

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qlora.config.data_formats import installed_format
 from qlora.config.schema import FUNCTION_PATH
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
-from qlora.data.formats.known_formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.errors import ConfigError, UserError
+from qlora.data.formats.prompts import Example
+from qlora.data.formats.renderers import FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
+from qlora.errors import ConfigError, DataError, UserError
 from qlora.runtime.user_code import import_function
 from qlora.text import listed
 
@@ -91,8 +93,8 @@ def choose_format(
     if name == "auto":
         choice = recognise(rows)
         log.info("%s=auto: %s, by %s", setting, choice.name, choice.why)
-    elif FUNCTION_PATH.fullmatch(name):
-        choice = _choose_own(name, rows)
+    elif (function := name if FUNCTION_PATH.fullmatch(name) else installed_format(name)) is not None:
+        choice = _choose_own(function, rows._replace(chosen=function))
         log.info("%s=%s: %s", setting, name, choice.why)
     else:
         choice = Choice(name, f"{setting}={name}", FORMATS[name])
@@ -113,14 +115,14 @@ def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
     fitting = [name for name in FORMATS if _fits(name, rows)]
     if not fitting:
-        raise ConfigError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
+        raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
     name = fitting[0]
     if _is_prompt_only(name, rows):
-        raise ConfigError(_prompts_only(rows))
+        raise DataError(_prompts_only(rows))
     if left := _left_choices(name, rows):
         way_out = f", or leave them out with {rows.setting}={name}" if _works(rows, name, {}) else ""
-        raise ConfigError(
+        raise DataError(
             f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, a multiple-choice test; the answers mean "
             f"little without {left[0]}. Write them into the question with a function of your own "
             f"({rows.setting}=module:function){way_out}"
@@ -363,6 +365,6 @@ def _map(path: str, row: Row, setting: str) -> list[Row]:
     found = [] if result is None else result if isinstance(result, list) else [result]
     if wrong := next((item for item in found if not isinstance(item, Mapping)), None):
         shown = f"a list with {type(wrong).__name__}" if isinstance(result, list) else type(wrong).__name__
-        raise ConfigError(f"{setting}={path}: returned {shown} for a row; it must return a row (dict), a list of rows, "
+        raise DataError(f"{setting}={path}: returned {shown} for a row; it must return a row (dict), a list of rows, "
                           "or None to leave the row out")  # fmt: skip
     return found

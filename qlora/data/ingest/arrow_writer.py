@@ -16,7 +16,7 @@ from datasets import Features, Json, Value
 
 from qlora.data.ingest.readers import Chunk
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.text import listed
 
 TEXT = pa.string()
@@ -45,14 +45,14 @@ class RowWriter:
         self._part: pa.RecordBatchStreamWriter | None = None
 
     def add(self, chunk: Chunk, *, shown: str) -> None:
-        """Appends rows; raises `ConfigError` for a row that shares no column with those before it."""
+        """Appends rows; raises `DataError` for a row that shares no column with those before it."""
         count = len(chunk.rows)
         if not count:
             return
         columns = self._columns(chunk, shown)
         check_table(pa.table(columns), self.most, lambda index: f"{shown}, {chunk.place(index)}")
         if not columns and not self._types:
-            raise ConfigError(f"{shown}, {chunk.place(0)}: has no columns")
+            raise DataError(f"{shown}, {chunk.place(0)}: has no columns")
         before = self._schema() if self._part is not None else None
         for name, cells in columns.items():
             self._types[name] = wider(self._types.get(name, UNKNOWN), cells.type)
@@ -182,7 +182,7 @@ def file_digest(path: Path) -> str:
 def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, index: int, shown: str) -> None:
     names = list(row)
     if known and names and known.keys().isdisjoint(names):
-        raise ConfigError(
+        raise DataError(
             f"{shown}, {chunk.place(index)}: has the columns {listed(names)}, but the rows before it have "
             f"{listed(known)}; all rows must be of one kind"
         )
@@ -191,11 +191,11 @@ def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, 
 def _check_names(names: Iterable[Any], shown: str) -> None:
     for name in names:
         if not isinstance(name, str):
-            raise ConfigError(f"{shown}: a column is named {name!r}; names must be text")
+            raise DataError(f"{shown}: a column is named {name!r}; names must be text")
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise ConfigError(
+            raise DataError(
                 f"{shown}: the name of the column {name!r} holds half of a surrogate pair, which is no character; give "
                 "it another name"
             ) from None
@@ -267,7 +267,7 @@ def _storage(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 
 
 def _raise_broken(name: str, cells: Sequence[Any], chunk: Chunk, shown: str) -> NoReturn:
-    """Raises `ConfigError` for the first cell that cannot be kept."""
+    """Raises `DataError` for the first cell that cannot be kept."""
     for index, cell in enumerate(cells):
         try:
             _json_array([cell])
@@ -281,5 +281,5 @@ def _raise_broken(name: str, cells: Sequence[Any], chunk: Chunk, shown: str) -> 
             reason = f"cannot be kept ({error}); write numbers beyond 64 bits as text"
         else:
             continue
-        raise ConfigError(f"{shown}, {chunk.place(index)}: column {name} {reason}") from None
+        raise DataError(f"{shown}, {chunk.place(index)}: column {name} {reason}") from None
     raise AssertionError("each cell alone can be kept, all of them cannot")

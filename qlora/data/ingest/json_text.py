@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_text, too_long
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 Row = dict[str, Any]
 
@@ -60,16 +60,16 @@ def read_lines(
             try:
                 row, end = _scan(line, 0)
             except DoubledKey as error:
-                raise ConfigError(f"{shown}, line {number}: {error}") from None
+                raise DataError(f"{shown}, line {number}: {error}") from None
             except (StopIteration, ValueError, RecursionError):
                 end = -1
             if end != len(line):
-                raise ConfigError(
+                raise DataError(
                     f"{shown}, line {number}: broken JSON ({_reason(line)}); the file must hold one array of objects, "
                     "or one object a line"
                 )
             if type(row) is not dict:
-                raise ConfigError(f"{shown}, line {number}: {_kind(row)}; each line must hold an object")
+                raise DataError(f"{shown}, line {number}: {_kind(row)}; each line must hold an object")
             rows.append(row)
             numbers.append(number)
         yield numbers, rows
@@ -88,7 +88,7 @@ def read_array(file: IO[str], shown: str, *, size: int, most: int = MAX_ROW_BYTE
     while is_open:
         row = window.value(most, f"{shown}: element {count} of the array")
         if type(row) is not dict:
-            raise ConfigError(f"{shown}: element {count} of the array is {_kind(row)}; each must be an object")
+            raise DataError(f"{shown}: element {count} of the array is {_kind(row)}; each must be an object")
         rows.append(row)
         count += 1
         mark = window.peek()
@@ -142,7 +142,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 message, position = error.msg, error.pos
             except DoubledKey as error:
-                raise ConfigError(f"{self.shown}, line {self.line_of(self.position)}: {error}") from None
+                raise DataError(f"{self.shown}, line {self.line_of(self.position)}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise self.error(_said(error), self.position) from None
             else:
@@ -165,11 +165,11 @@ class _Window:
             self.text, self.position = self.text[self.position :] + text, 0
         return bool(text)
 
-    def error(self, message: str, position: int) -> ConfigError:
+    def error(self, message: str, position: int) -> DataError:
         if position >= len(self.text.rstrip()) or message.startswith("Unterminated string"):
             message = "the array is not closed; is the file cut off?"
             position = len(self.text.rstrip())
-        return ConfigError(f"{self.shown}, line {self.line_of(position)}: broken JSON ({message})")
+        return DataError(f"{self.shown}, line {self.line_of(position)}: broken JSON ({message})")
 
     def line_of(self, position: int) -> int:
         """Returns the line of the file, from 1, on which a position of the text stands."""

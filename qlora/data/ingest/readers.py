@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from qlora.data.ingest.json_text import read_array, read_lines
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, lines, too_long
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 CHUNK_SIZE = 2**21
 """Characters of a file that become one chunk."""
@@ -74,7 +74,7 @@ def read_chunks(path: Path, *, shown: str, most: int = MAX_ROW_BYTES) -> Iterato
             return
         first = _first_character(path)
         if not first:
-            raise ConfigError(f"{shown} is empty")
+            raise DataError(f"{shown} is empty")
         if kind == "json" and first == "[":
             with _open_text(path) as file:
                 for start, rows in read_array(file, shown, size=CHUNK_SIZE, most=most):
@@ -97,9 +97,9 @@ def _named_errors(path: Path, shown: str) -> Iterator[None]:
         with _named_errors(path, shown):  # the bytes behind may be broken in another way
             _raise_bad_byte(path, shown)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{shown}: not a whole gzip file ({error})") from None
+        raise DataError(f"{shown}: not a whole gzip file ({error})") from None
     except OSError as error:
-        raise ConfigError(f"{shown}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{shown}: cannot be read ({error.strerror or error})") from None
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _raise_bad_byte(path: Path, shown: str) -> NoReturn:
     position, line, block = 0, 1, b""
     with open_binary(path) as file:
         if file.read(2) == b"\x1f\x8b":
-            raise ConfigError(f"{shown}: is compressed with gzip; give it a name that ends in .gz")
+            raise DataError(f"{shown}: is compressed with gzip; give it a name that ends in .gz")
         file.seek(0)
         try:
             for block in _blocks(file):
@@ -141,7 +141,7 @@ def _raise_bad_byte(path: Path, shown: str) -> NoReturn:
         except UnicodeDecodeError as error:
             position += error.start - waiting
             line += error.object[: error.start].count(b"\n")
-    raise ConfigError(f"{shown}, line {line}: not UTF-8 text (byte {position}); convert it to UTF-8") from None
+    raise DataError(f"{shown}, line {line}: not UTF-8 text (byte {position}); convert it to UTF-8") from None
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -211,7 +211,7 @@ def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[li
                 numbers.append(start)
                 size += sum(map(len, cells))
             elif cells:
-                raise ConfigError(
+                raise DataError(
                     f"{shown}, line {start}: {len(cells)} cells, but the first line names {len(names)} columns"
                 )
             start = reader.line_num + 1
@@ -222,9 +222,9 @@ def _check_names(names: Iterable[str], shown: str) -> None:
     seen: set[str] = set()
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise ConfigError(f"{shown}: column {number} has no name; name it, or leave it out (pandas: index=False)")
+            raise DataError(f"{shown}: column {number} has no name; name it, or leave it out (pandas: index=False)")
         if name in seen:
-            raise ConfigError(f"{shown}: two columns are named {name}; give each its own name")
+            raise DataError(f"{shown}: two columns are named {name}; give each its own name")
         seen.add(name)
 
 
@@ -233,7 +233,7 @@ def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
     inner = [kind.field(index) for index in range(kind.num_fields)]
     for name, count in Counter(field.name for field in inner).items():
         if count > 1:
-            raise ConfigError(
+            raise DataError(
                 f"{shown}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
             )
     for field in inner:
@@ -250,7 +250,7 @@ def _csv_errors(shown: str, line: int, most: int) -> Iterator[None]:
             raise too_long(f"{shown}, line {line}", most, OPEN_QUOTE) from None
         if "unexpected end" in reason:
             reason = "a quote is opened and never closed"
-        raise ConfigError(f"{shown}, line {line}: broken row ({reason})") from None
+        raise DataError(f"{shown}, line {line}: broken row ({reason})") from None
 
 
 @contextmanager
@@ -266,7 +266,7 @@ def _long_cells(most: int) -> Iterator[None]:
 def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
     with _seekable(path) as source:
         if not source.read(1):
-            raise ConfigError(f"{shown} is empty")
+            raise DataError(f"{shown} is empty")
         source.seek(0)
         try:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # else a whole row group at once
@@ -281,7 +281,7 @@ def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
             reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
-            raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
+            raise DataError(f"{shown}: broken Parquet file ({reason})") from None
 
 
 def _check_groups(metadata: pq.FileMetaData, most: int, shown: str) -> None:

@@ -19,7 +19,8 @@ from qlora.data.cache import Cache
 from qlora.data.ingest.arrow_writer import RowWriter, file_digest
 from qlora.data.ingest.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
 from qlora.data.ingest.row_size import MAX_ROW_BYTES
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import DataError, did_you_mean
+from qlora.upstream.datasets import set_fingerprint
 
 FORMAT_VERSION = 2
 """To be raised whenever equal files become other rows, so that older cache entries are not read."""
@@ -68,7 +69,7 @@ def load_files(path: str, *, cache: Cache, key: str, max_row_bytes: int = MAX_RO
         write_rows(chunks, folder, shown, most=max_row_bytes)
         for file, name, state in zip(files, names, before, strict=True):
             if _state(file) != state:
-                raise ConfigError(f"{name}: changed while it was read; run again when it is finished")
+                raise DataError(f"{name}: changed while it was read; run again when it is finished")
 
     entry = cache.entry(entry_key, write)
     if not _is_whole(entry):
@@ -99,10 +100,10 @@ def find_files(path: str, shown: str) -> list[Path]:
         parent = next(folder for folder in location.parents if not _is_glob(str(folder)))
         return _readable(found, shown, f"{shown}: matches no data file", parent)
     if not location.exists():
-        raise ConfigError(f"{shown}: no such file{_nearest(location)}")
+        raise DataError(f"{shown}: no such file{_nearest(location)}")
     if kind_of(location) is None:
         suffix = suffix_of(location) or "a file without a suffix"
-        raise ConfigError(f"{shown}: cannot read {suffix}; {_forms()}")
+        raise DataError(f"{shown}: cannot read {suffix}; {_forms()}")
     return [location]
 
 
@@ -113,7 +114,7 @@ def write_rows(chunks: Iterable[tuple[Chunk, str]], folder: Path, shown: str, *,
         for chunk, name in chunks:
             writer.add(chunk, shown=name)
         if not writer.count:
-            raise ConfigError(f"{shown}: no rows in it")
+            raise DataError(f"{shown}: no rows in it")
         path = writer.finish(ROWS)
     finally:
         writer.close()
@@ -135,11 +136,11 @@ def load_saved(path: Path, shown: str) -> dict[str, Dataset]:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{shown}: cannot be read as a folder of datasets' save_to_disk ({reason})") from error
+        raise DataError(f"{shown}: cannot be read as a folder of datasets' save_to_disk ({reason})") from error
     splits = dict(saved) if isinstance(saved, DatasetDict) else {"": saved}
     for rows in splits.values():
         digests = [file_digest(Path(file["filename"])) for file in rows.cache_files]
-        rows._fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        set_fingerprint(rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
     return splits
 
 
@@ -156,7 +157,7 @@ def _content_key(files: list[Path], names: list[str], max_row_bytes: int) -> str
         try:
             digest.update(f" {kind_of(file)} {file.suffix.lower() == '.gz'} {file_digest(file)}".encode())
         except OSError as error:
-            raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{name}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:32]
 
 
@@ -181,12 +182,12 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _readable(found: list[Path], shown: str, otherwise: str, folder: Path) -> list[Path]:
-    """Returns the data files among `found`; raises `ConfigError` with what `folder` holds if there are none."""
+    """Returns the data files among `found`; raises `DataError` with what `folder` holds if there are none."""
     files = sorted(file for file in found if file.is_file())
     readable = [file for file in files if kind_of(file) and file.name.lower() not in ABOUT_DATA
                 and file.name.lower().split(".")[0] not in NO_DATA]  # fmt: skip
     if not readable:
-        raise ConfigError(f"{otherwise}{_contents(folder)}; {_forms()}")
+        raise DataError(f"{otherwise}{_contents(folder)}; {_forms()}")
     return readable
 
 

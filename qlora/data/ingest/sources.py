@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, packaged_modules
+from datasets import Dataset
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,  # of httpx or httpx2, whichever the hub's client uses
@@ -34,9 +34,10 @@ from qlora.data.ingest.row_files import (
     write_rows,
 )
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
 from qlora.runtime.user_code import import_function
 from qlora.text import listed
+from qlora.upstream.datasets import is_packaged_reader
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def load_rows(
     set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
     endless iterable needs one, for without it this call never returns. No row may be longer than `max_row_bytes`.
     `columns` maps names to the columns that shall bear them. The rows'
-    `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
+    fingerprint depends on their content alone. Raises a `UserError`, which names
     `key` or `columns_key`.
     """
     if FUNCTION_PATH.fullmatch(path):
@@ -82,7 +83,7 @@ def load_rows(
         stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
     check_table(stored.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
     if not len(stored.rows):
-        raise ConfigError(f"{key}={path}: no rows in it")
+        raise DataError(f"{key}={path}: no rows in it")
     if stored.repeated_ids:
         log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, stored.repeated_ids)
     return _rename(stored.rows, columns or {}, f"{key}={path}", columns_key)
@@ -113,7 +114,7 @@ def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
     while chunk := list(islice(rows, FUNCTION_ROWS)):
         for number, row in enumerate(chunk, start):
             if not isinstance(row, Mapping):
-                raise ConfigError(
+                raise DataError(
                     f"{shown}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
                 )
         yield Chunk(chunk, "row", range(start, start + len(chunk)))
@@ -124,7 +125,7 @@ def _call(path: str, key: str) -> Iterable[Any]:
     """Imports `module:function` and calls it without arguments."""
     result = import_function(path, key)()
     if isinstance(result, (Mapping, str)) or not isinstance(result, Iterable):
-        raise ConfigError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
+        raise DataError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
     return result
 
 
@@ -141,7 +142,7 @@ def load_hub(
 ) -> Dataset:
     """Loads a split of a hub data set, the first that exists where several are named.
 
-    Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
+    Where it is not available, raises a `UserError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
     _check_hub_name(path, data_files, failure, key)
     try:
@@ -150,14 +151,15 @@ def load_hub(
                 return datasets.load_dataset(path, subset, split=split, data_files=data_files, revision=revision)
             splits = datasets.load_dataset(path, subset, data_files=data_files, revision=revision)
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
+        kind, reason = _diagnose(error, key)
+        raise kind(f"{failure} from the Hugging Face hub ({reason}); {remedy}") from error
     return _choose(splits, split, path, key)
 
 
 def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
     """Raises `ConfigError` for what is no data set of the hub to `datasets`: one of its own readers by name, a folder
     here, or files that lie elsewhere, behind which there may be any library's reader."""
-    if path in packaged_modules._PACKAGED_DATASETS_MODULES:
+    if is_packaged_reader(path):
         raise ConfigError(f"{failure} from the hub: {path} is a reader of the package datasets; name the file in {key}")
     if data_files is not None and (":" in data_files or data_files.startswith(("/", "~")) or ".." in data_files):
         raise ConfigError(
@@ -174,8 +176,8 @@ def hub_commit(rows: Dataset) -> str | None:
     return None
 
 
-def _reason(error: BaseException, key: str) -> str:
-    """Says in the user's words why the hub gave nothing, and what helps."""
+def _diagnose(error: BaseException, key: str) -> tuple[type[UserError], str]:
+    """Returns the kind of error that it is to the user when the hub gives nothing, and why, with what helps."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -184,14 +186,16 @@ def _reason(error: BaseException, key: str) -> str:
     said = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     login = "log in with `hf auth login` or set HF_TOKEN"
     if any(isinstance(link, GatedRepoError) for link in chain):
-        return f"it is gated: accept its terms on its page there, and {login}"
+        return ResourceError, f"it is gated: accept its terms on its page there, and {login}"
     if any(isinstance(link, RepositoryNotFoundError) for link in chain):
-        return f"no such data set: check the name; if it is private, {login}"
+        return DataError, f"no such data set: check the name; if it is private, {login}"
     if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
-        return f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, " \
-               "`hf auth login`"  # fmt: skip
+        return ResourceError, (
+            f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, "
+            "`hf auth login`"
+        )
     choice = "check the name and data.subset, data.split, data.data_files; " if key.startswith("data.") else ""
-    return f"{said}; {choice}for a gated set {login}"
+    return DataError, f"{said}; {choice}for a gated set {login}"
 
 
 def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:

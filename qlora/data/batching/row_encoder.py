@@ -11,11 +11,11 @@ from typing import NamedTuple
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, OnTooLong, TrainOn
-from qlora.data.chat.chat_writer import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
+from qlora.data.chat.render import ChatWriter, Written
 from qlora.data.chat.templates import Template
-from qlora.data.formats.known_formats import Example, Segment
-from qlora.errors import ConfigError
+from qlora.data.formats.prompts import Example, Segment
+from qlora.errors import DataError
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
@@ -83,7 +83,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class RowEncoder:
     """A tokenizer with the lengths, the labels and the chat template that a config asks for."""
 
     base: PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ class Tokenizer:
         return last in self.end_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
+        """Encodes examples in order; raises `DataError` for a row too long where `on_too_long` says so."""
         segments = [example for example in examples if not isinstance(example, Conversation)]
         chats = [self.writer.write(example) for example in examples if isinstance(example, Conversation)]
         encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
@@ -120,7 +120,7 @@ class Tokenizer:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a conversation up to where the model goes on, as a server sends it.
 
-        What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
+        What a message spells becomes no special token. Raises `DataError` for roles that the template cannot write.
         """
         return self._encode_whole(self.writer.ask(messages))
 
@@ -311,16 +311,16 @@ class Tokenizer:
         )
 
 
-def build_tokenizer(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> Tokenizer:
-    """Sets a tokenizer's lengths and labels; raises `ConfigError` where it has no end token to teach."""
+def build_encoder(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> RowEncoder:
+    """Sets a tokenizer's lengths and labels; raises `DataError` where it has no end token to teach."""
     if base.eos_token_id is None:
-        raise ConfigError(
+        raise DataError(
             f"the tokenizer {base.name_or_path!r} has no end token, so no answer could learn to stop; set eos_token "
             "in its tokenizer_config.json"
         )
     limits = Limits(config.source_max_len, config.target_max_len, config.max_length, config.on_too_long)
     bos = [] if base.bos_token_id is None else [base.bos_token_id]
-    return Tokenizer(base, bos, base.eos_token_id, limits, config.train_on, template)
+    return RowEncoder(base, bos, base.eos_token_id, limits, config.train_on, template)
 
 
 def _wanted(flags: list[bool], train_on: TrainOn) -> list[bool]:

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.chat_templates import TEMPLATES
 from qlora.config.schema import TrainOn
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.message_form import (
@@ -36,7 +37,7 @@ from qlora.data.chat.message_form import (
     map_values,
     other_value,
 )
-from qlora.data.chat.templates import NEEDED_TOKENS, Template, suggest_template
+from qlora.data.chat.templates import Template, suggest_template
 from qlora.data.chat.turn_layout import Borders, Fitted, Layout, Span, Text, find_span, holds, lay_out
 from qlora.errors import OF_CODE, ConfigError, UserError
 
@@ -369,7 +370,7 @@ class ChatWriter:
     def _special(self) -> re.Pattern[str] | None:
         """Finds the tokens that no message may write: special ones, and those of turns where added without a flag."""
         added = self.tokenizer.added_tokens_decoder.values()
-        behind, needed = self._sample[1], NEEDED_TOKENS.get(self.template.name, ())
+        behind, needed = self._sample[1], TEMPLATES.get(self.template.name, ())
         tokens = [
             token for token in map(str, (t for t in added if t.special or str(t) in needed or str(t) in behind))
             if token.strip()
