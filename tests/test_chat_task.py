@@ -349,7 +349,7 @@ def speaker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatMode
 
 def message_of(prompt: str) -> str:
     """Returns what a person types to ask what a row asked."""
-    before = ALPACA.before if prompt.startswith(ALPACA.before) else ALPACA.before_both
+    before = ALPACA.prefix if prompt.startswith(ALPACA.prefix) else ALPACA.prefix_both
     return prompt.removeprefix(before).removesuffix(ALPACA.behind)
 
 

@@ -52,7 +52,7 @@ class Part:
         return f"{self.key}.{self.path_name}"
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         return f"{self.path_key}={self.fields.path}"
 
 
@@ -61,7 +61,7 @@ class RowSet:
 
     def __init__(self, config: DataConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
         self.config, self.part, self.tokenizer, self.cache = config, part, tokenizer, cache
-        self.share = 1.0
+        self.fraction = 1.0
         """Of the rows of all sets, those of this one."""
 
     @cached_property
@@ -136,7 +136,7 @@ class RowSet:
             try:
                 yield from choice.format.render(row)
             except UserError as error:
-                raise DataError(f"{self.part.shown}, row {number}: {error}") from None
+                raise DataError(f"{self.part.label}, row {number}: {error}") from None
 
     @cached_property
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -154,13 +154,13 @@ class RowSet:
         return np.sort(training), np.sort(held_out)
 
     def _held_out_size(self, count: int) -> int:
-        wanted, key = self.config.eval_dataset_size, "data.eval_dataset_size"
-        size = max(round(wanted * count if wanted < 1 else wanted * self.share), 1)
+        requested, key = self.config.eval_dataset_size, "data.eval_dataset_size"
+        size = max(round(requested * count if requested < 1 else requested * self.fraction), 1)
         if size >= count:
             fewer = f"set {key}={max(count // 10, 1)}, or " if count > 1 else ""
             raise ConfigError(
-                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows of "
-                "your own out with data.eval_path=FILE"
+                f"{key}={requested:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows "
+                "of your own out with data.eval_path=FILE"
             )
         return size
 
@@ -192,13 +192,13 @@ class RowSet:
         *,
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
-        shown = self.part.shown
+        label = self.part.label
         tokenizer = build_encoder(self.config, self.tokenizer, template)
-        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label)
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
-            _check_labels(rows, choice, shown)
+            _check_labels(rows, choice, label)
             encode(job, folder, processes=self.config.num_proc)
 
         folder = self.cache.entry(key, tokenize)
@@ -211,7 +211,7 @@ class RowSet:
                 "with data.split_seed"
             )
             way_out = others if for_eval and self.config.splits_off else ""
-            raise DataError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
+            raise DataError(f"{label}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
 
@@ -276,8 +276,8 @@ class RowSet:
         return hashlib.sha256((content + special).encode()).hexdigest()
 
 
-def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
-    """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
+def _check_labels(rows: Dataset, choice: Choice, label: str) -> None:
+    """Refuses rows without a label of preference beside rows that have one: nothing says whether they are good."""
     for column in label_columns(rows.column_names, choice.format.labels):
         cells = (
             row[column]
@@ -287,7 +287,7 @@ def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
         missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
         if 0 < len(missing) < len(rows):
             raise DataError(
-                f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
+                f"{label}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
                 f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
             )
 

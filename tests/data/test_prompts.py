@@ -108,7 +108,7 @@ def test_what_chat_sends_is_what_training_saw(name, any_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("prompt", [GUANACO, HH], ids=lambda prompt: prompt.name)
 def test_a_text_that_is_trained_as_a_whole_begins_as_chat_does(prompt, any_tokenizer, tmp_path):
-    whole = prompt.before + "What is a fjord?" + prompt.behind + " An inlet." + prompt.before + "Thanks!"
+    whole = prompt.prefix + "What is a fjord?" + prompt.behind + " An inlet." + prompt.prefix + "Thanks!"
     data = build([{"text": whole}], "text", any_tokenizer, tmp_path)
     assert data.template.name == f"the prompt of {prompt.name}"
     sent = send(any_tokenizer, data, "What is a fjord?")

@@ -33,7 +33,7 @@ THOUGHT_PARTS = ("thinking", "reasoning")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of what a text model cannot see or hear."""
 KEPT = ("name", "tool_call_id")
-"""Keys of a turn that go on unchanged, for templates to read."""
+"""Keys of a turn that are passed on unchanged, for templates to read."""
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 """What data sets and templates call the thoughts before an answer."""
 THOUGHTS = THOUGHT_KEYS[0]
@@ -190,11 +190,11 @@ def _parts(turn: Row, key: str, role: str) -> Any:
     """Returns what a turn says; where that is an object or a list of parts, they are tracked in a list."""
     value = turn.get(key)
     if isinstance(value, Mapping) and (value.get("type") in TEXT_PARTS or (role != "tool" and _text_key(value))):
-        return _each(turn, key)
-    return _each(turn, key) if isinstance(value, list) and (role != "tool" or _is_parts(value)) else value
+        return _as_list(turn, key)
+    return _as_list(turn, key) if isinstance(value, list) and (role != "tool" or _is_parts(value)) else value
 
 
-def _each(holder: Row, key: str) -> list[Any]:
+def _as_list(holder: Row, key: str) -> list[Any]:
     """Returns what a key holds as a list, its objects tracked."""
     value = holder[key]
     return [track(holder, part, key) for part in (value if isinstance(value, list) else [value])]
@@ -219,7 +219,7 @@ def _thought(turn: Row, content: Any, where: str) -> str:
     """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
     # A number, true, or an object without text under such a key is a setting: nothing reads it.
     spoken = {
-        key: _thought_text(_each(turn, key), where)
+        key: _thought_text(_as_list(turn, key), where)
         for key in THOUGHT_KEYS
         if isinstance(value := peek(turn, key), (str, list))
         or (isinstance(value, Mapping) and _text_key(value, *THOUGHT_KEYS))
@@ -243,12 +243,12 @@ def _thought_text(value: Any, where: str) -> str:
     if key is None:
         raise DataError(f"{where} holds a part {brief(value)} without a text of thoughts; leave such parts out")
     value.get("type")  # whatever it is, the text is a thought here
-    return _thought_text(_each(value, key), where)
+    return _thought_text(_as_list(value, key), where)
 
 
-def _text_key(part: Row, *before: str) -> str | None:
-    """Returns the key of a part that holds its text, `before` first; None: there is none."""
-    return next((key for key in (*before, *TEXT_KEYS) if peek(part, key) is not None), None)
+def _text_key(part: Row, *preferred: str) -> str | None:
+    """Returns the key of a part that holds its text, `preferred` first; None: there is none."""
+    return next((key for key in (*preferred, *TEXT_KEYS) if peek(part, key) is not None), None)
 
 
 def _is_thought(part: object) -> bool:
@@ -329,9 +329,9 @@ def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:
 
     A last turn of the user that says nothing, which some sets leave open for a question, is left out.
     """
-    start, *pieces = mark.split(text)
+    start, *rest = mark.split(text)
     turns: list[Message] = [{"role": "system", "content": start.strip()}] if start.strip() else []
-    for name, said in zip(pieces[::2], pieces[1::2], strict=True):
+    for name, said in zip(rest[::2], rest[1::2], strict=True):
         turns.append({"role": ROLES[name.lower()], "content": said.strip()})
     is_open = bool(turns) and turns[-1]["role"] == "user" and not turns[-1]["content"]
     return turns[:-1] if is_open else turns
@@ -345,10 +345,10 @@ def split_inst(text: str) -> list[Message] | None:
     turns: list[Message] = []
     for piece in rounds:
         asked, answer = piece.split("[/INST]", 1)
-        system, found, rest = asked.partition("<</SYS>>")
-        if found:
+        system, closing, rest = asked.partition("<</SYS>>")
+        if closing:
             turns.append({"role": "system", "content": system.replace("<<SYS>>", "", 1).strip()})
-        turns.append({"role": "user", "content": (rest if found else asked).strip()})
+        turns.append({"role": "user", "content": (rest if closing else asked).strip()})
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
     return turns

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -43,7 +42,7 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str =
     """Returns the template that `data.template` means for this tokenizer; raises `ConfigError` where it cannot be."""
     if name == "auto":
         if tokenizer.chat_template:
-            return Template("the tokenizer's own", _own_template(tokenizer, key))
+            return Template("the tokenizer's own", _tokenizer_template(tokenizer, key))
         log.info("%s=auto: the tokenizer has no chat template; taking %s", key, FALLBACK)
         name = FALLBACK
     if (target := installed_template(name)) is not None:
@@ -89,10 +88,17 @@ def prompt_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Templ
     alone, behind = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt.ask("a"), begin + prompt.ask("a"))
     )
-    words = {**asdict(prompt), "lead": "" if behind[-len(alone) :] == alone else " "}
-    del words["name"]
-    values = ", ".join(json.dumps(value) for value in words.values())
-    header = f"{{%- set {', '.join(words)} = {values} %}}\n"
+    # By the names that the template's file reads.
+    variables = {
+        "before": prompt.prefix,
+        "behind": prompt.behind,
+        "between": prompt.between,
+        "before_both": prompt.prefix_both,
+        "in_text": prompt.in_text,
+        "lead": "" if behind[-len(alone) :] == alone else " ",
+    }
+    values = ", ".join(json.dumps(value) for value in variables.values())
+    header = f"{{%- set {', '.join(variables)} = {values} %}}\n"
     return Template(f"the prompt of {prompt.name}", header + read_template(INSTRUCTION))
 
 
@@ -102,29 +108,29 @@ def read_template(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
-    own = tokenizer.chat_template
-    if isinstance(own, str):
-        return own
-    if isinstance(own, list):
-        own = {each["name"]: each["template"] for each in own}
-    if "default" not in own and len(own) > 1:  # some carry several, such as tool_use
+def _tokenizer_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        return template
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in template and len(template) > 1:  # some carry several, such as tool_use
         raise ConfigError(
-            f"{key}=auto: the tokenizer has the chat templates {', '.join(own)} but no default; save the one to take "
-            f"as a file and give it with {key}=FILE.jinja"
+            f"{key}=auto: the tokenizer has the chat templates {', '.join(template)} but no default; save the one to "
+            f"take as a file and give it with {key}=FILE.jinja"
         )
-    return own.get("default") or next(iter(own.values()))
+    return template.get("default") or next(iter(template.values()))
 
 
-def _read_installed(target: str, shown: str) -> str:
+def _read_installed(target: str, label: str) -> str:
     """Returns the text of a template that an installed package adds."""
     module, _, name = target.partition(":")
     try:
         text = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise DataError(f"{shown}: its package registers {target}, which cannot be read ({error})") from error
+        raise DataError(f"{label}: its package registers {target}, which cannot be read ({error})") from error
     if not isinstance(text, str):
-        raise DataError(f"{shown}: {target} is of type {type(text).__name__}; it must be the template's Jinja text")
+        raise DataError(f"{label}: {target} is of type {type(text).__name__}; it must be the template's Jinja text")
     return text
 
 

@@ -154,12 +154,14 @@ def cell_text(value: Any, column: str, name: str) -> str:
 
 def _remedy(value: Any, column: str) -> str:
     """Says how a column that holds no text becomes one that does."""
-    own = "with a function of your own (data.format=module:function)"
+    remedy = "with a function of your own (data.format=module:function)"
     if isinstance(value, (list, Mapping)):
-        return f"make text of it {own}"
+        return f"make text of it {remedy}"
     if isinstance(value, bytes):
-        return f"write the text that the bytes encode (pandas: rows[{column!r}].str.decode('utf-8')), or make it {own}"
-    return f"write it as text (pandas: rows[{column!r}].astype(str)), or make it {own}"
+        return (
+            f"write the text that the bytes encode (pandas: rows[{column!r}].str.decode('utf-8')), or make it {remedy}"
+        )
+    return f"write it as text (pandas: rows[{column!r}].astype(str)), or make it {remedy}"
 
 
 def read_truth(value: Any) -> bool | None:
@@ -218,9 +220,11 @@ def read_switch(turn: Row, where: str) -> bool | None:
         if key in turn and not is_missing(turn[key]):
             raise DataError(f"{where} has the key {key}, {meaning}")
     for part in (part for key in ("content", "value") if isinstance(turn.get(key), list) for part in turn[key]):
-        if isinstance(part, Mapping) and (own := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
-            raise DataError(f"{where} holds a part with {own}={brief(part[own])}; a turn is trained whole or not at "
-                              f"all, so set {own} beside its role, or split it")  # fmt: skip
+        if isinstance(part, Mapping) and (name := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
+            raise DataError(
+                f"{where} holds a part with {name}={brief(part[name])}; a turn is trained whole or not at all, so set "
+                f"{name} beside its role, or split it"
+            )
     said: dict[str, bool] = {}
     for key in (*SWITCHES, *OPPOSITES):
         value = turn.get(key)

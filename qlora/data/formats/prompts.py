@@ -37,18 +37,18 @@ class Prompt:
     """
 
     name: str
-    before: str = ""
+    prefix: str = ""
     behind: str = ""
     between: str = ""
     """What stands between a question and its input; "" where there are no inputs."""
-    before_both: str = ""
-    """What then stands before both, in place of `before`."""
+    prefix_both: str = ""
+    """What then stands before both, in place of `prefix`."""
     in_text: bool = False
-    """Whether it stands in a text that goes on with the next question, without end tokens between the turns."""
+    """Whether it stands in a text that continues with the next question, without end tokens between the turns."""
 
     def ask(self, question: str, context: str = "") -> str:
         """Returns the prompt for a question, and for its input if it has one."""
-        asked = self.before_both + question + self.between + context if context else self.before + question
+        asked = self.prefix_both + question + self.between + context if context else self.prefix + question
         return asked + self.behind
 
     def fits(self, example: Sequence[Segment]) -> bool:
@@ -56,28 +56,28 @@ class Prompt:
         lead = "".join(segment.text for segment in takewhile(lambda segment: not segment.trained, example))
         if not lead and self.in_text:  # trained as a whole
             whole = "".join(segment.text for segment in example)
-            return whole.startswith(self.before) and self.behind in whole
-        befores = (self.before, self.before_both) if self.between else (self.before,)
-        return lead.startswith(befores) and lead.endswith(self.behind)
+            return whole.startswith(self.prefix) and self.behind in whole
+        prefixes = (self.prefix, self.prefix_both) if self.between else (self.prefix,)
+        return lead.startswith(prefixes) and lead.endswith(self.behind)
 
 
 # Stanford Alpaca's, as the original qlora.py has it, the space at the end included.
 ALPACA = Prompt(
     "alpaca",
-    before="Below is an instruction that describes a task. "
+    prefix="Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n",
     behind="\n\n### Response: ",
     between="\n\n### Input:\n",
-    before_both="Below is an instruction that describes a task, paired with an input that provides further context. "
+    prefix_both="Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n",
 )
-QUESTION = Prompt("question-answer", before="Question: ", behind="\nAnswer: ")
+QUESTION = Prompt("question-answer", prefix="Question: ", behind="\nAnswer: ")
 VERBATIM = Prompt("verbatim")
 PROMPTS = (
     ALPACA,
     QUESTION,
-    Prompt("guanaco", before="### Human: ", behind="### Assistant:", in_text=True),
-    Prompt("hh-rlhf", before="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),
+    Prompt("guanaco", prefix="### Human: ", behind="### Assistant:", in_text=True),
+    Prompt("hh-rlhf", prefix="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),
     VERBATIM,
 )
 """In the order in which they are looked for in rows; the last one fits all."""

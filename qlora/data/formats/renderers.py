@@ -36,8 +36,8 @@ class Format:
 
     def lacks(self, columns: Iterable[str]) -> list[str]:
         """Returns the columns that are missing for the alternative nearest to `columns`."""
-        found = set(columns)
-        return min(([c for c in names if c not in found] for names in self.needs), key=len)
+        present = set(columns)
+        return min(([c for c in names if c not in present] for names in self.needs), key=len)
 
     def describe_needs(self) -> str:
         """Returns the columns in words: "instruction and output"."""
@@ -86,9 +86,9 @@ def _pair(source: str, target: str) -> list[Segment]:
 def _whole(text: str, prompt: str = "") -> list[Segment]:
     """Returns a text that is trained as a whole; one that ends where its answer would begin has an empty answer."""
     said = text.rstrip()
-    marks = (words for words in PROMPTS if words.in_text and words.before.strip() in said)
+    marks = (prompt_words for prompt_words in PROMPTS if prompt_words.in_text and prompt_words.prefix.strip() in said)
     is_open = bool(prompt.strip()) and said == prompt.rstrip()
-    if is_open or any(said.endswith(words.behind) for words in marks):
+    if is_open or any(said.endswith(prompt_words.behind) for prompt_words in marks):
         return _pair(said, "")
     return _pair("", text)
 
@@ -208,9 +208,9 @@ def inst(row: Row) -> list[Example]:
     return _chat(row, turns, "text")
 
 
-def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], shown: str) -> list[Example]:
+def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], label: str) -> list[Example]:
     if not mark.search(whole):
-        raise DataError(f"data.format={name} needs {shown} in column text, but a row holds {brief(whole)}")
+        raise DataError(f"data.format={name} needs {label} in column text, but a row holds {brief(whole)}")
     return _chat(row, chats.split_marked(whole, mark), "text")
 
 

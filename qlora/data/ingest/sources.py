@@ -72,50 +72,50 @@ def load_rows(
     `key` or `columns_key`.
     """
     if FUNCTION_PATH.fullmatch(path):
-        stored = _from_function(path, limit, cache, key, max_row_bytes)
+        loaded = _from_function(path, limit, cache, key, max_row_bytes)
     elif is_file_path(path) and is_saved(Path(path).expanduser()):
-        stored = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
+        loaded = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
     elif is_file_path(path):
-        stored = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
+        loaded = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
     else:
-        failure = f"{key}={path}: no such file, and not to be had"
+        failure = f"{key}={path}: no such file, and not available"
         remedy = "or name a local file: data=local data.path=FILE"
-        stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
-    check_table(stored.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
-    if not len(stored.rows):
+        loaded = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
+    check_table(loaded.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
+    if not len(loaded.rows):
         raise DataError(f"{key}={path}: no rows in it")
-    if stored.repeated_ids:
-        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, stored.repeated_ids)
-    return _rename(stored.rows, columns or {}, f"{key}={path}", columns_key)
+    if loaded.repeated_ids:
+        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, loaded.repeated_ids)
+    return _rename(loaded.rows, columns or {}, f"{key}={path}", columns_key)
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keeps `datasets` from drawing progress bars inside the block."""
-    shown = datasets.are_progress_bars_disabled() is False
+    label = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if label:
             datasets.enable_progress_bars()
 
 
 def _from_function(path: str, limit: int | None, cache: Cache, key: str, max_row_bytes: int) -> Stored:
-    shown = f"{key}={path}"
+    label = f"{key}={path}"
     rows = iter(islice(_call(path, key), limit))
     with cache.temporary() as folder:
-        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown, most=max_row_bytes)
+        write_rows(((chunk, label) for chunk in _chunks(rows, label)), folder, label, most=max_row_bytes)
         return open_rows(folder, file_digest(folder / ROWS))
 
 
-def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
+def _chunks(rows: Iterator[Any], label: str) -> Iterator[Chunk]:
     start = 0
     while chunk := list(islice(rows, FUNCTION_ROWS)):
         for number, row in enumerate(chunk, start):
             if not isinstance(row, Mapping):
                 raise DataError(
-                    f"{shown}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
+                    f"{label}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
                 )
         yield Chunk(chunk, "row", range(start, start + len(chunk)))
         start += len(chunk)
@@ -171,8 +171,8 @@ def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -
 def hub_commit(rows: Dataset) -> str | None:
     """Returns the commit of the hub's repository that rows come from; None: they are from elsewhere."""
     for address in rows.info.download_checksums or {}:
-        if (found := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
-            return found[1]
+        if (match := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
+            return match[1]
     return None
 
 
@@ -216,19 +216,19 @@ def _counted(rows: Dataset) -> Stored:
     return Stored(rows, ids.repeated())
 
 
-def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: str) -> Dataset:
+def _rename(rows: Dataset, columns: Mapping[str, str], label: str, columns_key: str) -> Dataset:
     names = rows.column_names
     taken: dict[str, str] = {}
-    for wanted, source in columns.items():
+    for requested, source in columns.items():
         if source not in names:
-            raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
+            raise ConfigError(f"{columns_key}.{requested}={source}: {label} has no column {source}"
                               f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
         if source in taken:
-            raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
-        taken[source] = wanted
-    replaced = [wanted for wanted in columns if wanted in names and wanted not in taken]
+            raise ConfigError(f"{columns_key}.{requested}={source}: the column is {taken[source]} already")
+        taken[source] = requested
+    replaced = [requested for requested in columns if requested in names and requested not in taken]
     if replaced:
-        log.info("%s: not read, for %s puts others in their place: %s", shown, columns_key, ", ".join(replaced))
+        log.info("%s: not read, for %s puts others in their place: %s", label, columns_key, ", ".join(replaced))
         rows = rows.remove_columns(replaced)
-    changed = {source: wanted for source, wanted in taken.items() if source != wanted}
+    changed = {source: requested for source, requested in taken.items() if source != requested}
     return rows.rename_columns(changed) if changed else rows
