@@ -141,8 +141,8 @@ def build_qlora(task: Task) -> Prepare:
 
     from qlora.config.compose import compose
     from qlora.config.schema import DataConfig
-    from qlora.data import build_data
     from qlora.data.batching.collate import Collator, count_work
+    from qlora.data.pipeline import build_data
     from qlora.models.tokenizer import pad_token_id
     from qlora.runtime import console
     from qlora.runtime.device import Placement

@@ -435,9 +435,12 @@ def _import_run() -> None:
     """Imports what a run needs, half a million objects that stay: no collection looks through them, now or later."""
     if "qlora.run" in sys.modules:
         return
+    from qlora.upstream.lazy_compile import compile_at_first_call
+
     gc.disable()
     try:
-        import qlora.run  # noqa: F401
+        with compile_at_first_call():
+            import qlora.run  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()

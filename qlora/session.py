@@ -33,9 +33,12 @@ from qlora.config.schema import (
     Weights,
     no_cuda,
 )
-from qlora.data import Data, build_data, column, load_hub, read_rows
 from qlora.data.batching.collate import Collator, count_work
-from qlora.data.batching.example_tokens import Tokenizer, build_tokenizer
+from qlora.data.batching.row_encoder import RowEncoder, build_encoder
+from qlora.data.batching.token_store import column
+from qlora.data.ingest.row_files import read_rows
+from qlora.data.ingest.sources import load_hub
+from qlora.data.pipeline import Data, build_data
 from qlora.errors import ConfigError, did_you_mean
 from qlora.evaluation.generation import prompt_lengths
 from qlora.evaluation.lm_harness import LmHarness
@@ -239,10 +242,10 @@ class Session:
         return task is not TaskName.chat and (rows or task is not TaskName.evaluate)
 
     @cached_property
-    def chat_encoder(self) -> Tokenizer:
+    def chat_encoder(self) -> RowEncoder:
         """What writes a conversation in tokens as the training of `adapter` did; no rows are read."""
         template = choose_saved_template(self.trained_tokenizer, self.tokenizer, self.config.data.template)
-        return build_tokenizer(self.config.data, self.tokenizer, template)
+        return build_encoder(self.config.data, self.tokenizer, template)
 
     @cached_property
     def suite(self) -> Suite | None:

@@ -1,10 +1,16 @@
+"""What every test process needs: an offline hub, one cache of rows, Ctrl-C, a clean log, and no process left behind."""
+
 import atexit
 import gc
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +23,10 @@ if "QLORA_TEST_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["QLORA_TEST_CACHE"], ignore_errors=True)
 os.environ["QLORA_CACHE"] = os.environ["QLORA_TEST_CACHE"]
 
+# A shell ignores SIGINT for what it starts in the background, and every process below inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What is imported until the tests begin stays: no collection looks through its half a million objects.
 gc.disable()
 
@@ -24,15 +34,15 @@ gc.disable()
 @pytest.fixture(autouse=True)
 def log_left_as_it_was() -> Iterator[None]:
     """A command that a test runs in this process sets up Python's log; the next test finds it as if there were none."""
-    root, own = logging.getLogger(), logging.getLogger("qlora")
-    handlers, levels = list(root.handlers), (root.level, own.level)
+    root, package = logging.getLogger(), logging.getLogger("qlora")
+    handlers, levels = list(root.handlers), (root.level, package.level)
     yield
     for handler in set(root.handlers) - set(handlers):
         if not type(handler).__module__.startswith("_pytest."):
             root.removeHandler(handler)
             handler.close()
     root.setLevel(levels[0])
-    own.setLevel(levels[1])
+    package.setLevel(levels[1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,3 +58,37 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "compile_worker")
+"""What Python and torch start once for a process, and what ends with it."""
+SECONDS_TO_END = 10
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the session where a process that a test has started is still there."""
+    if sys.platform != "linux" or hasattr(session.config, "workerinput"):
+        return
+    end = time.monotonic() + SECONDS_TO_END
+    while (left := _processes_of_tests()) and time.monotonic() < end:
+        time.sleep(0.1)
+    if left:
+        listed = "\n  ".join(f"{pid}: {command}" for pid, command in left.items())
+        print(f"\nthe tests left these processes behind:\n  {listed}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _processes_of_tests() -> dict[int, str]:
+    """Returns the commands of the processes that inherited this session's cache folder, whoever their parent is."""
+    mark = f"QLORA_TEST_CACHE={os.environ['QLORA_TEST_CACHE']}".encode()
+    commands: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_of_tests = mark in (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # it ended, or belongs to another user
+            continue
+        if is_of_tests and int(folder.name) != os.getpid() and not any(server in command for server in SERVERS):
+            commands[int(folder.name)] = command[:200]
+    return commands

@@ -24,7 +24,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_data_benchmark_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     sizes = ["--rows", "60", "--chats", "10", "--only", "qlora,collator", "--json", str(numbers)]
@@ -54,7 +54,7 @@ def test_the_evaluation_benchmark_compares_equal_work_and_finds_equal_answers(tm
     assert "times as fast as one at a time: MMLU, invented " in printed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     printed = run("sweep_overhead.py", "--jobs", "2", "--repeats", "1", "--json", str(numbers))
@@ -64,7 +64,7 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
     assert 0 < result["loop_cpu"] < result["sweep_cpu"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     printed = run("memory.py", "--small", "--sizes", "7b", "--lengths", "64", "--json", str(numbers))
@@ -147,7 +147,7 @@ def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     data = tmp_path / "rows.jsonl"
@@ -162,7 +162,7 @@ def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_pa
     assert "fp8 and float32 of one seed" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_scaling_benchmark_sets_two_processes_beside_one(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     options = ["--small", "--parts", "weak", "strong", "--models", "llama-7b", "--modes", "bf16"]

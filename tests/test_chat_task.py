@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
 from qlora.config.schema import DataConfig
-from qlora.data import build_data
-from qlora.data.formats.known_formats import ALPACA
-from qlora.demo.tokenizer import MODEL_FOLDER
+from qlora.data.formats.prompts import ALPACA
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
+from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
 from qlora.tasks.chat import Chat, ChatModel, Entered, Reply, Stream, choose_saved_template, read_message, talk
 
@@ -289,7 +289,7 @@ def test_quoted_text_is_never_a_command() -> None:
 
 
 def tiny() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    return AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
 
 
 def stream(text: str, stop: str = "", *, end: bool = True) -> tuple[list[str], Reply]:
@@ -349,7 +349,7 @@ def speaker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatMode
 
 def message_of(prompt: str) -> str:
     """Returns what a person types to ask what a row asked."""
-    before = ALPACA.before if prompt.startswith(ALPACA.before) else ALPACA.before_both
+    before = ALPACA.prefix if prompt.startswith(ALPACA.prefix) else ALPACA.prefix_both
     return prompt.removeprefix(before).removesuffix(ALPACA.behind)
 
 

@@ -18,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import schema
+from qlora.config.chat_templates import TEMPLATE_NAMES
 from qlora.config.command import check_overrides
 from qlora.config.compose import compose, compose_dict
 from qlora.config.conversion import to_config
+from qlora.config.data_formats import FORMAT_NAMES
 from qlora.config.fields import config_keys, field_type, in_words, may_be_null
 from qlora.config.messages import explain
 from qlora.config.options import CONF_DIR, group_names
@@ -81,15 +83,31 @@ def siblings(key: str) -> set[str]:
 # --- keys that do not exist ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", ["", "+", "++"])
-@pytest.mark.parametrize("key", KEYS)
-def test_a_misspelled_key_is_refused_with_the_right_one(key: str, sign: str) -> None:
+def check_misspelled(key: str, sign: str, kinds: slice) -> None:
     parent, dot, name = key.rpartition(".")
-    for typo in list(typos(name, siblings(key)))[: 3 if not sign else 1]:
+    for typo in list(typos(name, siblings(key)))[kinds]:
         text = message(f"{sign}{parent}{dot}{typo}=1")
         assert text.startswith(f"unknown key '{parent}{dot}{typo}'")
         assert key in suggested(text), text
         assert "`qlora --help" in text
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelled_key_is_refused_with_the_right_one(key: str) -> None:
+    check_misspelled(key, "", slice(1))
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_key_is_refused_however_it_is_misspelled_and_added(sign: str) -> None:
+    for key in KEYS[::40]:
+        check_misspelled(key, sign, slice(3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("sign", "kinds"), [("", slice(1, 3)), ("+", slice(1)), ("++", slice(1))])
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_refused_however_it_is_misspelled_and_added(key: str, sign: str, kinds: slice) -> None:
+    check_misspelled(key, sign, kinds)
 
 
 @pytest.mark.parametrize("group", group_names())
@@ -357,9 +375,9 @@ CROSS_FIELD = {
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "
-    f"{', '.join(schema.FORMAT_NAMES)}, or module:function of your own",
+    f"{', '.join(FORMAT_NAMES)}, or module:function of your own",
     "data.template=chatm": "data.template='chatm' is unknown (did you mean chatml?); choose one of "
-    f"{', '.join(schema.TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)",
+    f"{', '.join(TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)",
 }
 
 

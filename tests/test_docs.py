@@ -137,8 +137,9 @@ def test_every_command_is_of_a_kind_that_is_checked(command: str) -> None:
         assert all("=" in word for word in rest)
     elif program == "srun":  # SLURM's, around a launcher
         assert qlora_words(shlex.join(rest[rest.index("torchrun") :])) is not None
+    elif program == "python" and rest[0] != "-m":
+        assert (ROOT / rest[0]).is_file()
     elif program == "python":
-        assert rest[0] == "-m"
         assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
         assert all((ROOT / word).exists() for word in rest[2:] if word.startswith(("tests/", "docs/")))
     else:

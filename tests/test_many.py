@@ -253,8 +253,13 @@ class Fall(TrainerCallback):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [False, True], ids=["fails", "is killed"])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="fails"),
+        pytest.param(True, marks=pytest.mark.full, id="is killed"),
+    ],
+)
 def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
     tmp_path: Path, alone: Path, killed: bool
 ) -> None:
@@ -285,7 +290,7 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
     assert (folder / "train.log").read_text().count("resuming from") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, alone: Path) -> None:
     words = [*COMMON, "trainer.gradient_accumulation_steps=2", "name=wide"]
     assert [done.returncode for done in meet(*words, folders=(tmp_path, tmp_path))] == [0, 0]

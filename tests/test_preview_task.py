@@ -10,14 +10,14 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
-from qlora.demo.tokenizer import MODEL_FOLDER
+from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
 from qlora.tasks.preview import build_preview, token_texts
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    return AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 from qlora.runtime.atomic_files import follow_umask
 
 UNFINISHED = ".unfinished"
@@ -29,7 +29,7 @@ class Cache:
     """
 
     def __init__(self, root: Path) -> None:
-        """Raises `ConfigError` if `root` cannot be written."""
+        """Raises `ResourceError` if `root` cannot be written."""
         self.root = root
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -82,9 +82,9 @@ class Cache:
             raise
 
 
-def _unwritable(root: Path, error: OSError) -> ConfigError:
+def _unwritable(root: Path, error: OSError) -> ResourceError:
     reason = error.strerror or str(error)
-    return ConfigError(
+    return ResourceError(
         f"data.cache_dir={root}: cannot be written ({reason}); choose another with data.cache_dir=FOLDER"
     )
 

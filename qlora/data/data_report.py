@@ -225,7 +225,7 @@ def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
             log.warning(
                 "%s: the chat template (%s) leaves out %s, so the model learns to answer without %s; %s=%s writes all "
                 "of %s",
-                *(part.part.shown, part.template.name, what, them, part.template_key, suggest(part.tokenizer), them),
+                *(part.part.label, part.template.name, what, them, part.template_key, suggest(part.tokenizer), them),
             )
 
 

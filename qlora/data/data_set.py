@@ -18,17 +18,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, MixConfig
-from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
 from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
-from qlora.data.formats.known_formats import Example, find_prompt
+from qlora.data.formats.prompts import Example, find_prompt
 from qlora.data.formats.recognise import Choice, choose_format
 from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
-from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.errors import ConfigError, DataError, UserError, did_you_mean
 from qlora.text import parse_size
+from qlora.upstream.datasets import fingerprint
 
 SAMPLE = 20
 """Rows that are looked at to recognise a format."""
@@ -51,7 +52,7 @@ class Part:
         return f"{self.key}.{self.path_name}"
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         return f"{self.path_key}={self.fields.path}"
 
 
@@ -60,7 +61,7 @@ class RowSet:
 
     def __init__(self, config: DataConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
         self.config, self.part, self.tokenizer, self.cache = config, part, tokenizer, cache
-        self.share = 1.0
+        self.fraction = 1.0
         """Of the rows of all sets, those of this one."""
 
     @cached_property
@@ -130,12 +131,12 @@ class RowSet:
         return "data.template" if self.part.fields.template is None else f"{self.part.key}.template"
 
     def _examples(self, rows: Dataset, choice: Choice) -> Iterator[Example]:
-        """Renders the sample; raises `ConfigError` with the row that cannot be."""
+        """Renders the sample; raises `DataError` with the row that cannot be."""
         for number, row in enumerate(_sample(rows), 1):
             try:
                 yield from choice.format.render(row)
             except UserError as error:
-                raise ConfigError(f"{self.part.shown}, row {number}: {error}") from None
+                raise DataError(f"{self.part.label}, row {number}: {error}") from None
 
     @cached_property
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -153,13 +154,13 @@ class RowSet:
         return np.sort(training), np.sort(held_out)
 
     def _held_out_size(self, count: int) -> int:
-        wanted, key = self.config.eval_dataset_size, "data.eval_dataset_size"
-        size = max(round(wanted * count if wanted < 1 else wanted * self.share), 1)
+        requested, key = self.config.eval_dataset_size, "data.eval_dataset_size"
+        size = max(round(requested * count if requested < 1 else requested * self.fraction), 1)
         if size >= count:
             fewer = f"set {key}={max(count // 10, 1)}, or " if count > 1 else ""
             raise ConfigError(
-                f"{key}={wanted:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows of "
-                "your own out with data.eval_path=FILE"
+                f"{key}={requested:g} leaves no row to train on: {self.part.fields.path} has {count}; {fewer}hold rows "
+                "of your own out with data.eval_path=FILE"
             )
         return size
 
@@ -191,13 +192,13 @@ class RowSet:
         *,
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
-        shown = self.part.shown
-        tokenizer = build_tokenizer(self.config, self.tokenizer, template)
-        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, shown)
+        label = self.part.label
+        tokenizer = build_encoder(self.config, self.tokenizer, template)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label)
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
-            _check_labels(rows, choice, shown)
+            _check_labels(rows, choice, label)
             encode(job, folder, processes=self.config.num_proc)
 
         folder = self.cache.entry(key, tokenize)
@@ -210,7 +211,7 @@ class RowSet:
                 "with data.split_seed"
             )
             way_out = others if for_eval and self.config.splits_off else ""
-            raise ConfigError(f"{shown}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
+            raise DataError(f"{label}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
 
@@ -249,7 +250,7 @@ class RowSet:
         """Names all that the tokens depend on; a change of any of it is another key."""
         encoder = job.tokenizer
         parts = {
-            "rows": job.rows._fingerprint,
+            "rows": fingerprint(job.rows),
             "order": "all" if job.order is None else hashlib.sha256(job.order.astype("<i8").tobytes()).hexdigest(),
             "format": choice.name,
             "own": _own_source(choice.name),
@@ -275,8 +276,8 @@ class RowSet:
         return hashlib.sha256((content + special).encode()).hexdigest()
 
 
-def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
-    """Refuses rows without a label of preference beside rows that have one: nothing tells whether they are good."""
+def _check_labels(rows: Dataset, choice: Choice, label: str) -> None:
+    """Refuses rows without a label of preference beside rows that have one: nothing says whether they are good."""
     for column in label_columns(rows.column_names, choice.format.labels):
         cells = (
             row[column]
@@ -285,8 +286,8 @@ def _check_labels(rows: Dataset, choice: Choice, shown: str) -> None:
         )
         missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
         if 0 < len(missing) < len(rows):
-            raise ConfigError(
-                f"{shown}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
+            raise DataError(
+                f"{label}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
                 f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
             )
 

@@ -15,7 +15,7 @@ from qlora.config.schema import DataConfig, MixConfig
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
-from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, RowSet
@@ -34,8 +34,8 @@ class Origin:
 
     def name(self, index: int, row: int) -> str:
         """Returns the name of a row to train on, which is number `row` (from 0) of its set."""
-        place = index if self.chosen is None else self.chosen[index]
-        return f"{self.sets[int(np.searchsorted(self.ends, place, side='right'))]}, row {row + 1}"
+        position = index if self.chosen is None else self.chosen[index]
+        return f"{self.sets[int(np.searchsorted(self.ends, position, side='right'))]}, row {row + 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class Data:
         if self.packed is None:
             row = self.train[index]
             return [(self.origin.name(index, row["row"]), row)]
-        rows = [(each, self.train[each]) for each in self.packed.members(index)]
+        rows = [(member, self.train[member]) for member in self.packed.members(index)]
         return [
-            (self.origin.name(each, row["row"]), row | {"position_ids": range(row["length"])}) for each, row in rows
+            (self.origin.name(member, row["row"]), row | {"position_ids": range(row["length"])}) for member, row in rows
         ]
 
 
@@ -80,7 +80,7 @@ def build_data(
     if config.mix and config.splits_off:
         total = sum(len(part.rows) for part in sets)
         for part in sets:
-            part.share = len(part.rows) / total
+            part.fraction = len(part.rows) / total
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
@@ -90,10 +90,10 @@ def build_data(
     evaluated = _concatenate([rows for rows, _ in held_out]) if held_out else None
     if evaluated is not None and (few := _few(len(evaluated), config.max_eval_samples, config)) is not None:
         evaluated = evaluated.select(few)
-    packed, share = _pack(config, train)
+    packed, fraction = _pack(config, train)
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
-    report = build_report(config, used, train, evaluated, counts, eval_counts, packed, share)
+    report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
     log_losses(report, config)
     for part in dict.fromkeys([*sets, *evaluated_sets]):
         pairs = [*zip(sets, trained, strict=False), *zip(evaluated_sets, held_out, strict=False)]
@@ -142,7 +142,7 @@ def _join(config: DataConfig, sets: Sequence[RowSet], encoded: Sequence[Dataset]
         weighted.append(rows if weight == 1 else rows.select(_repeated(len(rows), weight, stream)))
     rows = _concatenate(weighted)
     chosen = _few(len(rows), config.max_train_samples, config)
-    origin = Origin([part.part.shown for part in sets], np.cumsum([len(part) for part in weighted]), chosen)
+    origin = Origin([part.part.label for part in sets], np.cumsum([len(part) for part in weighted]), chosen)
     return (rows if chosen is None else rows.select(chosen)), origin
 
 

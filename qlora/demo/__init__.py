@@ -1,1 +1,1 @@
-"""An invented little world: pretraining corpus, instruction rows and tokenizer of the demo."""
+"""The embedded model and its rows: what a run trains and measures where nothing else is chosen."""

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from qlora.adapters import adapter_off
 from qlora.config.paths import expand_home
 from qlora.config.schema import GenerationConfig
-from qlora.data.batching.example_tokens import Tokenizer
+from qlora.data.batching.row_encoder import RowEncoder
 from qlora.data.chat.conversations import Message
 from qlora.data.chat.templates import Template, choose_template
 from qlora.errors import ConfigError, UserError, did_you_mean
@@ -114,7 +114,7 @@ class ChatModel:
     """A model that answers one prompt at a time."""
 
     model: PreTrainedModel | PeftModel
-    encoder: Tokenizer
+    encoder: RowEncoder
     generation: GenerationConfig
     pad_token_id: int
     device: torch.device

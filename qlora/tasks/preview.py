@@ -8,10 +8,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import Config, DataConfig
-from qlora.data import Data, DataReport, column
-from qlora.data.batching.example_tokens import IGNORED
 from qlora.data.batching.packing import efficiency, pack
-from qlora.data.data_report import data_warnings, describe_unread
+from qlora.data.batching.row_encoder import IGNORED
+from qlora.data.batching.token_store import column
+from qlora.data.data_report import DataReport, data_warnings, describe_unread
+from qlora.data.pipeline import Data
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 
 

@@ -69,7 +69,6 @@ def run(
     return ended
 
 
-@pytest.mark.full
 def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(
     tmp_path: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +159,7 @@ def test_what_the_cluster_cannot_do_is_one_sentence_before_a_job_starts(tmp_path
     assert starts(tmp_path / "job") == 0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="hides a folder by a mount as root")
 def test_a_node_that_does_not_see_the_folder_is_named_before_a_job_starts(tmp_path: Path, cluster: Cluster) -> None:
     ray = Path(sys.executable).with_name("ray")

@@ -107,6 +107,7 @@ def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path, on_slurm
     assert [starts(tmp_path / name) for name in ends] == [1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.full
 def test_a_warned_job_is_queued_again_until_its_allocations_are_used_up(
     tmp_path: Path, on_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_warned_job_is_queued_again_until_its_allocations_are_used_up(
     assert "is queued again: x=goes-on" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_detached_and_interrupted_jobs_are_found_again(
     tmp_path: Path, on_slurm: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +179,7 @@ def test_detached_and_interrupted_jobs_are_found_again(
     assert [path.name for path in (tmp_path / BATCHES).iterdir()] == ["1"]
 
 
+@pytest.mark.full
 def test_what_ended_while_nobody_looked_is_told_once_and_then_run_again(
     tmp_path: Path, on_slurm: dict[str, str]
 ) -> None:
@@ -231,7 +234,7 @@ def sweep(folder: Path, words: list[str], environment: dict[str, str]) -> subpro
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_documented_command_trains_on_the_cluster_submitted_first_and_followed_later(
     tmp_path: Path, slurm: dict[str, str]
 ) -> None:

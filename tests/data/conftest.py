@@ -1,4 +1,4 @@
-"""A tokenizer whose ids are known without it: <pad> 0, <s> 1, </s> 2, and byte b is 3 + b."""
+"""Tokenizers whose ids are known without them, and rows from files as the package loads them."""
 
 import json
 from collections.abc import Callable
@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from qlora.config.schema import DataConfig
 from qlora.data.cache import Cache
 from qlora.data.ingest.sources import load_rows
 from qlora.errors import UserError
-
-
-def build_byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    core = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    core.decoder = decoders.ByteFallback()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", model_max_length=32, **special)
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 
 @pytest.fixture(scope="session")

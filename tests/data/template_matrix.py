@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
-from qlora.data.chat.chat_writer import ChatWriter
 from qlora.data.chat.conversations import THOUGHTS, Conversation, Message
+from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 TOKENS = re.compile(
     r"<\|[\w./-]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool_call|tool_response)\|?>|\[gMASK\]|<sop>|<\|?[\w]*turn\|?>|\[/?INST\]|<\|?channel\|?>"

@@ -4,12 +4,13 @@ import json
 import logging
 
 import pytest
-from conftest import build_byte_tokenizer
 
 from qlora.config.schema import OnEmpty, OnTooLong, TrainOn
-from qlora.data import build_data
-from qlora.data.formats.known_formats import ALPACA, FORMATS
+from qlora.data.formats.prompts import ALPACA
+from qlora.data.formats.renderers import FORMATS
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 USER = {"role": "user", "content": "q"}
 ROWS = {

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
 import qlora
-from qlora.config.schema import TEMPLATE_NAMES, DataConfig, TrainOn
-from qlora.data.batching.example_tokens import build_tokenizer
-from qlora.data.chat.chat_writer import ChatWriter
+from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.schema import DataConfig, TrainOn
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.chat.conversations import Conversation
-from qlora.data.chat.templates import NEEDED_TOKENS, Template, read_template
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.chat.render import ChatWriter
+from qlora.data.chat.templates import Template, read_template
+from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 NO = -100
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -155,7 +156,7 @@ LLAMA_2 = """{% if messages[0]['role'] == 'system' %}
 {%- endfor %}"""
 IM = ("<|im_start|>", "<|im_end|>")
 COMMAND_R_TOKENS = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
-LLAMA_3_TOKENS = NEEDED_TOKENS["llama-3"]
+LLAMA_3_TOKENS = TEMPLATES["llama-3"]
 
 
 class Family(NamedTuple):
@@ -176,8 +177,8 @@ FAMILIES = {
     "Llama 3.1": Family(LLAMA_3_1, "<|eot_id|>", LLAMA_3_TOKENS),
     "Qwen 3": Family(QWEN_3, "<|im_end|>", IM, trims=False),
     "Mistral 0.3": Family(MISTRAL_V3, "</s>", lead=" "),
-    "Gemma 2": Family(GEMMA, "<end_of_turn>", NEEDED_TOKENS["gemma"], system=False),
-    "Phi 3": Family(PHI_3, "<|end|>", NEEDED_TOKENS["phi-3"], trims=False),
+    "Gemma 2": Family(GEMMA, "<end_of_turn>", TEMPLATES["gemma"], system=False),
+    "Phi 3": Family(PHI_3, "<|end|>", TEMPLATES["phi-3"], trims=False),
     "Zephyr": Family(ZEPHYR, "</s>", trims=False),
     "DeepSeek": Family(
         DEEPSEEK, "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), trims=False,
@@ -193,9 +194,9 @@ FAMILIES = {
     "chatml": Family(read_template("chatml"), "<|im_end|>", IM),
     "chatml-thoughts": Family(read_template("chatml-thoughts"), "<|im_end|>", IM),
     "qwen": Family(read_template("qwen"), "<|im_end|>", IM),
-    "gemma": Family(read_template("gemma"), "<end_of_turn>", NEEDED_TOKENS["gemma"]),
+    "gemma": Family(read_template("gemma"), "<end_of_turn>", TEMPLATES["gemma"]),
     "llama-3": Family(read_template("llama-3"), "<|eot_id|>", LLAMA_3_TOKENS),
-    "phi-3": Family(read_template("phi-3"), "<|end|>", NEEDED_TOKENS["phi-3"]),
+    "phi-3": Family(read_template("phi-3"), "<|end|>", TEMPLATES["phi-3"]),
     "llama-2": Family(read_template("llama-2"), " </s>", lead=" "),
     "alpaca": Family(read_template("alpaca"), "</s>"),
     "guanaco": Family(read_template("guanaco"), "</s>", lead=" "),
@@ -275,7 +276,7 @@ def draw(rng, words, *, system=True, trims=True):
 
 
 def encoder(base, family, **config):
-    return build_tokenizer(DataConfig(name="toy", path="toy.json", **NO_LIMITS | config), base, template(family))
+    return build_encoder(DataConfig(name="toy", path="toy.json", **NO_LIMITS | config), base, template(family))
 
 
 NO_LIMITS = {"source_max_len": None, "target_max_len": None}
@@ -498,7 +499,7 @@ def test_a_token_over_a_border_is_cut_there_and_nowhere_else(place, load):
     base = load(place)
     glued = Template("glued", "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}"
                               "{% endfor %}")  # fmt: skip
-    encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), base, glued)
+    encode = build_encoder(DataConfig(name="toy", path="toy.json"), base, glued)
     (row,) = encode.encode([chat(user("The answ"), assistant("er is three and more"))])
     assert base.decode(runs(row)[0]) == f"er is three and more{base.eos_token}"
     assert same(base.decode(row.input_ids)) == f"Theansweristhreeandmore{base.eos_token}"
@@ -644,7 +645,7 @@ def test_a_turn_that_the_template_rewrites_is_refused_unless_it_is_not_needed(by
 
     def build(train_on):
         config = DataConfig(name="toy", path="toy.json", train_on=train_on)
-        return build_tokenizer(config, base, Template("mine.jinja", text))
+        return build_encoder(config, base, Template("mine.jinja", text))
 
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         build(TrainOn.assistant).encode([example])
@@ -657,7 +658,7 @@ def test_a_turn_that_the_template_rewrites_is_refused_unless_it_is_not_needed(by
 def test_a_template_that_changes_all_texts_is_read_by_its_beginnings(bytes_of):
     text = "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{{ eos_token }}{% endfor %}"
     text += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), bytes_of(), Template("loud", text))
+    encode = build_encoder(DataConfig(name="toy", path="toy.json"), bytes_of(), Template("loud", text))
     (row,) = encode.encode([chat(user("a"), assistant("b"), user("c"), assistant("d"))])
     assert [by_bytes(run, bytes_of()) for run in runs(row)] == ["B</s>", "D</s>"]
 
@@ -673,7 +674,7 @@ def test_a_template_that_changes_all_texts_is_read_by_its_beginnings(bytes_of):
     ],
 )
 def test_a_broken_template_is_named(text, sentence, tokenizer):
-    encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), tokenizer, Template("mine.jinja", text))
+    encode = build_encoder(DataConfig(name="toy", path="toy.json"), tokenizer, Template("mine.jinja", text))
     with pytest.raises(UserError, match=f"^data.template=mine.jinja: .*{sentence}"):
         encode.encode([chat(user("a"), assistant("b"))])
 
@@ -683,7 +684,7 @@ def test_a_template_that_demands_turns_names_the_roles(bytes_of):
     with pytest.raises(UserError, match=r"of the roles user user assistant .*must alternate"):
         encoder(bytes_of(), "Llama 2").encode([twice])
     with pytest.raises(UserError, match=r"of the roles system user assistant .*System role not supported"):
-        encoder(bytes_of(NEEDED_TOKENS["gemma"]), "Gemma 2").encode(
+        encoder(bytes_of(TEMPLATES["gemma"]), "Gemma 2").encode(
             [chat({"role": "system", "content": "s"}, user("a"), assistant("c"))]
         )
 
@@ -723,7 +724,7 @@ def test_without_an_answer_nothing_is_trained(family, bytes_of):
 
 def test_a_template_without_an_end_token_gets_the_tokenizer_s(bytes_of):
     text = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
-    encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), bytes_of(), Template("bare", text))
+    encode = build_encoder(DataConfig(name="toy", path="toy.json"), bytes_of(), Template("bare", text))
     (row,) = encode.encode([chat(user("a"), assistant("b"))])
     assert row.last_trained == 2
     (row,) = encode.encode([chat(user("a"), assistant("b"), user("c"))])

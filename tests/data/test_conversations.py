@@ -4,7 +4,7 @@ import pytest
 
 from qlora.data.chat.conversations import ROLES
 from qlora.data.formats.cells import TrackedRow
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError
 
 CALL = {"name": "add", "arguments": {"a": 1}}

@@ -3,9 +3,10 @@ import pickle
 
 import pytest
 
-from qlora.config.schema import FORMAT_NAMES
+from qlora.config.data_formats import FORMAT_NAMES
 from qlora.data.chat.conversations import Conversation
-from qlora.data.formats.known_formats import FORMATS, WITH_REFORMULATIONS, Segment
+from qlora.data.formats.prompts import Segment
+from qlora.data.formats.renderers import FORMATS, WITH_REFORMULATIONS
 from qlora.errors import UserError
 
 WITH_INPUT = (

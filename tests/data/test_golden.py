@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 import qlora
 from qlora.config.options import CONF_DIR
 from qlora.config.schema import DataConfig
-from qlora.data.batching.example_tokens import build_tokenizer
-from qlora.data.formats.known_formats import FORMATS, WITH_REFORMULATIONS
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.formats.recognise import choose_format
+from qlora.data.formats.renderers import FORMATS, WITH_REFORMULATIONS
 
 EMBEDDED = Path(qlora.__file__).parent / "demo" / "model"
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "llama"
@@ -130,7 +130,7 @@ def base(request):
 
 def encode(base, examples):
     config = DataConfig(name="toy", path="toy.json", source_max_len=SOURCE_MAX, target_max_len=TARGET_MAX)
-    return [(row.input_ids, row.labels) for row in build_tokenizer(config, base).encode(examples)]
+    return [(row.input_ids, row.labels) for row in build_encoder(config, base).encode(examples)]
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), CASES, ids=[case[0] for case in CASES])
@@ -161,5 +161,5 @@ def test_llama_s_ids_of_a_chip2_row_are_these():
 
 
 def test_every_named_set_of_the_hub_has_rows_here():
-    own = ("demo", "demo-corpus", "local", "mix", "vicuna")
+    own = ("demo", "local", "mix", "vicuna")
     assert {file.stem for file in (CONF_DIR / "data").glob("*.yaml")} - set(own) == set(SETS)

@@ -10,7 +10,7 @@ import pytest
 
 from qlora.config.compose import compose
 from qlora.config.schema import DataConfig, OnEmpty, OnTooLong, TrainOn
-from qlora.data import build_data
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

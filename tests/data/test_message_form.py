@@ -5,17 +5,17 @@ import re
 from datetime import datetime
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
 from qlora.config.schema import DataConfig, TrainOn
-from qlora.data import build_data
-from qlora.data.batching.example_tokens import build_tokenizer
-from qlora.data.chat.chat_writer import ChatWriter
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.chat.message_form import MARK, Piece, find_form
+from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template, read_template
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.formats.renderers import FORMATS
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 IM = ("<|im_start|>", "<|im_end|>")
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -262,11 +262,11 @@ def test_a_template_that_knows_no_thoughts_writes_those_of_a_content_as_text(wri
 def test_tags_of_thoughts_stay_tokens_and_spelled_tokens_do_not():
     base = build_byte_tokenizer(bos_token="<s>", eos_token="</s>")
     base.add_tokens([AddedToken(t, normalized=False, special=True) for t in (*IM, "<think>", "</think>")])
-    encode = build_tokenizer(DataConfig(name="toy", path="toy.json"), base, Template("mine.jinja", STRIPS))
+    encode = build_encoder(DataConfig(name="toy", path="toy.json"), base, Template("mine.jinja", STRIPS))
     (row,) = encode.encode([chat(user("<think>q</think>"), assistant("<think>x</think>the tag <think>"))])
     assert row.lost_thoughts == 1
     assert not {base.convert_tokens_to_ids(t) for t in ("<think>", "</think>")} & set(row.input_ids)
-    kept = build_tokenizer(DataConfig(name="toy", path="toy.json"), base, Template("mine.jinja", PLAIN))
+    kept = build_encoder(DataConfig(name="toy", path="toy.json"), base, Template("mine.jinja", PLAIN))
     (row,) = kept.encode([chat(user("q"), assistant("<think>x</think>y"))])
     assert row.labels.count(base.convert_tokens_to_ids("</think>")) == 1
 
@@ -533,7 +533,7 @@ def test_evaluation_asks_as_a_server_does(base, tmp_path):
         assert row["prompt"].endswith("assistant\n<think>\n")
         assert row["prompt_ids"] == base.apply_chat_template(**asked, return_dict=False)
         assert row["reference"] == "d"
-        encoder = build_tokenizer(config, base, Template("opens", opens))
+        encoder = build_encoder(config, base, Template("opens", opens))
         assert encoder.encode_prompt(source["messages"][:-1]) == row["prompt_ids"]
 
 
@@ -543,7 +543,7 @@ def test_a_prompt_of_its_own_is_cut_as_the_row_is(limit, base):
     config = DataConfig(name="toy", path="toy.json", source_max_len=limit, target_max_len=None)
     free = DataConfig(name="toy", path="toy.json", source_max_len=None, target_max_len=None)
     example = chat(user("question" * 4), assistant("b"))
-    encoders = [build_tokenizer(settings, base, Template("opens", opens)) for settings in (free, config)]
+    encoders = [build_encoder(settings, base, Template("opens", opens)) for settings in (free, config)]
     whole, cut = (encoder.encode([example])[0] for encoder in encoders)
     gone = len(whole.input_ids) - len(cut.input_ids)
     asked = encoders[0].encode_asked(whole)
@@ -554,7 +554,7 @@ def test_a_prompt_of_its_own_is_cut_as_the_row_is(limit, base):
 
 def test_the_last_turn_that_is_trained_is_asked_for_with_its_own_prompt(base):
     opens = HEAD + "{{ m.content }}" + TAIL.replace("assistant\n", "assistant\n<think>\n")
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), base, Template("opens", opens))
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), base, Template("opens", opens))
     example = chat(user("a"), assistant("b"), user("c"), assistant("", reasoning="x"))
     (row,) = encoder.encode([example])
     assert row.lost_thoughts == 1

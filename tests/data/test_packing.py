@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qlora.data import column
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.packing import PackedRows, efficiency, pack
-from qlora.data.formats.known_formats import ALPACA
+from qlora.data.batching.token_store import column
+from qlora.data.formats.prompts import ALPACA
 from qlora.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from qlora.config.schema import DataConfig, OnTooLong, TrainOn
-from qlora.data import build_data
 from qlora.data.batching import token_store
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 
 ROWS = [{"input": f"q{i}", "output": f"a{i}", "task": "even" if i % 2 == 0 else "odd"} for i in range(20)]
@@ -228,13 +228,13 @@ def test_a_broken_cell_stops_the_run_with_its_column(tokenizer, make_config):
 def test_the_fingerprint_is_the_same_in_another_process(tokenizer, make_config):
     config = make_config(ROWS)
     code = (
-        "import sys; from conftest import build_byte_tokenizer as build; from qlora.data import build_data; "
+        "from tests.data.byte_tokenizer import build_byte_tokenizer as build; "
+        "from qlora.data.pipeline import build_data; "
         "from qlora.config.schema import DataConfig; "
         f"config = DataConfig(name='toy', path={config.path!r}, eval_dataset_size=1); "
         "print(build_data(config, build(bos_token='<s>', eos_token='</s>')).report.fingerprint)"
     )
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "PYTHONHASHSEED": "5"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "5"}
     other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == build_data(config, tokenizer).report.fingerprint
 

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import build_byte_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 import qlora
 from qlora.config.schema import DataConfig
-from qlora.data import build_data
-from qlora.data.batching.example_tokens import build_tokenizer
+from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.chat.templates import Template, prompt_template, read_template
-from qlora.data.formats.known_formats import ALPACA, FORMATS, PROMPTS, QUESTION, VERBATIM, Segment, find_prompt
+from qlora.data.formats.prompts import ALPACA, PROMPTS, QUESTION, VERBATIM, Segment, find_prompt
+from qlora.data.formats.renderers import FORMATS
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 GUANACO, HH = PROMPTS[2:4]
@@ -99,7 +100,7 @@ def test_every_format_is_a_case():
 def test_what_chat_sends_is_what_training_saw(name, any_tokenizer, tmp_path):
     rows, messages = CASES[name]
     data = build(rows, name, any_tokenizer, tmp_path)
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), any_tokenizer, data.template)
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), any_tokenizer, data.template)
     for trained, message in zip(data.eval.to_list(), messages, strict=True):
         assert send(any_tokenizer, data, message) == trained["prompt_ids"]
         assert encoder.encode_prompt([{"role": "user", "content": message}]) == trained["prompt_ids"]
@@ -107,7 +108,7 @@ def test_what_chat_sends_is_what_training_saw(name, any_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("prompt", [GUANACO, HH], ids=lambda prompt: prompt.name)
 def test_a_text_that_is_trained_as_a_whole_begins_as_chat_does(prompt, any_tokenizer, tmp_path):
-    whole = prompt.before + "What is a fjord?" + prompt.behind + " An inlet." + prompt.before + "Thanks!"
+    whole = prompt.prefix + "What is a fjord?" + prompt.behind + " An inlet." + prompt.prefix + "Thanks!"
     data = build([{"text": whole}], "text", any_tokenizer, tmp_path)
     assert data.template.name == f"the prompt of {prompt.name}"
     sent = send(any_tokenizer, data, "What is a fjord?")
@@ -126,7 +127,7 @@ def test_a_text_of_no_layout_is_continued(any_tokenizer, tmp_path):
 def test_a_message_that_spells_the_end_token_is_text_as_in_training(any_tokenizer, tmp_path):
     message = f"What does {any_tokenizer.eos_token} mean?"
     data = build([{"instruction": message, "output": "the end"}], "alpaca", any_tokenizer, tmp_path)
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), any_tokenizer, data.template)
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), any_tokenizer, data.template)
     ids = encoder.encode_prompt([{"role": "user", "content": message}])
     assert any_tokenizer.eos_token_id not in ids[1:]
     assert any_tokenizer.decode(ids[1:]).strip() == any_tokenizer.decode(data.eval[0]["prompt_ids"][1:]).strip()
@@ -182,7 +183,7 @@ def test_a_system_text_stands_before_all(tokenizer):
 
 
 def test_calls_of_tools_have_no_form(tokenizer):
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), tokenizer, prompt_template(VERBATIM, tokenizer))
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), tokenizer, prompt_template(VERBATIM, tokenizer))
     with pytest.raises(UserError, match=r"an instruction format has no form for tool calls"):
         encoder.encode_prompt([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
 
@@ -200,7 +201,7 @@ STOPS = [
 
 @pytest.mark.parametrize(("template", "expected"), STOPS, ids=[template.name for template, _ in STOPS])
 def test_the_next_question_stops_an_answer_only_where_no_token_does(template, expected, tokenizer):
-    writer = build_tokenizer(DataConfig(name="toy", path="toy.json"), tokenizer, template).writer
+    writer = build_encoder(DataConfig(name="toy", path="toy.json"), tokenizer, template).writer
     assert writer.stop_text == expected
 
 

@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora.config.schema import DataConfig
-from qlora.data import build_data
-from qlora.data.batching.example_tokens import build_tokenizer
-from qlora.data.formats.known_formats import Segment
+from qlora.data.batching.row_encoder import build_encoder
+from qlora.data.formats.prompts import Segment
+from qlora.data.pipeline import build_data
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 NAMES = ("llama", "gpt2", "pythia")
@@ -22,7 +22,7 @@ def real(request):
 
 
 def encode(base, *segments):
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), base)
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), base)
     return encoder.encode([[Segment(*segment) for segment in segments]])[0]
 
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora.data.chat.conversations import Conversation
-from qlora.data.formats.known_formats import FORMATS, Segment
+from qlora.data.formats.prompts import Segment
 from qlora.data.formats.recognise import choose_format
+from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"

@@ -133,7 +133,7 @@ def assert_refused(path, place, most=8_000_000):
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as caught:
-            list(read_chunks(path, shown="data.path=x", most=most))
+            list(read_chunks(path, label="data.path=x", most=most))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

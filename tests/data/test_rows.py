@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset
 
 from qlora.config.schema import DataConfig, TrainOn
-from qlora.data import build_data
 from qlora.data.cache import Cache
 from qlora.data.formats.cells import OPPOSITES, SWITCHES, TrackedRow, read_truth, take_rows
-from qlora.data.formats.known_formats import FORMATS
+from qlora.data.formats.renderers import FORMATS
 from qlora.data.ingest.sources import load_rows
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 
 USER = {"role": "user", "content": "q"}

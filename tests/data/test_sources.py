@@ -138,7 +138,7 @@ def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path, l
 def test_a_hub_set_out_of_reach_is_answered_with_ways_out(message):
     text = message("nobody/such-a-set-v1.5")
     assert text.startswith(
-        "data.path=nobody/such-a-set-v1.5: no such file, and not to be had from the Hugging Face hub (no network: "
+        "data.path=nobody/such-a-set-v1.5: no such file, and not available from the Hugging Face hub (no network: "
     )
     assert "hf auth login" in text
     assert "data=local data.path=FILE" in text
@@ -164,7 +164,7 @@ def test_a_hub_set_that_cannot_be_had_is_answered_with_the_reason(monkeypatch, m
     # The hub's errors want a response; which kind of error it is suffices here.
     monkeypatch.setattr(datasets, "load_dataset", raise_from(cause.__new__(cause)))
     text = message("org/set")
-    assert text.startswith(f"data.path=org/set: no such file, and not to be had from the Hugging Face hub ({expected}")
+    assert text.startswith(f"data.path=org/set: no such file, and not available from the Hugging Face hub ({expected}")
 
 
 def test_a_hub_set_gives_the_first_of_the_held_out_splits(monkeypatch, load, message):

@@ -1,9 +1,10 @@
 import pytest
-from conftest import build_byte_tokenizer
 
-from qlora.config.schema import TEMPLATE_NAMES, DataConfig
-from qlora.data.chat.templates import FALLBACK, NEEDED_TOKENS, choose_template, read_template
+from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.schema import DataConfig
+from qlora.data.chat.templates import FALLBACK, choose_template, read_template
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 OURS = [name for name in TEMPLATE_NAMES if name != "auto"]
 
@@ -17,7 +18,7 @@ def base(template=None, tokens=()):
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_name_is_the_file_of_that_name(name):
-    chosen = choose_template(name, base("its own", NEEDED_TOKENS.get(name, ())))
+    chosen = choose_template(name, base("its own", TEMPLATES[name]))
     assert chosen == (name, read_template(name))
     assert chosen.text.startswith("{#-")
 
@@ -25,8 +26,8 @@ def test_a_name_is_the_file_of_that_name(name):
 @pytest.mark.parametrize("name", OURS)
 def test_a_template_names_every_token_that_it_writes(name):
     text = read_template(name)
-    assert all(token in text or name == "phi-3" for token in NEEDED_TOKENS.get(name, ()))
-    if name not in NEEDED_TOKENS and name != "zephyr":  # Zephyr itself writes its marks as plain text
+    assert all(token in text or name == "phi-3" for token in TEMPLATES[name])
+    if not TEMPLATES[name] and name != "zephyr":  # Zephyr itself writes its marks as plain text
         assert "<|" not in text
         assert "_of_turn>" not in text
 
@@ -42,7 +43,7 @@ def test_auto_takes_the_tokenizer_s_own():
 
 def test_auto_falls_back_to_plain_text():
     assert choose_template("auto", base()) == (FALLBACK, read_template(FALLBACK))
-    assert FALLBACK not in NEEDED_TOKENS
+    assert not TEMPLATES[FALLBACK]
 
 
 def test_of_several_the_default_is_taken():
@@ -65,9 +66,9 @@ def test_several_without_a_default_are_refused():
     )
 
 
-@pytest.mark.parametrize("name", NEEDED_TOKENS)
+@pytest.mark.parametrize("name", [name for name, tokens in TEMPLATES.items() if tokens])
 def test_tokens_that_the_tokenizer_lacks_are_named_with_the_way_out(name):
-    first, *rest = NEEDED_TOKENS[name]
+    first, *rest = TEMPLATES[name]
     listed = ",".join(f'"{token}"' for token in rest)
     with pytest.raises(UserError) as raised:
         choose_template(name, base(tokens=[first]), key="data.mix.a.template")

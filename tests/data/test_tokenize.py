@@ -1,16 +1,17 @@
 import random
 
 import pytest
-from conftest import build_byte_tokenizer
 from transformers import AddedToken
 
 from qlora.config.schema import DataConfig, TrainOn
-from qlora.data import build_data
-from qlora.data.batching.example_tokens import Limits, build_tokenizer
+from qlora.data.batching.row_encoder import Limits, build_encoder
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, read_template
-from qlora.data.formats.known_formats import FORMATS, Segment
+from qlora.data.formats.prompts import Segment
+from qlora.data.formats.renderers import FORMATS
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
+from tests.data.byte_tokenizer import build_byte_tokenizer
 
 BOS, EOS, NO = 1, 2, -100
 
@@ -22,12 +23,12 @@ def ids(text):
 
 def encode(base, *segments, **config):
     """Encodes one row; each segment is its text and whether it is trained."""
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json", **config), base)
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json", **config), base)
     return encoder.encode([[Segment(*segment) for segment in segments]])[0]
 
 
 def encode_row(base, name, row):
-    encoder = build_tokenizer(DataConfig(name="toy", path="toy.json"), base)
+    encoder = build_encoder(DataConfig(name="toy", path="toy.json"), base)
     return encoder.encode(FORMATS[name].render(row))[0]
 
 
@@ -244,13 +245,13 @@ def test_rows_keep_to_any_limits(name, bos, train_on):
     ends = {2, base.convert_tokens_to_ids("<|im_end|>")}
     template = Template(name, read_template(name))
     whole_config = {"source_max_len": None, "target_max_len": None, "train_on": train_on}
-    encode_whole = build_tokenizer(DataConfig(name="toy", path="toy.json", **whole_config), base, template)
+    encode_whole = build_encoder(DataConfig(name="toy", path="toy.json", **whole_config), base, template)
     for _ in range(250):
         keys = ("source_max_len", "target_max_len", "max_length")
         limits = {key: rng.choice((None, 1, 2, 3, rng.randint(4, 60))) for key in keys}
         example = draw(rng)
         config = DataConfig(name="toy", path="toy.json", train_on=train_on, **limits)
-        (row,) = build_tokenizer(config, base, template).encode([example])
+        (row,) = build_encoder(config, base, template).encode([example])
         (whole,) = encode_whole.encode([example])
         assert len(row.input_ids) == len(row.labels)
         assert row.labels[:1] in ([], [NO])
@@ -287,7 +288,7 @@ def test_a_cut_answer_has_no_end_and_a_whole_one_has(name):
     messages = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "vwxyz"}]
     for length in range(1, 12):
         config = DataConfig(name="toy", path="toy.json", target_max_len=length)
-        encode = build_tokenizer(config, base, Template(name, read_template(name)))
+        encode = build_encoder(config, base, Template(name, read_template(name)))
         (row,) = encode.encode([Conversation(messages, None)])
         said = [label for label in row.labels if label != NO]
         answer = " vwxyz " if name == "llama-2" else "vwxyz" if name == "chatml" else " vwxyz"

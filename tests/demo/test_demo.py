@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from qlora.demo import templates
-from qlora.demo.corpus import documents, probes
-from qlora.demo.instructions import (
-    DATA_FOLDER,
+from demo_world import templates
+from demo_world.corpus import documents, probes
+from demo_world.instructions import (
     HELD_OUT_PAIRS,
     HELD_OUT_PEOPLE,
     HELD_OUT_WORDS,
@@ -21,8 +19,16 @@ from qlora.demo.instructions import (
     prompt,
     train_rows,
 )
-from qlora.demo.tokenizer import MODEL_FOLDER, build_tokenizer
-from qlora.demo.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
+from demo_world.tokenizer import build_tokenizer
+from demo_world.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
+
+import qlora.demo.instructions as shipped
+from qlora.config.compose import compose
+from qlora.errors import UserError
+from qlora.models.model_files import EMBEDDED
+
+MODEL_FOLDER = EMBEDDED["tiny"]
+TOOLS = Path(__file__).parents[2] / "tools"
 
 Row = dict[str, str]
 TRAIN = train_rows()
@@ -65,10 +71,18 @@ def test_full_names_are_unique() -> None:
     assert len({person.name for person in PEOPLE}) == len(PEOPLE) == 120
 
 
-@pytest.mark.parametrize(("name", "rows"), [("train", TRAIN), ("eval", EVAL)])
-def test_shipped_rows_are_what_the_generator_makes(name: str, rows: list[Row]) -> None:
-    lines = (DATA_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows
+def test_shipped_rows_are_what_the_generator_makes() -> None:
+    assert shipped.train_rows() == TRAIN
+    assert shipped.eval_rows() == EVAL
+    assert {tuple(row) for row in [*shipped.train_rows(), *shipped.eval_rows()]} == {tuple(TRAIN[0])}
+
+
+def test_the_pretraining_run_composes_where_its_generator_is_trusted() -> None:
+    folder = TOOLS / "demo_world" / "conf"
+    config = compose(["experiment=pretrain-tiny", "trusted=[demo_world]"], folder)
+    assert (config.data.name, config.data.path) == ("demo-corpus", "demo_world.pretraining:training_rows")
+    with pytest.raises(UserError, match="demo_world"):
+        compose(["experiment=pretrain-tiny"], folder)
 
 
 def test_no_question_is_asked_twice_or_in_both_sets() -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
-from qlora.data import read_rows
+from qlora.data.ingest.row_files import read_rows
 from qlora.errors import UserError
 from qlora.evaluation.measure import Suite, evaluation_mode
 from qlora.evaluation.mmlu import LETTERS, Mmlu, Parts, Question, load_questions, read_question, render_questions
@@ -199,7 +199,7 @@ def reference(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[st
 
 
 @needs_real
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("path", [ZERO_SHOT, FIVE_SHOT], ids=["zero shot", "five shot"])
 def test_a_real_model_gives_the_answers_of_a_plain_loop_to_the_item(path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()

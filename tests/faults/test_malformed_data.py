@@ -22,7 +22,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
-from qlora.data import build_data
+from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 

@@ -83,7 +83,7 @@ def test_fused_layers_learn_from_a_sharded_base_what_they_learn_from_a_whole_one
         assert sharded["evaluated"] == whole["evaluated"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sharded_layers_are_compiled_once_and_learn_the_same(tmp_path: Path) -> None:
     for own in (each["compiled"] for each in learn_in_two_processes(tmp_path, "compiled")):
         whole, sharded = own["whole"], own["sharded"]

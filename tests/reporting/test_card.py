@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from qlora.config.compose import compose
 from qlora.config.schema import Config
+from qlora.models.model_files import EMBEDDED
 from qlora.reporting.model_card import write_model_card
 
 RESULT = {
@@ -122,10 +123,8 @@ def test_the_code_runs_with_transformers_and_peft_alone(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    import qlora.demo
-
     base = tmp_path / "base"
-    tokenizer = AutoTokenizer.from_pretrained(Path(qlora.demo.__file__).parent / "model")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(base)
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))

@@ -15,9 +15,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.config.schema import TEMPLATE_NAMES, DataConfig, GenerationConfig
-from qlora.data.batching.example_tokens import build_tokenizer
-from qlora.data.chat.templates import NEEDED_TOKENS, Template, read_template
+from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.schema import DataConfig, GenerationConfig
+from qlora.data.batching.row_encoder import build_encoder
+from qlora.data.chat.templates import Template, read_template
 from qlora.models.tokenizer import save_tokenizer
 from qlora.reporting.modelfile import ChatForm, find_form, write_modelfile
 
@@ -54,7 +55,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerBase:
 
 def with_template(kind: str, name: str) -> PreTrainedTokenizerBase:
     built = tokenizer(kind)
-    built.add_tokens(list(NEEDED_TOKENS.get(name, ())), special_tokens=True)
+    built.add_tokens(list(TEMPLATES[name]), special_tokens=True)
     built.chat_template = read_template(name)
     return built
 
@@ -108,7 +109,7 @@ def test_go_writes_the_tokens_of_a_prompt_as_training_does_for_every_template(
         )
         saved = AutoTokenizer.from_pretrained(tmp_path / name)
         adds_bos = json.loads((tmp_path / name / "tokenizer_config.json").read_text())["add_bos_token"]
-        encoder = build_tokenizer(
+        encoder = build_encoder(
             DataConfig(name="toy", path="toy.json", source_max_len=None, target_max_len=None), base,
             Template(name, read_template(name)),
         )  # fmt: skip

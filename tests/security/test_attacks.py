@@ -212,7 +212,7 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
         ("model/mine", "name: tiny\ntrust_remote_code: true", ["model=mine"], "sets model.trust_remote_code"),
         ("model/mine", "# @package _global_\ntrusted: [evilmod]", ["model=mine"], "sets trusted"),
         ("recipe/mine", "# @package _global_\ntrusted: [evilmod]", ["recipe=mine"], "sets trusted"),
-        ("recipe/tiny_demo-corpus", "trusted: [evilmod]", ["data=demo-corpus"], "sets trusted"),
+        ("recipe/tiny_vicuna", "trusted: [evilmod]", ["data=vicuna"], "sets trusted"),
         ("sweep/mine", "# @package _global_\nhydra: {sweeper: {params: {trusted: '[evilmod]'}}}", ["sweep=mine"],
          "sweeps trusted"),
         ("../outside/mine", "trusted: [evilmod]", ["recipe=../../outside/mine"], ""),
@@ -253,7 +253,7 @@ def test_every_way_to_compose_is_checked(here: Path) -> None:
     """Hydra's own entry and its launchers compose without `check_overrides`, jobs of a combination never seen before
     among them."""
     (here / "conf" / "recipe").mkdir()
-    (here / "conf" / "recipe" / "tiny_demo-corpus.yaml").write_text("trusted: [evilmod]\n")
+    (here / "conf" / "recipe" / "tiny_vicuna.yaml").write_text("trusted: [evilmod]\n")
     register()
     path = create_config_search_path(str(CONF_DIR))
     path.prepend("command-line", f"file://{here / 'conf'}", SearchPathQuery(provider="schema"))
@@ -262,9 +262,9 @@ def test_every_way_to_compose_is_checked(here: Path) -> None:
         loader = Hydra.create_main_hydra2("qlora", path).config_loader
         master = loader.load_configuration("config", ["seed=0,1"], RunMode.MULTIRUN)
         with pytest.raises(UserError, match="sets trusted"):
-            loader.load_sweep_config(master, ["data=demo-corpus"])
+            loader.load_sweep_config(master, ["data=vicuna"])
         with pytest.raises(UserError, match="sets trusted"):
-            hydra_compose("config", overrides=["data=demo-corpus"])
+            hydra_compose("config", overrides=["data=vicuna"])
     finally:
         GlobalHydra.instance().clear()
 

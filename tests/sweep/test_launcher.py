@@ -19,6 +19,9 @@ import pytest
 from qlora.sweep.jobs import Status, read_job
 from tests.sweep.faults import SUFFER
 
+KILLS = int(os.environ.get("QLORA_TEST_KILLS", "2"))
+"""How often the long forms of the kill test kill a sweep."""
+
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
     *("trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0"),
@@ -77,7 +80,7 @@ def starts(folder: Path, name: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_faults_leave_the_others_and_are_run_again_alone(tmp_path: Path) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
     words = ["name=faults", "seed=range(0,6)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
@@ -112,7 +115,7 @@ def test_four_faults_leave_the_others_and_are_run_again_alone(tmp_path: Path) ->
     assert {row["status"] for row in rows} == {"finished"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_grown_grid_keeps_what_is_finished_and_another_config_is_refused(tmp_path: Path) -> None:
     assert sweep(tmp_path, "lora.alpha=8,16")[0] == 0
     first = starts(tmp_path, "lora.alpha")
@@ -126,7 +129,7 @@ def test_a_grown_grid_keeps_what_is_finished_and_another_config_is_refused(tmp_p
     assert starts(tmp_path, "lora.alpha")["lora.alpha=8"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_one(tmp_path: Path) -> None:
     words = ["seed=0,1", "name=two", "trainer.max_steps=400", "trainer.eval_steps=null", "trainer.save_steps=5"]
     first = start(tmp_path, *words)
@@ -172,12 +175,18 @@ def outcome(folder: Path, name: str) -> list[dict[str, str]]:
         return [{key: row[key] for key in row if key not in measured} for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a sweep in /proc")
-@pytest.mark.parametrize("slots", [2, 1], ids=["grid", "search"])
-def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(slots: int, tmp_path: Path) -> None:
-    """`QLORA_TEST_KILLS=20` kills more often than every run of the tests does."""
-    count = int(os.environ.get("QLORA_TEST_KILLS", "2"))
+@pytest.mark.parametrize(
+    ("slots", "count"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow, id="one kill"),
+        pytest.param(2, KILLS, marks=pytest.mark.full, id="grid"),
+        pytest.param(1, KILLS, marks=pytest.mark.full, id="search"),
+    ],
+)
+def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
+    slots: int, count: int, tmp_path: Path
+) -> None:
     rate = "trainer.learning_rate=tag(log,interval(1e-4,1e-2))"
     search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.seed=0", rate]
     words = [

@@ -278,6 +278,7 @@ def told(folder: Path) -> dict[str, str]:
     return {trial.user_attrs["job"]: trial.state.name for trial in study(folder).trials}
 
 
+@pytest.mark.full
 def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp_path: Path) -> None:
     rates = "trainer.learning_rate=1e-3,2e-3,5e-4,3e-3,1e-1,1e-5,2e-5,5e-2,4e-3,3e-4,2e-1,5e-3"
     words = [rates, "hydra.sweeper.sampler=grid", *PRUNING]

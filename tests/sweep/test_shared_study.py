@@ -146,7 +146,7 @@ def database() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_two_commands_on_one_postgresql_study_lose_nothing_by_kill_9(tmp_path: Path, database: str) -> None:
-    kill_and_go_on([tmp_path / "a", tmp_path / "b"], database, 8)
+    kill_and_go_on([tmp_path / "a", tmp_path / "b"], database, 4)
 
 
 @pytest.mark.full

@@ -563,7 +563,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_job_goes_on_in_its_run_on_a_server_below_the_run_of_its_sweep(tmp_path: Path, mlflow_server: str) -> None:
     from mlflow import MlflowClient
 

@@ -5,7 +5,7 @@ stands here only where no option sets the field. `slots=True` makes it impossibl
 """
 
 from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
-from qlora.config.schema.data import FORMAT_NAMES, TEMPLATE_NAMES, DataConfig, MixConfig, OnEmpty, OnTooLong, TrainOn
+from qlora.config.schema.data import DataConfig, MixConfig, OnEmpty, OnTooLong, TrainOn
 from qlora.config.schema.evaluation import (
     METRIC_LIBRARY,
     METRIC_NAMES,
@@ -32,7 +32,6 @@ from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, Watchd
 
 __all__ = [
     "CALLBACK_PACKAGES",
-    "FORMAT_NAMES",
     "FUNCTION_PATH",
     "HOLDS",
     "MAPPINGS",
@@ -40,7 +39,6 @@ __all__ = [
     "METRIC_NAMES",
     "OWN_FUNCTIONS",
     "TASK_KEYS",
-    "TEMPLATE_NAMES",
     "WATCHDOG_COUNTS",
     "ArchitectureConfig",
     "BaseProducts",

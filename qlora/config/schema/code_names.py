@@ -16,7 +16,6 @@ CALLBACK_PACKAGES = ("qlora", "transformers")
 
 OWN_FUNCTIONS = (
     *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
-    *("qlora.demo.pretraining:training_rows", "qlora.demo.pretraining:probe_rows"),
     "qlora.data.formats.as_chat:from_alpaca",
 )
 """The functions that a config may name by itself: the embedded data, and Alpaca's rows as chats."""

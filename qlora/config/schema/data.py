@@ -10,24 +10,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.chat_templates import template_names
+from qlora.config.data_formats import format_names
 from qlora.config.schema.code_names import FUNCTION_PATH
 from qlora.config.schema.values import HOLDS
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import parse_size
-
-# The formats that `data/formats.py` renders; kept here so that a typo is found before torch is imported.
-FORMAT_NAMES = (
-    *("auto", "alpaca", "input-output", "prompt-completion", "question-answer", "messages", "conversations"),
-    *("chosen", "human-bot", "inst", "guanaco", "self-instruct-tasks", "unnatural", "segments", "text"),
-)
-
-
-# The chat templates of `data/templates/`, by name; `auto` is the tokenizer's own.
-TEMPLATE_NAMES = (
-    *("auto", "alpaca", "chatml", "chatml-thoughts", "gemma", "guanaco", "llama-2", "llama-3", "mistral"),
-    *("phi-3", "plain", "qwen", "vicuna", "zephyr"),
-)
-
 
 TrainOn = StrEnum("TrainOn", "assistant last all")
 """Which tokens the loss counts."""
@@ -228,17 +216,19 @@ def build_mix(name: str, part: object) -> MixConfig:
 
 def check_format(key: str, name: str) -> None:
     """Raises `ConfigError` unless `name` is a format's, or the user's own `module:function`."""
-    if name not in FORMAT_NAMES and not FUNCTION_PATH.fullmatch(name):
+    names = format_names()
+    if name not in names and not FUNCTION_PATH.fullmatch(name):
         raise ConfigError(
-            f"{key}={name!r} is unknown{did_you_mean(name, FORMAT_NAMES)}; "
-            f"choose one of {', '.join(FORMAT_NAMES)}, or module:function of your own"
+            f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
+            f"choose one of {', '.join(names)}, or module:function of your own"
         )
 
 
 def check_template(key: str, name: str) -> None:
     """Raises `ConfigError` unless `name` is a template's, or looks like a file."""
-    if name not in TEMPLATE_NAMES and "/" not in name and not name.endswith((".jinja", ".j2")):
+    names = template_names()
+    if name not in names and "/" not in name and not name.endswith((".jinja", ".j2")):
         raise ConfigError(
-            f"{key}={name!r} is unknown{did_you_mean(name, TEMPLATE_NAMES)}; "
-            f"choose one of {', '.join(TEMPLATE_NAMES)}, or a file with a Jinja chat template (my.jinja)"
+            f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
+            f"choose one of {', '.join(names)}, or a file with a Jinja chat template (my.jinja)"
         )

@@ -8,7 +8,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from qlora.errors import ConfigError, did_you_mean, require
-from qlora.planning.gpus import CARDS
+from qlora.planning.gpus import GPUS
 
 PlanStep = StrEnum("PlanStep", "auto plain fast")
 """How a training step is computed, as far as its memory and speed depend on it."""
@@ -29,7 +29,7 @@ class PlanConfig:
     """Tokens of a row; unset: `data.pack_length`, else the longest that the limits of `data` leave."""
 
     def __post_init__(self) -> None:
-        names = ("this", *CARDS)
+        names = ("this", *GPUS)
         if self.device not in names:
             raise ConfigError(
                 f"plan.device={self.device!r} is unknown{did_you_mean(self.device, names)}; choose one of "

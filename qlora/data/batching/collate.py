@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.data.batching.example_tokens import IGNORED
+from qlora.data.batching.row_encoder import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ def count_work(batch: Mapping[str, Tensor], pad_token_id: int) -> tuple[int, int
     A row of n tokens has n (n + 1) / 2 pairs, each token with itself included; padding counts for nothing.
     """
     inside = token_mask(batch, pad_token_id).numpy()
-    places = batch["position_ids"].numpy() + 1 if "position_ids" in batch else inside.cumsum(-1)
-    return int(inside.sum()), int(places[inside].sum())
+    positions = batch["position_ids"].numpy() + 1 if "position_ids" in batch else inside.cumsum(-1)
+    return int(inside.sum()), int(positions[inside].sum())
 
 
 def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int | np.ndarray) -> Tensor:

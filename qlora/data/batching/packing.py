@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset
 
-from qlora.data.batching.example_tokens import IGNORED
+from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.token_store import column
 from qlora.errors import ConfigError
 
@@ -37,7 +37,7 @@ def pack(lengths: np.ndarray, budget: int) -> list[Pack]:
     owners: list[np.ndarray] = []
     packs = _Packs(budget)
     for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
-        owners += packs.place(size, count)
+        owners += packs.assign(size, count)
     owner = np.concatenate(owners)
     by_owner = np.argsort(owner, kind="stable")
     return np.split(longest_first[by_owner], np.cumsum(np.bincount(owner))[:-1])
@@ -53,10 +53,10 @@ class _Packs:
 
     def __init__(self, budget: int) -> None:
         self.budget, self.opened = budget, 0
-        self.by_room: dict[int, list[np.ndarray]] = {}  # room -> packs with exactly that much, in pieces
+        self.by_room: dict[int, list[np.ndarray]] = {}  # room -> packs with exactly that much, in chunks
         self.is_open = np.zeros(budget + 1, dtype=bool)  # by room: whether any pack has it
 
-    def place(self, size: int, count: int) -> Iterator[np.ndarray]:
+    def assign(self, size: int, count: int) -> Iterator[np.ndarray]:
         """Yields the packs of `count` rows of `size` tokens, int64 arrays with `count` entries in all.
 
         Sizes must not rise from call to call. A pack that takes one row has the least room still if another fits,
@@ -65,8 +65,8 @@ class _Packs:
         for room in (np.flatnonzero(self.is_open[size:]) + size).tolist():
             if count == 0:
                 return
-            pieces = self.by_room.pop(room)
-            there = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+            chunks = self.by_room.pop(room)
+            there = np.concatenate(chunks) if len(chunks) > 1 else chunks[0]
             self.is_open[room] = False
             yield self._fill(there, room, size, count)
             count -= min(count, len(there) * (room // size))
@@ -78,12 +78,12 @@ class _Packs:
 
     def _fill(self, there: np.ndarray, room: int, size: int, count: int) -> np.ndarray:
         """Fills packs that have the same room, one after the other; returns the pack of every row that found one."""
-        each = room // size
-        full, rest = divmod(min(count, len(there) * each), each)
-        self._open(there[:full], room - each * size)
+        rows_per_pack = room // size
+        full, rest = divmod(min(count, len(there) * rows_per_pack), rows_per_pack)
+        self._open(there[:full], room - rows_per_pack * size)
         self._open(there[full : full + 1] if rest else there[:0], room - rest * size)
         self._open(there[full + bool(rest) :], room)
-        return np.concatenate([np.repeat(there[:full], each), np.repeat(there[full : full + 1], rest)])
+        return np.concatenate([np.repeat(there[:full], rows_per_pack), np.repeat(there[full : full + 1], rest)])
 
     def _open(self, packs: np.ndarray, room: int) -> None:
         if len(packs) and room:
@@ -116,7 +116,7 @@ class PackedRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns `input_ids`, `labels` and `position_ids` of a pack's rows one after the other, each int [tokens].
 
-        Positions restart at 0 with every row, which is how a model tells the rows apart. The first label of a row
+        Positions restart at 0 with every row, by which a model separates the rows. The first label of a row
         is ignored: the token before it belongs to another row.
         """
         table = self._rows[self.members(range(len(self))[index])]

@@ -18,12 +18,13 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora.config.schema import OnEmpty, OnTooLong
-from qlora.data.batching.example_tokens import Encoded, Tokenizer
+from qlora.data.batching.row_encoder import Encoded, RowEncoder
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.trained_answers import settle
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
-from qlora.data.formats.known_formats import Example, Format
-from qlora.errors import ConfigError, UserError
+from qlora.data.formats.prompts import Example
+from qlora.data.formats.renderers import Format
+from qlora.errors import DataError, UserError
 from qlora.runtime import console
 from qlora.runtime.workers import Part, Result, do_parts
 
@@ -36,7 +37,7 @@ PARALLEL_BYTES: Final = 2**22
 """Above so much text several processes pay: the others import for about two seconds before they begin."""
 MAX_PROCESSES: Final = 16
 REOPEN: Final = 50
-"""After so many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
+"""After this many chunks a process maps the rows anew, so that what it has read does not stay in its memory."""
 
 TOKENS: Final = pa.list_(pa.int32())
 COLUMNS: Final = {
@@ -99,10 +100,10 @@ class Job:
     order: np.ndarray | None
     """Indices of the rows to take; None: all."""
     layout: Format
-    tokenizer: Tokenizer
+    tokenizer: RowEncoder
     on_empty: OnEmpty
     for_eval: bool
-    shown: str
+    label: str
     """The key and the path, for messages."""
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Job:
         return pa.schema(columns)
 
 
-class _Draft(NamedTuple):
+class _PendingRow(NamedTuple):
     """An example that is to be tokenized."""
 
     example: Example
@@ -189,7 +190,7 @@ def _chunks(job: Job, processes: int, folder: Path) -> Generator[Result, None, N
     encoder = _Encoder(job)
     # Rows that lie in memory would lie in that of every process.
     if processes > 1 and len(parts) > 1 and job.rows.cache_files:
-        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.shown)
+        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.label)
     else:
         yield from map(encoder, parts)
 
@@ -214,27 +215,27 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
     rows = take_rows(job.rows, slice(start, stop) if job.order is None else indices)
     counts = Counter(rows=len(rows))
-    drafts: list[_Draft] = []
+    pending: list[_PendingRow] = []
     for index, row in zip(indices.tolist(), rows, strict=True):
         try:
-            drafts += _render(job, index, row, counts)
+            pending += _render(job, index, row, counts)
         except UserError as error:
-            raise ConfigError(f"{job.shown}, row {index + 1}: {error}") from None
+            raise DataError(f"{job.label}, row {index + 1}: {error}") from None
     kept, rows_kept, tasks_kept = [], [], []
-    for encoded, draft in zip(_encode(job, drafts), drafts, strict=True):
-        if (encoded.cut_source or encoded.cut_target) and not _stays(job, draft.row):
+    for encoded, pending_row in zip(_encode(job, pending), pending, strict=True):
+        if (encoded.cut_source or encoded.cut_target) and not _stays(job, pending_row.row):
             counts["too_long"] += 1
         elif not encoded.trained:
             counts["untrained"] += 1
-            counts["switched_off"] += _is_off(draft.example)
+            counts["switched_off"] += _is_off(pending_row.example)
             counts["only_thoughts"] += bool(encoded.lost_thoughts) and not (encoded.cut_source or encoded.cut_target)
         else:
-            counts["empty_answers"] += draft.empty
+            counts["empty_answers"] += pending_row.empty
             counts["lost_thoughts"] += encoded.lost_thoughts
             counts["lost_messages"] += encoded.lost_messages
             kept.append(encoded)
-            rows_kept.append(draft.row)
-            tasks_kept.append(draft.task)
+            rows_kept.append(pending_row.row)
+            tasks_kept.append(pending_row.task)
     return _record_batch(job, kept, rows_kept, tasks_kept), counts
 
 
@@ -246,7 +247,7 @@ def _is_off(example: Example) -> bool:
     return bool(weights) and not any(weights)
 
 
-def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_Draft]:
+def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_PendingRow]:
     """Yields what is to be tokenized of a row, and counts what is not, with the keys that nothing read."""
     tracked = TrackedRow(row)
     examples = job.layout.render(tracked)
@@ -259,26 +260,26 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_D
         if settled.example is None:
             counts["empty"] += 1
         else:
-            yield _Draft(settled.example, index, task, settled.empty)
+            yield _PendingRow(settled.example, index, task, settled.empty)
 
 
-def _encode(job: Job, drafts: list[_Draft]) -> list[Encoded]:
+def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
     try:
-        return job.tokenizer.encode([draft.example for draft in drafts])
+        return job.tokenizer.encode([pending_row.example for pending_row in pending])
     except UserError:
-        for draft in drafts:  # again, one by one, to name the row
+        for pending_row in pending:  # again, one by one, to name the row
             try:
-                job.tokenizer.encode([draft.example])
+                job.tokenizer.encode([pending_row.example])
             except UserError as error:
-                raise ConfigError(f"{job.shown}, row {draft.row + 1}: {error}") from None
+                raise DataError(f"{job.label}, row {pending_row.row + 1}: {error}") from None
         raise
 
 
 def _stays(job: Job, index: int) -> bool:
     limits = job.tokenizer.limits
     if limits.on_too_long is OnTooLong.error:
-        raise ConfigError(
-            f"{job.shown}, row {index + 1}: longer than data.source_max_len={limits.source_max_len}, "
+        raise DataError(
+            f"{job.label}, row {index + 1}: longer than data.source_max_len={limits.source_max_len}, "
             f"data.target_max_len={limits.target_max_len}, data.max_length={limits.max_length} allow; raise them, or "
             "set data.on_too_long=truncate or drop"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora.data.formats.cells import Row, is_missing, is_rejected, number_text, peek, read_switch, track
 from qlora.data.ingest.json_text import DoubledKey, parse
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.text import brief, listed
 
 Message = dict[str, Any]
@@ -33,7 +33,7 @@ THOUGHT_PARTS = ("thinking", "reasoning")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of what a text model cannot see or hear."""
 KEPT = ("name", "tool_call_id")
-"""Keys of a turn that go on unchanged, for templates to read."""
+"""Keys of a turn that are passed on unchanged, for templates to read."""
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 """What data sets and templates call the thoughts before an answer."""
 THOUGHTS = THOUGHT_KEYS[0]
@@ -76,23 +76,23 @@ def build_conversation(row: Row, turns: list[Message], where: str) -> list[Conve
         return []
     first = next(index for index, turn in enumerate(turns) if turn["role"] != "system")
     if turns[first]["role"] == "assistant":
-        raise ConfigError(
+        raise DataError(
             f"{where}, turn {first + 1} of {len(turns)}: the assistant speaks before any user turn; take such turns "
             "out, or map the rows with a function of your own (data.format=module:function)"
         )
     if turns[0]["role"] != "system" and (system := row.get("system")):
         if not isinstance(system, str):
-            raise ConfigError(f"column system must hold text, but a row holds {brief(system)}")
+            raise DataError(f"column system must hold text, but a row holds {brief(system)}")
         turns = [{"role": "system", "content": system}, *turns]
     return [Conversation(turns, read_tools(row))]
 
 
 def _refuse_media(row: Row) -> None:
-    """Raises `ConfigError` where a row holds pictures, sound or films beside its turns."""
+    """Raises `DataError` where a row holds pictures, sound or films beside its turns."""
     for column in MEDIA_COLUMNS:
         cell = decode(row.get(column))
         if _holds_media(cell):
-            raise ConfigError(
+            raise DataError(
                 f"column {column} holds {brief(cell)}; qlora trains text only, so leave such rows out, or take the "
                 "column out if the turns say all without it"
             )
@@ -111,7 +111,7 @@ def read_turns(row: Row, column: str) -> list[Any]:
         return []
     if not isinstance(cell, Sequence) or isinstance(cell, str):
         written = "; write lists as JSON (json.dumps), not as Python prints them" if PRINTED.match(str(cell)) else ""
-        raise ConfigError(
+        raise DataError(
             f"data.format={column} needs a list of turns in that column, but a row holds {brief(cell)}{written}"
         )
     return list(cell)
@@ -120,7 +120,7 @@ def read_turns(row: Row, column: str) -> list[Any]:
 def decode(cell: Any) -> Any:
     """Returns what a cell holds: text that spells a JSON list or object is read, all else stays as it is.
 
-    Raises `ConfigError` for turns of a chat with a key that stands twice.
+    Raises `DataError` for turns of a chat with a key that stands twice.
     """
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return cell
@@ -129,7 +129,7 @@ def decode(cell: Any) -> Any:
     except DoubledKey as error:
         value = json.loads(cell)
         if is_turn(value) or (isinstance(value, list) and any(map(is_turn, value))):
-            raise ConfigError(f"in the turns {brief(cell)}, {error}") from None
+            raise DataError(f"in the turns {brief(cell)}, {error}") from None
         return cell
     except (ValueError, RecursionError):
         return cell
@@ -155,13 +155,13 @@ def normalise(turns: Sequence[Any], column: str, row: Row) -> list[Message]:
 
 def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise ConfigError(f"{where} is {brief(turn)}; each must be an object with role and content, or from and value")
+        raise DataError(f"{where} is {brief(turn)}; each must be an object with role and content, or from and value")
     spoken = _first(turn, "role", "from")
     if spoken is None:
-        raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
+        raise DataError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
     name = str(spoken).strip().lower()
     if name not in ROLES:
-        raise ConfigError(f"{where} has the unknown role {brief(spoken)}; known are {', '.join(ROLES)}")
+        raise DataError(f"{where} has the unknown role {brief(spoken)}; known are {', '.join(ROLES)}")
     message: Message = {"role": ROLES[name]}
     key = "value" if turn.get("content") is None else "content"
     value = turn.get(key) if name in CALL_ROLES else _parts(turn, key, message["role"])
@@ -176,7 +176,7 @@ def _message(turn: object, where: str) -> Message:
     if calls:
         message["tool_calls"] = _calls(turn, calls, where)
     elif value is None and not any(key in turn for key in ("content", "value", "tool_calls")):
-        raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
+        raise DataError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value")
     message |= {key: turn[key] for key in KEPT if turn.get(key) is not None}
     switch = read_switch(turn, where)
     return message if switch is None else message | {"weight": int(switch)}
@@ -190,11 +190,11 @@ def _parts(turn: Row, key: str, role: str) -> Any:
     """Returns what a turn says; where that is an object or a list of parts, they are tracked in a list."""
     value = turn.get(key)
     if isinstance(value, Mapping) and (value.get("type") in TEXT_PARTS or (role != "tool" and _text_key(value))):
-        return _each(turn, key)
-    return _each(turn, key) if isinstance(value, list) and (role != "tool" or _is_parts(value)) else value
+        return _as_list(turn, key)
+    return _as_list(turn, key) if isinstance(value, list) and (role != "tool" or _is_parts(value)) else value
 
 
-def _each(holder: Row, key: str) -> list[Any]:
+def _as_list(holder: Row, key: str) -> list[Any]:
     """Returns what a key holds as a list, its objects tracked."""
     value = holder[key]
     return [track(holder, part, key) for part in (value if isinstance(value, list) else [value])]
@@ -211,7 +211,7 @@ def _content(value: Any, role: str, where: str) -> str:
     if (number := number_text(value)) is not None:
         return number
     if not isinstance(value, Sequence):
-        raise ConfigError(f"{where} says {brief(value)}; content must be text, or a list of parts of text")
+        raise DataError(f"{where} says {brief(value)}; content must be text, or a list of parts of text")
     return "".join(_part(part, where) for part in value if not _is_thought(part))
 
 
@@ -219,7 +219,7 @@ def _thought(turn: Row, content: Any, where: str) -> str:
     """Returns the thoughts of a turn: under any of their keys, or as parts of its content; "" if there are none."""
     # A number, true, or an object without text under such a key is a setting: nothing reads it.
     spoken = {
-        key: _thought_text(_each(turn, key), where)
+        key: _thought_text(_as_list(turn, key), where)
         for key in THOUGHT_KEYS
         if isinstance(value := peek(turn, key), (str, list))
         or (isinstance(value, Mapping) and _text_key(value, *THOUGHT_KEYS))
@@ -228,7 +228,7 @@ def _thought(turn: Row, content: Any, where: str) -> str:
         spoken["content"] = _thought_text([part for part in content if _is_thought(part)], where)
     thoughts = {key: text for key, text in spoken.items() if text.strip()}
     if len({text.strip() for text in thoughts.values()}) > 1:
-        raise ConfigError(
+        raise DataError(
             f"{where} holds different thoughts under {' and '.join(thoughts)}; keep one of them, for a turn thinks once"
         )
     return next(iter(thoughts.values()), "")
@@ -241,14 +241,14 @@ def _thought_text(value: Any, where: str) -> str:
         return _content(value, "assistant", where)
     key = _text_key(value, *THOUGHT_KEYS)
     if key is None:
-        raise ConfigError(f"{where} holds a part {brief(value)} without a text of thoughts; leave such parts out")
+        raise DataError(f"{where} holds a part {brief(value)} without a text of thoughts; leave such parts out")
     value.get("type")  # whatever it is, the text is a thought here
-    return _thought_text(_each(value, key), where)
+    return _thought_text(_as_list(value, key), where)
 
 
-def _text_key(part: Row, *before: str) -> str | None:
-    """Returns the key of a part that holds its text, `before` first; None: there is none."""
-    return next((key for key in (*before, *TEXT_KEYS) if peek(part, key) is not None), None)
+def _text_key(part: Row, *preferred: str) -> str | None:
+    """Returns the key of a part that holds its text, `preferred` first; None: there is none."""
+    return next((key for key in (*preferred, *TEXT_KEYS) if peek(part, key) is not None), None)
 
 
 def _is_thought(part: object) -> bool:
@@ -267,7 +267,7 @@ def _part(part: Any, where: str) -> str:
     text = None if key is None else part[key]
     if kind not in (None, *TEXT_PARTS) or not isinstance(text, str):
         label = f"of type {kind}" if kind is not None and kind not in TEXT_PARTS else brief(part)
-        raise ConfigError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
+        raise DataError(f"{where} holds a part {label}; qlora trains text only, so leave such rows out")
     return text
 
 
@@ -281,13 +281,13 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     bare = track(call, function, "function") if isinstance(function, Mapping) else call
     if not isinstance(bare, Mapping) or not isinstance(bare.get("name"), str):
-        raise ConfigError(f"{where} calls {brief(call)}; a call of a function is JSON with name and arguments")
+        raise DataError(f"{where} calls {brief(call)}; a call of a function is JSON with name and arguments")
     arguments = _arguments(call, bare, where)
     call.get("type")  # "function" or the like says nothing more
     try:
         json.dumps(arguments)
     except TypeError as error:
-        raise ConfigError(
+        raise DataError(
             f"{where} calls {bare['name']} with arguments that JSON cannot write ({error}); write them as text"
         ) from None
     known = {"id": str(call["id"])} if call.get("id") is not None else {}
@@ -304,7 +304,7 @@ def _arguments(call: Row, bare: Row, where: str) -> Any:
         given |= {} if is_missing(value) else {name + key: read if isinstance(read, dict) else value}
     first: Any = next(iter(given.values()), {})
     if any(value != first for value in given.values()):
-        raise ConfigError(
+        raise DataError(
             f"{where} calls {bare['name']} with different arguments under {' and '.join(given)}; keep one of them"
         )
     return first
@@ -320,9 +320,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConfigError(
-            f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {brief(cell)}"
-        )
+        raise DataError(f"column {column} must hold a list of JSON schemas, or its JSON, but a row holds {brief(cell)}")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -331,9 +329,9 @@ def split_marked(text: str, mark: re.Pattern[str]) -> list[Message]:
 
     A last turn of the user that says nothing, which some sets leave open for a question, is left out.
     """
-    start, *pieces = mark.split(text)
+    start, *rest = mark.split(text)
     turns: list[Message] = [{"role": "system", "content": start.strip()}] if start.strip() else []
-    for name, said in zip(pieces[::2], pieces[1::2], strict=True):
+    for name, said in zip(rest[::2], rest[1::2], strict=True):
         turns.append({"role": ROLES[name.lower()], "content": said.strip()})
     is_open = bool(turns) and turns[-1]["role"] == "user" and not turns[-1]["content"]
     return turns[:-1] if is_open else turns
@@ -347,10 +345,10 @@ def split_inst(text: str) -> list[Message] | None:
     turns: list[Message] = []
     for piece in rounds:
         asked, answer = piece.split("[/INST]", 1)
-        system, found, rest = asked.partition("<</SYS>>")
-        if found:
+        system, closing, rest = asked.partition("<</SYS>>")
+        if closing:
             turns.append({"role": "system", "content": system.replace("<<SYS>>", "", 1).strip()})
-        turns.append({"role": "user", "content": (rest if found else asked).strip()})
+        turns.append({"role": "user", "content": (rest if closing else asked).strip()})
         said = answer.strip().removesuffix("<s>").strip().removesuffix("</s>")
         turns.append({"role": "assistant", "content": said.strip()})
     return turns

@@ -5,18 +5,18 @@ Sets without conversations have one too, which asks as their rows do.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.schema import TEMPLATE_NAMES
-from qlora.data.formats.known_formats import Prompt
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.chat_templates import TEMPLATES, installed_template
+from qlora.data.formats.prompts import Prompt
+from qlora.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +30,6 @@ WITH_CALLS: Final = ("chatml", "llama-3", FALLBACK)
 WITH_THOUGHTS: Final = "chatml-thoughts"
 """The template that writes the thoughts of every turn."""
 
-NEEDED_TOKENS: Final[dict[str, tuple[str, ...]]] = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "chatml-thoughts": ("<|im_start|>", "<|im_end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "phi-3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
-    "qwen": ("<|im_start|>", "<|im_end|>"),
-}
-"""Tokens that a template is written with; spelled out in pieces they would mean nothing to the model."""
-
 
 class Template(NamedTuple):
     """A chat template: its name in reports and its Jinja text."""
@@ -52,10 +42,12 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase, *, key: str =
     """Returns the template that `data.template` means for this tokenizer; raises `ConfigError` where it cannot be."""
     if name == "auto":
         if tokenizer.chat_template:
-            return Template("the tokenizer's own", _own_template(tokenizer, key))
+            return Template("the tokenizer's own", _tokenizer_template(tokenizer, key))
         log.info("%s=auto: the tokenizer has no chat template; taking %s", key, FALLBACK)
         name = FALLBACK
-    if name not in TEMPLATE_NAMES:
+    if (target := installed_template(name)) is not None:
+        return Template(name, _read_installed(target, f"{key}={name}"))
+    if name not in TEMPLATES:
         return Template(name, _read_file(name, key))
     missing = _missing_tokens(name, tokenizer)
     if missing:
@@ -79,7 +71,7 @@ def suggest_thoughts(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     known = tokenizer.get_vocab()
-    return [token for token in NEEDED_TOKENS.get(name, ()) if token not in known]
+    return [token for token in TEMPLATES[name] if token not in known]
 
 
 def _new_tokens(tokens: list[str]) -> str:
@@ -96,10 +88,17 @@ def prompt_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Templ
     alone, behind = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt.ask("a"), begin + prompt.ask("a"))
     )
-    words = {**asdict(prompt), "lead": "" if behind[-len(alone) :] == alone else " "}
-    del words["name"]
-    values = ", ".join(json.dumps(value) for value in words.values())
-    header = f"{{%- set {', '.join(words)} = {values} %}}\n"
+    # By the names that the template's file reads.
+    variables = {
+        "before": prompt.prefix,
+        "behind": prompt.behind,
+        "between": prompt.between,
+        "before_both": prompt.prefix_both,
+        "in_text": prompt.in_text,
+        "lead": "" if behind[-len(alone) :] == alone else " ",
+    }
+    values = ", ".join(json.dumps(value) for value in variables.values())
+    header = f"{{%- set {', '.join(variables)} = {values} %}}\n"
     return Template(f"the prompt of {prompt.name}", header + read_template(INSTRUCTION))
 
 
@@ -109,18 +108,30 @@ def read_template(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
-    own = tokenizer.chat_template
-    if isinstance(own, str):
-        return own
-    if isinstance(own, list):
-        own = {each["name"]: each["template"] for each in own}
-    if "default" not in own and len(own) > 1:  # some carry several, such as tool_use
+def _tokenizer_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        return template
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in template and len(template) > 1:  # some carry several, such as tool_use
         raise ConfigError(
-            f"{key}=auto: the tokenizer has the chat templates {', '.join(own)} but no default; save the one to take "
-            f"as a file and give it with {key}=FILE.jinja"
+            f"{key}=auto: the tokenizer has the chat templates {', '.join(template)} but no default; save the one to "
+            f"take as a file and give it with {key}=FILE.jinja"
         )
-    return own.get("default") or next(iter(own.values()))
+    return template.get("default") or next(iter(template.values()))
+
+
+def _read_installed(target: str, label: str) -> str:
+    """Returns the text of a template that an installed package adds."""
+    module, _, name = target.partition(":")
+    try:
+        text = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{label}: its package registers {target}, which cannot be read ({error})") from error
+    if not isinstance(text, str):
+        raise DataError(f"{label}: {target} is of type {type(text).__name__}; it must be the template's Jinja text")
+    return text
 
 
 def _read_file(name: str, key: str) -> str:
@@ -129,6 +140,6 @@ def _read_file(name: str, key: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ConfigError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
+        raise DataError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}={name}: cannot be read ({error})") from None
+        raise DataError(f"{key}={name}: cannot be read ({error})") from None

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from qlora.config.schema import OnEmpty, TrainOn
 from qlora.data.chat.conversations import Conversation, Message, is_empty
-from qlora.data.formats.known_formats import Example, Segment
-from qlora.errors import ConfigError
+from qlora.data.formats.prompts import Example, Segment
+from qlora.errors import ConfigError, DataError
 
 
 class Settled(NamedTuple):
@@ -21,7 +21,7 @@ class Settled(NamedTuple):
 
 
 def settle(example: Example, on_empty: OnEmpty, train_on: TrainOn) -> Settled:
-    """Decides what becomes of empty answers; raises `ConfigError` where they, or a turn's switch, are refused."""
+    """Decides what becomes of empty answers; raises a `UserError` where they, or a turn's switch, are refused."""
     if isinstance(example, Conversation):
         return _settle_chat(example, on_empty, train_on)
     return _settle_segments(example, on_empty, train_on)
@@ -105,5 +105,5 @@ def _is_blank(segments: Sequence[Segment]) -> bool:
     return bool(answer) and not "".join(answer).strip()
 
 
-def _refusal(what: str) -> ConfigError:
-    return ConfigError(f"{what} (data.on_empty=error); write one, or set data.on_empty=drop or train")
+def _refusal(what: str) -> DataError:
+    return DataError(f"{what} (data.on_empty=error); write one, or set data.on_empty=drop or train")

@@ -44,11 +44,11 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Borders:
+class TurnBounds:
     """Finds where a turn begins and ends, by texts that agree up to there."""
 
     special: Special
-    before: str = ""
+    between: str = ""
     """What a template writes between a question and an answer; "" where that is more than a prompt."""
     behind: str = ""
     """What it writes behind an answer that ends a conversation."""
@@ -72,7 +72,7 @@ class Borders:
         if agreed == len(prompt):
             return agreed if self.lead is None else agreed + self._size_of_lead(text[agreed:], self.lead)
         start = self._whole_words(prompt, agreed)
-        return start if start >= self.agree(prompt, closed()) else None
+        return start if start >= self.agreed_length(prompt, closed()) else None
 
     def end(self, text: str, alone: str, *, hands_over: bool) -> int | None:
         """Returns where a turn ends in `text`; None: unclear.
@@ -81,7 +81,7 @@ class Borders:
         without an end token hands over to another role with the token of that role, if one follows.
         """
         last = alone.removesuffix(self.last_only) if self.last_only else alone
-        kept, agreed = last.rstrip(), self.agree(text, last)
+        kept, agreed = last.rstrip(), self.agreed_length(text, last)
         if agreed >= len(kept):
             next_role = self._token_at(text, len(kept)) if hands_over and len(kept) == len(last) else 0
             return len(kept) + (0 if self.closes(kept) else next_role)
@@ -92,7 +92,7 @@ class Borders:
         size = self._token_at(text, agreed)
         return agreed + size if size and self._token_at(last, agreed) else None
 
-    def agree(self, first: str, second: str) -> int:
+    def agreed_length(self, first: str, second: str) -> int:
         """Returns how far two texts agree, up to a token of the template's that only one of them holds."""
         agreed = common_length(first, second)
         return min(self._outside_tokens(first, agreed), self._outside_tokens(second, agreed))
@@ -103,7 +103,7 @@ class Borders:
 
     def start_as_ever(self, text: str) -> int | None:
         """Returns where a turn begins in the text before its first word, if an answer to a question begins so too."""
-        if not self.before or not text.endswith(self.before):
+        if not self.between or not text.endswith(self.between):
             return None
         lead = self.lead if self.lead is not None and self.lead.isspace() else ""
         return len(text) - len(lead)
@@ -153,7 +153,7 @@ class Layout:
         """Returns the turns in the text of a conversation of this structure; None: it is written otherwise."""
         offsets: list[int] = []
         position = 0
-        lost = {message: set(pieces) for message, pieces in self.lost.items()}
+        lost = {message: set(kinds) for message, kinds in self.lost.items()}
         for literal, following, index in zip(self.literals, self.literals[1:], self.marks, strict=False):
             if not text.startswith(literal, position):
                 return None
@@ -189,7 +189,7 @@ class Fitted(NamedTuple):
 
 
 def lay_out(
-    marked: Sequence[Message], texts: Sequence[Text], turns: Sequence[int], apply: Apply, borders: Borders
+    marked: Sequence[Message], texts: Sequence[Text], turns: Sequence[int], apply: Apply, bounds: TurnBounds
 ) -> Layout:
     """Writes a conversation of marks and finds the turns of the assistant at the indices `turns`.
 
@@ -201,7 +201,7 @@ def lay_out(
     if any(index >= len(texts) for index in marks):  # a name or a tool spells a mark, so that it is no copy of marks
         return Layout([whole], [], [0], dict.fromkeys(turns), set(), {message: set() for message in turns}, 0)
     sizes = [len(literal) + len(MARK.format(index)) for literal, index in zip(literals, marks, strict=False)]
-    search = _Search(whole, marked, texts, apply, borders)
+    search = _Search(whole, marked, texts, apply, bounds)
     spans, exact = {}, set()
     for message in turns:
         spans[message], follows = search.find_turn(message)
@@ -220,7 +220,7 @@ class _Search:
     marked: Sequence[Message]
     texts: Sequence[Text]
     apply: Apply
-    borders: Borders
+    bounds: TurnBounds
 
     def find_turn(self, message: int) -> tuple[Span | None, bool]:
         """Returns the characters of a turn (None: unclear), and whether it follows its whole prompt."""
@@ -235,7 +235,7 @@ class _Search:
         if end is None:
             return None, False
         others = [match for match in MARKS.finditer(self.whole, start, end) if not self._is_of(match, message)]
-        exact = self.whole[:start] in (prompt, prompt + self.borders.header)
+        exact = self.whole[:start] in (prompt, prompt + self.bounds.header)
         return (None if others else Span(start, end)), exact
 
     def find_lost(self, span: Span | None, message: int) -> set[Piece]:
@@ -253,9 +253,9 @@ class _Search:
     def _find_start(self, message: int, prompt: str, order: Sequence[str]) -> int | None:
         anchor = next((match[0] for match in reversed(list(MARKS.finditer(prompt)))), "")
         if anchor not in self.whole:  # a prompt alone shows the last text before it, as Mistral's shows the system text
-            return self.borders.start_as_ever(self.whole[: self.whole.index(order[0])]) if order else None
+            return self.bounds.start_as_ever(self.whole[: self.whole.index(order[0])]) if order else None
         first = self.whole.index(anchor) + len(anchor)
-        start = self.borders.start(
+        start = self.bounds.start(
             self.whole[first:],
             _behind(prompt, anchor),
             lambda: _behind(self.apply(self.marked[:message], False), anchor),
@@ -269,11 +269,11 @@ class _Search:
             last = self.whole.index(order[-1]) + len(order[-1])
             rest = _behind(alone, order[-1])
         else:  # nothing is said: the turn is its end alone, maybe behind the blanks around an answer
-            rest, last = self.borders.behind if following else self.whole[start:], start
+            rest, last = self.bounds.behind if following else self.whole[start:], start
             if rest.strip():
                 rest = rest.lstrip()
                 last += len(self.whole[start:]) - len(self.whole[start:].lstrip())
-        size = self.borders.end(self.whole[last:], rest, hands_over=hands_over)
+        size = self.bounds.end(self.whole[last:], rest, hands_over=hands_over)
         return None if size is None else last + size
 
 
@@ -282,17 +282,17 @@ def _behind(text: str, mark: str) -> str:
     return text.rpartition(mark)[2] if mark else text
 
 
-def find_span(text: str, messages: Sequence[Message], message: int, apply: Apply, borders: Borders) -> Span | None:
+def find_span(text: str, messages: Sequence[Message], message: int, apply: Apply, bounds: TurnBounds) -> Span | None:
     """Returns the characters of a turn by the conversation's beginnings alone; None: unclear.
 
     For templates that look into what messages say, so that a copy of marks is written otherwise.
     """
-    start = borders.start(text, apply(messages[:message], True), lambda: apply(messages[:message], False))
+    start = bounds.start(text, apply(messages[:message], True), lambda: apply(messages[:message], False))
     alone = text if message == len(messages) - 1 else apply(messages[: message + 1], False)
     if start is None or alone[:start] != text[:start]:
         return None
     hands_over = message + 1 < len(messages) and messages[message + 1]["role"] != "assistant"
-    size = borders.end(text[start:], alone[start:], hands_over=hands_over)
+    size = bounds.end(text[start:], alone[start:], hands_over=hands_over)
     return Span(start, start + size) if size else None
 
 

@@ -11,7 +11,7 @@ def from_alpaca(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of `messages`: instruction and input, a line break between, are asked, and output is the answer.
 
     `system` and `history` (pairs of question and answer) stand before, if there are such columns; `prompt`, `query` and
-    `response` are other names of the three; `kto_tag`, the label of the answer, goes on.
+    `response` are other names of the three; `kto_tag`, the label of the answer, is kept.
     """
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for question, answer in row.get("history") or []:

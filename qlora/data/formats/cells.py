@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.text import brief
 
 Row = Mapping[str, Any]
@@ -140,12 +140,12 @@ def number_text(value: Any) -> str | None:
 
 
 def cell_text(value: Any, column: str, name: str) -> str:
-    """Returns a cell as text, without a value as ""; raises `ConfigError` for what the format `name` cannot take."""
+    """Returns a cell as text, without a value as ""; raises `DataError` for what the format `name` cannot take."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else number_text(value)
     if text is None:
-        raise ConfigError(
+        raise DataError(
             f"data.format={name} needs text in column {column}, but a row holds {brief(value)}; "
             f"{_remedy(value, column)}"
         )
@@ -154,12 +154,14 @@ def cell_text(value: Any, column: str, name: str) -> str:
 
 def _remedy(value: Any, column: str) -> str:
     """Says how a column that holds no text becomes one that does."""
-    own = "with a function of your own (data.format=module:function)"
+    remedy = "with a function of your own (data.format=module:function)"
     if isinstance(value, (list, Mapping)):
-        return f"make text of it {own}"
+        return f"make text of it {remedy}"
     if isinstance(value, bytes):
-        return f"write the text that the bytes encode (pandas: rows[{column!r}].str.decode('utf-8')), or make it {own}"
-    return f"write it as text (pandas: rows[{column!r}].astype(str)), or make it {own}"
+        return (
+            f"write the text that the bytes encode (pandas: rows[{column!r}].str.decode('utf-8')), or make it {remedy}"
+        )
+    return f"write it as text (pandas: rows[{column!r}].astype(str)), or make it {remedy}"
 
 
 def read_truth(value: Any) -> bool | None:
@@ -192,7 +194,7 @@ def is_unlabelled(value: Any) -> bool:
 
 
 def is_rejected(row: Row, *columns: str) -> bool:
-    """Tells whether a label marks the answer of a row as a bad one; raises `ConfigError` where it is unclear.
+    """Tells whether a label marks the answer of a row as a bad one; raises `DataError` where it is unclear.
 
     `columns` are those that may hold the label; unset: `LABELS`.
     """
@@ -201,7 +203,7 @@ def is_rejected(row: Row, *columns: str) -> bool:
             if read_truth(row.get(column)) is False:
                 return True
         except ValueError:
-            raise ConfigError(
+            raise DataError(
                 f"column {column} holds {brief(row.get(column))}, and the label of an answer is {TRUTHS} (false: not "
                 "trained); write it so, or leave the column out (with a function of your own: "
                 "data.format=module:function)"
@@ -212,27 +214,29 @@ def is_rejected(row: Row, *columns: str) -> bool:
 def read_switch(turn: Row, where: str) -> bool | None:
     """Returns whether the switches of a turn ask to train it; None: there are none.
 
-    Raises `ConfigError` for a switch that is unclear and for two that contradict each other.
+    Raises `DataError` for a switch that is unclear and for two that contradict each other.
     """
     for key, meaning in UNCLEAR_SWITCHES.items():
         if key in turn and not is_missing(turn[key]):
-            raise ConfigError(f"{where} has the key {key}, {meaning}")
+            raise DataError(f"{where} has the key {key}, {meaning}")
     for part in (part for key in ("content", "value") if isinstance(turn.get(key), list) for part in turn[key]):
-        if isinstance(part, Mapping) and (own := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
-            raise ConfigError(f"{where} holds a part with {own}={brief(part[own])}; a turn is trained whole or not at "
-                              f"all, so set {own} beside its role, or split it")  # fmt: skip
+        if isinstance(part, Mapping) and (name := next((key for key in (*SWITCHES, *OPPOSITES) if key in part), None)):
+            raise DataError(
+                f"{where} holds a part with {name}={brief(part[name])}; a turn is trained whole or not at all, so set "
+                f"{name} beside its role, or split it"
+            )
     said: dict[str, bool] = {}
     for key in (*SWITCHES, *OPPOSITES):
         value = turn.get(key)
         try:
             truth = read_truth(value)
         except ValueError:
-            raise ConfigError(
+            raise DataError(
                 f"{where} has {key}={brief(value)}; a turn is trained whole or not at all, so it must be {TRUTHS}"
             ) from None
         if truth is not None:
             said[key] = truth is not (key in OPPOSITES)
     if len(set(said.values())) > 1:
         listed = " and ".join(f"{key}={brief(turn[key])}" for key in said)
-        raise ConfigError(f"{where} has {listed}, which contradict each other; leave one of them out")
+        raise DataError(f"{where} has {listed}, which contradict each other; leave one of them out")
     return next(iter(said.values()), None)

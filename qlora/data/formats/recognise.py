@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qlora.config.data_formats import installed_format
 from qlora.config.schema import FUNCTION_PATH
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
-from qlora.data.formats.known_formats import FORMATS, GUANACO, WITH_REFORMULATIONS, Example, Format, nested
-from qlora.errors import ConfigError, UserError
+from qlora.data.formats.prompts import Example
+from qlora.data.formats.renderers import FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
+from qlora.errors import ConfigError, DataError, UserError
 from qlora.runtime.user_code import import_function
 from qlora.text import listed
 
@@ -91,8 +93,8 @@ def choose_format(
     if name == "auto":
         choice = recognise(rows)
         log.info("%s=auto: %s, by %s", setting, choice.name, choice.why)
-    elif FUNCTION_PATH.fullmatch(name):
-        choice = _choose_own(name, rows)
+    elif (function := name if FUNCTION_PATH.fullmatch(name) else installed_format(name)) is not None:
+        choice = _choose_own(function, rows._replace(chosen=function))
         log.info("%s=%s: %s", setting, name, choice.why)
     else:
         choice = Choice(name, f"{setting}={name}", FORMATS[name])
@@ -113,14 +115,14 @@ def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
     fitting = [name for name in FORMATS if _fits(name, rows)]
     if not fitting:
-        raise ConfigError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
+        raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
     name = fitting[0]
     if _is_prompt_only(name, rows):
-        raise ConfigError(_prompts_only(rows))
+        raise DataError(_prompts_only(rows))
     if left := _left_choices(name, rows):
         way_out = f", or leave them out with {rows.setting}={name}" if _works(rows, name, {}) else ""
-        raise ConfigError(
+        raise DataError(
             f"{rows.setting}=auto: {rows.subject} the columns {rows.listed}, a multiple-choice test; the answers mean "
             f"little without {left[0]}. Write them into the question with a function of your own "
             f"({rows.setting}=module:function){way_out}"
@@ -208,7 +210,7 @@ def _prompts_only(rows: _Rows) -> str:
 def _way_out(rows: _Rows) -> str:
     """Says which format is nearest, and how to name the columns that it lacks."""
     known = "; ".join(f"{name} ({layout.describe_needs()})" for name, layout in FORMATS.items())
-    own = f"{rows.setting}=module:function"
+    function = f"{rows.setting}=module:function"
     if FUNCTION_PATH.fullmatch(rows.chosen):  # data.columns names what the function reads, not what it returns
         return f"Let it return the columns of a format: {known}"
     if fitting := next((name for name in FORMATS if _fits(name, rows) and _works(rows, name, {})), None):
@@ -219,17 +221,17 @@ def _way_out(rows: _Rows) -> str:
             if _works(rows, _format_for(rows, name), {needed: chat}):
                 return f"{chat} holds the turns of a chat: {_settings(rows, name, {needed: chat})}"
     if chats:
-        return f"{chats[0]} holds turns of a chat, but none of a whole one: map the rows with {own}"
+        return f"{chats[0]} holds turns of a chat, but none of a whole one: map the rows with {function}"
     asked = [column for column in rows.columns if column.lower() in PROMPTS]
     if any(
         isinstance(row.get(column), Mapping) and "replies" in row[column] for column in asked for row in rows.sample
     ):
-        return f"{asked[0]} holds trees of messages: turn each into rows with {own}"
+        return f"{asked[0]} holds trees of messages: turn each into rows with {function}"
     if asked and all(c in asked or c.lower() in DETAILS or c.lower().endswith("_id") for c in rows.columns):
         return f"They are prompts only: there is nothing to train on. {_name_answers(rows, asked[0])}, or use rows " \
                "that have answers"  # fmt: skip
     if nearest := _nearest(rows):
-        return f"Closest: {'; '.join(nearest)}; or map the rows with {own}"
+        return f"Closest: {'; '.join(nearest)}; or map the rows with {function}"
     return f"Name the columns of a format with {rows.column_key('NAME')}=COLUMN: {known}"
 
 
@@ -299,7 +301,7 @@ def _holds_turns(cell: Any) -> bool:
 
 
 def _nearest(rows: _Rows) -> list[str]:
-    """Returns at most two formats that lack least, each with the settings that would mend it."""
+    """Returns at most two formats that lack least, each with the settings that would fix it."""
     scored: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, layout in FORMATS.items():
         for needed in layout.needs if name not in LOOKS else ():
@@ -323,10 +325,10 @@ def _nearest(rows: _Rows) -> list[str]:
 def _guess(lacking: Iterable[str], columns: Iterable[str]) -> dict[str, str | None]:
     """Returns, for each column that a format lacks, one of the others that seems to mean the same."""
     free, guesses = list(columns), dict[str, str | None]()
-    for wanted in lacking:
-        alike = next((names for names in (PROMPTS, ANSWERS, TEXTS) if wanted in names), (wanted,))
-        guesses[wanted] = next((c for name in alike for c in free if c.lower() == name), None)
-        free = [column for column in free if column != guesses[wanted]]
+    for needed in lacking:
+        alike = next((names for names in (PROMPTS, ANSWERS, TEXTS) if needed in names), (needed,))
+        guesses[needed] = next((c for name in alike for c in free if c.lower() == name), None)
+        free = [column for column in free if column != guesses[needed]]
     return guesses
 
 
@@ -360,9 +362,9 @@ def _map(path: str, row: Row, setting: str) -> list[Row]:
     """Calls the user's function on one row; it may return a row, a list of rows, or None."""
     # By name and not as an object, so that a format goes to other processes whatever the function is.
     result = import_function(path, setting)(dict(row))
-    found = [] if result is None else result if isinstance(result, list) else [result]
-    if wrong := next((item for item in found if not isinstance(item, Mapping)), None):
-        shown = f"a list with {type(wrong).__name__}" if isinstance(result, list) else type(wrong).__name__
-        raise ConfigError(f"{setting}={path}: returned {shown} for a row; it must return a row (dict), a list of rows, "
+    mapped = [] if result is None else result if isinstance(result, list) else [result]
+    if wrong := next((item for item in mapped if not isinstance(item, Mapping)), None):
+        label = f"a list with {type(wrong).__name__}" if isinstance(result, list) else type(wrong).__name__
+        raise DataError(f"{setting}={path}: returned {label} for a row; it must return a row (dict), a list of rows, "
                           "or None to leave the row out")  # fmt: skip
-    return found
+    return mapped

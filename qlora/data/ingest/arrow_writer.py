@@ -16,7 +16,7 @@ from datasets import Features, Json, Value
 
 from qlora.data.ingest.readers import Chunk
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.text import listed
 
 TEXT = pa.string()
@@ -44,20 +44,20 @@ class RowWriter:
         self._parts: list[Path] = []
         self._part: pa.RecordBatchStreamWriter | None = None
 
-    def add(self, chunk: Chunk, *, shown: str) -> None:
-        """Appends rows; raises `ConfigError` for a row that shares no column with those before it."""
+    def add(self, chunk: Chunk, *, label: str) -> None:
+        """Appends rows; raises `DataError` for a row that shares no column with those before it."""
         count = len(chunk.rows)
         if not count:
             return
-        columns = self._columns(chunk, shown)
-        check_table(pa.table(columns), self.most, lambda index: f"{shown}, {chunk.place(index)}")
+        columns = self._columns(chunk, label)
+        check_table(pa.table(columns), self.most, lambda index: f"{label}, {chunk.locate(index)}")
         if not columns and not self._types:
-            raise ConfigError(f"{shown}, {chunk.place(0)}: has no columns")
-        before = self._schema() if self._part is not None else None
+            raise DataError(f"{label}, {chunk.locate(0)}: has no columns")
+        previous = self._schema() if self._part is not None else None
         for name, cells in columns.items():
             self._types[name] = wider(self._types.get(name, UNKNOWN), cells.type)
         schema = self._schema()
-        if schema != before:
+        if schema != previous:
             self._begin_part(schema)
         assert self._part is not None
         self._part.write_table(_fitted(columns, schema, count))
@@ -106,33 +106,33 @@ class RowWriter:
                 features |= Features.from_arrow_schema(pa.schema([(name, kind)]))
         return Features(features).arrow_schema
 
-    def _columns(self, chunk: Chunk, shown: str) -> dict[str, pa.Array]:
+    def _columns(self, chunk: Chunk, label: str) -> dict[str, pa.Array]:
         known = dict.fromkeys(self._types)
         if isinstance(chunk.rows, pa.Table):
             columns = _by_name(chunk.rows)
-            _check_related(known, columns, chunk, 0, shown)
+            _check_related(known, columns, chunk, 0, label)
             return {name: _normal(column) for name, column in columns.items()}
         names: dict[str, None] = {}
         for index, row in enumerate(chunk.rows):
             if not row.keys() <= names.keys():
-                _check_names(row.keys() - names.keys(), f"{shown}, {chunk.place(index)}")
-                _check_related(known | names, row, chunk, index, shown)
+                _check_names(row.keys() - names.keys(), f"{label}, {chunk.locate(index)}")
+                _check_related(known | names, row, chunk, index, label)
                 names.update(dict.fromkeys(row))
-        return {name: self._cells(name, [row.get(name) for row in chunk.rows], chunk, shown) for name in names}
+        return {name: self._cells(name, [row.get(name) for row in chunk.rows], chunk, label) for name in names}
 
-    def _cells(self, name: str, cells: list[Any], chunk: Chunk, shown: str) -> pa.Array:
+    def _cells(self, name: str, cells: list[Any], chunk: Chunk, label: str) -> pa.Array:
         if self._types.get(name) != JSON:
             try:
                 column = pa.array(cells, TEXT)
                 return column if column.null_count < len(column) else pa.nulls(len(column))
             except UnicodeEncodeError:
-                _raise_broken(name, cells, chunk, shown)
+                _raise_broken(name, cells, chunk, label)
             except (pa.ArrowTypeError, pa.ArrowInvalid):
                 pass  # not only text
         try:
             return _json_array(cells)
         except (TypeError, ValueError, RecursionError):
-            _raise_broken(name, cells, chunk, shown)
+            _raise_broken(name, cells, chunk, label)
 
 
 class IdCounter:
@@ -179,24 +179,24 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, index: int, shown: str) -> None:
+def _check_related(known: Mapping[str, None], row: Iterable[str], chunk: Chunk, index: int, label: str) -> None:
     names = list(row)
     if known and names and known.keys().isdisjoint(names):
-        raise ConfigError(
-            f"{shown}, {chunk.place(index)}: has the columns {listed(names)}, but the rows before it have "
+        raise DataError(
+            f"{label}, {chunk.locate(index)}: has the columns {listed(names)}, but the rows before it have "
             f"{listed(known)}; all rows must be of one kind"
         )
 
 
-def _check_names(names: Iterable[Any], shown: str) -> None:
+def _check_names(names: Iterable[Any], label: str) -> None:
     for name in names:
         if not isinstance(name, str):
-            raise ConfigError(f"{shown}: a column is named {name!r}; names must be text")
+            raise DataError(f"{label}: a column is named {name!r}; names must be text")
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise ConfigError(
-                f"{shown}: the name of the column {name!r} holds half of a surrogate pair, which is no character; give "
+            raise DataError(
+                f"{label}: the name of the column {name!r} holds half of a surrogate pair, which is no character; give "
                 "it another name"
             ) from None
 
@@ -266,8 +266,8 @@ def _storage(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return column.cast(TEXT) if column.type == JSON else column
 
 
-def _raise_broken(name: str, cells: Sequence[Any], chunk: Chunk, shown: str) -> NoReturn:
-    """Raises `ConfigError` for the first cell that cannot be kept."""
+def _raise_broken(name: str, cells: Sequence[Any], chunk: Chunk, label: str) -> NoReturn:
+    """Raises `DataError` for the first cell that cannot be kept."""
     for index, cell in enumerate(cells):
         try:
             _json_array([cell])
@@ -281,5 +281,5 @@ def _raise_broken(name: str, cells: Sequence[Any], chunk: Chunk, shown: str) -> 
             reason = f"cannot be kept ({error}); write numbers beyond 64 bits as text"
         else:
             continue
-        raise ConfigError(f"{shown}, {chunk.place(index)}: column {name} {reason}") from None
+        raise DataError(f"{label}, {chunk.locate(index)}: column {name} {reason}") from None
     raise AssertionError("each cell alone can be kept, all of them cannot")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_text, too_long
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 Row = dict[str, Any]
 
@@ -41,14 +41,14 @@ _scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _decoder).scan_once
 
 
 def read_lines(
-    file: IO[bytes], shown: str, *, size: int, most: int = MAX_ROW_BYTES
+    file: IO[bytes], label: str, *, size: int, most: int = MAX_ROW_BYTES
 ) -> Iterator[tuple[list[int], list[Row]]]:
     """Yields line numbers and the objects that stand on them, for about `size` bytes at a time.
 
     No line may have more than `most` bytes.
     """
     number = 0
-    for text in _whole_lines(file, shown, size, most):
+    for text in _whole_lines(file, label, size, most):
         rows, numbers = [], []
         # str.splitlines would also split at characters like U+2028, which JSON strings may hold.
         for line in text.split("\n"):
@@ -56,39 +56,39 @@ def read_lines(
             line = line.strip(BLANKS)
             if not line:
                 continue
-            check_text(line, most, f"{shown}, line {number}")
+            check_text(line, most, f"{label}, line {number}")
             try:
                 row, end = _scan(line, 0)
             except DoubledKey as error:
-                raise ConfigError(f"{shown}, line {number}: {error}") from None
+                raise DataError(f"{label}, line {number}: {error}") from None
             except (StopIteration, ValueError, RecursionError):
                 end = -1
             if end != len(line):
-                raise ConfigError(
-                    f"{shown}, line {number}: broken JSON ({_reason(line)}); the file must hold one array of objects, "
+                raise DataError(
+                    f"{label}, line {number}: broken JSON ({_reason(line)}); the file must hold one array of objects, "
                     "or one object a line"
                 )
             if type(row) is not dict:
-                raise ConfigError(f"{shown}, line {number}: {_kind(row)}; each line must hold an object")
+                raise DataError(f"{label}, line {number}: {_kind(row)}; each line must hold an object")
             rows.append(row)
             numbers.append(number)
         yield numbers, rows
 
 
-def read_array(file: IO[str], shown: str, *, size: int, most: int = MAX_ROW_BYTES) -> Iterator[tuple[int, list[Row]]]:
+def read_array(file: IO[str], label: str, *, size: int, most: int = MAX_ROW_BYTES) -> Iterator[tuple[int, list[Row]]]:
     """Yields objects of the array, with the number of the first (from 0), for about `size` characters at a time.
 
     No object may have more than `most` bytes.
     """
-    window = _Window(file, shown, size)
+    window = _Window(file, label, size)
     rows: list[Row] = []
     start = count = yielded = 0
     window.advance()
     is_open = window.peek() != "]"
     while is_open:
-        row = window.value(most, f"{shown}: element {count} of the array")
+        row = window.value(most, f"{label}: element {count} of the array")
         if type(row) is not dict:
-            raise ConfigError(f"{shown}: element {count} of the array is {_kind(row)}; each must be an object")
+            raise DataError(f"{label}: element {count} of the array is {_kind(row)}; each must be an object")
         rows.append(row)
         count += 1
         mark = window.peek()
@@ -110,8 +110,8 @@ def read_array(file: IO[str], shown: str, *, size: int, most: int = MAX_ROW_BYTE
 class _Window:
     """The part of a file's text that is being parsed."""
 
-    def __init__(self, file: IO[str], shown: str, size: int) -> None:
-        self.file, self.shown, self.size = file, shown, size
+    def __init__(self, file: IO[str], label: str, size: int) -> None:
+        self.file, self.label, self.size = file, label, size
         self.text, self.position = "", 0
         self.dropped, self.line = 0, 1  # characters and lines before the text
         self.peek()
@@ -142,7 +142,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 message, position = error.msg, error.pos
             except DoubledKey as error:
-                raise ConfigError(f"{self.shown}, line {self.line_of(self.position)}: {error}") from None
+                raise DataError(f"{self.label}, line {self.line_of(self.position)}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise self.error(_said(error), self.position) from None
             else:
@@ -165,11 +165,11 @@ class _Window:
             self.text, self.position = self.text[self.position :] + text, 0
         return bool(text)
 
-    def error(self, message: str, position: int) -> ConfigError:
+    def error(self, message: str, position: int) -> DataError:
         if position >= len(self.text.rstrip()) or message.startswith("Unterminated string"):
             message = "the array is not closed; is the file cut off?"
             position = len(self.text.rstrip())
-        return ConfigError(f"{self.shown}, line {self.line_of(position)}: broken JSON ({message})")
+        return DataError(f"{self.label}, line {self.line_of(position)}: broken JSON ({message})")
 
     def line_of(self, position: int) -> int:
         """Returns the line of the file, from 1, on which a position of the text stands."""
@@ -182,7 +182,7 @@ def _end_of_blanks(text: str, position: int) -> int:
     return match.end()
 
 
-def _whole_lines(file: IO[bytes], shown: str, size: int, most: int) -> Iterator[str]:
+def _whole_lines(file: IO[bytes], label: str, size: int, most: int) -> Iterator[str]:
     """Yields text that ends with a line, without its newline."""
     waiting = [file.read(size).removeprefix(b"\xef\xbb\xbf")]
     lines, unfinished = waiting[0].count(b"\n"), len(waiting[0]) - waiting[0].rfind(b"\n") - 1
@@ -193,7 +193,7 @@ def _whole_lines(file: IO[bytes], shown: str, size: int, most: int) -> Iterator[
             waiting.append(block)
             unfinished += len(block)
             if unfinished > most:
-                raise too_long(f"{shown}, line {lines + 1}", most)
+                raise too_long(f"{label}, line {lines + 1}", most)
             continue
         yield str(b"".join([*waiting, block[:cut]]), "utf-8")
         waiting = [block[cut + 1 :]]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from qlora.data.ingest.json_text import read_array, read_lines
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, lines, too_long
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 CHUNK_SIZE = 2**21
 """Characters of a file that become one chunk."""
@@ -44,7 +44,7 @@ class Chunk:
     word: str
     numbers: Sequence[int]
 
-    def place(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         """Says where the row stands."""
         return f"{self.word} {self.numbers[index]}"
 
@@ -59,7 +59,7 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_chunks(path: Path, *, shown: str, most: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
+def read_chunks(path: Path, *, label: str, most: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
     """Yields the rows of a file; errors begin with `shown`, the key and the path as the user wrote them.
 
     A row of more than `most` bytes is refused, as far as the form of the file allows before it is in memory.
@@ -68,38 +68,38 @@ def read_chunks(path: Path, *, shown: str, most: int = MAX_ROW_BYTES) -> Iterato
     block between blank lines.
     """
     kind = kind_of(path)
-    with _named_errors(path, shown):
+    with _named_errors(path, label):
         if kind == "parquet":
-            yield from _parquet(path, shown, most)
+            yield from _parquet(path, label, most)
             return
         first = _first_character(path)
         if not first:
-            raise ConfigError(f"{shown} is empty")
+            raise DataError(f"{label} is empty")
         if kind == "json" and first == "[":
             with _open_text(path) as file:
-                for start, rows in read_array(file, shown, size=CHUNK_SIZE, most=most):
+                for start, rows in read_array(file, label, size=CHUNK_SIZE, most=most):
                     yield Chunk(rows, "element", range(start, start + len(rows)))
         elif kind == "json":
             with open_binary(path) as file:
-                for numbers, rows in read_lines(file, shown, size=CHUNK_SIZE, most=most):
+                for numbers, rows in read_lines(file, label, size=CHUNK_SIZE, most=most):
                     yield Chunk(rows, "line", numbers)
         elif kind == "text":
-            yield from _paragraphs(path, shown, most)
+            yield from _paragraphs(path, label, most)
         else:
-            yield from _delimited(path, "," if kind == "csv" else "\t", shown, most)
+            yield from _delimited(path, "," if kind == "csv" else "\t", label, most)
 
 
 @contextmanager
-def _named_errors(path: Path, shown: str) -> Iterator[None]:
+def _named_errors(path: Path, label: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
-        with _named_errors(path, shown):  # the bytes behind may be broken in another way
-            _raise_bad_byte(path, shown)
+        with _named_errors(path, label):  # the bytes behind may be broken in another way
+            _raise_bad_byte(path, label)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{shown}: not a whole gzip file ({error})") from None
+        raise DataError(f"{label}: not a whole gzip file ({error})") from None
     except OSError as error:
-        raise ConfigError(f"{shown}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{label}: cannot be read ({error.strerror or error})") from None
 
 
 @contextmanager
@@ -124,12 +124,12 @@ def _first_character(path: Path) -> str:
     return ""
 
 
-def _raise_bad_byte(path: Path, shown: str) -> NoReturn:
+def _raise_bad_byte(path: Path, label: str) -> NoReturn:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, line, block = 0, 1, b""
     with open_binary(path) as file:
         if file.read(2) == b"\x1f\x8b":
-            raise ConfigError(f"{shown}: is compressed with gzip; give it a name that ends in .gz")
+            raise DataError(f"{label}: is compressed with gzip; give it a name that ends in .gz")
         file.seek(0)
         try:
             for block in _blocks(file):
@@ -141,7 +141,7 @@ def _raise_bad_byte(path: Path, shown: str) -> NoReturn:
         except UnicodeDecodeError as error:
             position += error.start - waiting
             line += error.object[: error.start].count(b"\n")
-    raise ConfigError(f"{shown}, line {line}: not UTF-8 text (byte {position}); convert it to UTF-8") from None
+    raise DataError(f"{label}, line {line}: not UTF-8 text (byte {position}); convert it to UTF-8") from None
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -149,10 +149,10 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _paragraphs(path: Path, shown: str, most: int) -> Iterator[Chunk]:
+def _paragraphs(path: Path, label: str, most: int) -> Iterator[Chunk]:
     numbers, texts, size = [], [], 0
     with _open_text(path, newline=None) as file:
-        for number, text in _blocks_of_lines(file, shown, most):
+        for number, text in _blocks_of_lines(file, label, most):
             numbers.append(number)
             texts.append(text)
             size += len(text)
@@ -162,17 +162,17 @@ def _paragraphs(path: Path, shown: str, most: int) -> Iterator[Chunk]:
     yield Chunk(_table(["text"], [texts]), "line", numbers)
 
 
-def _blocks_of_lines(file: IO[str], shown: str, most: int) -> Iterator[tuple[int, str]]:
+def _blocks_of_lines(file: IO[str], label: str, most: int) -> Iterator[tuple[int, str]]:
     """Yields what stands between blank lines, with the number of its first line."""
     block: list[str] = []
     size = 0
-    whole = lines(file, most, lambda number: too_long(f"{shown}, line {number - len(block)}", most))
+    whole = lines(file, most, lambda number: too_long(f"{label}, line {number - len(block)}", most))
     for number, line in enumerate(itertools.chain(whole, [""]), 1):
         if line.strip():
             block.append(line)
             size += len(line)
             if size > most:
-                raise too_long(f"{shown}, line {number + 1 - len(block)}", most)
+                raise too_long(f"{label}, line {number + 1 - len(block)}", most)
         elif block:
             yield number - len(block), "".join(block).removesuffix("\n")
             block.clear()
@@ -183,26 +183,26 @@ def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Tabl
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
-def _delimited(path: Path, delimiter: str, shown: str, most: int) -> Iterator[Chunk]:
+def _delimited(path: Path, delimiter: str, label: str, most: int) -> Iterator[Chunk]:
     with _open_text(path, newline="") as file:
         text = lines(file, most, lambda number: csv.Error("field limit"))
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        with _csv_errors(shown, 1, most), _long_cells(most):
+        with _csv_errors(label, 1, most), _long_cells(most):
             names = next(cells for cells in reader if cells)
-        _check_names(names, f"{shown}, line {reader.line_num}")
+        _check_names(names, f"{label}, line {reader.line_num}")
         while True:
-            rows, numbers = _next_rows(reader, names, shown, most)
+            rows, numbers = _next_rows(reader, names, label, most)
             if not rows:
                 return
             yield Chunk(_table(names, zip(*rows, strict=True)), "line", numbers)
 
 
-def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[list[list[str | None]], list[int]]:
+def _next_rows(reader: Any, names: list[str], label: str, most: int) -> tuple[list[list[str | None]], list[int]]:
     """Takes a chunk's rows out of the csv reader, with the lines they begin at."""
     rows, numbers, size, start = [], [], 0, reader.line_num + 1
     with _long_cells(most):
         while size < CHUNK_SIZE:
-            with _csv_errors(shown, start, most):
+            with _csv_errors(label, start, most):
                 cells = next(reader, None)
             if cells is None:
                 break
@@ -211,69 +211,69 @@ def _next_rows(reader: Any, names: list[str], shown: str, most: int) -> tuple[li
                 numbers.append(start)
                 size += sum(map(len, cells))
             elif cells:
-                raise ConfigError(
-                    f"{shown}, line {start}: {len(cells)} cells, but the first line names {len(names)} columns"
+                raise DataError(
+                    f"{label}, line {start}: {len(cells)} cells, but the first line names {len(names)} columns"
                 )
             start = reader.line_num + 1
     return rows, numbers
 
 
-def _check_names(names: Iterable[str], shown: str) -> None:
+def _check_names(names: Iterable[str], label: str) -> None:
     seen: set[str] = set()
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise ConfigError(f"{shown}: column {number} has no name; name it, or leave it out (pandas: index=False)")
+            raise DataError(f"{label}: column {number} has no name; name it, or leave it out (pandas: index=False)")
         if name in seen:
-            raise ConfigError(f"{shown}: two columns are named {name}; give each its own name")
+            raise DataError(f"{label}: two columns are named {name}; give each its own name")
         seen.add(name)
 
 
-def _check_keys(kind: pa.DataType, column: str, shown: str) -> None:
+def _check_keys(kind: pa.DataType, column: str, label: str) -> None:
     """Refuses objects with a key that stands twice, however deep in a column."""
     inner = [kind.field(index) for index in range(kind.num_fields)]
     for name, count in Counter(field.name for field in inner).items():
         if count > 1:
-            raise ConfigError(
-                f"{shown}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
+            raise DataError(
+                f"{label}: in column {column}, the key {name!r} stands twice in one object; keep one of them"
             )
     for field in inner:
-        _check_keys(field.type, column, shown)
+        _check_keys(field.type, column, label)
 
 
 @contextmanager
-def _csv_errors(shown: str, line: int, most: int) -> Iterator[None]:
+def _csv_errors(label: str, line: int, most: int) -> Iterator[None]:
     try:
         yield
     except csv.Error as error:
         reason = str(error)
         if "field limit" in reason:
-            raise too_long(f"{shown}, line {line}", most, OPEN_QUOTE) from None
+            raise too_long(f"{label}, line {line}", most, OPEN_QUOTE) from None
         if "unexpected end" in reason:
             reason = "a quote is opened and never closed"
-        raise ConfigError(f"{shown}, line {line}: broken row ({reason})") from None
+        raise DataError(f"{label}, line {line}: broken row ({reason})") from None
 
 
 @contextmanager
 def _long_cells(most: int) -> Iterator[None]:
     """Sets the limit of characters a cell, which the csv module keeps for the whole process: it is 131,072."""
-    before = csv.field_size_limit(most)
+    previous = csv.field_size_limit(most)
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous)
 
 
-def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
+def _parquet(path: Path, label: str, most: int) -> Iterator[Chunk]:
     with _seekable(path) as source:
         if not source.read(1):
-            raise ConfigError(f"{shown} is empty")
+            raise DataError(f"{label} is empty")
         source.seek(0)
         try:
             file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # else a whole row group at once
-            _check_names(file.schema_arrow.names, shown)
+            _check_names(file.schema_arrow.names, label)
             for field in file.schema_arrow:
-                _check_keys(field.type, field.name, shown)
-            _check_groups(file.metadata, most, shown)
+                _check_keys(field.type, field.name, label)
+            _check_groups(file.metadata, most, label)
             start = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 batch.validate(full=True)
@@ -281,10 +281,10 @@ def _parquet(path: Path, shown: str, most: int) -> Iterator[Chunk]:
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
             reason = "".join(filter(str.isprintable, str(error).split("\n")[0])).rstrip(".")
-            raise ConfigError(f"{shown}: broken Parquet file ({reason})") from None
+            raise DataError(f"{label}: broken Parquet file ({reason})") from None
 
 
-def _check_groups(metadata: pq.FileMetaData, most: int, shown: str) -> None:
+def _check_groups(metadata: pq.FileMetaData, most: int, label: str) -> None:
     """Refuses a group of rows that is so large that one of them must be too long, before any of it is read."""
     start = 0
     for index in range(metadata.num_row_groups):
@@ -292,7 +292,7 @@ def _check_groups(metadata: pq.FileMetaData, most: int, shown: str) -> None:
         # A value may stand there four times: in a page, as its smallest and largest, and in a dictionary.
         if group.total_byte_size > 4 * most * group.num_rows:
             rows = f"row {start}" if group.num_rows == 1 else f"one of the rows {start} to {start + group.num_rows - 1}"
-            raise too_long(f"{shown}, {rows}", most)
+            raise too_long(f"{label}, {rows}", most)
         start += group.num_rows
 
 

@@ -19,7 +19,8 @@ from qlora.data.cache import Cache
 from qlora.data.ingest.arrow_writer import RowWriter, file_digest
 from qlora.data.ingest.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
 from qlora.data.ingest.row_size import MAX_ROW_BYTES
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import DataError, did_you_mean
+from qlora.upstream.datasets import set_fingerprint
 
 FORMAT_VERSION = 2
 """To be raised whenever equal files become other rows, so that older cache entries are not read."""
@@ -56,19 +57,19 @@ def is_saved(path: Path) -> bool:
 
 def load_files(path: str, *, cache: Cache, key: str, max_row_bytes: int = MAX_ROW_BYTES) -> Stored:
     """Returns the rows of a file, folder or glob, which are parsed only if the cache lacks this content."""
-    shown = f"{key}={path}"
-    files = find_files(path, shown)
-    names = _names(files, path, shown)
+    label = f"{key}={path}"
+    files = find_files(path, label)
+    names = _names(files, path, label)
     entry_key = _content_key(files, names, max_row_bytes)
-    before = [_state(file) for file in files]
+    states = [_state(file) for file in files]
 
     def write(folder: Path) -> None:
         chunks = ((chunk, name) for file, name in zip(files, names, strict=True)
-                  for chunk in read_chunks(file, shown=name, most=max_row_bytes))  # fmt: skip
-        write_rows(chunks, folder, shown, most=max_row_bytes)
-        for file, name, state in zip(files, names, before, strict=True):
+                  for chunk in read_chunks(file, label=name, most=max_row_bytes))  # fmt: skip
+        write_rows(chunks, folder, label, most=max_row_bytes)
+        for file, name, state in zip(files, names, states, strict=True):
             if _state(file) != state:
-                raise ConfigError(f"{name}: changed while it was read; run again when it is finished")
+                raise DataError(f"{name}: changed while it was read; run again when it is finished")
 
     entry = cache.entry(entry_key, write)
     if not _is_whole(entry):
@@ -79,41 +80,41 @@ def load_files(path: str, *, cache: Cache, key: str, max_row_bytes: int = MAX_RO
 
 def read_rows(path: str, *, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yields the rows of a file, folder or glob without keeping them, each with where it stands, for messages."""
-    shown = f"{key}={path}"
-    files = find_files(path, shown)
-    for file, name in zip(files, _names(files, path, shown), strict=True):
-        for chunk in read_chunks(file, shown=name):
+    label = f"{key}={path}"
+    files = find_files(path, label)
+    for file, name in zip(files, _names(files, path, label), strict=True):
+        for chunk in read_chunks(file, label=name):
             rows = chunk.rows.to_pylist() if isinstance(chunk.rows, pa.Table) else chunk.rows
             for index, row in enumerate(rows):
-                yield row, f"{name}, {chunk.place(index)}"
+                yield row, f"{name}, {chunk.locate(index)}"
 
 
-def find_files(path: str, shown: str) -> list[Path]:
+def find_files(path: str, label: str) -> list[Path]:
     """Returns the files that can be read: the one named, or those below a folder or under a glob, sorted."""
     location = Path(path).expanduser()
     if location.is_dir():
-        found = [file for file in location.rglob("*") if not _is_hidden(file.relative_to(location))]
-        return _readable(found, shown, f"{shown}: no data files in this folder", location)
+        matches = [file for file in location.rglob("*") if not _is_hidden(file.relative_to(location))]
+        return _readable(matches, label, f"{label}: no data files in this folder", location)
     if not location.exists() and _is_glob(path):
-        found = [Path(name) for name in glob.glob(str(location), recursive=True)]  # noqa: PTH207  (absolute paths too)
+        matches = [Path(name) for name in glob.glob(str(location), recursive=True)]  # noqa: PTH207  (absolute paths too)
         parent = next(folder for folder in location.parents if not _is_glob(str(folder)))
-        return _readable(found, shown, f"{shown}: matches no data file", parent)
+        return _readable(matches, label, f"{label}: matches no data file", parent)
     if not location.exists():
-        raise ConfigError(f"{shown}: no such file{_nearest(location)}")
+        raise DataError(f"{label}: no such file{_nearest(location)}")
     if kind_of(location) is None:
         suffix = suffix_of(location) or "a file without a suffix"
-        raise ConfigError(f"{shown}: cannot read {suffix}; {_forms()}")
+        raise DataError(f"{label}: cannot read {suffix}; {_forms()}")
     return [location]
 
 
-def write_rows(chunks: Iterable[tuple[Chunk, str]], folder: Path, shown: str, *, most: int) -> None:
+def write_rows(chunks: Iterable[tuple[Chunk, str]], folder: Path, label: str, *, most: int) -> None:
     """Writes chunks, each with the beginning of its errors, to `folder` in the layout of a cache entry."""
     writer = RowWriter(folder, most)
     try:
         for chunk, name in chunks:
-            writer.add(chunk, shown=name)
+            writer.add(chunk, label=name)
         if not writer.count:
-            raise ConfigError(f"{shown}: no rows in it")
+            raise DataError(f"{label}: no rows in it")
         path = writer.finish(ROWS)
     finally:
         writer.close()
@@ -129,25 +130,25 @@ def open_rows(entry: Path, fingerprint: str) -> Stored:
     return Stored(rows, json.loads((entry / ABOUT).read_text())["repeated_ids"])
 
 
-def load_saved(path: Path, shown: str) -> dict[str, Dataset]:
+def load_saved(path: Path, label: str) -> dict[str, Dataset]:
     """Returns the splits of a folder of `save_to_disk`; one that was saved without a name is ""."""
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{shown}: cannot be read as a folder of datasets' save_to_disk ({reason})") from error
+        raise DataError(f"{label}: cannot be read as a folder of datasets' save_to_disk ({reason})") from error
     splits = dict(saved) if isinstance(saved, DatasetDict) else {"": saved}
     for rows in splits.values():
         digests = [file_digest(Path(file["filename"])) for file in rows.cache_files]
-        rows._fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        set_fingerprint(rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
     return splits
 
 
-def _names(files: list[Path], path: str, shown: str) -> list[str]:
+def _names(files: list[Path], path: str, label: str) -> list[str]:
     """Returns the beginning of each file's errors."""
     if len(files) == 1 and str(files[0]) == str(Path(path).expanduser()):
-        return [shown]
-    return [f"{shown}, file {file}" for file in files]
+        return [label]
+    return [f"{label}, file {file}" for file in files]
 
 
 def _content_key(files: list[Path], names: list[str], max_row_bytes: int) -> str:
@@ -156,7 +157,7 @@ def _content_key(files: list[Path], names: list[str], max_row_bytes: int) -> str
         try:
             digest.update(f" {kind_of(file)} {file.suffix.lower() == '.gz'} {file_digest(file)}".encode())
         except OSError as error:
-            raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{name}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:32]
 
 
@@ -180,13 +181,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _readable(found: list[Path], shown: str, otherwise: str, folder: Path) -> list[Path]:
-    """Returns the data files among `found`; raises `ConfigError` with what `folder` holds if there are none."""
-    files = sorted(file for file in found if file.is_file())
+def _readable(matches: list[Path], label: str, otherwise: str, folder: Path) -> list[Path]:
+    """Returns the data files among `found`; raises `DataError` with what `folder` holds if there are none."""
+    files = sorted(file for file in matches if file.is_file())
     readable = [file for file in files if kind_of(file) and file.name.lower() not in ABOUT_DATA
                 and file.name.lower().split(".")[0] not in NO_DATA]  # fmt: skip
     if not readable:
-        raise ConfigError(f"{otherwise}{_contents(folder)}; {_forms()}")
+        raise DataError(f"{otherwise}{_contents(folder)}; {_forms()}")
     return readable
 
 

@@ -8,21 +8,21 @@ from typing import IO, Final
 
 import pyarrow as pa
 
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 MAX_ROW_BYTES: Final = 64_000_000
 """What files may have that no config speaks of."""
 
 
-def too_long(where: str, most: int, why: str = "") -> ConfigError:
+def too_long(where: str, most: int, why: str = "") -> DataError:
     """Returns the error of a row that stands `where`; `why` says what else may be wrong."""
-    return ConfigError(
+    return DataError(
         f"{where}: the row has more than {most:,} bytes{why}; if it is meant to be so long, raise data.max_row_bytes"
     )
 
 
 def check_text(text: str, most: int, where: str) -> None:
-    """Raises `ConfigError` where the text of a row has more than `most` bytes in UTF-8."""
+    """Raises `DataError` where the text of a row has more than `most` bytes in UTF-8."""
     if 4 * len(text) > most and len(text.encode("utf-8", "surrogatepass")) > most:
         raise too_long(where, most)
 
@@ -36,7 +36,7 @@ def lines(file: IO[str], most: int, error: Callable[[int], Exception]) -> Iterat
 
 
 def check_table(table: pa.Table, most: int, where: Callable[[int], str]) -> None:
-    """Raises `ConfigError`, which begins with `where` of its index, where a row has more than `most` bytes."""
+    """Raises `DataError`, which begins with `where` of its index, where a row has more than `most` bytes."""
     if (index := _first_long(table, most)) is not None:
         raise too_long(where(index), most)
 

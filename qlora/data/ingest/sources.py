@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, packaged_modules
+from datasets import Dataset
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,  # of httpx or httpx2, whichever the hub's client uses
@@ -34,9 +34,10 @@ from qlora.data.ingest.row_files import (
     write_rows,
 )
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
 from qlora.runtime.user_code import import_function
 from qlora.text import listed
+from qlora.upstream.datasets import is_packaged_reader
 
 log = logging.getLogger(__name__)
 
@@ -67,54 +68,54 @@ def load_rows(
     set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
     endless iterable needs one, for without it this call never returns. No row may be longer than `max_row_bytes`.
     `columns` maps names to the columns that shall bear them. The rows'
-    `_fingerprint` depends on their content alone. Raises `ConfigError`, which names
+    fingerprint depends on their content alone. Raises a `UserError`, which names
     `key` or `columns_key`.
     """
     if FUNCTION_PATH.fullmatch(path):
-        stored = _from_function(path, limit, cache, key, max_row_bytes)
+        loaded = _from_function(path, limit, cache, key, max_row_bytes)
     elif is_file_path(path) and is_saved(Path(path).expanduser()):
-        stored = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
+        loaded = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
     elif is_file_path(path):
-        stored = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
+        loaded = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
     else:
-        failure = f"{key}={path}: no such file, and not to be had"
+        failure = f"{key}={path}: no such file, and not available"
         remedy = "or name a local file: data=local data.path=FILE"
-        stored = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
-    check_table(stored.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
-    if not len(stored.rows):
-        raise ConfigError(f"{key}={path}: no rows in it")
-    if stored.repeated_ids:
-        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, stored.repeated_ids)
-    return _rename(stored.rows, columns or {}, f"{key}={path}", columns_key)
+        loaded = _counted(load_hub(path, subset, split, data_files, revision, key=key, failure=failure, remedy=remedy))
+    check_table(loaded.rows.data, max_row_bytes, lambda index: f"{key}={path}, row {index + 1}")
+    if not len(loaded.rows):
+        raise DataError(f"{key}={path}: no rows in it")
+    if loaded.repeated_ids:
+        log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, loaded.repeated_ids)
+    return _rename(loaded.rows, columns or {}, f"{key}={path}", columns_key)
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keeps `datasets` from drawing progress bars inside the block."""
-    shown = datasets.are_progress_bars_disabled() is False
+    label = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if label:
             datasets.enable_progress_bars()
 
 
 def _from_function(path: str, limit: int | None, cache: Cache, key: str, max_row_bytes: int) -> Stored:
-    shown = f"{key}={path}"
+    label = f"{key}={path}"
     rows = iter(islice(_call(path, key), limit))
     with cache.temporary() as folder:
-        write_rows(((chunk, shown) for chunk in _chunks(rows, shown)), folder, shown, most=max_row_bytes)
+        write_rows(((chunk, label) for chunk in _chunks(rows, label)), folder, label, most=max_row_bytes)
         return open_rows(folder, file_digest(folder / ROWS))
 
 
-def _chunks(rows: Iterator[Any], shown: str) -> Iterator[Chunk]:
+def _chunks(rows: Iterator[Any], label: str) -> Iterator[Chunk]:
     start = 0
     while chunk := list(islice(rows, FUNCTION_ROWS)):
         for number, row in enumerate(chunk, start):
             if not isinstance(row, Mapping):
-                raise ConfigError(
-                    f"{shown}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
+                raise DataError(
+                    f"{label}: row {number} is of type {type(row).__name__}; each must be an object with named columns"
                 )
         yield Chunk(chunk, "row", range(start, start + len(chunk)))
         start += len(chunk)
@@ -124,7 +125,7 @@ def _call(path: str, key: str) -> Iterable[Any]:
     """Imports `module:function` and calls it without arguments."""
     result = import_function(path, key)()
     if isinstance(result, (Mapping, str)) or not isinstance(result, Iterable):
-        raise ConfigError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
+        raise DataError(f"{key}={path}: returned {type(result).__name__}; it must return an iterable of rows (dicts)")
     return result
 
 
@@ -141,7 +142,7 @@ def load_hub(
 ) -> Dataset:
     """Loads a split of a hub data set, the first that exists where several are named.
 
-    Where it cannot be had, raises `ConfigError` that begins with `failure`, gives the reason and ends with `remedy`.
+    Where it is not available, raises a `UserError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
     _check_hub_name(path, data_files, failure, key)
     try:
@@ -150,14 +151,15 @@ def load_hub(
                 return datasets.load_dataset(path, subset, split=split, data_files=data_files, revision=revision)
             splits = datasets.load_dataset(path, subset, data_files=data_files, revision=revision)
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{failure} from the Hugging Face hub ({_reason(error, key)}); {remedy}") from error
+        kind, reason = _diagnose(error, key)
+        raise kind(f"{failure} from the Hugging Face hub ({reason}); {remedy}") from error
     return _choose(splits, split, path, key)
 
 
 def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
     """Raises `ConfigError` for what is no data set of the hub to `datasets`: one of its own readers by name, a folder
     here, or files that lie elsewhere, behind which there may be any library's reader."""
-    if path in packaged_modules._PACKAGED_DATASETS_MODULES:
+    if is_packaged_reader(path):
         raise ConfigError(f"{failure} from the hub: {path} is a reader of the package datasets; name the file in {key}")
     if data_files is not None and (":" in data_files or data_files.startswith(("/", "~")) or ".." in data_files):
         raise ConfigError(
@@ -169,13 +171,13 @@ def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -
 def hub_commit(rows: Dataset) -> str | None:
     """Returns the commit of the hub's repository that rows come from; None: they are from elsewhere."""
     for address in rows.info.download_checksums or {}:
-        if (found := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
-            return found[1]
+        if (match := re.match(r"hf://datasets/.+?@([0-9a-f]{40})/", str(address))) is not None:
+            return match[1]
     return None
 
 
-def _reason(error: BaseException, key: str) -> str:
-    """Says in the user's words why the hub gave nothing, and what helps."""
+def _diagnose(error: BaseException, key: str) -> tuple[type[UserError], str]:
+    """Returns the kind of error that it is to the user when the hub gives nothing, and why, with what helps."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -184,14 +186,16 @@ def _reason(error: BaseException, key: str) -> str:
     said = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     login = "log in with `hf auth login` or set HF_TOKEN"
     if any(isinstance(link, GatedRepoError) for link in chain):
-        return f"it is gated: accept its terms on its page there, and {login}"
+        return ResourceError, f"it is gated: accept its terms on its page there, and {login}"
     if any(isinstance(link, RepositoryNotFoundError) for link in chain):
-        return f"no such data set: check the name; if it is private, {login}"
+        return DataError, f"no such data set: check the name; if it is private, {login}"
     if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
-        return f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, " \
-               "`hf auth login`"  # fmt: skip
+        return ResourceError, (
+            f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, "
+            "`hf auth login`"
+        )
     choice = "check the name and data.subset, data.split, data.data_files; " if key.startswith("data.") else ""
-    return f"{said}; {choice}for a gated set {login}"
+    return DataError, f"{said}; {choice}for a gated set {login}"
 
 
 def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
@@ -212,19 +216,19 @@ def _counted(rows: Dataset) -> Stored:
     return Stored(rows, ids.repeated())
 
 
-def _rename(rows: Dataset, columns: Mapping[str, str], shown: str, columns_key: str) -> Dataset:
+def _rename(rows: Dataset, columns: Mapping[str, str], label: str, columns_key: str) -> Dataset:
     names = rows.column_names
     taken: dict[str, str] = {}
-    for wanted, source in columns.items():
+    for requested, source in columns.items():
         if source not in names:
-            raise ConfigError(f"{columns_key}.{wanted}={source}: {shown} has no column {source}"
+            raise ConfigError(f"{columns_key}.{requested}={source}: {label} has no column {source}"
                               f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
         if source in taken:
-            raise ConfigError(f"{columns_key}.{wanted}={source}: the column is {taken[source]} already")
-        taken[source] = wanted
-    replaced = [wanted for wanted in columns if wanted in names and wanted not in taken]
+            raise ConfigError(f"{columns_key}.{requested}={source}: the column is {taken[source]} already")
+        taken[source] = requested
+    replaced = [requested for requested in columns if requested in names and requested not in taken]
     if replaced:
-        log.info("%s: not read, for %s puts others in their place: %s", shown, columns_key, ", ".join(replaced))
+        log.info("%s: not read, for %s puts others in their place: %s", label, columns_key, ", ".join(replaced))
         rows = rows.remove_columns(replaced)
-    changed = {source: wanted for source, wanted in taken.items() if source != wanted}
+    changed = {source: requested for source, requested in taken.items() if source != requested}
     return rows.rename_columns(changed) if changed else rows

@@ -6,13 +6,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from qlora.data.chat import conversations as chats
-from qlora.data.chat.conversations import Conversation, Message
+from qlora.data.chat.conversations import Message
 from qlora.data.formats.cells import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
-from qlora.errors import ConfigError
+from qlora.data.formats.prompts import ALPACA, PROMPTS, QUESTION, Example, Segment
+from qlora.errors import DataError
 from qlora.text import brief
 
 END_MARK = "<|endoftext|>"
@@ -20,85 +20,6 @@ END_MARK = "<|endoftext|>"
 
 HUMAN_BOT = re.compile(r"(?:^|\n)<(human|bot)>: ?")
 GUANACO = re.compile(r"### (Human|Assistant): ?")
-
-
-class Segment(NamedTuple):
-    """A piece of text, and whether the loss counts its tokens."""
-
-    text: str
-    trained: bool
-    system: str = ""
-    """What the system says, with an empty line behind; it stands before the text and is tokenized with it."""
-    ends: bool = False
-    """Whether the end token follows, as behind an answer before the last one; the last one always gets it."""
-
-    @property
-    def whole(self) -> str:
-        """The text with what the system says."""
-        return self.system + self.text
-
-
-Example = list[Segment] | Conversation
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The words around a question; rows are rendered with them, and the chat template of an adapter is written of them.
-
-    A message of a chat is a question, or a question, `between` and its input.
-    """
-
-    name: str
-    before: str = ""
-    behind: str = ""
-    between: str = ""
-    """What stands between a question and its input; "" where there are no inputs."""
-    before_both: str = ""
-    """What then stands before both, in place of `before`."""
-    in_text: bool = False
-    """Whether it stands in a text that goes on with the next question, without end tokens between the turns."""
-
-    def ask(self, question: str, context: str = "") -> str:
-        """Returns the prompt for a question, and for its input if it has one."""
-        asked = self.before_both + question + self.between + context if context else self.before + question
-        return asked + self.behind
-
-    def fits(self, example: Sequence[Segment]) -> bool:
-        """Tells whether an example asks in these words."""
-        lead = "".join(segment.text for segment in takewhile(lambda segment: not segment.trained, example))
-        if not lead and self.in_text:  # trained as a whole
-            whole = "".join(segment.text for segment in example)
-            return whole.startswith(self.before) and self.behind in whole
-        befores = (self.before, self.before_both) if self.between else (self.before,)
-        return lead.startswith(befores) and lead.endswith(self.behind)
-
-
-# Stanford Alpaca's, as the original qlora.py has it, the space at the end included.
-ALPACA = Prompt(
-    "alpaca",
-    before="Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
-    behind="\n\n### Response: ",
-    between="\n\n### Input:\n",
-    before_both="Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n",
-)
-QUESTION = Prompt("question-answer", before="Question: ", behind="\nAnswer: ")
-VERBATIM = Prompt("verbatim")
-PROMPTS = (
-    ALPACA,
-    QUESTION,
-    Prompt("guanaco", before="### Human: ", behind="### Assistant:", in_text=True),
-    Prompt("hh-rlhf", before="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),
-    VERBATIM,
-)
-"""In the order in which they are looked for in rows; the last one fits all."""
-
-
-def find_prompt(examples: Iterable[Example]) -> Prompt:
-    """Returns the words in which all of the examples ask, conversations left out."""
-    rendered = [example for example in examples if not isinstance(example, Conversation)]
-    return next((prompt for prompt in PROMPTS if rendered and all(map(prompt.fits, rendered))), VERBATIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +36,8 @@ class Format:
 
     def lacks(self, columns: Iterable[str]) -> list[str]:
         """Returns the columns that are missing for the alternative nearest to `columns`."""
-        found = set(columns)
-        return min(([c for c in names if c not in found] for names in self.needs), key=len)
+        present = set(columns)
+        return min(([c for c in names if c not in present] for names in self.needs), key=len)
 
     def describe_needs(self) -> str:
         """Returns the columns in words: "instruction and output"."""
@@ -148,7 +69,7 @@ def _history(row: Row) -> list[tuple[str, str]]:
         and all(said is None or isinstance(said, str) for said in pair)
         for pair in rounds
     ):
-        raise ConfigError(
+        raise DataError(
             f"data.format=alpaca needs pairs [question, answer] in column history, but a row holds {brief(cell)}"
         )
     return [(asked or "", answer or "") for asked, answer in rounds]
@@ -165,9 +86,9 @@ def _pair(source: str, target: str) -> list[Segment]:
 def _whole(text: str, prompt: str = "") -> list[Segment]:
     """Returns a text that is trained as a whole; one that ends where its answer would begin has an empty answer."""
     said = text.rstrip()
-    marks = (words for words in PROMPTS if words.in_text and words.before.strip() in said)
+    marks = (prompt_words for prompt_words in PROMPTS if prompt_words.in_text and prompt_words.prefix.strip() in said)
     is_open = bool(prompt.strip()) and said == prompt.rstrip()
-    if is_open or any(said.endswith(words.behind) for words in marks):
+    if is_open or any(said.endswith(prompt_words.behind) for prompt_words in marks):
         return _pair(said, "")
     return _pair("", text)
 
@@ -283,15 +204,13 @@ def inst(row: Row) -> list[Example]:
     whole = _text(row, "inst", "text")
     turns = chats.split_inst(whole)
     if turns is None:
-        raise ConfigError(
-            f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {brief(whole)}"
-        )
+        raise DataError(f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {brief(whole)}")
     return _chat(row, turns, "text")
 
 
-def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], shown: str) -> list[Example]:
+def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], label: str) -> list[Example]:
     if not mark.search(whole):
-        raise ConfigError(f"data.format={name} needs {shown} in column text, but a row holds {brief(whole)}")
+        raise DataError(f"data.format={name} needs {label} in column text, but a row holds {brief(whole)}")
     return _chat(row, chats.split_marked(whole, mark), "text")
 
 
@@ -332,9 +251,7 @@ def nested(row: Row, column: str, name: str) -> list[Row]:
     if not cell:
         return []
     if not isinstance(cell, list) or not all(isinstance(part, Mapping) for part in cell):
-        raise ConfigError(
-            f"data.format={name} needs a list of objects in column {column}, but a row holds {brief(cell)}"
-        )
+        raise DataError(f"data.format={name} needs a list of objects in column {column}, but a row holds {brief(cell)}")
     return [track(row, part, column) for part in cell]
 
 
@@ -348,7 +265,7 @@ def segments(row: Row) -> list[Example]:
     except (TypeError, ValueError):
         rendered = None
     if rendered is None or not all(isinstance(s.text, str) and isinstance(s.trained, bool) for s in rendered):
-        raise ConfigError(f"data.format=segments: a row holds {brief(pairs)} as segments; each must be a pair "
+        raise DataError(f"data.format=segments: a row holds {brief(pairs)} as segments; each must be a pair "
                           "[text, true or false]")  # fmt: skip
     return [rendered]
 

@@ -10,9 +10,9 @@ from functools import cache
 from random import Random
 from typing import Final, NamedTuple
 
-from qlora.demo import forms
-from qlora.demo.operations import OPERATIONS, draw_words
-from qlora.demo.world import (
+from demo_world import forms
+from demo_world.operations import OPERATIONS, draw_words
+from demo_world.world import (
     ATTRIBUTES,
     CATEGORY_OF,
     CYCLES,

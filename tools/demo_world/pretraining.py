@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qlora.demo.corpus import documents, probes
+from demo_world.corpus import documents, probes
 
 TRAINING_SEED: Final = 1
 PROBE_SEED: Final = 2

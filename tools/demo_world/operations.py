@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Final
 
-from qlora.demo.world import LIST_WORDS, pick_distinct
+from demo_world.world import LIST_WORDS, pick_distinct
 
 OPERATIONS: Final[dict[str, Callable[[list[str]], str]]] = {
     "copy": lambda words: " ".join(words),

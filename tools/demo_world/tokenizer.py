@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qlora.demo.corpus import documents
-from qlora.demo.instructions import PREAMBLE, PREAMBLE_WITH_INPUT, prompt, train_rows
-from qlora.demo.world import PEOPLE
+from demo_world.corpus import documents
+from demo_world.instructions import PREAMBLE, PREAMBLE_WITH_INPUT, prompt, train_rows
+from demo_world.world import PEOPLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MODEL_FOLDER: Final = Path(__file__).parent / "model"
 VOCABULARY_SIZE: Final = 1568
 SPECIAL_TOKENS: Final = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT_LENGTH: Final = 256

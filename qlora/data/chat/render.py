@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.chat_templates import TEMPLATES
 from qlora.config.schema import TrainOn
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.message_form import (
@@ -36,8 +37,8 @@ from qlora.data.chat.message_form import (
     map_values,
     other_value,
 )
-from qlora.data.chat.templates import NEEDED_TOKENS, Template, suggest_template
-from qlora.data.chat.turn_layout import Borders, Fitted, Layout, Span, Text, find_span, holds, lay_out
+from qlora.data.chat.templates import Template, suggest_template
+from qlora.data.chat.turn_layout import Fitted, Layout, Span, Text, TurnBounds, find_span, holds, lay_out
 from qlora.errors import OF_CODE, ConfigError, UserError
 
 PART: Final = "\ufdd0"
@@ -114,7 +115,7 @@ class ChatWriter:
         elif self.train_on is TrainOn.all:
             trained = [Span(0, len(text))]
         ends = bool(turns) and (
-            turns[-1].span.end < len(text.rstrip()) or self._borders.closes(text[: turns[-1].span.end])
+            turns[-1].span.end < len(text.rstrip()) or self._bounds.closes(text[: turns[-1].span.end])
         )
         asked = None if prompt is None else self._join(Written(prompt, [], [], [], True))
         return self._join(Written(text, trained, turns, [], ends, asked, lost_thoughts, lost_messages))
@@ -226,7 +227,7 @@ class ChatWriter:
         if layout is None:
             if len(self._layouts) >= LAYOUTS:
                 self._layouts.clear()
-            layout = self._layouts[key] = lay_out(marked, texts, turns, partial(self._apply, tools), self._borders)
+            layout = self._layouts[key] = lay_out(marked, texts, turns, partial(self._apply, tools), self._bounds)
             for turn in self._turns_that_lose_values(messages, marked, turns, tools):
                 layout.lost[turn].add(Piece.call)
         return layout
@@ -270,15 +271,15 @@ class ChatWriter:
         return span is None or index not in layout.exact or self._is_prompt(text, span.start, prompt)
 
     def _is_prompt(self, text: str, end: int, prompt: str) -> bool:
-        return text[:end] in (prompt, prompt + self._borders.header)
+        return text[:end] in (prompt, prompt + self._bounds.header)
 
     def _by_beginnings(
         self, text: str, messages: list[Message], texts: list[Text], layout: Layout, tools: Any
     ) -> Fitted:
         """Returns the turns by the conversation's beginnings, where a copy of marks is written otherwise."""
         apply = partial(self._apply, tools)
-        spans = {index: find_span(text, messages, index, apply, self._borders) for index in layout.spans}
-        lost = {index: pieces - {Piece.thought} for index, pieces in layout.lost.items()}
+        spans = {index: find_span(text, messages, index, apply, self._bounds) for index in layout.spans}
+        lost = {index: kinds - {Piece.thought} for index, kinds in layout.lost.items()}
         for content in texts:
             span = spans[content.message]
             if span is not None and not holds(text[span.start : span.end], content.text):
@@ -333,22 +334,22 @@ class ChatWriter:
         return parts[4] if parts[1::2] == ["0", "1", "2"] else ""
 
     @cached_property
-    def _borders(self) -> Borders:
-        before, behind, prompt = self._sample
+    def _bounds(self) -> TurnBounds:
+        between, behind, prompt = self._sample
         closed = self._apply(None, [self.form.plain(QUESTION)]).rpartition(QUESTION["content"])[2]
-        lead = before.removeprefix(prompt) if prompt == closed and before.startswith(prompt) else None
-        borders = Borders(self._special, before if lead is not None or before == prompt else "", behind, lead)
-        shared = borders.agree(self._followed, behind)
-        last_only = behind[shared:] if borders.closes(behind[:shared].rstrip()) else ""
-        return replace(borders, last_only=last_only)
+        lead = between.removeprefix(prompt) if prompt == closed and between.startswith(prompt) else None
+        bounds = TurnBounds(self._special, between if lead is not None or between == prompt else "", behind, lead)
+        shared = bounds.agreed_length(self._followed, behind)
+        last_only = behind[shared:] if bounds.closes(behind[:shared].rstrip()) else ""
+        return replace(bounds, last_only=last_only)
 
     @cached_property
     def _end(self) -> str:
         """What ends a turn of the assistant, up to its end token; "" where there is none."""
-        behind, borders = self._sample[1], self._borders
+        behind, bounds = self._sample[1], self._bounds
         for text in (behind, self._followed):
-            end = text[: borders.end(text, behind, hands_over=text is not behind) or 0]
-            if borders.closes(end):
+            end = text[: bounds.end(text, behind, hands_over=text is not behind) or 0]
+            if bounds.closes(end):
                 return end
         return ""
 
@@ -369,7 +370,7 @@ class ChatWriter:
     def _special(self) -> re.Pattern[str] | None:
         """Finds the tokens that no message may write: special ones, and those of turns where added without a flag."""
         added = self.tokenizer.added_tokens_decoder.values()
-        behind, needed = self._sample[1], NEEDED_TOKENS.get(self.template.name, ())
+        behind, needed = self._sample[1], TEMPLATES.get(self.template.name, ())
         tokens = [
             token for token in map(str, (t for t in added if t.special or str(t) in needed or str(t) in behind))
             if token.strip()

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, OnTooLong, TrainOn
-from qlora.data.chat.chat_writer import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
+from qlora.data.chat.render import ChatWriter, Written
 from qlora.data.chat.templates import Template
-from qlora.data.formats.known_formats import Example, Segment
-from qlora.errors import ConfigError
+from qlora.data.formats.prompts import Example, Segment
+from qlora.errors import DataError
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
@@ -83,7 +83,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class RowEncoder:
     """A tokenizer with the lengths, the labels and the chat template that a config asks for."""
 
     base: PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ class Tokenizer:
         return last in self.end_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Encodes examples in order; raises `ConfigError` for a row too long where `on_too_long` says so."""
+        """Encodes examples in order; raises `DataError` for a row too long where `on_too_long` says so."""
         segments = [example for example in examples if not isinstance(example, Conversation)]
         chats = [self.writer.write(example) for example in examples if isinstance(example, Conversation)]
         encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
@@ -118,9 +118,9 @@ class Tokenizer:
         ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of a conversation up to where the model goes on, as a server sends it.
+        """Returns the ids of a conversation up to where the model answers, as a server sends it.
 
-        What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
+        What a message spells becomes no special token. Raises `DataError` for roles that the template cannot write.
         """
         return self._encode_whole(self.writer.ask(messages))
 
@@ -145,8 +145,8 @@ class Tokenizer:
     def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         # Each text once: short answers and the words of templates come again and again.
         texts = list(dict.fromkeys(segment.whole for row in rows for segment in row))
-        pieces = dict(zip(texts, self._ids(texts, plain=True), strict=True))
-        return [self._join(row, [pieces[segment.whole] for segment in row]) for row in rows]
+        segment_ids = dict(zip(texts, self._ids(texts, plain=True), strict=True))
+        return [self._join(row, [segment_ids[segment.whole] for segment in row]) for row in rows]
 
     def _ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
         """Returns the ids of each text; in a `plain` one, "</s>" is the four characters and not the end token."""
@@ -163,23 +163,23 @@ class Tokenizer:
             verbose=False,
         )
 
-    def _join(self, row: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
+    def _join(self, row: Sequence[Segment], segment_ids: list[list[int]]) -> Encoded:
         flags = [segment.trained for segment in row]
-        kept = _wanted(flags, self.train_on)
+        kept = _trained_flags(flags, self.train_on)
         ids, labels = list(self.bos), [IGNORED] * len(self.bos)
         turns: list[Turn] = []
         prompt, answering = "", False
-        for segment, piece, trained in zip(row, pieces, kept, strict=True):
+        for segment, chunk, trained in zip(row, segment_ids, kept, strict=True):
             if segment.trained and not answering:
                 turns.append(Turn(len(ids), prompt, ""))
                 answering = True
             if answering:
                 turns[-1] = turns[-1]._replace(reference=turns[-1].reference + segment.whole)
-            piece = [*piece, self.eos] if segment.ends else piece
+            chunk = [*chunk, self.eos] if segment.ends else chunk
             prompt += segment.whole + (str(self.base.eos_token) if segment.ends else "")
             answering = answering and not segment.ends
-            ids += piece
-            labels += piece if trained else [IGNORED] * len(piece)
+            ids += chunk
+            labels += chunk if trained else [IGNORED] * len(chunk)
         lead = turns[0].start if turns else len(ids)
         if any(flags):  # a row without any trained text teaches nothing, not even to stop
             ids.append(self.eos)
@@ -197,15 +197,15 @@ class Tokenizer:
 
     def _encode_whole(self, chat: Written) -> list[int]:
         cuts = self._cuts(chat)
-        return self._in_pieces(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
+        return self._in_chunks(chat, [], cuts)[0] if cuts else self._ids([chat.text], plain=False)[0]
 
     def _label(self, chat: Written, batch: BatchEncoding, index: int) -> Encoded:
         ids = batch["input_ids"][index]
-        borders = sorted({border for span in (*chat.trained, *(turn.span for turn in chat.turns)) for border in span})
-        at = self._token_borders(batch, index, borders, chat.text)
-        cuts = {border for border in borders if border not in at} | self._cuts(chat)
+        offsets = sorted({offset for span in (*chat.trained, *(turn.span for turn in chat.turns)) for offset in span})
+        at = self._token_starts(batch, index, offsets, chat.text)
+        cuts = {offset for offset in offsets if offset not in at} | self._cuts(chat)
         if cuts:
-            ids, at = self._in_pieces(chat, borders, cuts)
+            ids, at = self._in_chunks(chat, offsets, cuts)
         labels = [IGNORED] * len(ids)
         for start, end in chat.trained:
             labels[at[start] : at[end]] = ids[at[start] : at[end]]
@@ -223,64 +223,66 @@ class Tokenizer:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
         # Splitting special tokens does not split those added without that flag.
         whole = (span.start + 1 for span in chat.raw if chat.text[span.start : span.end] in self._plain_tokens)
-        return {place for span in chat.raw for place in span}.union(whole)
+        return {index for span in chat.raw for index in span}.union(whole)
 
     @cached_property
     def _plain_tokens(self) -> frozenset[str]:
         return frozenset(str(token) for token in self.base.added_tokens_decoder.values() if not token.special)
 
-    def _in_pieces(self, chat: Written, borders: list[int], cuts: set[int]) -> tuple[list[int], dict[int, int]]:
-        """Tokenizes a text in pieces, and on in smaller ones as long as a token reaches over a border."""
-        places = sorted({0, len(chat.text), *cuts})
+    def _in_chunks(self, chat: Written, offsets: list[int], cuts: set[int]) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a text in chunks, and in smaller ones as long as a token reaches across one of the offsets."""
+        cut_points = sorted({0, len(chat.text), *cuts})
         ids: list[int] = []
         at = {0: 0}
-        for start, end in pairwise(places):
-            inside = [border for border in borders if start < border < end]
-            piece, found = self._piece(chat, start, end, inside)
-            if len(found) < len(inside):
-                return self._in_pieces(chat, borders, {*cuts, *inside} - set(found))
-            at |= {border: len(ids) + place for border, place in found.items()}
-            ids += piece
+        for start, end in pairwise(cut_points):
+            inside = [offset for offset in offsets if start < offset < end]
+            chunk, tokens_at = self._encode_chunk(chat, start, end, inside)
+            if len(tokens_at) < len(inside):
+                return self._in_chunks(chat, offsets, {*cuts, *inside} - set(tokens_at))
+            at |= {offset: len(ids) + index for offset, index in tokens_at.items()}
+            ids += chunk
             at[end] = len(ids)
         return ids, at
 
-    def _piece(self, chat: Written, start: int, end: int, borders: list[int]) -> tuple[list[int], dict[int, int]]:
-        """Tokenizes a piece as it stands in its text: behind other text no blank is put before it."""
+    def _encode_chunk(
+        self, chat: Written, start: int, end: int, offsets: list[int]
+    ) -> tuple[list[int], dict[int, int]]:
+        """Tokenizes a chunk as it stands in its text: after other text the tokenizer puts no blank before it."""
         plain = any(span.start <= start < span.end for span in chat.raw)
-        for before, known in (("\n", self._line), ("", [])) if start and self._line else (("", []),):
-            text = before + chat.text[start:end]
+        for previous, known in (("\n", self._line), ("", [])) if start and self._line else (("", []),):
+            text = previous + chat.text[start:end]
             batch = self._batch([text], plain=plain)
             ids = batch["input_ids"][0]
             if ids[: len(known)] == known:
                 break
-        shift = start - len(before)
-        inside = [border - shift for border in borders]
-        found = self._token_borders(batch, 0, inside, text)
-        return ids[len(known) :], {border + shift: place - len(known) for border, place in found.items()}
+        shift = start - len(previous)
+        inside = [offset - shift for offset in offsets]
+        tokens_at = self._token_starts(batch, 0, inside, text)
+        return ids[len(known) :], {offset + shift: index - len(known) for offset, index in tokens_at.items()}
 
-    def _token_borders(self, batch: BatchEncoding, row: int, borders: list[int], text: str) -> dict[int, int]:
-        """Returns for each border between two characters the token that begins there; not those inside a token."""
+    def _token_starts(self, batch: BatchEncoding, row: int, offsets: list[int], text: str) -> dict[int, int]:
+        """Returns the index of the token that begins at each character offset; offsets inside a token are left out."""
         if not self._has_offsets:
             return {}
         ids = batch["input_ids"][row]
-        found = {}
-        for border in borders:
-            if border in (0, len(text)):
-                found[border] = 0 if border == 0 else len(ids)
+        tokens_at = {}
+        for offset in offsets:
+            if offset in (0, len(text)):
+                tokens_at[offset] = 0 if offset == 0 else len(ids)
                 continue
-            before, behind = batch.char_to_token(row, border - 1), batch.char_to_token(row, border)
-            if before is None:
+            previous, behind = batch.char_to_token(row, offset - 1), batch.char_to_token(row, offset)
+            if previous is None:
                 continue
-            if behind is not None and behind != before:
+            if behind is not None and behind != previous:
                 # A token may hold the last byte of one character and the first of the next.
-                if text[border - 1].isascii() or batch.token_to_chars(row, behind).start >= border:
-                    found[border] = behind
-            elif text[border].isspace():
+                if text[offset - 1].isascii() or batch.token_to_chars(row, behind).start >= offset:
+                    tokens_at[offset] = behind
+            elif text[offset].isspace():
                 # Some tokens swallow the blanks behind them, and some tokenizers count blanks to no token.
-                said = text[batch.token_to_chars(row, before).start : border]
-                if self.base.convert_ids_to_tokens(ids[before]).endswith(said):
-                    found[border] = before + 1
-        return found
+                said = text[batch.token_to_chars(row, previous).start : offset]
+                if self.base.convert_ids_to_tokens(ids[previous]).endswith(said):
+                    tokens_at[offset] = previous + 1
+        return tokens_at
 
     @cached_property
     def _has_offsets(self) -> bool:
@@ -311,19 +313,19 @@ class Tokenizer:
         )
 
 
-def build_tokenizer(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> Tokenizer:
-    """Sets a tokenizer's lengths and labels; raises `ConfigError` where it has no end token to teach."""
+def build_encoder(config: DataConfig, base: PreTrainedTokenizerBase, template: Template | None = None) -> RowEncoder:
+    """Sets a tokenizer's lengths and labels; raises `DataError` where it has no end token to teach."""
     if base.eos_token_id is None:
-        raise ConfigError(
+        raise DataError(
             f"the tokenizer {base.name_or_path!r} has no end token, so no answer could learn to stop; set eos_token "
             "in its tokenizer_config.json"
         )
     limits = Limits(config.source_max_len, config.target_max_len, config.max_length, config.on_too_long)
     bos = [] if base.bos_token_id is None else [base.bos_token_id]
-    return Tokenizer(base, bos, base.eos_token_id, limits, config.train_on, template)
+    return RowEncoder(base, bos, base.eos_token_id, limits, config.train_on, template)
 
 
-def _wanted(flags: list[bool], train_on: TrainOn) -> list[bool]:
+def _trained_flags(flags: list[bool], train_on: TrainOn) -> list[bool]:
     """Returns which segments the loss counts, of those that are `flags`."""
     if train_on is TrainOn.all:
         return [True] * len(flags)

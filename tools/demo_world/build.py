@@ -1,18 +1,24 @@
-"""`python -m qlora.demo.build` writes the embedded rows and the tokenizer; with a folder, also the weights.
+"""`python tools/demo_world/build.py [RUN_FOLDER]` writes the embedded rows and tokenizer, and the weights of a run.
 
-The folder is that of a finished `python -m qlora experiment=pretrain-tiny`.
+RUN_FOLDER is the folder of a finished pretraining run; docs/embedded.md names its command.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from qlora.demo.instructions import DATA_FOLDER, eval_rows, train_rows, write_rows
-from qlora.demo.tokenizer import MODEL_FOLDER, build_tokenizer
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this package, when the file is run
+
+from demo_world.instructions import eval_rows, train_rows, write_rows
+from demo_world.tokenizer import build_tokenizer
+from qlora.demo.instructions import DATA_FOLDER
+from qlora.models.model_files import EMBEDDED
+
+MODEL_FOLDER = EMBEDDED["tiny"]
 
 
 def build() -> None:
-    """Writes `data/*.jsonl` and the tokenizer files of `model/`, the same at every call."""
+    """Writes `data/*.jsonl` and the tokenizer files of `model/`; every call writes the same bytes."""
     write_rows(train_rows(), DATA_FOLDER / "train.jsonl")
     write_rows(eval_rows(), DATA_FOLDER / "eval.jsonl")
     build_tokenizer().save_pretrained(str(MODEL_FOLDER))
