@@ -80,8 +80,9 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
         names = [f"{name}*" if chosen.get(group) == name else name for name in options(group, config_dir)]
         yield from _wrapped(", ".join(names), " " * 16, 16)
     yield "\nOther keys:\n"
+    groups = _all_groups(config_dir)
     for key, text in field_docs()["Config"].items():
-        if key not in group_names():
+        if key not in groups:
             yield from _wrapped(text, f"  {key:<14}", 16)
     yield "\nExamples:\n"
     for command, meaning in EXAMPLES.items():
@@ -230,21 +231,24 @@ def reference() -> str:
     """Returns the reference of every field and every original flag as Markdown."""
     lines = ["## Every key", "", "| key | type | default | meaning |", "|---|---|---|---|"]
     docs = field_docs()["Config"]
-    lines += [_row(key, text) for key, text in docs.items() if key not in group_names()]
+    lines += [_row(key, text) for key, text in docs.items() if key not in _all_groups(None)]
     for group in _schema_groups():
         lines += ["", f"### {group}", "", group_meaning(group), ""]
-        if names := options(group):
-            lines += [f"Options: {', '.join(f'`{name}`' for name in names)}.", ""]
+        if options(group):
+            lines += [_pointer(group), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(key, text) for key, text in group_fields(group)]
-    lines += ["", "### callbacks", "", docs["callbacks"], ""]
-    lines += [f"Options: {', '.join(f'`{name}`' for name in options('callbacks'))}."]
+    lines += ["", "### callbacks", "", docs["callbacks"], "", _pointer("callbacks")]
     for group in ("recipe", "experiment", "sweep"):
-        lines += ["", f"### {group}", "", group_meaning(group), "", "| option | meaning |", "|---|---|"]
-        lines += [f"| `{name}` | {comment} |" for name, comment in options(group).items()]
+        lines += ["", f"### {group}", "", group_meaning(group), "", _pointer(group)]
     lines += ["", "## Coming from qlora.py", "", "| flag | here |", "|---|---|"]
     lines += [f"| `--{flag}` | `{ours}` |" for flag, ours in ORIGINAL_FLAGS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _pointer(group: str) -> str:
+    """Names the command that lists the options of a group: a new file in `conf/` is in no table."""
+    return f"`qlora --help {group}` lists its options."
 
 
 def _row(key: str, text: str) -> str:
