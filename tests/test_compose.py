@@ -68,8 +68,8 @@ def typos(name: str, taken: set[str]) -> Iterator[str]:
 
 
 def suggested(text: str) -> list[str]:
-    found = re.search(r"\(did you mean (.*)\?\)", text)
-    return found[1].split(" or ") if found else []
+    match = re.search(r"\(did you mean (.*)\?\)", text)
+    return match[1].split(" or ") if match else []
 
 
 def siblings(key: str) -> set[str]:
@@ -493,9 +493,9 @@ def test_suggestions_are_the_nearest_only() -> None:
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-def qlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def qlora(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "qlora", *words],
+        [sys.executable, "-m", "qlora", *args],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -507,7 +507,7 @@ def cpu_seconds() -> float:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
+    ("args", "code"),
     [
         (["--help"], 0),
         (["--help", "lora"], 0),
@@ -516,11 +516,11 @@ def cpu_seconds() -> float:
         (["lora.rnak=3"], 1),
     ],
 )
-def test_the_command_line_answers_at_once(words: list[str], code: int) -> None:
+def test_the_command_line_answers_at_once(args: list[str], code: int) -> None:
     start = cpu_seconds()
-    done = qlora(*words)
+    done = qlora(*args)
     seconds = cpu_seconds() - start
-    print(f"{' '.join(words)}: {seconds:.2f} s")
+    print(f"{' '.join(args)}: {seconds:.2f} s")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert seconds < 2

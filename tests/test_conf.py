@@ -226,8 +226,8 @@ def test_a_model_and_a_data_set_are_one_file_each(tmp_path: Path, is_shipped: bo
 
 
 def test_the_reference_of_all_keys_names_no_preset_or_data_set() -> None:
-    words = set(re.findall(r"`([\w.-]+)`", reference()))
-    assert not words & ({name for group, name in OPTIONS if group in ("model", "recipe")} - {"tiny", "none"})
+    names = set(re.findall(r"`([\w.-]+)`", reference()))
+    assert not names & ({name for group, name in OPTIONS if group in ("model", "recipe")} - {"tiny", "none"})
     assert "qlora --help data" in reference()
 
 

@@ -127,7 +127,7 @@ def _check_job_folder(composed: DictConfig) -> None:
     if nodes["sweep"]["subdir"] != JOB_FOLDER:
         raise ConfigError(
             "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
-            "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
+            "sweep resumes; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
         )
 
 

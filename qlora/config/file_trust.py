@@ -110,9 +110,9 @@ def _check_param(file: str, name: str) -> None:
 
 
 def _refusal(file: str, key: str, value: Any, what: str, remedy: str) -> ConfigError:
-    shown = brief_text(hide(str(value)))
+    text = brief_text(hide(str(value)))
     return ConfigError(
-        f"{file} sets {key} ({shown}), and {what} is said on the command line alone; if you know what it does, take it "
+        f"{file} sets {key} ({text}), and {what} is said on the command line alone; if you know what it does, take it "
         f"out of the file and add {remedy} there"
     )
 

@@ -51,13 +51,13 @@ EXAMPLES = {
 
 def print_help(argv: list[str]) -> None:
     """Prints the help page, or that of the group in `argv` (`qlora --help lora`)."""
-    config_dir, words = _read_argv(argv)
-    print("\n".join(_group_page(words[0], config_dir) if words else _main_page(config_dir)))
+    config_dir, names = _read_argv(argv)
+    print("\n".join(_group_page(names[0], config_dir) if names else _main_page(config_dir)))
 
 
 def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
     """Returns the folder of `--config-dir` and the words that are neither flags nor overrides."""
-    folder, words, rest = None, [], iter(argv)
+    folder, names, rest = None, [], iter(argv)
     for word in rest:
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
@@ -65,8 +65,8 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
         elif name in ("--config-name", "-cn", "--cfg", "-c", "--package", "-p"):
             next(rest, None)
         elif not word.startswith("-") and "=" not in word:
-            words.append(word)
-    return folder, words
+            names.append(word)
+    return folder, names
 
 
 def _main_page(config_dir: Path | None) -> Iterator[str]:

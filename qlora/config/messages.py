@@ -36,8 +36,8 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> UserError
             f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
             f"line: '{SEARCH_PATH}=[FOLDER]'"
         )
-    found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
-    name = found[1] or found[2] if found else "config"
+    match = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
+    name = match[1] or match[2] if match else "config"
     where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
     if missing := re.search(r"Could not (?:find|load) '([\w.@/-]+)/([^/']+)'", text):
         listed = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)*)", text)
@@ -87,9 +87,9 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def broken_yaml(error: MarkedYAMLError) -> ConfigError:
     mark = error.problem_mark or error.context_mark
-    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
+    position = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
     remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
-    return ConfigError(f"{place}: this is no valid YAML: {error.problem}{remedy}")
+    return ConfigError(f"{position}: this is no valid YAML: {error.problem}{remedy}")
 
 
 def _broken_override(error: OverrideParseException) -> ConfigError:
@@ -104,7 +104,7 @@ def _broken_override(error: OverrideParseException) -> ConfigError:
 
 
 def below_null(overrides: Sequence[str]) -> ConfigError:
-    """Returns the error for a key below one that is null, of which OmegaConf tells neither."""
+    """Returns the error for a key below one that is null, which OmegaConf reports without naming either."""
     text = next((text for text in overrides if text.lstrip("+~").startswith("hydra.")), "an override").lstrip("+~")
     key = text.partition("=")[0]
     if key.startswith("hydra.sweeper.params."):
@@ -132,8 +132,8 @@ def _not_utf8(config_dir: Path | str | None) -> str:
 
 
 def _key_of(text: str) -> str:
-    found = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
-    return found[1] if found else ""
+    match = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
+    return match[1] if match else ""
 
 
 def _no_place_for(key: str, where: str) -> ConfigError:
@@ -159,8 +159,8 @@ def _unknown_hydra_key(key: str, where: str) -> ConfigError:
 
 def _wrong_type(key: str, text: str, where: str) -> ConfigError:
     """Returns the error for a value that its field cannot hold: "KEY in FILE must be a whole number, got 'abc'"."""
-    if not key and (found := re.search(r"not a subclass of (\w+)", text)):
-        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == found[1]), "")
+    if not key and (match := re.search(r"not a subclass of (\w+)", text)):
+        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
     return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")

@@ -1,4 +1,4 @@
-"""The optimizers and schedules that a training may have, what each of them takes, and what it needs; no torch.
+"""The optimizers and schedules on offer, what each of them takes, and what it needs; no torch.
 
 Names and arguments are those of transformers; what its trainer offers beside these cannot run here, for a reason.
 """
@@ -118,8 +118,8 @@ _LOW_RANK = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_ad
 LEFT_OUT: dict[str, str] = {
     "adamw_torch_xla": _OTHER_DEVICE,
     "adamw_torch_npu_fused": _OTHER_DEVICE,
-    "adamw_anyprecision": "it is of the package torchdistx, which does not go with today's torch",
-    "grokadamw": "it keeps its state where no checkpoint finds it, and goes by losses that no trainer tells it",
+    "adamw_anyprecision": "it belongs to the package torchdistx, which does not work with today's torch",
+    "grokadamw": "it keeps its state where no checkpoint includes it, and needs losses that no trainer passes to it",
     **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
     **dict.fromkeys(
         ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD

@@ -44,9 +44,9 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [plain_value(each) for each in value]
+        return [plain_value(item) for item in value]
     return (
-        {str(plain_value(key)): plain_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+        {str(plain_value(key)): plain_value(item) for key, item in value.items()} if isinstance(value, dict) else value
     )
 
 
@@ -61,13 +61,13 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return repr(value)
     if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
         return value
     # Hydra reads a backslash as such unless it stands before a quote.
-    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
+    quoted = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ("\\" if match[2] else "") + match[2], value)
     return '"' + quoted.replace("${", "\\${") + '"'
 
 

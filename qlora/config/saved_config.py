@@ -79,10 +79,10 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 def read_overrides(path: Path) -> list[str] | None:
     """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
-    words = _read_stored(path)
-    if not isinstance(words, list | NoneType):
+    overrides = _read_stored(path)
+    if not isinstance(overrides, list | NoneType):
         raise DamagedFile(path, "it holds no list of overrides")
-    return None if words is None else [str(word) for word in words]
+    return None if overrides is None else [str(word) for word in overrides]
 
 
 def _read_stored(path: Path) -> Any:
@@ -92,8 +92,8 @@ def _read_stored(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        fault = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
-        raise DamagedFile(path, fault) from error
+        reason = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
+        raise DamagedFile(path, reason) from error
 
 
 def _as_text(tree: Any) -> Any:
@@ -105,16 +105,16 @@ def _as_text(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
+def restore_config(saved: dict[str, Any], file: Path | None = None) -> Config:
     """Returns the config that `read_config` read, of `file`, which errors name.
 
     A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
     nothing of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
     """
     try:
-        refuse_secrets(leaves(stored, ""))
+        refuse_secrets(leaves(saved, ""))
         with trust.fixed_resolvers():
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(saved)))
     except (UserError, OmegaConfBaseException) as error:
         told = explain(error) if isinstance(error, OmegaConfBaseException) else error
         raise (ConfigError(f"{file}: {told}") if file is not None else told) from error
@@ -122,12 +122,12 @@ def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
     return config
 
 
-def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[str, Any]:
+def with_trust_of(config: Config, saved: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns what `read_config` read of `file`, trusting the code that `config` does.
 
     Raises `ConfigError` for one that trusts more: what is trusted is said on the command line alone.
     """
-    names, model = stored.get("trusted") or [], stored.get("model")
+    names, model = saved.get("trusted") or [], saved.get("model")
     if not isinstance(names, list) or not isinstance(model, dict):
         raise ConfigError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
     more = [str(name) for name in names if name not in config.trusted]
@@ -139,7 +139,7 @@ def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[st
             f"{file} sets {' and '.join(lacking)}, and what is trusted is said on the command line alone; if you know "
             f"what it does, add {' '.join(lacking)} to this command"
         )
-    return {**stored, "trusted": list(config.trusted)}
+    return {**saved, "trusted": list(config.trusted)}
 
 
 def write_yaml(tree: Any) -> str:

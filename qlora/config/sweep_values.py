@@ -22,12 +22,12 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     alternatives = []
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         values = swept_values(override)
-        alternatives.append([text] if values is None else [f"{override.get_key_element()}={each}" for each in values])
+        alternatives.append([text] if values is None else [f"{override.get_key_element()}={value}" for value in values])
     first = [options[0] for options in alternatives]
     yield first
-    for place, options in enumerate(alternatives):
+    for index, options in enumerate(alternatives):
         for option in itertools.islice(options, 1, None):
-            yield [*first[:place], option, *first[place + 1 :]]
+            yield [*first[:index], option, *first[index + 1 :]]
 
 
 def swept_values(override: Override) -> list[str] | None:

@@ -58,14 +58,14 @@ def add_environment(overrides: Sequence[str], parsed: Sequence[Override]) -> lis
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     packages = [name for name in names if name != REMOTE_CODE]
     given = {override.key_or_group: override for override in parsed}
-    words, typed = list(overrides), given.get("trusted")
+    added_overrides, typed = list(overrides), given.get("trusted")
     if packages and not (typed is not None and typed.is_sweep_override()):
         known = list(_texts(typed.value())) if typed is not None else []
         if added := [name for name in packages if name not in known]:
-            words.append(f"trusted={json.dumps([*known, *added], ensure_ascii=False)}")
+            added_overrides.append(f"trusted={json.dumps([*known, *added], ensure_ascii=False)}")
     if REMOTE_CODE in names and REMOTE_CODE not in given:
-        words.append(f"{REMOTE_CODE}=true")
-    return words
+        added_overrides.append(f"{REMOTE_CODE}=true")
+    return added_overrides
 
 
 def read_trust(parsed: Sequence[Override]) -> Trust:

@@ -106,8 +106,8 @@ class OwnSweeper(Sweeper):
         from qlora.sweep.engines import build_engine
 
         assert self.config is not None
-        own = isinstance(self.launcher, OwnLauncher)
-        build = partial(build_engine, self.config.hydra.launcher, room=room) if own else None
+        is_ours = isinstance(self.launcher, OwnLauncher)
+        build = partial(build_engine, self.config.hydra.launcher, room=room) if is_ours else None
         return {"launch": self.launcher.launch, "build": build}
 
 
