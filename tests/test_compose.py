@@ -339,7 +339,7 @@ CROSS_FIELD = {
     "generation.max_new_tokens, got 17",
     "generation.num_beam_groups=3 generation.num_beams=4": "generation.num_beam_groups must divide "
     "generation.num_beams, got 3",
-    "model.weights=random model.device_map=auto": "model.weights=random draws the base on one device; leave "
+    "model.weights=random model.device_map=auto": "model.weights=random initialises the base on one device; leave "
     "model.device_map and model.max_memory out",
     "model.weights=random model.architecture=null": "model.weights=random needs the shape of tiny in "
     "model.architecture; choose a preset with model=NAME or set model.architecture.* fields",

@@ -1,4 +1,4 @@
-"""A key that names what one task reads or writes is refused with every other task; what describes a training run is not."""
+"""A key that names what one task reads or writes is refused with every other task; others go with all tasks."""
 
 from __future__ import annotations
 
