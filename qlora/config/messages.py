@@ -5,10 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import OverrideParseException
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    KeyValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
 from yaml import MarkedYAMLError
 
 from qlora.config.fields import config_keys, field_type, in_words, is_enum, known_keys
@@ -19,7 +29,7 @@ from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> UserError:
-    """Turns what Hydra, OmegaConf or the YAML reader says into one clear sentence with the way out."""
+    """Turns what Hydra, OmegaConf or the YAML reader reports into one clear sentence with the way out."""
     chain = _chain(error)
     for link in chain:
         if isinstance(link, UserError):
@@ -30,50 +40,68 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> UserError
             return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
         if isinstance(link, OverrideParseException):
             return _broken_override(link)
+    # Hydra has one class for several mistakes, and says in its text alone which one it is, and in which file.
     text = "\n".join(str(link) for link in chain)
     if late := re.search(r"In '([^']+)': Overriding hydra.searchpath", text):
         return ConfigError(
             f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
             f"line: '{SEARCH_PATH}=[FOLDER]'"
         )
-    match = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
-    name = match[1] or match[2] if match else "config"
-    where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
-    if missing := re.search(r"Could not (?:find|load) '([\w.@/-]+)/([^/']+)'", text):
-        listed = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)*)", text)
-        return unknown_option(missing[1], missing[2], listed[1].split() if listed else option_names(missing[1]), where)
-    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
-    key = str(inner.full_key) if inner is not None else _key_of(text)
-    if unset := re.search(r"Missing mandatory value: ([\w.]+)", text):
-        return ConfigError(
-            f"{unset[1]} is not set by the option that was chosen for it; a file of its group begins without "
-            "`# @package _group_`, which Hydra no longer knows"
-        )
+    where = _where(text, config_dir)
+    missing = _first(chain, MissingConfigException)
+    if missing is not None and "/" in str(missing.missing_cfg_file):
+        group, _, name = str(missing.missing_cfg_file).rpartition("/")
+        return unknown_option(group, name, missing.options or option_names(group), where)
     if several := re.search(r"Multiple values for ([\w./-]+)", text):
         group = several[1].rstrip(".")
         return ConfigError(
             f"{group} is chosen twice{where}; where it has an option already, write {group}=OPTION on the command line "
             f"without a +, or `override /{group}: OPTION` in a file's defaults"
         )
-    if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
+    return _explain_node(chain, text, where)
+
+
+def _explain_node(chain: list[BaseException], text: str, where: str) -> ConfigError:
+    """Returns the error for a key or a value that OmegaConf refuses."""
+    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
+    key = str(inner.full_key) if inner is not None else _key_of(text)
+    if (unset := _first(chain, MissingMandatoryValue)) is not None:
+        return ConfigError(
+            f"{unset.full_key} is not set by the option that was chosen for it; a file of its group begins without "
+            "`# @package _group_`, which Hydra no longer knows"
+        )
+    unknown = _first(chain, ConfigKeyError, ConfigAttributeError)
+    if key and (unknown is not None or re.search(r"Could not (?:override|append)", text)):
         return _no_place_for(key, where)
-    if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:
-        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", text) or ["", "?"])[1]
+    if (unsupported := _first(chain, UnsupportedInterpolationType)) is not None:
+        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", str(unsupported)) or ["", "?"])[1]
         return ConfigError(
             f"{key}{where}: ${{{name}:...}} calls no function that a config may call; those are oc.env, oc.select and "
             "the others of OmegaConf, hydra and now"
         )
-    if isinstance(inner, InterpolationKeyError):
-        name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
+    if (dangling := _first(chain, InterpolationKeyError)) is not None:
+        name = (re.search(r"Interpolation key '([^']*)'", str(dangling)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
-    if strange := re.search(r"Key (.+) \(\w+\) is incompatible with", text):
-        owner = key.removesuffix(f".{strange[1]}")
+    if (strange := _first(chain, KeyValidationError)) is not None:
+        owner = key.removesuffix(f".{strange.key}")
         return ConfigError(
-            f"{owner}{where}: the key {strange[1]} is no text; give the entries in a file, with quotes around this key"
+            f"{owner}{where}: the key {strange.key} is no text; give the entries in a file, with quotes around this key"
         )
-    if key or re.search(r"is not a subclass of|is not Optional", text):
+    if key or _first(chain, ValidationError) is not None:
         return _wrong_type(key, text, where)
     return ConfigError(f"{first_line(text)}{where}")
+
+
+def _first(chain: list[BaseException], *kinds: type[BaseException]) -> Any:
+    """Returns the first error of these kinds; None: there is none."""
+    return next((link for link in chain if isinstance(link, kinds)), None)
+
+
+def _where(text: str, config_dir: Path | str | None) -> str:
+    """Returns " in FILE" for a file of options that Hydra names; "" for its own, and for the root."""
+    match = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
+    name = match[1] or match[2] if match else "config"
+    return "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
