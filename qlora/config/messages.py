@@ -35,7 +35,7 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> UserError
         if isinstance(link, UserError):
             return link
         if isinstance(link, MarkedYAMLError):
-            return broken_yaml(link)
+            return ConfigError(describe_yaml(link))
         if isinstance(link, UnicodeDecodeError):
             return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
         if isinstance(link, OverrideParseException):
@@ -113,11 +113,12 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def broken_yaml(error: MarkedYAMLError) -> ConfigError:
+def describe_yaml(error: MarkedYAMLError) -> str:
+    """Returns what is wrong in a YAML file, with its name and line."""
     mark = error.problem_mark or error.context_mark
     position = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
     remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
-    return ConfigError(f"{position}: this is no valid YAML: {error.problem}{remedy}")
+    return f"{position}: this is no valid YAML: {error.problem}{remedy}"
 
 
 def _broken_override(error: OverrideParseException) -> ConfigError:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, ResourceError, did_you_mean
 
 Choices = tuple[str, ...]
 
@@ -220,10 +220,10 @@ def _check_bounds(who: str, owner: str, typed: Mapping[str, Any], bounds: Mappin
 
 
 def check_installed(name: str) -> None:
-    """Raises `ConfigError` where the package that brings an optimizer is not installed."""
+    """Raises `ResourceError` where the package of an optimizer is not installed."""
     optimizer = OPTIMIZERS[name]
     if optimizer.module is not None and importlib.util.find_spec(optimizer.module) is None:
-        raise ConfigError(
+        raise ResourceError(
             f"trainer.optim={name} needs the package {optimizer.package}, which is not installed: pip install "
             f"{optimizer.package}, or choose another, e.g. trainer.optim=adamw_torch"
         )
@@ -259,7 +259,7 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
             f"{schedule.one_of[1]} to a share of the learning rate, e.g. to 0.1"
         )
     if schedule.follows_loss and not measures:
-        raise ConfigError(f"{who} goes by the held-out loss while it trains; set trainer.eval_steps, e.g. to 100")
+        raise ConfigError(f"{who} follows the held-out loss during training; set trainer.eval_steps, e.g. to 100")
     _check_limits(who, typed, {"lr_end": 1e-7} if name == "polynomial" else {}, learning_rate)
     return typed
 

@@ -18,10 +18,10 @@ from yaml import MarkedYAMLError, YAMLError
 
 from qlora.config import trust
 from qlora.config.fields import field_types
-from qlora.config.messages import broken_yaml, explain, first_line
+from qlora.config.messages import describe_yaml, explain, first_line
 from qlora.config.schema import Config
 from qlora.config.secret_values import leaves, refuse_secrets
-from qlora.errors import ConfigError, DamagedFile, UserError, describe_fault
+from qlora.errors import ConfigError, DamagedFile, DataError, UserError, describe_fault
 from qlora.upstream.omegaconf import get_omega_conf_dumper, get_yaml_loader
 
 
@@ -129,7 +129,7 @@ def with_trust_of(config: Config, saved: dict[str, Any], file: Path) -> dict[str
     """
     names, model = saved.get("trusted") or [], saved.get("model")
     if not isinstance(names, list) or not isinstance(model, dict):
-        raise ConfigError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
+        raise DataError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
     more = [str(name) for name in names if name not in config.trusted]
     lacking = [f"trusted=[{','.join([*config.trusted, *more])}]"] if more else []
     if model.get("trust_remote_code") and not config.model.trust_remote_code:
@@ -149,12 +149,15 @@ def write_yaml(tree: Any) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
+    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; interpolations stay text.
+
+    Raises `DataError` for a file that is no YAML.
+    """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=get_yaml_loader())
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
+        raise DataError(f"{path} is no UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:
-        raise broken_yaml(error) from error
+        raise DataError(describe_yaml(error)) from error
     except YAMLError as error:
-        raise ConfigError(f"{path}: this is no valid YAML: {first_line(str(error))}") from error
+        raise DataError(f"{path}: this is no valid YAML: {first_line(str(error))}") from error

@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.override_parser.types import Override, QuotedString
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ResourceError
 from qlora.upstream.omegaconf import only_resolvers
 
 TESTED_HYDRA = "1.3.8"
@@ -45,9 +45,9 @@ class Trust:
 
 
 def check_version() -> None:
-    """Raises `ConfigError` for another Hydra than the one whose ways to code are closed."""
+    """Raises `ResourceError` for another Hydra than the one whose ways to code are closed."""
     if hydra.__version__ != TESTED_HYDRA:
-        raise ConfigError(
+        raise ResourceError(
             f"hydra-core {hydra.__version__} is installed, and what a config may name is tested with {TESTED_HYDRA}: "
             f"pip install hydra-core=={TESTED_HYDRA}"
         )

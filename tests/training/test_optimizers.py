@@ -295,7 +295,7 @@ REFUSED = {
     ),
     "never measured": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": None},
-        "reduce_lr_on_plateau goes by the held-out loss while it trains; set trainer.eval_steps",
+        "reduce_lr_on_plateau follows the held-out loss during training; set trainer.eval_steps",
     ),
     "limits of greedy": ({"lr_scheduler_type": "greedy"}, "greedy needs trainer.lr_scheduler_kwargs.min_lr; set it"),
     "above the rate": (

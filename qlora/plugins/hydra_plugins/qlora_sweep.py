@@ -127,14 +127,14 @@ class OptunaSweeper(OwnSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs the trials that the study lacks."""
-        from qlora.errors import ConfigError
+        from qlora.errors import ResourceError
 
         try:
             from qlora.sweep.search import search
         except ModuleNotFoundError as error:
             if error.name != "optuna":
                 raise
-            raise ConfigError(
+            raise ResourceError(
                 "hydra/sweeper=optuna needs Optuna, which is not installed: pip install 'qlora[optuna]'"
             ) from error
         assert self.config is not None
