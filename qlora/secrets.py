@@ -15,7 +15,7 @@ from urllib.parse import quote, quote_plus
 
 HIDDEN = "[hidden]"
 SHORTEST = 8
-"""Characters; a shorter value of a variable is no secret, and would be found everywhere."""
+"""Characters; a shorter value of a variable is not a secret, and would match everywhere."""
 
 NAMES = re.compile(
     r"(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?_?\d*$"
@@ -122,7 +122,7 @@ LITERAL = re.compile(r"(\"\"\"|'''|[\"'`])((?:\\.|(?!\1).)*)(\1|$)")
 RANDOM = re.compile(r"(?<![\w+/=-])(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])(?=[\w+/=-]*\d)[\w+/=-]{32,}")
 """What looks drawn at random, whatever it is called."""
 WORD = re.compile(r"\[hidden\]|[^\s\"'`=:,;()\[\]{}<>]{4,}")
-"""What stands behind a suspicious name without quotes."""
+"""An unquoted value after a suspicious name."""
 GOES_ON = re.compile(r"(?:[(\[{=:,|>\\]|[|>][+-]?\d*)\s*$")
 """The end of a line whose value is below it."""
 
@@ -156,7 +156,7 @@ class _Body:
         self.quote_mark = ""
         """The triple quote that is open."""
         self.indent: int | None = None
-        """Of the suspicious line whose value stands below it."""
+        """The indent of the suspicious line whose value is below it."""
         self.value_follows = False
         """Whether the value begins with the next line."""
         self.was_suspicious = False

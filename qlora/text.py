@@ -45,7 +45,7 @@ def is_detail(name: str) -> bool:
 
 
 def format_range(name: str, low: float, high: float, *, signed: bool = False) -> str:
-    """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for what is no share; `signed` writes the plus of a gain."""
+    """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for other metrics; `signed` writes the plus of a gain."""
     scale, unit, digits = (100, " %", 1) if is_share(name) else (1, "", 3)
     sign = "+" if signed else ""
     if signed and unit:
@@ -103,7 +103,7 @@ LONGEST_MESSAGE, LONGEST_WORD, MOST_LINES = 3000, 400, 40
 
 
 def tidy(message: str) -> str:
-    """Returns a message that can be printed, whatever values stand in it: without control characters, and cut in the
+    """Returns a message that can be printed, whatever values it holds: without control characters, and cut in the
     middle where it or a word is too long, for it begins with what is wrong and ends with the way out."""
     text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), visible(message))
     lines = text.split("\n")

@@ -177,7 +177,7 @@ def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:
     [
         ("~lora", "~lora: a run needs every group; choose an option instead, e.g. lora=none"),
         ("~lora.r", "~lora.r: a field cannot be removed; give it another value, or null if it may be unset"),
-        ("lora.r", "'lora.r' is no option; options are written KEY=VALUE, e.g. lora.r=16"),
+        ("lora.r", "'lora.r' is not an option; options are written KEY=VALUE, e.g. lora.r=16"),
         ("lora@foo=none", "lora@foo=none: an option stays in its group; write lora=OPTION without the @"),
         ("experiment=null", "experiment=null: a group takes the name of an option; leave it out"),
         ("lora={r:3}", "lora={...}: name an option of lora and set single fields with lora.FIELD=VALUE"),
@@ -349,7 +349,7 @@ CROSS_FIELD = {
     "model.device_map and model.max_memory spread the base over several; leave the one or the others out",
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
-    "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "
+    "objective=eval_los evaluation=loss": "objective='eval_los' is not a metric of this run (did you mean eval_loss?); "
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
     "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, train_memory_retries, "
     "peak_memory_gb, train_watchdog_nonfinite, train_watchdog_zero, train_watchdog_divergence, train_watchdog_slow, "
@@ -380,11 +380,11 @@ def test_an_unknown_optimizer_or_schedule_is_refused(base: DictConfig, key: str,
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"r: [8\nalpha: 3\n", "{file}, line 2: this is no valid YAML: expected ',' or ']', but got ':'"),
-        (b"r: 8\nr: 9\n", "{file}, line 2: this is no valid YAML: found duplicate key r"),
-        (b"r: 8\n\talpha: 3\n", "{file}, line 2: this is no valid YAML: found character '\\t' that cannot start any "
+        (b"r: [8\nalpha: 3\n", "{file}, line 2: this is not valid YAML: expected ',' or ']', but got ':'"),
+        (b"r: 8\nr: 9\n", "{file}, line 2: this is not valid YAML: found duplicate key r"),
+        (b"r: 8\n\talpha: 3\n", "{file}, line 2: this is not valid YAML: found character '\\t' that cannot start any "
          "token; indent with spaces"),
-        (b"\xff\xfe", "{file} is no UTF-8 text; save it as UTF-8"),
+        (b"\xff\xfe", "{file} is not UTF-8 text; save it as UTF-8"),
         (b"- 1\n", "{file} must hold keys and values such as `seed: 1`, got [1]"),
         (b"r: abc\n", "lora.r in {file} must be a whole number, got 'abc'"),
         (b"bias: nones\n", "lora.bias in {file} must be one of none, all, lora_only, got 'nones' (did you mean none?)"),

@@ -1,4 +1,4 @@
-"""The jobs of a grid: a config for each combination of values, composed anew only where a group changes."""
+"""The jobs of a grid: a config for each combination of values, composed again only where a group changes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Axis:
     key: str
     overrides: tuple[str, ...]
     values: tuple[Any, ...] | None
-    """What a plain field is set to; None: the config is composed anew for each of the overrides."""
+    """What a plain field is set to; None: the config is composed for each of the overrides."""
 
 
 class Combinations:
-    """The jobs of a grid by the positions of their values; plain fields are set without composing anew.
+    """The jobs of a grid by the positions of their values; plain fields are set without composing again.
 
     `first` is the composed config of the first job, where the caller has it.
     """
@@ -102,7 +102,7 @@ def _read_axis(override: Override) -> Axis:
         return Axis(key, (override.input_line or "",), None)
     if not override.is_discrete_sweep() or not _is_plain_field(override):
         return Axis(key, tuple(f"{key}={text}" for text in texts), None)
-    elements = list(override.sweep_iterator())  # anew each time, where they are shuffled
+    elements = list(override.sweep_iterator())  # a shuffled sweep has another order at each call
     values = tuple(plain_value(element) for element in elements)
     overrides = tuple(f"{key}={Transformer.encode(element)}" for element in elements)
     return Axis(key, overrides, None if any(isinstance(value, dict) for value in values) else values)

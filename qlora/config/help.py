@@ -29,7 +29,7 @@ SCHEMA = Path(schema.__file__).parent
 # Groups that choose values for several dataclasses, or hold the user's own objects.
 OTHER_GROUPS = {
     "callbacks": "Objects that listen to the training loop.",
-    "recipe": "Numbers that a model, or its pair with the data, brings along by itself; they win over options.",
+    "recipe": "Numbers that belong to a model, or to a model with a data set; they win over options.",
     "experiment": "A named, reproducible run.",
     "sweep": "A named sweep: many runs, one after another.",
 }

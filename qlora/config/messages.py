@@ -37,7 +37,7 @@ def explain(error: Exception, config_dir: Path | str | None = None) -> UserError
         if isinstance(link, MarkedYAMLError):
             return ConfigError(describe_yaml(link))
         if isinstance(link, UnicodeDecodeError):
-            return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
+            return ConfigError(f"{_not_utf8(config_dir)} is not UTF-8 text; save it as UTF-8")
         if isinstance(link, OverrideParseException):
             return _broken_override(link)
     # Hydra has one class for several mistakes, and says in its text alone which one it is, and in which file.
@@ -85,7 +85,8 @@ def _explain_node(chain: list[BaseException], text: str, where: str) -> ConfigEr
     if (strange := _first(chain, KeyValidationError)) is not None:
         owner = key.removesuffix(f".{strange.key}")
         return ConfigError(
-            f"{owner}{where}: the key {strange.key} is no text; give the entries in a file, with quotes around this key"
+            f"{owner}{where}: the key {strange.key} is not a text; give the entries in a file, with "
+            "quotes around this key"
         )
     if key or _first(chain, ValidationError) is not None:
         return _wrong_type(key, text, where)
@@ -118,12 +119,12 @@ def describe_yaml(error: MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     position = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
     remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
-    return f"{position}: this is no valid YAML: {error.problem}{remedy}"
+    return f"{position}: this is not valid YAML: {error.problem}{remedy}"
 
 
 def _broken_override(error: OverrideParseException) -> ConfigError:
     if "=" not in error.override:
-        return ConfigError(f"{error.override!r} is no option; options are written KEY=VALUE, e.g. lora.r=16")
+        return ConfigError(f"{error.override!r} is not an option; options are written KEY=VALUE, e.g. lora.r=16")
     said = first_line(str(error.__cause__ or error.message))
     reason = "" if "Exception" in said else f": {said}"
     return ConfigError(

@@ -245,7 +245,7 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
         for key in arguments:
             if key not in known:
                 raise ConfigError(
-                    f"trainer.lr_scheduler_kwargs.{key} is no argument of any trainer.lr_scheduler_type"
+                    f"trainer.lr_scheduler_kwargs.{key} is not an argument of any trainer.lr_scheduler_type"
                     f"{did_you_mean(str(key), known)}; leave it out, as {who} takes none"
                 )
         return {}
@@ -294,8 +294,8 @@ def _typed(owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choi
         if key not in known:
             reads = f"it reads {', '.join(known)}" if known else "it takes none"
             raise ConfigError(
-                f"{owner}.{key} is no argument of {who}{did_you_mean(str(key), known)}; {reads}; {owner}=null takes "
-                "all out"
+                f"{owner}.{key} is not an argument of {who}{did_you_mean(str(key), known)}; {reads}; {owner}=null "
+                "takes all out"
             )
     return {key: _cast(f"{owner}.{key}", value, known[key]) for key, value in given.items()}
 

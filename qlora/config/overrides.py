@@ -72,12 +72,12 @@ def _written(value: Any) -> str:
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Returns overrides as Hydra is to get them; to do so again changes nothing.
+    """Returns overrides in the form that Hydra needs; a second call changes nothing.
 
     A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
     `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
-    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. What QLORA_TRUSTED says
-    becomes an override, which every job of a sweep gets.
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. The value of
+    QLORA_TRUSTED becomes an override, which every job of a sweep gets.
     """
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
@@ -89,7 +89,7 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
 
 
 def with_environment(overrides: Sequence[str]) -> list[str]:
-    """Returns overrides with those that QLORA_TRUSTED stands for; to do so again changes nothing."""
+    """Returns overrides with those of QLORA_TRUSTED; a second call changes nothing."""
     return trust.add_environment(overrides, parse_overrides(overrides))
 
 
@@ -110,7 +110,7 @@ def refuse_unreadable(overrides: Sequence[str]) -> None:
         key, _, value = text.partition("=")
         if len(key) > LONGEST_KEY:
             raise ConfigError(
-                f"{key[:40]} ... is no key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
+                f"{key[:40]} ... is not a key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
                 "options are written KEY=VALUE, e.g. lora.r=16"
             )
         if _depth(value) > DEEPEST:

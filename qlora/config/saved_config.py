@@ -71,14 +71,14 @@ def read_config(path: Path) -> dict[str, Any] | None:
         raise DamagedFile(path, "it holds no config")
     for name, hint in field_types(Config).items():
         if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
-            raise DamagedFile(path, f"{name} is no group of keys")
+            raise DamagedFile(path, f"{name} is not a group of keys")
     if not isinstance(plain.get("objective"), str | NoneType):
-        raise DamagedFile(path, "objective is no text")
+        raise DamagedFile(path, "objective is not a text")
     return {str(key): value for key, value in plain.items()}
 
 
 def read_overrides(path: Path) -> list[str] | None:
-    """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
+    """Reads the overrides that Hydra saved; None where there is no such file. Raises `DamagedFile`."""
     overrides = _read_stored(path)
     if not isinstance(overrides, list | NoneType):
         raise DamagedFile(path, "it holds no list of overrides")
@@ -92,7 +92,7 @@ def _read_stored(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        reason = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
+        reason = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is not valid YAML"
         raise DamagedFile(path, reason) from error
 
 
@@ -108,8 +108,8 @@ def _as_text(tree: Any) -> Any:
 def restore_config(saved: dict[str, Any], file: Path | None = None) -> Config:
     """Returns the config that `read_config` read, of `file`, which errors name.
 
-    A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
-    nothing of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
+    A stored config is resolved: what looks like an interpolation is text, so that a foreign folder cannot read
+    anything of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
     """
     try:
         refuse_secrets(leaves(saved, ""))
@@ -143,7 +143,7 @@ def with_trust_of(config: Config, saved: dict[str, Any], file: Path) -> dict[str
 
 
 def write_yaml(tree: Any) -> str:
-    """Returns a tree as YAML that OmegaConf reads back as it is, texts such as `1e5` in quotes."""
+    """Returns a tree as YAML that OmegaConf reads back unchanged; texts such as `1e5` are quoted."""
     dumper = get_omega_conf_dumper()
     return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000))
 
@@ -151,13 +151,13 @@ def write_yaml(tree: Any) -> str:
 def read_yaml(path: Path) -> Any:
     """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; interpolations stay text.
 
-    Raises `DataError` for a file that is no YAML.
+    Raises `DataError` for a file that is not YAML.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=get_yaml_loader())
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no UTF-8 text; save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:
         raise DataError(describe_yaml(error)) from error
     except YAMLError as error:
-        raise DataError(f"{path}: this is no valid YAML: {first_line(str(error))}") from error
+        raise DataError(f"{path}: this is not valid YAML: {first_line(str(error))}") from error

@@ -83,7 +83,7 @@ ORIGINAL_FLAGS = {
     "seed": "seed",
 }
 
-# Names that people bring along from there, from PEFT and from transformers, and ours.
+# Names of the original, of PEFT and of transformers, and ours.
 FOREIGN_NAMES = {
     **{flag: ours for flag, ours in ORIGINAL_FLAGS.items() if flag != ours},
     "lora.rank": "lora.r",

@@ -40,7 +40,7 @@ class Trust:
     remote_code: bool = False
 
     def covers(self, key: str) -> bool:
-        """Returns whether a file may set `key`, of which the command names this or what holds it."""
+        """Returns whether a file may set `key`: the command trusts it, or what holds it."""
         return any("." in name and (key == name or key.startswith((f"{name}.", f"{name}["))) for name in self.names)
 
 
@@ -54,7 +54,7 @@ def check_version() -> None:
 
 
 def add_environment(overrides: Sequence[str], parsed: Sequence[Override]) -> list[str]:
-    """Returns overrides with what QLORA_TRUSTED says beside them; to do so again changes nothing."""
+    """Returns overrides with those of QLORA_TRUSTED beside them; a second call changes nothing."""
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     packages = [name for name in names if name != REMOTE_CODE]
     given = {override.key_or_group: override for override in parsed}
@@ -69,7 +69,7 @@ def add_environment(overrides: Sequence[str], parsed: Sequence[Override]) -> lis
 
 
 def read_trust(parsed: Sequence[Override]) -> Trust:
-    """Returns what overrides trust; raises `ConfigError` where one leaves that to an interpolation."""
+    """Returns what overrides trust; raises `ConfigError` for an interpolation in one of them."""
     names: list[str] = []
     remote_code = False
     for override in parsed:

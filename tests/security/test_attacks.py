@@ -92,8 +92,8 @@ EXPERIMENTS = {
         "hydra: {callbacks: {x: {_target_: hydra.experimental.callbacks.LogJobReturnCallback}}}",
         "hydra.callbacks.x._target_=hydra",
     ),
-    "a launcher": ("hydra: {launcher: {_target_: os.system}}", "hydra.launcher._target_=os.system is no launcher"),
-    "a sweeper": ("hydra: {sweeper: {_target_: os.system}}", "hydra.sweeper._target_=os.system is no sweeper"),
+    "a launcher": ("hydra: {launcher: {_target_: os.system}}", "hydra.launcher._target_=os.system is not a launcher"),
+    "a sweeper": ("hydra: {sweeper: {_target_: os.system}}", "hydra.sweeper._target_=os.system is not a sweeper"),
     "an argument of a sweeper": (
         "defaults: [{override /hydra/sweeper: optuna}]\nhydra: {sweeper: {sampler_kwargs: {x: {_target_: os.system, "
         "command: touch MARK}}}}",

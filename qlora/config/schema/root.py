@@ -164,7 +164,7 @@ class Config:
         open_names = tuple(f"eval_{prefix}_" for prefix in prefixes)
         if self.objective is not None and not (self.objective in known or self.objective.startswith(open_names)):
             raise ConfigError(
-                f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
+                f"objective={self.objective!r} is not a metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
 
