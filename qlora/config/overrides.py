@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_origin
 
-from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import OverrideParseException
@@ -20,6 +19,7 @@ from qlora.config.search_path import KEY as SEARCH_PATH
 from qlora.config.search_path import search_folders
 from qlora.config.suggestions import unknown_key, unknown_option
 from qlora.errors import ConfigError
+from qlora.upstream.hydra import Hydra
 
 LONGEST_KEY, DEEPEST = 500, 30
 """Characters of a key, and brackets inside each other in a value."""
