@@ -126,7 +126,7 @@ def run_installed(installed: Path, empty: Path, *arguments: str) -> str:
 
 
 def test_the_installed_wheel_is_what_runs_and_finds_its_own_options(installed: Path, tmp_path: Path) -> None:
-    code = "import qlora, qlora.config.compose as c; print(qlora.__file__); print(c.CONF_DIR)"
+    code = "import qlora, qlora.config.options as c; print(qlora.__file__); print(c.CONF_DIR)"
     module, conf = run_installed(installed, tmp_path, "-c", code).splitlines()
     assert Path(module) == installed / "qlora" / "__init__.py"
     assert Path(conf) == installed / "qlora" / "conf"
