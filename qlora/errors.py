@@ -36,15 +36,15 @@ class ResourceError(UserError):
 
 
 class RunError(UserError):
-    """The run cannot start or go on here: its folder is in use, it is another run's, or the training failed."""
+    """The run cannot start or resume here: its folder is in use, it belongs to another run, or training failed."""
 
 
 class DamagedFile(DataError):
     """Says which stored file cannot be read back, and what is wrong in it."""
 
-    def __init__(self, path: Path, fault: str) -> None:
-        super().__init__(f"{path} is damaged ({fault}); put a whole copy in its place, or remove it")
-        self.path, self.fault = path, fault
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); put a whole copy in its place, or remove it")
+        self.path, self.reason = path, reason
 
 
 def describe_fault(error: BaseException) -> str:
@@ -52,18 +52,18 @@ def describe_fault(error: BaseException) -> str:
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"
+        return "it is not UTF-8 text"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 class Pruned(Exception):
-    """Ends a training that fell behind the others of its search: no mistake, and no result."""
+    """Ends a training run that fell behind the others of its search; it is no mistake, and it has no result."""
 
 
 class Stopped(BaseException):
-    """Ends a training that a signal asked to end; the message says what is saved and how to go on."""
+    """Ends a training run that a signal asked to end; the message says what is saved and how to resume."""
 
     exit_code = 75
     """What a stopped run exits with; to shells (EX_TEMPFAIL) it means: try again."""

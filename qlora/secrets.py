@@ -15,7 +15,7 @@ from urllib.parse import quote, quote_plus
 
 HIDDEN = "[hidden]"
 SHORTEST = 8
-"""Characters; a shorter value of a variable is no secret, and would be found everywhere."""
+"""Characters; a shorter value of a variable is not a secret, and would match everywhere."""
 
 NAMES = re.compile(
     r"(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?_?\d*$"
@@ -101,7 +101,7 @@ def _quoted(value: str) -> Iterator[str]:
     """Yields how addresses write a value: with the signs of a path or without, in either case of the digits."""
     for text in (quote(value, safe=""), quote(value), quote_plus(value)):
         yield text
-        yield re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), text)
+        yield re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), text)
 
 
 # Diffs: what code and settings hold has no name that is known, so it is better to hide too much.
@@ -122,9 +122,9 @@ LITERAL = re.compile(r"(\"\"\"|'''|[\"'`])((?:\\.|(?!\1).)*)(\1|$)")
 RANDOM = re.compile(r"(?<![\w+/=-])(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])(?=[\w+/=-]*\d)[\w+/=-]{32,}")
 """What looks drawn at random, whatever it is called."""
 WORD = re.compile(r"\[hidden\]|[^\s\"'`=:,;()\[\]{}<>]{4,}")
-"""What stands behind a suspicious name without quotes."""
+"""An unquoted value after a suspicious name."""
 GOES_ON = re.compile(r"(?:[(\[{=:,|>\\]|[|>][+-]?\d*)\s*$")
-"""The end of a line whose value stands below it."""
+"""The end of a line whose value is below it."""
 
 
 VALUE_OF = re.compile(r"(?i)^\W*(?:value|default|data|content)s?\W*[:=]")
@@ -149,15 +149,15 @@ def hide_in_diff(diff: str) -> str:
 
 
 class _Body:
-    """The lines of a hunk, and what of them goes on from line to line."""
+    """The lines of a hunk, and the state that carries over from line to line."""
 
     def __init__(self, *, is_secret: bool) -> None:
         self.is_secret = is_secret
         self.quote_mark = ""
         """The triple quote that is open."""
         self.indent: int | None = None
-        """Of the suspicious line whose value stands below it."""
-        self.is_first = False
+        """The indent of the suspicious line whose value is below it."""
+        self.value_follows = False
         """Whether the value begins with the next line."""
         self.was_suspicious = False
 
@@ -165,9 +165,9 @@ class _Body:
         """Returns the next line without its sign."""
         bare = line.strip()
         depth = len(line) - len(line.lstrip())
-        goes_on = self.indent is not None and (self.is_first or depth > self.indent)
+        goes_on = self.indent is not None and (self.value_follows or depth > self.indent)
         if bare and (self.is_secret or self.quote_mark or goes_on):
-            self.is_first = False
+            self.value_follows = False
             if self.quote_mark and self.quote_mark in line:
                 self.quote_mark = ""
             return f"{line[:depth]}{HIDDEN}"
@@ -176,7 +176,7 @@ class _Body:
         is_value = self.was_suspicious and VALUE_OF.search(line) is not None
         self.was_suspicious = SUSPICIOUS.search(line) is not None
         self.indent = depth if self.was_suspicious and GOES_ON.search(line) else None
-        self.is_first = self.indent is not None
+        self.value_follows = self.indent is not None
         self.quote_mark = _open_quote(line) if self.was_suspicious else ""
         return _hide_values(line, is_suspicious=is_value)
 
@@ -192,7 +192,7 @@ def _hide_values(line: str, *, is_suspicious: bool = False) -> str:
         line = LITERAL.sub(lambda literal: f"{literal[1]}{HIDDEN}{literal[3]}", line)
         name = SUSPICIOUS.search(line) or VALUE_OF.search(line)
         start = name.end() if name else 0
-        value = re.search(r"[=:\s]", line[start:])  # the name may go on
+        value = re.search(r"[=:\s]", line[start:])  # the name may continue
         if value is not None:
             start += value.start()
             line = line[:start] + WORD.sub(HIDDEN, line[start:])

@@ -45,7 +45,7 @@ def is_detail(name: str) -> bool:
 
 
 def format_range(name: str, low: float, high: float, *, signed: bool = False) -> str:
-    """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for what is no share; `signed` writes the plus of a gain."""
+    """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for other metrics; `signed` writes the plus of a gain."""
     scale, unit, digits = (100, " %", 1) if is_share(name) else (1, "", 3)
     sign = "+" if signed else ""
     if signed and unit:
@@ -55,10 +55,10 @@ def format_range(name: str, low: float, high: float, *, signed: bool = False) ->
 
 def parse_size(text: str) -> int | None:
     """Returns the bytes of a size such as `7.5GB` (10^9 bytes each) or `22GiB` (2^30); None for any other text."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?))?B", text)
-    if found is None:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?))?B", text)
+    if match is None:
         return None
-    number, prefix, binary = found.groups()
+    number, prefix, binary = match.groups()
     unit = (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0)
     return int(number) * unit if number.isdecimal() else round(float(number) * unit)
 
@@ -103,7 +103,7 @@ LONGEST_MESSAGE, LONGEST_WORD, MOST_LINES = 3000, 400, 40
 
 
 def tidy(message: str) -> str:
-    """Returns a message that can be printed, whatever values stand in it: without control characters, and cut in the
+    """Returns a message that can be printed, whatever values it holds: without control characters, and cut in the
     middle where it or a word is too long, for it begins with what is wrong and ends with the way out."""
     text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), visible(message))
     lines = text.split("\n")
@@ -157,7 +157,7 @@ def prompt_core(prompt: str) -> str:
             parts.append((heading[1].lower(), [heading[2] or ""]))
         else:
             parts[-1][1].append(line)
-    asks = [place for place, (role, _) in enumerate(parts) if role in _ASKS]
+    asks = [index for index, (role, _) in enumerate(parts) if role in _ASKS]
     kept = [" ".join(lines) for role, lines in parts[asks[-1] if asks else 0 :] if role not in _ANSWERS]
     core = " · ".join(text for text in (" ".join(text.split()) for text in kept) if text)
     return core or " ".join(prompt.split())

@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_not_written_as_it_is_in_memory(tmp_path: Path, mon
     text = refusal(tmp_path, "trainer.max_steps=2", "trainer.save_steps=1")
     folder = tmp_path / "run" / "checkpoints"
     assert text.startswith(f"{folder}/unfinished/checkpoint-1: the adapter was not saved as it is in memory (")
-    assert text.endswith("check the disk, and run the same command again to go on")
+    assert "check the disk, and run the same command again" in text
     assert not list(folder.iterdir())
 
 
@@ -255,15 +255,15 @@ def test_answers_beyond_the_model_s_context_are_refused_before_it_is_loaded(
     monkeypatch.setattr(Run, "load_base", lambda self: loaded.append("base") or pytest.skip("loaded"))
     chosen = [f"model.name={base}", "data.max_eval_samples=null", *overrides]
     text = refusal(tmp_path, *chosen, "generation.max_new_tokens=240")
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"generation\.max_new_tokens=240 on top of the longest prompt's (\d+) tokens is more than the 256 that {base} "
         r"reads; set generation\.max_new_tokens=(\d+) or data\.source_max_len=16",
         text,
     )
-    assert found, text
-    assert int(found[1]) + int(found[2]) == 256
+    assert match, text
+    assert int(match[1]) + int(match[2]) == 256
     assert not loaded
-    fitting = [f"generation.max_new_tokens={found[2]}"], ["generation.max_new_tokens=240", "data.source_max_len=16"]
+    fitting = [f"generation.max_new_tokens={match[2]}"], ["generation.max_new_tokens=240", "data.source_max_len=16"]
     for number, lengths in enumerate(fitting):  # the ways out
         with pytest.raises(pytest.skip.Exception):
             Run(compose([*QUICK, *chosen, *lengths]), tmp_path / f"run_{number}").execute()

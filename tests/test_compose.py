@@ -70,8 +70,8 @@ def typos(name: str, taken: set[str]) -> Iterator[str]:
 
 
 def suggested(text: str) -> list[str]:
-    found = re.search(r"\(did you mean (.*)\?\)", text)
-    return found[1].split(" or ") if found else []
+    match = re.search(r"\(did you mean (.*)\?\)", text)
+    return match[1].split(" or ") if match else []
 
 
 def siblings(key: str) -> set[str]:
@@ -195,7 +195,7 @@ def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:
     [
         ("~lora", "~lora: a run needs every group; choose an option instead, e.g. lora=none"),
         ("~lora.r", "~lora.r: a field cannot be removed; give it another value, or null if it may be unset"),
-        ("lora.r", "'lora.r' is no option; options are written KEY=VALUE, e.g. lora.r=16"),
+        ("lora.r", "'lora.r' is not an option; options are written KEY=VALUE, e.g. lora.r=16"),
         ("lora@foo=none", "lora@foo=none: an option stays in its group; write lora=OPTION without the @"),
         ("experiment=null", "experiment=null: a group takes the name of an option; leave it out"),
         ("lora={r:3}", "lora={...}: name an option of lora and set single fields with lora.FIELD=VALUE"),
@@ -357,7 +357,7 @@ CROSS_FIELD = {
     "generation.max_new_tokens, got 17",
     "generation.num_beam_groups=3 generation.num_beams=4": "generation.num_beam_groups must divide "
     "generation.num_beams, got 3",
-    "model.weights=random model.device_map=auto": "model.weights=random draws the base on one device; leave "
+    "model.weights=random model.device_map=auto": "model.weights=random initialises the base on one device; leave "
     "model.device_map and model.max_memory out",
     "model.weights=random model.architecture=null": "model.weights=random needs the shape of tiny in "
     "model.architecture; choose a preset with model=NAME or set model.architecture.* fields",
@@ -367,7 +367,7 @@ CROSS_FIELD = {
     "model.device_map and model.max_memory spread the base over several; leave the one or the others out",
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
-    "objective=eval_los evaluation=loss": "objective='eval_los' is no metric of this run (did you mean eval_loss?); "
+    "objective=eval_los evaluation=loss": "objective='eval_los' is not a metric of this run (did you mean eval_loss?); "
     "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
     "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, train_memory_retries, "
     "peak_memory_gb, train_watchdog_nonfinite, train_watchdog_zero, train_watchdog_divergence, train_watchdog_slow, "
@@ -398,11 +398,11 @@ def test_an_unknown_optimizer_or_schedule_is_refused(base: DictConfig, key: str,
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"r: [8\nalpha: 3\n", "{file}, line 2: this is no valid YAML: expected ',' or ']', but got ':'"),
-        (b"r: 8\nr: 9\n", "{file}, line 2: this is no valid YAML: found duplicate key r"),
-        (b"r: 8\n\talpha: 3\n", "{file}, line 2: this is no valid YAML: found character '\\t' that cannot start any "
+        (b"r: [8\nalpha: 3\n", "{file}, line 2: this is not valid YAML: expected ',' or ']', but got ':'"),
+        (b"r: 8\nr: 9\n", "{file}, line 2: this is not valid YAML: found duplicate key r"),
+        (b"r: 8\n\talpha: 3\n", "{file}, line 2: this is not valid YAML: found character '\\t' that cannot start any "
          "token; indent with spaces"),
-        (b"\xff\xfe", "{file} is no UTF-8 text; save it as UTF-8"),
+        (b"\xff\xfe", "{file} is not UTF-8 text; save it as UTF-8"),
         (b"- 1\n", "{file} must hold keys and values such as `seed: 1`, got [1]"),
         (b"r: abc\n", "lora.r in {file} must be a whole number, got 'abc'"),
         (b"bias: nones\n", "lora.bias in {file} must be one of none, all, lora_only, got 'nones' (did you mean none?)"),
@@ -511,9 +511,9 @@ def test_suggestions_are_the_nearest_only() -> None:
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-def qlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def qlora(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "qlora", *words],
+        [sys.executable, "-m", "qlora", *args],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -525,7 +525,7 @@ def cpu_seconds() -> float:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
+    ("args", "code"),
     [
         (["--help"], 0),
         (["--help", "lora"], 0),
@@ -534,11 +534,11 @@ def cpu_seconds() -> float:
         (["lora.rnak=3"], 1),
     ],
 )
-def test_the_command_line_answers_at_once(words: list[str], code: int) -> None:
+def test_the_command_line_answers_at_once(args: list[str], code: int) -> None:
     start = cpu_seconds()
-    done = qlora(*words)
+    done = qlora(*args)
     seconds = cpu_seconds() - start
-    print(f"{' '.join(words)}: {seconds:.2f} s")
+    print(f"{' '.join(args)}: {seconds:.2f} s")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert seconds < 2

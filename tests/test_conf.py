@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora.config.command import check_overrides
 from qlora.config.compose import compose, compose_dict
+from qlora.config.help import reference
 from qlora.config.options import CONF_DIR, group_names
 
 # What an option needs besides its own name.
@@ -24,6 +29,7 @@ NEEDS = {
     ("evaluation", "lm-eval"): ["evaluation.tasks=[arc_easy]"],
 }
 OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+MODELS = [name for group, name in OPTIONS if group == "model"]
 SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
 
 # Their options set several groups, or depend on one another.
@@ -57,7 +63,7 @@ PAPER = {
 PAPER |= {("13b", data): row for (size, data), row in PAPER.items() if size == "7b"}
 SAME_AS = {"2-7b": "7b", "2-13b": "13b", "2-70b": "65b"}
 
-# Billions of parameters, as the models' own pages state them.
+# Billions of parameters, as the models' own pages state them; a preset need not be listed.
 BILLIONS = {
     "tiny": 0.003, "llama-7b": 6.74, "llama-13b": 13.02, "llama-33b": 32.53, "llama-65b": 65.29,
     "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55,
@@ -171,6 +177,60 @@ def test_a_recipe_can_be_lent_to_another_model_with_its_pairs() -> None:
     assert (config.model.name, config.trainer.max_steps) == ("mistralai/Mistral-7B-v0.3", 1875)
 
 
+PRESET = """# A model of my own.
+name: me/mine
+license: apache-2.0
+architecture:
+  model_type: llama
+  hidden_size: 512
+  intermediate_size: 1024
+  num_hidden_layers: 2
+  num_attention_heads: 8
+  vocab_size: 32000
+  max_position_embeddings: 2048
+"""
+ROWS = """# Rows of my own.
+name: mine
+path: me/rows
+format: alpaca
+"""
+
+
+def qlora(*args: str, folder: Path, conf: Path = CONF_DIR) -> str:
+    """Returns what a command prints, with `conf` in place of the shipped options."""
+    code = (
+        "import sys, pathlib; from qlora.config import options; "
+        "options.CONF_DIR = pathlib.Path(sys.argv.pop(1)); from qlora.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(conf), *args], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("is_shipped", [True, False], ids=["shipped", "of the user's own"])
+def test_a_model_and_a_data_set_are_one_file_each(tmp_path: Path, is_shipped: bool) -> None:
+    folder, flags, conf = tmp_path / "conf", ["--config-dir", str(tmp_path / "conf")], CONF_DIR
+    if is_shipped:
+        shutil.copytree(CONF_DIR, folder)
+        flags, conf = [], folder
+    for group, text in (("model", PRESET), ("data", ROWS)):
+        (folder / group).mkdir(parents=True, exist_ok=True)
+        (folder / group / "new.yaml").write_text(text, encoding="utf-8")
+    choice = [*flags, "model=new", "data=new"]
+    assert "name: me/mine" in qlora(*choice, "--cfg", "job", folder=tmp_path, conf=conf)
+    assert "me/mine" in qlora(*choice, "task=plan", "plan.device=t4", folder=tmp_path, conf=conf)
+    for group, comment in (("model", "A model of my own."), ("data", "Rows of my own.")):
+        assert re.search(rf"\n  new +{comment}\n", qlora("--help", group, *flags, folder=tmp_path, conf=conf))
+
+
+def test_the_reference_of_all_keys_names_no_preset_or_data_set() -> None:
+    names = set(re.findall(r"`([\w.-]+)`", reference()))
+    assert not names & ({name for group, name in OPTIONS if group in ("model", "recipe")} - {"tiny", "none"})
+    assert "qlora --help data" in reference()
+
+
 def test_a_user_s_own_model_brings_its_own_recipe(tmp_path: Path) -> None:
     for folder, text in (("model", "name: me/mine\n"), ("recipe", "# @package _global_\ntrainer: {max_steps: 7}\n")):
         (tmp_path / folder).mkdir()
@@ -178,22 +238,23 @@ def test_a_user_s_own_model_brings_its_own_recipe(tmp_path: Path) -> None:
     assert compose(["model=mine"], tmp_path).trainer.max_steps == 7
 
 
-def test_every_model_has_its_expected_size_listed() -> None:
-    assert {name for group, name in OPTIONS if group == "model"} == set(BILLIONS)
-
-
-@pytest.mark.parametrize("name", sorted(BILLIONS))
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_s_shape_has_the_advertised_parameters(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    facts = {str(key): value for key, value in load("model", name).architecture.items()}
-    config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
+    shape = {str(key): value for key, value in load("model", name).architecture.items()}
+    config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
+    billions = sum(weight.numel() for weight in model.parameters()) / 1e9
+    assert billions == pytest.approx(BILLIONS.get(name, billions), rel=0.02)
 
 
-@pytest.mark.parametrize("name", sorted(BILLIONS))
+def test_the_models_whose_size_is_known_are_presets() -> None:
+    assert set(BILLIONS) <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_states_its_licence(name: str) -> None:
     model = load("model", name)
     assert model.license

@@ -23,9 +23,9 @@ def page(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_the_page_names_every_group_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    words = page(capsys, "--help").replace(",", " ").replace("*", " ").split()
+    names = page(capsys, "--help").replace(",", " ").replace("*", " ").split()
     for group in group_names():
-        assert {group, *(file.stem for file in (CONF_DIR / group).glob("*.yaml"))} <= set(words)
+        assert {group, *(file.stem for file in (CONF_DIR / group).glob("*.yaml"))} <= set(names)
 
 
 @pytest.mark.parametrize("argv", [(), *[(group,) for group in group_names()]])

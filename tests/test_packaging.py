@@ -126,7 +126,7 @@ def run_installed(installed: Path, empty: Path, *arguments: str) -> str:
 
 
 def test_the_installed_wheel_is_what_runs_and_finds_its_own_options(installed: Path, tmp_path: Path) -> None:
-    code = "import qlora, qlora.config.compose as c; print(qlora.__file__); print(c.CONF_DIR)"
+    code = "import qlora, qlora.config.options as c; print(qlora.__file__); print(c.CONF_DIR)"
     module, conf = run_installed(installed, tmp_path, "-c", code).splitlines()
     assert Path(module) == installed / "qlora" / "__init__.py"
     assert Path(conf) == installed / "qlora" / "conf"
@@ -141,7 +141,7 @@ def test_the_installed_wheel_composes_and_helps_in_an_empty_folder(installed: Pa
 
 def test_the_package_and_the_project_have_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "version" in project["dynamic"]  # the wheel has that of the package, as its name above tells
+    assert "version" in project["dynamic"]  # the wheel has that of the package, as its name above shows
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\n## {qlora.__version__}" in changes
 
@@ -158,11 +158,11 @@ def is_torchs_own(name: str) -> bool:
 
 def test_every_direct_dependency_has_a_tested_version_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [
+    requested = [
         *project["dependencies"],
         *(text for extra in project["optional-dependencies"].values() for text in extra),
     ]
-    for requirement in map(Requirement, wanted):
+    for requirement in map(Requirement, requested):
         if requirement.name != "qlora" and not is_torchs_own(requirement.name):
             assert requirement.specifier.contains(pinned()[requirement.name]), str(requirement)
 

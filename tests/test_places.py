@@ -178,8 +178,8 @@ def test_a_command_takes_the_options_of_a_package_and_its_help_lists_them(
     package: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert package.is_dir()
-    for words in (["--config-dir", "pkg://places_of_mine.conf"], ["hydra.searchpath=[pkg://places_of_mine.conf]"]):
-        code, said = command(*words, "experiment=mine", "task=migrate", "from=nothing", "hydra.run.dir=m")
+    for args in (["--config-dir", "pkg://places_of_mine.conf"], ["hydra.searchpath=[pkg://places_of_mine.conf]"]):
+        code, said = command(*args, "experiment=mine", "task=migrate", "from=nothing", "hydra.run.dir=m")
         assert (code, said.partition(" ")[0]) == (1, "error:"), said
         assert "from=nothing" in said
     monkey = ["--config-dir=pkg://places_of_mine.conf", "--help", "experiment"]
@@ -187,7 +187,7 @@ def test_a_command_takes_the_options_of_a_package_and_its_help_lists_them(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["hydra.searchpath=conf"], "takes a list of folders, e.g. 'hydra.searchpath=[my_conf]'"),
         (["hydra.searchpath=[nowhere]"], "hydra.searchpath nowhere: there is no such folder (/"),
@@ -199,9 +199,9 @@ def test_a_command_takes_the_options_of_a_package_and_its_help_lists_them(
     ],
 )
 def test_what_names_no_folder_of_options_or_jobs_is_refused_before_anything_is_written(
-    command: Command, tmp_path: Path, words: list[str], sentence: str
+    command: Command, tmp_path: Path, args: list[str], sentence: str
 ) -> None:
-    code, said = command(*words)
+    code, said = command(*args)
     assert code == 1
     assert said.startswith("error: ")
     assert said.count("\n") == 1

@@ -49,9 +49,9 @@ def test_a_word_of_the_command_line_keeps_its_spelling_to_the_stored_config(tmp_
         config = compose([f"name={word}", f"data.columns.output={word}", f"model.new_tokens=[{word},x]"])
         assert (config.name, config.data.columns["output"], config.model.new_tokens[0]) == (word, word, word)
         (tmp_path / "config.yaml").write_text(dump_config(config))
-        stored = read_config(tmp_path / "config.yaml")
-        assert stored is not None
-        assert restore_config(stored).name == word
+        saved = read_config(tmp_path / "config.yaml")
+        assert saved is not None
+        assert restore_config(saved).name == word
     [text] = keep_spelling([f"name={word}"])
     assert text in (f"name={word}", f"name='{word}'")
     assert keep_spelling([text]) == [text]
@@ -175,10 +175,10 @@ def test_what_yaml_does_not_read_as_text_is_refused_in_a_text_field(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "kind"), [(NUMBERS, "a number"), (BOOLEANS[:6], "a boolean"), (DATES, "a date")], ids=lambda kind: kind
+    ("texts", "kind"), [(NUMBERS, "a number"), (BOOLEANS[:6], "a boolean"), (DATES, "a date")], ids=lambda kind: kind
 )
-def test_numbers_booleans_and_dates_are_told_from_texts(tmp_path: Path, words: tuple[str, ...], kind: str) -> None:
-    for word in words:
+def test_numbers_booleans_and_dates_are_told_from_texts(tmp_path: Path, texts: tuple[str, ...], kind: str) -> None:
+    for word in texts:
         assert f"YAML reads {word} as {kind}" in refusal(tmp_path, f"{HEAD}name: {word}\n")
     for word in ("a", "1e5x", "0o10", "1.2.3", "v1", "'5'", '"on"', "!!str 5", "|\n  5", "08"):
         assert read(tmp_path, f"{HEAD}name: {word}\n").name == OmegaConf.create({"n": word}).n.strip(
@@ -305,12 +305,12 @@ def test_a_list_or_a_mapping_is_no_text_wherever_it_stands(tmp_path: Path, text:
 
 
 def test_a_list_is_no_text_on_the_command_line_either() -> None:
-    for words, sentence in {
+    for override, sentence in {
         "model.new_tokens=[[a]]": "model.new_tokens[0] must be a text, got ['a']",
         "callbacks.x=1e5": "callbacks.x must be a mapping with a _target_",
     }.items():
         with pytest.raises(UserError) as error:
-            compose([words])
+            compose([override])
         assert str(error.value).startswith(sentence)
 
 

@@ -114,8 +114,8 @@ def test_a_new_folder_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.Monke
         (["adapter=" + "[" * 40], "adapter=[[["),
         (["adapter=" + "[" * 100_000], "opens more than 30 brackets inside each other"),
         (["lora.r=choice(" + "(" * 5000 + "1"], "opens more than 30 brackets"),
-        (["x" * 100_000 + "=1"], "is no key: it has 100,000 characters"),
-        (["+a." * 50_000 + "b=1"], "is no key"),
+        (["x" * 100_000 + "=1"], "is not a key: it has 100,000 characters"),
+        (["+a." * 50_000 + "b=1"], "is not a key"),
         (
             ["-m", 'hydra.sweeper.params.seed="1,2"'],
             "hydra.sweeper.params is null here; name the key itself with its values, e.g. -m seed=A,B",

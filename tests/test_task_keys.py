@@ -1,4 +1,4 @@
-"""A key that names what one task reads or writes is refused with every other task; what describes a training is not."""
+"""A key that names what one task reads or writes is refused with every other task; others go with all tasks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def training() -> Config:
 def choose(task: TaskName, key: str) -> Config:
     """Returns the config of a task with one of the keys set, and with what the task needs."""
     changes = {name: VALUES[name] for name, owner in NEEDED.items() if owner is task}
-    own = {key.removeprefix("task."): VALUES[key]} if key.startswith("task.") else {}
-    changes |= {} if own else {key: VALUES[key]}
-    return replace(training(), task=replace(training().task, name=task, **own), **changes)
+    keys = {key.removeprefix("task."): VALUES[key]} if key.startswith("task.") else {}
+    changes |= {} if keys else {key: VALUES[key]}
+    return replace(training(), task=replace(training().task, name=task, **keys), **changes)
 
 
 @pytest.mark.parametrize("key", TASK_KEYS)

@@ -1,4 +1,4 @@
-"""The jobs of a grid: a config for each combination of values, composed anew only where a group changes."""
+"""The jobs of a grid: a config for each combination of values, composed again only where a group changes."""
 
 from __future__ import annotations
 
@@ -29,29 +29,40 @@ from qlora.config.sweep_values import swept_values
 from qlora.upstream.omegaconf import raw_node, raw_value
 
 LATEST = 64
-"""So many composed configs are kept, of the latest choices of groups."""
+"""How many composed configs are kept: those of the latest choices of groups."""
 
 MISSING_VALUE = "???"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A key of a grid with the overrides that give it its values, one after the other."""
+    """A key of a grid, and the overrides that set it to each of its values."""
 
     key: str
     overrides: tuple[str, ...]
     values: tuple[Any, ...] | None
-    """What a plain field is set to; None: the config is composed anew for each of the overrides."""
+    """What a plain field is set to; None: the config is composed for each of the overrides."""
 
 
 class Combinations:
-    """The jobs of a grid by the positions of their values; plain fields are set without composing anew."""
+    """The jobs of a grid by the positions of their values; plain fields are set without composing again.
 
-    def __init__(self, overrides: Sequence[str], config_dir: Path | str | None = None) -> None:
+    `first` is the composed config of the first job, where the caller has it.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], config_dir: Path | str | None = None, *, first: DictConfig | None = None
+    ) -> None:
         parsed = parse_overrides(keep_spelling(overrides))
         axes = {override.get_key_element(): _read_axis(override) for override in parsed}
         self.axes = list(axes.values())
-        self._composed = functools.lru_cache(LATEST)(lambda words: _Composed(compose_dict(words, config_dir)))
+        self._first, self._config_dir = first, config_dir
+        self._composed = functools.lru_cache(LATEST)(self._compose)
+
+    def _compose(self, overrides: tuple[str, ...]) -> _Composed:
+        if self._first is not None and overrides == tuple(axis.overrides[0] for axis in self.axes):
+            return _Composed(self._first)
+        return _Composed(compose_dict(overrides, self._config_dir))
 
     def __len__(self) -> int:
         return math.prod(len(axis.overrides) for axis in self.axes)
@@ -59,7 +70,7 @@ class Combinations:
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         return itertools.product(*(range(len(axis.overrides)) for axis in self.axes))
 
-    def words(self, positions: Sequence[int]) -> list[str]:
+    def overrides(self, positions: Sequence[int]) -> list[str]:
         """Returns the overrides of one job."""
         return [axis.overrides[position] for axis, position in zip(self.axes, positions, strict=True)]
 
@@ -78,9 +89,9 @@ class Combinations:
         first = [0] * len(self.axes)
         config = self.config(first)
         shared = dict(flatten(config_to_dict(config)))
-        for place, axis in enumerate(self.axes):
+        for index, axis in enumerate(self.axes):
             for position in range(1, len(axis.overrides)):
-                for key in _differences(config, self.config([*first[:place], position, *first[place + 1 :]])):
+                for key in _differences(config, self.config([*first[:index], position, *first[index + 1 :]])):
                     shared.pop(key, None)
         return shared
 
@@ -91,7 +102,7 @@ def _read_axis(override: Override) -> Axis:
         return Axis(key, (override.input_line or "",), None)
     if not override.is_discrete_sweep() or not _is_plain_field(override):
         return Axis(key, tuple(f"{key}={text}" for text in texts), None)
-    elements = list(override.sweep_iterator())  # anew each time, where they are shuffled
+    elements = list(override.sweep_iterator())  # a shuffled sweep has another order at each call
     values = tuple(plain_value(element) for element in elements)
     overrides = tuple(f"{key}={Transformer.encode(element)}" for element in elements)
     return Axis(key, overrides, None if any(isinstance(value, dict) for value in values) else values)
@@ -147,7 +158,7 @@ class _Composed:
 def _differences(first: Config, other: Config) -> Iterator[str]:
     """Yields the full keys whose values differ."""
     for name in field_names(Config):
-        before, now = getattr(first, name), getattr(other, name)
-        if before is not now and before != now:
-            left, right = (dict(flatten({name: to_plain(value)})) for value in (before, now))
+        values = getattr(first, name), getattr(other, name)
+        if values[0] is not values[1] and values[0] != values[1]:
+            left, right = (dict(flatten({name: to_plain(value)})) for value in values)
             yield from (key for key in {**left, **right} if left.get(key) != right.get(key))

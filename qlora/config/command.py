@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.types import RunMode
@@ -13,7 +14,7 @@ from qlora.config.compose import compose_dict
 from qlora.config.conversion import to_config, without_hydra
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import refuse_unreadable
-from qlora.config.schema import TaskName
+from qlora.config.schema import Config, TaskName
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
 from qlora.config.sweep_values import expand_sweep, refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
@@ -33,6 +34,16 @@ def check_overrides(
     return without_hydra(check_command(overrides, config_dir, multirun=multirun))
 
 
+@dataclass(frozen=True)
+class Command:
+    """The config of a command, or of the first job of its sweep, in both forms."""
+
+    node: DictConfig
+    """What Hydra composed, with its `hydra` node."""
+    config: Config
+    """The same as dataclasses, checked."""
+
+
 def check_command(
     overrides: Sequence[str],
     config_dir: Path | str | None = None,
@@ -41,11 +52,24 @@ def check_command(
     leave_grid: bool = False,
     printed: bool = False,
 ) -> DictConfig:
-    """Does what `check_overrides` does, and returns the config with its `hydra` node.
+    """Does what `check_overrides` does, and returns the config with its `hydra` node; the options are those of
+    `compose_command`."""
+    return compose_command(overrides, config_dir, multirun=multirun, leave_grid=leave_grid, printed=printed).node
 
-    A sweep's values come from the command line and from `hydra.sweeper.params` of a `sweep=` file; each is checked
-    once, beside the first of every other key. Those that a search tries under a condition only are checked by it, those
-    of a grid with `leave_grid` by its sweeper. `printed` says that the resolved config is to be shown.
+
+def compose_command(
+    overrides: Sequence[str],
+    config_dir: Path | str | None = None,
+    *,
+    multirun: bool = False,
+    leave_grid: bool = False,
+    printed: bool = False,
+) -> Command:
+    """Composes a command once and checks it; raises `ConfigError` for a value that would be refused.
+
+    The values of a sweep come from the command line and from `hydra.sweeper.params` of a `sweep=` file. Each is checked
+    once, beside the first value of every other key. A search checks the values that it tries under a condition itself;
+    with `leave_grid`, the sweeper of a grid checks all of its own. `printed`: the resolved config is to be printed.
     """
     refuse_unreadable(overrides)
     refuse_secrets(text.partition("=")[::2] for text in overrides)
@@ -58,19 +82,17 @@ def check_command(
     described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         refuse_sweeps(overrides)
-        to_config(composed)
-        return composed
+        return Command(composed, to_config(composed))
     is_grid = str(composed.hydra.sweeper._target_) == GRID_SWEEPER
     if is_grid and not described:
         refuse_intervals([*overrides, *sweep_params(composed, overrides)])
-    if (words := unconditional_sweep(composed, overrides)) != list(overrides):
-        overrides = words
+    if (swept := unconditional_sweep(composed, overrides)) != list(overrides):
+        overrides = swept
         composed = compose_dict(next(expand_sweep(overrides)), config_dir)
-    if is_grid and leave_grid and not described:
-        to_config(composed)
-    else:
-        Combinations(overrides, config_dir).check()
-    return composed
+    config = to_config(composed)
+    if not (is_grid and leave_grid and not described):
+        Combinations(overrides, config_dir, first=composed).check()
+    return Command(composed, config)
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:

@@ -46,7 +46,7 @@ START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
 
 JOB_FOLDER = "${qlora.job_name:}"
-"""What `conf/config.yaml` says of `hydra.sweep.subdir`."""
+"""The value of `hydra.sweep.subdir` in `conf/config.yaml`."""
 
 
 def register() -> None:
@@ -92,7 +92,7 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is no UTF-8.
+        # Hydra raises a plain ValueError for a broken defaults list, Python one for a file that is not UTF-8.
         raise explain(error, config_dir) from error
     except AssertionError as error:
         if "Unexpected type for root" not in str(error):
@@ -127,7 +127,7 @@ def _check_job_folder(composed: DictConfig) -> None:
     if nodes["sweep"]["subdir"] != JOB_FOLDER:
         raise ConfigError(
             "hydra.sweep.subdir cannot be set: a job's folder is named after its overrides and its config, by which a "
-            "sweep goes on; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
+            "sweep resumes; leave it out, and choose the sweep's folder with hydra.sweep.dir=FOLDER"
         )
 
 

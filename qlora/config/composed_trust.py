@@ -55,7 +55,7 @@ def _check_plugins(node: DictConfig) -> None:
         for key, value in key_leaves(_resolved(node, group), f"hydra.{group}"):
             if key == f"hydra.{group}._target_" and value not in plugins:
                 raise ConfigError(
-                    f"{key}={value} is no {group} of Hydra or of an installed package, which trusted=[...] does not "
+                    f"{key}={value} is not a {group} of Hydra or of an installed package, which trusted=[...] does not "
                     f"change; choose one with hydra/{group}=NAME"
                 )
             if key.rpartition(".")[2] == "_target_" and key != f"hydra.{group}._target_":
@@ -100,7 +100,7 @@ def _check_logging(node: DictConfig, name: str, trust: Trust) -> None:
 
 
 def _resolved(node: DictConfig, name: str) -> dict[str, Any]:
-    """Returns a part of Hydra's node with its interpolations resolved, but for those that a job alone can."""
+    """Returns a part of Hydra's node with its interpolations resolved, except those that only a job can resolve."""
     return _resolve(node[name]) if OmegaConf.is_dict(raw_node(node, name)) or node[name] is not None else {}
 
 

@@ -88,7 +88,7 @@ def read_spellings(file: Path, config_path: str, result: ConfigResult) -> None:
     group = config_path.removesuffix(".yaml").rpartition("/")[0]
     _check_head(file, group, result.header.get("package"))
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{file} must hold keys and values such as `seed: 1`, got {_shown(root)}")
+        raise ConfigError(f"{file} must hold keys and values such as `seed: 1`, got {_as_written(root)}")
     if root is None or not isinstance(result.config, DictConfig):
         return
     package = result.header.get("package") or group.replace("/", ".")
@@ -154,15 +154,15 @@ def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
         needed = shape_in_words(hint, dotted(path)) if node_kind is not get_origin(hint) else None
     if needed is not None:
         where = f"{_at(file, node)}: {dotted(path)}"
-        raise ConfigError(f"{where} must be {needed}, got {_shown(node)}")
+        raise ConfigError(f"{where} must be {needed}, got {_as_written(node)}")
 
 
-def _shown(node: yaml.Node) -> str:
+def _as_written(node: yaml.Node) -> str:
     """Returns a value of a file in one line, as it could be written there."""
     if isinstance(node, yaml.SequenceNode):
-        return f"[{', '.join(map(_shown, node.value))}]"
+        return f"[{', '.join(map(_as_written, node.value))}]"
     if isinstance(node, yaml.MappingNode):
-        return f"{{{', '.join(f'{_shown(key)}: {_shown(value)}' for key, value in node.value)}}}"
+        return f"{{{', '.join(f'{_as_written(key)}: {_as_written(value)}' for key, value in node.value)}}}"
     return str(node.value) or "null"
 
 

@@ -20,10 +20,10 @@ PLUGINS = ("launcher", "sweeper")
 """What Hydra builds of an installed package; an option of these groups names its class."""
 
 OURS = ("hydra_plugins.qlora_sweep.", "hydra._internal.")
-"""Where the classes of plugins lie whose keys are plain, but for these."""
+"""The modules of plugins whose keys are plain values, except those of `COMMANDS`."""
 
 COMMANDS = ("setup", "additional_parameters", "ray")
-"""Keys of our launchers that run what they hold, or hand it to somebody who may."""
+"""Keys of our launchers whose values are run, or passed to a program that may run them."""
 
 LOGGING = ("job_logging", "hydra_logging")
 
@@ -73,7 +73,7 @@ def check_file(file: str, config: Any, package: str, trust: Trust) -> None:
         if key == own_defaults or key.startswith(f"{own_defaults}["):
             continue
         first = re.split(r"[.\[]", key)[0]
-        # What is no list of texts is refused as such, where the config is read.
+        # Anything but a list of texts is refused where the config is read.
         if re.fullmatch(r"trusted(\[\d+\])?", key) and value not in (None, "???"):
             names = tree["trusted"] if isinstance(tree.get("trusted"), list) else [value]
             raise _refusal(file, "trusted", value, "whom a config trusts", f"trusted=[{','.join(map(str, names))}]")
@@ -110,9 +110,9 @@ def _check_param(file: str, name: str) -> None:
 
 
 def _refusal(file: str, key: str, value: Any, what: str, remedy: str) -> ConfigError:
-    shown = brief_text(hide(str(value)))
+    text = brief_text(hide(str(value)))
     return ConfigError(
-        f"{file} sets {key} ({shown}), and {what} is said on the command line alone; if you know what it does, take it "
+        f"{file} sets {key} ({text}), and {what} is said on the command line alone; if you know what it does, take it "
         f"out of the file and add {remedy} there"
     )
 

@@ -29,7 +29,7 @@ SCHEMA = Path(schema.__file__).parent
 # Groups that choose values for several dataclasses, or hold the user's own objects.
 OTHER_GROUPS = {
     "callbacks": "Objects that listen to the training loop.",
-    "recipe": "Numbers that a model, or its pair with the data, brings along by itself; they win over options.",
+    "recipe": "Numbers that belong to a model, or to a model with a data set; they win over options.",
     "experiment": "A named, reproducible run.",
     "sweep": "A named sweep: many runs, one after another.",
 }
@@ -51,13 +51,13 @@ EXAMPLES = {
 
 def print_help(argv: list[str]) -> None:
     """Prints the help page, or that of the group in `argv` (`qlora --help lora`)."""
-    config_dir, words = _read_argv(argv)
-    print("\n".join(_group_page(words[0], config_dir) if words else _main_page(config_dir)))
+    config_dir, names = _read_argv(argv)
+    print("\n".join(_group_page(names[0], config_dir) if names else _main_page(config_dir)))
 
 
 def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
     """Returns the folder of `--config-dir` and the words that are neither flags nor overrides."""
-    folder, words, rest = None, [], iter(argv)
+    folder, names, rest = None, [], iter(argv)
     for word in rest:
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
@@ -65,8 +65,8 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
         elif name in ("--config-name", "-cn", "--cfg", "-c", "--package", "-p"):
             next(rest, None)
         elif not word.startswith("-") and "=" not in word:
-            words.append(word)
-    return folder, words
+            names.append(word)
+    return folder, names
 
 
 def _main_page(config_dir: Path | None) -> Iterator[str]:
@@ -80,8 +80,9 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
         names = [f"{name}*" if chosen.get(group) == name else name for name in options(group, config_dir)]
         yield from _wrapped(", ".join(names), " " * 16, 16)
     yield "\nOther keys:\n"
+    groups = _all_groups(config_dir)
     for key, text in field_docs()["Config"].items():
-        if key not in group_names():
+        if key not in groups:
             yield from _wrapped(text, f"  {key:<14}", 16)
     yield "\nExamples:\n"
     for command, meaning in EXAMPLES.items():
@@ -230,21 +231,24 @@ def reference() -> str:
     """Returns the reference of every field and every original flag as Markdown."""
     lines = ["## Every key", "", "| key | type | default | meaning |", "|---|---|---|---|"]
     docs = field_docs()["Config"]
-    lines += [_row(key, text) for key, text in docs.items() if key not in group_names()]
+    lines += [_row(key, text) for key, text in docs.items() if key not in _all_groups(None)]
     for group in _schema_groups():
         lines += ["", f"### {group}", "", group_meaning(group), ""]
-        if names := options(group):
-            lines += [f"Options: {', '.join(f'`{name}`' for name in names)}.", ""]
+        if options(group):
+            lines += [_pointer(group), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(key, text) for key, text in group_fields(group)]
-    lines += ["", "### callbacks", "", docs["callbacks"], ""]
-    lines += [f"Options: {', '.join(f'`{name}`' for name in options('callbacks'))}."]
+    lines += ["", "### callbacks", "", docs["callbacks"], "", _pointer("callbacks")]
     for group in ("recipe", "experiment", "sweep"):
-        lines += ["", f"### {group}", "", group_meaning(group), "", "| option | meaning |", "|---|---|"]
-        lines += [f"| `{name}` | {comment} |" for name, comment in options(group).items()]
+        lines += ["", f"### {group}", "", group_meaning(group), "", _pointer(group)]
     lines += ["", "## Coming from qlora.py", "", "| flag | here |", "|---|---|"]
     lines += [f"| `--{flag}` | `{ours}` |" for flag, ours in ORIGINAL_FLAGS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _pointer(group: str) -> str:
+    """Names the command that lists the options of a group: a new file in `conf/` is in no table."""
+    return f"`qlora --help {group}` lists its options."
 
 
 def _row(key: str, text: str) -> str:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import OverrideParseException
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    KeyValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
 from yaml import MarkedYAMLError
 
 from qlora.config.fields import config_keys, field_type, in_words, is_enum, known_keys
@@ -19,61 +29,80 @@ from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> UserError:
-    """Turns what Hydra, OmegaConf or the YAML reader says into one clear sentence with the way out."""
+    """Turns what Hydra, OmegaConf or the YAML reader reports into one clear sentence with the way out."""
     chain = _chain(error)
     for link in chain:
         if isinstance(link, UserError):
             return link
         if isinstance(link, MarkedYAMLError):
-            return broken_yaml(link)
+            return ConfigError(describe_yaml(link))
         if isinstance(link, UnicodeDecodeError):
-            return ConfigError(f"{_not_utf8(config_dir)} is no UTF-8 text; save it as UTF-8")
+            return ConfigError(f"{_not_utf8(config_dir)} is not UTF-8 text; save it as UTF-8")
         if isinstance(link, OverrideParseException):
             return _broken_override(link)
+    # Hydra has one class for several mistakes, and says in its text alone which one it is, and in which file.
     text = "\n".join(str(link) for link in chain)
     if late := re.search(r"In '([^']+)': Overriding hydra.searchpath", text):
         return ConfigError(
             f"{SEARCH_PATH} is set in {_file_of(late[1], config_dir)}, where it comes too late; give it on the command "
             f"line: '{SEARCH_PATH}=[FOLDER]'"
         )
-    found = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
-    name = found[1] or found[2] if found else "config"
-    where = "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"  # not Hydra's own, nor the root
-    if missing := re.search(r"Could not (?:find|load) '([\w.@/-]+)/([^/']+)'", text):
-        listed = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)*)", text)
-        return unknown_option(missing[1], missing[2], listed[1].split() if listed else option_names(missing[1]), where)
-    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
-    key = str(inner.full_key) if inner is not None else _key_of(text)
-    if unset := re.search(r"Missing mandatory value: ([\w.]+)", text):
-        return ConfigError(
-            f"{unset[1]} is not set by the option that was chosen for it; a file of its group begins without "
-            "`# @package _group_`, which Hydra no longer knows"
-        )
+    where = _where(text, config_dir)
+    missing = _first(chain, MissingConfigException)
+    if missing is not None and "/" in str(missing.missing_cfg_file):
+        group, _, name = str(missing.missing_cfg_file).rpartition("/")
+        return unknown_option(group, name, missing.options or option_names(group), where)
     if several := re.search(r"Multiple values for ([\w./-]+)", text):
         group = several[1].rstrip(".")
         return ConfigError(
             f"{group} is chosen twice{where}; where it has an option already, write {group}=OPTION on the command line "
             f"without a +, or `override /{group}: OPTION` in a file's defaults"
         )
-    if key and re.search(r"Key '[^']*' (?:is )?not in|Could not (?:override|append)", text):
+    return _explain_node(chain, text, where)
+
+
+def _explain_node(chain: list[BaseException], text: str, where: str) -> ConfigError:
+    """Returns the error for a key or a value that OmegaConf refuses."""
+    inner = next((link for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), None)
+    key = str(inner.full_key) if inner is not None else _key_of(text)
+    if (unset := _first(chain, MissingMandatoryValue)) is not None:
+        return ConfigError(
+            f"{unset.full_key} is not set by the option that was chosen for it; a file of its group begins without "
+            "`# @package _group_`, which Hydra no longer knows"
+        )
+    unknown = _first(chain, ConfigKeyError, ConfigAttributeError)
+    if key and (unknown is not None or re.search(r"Could not (?:override|append)", text)):
         return _no_place_for(key, where)
-    if isinstance(inner, UnsupportedInterpolationType) or "Unsupported interpolation type" in text:
-        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", text) or ["", "?"])[1]
+    if (unsupported := _first(chain, UnsupportedInterpolationType)) is not None:
+        name = (re.search(r"Unsupported interpolation type '?([\w.]*)", str(unsupported)) or ["", "?"])[1]
         return ConfigError(
             f"{key}{where}: ${{{name}:...}} calls no function that a config may call; those are oc.env, oc.select and "
             "the others of OmegaConf, hydra and now"
         )
-    if isinstance(inner, InterpolationKeyError):
-        name = (re.search(r"Interpolation key '([^']*)'", str(inner)) or ["", "?"])[1]
+    if (dangling := _first(chain, InterpolationKeyError)) is not None:
+        name = (re.search(r"Interpolation key '([^']*)'", str(dangling)) or ["", "?"])[1]
         return ConfigError(f"{key}{where} refers to ${{{name}}}, but there is no such key{mean(nearest_keys(name))}")
-    if strange := re.search(r"Key (.+) \(\w+\) is incompatible with", text):
-        owner = key.removesuffix(f".{strange[1]}")
+    if (strange := _first(chain, KeyValidationError)) is not None:
+        owner = key.removesuffix(f".{strange.key}")
         return ConfigError(
-            f"{owner}{where}: the key {strange[1]} is no text; give the entries in a file, with quotes around this key"
+            f"{owner}{where}: the key {strange.key} is not a text; give the entries in a file, with "
+            "quotes around this key"
         )
-    if key or re.search(r"is not a subclass of|is not Optional", text):
+    if key or _first(chain, ValidationError) is not None:
         return _wrong_type(key, text, where)
     return ConfigError(f"{first_line(text)}{where}")
+
+
+def _first(chain: list[BaseException], *kinds: type[BaseException]) -> Any:
+    """Returns the first error of these kinds; None: there is none."""
+    return next((link for link in chain if isinstance(link, kinds)), None)
+
+
+def _where(text: str, config_dir: Path | str | None) -> str:
+    """Returns " in FILE" for a file of options that Hydra names; "" for its own, and for the root."""
+    match = re.search(r"In '([^']+)'|Error merging '([^']+)'", text)
+    name = match[1] or match[2] if match else "config"
+    return "" if name.endswith("config") else f" in {_file_of(name, config_dir)}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -85,16 +114,17 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def broken_yaml(error: MarkedYAMLError) -> ConfigError:
+def describe_yaml(error: MarkedYAMLError) -> str:
+    """Returns what is wrong in a YAML file, with its name and line."""
     mark = error.problem_mark or error.context_mark
-    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
+    position = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a config file"
     remedy = "; indent with spaces" if "\\t" in str(error.problem) else ""
-    return ConfigError(f"{place}: this is no valid YAML: {error.problem}{remedy}")
+    return f"{position}: this is not valid YAML: {error.problem}{remedy}"
 
 
 def _broken_override(error: OverrideParseException) -> ConfigError:
     if "=" not in error.override:
-        return ConfigError(f"{error.override!r} is no option; options are written KEY=VALUE, e.g. lora.r=16")
+        return ConfigError(f"{error.override!r} is not an option; options are written KEY=VALUE, e.g. lora.r=16")
     said = first_line(str(error.__cause__ or error.message))
     reason = "" if "Exception" in said else f": {said}"
     return ConfigError(
@@ -104,7 +134,7 @@ def _broken_override(error: OverrideParseException) -> ConfigError:
 
 
 def below_null(overrides: Sequence[str]) -> ConfigError:
-    """Returns the error for a key below one that is null, of which OmegaConf tells neither."""
+    """Returns the error for a key below one that is null, which OmegaConf reports without naming either."""
     text = next((text for text in overrides if text.lstrip("+~").startswith("hydra.")), "an override").lstrip("+~")
     key = text.partition("=")[0]
     if key.startswith("hydra.sweeper.params."):
@@ -132,8 +162,8 @@ def _not_utf8(config_dir: Path | str | None) -> str:
 
 
 def _key_of(text: str) -> str:
-    found = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
-    return found[1] if found else ""
+    match = re.search(r"Could not (?:override|append)(?: to)?(?: config group)? '([^'@]+)", text)
+    return match[1] if match else ""
 
 
 def _no_place_for(key: str, where: str) -> ConfigError:
@@ -159,8 +189,8 @@ def _unknown_hydra_key(key: str, where: str) -> ConfigError:
 
 def _wrong_type(key: str, text: str, where: str) -> ConfigError:
     """Returns the error for a value that its field cannot hold: "KEY in FILE must be a whole number, got 'abc'"."""
-    if not key and (found := re.search(r"not a subclass of (\w+)", text)):
-        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == found[1]), "")
+    if not key and (match := re.search(r"not a subclass of (\w+)", text)):
+        key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
     return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")

@@ -1,4 +1,4 @@
-"""The optimizers and schedules that a training may have, what each of them takes, and what it needs; no torch.
+"""The optimizers and schedules on offer, what each of them takes, and what it needs; no torch.
 
 Names and arguments are those of transformers; what its trainer offers beside these cannot run here, for a reason.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, ResourceError, did_you_mean
 
 Choices = tuple[str, ...]
 
@@ -118,8 +118,8 @@ _LOW_RANK = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_ad
 LEFT_OUT: dict[str, str] = {
     "adamw_torch_xla": _OTHER_DEVICE,
     "adamw_torch_npu_fused": _OTHER_DEVICE,
-    "adamw_anyprecision": "it is of the package torchdistx, which does not go with today's torch",
-    "grokadamw": "it keeps its state where no checkpoint finds it, and goes by losses that no trainer tells it",
+    "adamw_anyprecision": "it belongs to the package torchdistx, which does not work with today's torch",
+    "grokadamw": "it keeps its state where no checkpoint includes it, and needs losses that no trainer passes to it",
     **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
     **dict.fromkeys(
         ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD
@@ -220,10 +220,10 @@ def _check_bounds(who: str, owner: str, typed: Mapping[str, Any], bounds: Mappin
 
 
 def check_installed(name: str) -> None:
-    """Raises `ConfigError` where the package that brings an optimizer is not installed."""
+    """Raises `ResourceError` where the package of an optimizer is not installed."""
     optimizer = OPTIMIZERS[name]
     if optimizer.module is not None and importlib.util.find_spec(optimizer.module) is None:
-        raise ConfigError(
+        raise ResourceError(
             f"trainer.optim={name} needs the package {optimizer.package}, which is not installed: pip install "
             f"{optimizer.package}, or choose another, e.g. trainer.optim=adamw_torch"
         )
@@ -245,7 +245,7 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
         for key in arguments:
             if key not in known:
                 raise ConfigError(
-                    f"trainer.lr_scheduler_kwargs.{key} is no argument of any trainer.lr_scheduler_type"
+                    f"trainer.lr_scheduler_kwargs.{key} is not an argument of any trainer.lr_scheduler_type"
                     f"{did_you_mean(str(key), known)}; leave it out, as {who} takes none"
                 )
         return {}
@@ -259,7 +259,7 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
             f"{schedule.one_of[1]} to a share of the learning rate, e.g. to 0.1"
         )
     if schedule.follows_loss and not measures:
-        raise ConfigError(f"{who} goes by the held-out loss while it trains; set trainer.eval_steps, e.g. to 100")
+        raise ConfigError(f"{who} follows the held-out loss during training; set trainer.eval_steps, e.g. to 100")
     _check_limits(who, typed, {"lr_end": 1e-7} if name == "polynomial" else {}, learning_rate)
     return typed
 
@@ -294,8 +294,8 @@ def _typed(owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choi
         if key not in known:
             reads = f"it reads {', '.join(known)}" if known else "it takes none"
             raise ConfigError(
-                f"{owner}.{key} is no argument of {who}{did_you_mean(str(key), known)}; {reads}; {owner}=null takes "
-                "all out"
+                f"{owner}.{key} is not an argument of {who}{did_you_mean(str(key), known)}; {reads}; {owner}=null "
+                "takes all out"
             )
     return {key: _cast(f"{owner}.{key}", value, known[key]) for key, value in given.items()}
 

@@ -41,9 +41,9 @@ MANY = ("callbacks",)
 """The groups of which a run may have several options at once."""
 
 ANYWHERE = ("recipe",)
-"""The groups whose files set keys of all groups, wherever their head says they belong."""
+"""The groups whose files set keys of all groups, whatever package their first line names."""
 
 
 def takes_one_option(group: str, shipped: Path) -> bool:
-    """Returns whether a run has one option of a group: of each of ours and of Hydra's, but for `callbacks`."""
+    """Returns whether a run has exactly one option of a group, as of all but `callbacks`."""
     return group not in MANY and (group.startswith("hydra/") or (shipped / group).is_dir())

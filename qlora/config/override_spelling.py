@@ -39,7 +39,7 @@ LARGEST_EXPONENT = 30
 def keep_spelling(overrides: Sequence[str]) -> list[str]:
     """Returns overrides that mean what they look like: `name=1e5` becomes `name='1e5'`, `trainer.max_steps=1e3` 1000.
 
-    All values of a sweep, of lists and of mappings are looked at; what needs no change stays as it is.
+    The values of sweeps, lists and mappings are included; an override that needs no change is returned unchanged.
     """
     return [_keep_one(text) for text in overrides]
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_origin
 
-from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import OverrideParseException
@@ -20,6 +19,7 @@ from qlora.config.search_path import KEY as SEARCH_PATH
 from qlora.config.search_path import search_folders
 from qlora.config.suggestions import unknown_key, unknown_option
 from qlora.errors import ConfigError
+from qlora.upstream.hydra import Hydra
 
 LONGEST_KEY, DEEPEST = 500, 30
 """Characters of a key, and brackets inside each other in a value."""
@@ -44,9 +44,9 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [plain_value(each) for each in value]
+        return [plain_value(item) for item in value]
     return (
-        {str(plain_value(key)): plain_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+        {str(plain_value(key)): plain_value(item) for key, item in value.items()} if isinstance(value, dict) else value
     )
 
 
@@ -61,23 +61,23 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return repr(value)
     if re.fullmatch(r"[\w./@+-]+", value, re.ASCII) and isinstance(override_value(f"key={value}"), str):
         return value
     # Hydra reads a backslash as such unless it stands before a quote.
-    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
+    quoted = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ("\\" if match[2] else "") + match[2], value)
     return '"' + quoted.replace("${", "\\${") + '"'
 
 
 def open_entries(overrides: Sequence[str]) -> list[str]:
-    """Returns overrides as Hydra is to get them; to do so again changes nothing.
+    """Returns overrides in the form that Hydra needs; a second call changes nothing.
 
     A text keeps its spelling. An entry of a free mapping is set whether it exists or not: `data.columns.output=x` and
     `data.columns={output: x}` get Hydra's `++`; `{}` takes all entries of some out.
-    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. What QLORA_TRUSTED says
-    becomes an override, which every job of a sweep gets.
+    `from=FILE` becomes `source=FILE`: no field of a Python class can be called `from`. The value of
+    QLORA_TRUSTED becomes an override, which every job of a sweep gets.
     """
     overrides = [f"source={text.removeprefix('from=')}" if text.startswith("from=") else text
                  for text in keep_spelling(overrides)]  # fmt: skip
@@ -89,7 +89,7 @@ def open_entries(overrides: Sequence[str]) -> list[str]:
 
 
 def with_environment(overrides: Sequence[str]) -> list[str]:
-    """Returns overrides with those that QLORA_TRUSTED stands for; to do so again changes nothing."""
+    """Returns overrides with those of QLORA_TRUSTED; a second call changes nothing."""
     return trust.add_environment(overrides, parse_overrides(overrides))
 
 
@@ -110,7 +110,7 @@ def refuse_unreadable(overrides: Sequence[str]) -> None:
         key, _, value = text.partition("=")
         if len(key) > LONGEST_KEY:
             raise ConfigError(
-                f"{key[:40]} ... is no key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
+                f"{key[:40]} ... is not a key: it has {len(key):,} characters, and keys have up to {LONGEST_KEY:,}; "
                 "options are written KEY=VALUE, e.g. lora.r=16"
             )
         if _depth(value) > DEEPEST:

@@ -27,7 +27,7 @@ def check_paths(config: Config) -> None:
 
 
 def expand_home(path: str, key: str) -> Path:
-    """Returns a path with the folder that its `~` or `~USER` stands for; raises `ConfigError` if there is none."""
+    """Returns a path with its `~` or `~USER` expanded; raises `ConfigError` if there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -18,10 +18,10 @@ from yaml import MarkedYAMLError, YAMLError
 
 from qlora.config import trust
 from qlora.config.fields import field_types
-from qlora.config.messages import broken_yaml, explain, first_line
+from qlora.config.messages import describe_yaml, explain, first_line
 from qlora.config.schema import Config
 from qlora.config.secret_values import leaves, refuse_secrets
-from qlora.errors import ConfigError, DamagedFile, UserError, describe_fault
+from qlora.errors import ConfigError, DamagedFile, DataError, UserError, describe_fault
 from qlora.upstream.omegaconf import get_omega_conf_dumper, get_yaml_loader
 
 
@@ -71,18 +71,18 @@ def read_config(path: Path) -> dict[str, Any] | None:
         raise DamagedFile(path, "it holds no config")
     for name, hint in field_types(Config).items():
         if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
-            raise DamagedFile(path, f"{name} is no group of keys")
+            raise DamagedFile(path, f"{name} is not a group of keys")
     if not isinstance(plain.get("objective"), str | NoneType):
-        raise DamagedFile(path, "objective is no text")
+        raise DamagedFile(path, "objective is not a text")
     return {str(key): value for key, value in plain.items()}
 
 
 def read_overrides(path: Path) -> list[str] | None:
-    """Reads the overrides that Hydra stored; None where there is no such file. Raises `DamagedFile`."""
-    words = _read_stored(path)
-    if not isinstance(words, list | NoneType):
+    """Reads the overrides that Hydra saved; None where there is no such file. Raises `DamagedFile`."""
+    overrides = _read_stored(path)
+    if not isinstance(overrides, list | NoneType):
         raise DamagedFile(path, "it holds no list of overrides")
-    return None if words is None else [str(word) for word in words]
+    return None if overrides is None else [str(word) for word in overrides]
 
 
 def _read_stored(path: Path) -> Any:
@@ -92,8 +92,8 @@ def _read_stored(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        fault = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is no valid YAML"
-        raise DamagedFile(path, fault) from error
+        reason = describe_fault(error) if mark is None else f"line {mark.line + 1}: it is not valid YAML"
+        raise DamagedFile(path, reason) from error
 
 
 def _as_text(tree: Any) -> Any:
@@ -105,16 +105,16 @@ def _as_text(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
+def restore_config(saved: dict[str, Any], file: Path | None = None) -> Config:
     """Returns the config that `read_config` read, of `file`, which errors name.
 
-    A stored config is resolved: what looks like an interpolation is text, so that a folder of somebody else learns
-    nothing of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
+    A stored config is resolved: what looks like an interpolation is text, so that a foreign folder cannot read
+    anything of this machine. Raises `ConfigError` for a secret in it, and for one of another version's schema.
     """
     try:
-        refuse_secrets(leaves(stored, ""))
+        refuse_secrets(leaves(saved, ""))
         with trust.fixed_resolvers():
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(stored)))
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(saved)))
     except (UserError, OmegaConfBaseException) as error:
         told = explain(error) if isinstance(error, OmegaConfBaseException) else error
         raise (ConfigError(f"{file}: {told}") if file is not None else told) from error
@@ -122,14 +122,14 @@ def restore_config(stored: dict[str, Any], file: Path | None = None) -> Config:
     return config
 
 
-def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[str, Any]:
+def with_trust_of(config: Config, saved: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns what `read_config` read of `file`, trusting the code that `config` does.
 
     Raises `ConfigError` for one that trusts more: what is trusted is said on the command line alone.
     """
-    names, model = stored.get("trusted") or [], stored.get("model")
+    names, model = saved.get("trusted") or [], saved.get("model")
     if not isinstance(names, list) or not isinstance(model, dict):
-        raise ConfigError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
+        raise DataError(f"{file}: trusted must be a list and model a mapping, as a run stores them; it is damaged")
     more = [str(name) for name in names if name not in config.trusted]
     lacking = [f"trusted=[{','.join([*config.trusted, *more])}]"] if more else []
     if model.get("trust_remote_code") and not config.model.trust_remote_code:
@@ -139,22 +139,25 @@ def with_trust_of(config: Config, stored: dict[str, Any], file: Path) -> dict[st
             f"{file} sets {' and '.join(lacking)}, and what is trusted is said on the command line alone; if you know "
             f"what it does, add {' '.join(lacking)} to this command"
         )
-    return {**stored, "trusted": list(config.trusted)}
+    return {**saved, "trusted": list(config.trusted)}
 
 
 def write_yaml(tree: Any) -> str:
-    """Returns a tree as YAML that OmegaConf reads back as it is, texts such as `1e5` in quotes."""
+    """Returns a tree as YAML that OmegaConf reads back unchanged; texts such as `1e5` are quoted."""
     dumper = get_omega_conf_dumper()
     return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; no interpolation."""
+    """Returns what a YAML file of another project holds, its numbers read as OmegaConf does; interpolations stay text.
+
+    Raises `DataError` for a file that is not YAML.
+    """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=get_yaml_loader())
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no UTF-8 text; save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:
-        raise broken_yaml(error) from error
+        raise DataError(describe_yaml(error)) from error
     except YAMLError as error:
-        raise ConfigError(f"{path}: this is no valid YAML: {first_line(str(error))}") from error
+        raise DataError(f"{path}: this is not valid YAML: {first_line(str(error))}") from error

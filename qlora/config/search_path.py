@@ -14,7 +14,7 @@ from qlora.text import brief_text
 KEY = "hydra.searchpath"
 FILE, PACKAGE = "file://", "pkg://"
 OURS = (Path("schema.yaml"), Path("hydra/config.yaml"))
-"""What is stored under these names is no file of ours."""
+"""Names that qlora's own schema and Hydra's own config have."""
 
 
 def option_folder(text: str, key: str) -> Path:
@@ -58,7 +58,7 @@ def search_folders(overrides: Iterable[Override]) -> list[Path]:
 
 
 def check_options(folders: Sequence[Path], shipped: Path) -> None:
-    """Raises `ConfigError` for an option whose name another one has, but for its case: only one could be read."""
+    """Raises `ConfigError` for an option whose name another one has, in any case: only one of them could be read."""
     names = {str(file.relative_to(shipped)).lower(): file for file in shipped.rglob("*.yaml")}
     for folder in folders:
         for file in sorted(folder.rglob("*.yaml")):

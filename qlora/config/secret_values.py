@@ -42,7 +42,7 @@ def _holds_secret(key: str, kind: str) -> ConfigError:
 
 
 def storage_variable(text: str | None) -> str | None:
-    """Returns the variable of the environment that a storage's URL is taken from, as it is written; None: from none."""
+    """Returns the environment variable that a storage's URL names with `${oc.env:NAME}`; None: it names none."""
     match = re.fullmatch(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*\}", text or "")
     return match[1] if match else None
 

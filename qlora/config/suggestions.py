@@ -83,7 +83,7 @@ ORIGINAL_FLAGS = {
     "seed": "seed",
 }
 
-# Names that people bring along from there, from PEFT and from transformers, and ours.
+# Names of the original, of PEFT and of transformers, and ours.
 FOREIGN_NAMES = {
     **{flag: ours for flag, ours in ORIGINAL_FLAGS.items() if flag != ours},
     "lora.rank": "lora.r",
@@ -139,11 +139,11 @@ def nearest_keys(key: str) -> list[str]:
     if key in FOREIGN_NAMES:
         return [FOREIGN_NAMES[key]]
     keys = [*config_keys(), *group_names()]
-    found = [""]
+    matches = [""]
     for word in key.split("."):
-        found = [near for prefix in found for near in _nearest_children(prefix, word, keys)]
-    if found:
-        return found[:3]
+        matches = [near for prefix in matches for near in _nearest_children(prefix, word, keys)]
+    if matches:
+        return matches[:3]
     last = key.rpartition(".")[2]
     if same := [name for name in keys if name.rpartition(".")[2] == last]:
         return same[:3]

@@ -22,16 +22,16 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     alternatives = []
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         values = swept_values(override)
-        alternatives.append([text] if values is None else [f"{override.get_key_element()}={each}" for each in values])
+        alternatives.append([text] if values is None else [f"{override.get_key_element()}={value}" for value in values])
     first = [options[0] for options in alternatives]
     yield first
-    for place, options in enumerate(alternatives):
+    for index, options in enumerate(alternatives):
         for option in itertools.islice(options, 1, None):
-            yield [*first[:place], option, *first[place + 1 :]]
+            yield [*first[:index], option, *first[index + 1 :]]
 
 
 def swept_values(override: Override) -> list[str] | None:
-    """Returns the values of a sweep as overrides write them, of an interval its ends; None: it is no sweep.
+    """Returns the values of a sweep as overrides write them, or the ends of an interval; None: it is not a sweep.
 
     Raises `ConfigError` for an empty one.
     """
@@ -54,7 +54,7 @@ def swept_values(override: Override) -> list[str] | None:
     if isinstance(value, RangeSweep) and not value.step:
         raise ConfigError(f"{text}: the step of a range must not be 0")
     if not (values := list(override.sweep_string_iterator())):
-        raise ConfigError(f"{text} is empty: a range runs from its start up to its stop, which is no part of it")
+        raise ConfigError(f"{text} is empty: a range runs from its start up to its stop, which is not part of it")
     return values
 
 
@@ -73,7 +73,7 @@ def is_logarithmic(override: Override) -> bool:
 
 
 def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Returns the sweep that a `sweep=` file describes as overrides, but for the keys that `overrides` name."""
+    """Returns the sweep that a `sweep=` file describes as overrides, without the keys that `overrides` name."""
     given = {}
     for override in parse_overrides(overrides):
         given[override.get_key_element()] = override
@@ -86,7 +86,7 @@ def sweep_params(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def unconditional_sweep(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Returns `overrides` and the sweep of a `sweep=` file but for what `hydra.sweeper.conditions` allows at times."""
+    """Returns `overrides` and the sweep of a `sweep=` file, without the keys of `hydra.sweeper.conditions`."""
     conditions = OmegaConf.select(composed, "hydra.sweeper.conditions") or {}
     given = [text for text, override in zip(overrides, parse_overrides(overrides), strict=True)
              if not (override.is_sweep_override() and override.key_or_group in conditions)]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.override_parser.types import Override, QuotedString
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ResourceError
 from qlora.upstream.omegaconf import only_resolvers
 
 TESTED_HYDRA = "1.3.8"
@@ -40,36 +40,36 @@ class Trust:
     remote_code: bool = False
 
     def covers(self, key: str) -> bool:
-        """Returns whether a file may set `key`, of which the command names this or what holds it."""
+        """Returns whether a file may set `key`: the command trusts it, or what holds it."""
         return any("." in name and (key == name or key.startswith((f"{name}.", f"{name}["))) for name in self.names)
 
 
 def check_version() -> None:
-    """Raises `ConfigError` for another Hydra than the one whose ways to code are closed."""
+    """Raises `ResourceError` for another Hydra than the one whose ways to code are closed."""
     if hydra.__version__ != TESTED_HYDRA:
-        raise ConfigError(
+        raise ResourceError(
             f"hydra-core {hydra.__version__} is installed, and what a config may name is tested with {TESTED_HYDRA}: "
             f"pip install hydra-core=={TESTED_HYDRA}"
         )
 
 
 def add_environment(overrides: Sequence[str], parsed: Sequence[Override]) -> list[str]:
-    """Returns overrides with what QLORA_TRUSTED says beside them; to do so again changes nothing."""
+    """Returns overrides with those of QLORA_TRUSTED beside them; a second call changes nothing."""
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     packages = [name for name in names if name != REMOTE_CODE]
     given = {override.key_or_group: override for override in parsed}
-    words, typed = list(overrides), given.get("trusted")
+    added_overrides, typed = list(overrides), given.get("trusted")
     if packages and not (typed is not None and typed.is_sweep_override()):
         known = list(_texts(typed.value())) if typed is not None else []
         if added := [name for name in packages if name not in known]:
-            words.append(f"trusted={json.dumps([*known, *added], ensure_ascii=False)}")
+            added_overrides.append(f"trusted={json.dumps([*known, *added], ensure_ascii=False)}")
     if REMOTE_CODE in names and REMOTE_CODE not in given:
-        words.append(f"{REMOTE_CODE}=true")
-    return words
+        added_overrides.append(f"{REMOTE_CODE}=true")
+    return added_overrides
 
 
 def read_trust(parsed: Sequence[Override]) -> Trust:
-    """Returns what overrides trust; raises `ConfigError` where one leaves that to an interpolation."""
+    """Returns what overrides trust; raises `ConfigError` for an interpolation in one of them."""
     names: list[str] = []
     remote_code = False
     for override in parsed:

@@ -109,7 +109,7 @@ def _intact(read: Callable[[], Result]) -> Result | None:
     try:
         return read()
     except DamagedFile as error:
-        log.warning("%s is damaged (%s); the page is made without it", error.path, error.fault)
+        log.warning("%s is damaged (%s); the page is made without it", error.path, error.reason)
         return None
 
 

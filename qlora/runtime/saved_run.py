@@ -208,5 +208,5 @@ def set_damage_aside(folder: Path, *names: str) -> None:
     for error in find_damage(folder, *names):
         numbered = (error.path.with_name(f"{error.path.name}.damaged-{number}") for number in itertools.count(1))
         place = next(path for path in numbered if not path.exists())
-        log.warning("%s is damaged (%s); it is kept as %s", error.path, error.fault, place.name)
+        log.warning("%s is damaged (%s); it is kept as %s", error.path, error.reason, place.name)
         error.path.rename(place)

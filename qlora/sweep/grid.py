@@ -80,7 +80,7 @@ def _combinations(grid: Combinations, sweep: Sweep) -> Iterator[Combination]:
         return lambda: grid.config(positions)
 
     for positions in grid:
-        words = grid.words(positions)
+        words = grid.overrides(positions)
         own = [word for word, is_own in zip(words, varied, strict=True)
                if (is_own or is_alone) and not word.startswith(("sweep=", "sweep."))]  # fmt: skip
         yield words, own, compose(positions)

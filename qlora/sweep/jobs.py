@@ -166,12 +166,12 @@ def _read(job: Job, read: Callable[[Path], Any], path: Path) -> Any:
 def name_damage(job: Job) -> None:
     """Warns of a job's files that are damaged, and says what that makes of the job."""
     for error in job.damaged:
-        log.warning("%s is damaged (%s); this job counts as %s", error.path, error.fault, job.status.value)
+        log.warning("%s is damaged (%s); this job counts as %s", error.path, error.reason, job.status.value)
 
 
 def list_damage(job: Job) -> str:
     """Returns why a job with damaged files has failed."""
-    return "; ".join(f"{error.path.relative_to(job.folder)} is damaged ({error.fault})" for error in job.damaged)
+    return "; ".join(f"{error.path.relative_to(job.folder)} is damaged ({error.reason})" for error in job.damaged)
 
 
 def write_status(folder: Path, status: Status, **facts: Any) -> None:

@@ -132,7 +132,7 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
             job.overrides = job.overrides or record.get("overrides", [])
             sweep.jobs[name] = job
     if damage is not None:
-        log.warning("%s is damaged (%s); its jobs' folders are read instead", damage.path, damage.fault)
+        log.warning("%s is damaged (%s); its jobs' folders are read instead", damage.path, damage.reason)
         sweep.common, sweep.has_changed = _restore_common(sweep), True
     return sweep
 

@@ -156,7 +156,7 @@ def _command(folder: Path) -> str | None:
             return shlex.join(["qlora", *words, *single])
         command = (RunFolder(folder).stored_manifest() or {}).get("command")
     except DamagedFile as error:
-        log.warning("%s is damaged (%s); the page does not say how to run the best one again", error.path, error.fault)
+        log.warning("%s is damaged (%s); the page does not say how to run the best one again", error.path, error.reason)
         return None
     return command if isinstance(command, str) else None
 

@@ -312,7 +312,7 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
         ("b.yaml", "model_name_or_path: x\nstage: ppo\n", "stage=ppo"),
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
         ("d.yaml", "hello: world\n", "no command of qlora.py, and no YAML of Axolotl"),
-        ("e.yaml", "a: [1,\n", "no valid YAML"),
+        ("e.yaml", "a: [1,\n", "not valid YAML"),
         ("f.sh", "echo hello\n", "no command of qlora.py"),
         ("g.sh", "python qlora.py --dataset 'open\n", "cannot be read"),
         ("h.yaml", "- a\n- b\n", "no command of qlora.py"),
@@ -328,7 +328,7 @@ def test_what_cannot_be_translated_is_one_sentence(tmp_path: Path, name: str, te
 
 def test_a_missing_file_and_one_that_is_no_text_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="UTF-8 text"):
         read(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="did you mean"):
         read(tmp_path / "confg.yaml")

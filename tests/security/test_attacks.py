@@ -92,8 +92,8 @@ EXPERIMENTS = {
         "hydra: {callbacks: {x: {_target_: hydra.experimental.callbacks.LogJobReturnCallback}}}",
         "hydra.callbacks.x._target_=hydra",
     ),
-    "a launcher": ("hydra: {launcher: {_target_: os.system}}", "hydra.launcher._target_=os.system is no launcher"),
-    "a sweeper": ("hydra: {sweeper: {_target_: os.system}}", "hydra.sweeper._target_=os.system is no sweeper"),
+    "a launcher": ("hydra: {launcher: {_target_: os.system}}", "hydra.launcher._target_=os.system is not a launcher"),
+    "a sweeper": ("hydra: {sweeper: {_target_: os.system}}", "hydra.sweeper._target_=os.system is not a sweeper"),
     "an argument of a sweeper": (
         "defaults: [{override /hydra/sweeper: optuna}]\nhydra: {sweeper: {sampler_kwargs: {x: {_target_: os.system, "
         "command: touch MARK}}}}",
@@ -178,7 +178,7 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "body", "words", "says"),
+    ("file", "body", "args", "says"),
     [
         ("hydra/launcher/mine", "_target_: os.system", ["hydra/launcher=mine"], "hydra.launcher._target_=os.system"),
         ("hydra/launcher/mine", "defaults: [slurm]\nsetup: [touch MARK]", ["hydra/launcher=mine"],
@@ -219,14 +219,14 @@ def test_nothing_of_an_attacker_s_experiment_runs(here: Path) -> None:
         ("experiment/mine", "# @package _global_\ndefaults: [{/../outside: mine}]", ["experiment=mine"], ""),
     ],
 )  # fmt: skip
-def test_no_option_of_any_group_runs_anything(here: Path, file: str, body: str, words: list[str], says: str) -> None:
+def test_no_option_of_any_group_runs_anything(here: Path, file: str, body: str, args: list[str], says: str) -> None:
     path = here / "conf" / f"{file}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(body)
     (here / "outside").mkdir(exist_ok=True)
     (here / "outside" / "mine.yaml").write_text("# @package _global_\ntrusted: [evilmod]\n")
     with pytest.raises(UserError) as error:
-        check_overrides(words, here / "conf")
+        check_overrides(args, here / "conf")
     assert says in str(error.value)
     if " sets " in str(error.value):
         assert f"/{path.name} " in str(error.value), "the file is named"
@@ -244,9 +244,9 @@ def test_a_file_that_leads_out_of_the_shipped_options_is_somebody_s(here: Path) 
 
 def test_no_line_break_reaches_a_script_of_a_launcher(here: Path) -> None:
     """A scheduler's script is made of lines; what follows a line break would be a command."""
-    for words in (['hydra.job.name="a\ntouch MARK"'], ['hydra.sweep.dir="a\ntouch MARK"']):
+    for args in (['hydra.job.name="a\ntouch MARK"'], ['hydra.sweep.dir="a\ntouch MARK"']):
         with pytest.raises(UserError, match="holds a line break"):
-            check_overrides(words)
+            check_overrides(args)
 
 
 def test_every_way_to_compose_is_checked(here: Path) -> None:
@@ -270,10 +270,10 @@ def test_every_way_to_compose_is_checked(here: Path) -> None:
 
 
 def test_what_is_typed_counts_and_what_the_environment_says(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["data=local", "data.path=evilmod:rows"]
-    assert compose([*words, "trusted=[evilmod]"]).trusted == ["evilmod"]
+    args = ["data=local", "data.path=evilmod:rows"]
+    assert compose([*args, "trusted=[evilmod]"]).trusted == ["evilmod"]
     monkeypatch.setenv("QLORA_TRUSTED", "evilmod, model.trust_remote_code")
-    config = compose([*words, "trusted=[mine]"])
+    config = compose([*args, "trusted=[mine]"])
     assert config.trusted == ["mine", "evilmod"]
     assert config.model.trust_remote_code
     assert not compose(["model.trust_remote_code=false"]).model.trust_remote_code
@@ -282,8 +282,8 @@ def test_what_is_typed_counts_and_what_the_environment_says(here: Path, monkeypa
 
 def test_a_key_that_is_trusted_may_be_set_by_a_file(here: Path) -> None:
     (here / "conf" / "experiment" / "mine.yaml").write_text(f"{HEAD}hydra: {{job: {{env_set: {{A: b}}}}}}\n")
-    words = ["experiment=mine", "trusted=[hydra.job.env_set]"]
-    assert check_overrides(words, here / "conf").trusted == ["hydra.job.env_set"]
+    args = ["experiment=mine", "trusted=[hydra.job.env_set]"]
+    assert check_overrides(args, here / "conf").trusted == ["hydra.job.env_set"]
     with pytest.raises(UserError, match=r"add .*or trusted=\[hydra\.job\.env_set\.A\]"):
         check_overrides(["experiment=mine"], here / "conf")
     check_overrides(["experiment=mine", "trusted=[hydra.job.env_set.A]"], here / "conf")
@@ -304,19 +304,19 @@ def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
         f"{HEAD}hydra:\n  job_logging:\n    root: {{level: DEBUG}}\n  verbose: true\n"
         f"callbacks:\n  x:\n    _target_: {STOP}\n    patience: 2\n"
     )
-    words = ["hydra/launcher=mine", "hydra.launcher.setup=[module load cuda]", "sweep=mine", "experiment=mine"]
-    composed = check_overrides(words, here / "conf", multirun=True)
+    args = ["hydra/launcher=mine", "hydra.launcher.setup=[module load cuda]", "sweep=mine", "experiment=mine"]
+    composed = check_overrides(args, here / "conf", multirun=True)
     [callback] = build_callbacks(OmegaConf.to_container(composed.callbacks))  # type: ignore[arg-type]
     assert callback.patience == 2  # type: ignore[attr-defined]
 
 
 def test_a_stored_config_trusts_what_the_command_does() -> None:
     file = Path("run/config.yaml")
-    stored = {"trusted": ["evilmod"], "model": {"trust_remote_code": True}}
+    saved = {"trusted": ["evilmod"], "model": {"trust_remote_code": True}}
     with pytest.raises(UserError, match=r"run/config\.yaml sets trusted=\[evilmod\] and model\.trust_remote_code=true"):
-        with_trust_of(compose([]), stored, file)
+        with_trust_of(compose([]), saved, file)
     trusting = compose(["trusted=[other,evilmod]", "model.trust_remote_code=true"])
-    assert with_trust_of(trusting, stored, file)["trusted"] == ["other", "evilmod"]
+    assert with_trust_of(trusting, saved, file)["trusted"] == ["other", "evilmod"]
     for odd in ({"model": "${callbacks.x}"}, {"model": {}, "trusted": "${name}"}, {}):
         with pytest.raises(UserError, match="it is damaged"):
             with_trust_of(compose([]), odd, file)

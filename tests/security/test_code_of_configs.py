@@ -15,7 +15,7 @@ from qlora.run import Run
 
 
 @pytest.mark.parametrize(
-    ("words", "key"),
+    ("overrides", "key"),
     [
         (["data=local", "data.path=os:getcwd"], "data.path=os:getcwd"),
         (["data=local", "data.path=a.jsonl", "data.format=mine.rows:convert"], "data.format=mine.rows:convert"),
@@ -30,8 +30,8 @@ from qlora.run import Run
         (["+hydra.job_logging.handlers.x.class=a.Popen"], "hydra.job_logging.handlers.x.class=a.Popen"),
     ],
 )  # fmt: skip
-def test_code_of_packages_that_are_not_trusted_does_not_run(words: list[str], key: str) -> None:
-    text = refusal(*words)
+def test_code_of_packages_that_are_not_trusted_does_not_run(overrides: list[str], key: str) -> None:
+    text = refusal(*overrides)
     assert text.startswith(key)
     assert "trusted=[" in text
 
@@ -45,9 +45,12 @@ def test_code_named_by_somebody_s_yaml_does_not_run_either(tmp_path: Path) -> No
     (tmp_path / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ncallbacks:\n  x:\n    _target_: os.system\n    command: ls\n"
     )
-    for words, key in (["hydra/job_logging=mine"], "hydra.job_logging"), (["experiment=mine"], "callbacks.x._target_"):
+    for args, key in (
+        (["hydra/job_logging=mine"], "hydra.job_logging"),
+        (["experiment=mine"], "callbacks.x._target_"),
+    ):
         with pytest.raises(UserError, match=rf"{re.escape(key)}.*os\.system.*trusted=\[os\]"):
-            check_overrides(words, tmp_path)
+            check_overrides(args, tmp_path)
 
 
 def test_a_user_extends_the_trusted_packages() -> None:
@@ -56,9 +59,9 @@ def test_a_user_extends_the_trusted_packages() -> None:
 
 
 def test_a_callback_must_be_one(tmp_path: Path) -> None:
-    words = ["callbacks.x._target_=transformers.AutoModelForCausalLM.from_pretrained", *QUICK]
+    overrides = ["callbacks.x._target_=transformers.AutoModelForCausalLM.from_pretrained", *QUICK]
     with pytest.raises(UserError, match=r"callbacks\.x"):
-        Run(compose(words), tmp_path).train()
+        Run(compose(overrides), tmp_path).train()
     with pytest.raises(UserError, match=r"callbacks\.x\._target_=transformers\.LlamaConfig is no TrainerCallback"):
         Run(compose(["callbacks.x._target_=transformers.LlamaConfig", *QUICK]), tmp_path).train()
 

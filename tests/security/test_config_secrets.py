@@ -54,5 +54,5 @@ def test_a_manifest_hides_what_a_notebook_was_started_with(monkeypatch: pytest.M
 
 def test_what_changes_a_run_behind_its_config_is_shown_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://me:planted@mirror")
-    [found] = check_environment()
-    assert hide(found.says).startswith(f"HF_ENDPOINT=https://{HIDDEN}@mirror")
+    [finding] = check_environment()
+    assert hide(finding.says).startswith(f"HF_ENDPOINT=https://{HIDDEN}@mirror")

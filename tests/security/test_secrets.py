@@ -1,4 +1,4 @@
-"""No secret gets into a config, a job's folder, a manifest, or a run that goes on with somebody else's config."""
+"""No secret gets into a config, a job's folder, a manifest, or a run that resumes with somebody else's config."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_the_address_of_a_study_comes_from_a_variable_by_its_name() -> None:
     assert PASSWORD not in text
     mixed = refusal(*SEARCH, "hydra.sweeper.storage='postgresql://u:${oc.env:MY_PASSWORD}@h/d'", multirun=True)
     assert "'hydra.sweeper.storage=${oc.env:NAME}'" in mixed
-    shown = refusal(*SEARCH, "hydra.sweeper.storage='${oc.env:STORE}'", multirun=True, printed=True)
-    assert shown == "hydra.sweeper.storage holds the value of STORE, which --resolve would print; leave it out"
+    output = refusal(*SEARCH, "hydra.sweeper.storage='${oc.env:STORE}'", multirun=True, printed=True)
+    assert output == "hydra.sweeper.storage holds the value of STORE, which --resolve would print; leave it out"
 
 
 def test_a_trial_is_handed_the_name_of_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +154,9 @@ def test_a_stored_config_learns_nothing_of_this_machine(tmp_path: Path) -> None:
     config = config_to_dict(compose([]))
     odd = [r"${oc.env:MY_PASSWORD}", r"\${oc.env:HOME}", r"\\${oc.env:HOME}", "a ${seed} b", "${", "${oc.env:"]
     for text in odd:
-        stored = {**config, "tracking": {**config["tracking"], "project": text}}
+        saved = {**config, "tracking": {**config["tracking"], "project": text}}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"x": "y"}))
-        assert restore_config(stored, FILE).tracking.project == text, "what looks like an interpolation is text"
+        assert restore_config(saved, FILE).tracking.project == text, "what looks like an interpolation is text"
     with pytest.raises(UserError, match=r"^run/config\.yaml: tracking\.project holds the value of MY_PASSWORD"):
         restore_config({**config, "tracking": {**config["tracking"], "project": PASSWORD}}, FILE)
 
@@ -238,9 +238,9 @@ def test_a_manifest_holds_of_changes_what_says_nothing_of_their_text(
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
-    def git(*words: str) -> bytes:
+    def git(*args: str) -> bytes:
         who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", *who, *words], check=True, capture_output=True).stdout
+        return subprocess.run(["git", *who, *args], check=True, capture_output=True).stdout
 
     (tmp_path / "ä b.py").write_text("x = 1\n")
     (tmp_path / "data.bin").write_bytes(b"\0\1")

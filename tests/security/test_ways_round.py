@@ -27,9 +27,9 @@ def options(folder: Path, text: str, name: str = "experiment/mine") -> Path:
     return folder
 
 
-def refusal(folder: Path, *words: str) -> str:
+def refusal(folder: Path, *args: str) -> str:
     with pytest.raises(UserError) as error:
-        check_command(["experiment=mine", *words], folder, multirun=True)
+        check_command(["experiment=mine", *args], folder, multirun=True)
     return str(error.value)
 
 
@@ -178,7 +178,7 @@ def test_whatever_a_template_computes_is_one_sentence(tmp_path: Path, template: 
     (tmp_path / "t.jinja").write_text(template)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
-    words = [f"data.template={tmp_path}/t.jinja", "data=local", f"data.path={tmp_path}/chat.jsonl"]
-    config = compose(["task=preview", *words, "data.eval_dataset_size=1", f"data.cache_dir={tmp_path}/cache"])
+    args = [f"data.template={tmp_path}/t.jinja", "data=local", f"data.path={tmp_path}/chat.jsonl"]
+    config = compose(["task=preview", *args, "data.eval_dataset_size=1", f"data.cache_dir={tmp_path}/cache"])
     with pytest.raises(UserError):
         Run(config, tmp_path / "run").preview()

@@ -71,7 +71,7 @@ def test_a_combination_is_what_its_overrides_compose_to() -> None:
     places = list(grid)
     assert len(places) == len(grid) == 64
     for positions in places[::13]:
-        assert grid.config(positions) == compose(grid.words(positions))
+        assert grid.config(positions) == compose(grid.overrides(positions))
 
 
 def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:

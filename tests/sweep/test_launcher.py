@@ -234,7 +234,7 @@ def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
     [
         (["lora.rr=4,8"], "unknown key 'lora.rr'"),
         (["lora.r=4,0"], "lora.r must be positive, got 0"),
-        (["seed=0,1", "objective=eval_lss"], "objective='eval_lss' is no metric of this run"),
+        (["seed=0,1", "objective=eval_lss"], "objective='eval_lss' is not a metric of this run"),
         (["seed=0,1", "hydra.launcher.gpus_per_job=2"], "hydra.launcher.gpus_per_job=2, but no GPU is visible here"),
     ],
 )

@@ -487,7 +487,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
          "hydra.sweeper.storage=mssql+pymssql://me@localhost/x cannot be used (Failed to import DB access module"),
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
          "cannot be used (unable to open database file); give the URL of a database"),
-        ([RATE, "objective=eval_lss"], "objective='eval_lss' is no metric of this run"),
+        ([RATE, "objective=eval_lss"], "objective='eval_lss' is not a metric of this run"),
         ([RATE, "objective=null"], "objective=null: a search needs a metric to go by"),
         ([RATE, "hydra.sweeper.objectives=[eval_loss,eval_lss]"], "hydra.sweeper.objectives: 'eval_lss' is no metric"),
         ([RATE, "task.evaluate=false"], "objective=eval_loss is not measured by these jobs; it needs task.evaluate"),

@@ -237,12 +237,12 @@ REFUSED = {
     "adam": ({"optim": "adamw_torh"}, "trainer.optim='adamw_torh' is unknown (did you mean adamw_torch"),
     "unknown argument": (
         {"optim": "sgd", "optim_args": {"momentun": 0.9}},
-        "trainer.optim_args.momentun is no argument of trainer.optim=sgd (did you mean momentum?); it reads momentum, "
-        "dampening, nesterov; trainer.optim_args=null takes all out",
+        "trainer.optim_args.momentun is not an argument of trainer.optim=sgd (did you mean momentum?); it reads "
+        "momentum, dampening, nesterov; trainer.optim_args=null takes all out",
     ),
     "no arguments": (
         {"optim": "adafactor", "optim_args": {"r": 1}},
-        "trainer.optim_args.r is no argument of trainer.optim=adafactor; it takes none",
+        "trainer.optim_args.r is not an argument of trainer.optim=adafactor; it takes none",
     ),
     "wrong type": (
         {"optim": "sgd", "optim_args": {"nesterov": 1}},
@@ -262,7 +262,7 @@ REFUSED = {
     ),
     "no schedule's": (
         {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycle": 1}},
-        "trainer.lr_scheduler_kwargs.num_cycle is no argument of any trainer.lr_scheduler_type (did you mean "
+        "trainer.lr_scheduler_kwargs.num_cycle is not an argument of any trainer.lr_scheduler_type (did you mean "
         "num_cycles?); leave it out, as trainer.lr_scheduler_type=constant takes none",
     ),
     "half a step": (
@@ -271,7 +271,7 @@ REFUSED = {
     ),
     "another's argument": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_decay_steps": 0.5}},
-        "trainer.lr_scheduler_kwargs.num_decay_steps is no argument of trainer.lr_scheduler_type=cosine; it reads "
+        "trainer.lr_scheduler_kwargs.num_decay_steps is not an argument of trainer.lr_scheduler_type=cosine; it reads "
         "num_cycles; trainer.lr_scheduler_kwargs=null takes all out",
     ),
     "needed": (
@@ -295,7 +295,7 @@ REFUSED = {
     ),
     "never measured": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": None},
-        "reduce_lr_on_plateau goes by the held-out loss while it trains; set trainer.eval_steps",
+        "reduce_lr_on_plateau follows the held-out loss during training; set trainer.eval_steps",
     ),
     "limits of greedy": ({"lr_scheduler_type": "greedy"}, "greedy needs trainer.lr_scheduler_kwargs.min_lr; set it"),
     "above the rate": (

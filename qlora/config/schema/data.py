@@ -103,9 +103,9 @@ class DataConfig:
     """An answer without text (white space alone is none): `drop` leaves an empty turn of a chat without loss, and drops
     a row in which nothing else is trained; `train` trains its end token; or stop with an `error`."""
     max_train_samples: int | None = None
-    """Use at most so many rows to train."""
+    """The maximum number of rows to train on."""
     max_eval_samples: int | None = None
-    """Use at most so many held-out rows."""
+    """The maximum number of held-out rows."""
     eval_dataset_size: float = 1024
     """Rows to hold out when there is neither `eval_path` nor `eval_split`; below 1: a share of all rows."""
     split_seed: int = 42
@@ -162,10 +162,10 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        own: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
+        unset_values: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
         if self.eval_path is None:
-            own |= {"format": "auto", "columns": {}}
-        for name, unset in own.items():
+            unset_values |= {"format": "auto", "columns": {}}
+        for name, unset in unset_values.items():
             if (value := getattr(self, name)) != unset:
                 raise ConfigError(f"data.{name}={value} is not read beside data.mix, for each of its sets has its own; "
                                   f"set data.mix.NAME.{name}")  # fmt: skip

@@ -38,7 +38,7 @@ class EvaluationConfig:
     baseline: bool = True
     """Measure the untuned base too, for the before -> after comparison."""
     generate_samples: int | None = None
-    """Generate answers for at most so many held-out rows; null: for all."""
+    """The maximum number of held-out rows to generate answers for; null: all."""
     show_predictions: int = 5
     """Predictions to print, and to send to the tracker at each evaluation."""
     path: str | None = None
@@ -50,7 +50,7 @@ class EvaluationConfig:
     """Solved questions before each: of the hub's MMLU 0 to 5 (unset: 5; a file brings its own), of lm-eval any (unset:
     as the task says)."""
     max_samples: int | None = None
-    """`mmlu`: ask the first so many questions; `lm-eval`: the first so many of each task. Null: all."""
+    """`mmlu`: the number of questions to ask, from the first on; `lm-eval`: that of each task. Null: all."""
     source_max_len: int = 2048
     """`mmlu`: longest prompt in tokens; a longer one loses solved questions, and the beginning of its own last."""
     tasks: list[str] = field(default_factory=list)
@@ -61,8 +61,7 @@ class EvaluationConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"evaluation.{name}", "be positive or null", value)
         require(self.source_max_len > 0, "evaluation.source_max_len", "be positive", self.source_max_len)
-        shown = self.show_predictions
-        require(shown >= 0, "evaluation.show_predictions", "not be negative", shown)
+        require(self.show_predictions >= 0, "evaluation.show_predictions", "not be negative", self.show_predictions)
         for name in self.metrics:
             if not FUNCTION_PATH.fullmatch(name) and name not in METRIC_NAMES:
                 raise ConfigError(
@@ -121,8 +120,8 @@ def metric_name(name: str) -> str:
 
 def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     """Returns the names of the metrics that a training run reports."""
-    own = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
-    measured = ["loss", "perplexity", *own]
+    functions = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
+    measured = ["loss", "perplexity", *functions]
     if evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]

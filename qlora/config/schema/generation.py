@@ -19,7 +19,7 @@ class GenerationConfig:
     min_new_tokens: int | None = None
     """Shortest answer in tokens."""
     do_sample: bool = False
-    """Draw tokens at random; false: greedy or beam search."""
+    """Sample tokens at random; false: greedy or beam search."""
     num_beams: int = 1
     """Beams of the beam search; 1: none."""
     num_beam_groups: int = 1
@@ -39,7 +39,7 @@ class GenerationConfig:
     diversity_penalty: float = 0.0
     """How much groups of beams avoid each other's tokens."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that stand already less likely."""
+    """Above 1 makes tokens that have occurred already less likely."""
     length_penalty: float = 1.0
     """Above 0 favours longer beams."""
     no_repeat_ngram_size: int = 0

@@ -16,7 +16,7 @@ LoraBias = StrEnum("LoraBias", "none all lora_only")
 """Which bias vectors are trained with the adapter."""
 
 LoraInit = StrEnum("LoraInit", "default gaussian orthogonal pissa olora loftq eva")
-"""How the adapter weights are drawn."""
+"""How the adapter weights are initialised."""
 
 LoraDtype = StrEnum("LoraDtype", "fp32 bf16")
 """What the adapter weights are stored in while they train."""

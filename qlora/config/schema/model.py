@@ -42,7 +42,7 @@ class ArchitectureConfig:
     rope_theta: float | None = None
     """Base of the rotary position embedding; unset: the model type's own."""
     sliding_window: int | None = None
-    """Attention looks back so many tokens at most; unset: as the model type does by itself."""
+    """How many tokens attention looks back at most; unset: the model type's own."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -59,14 +59,14 @@ class ModelConfig:
     name: str = MISSING
     """A hub id, a local folder, or `tiny` for the embedded model."""
     weights: Weights = Weights.pretrained
-    """`pretrained` loads the weights; `random` draws them from `seed` in the shape of `model.architecture`, quantized
-    layer by layer (pretraining, or measuring speed and memory without a download)."""
+    """`pretrained` loads the weights; `random` initialises them from `seed` in the shape of `model.architecture`,
+    quantized layer by layer (pretraining, or measuring speed and memory without a download)."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     cache_dir: str | None = None
     """Folder for downloaded files; unset: the hub library's own."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along; given on the command line, or as
+    """Run Python code of the model's repository; given on the command line, or as
     `QLORA_TRUSTED=model.trust_remote_code` in the environment, and in no file. The access token of gated models is
     read from the environment (`HF_TOKEN`, or `hf auth login`), never from a config."""
     tokenizer: str | None = None
@@ -75,7 +75,7 @@ class ModelConfig:
     device_map: str | None = None
     """How accelerate spreads the layers: `auto`, `balanced`, `sequential`; unset: everything on one device."""
     max_memory: str | None = None
-    """Most memory a GPU may hold of the weights, e.g. `40GiB`, for each GPU (the original's `--max_memory_MB`)."""
+    """The most memory that the weights may take on each GPU, e.g. `40GiB` (the original's `--max_memory_MB`)."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2` or any other name that transformers knows; unset: its choice."""
     new_tokens: list[str] = field(default_factory=list)
@@ -103,6 +103,7 @@ class ModelConfig:
             )
         if self.device_map or self.max_memory:
             raise ConfigError(
-                "model.weights=random draws the base on one device; leave model.device_map and model.max_memory out"
+                "model.weights=random initialises the base on one device; leave model.device_map and "
+                "model.max_memory out"
             )
         self.tokenizer = self.tokenizer or "tiny"

@@ -14,10 +14,10 @@ QuantType = StrEnum("QuantType", "nf4 fp4")
 """The 4-bit data types of bitsandbytes."""
 
 ComputeDtype = StrEnum("ComputeDtype", "auto bf16 fp16 fp32")
-"""The precision of matrix products."""
+"""The precision of matmuls."""
 
 BaseProducts = StrEnum("BaseProducts", "native fp8")
-"""The precision of matrix products with the frozen weights."""
+"""The precision of matmuls with the frozen weights."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,10 +34,10 @@ class QuantizationConfig:
     double_quant: bool = False
     """Quantize the quantization constants too (saves 0.37 bits a parameter); with `bits=4` only."""
     compute_dtype: ComputeDtype = ComputeDtype.auto
-    """The precision of matrix products and, with `bits=16`, of the stored weights. `auto`: bf16 where the
+    """The precision of matmuls and, with `bits=16`, of the stored weights. `auto`: bf16 where the
     device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""
     compute: BaseProducts = BaseProducts.native
-    """The precision of training's products with the 4-bit weights: `native` is that of `compute_dtype`, `fp8` rounds
+    """The precision of training's matmuls with the 4-bit weights: `native` is that of `compute_dtype`, `fp8` rounds
     weights, activations and gradients to 8-bit floats for them (NVIDIA Ada, Hopper and later; emulated on a CPU). The
     adapter, evaluation and generation compute as ever."""
     int8_threshold: float = 6.0

@@ -53,8 +53,8 @@ class Config:
     objective: str | None = "eval_loss"
     """The metric that a run returns to a sweeper; null: none."""
     resume: Resume = Resume.auto
-    """What a start does in a folder that holds a run: `auto` goes on from the last good checkpoint, and refuses another
-    config or other rows; `force` goes on in spite of such changes; `never` begins anew in a new folder (`NAME-2`)."""
+    """What a start does in a folder that holds a run: `auto` resumes from the last good checkpoint, and refuses another
+    config or other rows; `force` resumes in spite of such changes; `never` starts again in a new folder (`NAME-2`)."""
     task: TaskConfig = MISSING
     model: ModelConfig = MISSING
     quantization: QuantizationConfig = MISSING
@@ -69,14 +69,14 @@ class Config:
     """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
     run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
     base: SameBase = SameBase.auto
-    """What happens where the weights of the base are not those that an adapter, or the run that goes on, was trained
-    on: `auto` refuses them, `force` goes on with a warning."""
+    """What happens where the base has other weights than the one that an adapter, or the resumed run, was trained on:
+    `auto` refuses them, `force` accepts them with a warning."""
     repo: str | None = None
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
     runs: str | None = None
     """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
     run: str | None = None
-    """The folder of the finished training that `task=replay` runs again and compares with."""
+    """The folder of the finished training run that `task=replay` repeats and compares with."""
     source: str | None = None
     """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
     Axolotl, LLaMA-Factory or torchtune."""
@@ -123,7 +123,7 @@ class Config:
                 "runs is not set; name what task=report shows, e.g. runs=outputs/sweeps/mine or runs='outputs/runs/*'"
             )
         if self.task.name is TaskName.replay and self.run is None:
-            raise ConfigError("run is not set; name the finished training to run again, e.g. run=outputs/runs/mine")
+            raise ConfigError("run is not set; name the finished training run to repeat, e.g. run=outputs/runs/mine")
         if self.task.name is TaskName.migrate and self.source is None:
             raise ConfigError(
                 "from is not set; name what task=migrate reads, e.g. from=finetune.sh or from=axolotl.yaml"
@@ -165,7 +165,7 @@ class Config:
         open_names = tuple(f"eval_{prefix}_" for prefix in prefixes)
         if self.objective is not None and not (self.objective in known or self.objective.startswith(open_names)):
             raise ConfigError(
-                f"objective={self.objective!r} is no metric of this run{did_you_mean(self.objective, known)}; "
+                f"objective={self.objective!r} is not a metric of this run{did_you_mean(self.objective, known)}; "
                 f"choose one of {', '.join(known)} or null"
             )
 
@@ -179,11 +179,11 @@ class Config:
             if key == "adapter" and self.task.name is TaskName.train and not self.task.train:
                 continue  # which measures it and lets it answer
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
-            shown = f"{'from' if key == 'source' else key}={written(value)}"
+            setting = f"{'from' if key == 'source' else key}={written(value)}"
             raise ConfigError(
-                f"{shown} is not read by task={self.task.name.value.replace('_', '-')}, but by "
+                f"{setting} is not read by task={self.task.name.value.replace('_', '-')}, but by "
                 f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
-                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {shown.partition('=')[0]} out"
+                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {setting.partition('=')[0]} out"
             )
 
     @property
@@ -208,18 +208,18 @@ class Config:
             raise no_cuda(name, self.device.value)
 
     def _check_fsdp(self) -> None:
-        """Refuses what reads or draws the weights of a base that no process holds whole."""
+        """Refuses what reads or initialises whole weights of a base that no process holds whole."""
         lora, model = self.lora, self.model
         sharding = self._quantization_method.fsdp_unsupported_reason()
-        faults = {
-            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are shared out"),
+        reasons = {
+            "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are sharded"),
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
             f"quantization.bits={self.quantization.bits}": (sharding is not None, sharding),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
         }
-        for name, (is_set, reason) in faults.items():
+        for name, (is_set, reason) in reasons.items():
             if is_set:
                 raise ConfigError(
                     f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"

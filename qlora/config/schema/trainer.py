@@ -15,7 +15,7 @@ from qlora.errors import ConfigError, require
 from qlora.text import parse_size
 
 Parallel = StrEnum("Parallel", "ddp fsdp")
-"""How several processes share a training."""
+"""How several processes share a training run."""
 
 FlashAttention = StrEnum("FlashAttention", "auto fa2 fa3 fa4")
 """Whose kernels attend inside rows of packs and under a sliding window."""
@@ -38,7 +38,7 @@ class TrainerConfig:
     learning_rate: float = MISSING
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"
-    """The learning rate's course: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
+    """The learning rate schedule: `constant`, `linear`, `cosine`, `warmup_stable_decay` ..., all in docs/run.md."""
     lr_scheduler_kwargs: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
     """Further arguments of that schedule, e.g. `{num_decay_steps: 100}`, by the table in docs/run.md; a
     `num_..._steps` below 1 is a share of all steps. `constant` reads none. Null: none, also of those that a recipe
@@ -67,8 +67,8 @@ class TrainerConfig:
     place."""
     memory_budget: str | None = None
     """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
-    (without CUDA: unset). As few decoder layers are recomputed as fit, by the formula of `task=plan` first and then by
-    what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
+    (without CUDA: unset). As few decoder layers are recomputed as the budget allows: by the formula of `task=plan`
+    first, then by what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""
@@ -76,35 +76,35 @@ class TrainerConfig:
     """Compute 4-bit layers and their adapters as one operation, layers that read the same input together; they share
     one dropout mask then. True, false or `auto` (with CUDA)."""
     fused_attention: Any = "auto"
-    """Lay the rows of a batch one behind the other, with attention inside each: no padding is computed between them.
+    """Compute a batch as variable-length (unpadded) rows, with attention inside each row: no padding is computed.
     True, false or `auto` (with CUDA, in 16 bits)."""
     flash_attention: FlashAttention = FlashAttention.auto
     """Whose kernels `fused_attention` uses inside rows of packs and under a sliding window: `fa2`, torch's own; `fa3`
     (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of
     these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
-    """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    """Compute the loss in chunks, without the logits of all tokens: true, false or `auto` (with CUDA)."""
     parallel: Parallel = Parallel.ddp
     """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
-    a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
+    a part of every decoder layer of the frozen base, for bases that do not fit one GPU; the adapter stays whole.
     Gradients are averaged over all tokens of a step in both."""
     group_by_length: bool = True
-    """Draw batches of rows with about equal token counts, which saves padding."""
+    """Make batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
-    """Log every so many steps."""
+    """Steps between two log entries."""
     eval_steps: int | None = None
-    """Measure the held-out loss every so many steps; null: only at the end."""
+    """Steps between two measurements of the held-out loss; null: only at the end."""
     save_steps: int | None = None
-    """Write a checkpoint every so many steps; null: none before the end."""
+    """Steps between two checkpoints; null: none before the end."""
     save_total_limit: int | None = 40
-    """Keep the newest so many checkpoints; null: all."""
+    """How many checkpoints are kept, the newest ones; null: all."""
     disk_wait: float = 600
-    """Seconds that a training waits for space where the disk is full, before it ends; 0: not at all."""
+    """Seconds that a run waits for space on a full disk before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
     """Processes that collate batches ahead; 0: in the training process."""
     deterministic: bool = False
-    """Take operations alone that give the same bits every time, also on a GPU; slower there. On a CPU a run gives the
-    same bits anyway."""
+    """Use only operations that give the same bits every time, also on a GPU, where they are slower. On a CPU a run
+    gives the same bits anyway."""
     profile: bool = False
     """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
     expensive kernels on the screen."""

@@ -15,7 +15,7 @@ WATCHDOG_COUNTS = ("nonfinite", "zero", "divergence", "slow", "stalled", "skippe
 
 
 class WatchdogAction(StrEnum):
-    """What is done about something that goes wrong in a training."""
+    """What is done about something that goes wrong in a training run."""
 
     ignore = auto()
     warn = auto()
@@ -25,16 +25,16 @@ class WatchdogAction(StrEnum):
 
     @property
     def keeps_out(self) -> bool:
-        """Whether an update by gradients that are no numbers is undone."""
+        """Whether an update by gradients that are NaN or infinite is undone."""
         return self not in (WatchdogAction.ignore, WatchdogAction.warn)
 
 
 @dataclass(kw_only=True, slots=True)
 class WatchdogConfig:
-    """What is done about things that go wrong in a training: each is named with its likely cause and counted.
+    """What is done about things that go wrong in a training run: each is named with its likely cause and counted.
 
-    `ignore` looks away, `warn` tells it, `stop` ends the training with the last checkpoint kept, `rollback` goes back
-    to the last checkpoint from before with a lower learning rate, `skip` leaves the step out.
+    `ignore` does nothing, `warn` prints a warning, `stop` ends the run with the last checkpoint kept, `rollback`
+    returns to an earlier checkpoint with a lower learning rate, `skip` leaves the step out.
     """
 
     nonfinite: WatchdogAction = MISSING
@@ -59,9 +59,9 @@ class WatchdogConfig:
     rollback_factor: float = 0.5
     """What a rollback multiplies the learning rate with."""
     max_rollbacks: int = 3
-    """After so many rollbacks the training stops instead."""
+    """The number of rollbacks after which the run stops instead."""
     max_skips: int = 10
-    """After so many skipped steps in a row the training stops."""
+    """The number of skipped steps in a row after which the run stops."""
 
     def __post_init__(self) -> None:
         able = {

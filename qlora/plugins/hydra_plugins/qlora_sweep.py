@@ -106,8 +106,8 @@ class OwnSweeper(Sweeper):
         from qlora.sweep.engines import build_engine
 
         assert self.config is not None
-        own = isinstance(self.launcher, OwnLauncher)
-        build = partial(build_engine, self.config.hydra.launcher, room=room) if own else None
+        is_ours = isinstance(self.launcher, OwnLauncher)
+        build = partial(build_engine, self.config.hydra.launcher, room=room) if is_ours else None
         return {"launch": self.launcher.launch, "build": build}
 
 
@@ -127,14 +127,14 @@ class OptunaSweeper(OwnSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs the trials that the study lacks."""
-        from qlora.errors import ConfigError
+        from qlora.errors import ResourceError
 
         try:
             from qlora.sweep.search import search
         except ModuleNotFoundError as error:
             if error.name != "optuna":
                 raise
-            raise ConfigError(
+            raise ResourceError(
                 "hydra/sweeper=optuna needs Optuna, which is not installed: pip install 'qlora[optuna]'"
             ) from error
         assert self.config is not None
