@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_not_written_as_it_is_in_memory(tmp_path: Path, mon
     text = refusal(tmp_path, "trainer.max_steps=2", "trainer.save_steps=1")
     folder = tmp_path / "run" / "checkpoints"
     assert text.startswith(f"{folder}/unfinished/checkpoint-1: the adapter was not saved as it is in memory (")
-    assert text.endswith("check the disk, and run the same command again to go on")
+    assert text.endswith("check the disk, and run the same command again to resume")
     assert not list(folder.iterdir())
 
 

@@ -289,7 +289,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
     [
         (
             '{"peft_type": "LO',
-            "adapter_config.json is damaged (no JSON: Unterminated string starting at: line 1 column 15",
+            "adapter_config.json is damaged (not JSON: Unterminated string starting at: line 1 column 15",
         ),
         ("{}", "adapter_config.json is damaged (peft_type is missing); copy the adapter again"),
         ("[]", "adapter_config.json is damaged (it must be an object, got []); copy the adapter again"),

@@ -27,7 +27,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str
     "a tensor is missing": (
         lambda tensors: {name: tensor for name, tensor in tensors.items() if name != UP},
         {},
-        f"1 tensor is missing from its files, {UP}, and would be drawn at random; download or copy",
+        f"1 tensor is missing from its files, {UP}, and would be initialised at random; download or copy",
     ),
     "a bias alone is missing": (
         lambda tensors: {name: tensor for name, tensor in tensors.items() if "norm" not in name},

@@ -188,7 +188,7 @@ def test_the_fingerprint_decides_and_the_name_only_where_there_is_none() -> None
     assert find_difference(base("a", None), base("a")) is None
     certain = {
         find_difference(base("a", other), base("b")): "give that base as model.name",
-        find_difference(base("a", other), base("a")): "put those back in their place",
+        find_difference(base("a", other), base("a")): "restore the previous files",
         find_difference(base("a", other, revision="v1"), base("a")): "set model.revision=v1",
         find_difference(base("a", other, revision="v1"), base("b")): "give that base as model.name, with "
         "model.revision=v1",

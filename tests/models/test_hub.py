@@ -161,7 +161,7 @@ def test_without_network_the_host_is_named(finished: Path, tmp_path: Path) -> No
 def test_without_a_login_nothing_is_sent(hub: Hub, finished: Path, tmp_path: Path) -> None:
     done = push(hub.address, tmp_path, f"adapter={finished}", "repo=me/tuned", HF_TOKEN="")
     assert done.returncode == 1
-    assert "there is no access token here; log in with `hf auth login`, or set HF_TOKEN" in done.stderr
+    assert "no access token is set; log in with `hf auth login`, or set HF_TOKEN" in done.stderr
     assert not hub.repos
 
 
