@@ -175,8 +175,8 @@ def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
     experts, router, attention = 2 * 2 * 3 * 16 * 64, 2 * 2 * 64, 2 * 64 * 16 * (4 + 2 + 2 + 4)
     total = experts + router + attention
     assert decoder.unquantized == decoder.unadapted == {EXPERTS: experts / total, ROUTER: router / total}
-    share = f"{100 * (experts + router) / total:.1f} %"
-    assert decoder.describe_unquantized() == f"{share} of the decoder's weights are in bfloat16 (experts, router)"
+    fraction = f"{100 * (experts + router) / total:.1f} %"
+    assert decoder.describe_unquantized() == f"{fraction} of the decoder's weights are in bfloat16 (experts, router)"
     assert decoder.describe_unadapted() == (
         f"experts ({100 * experts / total:.1f} % of the decoder's weights), router ({100 * router / total:.1f} %); the "
         "router is frozen"
