@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import adapters
-from qlora.adapters.code_files import check_own_code
+from qlora.adapters.code_files import check_code_files
 from qlora.config.optimizers import OPTIMIZERS
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import (
@@ -425,7 +425,7 @@ class Session:
         folder = self.trained[0] or self.trained[1]
         if folder is None:
             return None
-        check_own_code(folder, self.config.model)
+        check_code_files(folder, self.config.model)
         return load_saved_tokenizer(folder, self.config.model, self.tokenizer)
 
     def load_trained(self) -> PreTrainedModel:

@@ -204,10 +204,10 @@ def test_a_run_whose_base_was_swapped_in_its_place_is_neither_resumed_nor_run_ag
     put_other_weights(own)
     text = refusal(tmp_path / "run", *words)
     assert text.startswith(
-        f"the run in {tmp_path}/run does not fit model.name={own}, whose weights are not those of the training any more"
+        f"the run in {tmp_path}/run does not fit model.name={own}, whose weights have changed since the training"
     )
     assert text.endswith(
-        "; put those back in their place, or choose another folder (hydra.run.dir=FOLDER or name=NAME), or use it in "
+        "; restore the previous files, or choose another folder (hydra.run.dir=FOLDER or name=NAME), or use it in "
         "spite of that with base=force"
     )
     assert "with base=force" in refusal(tmp_path / "run", *words, "resume=force")

@@ -213,10 +213,10 @@ def test_the_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) 
     size = len(load_tokenizer(compose([]).model))
     message = refusal(tmp_path / "run", base)
     assert message.startswith(
-        f"model.name={base}: its tokenizer has {size:,} tokens, and the base {base} has embeddings for 500, so it is "
-        "another model's ("
+        f"model.name={base}: its tokenizer has {size:,} tokens, and the base {base} has embeddings for 500, so it "
+        "belongs to another model ("
     )
-    assert message.endswith("give the base's own as model.tokenizer")
+    assert message.endswith("give that of the base as model.tokenizer")
 
 
 def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_config(

@@ -193,5 +193,5 @@ def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(
 def test_a_base_without_biases_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, "lora.bias=all")
     assert [record.getMessage() for record in caplog.records] == [
-        "lora.bias=all: the layers that it means have no biases, so none is trained"
+        "lora.bias=all: the layers it selects have no biases, so none is trained"
     ]

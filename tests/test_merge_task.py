@@ -248,7 +248,7 @@ def test_a_base_stored_in_few_bits_is_merged_in_full(
     if kind == "llama":
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     text = refusal(tmp_path / "run", *chosen, "merge=original")
-    assert text.startswith("merge.base=original: the base is stored in 4 or 8 bits only; use merge.base=dequantized")
+    assert text.startswith("merge.base=original: the base is saved in 4 or 8 bits only; use merge.base=dequantized")
 
 
 def test_of_two_tied_matrices_the_first_is_written_whichever_the_base_has(

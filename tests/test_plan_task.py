@@ -169,7 +169,7 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
         "plan.device=h100", f"model.name={tmp_path}"
     )
     (tmp_path / "config.json").write_text("{")
-    assert f"model.name={tmp_path}: config.json is damaged (no JSON: " in refusal(
+    assert f"model.name={tmp_path}: config.json is damaged (not JSON: " in refusal(
         "plan.device=h100", f"model.name={tmp_path}"
     )
     (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "lama"}))
@@ -195,7 +195,7 @@ def test_this_machine_s_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gpus.subprocess, "run", missing)
     text = refusal()
     assert text == (
-        "plan.device=this: no NVIDIA GPU is here (there is no nvidia-smi); name the card to plan for, e.g. "
+        "plan.device=this: this machine has no NVIDIA GPU (there is no nvidia-smi); name one to plan for, e.g. "
         "plan.device=a6000"
     )
     for said, memory, tflops in (

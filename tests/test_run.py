@@ -274,8 +274,8 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
             with pytest.raises(UserError) as error:
                 run(tmp_path / "again", *options, change, f"task={task}", f"adapter={tmp_path / 'run'}")
             assert str(error.value) == (
-                f"adapter={tmp_path / 'run' / 'adapter'} does not fit the config: it was trained on a base that was "
-                f"drawn otherwise; set {remedy}, or use it in spite of that with base=force"
+                f"adapter={tmp_path / 'run' / 'adapter'} does not fit the config: it was trained on a base with "
+                f"other random weights; set {remedy}, or use it in spite of that with base=force"
             )
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "copy")
     with pytest.raises(UserError, match="set seed=0, or"):

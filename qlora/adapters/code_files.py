@@ -1,4 +1,4 @@
-"""Python code in the folder of an adapter: `model.trust_remote_code` is about that of the base alone."""
+"""Python code in the folder of an adapter: `model.trust_remote_code` trusts that of the base alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qlora.config.schema import ModelConfig
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.models.model_files import locate
 from qlora.models.weight_files import local_files
 
@@ -14,16 +14,16 @@ OTHER_REPOSITORY = re.compile(r'"([^"\s]+)--[\w.]+"')
 """How transformers names code of another repository in its JSON files."""
 
 
-def check_own_code(folder: Path, config: ModelConfig) -> None:
-    """Raises `ConfigError` if a folder brings code along that is not that of the base, byte by byte."""
-    if config.trust_remote_code and (name := _find_own_code(folder, config)) is not None:
-        raise ConfigError(
-            f"adapter={folder} brings Python code of its own along ({name}), and model.trust_remote_code=true is about "
-            f"that of {config.tokenizer or config.name} alone; take it out, or copy that model's in its place"
+def check_code_files(folder: Path, config: ModelConfig) -> None:
+    """Raises `DataError` if a folder holds code that is not that of the base, byte by byte."""
+    if config.trust_remote_code and (name := _find_other_code(folder, config)) is not None:
+        raise DataError(
+            f"adapter={folder} comes with other Python code than its base ({name}), and model.trust_remote_code=true "
+            f"trusts that of {config.tokenizer or config.name} alone; remove it, or replace it by that model's"
         )
 
 
-def _find_own_code(folder: Path, config: ModelConfig) -> str | None:
+def _find_other_code(folder: Path, config: ModelConfig) -> str | None:
     bases = [name for name in (config.tokenizer, config.name) if name is not None]
     for file in sorted(folder.glob("**/*.py")):
         copies = [_base_folder(name, config) / file.relative_to(folder) for name in bases]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from qlora.errors import DataError
 from qlora.quantization.method import QuantizationMethod
+from qlora.upstream.transformers_models import failed_conversions
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def load_complete(folder: str, *, key: str, method: QuantizationMethod, **option
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except RuntimeError as error:
-        if (failed := _failed_conversions(error)) is None:
+        if (failed := failed_conversions(error.__traceback__)) is None:
             raise
         raise DataError(
             f"{key}: {_tensors(failed)} cannot be made of what its files hold, {_first(failed)}: parts are missing or "
@@ -68,18 +67,6 @@ def _warn_of_untied(model: PreTrainedModel, key: str) -> None:
         "that differ: both are used as they are",
         *(key, names[embedding], names[output]),
     )
-
-
-def _failed_conversions(error: RuntimeError) -> list[str] | None:
-    """Returns the tensors that transformers could not make of those in the files; None: it is another error.
-
-    Its message refers to a table in the log, so the report is taken from the frame that raised it.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        report = frame.f_locals.get("loading_info")
-        if isinstance(report, LoadStateDictInfo) and report.conversion_errors:
-            return list(report.conversion_errors)
-    return None
 
 
 def _missing(model: PreTrainedModel, reported: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What tells one base from another: its weights, wherever and however they are stored."""
+"""The fingerprint of a base: of its weights, wherever and however they are saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qlora.config.schema import Weights
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.models.json_files import read_object
 from qlora.models.model_files import EMBEDDED
 from qlora.runtime.atomic_files import read_json, write_text
@@ -65,7 +65,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Difference:
-    """What tells two bases apart, or may do so."""
+    """How two bases differ, or may differ."""
 
     what: str
     remedy: str
@@ -130,7 +130,7 @@ def _core_name(name: str, shape: list[int]) -> str:
 
 
 def find_difference(trained: Base, now: Base) -> Difference | None:
-    """Says in words what tells the base `now` from the one `trained`; None: nothing does."""
+    """Returns how the base `now` differs from the one `trained`; None: it does not."""
     if not (_is_comparable(trained) and _is_comparable(now)):
         return _compare_names(trained, now)
     if trained.fingerprint == now.fingerprint:
@@ -143,8 +143,8 @@ def find_difference(trained: Base, now: Base) -> Difference | None:
         extra = "" if trained.revision == now.revision else f", with {revision}"
         what = f"model.name={now.name}, whose weights are others ({hashes}): it was trained on {trained.name}"
         return Difference(what, f"give that base as model.name{extra}")
-    what = f"model.name={now.name}, whose weights are not those of the training any more ({hashes})"
-    return Difference(what, f"set {revision}" if trained.revision != now.revision else "put those back in their place")
+    what = f"model.name={now.name}, whose weights have changed since the training ({hashes})"
+    return Difference(what, f"set {revision}" if trained.revision != now.revision else "restore the previous files")
 
 
 def _is_comparable(base: Base) -> bool:
@@ -164,7 +164,7 @@ def _compare_random(trained: Base, now: Base) -> Difference:
     changed = [key for key in {**trained.random, **settings} if trained.random.get(key) != settings.get(key)]
     values = {key: trained.random.get(key) for key in changed}
     remedy = " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
-    return Difference("the config: it was trained on a base that was drawn otherwise", f"set {remedy}")
+    return Difference("the config: it was trained on a base with other random weights", f"set {remedy}")
 
 
 def _compare_names(trained: Base, now: Base) -> Difference | None:
@@ -189,15 +189,15 @@ def write_base(base: Base, folder: Path) -> None:
 def read_base(adapter: Path) -> Base:
     """Returns the base that an adapter belongs to: by its own folder, its run's manifest, or the name that PEFT stores.
 
-    Raises `ConfigError` for a damaged file.
+    Raises `DataError` for a damaged file.
     """
     key = f"adapter={adapter}"
     if (path := adapter / BASE_FILE).is_file():
-        stored = read_object(path, key)
-        return Base(**{field.name: stored[field.name] for field in fields(Base) if field.name in stored})
+        saved = read_object(path, key)
+        return Base(**{field.name: saved[field.name] for field in fields(Base) if field.name in saved})
     run = RunFolder(adapter.parent.parent if adapter.parent.name == "checkpoints" else adapter.parent)
-    own = adapter.parent == run.checkpoints or adapter == run.adapter
-    if own and (base := read_run_base(run)) is not None:
+    is_of_run = adapter.parent == run.checkpoints or adapter == run.adapter
+    if is_of_run and (base := read_run_base(run)) is not None:
         return base
     return Base(read_object(adapter / ADAPTER_FILES[0], key).get("base_model_name_or_path") or "")
 
@@ -206,7 +206,7 @@ def read_run_base(run: RunFolder) -> Base | None:
     """Returns the base of the training in a run's folder, as its manifest says; None: there is none.
 
     Runs of older versions have a digest of files there, which cannot be compared, and `drawn.json` beside it. Raises
-    `ConfigError` for a damaged manifest.
+    `DataError` for a damaged manifest.
     """
     try:
         if (manifest := read_json(run.manifest)) is None:
@@ -216,7 +216,7 @@ def read_run_base(run: RunFolder) -> Base | None:
         digest = model.get("fingerprint") if settings is None else fingerprint_random(settings)
         return Base(model.get("name", config["name"]), model.get("revision"), digest, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
+        raise DataError(
             f"{run.manifest} is damaged ({type(error).__name__}: {error}), and nothing else says which base the run "
             "was trained on; copy the run again, or choose another folder"
         ) from error

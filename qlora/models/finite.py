@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qlora.models.outputs import on_output, plain_ids
 from qlora.quantization.method import QuantizationMethod
+from qlora.upstream.torch_models import TorchDispatchMode, tree_leaves
 
 
 def is_finite(tensor: Tensor) -> bool:

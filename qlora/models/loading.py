@@ -65,7 +65,8 @@ def load_base(
     with QuantizationWatch(method) as watch:
         model = _read(source, key, config, placement, method, options)
         if saved is None:
-            method.convert(model, quantization, placement)
+            with torch.no_grad():
+                method.convert(model, quantization, placement)
     if saved is not None:
         _cast_unquantized(model, method, placement.param_dtype)
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}

@@ -1,4 +1,4 @@
-"""Finds a model's files and says what is wrong with them before anything is loaded."""
+"""Finds a model's files, and checks them before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qlora.errors import ConfigError, did_you_mean
-from qlora.models.json_files import MODEL_FILES, TOKENIZER_JSON, check_files, read_object
+from qlora.errors import ConfigError, DataError, did_you_mean
+from qlora.models.json_files import check_files, read_object
+from qlora.models.json_shapes import MODEL_FILES, TOKENIZER_JSON
 from qlora.text import brief
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "demo" / "model"}
 WEIGHTS = "*.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The one file of a model's weights, or what names several; repositories may hold copies under other names."""
+"""The single file of a model's weights, or the index of several; repositories may hold copies under other names."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Weights that are no safetensors: reading a pickle may run code that it holds."""
+"""Weights in other files than safetensors: reading a pickle may run code that it holds."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def locate(name: str, key: str = "model.name") -> str:
     """Returns the folder of an embedded or local model, or the hub id unchanged.
 
-    Raises `ConfigError` for what looks like a path but is none.
+    Raises `ConfigError` for what looks like a path but is not one.
     """
     if name in EMBEDDED:
         return str(EMBEDDED[name])
@@ -37,28 +38,28 @@ def locate(name: str, key: str = "model.name") -> str:
     return name
 
 
-def is_local(place: str) -> bool:
-    """Returns whether `locate` found a folder."""
-    return Path(place).is_dir()
+def is_local(source: str) -> bool:
+    """Returns whether `locate` returned a folder, not a hub id."""
+    return Path(source).is_dir()
 
 
 def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
-    """Raises `ConfigError` unless `folder` holds a config, whole weights and, if asked, a tokenizer."""
+    """Raises `DataError` unless `folder` holds a config, whole weights and, if asked, a tokenizer."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ConfigError(
+            raise DataError(
                 f"model.name={folder} is an adapter, not a base model; give its base as model.name and this folder "
                 "as adapter"
             )
-        raise ConfigError(f"model.name={folder}: config.json is missing; a model folder needs it")
+        raise DataError(f"model.name={folder}: config.json is missing; a model folder needs it")
     check_files(folder, MODEL_FILES, f"model.name={folder}")
     weights = sorted(folder.glob(WEIGHTS))
     if not weights and (pickles := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]):
         raise only_safetensors(str(folder), pickles[0])
     if not weights:
-        raise ConfigError(
+        raise DataError(
             f"model.name={folder} has a config but no weights (*.safetensors); finish the download, or use "
-            "model.weights=random to draw them"
+            "model.weights=random to initialise them from a seed"
         )
     weight_files(folder)
     if tokenizer:
@@ -66,39 +67,39 @@ def check_model_folder(folder: Path, *, tokenizer: bool = True) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files of the weights in a model's folder; raises `ConfigError` where one is missing or damaged."""
+    """Returns the files of the weights in a model's folder; raises `DataError` where one is missing or damaged."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif index.is_file():
         files = _read_index(index)
     else:
-        raise ConfigError(f"model.name={folder} has no weights ({SINGLE}, or an index of several files)")
+        raise DataError(f"model.name={folder} has no weights ({SINGLE}, or an index of several files)")
     for file in files:
         check_safetensors(file, "model.name")
     return files
 
 
 def _read_index(index: Path) -> list[Path]:
-    """Returns the files that an index names; raises `ConfigError` if one is missing."""
+    """Returns the files that an index names; raises `DataError` if one is missing."""
     folder = index.parent
     names = set(read_object(index, f"model.name={folder}")["weight_map"].values())
     if strange := sorted(name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name):
-        raise ConfigError(
+        raise DataError(
             f"model.name={folder}: {INDEX} names {brief(strange[0])}, which is no file in this folder; download or "
             "copy the model again"
         )
     if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise ConfigError(
+        raise DataError(
             f"model.name={folder}: {len(missing)} of the {len(names)} files of the weights that {INDEX} names are "
             f"missing, first {missing[0]}; finish the download, or copy the model again"
         )
     return sorted(folder / name for name in names)
 
 
-def only_safetensors(name: str, file: str) -> ConfigError:
+def only_safetensors(name: str, file: str) -> DataError:
     """Returns the error for a model without safetensors."""
-    return ConfigError(
+    return DataError(
         f"model.name={name} has its weights in {file} alone; only safetensors are loaded, because other files may hold "
         'code. If you trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
         "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
@@ -106,9 +107,9 @@ def only_safetensors(name: str, file: str) -> ConfigError:
 
 
 def check_tokenizer_folder(folder: Path, key: str) -> None:
-    """Raises `ConfigError` unless `folder` holds a tokenizer."""
+    """Raises `DataError` unless `folder` holds a tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
+        raise DataError(
             f"{key}={folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); copy it there or name another with "
             "model.tokenizer"
         )
@@ -116,11 +117,11 @@ def check_tokenizer_folder(folder: Path, key: str) -> None:
 
 
 def check_safetensors(path: Path, key: str) -> None:
-    """Raises `ConfigError` if a safetensors file is cut off or no such file; reads its header only."""
+    """Raises `DataError` if a safetensors file is cut off or not of that format; reads its header only."""
     if path.suffix != ".safetensors":
         return
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ConfigError(f"{key}: {path} is damaged or incomplete ({error}); download or copy it again") from error
+        raise DataError(f"{key}: {path} is damaged or incomplete ({error}); download or copy it again") from error

@@ -18,9 +18,11 @@ LEADING, LENGTH = (6, 3), 8
 """Tokens before the measured segment in the first and in the second row, and tokens in it."""
 
 SEEN = 0.1
-"""Share of the influence without borders from which on a segment counts as seen. Measured: 0 where the borders hold
+"""Fraction of the influence without restarting positions from which a segment counts as seen. Measured: 0 where rows
+are kept apart
 (rounding with experts; 0.03 in 8 bits, which round by all tokens of a batch), 0.75 to 1 where they do not. Less than
-the share, but more than rounding, is a model in which some layers have borders (Falcon H1: attention, not Mamba)."""
+the fraction, but more than rounding, is a model in which some layers keep rows apart (Falcon H1: attention, not
+Mamba)."""
 MOVED = 0.25
 """Likewise for the distance from the segment alone, whose shapes and hence roundings are others."""
 
@@ -29,23 +31,23 @@ MOVED = 0.25
 def check_packing(model: PreTrainedModel, placement: Placement, *, batch_size: int) -> None:
     """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
 
-    transformers finds the borders from `position_ids` that restart, but not in every architecture (OPT, Falcon,
+    transformers finds the packed rows by `position_ids` that restart, but not in every architecture (OPT, Falcon,
     Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row a batch: nothing is
     reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
     precision of training. It comes after the trainer is built, which switches the cache off.
     """
-    assert not getattr(model.config, "use_cache", False), "a key-value cache switches the borders of packs off"
+    assert not getattr(model.config, "use_cache", False), "with a key-value cache, packed rows see each other"
     method = method_of(model)
     method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size
     one, other, segment = (_tokens(quarter * vocabulary // 4, vocabulary) for quarter in (1, 2, 3))
     with _evaluating(model), placement.autocast():
 
-        def logits(leading: Tensor, *, borders: bool) -> Tensor:
-            return _logits(model, _batch(leading, segment, batch_size, borders=borders), placement.device)
+        def logits(leading: Tensor, *, restarts: bool) -> Tensor:
+            return _logits(model, _batch(leading, segment, batch_size, restarts=restarts), placement.device)
 
-        packed, changed = logits(one, borders=True), logits(other, borders=True)
-        plain, plain_changed = logits(one, borders=False), logits(other, borders=False)
+        packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        plain, plain_changed = logits(one, restarts=False), logits(other, restarts=False)
         inputs = {"input_ids": segment[None].to(placement.device)}
         alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
     rounding = torch.finfo(placement.compute_dtype).eps * _spread(alone)
@@ -68,7 +70,7 @@ def _tokens(start: int, vocabulary: int) -> Tensor:
     return (start + 7 * torch.arange(LENGTH)) % vocabulary
 
 
-def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, borders: bool) -> dict[str, Tensor]:
+def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, restarts: bool) -> dict[str, Tensor]:
     """Returns rows of `LEADING` other tokens, the segment and padding: each int64 [1 or 2, longest]."""
     width = LEADING[0] + LENGTH
     ids, positions = [], []
@@ -77,13 +79,13 @@ def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, borders: bool) 
         ids.append(torch.cat(parts))
         positions.append(torch.cat([torch.arange(len(part)) for part in parts]))
     batch = {"input_ids": torch.stack(ids)}
-    return batch | {"position_ids": torch.stack(positions)} if borders else batch
+    return batch | {"position_ids": torch.stack(positions)} if restarts else batch
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """Returns the logits of the segment in every row: float32 [rows, LENGTH, vocabulary]."""
-    found = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
-    rows = zip(found, LEADING, strict=False)
+    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+    rows = zip(logits, LEADING, strict=False)
     return torch.stack([row[count : count + LENGTH] for row, count in rows])
 
 

@@ -85,7 +85,8 @@ class RandomWeights:
             model.hf_quantizer = quantizer
             quantizer.postprocess_model(model)
         else:
-            method.convert(model, quantization, self.placement)
+            with torch.no_grad():
+                method.convert(model, quantization, self.placement)
         return model.eval()
 
     def _empty(self, **options: Any) -> PreTrainedModel:

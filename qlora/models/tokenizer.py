@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_
 
 from qlora.config.schema import ModelConfig
 from qlora.errors import ConfigError, UserError, did_you_mean
-from qlora.models.json_files import TOKENIZER_JSON, library_reads, unreadable
+from qlora.models.json_files import library_reads, unreadable
+from qlora.models.json_shapes import TOKENIZER_JSON
 from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
 from qlora.runtime.atomic_files import read_json
 from qlora.text import brief, brief_text
@@ -29,9 +30,9 @@ dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is asked whether code of
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `config` with its special tokens repaired and `model.new_tokens` added."""
     key = "model.tokenizer" if config.tokenizer else "model.name"
-    place = locate(config.tokenizer or config.name, key)
+    source = locate(config.tokenizer or config.name, key)
     tokenizer = _read(
-        place,
+        source,
         key,
         gated=config.gated,
         revision=config.revision if not config.tokenizer else None,
@@ -47,18 +48,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read(place: str, key: str, *, gated: bool = False, **options: Any) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer by transformers and has it split a text; raises `ConfigError` that names the file at fault."""
-    if is_local(place):
-        check_tokenizer_folder(Path(place), key)
-        _check_class(Path(place), key)
-    with library_reads(f"{key}={place}", lambda: _blame(Path(place))):
+def _read(source: str, key: str, *, gated: bool = False, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by transformers and splits a text with it; raises `DataError` that names the damaged file."""
+    if is_local(source):
+        check_tokenizer_folder(Path(source), key)
+        _check_class(Path(source), key)
+    with library_reads(f"{key}={source}", lambda: _blame(Path(source))):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
-            if is_local(place) and "trust_remote_code" not in str(error):
+            if is_local(source) and "trust_remote_code" not in str(error):
                 raise
-            raise hub_error(key, place, error, gated=gated) from error
+            raise hub_error(key, source, error, gated=gated) from error
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"transformers finds no tokenizer there, but {brief(tokenizer)}")
         text = " ".join(filter(None, tokenizer.convert_ids_to_tokens([0, 1, 2])))  # which it must be able to split
@@ -75,12 +76,12 @@ def _check_class(folder: Path, key: str) -> None:
     )
     if kind is not None and not is_tokenizer:
         raise ConfigError(
-            f"{key}={folder}: tokenizer_config.json says tokenizer_class={name!r}, which is no tokenizer; correct it"
+            f"{key}={folder}: tokenizer_config.json says tokenizer_class={name!r}, which is not a tokenizer; correct it"
         )
 
 
 def _blame(folder: Path) -> str:
-    """Says which file of a tokenizer a library fails on, as far as that can be told."""
+    """Returns the file of a tokenizer that a library fails on, as far as that is known."""
     if (path := folder / "tokenizer.json").is_file():
         try:
             with library_reads("", path.name):
@@ -138,19 +139,19 @@ def _find_difference(there: PreTrainedTokenizerBase, here: PreTrainedTokenizerBa
     return None
 
 
-def hub_error(key: str, place: str, error: Exception, *, gated: bool = False) -> ConfigError:
+def hub_error(key: str, source: str, error: Exception, *, gated: bool = False) -> UserError:
     """Returns one clear sentence for what the hub library says at length."""
     if "trust_remote_code" in str(error):
         return ConfigError(
-            f"{key}={place} brings Python code of its own along, which is not run; read it, and if you trust it set "
+            f"{key}={source} comes with Python code, which is not run; read it, and if you trust it set "
             "model.trust_remote_code=true (and pin what you read with model.revision=COMMIT)"
         )
-    if is_local(place):
-        return unreadable(f"{key}={place}", "config.json" if key == "model.name" else "its tokenizer", error)
-    near = did_you_mean(place, EMBEDDED)
+    if is_local(source):
+        return unreadable(f"{key}={source}", "config.json" if key == "model.name" else "its tokenizer", error)
+    near = did_you_mean(source, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
     return ConfigError(
-        f"{key}={place}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name "
+        f"{key}={source}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name "
         f"and the network{gate}, or give a local folder with model.name=FOLDER"
     )
 
@@ -181,7 +182,7 @@ def repair_special_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int) -> dict[int, str]:
-    """Returns the tokens, by their ids, that a base with embeddings of so many `rows` has none for.
+    """Returns the tokens, by their ids, that a base with embeddings for `rows` tokens has none for.
 
     Those of `model.new_tokens` get one, and no text needs to hold the special ones. Raises `ConfigError` if there are
     others: the tokenizer is another model's then.
@@ -193,8 +194,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, ro
     if ordinary := [token for token in beyond.values() if token not in added]:
         key = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}: its tokenizer"
         raise ConfigError(
-            f"{key} has {len(vocabulary):,} tokens, and the base {config.name} has embeddings for {rows:,}, so it is "
-            f"another model's ({ordinary[0]!r} is the first without one); give the base's own as model.tokenizer"
+            f"{key} has {len(vocabulary):,} tokens, and the base {config.name} has embeddings for {rows:,}, so it "
+            f"belongs to another model ({ordinary[0]!r} is the first without one); give that of the "
+            "base as model.tokenizer"
         )
     return beyond
 

@@ -12,13 +12,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora.config.schema import ModelConfig
 from qlora.models.model_files import INDEX, SINGLE, is_local, locate, weight_files
 from qlora.models.tokenizer import hub_error
+from qlora.upstream.transformers_models import TensorNames, find_hub_file
 
 
 def fetch_weights(config: ModelConfig) -> list[Path] | None:
@@ -29,10 +28,10 @@ def fetch_weights(config: ModelConfig) -> list[Path] | None:
     options = {"revision": config.revision or "main", "cache_dir": config.cache_dir}
     try:
         for name in (SINGLE, INDEX):
-            if (file := cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)) is not None:
+            if (file := find_hub_file(source, name, **options)) is not None:
                 if name == INDEX:
-                    get_checkpoint_shard_files(source, file, **options)
-                return weight_files(Path(file).parent)
+                    get_checkpoint_shard_files(source, str(file), **options)
+                return weight_files(file.parent)
     except (OSError, ValueError) as error:
         raise hub_error("model.name", source, error, gated=config.gated) from error
     return None
@@ -103,22 +102,7 @@ class ModelNames:
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        transforms = get_model_conversion_mapping(model)
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.count = sum(parameter.numel() for parameter in model.parameters())
-        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        self._prefix = model.base_model_prefix
-
-    def find(self, name: str) -> str | None:
-        """Returns the parameter's or buffer's name, or None for a tensor that loading leaves out."""
-        for renamings, converters in ((self._renamings, self._converters), ([], [])):
-            renamed, _ = rename_source_key(name, renamings, converters, self._prefix, self.tensors)
-            if renamed in self.tensors:
-                return str(renamed)
-        return None
-
-    def is_converted(self, name: str) -> bool:
-        """Returns whether loading makes another tensor of this one, for example by joining experts."""
-        _, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.tensors)
-        return pattern is not None
+        names = TensorNames(model)
+        self.find, self.is_converted = names.find, names.is_converted

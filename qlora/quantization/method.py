@@ -121,7 +121,7 @@ class QuantizationMethod(Protocol):
         return None
 
     def convert(self, model: torch.nn.Module, config: QuantizationConfig, placement: Placement) -> None:
-        """Quantizes a loaded model in place, where transformers did not; it may lie on the meta device."""
+        """Quantizes a loaded model in place, where transformers did not; it is called without gradients."""
 
     def check_saved(self, config: QuantizationConfig, settings: Mapping[str, Any], key: str) -> None:
         """Raises `ConfigError` unless this method loads a base that was saved quantized.
@@ -208,11 +208,11 @@ def quantization_key(config: QuantizationConfig) -> str:
 
 def set_method(model: Any, method: QuantizationMethod) -> None:
     """Notes the method on a base, for those that are given the model alone."""
-    model.__dict__["quantization_method"] = method
+    model.__dict__["qlora_quantization"] = method
 
 
 def method_of(model: Any) -> QuantizationMethod:
     """Returns the method of a base, with or without an adapter on it; one that was never loaded here is unquantized."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    method: QuantizationMethod = base.__dict__.get("quantization_method") or load_method("none", 16)
+    method: QuantizationMethod = base.__dict__.get("qlora_quantization") or load_method("none", 16)
     return method

@@ -10,9 +10,10 @@ import torch
 
 from qlora.config.schema import TrainerConfig
 from qlora.errors import ConfigError
+from qlora.upstream.torch_models import deterministic_inductor
 
 WORKSPACE, SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-"""cuBLAS adds up in the same order with a workspace of fixed size only (NVIDIA's manual, Results Reproducibility)."""
+"""cuBLAS accumulates in fixed order only with a workspace of fixed size (NVIDIA's manual: Results Reproducibility)."""
 
 
 def fix_workspace() -> None:
@@ -22,34 +23,35 @@ def fix_workspace() -> None:
 
 @contextlib.contextmanager
 def deterministic(config: TrainerConfig) -> Iterator[None]:
-    """Lets torch take deterministic algorithms alone inside the block, if `config` asks for it.
+    """Restricts torch to deterministic algorithms inside the block, if `config` asks for it.
 
-    Then cuDNN's attention, which adds up in any order, gives way to FlashAttention with an order, and Inductor measures
-    no kernels. Raises `ConfigError` for an operation that has no such algorithm, and where CUDA has started without it.
+    cuDNN's attention, which accumulates in any order, is replaced by FlashAttention with a fixed order, and Inductor
+    measures no kernels. Raises `ConfigError` for an operation without a deterministic algorithm, and if CUDA has
+    started without it.
     """
     if not config.deterministic:
         yield
         return
     if torch.cuda.is_initialized() and WORKSPACE not in os.environ:
         raise ConfigError(
-            f"trainer.deterministic=true: CUDA is at work in this process already; set {WORKSPACE}={SETTING} before it "
-            "starts, or run in a process of its own"
+            f"trainer.deterministic=true: CUDA has already started in this process; set {WORKSPACE}={SETTING} before "
+            "it starts, or run in a new process"
         )
     fix_workspace()
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        with torch._inductor.config.patch(deterministic=True):
+        with deterministic_inductor():
             yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
         reason = str(error).strip().split(". ")[0].splitlines()[0]
         raise ConfigError(
-            f"trainer.deterministic=true: {reason}; leave it out, or what needs this operation"
+            f"trainer.deterministic=true: {reason}; set it to false, or leave out what needs this operation"
         ) from error
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

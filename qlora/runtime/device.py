@@ -12,6 +12,7 @@ import torch
 from qlora.config.schema import ComputeDtype, Device
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
+from qlora.upstream.torch_models import cpu_computes_bf16
 
 DTYPES = {
     ComputeDtype.bf16: torch.bfloat16,
@@ -78,7 +79,7 @@ def computes_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "xpu":
         return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return cpu_computes_bf16()
 
 
 def device_name(device: torch.device) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file
+from transformers.utils.loading_report import LoadStateDictInfo
 
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -36,3 +43,48 @@ def attention_of(model: PreTrainedModel) -> str | None:
     """Returns the attention that a model computes with, e.g. `sdpa`; what the config asks for may be None."""
     implementation: str | None = model.config._attn_implementation
     return implementation
+
+
+def failed_conversions(error_traceback: TracebackType | None) -> list[str] | None:
+    """Returns the tensors that `from_pretrained` could not make of those in the files; None: it failed otherwise.
+
+    Its message refers to a table in the log, so the report is taken from the frame that raised it.
+    """
+    for frame, _ in traceback.walk_tb(error_traceback):
+        report = frame.f_locals.get("loading_info")
+        if isinstance(report, LoadStateDictInfo) and report.conversion_errors:
+            return list(report.conversion_errors)
+    return None
+
+
+def find_hub_file(repository: str, name: str, **options: Any) -> Path | None:
+    """Returns a file of a hub repository, downloaded if needed; None: the repository has no such file.
+
+    The public call raises one exception for a file that is missing and for a hub that cannot be reached.
+    """
+    path = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **options)
+    return None if path is None else Path(path)
+
+
+class TensorNames:
+    """The parameters and buffers that the tensors of a model's files are loaded into, by transformers' own rules."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._tensors = model.state_dict()
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._prefix = model.base_model_prefix
+
+    def find(self, name: str) -> str | None:
+        """Returns the parameter's or buffer's name, or None for a tensor that loading leaves out."""
+        for renamings, converters in ((self._renamings, self._converters), ([], [])):
+            renamed, _ = rename_source_key(name, renamings, converters, self._prefix, self._tensors)
+            if renamed in self._tensors:
+                return str(renamed)
+        return None
+
+    def is_converted(self, name: str) -> bool:
+        """Returns whether loading makes another tensor of this one, for example by joining experts."""
+        _, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._tensors)
+        return pattern is not None

@@ -20,8 +20,8 @@ from qlora.doctor.findings import Finding, Status, look
 from qlora.doctor.trial_step import check_step, check_support, find_architecture
 from qlora.errors import UserError
 from qlora.models import loading
-from qlora.quantization.bnb4 import layers
 from qlora.run import Run
+from qlora.upstream import bitsandbytes
 
 
 def lines(check: Any, *overrides: str) -> list[Finding]:
@@ -90,7 +90,7 @@ def test_gradients_that_an_evaluation_takes_away_are_found(monkeypatch: pytest.M
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
 def test_the_trap_itself_is_found_where_a_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "keep_layout", lambda model: None)
+    monkeypatch.setattr(bitsandbytes, "disable_repacking", lambda model: None)
     found = named(lines(check_step, "device=cpu"), "training step")
     assert found.status is Status.error
     assert "after an evaluation" in found.says

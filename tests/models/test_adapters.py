@@ -145,9 +145,9 @@ def test_a_trained_adapter_answers_the_same_on_the_unchanged_base(
         expected = model(input_ids=ids).logits
         _, fresh = load(base_folder, f"quantization={quantization}")
         untuned = fresh(input_ids=ids).logits
-        found = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(input_ids=ids).logits
+        logits = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(input_ids=ids).logits
     assert (untuned - expected).abs().max() > 0.05
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_loftq_starts_nearer_to_the_original_weights(base_folder: Path) -> None:
@@ -186,9 +186,9 @@ def test_eva_on_more_directions_than_features_names_the_largest_rank_which_works
     message = str(error.value)
     assert message.startswith("lora.r=500: lora.init=eva looks for 1000 directions in what a layer reads, and model.")
     assert message.endswith(" or less, or use lora=all-linear lora.init=default")
-    largest = int(message.partition("set lora.r=")[2].partition(" ")[0])
-    with pytest.raises(UserError, match=f"set lora.r={largest} or less"):
-        start(largest + 1)
+    max_rank = int(message.partition("set lora.r=")[2].partition(" ")[0])
+    with pytest.raises(UserError, match=f"set lora.r={max_rank} or less"):
+        start(max_rank + 1)
 
 
 def test_eva_on_layers_that_peft_cannot_read_gives_a_hint_that_works(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
     [
         (
             '{"peft_type": "LO',
-            "adapter_config.json is damaged (no JSON: Unterminated string starting at: line 1 column 15",
+            "adapter_config.json is damaged (not JSON: Unterminated string starting at: line 1 column 15",
         ),
         ("{}", "adapter_config.json is damaged (peft_type is missing); copy the adapter again"),
         ("[]", "adapter_config.json is damaged (it must be an object, got []); copy the adapter again"),
@@ -358,7 +358,7 @@ def test_the_weight_error_of_nf4_is_a_quarter_below_that_of_fp4(base_folder: Pat
 
 def test_frozen_base_weights_do_not_move(base_folder: Path) -> None:
     config, base = load(base_folder, "quantization=none")
-    before = copy.deepcopy(base.state_dict())
+    state = copy.deepcopy(base.state_dict())
     model = attach(config, base, base_folder)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     gradients(model)
@@ -366,5 +366,5 @@ def test_frozen_base_weights_do_not_move(base_folder: Path) -> None:
     after = model.get_base_model().state_dict()
     assert all(
         torch.equal(value, after.get(key, after.get(key.replace(".weight", ".base_layer.weight"))))
-        for key, value in before.items()
+        for key, value in state.items()
     )

@@ -23,11 +23,11 @@ from tests.models.bases import change, choose, load, write
 
 Tensors = dict[str, Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
-FAULTS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]] = {
     "a tensor is missing": (
         lambda tensors: {name: tensor for name, tensor in tensors.items() if name != UP},
         {},
-        f"1 tensor is missing from its files, {UP}, and would be drawn at random; download or copy",
+        f"1 tensor is missing from its files, {UP}, and would be initialised at random; download or copy",
     ),
     "a bias alone is missing": (
         lambda tensors: {name: tensor for name, tensor in tensors.items() if "norm" not in name},
@@ -67,12 +67,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("llama") / "base")
 
 
-@pytest.mark.parametrize(("fault", "quantization"), [
-    *((fault, "nf4") for fault in FAULTS), ("a tensor is missing", "int8"), ("a weight is narrower", "int8"),
+@pytest.mark.parametrize(("damage", "quantization"), [
+    *((damage, "nf4") for damage in DAMAGES), ("a tensor is missing", "int8"), ("a weight is narrower", "int8"),
     ("a tensor is missing", "fp32"), ("a weight is narrower", "fp32"),
 ])  # fmt: skip
-def test_what_the_files_lack_is_named_and_refused(llama: Path, tmp_path: Path, fault: str, quantization: str) -> None:
-    edit, settings, sentence = FAULTS[fault]
+def test_what_the_files_lack_is_named_and_refused(llama: Path, tmp_path: Path, damage: str, quantization: str) -> None:
+    edit, settings, sentence = DAMAGES[damage]
     folder = change(shutil.copytree(llama, tmp_path / "base"), edit, **settings)
     with pytest.raises(UserError, match=rf"^model.name={re.escape(str(folder))}: {sentence}") as error:
         load(folder, f"quantization={quantization}")

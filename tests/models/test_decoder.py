@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora import adapters
+from qlora.adapters.targets import find_target_modules
 from qlora.errors import UserError
 from qlora.models import loading
 from qlora.models.decoder import EXPERTS, ROUTER, read_decoder
@@ -76,7 +77,7 @@ def test_a_name_that_only_the_tower_has_is_refused(folders: dict[str, Path]) -> 
     with pytest.raises(
         UserError, match=r"lora.target_modules \['fc1'\] match no linear layer.*; the model has \['down"
     ):
-        adapters.find_target_modules(["fc1"], base)
+        find_target_modules(["fc1"], base)
 
 
 def test_the_tower_counts_as_beside_the_decoder(folders: dict[str, Path]) -> None:
@@ -132,7 +133,7 @@ def test_loftq_starts_on_a_mixture_that_is_mostly_quantized(tmp_path: Path) -> N
 def test_names_that_peft_gives_to_experts_are_refused(folders: dict[str, Path]) -> None:
     base = load(folders["deepseek_v3"], "quantization=none")
     with pytest.raises(UserError) as error:
-        adapters.find_target_modules(["q_proj", "up_proj"], base)
+        find_target_modules(["q_proj", "up_proj"], base)
     assert str(error.value) == (
         "lora.target_modules ['up_proj']: in deepseek_v3 PEFT gives these names to the experts, which have no adapters "
         "here; choose among ['kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj', 'q_proj'], or use all-linear"
@@ -174,8 +175,8 @@ def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
     experts, router, attention = 2 * 2 * 3 * 16 * 64, 2 * 2 * 64, 2 * 64 * 16 * (4 + 2 + 2 + 4)
     total = experts + router + attention
     assert decoder.unquantized == decoder.unadapted == {EXPERTS: experts / total, ROUTER: router / total}
-    share = f"{100 * (experts + router) / total:.1f} %"
-    assert decoder.describe_unquantized() == f"{share} of the decoder's weights are in bfloat16 (experts, router)"
+    fraction = f"{100 * (experts + router) / total:.1f} %"
+    assert decoder.describe_unquantized() == f"{fraction} of the decoder's weights are in bfloat16 (experts, router)"
     assert decoder.describe_unadapted() == (
         f"experts ({100 * experts / total:.1f} % of the decoder's weights), router ({100 * router / total:.1f} %); the "
         "router is frozen"

@@ -29,10 +29,10 @@ def test_auto_falls_to_the_cpu_without_an_accelerator() -> None:
 
 
 @NO_GPU
-@pytest.mark.parametrize("wanted", [Device.cuda, Device.xpu])
-def test_a_missing_device_is_refused_with_what_is_there(wanted: Device) -> None:
-    with pytest.raises(UserError, match=rf"device={wanted.value}: torch .* only cpu; use device=auto"):
-        find_device(wanted)
+@pytest.mark.parametrize("requested", [Device.cuda, Device.xpu])
+def test_a_missing_device_is_refused_with_what_is_there(requested: Device) -> None:
+    with pytest.raises(UserError, match=rf"device={requested.value}: torch .* only cpu; use device=auto"):
+        find_device(requested)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qlora.adapters import add_lora
 from qlora.config.compose import compose
 from qlora.errors import UserError
-from qlora.quantization.bnb4.layers import keep_layout, set_compute_dtype
+from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastLinear, FastStep, attend_in_batch, attend_in_rows
 from qlora.step.kernels import fused_linear
 from qlora.step.offload import Offloading
+from qlora.upstream.bitsandbytes import disable_repacking
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
 SHAPE = {
@@ -51,7 +52,7 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
             setattr(model.get_submodule(parent), own, made.to("cpu"))
             quantized = made.weight if made.weight.bnb_quantized else made.weight._quantize(torch.device("cpu"))
             made.weight = quantized
-    keep_layout(model)
+    disable_repacking(model)
     model.requires_grad_(False)
     model.quantization_method, model.is_loaded_in_4bit = BitsAndBytesConfig(load_in_4bit=True).quant_method, True
     model.config.use_cache = False

@@ -56,12 +56,12 @@ def test_copies_shards_and_other_files_beside_are_the_same_base(base_folder: Pat
 def test_a_dtype_that_holds_all_values_is_the_same_base_and_one_that_rounds_is_not(
     base_folder: Path, tmp_path: Path
 ) -> None:
-    narrow = changed(base_folder, tmp_path / "bf16", lambda weights: {n: w.bfloat16() for n, w in weights.items()})
-    wide = changed(tmp_path / "bf16", tmp_path / "wide", lambda weights: {n: w.float() for n, w in weights.items()})
+    bf16 = changed(base_folder, tmp_path / "bf16", lambda weights: {n: w.bfloat16() for n, w in weights.items()})
+    fp32 = changed(tmp_path / "bf16", tmp_path / "wide", lambda weights: {n: w.float() for n, w in weights.items()})
     half = changed(tmp_path / "bf16", tmp_path / "fp16", lambda weights: {n: w.half() for n, w in weights.items()})
-    assert narrow == wide
-    assert narrow != fingerprint(base_folder)
-    assert narrow != half, "16-bit floats round small bf16 numbers"
+    assert bf16 == fp32
+    assert bf16 != fingerprint(base_folder)
+    assert bf16 != half, "16-bit floats round small bf16 numbers"
 
 
 def test_the_names_that_wrappers_and_tied_matrices_have_do_not_matter(base_folder: Path, tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_the_names_that_wrappers_and_tied_matrices_have_do_not_matter(base_folde
         return kept | {name: weights["lm_head.weight"].clone() for name in names}
 
     assert changed(base_folder, tmp_path / "bare", unwrap) == fingerprint(base_folder)
-    places = [("lm_head.weight",), ("model.embed_tokens.weight",), ("lm_head.weight", "model.embed_tokens.weight")]
-    assert len({changed(base_folder, tmp_path / "tied", lambda w, n=names: tie(w, *n)) for names in places}) == 1
+    matrices = [("lm_head.weight",), ("model.embed_tokens.weight",), ("lm_head.weight", "model.embed_tokens.weight")]
+    assert len({changed(base_folder, tmp_path / "tied", lambda w, n=names: tie(w, *n)) for names in matrices}) == 1
 
 
 def test_buffers_that_older_versions_stored_do_not_matter(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_a_large_base_is_fingerprinted_by_few_reads(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + layers * size)
-    started, before = time.perf_counter(), _bytes_read()
+    started, bytes_before = time.perf_counter(), _bytes_read()
     assert fingerprint_weights([path]).startswith(STORED)
-    assert _bytes_read() - before < 2**20
+    assert _bytes_read() - bytes_before < 2**20
     assert time.perf_counter() - started < 5
 
 
@@ -188,7 +188,7 @@ def test_the_fingerprint_decides_and_the_name_only_where_there_is_none() -> None
     assert find_difference(base("a", None), base("a")) is None
     certain = {
         find_difference(base("a", other), base("b")): "give that base as model.name",
-        find_difference(base("a", other), base("a")): "put those back in their place",
+        find_difference(base("a", other), base("a")): "restore the previous files",
         find_difference(base("a", other, revision="v1"), base("a")): "set model.revision=v1",
         find_difference(base("a", other, revision="v1"), base("b")): "give that base as model.name, with "
         "model.revision=v1",
@@ -205,15 +205,15 @@ def test_the_fingerprint_decides_and_the_name_only_where_there_is_none() -> None
 def test_random_weights_are_told_apart_by_what_decides_them() -> None:
     one, other = ({"model.weights": "random", "seed": seed, "model.architecture.head_dim": size}
                   for seed, size in ((0, None), (1, 8)))  # fmt: skip
-    trained, now = (base("tiny", fingerprint_random(each), random=each) for each in (one, other))
+    trained, now = (base("tiny", fingerprint_random(settings), random=settings) for settings in (one, other))
     assert find_difference(trained, trained) is None
-    for found, remedy in (
+    for difference, remedy in (
         (find_difference(trained, now), "set seed=0 model.architecture.head_dim=null"),
         (find_difference(trained, base("tiny")), "set model.weights=random"),
         (find_difference(base("tiny"), now), "set model.weights=pretrained model.name=tiny"),
     ):
-        assert found is not None
-        assert found.remedy == remedy
+        assert difference is not None
+        assert difference.remedy == remedy
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"random": 3}, "config": {"model": {"name": "a"}}}'])
@@ -239,7 +239,7 @@ def test_what_a_newer_version_adds_to_the_base_of_an_adapter_is_ignored(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "reason"),
     [
         ("[]", "it must be an object, got []"),
         ('"mine"', "it must be an object, got 'mine'"),
@@ -247,8 +247,8 @@ def test_what_a_newer_version_adds_to_the_base_of_an_adapter_is_ignored(tmp_path
         ("{}", "name is missing"),
     ],
 )
-def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
+def test_a_base_file_that_is_no_object_is_one_sentence(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "base.json").write_text(text)
     with pytest.raises(UserError) as error:
         read_base(tmp_path)
-    assert str(error.value) == f"adapter={tmp_path}: base.json is damaged ({fault}); copy the adapter again"
+    assert str(error.value) == f"adapter={tmp_path}: base.json is damaged ({reason}); copy the adapter again"

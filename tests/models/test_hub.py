@@ -50,9 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid credentials"}, 401)
         elif self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
-            self.server.repos[name] = wanted
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
+            self.server.repos[name] = request
             self.answer({"url": f"{self.server.address}/{name}", "id": name})
         elif "/preupload/" in self.path:
             modes = [
@@ -63,8 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"files": modes})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            links = [{**each, "actions": {"upload": {"href": f"{self.server.address}/lfs/{each['oid']}"}}}
-                     for each in objects]  # fmt: skip
+            links = [{**blob, "actions": {"upload": {"href": f"{self.server.address}/lfs/{blob['oid']}"}}}
+                     for blob in objects]  # fmt: skip
             self.answer({"transfer": "basic", "objects": links}, kind="application/vnd.git-lfs+json")
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
@@ -112,11 +112,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def push(hub_address: str, tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {"HF_ENDPOINT": hub_address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "qlora", "task=push", f"hydra.run.dir={tmp_path / 'push'}", *words]
+def push(hub_address: str, tmp_path: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"HF_ENDPOINT": hub_address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "qlora", "task=push", f"hydra.run.dir={tmp_path / 'push'}", *overrides]
     return subprocess.run(
-        command, env=os.environ | own | {"HF_HOME": str(tmp_path)} | environment, capture_output=True, text=True
+        command, env=os.environ | variables | {"HF_HOME": str(tmp_path)} | environment, capture_output=True, text=True
     )
 
 
@@ -124,8 +124,8 @@ def test_a_finished_run_arrives_whole_in_one_private_repository(hub: Hub, finish
     done = push(hub.address, tmp_path, f"adapter={finished}", "repo=me/tuned")
     assert done.returncode == 0, done.stderr
     assert f"{hub.address}/me/tuned/commit/abc" in done.stdout
-    wanted = hub.repos["me/tuned"]  # how privacy is said depends on the version of huggingface_hub
-    assert wanted.get("private") is True or wanted.get("visibility") == "private"
+    request = hub.repos["me/tuned"]  # how privacy is said depends on the version of huggingface_hub
+    assert request.get("private") is True or request.get("visibility") == "private"
     local = {path.name for path in (finished / "adapter").iterdir()}
     assert set(hub.files) == local | {"loss.png", "metrics.json"}
     assert load(hub.files["adapter_model.safetensors"]).keys()
@@ -161,20 +161,20 @@ def test_without_network_the_host_is_named(finished: Path, tmp_path: Path) -> No
 def test_without_a_login_nothing_is_sent(hub: Hub, finished: Path, tmp_path: Path) -> None:
     done = push(hub.address, tmp_path, f"adapter={finished}", "repo=me/tuned", HF_TOKEN="")
     assert done.returncode == 1
-    assert "there is no access token here; log in with `hf auth login`, or set HF_TOKEN" in done.stderr
+    assert "no access token is set; log in with `hf auth login`, or set HF_TOKEN" in done.stderr
     assert not hub.repos
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         ([], "repo is not set; name the hub repository to upload to, e.g. repo=me/guanaco-7b"),
         (["repo=mine"], "repo must be OWNER/NAME, got 'mine'; name the hub repository"),
     ],
 )
-def test_a_repository_has_an_owner_and_a_name(words: list[str], sentence: str) -> None:
+def test_a_repository_has_an_owner_and_a_name(overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^{sentence}"):
-        compose(["task=push", *words])
+        compose(["task=push", *overrides])
 
 
 def test_the_bare_base_is_not_pushed(tmp_path: Path) -> None:

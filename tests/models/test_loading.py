@@ -90,23 +90,23 @@ def test_attention_is_computed_by_the_implementation_asked_for(base_folder: Path
 
 
 @pytest.fixture(scope="module")
-def stored(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Llama as transformers saves it in nf4 with double quantization."""
     folder = tmp_path_factory.mktemp("stored")
     load(base_folder, "quantization=nf4").save_pretrained(folder)
     return folder
 
 
-def test_a_stored_4bit_checkpoint_gives_equal_logits(base_folder: Path, stored: Path) -> None:
-    again = load(stored, "quantization=nf4")
+def test_a_stored_4bit_checkpoint_gives_equal_logits(base_folder: Path, saved: Path) -> None:
+    again = load(saved, "quantization=nf4")
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in again.modules())
     assert torch.equal(logits(again), logits(load(base_folder, "quantization=nf4")))
 
 
-def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(stored: Path) -> None:
-    model = load(stored, "quantization=nf4", "quantization.compute_dtype=bf16")
-    others = [each for each in model.parameters() if not isinstance(each, bnb.nn.Params4bit)]
-    assert {each.dtype for each in others} == {torch.bfloat16}
+def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(saved: Path) -> None:
+    model = load(saved, "quantization=nf4", "quantization.compute_dtype=bf16")
+    others = [parameter for parameter in model.parameters() if not isinstance(parameter, bnb.nn.Params4bit)]
+    assert {parameter.dtype for parameter in others} == {torch.bfloat16}
     assert model.model.layers[0].mlp.up_proj.weight.quant_state.dtype is torch.bfloat16
     assert {m.compute_dtype for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)} == {torch.bfloat16}
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
@@ -115,12 +115,12 @@ def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(stored: Path) ->
 @pytest.mark.parametrize(
     "overrides", [["quantization=none"], ["quantization=fp4"], ["quantization.double_quant=false"]]
 )
-def test_a_stored_checkpoint_in_other_bits_says_what_to_set(stored: Path, overrides: list[str]) -> None:
+def test_a_stored_checkpoint_in_other_bits_says_what_to_set(saved: Path, overrides: list[str]) -> None:
     remedy = "set quantization.bits=4 quantization.quant_type=nf4 quantization.double_quant=true"
     with pytest.raises(UserError, match=rf"is stored in 4 bits \(nf4, double-quantized\), but .*; {remedy}"):
-        load(stored, *overrides)
+        load(saved, *overrides)
     bits = remedy.removeprefix("set ").split()
-    load(stored, *overrides, *bits)
+    load(saved, *overrides, *bits)
 
 
 @pytest.mark.parametrize("overrides", [["device_map=auto"], ["max_memory=1GiB"], []])
@@ -166,8 +166,8 @@ def architecture(**fields: object) -> Config:
 def test_rope_theta_arrives_in_every_family(model_type: str) -> None:
     extra = {"num_key_value_heads": "null"} if model_type == "gpt_neox" else {}
     config = architecture(model_type=model_type, rope_theta=500000, **extra)
-    drawn = build_model_config(config.model, load_tokenizer(config.model))
-    rope = drawn.rope_parameters
+    model_config = build_model_config(config.model, load_tokenizer(config.model))
+    rope = model_config.rope_parameters
     assert rope.get("full_attention", rope)["rope_theta"] == 500000
 
 
@@ -176,15 +176,15 @@ def test_a_sliding_window_forgets_what_lies_further_back(model_type: str) -> Non
     from transformers import AutoModelForCausalLM
 
     config = architecture(model_type=model_type, sliding_window=4, num_hidden_layers=1)
-    drawn = build_model_config(config.model, load_tokenizer(config.model))
+    model_config = build_model_config(config.model, load_tokenizer(config.model))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(drawn)
+    model = AutoModelForCausalLM.from_config(model_config)
     other = IDS.clone()
     other[0, 0] += 1
     with torch.no_grad():
-        before, after = model(input_ids=IDS).logits, model(input_ids=other).logits
-    assert not torch.equal(before[0, 3], after[0, 3])
-    assert torch.equal(before[0, 4:], after[0, 4:])
+        logits, after = model(input_ids=IDS).logits, model(input_ids=other).logits
+    assert not torch.equal(logits[0, 3], after[0, 3])
+    assert torch.equal(logits[0, 4:], after[0, 4:])
 
 
 def test_the_norms_floor_arrives() -> None:

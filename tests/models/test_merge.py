@@ -58,13 +58,13 @@ def untrained(base: PreTrainedModel) -> PeftModel:
 
 def weights(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The base's parameters in full, by their names."""
-    found = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    parameters = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     for name, module in base.named_modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
-            turned = module.source_cls is not torch.nn.Linear
+            is_transposed = module.source_cls is not torch.nn.Linear
             weight = dequantize_module_weight(module).detach()
-            found[f"{name}.weight"] = weight.T if turned else weight
-    return found
+            parameters[f"{name}.weight"] = weight.T if is_transposed else weight
+    return parameters
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

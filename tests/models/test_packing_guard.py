@@ -47,8 +47,8 @@ def test_older_models_that_find_the_borders_pass(model_type: str):
 @pytest.mark.parametrize("placement", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", ["opt", "falcon", "bloom"])
 def test_models_that_do_not_find_the_borders_are_refused(model_type: str, placement: Placement):
-    own = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "falcon": {"alibi": False}}
-    model = build(model_type, **SHAPE, **own.get(model_type, {}))
+    settings = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "falcon": {"alibi": False}}
+    model = build(model_type, **SHAPE, **settings.get(model_type, {}))
     message = rf"data\.packing=true: {model_type} \(.*\) lets packed rows see each other; set data\.packing=false"
     with pytest.raises(UserError, match=message):
         check_packing(model, placement, batch_size=2)
@@ -110,9 +110,9 @@ def test_4_bit_weights_and_their_gradients_outlive_the_guard(base_folder):
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
-    before = [layer.weight.data.clone() for layer in layers]
+    weights = [layer.weight.data.clone() for layer in layers]
     check_packing(model.train(), FP32, batch_size=2)
-    assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
+    assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, weights, strict=True))
     model.get_input_embeddings().weight.requires_grad_(True)
     model(input_ids=torch.arange(8)[None]).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Drawing: a seed and a name decide a module's weights, by the model's own rules, and never more than one is whole."""
+"""Random weights: a seed and a name decide those of a module, by the model's rules; never more than one is whole."""
 
 from __future__ import annotations
 
@@ -54,63 +54,63 @@ def base(source: RandomWeights, quantization: str = "fp32") -> PreTrainedModel:
 
 
 def usual(kind: str, placement: Placement = FP32) -> PreTrainedModel:
-    """A model as transformers draws it, whole."""
+    """A model as transformers initialises it, whole."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(shape(kind), dtype=placement.param_dtype)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_model_is_like_one_that_transformers_draws_whole(kind: str) -> None:
-    drawn, expected = base(weights(kind, BF16), "none"), usual(kind, BF16)
-    found = dict(drawn.named_parameters())
+    random, expected = base(weights(kind, BF16), "none"), usual(kind, BF16)
+    got = dict(random.named_parameters())
     assert {name: (p.shape, p.dtype) for name, p in expected.named_parameters()} == {
-        name: (p.shape, p.dtype) for name, p in found.items()
+        name: (p.shape, p.dtype) for name, p in got.items()
     }
     for name, parameter in expected.named_parameters():
         few = 0 if parameter.numel() > 1000 else 0.05  # of few numbers, the spread is left to chance
-        assert found[name].float().std().item() == pytest.approx(parameter.float().std().item(), rel=0.1, abs=few), name
-        assert found[name].float().mean().item() == pytest.approx(parameter.float().mean().item(), abs=5e-3 + few), name
-    tied = drawn.get_output_embeddings().weight is drawn.get_input_embeddings().weight
+        assert got[name].float().std().item() == pytest.approx(parameter.float().std().item(), rel=0.1, abs=few), name
+        assert got[name].float().mean().item() == pytest.approx(parameter.float().mean().item(), abs=5e-3 + few), name
+    tied = random.get_output_embeddings().weight is random.get_input_embeddings().weight
     assert tied == expected.config.tie_word_embeddings
-    assert drawn.generation_config.eos_token_id == expected.generation_config.eos_token_id == 2
+    assert random.generation_config.eos_token_id == expected.generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32"])
 def test_buffers_are_those_of_a_model_built_as_usual(kind: str, quantization: str) -> None:
-    found, expected = dict(base(weights(kind), quantization).named_buffers()), dict(usual(kind).named_buffers())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert all(found[name].dtype is expected[name].dtype for name in expected)
+    tensors, expected = dict(base(weights(kind), quantization).named_buffers()), dict(usual(kind).named_buffers())
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert all(tensors[name].dtype is expected[name].dtype for name in expected)
 
 
 def test_what_loading_keeps_in_float32_is_drawn_in_float32() -> None:
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
     config = AutoConfig.for_model("ernie4_5_moe", **SMALL, **experts)
-    drawn = base(RandomWeights(config, placement=BF16, seed=0), "none")
-    kept = {name for name, tensor in drawn.state_dict().items() if tensor.dtype is torch.float32}
+    random = base(RandomWeights(config, placement=BF16, seed=0), "none")
+    kept = {name for name, tensor in random.state_dict().items() if tensor.dtype is torch.float32}
     gate = "model.layers.1.mlp.gate"
     assert kept == {f"{gate}.weight", f"{gate}.moe_statics.e_score_correction_bias"}
 
 
 def test_a_block_may_scale_what_its_layers_drew() -> None:
-    drawn = base(weights("gpt2"))
-    block = drawn.transformer.h[1]
+    random = base(weights("gpt2"))
+    block = random.transformer.h[1]
     assert block.attn.c_proj.weight.std().item() == pytest.approx(0.02 / 4**0.5, rel=0.05)
     assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_rows_of_padding_are_zero_as_usual() -> None:
-    drawn, expected = base(weights("llama")), usual("llama")
+    random, expected = base(weights("llama")), usual("llama")
     assert not expected.get_input_embeddings().weight[0].any()
-    assert not drawn.get_input_embeddings().weight[0].any()
+    assert not random.get_input_embeddings().weight[0].any()
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = base(weights("llama", seed=3)).state_dict()
-    assert torch.equal(torch.get_rng_state(), state), "drawing moves nobody's random numbers"
+    assert torch.equal(torch.get_rng_state(), state), "other random numbers stay as they were"
     torch.manual_seed(6)
     second, other = base(weights("llama", seed=3)).state_dict(), base(weights("llama", seed=4)).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -125,11 +125,11 @@ def test_a_quantized_base_is_the_whole_draw_quantized(kind: str, quantization: s
     source = weights(kind, BF16)
     base(source, "none").save_pretrained(tmp_path)
     config = compose([f"quantization={quantization}", f"model.name={tmp_path}", "model.tokenizer=tiny"])
-    stored = loading.load_base(config.model, config.quantization, placement=BF16, model_config=shape(kind))
-    drawn = base(source, quantization)
+    loaded = loading.load_base(config.model, config.quantization, placement=BF16, model_config=shape(kind))
+    random = base(source, quantization)
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     count = 0
-    for (name, one), other in zip(drawn.named_modules(), stored.modules(), strict=True):
+    for (name, one), other in zip(random.named_modules(), loaded.modules(), strict=True):
         assert type(one) is type(other), name
         if isinstance(one, kinds):
             count += 1
@@ -137,12 +137,12 @@ def test_a_quantized_base_is_the_whole_draw_quantized(kind: str, quantization: s
             assert one.weight.requires_grad is False
             assert (one.bias is None) == (other.bias is None)
     assert count >= 8
-    for (name, one), other in zip(drawn.state_dict().items(), stored.state_dict().values(), strict=True):
+    for (name, one), other in zip(random.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert one.dtype is other.dtype, name
         assert torch.equal(one, other), name
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
-        assert torch.equal(drawn(input_ids=ids).logits, stored(input_ids=ids).logits)
+        assert torch.equal(random(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
@@ -192,10 +192,10 @@ def test_no_more_than_one_layer_exists_in_16_bits(quantization: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_layers_that_bitsandbytes_gets_are_those_of_a_loaded_model(kind: str) -> None:
-    drawn, plain = base(weights(kind, BF16), "nf4"), usual(kind)
+    random, plain = base(weights(kind, BF16), "nf4"), usual(kind)
     linear = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-    packed = {name for name, module in drawn.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    packed = {name for name, module in random.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert linear - packed == {"lm_head"}
-    assert drawn.is_loaded_in_4bit
-    assert drawn.is_quantized
-    copy.deepcopy(drawn.config).to_dict()
+    assert random.is_loaded_in_4bit
+    assert random.is_quantized
+    copy.deepcopy(random.config).to_dict()

@@ -40,8 +40,8 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
 def toy(**special: str) -> PreTrainedTokenizerFast:
     """A tokenizer of eight words; `special` names the roles, e.g. `eos_token="</s>"`."""
-    words = ("<unk>", "<s>", "</s>", "<pad>", "a", "b", "c", "d")
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary = ("<unk>", "<s>", "</s>", "<pad>", "a", "b", "c", "d")
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
@@ -104,10 +104,10 @@ def test_a_healthy_tokenizer_stays_as_it_is() -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-@pytest.mark.parametrize("found", [None, -1, 999, [2, 3]])
-def test_an_id_that_names_no_single_token_repairs_nothing(found: object) -> None:
+@pytest.mark.parametrize("result", [None, -1, 999, [2, 3]])
+def test_an_id_that_names_no_single_token_repairs_nothing(result: object) -> None:
     tokenizer = toy()
-    repair_special_tokens(tokenizer, SimpleNamespace(bos_token_id=found, eos_token_id=found))
+    repair_special_tokens(tokenizer, SimpleNamespace(bos_token_id=result, eos_token_id=result))
     assert tokenizer.bos_token is None
     assert tokenizer.eos_token is None
 
@@ -123,9 +123,9 @@ ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 def test_the_tokenizer_of_a_training_keeps_its_own_template(tmp_path: Path) -> None:
     trained, here = toy(**ROLES), toy(**ROLES)
     trained.chat_template, here.chat_template = "as trained", "the base's own"
-    found = load_saved_tokenizer(saved(tmp_path, trained), compose([]).model, here)
-    assert found is not None
-    assert found.chat_template == "as trained"
+    result = load_saved_tokenizer(saved(tmp_path, trained), compose([]).model, here)
+    assert result is not None
+    assert result.chat_template == "as trained"
 
 
 def test_an_adapter_without_a_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_new_tokens_train_their_rows_alone_and_plain_peft_reads_them(
     assert len(tokenizer) == size + 2
     base = load(config, tokenizer)
     assert base.get_input_embeddings().weight.shape[0] == (size + 2 if grows else rows)
-    before = base.get_input_embeddings().weight.clone(), base.get_output_embeddings().weight.clone()
+    previous = base.get_input_embeddings().weight.clone(), base.get_output_embeddings().weight.clone()
 
     ids = tokenizer.convert_tokens_to_ids(config.model.new_tokens)
     assert ids == [size, size + 1]
@@ -222,7 +222,7 @@ def test_new_tokens_train_their_rows_alone_and_plain_peft_reads_them(
         again = PeftModel.from_pretrained(load(config, tokenizer), tmp_path / "adapter").eval()
         torch.testing.assert_close(again(input_ids=batch).logits, expected)
     if merged is not None:
-        for old, layer in zip(before, (merged.get_input_embeddings(), merged.get_output_embeddings()), strict=True):
+        for old, layer in zip(previous, (merged.get_input_embeddings(), merged.get_output_embeddings()), strict=True):
             moved = (layer.weight != old).any(1).nonzero().flatten().tolist()
             assert moved == ids
     assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter")) == len(tokenizer)
@@ -262,8 +262,8 @@ def test_a_new_token_in_angle_brackets_is_one_special_token_wherever_it_stands()
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_saved_llama_tokenizer_splits_text_behind_special_tokens_as_before(tmp_path: Path, legacy: bool) -> None:
-    words = ("<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁b")
-    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary = ("<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁b")
+    vocabulary = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = LlamaTokenizer(vocabulary, [("▁", "a"), ("▁", "b")], legacy=legacy)
     expected = tokenizer("a</s>b")["input_ids"]
     assert (vocabulary["▁b"] in expected) is legacy, "what the saved one must keep"

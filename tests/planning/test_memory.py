@@ -41,10 +41,10 @@ def test_each_matrix_takes_what_is_planned(kind: str, chosen: str) -> None:
     model, sizes = base(kind, chosen), shape(kind)
     layers = dict(model.named_modules())
     quantization = compose([chosen]).quantization
-    stored = find_method(quantization).stored_base(quantization)
+    stored_base = find_method(quantization).stored_base(quantization)
     for layer in range(sizes.layers):
         for name, linear in sizes.full_names(layer).items():
-            assert stored.matrix_bytes(linear.outputs, linear.inputs) == stored_bytes(layers[name]), name
+            assert stored_base.matrix_bytes(linear.outputs, linear.inputs) == stored_bytes(layers[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ def test_products_of_a_step_are_counted_as_torch_counts_them(kind: str, lora: bo
     model.config._attn_implementation = "eager"  # whose products are matrix products, of all pairs
     with torch.autocast("cpu", dtype=torch.bfloat16), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    found = count_operations(shape(kind, **SIZES), count_parameters(model).trainable if lora else 0)
+    operations = count_operations(shape(kind, **SIZES), count_parameters(model).trainable if lora else 0)
     # All pairs are twice the causal ones, and eager attention computes none of its products again.
-    attention = found.per_pair * (3 / 3.5) * ROWS * LENGTH**2
-    assert counter.get_total_flops() == pytest.approx(found.per_token * ROWS * LENGTH + attention, rel=0.03)
+    attention = operations.per_pair * (3 / 3.5) * ROWS * LENGTH**2
+    assert counter.get_total_flops() == pytest.approx(operations.per_token * ROWS * LENGTH + attention, rel=0.03)

@@ -17,7 +17,7 @@ from promises import QUICK, Bomb
 from transformers import TrainerCallback
 
 from qlora import adapters
-from qlora.adapters.code_files import check_own_code
+from qlora.adapters.code_files import check_code_files
 from qlora.config.compose import compose
 from qlora.config.overrides import open_entries
 from qlora.config.saved_config import config_to_dict, dump_config
@@ -184,14 +184,14 @@ def test_code_in_an_adapter_s_folder_is_not_that_of_the_base(tmp_path: Path, bas
     folder.mkdir()
     (base / "modeling.py").write_text("x = 1\n")
     (folder / "modeling.py").write_text("x = 1\n")
-    check_own_code(folder, trusting)
+    check_code_files(folder, trusting)
     (folder / "modeling.py").write_text("x = 2\n")
-    with pytest.raises(UserError, match=r"adapter=.* brings Python code of its own along \(modeling\.py\)"):
-        check_own_code(folder, trusting)
+    with pytest.raises(UserError, match=r"adapter=.* comes with other Python code \(modeling\.py\)"):
+        check_code_files(folder, trusting)
     (folder / "modeling.py").unlink()
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["somebody/evil--x.Y", null]}}')
     with pytest.raises(UserError, match=r"\(somebody/evil, by tokenizer_config\.json\)"):
-        check_own_code(folder, trusting)
+        check_code_files(folder, trusting)
 
 
 def test_an_adapter_names_no_module(tmp_path: Path) -> None:

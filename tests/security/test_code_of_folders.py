@@ -77,7 +77,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path
     config |= {"model_type": "mine", "auto_map": CODE}
     (base / "config.json").write_text(json.dumps(config))
     words = [f"model.name={base}", *QUICK]
-    with pytest.raises(UserError, match=r"brings Python code of its own along.*model\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"comes with Python code.*model\.trust_remote_code=true"):
         _ = Run(compose(words), tmp_path / "run").model_config
     assert not mark.exists()
     load_model_config(compose([*words, "model.trust_remote_code=true"]).model)

@@ -16,7 +16,8 @@ from qlora.config.command import check_overrides
 from qlora.config.compose import compose
 from qlora.config.schema import GenerationConfig
 from qlora.errors import UserError
-from qlora.models.json_files import find_fault, library_reads, read_object
+from qlora.models.json_files import library_reads, read_object
+from qlora.models.json_shapes import find_difference
 from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.model_card import write_model_card
 from qlora.reporting.modelfile import ChatForm, write_modelfile
@@ -217,7 +218,7 @@ def test_of_many_names_twenty_are_listed() -> None:
     ("name", "text", "says"),
     [
         ("config.json", "[]", "it must be an object, got []"),
-        ("config.json", "", "no JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("config.json", "", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         ("config.json", "[" * 100_000, "it is nested too deeply"),
         ("config.json", '{"model_type": 3}', "model_type must be a text, got 3"),
         ("config.json", '{"vocab_size": NaN}', "vocab_size must be a whole number or a list or null, got nan"),
@@ -257,7 +258,7 @@ def test_what_published_models_hold_is_no_fault(tmp_path: Path) -> None:
     for name, content in whole.items():
         (tmp_path / name).write_text(json.dumps(content))
         assert read_object(tmp_path / name, "model.name=x")
-    assert find_fault({"a": 1}, {"*": int}) is None
+    assert find_difference({"a": 1}, {"*": int}) is None
 
 
 def test_whatever_a_library_raises_about_a_foreign_file_is_one_sentence() -> None:

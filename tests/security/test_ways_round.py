@@ -70,7 +70,7 @@ def test_a_tokenizer_is_one_and_nobody_is_asked_about_its_code(tmp_path: Path, b
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": kind}))
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
     (folder / "evil.py").write_text("raise SystemExit('it runs')")
-    with pytest.raises(UserError, match=f"says tokenizer_class='{kind}', which is no tokenizer"):
+    with pytest.raises(UserError, match=f"says tokenizer_class='{kind}', which is not a tokenizer"):
         load_tokenizer(compose([f"model.tokenizer={folder}"]).model)
     assert tokenizers.dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
 

@@ -49,17 +49,6 @@ class Rounding:
         return bnb.dequantize_4bit(packed, state)
 
 
-def keep_layout(model: torch.nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights when a CPU with AVX512-BF16 evaluates.
-
-    The repacked product has no gradient, so an evaluation before training would drop the gradients of every 4-bit
-    layer without an error (bitsandbytes 0.50, `Linear4bit.forward`).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Makes 4-bit layers compute in `dtype`."""
     for module in model.modules():

@@ -108,8 +108,9 @@ class Bnb4(QuantizationMethod):
     def prepare(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         """A saved checkpoint would compute in the precision it was saved in, and a CPU may repack its weights."""
         from qlora.quantization.bnb4 import layers
+        from qlora.upstream import bitsandbytes
 
-        layers.keep_layout(model)
+        bitsandbytes.disable_repacking(model)
         layers.set_compute_dtype(model, dtype)
 
     def layer_classes(self) -> tuple[type, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora.errors import ConfigError
 from qlora.quantization.method import SavedTensors
+from qlora.upstream.accelerate_models import forward_attribute
 
 
 def quantize(weight: Tensor) -> Int8Params:
@@ -52,7 +53,7 @@ def exact_products(model: torch.nn.Module, key: str) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            method = "_old_forward" if hasattr(layer, "_old_forward") else "forward"  # accelerate moves inputs first
+            method = forward_attribute(layer)
             previous = {method: layer.__dict__[method]} if method in layer.__dict__ else {}
             stack.callback(layer.__dict__.update, previous)
             stack.callback(layer.__dict__.pop, method)
