@@ -39,7 +39,7 @@ from qlora.config.data_formats import FORMAT_NAMES
 from qlora.config.schema import MixConfig
 from qlora.errors import UserError, edit_distance, suggest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = list(config_keys())
 FIELDS = [key for key in KEYS if key not in group_names()]
 NUMBERS = [key for key in FIELDS if field_type(key) in (int, float)]

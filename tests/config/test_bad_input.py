@@ -293,7 +293,7 @@ def test_a_run_folder_below_a_file(tmp_path: Path) -> None:
 
 
 def command(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "qlora", *overrides],
         cwd=folder,

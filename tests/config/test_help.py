@@ -11,7 +11,7 @@ from qlora.config import help as pages
 from qlora.config.compose import CONF_DIR, ORIGINAL_FLAGS, compose, config_keys, field_type, group_names
 from qlora.errors import UserError
 
-DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def page(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
