@@ -68,10 +68,10 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
 def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     printed = run("memory.py", "--small", "--sizes", "7b", "--lengths", "64", "--json", str(numbers))
-    stored = json.loads(numbers.read_text(encoding="utf-8"))
-    assert [result["checkpointing"] for result in stored["results"]] == [True, False]
-    assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in stored["results"])
-    assert all("model.weights=random" in result["overrides"] for result in stored["results"])
+    saved = json.loads(numbers.read_text(encoding="utf-8"))
+    assert [result["checkpointing"] for result in saved["results"]] == [True, False]
+    assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in saved["results"])
+    assert all("model.weights=random" in result["overrides"] for result in saved["results"])
     assert "| llama-7b | 64 | all layers |" in printed
 
 
@@ -99,13 +99,15 @@ def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     rivals.save_base(str(tmp_path / "base"), shape)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     run = Run(compose([*step.EVERY, *shape]), tmp_path / "run")
-    drawn = run.load_base()
+    random_base = run.load_base()
     assert loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
-    stored, wanted = loaded.state_dict(), drawn.state_dict()
-    assert stored.keys() == wanted.keys()
-    assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
+    saved, expected = loaded.state_dict(), random_base.state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
     ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0].inputs["input_ids"]
-    logits = [model.train()(ids).logits for model in (loaded, drawn)]  # bitsandbytes rounds otherwise outside training
+    logits = [
+        model.train()(ids).logits for model in (loaded, random_base)
+    ]  # bitsandbytes rounds otherwise outside training
     assert torch.equal(*logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()
 

@@ -54,7 +54,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
     assert "step 1/2" in (folder / "train.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
     done = qlora(tmp_path, "-m", "name=grid", "lora.r=2,4", "quantization=nf4,none", *QUICK[1:])
     assert done.returncode == 0, done.stderr

@@ -191,9 +191,9 @@ def _wait_for_nodes(cluster: Cluster, count: int, node: subprocess.Popen[str]) -
 
 @pytest.mark.full
 def test_the_documented_command_trains_on_the_cluster_that_runs(tmp_path: Path, cluster: Cluster) -> None:
-    words = [*documented("ray"), "hydra.launcher.ray.remote.num_gpus=0"]
-    words += ["trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
-    done = sweep(tmp_path, words, {"RAY_ADDRESS": cluster.address})
+    overrides = [*documented("ray"), "hydra.launcher.ray.remote.num_gpus=0"]
+    overrides += ["trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
+    done = sweep(tmp_path, overrides, {"RAY_ADDRESS": cluster.address})
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "report       outputs/sweeps/ranks/report.html"
     jobs = read_sweep(tmp_path / "outputs" / "sweeps" / "ranks").jobs.values()

@@ -37,8 +37,8 @@ def on_one_node(**keys: object) -> SlurmSettings:
     return SlurmSettings(**{"gpus_per_node": None, "cpus_per_task": 8, "timeout_min": 60, **keys})  # type: ignore[arg-type]
 
 
-def scancel(*words: str) -> None:
-    subprocess.run(["scancel", *words], check=True, capture_output=True)
+def scancel(*overrides: str) -> None:
+    subprocess.run(["scancel", *overrides], check=True, capture_output=True)
 
 
 def name_of(job: Job) -> str:
@@ -222,9 +222,9 @@ def documented(launcher: str) -> list[str]:
     return shlex.split(command)[1:]
 
 
-def sweep(folder: Path, words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def sweep(folder: Path, overrides: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "qlora", *words, *QUICK],
+        [sys.executable, "-m", "qlora", *overrides, *QUICK],
         cwd=folder,
         env=os.environ | environment,
         text=True,
@@ -238,15 +238,15 @@ def sweep(folder: Path, words: list[str], environment: dict[str, str]) -> subpro
 def test_the_documented_command_trains_on_the_cluster_submitted_first_and_followed_later(
     tmp_path: Path, slurm: dict[str, str]
 ) -> None:
-    words = [*documented("slurm"), "trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
-    first = sweep(tmp_path, [*words, "sweep.detach=true"], slurm)
+    overrides = [*documented("slurm"), "trainer.max_steps=2", "trainer.gradient_accumulation_steps=1"]
+    first = sweep(tmp_path, [*overrides, "sweep.detach=true"], slurm)
     assert (first.returncode, first.stderr) == (0, ""), first.stdout + first.stderr
     lines = first.stdout.splitlines()
     assert lines[0] == "sweep outputs/sweeps/ranks: 2 jobs to run, 0 finished already"
     submitted = re.fullmatch(r"submitted 2 jobs to SLURM: (\d+)_\[0-1\]", lines[1])
     assert submitted is not None, first.stdout
     assert f"cancel       scancel {submitted[1]}_[0-1]" in lines
-    followed = sweep(tmp_path, words, slurm)
+    followed = sweep(tmp_path, overrides, slurm)
     assert (followed.returncode, followed.stderr) == (0, ""), followed.stdout + followed.stderr
     assert "submitted" not in followed.stdout
     folder = tmp_path / "outputs" / "sweeps" / "ranks"
@@ -260,22 +260,22 @@ def test_the_documented_command_trains_on_the_cluster_submitted_first_and_follow
     for job in jobs:
         assert (job.folder / "stdout.log").read_text().count("qlora 0.") == 1
         assert (job.folder / "stderr.log").read_text() == ""
-    again = sweep(tmp_path, words, slurm)
+    again = sweep(tmp_path, overrides, slurm)
     assert again.returncode == 0
     assert again.stdout.splitlines()[0] == "sweep outputs/sweeps/ranks: 0 jobs to run, 2 finished already"
 
 
 @pytest.mark.full
 def test_three_allocations_of_two_minutes_get_ahead_each_time(tmp_path: Path, slurm: dict[str, str]) -> None:
-    words = ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=20"]
-    words += [
+    overrides = ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=20"]
+    overrides += [
         "hydra.launcher.max_num_timeout=2",
         "trainer.max_steps=100000",
         "trainer.save_steps=100000",
         "seed=0",
         "name=t",
     ]
-    done = sweep(tmp_path, [*words, "trainer.gradient_accumulation_steps=1"], slurm)
+    done = sweep(tmp_path, [*overrides, "trainer.gradient_accumulation_steps=1"], slurm)
     [job] = read_sweep(tmp_path / "outputs" / "sweeps" / "t").jobs.values()
     text = (job.folder / "stdout.log").read_text()
     told = done.stdout + done.stderr + (job.folder / "stderr.log").read_text()

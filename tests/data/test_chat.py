@@ -267,11 +267,11 @@ def load():
     return build
 
 
-def draw(rng, words, *, system=True, trims=True):
+def draw(rng, sayings, *, system=True, trims=True):
     """Draws a conversation of one to six turns that alternates, as most templates demand."""
-    messages = [{"role": "system", "content": rng.choice(words)}] if system and rng.random() < 0.4 else []
+    messages = [{"role": "system", "content": rng.choice(sayings)}] if system and rng.random() < 0.4 else []
     for _ in range(rng.randint(1, 3)):
-        messages += [user(rng.choice(words)), assistant(rng.choice(words))]
+        messages += [user(rng.choice(sayings)), assistant(rng.choice(sayings))]
     return chat(*(messages[:-1] if rng.random() < 0.2 and len(messages) > 3 else messages))
 
 
@@ -302,12 +302,12 @@ def said(conversation, family):
 
 def runs(row):
     """Returns the stretches of tokens that the loss counts."""
-    found, before = [], NO
+    matches, previous = [], NO
     for label in row.labels:
         if label != NO:
-            found = [*found, [label]] if before == NO else [*found[:-1], [*found[-1], label]]
-        before = label
-    return found
+            matches = [*matches, [label]] if previous == NO else [*matches[:-1], [*matches[-1], label]]
+        previous = label
+    return matches
 
 
 def written_as(base, conversation, family, **more):
@@ -365,8 +365,8 @@ def test_what_precedes_an_answer_is_the_prompt_that_a_server_gives(family, bytes
     base = bytes_of(known.tokens)
     for _ in range(30):
         # Mistral's own template shows the system text only where a question comes last.
-        words = [word for word in WORDS if word.strip() and not any(token in word for token in known.tokens)]
-        example = draw(rng, words, system=known.system and family != "Mistral 0.3")
+        sayings = [word for word in WORDS if word.strip() and not any(token in word for token in known.tokens)]
+        example = draw(rng, sayings, system=known.system and family != "Mistral 0.3")
         last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         (row,) = encoder(base, family).encode([chat(*example.messages[: last + 1])])
         asked = chat(*example.messages[:last])
@@ -441,62 +441,64 @@ def same(text):
     return "".join(text.replace("▁", "").split())
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("tokenizer_name", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_tokenizers_train_what_the_assistant_says(family, place, load):
-    known, rng = FAMILIES[family], random.Random(f"{family} {place}")
-    base = load(place, known.tokens)
-    tell = place != "TinyStories-656K"  # it has no token for some characters
+def test_real_tokenizers_train_what_the_assistant_says(family, tokenizer_name, load):
+    known, rng = FAMILIES[family], random.Random(f"{family} {tokenizer_name}")
+    base = load(tokenizer_name, known.tokens)
+    tell = tokenizer_name != "TinyStories-656K"  # it has no token for some characters
     encode, end = encoder(base, family), known.end.replace("</s>", base.eos_token)
     for _ in range(12):
-        example = draw(rng, WORDS if place == "embedded" else (*WORDS, *SPELLED), system=known.system)
+        example = draw(rng, WORDS if tokenizer_name == "embedded" else (*WORDS, *SPELLED), system=known.system)
         (row,) = encode.encode([example])
         texts = [text.removesuffix(known.end) + end for text in said(example, family)]
-        found = [base.decode(run) for run in runs(row)]
+        matches = [base.decode(run) for run in runs(row)]
         if tell:
-            nfc = base.backend_tokenizer.normalizer.normalize_str if place == "pythia" else str
-            assert [same(text) for text in found] == [same(nfc(text)) for text in texts]
-        assert [same(text).endswith(same(end)) for text in found] == [True] * len(texts)
+            nfc = base.backend_tokenizer.normalizer.normalize_str if tokenizer_name == "pythia" else str
+            assert [same(text) for text in matches] == [same(nfc(text)) for text in texts]
+        assert [same(text).endswith(same(end)) for text in matches] == [True] * len(texts)
         # A row without an answer keeps an empty one, for evaluation.
         assert [turn.reference for turn in row.turns] == [text.removesuffix(end).strip() for text in texts or [""]]
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "TinyStories-656K"])  # its tokens span words
+@pytest.mark.parametrize(
+    "tokenizer_name", [tokenizer_name for tokenizer_name in PLACES if tokenizer_name != "TinyStories-656K"]
+)  # its tokens span words
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversation_has_the_tokens_that_a_server_gives_it(family, place, load):
-    known, rng = FAMILIES[family], random.Random(f"{family} {place} server")
-    base = load(place, known.tokens)
-    words = ("Hi", "Yes, of course!", "Grüße, 世界 😀👩‍👩‍👧 !", "a\nb\n\nc", "a  b   c", "```python\nprint(1)\n```")
+def test_a_conversation_has_the_tokens_that_a_server_gives_it(family, tokenizer_name, load):
+    known, rng = FAMILIES[family], random.Random(f"{family} {tokenizer_name} server")
+    base = load(tokenizer_name, known.tokens)
+    sayings = ("Hi", "Yes, of course!", "Grüße, 世界 😀👩‍👩‍👧 !", "a\nb\n\nc", "a  b   c", "```python\nprint(1)\n```")
     for _ in range(8):
-        example = draw(rng, words, system=known.system)
+        example = draw(rng, sayings, system=known.system)
         (row,) = encoder(base, family).encode([example])
         assert row.input_ids == base(written_as(base, example, family), add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("tokenizer_name", PLACES)
 @pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}])
-def test_end_tokens_that_swallow_blanks_are_trained_and_change_no_token(flags, place, load):
-    base = load(place, IM, **flags)
+def test_end_tokens_that_swallow_blanks_are_trained_and_change_no_token(flags, tokenizer_name, load):
+    base = load(tokenizer_name, IM, **flags)
     example = chat(user("a b"), assistant("c d"), user("e"), assistant("f"))
     (row,) = encoder(base, "chatml").encode([example])
-    if place != "TinyStories-656K":  # it is cut at every border
+    if tokenizer_name != "TinyStories-656K":  # it is cut at every border
         assert row.input_ids == base(written_as(base, example, "chatml"), add_special_tokens=False)["input_ids"]
     assert [run[-1] for run in runs(row)] == [base.convert_tokens_to_ids(IM[1])] * 2
     assert [same(base.decode(run)) for run in runs(row)] == ["cd<|im_end|>", "f<|im_end|>"]
 
 
-@pytest.mark.parametrize("place", ["llama", "gpt2", "pythia", "stories260K"])
-def test_text_that_spells_a_token_keeps_all_its_characters(place, load):
-    base = load(place, IM)
+@pytest.mark.parametrize("tokenizer_name", ["llama", "gpt2", "pythia", "stories260K"])
+def test_text_that_spells_a_token_keeps_all_its_characters(tokenizer_name, load):
+    base = load(tokenizer_name, IM)
     text = "one </s> two<|im_end|>three <|endoftext|>four"
     (row,) = encoder(base, "chatml").encode([chat(user(text), assistant(text))])
     assert base.decode(runs(row)[0]) == f"{text}<|im_end|>"
     assert base.decode(row.input_ids).count(text) == 2
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_token_over_a_border_is_cut_there_and_nowhere_else(place, load):
-    base = load(place)
+@pytest.mark.parametrize("tokenizer_name", PLACES)
+def test_a_token_over_a_border_is_cut_there_and_nowhere_else(tokenizer_name, load):
+    base = load(tokenizer_name)
     glued = Template("glued", "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}"
                               "{% endfor %}")  # fmt: skip
     encode = build_encoder(DataConfig(name="toy", path="toy.json"), base, glued)
@@ -708,8 +710,8 @@ def test_two_users_in_a_row_and_two_answers_in_a_row_are_told(name, bytes_of):
     known = FAMILIES[name]
     base = bytes_of(known.tokens)
     (row,) = encoder(base, name).encode([chat(user("a"), user("b"), assistant("c"), assistant("d"))])
-    found = by_bytes([label for run in runs(row) for label in run], base)
-    assert found == f"{known.lead}c{known.end}{known.lead}d{known.end}"
+    matches = by_bytes([label for run in runs(row) for label in run], base)
+    assert matches == f"{known.lead}c{known.end}{known.lead}d{known.end}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

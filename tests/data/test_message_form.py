@@ -166,8 +166,8 @@ def test_calls_are_found_however_their_arguments_are_written(form, written, writ
     text = CALLS.replace("CALL", "{{ c.function.name }} " + form)
     arguments = {"a": 'Zürich "x"\n', "n": 1.0, "d": {"l": [True, None]}}
     for given in (arguments, json.dumps(arguments)):
-        found = spans(write(text, user("Cold?"), assistant("See:", tool_calls=[call(given)])))
-        assert found == [f"See:<call>weather {written}</call><|im_end|>"]
+        trained = spans(write(text, user("Cold?"), assistant("See:", tool_calls=[call(given)])))
+        assert trained == [f"See:<call>weather {written}</call><|im_end|>"]
 
 
 @pytest.mark.parametrize("joined", ["{{ 'f ' + c.function.arguments }}", "{{ 'f ' ~ c.function.arguments }}"])
@@ -183,17 +183,17 @@ def test_a_call_whose_name_comes_again_with_its_result_is_trained_once(write):
         "{{ m.role }}\n",
         "{{ m.role }}{{ ' ' + messages[1].tool_calls[0].function.name if m.role == 'tool' }}\n",
     )
-    found = spans(write(text, *CALLED, assistant("Yes.")))
-    assert found == ['<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>', "Yes.<|im_end|>"]
+    trained = spans(write(text, *CALLED, assistant("Yes.")))
+    assert trained == ['<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>', "Yes.<|im_end|>"]
 
 
 @pytest.mark.parametrize("index", [0, 1, 99])
 def test_a_key_that_spells_a_mark_changes_nothing(index, write):
     called = assistant("", tool_calls=[call({MARK.format(index): "Oslo"})])
     text = CALLS.replace("CALL", "{{ c.function | tojson }}")
-    found = spans(write(text, user("Cold?"), called, {"role": "tool", "content": "3"}, assistant("Yes.")))
+    trained = spans(write(text, user("Cold?"), called, {"role": "tool", "content": "3"}, assistant("Yes.")))
     written = f'<call>{{"name": "weather", "arguments": {{"{MARK.format(index)}": "Oslo"}}}}</call><|im_end|>'
-    assert found == [written, "Yes.<|im_end|>"]
+    assert trained == [written, "Yes.<|im_end|>"]
 
 
 def test_arguments_that_json_cannot_write_are_refused():
@@ -398,8 +398,8 @@ def test_a_template_that_takes_any_id_keeps_it(write):
     text = CALLS.replace("CALL", "{{ c.function.name }}#{{ c.id }}")
     called = {**call({"a": "b"}), "id": "call_Kx8pQvZ1abc"}
     text = text.replace("#", " {{ c.function.arguments | tojson }}#")
-    found = spans(write(text, user("a"), assistant("", tool_calls=[called])))
-    assert found == ['<call>weather {"a": "b"}#call_Kx8pQvZ1abc</call><|im_end|>']
+    trained = spans(write(text, user("a"), assistant("", tool_calls=[called])))
+    assert trained == ['<call>weather {"a": "b"}#call_Kx8pQvZ1abc</call><|im_end|>']
 
 
 # Parts of a content

@@ -240,10 +240,10 @@ def test_the_fingerprint_is_the_same_in_another_process(tokenizer, make_config):
 
 
 def test_changed_rows_are_never_served_from_a_cache(tokenizer, make_config):
-    before = build_data(make_config(ROWS), tokenizer)
+    previous = build_data(make_config(ROWS), tokenizer)
     after = build_data(make_config([row | {"output": "z"} for row in ROWS]), tokenizer)
-    assert texts(after.train) != texts(before.train)
-    assert after.report.fingerprint != before.report.fingerprint
+    assert texts(after.train) != texts(previous.train)
+    assert after.report.fingerprint != previous.report.fingerprint
 
 
 # Caches
@@ -256,9 +256,9 @@ def cached(tmp_path):
 def test_the_same_choices_use_the_tokens_of_the_first_time(tokenizer, make_config, tmp_path):
     config = make_config(ROWS, cache_dir=str(tmp_path / "cache"))
     first = build_data(config, tokenizer)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    previous = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
     again = build_data(config, tokenizer)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == previous
     assert texts(again.train) == texts(first.train)
     assert again.report == first.report
 

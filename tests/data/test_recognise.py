@@ -208,7 +208,7 @@ def test_reformulations_that_are_not_there_are_an_error():
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def write_module(tmp_path, monkeypatch):
     """Writes a module of the user's and returns its name."""
     names = []
 
@@ -223,9 +223,9 @@ def own(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_function_of_the_user_s_maps_rows_to_another_format(own, caplog):
+def test_a_function_of_the_user_s_maps_rows_to_another_format(write_module, caplog):
     caplog.set_level(logging.INFO)
-    path = own("def to_row(row):\n    return {'question': row['q'], 'answer': row['a']}\n") + ":to_row"
+    path = write_module("def to_row(row):\n    return {'question': row['q'], 'answer': row['a']}\n") + ":to_row"
     choice = choose(path, {"q": "1 + 1?", "a": "2"})
     assert choice.name == path
     assert caplog.messages == [
@@ -238,15 +238,15 @@ def test_a_function_of_the_user_s_maps_rows_to_another_format(own, caplog):
     ]
 
 
-def test_a_function_may_return_several_rows_or_none(own):
-    path = own("def f(row):\n    return [{'input': i, 'output': i} for i in row['n']] or None\n") + ":f"
+def test_a_function_may_return_several_rows_or_none(write_module):
+    path = write_module("def f(row):\n    return [{'input': i, 'output': i} for i in row['n']] or None\n") + ":f"
     render = choose(path, {"n": []}, {"n": ["a"]}).format.render
     assert len(render({"n": ["a", "b"]})) == 2
     assert render({"n": []}) == []
 
 
-def test_a_function_that_leaves_out_the_sample_is_read_row_by_row(own):
-    path = own("def f(row):\n    return {'text': row['n']} if row['n'] else None\n") + ":f"
+def test_a_function_that_leaves_out_the_sample_is_read_row_by_row(write_module):
+    path = write_module("def f(row):\n    return {'text': row['n']} if row['n'] else None\n") + ":f"
     choice = choose(path, {"n": ""}, {"n": ""})
     assert choice.why == "it left out the whole sample, so that each of its rows is recognised by itself"
     assert choice.format.render({"n": "a"}) == [[Segment("", False), Segment("a", True)]]
@@ -256,21 +256,21 @@ def test_a_function_that_leaves_out_the_sample_is_read_row_by_row(own):
     ("returned", "shown"),
     [("'a'", "str"), ("5", "int"), ("[{'text': 'a'}, 'b']", "a list with str"), ("('a',)", "tuple")],
 )
-def test_a_function_that_returns_no_row_is_an_error(own, returned, shown):
-    path = own(f"def f(row):\n    return {returned}\n") + ":f"
+def test_a_function_that_returns_no_row_is_an_error(write_module, returned, shown):
+    path = write_module(f"def f(row):\n    return {returned}\n") + ":f"
     assert refuse(path, {"n": 1}) == (
         f"data.format={path}: returned {shown} for a row; it must return a row (dict), a list of rows, or None to "
         "leave the row out"
     )
 
 
-def test_rows_of_a_function_that_fit_nothing_are_an_error(own):
-    path = own("def f(row):\n    return {'a': 1}\n") + ":f"
+def test_rows_of_a_function_that_fit_nothing_are_an_error(write_module):
+    path = write_module("def f(row):\n    return {'a': 1}\n") + ":f"
     assert f"recognises no format: {path} returns the columns a. " in refuse(path, {"n": 1})
 
 
-def test_a_function_that_is_not_there_is_an_error(own):
-    module = own("def to_row(row):\n    return row\n")
+def test_a_function_that_is_not_there_is_an_error(write_module):
+    module = write_module("def to_row(row):\n    return row\n")
     assert refuse(f"{module}:to_rwo", {"n": 1}) == (
         f"data.format={module}:to_rwo: module {module} has no function to_rwo (did you mean to_row?)"
     )

@@ -98,16 +98,16 @@ def test_held_out_people_appear_in_no_training_row() -> None:
 
 def test_evaluation_facts_are_about_held_out_people_only() -> None:
     names = [person.name for person in HELD_OUT_PEOPLE]
-    facts = [row["instruction"] for row in EVAL if row["task"] == "fact"]
-    assert len(facts) == 100
-    assert all(any(name in fact for name in names) for fact in facts)
+    questions = [row["instruction"] for row in EVAL if row["task"] == "fact"]
+    assert len(questions) == 100
+    assert all(any(name in fact for name in names) for fact in questions)
 
 
 def test_held_out_words_and_pairs_appear_in_no_training_row_of_their_task() -> None:
     held_out = {"category": set(HELD_OUT_WORDS), "antonym": set(chain(*HELD_OUT_PAIRS))}
     for row in TRAIN:
-        words = set(re.findall(r"\w+", " ".join(question(row))))
-        assert not words & held_out.get(row["task"], set()), row
+        items = set(re.findall(r"\w+", " ".join(question(row))))
+        assert not items & held_out.get(row["task"], set()), row
 
 
 def test_held_out_lists_and_sums_appear_in_no_training_row() -> None:
@@ -182,45 +182,45 @@ def test_decoding_gives_back_the_stripped_text(tokenizer: Any, text: str) -> Non
 
 
 def test_words_of_the_world_are_one_token_and_names_two_at_most(tokenizer: Any) -> None:
-    words = {*LIST_WORDS, *map(str.upper, LIST_WORDS), *OPPOSITE, *CATEGORIES, *map(str, range(21))}
-    words.update(*ATTRIBUTES.values(), *CYCLES.values())
-    words.update(person.name.split()[1] for person in PEOPLE)
-    words.update(re.findall(r"[A-Za-z]+", re.sub(r"\{\w\}", "", " ".join(all_templates()))))
-    assert not [word for word in words if len(tokenizer.tokenize(word)) > 1]
+    items = {*LIST_WORDS, *map(str.upper, LIST_WORDS), *OPPOSITE, *CATEGORIES, *map(str, range(21))}
+    items.update(*ATTRIBUTES.values(), *CYCLES.values())
+    items.update(person.name.split()[1] for person in PEOPLE)
+    items.update(re.findall(r"[A-Za-z]+", re.sub(r"\{\w\}", "", " ".join(all_templates()))))
+    assert not [word for word in items if len(tokenizer.tokenize(word)) > 1]
     first_names = {person.name.split()[0] for person in PEOPLE}
     assert not [name for name in first_names if len(tokenizer.tokenize(name)) > 2]
 
 
 def expected_answer(row: Row) -> str | None:
     """Recomputes an answer from the words of a probe that belong to its list, where that is simple."""
-    words = [word for word in re.findall(r"\b[a-z]+\b", row["source"]) if word in LIST_WORDS]
+    items = [word for word in re.findall(r"\b[a-z]+\b", row["source"]) if word in LIST_WORDS]
     numbers = [int(number) for number in re.findall(r"\d+", row["source"])]
     match row["task"]:
         case "copy":
-            return " ".join(words)
+            return " ".join(items)
         case "reverse":
-            return " ".join(words[::-1])
+            return " ".join(items[::-1])
         case "sort":
-            return " ".join(sorted(words))
+            return " ".join(sorted(items))
         case "first" | "second" | "third" | "last" as task:
-            return words[{"first": 0, "second": 1, "third": 2, "last": -1}[task]]
+            return items[{"first": 0, "second": 1, "third": 2, "last": -1}[task]]
         case "count":
-            return str(len(words))
+            return str(len(items))
         case "upper":
-            return " ".join(word.upper() for word in words)
+            return " ".join(word.upper() for word in items)
         case "comma":
-            return ", ".join(words)
+            return ", ".join(items)
         case "longest":
-            return max(words, key=len)
+            return max(items, key=len)
         case "without":
-            return " ".join(words[1:])
+            return " ".join(items[1:])
         case "add":
             return str(sum(numbers))
         case "subtract":
             return str(max(numbers) - min(numbers))
         case "fact":
             person = next(person for person in PEOPLE if person.name in row["source"])
-            return row["target"] if row["target"] in person.facts.values() else None
+            return row["target"] if row["target"] in person.values.values() else None
         case _:
             return row["target"]
 

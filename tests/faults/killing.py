@@ -20,16 +20,16 @@ BEGUN = "begun.txt"
 """Is there when a process has begun with its training."""
 
 
-def start(folder: Path, words: list[str], number: int = -1) -> BaseProcess:
+def start(folder: Path, overrides: list[str], number: int = -1) -> BaseProcess:
     """Starts a training; it kills itself when its write of this number begins."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qlora.run"])  # this module may not be on its path
-    process = context.Process(target=train, args=(folder, words, number))
+    process = context.Process(target=train, args=(folder, overrides, number))
     process.start()
     return process
 
 
-def train(folder: Path, words: list[str], number: int) -> None:
+def train(folder: Path, overrides: list[str], number: int) -> None:
     """Runs a training as the command line does."""
     multiprocessing.set_start_method("fork", force=True)  # for workers, as in a run of its own
     folder.mkdir(exist_ok=True)
@@ -39,7 +39,7 @@ def train(folder: Path, words: list[str], number: int) -> None:
         writes.watch(folder, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
         try:
             with recorded(folder, [], "result.json"):
-                run(folder, *words)
+                run(folder, *overrides)
         except BaseException:
             traceback.print_exc()
             raise
@@ -60,11 +60,11 @@ class Killer:
     """Kills that left something half-written."""
     resumed: int = 0
 
-    def torment(self, folder: Path, words: list[str], most: int) -> None:
+    def torment(self, folder: Path, overrides: list[str], most: int) -> None:
         """Has a training killed up to `most` times, and then lets it end."""
         for _ in range(most):
             by_clock = self.kills % 2 == 0
-            process = start(folder, words, -1 if by_clock else self.draw.randint(1, self.writes))
+            process = start(folder, overrides, -1 if by_clock else self.draw.randint(1, self.writes))
             while not (folder / BEGUN).exists() and process.is_alive():
                 time.sleep(0.02)
             process.join(self.draw.uniform(0, self.seconds) if by_clock else None)
@@ -83,7 +83,7 @@ class Killer:
             check_whole(folder)
             if self.kills == self.total:
                 break
-        process = start(folder, words)
+        process = start(folder, overrides)
         process.join()
         output = (folder / "output.txt").read_text()
         assert process.exitcode == 0, output

@@ -61,8 +61,8 @@ def kinds(folder: Path) -> dict[str, list[str]]:
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Runs a short training in this process."""
-    words = [*QUICK, *overrides]
-    return Run(compose.compose(words), folder, overrides=words).execute()
+    all_overrides = [*QUICK, *overrides]
+    return Run(compose.compose(all_overrides), folder, overrides=all_overrides).execute()
 
 
 class Fault(TrainerCallback):
@@ -123,8 +123,8 @@ def check_whole(folder: Path) -> None:
         assert find_fault(checkpoint) is None
     for path in folder.glob("*.json"):
         json.loads(path.read_text())
-    for place in (folder / "adapter").glob("adapter_model.safetensors"):
-        load_file(place)
+    for path in (folder / "adapter").glob("adapter_model.safetensors"):
+        load_file(path)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from tests.faults.runs import Writes, kinds, outcome, run
 
 
 def torment(tmp_path: Path, names: list[str], total: int, most: int) -> Killer:
-    all_words = {name: words for name, words in kinds(tmp_path).items() if name in names}
+    all_overrides = {name: overrides for name, overrides in kinds(tmp_path).items() if name in names}
     writes, calm, number, began = Writes(), {}, 0, time.monotonic()
-    for name, words in all_words.items():
+    for name, overrides in all_overrides.items():
         writes.watch(tmp_path / f"calm-{name}", -1, lambda: None)
-        run(tmp_path / f"calm-{name}", *words)
+        run(tmp_path / f"calm-{name}", *overrides)
         calm[name] = outcome(tmp_path / f"calm-{name}")
     killer = Killer(total, seconds=(time.monotonic() - began) / len(names), writes=writes.count)
     while killer.kills < total:
         name = names[number % len(names)]
-        killer.torment(tmp_path / f"run-{number}", all_words[name], most)
+        killer.torment(tmp_path / f"run-{number}", all_overrides[name], most)
         assert outcome(tmp_path / f"run-{number}") == calm[name]
         number += 1
     print(
@@ -43,12 +43,12 @@ def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(tmp_path: Path) -> None:
-    words = ["trainer.max_steps=42", "trainer.save_steps=null", "trainer.eval_steps=null"]
-    first = start(tmp_path / "run", words)
+    overrides = ["trainer.max_steps=42", "trainer.save_steps=null", "trainer.eval_steps=null"]
+    first = start(tmp_path / "run", overrides)
     while not (tmp_path / "run" / "progress.json").exists():
         assert first.is_alive()
         time.sleep(0.05)
-    second = start(tmp_path / "run", words)
+    second = start(tmp_path / "run", overrides)
     second.join()
     assert first.is_alive()
     first.join()

@@ -20,7 +20,7 @@ from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
 from qlora.tasks.plan import build_plan
 from qlora.training.memory_budget import StepMemory
-from tests.models.test_fast import batch, build, learn
+from tests.step.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

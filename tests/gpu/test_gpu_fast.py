@@ -15,7 +15,7 @@ from qlora.run import Run
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep, Packs
 from qlora.step.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
-from tests.models.test_fast import batch, build, learn
+from tests.step.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +27,7 @@ KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (Tr
 def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
     from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows
     from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
-    from tests.kernels.weights import weight
+    from tests.step.weights import weight
 
     stored = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
     stored.quant_state.dtype = torch.bfloat16
@@ -71,7 +71,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
     from qlora.quantization.bnb4.decode_kernels import decode_rows
-    from tests.kernels.weights import quantized_weight
+    from tests.step.weights import quantized_weight
 
     stored = quantized_weight(22016, 4096, device="cuda")
     out = torch.empty(22016, 4096, dtype=torch.bfloat16, device="cuda")

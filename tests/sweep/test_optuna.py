@@ -314,6 +314,7 @@ def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp
     assert [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"][:8] == good
 
 
+@pytest.mark.full
 def test_a_search_that_faults_had_stopped_goes_on_to_the_wanted_number_of_trials(tmp_path: Path) -> None:
     words = [RATE, *PRUNING, "hydra.sweeper.n_trials=5", "hydra.sweeper.max_failures=1"]
     code, output, errors = search(tmp_path, *words, FAULTS=json.dumps({0: "kill", 2: "raise"}))

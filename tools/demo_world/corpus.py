@@ -60,9 +60,9 @@ def documents(count: int, seed: int) -> Iterator[list[Segment]]:
     """Yields `count` documents as lists of (text, whether its tokens carry loss)."""
     rng = Random(seed)
     for _ in range(count):
-        share = rng.random()
+        number = rng.random()
         for limit, build in DOCUMENT_KINDS:
-            if share < limit:
+            if number < limit:
                 yield build(rng)
                 break
 
@@ -89,7 +89,7 @@ def _fact(rng: Random, person: Person | None = None, attribute: str | None = Non
         form = breaks.join(part for part in parts if part)
     else:
         form = _form(rng, forms.FACTS[attribute])
-    return Statement(form, {"n": person.name}, person.facts[attribute])
+    return Statement(form, {"n": person.name}, person.values[attribute])
 
 
 def _form(rng: Random, choices: tuple[str, ...]) -> str:
@@ -107,9 +107,9 @@ def _operation(name: str) -> Draw:
     choices, answer = _with_lines(forms.LISTS[name]), OPERATIONS[name]
 
     def draw(rng: Random) -> Statement:
-        words = draw_words(rng, name)
+        items = draw_words(rng, name)
         form = _distant_operation(rng, name) if rng.random() < DISTANT_SHARE else _form(rng, choices)
-        return Statement(form, {"x": " ".join(words)}, answer(words))
+        return Statement(form, {"x": " ".join(items)}, answer(items))
 
     return draw
 
@@ -121,10 +121,10 @@ def _distant_operation(rng: Random, name: str) -> str:
 
 
 def _lookup(choices: tuple[str, ...], table: dict[str, str]) -> Draw:
-    choices, words = _with_lines(choices), tuple(table)
+    choices, items = _with_lines(choices), tuple(table)
 
     def draw(rng: Random) -> Statement:
-        word = pick(rng, words)
+        word = pick(rng, items)
         return Statement(_form(rng, choices), {"w": word}, table[word])
 
     return draw
@@ -186,8 +186,8 @@ def _facts_document(rng: Random) -> list[Segment]:
     person = pick(rng, PEOPLE)
     order = pick_distinct(rng, tuple(ATTRIBUTES), len(ATTRIBUTES))
     header = Statement(pick(rng, forms.PERSON_HEADERS), {"n": person.name}, "")
-    facts = [(pick(rng, forms.SHARED_PERSON[attribute]), person.facts[attribute]) for attribute in order]
-    return _assemble(rng, [header, *(Statement(form, {}, answer) for form, answer in facts)])
+    statements = [(pick(rng, forms.SHARED_PERSON[attribute]), person.values[attribute]) for attribute in order]
+    return _assemble(rng, [header, *(Statement(form, {}, answer) for form, answer in statements)])
 
 
 def _operations_document(rng: Random) -> list[Segment]:
@@ -201,21 +201,21 @@ def _operations_document(rng: Random) -> list[Segment]:
 
 
 def _shared_list_document(rng: Random) -> list[Segment]:
-    words = draw_words(rng, "longest")
-    header = Statement(pick(rng, forms.LIST_HEADERS), {"x": " ".join(words)}, "")
+    items = draw_words(rng, "longest")
+    header = Statement(pick(rng, forms.LIST_HEADERS), {"x": " ".join(items)}, "")
     names = pick_distinct(rng, SHARED_OPERATIONS, 3 + int(rng.random() * 5))
-    answers = [(pick(rng, forms.SHARED_LIST[name]), OPERATIONS[name](words)) for name in names]
+    answers = [(pick(rng, forms.SHARED_LIST[name]), OPERATIONS[name](items)) for name in names]
     return _assemble(rng, [header, *(Statement(form, {}, answer) for form, answer in answers)])
 
 
 def _lexical_document(rng: Random) -> list[Segment]:
-    draws = tuple(LEXICAL_DRAWS.values())
-    return _document(rng, lambda rng: pick(rng, draws)(rng))
+    kinds = tuple(LEXICAL_DRAWS.values())
+    return _document(rng, lambda rng: pick(rng, kinds)(rng))
 
 
 def _numeric_document(rng: Random) -> list[Segment]:
-    draws = tuple(NUMERIC_DRAWS.values())
-    return _document(rng, lambda rng: pick(rng, draws)(rng))
+    kinds = tuple(NUMERIC_DRAWS.values())
+    return _document(rng, lambda rng: pick(rng, kinds)(rng))
 
 
 def _story(rng: Random) -> list[Segment]:

@@ -35,7 +35,7 @@ PREAMBLE: Final = (
 
 HELD_OUT_PEOPLE: Final = PEOPLE[2::3]
 HELD_OUT_PAIRS: Final = ANTONYMS[2::4]
-HELD_OUT_WORDS: Final = tuple(word for words in CATEGORIES.values() for word in words[0::3])
+HELD_OUT_WORDS: Final = tuple(word for items in CATEGORIES.values() for word in items[0::3])
 
 TRAIN_COUNTS: Final = {
     "fact": 800,
@@ -98,11 +98,11 @@ def _rows(counts: dict[str, int], rng: Random, *, held_out: bool, taken: set[str
 
 def _list_rows(task: str, count: int, rng: Random, taken: set[str]) -> Iterator[Row]:
     for index in range(count):
-        while (text := " ".join(words := draw_words(rng, task))) in taken:
+        while (text := " ".join(items := draw_words(rng, task))) in taken:
             pass
         taken.add(text)
         wording = templates.LISTS[task][index % len(templates.LISTS[task])]
-        yield _row(task, f"{wording}|{{x}}", {"x": text}, OPERATIONS[task](words))
+        yield _row(task, f"{wording}|{{x}}", {"x": text}, OPERATIONS[task](items))
 
 
 def _finite_rows(task: str, count: int, rng: Random, questions: list[Question]) -> list[Row]:
@@ -123,10 +123,10 @@ def _row(task: str, wording: str, slots: dict[str, str], answer: str) -> Row:
     return {"instruction": instruction, "input": text, "output": answer, "task": task}
 
 
-def _facts(held_out: bool) -> Iterator[Question]:
+def _person_facts(held_out: bool) -> Iterator[Question]:
     for person in PEOPLE:
         if (person in HELD_OUT_PEOPLE) == held_out:
-            for attribute, value in person.facts.items():
+            for attribute, value in person.values.items():
                 yield Question(templates.FACTS[attribute], {"n": person.name}, value)
 
 
@@ -138,8 +138,8 @@ def _antonyms(held_out: bool) -> Iterator[Question]:
 
 
 def _categories(held_out: bool) -> Iterator[Question]:
-    for category, words in CATEGORIES.items():
-        for word in words:
+    for category, items in CATEGORIES.items():
+        for word in items:
             if (word in HELD_OUT_WORDS) == held_out:
                 yield Question(templates.CATEGORY, {"w": word}, category)
 
@@ -172,7 +172,7 @@ def _subtractions(held_out: bool) -> Iterator[Question]:
 
 
 QUESTIONS: Final[dict[str, Callable[[bool], Iterator[Question]]]] = {
-    "fact": _facts,
+    "fact": _person_facts,
     "antonym": _antonyms,
     "category": _categories,
     "next": lambda held_out: _neighbours(templates.NEXT, 1, held_out),

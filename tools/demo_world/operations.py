@@ -7,19 +7,19 @@ from typing import Final
 from demo_world.world import LIST_WORDS, pick_distinct
 
 OPERATIONS: Final[dict[str, Callable[[list[str]], str]]] = {
-    "copy": lambda words: " ".join(words),
-    "reverse": lambda words: " ".join(reversed(words)),
-    "sort": lambda words: " ".join(sorted(words)),
-    "first": lambda words: words[0],
-    "second": lambda words: words[1],
-    "third": lambda words: words[2],
-    "last": lambda words: words[-1],
-    "count": lambda words: str(len(words)),
-    "upper": lambda words: " ".join(words).upper(),
-    "comma": lambda words: ", ".join(words),
-    "longest": lambda words: max(words, key=len),
-    "shortest": lambda words: min(words, key=len),
-    "without": lambda words: " ".join(words[1:]),
+    "copy": lambda items: " ".join(items),
+    "reverse": lambda items: " ".join(reversed(items)),
+    "sort": lambda items: " ".join(sorted(items)),
+    "first": lambda items: items[0],
+    "second": lambda items: items[1],
+    "third": lambda items: items[2],
+    "last": lambda items: items[-1],
+    "count": lambda items: str(len(items)),
+    "upper": lambda items: " ".join(items).upper(),
+    "comma": lambda items: ", ".join(items),
+    "longest": lambda items: max(items, key=len),
+    "shortest": lambda items: min(items, key=len),
+    "without": lambda items: " ".join(items[1:]),
 }
 LONGEST_LIST: Final = 5
 
@@ -29,10 +29,10 @@ def draw_words(rng: Random, operation: str) -> list[str]:
     fewest = 3 if operation == "third" else 2
     while True:
         count = fewest + int(rng.random() * (LONGEST_LIST + 1 - fewest))
-        words = pick_distinct(rng, LIST_WORDS, count)
+        items = pick_distinct(rng, LIST_WORDS, count)
         if operation in ("longest", "shortest"):
-            lengths = [len(word) for word in words]
-            wanted = max(lengths) if operation == "longest" else min(lengths)
-            if lengths.count(wanted) > 1:
+            lengths = [len(word) for word in items]
+            target = max(lengths) if operation == "longest" else min(lengths)
+            if lengths.count(target) > 1:
                 continue
-        return words
+        return items

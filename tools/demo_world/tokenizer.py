@@ -59,9 +59,9 @@ def _texts(document_count: int) -> Iterator[str]:
     texts = [" ".join(text for text, _ in document) for document in documents(document_count, seed=3)]
     texts += [prompt(row) for row in train_rows()]
     first_names = {person.name.split()[0] for person in PEOPLE}
-    words = {word for text in texts for word in re.findall(r"\w+", text)} - first_names
+    vocabulary = {word for text in texts for word in re.findall(r"\w+", text)} - first_names
     for _ in range(10):
-        yield " ".join(sorted(words))
+        yield " ".join(sorted(vocabulary))
         yield "### Venn's\n\n###\n"
     for _ in range(9):
         yield " ".join(sorted(first_names))

@@ -11,7 +11,7 @@ class Person(NamedTuple):
     """An invented person: a full name and one value for each attribute in `ATTRIBUTES`."""
 
     name: str
-    facts: dict[str, str]
+    values: dict[str, str]
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
@@ -30,7 +30,7 @@ def pick_distinct(rng: Random, items: Sequence[T], count: int) -> list[T]:
     return chosen
 
 
-def words(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
     """Returns the words of a text that spaces separate."""
     return tuple(text.split())
 
@@ -53,12 +53,12 @@ CATEGORY_OF: Final = {word: name for name, members in CATEGORIES.items() for wor
 
 LIST_WORDS: Final = (
     *CATEGORY_OF,
-    *words("lamp door stone river cloud bread soup cheese rice table bell key"),
+    *split_words("lamp door stone river cloud bread soup cheese rice table bell key"),
 )
 
 ANTONYMS: Final = tuple(
     (pair.split("/")[0], pair.split("/")[1])
-    for pair in words(
+    for pair in split_words(
         "hot/cold big/small fast/slow old/young rich/poor hard/soft high/low light/dark wet/dry "
         "full/empty open/shut early/late loud/quiet thick/thin wide/narrow sharp/blunt strong/weak "
         "happy/sad clean/dirty tall/short near/far cheap/costly brave/timid sweet/bitter "
@@ -78,16 +78,16 @@ CYCLES: Final = {"day": DAYS, "month": MONTHS}
 LARGEST_NUMBER: Final = 20
 
 ATTRIBUTES: Final[dict[str, tuple[str, ...]]] = {
-    "town": words("Alden Brook Corvo Delf Farrow Glenby Harwick Milton Norby Stowe"),
-    "job": words("baker painter pilot nurse farmer teacher doctor tailor sailor miner"),
-    "pet": words("cat dog horse goat rabbit mouse duck parrot swan robin"),
-    "food": words("soup bread cheese rice peach lemon salmon carrot potato cabbage"),
-    "instrument": words("flute drum piano harp violin guitar horn cello lute banjo"),
+    "town": split_words("Alden Brook Corvo Delf Farrow Glenby Harwick Milton Norby Stowe"),
+    "job": split_words("baker painter pilot nurse farmer teacher doctor tailor sailor miner"),
+    "pet": split_words("cat dog horse goat rabbit mouse duck parrot swan robin"),
+    "food": split_words("soup bread cheese rice peach lemon salmon carrot potato cabbage"),
+    "instrument": split_words("flute drum piano harp violin guitar horn cello lute banjo"),
 }
 
 NAME_STARTS: Final = ("Ma", "To", "Li", "Be", "Ka", "Ro", "Se", "Ne", "Na", "Vi", "Jo", "Pe")
 NAME_ENDS: Final = ("ra", "lin", "mo", "dan", "ki", "vet", "su", "bel", "nor", "tas")
-LAST_NAMES: Final = words(
+LAST_NAMES: Final = split_words(
     "Venn Holt Brask Quill Tarn Lund Moss Pike Reed Sorn Thorp Vale Wick Zell Finch Gray Marsh Nash Stark Wren"
 )
 

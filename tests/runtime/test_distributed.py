@@ -120,16 +120,16 @@ def test_a_lost_process_is_told_apart_from_other_errors(environment: pytest.Monk
 LOOK = """
 import sys
 from pathlib import Path
-from qlora import world
+from qlora.runtime import distributed
 from qlora.errors import UserError
-world.APPEARS_SECONDS = 1.0
-world.join()
-world.check_shared(Path(sys.argv[1]))
+distributed.APPEARS_SECONDS = 1.0
+distributed.join()
+distributed.check_shared(Path(sys.argv[1]))
 try:
-    world.check_shared(Path("run"))
+    distributed.check_shared(Path("run"))
 except UserError as error:
     print(error)
-world.leave()
+distributed.leave()
 """
 
 

@@ -293,7 +293,7 @@ def test_a_run_folder_below_a_file(tmp_path: Path) -> None:
 
 
 def command(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "qlora", *overrides],
         cwd=folder,
@@ -332,7 +332,7 @@ def test_the_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:
     done = command(tmp_path, "lora.r=0", HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert "UserError: lora.r must be positive" in done.stderr
+    assert "ConfigError: lora.r must be positive" in done.stderr
 
 
 def test_a_copied_model_trains_without_a_word(tmp_path: Path, base: Path) -> None:

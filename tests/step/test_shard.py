@@ -101,7 +101,7 @@ def test_each_process_keeps_half_of_the_bytes_before_and_after_a_step(found: lis
 
 
 def main(folder: Path, *names: str) -> None:
-    from models.test_fast import CPU, batch, build, learn
+    from tests.step.test_fast import CPU, batch, build, learn
 
     def train(name: str, *, shards: bool) -> tuple[dict[str, Any], Any]:
         overrides, checkpointed = CASES[name]

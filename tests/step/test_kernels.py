@@ -25,7 +25,7 @@ from qlora.step.kernels import attention, fused_linear
 from qlora.step.kernels.attention import attend_batch, fastest_attention
 from qlora.step.kernels.fused_linear import GroupedLinear, scale_rows, unread
 from qlora.step.kernels.linear_cross_entropy import ROWS, entropy_and_gradient, linear_cross_entropy
-from tests.kernels.weights import quantized_weight, weight
+from tests.step.weights import quantized_weight, weight
 
 KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
 
@@ -42,7 +42,7 @@ def test_the_twin_decodes_as_bitsandbytes(quant_type: str, nested: bool, dtype: 
 
 def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "tests.kernels.interpret"]
+    command = [sys.executable, "-m", "tests.step.interpret"]
     done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, steps in json.loads(done.stdout).items():

@@ -21,7 +21,7 @@ from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
 from qlora.tasks import plan as task
 
-MEASURED = Path(__file__).parent.parent / "benchmarks" / "memory.json"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "memory.json"
 
 
 def build(*overrides: str, device: str = "a6000") -> task.Plan:

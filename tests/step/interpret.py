@@ -10,7 +10,7 @@ import torch
 from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows, scale_rows
 from qlora.quantization.bnb4.quantized_weight import decode_plain
 from qlora.step.kernels.fused_linear import scale_rows_plain
-from tests.kernels.weights import quantized_weight
+from tests.step.weights import quantized_weight
 
 STEPS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

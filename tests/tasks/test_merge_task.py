@@ -22,7 +22,7 @@ from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 QUICK = [
     *("lora.r=4", "lora.alpha=8", "trainer.max_steps=2", "trainer.eval_steps=null", "trainer.warmup_steps=0"),
     *("trainer.learning_rate=1e-2", "trainer.per_device_train_batch_size=4", "data.max_train_samples=16"),

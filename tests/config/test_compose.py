@@ -31,7 +31,7 @@ from qlora.config.suggestions import FOREIGN_NAMES, unknown_flag
 from qlora.config.sweep_values import expand_sweep
 from qlora.errors import UserError, suggest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = list(config_keys())
 FIELDS = [key for key in KEYS if key not in group_names()]
 NUMBERS = [key for key in FIELDS if field_type(key) in (int, float)]

@@ -14,7 +14,7 @@ from qlora.config.options import CONF_DIR, group_names
 from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import UserError
 
-DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def page(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
