@@ -144,6 +144,7 @@ def build_qlora(task: Task) -> Prepare:
     from qlora.data import build_data
     from qlora.data.batching.collate import Collator, count_work
     from qlora.models.tokenizer import pad_token_id
+    from qlora.objectives import build_objective
     from qlora.runtime import console
     from qlora.runtime.device import Placement
     from qlora.step.fast_step import FastStep
@@ -154,6 +155,7 @@ def build_qlora(task: Task) -> Prepare:
     console.quiet_libraries()  # as the command `qlora` does
     tokenizer, model = _tokenizer(task), _tiny_model(task)
     chosen, cpu = compose([]), Placement(torch.device("cpu"), torch.float32, torch.float32)
+    objective = build_objective(chosen.loss)
     config = DataConfig(
         name=task.kind,
         path=task.path,
@@ -178,12 +180,13 @@ def build_qlora(task: Task) -> Prepare:
             verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
-            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
+            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None, objective),
+            objective=objective,
             budget=None,
             watchdog=chosen.watchdog,
             name_rows=data.named_rows,
             stop=Stop(),
-            facts={},
+            metadata={},
             callbacks=[],
         )
         return trainer.get_train_dataloader()

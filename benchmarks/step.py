@@ -228,7 +228,8 @@ def measure(
 
     from qlora.config.compose import compose
     from qlora.run import Run
-    from qlora.step.fast_step import FastStep, Packs
+    from qlora.step.fast_step import FastStep
+    from qlora.step.part import Packs
     from qlora.training.flat_optimizer import flatten_groups, run_ahead
 
     shrink = 16 if small else 1
@@ -245,7 +246,7 @@ def measure(
         packed = workload == "guanaco" and CONTESTANTS[name].packs
         width = (PACK if packed else LONG) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
-        step = FastStep(model, config.trainer, config.quantization, run.placement, packs)
+        step = FastStep(model, config.trainer, config.quantization, run.placement, packs, run.objective)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
         if step.is_active:

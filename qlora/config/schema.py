@@ -765,6 +765,9 @@ class TrainerConfig:
     these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
     """Compute the loss piece by piece, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    step_parts: list[str] = field(default_factory=list)
+    """Parts of the fast step that other packages add, by the names that they register (entry point group
+    `qlora.step_parts`) or as `module:Class` of a package in `trusted`; docs/extending.md shows one."""
     parallel: Parallel = Parallel.ddp
     """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
     a part of every decoder layer of the frozen base, for bases that do not fit one card; the adapter stays whole.
@@ -839,6 +842,23 @@ class TrainerConfig:
             measures=self.eval_steps is not None,
         )
         self.optim_args = check_optimizer(self.optim, self.optim_args or {}, self.lr_scheduler_type)
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """The training objective: what is minimised."""
+
+    name: str = "sft"
+    """`sft`: the mean cross entropy of the tokens that are trained; or an objective of another package, by the name
+    that it registers (entry point group `qlora.objectives`) or as `module:Class` of a package in `trusted`."""
+    options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
+    """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; `sft` has none."""
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.options, dict), "loss.options", "be a mapping such as {smoothing: 0.1}", self.options)
+        check_plain("loss.options", self.options)
+        if self.name == "sft" and self.options:
+            raise ConfigError("loss.options is not read by loss.name=sft; leave it out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1179,6 +1199,7 @@ class Config:
     lora: LoraConfig = MISSING
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
+    loss: LossConfig = field(default_factory=LossConfig)
     watchdog: WatchdogConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
@@ -1345,6 +1366,8 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
         for index, name in enumerate(config.evaluation.metrics)
         if not name.startswith(f"{METRIC_LIBRARY}:")
     }
+    texts |= {"loss.name": config.loss.name}
+    texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     return ((key, text) for key, text in texts.items() if text is not None and FUNCTION_PATH.fullmatch(text))
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from qlora.config.schema import PlanStep
+from qlora.config.schema import LossConfig, PlanStep
+from qlora.objectives import TokenWork, build_objective
 from qlora.planning.model_shape import Linear, Shape
 
 BLOCK, GROUP = 64, 256
@@ -25,8 +26,6 @@ WORKSPACE = 64 * 2**20
 """Bytes that torch sets aside for cuBLAS (twice 32 MiB on Hopper, less before)."""
 PIECE = 2**27
 """Most bytes that the `fast` step decodes at a time in 16 bits."""
-CHUNK = 2048
-"""Tokens whose logits exist at a time in the `fast` step."""
 OPTIMIZER_STEP = "the optimizer's step"
 """The moment that has no activations."""
 PAGED_FROM, EIGHT_BIT_FROM = 100_000, 4096
@@ -97,6 +96,8 @@ class Setup:
     """Whether the weights of before are kept during the optimizer's step, for an update that is to be undone."""
     offloaded: int = 0
     """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The training objective, which knows what its loss needs."""
 
     @property
     def tokens(self) -> int:
@@ -163,6 +164,7 @@ class Ledger:
 
     def __init__(self, shape: Shape, setup: Setup) -> None:
         self.shape, self.setup = shape, setup
+        self._objective = build_objective(setup.loss)
         self.linears = {linear.name: linear for linear in shape.linears}
         self._layers = Counter(setup.targets) if setup.r else Counter({frozenset[str](): shape.layers})
 
@@ -362,12 +364,10 @@ class Ledger:
         """The output layer and the loss, in the forward and in the backward pass."""
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
         copy = vocabulary * self.shape.hidden * c if setup.bits == 32 and c < 4 else 0  # of the output matrix
-        if setup.step is PlanStep.fast:  # a piece's logits and their gradient; the gradient of the hidden state
-            pieces = min(setup.tokens, CHUNK) * vocabulary * 2 * c + setup.tokens * self.shape.hidden * c
-            return pieces + copy, 0
-        capped = c if self.shape.family.capped else 0
-        # As computed, in float32, and their logarithms; then those, and two gradients in float32.
-        return setup.tokens * vocabulary * (c + 8 + capped) + copy, setup.tokens * vocabulary * (12 + capped) + copy
+        fast = setup.step is PlanStep.fast
+        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, capped=self.shape.family.capped)
+        forward, backward = self._objective.activation_bytes(work)
+        return forward + copy, backward
 
     # Moments
 

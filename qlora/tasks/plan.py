@@ -169,6 +169,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         step=_find_step(config),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
+        loss=config.loss,
     )
 
 
@@ -330,7 +331,7 @@ def _result(found: Plan, folder: RunFolder) -> dict[str, Any]:
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": found.hours} if found.hours is not None else {}),
     }
-    setup = {name: value for name, value in asdict(found.setup).items() if name not in ("targets", "step")}
+    setup = {name: value for name, value in asdict(found.setup).items() if name not in ("targets", "step", "loss")}
     return {
         "status": "finished",
         "task": "plan",

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
-from qlora.step.kernels.fused_linear import overlaps
+from qlora.step.kernels.weights import overlaps
 
 PIECE = 2**24
 """Most elements that the optimizer sees as one parameter, so that a copy of one is small; a multiple of its blocks."""

@@ -17,10 +17,9 @@ from qlora.errors import UserError
 from qlora.models.loading import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import FastStep
 from qlora.tasks.plan import build_plan
 from qlora.training.memory_budget import StepMemory
-from tests.models.test_fast import batch, build, learn
+from tests.models.test_fast import batch, build, build_step, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -127,7 +126,7 @@ def test_offloaded_inputs_change_no_bit_and_leave_the_gpu() -> None:
     model.to("cuda", torch.bfloat16)
     set_compute_dtype(model, torch.bfloat16)
     rows = {name: tensor.repeat(64, 4).cuda() for name, tensor in batch().items()}
-    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    step = build_step(model, config, placement)
     step.checkpointed = 8
     found, held = [], []
     for step.offloaded in (0, 8):

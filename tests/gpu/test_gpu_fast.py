@@ -11,10 +11,12 @@ from bitsandbytes.functional import dequantize_4bit
 
 from qlora.config.compose import compose
 from qlora.models.loading import set_compute_dtype
+from qlora.objectives import build_objective
 from qlora.run import Run
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import FastStep, Packs
-from qlora.step.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
+from qlora.step.fast_step import FastStep
+from qlora.step.kernels.attention import NEWER_FLASH, attend_varlen, flash_unsupported_reason
+from qlora.step.part import Packs
 from tests.models.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,7 +51,7 @@ def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
 
 @pytest.mark.parametrize("columns", [300, 4096, 11008, 22016])
 def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
-    from qlora.step.kernels.fused_linear import scale_rows, scale_rows_plain
+    from qlora.step.kernels.matmul_fp8 import scale_rows, scale_rows_plain
 
     x = torch.randn(64, columns, device="cuda").bfloat16()
     (found, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
@@ -89,15 +91,15 @@ def test_a_newer_flash_attention_serves_windows_and_fewer_keys(name: str) -> Non
         torch.manual_seed(0)
         shapes = [(300, 8, 128), (300, 2, 128), (300, 2, 128)]
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-        borders = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device="cuda")
-        found = attend_rows(q, k, v, borders, 170, 0.1, window=64)
-        return [found, *torch.autograd.grad(found.float().square().sum(), (q, k, v))]
+        cu_seqlens = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device="cuda")
+        output = attend_varlen(q, k, v, cu_seqlens, 170, 0.1, window=64)
+        return [output, *torch.autograd.grad(output.float().square().sum(), (q, k, v))]
 
     expected = attend()
-    fault = find_flash_fault(name, GPU.device)
-    if fault is not None and fault.endswith(("is not installed", "does not serve this GPU", f"use {name.upper()}")):
-        pytest.skip(fault)
-    assert fault is None
+    reason = flash_unsupported_reason(name, GPU.device)
+    if reason is not None and reason.endswith(("is not installed", "does not serve this GPU", f"use {name.upper()}")):
+        pytest.skip(reason)
+    assert reason is None
     try:
         for own, other in zip(attend(), expected, strict=True):
             assert (own - other).norm() < 0.02 * other.norm()
@@ -146,7 +148,8 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
     with GPU.autocast():
         plain_loss, plain = learn_all()
     torch._dynamo.reset()
-    step = FastStep(model, config.trainer, config.quantization, GPU, Packs(24, 2, 14) if packed else None)
+    packs = Packs(24, 2, 14) if packed else None
+    step = FastStep(model, config.trainer, config.quantization, GPU, packs, build_objective(config.loss))
     assert step.parts["fused_attention"] == step.parts["fused_linear"] == "on"
     step.checkpointed = 1
     with step, GPU.autocast():

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from torch.distributed.tensor import DTensor
 
 from qlora.runtime import distributed
-from qlora.step.fast_step import FastLinear, FastStep
+from qlora.step.parts.fused_linear import FastLinear
 from qlora.step.shard import _store_as_floats, shard_base
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_each_process_keeps_half_of_the_bytes_before_and_after_a_step(found: lis
 
 
 def main(folder: Path, *names: str) -> None:
-    from models.test_fast import CPU, batch, build, learn
+    from models.test_fast import batch, build, build_step, learn
 
     def train(name: str, *, shards: bool) -> tuple[dict[str, Any], Any]:
         overrides, checkpointed = CASES[name]
@@ -115,16 +115,17 @@ def main(folder: Path, *names: str) -> None:
         if shards:
             shard_base(model, torch.device("cpu"), distributed.size())
             held[0] = held_bytes(model)
-        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        step = build_step(model, config)
         step.checkpointed = checkpointed
         for _ in range(2):  # weights that are put together anew lie where they lay before
             with step:
                 loss, gradients = learn(model, rows, num_items_in_batch=31)
+                fused = sum(isinstance(module, FastLinear) for module in model.modules())
         held[1] = held_bytes(model) if shards else 0
         evaluated = learn(model.eval(), rows)[0]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         mine = {"loss": loss, "gradients": gradients, "evaluated": evaluated, "parts": step.parts, "graphs": graphs}
-        return mine, (held, sum(isinstance(module, FastLinear) for module in model.modules()))
+        return mine, (held, fused)
 
     distributed.join()
     found = {}

@@ -9,7 +9,6 @@ from transformers import Trainer, TrainingArguments
 
 import qlora.quantization.bnb4.quantized_weight
 import qlora.step.kernels.fused_linear
-import qlora.step.kernels.linear_cross_entropy
 from qlora.config.compose import compose
 from qlora.planning import memory_plan
 from qlora.planning.memory_plan import OPTIMIZERS, Ledger, quantized_bytes
@@ -157,9 +156,8 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
 
 def test_the_sizes_of_pieces_and_blocks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
-    assert (memory_plan.PIECE, memory_plan.CHUNK, memory_plan.BLOCK) == (
-        qlora.step.kernels.fused_linear.PIECE,
-        qlora.step.kernels.linear_cross_entropy.ROWS,
+    assert (memory_plan.PIECE, memory_plan.BLOCK) == (
+        qlora.step.kernels.fused_linear.CHUNK_BYTES,
         qlora.quantization.bnb4.quantized_weight.BLOCK,
     )
     assert memory_plan.GROUP == qlora.quantization.bnb4.quantized_weight.GROUP

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.run import Run
-from qlora.step import fast_step
+from qlora.step import layer_calls
 from qlora.step.fast_step import FastStep
 from qlora.training.memory_budget import Budget, Formula, MemoryPlan, StepMemory, close_gaps
 
@@ -34,22 +34,22 @@ class SmallMemory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, enough: Enough, *, backward: bool, since: int = 1) -> None:
         self.enough, self.backward, self.since, self.entered = enough, backward, since, 0
         self.step: FastStep | None = None
-        self.own_enter, self.own_call = FastStep.__enter__, fast_step._call
+        self.plain_enter, self.plain_call = FastStep.__enter__, layer_calls.call_layer
         monkeypatch.setattr(FastStep, "__enter__", lambda step: self.enter(step))
-        monkeypatch.setattr(fast_step, "_call", lambda *args, **kwargs: self.call(*args, **kwargs))
+        monkeypatch.setattr(layer_calls, "call_layer", lambda *args, **kwargs: self.call(*args, **kwargs))
 
     def enter(self, step: FastStep) -> FastStep:
         self.step, self.entered = step, self.entered + 1
-        return self.own_enter(step)
+        return self.plain_enter(step)
 
     def call(self, layer: torch.nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = self.own_call(layer, hidden, *args, **kwargs)
+        output = self.plain_call(layer, hidden, *args, **kwargs)
         assert self.step is not None
         if self.entered >= self.since and layer is self.step.layers[1] and not self.enough(self.step, len(hidden)):
             if not self.backward:
                 raise torch.OutOfMemoryError("no memory")
-            found.register_hook(self.fail)
-        return found
+            output.register_hook(self.fail)
+        return output
 
     def fail(self, gradient: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("no memory")

@@ -17,20 +17,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
 from qlora.config.compose import compose
-from qlora.config.schema import QuantizationConfig, TrainerConfig
+from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig
 from qlora.data.batching.collate import Collator, count_work
+from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import BATCH, FastStep
-from qlora.step.fast_step import ROWS as LAID_OUT
+from qlora.step.fast_step import FastStep
+from qlora.step.parts.attention import BATCH, VARLEN
+from qlora.training.arguments import build_arguments
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 
 ROWS, STEPS, ACCUMULATED = 2, 6, 2
 LENGTHS = (3, 5, 8)
 TOKENS = [length for _ in range(8) for length in LENGTHS]
 CPU = torch.device("cpu")
 WATCHDOG = compose([]).watchdog
+SFT = build_objective(LossConfig())
 
 
 def build_model() -> Any:
@@ -68,13 +71,14 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         measure=lambda model, step: {"loss": 1.0},
         verify=lambda folder, model: None,
         loraplus_lr_ratio=None,
-        step=FastStep(model, config, QuantizationConfig(bits=32), placement, None),
+        step=FastStep(model, config, QuantizationConfig(bits=32), placement, None, SFT),
+        objective=SFT,
         budget=None,
         watchdog=WATCHDOG,
         name_rows=lambda index: [(f"row {index}", rows[index])],
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
         stop=Stop(),
-        facts={},
+        metadata={},
         callbacks=[],
     )
 
@@ -130,7 +134,7 @@ def test_the_library_s_filter_would_ask_in_every_micro_step(tmp_path: Path) -> N
     assert watch.reads.asked["trainer.py:_run_epoch"] == 2 * STEPS * ACCUMULATED
 
 
-@pytest.mark.parametrize("attention", [BATCH, LAID_OUT])
+@pytest.mark.parametrize("attention", [BATCH, VARLEN])
 def test_the_fast_attention_asks_for_no_mask_of_packs(attention: str) -> None:
     config = LlamaConfig(hidden_size=8, num_attention_heads=2)
     config._attn_implementation = attention
@@ -147,7 +151,7 @@ def test_on_an_accelerator_batches_go_there_while_it_computes(tmp_path: Path, mo
         made.update(options)
         return SimpleNamespace(n_gpu=1)
 
-    monkeypatch.setattr("qlora.training.trainer.TrainingArguments", keep)
+    monkeypatch.setattr("qlora.training.arguments.TrainingArguments", keep)
     build_arguments(build_config(), output_dir=tmp_path, device=torch.device("cuda"), compute=torch.bfloat16, seed=0)
     assert (made["dataloader_pin_memory"], made["accelerator_config"]) == (True, {"non_blocking": True})
 

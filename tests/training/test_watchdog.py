@@ -21,18 +21,21 @@ from torch.utils.data._utils import signal_handling
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from qlora.config.compose import compose
-from qlora.config.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
+from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig, WatchdogConfig
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
+from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
+from qlora.training.arguments import build_arguments
 from qlora.training.meter import Meter
 from qlora.training.sampler import ShuffledSampler
 from qlora.training.stopping import Stop
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 from qlora.training.watchdog import Halted, Watchdog
 
 CPU = torch.device("cpu")
+SFT = build_objective(LossConfig())
 ROWS, STEPS, PER_STEP = 24, 12, 2
 BAD_TOKEN = 31
 """In no row of its own; its embedding is not a number where a test says so."""
@@ -90,14 +93,17 @@ def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **op
         measure=lambda model, step: {"loss": 1.0},
         verify=lambda folder, model: None,
         loraplus_lr_ratio=None,
-        step=FastStep(model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None),
+        step=FastStep(
+            model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None, SFT
+        ),
+        objective=SFT,
         budget=None,
         watchdog=compose([f"watchdog.{key}={value}" for key, value in (watchdog or {}).items()]
                          + ["trainer.save_steps=2"]).watchdog,
         name_rows=lambda index: [(f"rows.jsonl, row {index + 1}", rows[index])],
         meter=Meter(CPU, peak_memory_gb=lambda: 0.0),
         stop=Stop(),
-        facts={},
+        metadata={},
         callbacks=[],
     )  # fmt: skip
 
@@ -358,7 +364,7 @@ def test_a_connection_that_breaks_before_its_process_is_known_to_be_dead_names_t
         with pytest.raises(RuntimeError, match=message) as caught, watchdog.expecting_batches():
             raise ConnectionResetError("peer")
         assert watchdog.explain_loss(caught.value) is not None
-        monkeypatch.setattr("qlora.training.watchdog.LOST_SECONDS", 0.1)
+        monkeypatch.setattr("qlora.training.batch_alarm.LOST_SECONDS", 0.1)
         with pytest.raises(ConnectionResetError), watchdog.expecting_batches():
             raise ConnectionResetError("peer")  # of something else
     finally:
@@ -394,7 +400,8 @@ def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
     optimizer = kind(weights, lr=0.1)
     watchdog.guard(optimizer)
     held, most = 0, 0
-    keep, undo = watchdog._keep, watchdog._undo
+    guard = watchdog._guard
+    keep, undo = guard._keep, guard._undo
 
     def count_keep(parameter: torch.nn.Parameter) -> torch.Tensor:
         nonlocal held, most
@@ -406,8 +413,8 @@ def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
         held -= 1
         undo(*kept)
 
-    monkeypatch.setattr(watchdog, "_keep", count_keep)
-    monkeypatch.setattr(watchdog, "_undo", count_undo)
+    monkeypatch.setattr(guard, "_keep", count_keep)
+    monkeypatch.setattr(guard, "_undo", count_undo)
     for norm in (1.0, math.nan, 1.0):
         before = [weight.detach().clone() for weight in weights]
         watchdog.begin(None)
