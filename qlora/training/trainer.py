@@ -216,7 +216,7 @@ class QLoraTrainer(Trainer):
     # Measuring
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measures the held-out rows, logs the result and tells the callbacks."""
+        """Measures the held-out rows, logs the result and calls the callbacks."""
         with self._averaged():
             measured = self.measure(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}

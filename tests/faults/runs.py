@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from qlora.config import compose
 from qlora.run import Run
-from qlora.training.checkpoints import find_checkpoints, damage_reason
+from qlora.training.checkpoints import damage_reason, find_checkpoints
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -31,7 +31,7 @@ def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.
 def test_the_weights_are_the_same_to_the_bit(
     kind: type[torch.optim.Optimizer], piece: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora.training.flat_optimizer.PIECE", piece)
+    monkeypatch.setattr("qlora.training.flat_optimizer.CHUNK", piece)
     expected, _ = train(kind, flat=False)
     found, optimizer = train(kind, flat=True)
     for own, other in zip(found, expected, strict=True):

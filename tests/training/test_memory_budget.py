@@ -104,7 +104,7 @@ def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
 
     def begin_lean(memory: StepMemory, *args: Any, **kwargs: Any) -> None:
         own(memory, *args, **kwargs)
-        memory.plan = MemoryPlan(4, offloaded=4, pieces=2)
+        memory.plan = MemoryPlan(4, offloaded=4, chunks=2)
 
     monkeypatch.setattr(StepMemory, "__init__", begin_lean)
     _, expected = run(tmp_path / "lean")
@@ -139,7 +139,7 @@ def test_plans_get_leaner_step_by_step() -> None:
         MemoryPlan(10, 10, 2),
         MemoryPlan(10, 10, 3),
     ]
-    assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, pieces=2)
+    assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, chunks=2)
 
 
 class FakeStep:

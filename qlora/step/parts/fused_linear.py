@@ -149,7 +149,7 @@ def last_group(layer: torch.nn.Module) -> LinearGroup | None:
 
 
 def group_layers(model: torch.nn.Module) -> list[LinearGroup]:
-    """Groups the 4-bit layers with plain adapters, and tells each its group."""
+    """Groups the 4-bit layers with plain adapters, and stores its group in each layer."""
     groups: list[LinearGroup] = []
     left = {name: module for name, module in model.named_modules() if _is_fusible(module)}
     while left:
