@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qlora.errors import DamagedFile
 from qlora.runtime.atomic_files import flush_folder, read_json, restore_folder, write_text
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def damage_reason(checkpoint: Path) -> str | None:
     """Reads a whole checkpoint and returns why it cannot be used; None: it is as it was written."""
     try:
         record = read_json(checkpoint / MARKER)
-    except ValueError:
+    except DamagedFile:
         return f"{MARKER} is damaged"
     if record is None:
         return f"{MARKER} is missing: it was not written to its end"

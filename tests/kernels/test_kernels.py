@@ -36,11 +36,11 @@ KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (Tr
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_twin_decodes_as_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
-    stored = weight(96, 192, quant_type=quant_type, nested=nested)
-    stored.quant_state.dtype = dtype
-    found = read_codes(stored)
-    assert found is not None
-    assert torch.equal(decode_plain(found, dtype), dequantize_4bit(stored.data, stored.quant_state))
+    saved = weight(96, 192, quant_type=quant_type, nested=nested)
+    saved.quant_state.dtype = dtype
+    actual = read_codes(saved)
+    assert actual is not None
+    assert torch.equal(decode_plain(actual, dtype), dequantize_4bit(saved.data, saved.quant_state))
 
 
 def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> None:
@@ -55,13 +55,13 @@ def test_the_kernels_decode_as_their_twins(request: pytest.FixtureRequest) -> No
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_joint_weights_are_the_same_and_stored_once(nested: bool) -> None:
-    stored = [weight(rows, 256, nested=nested, seed=rows) for rows in (64, 128, 64)]
-    before = [dequantize_4bit(each.data, each.quant_state) for each in stored]
-    joint = join(stored)
-    assert torch.equal(decode_plain(joint, torch.float32), torch.cat(before))
-    for each, expected in zip(stored, before, strict=True):
-        assert torch.equal(dequantize_4bit(each.data, each.quant_state), expected)
-        assert each.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
+    saved = [weight(rows, 256, nested=nested, seed=rows) for rows in (64, 128, 64)]
+    expected = [dequantize_4bit(weight.data, weight.quant_state) for weight in saved]
+    joint = join(saved)
+    assert torch.equal(decode_plain(joint, torch.float32), torch.cat(expected))
+    for stored_weight, matrix in zip(saved, expected, strict=True):
+        assert torch.equal(dequantize_4bit(stored_weight.data, stored_weight.quant_state), matrix)
+        assert stored_weight.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
 
 
 def test_weights_of_other_kinds_are_not_joined() -> None:
@@ -82,8 +82,8 @@ class Case:
 
     def __init__(self, dtype: torch.dtype, rows: tuple[int, ...] = (64, 128, 64)) -> None:
         generator = torch.Generator().manual_seed(1)
-        stored = [weight(each, 256, seed=each) for each in rows]
-        self.rows, self.codes = list(rows), join(stored)
+        saved = [weight(count, 256, seed=count) for count in rows]
+        self.rows, self.codes = list(rows), join(saved)
         self.dense = decode_plain(self.codes, torch.float32)
 
         def draw(*shape: int) -> torch.Tensor:
@@ -110,17 +110,17 @@ class Case:
         return list(torch.autograd.grad((output.float() * self.upstream).sum(), self.inputs))
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_grouped_layers_compute_as_plain_matrices(dtype: torch.dtype, bound: float) -> None:
     case = Case(dtype)
-    found, expected = case.fused(), case.plain()
-    assert distance(found, expected) < bound
-    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
-        assert distance(own, other) < bound
+    actual, expected = case.fused(), case.plain()
+    assert distance(actual, expected) < bound
+    for gradient, other in zip(case.gradients(actual), case.gradients(expected), strict=True):
+        assert distance(gradient, other) < bound
 
 
 def test_matrices_that_are_dequantized_in_chunks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +136,10 @@ def test_matrices_that_are_dequantized_in_chunks_compute_the_same(monkeypatch: p
     assert rows == [768, 768]
     rows.clear()
     monkeypatch.setattr(weights, "CHUNK_BYTES", 300 * 256 * 4)
-    found = case.fused()
-    assert distance(found, expected) < 1e-6
-    for own, other in zip(case.gradients(found), whole, strict=True):
-        assert distance(own, other) < 1e-6
+    actual = case.fused()
+    assert distance(actual, expected) < 1e-6
+    for gradient, other in zip(case.gradients(actual), whole, strict=True):
+        assert distance(gradient, other) < 1e-6
     assert rows == [256] * 6  # the second lies in two layers
 
 
@@ -147,7 +147,7 @@ def test_grouped_layers_keep_no_dequantized_weight() -> None:
     case, kept = Case(torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         case.fused()
-    assert max(each.numel() for each in kept if each.dtype is torch.float32) <= 50 * 256
+    assert max(tensor.numel() for tensor in kept if tensor.dtype is torch.float32) <= 50 * 256
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-4, 1.0, 1e4])
@@ -158,12 +158,12 @@ def test_8_bit_matmuls_are_near_whatever_the_sizes_of_the_adapter(which: str, si
     with torch.no_grad():
         for matrix in case.inputs[2:] if which == "b" else case.inputs[1:2]:
             matrix *= size
-    found, expected = case.fused(weight_scale), case.plain()
-    assert 1e-3 < distance(found, expected) < 0.06
-    gradients, exact = case.gradients(found), case.gradients(expected)
+    actual, expected = case.fused(weight_scale), case.plain()
+    assert 1e-3 < distance(actual, expected) < 0.06
+    gradients, exact = case.gradients(actual), case.gradients(expected)
     assert 1e-3 < distance(gradients[0], exact[0]) < 0.06  # of the input
-    for own, other in zip(gradients[1:], exact[1:], strict=True):  # of the adapter's matrices: matmuls in 16 bits
-        assert distance(own, other) < 6e-3 or not other.any()
+    for gradient, other in zip(gradients[1:], exact[1:], strict=True):  # of the adapter's matrices: matmuls in 16 bits
+        assert distance(gradient, other) < 6e-3 or not other.any()
 
 
 def test_8_bit_matmuls_add_what_the_adapter_alone_gives() -> None:
@@ -185,12 +185,12 @@ def test_a_matmul_that_nothing_reads_is_left_out_and_its_gradients_are_the_same(
 ) -> None:
     case = Case(torch.bfloat16)
     with unread(case.codes.packed):
-        found = case.fused(weight_scale)
-    assert found.isnan().all()
+        actual = case.fused(weight_scale)
+    assert actual.isnan().all()
     expected = case.fused(weight_scale)
     assert not expected.isnan().any()
-    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
-        assert torch.equal(own, other)
+    for gradient, other in zip(case.gradients(actual), case.gradients(expected), strict=True):
+        assert torch.equal(gradient, other)
 
 
 def test_rows_are_scaled_to_the_range_of_8_bits() -> None:
@@ -207,29 +207,29 @@ def test_the_loss_in_chunks_is_the_cross_entropy(compiled: bool) -> None:
     targets = torch.randint(0, 90, (CHUNK + 70,))
     targets[::3] = -100
     chunk_loss = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
-    found = linear_cross_entropy(hidden, output, targets, chunk_loss) / 7
+    actual = linear_cross_entropy(hidden, output, targets, chunk_loss) / 7
     expected = torch.nn.functional.cross_entropy(hidden @ output.t(), targets, reduction="sum") / 7
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    own, other = (torch.autograd.grad(each, hidden)[0] for each in (found, expected))
-    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    assert not own[::3].any()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    gradient, other = (torch.autograd.grad(loss, hidden)[0] for loss in (actual, expected))
+    torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+    assert not gradient[::3].any()
 
 
 def test_a_loss_without_targets_is_zero_and_no_nan() -> None:
     hidden = torch.randn(5, 4, requires_grad=True)
-    found = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((5,), -100), entropy_and_gradient)
-    assert found.item() == 0
-    assert not torch.autograd.grad(found, hidden)[0].any()
+    actual = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((5,), -100), entropy_and_gradient)
+    assert actual.item() == 0
+    assert not torch.autograd.grad(actual, hidden)[0].any()
 
 
 def test_attention_over_a_batch_is_causal_with_grouped_heads() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
     with fastest_attention():
-        found = attend_batch(q, k, v, 0.3)
+        actual = attend_batch(q, k, v, 0.3)
     weights = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
     weights = weights.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, weights @ v.repeat_interleave(2, 1))
+    torch.testing.assert_close(actual, weights @ v.repeat_interleave(2, 1))
 
 
 class FakeFlash:
@@ -240,10 +240,10 @@ class FakeFlash:
         shift: dict[str | None, float | Exception] = {None: 0.0, **installed}
 
         def attend(device: torch.device) -> list[torch.Tensor]:
-            found = shift[self.active]
-            if isinstance(found, Exception):
-                raise found
-            return [torch.ones(3) * (1 + found)]
+            actual = shift[self.active]
+            if isinstance(actual, Exception):
+                raise actual
+            return [torch.ones(3) * (1 + actual)]
 
         modules = [module for title, module, _ in attention.NEWER_FLASH.values() if title in installed]
         for name, value in {

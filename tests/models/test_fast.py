@@ -51,8 +51,8 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
                 quant_type="nf4", compress_statistics=True,
             )  # fmt: skip
             made.load_state_dict(layer.state_dict())
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, made.to("cpu"))
+            parent, _, fused = name.rpartition(".")
+            setattr(model.get_submodule(parent), fused, made.to("cpu"))
             quantized = made.weight if made.weight.bnb_quantized else made.weight._quantize(torch.device("cpu"))
             made.weight = quantized
     keep_4bit_layout(model)
@@ -94,17 +94,17 @@ def learn(model: PeftModel, rows: dict[str, torch.Tensor], **more: Any) -> tuple
 
 
 def assert_same(model: PeftModel, config: Any, rows: dict[str, torch.Tensor], checkpointed: int = 0) -> FastStep:
-    before, _ = learn(model.eval(), rows)
+    loss_before, _ = learn(model.eval(), rows)
     expected, gradients = learn(model.train(), rows, num_items_in_batch=31)
     step = build_step(model, config)
     step.checkpointed = checkpointed
     with step:
-        found, own = learn(model, rows, num_items_in_batch=31)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert own.keys() == gradients.keys()
+        actual, fused = learn(model, rows, num_items_in_batch=31)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert fused.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert (own[name] - gradient).norm() < 1e-5 * gradient.norm(), name
-    assert learn(model.eval(), rows)[0] == before
+        assert (fused[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+    assert learn(model.eval(), rows)[0] == loss_before
     return step
 
 
@@ -147,9 +147,9 @@ def test_the_product_that_ends_a_layer_is_not_computed_again_where_no_norm_reads
     monkeypatch.setattr(fused_linear, "dequantize", count)
     step.checkpointed = 3
     with step:
-        _, found = learn(model, batch(), num_items_in_batch=31)
+        _, actual = learn(model, batch(), num_items_in_batch=31)
     assert decoded.count(last) == times  # forward, backward, and in between
-    assert all((found[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
+    assert all((actual[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
@@ -160,12 +160,12 @@ def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.Monke
     copied: list[torch.Tensor] = []
     store = Offloading.store
     monkeypatch.setattr(Offloading, "store", lambda self, tensor: copied.append(tensor) or store(self, tensor))
-    found = []
+    actual = []
     for step.offloaded in (0, 2):
         torch.manual_seed(4)
         with step:
-            found.append(learn(model, batch(), num_items_in_batch=31))
-    (loss, gradients), (other, others) = found
+            actual.append(learn(model, batch(), num_items_in_batch=31))
+    (loss, gradients), (other, others) = actual
     assert loss == other
     assert all(torch.equal(others[name], gradients[name]) for name in gradients)
     assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
@@ -212,7 +212,7 @@ def test_compiled_layers_keep_each_output_apart(compute: str) -> None:
         loss.backward()
     assert loss.isfinite()
     assert len(kept) >= 2 * 8  # of two layers two residuals, queries, keys, values, what was attended, gate and up
-    assert all(own == whole for own, whole in kept)
+    assert all(fused == whole for fused, whole in kept)
 
 
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
@@ -276,7 +276,7 @@ def test_each_part_can_be_switched_off() -> None:
     model, config = build(overrides=tuple(off))
     step = build_step(model, config)
     assert step.parts == {text[8:-6]: text for text in off}
-    assert not any(isinstance(each, FastLinear) for each in model.modules())
+    assert not any(isinstance(module, FastLinear) for module in model.modules())
 
 
 def test_auto_switches_nothing_on_without_cuda() -> None:
@@ -327,8 +327,8 @@ def test_a_model_that_hands_no_borders_on_is_stopped() -> None:
 
 def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
     model, config = build("gemma2", overrides=("trainer.fused_loss=auto",))
-    fault = build_step(model, config).parts["fused_loss"]
-    assert fault == "gemma2 changes its logits (final_logit_softcapping)"
+    reason = build_step(model, config).parts["fused_loss"]
+    assert reason == "gemma2 changes its logits (final_logit_softcapping)"
 
 
 def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others() -> None:
@@ -384,9 +384,9 @@ def test_8_bit_products_learn_nearly_the_same() -> None:
     expected, gradients = learn(model, batch(), num_items_in_batch=31)
     step = build_step(model, config)
     with step:
-        found, own = learn(model, batch(), num_items_in_batch=31)
-    assert found == pytest.approx(expected, rel=0.02)
-    flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
+        actual, fused = learn(model, batch(), num_items_in_batch=31)
+    assert actual == pytest.approx(expected, rel=0.02)
+    flat, exact = (torch.cat([run[name].flatten() for name in gradients]) for run in (fused, gradients))
     assert torch.nn.functional.cosine_similarity(flat.float(), exact.float(), dim=0) > 0.97
 
 

@@ -26,6 +26,7 @@ QUICK = [
     *("trainer.warmup_steps=0", "trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs=null"),
     *("data.max_train_samples=24", "data.max_eval_samples=4", "evaluation=loss", "evaluation.baseline=false"),
     *("task.predict=false", "device=cpu", "lora.dropout=0", "trainer.compile=false"),
+    *("quantization.compute_dtype=fp32", "trainer.learning_rate=1e-4"),
 ]
 SMOOTHED = ["loss.name=tests.objective_extension:SmoothedLoss", "loss.options.smoothing=0.3", "trusted=[tests]"]
 FAST = ["trainer.fused_linear=true", "trainer.fused_loss=true"]
@@ -40,7 +41,7 @@ def test_an_objective_of_another_package_learns_the_same_on_the_plain_and_on_the
     plain, fast = train(tmp_path / "plain", *SMOOTHED), train(tmp_path / "fast", *SMOOTHED, *FAST)
     assert [entry["loss"] for entry in fast] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
     usual = train(tmp_path / "sft")
-    assert all(own["loss"] > other["loss"] + 0.1 for own, other in zip(plain, usual, strict=True))
+    assert all(entry["loss"] > other["loss"] + 0.1 for entry, other in zip(plain, usual, strict=True))
     assert all(entry["smoothed_batches"] == 1 for entry in plain)
 
 
@@ -79,9 +80,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(overrides: list[str], message
 
 
 def test_a_class_without_a_method_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"has no columns and no is_model_loss and no labels and no prepare and no loss"
-    ):
+    with pytest.raises(ConfigError, match=r"has no columns and no is_model_loss and no labels and no loss"):
         build_objective(LossConfig(name="tests.step_extension:CountTokens"))
 
 

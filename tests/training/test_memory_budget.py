@@ -62,9 +62,9 @@ def run(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, torch.
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    found = run(tmp_path_factory.mktemp("undisturbed"), "trainer.gradient_checkpointing=true")
-    assert found[0]["train_memory_retries"] == 0
-    return found
+    trained = run(tmp_path_factory.mktemp("undisturbed"), "trainer.gradient_checkpointing=true")
+    assert trained[0]["train_memory_retries"] == 0
+    return trained
 
 
 LEANER = {
@@ -100,10 +100,10 @@ def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
         SmallMemory(context, two_rows, backward=True)
         metrics, adapter = run(tmp_path / "retried")
     assert metrics["train_memory_retries"] == 4
-    own = StepMemory.__init__
+    local = StepMemory.__init__
 
     def begin_lean(memory: StepMemory, *args: Any, **kwargs: Any) -> None:
-        own(memory, *args, **kwargs)
+        local(memory, *args, **kwargs)
         memory.plan = MemoryPlan(4, offloaded=4, chunks=2)
 
     monkeypatch.setattr(StepMemory, "__init__", begin_lean)
@@ -262,11 +262,11 @@ def test_gaps_are_closed_under_tensors_that_share_what_they_show(monkeypatch: py
     linear = torch.nn.Linear(1024, 1024, bias=False)
     linear.register_buffer("rows", linear.weight.detach()[512:])
     linear.register_buffer("small", torch.ones(8))
-    before = linear.weight.detach().clone()
+    previous = linear.weight.detach().clone()
     close_gaps(linear, CPU)
-    assert sizes == [0, before.nbytes]  # what two show once, and nothing small
-    assert torch.equal(linear.weight, before)
-    assert torch.equal(linear.rows, before[512:])
+    assert sizes == [0, previous.nbytes]  # what two show once, and nothing small
+    assert torch.equal(linear.weight, previous)
+    assert torch.equal(linear.rows, previous[512:])
     assert linear.rows.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
     linear.weight.sum().backward()
     assert torch.equal(linear.weight.grad, torch.ones(1024, 1024))

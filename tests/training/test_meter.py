@@ -1,4 +1,4 @@
-"""The speed of a training, and what its steps do not wait for."""
+"""The speed of a training run, and what its steps do not wait for."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def test_a_log_holds_the_speed_since_the_last_one(tmp_path: Path) -> None:
     assert all(entry["peak_memory_gb"] == 1.5 for entry in logs)
     assert all("train_mfu" not in entry for entry in logs), "without a measured rate there is none"
     seen = [0, *(entry["num_input_tokens_seen"] for entry in logs)]
-    seconds = [(after - before) / entry["train_tokens_per_second"]
-               for before, after, entry in zip(seen, seen[1:], logs, strict=False)]  # fmt: skip
+    seconds = [(after - previous) / entry["train_tokens_per_second"]
+               for previous, after, entry in zip(seen, seen[1:], logs, strict=False)]  # fmt: skip
     assert sum(seconds) == pytest.approx(trainer.meter.clock.trained)
 
 
@@ -221,8 +221,8 @@ def test_waiting_counts_while_training_and_not_behind_an_evaluation(now: list[fl
         meter.on_step_end(args, state, control)
 
     step(wait=1.0, work=3.0)
-    found = meter.since_last_log(state)
-    assert found == {
+    rates = meter.since_last_log(state)
+    assert rates == {
         "train_tokens_per_second": 10.0,  # tokens before a resumption do not count
         "train_mfu": 1.0,  # of both processes' devices
         "train_data_wait": 0.25,

@@ -1,4 +1,4 @@
-"""Every optimizer and schedule that is offered trains, and a training that was cut in two ends in the same weights."""
+"""Every optimizer and schedule that is offered trains, and a run that was cut in two ends in the same weights."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def build(
 
 
 def weights(trainer: QLoraTrainer) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad]).clone()
+    return torch.cat(
+        [weight.detach().flatten() for weight in trainer.model.parameters() if weight.requires_grad]
+    ).clone()
 
 
 def rates(trainer: QLoraTrainer) -> list[float]:
@@ -201,7 +203,7 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(name: str, mo
     module, package = OPTIMIZERS[name].module, OPTIMIZERS[name].package
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda wanted, *at: None if wanted == module else find(wanted, *at)
+        importlib.util, "find_spec", lambda requested, *at: None if requested == module else find(requested, *at)
     )
     with pytest.raises(UserError) as error:
         check_installed(name)

@@ -109,7 +109,9 @@ def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **op
 
 
 def weights(trainer: QLoraTrainer) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad]).clone()
+    return torch.cat(
+        [weight.detach().flatten() for weight in trainer.model.parameters() if weight.requires_grad]
+    ).clone()
 
 
 class Weights(TrainerCallback):
@@ -119,7 +121,7 @@ class Weights(TrainerCallback):
         self.after: dict[int, torch.Tensor] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        trained = [each.detach().flatten() for each in model.parameters() if each.requires_grad]
+        trained = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
         self.after[state.global_step] = torch.cat(trained).clone()
 
 
@@ -233,11 +235,11 @@ def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(tmp_path:
     assert [step for step, _ in noted.rates] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12]
     assert [rate for _, rate in noted.rates] == [1e-2] * 8 + [5e-3] * 6
     assert bool(weights(trainer).isfinite().all())
-    stored = json.loads((tmp_path / "checkpoint-12" / "watchdog.json").read_text())
-    assert stored["counts"]["rollbacks"] == 1
-    assert stored["course"]["rate_factor"] == 0.5
+    saved = json.loads((tmp_path / "checkpoint-12" / "watchdog.json").read_text())
+    assert saved["counts"]["rollbacks"] == 1
+    assert saved["course"]["rate_factor"] == 0.5
 
-    # Another start goes on with the lower rate, and knows what was.
+    # Another start continues with the lower rate, and knows what happened.
     again = build(tmp_path, build_rows(), {"nonfinite": "rollback"}, max_steps=14)
     noted = SpoilOnce(0)
     again.add_callback(noted)
@@ -416,13 +418,13 @@ def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
     monkeypatch.setattr(guard, "_keep", count_keep)
     monkeypatch.setattr(guard, "_undo", count_undo)
     for norm in (1.0, math.nan, 1.0):
-        before = [weight.detach().clone() for weight in weights]
+        previous = [weight.detach().clone() for weight in weights]
         watchdog.begin(None)
         watchdog.add_loss(torch.tensor(1.0))
         watchdog.judge(torch.tensor(norm))
         for weight in weights:
             weight.grad = torch.full((5,), norm)
         optimizer.step()
-        unchanged = [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
+        unchanged = [torch.equal(weight, old) for weight, old in zip(weights, previous, strict=True)]
         assert unchanged == [math.isnan(norm)] * 3
     assert most == (1 if kind is bnb.optim.PagedAdamW32bit else 3)

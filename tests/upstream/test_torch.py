@@ -30,12 +30,12 @@ def test_foreach_kernels_compute_on_lists() -> None:
 
 
 def test_the_options_of_compilation_exist_and_are_restored() -> None:
-    before = torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp
+    previous_options = torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp
     with private.compile_options():
         assert torch._dynamo.config.recompile_limit == torch._dynamo.config.accumulated_recompile_limit
         assert not torch._dynamo.config.optimize_ddp
         assert all(getattr(torch._functorch.config, name) is value for name, value in private.RECOMPUTE_MORE.items())
-    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp) == before
+    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp) == previous_options
 
 
 def test_a_call_of_a_layer_can_be_replaced_and_restored() -> None:
