@@ -59,26 +59,26 @@ def alpaca_rows(count: int, real: list[dict[str, str]] | None) -> Iterator[dict[
             note = f" ({index // len(real)})" if index >= len(real) else ""
             yield {name: row[name] + note * (name != "input") for name in ("instruction", "input", "output")}
         return
-    words = Words(0)
+    vocab = Words(0)
     for _ in range(count):
-        context = words.some(13, 0.7, 100) if words.random.random() < 0.4 else ""
-        yield {"instruction": words.some(9, 0.4, 40), "input": context, "output": words.some(23, 1.1, 370)}
+        context = vocab.some(13, 0.7, 100) if vocab.random.random() < 0.4 else ""
+        yield {"instruction": vocab.some(9, 0.4, 40), "input": context, "output": vocab.some(23, 1.1, 370)}
 
 
 def chat_rows(count: int, real: list[dict[str, str]] | None, tokenizer: Path) -> Iterator[dict[str, Any]]:
     """Yields chats of 6 to 20 turns and 500 to 2,000 tokens, with the texts of real rows where there are some."""
-    words = Words(1)
+    vocab = Words(1)
     real_text = " ".join(row["output"] for row in real or ()).split()
-    letters = _characters_per_token(" ".join(real_text[:5000]) or words.exactly(5000), tokenizer)
+    letters = _characters_per_token(" ".join(real_text[:5000]) or vocab.exactly(5000), tokenizer)
     for _ in range(count):
-        turns = 2 * words.random.randint(3, 10)
-        length = words.random.randint(500, 1950) * letters
-        shares = [words.random.uniform(0.1, 0.4) if turn % 2 == 0 else 1 for turn in range(turns)]
+        turns = 2 * vocab.random.randint(3, 10)
+        length = vocab.random.randint(500, 1950) * letters
+        shares = [vocab.random.uniform(0.1, 0.4) if turn % 2 == 0 else 1 for turn in range(turns)]
         messages = []
-        for turn, share in enumerate(shares):
-            wanted = max(int(share / sum(shares) * length / 6), 1)  # about six characters a word with its space
-            start = words.random.randrange(max(len(real_text) - wanted, 1))
-            content = " ".join(real_text[start : start + wanted]) or words.exactly(wanted)
+        for turn, fraction in enumerate(shares):
+            requested = max(int(fraction / sum(shares) * length / 6), 1)  # about six characters a word with its space
+            start = vocab.random.randrange(max(len(real_text) - requested, 1))
+            content = " ".join(real_text[start : start + requested]) or vocab.exactly(requested)
             messages.append({"role": ("user", "assistant")[turn % 2], "content": content})
         yield {"messages": messages}
 
@@ -90,11 +90,11 @@ class Words:
         self.random = random.Random(seed)
         syllables = [a + b + c for a in "bcdfglmnprst" for b in "aeiou" for c in ("", "n", "r")]
         parts = random.Random(7)
-        self.words = ["".join(parts.choices(syllables, k=1 + index // 100 % 3)) for index in range(4000)]
-        self.weights = list(accumulate(1 / (rank + 3) for rank in range(len(self.words))))
+        self.vocab = ["".join(parts.choices(syllables, k=1 + index // 100 % 3)) for index in range(4000)]
+        self.weights = list(accumulate(1 / (rank + 3) for rank in range(len(self.vocab))))
 
     def exactly(self, count: int) -> str:
-        return " ".join(self.random.choices(self.words, cum_weights=self.weights, k=count))
+        return " ".join(self.random.choices(self.vocab, cum_weights=self.weights, k=count))
 
     def some(self, median: float, spread: float, most: int) -> str:
         """Returns a text whose number of words is drawn from a log-normal distribution."""
@@ -144,6 +144,7 @@ def build_qlora(task: Task) -> Prepare:
     from qlora.data.batching.collate import Collator, count_work
     from qlora.data.pipeline import build_data
     from qlora.models.tokenizer import pad_token_id
+    from qlora.objectives import build_objective
     from qlora.runtime import console
     from qlora.runtime.device import Placement
     from qlora.step.fast_step import FastStep
@@ -154,6 +155,7 @@ def build_qlora(task: Task) -> Prepare:
     console.quiet_libraries()  # as the command `qlora` does
     tokenizer, model = _tokenizer(task), _tiny_model(task)
     chosen, cpu = compose([]), Placement(torch.device("cpu"), torch.float32, torch.float32)
+    objective = build_objective(chosen.loss)
     config = DataConfig(
         name=task.kind,
         path=task.path,
@@ -178,12 +180,13 @@ def build_qlora(task: Task) -> Prepare:
             verify=lambda folder, model: None,
             loraplus_lr_ratio=None,
             meter=Meter(torch.device("cpu"), peak_memory_gb=lambda: 0.0),
-            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None),
+            step=FastStep(model, chosen.trainer, chosen.quantization, cpu, None, objective),
+            objective=objective,
             budget=None,
             watchdog=chosen.watchdog,
             name_rows=data.named_rows,
             stop=Stop(),
-            facts={},
+            metadata={},
             callbacks=[],
         )
         return trainer.get_train_dataloader()
@@ -347,12 +350,12 @@ def measure(task: Task) -> dict[str, float]:
             output.seek(0)
             raise SystemExit(f"{task.system} failed:\n{output.read()[-3000:]}")
     unit = 1024**2 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS
-    largest = usage.ru_maxrss / unit
-    return {**json.loads(result.read_text(encoding="utf-8")), "largest_process": largest, **shared}
+    maximum = usage.ru_maxrss / unit
+    return {**json.loads(result.read_text(encoding="utf-8")), "largest_process": maximum, **shared}
 
 
 class Memory(threading.Thread):
-    """Adds up the memory of a process and its children, four times a second, where Linux tells.
+    """Adds up the memory of a process and its children, four times a second, where Linux prints.
 
     `all_processes` is the proportional set size: a page that several processes share counts once. `own_memory` leaves
     out pages of files on disk, which the system gives to others when they are needed.
@@ -376,11 +379,11 @@ class Memory(threading.Thread):
 
 
 def _tree(pid: int) -> list[int]:
-    found = [pid]
+    pids = [pid]
     with suppress(OSError):
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += [below for child in children.read_text().split() for below in _tree(int(child))]
-    return found
+            pids += [below for child in children.read_text().split() for below in _tree(int(child))]
+    return pids
 
 
 def _proportional(pid: int) -> tuple[int, int]:
@@ -404,8 +407,8 @@ def measure_systems(kind: str, path: Path, systems: list[str], tokenizer: Path, 
         plans += [("tokenizing collator", "collator", None)]
     results = []
     for name, system, processes in plans:
-        own = folder / f"{kind}-{system}-{processes}"
-        result = measure(Task(system, kind, str(path), str(tokenizer), str(own), processes))
+        local = folder / f"{kind}-{system}-{processes}"
+        result = measure(Task(system, kind, str(path), str(tokenizer), str(local), processes))
         results.append({"set": kind, "system": name, **result})
         print(f"{kind}, {name}: {result['whole_pass']:.1f} s", file=sys.stderr)
     return results
@@ -416,8 +419,8 @@ def measure_memory(real: list[dict[str, str]] | None, tokenizer: Path, folder: P
     results = []
     for count in MEMORY_ROWS:
         path = write_rows(alpaca_rows(count, real), folder / f"{count}.jsonl")
-        own = folder / f"memory-{count}"
-        result = measure(Task("qlora", "alpaca", str(path), str(tokenizer), str(own), whole_pass=False))
+        local = folder / f"memory-{count}"
+        result = measure(Task("qlora", "alpaca", str(path), str(tokenizer), str(local), whole_pass=False))
         results.append({"prepared_rows": count, **result})
         print(f"{count} rows: {result['first_batch']:.1f} s", file=sys.stderr)
     return results
@@ -436,11 +439,11 @@ def describe_machine() -> str:
 
 
 def describe_versions(*more: str) -> str:
-    found = [f"Python {platform.python_version()}"]
+    lines = [f"Python {platform.python_version()}"]
     for name in (*LIBRARIES, *more):
         with suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
+            lines.append(f"{name} {version(name)}")
+    return ", ".join(lines)
 
 
 def to_table(results: list[dict[str, Any]]) -> str:

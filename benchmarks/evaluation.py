@@ -37,20 +37,20 @@ ANSWER_TOKENS = 32
 
 def invented_questions(count: int) -> Iterator[dict[str, str]]:
     """Yields questions in MMLU's layout behind solved ones, short enough for a context of 512 tokens."""
-    words = Words(0)
-    names = [words.exactly(2) for _ in range(SUBJECTS)]
-    solved = {name: "".join(f"{_question(words)} {words.random.choice('ABCD')}\n\n" for _ in range(SHOTS))
+    vocab = Words(0)
+    names = [vocab.exactly(2) for _ in range(SUBJECTS)]
+    solved = {name: "".join(f"{_question(vocab)} {vocab.random.choice('ABCD')}\n\n" for _ in range(SHOTS))
               for name in names}  # fmt: skip
     for number in range(count):
         name = names[number * SUBJECTS // count]
         heading = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
-        text = heading + solved[name] + _question(words)
-        yield {"subject": name, "input": text, "output": words.random.choice("ABCD")}
+        text = heading + solved[name] + _question(vocab)
+        yield {"subject": name, "input": text, "output": vocab.random.choice("ABCD")}
 
 
-def _question(words: Words) -> str:
-    choices = "".join(f"\n{letter}. {words.exactly(1)}" for letter in "ABCD")
-    return f"{words.some(6, 0.4, 10)}?{choices}\nAnswer:"
+def _question(vocab: Words) -> str:
+    choices = "".join(f"\n{letter}. {vocab.exactly(1)}" for letter in "ABCD")
+    return f"{vocab.some(6, 0.4, 10)}?{choices}\nAnswer:"
 
 
 # Measuring
@@ -146,8 +146,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[dict
     with evaluation_mode(model), run.placement.autocast():
         with torch.inference_mode():
             model(input_ids=torch.ones(1, 8, dtype=torch.long, device=device))  # what the first pass sets up
-        for path, each in zip(files, runs, strict=True):
-            results += measure_mmlu(f"MMLU, {path.name.partition('.')[0]}", each, model, wait)
+        for path, run in zip(files, runs, strict=True):
+            results += measure_mmlu(f"MMLU, {path.name.partition('.')[0]}", run, model, wait)
             _report(results)
         if arguments.rows:
             results += measure_answers(run, model, wait)
@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="a model's folder")
     parser.add_argument("--mmlu", type=Path, nargs="+", help="files of questions; without: invented ones")
-    parser.add_argument("--items", type=int, help="the first so many questions; without: all, or 200 invented ones")
+    parser.add_argument("--items", type=int, help="the first that many questions; without: all, or 200 invented ones")
     parser.add_argument("--rows", type=int, default=64, help="rows to answer; 0: none")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")

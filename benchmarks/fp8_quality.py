@@ -1,12 +1,12 @@
-"""Compares training with 8-bit products of the base weights with bf16 and float32: gradients, and whole trainings.
+"""Compares training with 8-bit products of the base weights with bf16 and float32: gradients, and whole training runs.
 
     python benchmarks/fp8_quality.py --model FOLDER --data FILE [--steps N] [--seeds 0 1 2] [--json FILE] [-- KEY=VALUE]
 
 The base is quantized once, from what its files hold, and stored: all precisions have the same 4-bit weights, which a
 base that is rounded to 16 bits before would not give. Gradients of the adapter on one batch are compared with those in
-float32: their cosine, and the norm of the difference over the norm. The trainings differ in the precision and the seed
-alone; the table gives the mean of the held-out loss over the seeds and its standard error, and the largest distance of
-two seeds in float32. On a CPU the 8-bit products are emulated: the same rounding, without the speed.
+float32: their cosine, and the norm of the difference over the norm. The training runs differ in the precision and the
+seed only; the table gives the mean of the held-out loss over the seeds, its standard error, and the largest distance
+of two seeds in float32. On a CPU the 8-bit products are emulated: the same rounding, without the speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODES = {
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """Returns what all trainings have in common."""
+    """Returns what all training runs have in common."""
     return [
         *(f"model.name={arguments.model}", "data=local", f"data.path={arguments.data}", "data.max_length=256"),
         *("data.eval_dataset_size=64", "quantization=nf4", "lora.r=16", "lora.dropout=0", "evaluation=loss"),
@@ -72,8 +72,8 @@ def gradients(chosen: list[str]) -> Any:
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                drawn = torch.randn(parameter.shape, generator=generator) / 50
-                parameter.data.copy_(drawn)
+                values = torch.randn(parameter.shape, generator=generator) / 50
+                parameter.data.copy_(values)
         batch = run.collate([run.data.train[index] for index in range(8)])  # type: ignore[index]
         batch = {name: tensor.to(run.placement.device) for name, tensor in batch.items()}
         with step:
@@ -105,14 +105,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="qlora-benchmark-") as name:
         common = store(overrides(arguments), Path(name) / "base")
         exact = gradients([*common, *MODES["fp32"]])
-        for mode, own in MODES.items():
-            found = gradients([*common, *own])
-            cosine = float(torch.nn.functional.cosine_similarity(found, exact, dim=0))
-            error = float((found - exact).norm() / exact.norm())
+        for mode, local in MODES.items():
+            gradient = gradients([*common, *local])
+            cosine = float(torch.nn.functional.cosine_similarity(gradient, exact, dim=0))
+            error = float((gradient - exact).norm() / exact.norm())
             print(f"{mode}, gradient: cosine {cosine:.5f}, error {error:.4f}", file=sys.stderr, flush=True)
             runs = {}
             for seed in arguments.seeds:
-                runs[seed] = train([*common, *own, f"seed={seed}"], Path(name) / f"{mode}-{seed}")
+                runs[seed] = train([*common, *local, f"seed={seed}"], Path(name) / f"{mode}-{seed}")
                 print(f"{mode}, seed {seed}: {runs[seed]['eval_loss']:.4f}", file=sys.stderr, flush=True)
             results[mode] = {
                 "gradient_cosine": cosine,
@@ -128,10 +128,10 @@ def to_table(results: dict[str, Any]) -> str:
         "| products | gradient: cosine | gradient: error | held-out loss | standard error |",
         "|---|---:|---:|---:|---:|",
     ]
-    for mode, found in results.items():
-        losses = [run["eval_loss"] for run in found["runs"].values()]
+    for mode, gradient in results.items():
+        losses = [run["eval_loss"] for run in gradient["runs"].values()]
         error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
-        gradient = f"{found['gradient_cosine']:.5f} | {found['gradient_error']:.4f}"
+        gradient = f"{gradient['gradient_cosine']:.5f} | {gradient['gradient_error']:.4f}"
         lines.append(f"| {mode} | {gradient} | {statistics.mean(losses):.4f} | {error:.4f} |")
     losses = [run["eval_loss"] for run in results["fp32"]["runs"].values()]
     apart = max(

@@ -53,7 +53,7 @@ def trainings(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[dict[
 
 
 def planned(overrides: list[str], device: str) -> dict[str, Any]:
-    """Returns the plan's numbers for a training: 10^9 bytes, and whether the card holds it."""
+    """Returns the plan's numbers for a training run: 10^9 bytes, and whether the card holds it."""
     from qlora.config.compose import compose
     from qlora.tasks.plan import build_plan
 
@@ -76,9 +76,9 @@ def measured(overrides: list[str], folder: Path) -> dict[str, Any]:
     return {"measured_gb": metrics["peak_memory_gb"], "seconds": seconds}
 
 
-def write_rows(path: Path, longest: int) -> Path:
+def write_rows(path: Path, max_length: int) -> Path:
     """Writes rows that are longer than any limit, so that every row has exactly its tokens."""
-    row = json.dumps({"text": "the stone owl sings of rivers and towers " * longest})
+    row = json.dumps({"text": "the stone owl sings of rivers and towers " * max_length})
     path.write_text(f"{row}\n" * 8, encoding="utf-8")
     return path
 
@@ -88,12 +88,15 @@ def to_table(results: list[dict[str, Any]]) -> str:
     head = ["model", "tokens", "checkpointing", "planned, GB", "measured, GB", "planned / measured", "seconds"]
     lines = [head, ["---"] * len(head)]
     for result in results:
-        found = result["measured_gb"]
+        measured_gb = result["measured_gb"]
         lines.append(
             [
                 *(result["model"], f"{result['length']:,}", "all layers" if result["checkpointing"] else "none"),
-                *(f"{result['planned_gb']:.2f}", result["failure"] if found is None else f"{found:.2f}"),
-                *("–" if found is None else f"{result['planned_gb'] / found:.3f}", f"{result['seconds']:.0f}"),
+                *(f"{result['planned_gb']:.2f}", result["failure"] if measured_gb is None else f"{measured_gb:.2f}"),
+                *(
+                    "–" if measured_gb is None else f"{result['planned_gb'] / measured_gb:.3f}",
+                    f"{result['seconds']:.0f}",
+                ),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -128,9 +131,9 @@ def main() -> None:
                 print(f"{varied}: {plan['planned_gb']:.1f} GB do not fit", file=sys.stderr)
                 continue
             kept = [word for word in overrides if not word.startswith("data.path=")]
-            found = measured(overrides, Path(name) / f"run-{number}")
-            results.append({**varied, **plan, **found, "overrides": kept})
-            print(f"{varied}: {plan['planned_gb']:.2f} GB, {found}", file=sys.stderr)
+            measurement = measured(overrides, Path(name) / f"run-{number}")
+            results.append({**varied, **plan, **measurement, "overrides": kept})
+            print(f"{varied}: {plan['planned_gb']:.2f} GB, {measurement}", file=sys.stderr)
             if arguments.json:  # after each: a machine may go away
                 text = json.dumps({"about": about, "gpu": device == "this", "results": results}, indent=2)
                 arguments.json.write_text(text, encoding="utf-8")

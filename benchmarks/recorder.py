@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes what was noted."""
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        found = {
+        results = {
             "rank": int(os.environ.get("RANK", "0")),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -54,4 +54,4 @@ class Recorder(TrainerCallback):
             "peak_gb": peak_memory_gb(device),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{os.getpid()}.json").write_text(json.dumps(found), encoding="utf-8")
+        (self.folder / f"{os.getpid()}.json").write_text(json.dumps(results), encoding="utf-8")

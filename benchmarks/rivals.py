@@ -164,7 +164,7 @@ def time_trainer(
         torch.cuda.synchronize()
     ended, first, last = time.monotonic(), measured.start - 1, measured.stop - 1
     return {
-        "tokens_per_second": sum(int(each) for each in tokens[first:last]) / (ended - moments[first]),
+        "tokens_per_second": sum(int(item) for item in tokens[first:last]) / (ended - moments[first]),
         "peak_gb": peak_memory_gb(device),
         "first_step_seconds": moments[1] - moments[0],
         "device": device_name(device),
@@ -207,11 +207,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         else:
             measured = range(WARM_UP + 1, WARM_UP + steps + 1)
             count = measured.stop * (2 if packs else 1)  # a step of packs takes more rows
-            drawn = islice(steps_of_rows(workload, config.model.architecture.vocab_size, shrink), count)
-            rows = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for step in drawn for row in step])
+            steps_to_train = islice(steps_of_rows(workload, config.model.architecture.vocab_size, shrink), count)
+            rows = Dataset.from_list(
+                [{"input_ids": row["input_ids"].tolist()} for step in steps_to_train for row in step]
+            )
             options |= {"train_sampling_strategy": "sequential", "save_strategy": "no"}
-        found = time_trainer(rows, task["base"], model, peft, placement, folder, measured, **options)
-        return {**found, "is_trainer": not whole}  # whose step includes its loader
+        results = time_trainer(rows, task["base"], model, peft, placement, folder, measured, **options)
+        return {**results, "is_trainer": not whole}  # whose step includes its loader
 
 
 def main() -> None:

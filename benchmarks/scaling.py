@@ -1,4 +1,4 @@
-"""Measures how trainings and sweeps scale over the GPUs of one machine.
+"""Measures how training runs and sweeps scale over the GPUs of one machine.
 
     python benchmarks/scaling.py [--parts weak ...] [--models llama-7b ...] [--modes bf16 ...] [--gpus 1 2 ...]
                                  [--json FILE] [--small] [-- KEY=VALUE]
@@ -95,8 +95,8 @@ class Training:
         ]
 
 
-def trainings(arguments: argparse.Namespace) -> Iterator[Training]:
-    """Yields the trainings of the chosen parts."""
+def planned_runs(arguments: argparse.Namespace) -> Iterator[Training]:
+    """Yields the training runs of the chosen parts."""
     shapes = [(model, mode) for model in arguments.models for mode in arguments.modes]
     for model, mode in shapes:
         for gpus in arguments.gpus:
@@ -149,9 +149,9 @@ def run(command: list[str], environment: dict[str, str], folder: Path, limit: fl
 
 
 def measure_training(training: Training, arguments: argparse.Namespace, rows: Path, folder: Path) -> dict[str, Any]:
-    """Runs a training; returns its speed, memory and losses, or why it failed."""
+    """Runs a training run; returns its speed, memory and losses, or why it failed."""
     steps, length = arguments.warm_up + arguments.steps, LENGTH // (16 if arguments.small else 1)
-    words = [
+    args = [
         *training.overrides(),
         *(SMALL if arguments.small else []),
         *(f"data.path={rows}", f"data.max_length={length}", f"trainer.max_steps={steps}"),
@@ -163,7 +163,7 @@ def measure_training(training: Training, arguments: argparse.Namespace, rows: Pa
     launcher = [sys.executable, *(many if training.gpus > 1 else [])]
     environment = {} if arguments.small else {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: training.gpus])}
     started = time.time()
-    if failure := run([*launcher, "-m", "qlora", *words], environment, folder, arguments.limit):
+    if failure := run([*launcher, "-m", "qlora", *args], environment, folder, arguments.limit):
         return {"failure": failure}
     records = read_records(folder / "records")
     history = json.loads((folder / "run" / "history.json").read_text())
@@ -179,7 +179,7 @@ def measure_training(training: Training, arguments: argparse.Namespace, rows: Pa
 
 
 def recording(folder: Path, warm_up: int) -> list[str]:
-    """Returns the overrides that let a training note its speed."""
+    """Returns the overrides that let a training run note its speed."""
     callback = "+callbacks.recorder"
     return ["trusted=[recorder]", f"{callback}._target_=recorder.Recorder", f"{callback}.folder={folder}",
             f"{callback}.warm_up={warm_up}"]  # fmt: skip
@@ -187,8 +187,8 @@ def recording(folder: Path, warm_up: int) -> list[str]:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Returns what the processes noted, by rank and start."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return sorted(found, key=lambda record: (record["rank"], record["began"]))
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(records, key=lambda record: (record["rank"], record["began"]))
 
 
 def used_mib() -> list[int]:
@@ -200,10 +200,10 @@ def used_mib() -> list[int]:
 def measure_sweep(gpus: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs a sweep of small jobs, one a GPU at a time; returns its wall time and what became of the GPUs."""
     names = visible_gpus()[:gpus]
-    words = [*JOBS, *recording(folder / "records", 1), f"hydra.launcher.n_jobs={gpus}", "name=scaling"]
-    words += ["device=cpu", "trainer.max_steps=3", "data.max_train_samples=32"] if arguments.small else []
-    before = [] if arguments.small else used_mib()
-    command = [sys.executable, "-m", "qlora", "-m", f"seed={','.join(map(str, range(arguments.jobs)))}", *words]
+    args = [*JOBS, *recording(folder / "records", 1), f"hydra.launcher.n_jobs={gpus}", "name=scaling"]
+    args += ["device=cpu", "trainer.max_steps=3", "data.max_train_samples=32"] if arguments.small else []
+    previous = [] if arguments.small else used_mib()
+    command = [sys.executable, "-m", "qlora", "-m", f"seed={','.join(map(str, range(arguments.jobs)))}", *args]
     environment = {} if arguments.small else {"CUDA_VISIBLE_DEVICES": ",".join(names)}
     started = time.monotonic()
     failure = run(command, environment, folder, arguments.limit)
@@ -218,19 +218,19 @@ def measure_sweep(gpus: int, arguments: argparse.Namespace, folder: Path) -> dic
         "finished": sum(job["status"] == "finished" for job in jobs),
         "jobs_by_gpu": {str(name): sum(record["visible"] == name for record in records) for name in names},
         "shared_gpu": sum(overlap(records, name) for name in names),
-        "memory_left_mib": [now - then for now, then in zip(after, before, strict=True)],
+        "memory_left_mib": [now - then for now, then in zip(after, previous, strict=True)],
         "devices": [record["device"] for record in records],
     }
 
 
 def overlap(records: Sequence[dict[str, Any]], visible: str) -> int:
     """Returns how many jobs trained on a GPU while another one did."""
-    own = sorted((record["began"], record["ended"]) for record in records if record["visible"] == visible)
-    return sum(began < ended for (_, ended), (began, _) in itertools.pairwise(own))
+    local = sorted((record["began"], record["ended"]) for record in records if record["visible"] == visible)
+    return sum(began < ended for (_, ended), (began, _) in itertools.pairwise(local))
 
 
 def to_tables(results: list[dict[str, Any]]) -> str:
-    """Returns a table of the trainings with whole bases, one of those with sharded bases, one of the sweeps."""
+    """Returns a table of the training runs with whole bases, one of those with sharded bases, one of the sweeps."""
     tables = [
         data_table([result for result in results if result["part"] in ("weak", "strong", "rounding")]),
         sharded_table([result for result in results if result["part"] == "sharded"]),
@@ -240,7 +240,7 @@ def to_tables(results: list[dict[str, Any]]) -> str:
 
 
 def data_table(results: list[dict[str, Any]]) -> str:
-    """Returns the table of data-parallel trainings, each beside that of one GPU."""
+    """Returns the table of data-parallel training runs, each beside that of one GPU."""
     single = {(result["model"], result["mode"]): result for result in results
               if result["part"] == "weak" and result["gpus"] == 1 and "failure" not in result}  # fmt: skip
     head = ["model", "mode", "GPUs", "rows a step", "rows a micro-batch", "tokens/s", "of GPUs x one", "peak a GPU, GB"]
@@ -252,21 +252,21 @@ def data_table(results: list[dict[str, Any]]) -> str:
             lines.append([*known, result["failure"], "", "", "", ""])
             continue
         speed = result["tokens_per_second"]
-        share = f"{speed / (result['gpus'] * one['tokens_per_second']):.3f}" if one else ""
+        fraction = f"{speed / (result['gpus'] * one['tokens_per_second']):.3f}" if one else ""
         same = one is not None and result is not one and result["rows"] == one["rows"]
         difference = f"{loss_difference(one['losses'], result['losses']):.1e}" if one and same else ""
         peak = f"{max(result['peak_gb']):.1f}"
-        lines.append([*known, f"{speed:,.0f}", share, peak, f"{result['first_step_seconds']:.0f}", difference])
+        lines.append([*known, f"{speed:,.0f}", fraction, peak, f"{result['first_step_seconds']:.0f}", difference])
     return to_table(lines, text=2)
 
 
 def loss_difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """Returns the largest difference of two trainings' logged losses, as a share of the loss."""
+    """Returns the largest difference of two training runs' logged losses, as a share of the loss."""
     return float(np.max(np.abs(np.array(other) / np.array(one) - 1)))
 
 
 def sharded_table(results: list[dict[str, Any]]) -> str:
-    """Returns the table of trainings with a sharded base."""
+    """Returns the table of training runs with a sharded base."""
     lines = [["model", "mode", "GPUs", "rows a step", "tokens/s", "peak a GPU, GB", "first step, s", "until it, s"]]
     for result in results:
         known = [result["model"], result["mode"], result["gpus"], result["rows"]]
@@ -308,9 +308,9 @@ class Results:
     def __init__(self, file: Path | None) -> None:
         """Reads what the file holds."""
         self.file, self.about = file, f"{datetime.date.today()}, {describe_machine()}, {describe_versions(*LIBRARIES)}"
-        stored = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
-        self.all: list[dict[str, Any]] = stored.get("results", [])
-        self.about = stored.get("about", self.about)
+        saved = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+        self.all: list[dict[str, Any]] = saved.get("results", [])
+        self.about = saved.get("about", self.about)
         self._began = time.monotonic()
 
     def has(self, known: dict[str, Any]) -> bool:
@@ -321,10 +321,10 @@ class Results:
         """Tells how it goes, with the seconds since the start."""
         print(f"{time.monotonic() - self._began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    def add(self, known: dict[str, Any], found: dict[str, Any]) -> None:
+    def add(self, known: dict[str, Any], measurement: dict[str, Any]) -> None:
         """Keeps a measurement, in place of one that failed."""
-        self.all = [result for result in self.all if not known.items() <= result.items()] + [known | found]
-        self.say(json.dumps(found))
+        self.all = [result for result in self.all if not known.items() <= result.items()] + [known | measurement]
+        self.say(json.dumps(measurement))
         if self.file is not None:  # after each: a machine may go away
             self.file.write_text(json.dumps({"about": self.about, "results": self.all}, indent=2), encoding="utf-8")
 
@@ -343,7 +343,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         folder = Path(name)
         count = ROWS * max(arguments.gpus) * (arguments.warm_up + arguments.steps) + 1
         write_rows(folder / "rows.jsonl", count, length)
-        for number, training in enumerate(trainings(arguments)):
+        for number, training in enumerate(planned_runs(arguments)):
             known = dataclasses.asdict(training)
             if not results.has(known):
                 results.say(str(training))
@@ -376,8 +376,8 @@ def main() -> None:
     results = Results(arguments.json)
     if arguments.table:
         for file in arguments.table:
-            own = Results(file)
-            results.all, results.about = [*results.all, *own.all], own.about
+            local = Results(file)
+            results.all, results.about = [*results.all, *local.all], local.about
     else:
         there = 2 if arguments.small else len(visible_gpus())
         arguments.gpus = arguments.gpus or [1 << power for power in range(there.bit_length())]

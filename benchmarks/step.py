@@ -6,7 +6,7 @@
 `long` is 8 rows of 2,048 tokens an optimizer step. `guanaco` is rows of lengths as of chats (log-normal, 32 to 512
 tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped by length and padded to the longest.
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
-all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training.
+all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training run.
 `--end-to-end` runs `python -m qlora` itself on a file of such rows for 250 steps, with a log every 10 and a checkpoint
 at the end, as the original does by default, and takes all time after the first 10.
 
@@ -89,27 +89,27 @@ EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.drop
 
 def lengths(count: int) -> list[int]:
     """Returns tokens of rows as chats have them."""
-    drawn = np.random.default_rng(0).lognormal(5.9, 0.6, count)
-    return [int(each) for each in np.clip(drawn, 32, 512)]
+    row_lengths = np.random.default_rng(0).lognormal(5.9, 0.6, count)
+    return [int(length) for length in np.clip(row_lengths, 32, 512)]
 
 
 def steps_of_rows(workload: str, vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]]]:
     """Yields the rows of optimizer steps that do not pack, without end."""
     generator, together = np.random.default_rng(1), ROWS[workload]
-    drawn = _row_lengths(workload, shrink)
+    row_lengths = _row_lengths(workload, shrink)
     while True:
-        for first in range(0, len(drawn) - together + 1, together):
-            yield [_row(generator, vocabulary, count) for count in sorted(drawn[first : first + together])]
+        for first in range(0, len(row_lengths) - together + 1, together):
+            yield [_row(generator, vocabulary, count) for count in sorted(row_lengths[first : first + together])]
 
 
 def steps_of_packs(vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]]]:
     """Yields the one pack of each optimizer step on chats, without end."""
     from qlora.data.batching.packing import pack
 
-    generator, drawn = np.random.default_rng(1), _row_lengths("guanaco", shrink)
+    generator, row_lengths = np.random.default_rng(1), _row_lengths("guanaco", shrink)
     while True:
-        for members in pack(np.array(drawn), PACK // shrink):
-            counts = [drawn[index] for index in members]
+        for members in pack(np.array(row_lengths), PACK // shrink):
+            counts = [row_lengths[index] for index in members]
             parts = [_row(generator, vocabulary, count) for count in counts]
             joint = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels")}
             joint["labels"][np.cumsum([0, *counts[:-1]])] = -100
@@ -118,7 +118,7 @@ def steps_of_packs(vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]
 
 
 def _row_lengths(workload: str, shrink: int) -> list[int]:
-    return [LONG // shrink] * 4096 if workload == "long" else [max(each // shrink, 2) for each in lengths(8192)]
+    return [LONG // shrink] * 4096 if workload == "long" else [max(item // shrink, 2) for item in lengths(8192)]
 
 
 def _row(generator: np.random.Generator, vocabulary: int, count: int) -> dict[str, Any]:
@@ -144,20 +144,20 @@ def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int)
     for rows in steps_of_packs(vocabulary, shrink) if packs else steps_of_rows(workload, vocabulary, shrink):
         step = []
         for part in (rows[first : first + micro] for first in range(0, len(rows), micro)):
-            found, tokens = collate(part), sum(each["length"] for each in part)
-            targets = int((found["labels"][:, 1:] != -100).sum())
+            batch, tokens = collate(part), sum(item["length"] for item in part)
+            targets = int((batch["labels"][:, 1:] != -100).sum())
             if device.type == "cuda":
-                found = {key: tensor.pin_memory() for key, tensor in found.items()}
-            inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in found.items()}
+                batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+            inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             step.append(MicroBatch(inputs, tokens, targets))
         yield step
 
 
 def write_texts(file: Path, shrink: int) -> None:
     """Writes rows as of chats as text, of one token a word, one before them and one at their end."""
-    words = ["the", "stone", "owl", "of", "river", "bird", "and", "house"]
-    drawn = _row_lengths("guanaco", shrink)
-    rows = [" ".join(words[place % 8] for place in range(max(count - 2, 1))) for count in drawn]
+    vocab = ["the", "stone", "owl", "of", "river", "bird", "and", "house"]
+    row_lengths = _row_lengths("guanaco", shrink)
+    rows = [" ".join(vocab[index % 8] for index in range(max(count - 2, 1))) for count in row_lengths]
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -228,7 +228,8 @@ def measure(
 
     from qlora.config.compose import compose
     from qlora.run import Run
-    from qlora.step.fast_step import FastStep, Packs
+    from qlora.step.fast_step import FastStep
+    from qlora.step.part import Packs
     from qlora.training.flat_optimizer import flatten_groups, run_ahead
 
     shrink = 16 if small else 1
@@ -240,12 +241,12 @@ def measure(
         loading = time.monotonic() - started
         device = run.placement.device
         if config.trainer.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         packed = workload == "guanaco" and CONTESTANTS[name].packs
         width = (PACK if packed else LONG) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
-        step = FastStep(model, config.trainer, config.quantization, run.placement, packs)
+        step = FastStep(model, config.trainer, config.quantization, run.placement, packs, run.objective)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
         if step.is_active:
@@ -314,8 +315,8 @@ def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         return {"failure": said[-1] if said else "no message"}
-    found: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith('{"')][-1])
-    return found
+    output: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith('{"')][-1])
+    return output
 
 
 def choose(names: list[str]) -> list[str]:
@@ -373,25 +374,25 @@ def main() -> None:
         if any(CONTESTANTS[name].package != "qlora" for name in names):
             saved = run_apart({"do": "save", "base": base, "overrides": shape}, "rivals.py")
         for workload, name in ((workload, name) for workload in arguments.workloads for name in names):
-            own, micro, packs, package = CONTESTANTS[name]
+            local, micro, packs, package = CONTESTANTS[name]
             if workload not in micro:
                 continue
             parts = 1 if packs and workload == "guanaco" else ROWS[workload] // micro[workload]
             batch = [f"trainer.per_device_train_batch_size={micro[workload]}"]
-            overrides = [*shape, *own, *batch, f"trainer.gradient_accumulation_steps={parts}"]
+            overrides = [*shape, *local, *batch, f"trainer.gradient_accumulation_steps={parts}"]
             task = {"workload": workload, "name": name, "overrides": overrides, **common}
             whole = workload == "guanaco" and arguments.end_to_end
             if package == "qlora":
-                found = {workload: run_apart(task)}
+                measurements = {workload: run_apart(task)}
                 if whole:
-                    found["guanaco, end to end"] = end_to_end(name, overrides, small=arguments.small)
+                    measurements["guanaco, end to end"] = end_to_end(name, overrides, small=arguments.small)
             else:
                 doings = {workload: "step"} | ({"guanaco, end to end": "end to end"} if whole else {})
-                found = {
+                measurements = {
                     title: saved if "failure" in saved else run_apart({"do": do, "base": base, **task}, "rivals.py")
                     for title, do in doings.items()
                 }
-            for title, numbers in found.items():
+            for title, numbers in measurements.items():
                 results.append({"workload": title, "contestant": name, **numbers})
                 print(results[-1], file=sys.stderr, flush=True)
             if arguments.json:  # after each: a machine may go away

@@ -32,10 +32,10 @@ SHORT = [
 ]
 
 
-def run(folder: Path, *words: str) -> None:
+def run(folder: Path, *overrides: str) -> None:
     """Runs one command to its end; one that fails ends the benchmark."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*QLORA, *words, *SHORT], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*QLORA, *overrides, *SHORT], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr)
 
@@ -76,17 +76,18 @@ def main() -> None:
         parser.error("--jobs must be at least 2: a sweep varies something")
     turns = [(*measure(loop, args.jobs), *measure(sweep, args.jobs)) for _ in range(args.repeats)]
     names = ("loop", "loop_cpu", "sweep", "sweep_cpu")
-    found = {name: statistics.median(times) for name, times in zip(names, zip(*turns, strict=True), strict=True)}
-    found["overhead"] = (found["sweep"] - found["loop"]) / args.jobs
-    found["overhead_cpu"] = (found["sweep_cpu"] - found["loop_cpu"]) / args.jobs
+    results = {name: statistics.median(times) for name, times in zip(names, zip(*turns, strict=True), strict=True)}
+    results["overhead"] = (results["sweep"] - results["loop"]) / args.jobs
+    results["overhead_cpu"] = (results["sweep_cpu"] - results["loop_cpu"]) / args.jobs
     print(f"{datetime.date.today()}, {describe_machine()}, {describe_versions()}\n")
     print(f"| {args.jobs} jobs | loop | sweep | the launcher adds to a job |\n| --- | --- | --- | --- |")
     for title, more in (("seconds", ""), ("CPU, s", "_cpu")):
         print(
-            f"| {title} | {found['loop' + more]:.1f} | {found['sweep' + more]:.1f} | {found['overhead' + more]:.2f} |"
+            f"| {title} | {results['loop' + more]:.1f} | {results['sweep' + more]:.1f} | "
+            f"{results['overhead' + more]:.2f} |"
         )
     if args.json:
-        args.json.write_text(json.dumps(found | {"jobs": args.jobs}, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results | {"jobs": args.jobs}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

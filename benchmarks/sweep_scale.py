@@ -26,17 +26,17 @@ from data_pipeline import describe_machine, describe_versions
 PATIENCE = 3600.0
 
 
-def start(folder: Path, checkout: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, checkout: Path, *overrides: str) -> subprocess.Popen[str]:
     """Starts a sweep with the code of `checkout`."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-m", "qlora", "-m", "device=cpu", "hydra.launcher.n_jobs=1", "name=scale", *words]
+    command = [sys.executable, "-m", "qlora", "-m", "device=cpu", "hydra.launcher.n_jobs=1", "name=scale", *overrides]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
 def axes(jobs: int) -> list[str]:
-    """Returns the overrides of a grid of about so many jobs, half of whose keys are plain numbers of a group."""
+    """Returns the overrides of a grid of about that many jobs, half of whose keys are plain numbers of a group."""
     ranks = max(int(jobs**0.5), 1)
     return [f"lora.r=range(1,{ranks + 1})", f"seed=range(0,{jobs // ranks})"]
 
@@ -72,11 +72,11 @@ def with_finished(checkout: Path, jobs: int) -> dict[str, tuple[float, float]]:
     return rows
 
 
-def child(checkout: Path, *words: str) -> str:
+def child(checkout: Path, *arguments: str) -> str:
     """Returns what a part of this program prints that uses the code of `checkout`."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     return subprocess.run(
-        [sys.executable, __file__, *words], check=True, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *arguments], check=True, env=environment, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
@@ -107,7 +107,7 @@ def write_jobs(folder: Path, jobs: int) -> None:
 
 
 def refresh(jobs: int, repeats: int = 20) -> float:
-    """Returns the seconds in which the overview of so many finished jobs takes one more, without the page."""
+    """Returns the seconds in which the overview of that many finished jobs takes one more, without the page."""
     from qlora.sweep.jobs import read_job
     from qlora.sweep.overview import read_sweep
 

@@ -63,7 +63,7 @@ from qlora.tasks.merge import PROMPT_TOKENS, REPORT, Merge
 from qlora.tasks.preview import build_preview, preview_metrics
 from qlora.text import format_range, is_detail, quoted
 from qlora.training.callbacks import build_callbacks
-from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_facts, remove_surplus, step_of
+from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_metadata, remove_surplus, step_of
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.training.trainer import QLoraTrainer
 from qlora.upstream.transformers_models import commit_hash
@@ -452,7 +452,7 @@ class Run(Session):
         checkpoint = last_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
             return None
-        facts, force = read_facts(checkpoint), self.config.resume is Resume.force
+        facts, force = read_metadata(checkpoint), self.config.resume is Resume.force
         if not (self.folder.config.is_file() or force) and facts["config"] != config_digest(plain):
             raise ConfigError(
                 f"{checkpoint} was written with another config, and {self.folder.config}, which would say which, is "

@@ -66,6 +66,7 @@ from qlora.models.tokenizer import (
     repair_special_tokens,
 )
 from qlora.models.weight_files import Checkpoint, Tensors, fetch_weights, local_files
+from qlora.objectives import Objective, build_objective
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
 from qlora.planning.model_shape import FAMILIES, read_shape
 from qlora.planning.time_plan import Operations, count_operations
@@ -76,11 +77,13 @@ from qlora.runtime.atomic_files import read_json
 from qlora.runtime.device import Placement, computes_bf16, find_device, matrix_rate, peak_memory_gb
 from qlora.runtime.run_folder import RunFolder, config_digest, find_adapter
 from qlora.runtime.sweep_job import TRIAL_VARIABLE, SweepJob
-from qlora.step.fast_step import FastStep, Packs
+from qlora.step.fast_step import FastStep
+from qlora.step.part import Packs
 from qlora.step.shard import shard_base
 from qlora.tasks.chat import choose_saved_template
 from qlora.tasks.plan import read_setup
 from qlora.text import parse_size
+from qlora.training.arguments import build_arguments
 from qlora.training.memory_budget import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profiling import ProfileCallback
@@ -88,8 +91,9 @@ from qlora.training.progress import ProgressCallback
 from qlora.training.stopping import Stop
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 from qlora.upstream.transformers_models import commit_hash
+from qlora.upstream.transformers_trainer import check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +176,23 @@ class Session:
         training = task.name is TaskName.preview or (task.name is TaskName.train and task.train)
         with distributed.local_main_process_first():
             data = build_data(self.config.data, self.tokenizer, need_train=training)
+        self._check_columns(data.train)
         distributed.check_same("tokens", data.report.fingerprint)
         return data
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the training run minimises."""
+        return build_objective(self.config.loss)
+
+    def _check_columns(self, rows: Dataset | None) -> None:
+        """Raises `ConfigError` if the objective needs columns that tokenized rows do not have."""
+        missing = [] if rows is None else sorted({*self.objective.columns} - {*rows.column_names})
+        if missing:
+            raise ConfigError(
+                f"loss.name={self.config.loss.name} needs rows with {' and '.join(missing)}, which no data.format "
+                "supplies; choose loss=sft, or an objective that needs input_ids and labels only"
+            )
 
     @cached_property
     def measurer(self) -> Measurer:
@@ -563,10 +582,11 @@ class Session:
             verify=self._finish_adapter,
             loraplus_lr_ratio=self.config.lora.loraplus_lr_ratio if self.config.lora.enabled else None,
             step=step,
+            objective=self.objective,
             meter=self._build_meter(model),
             budget=self._build_budget(step, longest=max(width, *lengths)),
             stop=self.stop,
-            facts={
+            metadata={
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
                 "processes": distributed.size(),
@@ -594,7 +614,7 @@ class Session:
         packed = self.data.packed
         width = self.config.data.pack_width
         packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-        step = FastStep(model, self.config.trainer, self.config.quantization, self.placement, packs)
+        step = FastStep(model, self.config.trainer, self.config.quantization, self.placement, packs, self.objective)
         if step.is_active:
             console.say_rows([("fast step", str(step))])
         return step
@@ -619,6 +639,8 @@ class Session:
 
     def _check_device(self) -> None:
         """Raises `ConfigError` for what a training is to have of a CUDA device, where there is none."""
+        check_trainer()
+        _ = self.objective
         trainer, device = self.config.trainer, self.placement.device
         if device.type == "cuda":
             return
@@ -646,7 +668,7 @@ class Session:
 
         def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
             plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
-            return Ledger(shape, plan).added
+            return Ledger(shape, plan).added + step.extra_bytes(rows, length)
 
         formula = Formula(Ledger(shape, setup).at_start, setup.accumulates, added, setup.rows, longest)
         cap = parse_size(wanted)

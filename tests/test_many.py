@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import qlora.training.trainer
 from qlora.config.compose import compose
 from qlora.errors import Stopped, UserError
 from qlora.models.fingerprint import read_run_base
@@ -31,6 +30,7 @@ from qlora.run import Run
 from qlora.runtime import distributed
 from qlora.runtime.run_folder import RunFolder
 from qlora.tasks.replay import replay
+from qlora.training import checkpoint_writer
 from qlora.training.trainer import QLoraTrainer
 from tests.models.bases import write
 
@@ -329,14 +329,14 @@ class Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fill_disk_once(seal: Any) -> Any:
+def fill_disk_once(finalize: Any) -> Any:
     """Makes the first checkpoint that is written meet a full disk."""
     calls = iter([True])
 
     def fail(*args: Any) -> None:
         if next(calls, False):
             raise OSError(errno.ENOSPC, "No space left on device")
-        seal(*args)
+        finalize(*args)
 
     return fail
 
@@ -359,7 +359,7 @@ def main(folder: Path) -> None:
         with pytest.raises(Stopped, match=r"step 2 is saved in .*\n  torchrun --nproc-per-node 2 -m qlora quant"):
             train(folder / "stopped", 2, "trainer.save_steps=3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qlora.training.trainer, "seal", fill_disk_once(qlora.training.trainer.seal))
+        patch.setattr(checkpoint_writer, "finalize", fill_disk_once(checkpoint_writer.finalize))
         train(folder / "stopped", 2, "trainer.save_steps=3")
     distributed.leave()
 

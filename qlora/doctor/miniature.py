@@ -16,6 +16,7 @@ from qlora.models import loading
 from qlora.models.model_config import build_model_config
 from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import load_tokenizer
+from qlora.objectives import build_objective
 from qlora.quantization.method import find_method, method_of
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -56,7 +57,8 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
         rounding = _rounding(base, weights)
     model = _with_adapter(config, base)
     base.config.use_cache = False  # as the trainer has it
-    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    objective = build_objective(config.loss)
+    step = FastStep(model, config.trainer, config.quantization, placement, None, objective)
     before = _gradient(model, step, placement)
     model.eval()
     with torch.no_grad(), placement.autocast():
@@ -114,7 +116,7 @@ def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> T
     with step:
         with placement.autocast():
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()  # outside, as the trainer calls it
+        loss.backward()
     found = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
     if not (torch.isfinite(loss) and torch.isfinite(found).all() and found.any()):
         raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {found.norm().item():g}")

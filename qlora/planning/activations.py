@@ -11,13 +11,12 @@ from collections import Counter
 from functools import cached_property
 
 from qlora.config.schema import PlanStep
+from qlora.objectives import TokenWork, build_objective
 from qlora.planning.model_shape import Shape
 from qlora.planning.setup import Setup
 
 DECODED_CHUNK = 2**27
 """Most bytes that the `fast` step decodes at a time in 16 bits."""
-LOGITS_CHUNK = 2048
-"""Tokens whose logits exist at a time in the `fast` step."""
 
 
 class Activations:
@@ -127,9 +126,7 @@ class Activations:
         """The output layer and the loss, in the forward and in the backward pass."""
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
         copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
-        if setup.step is PlanStep.fast:  # a chunk's logits and their gradient; the gradient of the hidden state
-            chunk = min(setup.tokens, LOGITS_CHUNK) * vocabulary * 2 * c + setup.tokens * self.shape.hidden * c
-            return chunk + copy, 0
-        capped = c if self.shape.family.capped else 0
-        # As computed, in float32, and their logarithms; then those, and two gradients in float32.
-        return setup.tokens * vocabulary * (c + 8 + capped) + copy, setup.tokens * vocabulary * (12 + capped) + copy
+        fast = setup.step is PlanStep.fast
+        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, capped=self.shape.family.capped)
+        forward, backward = build_objective(setup.loss).activation_bytes(work)
+        return forward + copy, backward + (0 if fast else copy)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from qlora.config.schema import PlanStep
+from qlora.config.schema import LossConfig, PlanStep
 from qlora.quantization.stored_base import StoredBase
 
 
@@ -39,6 +39,8 @@ class Setup:
     """Whether the previous weights are kept during the optimizer's step, to undo an update."""
     offloaded: int = 0
     """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The training objective, which knows what its loss needs."""
 
     @property
     def tokens(self) -> int:

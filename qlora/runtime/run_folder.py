@@ -27,6 +27,9 @@ FREE_KEYS = (
     *("trainer.save_total_limit", "watchdog", "resume", "sweep"),
 )
 
+ADDED_KEYS: dict[str, Any] = {"loss.name": "sft", "trainer.step_parts": []}
+"""Keys that the configs of older runs lack, with the values that those runs have trained with."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -153,7 +156,7 @@ class RunFolder:
         """
         if stored is None:
             return True
-        before, now = dict(flatten(stored)), dict(flatten(config))
+        before, now = training_keys(stored), training_keys(config)
         keys = [key for key in {*before, *now} if not is_below(key, (*FREE_KEYS, *free))]
         if changes := describe_changes(before, now, keys):
             if config.get("resume") == Resume.force.value:
@@ -199,10 +202,19 @@ def _force(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "resume=force base=force" if any(is_below(key, names) for key in changed) else "resume=force"
 
 
+def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a resolved config by full keys, with those that a config of an older run lacks."""
+    return {**ADDED_KEYS, **dict(flatten(config))}
+
+
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
     """Returns the SHA-256 of a resolved config, however it was written, without the keys that are `free`."""
     free = tuple(free)
-    facts = {key: value for key, value in flatten(config) if not is_below(key, free)}
+    facts = {
+        key: value
+        for key, value in flatten(config)
+        if not is_below(key, free) and (key not in ADDED_KEYS or value != ADDED_KEYS[key])
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

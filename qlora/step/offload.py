@@ -1,4 +1,4 @@
-"""The inputs of checkpointed layers wait for the backward pass in the host's memory, moved beside the computation."""
+"""Keeps the inputs of checkpointed layers in the host's memory; copies overlap with the computation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @dataclass
-class _Stored:
+class _Saved:
     """One input in the host's memory."""
 
     copy: Tensor
-    before: _Stored | None
-    """That of the layer before, which the backward pass needs next."""
+    previous: _Saved | None
+    """The input of the layer before, which the backward pass needs next."""
     back: Tensor | None = None
-    """The input on its device, where it is on its way there."""
+    """The input on its device, once its copy has been started."""
     arrived: torch.cuda.Event | None = None
 
 
 class Offloading:
-    """Calls checkpointed layers so that what they keep, their input alone, waits in the host's memory.
+    """Calls checkpointed layers so that the input, the only tensor that they keep, is kept in the host's memory.
 
-    On a GPU a stream of its own copies: to the host while the layer computes, and back while the layer after it goes
-    backward.
+    On a GPU the copies run in a stream of their own: to the host while the layer computes, and back during the backward
+    pass of the layer after it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last: _Stored | None = None
+        self._last: _Saved | None = None
 
     def begin(self) -> None:
         """Begins a forward pass."""
@@ -44,7 +44,7 @@ class Offloading:
         with saved_tensors_hooks(self.store, self.fetch):
             return checkpointed(*args, **kwargs)
 
-    def store(self, tensor: Tensor) -> _Stored | Tensor:
+    def store(self, tensor: Tensor) -> _Saved | Tensor:
         """Copies a tensor to the host, if it is on the device."""
         if tensor.device.type != self.device.type:
             return tensor
@@ -56,29 +56,29 @@ class Offloading:
             with torch.cuda.stream(self._stream):
                 copy.copy_(tensor, non_blocking=True)
             tensor.record_stream(self._stream)
-        self._last = _Stored(copy, self._last)
+        self._last = _Saved(copy, self._last)
         return self._last
 
-    def fetch(self, stored: _Stored | Tensor) -> Tensor:
-        """Returns a stored tensor on the device, and starts the copy of the one before it."""
-        if isinstance(stored, Tensor):
-            return stored
-        found = self._send(stored)
-        if stored.before is not None:
-            self._send(stored.before)
-        if stored.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(stored.arrived)
-        stored.back = None
-        return found
+    def fetch(self, saved: _Saved | Tensor) -> Tensor:
+        """Returns a saved tensor on the device, and starts the copy of the previous one."""
+        if isinstance(saved, Tensor):
+            return saved
+        tensor = self._send(saved)
+        if saved.previous is not None:
+            self._send(saved.previous)
+        if saved.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(saved.arrived)
+        saved.back = None
+        return tensor
 
-    def _send(self, stored: _Stored) -> Tensor:
-        if stored.back is None:
-            stored.back = torch.empty_like(stored.copy, device=self.device)
+    def _send(self, saved: _Saved) -> Tensor:
+        if saved.back is None:
+            saved.back = torch.empty_like(saved.copy, device=self.device)
             if self._stream is None:
-                stored.back.copy_(stored.copy)
+                saved.back.copy_(saved.copy)
             else:
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
                 with torch.cuda.stream(self._stream):
-                    stored.back.copy_(stored.copy, non_blocking=True)
-                stored.arrived = self._stream.record_event()
-        return stored.back
+                    saved.back.copy_(saved.copy, non_blocking=True)
+                saved.arrived = self._stream.record_event()
+        return saved.back

@@ -1,4 +1,4 @@
-"""Spreads the frozen base over the processes of a training: each keeps a part of every layer, in its own bits."""
+"""Shards the frozen base over the processes of a training run: each keeps a part of every layer, still quantized."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlora.errors import ConfigError
-from qlora.step.fast_step import find_layers
+from qlora.step.layers import find_layers
 
 
 def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
-    """Moves a model to `device`, of its decoder layers one part of `processes` each; trained weights stay whole.
+    """Moves a model to `device`, with one of `processes` parts of each decoder layer; trained weights stay whole.
 
-    A layer is put together when it is called, forward and backward, and let go behind that (torch's FSDP2). All
-    processes must call the model equally often.
+    A layer is gathered when it is called, forward and backward, and released after that (torch's FSDP2). All processes
+    must call the model equally often.
     """
     base = model.get_base_model()
     layers = find_layers(base)
     if not layers:
         raise ConfigError(
-            f"trainer.parallel=fsdp: {base.config.model_type} has no list of decoder layers to share out; choose "
+            f"trainer.parallel=fsdp: {base.config.model_type} has no list of decoder layers to shard; choose "
             "trainer.parallel=ddp, or model.device_map=auto in one process"
         )
     mesh = init_device_mesh(device.type, (processes,))
@@ -34,8 +34,8 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
     model.to(device)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     body = base.base_model
-    fully_shard(body, mesh=mesh, ignored_params={each for each in body.parameters() if each not in inside})
-    for layer in layers:  # torch makes the place for a whole layer once; in inference mode it could not train there
+    fully_shard(body, mesh=mesh, ignored_params={other for other in body.parameters() if other not in inside})
+    for layer in layers:  # torch allocates the whole layer once; allocated in inference mode it could not train
         assert isinstance(layer, FSDPModule)
         layer.unshard()
         layer.reshard()
@@ -44,10 +44,10 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
 
 
 def _store_as_floats(layer: torch.nn.Module) -> None:
-    """Lets 4-bit weights, whose bytes stay as they are, pass for floating point numbers: torch 2.11 shards no other.
+    """Views 4-bit weights, whose bytes stay as they are, as floating point numbers: torch 2.11 shards no others.
 
-    In 32 bits, for on a GPU torch copies 16-bit numbers by way of 32 bits, which changes those that are no numbers: one
-    pair of bytes in 260 came out as another.
+    The numbers have 32 bits, because on a GPU torch copies 16-bit numbers by way of 32 bits. That changes NaNs: one
+    pair of bytes in 260 was changed.
     """
     for module in layer.modules():
         if isinstance(module, Linear4bit):
@@ -56,7 +56,7 @@ def _store_as_floats(layer: torch.nn.Module) -> None:
 
 
 def _keep_quantization(layer: torch.nn.Module) -> None:
-    """Lets a part of a 4-bit weight tell how the whole one is quantized."""
+    """Gives each part of a 4-bit weight the quantization state of the whole weight."""
     for module in layer.modules():
         if isinstance(module, Linear4bit):
             module.weight.quant_state = module.quant_state

@@ -173,6 +173,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         step=_find_step(config),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
+        loss=config.loss,
     )
 
 
@@ -343,7 +344,7 @@ def _result(found: Plan, folder: RunFolder) -> dict[str, Any]:
     quantization = found.config.quantization
     setup = {"bits": quantization.bits, "double_quant": quantization.double_quant, "wide": found.setup.fp32}
     setup |= {PLAN_KEYS.get(name, name): value for name, value in _without(found.setup, "base", "fp32").items()}
-    del setup["targets"], setup["step"]
+    del setup["targets"], setup["step"], setup["loss"]
     return {
         "status": "finished",
         "task": "plan",

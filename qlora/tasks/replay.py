@@ -21,7 +21,7 @@ from qlora.reporting.manifest import write_json
 from qlora.run import Run
 from qlora.runtime import console, distributed
 from qlora.runtime.atomic_files import read_json, read_lines
-from qlora.runtime.run_folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below
+from qlora.runtime.run_folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below, training_keys
 from qlora.runtime.sweep_job import key_of
 from qlora.text import quoted
 
@@ -126,7 +126,7 @@ def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
 
 
 def _compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Comparison]:
-    old, new = dict(flatten(before["config"])), dict(flatten(now["config"]))
+    old, new = training_keys(before["config"]), training_keys(now["config"])
     keys = [key for key in {*old, *new} if not is_below(key, FREE_KEYS)]
     changes = describe_changes(old, new, keys)
     yield Comparison("config", Verdict.differs if changes else Verdict.same, changes.strip() or f"{len(keys)} keys")

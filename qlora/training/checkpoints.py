@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: complete or not, which one a training goes on from, and which are too many."""
+"""Checkpoints on the disk: whether they are complete, from which one a run is resumed, and which are removed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qlora.errors import DamagedFile
 from qlora.runtime.atomic_files import flush_folder, read_json, restore_folder, write_text
 
 log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-"""The last file of a checkpoint: what the run was, and all other files with their sizes and hashes."""
+"""The last file of a checkpoint: the metadata of the run, and all other files with their sizes and hashes."""
 UNFINISHED = "unfinished"
 """Where a checkpoint is written before it gets its name."""
 TORN, DIVERGED = "torn", "diverged"
-"""Why a checkpoint is set aside: it is not as it was written, or a rollback passes by it."""
-PIECE = 2**26
+"""Why a checkpoint is set aside: it is not as it was written, or a rollback leaves it behind."""
+CHUNK_BYTES = 2**26
 """Bytes of a file that have a hash of their own, so that several are computed at a time."""
 FLUSH_SECONDS = 0.02
 """Between two flushes of what is being written."""
@@ -41,26 +42,26 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Flushes a checkpoint to the disk and marks it as complete; `facts`, in JSON's types, are stored with it."""
+def finalize(checkpoint: Path, metadata: dict[str, Any]) -> None:
+    """Flushes a checkpoint to the disk and marks it as complete; `metadata`, in JSON's types, is stored with it."""
     with ThreadPoolExecutor() as pool:
         flushed = pool.submit(flush_folder, checkpoint)
-        record = {**facts, "files": _files(checkpoint, pool)}
+        record = {**metadata, "files": _files(checkpoint, pool)}
         flushed.result()
     write_text(checkpoint / MARKER, json.dumps({"digest": _digest(record), **record}, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def flushing(folder: Path) -> Iterator[None]:
-    """Flushes what the block writes to a folder while it does, so that little is left when `seal` flushes it.
+    """Flushes what the block writes to a folder while it is written, so that `finalize` has little left to flush.
 
-    Raises what the disk says of it: of an error that was told once, it does not speak again.
+    Raises the errors of the disk: the system reports each of them only once.
     """
     written = threading.Event()
 
     def flush() -> None:
         while not written.wait(FLUSH_SECONDS):
-            with contextlib.suppress(FileNotFoundError):  # not there yet, or a draft that has got its name
+            with contextlib.suppress(FileNotFoundError):  # not there yet, or a temporary file that has been renamed
                 flush_folder(folder)
 
     with ThreadPoolExecutor(1) as pool:
@@ -72,18 +73,18 @@ def flushing(folder: Path) -> Iterator[None]:
         flushed.result()
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Returns what `seal` stored with a checkpoint."""
-    facts = read_json(checkpoint / MARKER)
-    assert isinstance(facts, dict)
-    return facts
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Returns the metadata that `finalize` stored with a checkpoint."""
+    metadata = read_json(checkpoint / MARKER)
+    assert isinstance(metadata, dict)
+    return metadata
 
 
-def find_fault(checkpoint: Path) -> str | None:
-    """Reads a whole checkpoint and returns what is wrong with it; None: it is as it was written."""
+def damage_reason(checkpoint: Path) -> str | None:
+    """Reads a whole checkpoint and returns why it cannot be used; None: it is as it was written."""
     try:
         record = read_json(checkpoint / MARKER)
-    except ValueError:
+    except DamagedFile:
         return f"{MARKER} is damaged"
     if record is None:
         return f"{MARKER} is missing: it was not written to its end"
@@ -109,44 +110,44 @@ def last_checkpoint(folder: Path) -> Path | None:
     for old in folder.glob("checkpoint-*.old"):
         restore_folder(old.with_suffix(""))
     for checkpoint in reversed(find_checkpoints(folder)):
-        fault = find_fault(checkpoint)
-        if fault is None:
+        reason = damage_reason(checkpoint)
+        if reason is None:
             return checkpoint
-        log.warning("%s is not used: %s; it is kept as %s", checkpoint, fault, set_aside(checkpoint, TORN).name)
+        log.warning("%s is not used: %s; it is kept as %s", checkpoint, reason, set_aside(checkpoint, TORN).name)
     return None
 
 
 def set_aside(checkpoint: Path, why: str) -> Path:
-    """Gives a checkpoint a name that nothing goes on from, `checkpoint-150.WHY`; returns it."""
-    place, number = checkpoint.with_name(f"{checkpoint.name}.{why}"), 1
-    while place.exists():
-        number += 1
-        place = checkpoint.with_name(f"{checkpoint.name}.{why}-{number}")
-    return checkpoint.rename(place)
+    """Renames a checkpoint to `checkpoint-150.WHY`, which is never resumed; returns the new path."""
+    path, count = checkpoint.with_name(f"{checkpoint.name}.{why}"), 1
+    while path.exists():
+        count += 1
+        path = checkpoint.with_name(f"{checkpoint.name}.{why}-{count}")
+    return checkpoint.rename(path)
 
 
 def remove_surplus(folder: Path, limit: int | None) -> bool:
     """Removes the oldest checkpoint if there are more than `limit`, but never the newest; returns whether it did."""
-    found = find_checkpoints(folder)
-    if limit is None or len(found) <= max(limit, 1):
+    checkpoints = find_checkpoints(folder)
+    if limit is None or len(checkpoints) <= max(limit, 1):
         return False
-    shutil.rmtree(found[0])
+    shutil.rmtree(checkpoints[0])
     return True
 
 
 def _files(checkpoint: Path, pool: ThreadPoolExecutor) -> dict[str, tuple[int, list[str]]]:
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
     hashes = [(path, _hashes(path, pool)) for path in paths]  # of all files at once
-    return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, list(found)) for path, found in hashes}
+    return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, list(digests)) for path, digests in hashes}
 
 
 def _hashes(path: Path, pool: ThreadPoolExecutor) -> Iterator[str]:
-    """Starts to hash the pieces of a file."""
-    return pool.map(lambda start: _hash(path, start), range(0, path.stat().st_size, PIECE))
+    """Starts to hash the chunks of a file."""
+    return pool.map(lambda start: _hash(path, start), range(0, path.stat().st_size, CHUNK_BYTES))
 
 
 def _hash(path: Path, start: int) -> str:
-    digest, left = hashlib.sha256(), PIECE
+    digest, left = hashlib.sha256(), CHUNK_BYTES
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while left and (part := file.read(min(left, 2**20))):

@@ -1,4 +1,4 @@
-"""A few optimizer kernels for all adapter weights, in place of one a matrix, and no wait for each."""
+"""A few optimizer kernels for all adapter weights, instead of one a matrix, and no wait for each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
-from qlora.step.kernels.fused_linear import overlaps
+from qlora.step.kernels.weights import overlaps
+from qlora.upstream.torch import foreach_copy
 
-PIECE = 2**24
-"""Most elements that the optimizer sees as one parameter, so that a copy of one is small; a multiple of its blocks."""
+CHUNK = 2**24
+"""The maximum of elements that the optimizer sees as one parameter, so that a copy of one is small; a multiple of its
+blocks."""
 
 
 def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer see each of its groups as large pieces of one tensor, before its first step.
+    """Makes the optimizer see each of its groups as large chunks of one tensor, before its first step.
 
     bitsandbytes starts a kernel for each tensor and waits for it, and a 7B model has 448 adapter matrices. Optimizers
     that treat every weight alike (Adam, Lion ...) compute the same; what a block of 8-bit states holds may span two
@@ -24,12 +26,12 @@ def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
     data types or devices is left alone.
     """
     assert not optimizer.state, "the states of the parameters would be lost"
-    groups: list[_Joint] = []
+    groups: list[_FlatGroup] = []
     for group in optimizer.param_groups:
-        own = list(group["params"])
-        if len({(parameter.dtype, parameter.device) for parameter in own}) == 1:
-            groups.append(_Joint(own))
-            group["params"] = groups[-1].pieces
+        parameters = list(group["params"])
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1:
+            groups.append(_FlatGroup(parameters))
+            group["params"] = groups[-1].chunks
 
     def complete(*_: Any) -> None:
         for group in groups:
@@ -44,7 +46,7 @@ def flatten_groups(optimizer: torch.optim.Optimizer) -> None:
 
 
 def run_ahead(optimizer: Optimizer8bit) -> None:
-    """Lets the host go on while the device takes a step of bitsandbytes' optimizer.
+    """Lets the host continue while the device computes a step of bitsandbytes' optimizer.
 
     bitsandbytes waits for the device after each parameter and at the end, because the host may read paged states: then
     the device has nothing to do until the host has started the next step. Here it is waited for before the states are
@@ -56,8 +58,8 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
     were_read = True
 
     def begin(*_: Any) -> None:
-        library.sync_gpu = _go_on
-        optimizer.prefetch_state = fetch if were_read or _is_short(optimizer) else _go_on
+        library.sync_gpu = _do_nothing
+        optimizer.prefetch_state = fetch if were_read or _is_short(optimizer) else _do_nothing
 
     def end(*_: Any) -> None:
         nonlocal were_read
@@ -76,52 +78,56 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
     optimizer.register_load_state_dict_post_hook(read)
 
 
-def _go_on(parameter: Tensor) -> None:
+def _do_nothing(parameter: Tensor) -> None:
     pass
 
 
 def _devices(optimizer: Optimizer8bit) -> set[torch.device]:
-    found = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
-    return {device for device in found if device.type != "cpu"}
+    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    return {device for device in devices if device.type != "cpu"}
 
 
 def _is_short(optimizer: Optimizer8bit) -> bool:
     """Returns whether a device has less memory left than the paged states take."""
-    states = [each for state in optimizer.state.values() for each in state.values()]
-    paged = sum(each.nbytes for each in states if getattr(each, "is_paged", False))
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    paged = sum(value.nbytes for value in states if getattr(value, "is_paged", False))
     return any(torch.get_device_module(device).mem_get_info(device)[0] < paged for device in _devices(optimizer))
 
 
-class _Joint:
-    """Parameters that are parts of one tensor, which the optimizer sees in pieces."""
+class _FlatGroup:
+    """Parameters that are parts of one tensor, which the optimizer sees in chunks."""
 
-    def __init__(self, own: list[torch.nn.Parameter]) -> None:
-        sizes = [parameter.numel() for parameter in own]
-        joint = torch.cat([parameter.detach().view(-1) for parameter in own])
-        self.pieces = [torch.nn.Parameter(piece) for piece in joint.split(PIECE)]
-        for parameter, part in zip(own, joint.split(sizes), strict=True):
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        flat = torch.cat([parameter.detach().view(-1) for parameter in parameters])
+        self.chunks = [torch.nn.Parameter(chunk) for chunk in flat.split(CHUNK)]
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
             parameter.data = part.view(parameter.shape)
         self.parts = [
-            [(own[index], part, place) for index, part, place in overlaps(sizes, begin, begin + PIECE)]
-            for begin in range(0, len(joint), PIECE)
+            [(parameters[index], part, target) for index, part, target in overlaps(sizes, begin, begin + CHUNK)]
+            for begin in range(0, len(flat), CHUNK)
         ]
-        """Of each piece: whose elements are in it, which of them, and where."""
+        """Of each chunk: the parameters in it, which of their elements, and the range of these in the chunk."""
 
     def complete(self) -> None:
-        """Gives the pieces their gradients, those of the parameters, which go one piece after the other.
+        """Gives the chunks their gradients; those of the parameters are released chunk by chunk.
 
         Parameters without a gradient count as of gradient zero.
         """
-        for piece, parts in zip(self.pieces, self.parts, strict=True):
-            piece.grad = torch.zeros_like(piece)
-            found = [(piece.grad[place], own.grad.view(-1)[part]) for own, part, place in parts if own.grad is not None]
-            if found:
-                torch._foreach_copy_([place for place, _ in found], [part for _, part in found])
-            for own, part, _ in parts:
-                if part.stop == own.numel():
-                    own.grad = None
+        for chunk, parts in zip(self.chunks, self.parts, strict=True):
+            chunk.grad = torch.zeros_like(chunk)
+            copies = [
+                (chunk.grad[target], parameter.grad.view(-1)[part])
+                for parameter, part, target in parts
+                if parameter.grad is not None
+            ]
+            if copies:
+                foreach_copy([target for target, _ in copies], [part for _, part in copies])
+            for parameter, part, _ in parts:
+                if part.stop == parameter.numel():
+                    parameter.grad = None
 
     def release(self) -> None:
-        """Forgets the gradients."""
-        for piece in self.pieces:
-            piece.grad = None
+        """Drops the gradients."""
+        for chunk in self.chunks:
+            chunk.grad = None

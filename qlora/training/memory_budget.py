@@ -1,4 +1,4 @@
-"""How training steps make do with the memory there is: what a budget chooses, and what follows when it runs out."""
+"""Fits training steps into the memory that is available: what a budget chooses, and what follows when it runs out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class MemoryPlan:
     """Decoder layers, the first ones, that compute their activations again."""
     offloaded: int = 0
     """How many of those layers, the first ones, have their inputs wait in the host's memory."""
-    pieces: int = 1
-    """Parts of about equally many rows in which a micro-batch is computed."""
+    chunks: int = 1
+    """Parts with about the same number of rows in which a micro-batch is computed."""
 
     def leaner(self, layers: int, rows: int) -> MemoryPlan | None:
         """Returns the next plan for a model of `layers` and micro-batches that can be cut into `rows`; None: no such.
 
-        Half of the layers that are left are checkpointed, then all, then offloaded; then the pieces are halved.
+        Half of the layers that are left are checkpointed, then all, then offloaded; then the chunks are halved.
         """
         if 2 * self.checkpointed < layers:
             return replace(self, checkpointed=(self.checkpointed + layers + 1) // 2)
@@ -63,22 +63,22 @@ class MemoryPlan:
             return replace(self, checkpointed=layers)
         if self.offloaded < layers:
             return replace(self, offloaded=layers)
-        return replace(self, pieces=min(2 * self.pieces, rows)) if self.pieces < rows else None
+        return replace(self, chunks=min(2 * self.chunks, rows)) if self.chunks < rows else None
 
     def __str__(self) -> str:
-        words = [f"{self.checkpointed} layers checkpointed"]
+        parts = [f"{self.checkpointed} layers checkpointed"]
         which = "their inputs" if self.offloaded == self.checkpointed else f"the inputs of {self.offloaded}"
-        words += [f"{which} in the host's memory"] if self.offloaded else []
-        words += [f"micro-batches in {self.pieces} parts"] if self.pieces > 1 else []
-        return ", ".join(words)
+        parts += [f"{which} in the host's memory"] if self.offloaded else []
+        parts += [f"micro-batches in {self.chunks} parts"] if self.chunks > 1 else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Formula:
-    """What the memory of a training should be, in bytes."""
+    """What the memory of a training run should be, in bytes."""
 
-    before: float
-    """What is there when a step's last micro-batch begins."""
+    resident: float
+    """What is held when a step's last micro-batch begins."""
     accumulates: bool
     """Whether gradients of earlier micro-batches are a part of that."""
     added: Callable[[int, int, int, int], float]
@@ -99,7 +99,7 @@ class Budget:
         self.formula, self.layers, self.limit, self.cap, self.device = formula, layers, limit, cap, device
         self.highest = 0
         """The most that torch held before a measurement began, in bytes: measuring starts torch's own count anew."""
-        self._before, self._factor, self._tokens = formula.before, 1.0, 0
+        self._resident, self._factor, self._tokens = formula.resident, 1.0, 0
 
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
@@ -108,7 +108,7 @@ class Budget:
         plans += [MemoryPlan(self.layers, count) for count in range(1, self.layers + 1)]
         for plan in plans:
             added = self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
-            if self._before + self._factor * added <= self.limit:
+            if self._resident + self._factor * added <= self.limit:
                 return plan
         return plans[-1]
 
@@ -117,12 +117,12 @@ class Budget:
         """Measures a micro-batch; the one with most tokens corrects the formula."""
         self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        resident = torch.cuda.memory_allocated(self.device)
         yield
         rows, length = batch["input_ids"].shape
         if rows * length >= self._tokens:
-            added = torch.cuda.max_memory_allocated(self.device) - before
-            self._tokens, self._before = rows * length, before
+            added = torch.cuda.max_memory_allocated(self.device) - resident
+            self._tokens, self._resident = rows * length, resident
             self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager
@@ -131,13 +131,13 @@ class Budget:
         if self.cap is None:
             yield
             return
-        own = torch.cuda.get_per_process_memory_fraction(self.device)
+        previous = torch.cuda.get_per_process_memory_fraction(self.device)
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(own, self.cap / total), self.device)
+        torch.cuda.set_per_process_memory_fraction(min(previous, self.cap / total), self.device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(own, self.device)
+            torch.cuda.set_per_process_memory_fraction(previous, self.device)
 
 
 class StepMemory:
@@ -170,7 +170,7 @@ class StepMemory:
         """Runs the next micro-batch, which may be cut into `rows`; returns its loss.
 
         `learn` runs a micro-batch, or a part of one, forward and backward; `forget` drops all gradients. Raises
-        `ConfigError` where the leanest plan is too much.
+        `ResourceError` where the leanest plan is too much.
         """
         if not self._batches:
             self._random = _random_state(self.device)
@@ -201,27 +201,27 @@ class StepMemory:
         return loss
 
     def _learn(self, batch: Batch, learn: Callable[[Batch], Tensor]) -> Tensor:
-        pieces = min(self.plan.pieces, len(batch["input_ids"]))
+        chunks = min(self.plan.chunks, len(batch["input_ids"]))
         with contextlib.ExitStack() as stack:
             if self.budget is not None:
                 stack.enter_context(self.budget.kept())
                 first = batch is self._batches[0] and self.budget.formula.accumulates
                 if self._steps == MEASURED_STEP and self._is_by_formula and not first:
                     stack.enter_context(self.budget.measured(self.plan, batch))
-            if pieces == 1:
+            if chunks == 1:
                 return learn(batch)
-            parts = zip(*(tensor.tensor_split(pieces) for tensor in batch.values()), strict=True)
+            parts = zip(*(tensor.tensor_split(chunks) for tensor in batch.values()), strict=True)
             return torch.stack([learn(dict(zip(batch, part, strict=True))) for part in parts]).sum()
 
     @property
     def _is_by_formula(self) -> bool:
         """Whether the plan is one that the formula counts: nothing is cut."""
-        return self.plan.pieces == 1
+        return self.plan.chunks == 1
 
-    def _too_much(self) -> ConfigError:
+    def _too_much(self) -> ResourceError:
         larger = "a larger trainer.memory_budget, " if self.budget is not None and self.budget.cap is not None else ""
         plan = f"even with {self.plan}" if self.alone else f"with {self.plan}"
-        return ConfigError(
+        return ResourceError(
             f"a training step runs out of memory {plan}; take {larger}shorter rows (data.max_length, "
             "data.pack_length), a smaller trainer.per_device_train_batch_size, a smaller lora.r or quantization=nf4, "
             "or see with task=plan what fits"
@@ -229,7 +229,7 @@ class StepMemory:
 
 
 def close_gaps(model: torch.nn.Module, device: torch.device) -> None:
-    """Moves what a model keeps to where loading has left gaps, and gives back what is free then.
+    """Moves a model's tensors into the gaps that loading has left, and releases the memory that is free then.
 
     A tensor's storage is emptied and filled anew, so that whatever shows a part of it does so still; torch puts it into
     the smallest gap that holds it. The last ones in memory go first: so gaps gather at its end.
@@ -258,11 +258,11 @@ def close_gaps(model: torch.nn.Module, device: torch.device) -> None:
 def _quantization_tensors(weight: Tensor) -> list[Tensor]:
     """Returns what bitsandbytes keeps beside a 4-bit weight."""
     state = getattr(weight, "quant_state", None)
-    return [] if state is None else [each for each in vars(state).values() if isinstance(each, Tensor)]
+    return [] if state is None else [value for value in vars(state).values() if isinstance(value, Tensor)]
 
 
 def _free(device: torch.device) -> None:
-    """Gives back what nothing holds any more."""
+    """Releases memory that nothing holds any more."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()

@@ -1,4 +1,4 @@
-"""How fast a training is: tokens a second, the share of the device's speed, the time spent waiting for batches."""
+"""How fast a training run is: tokens a second, the share of the device's speed, the time spent waiting for batches."""
 
 from __future__ import annotations
 
@@ -81,21 +81,21 @@ class ClockedCallback(TrainerCallback):
 
 @dataclass(frozen=True)
 class Mark:
-    """What a training has done until a moment."""
+    """What a training run has done until a moment."""
 
     tokens: int
     operations: float
     seconds: float
     """Training time."""
     waited: float
-    """Seconds of it in which the next batch was not there yet."""
+    """Seconds of it in which the next batch had not come yet."""
 
 
 class Meter(ClockedCallback):
     """Measures a training's speed, without evaluations and checkpoints.
 
     `operations` says what a number of tokens and of pairs in attention takes, and `rate` is how many operations a
-    second the device reaches in a matrix product; without them there is no model FLOP utilisation.
+    second the device reaches in a matmul; without them there is no model FLOP utilisation.
     """
 
     def __init__(
@@ -134,19 +134,19 @@ class Meter(ClockedCallback):
 
     def since_last_log(self, state: Any) -> dict[str, float]:
         """Returns the speed since the last call, and the peak memory so far."""
-        before, self._last = self._last, self._mark(state)
-        return self._speed(before, self._last) | {"peak_memory_gb": self.peak_memory_gb()}
+        previous, self._last = self._last, self._mark(state)
+        return self._speed(previous, self._last) | {"peak_memory_gb": self.peak_memory_gb()}
 
     def overall(self, state: Any) -> dict[str, float]:
-        """Returns the speed of the training since it was started or went on."""
+        """Returns the speed of the training run since it was started or resumed."""
         return self._speed(self._first, self._mark(state))
 
     def _mark(self, state: Any) -> Mark:
         return Mark(state.num_input_tokens_seen, state.total_flos, self.clock.trained, self._waited)
 
-    def _speed(self, before: Mark, after: Mark) -> dict[str, float]:
-        seconds = max(after.seconds - before.seconds, 1e-9)
-        found = {"train_tokens_per_second": (after.tokens - before.tokens) / seconds}
+    def _speed(self, first: Mark, last: Mark) -> dict[str, float]:
+        seconds = max(last.seconds - first.seconds, 1e-9)
+        speed = {"train_tokens_per_second": (last.tokens - first.tokens) / seconds}
         if self.rate is not None:
-            found["train_mfu"] = (after.operations - before.operations) / seconds / (self.rate * self._processes)
-        return found | {"train_data_wait": (after.waited - before.waited) / seconds}
+            speed["train_mfu"] = (last.operations - first.operations) / seconds / (self.rate * self._processes)
+        return speed | {"train_data_wait": (last.waited - first.waited) / seconds}

@@ -1,4 +1,4 @@
-"""Records what a few steps of a training spend their time on."""
+"""Records what a few steps of a training run spend their time on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qlora.text import shorten
 
 WAIT, WARM_UP, RECORDED = 3, 1, 2
 """Steps: those that compile and allocate, one with the profiler running, and those that are recorded."""
-SHOWN = 10
+TOP = 10
 
 
 class ProfileCallback(TrainerCallback):
     """Writes a Chrome trace of two steps to `file` and prints the most expensive kernels, on a CPU operators.
 
-    A training of fewer steps than that takes is recorded from an earlier one.
+    A run with too few steps is recorded from an earlier step.
     """
 
     def __init__(self, file: Path, device: torch.device) -> None:
@@ -50,27 +50,27 @@ class ProfileCallback(TrainerCallback):
         self._profile.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tells the profiler that a step is over."""
+        """Ends a step of the profiler."""
         if self._profile is not None:
             self._profile.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends a recording that the training ended before."""
+        """Ends the recording of a run that has ended early."""
         self._end()
 
     def _end(self) -> None:
-        found, self._profile = self._profile, None
-        if found is not None:
-            found.stop()
+        running, self._profile = self._profile, None
+        if running is not None:
+            running.stop()
 
-    def _report(self, found: profile) -> None:
+    def _report(self, recording: profile) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(self.file))
+        recording.export_chrome_trace(str(self.file))
         on_device = self.device.type != "cpu"
         name = "self_device_time_total" if on_device else "self_cpu_time_total"
         rows = [
             (getattr(event, name) / 1e3, event.count, event.key)
-            for event in found.key_averages()
+            for event in recording.key_averages()
             if (event.device_type != DeviceType.CPU) == on_device and not event.is_user_annotation
         ]
         say()
@@ -82,7 +82,7 @@ class ProfileCallback(TrainerCallback):
 def table(rows: list[tuple[float, int, str]], kind: str) -> list[str]:
     """Returns the ten most expensive of `rows`, each milliseconds, calls and a name, as lines of 80 columns."""
     total = sum(time for time, _, _ in rows)
-    first = sorted(rows, reverse=True)[:SHOWN]
+    first = sorted(rows, reverse=True)[:TOP]
     lines = [f"  share    ms in all    calls  {kind}"]
     for time, calls, name in first:
         lines.append(f"{time / max(total, 1e-9):7.1%} {time:12,.2f} {calls:8,}  {shorten(name, 48)}")

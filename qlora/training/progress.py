@@ -1,4 +1,4 @@
-"""Shows the training as it goes: a live bar on a terminal, plain lines elsewhere, a line for each evaluation."""
+"""Shows the progress of a run: a live bar on a terminal, plain lines elsewhere, and a line for each evaluation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ProgressCallback(ClockedCallback):
         self._write(args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Goes back to the training."""
+        """Shows training again."""
         super().on_evaluate(args, state, control)
         self._redraw(args, state, "training")
 
@@ -85,14 +85,14 @@ class ProgressCallback(ClockedCallback):
         if self._file is None or not distributed.is_main_process() or now - self._written < 1:
             return
         self._written = now
-        facts = {
+        latest = {
             "step": state.global_step,
             "max_steps": state.max_steps,
             "loss": self._latest.get("loss"),
             "tokens_per_second": self._latest.get("train_tokens_per_second"),
             "seconds_left": self._seconds_left(args, state),
         }
-        write_text(self._file, json.dumps(facts), flush=False)
+        write_text(self._file, json.dumps(latest), flush=False)
 
     def _seconds_left(self, args: Any, state: Any) -> float | None:
         left = state.max_steps - state.global_step
@@ -115,7 +115,7 @@ class ProgressCallback(ClockedCallback):
         return "  ".join(fit([(0, f"step {state.global_step:>{width}}/{state.max_steps}"), *notes], LINE))
 
     def _notes(self, args: Any, state: Any) -> list[tuple[int, str]]:
-        """Returns what is known of the training, each behind the number of its importance."""
+        """Returns what is known of the latest step, each with its rank: 0 is the most important."""
         formats = {
             "loss": (0, "loss {:.3f}"),
             "train_tokens_per_second": (1, "{:,.0f} tokens/s"),
@@ -131,7 +131,7 @@ class ProgressCallback(ClockedCallback):
 
 
 def fit(notes: list[tuple[int, str]], width: int) -> list[str]:
-    """Returns the texts of `notes`, without those of the highest numbers if all are wider than `width` columns."""
+    """Returns the texts of `notes`, without those of the highest ranks if all are wider than `width` columns."""
     while notes and len("  ".join(text for _, text in notes)) > width and max(notes)[0] > 0:
         notes = [note for note in notes if note != max(notes)]
     return [text for _, text in notes]
@@ -148,18 +148,18 @@ def evaluation_line(logs: dict[str, Any], step: int) -> str | None:
     metrics = {name: value for name, value in evaluation_metrics(logs).items() if not is_detail(name)}
     if not metrics:
         return None
-    before = any(name.startswith("base_eval_") for name in logs)
+    is_base = any(name.startswith("base_eval_") for name in logs)
     parts = [f"{name.replace('_', ' ')} {format_metric(name, value)}" for name, value in metrics.items()]
-    return f"{'untuned base' if before else f'eval at step {step}'}: {', '.join(parts)}"
+    return f"{'untuned base' if is_base else f'eval at step {step}'}: {', '.join(parts)}"
 
 
 def evaluation_metrics(logs: dict[str, Any]) -> dict[str, float]:
     """Returns the `eval_` and `base_eval_` metrics without their prefix; perplexity is computed if it is missing."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for key, value in logs.items():
         name = key.removeprefix("base_").removeprefix("eval_")
         if key.startswith(("eval_", "base_eval_")) and name not in BOOKKEEPING and isinstance(value, int | float):
-            found[name] = value
+            metrics[name] = value
             if name == "loss":
-                found["perplexity"] = math.exp(value) if value < 700 else math.inf
-    return found
+                metrics["perplexity"] = math.exp(value) if value < 700 else math.inf
+    return metrics

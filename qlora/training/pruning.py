@@ -1,4 +1,4 @@
-"""Ends the training of a trial that falls behind the others of its search."""
+"""Ends the run of a trial that falls behind the others of its search."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class PruningCallback(TrainerCallback):
         self.metric, self.trial = link.metric, link.open()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reports what a resumed training had measured before."""
+        """Reports what a resumed run had measured before."""
         for entry in state.log_history:
             if self.metric in entry:
                 self._report(to_number(entry[self.metric]), entry["step"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Reports, and asks; a training at its end is not pruned any more."""
+        """Reports the metric and asks the pruner, except at the end of the run."""
         value = metrics[self.metric]
         self._report(value, state.global_step)
         if state.global_step < state.max_steps and self.trial.should_prune():
-            shown = format_metric(self.metric, value)
-            raise Pruned(f"{self.metric} {shown} at step {state.global_step} of {state.max_steps}")
+            text = format_metric(self.metric, value)
+            raise Pruned(f"{self.metric} {text} at step {state.global_step} of {state.max_steps}")
 
     def _report(self, value: float, step: int) -> None:
-        """Reports a value; one that is not finite as the worst, for pruners leave out what is no number."""
+        """Reports a value; one that is NaN or infinite counts as the worst, because pruners ignore NaN."""
         if distributed.is_main_process():
             worst = -math.inf if self.trial.study.direction is StudyDirection.MAXIMIZE else math.inf
             self.trial.report(value if math.isfinite(value) else worst, step)

@@ -1,4 +1,4 @@
-"""The order of rows, and how the processes of a training share it."""
+"""The order of rows, and how the processes of a training run share it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LengthGroupedSampler(Sampler[int]):
     Rows are drawn at random into pools of 50 batches, each pool is sorted by length and cut into batches, and the
     batches are shuffled. transformers' sampler leaves out the last step: its batches go from the longest rows to
     the shortest, 50 at a time, so that the kinds of rows come in waves. The longest batch comes first, so that a
-    lack of memory shows at once. The order follows from the seed and the epoch alone, so that a training that is
-    resumed within an epoch goes on in it.
+    lack of memory shows at once. The order depends on the seed and the epoch only, so that a run that is resumed
+    within an epoch continues it.
     """
 
     POOL = 50

@@ -1,4 +1,4 @@
-"""When a training ends before its last step: a signal asks for it, and all processes agree."""
+"""When a training run ends before its last step: a signal asks for it, and all processes end together."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DEFAULTS: dict[signal.Signals, Any] = {
 class Stop:
     """Whether a signal asked the run to end: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM can send it before the time is up.
 
-    A training ends after its step, with a checkpoint; what is not in `after_step` ends at once. A second Ctrl-C ends
-    everything at once.
+    A training run ends after its step, with a checkpoint; what is not in `after_step` ends at once. A second Ctrl-C
+    ends everything at once.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Stop:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Handles the signals in the block, as far as nobody else does."""
-        own = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
+        handled = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
         if threading.current_thread() is not threading.main_thread():
-            own = []
+            handled = []
         owner = os.getpid()
 
         def handle(number: int, frame: object) -> None:
@@ -47,12 +47,12 @@ class Stop:
             elif number == signal.SIGTERM:  # a worker that was forked; its parent decides about the others
                 os._exit(128 + number)
 
-        for number in own:
+        for number in handled:
             signal.signal(number, handle)
         try:
             yield
         finally:
-            for number in own:
+            for number in handled:
                 signal.signal(number, DEFAULTS[number])
 
     @contextlib.contextmanager
@@ -97,15 +97,15 @@ class Agreement(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks all after the step."""
-        self._agree(control)
+        self._all_reduce(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks all after the evaluation."""
-        self._agree(control)
+        self._all_reduce(control)
 
-    def _agree(self, control: Any) -> None:
-        own = [getattr(control, wish) for wish in WISHES]
-        *agreed, number = distributed.all_reduce_max([*own, self.stop.requested or 0])
+    def _all_reduce(self, control: Any) -> None:
+        local = [getattr(control, wish) for wish in WISHES]
+        *agreed, number = distributed.all_reduce_max([*local, self.stop.requested or 0])
         for wish, is_wanted in zip(WISHES, agreed, strict=True):
             setattr(control, wish, bool(is_wanted))
         if number:

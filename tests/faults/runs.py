@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from qlora.config import compose
 from qlora.run import Run
-from qlora.training.checkpoints import find_checkpoints, find_fault
+from qlora.training.checkpoints import damage_reason, find_checkpoints
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -120,7 +120,7 @@ class Writes:
 def check_whole(folder: Path) -> None:
     """Raises unless all that stands in a run's folder under its name is whole, whatever befell the run."""
     for checkpoint in find_checkpoints(folder / "checkpoints"):
-        assert find_fault(checkpoint) is None
+        assert damage_reason(checkpoint) is None
     for path in folder.glob("*.json"):
         json.loads(path.read_text())
     for path in (folder / "adapter").glob("adapter_model.safetensors"):

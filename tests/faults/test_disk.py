@@ -78,7 +78,7 @@ def at_a_checkpoint(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inside_a_checkpoint(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora.training.trainer.folder_size", lambda folder: 0)
+    monkeypatch.setattr("qlora.training.checkpoint_writer.folder_size", lambda folder: 0)
     at_step(monkeypatch, 4, lambda: fill(disk, leave=INSIDE))
 
 

@@ -71,7 +71,7 @@ class Watched(TrainerCallback):
     """Has torch warn of every wait for the GPU between the begin of a step and the optimizer's."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.waits: list[str] = []
         self._stack = contextlib.ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,10 +84,10 @@ class Watched(TrainerCallback):
         if state.global_step > 2:
             torch.cuda.set_sync_debug_mode("default")
             self._stack.close()
-            self.found += [
-                f"{each.filename}:{each.lineno}"
-                for each in self._caught
-                if "called a synchronizing" in str(each.message)
+            self.waits += [
+                f"{item.filename}:{item.lineno}"
+                for item in self._caught
+                if "called a synchronizing" in str(item.message)
             ]
 
 
@@ -103,7 +103,7 @@ def test_forward_and_backward_passes_wait_for_nothing(
     monkeypatch.setattr(QLoraTrainer, "__init__", init)
     packs = ["data.packing=true", "data.pack_length=128"] if packing else []
     Run(compose([*SHAPE, *packs, "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6"]), tmp_path).execute()
-    assert watched.found == []
+    assert watched.waits == []
 
 
 def test_an_evaluation_before_training_leaves_the_gradients_unchanged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""On a GPU that is too small, steps go on with less memory, and a budget is kept."""
+"""On a GPU that is too small, steps continue with less memory, and a budget is kept."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from qlora.errors import UserError
 from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import FastStep
 from qlora.tasks.plan import build_plan
 from qlora.training.memory_budget import StepMemory
-from tests.step.test_fast import batch, build, learn
+from tests.step.test_fast import batch, build, build_step, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,34 +70,34 @@ def between(plain: dict[str, dict[str, Any]]) -> float:
 def test_steps_that_run_out_of_memory_are_run_again_and_learn_the_same(
     plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    share = between(plain) / torch.cuda.get_device_properties(0).total_memory
+    fraction = between(plain) / torch.cuda.get_device_properties(0).total_memory
     begin = StepMemory.begin
 
     def begin_on_a_small_gpu(memory: StepMemory) -> None:
-        torch.cuda.set_per_process_memory_fraction(share)
+        torch.cuda.set_per_process_memory_fraction(fraction)
         begin(memory)
 
     monkeypatch.setattr(StepMemory, "begin", begin_on_a_small_gpu)
-    found = run(tmp_path / "run", rows)
-    assert 1 <= found["train_memory_retries"] <= 2
+    results = run(tmp_path / "run", rows)
+    assert 1 <= results["train_memory_retries"] <= 2
     for name in ("train_loss", "eval_loss"):
-        assert found[name] == pytest.approx(plain["none"][name], rel=1e-3)
+        assert results[name] == pytest.approx(plain["none"][name], rel=1e-3)
 
 
 def test_a_budget_is_kept(plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
     budget = round(between(plain) / 1e6)
-    found = run(tmp_path / "run", rows, f"trainer.memory_budget={budget}MB")
-    print(f"budget {budget / 1e3:.2f} GB, peak {found['peak_memory_gb']:.2f} GB, {plain}")
-    assert plain["all"]["peak_memory_gb"] < found["peak_memory_gb"] <= budget / 1e3
-    assert found["eval_loss"] == pytest.approx(plain["none"]["eval_loss"], rel=1e-3)
+    results = run(tmp_path / "run", rows, f"trainer.memory_budget={budget}MB")
+    print(f"budget {budget / 1e3:.2f} GB, peak {results['peak_memory_gb']:.2f} GB, {plain}")
+    assert plain["all"]["peak_memory_gb"] < results["peak_memory_gb"] <= budget / 1e3
+    assert results["eval_loss"] == pytest.approx(plain["none"]["eval_loss"], rel=1e-3)
 
 
 def test_the_whole_gpu_needs_no_layer_checkpointed(
     plain: dict[str, dict[str, Any]], rows: Path, tmp_path: Path
 ) -> None:
-    found = run(tmp_path / "run", rows, "trainer.memory_budget=auto", "trainer.gradient_checkpointing=true")
-    assert found["train_memory_retries"] == 0
-    assert found["peak_memory_gb"] == pytest.approx(plain["none"]["peak_memory_gb"], rel=0.02)
+    results = run(tmp_path / "run", rows, "trainer.memory_budget=auto", "trainer.gradient_checkpointing=true")
+    assert results["train_memory_retries"] == 0
+    assert results["peak_memory_gb"] == pytest.approx(plain["none"]["peak_memory_gb"], rel=0.02)
 
 
 def test_what_no_plan_makes_fit_ends_in_one_sentence(rows: Path, tmp_path: Path) -> None:
@@ -127,17 +126,17 @@ def test_offloaded_inputs_change_no_bit_and_leave_the_gpu() -> None:
     model.to("cuda", torch.bfloat16)
     set_compute_dtype(model, torch.bfloat16)
     rows = {name: tensor.repeat(64, 4).cuda() for name, tensor in batch().items()}
-    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    step = build_step(model, config, placement)
     step.checkpointed = 8
-    found, held = [], []
+    results, held = [], []
     for step.offloaded in (0, 8):
         with step, placement.autocast():
-            found.append(learn(model, rows, num_items_in_batch=31))
-            before = torch.cuda.memory_allocated()
+            results.append(learn(model, rows, num_items_in_batch=31))
+            allocated = torch.cuda.memory_allocated()
             kept = model(**rows, num_items_in_batch=31).loss
-            held.append(torch.cuda.memory_allocated() - before)
+            held.append(torch.cuda.memory_allocated() - allocated)
             del kept
-    (loss, gradients), (other, others) = found
+    (loss, gradients), (other, others) = results
     assert loss == other
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
     inputs = 8 * rows["input_ids"].numel() * 256 * 2

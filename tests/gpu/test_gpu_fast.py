@@ -10,11 +10,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora.config.compose import compose
+from qlora.objectives import build_objective
 from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import FastStep, Packs
-from qlora.step.kernels.attention import NEWER_FLASH, attend_rows, find_flash_fault
+from qlora.step.fast_step import FastStep
+from qlora.step.kernels.attention import NEWER_FLASH, attend_varlen, flash_unsupported_reason
+from qlora.step.part import Packs
 from tests.step.test_fast import batch, build, learn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -29,17 +31,17 @@ def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
     from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
     from tests.step.weights import weight
 
-    stored = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
-    stored.quant_state.dtype = torch.bfloat16
-    codes = read_quantized_weight(stored)
+    saved = weight(1000, 4096, quant_type=quant_type, nested=nested, device="cuda")
+    saved.quant_state.dtype = torch.bfloat16
+    codes = read_quantized_weight(saved)
     assert codes is not None
     factor = torch.tensor([1000.0], device="cuda")
     rows, columns = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1000, 4096), (4096, 1000)))
     decode_rows(codes, rows)
     decode_columns(codes, columns)
-    assert torch.equal(rows, dequantize_4bit(stored.data, stored.quant_state))
+    assert torch.equal(rows, dequantize_4bit(saved.data, saved.quant_state))
     assert torch.equal(columns.t(), rows)
-    small, turned = (each.to(torch.float8_e4m3fn) for each in (rows, columns))
+    small, turned = (item.to(torch.float8_e4m3fn) for item in (rows, columns))
     decode_rows(codes, small, factor)
     decode_columns(codes, turned, factor)
     expected = (decode_plain(codes, torch.float32) * factor).to(torch.float8_e4m3fn).float()
@@ -49,12 +51,12 @@ def test_kernels_decode_to_the_bit(quant_type: str, nested: bool) -> None:
 
 @pytest.mark.parametrize("columns", [300, 4096, 11008, 22016])
 def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
-    from qlora.step.kernels.fused_linear import scale_rows, scale_rows_plain
+    from qlora.step.kernels.matmul_fp8 import scale_rows, scale_rows_plain
 
     x = torch.randn(64, columns, device="cuda").bfloat16()
-    (found, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
+    (actual, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
     torch.testing.assert_close(scale, exact, rtol=1e-6, atol=0)
-    assert (found.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
+    assert (actual.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -73,12 +75,12 @@ def test_decoding_reaches_most_of_the_bandwidth_of_a_copy() -> None:
     from qlora.quantization.bnb4.decode_kernels import decode_rows
     from tests.step.weights import quantized_weight
 
-    stored = quantized_weight(22016, 4096, device="cuda")
+    saved = quantized_weight(22016, 4096, device="cuda")
     out = torch.empty(22016, 4096, dtype=torch.bfloat16, device="cuda")
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds(lambda: target.copy_(source))
-    decoded = out.numel() * 2.5 / seconds(lambda: decode_rows(stored, out))
+    decoded = out.numel() * 2.5 / seconds(lambda: decode_rows(saved, out))
     print(f"copy {copy / 1e12:.2f} TB/s, decoding {decoded / 1e12:.2f} TB/s: {decoded / copy:.0%}")
     assert decoded > 0.6 * copy
 
@@ -89,18 +91,18 @@ def test_a_newer_flash_attention_serves_windows_and_fewer_keys(name: str) -> Non
         torch.manual_seed(0)
         shapes = [(300, 8, 128), (300, 2, 128), (300, 2, 128)]
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-        borders = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device="cuda")
-        found = attend_rows(q, k, v, borders, 170, 0.1, window=64)
-        return [found, *torch.autograd.grad(found.float().square().sum(), (q, k, v))]
+        cu_seqlens = torch.tensor([0, 130, 300, 300], dtype=torch.int32, device="cuda")
+        output = attend_varlen(q, k, v, cu_seqlens, 170, 0.1, window=64)
+        return [output, *torch.autograd.grad(output.float().square().sum(), (q, k, v))]
 
     expected = attend()
-    fault = find_flash_fault(name, GPU.device)
-    if fault is not None and fault.endswith(("is not installed", "does not serve this GPU", f"use {name.upper()}")):
-        pytest.skip(fault)
-    assert fault is None
+    reason = flash_unsupported_reason(name, GPU.device)
+    if reason is not None and reason.endswith(("is not installed", "does not serve this GPU", f"use {name.upper()}")):
+        pytest.skip(reason)
+    assert reason is None
     try:
-        for own, other in zip(attend(), expected, strict=True):
-            assert (own - other).norm() < 0.02 * other.norm()
+        for local, other in zip(attend(), expected, strict=True):
+            assert (local - other).norm() < 0.02 * other.norm()
     finally:
         torch.nn.attention.restore_flash_attention_impl()
 
@@ -132,9 +134,9 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
 
     def learn_all() -> tuple[float, list[torch.Tensor]]:
         """Returns the mean loss, and the gradients of each batch."""
-        found = [learn(model, rows, num_items_in_batch=31) for rows in batches]
-        gradients = [torch.cat([each[name].flatten() for name in sorted(each)]) for _, each in found]
-        return sum(loss for loss, _ in found) / BATCHES, gradients
+        actual = [learn(model, rows, num_items_in_batch=31) for rows in batches]
+        gradients = [torch.cat([item[name].flatten() for name in sorted(item)]) for _, item in actual]
+        return sum(loss for loss, _ in actual) / BATCHES, gradients
 
     model.to("cuda")
     exact_loss, exact = learn_all()
@@ -146,21 +148,22 @@ def test_the_step_learns_as_the_plain_one(case: str, fp8: bool, compiled: bool) 
     with GPU.autocast():
         plain_loss, plain = learn_all()
     torch._dynamo.reset()
-    step = FastStep(model, config.trainer, config.quantization, GPU, Packs(24, 2, 14) if packed else None)
+    packs = Packs(24, 2, 14) if packed else None
+    step = FastStep(model, config.trainer, config.quantization, GPU, packs, build_objective(config.loss))
     assert step.parts["fused_attention"] == step.parts["fused_linear"] == "on"
     step.checkpointed = 1
     with step, GPU.autocast():
-        loss, own = learn_all()
+        loss, local = learn_all()
 
     def error(gradients: list[torch.Tensor]) -> float:
         """Returns the mean of the batches' relative errors."""
-        errors = [(own - true).norm() / true.norm() for own, true in zip(gradients, exact, strict=True)]
+        errors = [(local - true).norm() / true.norm() for local, true in zip(gradients, exact, strict=True)]
         return float(sum(errors)) / BATCHES
 
     print(f"loss {exact_loss:.4f}, plain {plain_loss:.4f}, fast {loss:.4f}")
-    print(f"error of the gradients: plain {error(plain):.4f}, fast {error(own):.4f}")
+    print(f"error of the gradients: plain {error(plain):.4f}, fast {error(local):.4f}")
     assert loss == pytest.approx(exact_loss, rel=0.02 if fp8 else 0.004)
-    assert error(own) < (0.3 if fp8 else 1.3 * error(plain))
+    assert error(local) < (0.3 if fp8 else 1.3 * error(plain))
 
 
 SHAPE = [

@@ -1,4 +1,4 @@
-"""What needs two GPUs: trainings in two processes through NCCL, a base shared out, and one spread by a device map.
+"""What needs two GPUs: training runs in two processes through NCCL, a sharded base, and one spread by a device map.
 
 Run as a script, this file is one of the processes.
 """
@@ -55,9 +55,9 @@ SHARDED = {
 SINGLE = {**CASES, "fp8": ["quantization.compute=fp8"]}
 
 
-def base_of(name: str, base: Path, stored: Path) -> Path:
+def base_of(name: str, base: Path, saved: Path) -> Path:
     """Returns the base of a case; of those that are sharded in 4 bits the stored one."""
-    return stored if name.startswith("sharded") and name != "sharded16" else base
+    return saved if name.startswith("sharded") and name != "sharded16" else base
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in 4 bits: a base is quantized on the CPU before it is shared out, where bytes come out otherwise."""
+def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 4 bits: a base is quantized on the CPU before it is sharded, where bytes come out otherwise."""
     folder = tmp_path_factory.mktemp("stored")
     run = Run(compose([*COMMON, f"model.name={base}"]), tmp_path_factory.mktemp("loading"))
     run.load_base().save_pretrained(folder)
@@ -93,10 +93,10 @@ def train(base: Path, folder: Path, accumulated: int, *overrides: str) -> dict[s
     return Run(compose(chosen), folder, overrides=chosen).execute()
 
 
-def launch(program: list[str], *words: str) -> str:
+def launch(program: list[str], *args: str) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", *program, *words],
+        [sys.executable, "-m", *program, *args],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "4"},
         capture_output=True,
         text=True,
@@ -117,10 +117,10 @@ def losses(folder: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def together(base: Path, stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(base: Path, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("together")
-    (folder / "output.txt").write_text(launch(TORCHRUN, __file__, str(base), str(stored), str(folder)))
+    (folder / "output.txt").write_text(launch(TORCHRUN, __file__, str(base), str(saved), str(folder)))
     return folder
 
 
@@ -132,9 +132,9 @@ def together(base: Path, stored: Path, tmp_path_factory: pytest.TempPathFactory)
     ],
 )
 def test_two_gpus_train_what_one_trains(
-    base: Path, stored: Path, together: Path, tmp_path: Path, shared: str, single: str
+    base: Path, saved: Path, together: Path, tmp_path: Path, shared: str, single: str
 ) -> None:
-    train(base_of(shared, base, stored), tmp_path, 4, *SINGLE[single])
+    train(base_of(shared, base, saved), tmp_path, 4, *SINGLE[single])
     one, two = losses(tmp_path), losses(together / shared)
     print(shared, one, two)
     assert two == pytest.approx(one, rel=0.02)  # in bf16
@@ -143,7 +143,7 @@ def test_two_gpus_train_what_one_trains(
 
 def test_a_sharded_base_takes_half_the_place_in_4_and_in_16_bits(together: Path) -> None:
     told = [json.loads(line) for line in (together / "output.txt").read_text().splitlines() if line.startswith("{")]
-    held = {(each["name"], each["rank"]): each["bytes"] for each in told}
+    held = {(item["name"], item["rank"]): item["bytes"] for item in told}
     print(held)
     for name, bits in (("sharded", 4), ("sharded16", 16)):
         whole = 4 * (4 * 4096**2 + 3 * 4096 * 11008) * bits / 8
@@ -162,8 +162,8 @@ def test_accelerate_launches_the_same_command(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(shutil.which("srun") is None, reason="needs SLURM")
 def test_srun_starts_torchrun_on_a_machine(base: Path, tmp_path: Path) -> None:
-    words = [*COMMON, *CASES["plain"], f"model.name={base}", "trainer.gradient_accumulation_steps=2"]
-    command = ["srun", "--ntasks", "1", "--gpus", "2", sys.executable, "-m", *TORCHRUN, "-m", "qlora", *words]
+    args = [*COMMON, *CASES["plain"], f"model.name={base}", "trainer.gradient_accumulation_steps=2"]
+    command = ["srun", "--ntasks", "1", "--gpus", "2", sys.executable, "-m", *TORCHRUN, "-m", "qlora", *args]
     done = subprocess.run([*command, f"hydra.run.dir={tmp_path / 'run'}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "4 x 2 accumulated x 2 processes = 16 rows a step" in done.stdout
@@ -212,12 +212,12 @@ def test_a_checkpoint_of_two_processes_is_refused_by_others_until_they_are_force
     folder = shutil.copytree(together / "plain", tmp_path / "run")
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-8")
-    words = ["-m", "qlora", *COMMON, *CASES["plain"], f"model.name={base}", f"hydra.run.dir={folder}"]
+    args = ["-m", "qlora", *COMMON, *CASES["plain"], f"model.name={base}", f"hydra.run.dir={folder}"]
     program = [*TORCHRUN[:-1], str(processes)]
     with pytest.raises(AssertionError, match=f"written by 2 processes, and this run has {processes}"):
-        launch(program, *words, "trainer.gradient_accumulation_steps=2")
+        launch(program, *args, "trainer.gradient_accumulation_steps=2")
     steps = f"trainer.gradient_accumulation_steps={4 // processes}"
-    output = launch(program, *words, steps, "resume=force")
+    output = launch(program, *args, steps, "resume=force")
     assert "resuming from checkpoint-4" in output
     assert losses(folder) == pytest.approx(losses(together / "plain"), rel=0.02)
 
@@ -235,14 +235,14 @@ def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path
     assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "alone"), rel=0.02)
 
 
-def main(base: Path, stored: Path, folder: Path) -> None:
+def main(base: Path, saved: Path, folder: Path) -> None:
     distributed.join()
     for name, overrides in {**CASES, **SHARDED}.items():
         print(f"training {name}", file=sys.stderr, flush=True)
-        train(base_of(name, base, stored), folder / name, 2, *overrides)
+        train(base_of(name, base, saved), folder / name, 2, *overrides)
         if name in ("sharded", "sharded16"):
             run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name)
-            local = [each.to_local().nbytes for each in run.build_model().parameters() if isinstance(each, DTensor)]
+            local = [item.to_local().nbytes for item in run.build_model().parameters() if isinstance(item, DTensor)]
             print(json.dumps({"name": name, "rank": distributed.rank(), "bytes": sum(local)}), flush=True)
     distributed.leave()
 

@@ -8,7 +8,6 @@ from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, sh
 from transformers import Trainer, TrainingArguments
 
 import qlora.step.kernels.fused_linear
-import qlora.step.kernels.linear_cross_entropy
 from qlora.config.compose import compose
 from qlora.planning import activations
 from qlora.planning.memory_plan import Ledger
@@ -155,7 +154,4 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
 
 def test_the_sizes_of_chunks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
-    assert (activations.DECODED_CHUNK, activations.LOGITS_CHUNK) == (
-        qlora.step.kernels.fused_linear.PIECE,
-        qlora.step.kernels.linear_cross_entropy.ROWS,
-    )
+    assert activations.DECODED_CHUNK == qlora.step.kernels.fused_linear.CHUNK_BYTES

@@ -9,7 +9,7 @@ import torch
 
 from qlora.quantization.bnb4.decode_kernels import decode_columns, decode_rows, scale_rows
 from qlora.quantization.bnb4.quantized_weight import decode_plain
-from qlora.step.kernels.fused_linear import scale_rows_plain
+from qlora.step.kernels.matmul_fp8 import scale_rows_plain
 from tests.step.weights import quantized_weight
 
 STEPS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -21,23 +21,23 @@ def steps(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.contiguous().view(kind).int() - b.contiguous().view(kind).int()).abs().max())
 
 
-found = {}
+differences = {}
 for quant_type in ("nf4", "fp4"):
     for nested in (True, False):
         weight = quantized_weight(96, 192, quant_type=quant_type, nested=nested)
         name = f"{quant_type}{'-nested' if nested else ''}"
         for dtype in (torch.float32, torch.bfloat16):
             expected = decode_plain(weight, dtype)
-            wide = torch.zeros(96, 200, dtype=dtype)
-            decode_rows(weight, wide[:, :192])
+            padded = torch.zeros(96, 200, dtype=dtype)
+            decode_rows(weight, padded[:, :192])
             turned = torch.zeros(192, 96, dtype=dtype)
             decode_columns(weight, turned)
-            assert not wide[:, 192:].any()
-            found[f"{name} {dtype}"] = max(steps(wide[:, :192], expected), steps(turned.t(), expected))
+            assert not padded[:, 192:].any()
+            differences[f"{name} {dtype}"] = max(steps(padded[:, :192], expected), steps(turned.t(), expected))
         factor, scaled = torch.tensor([90.0]), torch.zeros(96, 192)
         decode_rows(weight, scaled, factor)
-        found[f"{name} scaled"] = steps(scaled, decode_plain(weight, torch.float32) * factor)
+        differences[f"{name} scaled"] = steps(scaled, decode_plain(weight, torch.float32) * factor)
 x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
 (_, scale), (_, expected) = (f(x) for f in (scale_rows, scale_rows_plain))
-found["rows scale"] = steps(scale, expected)  # the interpreter's own rounding to 8 bits loses carries
-print(json.dumps(found))
+differences["rows scale"] = steps(scale, expected)  # the interpreter's own rounding to 8 bits loses carries
+print(json.dumps(differences))

@@ -23,10 +23,10 @@ def test_no_two_places_and_no_two_masks_go_together() -> None:
     first, second = ((keep_mask(torch.empty(ROWS, COLUMNS), 0.5).float() - 0.5).flatten() for _ in range(2))
     spectrum, other = torch.fft.rfft(first), torch.fft.rfft(second)
     count = len(first)
-    own = torch.fft.irfft(spectrum * spectrum.conj(), n=count)[1:]
+    local = torch.fft.irfft(spectrum * spectrum.conj(), n=count)[1:]
     cross = torch.fft.irfft(spectrum * other.conj(), n=count)
-    for found in (own, cross):  # each a sum of `count` products of 1/4 or -1/4: over all shifts some 5 deviations
-        assert found.abs().max() / (0.25 * count**0.5) < 6
+    for actual in (local, cross):  # each a sum of `count` products of 1/4 or -1/4: over all shifts some 5 deviations
+        assert actual.abs().max() / (0.25 * count**0.5) < 6
 
 
 def test_a_mask_follows_the_generator() -> None:

@@ -8,17 +8,21 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.adapters import add_lora
 from qlora.config.compose import compose
 from qlora.errors import UserError
+from qlora.objectives import build_objective
 from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import FastLinear, FastStep, attend_in_batch, attend_in_rows
+from qlora.step.fast_step import FastStep
 from qlora.step.kernels import fused_linear
 from qlora.step.offload import Offloading
+from qlora.step.parts.attention import attend_packed, attend_padded
+from qlora.step.parts.fused_linear import FastLinear, LinearGroup
 from qlora.upstream.bitsandbytes import disable_repacking
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
@@ -48,8 +52,8 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
                 quant_type="nf4", compress_statistics=True,
             )  # fmt: skip
             made.load_state_dict(layer.state_dict())
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, made.to("cpu"))
+            parent, _, fused = name.rpartition(".")
+            setattr(model.get_submodule(parent), fused, made.to("cpu"))
             quantized = made.weight if made.weight.bnb_quantized else made.weight._quantize(torch.device("cpu"))
             made.weight = quantized
     disable_repacking(model)
@@ -62,6 +66,10 @@ def build(model_type: str = "llama", overrides: tuple[str, ...] = (), **changes:
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) / 10
     return adapted.train(), config
+
+
+def build_step(model: PeftModel, config: Any, placement: Placement = CPU) -> FastStep:
+    return FastStep(model, config.trainer, config.quantization, placement, None, build_objective(config.loss))
 
 
 def batch(*, packed: bool = False, seed: int = 2) -> dict[str, torch.Tensor]:
@@ -87,17 +95,17 @@ def learn(model: PeftModel, rows: dict[str, torch.Tensor], **more: Any) -> tuple
 
 
 def assert_same(model: PeftModel, config: Any, rows: dict[str, torch.Tensor], checkpointed: int = 0) -> FastStep:
-    before, _ = learn(model.eval(), rows)
+    loss_before, _ = learn(model.eval(), rows)
     expected, gradients = learn(model.train(), rows, num_items_in_batch=31)
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     step.checkpointed = checkpointed
     with step:
-        found, own = learn(model, rows, num_items_in_batch=31)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert own.keys() == gradients.keys()
+        actual, fused = learn(model, rows, num_items_in_batch=31)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert fused.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert (own[name] - gradient).norm() < 1e-5 * gradient.norm(), name
-    assert learn(model.eval(), rows)[0] == before
+        assert (fused[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+    assert learn(model.eval(), rows)[0] == loss_before
     return step
 
 
@@ -127,38 +135,38 @@ def test_the_product_that_ends_a_layer_is_not_computed_again_where_no_norm_reads
     model_type: str, times: int, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = build(model_type, (f"trainer.compile={compiled}", "trainer.fused_loss=auto"))
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     with step:
         _, expected = learn(model, batch(), num_items_in_batch=31)
     last = step.layers[0].mlp.down_proj.group.tensors[0].data_ptr()
-    decoded, decode = [], fused_linear._decode
+    decoded, decode = [], fused_linear.dequantize
 
     def count(codes: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         decoded.append(codes.packed.data_ptr())
         return decode(codes, *args, **kwargs)
 
-    monkeypatch.setattr(fused_linear, "_decode", count)
+    monkeypatch.setattr(fused_linear, "dequantize", count)
     step.checkpointed = 3
     with step:
-        _, found = learn(model, batch(), num_items_in_batch=31)
+        _, actual = learn(model, batch(), num_items_in_batch=31)
     assert decoded.count(last) == times  # forward, backward, and in between
-    assert all((found[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
+    assert all((actual[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     step.checkpointed = 2
     copied: list[torch.Tensor] = []
     store = Offloading.store
     monkeypatch.setattr(Offloading, "store", lambda self, tensor: copied.append(tensor) or store(self, tensor))
-    found = []
+    actual = []
     for step.offloaded in (0, 2):
         torch.manual_seed(4)
         with step:
-            found.append(learn(model, batch(), num_items_in_batch=31))
-    (loss, gradients), (other, others) = found
+            actual.append(learn(model, batch(), num_items_in_batch=31))
+    (loss, gradients), (other, others) = actual
     assert loss == other
     assert all(torch.equal(others[name], gradients[name]) for name in gradients)
     assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
@@ -171,7 +179,7 @@ def test_compiled_layers_keep_no_masks_of_dropout() -> None:
     for rate in (0.0, 0.1):
         model, config = build(overrides=(f"lora.dropout={rate}", "trainer.compile=true"))
         torch._dynamo.reset()
-        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        step = build_step(model, config)
         sizes.clear()
         with step, saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
             loss = model(**rows, num_items_in_batch=31).loss
@@ -198,14 +206,14 @@ def test_compiled_layers_keep_each_output_apart(compute: str) -> None:
         return tensor
 
     torch._dynamo.reset()
-    step = FastStep(model, config.trainer, config.quantization, placement, None)
+    step = build_step(model, config, placement)
     with step, placement.autocast():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(**rows, num_items_in_batch=31).loss
         loss.backward()
     assert loss.isfinite()
     assert len(kept) >= 2 * 8  # of two layers two residuals, queries, keys, values, what was attended, gate and up
-    assert all(own == whole for own, whole in kept)
+    assert all(fused == whole for fused, whole in kept)
 
 
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
@@ -221,7 +229,7 @@ def test_layers_are_compiled_for_every_form_that_they_meet() -> None:
     model, config = build(overrides=("trainer.compile=true",))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
-        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        step = build_step(model, config)
         for copies in (1, 4):
             rows = {name: tensor.repeat(copies, 1) for name, tensor in batch().items()}
             with step:
@@ -230,25 +238,52 @@ def test_layers_are_compiled_for_every_form_that_they_meet() -> None:
 
 def test_layers_that_read_one_input_are_one_group() -> None:
     model, config = build()
-    FastStep(model, config.trainer, config.quantization, CPU, None)
+    build_step(model, config)
     attention, mlp = (getattr(model.get_base_model().model.layers[0], name) for name in ("self_attn", "mlp"))
     assert attention.q_proj.group is attention.k_proj.group is attention.v_proj.group
     assert mlp.gate_proj.group is mlp.up_proj.group is not mlp.down_proj.group
     assert attention.o_proj.group.rows == [256]
 
 
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_model_is_what_it_was_after_a_step(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
+    base, weights = model.get_base_model(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    kinds, calls = [type(module) for module in model.modules()], []
+    step = build_step(model, config)
+    step.checkpointed = 1
+    with step:
+        learn(model, batch())
+        assert sum(isinstance(module, FastLinear) for module in model.modules()) == 7 * 3
+    monkeypatch.setattr(LinearGroup, "compute", lambda self, x: calls.append(x))
+    assert [type(module) for module in model.modules()] == kinds
+    assert model.train()(**batch()).logits is not None
+    assert not calls
+    assert "forward" not in base.__dict__
+    assert all(layer._compiled_call_impl is None for layer in base.model.layers)
+    assert base.config._attn_implementation == "sdpa"
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    layer = base.model.layers[0].self_attn.q_proj
+    added = {"group", "slot"}  # as documented, with the storage that the weights of a group share
+    assert (
+        layer.__dict__.keys()
+        - build(overrides=())[0].get_submodule("base_model.model.model.layers.0.self_attn.q_proj").__dict__.keys()
+        == added
+    )
+
+
 def test_each_part_can_be_switched_off() -> None:
     off = [f"trainer.{name}=false" for name in ("compile", "fused_linear", "fused_attention", "fused_loss")]
     model, config = build(overrides=tuple(off))
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     assert step.parts == {text[8:-6]: text for text in off}
-    assert not any(isinstance(each, FastLinear) for each in model.modules())
+    assert not any(isinstance(module, FastLinear) for module in model.modules())
 
 
 def test_auto_switches_nothing_on_without_cuda() -> None:
     auto = [f"trainer.{name}=auto" for name in ("compile", "fused_linear", "fused_attention", "fused_loss")]
     model, config = build(overrides=tuple(auto))
-    assert "on" not in FastStep(model, config.trainer, config.quantization, CPU, None).parts.values()
+    assert "on" not in build_step(model, config).parts.values()
 
 
 @pytest.mark.parametrize(
@@ -271,32 +306,30 @@ def test_auto_switches_nothing_on_without_cuda() -> None:
 def test_what_cannot_be_is_refused_in_one_sentence(overrides: list[str], changes: dict[str, Any], message: str) -> None:
     model, config = build(overrides=tuple(overrides), **changes)
     with pytest.raises(UserError, match=message):
-        FastStep(model, config.trainer, config.quantization, CPU, None)
+        build_step(model, config)
 
 
 def test_where_8_bits_cannot_be_had_a_sentence_says_so_and_the_step_computes_natively(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, config = build(overrides=("quantization.compute=fp8", "trainer.fused_linear=auto"))
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     assert step.parts["fp8"] == "auto switches it on with CUDA only"
     assert "quantization.compute=fp8: auto switches it on with CUDA only; computing in torch.float32" in caplog.text
 
 
 def test_a_model_that_hands_no_borders_on_is_stopped() -> None:
     q = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(
-        NotImplementedError, match=r"Linear gets no borders of rows: set trainer\.fused_attention=false"
-    ):
-        attend_in_rows(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0)
+    with pytest.raises(NotImplementedError, match=r"Linear gets no cu_seqlens: set trainer\.fused_attention=false"):
+        attend_packed(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0)
     with pytest.raises(NotImplementedError, match="attention with softcap"):
-        attend_in_batch(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0, softcap=30.0)
+        attend_padded(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0, softcap=30.0)
 
 
 def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
     model, config = build("gemma2", overrides=("trainer.fused_loss=auto",))
-    fault = FastStep(model, config.trainer, config.quantization, CPU, None).parts["fused_loss"]
-    assert fault == "gemma2 changes its logits (final_logit_softcapping)"
+    reason = build_step(model, config).parts["fused_loss"]
+    assert reason == "gemma2 changes its logits (final_logit_softcapping)"
 
 
 def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others() -> None:
@@ -305,7 +338,7 @@ def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others
     _, exact = learn(model, rows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, plain = learn(model, rows)
-        with FastStep(model, config.trainer, config.quantization, CPU, None):
+        with build_step(model, config):
             loss, fused = learn(model, rows)
     assert loss == pytest.approx(expected, rel=1e-6)  # float32 in the output layer is 6e-6 away
     error, usual = (
@@ -317,22 +350,22 @@ def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others
 
 def test_dropout_reaches_the_adapter_only_and_one_group_shares_its_mask() -> None:
     model, config = build(overrides=("lora.dropout=0.5",))
-    FastStep(model, config.trainer, config.quantization, CPU, None)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     x = torch.randn(1, 6, 256)
-    torch.manual_seed(3)
-    found = layer(x)
+    with build_step(model, config):
+        torch.manual_seed(3)
+        output = layer(x)
     torch.manual_seed(3)
     kept = torch.nn.functional.dropout(x.view(-1, 256), 0.5)
     adapter = layer.scaling["default"] * kept @ layer.lora_A["default"].weight.t() @ layer.lora_B["default"].weight.t()
     expected = layer.get_base_layer()(x) + adapter
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert layer.group.pending is not None  # k and v are computed with q, under its mask
 
 
 def test_a_step_that_fails_leaves_no_outputs_behind() -> None:
     model, config = build()
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
 
     def fail() -> None:
@@ -350,29 +383,29 @@ def test_8_bit_products_learn_nearly_the_same() -> None:
     model, config = build(overrides=("quantization.compute=fp8",))
     model.to(torch.bfloat16)
     expected, gradients = learn(model, batch(), num_items_in_batch=31)
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     with step:
-        found, own = learn(model, batch(), num_items_in_batch=31)
-    assert found == pytest.approx(expected, rel=0.02)
-    flat, exact = (torch.cat([each[name].flatten() for name in gradients]) for each in (own, gradients))
+        actual, fused = learn(model, batch(), num_items_in_batch=31)
+    assert actual == pytest.approx(expected, rel=0.02)
+    flat, exact = (torch.cat([run[name].flatten() for name in gradients]) for run in (fused, gradients))
     assert torch.nn.functional.cosine_similarity(flat.float(), exact.float(), dim=0) > 0.97
 
 
 def test_a_step_knows_how_large_the_adapters_have_become() -> None:
     model, config = build(overrides=("quantization.compute=fp8", "lora.alpha=12"))
     model.to(torch.bfloat16)
-    step = FastStep(model, config.trainer, config.quantization, CPU, None)
+    step = build_step(model, config)
     with torch.no_grad():
         for layer in model.get_base_model().model.layers:
             layer.self_attn.k_proj.lora_A["default"].weight[1, 2] = -5.0
             layer.mlp.down_proj.lora_B["default"].weight[3, 0] = -7.0
     with step:
         learn(model, batch())
-    groups = {module.group for module in model.modules() if isinstance(module, FastLinear)}
+    groups = {module.group for module in model.modules() if isinstance(module, PeftLinear4bit)}
     assert len(groups) == 4 * len(step.layers)
     for group in groups:
-        matrices = [(each.lora_A["default"].weight, each.lora_B["default"].weight) for each in group.members]
-        largest = [max(float(kind.abs().max()) for kind in kinds) for kinds in zip(*matrices, strict=True)]
-        assert group.ranges.tolist() == pytest.approx([group.factor.item(), largest[0], 3 * largest[1]])
+        matrices = [(member.lora_A["default"].weight, member.lora_B["default"].weight) for member in group.members]
+        amax = [max(float(kind.abs().max()) for kind in kinds) for kinds in zip(*matrices, strict=True)]
+        assert group.scales.tolist() == pytest.approx([group.weight_scale.item(), amax[0], 3 * amax[1]])
     down = step.layers[0].mlp.down_proj.group
-    assert down.ranges[2] == 21
+    assert down.scales[2] == 21

@@ -12,6 +12,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
+from qlora.objectives.linear_cross_entropy import entropy_and_gradient, linear_cross_entropy
+from qlora.objectives.sft import CHUNK
 from qlora.quantization.bnb4.quantized_weight import (
     E4M3_MAX,
     QuantizedWeight,
@@ -21,10 +23,11 @@ from qlora.quantization.bnb4.quantized_weight import (
     join,
     read_quantized_weight,
 )
-from qlora.step.kernels import attention, fused_linear
+from qlora.step.kernels import attention, fused_linear, weights
 from qlora.step.kernels.attention import attend_batch, fastest_attention
-from qlora.step.kernels.fused_linear import GroupedLinear, scale_rows, unread
-from qlora.step.kernels.linear_cross_entropy import ROWS, entropy_and_gradient, linear_cross_entropy
+from qlora.step.kernels.fused_linear import GroupedLinear
+from qlora.step.kernels.matmul_fp8 import scale_rows
+from qlora.step.kernels.weights import unread
 from tests.step.weights import quantized_weight, weight
 
 KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
@@ -81,8 +84,8 @@ class Case:
 
     def __init__(self, dtype: torch.dtype, rows: tuple[int, ...] = (64, 128, 64)) -> None:
         generator = torch.Generator().manual_seed(1)
-        stored = [weight(each, 256, seed=each) for each in rows]
-        self.rows, self.codes = list(rows), join(stored)
+        saved = [weight(count, 256, seed=count) for count in rows]
+        self.rows, self.codes = list(rows), join(saved)
         self.dense = decode_plain(self.codes, torch.float32)
 
         def draw(*shape: int) -> torch.Tensor:
@@ -91,13 +94,13 @@ class Case:
         self.inputs = [draw(50, 256), draw(24, 256), *(draw(rows, 8) for rows in self.rows)]
         self.upstream = torch.randn(50, sum(rows), generator=generator)
 
-    def fused(self, factor: torch.Tensor | None = None) -> torch.Tensor:
+    def fused(self, weight_scale: torch.Tensor | None = None) -> torch.Tensor:
         x, a, *b = self.inputs
-        ranges = None
-        if factor is not None:
-            largest = [a.detach().abs().amax(), torch.cat(b).detach().abs().amax()]
-            ranges = torch.stack([factor[0], *(each.float() for each in largest)])
-        return torch.cat(GroupedLinear.apply(x, None, a, ranges, self.rows, *b, *self.codes.tensors()), 1)
+        scales = None
+        if weight_scale is not None:
+            amax = [a.detach().abs().amax(), torch.cat(b).detach().abs().amax()]
+            scales = torch.stack([weight_scale[0], *(value.float() for value in amax)])
+        return torch.cat(GroupedLinear.apply(x, None, a, scales, self.rows, *b, *self.codes.tensors()), 1)
 
     def plain(self) -> torch.Tensor:
         x, a, *b = self.inputs
@@ -109,85 +112,87 @@ class Case:
         return list(torch.autograd.grad((output.float() * self.upstream).sum(), self.inputs))
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_grouped_layers_compute_as_plain_matrices(dtype: torch.dtype, bound: float) -> None:
     case = Case(dtype)
-    found, expected = case.fused(), case.plain()
-    assert distance(found, expected) < bound
-    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
-        assert distance(own, other) < bound
+    actual, expected = case.fused(), case.plain()
+    assert distance(actual, expected) < bound
+    for gradient, other in zip(case.gradients(actual), case.gradients(expected), strict=True):
+        assert distance(gradient, other) < bound
 
 
-def test_matrices_that_are_decoded_in_pieces_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, largest, decode = Case(torch.float32, (320, 128, 320)), [], fused_linear._decode
+def test_matrices_that_are_dequantized_in_chunks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rows, dequantize = Case(torch.float32, (320, 128, 320)), [], fused_linear.dequantize
 
     def note(codes: QuantizedWeight, *args: Any, **kwargs: Any) -> torch.Tensor:
-        largest.append(codes.rows)
-        return decode(codes, *args, **kwargs)
+        rows.append(codes.rows)
+        return dequantize(codes, *args, **kwargs)
 
-    monkeypatch.setattr(fused_linear, "_decode", note)
+    monkeypatch.setattr(fused_linear, "dequantize", note)
     expected = case.fused()
     whole = case.gradients(expected)
-    assert largest == [768, 768]
-    largest.clear()
-    monkeypatch.setattr(fused_linear, "PIECE", 300 * 256 * 4)
-    found = case.fused()
-    assert distance(found, expected) < 1e-6
-    for own, other in zip(case.gradients(found), whole, strict=True):
-        assert distance(own, other) < 1e-6
-    assert largest == [256] * 6  # the second lies in two layers
+    assert rows == [768, 768]
+    rows.clear()
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 300 * 256 * 4)
+    actual = case.fused()
+    assert distance(actual, expected) < 1e-6
+    for gradient, other in zip(case.gradients(actual), whole, strict=True):
+        assert distance(gradient, other) < 1e-6
+    assert rows == [256] * 6  # the second lies in two layers
 
 
-def test_grouped_layers_keep_no_decoded_weight() -> None:
+def test_grouped_layers_keep_no_dequantized_weight() -> None:
     case, kept = Case(torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         case.fused()
-    assert max(each.numel() for each in kept if each.dtype is torch.float32) <= 50 * 256
+    assert max(tensor.numel() for tensor in kept if tensor.dtype is torch.float32) <= 50 * 256
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("which", ["a", "b"])
-def test_8_bit_products_are_near_whatever_the_sizes_of_the_adapter(which: str, size: float) -> None:
+def test_8_bit_matmuls_are_near_whatever_the_sizes_of_the_adapter(which: str, size: float) -> None:
     case = Case(torch.bfloat16)
-    factor = (E4M3_MAX / (decode_absmax(case.codes).max() * case.codes.codebook.abs().max())).view(1)
+    weight_scale = (E4M3_MAX / (decode_absmax(case.codes).max() * case.codes.codebook.abs().max())).view(1)
     with torch.no_grad():
         for matrix in case.inputs[2:] if which == "b" else case.inputs[1:2]:
             matrix *= size
-    found, expected = case.fused(factor), case.plain()
-    assert 1e-3 < distance(found, expected) < 0.06
-    gradients, exact = case.gradients(found), case.gradients(expected)
+    actual, expected = case.fused(weight_scale), case.plain()
+    assert 1e-3 < distance(actual, expected) < 0.06
+    gradients, exact = case.gradients(actual), case.gradients(expected)
     assert 1e-3 < distance(gradients[0], exact[0]) < 0.06  # of the input
-    for own, other in zip(gradients[1:], exact[1:], strict=True):  # of the adapter's matrices: products in 16 bits
-        assert distance(own, other) < 6e-3 or not other.any()
+    for gradient, other in zip(gradients[1:], exact[1:], strict=True):  # of the adapter's matrices: matmuls in 16 bits
+        assert distance(gradient, other) < 6e-3 or not other.any()
 
 
-def test_8_bit_products_add_what_the_adapter_alone_gives() -> None:
+def test_8_bit_matmuls_add_what_the_adapter_alone_gives() -> None:
     case = Case(torch.bfloat16)
     with torch.no_grad():
         case.inputs[1].mul_(100)
-    factor = torch.full((1,), 100.0)
+    weight_scale = torch.full((1,), 100.0)
     frozen, case.dense = case.dense, torch.zeros_like(case.dense)
     expected = case.plain()
     case.dense = frozen
     base = case.inputs[0].float() @ frozen.t()
     assert expected.norm() > 100 * base.norm()
-    assert distance(case.fused(factor), expected) < 6e-3  # as exact as in 16 bits
+    assert distance(case.fused(weight_scale), expected) < 6e-3  # as exact as in 16 bits
 
 
-@pytest.mark.parametrize("factor", [None, torch.full((1,), 100.0)], ids=["bf16", "fp8"])
-def test_a_product_that_nothing_reads_is_left_out_and_its_gradients_are_the_same(factor: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("weight_scale", [None, torch.full((1,), 100.0)], ids=["bf16", "fp8"])
+def test_a_matmul_that_nothing_reads_is_left_out_and_its_gradients_are_the_same(
+    weight_scale: torch.Tensor | None,
+) -> None:
     case = Case(torch.bfloat16)
     with unread(case.codes.packed):
-        found = case.fused(factor)
-    assert found.isnan().all()
-    expected = case.fused(factor)
+        actual = case.fused(weight_scale)
+    assert actual.isnan().all()
+    expected = case.fused(weight_scale)
     assert not expected.isnan().any()
-    for own, other in zip(case.gradients(found), case.gradients(expected), strict=True):
-        assert torch.equal(own, other)
+    for gradient, other in zip(case.gradients(actual), case.gradients(expected), strict=True):
+        assert torch.equal(gradient, other)
 
 
 def test_rows_are_scaled_to_the_range_of_8_bits() -> None:
@@ -198,35 +203,35 @@ def test_rows_are_scaled_to_the_range_of_8_bits() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_loss_in_pieces_is_the_cross_entropy(compiled: bool) -> None:
+def test_the_loss_in_chunks_is_the_cross_entropy(compiled: bool) -> None:
     torch.manual_seed(0)
-    hidden, output = torch.randn(ROWS + 70, 16, requires_grad=True), torch.randn(90, 16)
-    targets = torch.randint(0, 90, (ROWS + 70,))
+    hidden, output = torch.randn(CHUNK + 70, 16, requires_grad=True), torch.randn(90, 16)
+    targets = torch.randint(0, 90, (CHUNK + 70,))
     targets[::3] = -100
-    pieces = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
-    found = linear_cross_entropy(hidden, output, targets, pieces) / 7
+    chunk_loss = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
+    actual = linear_cross_entropy(hidden, output, targets, chunk_loss) / 7
     expected = torch.nn.functional.cross_entropy(hidden @ output.t(), targets, reduction="sum") / 7
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    own, other = (torch.autograd.grad(each, hidden)[0] for each in (found, expected))
-    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    assert not own[::3].any()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    gradient, other = (torch.autograd.grad(loss, hidden)[0] for loss in (actual, expected))
+    torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+    assert not gradient[::3].any()
 
 
 def test_a_loss_without_targets_is_zero_and_no_nan() -> None:
     hidden = torch.randn(5, 4, requires_grad=True)
-    found = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((5,), -100), entropy_and_gradient)
-    assert found.item() == 0
-    assert not torch.autograd.grad(found, hidden)[0].any()
+    actual = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((5,), -100), entropy_and_gradient)
+    assert actual.item() == 0
+    assert not torch.autograd.grad(actual, hidden)[0].any()
 
 
 def test_attention_over_a_batch_is_causal_with_grouped_heads() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
     with fastest_attention():
-        found = attend_batch(q, k, v, 0.3)
+        actual = attend_batch(q, k, v, 0.3)
     weights = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
     weights = weights.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, weights @ v.repeat_interleave(2, 1))
+    torch.testing.assert_close(actual, weights @ v.repeat_interleave(2, 1))
 
 
 class FakeFlash:
@@ -237,10 +242,10 @@ class FakeFlash:
         shift: dict[str | None, float | Exception] = {None: 0.0, **installed}
 
         def attend(device: torch.device) -> list[torch.Tensor]:
-            found = shift[self.active]
-            if isinstance(found, Exception):
-                raise found
-            return [torch.ones(3) * (1 + found)]
+            actual = shift[self.active]
+            if isinstance(actual, Exception):
+                raise actual
+            return [torch.ones(3) * (1 + actual)]
 
         modules = [module for title, module, _ in attention.NEWER_FLASH.values() if title in installed]
         for name, value in {
@@ -252,13 +257,13 @@ class FakeFlash:
             monkeypatch.setattr(torch.nn.attention, name, value, raising=False)
         self.interface = SimpleNamespace(_flash_attn_fwd=lambda *args: ("output", "sums", *args))
         monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", self.interface)
-        monkeypatch.setattr(attention, "_is_there", modules.__contains__)
+        monkeypatch.setattr(attention, "_is_installed", modules.__contains__)
         monkeypatch.setattr(attention, "_try_attention", attend)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
 
 
 @pytest.mark.parametrize(
-    ("installed", "major", "name", "fault"),
+    ("installed", "major", "name", "reason"),
     [
         ({"FA3": 0.001}, 9, "fa3", None),
         ({"FA4": 0.001}, 10, "fa4", None),
@@ -269,17 +274,17 @@ class FakeFlash:
     ],
 )
 def test_a_newer_flash_attention_serves_where_it_agrees_with_torch_s_own(
-    installed: dict[str, float | Exception], major: int, name: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
+    installed: dict[str, float | Exception], major: int, name: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash = FakeFlash(monkeypatch, installed, major)
-    assert attention.find_flash_fault(name, torch.device("cpu")) == fault
-    assert flash.active == (name.upper() if fault is None else None)
+    assert attention.flash_unsupported_reason(name, torch.device("cpu")) == reason
+    assert flash.active == (name.upper() if reason is None else None)
 
 
 def test_what_later_flash_attentions_return_more_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = FakeFlash(monkeypatch, {"FA4": 0.0}, 9)
     flash.interface._flash_attn_fwd.compile_cache = compiled = {"a": 1}
     for _ in range(2):
-        assert attention.find_flash_fault("fa4", torch.device("cpu")) is None
+        assert attention.flash_unsupported_reason("fa4", torch.device("cpu")) is None
         assert flash.interface._flash_attn_fwd("more", None) == ("output", "sums")
         assert flash.interface._flash_attn_fwd.compile_cache is compiled

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from torch.distributed.tensor import DTensor
 
 from qlora.runtime import distributed
-from qlora.step.fast_step import FastLinear, FastStep
+from qlora.step.parts.fused_linear import FastLinear
 from qlora.step.shard import _store_as_floats, shard_base
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +38,10 @@ def test_every_byte_of_a_4_bit_weight_survives_a_copy_by_way_of_32_bits() -> Non
     pairs = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
     packed.copy_(pairs.view_as(packed))
     _store_as_floats(layer)
-    stored = layer[0].weight.data
-    assert stored.is_floating_point()
-    assert len(stored) % 2 == 0
-    copied = stored.to(torch.float32).to(stored.dtype)
+    saved = layer[0].weight.data
+    assert saved.is_floating_point()
+    assert len(saved) % 2 == 0
+    copied = saved.to(torch.float32).to(saved.dtype)
     assert torch.equal(copied.view(torch.uint8).view(-1), pairs.view(-1)[: packed.numel()])
 
 
@@ -62,19 +62,19 @@ def learn_in_two_processes(folder: Path, *names: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found, by case, without compiled layers."""
     return learn_in_two_processes(tmp_path_factory.mktemp("sharded"), *(name for name in CASES if name != "compiled"))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "compiled"])
 def test_fused_layers_learn_from_a_sharded_base_what_they_learn_from_a_whole_one(
-    found: list[dict[str, Any]], name: str
+    results: list[dict[str, Any]], name: str
 ) -> None:
-    assert found[0][name]["sharded"]["loss"] != found[1][name]["sharded"]["loss"]  # of other rows
-    for own in (each[name] for each in found):
-        whole, sharded = own["whole"], own["sharded"]
-        assert own["fused"] == 7 * 3
+    assert results[0][name]["sharded"]["loss"] != results[1][name]["sharded"]["loss"]  # of other rows
+    for local in (item[name] for item in results):
+        whole, sharded = local["whole"], local["sharded"]
+        assert local["fused"] == 7 * 3
         assert sharded["parts"]["fused_linear"] == "on"
         assert sharded["parts"].get("fp8", "on") == "on"
         assert sharded["loss"] == whole["loss"]
@@ -85,8 +85,8 @@ def test_fused_layers_learn_from_a_sharded_base_what_they_learn_from_a_whole_one
 
 @pytest.mark.full
 def test_sharded_layers_are_compiled_once_and_learn_the_same(tmp_path: Path) -> None:
-    for own in (each["compiled"] for each in learn_in_two_processes(tmp_path, "compiled")):
-        whole, sharded = own["whole"], own["sharded"]
+    for local in (item["compiled"] for item in learn_in_two_processes(tmp_path, "compiled")):
+        whole, sharded = local["whole"], local["sharded"]
         assert sharded["parts"]["compile"] == sharded["parts"]["fused_linear"] == "on"
         assert sharded["graphs"] == 2  # the first layer's input needs no gradient
         assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -95,18 +95,18 @@ def test_sharded_layers_are_compiled_once_and_learn_the_same(tmp_path: Path) -> 
         assert sharded["evaluated"] == whole["evaluated"]
 
 
-def test_each_process_keeps_half_of_the_bytes_before_and_after_a_step(found: list[dict[str, Any]]) -> None:
+def test_each_process_keeps_half_of_the_bytes_before_and_after_a_step(results: list[dict[str, Any]]) -> None:
     whole = 3 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 320) // 2
-    assert [own["linear"]["held"] for own in found] == [[whole // 2, whole // 2]] * 2
+    assert [local["linear"]["held"] for local in results] == [[whole // 2, whole // 2]] * 2
 
 
 def main(folder: Path, *names: str) -> None:
-    from tests.step.test_fast import CPU, batch, build, learn
+    from tests.step.test_fast import batch, build, build_step, learn
 
     def train(name: str, *, shards: bool) -> tuple[dict[str, Any], Any]:
         overrides, checkpointed = CASES[name]
         if not shards:
-            overrides = tuple(each for each in overrides if each != "trainer.compile=true")
+            overrides = tuple(item for item in overrides if item != "trainer.compile=true")
         model, config = build(overrides=overrides)
         if name == "fp8":
             model.to(torch.bfloat16)
@@ -115,30 +115,31 @@ def main(folder: Path, *names: str) -> None:
         if shards:
             shard_base(model, torch.device("cpu"), distributed.size())
             held[0] = held_bytes(model)
-        step = FastStep(model, config.trainer, config.quantization, CPU, None)
+        step = build_step(model, config)
         step.checkpointed = checkpointed
         for _ in range(2):  # weights that are put together anew lie where they lay before
             with step:
                 loss, gradients = learn(model, rows, num_items_in_batch=31)
+                fused = sum(isinstance(module, FastLinear) for module in model.modules())
         held[1] = held_bytes(model) if shards else 0
         evaluated = learn(model.eval(), rows)[0]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         mine = {"loss": loss, "gradients": gradients, "evaluated": evaluated, "parts": step.parts, "graphs": graphs}
-        return mine, (held, sum(isinstance(module, FastLinear) for module in model.modules()))
+        return mine, (held, fused)
 
     distributed.join()
-    found = {}
+    results = {}
     for name in names:
         whole, _ = train(name, shards=False)
         sharded, (held, fused) = train(name, shards=True)
-        found[name] = {"whole": whole, "sharded": sharded, "held": held, "fused": fused}
-    torch.save(found, folder / f"{distributed.rank()}.pt")
+        results[name] = {"whole": whole, "sharded": sharded, "held": held, "fused": fused}
+    torch.save(results, folder / f"{distributed.rank()}.pt")
     distributed.leave()
 
 
 def held_bytes(model: torch.nn.Module) -> int:
     """Returns how many bytes of the 4-bit weights this process holds."""
-    weights = [each.weight for each in model.modules() if isinstance(each, Linear4bit)]
+    weights = [item.weight for item in model.modules() if isinstance(item, Linear4bit)]
     assert all(isinstance(weight, DTensor) for weight in weights)
     return sum(weight.to_local().nbytes for weight in weights)
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a training that was killed goes on from, and which are removed."""
+"""Which checkpoint a killed run is resumed from, and which are removed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from qlora.training import checkpoints
 from qlora.training.checkpoints import (
     MARKER,
+    damage_reason,
+    finalize,
     find_checkpoints,
-    find_fault,
     last_checkpoint,
-    read_facts,
+    read_metadata,
     remove_surplus,
-    seal,
 )
 
 
@@ -30,7 +30,7 @@ def write_checkpoint(folder: Path, step: int) -> Path:
     (checkpoint / "shards").mkdir(parents=True)
     (checkpoint / "optimizer.pt").write_bytes(b"moments" * 100)
     (checkpoint / "shards" / "0.bin").write_bytes(b"part")
-    seal(checkpoint, {"step": step})
+    finalize(checkpoint, {"step": step})
     return checkpoint
 
 
@@ -82,26 +82,26 @@ def test_without_a_whole_checkpoint_a_training_begins_anew(tmp_path: Path) -> No
 def test_what_is_stored_with_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 3)
     assert last_checkpoint(tmp_path) == checkpoint
-    facts = read_facts(checkpoint)
-    assert facts["step"] == 3
-    assert facts["files"].keys() == {"optimizer.pt", "shards/0.bin"}
+    metadata = read_metadata(checkpoint)
+    assert metadata["step"] == 3
+    assert metadata["files"].keys() == {"optimizer.pt", "shards/0.bin"}
 
 
 @pytest.mark.parametrize("piece", [100, 128])
-def test_each_piece_of_a_large_file_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(checkpoints, "PIECE", piece)
+def test_each_piece_of_a_large_file_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(checkpoints, "CHUNK_BYTES", chunk)
     checkpoint, content = write_checkpoint(tmp_path, 3), b"moments" * 100
-    pieces = [content[start : start + piece] for start in range(0, 700, piece)]
-    size, digests = read_facts(checkpoint)["files"]["optimizer.pt"]
+    chunks = [content[start : start + chunk] for start in range(0, 700, chunk)]
+    size, digests = read_metadata(checkpoint)["files"]["optimizer.pt"]
     assert size == 700
-    assert digests == [hashlib.sha256(part).hexdigest() for part in pieces]
-    for place in (0, piece - 1, piece, 699):
+    assert digests == [hashlib.sha256(part).hexdigest() for part in chunks]
+    for offset in (0, chunk - 1, chunk, 699):
         damaged = bytearray(content)
-        damaged[place] ^= 1
+        damaged[offset] ^= 1
         (checkpoint / "optimizer.pt").write_bytes(damaged)
-        assert find_fault(checkpoint) == "optimizer.pt has other bytes than were written"
+        assert damage_reason(checkpoint) == "optimizer.pt has other bytes than were written"
     (checkpoint / "optimizer.pt").write_bytes(content)
-    assert find_fault(checkpoint) is None
+    assert damage_reason(checkpoint) is None
 
 
 def test_a_crash_while_a_checkpoint_was_replaced_leaves_the_old_one(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.
 def test_the_weights_are_the_same_to_the_bit(
     kind: type[torch.optim.Optimizer], piece: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora.training.flat_optimizer.PIECE", piece)
+    monkeypatch.setattr("qlora.training.flat_optimizer.CHUNK", piece)
     expected, _ = train(kind, flat=False)
-    found, optimizer = train(kind, flat=True)
-    for own, other in zip(found, expected, strict=True):
-        assert torch.equal(own, other)
+    result, optimizer = train(kind, flat=True)
+    for original, other in zip(result, expected, strict=True):
+        assert torch.equal(original, other)
     assert [len(group["params"]) for group in optimizer.param_groups] == counts
     assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
 
@@ -65,11 +65,11 @@ def test_states_that_are_there_are_not_lost() -> None:
 
 @pytest.mark.parametrize("piece", [100, 3])
 def test_a_step_takes_the_gradients_that_have_added_up(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat_optimizer, "PIECE", piece)
+    monkeypatch.setattr(flat_optimizer, "CHUNK", piece)
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (4,))]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     flatten_groups(optimizer)
-    pieces = optimizer.param_groups[0]["params"]
+    chunks = optimizer.param_groups[0]["params"]
     for _ in range(2):
         sum((weight**2).sum() for weight in weights).backward()
     for weight in weights:
@@ -77,29 +77,29 @@ def test_a_step_takes_the_gradients_that_have_added_up(piece: int, monkeypatch: 
         assert (weight.grad == 4).all()
         weight.grad *= 0.25  # as clipping does
     optimizer.step()
-    assert torch.equal(torch.cat(list(pieces)), torch.zeros(10))
-    assert all(each.grad is None for each in [*weights, *pieces])
+    assert torch.equal(torch.cat(list(chunks)), torch.zeros(10))
+    assert all(item.grad is None for item in [*weights, *chunks])
     sum((weight - 1).sum() for weight in weights[:1]).backward()  # the second weight gets none this time
     optimizer.step()
     assert weights[0].tolist() == [[-1.0] * 3] * 2
     assert weights[1].tolist() == [0.0] * 4
 
 
-def test_gradients_are_freed_one_piece_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat_optimizer, "PIECE", 4)
+def test_gradients_are_freed_one_chunk_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_optimizer, "CHUNK", 4)
     weights = [torch.nn.Parameter(torch.ones(count)) for count in (2, 4, 3)]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     flatten_groups(optimizer)
     for weight in weights:
         weight.grad = torch.ones(len(weight))
     left: list[list[bool]] = []
-    copy = torch._foreach_copy_
+    copy = flat_optimizer.foreach_copy
 
     def note(*lists: list[torch.Tensor]) -> None:
         left.append([weight.grad is not None for weight in weights])
         copy(*lists)
 
-    monkeypatch.setattr(torch, "_foreach_copy_", note)
+    monkeypatch.setattr(flat_optimizer, "foreach_copy", note)
     optimizer.step()
     assert left == [[True, True, True], [False, True, True], [False, False, True]]
     assert all(weight.eq(0).all() for weight in weights)
@@ -110,7 +110,7 @@ def test_a_step_does_not_wait_and_reading_the_states_does(monkeypatch: pytest.Mo
     monkeypatch.setattr(library, "sync_gpu", lambda parameter: waits.append("step"))
     weight = torch.nn.Parameter(torch.ones(8, 8))
     optimizer = PagedAdamW32bit([weight])
-    own = library.sync_gpu
+    original = library.sync_gpu
 
     def step() -> None:
         weight.grad = torch.ones(8, 8)
@@ -121,12 +121,12 @@ def test_a_step_does_not_wait_and_reading_the_states_does(monkeypatch: pytest.Mo
     run_ahead(optimizer)
     step()
     assert waits == ["step"] * 2
-    assert library.sync_gpu is own
+    assert library.sync_gpu is original
     assert optimizer.prefetch_state.__func__ is PagedAdamW32bit.prefetch_state
 
 
 class OtherDevice:
-    """A device with so many bytes left that notes what is asked of it."""
+    """A device with that many bytes left that notes what is asked of it."""
 
     def __init__(self, left: int) -> None:
         self.left, self.waits = left, 0

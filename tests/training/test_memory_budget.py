@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.run import Run
-from qlora.step import fast_step
+from qlora.step import layer_calls
 from qlora.step.fast_step import FastStep
 from qlora.training.memory_budget import Budget, Formula, MemoryPlan, StepMemory, close_gaps
 
@@ -34,22 +34,22 @@ class SmallMemory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, enough: Enough, *, backward: bool, since: int = 1) -> None:
         self.enough, self.backward, self.since, self.entered = enough, backward, since, 0
         self.step: FastStep | None = None
-        self.own_enter, self.own_call = FastStep.__enter__, fast_step._call
+        self.plain_enter, self.plain_call = FastStep.__enter__, layer_calls.call_layer
         monkeypatch.setattr(FastStep, "__enter__", lambda step: self.enter(step))
-        monkeypatch.setattr(fast_step, "_call", lambda *args, **kwargs: self.call(*args, **kwargs))
+        monkeypatch.setattr(layer_calls, "call_layer", lambda *args, **kwargs: self.call(*args, **kwargs))
 
     def enter(self, step: FastStep) -> FastStep:
         self.step, self.entered = step, self.entered + 1
-        return self.own_enter(step)
+        return self.plain_enter(step)
 
     def call(self, layer: torch.nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = self.own_call(layer, hidden, *args, **kwargs)
+        output = self.plain_call(layer, hidden, *args, **kwargs)
         assert self.step is not None
         if self.entered >= self.since and layer is self.step.layers[1] and not self.enough(self.step, len(hidden)):
             if not self.backward:
                 raise torch.OutOfMemoryError("no memory")
-            found.register_hook(self.fail)
-        return found
+            output.register_hook(self.fail)
+        return output
 
     def fail(self, gradient: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("no memory")
@@ -62,9 +62,9 @@ def run(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, torch.
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    found = run(tmp_path_factory.mktemp("undisturbed"), "trainer.gradient_checkpointing=true")
-    assert found[0]["train_memory_retries"] == 0
-    return found
+    trained = run(tmp_path_factory.mktemp("undisturbed"), "trainer.gradient_checkpointing=true")
+    assert trained[0]["train_memory_retries"] == 0
+    return trained
 
 
 LEANER = {
@@ -100,11 +100,11 @@ def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
         SmallMemory(context, two_rows, backward=True)
         metrics, adapter = run(tmp_path / "retried")
     assert metrics["train_memory_retries"] == 4
-    own = StepMemory.__init__
+    local = StepMemory.__init__
 
     def begin_lean(memory: StepMemory, *args: Any, **kwargs: Any) -> None:
-        own(memory, *args, **kwargs)
-        memory.plan = MemoryPlan(4, offloaded=4, pieces=2)
+        local(memory, *args, **kwargs)
+        memory.plan = MemoryPlan(4, offloaded=4, chunks=2)
 
     monkeypatch.setattr(StepMemory, "__init__", begin_lean)
     _, expected = run(tmp_path / "lean")
@@ -139,7 +139,7 @@ def test_plans_get_leaner_step_by_step() -> None:
         MemoryPlan(10, 10, 2),
         MemoryPlan(10, 10, 3),
     ]
-    assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, pieces=2)
+    assert MemoryPlan(0).leaner(0, 2) == MemoryPlan(0, chunks=2)
 
 
 class FakeStep:
@@ -262,11 +262,11 @@ def test_gaps_are_closed_under_tensors_that_share_what_they_show(monkeypatch: py
     linear = torch.nn.Linear(1024, 1024, bias=False)
     linear.register_buffer("rows", linear.weight.detach()[512:])
     linear.register_buffer("small", torch.ones(8))
-    before = linear.weight.detach().clone()
+    previous = linear.weight.detach().clone()
     close_gaps(linear, CPU)
-    assert sizes == [0, before.nbytes]  # what two show once, and nothing small
-    assert torch.equal(linear.weight, before)
-    assert torch.equal(linear.rows, before[512:])
+    assert sizes == [0, previous.nbytes]  # what two show once, and nothing small
+    assert torch.equal(linear.weight, previous)
+    assert torch.equal(linear.rows, previous[512:])
     assert linear.rows.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
     linear.weight.sum().backward()
     assert torch.equal(linear.weight.grad, torch.ones(1024, 1024))

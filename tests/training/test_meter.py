@@ -1,4 +1,4 @@
-"""The speed of a training, and what its steps do not wait for."""
+"""The speed of a training run, and what its steps do not wait for."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
 from qlora.config.compose import compose
-from qlora.config.schema import QuantizationConfig, TrainerConfig
+from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig
 from qlora.data.batching.collate import Collator, count_work
+from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
-from qlora.step.fast_step import BATCH, FastStep
-from qlora.step.fast_step import ROWS as LAID_OUT
+from qlora.step.fast_step import FastStep
+from qlora.step.parts.attention import BATCH, VARLEN
+from qlora.training.arguments import build_arguments
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 
 ROWS, STEPS, ACCUMULATED = 2, 6, 2
 LENGTHS = (3, 5, 8)
 TOKENS = [length for _ in range(8) for length in LENGTHS]
 CPU = torch.device("cpu")
 WATCHDOG = compose([]).watchdog
+SFT = build_objective(LossConfig())
 
 
 def build_model() -> Any:
@@ -68,13 +71,14 @@ def build_trainer(folder: Path, meter: Meter | None = None, **options: Any) -> Q
         measure=lambda model, step: {"loss": 1.0},
         verify=lambda folder, model: None,
         loraplus_lr_ratio=None,
-        step=FastStep(model, config, QuantizationConfig(bits=32), placement, None),
+        step=FastStep(model, config, QuantizationConfig(bits=32), placement, None, SFT),
+        objective=SFT,
         budget=None,
         watchdog=WATCHDOG,
         name_rows=lambda index: [(f"row {index}", rows[index])],
         meter=meter or Meter(CPU, peak_memory_gb=lambda: 1.5),
         stop=Stop(),
-        facts={},
+        metadata={},
         callbacks=[],
     )
 
@@ -130,7 +134,7 @@ def test_the_library_s_filter_would_ask_in_every_micro_step(tmp_path: Path) -> N
     assert watch.reads.asked["trainer.py:_run_epoch"] == 2 * STEPS * ACCUMULATED
 
 
-@pytest.mark.parametrize("attention", [BATCH, LAID_OUT])
+@pytest.mark.parametrize("attention", [BATCH, VARLEN])
 def test_the_fast_attention_asks_for_no_mask_of_packs(attention: str) -> None:
     config = LlamaConfig(hidden_size=8, num_attention_heads=2)
     config._attn_implementation = attention
@@ -147,7 +151,7 @@ def test_on_an_accelerator_batches_go_there_while_it_computes(tmp_path: Path, mo
         made.update(options)
         return SimpleNamespace(n_gpu=1)
 
-    monkeypatch.setattr("qlora.training.trainer.TrainingArguments", keep)
+    monkeypatch.setattr("qlora.training.arguments.TrainingArguments", keep)
     build_arguments(build_config(), output_dir=tmp_path, device=torch.device("cuda"), compute=torch.bfloat16, seed=0)
     assert (made["dataloader_pin_memory"], made["accelerator_config"]) == (True, {"non_blocking": True})
 
@@ -188,8 +192,8 @@ def test_a_log_holds_the_speed_since_the_last_one(tmp_path: Path) -> None:
     assert all(entry["peak_memory_gb"] == 1.5 for entry in logs)
     assert all("train_mfu" not in entry for entry in logs), "without a measured rate there is none"
     seen = [0, *(entry["num_input_tokens_seen"] for entry in logs)]
-    seconds = [(after - before) / entry["train_tokens_per_second"]
-               for before, after, entry in zip(seen, seen[1:], logs, strict=False)]  # fmt: skip
+    seconds = [(after - previous) / entry["train_tokens_per_second"]
+               for previous, after, entry in zip(seen, seen[1:], logs, strict=False)]  # fmt: skip
     assert sum(seconds) == pytest.approx(trainer.meter.clock.trained)
 
 
@@ -217,8 +221,8 @@ def test_waiting_counts_while_training_and_not_behind_an_evaluation(now: list[fl
         meter.on_step_end(args, state, control)
 
     step(wait=1.0, work=3.0)
-    found = meter.since_last_log(state)
-    assert found == {
+    rates = meter.since_last_log(state)
+    assert rates == {
         "train_tokens_per_second": 10.0,  # tokens before a resumption do not count
         "train_mfu": 1.0,  # of both processes' devices
         "train_data_wait": 0.25,

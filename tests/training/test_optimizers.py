@@ -1,4 +1,4 @@
-"""Every optimizer and schedule that is offered trains, and a training that was cut in two ends in the same weights."""
+"""Every optimizer and schedule that is offered trains, and a run that was cut in two ends in the same weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from qlora.config.optimizers import (
     read_arguments,
     write_arguments,
 )
-from qlora.config.schema import QuantizationConfig, TrainerConfig
+from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
+from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
 from qlora.session import Session
 from qlora.step.fast_step import FastStep
+from qlora.training.arguments import build_arguments
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 
 CPU = torch.device("cpu")
 STEPS, HALF = 4, 2
@@ -49,6 +51,7 @@ ARGUMENTS: dict[str, Any] = {
 }  # fmt: skip
 """A value of every argument that an optimizer or a schedule takes, other than its default."""
 WATCHDOG = compose(["trainer.save_steps=2"]).watchdog
+SFT = build_objective(LossConfig())
 
 
 def settings(**changes: Any) -> TrainerConfig:
@@ -87,20 +90,23 @@ def build(
         verify=lambda folder, model: None,
         loraplus_lr_ratio=loraplus,
         step=FastStep(
-            model, config, QuantizationConfig(bits=32), Placement(device, torch.float32, torch.float32), None
+            model, config, QuantizationConfig(bits=32), Placement(device, torch.float32, torch.float32), None, SFT
         ),
+        objective=SFT,
         budget=None,
         watchdog=WATCHDOG,
         name_rows=lambda index: [(f"row {index + 1}", rows[index])],
         meter=Meter(device, peak_memory_gb=lambda: 0.0),
         stop=Stop(),
-        facts={},
+        metadata={},
         callbacks=[],
     )
 
 
 def weights(trainer: QLoraTrainer) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad]).clone()
+    return torch.cat(
+        [weight.detach().flatten() for weight in trainer.model.parameters() if weight.requires_grad]
+    ).clone()
 
 
 def rates(trainer: QLoraTrainer) -> list[float]:
@@ -197,7 +203,7 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(name: str, mo
     module, package = OPTIMIZERS[name].module, OPTIMIZERS[name].package
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda wanted, *at: None if wanted == module else find(wanted, *at)
+        importlib.util, "find_spec", lambda requested, *at: None if requested == module else find(requested, *at)
     )
     with pytest.raises(UserError) as error:
         check_installed(name)

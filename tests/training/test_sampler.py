@@ -20,13 +20,13 @@ def test_every_row_comes_once_in_batches_of_about_equal_lengths_the_longest_firs
 
 def test_the_order_follows_from_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        torch.manual_seed(len(drawn))
+        torch.manual_seed(len(order_))
         sampler = LengthGroupedSampler(LENGTHS, 4, seed)
         sampler.set_epoch(epoch)
-        drawn.append(tuple(sampler))
-        return list(drawn[-1])
+        order_.append(tuple(sampler))
+        return list(order_[-1])
 
-    drawn: list[tuple[int, ...]] = []
+    order_: list[tuple[int, ...]] = []
     assert order(0, 1) == order(0, 1)
     order(0, 0), order(1, 0), order(1, 1)
-    assert len(set(drawn)) == 4
+    assert len(set(order_)) == 4

@@ -21,18 +21,21 @@ from torch.utils.data._utils import signal_handling
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from qlora.config.compose import compose
-from qlora.config.schema import QuantizationConfig, TrainerConfig, WatchdogConfig
+from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig, WatchdogConfig
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
+from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
+from qlora.training.arguments import build_arguments
 from qlora.training.meter import Meter
 from qlora.training.sampler import ShuffledSampler
 from qlora.training.stopping import Stop
-from qlora.training.trainer import QLoraTrainer, build_arguments
+from qlora.training.trainer import QLoraTrainer
 from qlora.training.watchdog import Halted, Watchdog
 
 CPU = torch.device("cpu")
+SFT = build_objective(LossConfig())
 ROWS, STEPS, PER_STEP = 24, 12, 2
 BAD_TOKEN = 31
 """In no row of its own; its embedding is not a number where a test says so."""
@@ -90,20 +93,25 @@ def build(folder: Path, rows: Rows, watchdog: dict[str, Any] | None = None, **op
         measure=lambda model, step: {"loss": 1.0},
         verify=lambda folder, model: None,
         loraplus_lr_ratio=None,
-        step=FastStep(model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None),
+        step=FastStep(
+            model, config, QuantizationConfig(bits=32), Placement(CPU, torch.float32, torch.float32), None, SFT
+        ),
+        objective=SFT,
         budget=None,
         watchdog=compose([f"watchdog.{key}={value}" for key, value in (watchdog or {}).items()]
                          + ["trainer.save_steps=2"]).watchdog,
         name_rows=lambda index: [(f"rows.jsonl, row {index + 1}", rows[index])],
         meter=Meter(CPU, peak_memory_gb=lambda: 0.0),
         stop=Stop(),
-        facts={},
+        metadata={},
         callbacks=[],
     )  # fmt: skip
 
 
 def weights(trainer: QLoraTrainer) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad]).clone()
+    return torch.cat(
+        [weight.detach().flatten() for weight in trainer.model.parameters() if weight.requires_grad]
+    ).clone()
 
 
 class Weights(TrainerCallback):
@@ -113,7 +121,7 @@ class Weights(TrainerCallback):
         self.after: dict[int, torch.Tensor] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        trained = [each.detach().flatten() for each in model.parameters() if each.requires_grad]
+        trained = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
         self.after[state.global_step] = torch.cat(trained).clone()
 
 
@@ -227,11 +235,11 @@ def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(tmp_path:
     assert [step for step, _ in noted.rates] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12]
     assert [rate for _, rate in noted.rates] == [1e-2] * 8 + [5e-3] * 6
     assert bool(weights(trainer).isfinite().all())
-    stored = json.loads((tmp_path / "checkpoint-12" / "watchdog.json").read_text())
-    assert stored["counts"]["rollbacks"] == 1
-    assert stored["course"]["rate_factor"] == 0.5
+    saved = json.loads((tmp_path / "checkpoint-12" / "watchdog.json").read_text())
+    assert saved["counts"]["rollbacks"] == 1
+    assert saved["course"]["rate_factor"] == 0.5
 
-    # Another start goes on with the lower rate, and knows what was.
+    # Another start continues with the lower rate, and knows what happened.
     again = build(tmp_path, build_rows(), {"nonfinite": "rollback"}, max_steps=14)
     noted = SpoilOnce(0)
     again.add_callback(noted)
@@ -358,7 +366,7 @@ def test_a_connection_that_breaks_before_its_process_is_known_to_be_dead_names_t
         with pytest.raises(RuntimeError, match=message) as caught, watchdog.expecting_batches():
             raise ConnectionResetError("peer")
         assert watchdog.explain_loss(caught.value) is not None
-        monkeypatch.setattr("qlora.training.watchdog.LOST_SECONDS", 0.1)
+        monkeypatch.setattr("qlora.training.batch_alarm.LOST_SECONDS", 0.1)
         with pytest.raises(ConnectionResetError), watchdog.expecting_batches():
             raise ConnectionResetError("peer")  # of something else
     finally:
@@ -394,7 +402,8 @@ def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
     optimizer = kind(weights, lr=0.1)
     watchdog.guard(optimizer)
     held, most = 0, 0
-    keep, undo = watchdog._keep, watchdog._undo
+    guard = watchdog._guard
+    keep, undo = guard._keep, guard._undo
 
     def count_keep(parameter: torch.nn.Parameter) -> torch.Tensor:
         nonlocal held, most
@@ -406,16 +415,16 @@ def test_an_update_that_is_undone_needs_a_copy_of_one_parameter_at_a_time(
         held -= 1
         undo(*kept)
 
-    monkeypatch.setattr(watchdog, "_keep", count_keep)
-    monkeypatch.setattr(watchdog, "_undo", count_undo)
+    monkeypatch.setattr(guard, "_keep", count_keep)
+    monkeypatch.setattr(guard, "_undo", count_undo)
     for norm in (1.0, math.nan, 1.0):
-        before = [weight.detach().clone() for weight in weights]
+        previous = [weight.detach().clone() for weight in weights]
         watchdog.begin(None)
         watchdog.add_loss(torch.tensor(1.0))
         watchdog.judge(torch.tensor(norm))
         for weight in weights:
             weight.grad = torch.full((5,), norm)
         optimizer.step()
-        unchanged = [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
+        unchanged = [torch.equal(weight, old) for weight, old in zip(weights, previous, strict=True)]
         assert unchanged == [math.isnan(norm)] * 3
     assert most == (1 if kind is bnb.optim.PagedAdamW32bit else 3)

@@ -17,6 +17,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraInit
+from qlora.config.schema.loss import LossConfig
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
 from qlora.config.schema.model import ArchitectureConfig, ModelConfig, Weights
@@ -54,6 +55,7 @@ __all__ = [
     "LoraConfig",
     "LoraDtype",
     "LoraInit",
+    "LossConfig",
     "ManifestConfig",
     "MergeBase",
     "MergeConfig",

@@ -17,6 +17,7 @@ from qlora.config.schema.data import DataConfig
 from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
+from qlora.config.schema.loss import LossConfig
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
@@ -61,6 +62,7 @@ class Config:
     lora: LoraConfig = MISSING
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
+    loss: LossConfig = field(default_factory=LossConfig)
     watchdog: WatchdogConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
@@ -243,7 +245,8 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
-    texts["quantization.method"] = config.quantization.method
+    texts |= {"quantization.method": config.quantization.method, "loss.name": config.loss.name}
+    texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
     texts |= {

@@ -84,6 +84,9 @@ class TrainerConfig:
     these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
     """Compute the loss in chunks, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    step_parts: list[str] = field(default_factory=list)
+    """Parts of the fast step that other packages add, by the names that they register (entry point group
+    `qlora.step_parts`) or as `module:Class` of a package in `trusted`; docs/extending.md shows one."""
     parallel: Parallel = Parallel.ddp
     """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
     a part of every decoder layer of the frozen base, for bases that do not fit one GPU; the adapter stays whole.

@@ -1,1 +1,1 @@
-"""The fast parts of a QLoRA step on a GPU, each with a plain PyTorch twin."""
+"""The kernels of the fast step: autograd functions and operators, each with a twin in plain PyTorch."""

@@ -1,7 +1,7 @@
-"""A dropout mask that is a function of two random numbers and the place of an element.
+"""A dropout mask that is a function of two random numbers and the position of an element.
 
-What the random number generator gives must be kept for the backward pass, a byte an element: a sixth of what a step
-with the paper's dropout keeps. This mask is computed again from the two numbers.
+A mask from the random number generator must be kept for the backward pass. It takes a byte an element, a sixth of what
+a step with the paper's dropout keeps. This mask is recomputed from the two numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def keep_mask(x: Tensor, rate: float) -> Tensor:
-    """Returns which elements of `x` [rows, columns] stay, bool: each by itself with probability `1 - rate`.
+    """Returns which elements of `x` [rows, columns] are kept, bool: each independently with probability `1 - rate`.
 
     The mixing function is "lowbias32" (C. Wellons, Hash Prospector) with a second random number between its rounds.
     """
@@ -25,5 +25,5 @@ def keep_mask(x: Tensor, rate: float) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shifts to the right as if the numbers had no sign."""
+    """Shifts to the right as if the numbers were unsigned."""
     return (x >> bits) & (2 ** (32 - bits) - 1)

@@ -1,0 +1,64 @@
+"""Cross entropy of a linear layer's outputs, in chunks: the logits of all tokens never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlora.objectives.protocol import IGNORED
+from qlora.objectives.sft import CHUNK
+
+
+def entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the summed cross entropy, float32 [], and its gradient with respect to `logits` [tokens, vocabulary].
+
+    `targets` is int64 [tokens]; a token with the target -100 has no loss.
+    """
+    fp32 = logits.float()
+    highest = fp32.amax(1, keepdim=True)
+    exponents = (fp32 - highest).exp()
+    total = exponents.sum(1, keepdim=True)
+    counted = (targets != IGNORED)[:, None]
+    target = targets.clamp(min=0)[:, None]
+    chosen = fp32.gather(1, target)
+    loss = torch.where(counted, total.log() + highest - chosen, 0.0).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device)[None, :] == target
+    gradient = torch.where(counted, exponents / total - hit.to(fp32.dtype), 0.0)
+    return loss, gradient.to(logits.dtype)
+
+
+ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns the summed loss of a chunk, float32 [], and its gradient, for logits [tokens, vocabulary] and targets."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss of `hidden @ weight.t()`; the gradient is computed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_loss):
+        """Returns float32 [] for `hidden` [tokens, width], a frozen `weight` [vocabulary, width] and `targets`."""
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            amount, of_logits = chunk_loss(hidden[chunk] @ weight.t(), targets[chunk])
+            loss += amount
+            torch.mm(of_logits, weight, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Returns the gradient with respect to `hidden`; the weight is frozen."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: ChunkLoss) -> Tensor:
+    """Returns the summed loss of `hidden @ weight.t()` against `targets`, float32 [].
+
+    `chunk_loss` is `entropy_and_gradient`, compiled or not, or another loss of the same form.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets, chunk_loss)

@@ -1,0 +1,65 @@
+"""What an objective answers; docs/extending.md shows one of another package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """The size of a micro-batch's output layer."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    width: int
+    """Bytes of a number in matmuls."""
+    fused: bool
+    """Whether the loss is computed from the hidden states (`trainer.fused_loss`)."""
+    capped: bool = False
+    """Whether the architecture passes its logits through tanh."""
+
+
+class Objective(Protocol):
+    """A training objective over tokens; built with the group `loss` of the config as its only argument."""
+
+    columns: Sequence[str]
+    """The columns that the data pipeline must supply for each row."""
+
+    is_model_loss: bool
+    """Whether transformers' models compute this loss themselves when they are given `labels`. The plain step then
+    leaves it to the model, with what an architecture adds to it, such as the loss of a router."""
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the labels of a batch of rows or packs on the host, int64 [rows, tokens]: -100 means no loss.
+
+        The batch has `input_ids` and `labels`, which are the tokens of what `data.train_on` names and else -100.
+        """
+
+    def prepare(self, *, compiled: bool) -> None:
+        """Prepares for a step, once; `compiled`: its decoder layers are compiled, and so may be the loss."""
+
+    def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor:
+        """Returns the loss of a micro-batch without the logits of all tokens.
+
+        `hidden` is [rows, tokens, width], `weight` the frozen output matrix [vocabulary, width], `labels` int64
+        [rows, tokens] as `labels` returns them. `count` is the number of tokens that the loss of the whole optimizer
+        step counts, in all processes; None: the micro-batch is by itself.
+        """
+
+    def loss_on_logits(self, logits: Tensor, labels: Tensor, count: Any) -> Tensor:
+        """Returns the same loss of `logits` [rows, tokens, vocabulary]."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what is logged beside the loss, of this process since the last call."""
+
+    def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
+        """Returns what the output layer and the loss hold in the forward and in the backward pass, in bytes."""

@@ -1,0 +1,75 @@
+"""Supervised finetuning: the mean cross entropy of the tokens that have a label.
+
+Every such token of an optimizer step weighs the same, whichever row, micro-batch or process it is in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qlora.config.schema import LossConfig
+from qlora.objectives.protocol import IGNORED, TokenWork
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 2048
+"""Tokens whose logits exist at a time in the fused loss."""
+
+
+class SupervisedFinetuning:
+    """The objective `sft`."""
+
+    columns = ("input_ids", "labels")
+    is_model_loss = True
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config = config
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the labels that the data pipeline has set."""
+        return batch["labels"]
+
+    def prepare(self, *, compiled: bool) -> None:
+        """Compiles the loss of a chunk with the decoder layers."""
+        import torch
+
+        from qlora.objectives.linear_cross_entropy import entropy_and_gradient, linear_cross_entropy
+
+        self._linear_cross_entropy = linear_cross_entropy
+        self._chunk_loss = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
+
+    def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor:
+        """Returns the loss, chunk by chunk."""
+        targets = next_tokens(labels).reshape(-1)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        total = self._linear_cross_entropy(hidden, weight, targets, self._chunk_loss)
+        return total / (count if count is not None else (targets != IGNORED).sum())
+
+    def loss_on_logits(self, logits: Tensor, labels: Tensor, count: Any) -> Tensor:
+        """Returns the loss as transformers' models compute it."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=count)
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Returns nothing: the loss says it all."""
+        return {}
+
+    def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
+        """Returns the bytes of logits, their gradients and what the softmax keeps."""
+        if work.fused:  # a chunk's logits and their gradient; the gradient of the hidden state
+            chunk = min(work.tokens, CHUNK) * work.vocabulary * 2 * work.width
+            return chunk + work.tokens * work.hidden * work.width, 0
+        capped = work.width if work.capped else 0
+        # As computed, in float32, and their logarithms; then those, and two gradients in float32.
+        logits = work.tokens * work.vocabulary
+        return logits * (work.width + 8 + capped), logits * (12 + capped)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Returns what each token is to predict: the label of the token after it, and -100 at the end of a row."""
+    import torch
+
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -1,0 +1,68 @@
+"""How a step calls the decoder layers: compiled or not, checkpointed or not, with their inputs on the host or not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+
+from qlora.step.offload import Offloading
+from qlora.step.part import StepContext
+from qlora.step.parts.fused_linear import last_group
+from qlora.upstream.torch import call_layer, set_layer_call
+
+
+class LayerCalls:
+    """Changes the calls of the decoder layers for the time of a step."""
+
+    def __init__(self, context: StepContext, *, compiled: bool) -> None:
+        self.layers = context.layers
+        is_sharded = any(isinstance(layer, FSDPModule) for layer in self.layers)
+        self._call = torch.compile(call_layer) if compiled and not is_sharded else call_layer
+        # Not the hooks around the forward method, which gather a sharded layer.
+        self._forward = torch.compile(_call_forward) if compiled and is_sharded else None
+        self._offloading = Offloading(context.placement.device)
+        self._has_dropout = any(p.p for p in context.base.modules() if isinstance(p, torch.nn.Dropout))
+
+    def enter(self, checkpointed: int, offloaded: int) -> None:
+        """Replaces the calls; the first `checkpointed` layers recompute, the first `offloaded` of them offload."""
+        self._previous = [layer.gradient_checkpointing for layer in self.layers]
+        self._offloading.begin()
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = False
+            set_layer_call(layer, self._call_of(layer, index < checkpointed, index < offloaded))
+            if self._forward is not None:
+                layer.forward = partial(self._forward, layer)
+
+    def exit(self) -> None:
+        """Restores the calls."""
+        for layer, checkpointing in zip(self.layers, self._previous, strict=True):
+            set_layer_call(layer, None)
+            layer.gradient_checkpointing = checkpointing
+            if self._forward is not None:
+                del layer.__dict__["forward"]
+
+    def _call_of(self, layer: torch.nn.Module, is_checkpointed: bool, is_offloaded: bool) -> Callable[..., Any]:
+        call = partial(self._call, layer)
+        if not is_checkpointed:
+            return call
+        # Nothing in a layer reads what the layer adds to its input last: the recomputation leaves that matmul out.
+        last = last_group(layer)
+        recomputing = contextlib.nullcontext if last is None else last.unread
+        again = partial(
+            checkpoint,
+            call,
+            use_reentrant=False,
+            preserve_rng_state=self._has_dropout,
+            context_fn=lambda: (contextlib.nullcontext(), recomputing()),
+        )
+        return partial(self._offloading.call, again) if is_offloaded else again
+
+
+def _call_forward(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)

@@ -1,0 +1,17 @@
+"""Finds a model's decoder layers."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def find_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Returns the decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            layers = [layer for layer in module if isinstance(layer, GradientCheckpointingLayer)]
+            if len(layers) == len(module):
+                return layers
+    return []

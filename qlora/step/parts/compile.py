@@ -1,0 +1,39 @@
+"""Decoder layers compiled one by one by `torch.compile`; all of them share the compiled code."""
+
+from __future__ import annotations
+
+from qlora.step.part import SPREAD, Request, StepContext
+
+
+class CompiledLayers:
+    """The part that decides whether layers are compiled; `qlora.step.layer_calls` calls them."""
+
+    label = "compile"
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+
+    def request(self) -> Request:
+        """Returns what `trainer.compile` asks for."""
+        return Request.of_switch(self.context.trainer, "compile")
+
+    def unsupported_reason(self) -> str | None:
+        """Returns why there are no layers to compile."""
+        if self.context.is_spread:
+            return SPREAD
+        if not self.context.layers:
+            return f"{self.context.base.config.model_type} has no list of decoder layers"
+        return None
+
+    def prepare(self) -> None:
+        """Has nothing to prepare: a layer is compiled when it is called first."""
+
+    def enter(self) -> None:
+        """Has nothing to change."""
+
+    def exit(self, *, failed: bool) -> None:
+        """Has nothing to restore."""
+
+    def extra_bytes(self, rows: int, length: int) -> float:
+        """Returns 0: the memory plan of the fast step counts compiled layers."""
+        return 0

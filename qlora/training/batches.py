@@ -1,0 +1,82 @@
+"""The batches of a process: in which order the rows come, who gets them, and what is counted before they are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from qlora.objectives import Objective
+from qlora.objectives.protocol import IGNORED
+from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+
+Batch = dict[str, torch.Tensor]
+Collate = Callable[[list[dict[str, Any]]], Batch]
+COUNTS = "counts"
+"""The key of a batch's numbers of tokens and pairs, beside its tensors."""
+
+
+@dataclass(frozen=True)
+class CountingCollator:
+    """Collates rows and counts them while they are on the host."""
+
+    collate: Collate
+    count: Callable[[Batch], tuple[int, int]]
+    objective: Objective
+    blank: dict[str, Any]
+    """A row without labels, for a process that has no rows left while others have: it takes part in the step."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows or [self.blank])
+        batch["labels"] = self.objective.labels(batch)
+        return {**batch, COUNTS: self.count(batch) if rows else (0, 0)}
+
+
+def without_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of which no token is trained."""
+    return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+
+def share_batches(arguments: TrainingArguments, lengths: Sequence[int], rows: int) -> SharedBatches:
+    """Returns the order of the batches of this process.
+
+    transformers' grouping goes from the longest rows to the shortest, and between processes it fills the last batches
+    up with rows that were trained before.
+    """
+    processes, batch = arguments.world_size, arguments.train_batch_size
+    if arguments.train_sampling_strategy == "group_by_length":
+        size = batch * arguments.gradient_accumulation_steps * processes
+        order: Any = LengthGroupedSampler(lengths, size, arguments.seed)
+    else:
+        order = ShuffledSampler(rows, arguments.seed)
+    return SharedBatches(order, batch, process=arguments.process_index, processes=processes)
+
+
+def build_loader(
+    rows: Any, batches: SharedBatches, collate: CountingCollator, arguments: TrainingArguments, *, non_blocking: bool
+) -> DataLoader[Any]:
+    """Returns the loader of a process's batches, on its device."""
+    workers = arguments.dataloader_num_workers
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=arguments.dataloader_pin_memory,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=arguments.process_index),
+    )
+    return prepare_data_loader(
+        loader,
+        device=arguments.device,
+        num_processes=1,  # the batches are those of this process already
+        process_index=0,
+        put_on_device=True,
+        non_blocking=non_blocking,
+    )

@@ -1,0 +1,47 @@
+"""The optimizer by transformers' name, with all of its arguments, and with LoRA+ where the config asks for it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers import Trainer, TrainingArguments
+
+from qlora.config.optimizers import read_arguments
+
+
+def optimizer_class(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Returns the class of the optimizer and its arguments, some of which transformers leaves out.
+
+    It passes texts for numbers (`block_size`), reads every text as true, and does not give every Adam its betas.
+    """
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    takes = inspect.signature(kind).parameters
+    if "triton" in takes and args.device.type == "cpu":  # torch-optimi assumes that Triton runs where it is installed
+        options["triton"] = False
+    if {"betas", "eps"} <= takes.keys():
+        options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **options}
+    given = read_arguments(args.optim.value, args.optim_args)
+    given.pop("beta3", None)  # among the betas already
+    return kind, {**options, **given}
+
+
+def create_loraplus(
+    args: TrainingArguments, model: torch.nn.Module, ratio: float
+) -> torch.optim.Optimizer:  # fmt: skip
+    """Builds the optimizer with another learning rate for B matrices: `ratio` times that of A matrices."""
+    kind, options = optimizer_class(args, model)
+    options["loraplus_weight_decay"] = args.weight_decay
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model, kind, lr=options.pop("lr"), loraplus_lr_ratio=ratio, **options
+    )
+    return optimizer
+
+
+def resolve_schedule_steps(kwargs: dict[str, Any] | None, steps: int) -> dict[str, Any]:
+    """Returns a schedule's arguments with step counts: a `num_..._steps` below 1 is a fraction of all steps."""
+    kwargs = kwargs or {}
+    fractions = {key: value for key, value in kwargs.items() if key.endswith("_steps") and 0 < value < 1}
+    return {**kwargs, **{key: round(fraction * steps) for key, fraction in fractions.items()}}

@@ -1,0 +1,67 @@
+"""Private names of torch that the fast step and the trainer need, because torch has no public ones for them.
+
+- `compile_options`: how layers are compiled one by one, without a limit on the number of shapes;
+- `call_layer`, `set_layer_call`: what `module(...)` calls, hooks included, without a change of the module's class;
+- `scaled_mm`, `foreach_norm`, `foreach_copy`: kernels for 8-bit matmuls and for many small tensors at once;
+- `ignore_in_ddp`: parameters that `DistributedDataParallel` leaves alone;
+- `raise_if_worker_died`: the error that torch's own signal handler would raise later;
+- `set_last_rate`: the learning rate that a scheduler reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data._utils import signal_handling
+
+RECOMPUTE_MORE = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+}
+"""Compiled layers recompute all element-wise operations, dropout masks too, instead of keeping their results."""
+
+scaled_mm = torch._scaled_mm
+foreach_norm = torch._foreach_norm
+foreach_copy = torch._foreach_copy_
+raise_if_worker_died = signal_handling._error_if_any_worker_fails
+
+
+@contextlib.contextmanager
+def compile_options() -> Iterator[None]:
+    """Sets how layers are compiled in the block.
+
+    They are compiled one by one, so there is no graph to split for the exchange of gradients between processes. All
+    training runs of this process share the compiled code. Past the recompile limit a layer would run uncompiled, and
+    its recomputed activations would differ from those of the forward pass.
+    """
+    limit = torch._dynamo.config.accumulated_recompile_limit
+    with (
+        torch._functorch.config.patch(RECOMPUTE_MORE),
+        torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=limit),
+    ):
+        yield
+
+
+def call_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a layer with its hooks, past what `set_layer_call` has set."""
+    return layer._call_impl(*args, **kwargs)
+
+
+def set_layer_call(layer: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Makes `layer(...)` call `call`; None: the layer itself again."""
+    layer._compiled_call_impl = call
+
+
+def ignore_in_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Makes `DistributedDataParallel` leave the named parameters and buffers alone."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def set_last_rate(scheduler: Any, rates: list[float]) -> None:
+    """Sets the learning rates that `get_last_lr` reports until the next step."""
+    scheduler._last_lr = rates
