@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import qlora.runtime.registry as registry
-from qlora.config.compose import compose, config_to_dict, restore_config
+from qlora.config.compose import compose
+from qlora.config.saved_config import config_to_dict, restore_config
 from qlora.config.schema import LossConfig
 from qlora.errors import ConfigError
 from qlora.objectives import OBJECTIVES, TokenWork, build_objective
 from qlora.objectives.sft import SupervisedFinetuning
-from qlora.planning import memory_plan
+from qlora.planning import activations
 from qlora.run import Run
 from qlora.runtime.run_folder import RunFolder, config_digest
 from tests.objective_extension import SmoothedLoss
@@ -117,4 +118,4 @@ def test_the_memory_plan_asks_the_objective(monkeypatch: pytest.MonkeyPatch) -> 
     sft = build_objective(LossConfig())
     assert sft.activation_bytes(work) == (2048 * 1000 * 4 + 4096 * 64 * 2, 0)
     assert OBJECTIVES.keys() == {"sft"}
-    assert memory_plan.build_objective is build_objective
+    assert activations.build_objective is build_objective

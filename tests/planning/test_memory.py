@@ -109,7 +109,7 @@ def per_layer(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch, 
         (["quantization=none"], {"base": BF16_BASE}),
         (["quantization=none", "lora.dropout=0.1"], {"base": BF16_BASE, "dropout": True}),
     ],
-    ids=str,
+    ids=["nf4", "dropout", "bf16", "bf16 with dropout"],
 )
 def test_a_layer_keeps_what_is_planned(
     kind: str, overrides: list[str], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
