@@ -48,9 +48,10 @@ from qlora.config.compose import (
     without_hydra,
 )
 from qlora.config.paths import anchor_paths, give_home
-from qlora.config.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.config.schema import Config, Resume, TaskName
 from qlora.config.search_path import option_folder
 from qlora.config.spelling import keep_spelling, reading_spellings
+from qlora.config.trackers import NO_TRACKER
 from qlora.errors import ConfigError, Pruned, Stopped, UserError
 from qlora.runtime import distributed
 from qlora.runtime.command_folder import Start, check_links, start_anew, start_in
@@ -285,8 +286,8 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
             "place", distributed.broadcast(os.environ[START_VARIABLE])
         )
     _hand_over(args, flags, *folder, *joined)
-    if sweeps and composed.tracking.backend is TrackingBackend.wandb:
-        from qlora.sweep.sweep_tracker import track_other_engine
+    if sweeps and composed.tracking.backend != NO_TRACKER:
+        from qlora.sweep.summary_run import track_other_engine
 
         afterwards += [partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)]
     try:

@@ -29,10 +29,10 @@ from qlora.config.schema import (
     PlanStep,
     SameBase,
     TaskName,
-    TrackingBackend,
     Weights,
     no_cuda,
 )
+from qlora.config.trackers import NO_TRACKER
 from qlora.data import Data, build_data, column, load_hub, read_rows
 from qlora.data.batching.collate import Collator, count_work
 from qlora.data.batching.example_tokens import Tokenizer, build_tokenizer
@@ -211,7 +211,7 @@ class Session:
             return None
         if task.name is not TaskName.train:
             return wanted
-        tracked = self.config.tracking.in_use is not TrackingBackend.none
+        tracked = self.config.tracking.in_use != NO_TRACKER
         return max(wanted, evaluation.show_predictions if task.predict or tracked else 0)
 
     @property
@@ -528,11 +528,7 @@ class Session:
             return self._in_first(lambda: measure_rows(current, step))
 
         def measure_rows(current: torch.nn.Module, step: int) -> dict[str, float]:
-            shown = (
-                self.config.evaluation.show_predictions
-                if self.config.tracking.in_use is not TrackingBackend.none
-                else 0
-            )
+            shown = self.config.evaluation.show_predictions if self.config.tracking.in_use != NO_TRACKER else 0
             measured = self.measurer.measure(current, answers=shown)
             tracker.log_predictions(measured.predictions, step=step)
             metrics = {name: measured.metrics[name] for name in ("loss", "perplexity")}

@@ -17,7 +17,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.entry_points import installed_names
 from qlora.config.optimizers import OPTIMIZERS, SCHEDULES, check_installed, check_optimizer, check_schedule
+from qlora.config.trackers import NO_TRACKER, describe_unknown, tracker_path
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import parse_size
 
@@ -41,6 +43,8 @@ FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+METRIC_GROUP, CALLBACK_GROUP = "qlora.metrics", "qlora.callbacks"
+"""The entry points by which an installed package adds metrics and trainer callbacks."""
 CALLBACK_PACKAGES = ("qlora", "transformers")
 """The packages whose trainer callbacks a config may name; `trusted` adds the user's own."""
 
@@ -193,16 +197,6 @@ class PlanStep(Enum):
     auto = "auto"
     plain = "plain"
     fast = "fast"
-
-
-class TrackingBackend(Enum):
-    """Where metrics are sent besides the run folder."""
-
-    none = "none"
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-    mlflow = "mlflow"
-    trackio = "trackio"
 
 
 class WandbMode(Enum):
@@ -934,10 +928,12 @@ class EvaluationConfig:
         shown = self.show_predictions
         require(shown >= 0, "evaluation.show_predictions", "not be negative", shown)
         for name in self.metrics:
-            if not FUNCTION_PATH.fullmatch(name) and name not in METRIC_NAMES:
+            if FUNCTION_PATH.fullmatch(name) or name in METRIC_NAMES:
+                continue
+            if name not in (known := [*METRIC_NAMES, *installed_names(METRIC_GROUP)]):
                 raise ConfigError(
-                    f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, METRIC_NAMES)}; choose from "
-                    f"{', '.join(METRIC_NAMES)}, evaluate:NAME of the evaluate library, or name your own function as "
+                    f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, known)}; choose from "
+                    f"{', '.join(known)}, evaluate:NAME of the evaluate library, or name your own function as "
                     "module:function"
                 )
         names = ["loss", "perplexity", *map(metric_name, self.metrics)]
@@ -1111,8 +1107,9 @@ class GenerationConfig:
 class TrackingConfig:
     """Where metrics go besides the run folder."""
 
-    backend: TrackingBackend = MISSING
-    """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`; chosen with `tracking=`."""
+    backend: str = MISSING
+    """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`, chosen with `tracking=`; a tracker that an installed
+    package adds; or a class of your own, as `module:Class`."""
     project: str = "qlora"
     """The project of wandb and Trackio, the experiment of MLflow."""
     entity: str | None = None
@@ -1130,14 +1127,19 @@ class TrackingConfig:
     log_adapter: bool = False
     """Store the finished adapter with the run, in wandb and MLflow."""
 
+    def __post_init__(self) -> None:
+        name = self.backend
+        if name != NO_TRACKER and not FUNCTION_PATH.fullmatch(name) and tracker_path(name) is None:
+            raise ConfigError(describe_unknown(name))
+
     @property
-    def in_use(self) -> TrackingBackend:
-        """The tracker that a run is sent to: none where `mode` or the environment disables it."""
+    def in_use(self) -> str:
+        """The tracker that a run is sent to: `none` where `mode` or the environment disables it."""
         silenced = os.environ.get("WANDB_MODE") == "disabled" or (
             os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
         )
-        if self.mode is WandbMode.disabled or (silenced and self.backend is TrackingBackend.wandb):
-            return TrackingBackend.none
+        if self.mode is WandbMode.disabled or (silenced and self.backend == "wandb"):
+            return NO_TRACKER
         return self.backend
 
 
@@ -1234,7 +1236,8 @@ class Config:
             is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
             rule = "be a mapping with a _target_ (module.Class) and its arguments"
             require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
-            check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
+            if not is_installed_callback(node["_target_"]):
+                check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
             check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
         for key, name in named_functions(self):
             if name not in OWN_FUNCTIONS:
@@ -1334,10 +1337,16 @@ def is_folder_name(name: str) -> bool:
     return name not in (".", "..") and bool(re.fullmatch(r"[^/\x00-\x1f\x7f]+", name)) and len(name.encode()) <= 200
 
 
+def is_installed_callback(target: str) -> bool:
+    """Returns whether a `_target_` is the name by which an installed package adds a trainer callback."""
+    return "." not in target and target in installed_names(CALLBACK_GROUP)
+
+
 def named_functions(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields the full keys whose values name a function of the user's, with the names: `module:function`."""
+    """Yields the full keys whose values name a function or class of the user's, with the names: `module:function`."""
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
+    texts |= {"tracking.backend": config.tracking.backend}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}
     texts |= {

@@ -27,8 +27,8 @@ from qlora.sweep.launcher import (
 )
 from qlora.sweep.live_table import Screen, found
 from qlora.sweep.overview import Sweep
+from qlora.sweep.summary_run import track_sweep
 from qlora.sweep.sweep_report import refresh
-from qlora.sweep.sweep_tracker import track_sweep
 
 
 def run_grid(

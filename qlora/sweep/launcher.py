@@ -30,7 +30,7 @@ from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, name_damage, r
 from qlora.sweep.leaderboard import describe
 from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
-from qlora.sweep.sweep_tracker import track_sweep
+from qlora.sweep.summary_run import track_sweep
 from qlora.text import quoted
 
 NOT_PASSED_ON = (

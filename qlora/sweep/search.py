@@ -45,7 +45,7 @@ from qlora.sweep.live_table import Screen
 from qlora.sweep.overview import Sweep, common_facts
 from qlora.sweep.searchers import Presence
 from qlora.sweep.space import Space, build_space
-from qlora.sweep.sweep_tracker import track_sweep
+from qlora.sweep.summary_run import track_sweep
 from qlora.text import format_metric, higher_is_better
 
 RESULTS_FILE = "optimization_results.yaml"

@@ -49,7 +49,7 @@ TASKS = {
     "doc_to_text: !function os.system": "add trusted=[os]",
     "process_docs: !function {absolute}.f": "not trusted",
     "include: {elsewhere}/more.yaml": "add trusted=[elsewhere_utils]",
-    "metric_list: [{{metric: {elsewhere}/evil_metric}}]": "names a script of somebody's",
+    "metric_list: [{{metric: {elsewhere}/evil_metric}}]": "names a script of an unknown author",
     "dataset_path: iceberg\ndataset_kwargs: {{catalog_properties: {{py-io-impl: utils.f}}}}": "must be one of json",
     "doc_to_text: \"{{{{cycler.__init__.__globals__.os.system('touch {mark}')}}}}\"": "unsafe",
     "doc_to_choice: \"{{{{lipsum.__globals__['os'].system('touch {mark}')}}}}\"": "unsafe",

@@ -15,7 +15,7 @@ import yaml
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
 from qlora.config.compose import check_overrides
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.errors import UserError
 from qlora.reporting.parallel_axes import build_axis, plot_parallel
 from qlora.runtime.atomic_files import write_text
@@ -23,8 +23,9 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.sweep_tracker import facts, sync_command, track_sweep, typed_table
+from qlora.sweep.summary_run import count_jobs, track_sweep, typed_table
 from qlora.tasks.wandb_sweep import write_wandb_sweep
+from qlora.training.trackers.wandb import sync_command
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
@@ -32,7 +33,7 @@ QUICK = [
     *("trainer.logging_steps=1", "trainer.eval_steps=4", "data.max_eval_samples=8", "data.max_train_samples=64"),
     *("evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
 ]
-OFFLINE = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline)
+OFFLINE = TrackingConfig(backend="wandb", mode=WandbMode.offline)
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 KILL_ONCE = '''
@@ -170,7 +171,7 @@ def test_a_sweep_that_brought_nothing_new_starts_no_run(tmp_path: Path, capsys: 
 
 
 def test_other_trackers_get_no_run_of_the_sweep(tmp_path: Path) -> None:
-    track_sweep(fake_sweep(tmp_path, {"lora.r=8": 0.5}), TrackingConfig(backend=TrackingBackend.tensorboard))
+    track_sweep(fake_sweep(tmp_path, {"lora.r=8": 0.5}), TrackingConfig(backend="tensorboard"))
     assert not list(tmp_path.glob("wandb*"))
 
 
@@ -201,7 +202,7 @@ def test_the_table_has_numbers_in_columns_of_one_type(tmp_path: Path) -> None:
     assert head == ["place", "lora.r", "data", "trainer.learning_rate", "seeds", "eval_loss", "eval_loss ±", "job"]
     assert lines[0] == [1, 16, "7", 2e-4, 1, 0.4, None, "job2"]
     assert lines[1][:6] == [2, 8, "alpaca", 1e-4, 2, pytest.approx(0.6)]
-    assert facts(sweep, build_leaderboard(sweep)) == {
+    assert count_jobs(sweep, build_leaderboard(sweep)) == {
         **{f"jobs/{status.value}": 0 for status in Status},
         "jobs/finished": 3,
         "jobs/failed": 1,

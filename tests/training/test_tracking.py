@@ -20,7 +20,8 @@ import pytest
 import torch
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
+from qlora.config.trackers import TRACKERS
 from qlora.errors import UserError
 from qlora.runtime.sweep_job import VARIABLE, SweepJob
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -40,7 +41,7 @@ needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") i
 
 def tracker_for(
     folder: Path,
-    backend: TrackingBackend,
+    backend: str,
     *,
     sweep: SweepJob | None = None,
     resumes: bool = True,
@@ -51,7 +52,7 @@ def tracker_for(
 
 
 def offline(folder: Path, **options: Any) -> Tracker:
-    return tracker_for(folder, TrackingBackend.wandb, mode=WandbMode.offline, **options)
+    return tracker_for(folder, "wandb", mode=WandbMode.offline, **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,9 @@ def test_a_job_of_a_sweep_is_grouped_tagged_and_named_by_what_varies(tmp_path: P
 
 AGENT_JOB = """
 from pathlib import Path
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.training.trackers import TrackedRun, build_tracker
-config = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline, project="ours", entity="us")
+config = TrackingConfig(backend="wandb", mode=WandbMode.offline, project="ours", entity="us")
 build_tracker(config, TrackedRun("job", Path(), {"lora": {"r": 16}})).finish("finished", {"eval_loss": 1.25})
 """
 
@@ -167,9 +168,9 @@ def test_a_resumed_run_sends_no_metric_twice_and_its_rows_go_on(tmp_path: Path) 
 KILLED_JOB = """
 import os, signal, sys, time
 from pathlib import Path
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.training.trackers import TrackedRun, build_tracker
-config = TrackingConfig(backend=TrackingBackend(sys.argv[1]), mode=WandbMode.offline)
+config = TrackingConfig(backend=sys.argv[1], mode=WandbMode.offline)
 tracker = build_tracker(config, TrackedRun("job", Path(), {"seed": 3}))
 for step in range(1, 401):
     tracker.log({"train/loss": 1 / step}, step)
@@ -185,7 +186,7 @@ def test_what_a_killed_run_had_not_written_is_sent_again(backend: str, tmp_path:
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "", "")
-    again = tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
+    again = tracker_for(tmp_path, backend, mode=WandbMode.offline)
     history = [{"loss": 1 / step, "step": step} for step in range(1, 401)]
     state = SimpleNamespace(log_history=history, num_input_tokens_seen=0, is_world_process_zero=True)
     TrackerCallback(again).on_train_begin(None, state, None)
@@ -301,7 +302,7 @@ def test_wandb_online_without_a_login_names_the_ways_out(
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     with pytest.raises(UserError) as error:
-        tracker_for(tmp_path / "run", TrackingBackend.wandb)
+        tracker_for(tmp_path / "run", "wandb")
     for way in (part, "wandb login", "WANDB_API_KEY", "tracking.mode=offline"):
         assert way in str(error.value)
 
@@ -309,7 +310,7 @@ def test_wandb_online_without_a_login_names_the_ways_out(
 @needs_wandb
 def test_the_environment_may_take_an_online_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker_for(tmp_path, TrackingBackend.wandb).finish("finished", {})
+    tracker_for(tmp_path, "wandb").finish("finished", {})
     assert wandb_records(tmp_path)
 
 
@@ -322,7 +323,7 @@ def test_a_disabled_tracker_is_none_and_needs_no_package(
     monkeypatch.setitem(sys.modules, "wandb", None)
     if name:
         monkeypatch.setenv(name, value)
-    backends = [TrackingBackend.wandb] if name else list(TrackingBackend)
+    backends = ["wandb"] if name else ["none", *TRACKERS]
     for backend in backends:
         mode = WandbMode.offline if name else WandbMode.disabled
         assert isinstance(tracker_for(tmp_path, backend, mode=mode), NoTracker)
@@ -341,11 +342,11 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"tracking={backend} needs .* pip install 'qlora\[{backend}\]'"):
-        tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
+        tracker_for(tmp_path, backend, mode=WandbMode.offline)
 
 
 def test_no_backend_and_later_processes_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(tracker_for(tmp_path, TrackingBackend.none), NoTracker)
+    assert isinstance(tracker_for(tmp_path, "none"), NoTracker)
     monkeypatch.setenv("RANK", "1")
     assert isinstance(offline(tmp_path), NoTracker)
     assert list(tmp_path.iterdir()) == []
@@ -361,7 +362,7 @@ def read_events(folder: Path) -> Any:
 
 @needs_tensorboard
 def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
-    tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
+    tracker = tracker_for(tmp_path, "tensorboard")
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.log({"train/loss": 1.0}, step=20)
     tracker.log_predictions(ROWS, step=20)
@@ -379,7 +380,7 @@ def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
 @needs_tensorboard
 def test_a_resumed_run_writes_no_scalar_twice(tmp_path: Path) -> None:
     for steps in ((1, 2, 3), (2, 3, 4)):
-        tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
+        tracker = tracker_for(tmp_path, "tensorboard")
         for step in steps:
             tracker.log({"train/loss": 1 / step}, step)
         tracker.finish("failed" if 1 in steps else "finished", {})
@@ -398,7 +399,7 @@ def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
     from google.protobuf.json_format import MessageToDict
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    tracker = tracker_for(tmp_path, TrackingBackend.tensorboard, sweep=sweep)
+    tracker = tracker_for(tmp_path, "tensorboard", sweep=sweep)
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.finish("finished", {"eval_loss": 1.25, "eval_mmlu_val_accuracy_physics": 0.5})
     assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {tmp_path / "tensorboard"}  # no run of its own
@@ -414,7 +415,7 @@ def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
 
 @needs_tensorboard
 def test_a_failed_run_is_no_line_of_tensorboard_s_hparams_page(tmp_path: Path) -> None:
-    tracker_for(tmp_path, TrackingBackend.tensorboard).finish("failed", {"eval_loss": 1.25})
+    tracker_for(tmp_path, "tensorboard").finish("failed", {"eval_loss": 1.25})
     with pytest.raises(KeyError):
         read_events(tmp_path).PluginTagToContent("hparams")
 
@@ -465,7 +466,7 @@ import os
 import sys
 from pathlib import Path
 from qlora.runtime.sweep_job import SweepJob
-from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.config.schema import TrackingConfig
 from qlora.training.trackers import TrackedRun, build_tracker
 name, *starts = sys.argv[1:]
 folder = Path(name)
@@ -473,7 +474,7 @@ folder.mkdir(exist_ok=True)
 plain = {"seed": 3, "lora": {"r": 16}, "trusted": ["x" * 7000]}
 run = TrackedRun(name, folder, plain, SweepJob("ranks", [f"lora.r={name}", "data=alpaca"]))
 uri = os.environ.get("SERVER")
-config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True, uri=uri)
+config = TrackingConfig(backend="mlflow", project="p", tags=["mine"], log_adapter=True, uri=uri)
 for steps in starts:
     tracker = build_tracker(config, run)
     for step in map(int, steps):
@@ -593,7 +594,7 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
     folder.mkdir()
     (folder / "mlflow_run_id.txt").write_text("0" * 32)
     Sent(folder, "mlflow").add(["train/loss"], 5)
-    tracker = tracker_for(folder, TrackingBackend.mlflow, project="q")
+    tracker = tracker_for(folder, "mlflow", project="q")
     tracker.log({"train/loss": 1.0}, 5)
     tracker.finish("finished", {})
     client = MlflowClient(tracking_uri="sqlite:///outputs/mlflow/mlflow.db")
@@ -604,7 +605,7 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
 def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(UserError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
-        tracker_for(tmp_path, TrackingBackend.mlflow, uri="bad://place")
+        tracker_for(tmp_path, "mlflow", uri="bad://place")
 
 
 def test_trackio_runs_of_a_sweep_can_be_read_back(
@@ -615,7 +616,7 @@ def test_trackio_runs_of_a_sweep_can_be_read_back(
     from trackio.sqlite_storage import SQLiteStorage
 
     for steps in ((1, 2, 3), (2, 3, 4)):
-        tracker = tracker_for(tmp_path, TrackingBackend.trackio, sweep=SWEEP, project="p")
+        tracker = tracker_for(tmp_path, "trackio", sweep=SWEEP, project="p")
         for step in steps:
             tracker.log({"train/loss": 1 / step}, step)
             tracker.log_predictions(ROWS, step)
