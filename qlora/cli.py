@@ -398,7 +398,7 @@ def job(composed: DictConfig) -> Any:
     finally:
         free_memory()
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
-            from qlora.sweep.sweep_report import write_overview
+            from qlora.sweep.sweep_page import write_overview
 
             write_overview(sweep_dir, config.objective)
 
@@ -413,7 +413,7 @@ def execute(
 ) -> dict[str, Any]:
     """Does what `task=` says in a folder, and returns the result."""
     if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
-        from qlora.sweep.sweep_report import report
+        from qlora.sweep.report_task import report
 
         return report(config, folder)
     if config.task.name is TaskName.plan:  # needs the model's shape only

@@ -15,7 +15,7 @@ from synthetic_runs import write_run, write_sweep
 
 from qlora.reporting.run_page import write_run_page
 from qlora.runtime.run_folder import RunFolder
-from qlora.sweep.sweep_report import write_overview
+from qlora.sweep.sweep_page import write_overview
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'qlora[dev]'")
 

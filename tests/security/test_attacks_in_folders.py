@@ -202,7 +202,7 @@ def test_an_adapter_names_no_module(tmp_path: Path) -> None:
 def test_a_pickle_in_the_study_of_a_sweep_does_not_go_off(mark: Path) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("cmaes")
-    from qlora.sweep.search import SafeCmaEsSampler
+    from qlora.upstream.optuna import SafeCmaEsSampler
 
     def objective(trial: Any) -> float:
         return float(trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1))

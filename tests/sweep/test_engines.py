@@ -18,7 +18,8 @@ from qlora.sweep.engine_config import SlurmSettings
 from qlora.sweep.engines import build_engine, check_engine
 from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job
-from qlora.sweep.slurm import check_programs, prepare_job, script_text, submitted_name
+from qlora.sweep.slurm_batch import prepare_job, script_text, submitted_name
+from qlora.sweep.slurm_client import check_programs
 
 FIXED = ("--nodes=1", "--ntasks=1", "--requeue", "--open-mode=append")
 

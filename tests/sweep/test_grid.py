@@ -23,7 +23,7 @@ from qlora.sweep.launcher import AHEAD, JobsFailed
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.live_table import Upkeep
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.sweep_report import write_overview
+from qlora.sweep.sweep_page import write_overview
 
 FOLDER = Path("outputs/sweeps/grid")
 

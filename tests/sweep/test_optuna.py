@@ -179,7 +179,7 @@ def test_failed_trials_are_told_do_not_count_and_end_a_search_that_has_too_many(
     found = states(tmp_path)
     assert code == 1, output + errors
     assert found["COMPLETE"] == 3
-    board = "outputs/sweeps/s/leaderboard.md says why; the same command goes on with the search"
+    board = "outputs/sweeps/s/leaderboard.md says why; the same command resumes the search"
     noun = "trial" if found["FAIL"] == 1 else "trials"
     assert errors.strip().endswith(f"error: {found['FAIL']} {noun} failed: {board}")
     assert "failed, ValueError: rank 64" in (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
@@ -289,7 +289,7 @@ def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp
     code, output, errors = search(tmp_path, *words, FAULTS=json.dumps(faults))
     assert code == 1, output + errors
     assert errors.strip().endswith(
-        "error: 4 trials failed: outputs/sweeps/s/leaderboard.md says why; the same command goes on with the search"
+        "error: 4 trials failed: outputs/sweeps/s/leaderboard.md says why; the same command resumes the search"
     )
     found = states(tmp_path)
     assert found.keys() == {"COMPLETE", "PRUNED", "FAIL"}
@@ -485,7 +485,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
          "cannot be used (unable to open database file); give the URL of a database"),
         ([RATE, "objective=eval_lss"], "objective='eval_lss' is no metric of this run"),
-        ([RATE, "objective=null"], "objective=null: a search needs a metric to go by"),
+        ([RATE, "objective=null"], "objective=null: a search needs a metric to optimize"),
         ([RATE, "hydra.sweeper.objectives=[eval_loss,eval_lss]"], "hydra.sweeper.objectives: 'eval_lss' is no metric"),
         ([RATE, "task.evaluate=false"], "objective=eval_loss is not measured by these jobs; it needs task.evaluate"),
         ([RATE, "objective=base_eval_loss", "evaluation.baseline=false"], "it needs evaluation.baseline=true"),

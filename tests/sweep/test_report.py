@@ -16,7 +16,8 @@ from synthetic_runs import write_run, write_sweep
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.sweep_report import build_report, collect, find_runs, report, write_overview
+from qlora.sweep.report_task import collect, find_runs, report
+from qlora.sweep.sweep_page import build_report, write_overview
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
 
