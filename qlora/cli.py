@@ -157,7 +157,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
             )
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
-    name = f"process {distributed.rank()} of {distributed.size()}: " if distributed.size() > 1 else ""
+    name = f"process {distributed.rank()} of {distributed.world_size()}: " if distributed.world_size() > 1 else ""
     complain(f"{name}{text}")
 
 
@@ -281,7 +281,7 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
             *(["resume=auto"] if distributed.is_restart() else []),
         ]
     start = _start(composed, composed_at, folder, sweeps)
-    if distributed.size() > 1:  # the folder of the first process is that of all, also when they are started again
+    if distributed.world_size() > 1:  # the folder of the first process is that of all, also when they are started again
         os.environ[START_VARIABLE] = distributed.agree_on_start(
             "place", distributed.broadcast(os.environ[START_VARIABLE])
         )
@@ -300,7 +300,7 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
         raise
     for call in afterwards:
         call()
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bool) -> Start | None:
@@ -350,17 +350,17 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
     if config.trainer.memory_budget is not None and not ALLOCATOR & os.environ.keys():
         # What torch holds is what is counted: so pages that are free must serve again wherever they lie.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if distributed.size() == 1:
-        distributed.join()
+    if distributed.world_size() == 1:
+        distributed.init_process_group()
         return []
     if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
         )
         raise ConfigError(
-            f"{distributed.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
+            f"{distributed.world_size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
-    distributed.join()
+    distributed.init_process_group()
     os.environ[START_VARIABLE] = distributed.agree_on_start("time", os.environ[START_VARIABLE])
     if distributed.is_main_process():
         return []

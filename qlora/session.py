@@ -352,14 +352,14 @@ class Session:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the base only, so that all must call the model together."""
-        return self.config.trainer.parallel is Parallel.fsdp and distributed.size() > 1
+        return self.config.trainer.parallel is Parallel.fsdp and distributed.world_size() > 1
 
     def build_model(self) -> PreTrainedModel:
         """Returns the base with a fresh adapter, as it is trained."""
         model = self.add_adapter(self.load_base())
         if self.is_sharded:
             assert isinstance(model, PeftModel), "Config checks it"
-            shard_base(model, self.placement.device, distributed.size())
+            shard_base(model, self.placement.device, distributed.world_size())
         return model
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -518,10 +518,10 @@ class Session:
             seed=self.config.seed,
         )
 
-        if arguments.world_size != distributed.size():
+        if arguments.world_size != distributed.world_size():
             raise ConfigError(
-                f"{distributed.size()} processes were launched (WORLD_SIZE), and training would use "
-                f"{arguments.world_size} of them; {distributed.HOW}"
+                f"{distributed.world_size()} processes were launched (WORLD_SIZE), and training would use "
+                f"{arguments.world_size} of them; {distributed.LAUNCH_HINT}"
             )
 
         def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
@@ -557,7 +557,7 @@ class Session:
             facts={
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
-                "processes": distributed.size(),
+                "processes": distributed.world_size(),
                 "rows": self.rows_a_step,
                 "trackers": tracker_ids(self.folder.path),
             },
@@ -576,7 +576,7 @@ class Session:
     def rows_a_step(self) -> int:
         """How many rows, or packs, the processes take together in an optimizer step."""
         trainer = self.config.trainer
-        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.size()
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.world_size()
 
     def _build_step(self, model: PreTrainedModel) -> FastStep:
         packed = self.data.packed

@@ -337,7 +337,7 @@ def fill_disk_once(seal: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    distributed.join()
+    distributed.init_process_group()
     if not distributed.is_main_process():
         guard(folder)
     for name, overrides in CASES.items():
@@ -356,7 +356,7 @@ def main(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qlora.training.trainer, "seal", fill_disk_once(qlora.training.trainer.seal))
         train(folder / "stopped", 2, "trainer.save_steps=3")
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,20 +15,16 @@ from safetensors import SafetensorError
 from qlora.errors import Stopped, UserError
 from qlora.runtime import atomic_files
 from qlora.runtime.atomic_files import (
-    DiskFull,
-    Patience,
     append_line,
-    is_disk_full,
-    patiently,
     read_json,
     read_lines,
     remove_temporary_files,
     restore_folder,
-    waiting_for_space,
     write_folder,
     write_lines,
     write_text,
 )
+from qlora.runtime.disk_space import DiskFull, Patience, is_disk_full, patiently, waiting_for_space
 
 
 def full() -> OSError:
@@ -75,7 +71,9 @@ def test_room_is_made_before_anybody_waits(tmp_path: Path, capsys: pytest.Captur
     rooms = iter([True, True, False])
     with waiting_for_space(patience(0, make_room=lambda: next(rooms))):
         assert patiently(tmp_path / "a", Failing(2)) == "written"
-        with pytest.raises(DiskFull, match=r"no space came in 0:00 \(trainer\.disk_wait\); what was saved before is"):
+        with pytest.raises(
+            DiskFull, match=r"no space became free in 0:00 \(trainer\.disk_wait\); what was saved before is"
+        ):
             patiently(tmp_path / "a", Failing(1))
         with pytest.raises(OSError, match="No space left"):  # nothing is waited for a second time
             patiently(tmp_path / "a", Failing(1))

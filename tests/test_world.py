@@ -27,8 +27,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
-    distributed.join()
-    assert (distributed.size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
+    distributed.init_process_group()
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
     assert distributed.broadcast("x") == "x"
     assert distributed.all_gather(1) == [1]
     assert distributed.all_reduce_max([True, False]) == [True, False]
@@ -52,7 +52,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     for name, value in told.items():
         environment.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        distributed.join()
+        distributed.init_process_group()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qlora.config.schema import Config, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
-from qlora.runtime.atomic_files import free_bytes
+from qlora.runtime.disk_space import free_bytes
 from qlora.tasks.plan import Plan, build_plan
 
 MOST_CHECKPOINTS = 2

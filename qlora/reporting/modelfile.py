@@ -52,7 +52,7 @@ TURNS: Final = """
 {{- if not $last }}{{ %(after_answer)s }}{{ end }}
 {{- end }}
 {{- end }}"""
-"""A conversation that ends with the assistant is to be gone on with."""
+"""The model continues a conversation that ends with the assistant."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ChatForm:
     after_answer: str
     """Between an answer and the next question."""
     prompt: str
-    """Behind the last question, where the model goes on."""
+    """After the last question, where the model continues."""
     adds_bos: bool = False
     """Whether the server puts the begin token before the text, which then must not spell it."""
 
@@ -125,11 +125,11 @@ def _ask(tokenizer: PreTrainedTokenizerBase) -> ChatForm | None:
     """Returns the form that marked messages show; None: they are not written once each and in order."""
 
     def around(*marks: str) -> list[str] | None:
-        """Returns the texts before, between and behind the marks."""
+        """Returns the texts before, between and after the marks."""
         roles = [*(["system"] if SYSTEM in marks else []), "user", "assistant", "user"]
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        pieces = re.split(f"({'|'.join(MARKS)})", _write(tokenizer, messages))
-        return pieces[::2] if pieces[1::2] == list(marks) else None
+        parts = re.split(f"({'|'.join(MARKS)})", _write(tokenizer, messages))
+        return parts[::2] if parts[1::2] == list(marks) else None
 
     plain = around(QUESTION, ANSWER, NEXT)
     if plain is None:

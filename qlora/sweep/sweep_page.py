@@ -13,7 +13,8 @@ from qlora.config import compose
 from qlora.errors import DamagedFile
 from qlora.reporting.history import curves, read_history
 from qlora.reporting.page import short_value
-from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
+from qlora.reporting.run_views import RunsReport, RunView, TableLine
+from qlora.reporting.runs_page import runs_page
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.folder_lock import in_turn
 from qlora.runtime.run_folder import RunFolder

@@ -37,7 +37,8 @@ from qlora.config.optimizers import read_arguments, write_arguments
 from qlora.config.schema import TrainerConfig, WatchdogConfig
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
-from qlora.runtime.atomic_files import folder_size, patiently, read_json, replace_folder, write_text
+from qlora.runtime.atomic_files import folder_size, read_json, replace_folder, write_text
+from qlora.runtime.disk_space import patiently
 from qlora.step.kernels.linear_cross_entropy import IGNORED
 from qlora.training.checkpoints import (
     DIVERGED,

@@ -18,8 +18,8 @@ from qlora.migrate import migrate, read
 from qlora.migrate.axolotl import AXOLOTL
 from qlora.migrate.llama_factory import FACTORY
 from qlora.migrate.original import QLORA
-from qlora.migrate.rules import Dialect, Move, Pick
 from qlora.migrate.torchtune import TORCHTUNE
+from qlora.migrate.translation import Dialect, Move, Pick
 
 SCRIPT = r"""#!/bin/bash
 # Tunes a chat model on one card.
@@ -307,11 +307,11 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
         ("a.yaml", "base_model: x\nrl: dpo\n", "preferences"),
         ("b.yaml", "model_name_or_path: x\nstage: ppo\n", "stage=ppo"),
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
-        ("d.yaml", "hello: world\n", "no command of qlora.py, and no YAML of Axolotl"),
+        ("d.yaml", "hello: world\n", "neither a command of qlora.py nor a YAML of Axolotl"),
         ("e.yaml", "a: [1,\n", "no valid YAML"),
-        ("f.sh", "echo hello\n", "no command of qlora.py"),
+        ("f.sh", "echo hello\n", "neither a command of qlora.py"),
         ("g.sh", "python qlora.py --dataset 'open\n", "cannot be read"),
-        ("h.yaml", "- a\n- b\n", "no command of qlora.py"),
+        ("h.yaml", "- a\n- b\n", "neither a command of qlora.py"),
         ("i.yaml", "base_model: x\ndatasets: {path: y}\nsequence_len: long\n", "another form than Axolotl documents"),
         ("j.yaml", "base_model: x\nbase_model: y\n", "duplicate"),
     ],

@@ -33,7 +33,7 @@ def make_tokens(pieces: list[tuple[str, bool]]) -> list[PreviewToken]:
 
 def make_preview(*rows: list[tuple[str, bool]], **changes: object) -> Preview:
     facts = [("format", "alpaca"), ("tokens an epoch", "1,234 of 5,678")]
-    fields: dict[str, object] = {"title": "rows.jsonl as alpaca", "facts": facts, "warnings": [], "limits": {}}
+    fields: dict[str, object] = {"title": "rows.jsonl as alpaca", "summary": facts, "warnings": [], "limits": {}}
     fields["rows"] = [PreviewRow(place, make_tokens(pieces), []) for place, pieces in enumerate(rows)]
     return Preview(**{**fields, "lengths": LENGTHS, **changes})  # type: ignore[arg-type]
 

@@ -604,7 +604,9 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
 
 def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    with pytest.raises(UserError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
+    with pytest.raises(
+        UserError, match=r"tracking=mlflow: bad://place cannot be used .*name another database or server with"
+    ):
         tracker_for(tmp_path, "mlflow", uri="bad://place")
 
 

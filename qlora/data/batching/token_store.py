@@ -25,7 +25,7 @@ from qlora.data.formats.cells import Row, TrackedRow, take_rows
 from qlora.data.formats.known_formats import Example, Format
 from qlora.errors import ConfigError, UserError
 from qlora.runtime import console
-from qlora.runtime.workers import Part, Result, do_parts
+from qlora.runtime.workers import Part, Result, run_parts
 
 CHUNK: Final = 1000
 CHUNK_BYTES: Final = 2**18
@@ -189,7 +189,7 @@ def _chunks(job: Job, processes: int, folder: Path) -> Generator[Result, None, N
     encoder = _Encoder(job)
     # Rows that lie in memory would lie in that of every process.
     if processes > 1 and len(parts) > 1 and job.rows.cache_files:
-        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.shown)
+        yield from run_parts(encoder, parts, processes=processes, folder=folder, label=job.shown)
     else:
         yield from map(encoder, parts)
 
