@@ -406,8 +406,8 @@ class Run(Session):
         if distributed.world_size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
             raise ConfigError(
                 f"model.device_map and model.max_memory spread one process over several GPUs, and "
-                f"{distributed.world_size()} processes were launched, each with a GPU of its own; leave them out, or start "
-                "without a launcher"
+                f"{distributed.world_size()} processes were launched, each with a GPU of its own; leave them out, or "
+                "start without a launcher"
             )
 
     def _baseline(self, model: PreTrainedModel) -> Measurement:

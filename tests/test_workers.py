@@ -43,11 +43,11 @@ def alone(parts=PARTS):
 
 def test_results_come_in_order_and_others_take_part_with_default_signals(task, work):
     task.slow_until = 2000  # 2 s: the others have their share, however busy the machine is
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         assert run(task, work, MANY, processes=3) == alone(MANY)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     others = [stop for start, stop, _ in task.done_by("other")]
     assert len(others) > 2
     assert {is_default for *_, is_default in task.done_by("other")} == {"True"}

@@ -56,7 +56,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["task=evaluate"], "2 processes were launched .*, and only a training runs in several processes; start"),
         (["-m", "seed=1,2"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
@@ -64,10 +64,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     ],
 )
 def test_only_trainings_run_in_several_processes(
-    environment: pytest.MonkeyPatch, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    environment: pytest.MonkeyPatch, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.setenv("WORLD_SIZE", "2")
-    environment.setattr(sys, "argv", ["qlora", *words])
+    environment.setattr(sys, "argv", ["qlora", *args])
     with pytest.raises(SystemExit):
         cli.main()
     told = capsys.readouterr().err

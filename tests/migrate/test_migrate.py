@@ -231,7 +231,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str, text: str)
 def test_an_axolotl_yaml(tmp_path: Path) -> None:
     config, lost = migrated(tmp_path, "axolotl.yml", AXOLOTL_YAML)
     assert (config.quantization.bits, config.quantization.double_quant) == (4, True)
-    chats, alpaca, texts, own = config.data.mix.values()
+    chats, alpaca, texts, own_rows = config.data.mix.values()
     assert (chats.path, chats.format, chats.columns) == (
         "./chats.jsonl",
         "conversations",
@@ -239,7 +239,7 @@ def test_an_axolotl_yaml(tmp_path: Path) -> None:
     )
     assert (alpaca.path, alpaca.format) == ("tatsu-lab/alpaca", "alpaca")
     assert (texts.format, texts.columns) == ("text", {"text": "body"})
-    assert own.columns == {"instruction": "question", "output": "answer"}
+    assert own_rows.columns == {"instruction": "question", "output": "answer"}
     assert (config.data.template, config.data.max_length, config.data.packing) == ("chatml", 2048, True)
     assert config.data.eval_dataset_size == 0.02
     assert config.lora.target_modules == ["q_proj", "v_proj"]
@@ -348,8 +348,8 @@ def test_the_task_prints_a_command_and_writes_an_experiment_that_says_the_same(
     assert shlex.split(command)[1:] == result["overrides"] == shlex.split(result["command"])[1:]
     assert compose(["experiment=my-axolotl"], tmp_path / "run" / "conf") == compose(result["overrides"])
     assert "some_new_option=3" in said
-    stored = json.loads((tmp_path / "run" / "migrate.json").read_text())
-    assert stored["lost"] == result["lost"]
+    saved = json.loads((tmp_path / "run" / "migrate.json").read_text())
+    assert saved["lost"] == result["lost"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"conf", "migrate.json"}
 
 
@@ -361,8 +361,8 @@ def test_tables_name_keys_that_exist(dialect: Dialect) -> None:
         text
         for rule in dialect.rules.values()
         if isinstance(rule, Pick)
-        for each in rule.choices.values()
-        for text in each
+        for item in rule.choices.values()
+        for text in item
     ]
     named += [text.partition("=")[0] for text in (*texts, *dialect.defaults)]
     assert not [key for key in named if key not in keys and not key.startswith("callbacks.")]

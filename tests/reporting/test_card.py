@@ -27,10 +27,10 @@ def write(folder: Path, overrides: list[str], base_model: str | None = None, **o
 
 
 def code_of(text: str) -> str:
-    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert found is not None
-    ast.parse(found[1])
-    return found[1]
+    actual = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert actual is not None
+    ast.parse(actual[1])
+    return actual[1]
 
 
 def test_the_front_matter_names_base_library_licence_data_and_tags(tmp_path: Path) -> None:

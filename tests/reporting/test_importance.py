@@ -17,7 +17,7 @@ GRID = [
 
 def test_the_key_that_decides_has_the_largest_share() -> None:
     pytest.importorskip("optuna")
-    objectives = [float(each["lora.r"]) + 0.1 * (each["lr"] == "1e-3") for each in GRID]
+    objectives = [float(point["lora.r"]) + 0.1 * (point["lr"] == "1e-3") for point in GRID]
     shares, note = measure_importance(GRID, objectives)
     assert next(iter(shares)) == "lora.r"
     assert shares["lora.r"] > 0.8
@@ -29,7 +29,7 @@ def test_a_choice_of_words_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    shares, note = measure_importance(GRID, [1.0 if each["model"] == "a" else 2.0 for each in GRID])
+    shares, note = measure_importance(GRID, [1.0 if point["model"] == "a" else 2.0 for point in GRID])
     assert next(iter(shares)) == "model"
     assert "PED-ANOVA" in note
 

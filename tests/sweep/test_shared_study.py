@@ -84,8 +84,8 @@ def test_two_commands_draw_other_points_and_no_trial_too_many(base: Config, tmp_
 
 
 def test_two_commands_share_the_points_of_a_grid(base: Config, tmp_path: Path, journal: str) -> None:
-    words = ["lora.r=4,8,16", "lora.dropout=0.1,0.2"]
-    first, second = (command(base, tmp_path / name / "s", journal, *words, sampler="grid") for name in "ab")
+    args = ["lora.r=4,8,16", "lora.dropout=0.1,0.2"]
+    first, second = (command(base, tmp_path / name / "s", journal, *args, sampler="grid") for name in "ab")
     with first.study.presence.announce(), second.study.presence.announce():
         planned = [(one, job) for one in (first, second) * 4 if (job := one.next()) is not None]
         assert len({tuple(job.overrides) for _, job in planned}) == len(planned) == 6
@@ -128,12 +128,12 @@ def test_an_interrupted_command_leaves_its_trials_to_the_others_at_once(
 
 
 def test_a_folder_that_was_moved_goes_on_with_its_study(tmp_path: Path) -> None:
-    words = [RATE, "hydra.launcher.n_jobs=1"]
-    code, output, errors = search(tmp_path, *words, "hydra.sweeper.n_trials=1")
+    args = [RATE, "hydra.launcher.n_jobs=1"]
+    code, output, errors = search(tmp_path, *args, "hydra.sweeper.n_trials=1")
     assert code == 0, output + errors
     (tmp_path / "outputs").rename(tmp_path / "elsewhere")
     shutil.copytree(tmp_path / "elsewhere/sweeps/s", tmp_path / "outputs/sweeps/other")
-    code, output, errors = search(tmp_path, *words, "name=other", "hydra.sweeper.n_trials=2")
+    code, output, errors = search(tmp_path, *args, "name=other", "hydra.sweeper.n_trials=2")
     assert code == 0, output + errors
     assert "1 job to run, 1 finished already" in output
     assert len(list((tmp_path / "outputs/sweeps/other").glob("*/result.json"))) == 2
@@ -151,24 +151,24 @@ def test_two_commands_on_one_postgresql_study_lose_nothing_by_kill_9(tmp_path: P
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("places", [["a", "b"], ["a", "a"]])
+@pytest.mark.parametrize("folder_names", [["a", "b"], ["a", "a"]])
 def test_two_commands_on_one_study_lose_nothing_by_many_kills(
-    tmp_path: Path, journal: str, database: str, places: list[str]
+    tmp_path: Path, journal: str, database: str, folder_names: list[str]
 ) -> None:
     for storage in (journal, database):
-        folders = [tmp_path / storage.partition(":")[0] / place for place in places]
+        folders = [tmp_path / storage.partition(":")[0] / folder_name for folder_name in folder_names]
         kill_and_go_on(folders, storage, 20, kills=5)
 
 
 def kill_and_go_on(folders: list[Path], storage: str, trials: int, *, kills: int = 1) -> None:
-    """Kills the commands in all folders several times while jobs run, and lets them go on together to the end."""
-    words = [RATE, f"hydra.sweeper.n_trials={trials}", "hydra.launcher.n_jobs=1", f"hydra.sweeper.storage='{storage}'"]
+    """Kills the commands in all folders several times while jobs run, and lets them resume together to the end."""
+    args = [RATE, f"hydra.sweeper.n_trials={trials}", "hydra.launcher.n_jobs=1", f"hydra.sweeper.storage='{storage}'"]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     lost: list[dict[str, float]] = []
     for _ in range(kills):
         ended = states(storage).get("COMPLETE", 0)
-        running = [start(folder, *words, SECONDS="1") for folder in folders]
+        running = [start(folder, *args, SECONDS="1") for folder in folders]
         wait_for(
             lambda ended=ended: (now := states(storage)).get("RUNNING", 0) > 1 and now.get("COMPLETE", 0) > ended,
             running,
@@ -178,7 +178,7 @@ def kill_and_go_on(folders: list[Path], storage: str, trials: int, *, kills: int
             process.communicate()
         study = optuna.load_study(study_name="s", storage=open_storage(storage))
         lost += [trial.params for trial in study.trials if trial.state.name == "RUNNING"]
-    running = [start(folder, *words) for folder in folders]
+    running = [start(folder, *args) for folder in folders]
     for process in running:
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, output + errors

@@ -51,12 +51,12 @@ class KillOnce(TrainerCallback):
 
 
 def start(folder: Path, command: list[str], **environment: str) -> tuple[int, str]:
-    own = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    extra = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(
         command,
         cwd=folder,
-        env=inherited | own | environment,
+        env=inherited | extra | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,13 +68,13 @@ def start(folder: Path, command: list[str], **environment: str) -> tuple[int, st
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Two jobs, the first of which is killed and goes on under the same command; with what the commands printed."""
+    """Two jobs, the first of which is killed and resumes under the same command; with the output of the commands."""
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "kill_once.py").write_text(KILL_ONCE)
-    words = ["lora.alpha=8,16", "name=two", "trainer.save_steps=2", "callbacks.kill._target_=kill_once.KillOnce"]
-    words.append("trusted=[kill_once]")
-    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *words, "tracking=wandb", "tracking.mode=offline"]
+    args = ["lora.alpha=8,16", "name=two", "trainer.save_steps=2", "callbacks.kill._target_=kill_once.KillOnce"]
+    args.append("trusted=[kill_once]")
+    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *args, "tracking=wandb", "tracking.mode=offline"]
     printed = [start(folder, command) for _ in range(2)]
     assert [code for code, _ in printed] == [1, 0], printed
     return folder / "outputs" / "sweeps" / "two", [text for _, text in printed]
@@ -142,18 +142,18 @@ def test_one_command_sends_all_runs_of_an_offline_sweep(tracked: tuple[Path, lis
     variable, *command = line.removeprefix("sync").split()
     assert (variable, command[:2]) == ("WANDB_RESUME=allow", ["wandb", "sync"])
     root = folder.parent.parent.parent
-    found = {path for pattern in command[2:] for path in root.glob(pattern)}
-    assert found == set(folder.rglob("offline-run-*"))
-    code, output = start(root, [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, sorted(found))])
+    actual = {path for pattern in command[2:] for path in root.glob(pattern)}
+    assert actual == set(folder.rglob("offline-run-*"))
+    code, output = start(root, [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, sorted(actual))])
     assert code == 0
     assert "Would sync 5 run(s)" in output  # a killed and two whole starts of the jobs, two of the sweep
 
 
 @needs_wandb
 def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(tmp_path: Path) -> None:
-    words = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
+    args = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
     small = ["data.max_eval_samples=4", "evaluation=loss", "tracking=wandb", "tracking.mode=offline"]
-    code, printed = start(tmp_path, [sys.executable, "-m", "qlora", "-m", *words, *small])
+    code, printed = start(tmp_path, [sys.executable, "-m", "qlora", "-m", *args, *small])
     assert code == 1, printed
     folder = tmp_path / "outputs/sweeps/two"
     summary = wandb_summary(wandb_records(folder))
@@ -226,9 +226,9 @@ def test_axes_place_numbers_by_size_and_words_in_order(tmp_path: Path) -> None:
 # A sweep that wandb's own agents run.
 
 
-def described(*words: str) -> dict[str, Any]:
+def described(*args: str) -> dict[str, Any]:
     """Writes the sweep that a command line describes, as the command line does, and reads it as wandb does."""
-    command = ["task=wandb-sweep", *words]
+    command = ["task=wandb-sweep", *args]
     check_overrides(command)
     return yaml.safe_load(write_wandb_sweep(command, None).read_text())
 
@@ -271,8 +271,8 @@ def test_a_description_names_metric_command_and_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["lora.r=8,16", "name=mine", "objective=eval_exact_match", "task.method=random", "tracking=wandb"]
-    sweep = described(*words, "tracking.project=p", "tracking.entity=me", "hydra.launcher.n_jobs=2", "seed=3")
+    args = ["lora.r=8,16", "name=mine", "objective=eval_exact_match", "task.method=random", "tracking=wandb"]
+    sweep = described(*args, "tracking.project=p", "tracking.entity=me", "hydra.launcher.n_jobs=2", "seed=3")
     assert {key: sweep[key] for key in ("name", "project", "entity", "method", "metric")} == {
         "name": "mine",
         "project": "p",
@@ -300,7 +300,7 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["lora.r=8"], "there is nothing to vary; give a key several values"),
         (["lora.r=8,16", "tracking=tensorboard"], "tracking=tensorboard: the jobs of task=wandb-sweep report to wandb"),
@@ -314,11 +314,11 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_a_sweep_that_wandb_cannot_run_is_refused(
-    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        described(*words)
+        described(*args)
     assert sentence in str(error.value)
     assert not list(tmp_path.rglob("*.yaml"))
 

@@ -87,8 +87,8 @@ def test_a_wandb_run_holds_name_project_group_tags_and_the_whole_config(wandb_ru
 def test_wandb_keeps_every_value_with_its_step_even_when_steps_go_back(wandb_run: Path) -> None:
     rows = wandb_history(wandb_records(wandb_run))
     assert [(row["train/loss"], row["global_step"]) for row in rows if "train/loss" in row] == [(1.5, 10)]
-    found = [(row["eval/exact_match"], row["global_step"]) for row in rows if "eval/exact_match" in row]
-    assert found == [(0.5, 10), (0.4, 5)]
+    actual = [(row["eval/exact_match"], row["global_step"]) for row in rows if "eval/exact_match" in row]
+    assert actual == [(0.5, 10), (0.4, 5)]
 
 
 @needs_wandb
@@ -134,14 +134,14 @@ def test_an_agent_s_run_keeps_the_id_the_sweep_and_the_values_that_the_agent_cho
 
 
 def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
-    assert SweepJob.from_environment(words) is None
+    args = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
+    assert SweepJob.from_environment(args) is None
     told = SweepJob.environment("ranks", ["lora.r", "+callbacks.x=2"])
     monkeypatch.setenv(VARIABLE, told[VARIABLE])
-    found = SweepJob.from_environment(words)
-    assert found == SweepJob("ranks", ["lora.r=16", "+callbacks.x=1"])
-    assert found.label == "lora.r=16 callbacks.x=1"
-    assert found.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
+    actual = SweepJob.from_environment(args)
+    assert actual == SweepJob("ranks", ["lora.r=16", "+callbacks.x=1"])
+    assert actual.label == "lora.r=16 callbacks.x=1"
+    assert actual.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
 
 
 @needs_wandb
@@ -267,7 +267,7 @@ def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_nu
 ) -> None:
     random.seed(0)
     torch.manual_seed(0)
-    before = random.getstate(), torch.get_rng_state()
+    previous = random.getstate(), torch.get_rng_state()
     stdout = sys.stdout
     tracker = offline(tmp_path)
     assert sys.stdout is stdout
@@ -278,8 +278,8 @@ def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_nu
     first = (tmp_path / RUN_ID_FILE).read_text()
     offline(tmp_path).finish("finished", {})
     assert (tmp_path / RUN_ID_FILE).read_text() == first
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
+    assert random.getstate() == previous[0]
+    assert torch.equal(torch.get_rng_state(), previous[1])
     records = wandb_records(tmp_path, ends=2)
     runs = [record.run.run_id for record in records if record.WhichOneof("record_type") == "run"]
     assert set(runs) == {first}
@@ -404,13 +404,13 @@ def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
     tracker.finish("finished", {"eval_loss": 1.25, "eval_mmlu_val_accuracy_physics": 0.5})
     assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {tmp_path / "tensorboard"}  # no run of its own
     events = read_events(tmp_path)
-    found = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
-    start = MessageToDict(found["_hparams_/session_start_info"].session_start_info)
+    actual = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
+    start = MessageToDict(actual["_hparams_/session_start_info"].session_start_info)
     assert start["hparams"] == expected
-    experiment = found["_hparams_/experiment"].experiment
+    experiment = actual["_hparams_/experiment"].experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == ["hparam/eval_loss"]
     assert [(event.step, event.value) for event in events.Scalars("hparam/eval_loss")] == [(10, 1.25)]
-    assert found["_hparams_/session_end_info"].session_end_info.status == 1  # success
+    assert actual["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
 
 @needs_tensorboard
@@ -491,13 +491,13 @@ tracker.finish("finished", {"eval_loss": 1.25})
 
 @pytest.fixture(scope="module")
 def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two jobs that begin at the same time where there is no database yet; one of them fails and goes on."""
+    """Two jobs that begin at the same time where there is no database yet; one of them fails and resumes."""
     for package in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("mlflow")
 
-    def start(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", MLFLOW_JOB, *words]
+    def start(*args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MLFLOW_JOB, *args]
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     for process in (start("8", "123", "234"), start("16", "4")):
@@ -526,7 +526,7 @@ def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatc
         "group": "ranks", "mine": "true", "ranks": "true", "status": "finished",
     }  # fmt: skip
     losses = client.get_metric_history(run.info.run_id, "train/loss")
-    assert sorted((each.step, each.value) for each in losses) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert sorted((item.step, item.value) for item in losses) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
     assert run.data.metrics["eval_loss"] == 1.25
     assert run.data.metrics["eval/odd_ name"] == 2.0
     assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter")] == ["adapter/adapter_config.json"]

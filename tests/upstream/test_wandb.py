@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ def test_rows_of_an_offline_run_are_counted(tmp_path: Path) -> None:
         run.log({"x": step})
     run.finish()
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while count_rows(file) < 3 and time.monotonic() < deadline:  # wandb's own process may still be writing
+        time.sleep(0.2)
     assert count_rows(file) == 3
 
 
