@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import EvaluationConfig, MmluSplit
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DataError
 from qlora.evaluation.choices import ChoiceEncoder, ChoiceReader, Prompt, build_groups, measure_choices
 from qlora.evaluation.measure import Measurement
 from qlora.evaluation.statistics import Score
@@ -69,7 +69,7 @@ def load_questions(
         solved = load_split("dev") if config.shots != 0 else ()
         questions = render_questions(asked, solved, SHOTS if config.shots is None else config.shots)
     if not questions:
-        raise ConfigError(f"evaluation.path={config.path}: no questions in it")
+        raise DataError(f"evaluation.path={config.path}: it holds no questions")
     return questions
 
 
@@ -77,17 +77,17 @@ def read_question(row: Row, source: str) -> Question:
     """Returns a row of a file with `subject`, `input` and `output`; `source` begins the message of an error."""
     for name in COLUMNS:
         if name not in row:
-            raise ConfigError(
+            raise DataError(
                 f"{source}: no column {name!r}; a question needs {', '.join(COLUMNS)}, and this one has "
                 f"{listed(row) or 'none'}"
             )
     subject, text, answer = (row[name] for name in COLUMNS)
     for name, value in (("subject", subject), ("input", text)):
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{source}: {name!r} must be a text and not empty, got {value!r}")
+            raise DataError(f"{source}: {name!r} must be a text and not empty, got {value!r}")
     letter = answer.strip() if isinstance(answer, str) else answer
     if letter not in LETTERS:
-        raise ConfigError(f"{source}: 'output' must be the letter of the right choice, A, B, C or D, got {answer!r}")
+        raise DataError(f"{source}: 'output' must be the letter of the right choice, A, B, C or D, got {answer!r}")
     return Question(subject, text, letter)
 
 

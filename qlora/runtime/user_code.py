@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, ResourceError, did_you_mean
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
@@ -36,7 +36,9 @@ def _import(module_name: str, name: str, setting: str, what: str) -> Any:
             raise ConfigError(
                 f"{setting}: there is no module {error.name}; it must be installed or lie on PYTHONPATH"
             ) from None
-        raise ConfigError(f"{setting}: {module_name} needs the module {error.name}, which is not installed") from error
+        raise ResourceError(
+            f"{setting}: {module_name} needs the module {error.name}, which is not installed"
+        ) from error
     result = getattr(module, name, None)
     if not callable(result):
         functions = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]

@@ -342,7 +342,7 @@ def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=re.escape(message)):
             from_file(wrong)
     path.write_text("[]")
-    with pytest.raises(UserError, match=re.escape(f"evaluation.path={path}: no questions in it")):
+    with pytest.raises(UserError, match=re.escape(f"evaluation.path={path}: it holds no questions")):
         from_file(path)
 
 
