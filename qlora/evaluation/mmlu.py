@@ -59,7 +59,7 @@ def load_questions(
     """Returns the first `max_samples` questions of `path`, or of the hub's set behind its solved ones.
 
     `read_file` yields a file's rows, each with where it stands; `load_split` gives a split of the hub's set. Raises
-    `ConfigError` for a row that is no question, and where there is none.
+    `DataError` for a row that is not a question, and if there are none.
     """
     if config.path is not None:
         rows = islice(read_file(config.path), config.max_samples)
@@ -162,12 +162,12 @@ class Mmlu:
         records = [
             {
                 "subject": question.subject,
-                "prediction": LETTERS[int(told.argmax())],
+                "prediction": LETTERS[int(scores.argmax())],
                 "reference": question.answer,
-                "log_likelihoods": dict(zip(LETTERS, told.tolist(), strict=True)),
+                "log_likelihoods": dict(zip(LETTERS, scores.tolist(), strict=True)),
                 "prompt_tokens": len(prompt.ids),
             }
-            for question, prompt, told in zip(self.questions, self.prompts, likelihoods, strict=True)
+            for question, prompt, scores in zip(self.questions, self.prompts, likelihoods, strict=True)
         ]
         return self._score(records)
 

@@ -170,7 +170,7 @@ def code_digest() -> str:
 
 
 def code_state() -> dict[str, Any]:
-    """Returns the git commit of this package's own repository and whether files were changed; None where there is none.
+    """Returns the git commit of this package's own repository and whether files were changed; None if there is none.
 
     A package that is merely installed inside somebody's repository does not count.
     """
@@ -181,7 +181,7 @@ def code_state() -> dict[str, Any]:
 
 
 def project_state(*, with_diff: bool = False) -> dict[str, Any]:
-    """Returns the commit and the changes of the repository that the run was started in; None where there is none.
+    """Returns the commit and the changes of the repository that the run was started in; None if there is none.
 
     The changes are the names of files with the lines that they gained and lost (None for a binary file), and the
     SHA-256 of `git diff HEAD`; `with_diff` adds that itself without what may be secret in it.

@@ -95,7 +95,7 @@ class ChatForm:
 
 
 def find_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm | str:
-    """Returns the form of a tokenizer's chat template, or the reason why there is none, in words."""
+    """Returns the form of a tokenizer's chat template, or the reason why there is none."""
     if not tokenizer.chat_template:
         return "the tokenizer has no chat template"
     if "strftime_now" in str(tokenizer.chat_template):
@@ -173,7 +173,7 @@ def write_modelfile(
 ) -> Path | str:
     """Writes `Modelfile` into the folder of a model with its tokenizer, and returns its path, or why it is not written.
 
-    The tokenizer's config there is told whether a server shall add the begin token, which transformers itself reads
+    The tokenizer's config there says whether a server adds the begin token, which transformers itself reads
     from another file. `end_ids` are the tokens that end an answer; `name` is what the model is called in the comment.
     """
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids]

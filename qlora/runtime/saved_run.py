@@ -139,7 +139,7 @@ def read_progress(path: Path) -> dict[str, float] | None:
 
 
 def to_numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of an object by name; raises `ValueError` for a value that is none."""
+    """Returns the numbers of an object by name; raises `ValueError` for a value that is not a number."""
     numbers = {}
     for name, value in record.items():
         try:
@@ -170,7 +170,7 @@ def json_number(value: float | None) -> float | str | None:
 
 
 def cost(value: float | None, *, maximizes: bool) -> float:
-    """Returns a metric as a number of which less is better; what was not measured, or is not finite, is the worst."""
+    """Returns a metric as a cost, lower is better; a value that is missing, NaN or infinite is the worst."""
     if value is None or not math.isfinite(value):
         return math.inf
     return -value if maximizes else value

@@ -124,7 +124,9 @@ def test_the_front_of_several_goals_is_marked_everywhere(front: Leaderboard) -> 
     assert [line.split()[:2] for line in lines[1:]] == [["1", "*"], ["2", "*"], ["3", "16"], ["4", "32"]]
     text = to_markdown(front, "front")
     assert "| 2 \\* | 4 |" in text
-    assert "\\* in front: none is better by eval_loss or eval_exact_match without being worse by another" in text
+    assert (
+        "\\* in front: no other job is better by eval_loss or eval_exact_match without being worse by another" in text
+    )
     rows = list(csv.DictReader(io.StringIO(to_csv(front))))
     assert [(row["lora.r"], row["front"]) for row in rows] == [("8", "yes"), ("4", "yes"), ("16", "no"), ("32", "no")]
 

@@ -19,7 +19,8 @@ CONTROL = re.compile(
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 SHORT_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
-SHORTEST_GAP = 60  # characters; a mark that stands for fewer saves nothing
+MIN_GAP = 60
+"""The least characters that a gap replaces; its own text needs as many."""
 
 
 class PreviewToken(NamedTuple):
@@ -196,7 +197,7 @@ def _around(points: set[int], reach: int, total: int) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     for point in sorted(points):
         low, high = max(point - reach, 0), min(point + reach, total)
-        if ranges and low - ranges[-1][1] < SHORTEST_GAP:
+        if ranges and low - ranges[-1][1] < MIN_GAP:
             low = ranges.pop()[0]
         ranges.append((low, high))
     return ranges

@@ -23,7 +23,7 @@ def tracker_ids(folder: Path) -> dict[str, str]:
 
 
 def tracker_class(config: TrackingConfig) -> type[Tracker]:
-    """Returns the class of the tracker that `config` names; raises `ConfigError` where there is none."""
+    """Returns the class of the tracker that `config` names; raises `ConfigError` if there is none."""
     name = config.in_use
     if name == NO_TRACKER:
         return NoTracker
