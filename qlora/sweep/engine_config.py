@@ -106,7 +106,7 @@ class SlurmSettings:
     setup: list[str] = field(default_factory=list)
     """Lines of shell that run on the node before a job, e.g. `[module load cuda]`."""
     additional_parameters: dict[str, Any] = field(default_factory=dict)
-    """Further options of `sbatch`, e.g. `{reservation: mine, mail-type: END}`; `true` gives an option without a value."""
+    """Further options of `sbatch`, e.g. `{reservation: mine, mail-type: END}`; `true` is an option without a value."""
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is never possible."""

@@ -86,7 +86,7 @@ def _draw_chart(sweep: Sweep, board: Leaderboard) -> Path:
 
 
 def typed_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:
-    """Returns the head and the rows of the leaderboard; a column holds numbers, or texts if one value is not a number."""
+    """Returns the head and the rows of the leaderboard; a column with a value that is not a number holds texts."""
     several = any(len(row.jobs) > 1 for row in board.rows)
     columns: dict[str, list[Any]] = {"place": list(range(1, len(board.rows) + 1))}
     for key in board.keys:

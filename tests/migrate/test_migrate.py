@@ -324,7 +324,7 @@ def test_what_cannot_be_translated_is_one_sentence(tmp_path: Path, name: str, te
 
 def test_a_missing_file_and_one_that_is_no_text_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         read(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="did you mean"):
         read(tmp_path / "confg.yaml")

@@ -40,7 +40,7 @@ def test_a_choice_of_words_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], [], "fewer than two are varied"),
         ([{"r": str(r)} for r in range(9)], [float(r) for r in range(9)], "fewer than two are varied"),
         (GRID[:7], [1.0] * 7, "at least 8 finished runs; so far there are 7"),
-        (GRID, [1.0] * 16, "all finished runs reached the same"),
+        (GRID, [1.0] * 16, "all finished runs have the same objective"),
     ],
 )
 def test_without_enough_to_go_by_one_sentence_says_so(

@@ -119,7 +119,7 @@ def test_control_characters_never_reach_the_terminal_raw() -> None:
     evil = "\x1b]0;x\x07\r\u202e\n"
     rows = [PreviewRow(1, make_tokens(HOSTILE), [evil])]
     preview = make_preview(
-        title=evil, facts=[(evil, evil)], warnings=[evil], rows=rows, lengths={evil: np.ones(3, int)}
+        title=evil, summary=[(evil, evil)], warnings=[evil], rows=rows, lengths={evil: np.ones(3, int)}
     )
     for color in (False, True):
         text = to_text(preview, ids=True, color=color)
@@ -283,7 +283,7 @@ def test_two_million_lengths_are_counted_within_a_second() -> None:
 
 @pytest.mark.parametrize("lengths", [{}, {"source": np.array([], int), "total": np.array([], int)}])
 def test_nothing_to_show_is_said(lengths: dict[str, np.ndarray], tmp_path: Path) -> None:
-    preview = make_preview(lengths=lengths, facts=[])
+    preview = make_preview(lengths=lengths, summary=[])
     assert to_text(preview, ids=True, color=False).endswith("Tokens a row: no rows were counted")
     assert "No rows were counted." in "".join(Page(to_html(preview)).words)
     plot_lengths(preview, tmp_path / "lengths.png")
@@ -309,7 +309,7 @@ def test_data_never_becomes_markup() -> None:
     evil = "</title></style></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
     rows = [PreviewRow(0, make_tokens([(evil, True), *HOSTILE]), [evil])]
     lengths = {evil: np.arange(9)}
-    source = to_html(make_preview(title=evil, facts=[(evil, evil)], warnings=[evil], rows=rows, lengths=lengths))
+    source = to_html(make_preview(title=evil, summary=[(evil, evil)], warnings=[evil], rows=rows, lengths=lengths))
     page = Page(source)
     assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
     assert "".join(page.words).count(evil) == 8  # title twice, label, value, warning, chart, note, token

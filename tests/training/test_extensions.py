@@ -54,7 +54,7 @@ ENTRY_POINTS = """
 [qlora.trackers]
 json-lines = lab_tools:JsonLines
 [qlora.metrics]
-word-overlap = lab_tools:word_overlap
+word_overlap = lab_tools:word_overlap
 [qlora.callbacks]
 step-log = lab_tools:StepLog
 """
@@ -91,7 +91,7 @@ def test_a_run_uses_the_tracker_metric_and_callback_of_an_installed_package(tmp_
     run = train(
         tmp_path,
         package,
-        *("tracking.backend=json-lines", "evaluation.metrics=[word-overlap]"),
+        *("tracking.backend=json-lines", "evaluation.metrics=[word_overlap]"),
         *("+callbacks.log._target_=step-log", f"+callbacks.log.path={tmp_path / 'steps.txt'}"),
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
