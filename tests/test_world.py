@@ -41,7 +41,7 @@ def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that 2 processes train together, but RANK and LOCAL_RANK and "),
         ({"SLURM_STEP_NUM_TASKS": "2"}, r"2 processes of this command were launched \(SLURM_STEP_NUM_TASKS\), but they "
-         r"know of 1 only \(WORLD_SIZE\), so each would train on its own; start it with torchrun"),
+         r"know of only 1 \(WORLD_SIZE\), so each would train alone; start it with torchrun"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, r"4 processes of this command were launched \(OMPI_COMM_WORLD_SIZE\)"),
         ({"ACCELERATE_USE_FSDP": "true"}, r"asks for FSDP \(ACCELERATE_USE_FSDP\).* choose trainer.parallel=fsdp"),
     ],
@@ -155,6 +155,6 @@ def test_a_run_folder_that_another_machine_does_not_see_is_refused_in_all_proces
     for process in processes:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0
-        assert output.startswith("run is written by the first process, on ")
+        assert output.startswith("run is written by the main process, on ")
         assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in output
     assert not list((tmp_path / "shared").iterdir())

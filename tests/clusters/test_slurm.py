@@ -202,7 +202,7 @@ def test_what_slurm_refuses_is_one_sentence_and_leaves_nothing_submitted(
         "constraint": ("h900", "SLURM refused the jobs: .*Invalid feature"),
         "gpus_per_node": (
             64,
-            "SLURM refused the jobs: .*no node has what is asked for: gpus_per_node=64, cpus_per_task=8",
+            "SLURM refused the jobs: .*no node has the requested gpus_per_node=64, cpus_per_task=8",
         ),
         "additional_parameters": ({"nonsense": 1}, "SLURM refused the jobs: .*unrecognized option '--nonsense=1'"),
     }

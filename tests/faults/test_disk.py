@@ -137,7 +137,7 @@ def test_a_run_waits_for_space_and_goes_on(
     output = capsys.readouterr().out
     assert f"the disk of {disk}/run/checkpoints is full (0.0 MB free, " in output
     assert "MB needed): the run waits up to 1:00 for space (trainer.disk_wait)" in output
-    assert output.count("the run waits up to") == output.count("there is space again: going on") == 1
+    assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1
 
 
 def test_the_oldest_checkpoint_that_would_go_anyway_makes_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

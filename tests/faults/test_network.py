@@ -79,7 +79,7 @@ def test_a_tracker_that_is_gone_does_not_end_the_run(tmp_path: Path, what: str) 
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
     [folder] = tmp_path.glob("run/wandb/run-*")
     assert "tracking=wandb: not everything was sent (" in done.stderr
-    assert done.stderr.endswith(f"); the training goes on, and `wandb sync {folder}` sends what was logged before\n")
+    assert done.stderr.endswith(f"); training continues, and `wandb sync {folder}` sends what was logged so far\n")
     assert len(done.stderr.splitlines()) == 1
     if what == "server":
         [file] = folder.glob("*.wandb")

@@ -473,9 +473,9 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
          "unknown key 'hydra.sweeper.n_trails' (did you mean hydra.sweeper.n_trials?)"),
         ([RATE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be positive or null, got 0"),
         ([RATE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction must be minimize or maximize, got 'up'"),
-        ([RATE, "hydra.sweeper.direction=[minimize,maximize]"], "has 2 of them for 1 objectives (eval_loss)"),
+        ([RATE, "hydra.sweeper.direction=[minimize,maximize]"], "has 2 values for 1 objectives (eval_loss)"),
         ([RATE, "hydra.sweeper.sampler_kwargs.startup=3"],
-         "hydra.sweeper.sampler_kwargs.startup: tpe takes no such argument"),
+         "hydra.sweeper.sampler_kwargs.startup: tpe has no such argument"),
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=-1"],
          "hydra.sweeper.pruner_kwargs does not suit median: Number of startup trials cannot be negative"),
         ([RATE, "hydra.sweeper.storage=postgresql://me:secret@localhost/x"],
@@ -494,12 +494,12 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
         ([RATE, "task.train=false", "objective=train_loss"], "it needs task.train=true"),
         ([RATE, "hydra.sweeper.sampler=grid"], "trainer.learning_rate is an interval of real numbers, which has no"),
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.objectives=[eval_loss,train_runtime]"],
-         "hydra.sweeper.pruner=median judges by a single objective, got eval_loss, train_runtime"),
+         "hydra.sweeper.pruner=median compares trials by a single objective, got eval_loss, train_runtime"),
         ([RATE, "hydra.sweeper.pruner=median", "objective=eval_exact_match"],
          "needs an objective that is measured during training (eval_loss, eval_perplexity), got eval_exact_match"),
         ([RATE, "hydra.sweeper.pruner=median", "trainer.eval_steps=null"], "but trainer.eval_steps is not set"),
         ([RATE, "hydra.sweeper.sampler=cmaes", "hydra.sweeper.objectives=[eval_loss,train_runtime]"],
-         "hydra.sweeper.sampler=cmaes knows a single objective"),
+         "hydra.sweeper.sampler=cmaes supports a single objective"),
         ([RATE, "hydra.sweeper.conditions={lora.alpha: 'lora=dora'}"],
          "hydra.sweeper.conditions: lora.alpha is not searched"),
         ([RATE, "lora.r=8,16", "hydra.sweeper.conditions={lora.r: 'lora=dora'}"],
@@ -541,7 +541,7 @@ def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, mon
     begun.ask().suggest_categorical("lora.r", [8, 16])
     sentence = refused(tmp_path, monkeypatch, "lora.r=8,16,32")
     assert sentence.startswith(
-        "lora.r: the study in outputs/sweeps/s was begun with choice(8,16), and now it is choice(8,16,32), which "
+        "lora.r: the study in outputs/sweeps/s started with choice(8,16), and now it is choice(8,16,32), which "
         "Optuna cannot mix; choose another folder with name=NAME"
     )
 
