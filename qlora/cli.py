@@ -37,10 +37,11 @@ from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import open_entries, override_value, refuse_unreadable, with_environment
 from qlora.config.paths import anchor_paths, give_home
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, Resume, TaskName, TrackingBackend
+from qlora.config.schema import Config, Resume, TaskName
 from qlora.config.search_path import option_folder
 from qlora.config.suggestions import unknown_flag
 from qlora.config.sweep_values import expand_sweep
+from qlora.config.trackers import NO_TRACKER
 from qlora.errors import ConfigError, Pruned, Stopped, UserError
 from qlora.runtime import distributed
 from qlora.runtime.command_folder import Start, check_links, start_anew, start_in
@@ -147,7 +148,7 @@ def _tell(error: Exception, *, in_full: bool) -> None:
             )
     if in_full or not text:
         text = "".join(traceback.format_exception(error)).rstrip()
-    name = f"process {distributed.rank()} of {distributed.size()}: " if distributed.size() > 1 else ""
+    name = f"process {distributed.rank()} of {distributed.world_size()}: " if distributed.world_size() > 1 else ""
     complain(f"{name}{text}")
 
 
@@ -271,13 +272,13 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
             *(["resume=auto"] if distributed.is_restart() else []),
         ]
     start = _start(composed, composed_at, folder, sweeps)
-    if distributed.size() > 1:  # the folder of the first process is that of all, also when they are started again
+    if distributed.world_size() > 1:  # the folder of the first process is that of all, also when they are started again
         os.environ[START_VARIABLE] = distributed.agree_on_start(
             "place", distributed.broadcast(os.environ[START_VARIABLE])
         )
     _hand_over(args, flags, *folder, *joined)
-    if sweeps and composed.tracking.backend is TrackingBackend.wandb:
-        from qlora.sweep.sweep_tracker import track_other_engine
+    if sweeps and composed.tracking.backend != NO_TRACKER:
+        from qlora.sweep.summary_run import track_other_engine
 
         afterwards += [partial(track_other_engine, [*next(expand_sweep(args.overrides)), *folder], args.config_dir)]
     try:
@@ -290,7 +291,7 @@ def _run(args: Any, flags: list[str], composed: DictConfig) -> None:
         raise
     for call in afterwards:
         call()
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 def _start(composed: DictConfig, composed_at: str, folder: list[str], sweeps: bool) -> Start | None:
@@ -340,17 +341,17 @@ def _join(config: DictConfig, sweeps: bool) -> list[str]:
     if config.trainer.memory_budget is not None and not ALLOCATOR & os.environ.keys():
         # What torch holds is what is counted: so pages that are free must serve again wherever they lie.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if distributed.size() == 1:
-        distributed.join()
+    if distributed.world_size() == 1:
+        distributed.init_process_group()
         return []
     if sweeps or not (is_replay or (config.task.name is TaskName.train and config.task.train)):
         what = (
             "a sweep starts a process for each of its jobs" if sweeps else "only a training runs in several processes"
         )
         raise ConfigError(
-            f"{distributed.size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
+            f"{distributed.world_size()} processes were launched (WORLD_SIZE), and {what}; start it without a launcher"
         )
-    distributed.join()
+    distributed.init_process_group()
     os.environ[START_VARIABLE] = distributed.agree_on_start("time", os.environ[START_VARIABLE])
     if distributed.is_main_process():
         return []
@@ -388,7 +389,7 @@ def job(composed: DictConfig) -> Any:
     finally:
         free_memory()
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
-            from qlora.sweep.sweep_report import write_overview
+            from qlora.sweep.sweep_page import write_overview
 
             write_overview(sweep_dir, config.objective)
 
@@ -403,7 +404,7 @@ def execute(
 ) -> dict[str, Any]:
     """Does what `task=` says in a folder, and returns the result."""
     if config.task.name is TaskName.report:  # reads files only, so torch need not be imported
-        from qlora.sweep.sweep_report import report
+        from qlora.sweep.report_task import report
 
         return report(config, folder)
     if config.task.name is TaskName.plan:  # needs the model's shape only

@@ -42,18 +42,16 @@ from qlora.reporting.preview import plot_lengths, to_html, to_text
 from qlora.reporting.run_page import write_run_page
 from qlora.runtime import console, distributed
 from qlora.runtime.atomic_files import (
-    Patience,
     iter_lines,
     read_json,
     read_lines,
-    wait_for_space,
-    waiting_for_space,
     write_folder,
     write_lines,
     write_text,
 )
 from qlora.runtime.determinism import deterministic
 from qlora.runtime.device import peak_memory_gb, reset_peak_memory
+from qlora.runtime.disk_space import Patience, wait_for_space, waiting_for_space
 from qlora.runtime.energy import read_energy
 from qlora.runtime.run_folder import config_digest, flatten
 from qlora.runtime.saved_run import find_damage, set_damage_aside
@@ -402,15 +400,16 @@ class Run(Session):
 
     def _check_processes(self) -> None:
         """Raises `ConfigError` for what needs several processes, or cannot be had in them."""
-        if self.config.trainer.parallel is Parallel.fsdp and distributed.size() == 1:
+        if self.config.trainer.parallel is Parallel.fsdp and distributed.world_size() == 1:
             raise ConfigError(
-                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; {distributed.HOW}, "
-                "or leave it out"
+                f"trainer.parallel=fsdp shares the base out among processes, and this is one alone; "
+                f"{distributed.LAUNCH_HINT}, or leave it out"
             )
-        if distributed.size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
+        if distributed.world_size() > 1 and (self.config.model.device_map or self.config.model.max_memory):
             raise ConfigError(
-                f"model.device_map and model.max_memory spread one process over several GPUs, and {distributed.size()} "
-                "processes were launched, each with a GPU of its own; leave them out, or start without a launcher"
+                f"model.device_map and model.max_memory spread one process over several GPUs, and "
+                f"{distributed.world_size()} processes were launched, each with a GPU of its own; leave them out, or "
+                "start without a launcher"
             )
 
     def _baseline(self, model: PreTrainedModel) -> Measurement:
@@ -484,17 +483,19 @@ class Run(Session):
     def _check_same_processes(self, checkpoint: Path, written: dict[str, Any]) -> None:
         """Raises `ConfigError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
         before, rows = written["processes"], written.get("rows")
-        if before == distributed.size():
+        if before == distributed.world_size():
             return
         what = (
             f"{checkpoint} was written by {before} process{'es' if before > 1 else ''}, and this run has "
-            f"{distributed.size()}: its steps hold "
+            f"{distributed.world_size()}: its steps hold "
         )
         if self.config.resume is Resume.force:
             same = "the same rows, but dropout draws other masks" if rows == self.rows_a_step else "other rows"
             log.warning("resume=force: %s%s", what, same)
             return
-        accumulated, rest = divmod(rows or 0, self.config.trainer.per_device_train_batch_size * distributed.size())
+        accumulated, rest = divmod(
+            rows or 0, self.config.trainer.per_device_train_batch_size * distributed.world_size()
+        )
         same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
         raise ConfigError(
             f"{what}other rows; start {before} again, or choose another folder (hydra.run.dir=FOLDER or name=NAME); "
@@ -671,7 +672,7 @@ class Run(Session):
             adapter = f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora.enabled else "all weights"
             length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
             unit = "packs" if report.packs else "rows"
-            processes = distributed.size()
+            processes = distributed.world_size()
             facts |= {
                 "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
                 f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",

@@ -29,10 +29,10 @@ from qlora.config.schema import (
     PlanStep,
     SameBase,
     TaskName,
-    TrackingBackend,
     Weights,
     no_cuda,
 )
+from qlora.config.trackers import NO_TRACKER
 from qlora.data.batching.collate import Collator, count_work
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.batching.token_store import column
@@ -238,7 +238,7 @@ class Session:
             return None
         if task.name is not TaskName.train:
             return wanted
-        tracked = self.config.tracking.in_use is not TrackingBackend.none
+        tracked = self.config.tracking.in_use != NO_TRACKER
         return max(wanted, evaluation.show_predictions if task.predict or tracked else 0)
 
     @property
@@ -379,14 +379,14 @@ class Session:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the base only, so that all must call the model together."""
-        return self.config.trainer.parallel is Parallel.fsdp and distributed.size() > 1
+        return self.config.trainer.parallel is Parallel.fsdp and distributed.world_size() > 1
 
     def build_model(self) -> PreTrainedModel:
         """Returns the base with a fresh adapter, as it is trained."""
         model = self.add_adapter(self.load_base())
         if self.is_sharded:
             assert isinstance(model, PeftModel), "Config checks it"
-            shard_base(model, self.placement.device, distributed.size())
+            shard_base(model, self.placement.device, distributed.world_size())
         return model
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -545,21 +545,17 @@ class Session:
             seed=self.config.seed,
         )
 
-        if arguments.world_size != distributed.size():
+        if arguments.world_size != distributed.world_size():
             raise ConfigError(
-                f"{distributed.size()} processes were launched (WORLD_SIZE), and training would use "
-                f"{arguments.world_size} of them; {distributed.HOW}"
+                f"{distributed.world_size()} processes were launched (WORLD_SIZE), and training would use "
+                f"{arguments.world_size} of them; {distributed.LAUNCH_HINT}"
             )
 
         def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
             return self._in_first(lambda: measure_rows(current, step))
 
         def measure_rows(current: torch.nn.Module, step: int) -> dict[str, float]:
-            shown = (
-                self.config.evaluation.show_predictions
-                if self.config.tracking.in_use is not TrackingBackend.none
-                else 0
-            )
+            shown = self.config.evaluation.show_predictions if self.config.tracking.in_use != NO_TRACKER else 0
             measured = self.measurer.measure(current, answers=shown)
             tracker.log_predictions(measured.predictions, step=step)
             metrics = {name: measured.metrics[name] for name in ("loss", "perplexity")}
@@ -589,7 +585,7 @@ class Session:
             metadata={
                 "config": config_digest(config_to_dict(self.config)),
                 "data": self.data.report.fingerprint,
-                "processes": distributed.size(),
+                "processes": distributed.world_size(),
                 "rows": self.rows_a_step,
                 "trackers": tracker_ids(self.folder.path),
             },
@@ -608,7 +604,7 @@ class Session:
     def rows_a_step(self) -> int:
         """How many rows, or packs, the processes take together in an optimizer step."""
         trainer = self.config.trainer
-        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.size()
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.world_size()
 
     def _build_step(self, model: PreTrainedModel) -> FastStep:
         packed = self.data.packed

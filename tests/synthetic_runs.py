@@ -50,8 +50,8 @@ def write_run(
     }
     config = _config([*overrides, *command])
     _write(folder / "config.yaml", json.dumps(config))  # which is YAML too
-    words = [*overrides, *command]
-    _write(folder / ".hydra" / "overrides.yaml", "".join(f"- {json.dumps(word)}\n" for word in words) or "[]\n")
+    args = [*overrides, *command]
+    _write(folder / ".hydra" / "overrides.yaml", "".join(f"- {json.dumps(word)}\n" for word in args) or "[]\n")
     record: dict[str, Any] = {"overrides": list(overrides), "status": status, "reason": reason}
     _write_json(folder / "status.json", record | {"result": "result.json", "seconds": seconds + 12, "started": 1.8e9})
     _write_json(folder / "progress.json", {"step": len(history) and history[-1]["step"], "max_steps": steps})
@@ -85,20 +85,24 @@ def write_sweep(
         overrides = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
         status, reason, log = (broken or {}).get(number, ("finished", None, ""))
         draw = random.Random(f"{overrides}")
-        places = [
+        positions = [
             list(all_).index(value) / max(len(all_) - 1, 1) for all_, value in zip(axes.values(), values, strict=True)
         ]
-        level = 1.2 + sum((place - 0.6) ** 2 / (1 + 3 * nth) for nth, place in enumerate(places)) + 0.05 * draw.random()
+        level = (
+            1.2
+            + sum((position - 0.6) ** 2 / (1 + 3 * nth) for nth, position in enumerate(positions))
+            + 0.05 * draw.random()
+        )
         name = f"{slug(overrides)}-{number:08x}"
         write_run(folder / name, overrides, status=status, reason=reason, level=level, log=log, command=command)
     _write_json(folder / "sweep.json", {"name": folder.name, "objective": "eval_loss", "jobs": [], "common": {}})
     return folder
 
 
-def _config(words: Sequence[str]) -> dict[str, Any]:
+def _config(args: Sequence[str]) -> dict[str, Any]:
     """Returns the config of overrides; composing each run would take most of the time."""
-    fields = [word for word in words if word.partition("=")[0] not in group_names()]
-    config = json.loads(_composed(tuple(word for word in words if word not in fields)))
+    fields = [word for word in args if word.partition("=")[0] not in group_names()]
+    config = json.loads(_composed(tuple(word for word in args if word not in fields)))
     for word in fields:
         key, _, value = word.partition("=")
         *groups, name = key.split(".")
@@ -107,8 +111,8 @@ def _config(words: Sequence[str]) -> dict[str, Any]:
 
 
 @functools.cache
-def _composed(words: tuple[str, ...]) -> str:
-    return json.dumps(config_to_dict(compose(list(words))))
+def _composed(args: tuple[str, ...]) -> str:
+    return json.dumps(config_to_dict(compose(list(args))))
 
 
 def _points(step: int, steps: int, level: float, draw: random.Random) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora.config.schema import FUNCTION_PATH, Config, TrackingBackend
+from qlora.config.schema import FUNCTION_PATH, Config
 from qlora.errors import ConfigError
 
 NAMES_OR_PATHS = ("model.name", "model.tokenizer", "data.path", "data.eval_path", "data.template", "adapter")
@@ -45,7 +45,7 @@ def anchor_paths(config: Config, folder: Path) -> None:
             if key in PATHS or value.startswith(".") or path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
                 setattr(owner, name, str(path))
     uri = config.tracking.uri
-    if config.tracking.in_use is TrackingBackend.mlflow and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
+    if config.tracking.in_use == "mlflow" and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
         raise ConfigError(
             "hydra.job.chdir=true: MLflow's database lies below the folder that a run works in, so each run would have "
             f"its own; name one with tracking.uri, e.g. tracking.uri={DATABASE}{folder / 'mlflow.db'}"

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.paths import cache_root
-from qlora.config.schema import Config, TrackingBackend, Weights
+from qlora.config.schema import Config, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
-from qlora.runtime.atomic_files import free_bytes
+from qlora.runtime.disk_space import free_bytes
 from qlora.tasks.plan import Plan, build_plan
 
 MOST_CHECKPOINTS = 2
@@ -179,25 +179,20 @@ def _ask_hub() -> Iterator[Finding]:
 
 def check_tracking(config: Config) -> Iterator[Finding]:
     """Looks whether the tracker's package and login are there."""
-    backend = config.tracking.in_use
-    if backend is not TrackingBackend.wandb:
-        yield fine("tracking", backend.value)
-        return
-    from qlora.training.trackers.wandb import check_access, wandb_mode
+    from qlora.training.trackers import tracker_class
 
+    name = config.tracking.in_use
     try:
-        check_access(config.tracking)
+        tracker = tracker_class(config.tracking)
+        yield fine("tracking", tracker.check_access(config.tracking))
     except UserError as error:
         yield fail("tracking", str(error), "or tracking=none")
         return
-    yield fine("tracking", f"wandb, {wandb_mode(config.tracking)}")
-    if config.task.online and wandb_mode(config.tracking) == "online":
-        import wandb
-
-        try:
-            yield fine("wandb login", f"accepted: {wandb.Api().viewer.username}")
-        except Exception as error:  # of the network, or of the server
-            yield fail("wandb login", f"not accepted: {first_line(error)}", "wandb login --relogin")
+    try:
+        if config.task.online and (account := tracker.account(config.tracking)) is not None:
+            yield fine(f"{name} login", f"accepted: {account}")
+    except Exception as error:  # of the network, or of the server
+        yield fail(f"{name} login", f"not accepted: {first_line(error)}", f"{name} login --relogin")
 
 
 def check_environment() -> Iterator[Finding]:

@@ -70,17 +70,17 @@ def generate(
 
 
 def left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask` of shape (prompts, longest), padded on the left."""
-    longest = max(len(ids) for ids in prompts)
-    ids = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    """Returns `input_ids` and `attention_mask` of shape (prompts, length), padded on the left."""
+    length = max(len(ids) for ids in prompts)
+    ids = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns every id that ends an answer: the tokenizer's and those of the model's generation config."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = own if isinstance(own, list) else [own]
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    ids = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})
 
 
@@ -88,7 +88,7 @@ def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list
     """Returns transformers' settings without those that the chosen search does not read."""
     options = asdict(config)
     del options["batch_size"]
-    if not config.do_sample:  # these are read by sampling only, and transformers warns of them otherwise
+    if not config.do_sample:  # only sampling reads these, and transformers warns about them otherwise
         for name in ("temperature", "top_p", "typical_p"):
             del options[name]
         if not config.penalty_alpha:
@@ -100,7 +100,7 @@ def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list
 
 @contextlib.contextmanager
 def own_settings_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Hides a model's own generation config, from which transformers fills every option that is not set."""
+    """Hides the model's own generation config, from which transformers would take every unset option."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, base.generation_config = base.generation_config, HFGenerationConfig()
     try:
@@ -116,7 +116,7 @@ def community_code(config: GenerationConfig) -> dict[str, object]:
 
 
 def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    end = next((index for index, token in enumerate(ids) if token in end_ids), None)
     kept = ids if end is None else ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
     return Answer(text, len(kept), "length" if end is None else "stop")

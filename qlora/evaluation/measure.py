@@ -32,7 +32,7 @@ class Measurement:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     """The answers behind the metrics, as `Measurer.predict` returns them."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """What a suite tells of each of its items."""
+    """A suite's record of each of its items."""
 
     def __or__(self, other: Measurement) -> Measurement:
         return Measurement(
@@ -59,9 +59,9 @@ class Measurement:
         return {"metrics": self.metrics, "scores": {name: score.to_dict() for name, score in self.scores.items()}}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Measurement:
+    def from_dict(cls, saved: dict[str, Any]) -> Measurement:
         """Returns the measurement that `to_dict` wrote."""
-        return cls(stored["metrics"], {name: Score.from_dict(score) for name, score in stored["scores"].items()})
+        return cls(saved["metrics"], {name: Score.from_dict(score) for name, score in saved["scores"].items()})
 
 
 class Suite(Protocol):
@@ -142,7 +142,7 @@ class Measurer:
             yield Answered(indices, answers, time.monotonic() - started)
 
     def records(self, rows: Dataset, answers: Iterable[Answer]) -> Iterator[dict[str, Any]]:
-        """Yields what `predictions.jsonl` tells of each row and its answer."""
+        """Yields the records of `predictions.jsonl`, one for each row and its answer."""
         columns = [name for name in ("prompt", "prompt_ids", "reference", "task") if name in rows.column_names]
         for row, answer in zip(rows.select_columns(columns), answers, strict=True):
             yield {
@@ -215,7 +215,7 @@ def seeded(*seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Lets random numbers go on behind the block as if none had been drawn in it."""
+    """Restores the state of the random number generators after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     kind = device.type if device.type != "cpu" else "cuda"
     try:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import EvaluationConfig, MmluSplit
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DataError
 from qlora.evaluation.choices import ChoiceEncoder, ChoiceReader, Prompt, build_groups, measure_choices
 from qlora.evaluation.measure import Measurement
 from qlora.evaluation.statistics import Score
@@ -59,42 +59,42 @@ def load_questions(
     """Returns the first `max_samples` questions of `path`, or of the hub's set behind its solved ones.
 
     `read_file` yields a file's rows, each with where it stands; `load_split` gives a split of the hub's set. Raises
-    `ConfigError` for a row that is no question, and where there is none.
+    `DataError` for a row that is not a question, and if there are none.
     """
     if config.path is not None:
         rows = islice(read_file(config.path), config.max_samples)
-        questions = [read_question(row, place) for row, place in rows]
+        questions = [read_question(row, source) for row, source in rows]
     else:
         asked = islice(load_split(HUB_SPLITS[config.split]), config.max_samples)
         solved = load_split("dev") if config.shots != 0 else ()
         questions = render_questions(asked, solved, SHOTS if config.shots is None else config.shots)
     if not questions:
-        raise ConfigError(f"evaluation.path={config.path}: no questions in it")
+        raise DataError(f"evaluation.path={config.path}: it holds no questions")
     return questions
 
 
-def read_question(row: Row, place: str) -> Question:
-    """Returns a row of a file with `subject`, `input` and `output`; `place` is the beginning of an error."""
+def read_question(row: Row, source: str) -> Question:
+    """Returns a row of a file with `subject`, `input` and `output`; `source` begins the message of an error."""
     for name in COLUMNS:
         if name not in row:
-            raise ConfigError(
-                f"{place}: no column {name!r}; a question needs {', '.join(COLUMNS)}, and this one has "
+            raise DataError(
+                f"{source}: no column {name!r}; a question needs {', '.join(COLUMNS)}, and this one has "
                 f"{listed(row) or 'none'}"
             )
     subject, text, answer = (row[name] for name in COLUMNS)
     for name, value in (("subject", subject), ("input", text)):
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{place}: {name!r} must be a text and not empty, got {value!r}")
+            raise DataError(f"{source}: {name!r} must be a text and not empty, got {value!r}")
     letter = answer.strip() if isinstance(answer, str) else answer
     if letter not in LETTERS:
-        raise ConfigError(f"{place}: 'output' must be the letter of the right choice, A, B, C or D, got {answer!r}")
+        raise DataError(f"{source}: 'output' must be the letter of the right choice, A, B, C or D, got {answer!r}")
     return Question(subject, text, letter)
 
 
 def render_questions(asked: Iterable[Row], solved: Iterable[Row], shots: int) -> list[Question]:
     """Returns rows of the hub's set (`question`, `subject`, `choices`, `answer`) in the layout of MMLU's authors.
 
-    The first `shots` rows of `solved` on the same subject stand before each question, with their answers.
+    The first `shots` rows of `solved` on the same subject precede each question, with their answers.
     """
     examples: dict[str, list[str]] = {}
     for row in solved:
@@ -103,8 +103,8 @@ def render_questions(asked: Iterable[Row], solved: Iterable[Row], shots: int) ->
     for row in asked:
         # Two blanks, as the authors' own code writes it.
         heading = f"The following are multiple choice questions (with answers) about  {_spoken(row['subject'])}.\n\n"
-        before = "".join(examples.get(row["subject"], [])[:shots])
-        questions.append(Question(row["subject"], heading + before + _ask(row), LETTERS[row["answer"]]))
+        examples_text = "".join(examples.get(row["subject"], [])[:shots])
+        questions.append(Question(row["subject"], heading + examples_text + _ask(row), LETTERS[row["answer"]]))
     return questions
 
 
@@ -162,12 +162,12 @@ class Mmlu:
         records = [
             {
                 "subject": question.subject,
-                "prediction": LETTERS[int(told.argmax())],
+                "prediction": LETTERS[int(scores.argmax())],
                 "reference": question.answer,
-                "log_likelihoods": dict(zip(LETTERS, told.tolist(), strict=True)),
+                "log_likelihoods": dict(zip(LETTERS, scores.tolist(), strict=True)),
                 "prompt_tokens": len(prompt.ids),
             }
-            for question, prompt, told in zip(self.questions, self.prompts, likelihoods, strict=True)
+            for question, prompt, scores in zip(self.questions, self.prompts, likelihoods, strict=True)
         ]
         return self._score(records)
 
@@ -177,8 +177,8 @@ class Mmlu:
         losses = [-record["log_likelihoods"][record["reference"]] for record in records]
         scores = {"accuracy": Score(right, subjects), "loss": Score(losses)}
         for subject in dict.fromkeys(subjects):
-            own = [value for value, name in zip(right, subjects, strict=True) if name == subject]
-            scores[f"accuracy_{subject}"] = Score(own)
+            answers = [value for value, name in zip(right, subjects, strict=True) if name == subject]
+            scores[f"accuracy_{subject}"] = Score(answers)
         scores = {f"mmlu_{self.split}_{name}": score for name, score in scores.items()}
         return Measurement({name: score.estimate().value for name, score in scores.items()}, scores, records=records)
 
@@ -238,24 +238,24 @@ class Fitter:
 
     def _encode(self, texts: Sequence[str], shortened: Counter[str]) -> list[Prompt]:
         parts = [Parts.of(text) for text in texts]
-        found = self.encoder.encode(texts)
+        prompts = self.encoder.encode(texts)
         with_fewer: set[int] = set()
-        while again := [number for number, part in enumerate(parts) if part.shots and self._excess(found[number]) > 0]:
+        while again := [index for index, part in enumerate(parts) if part.shots and self._excess(prompts[index]) > 0]:
             with_fewer.update(again)
-            for number in again:
-                del parts[number].shots[0]
-            encoded = self.encoder.encode([parts[number].text for number in again])
-            for number, prompt in zip(again, encoded, strict=True):
-                found[number] = prompt
-        for number, prompt in enumerate(found):
+            for index in again:
+                del parts[index].shots[0]
+            encoded = self.encoder.encode([parts[index].text for index in again])
+            for index, prompt in zip(again, encoded, strict=True):
+                prompts[index] = prompt
+        for index, prompt in enumerate(prompts):
             if (excess := self._excess(prompt)) > 0:
                 first = len(self.encoder.bos)
                 ids = np.concatenate([prompt.ids[:first], prompt.ids[first + excess :]])
-                found[number] = prompt._replace(ids=ids)
+                prompts[index] = prompt._replace(ids=ids)
                 shortened["question"] += 1
-            elif number in with_fewer:
+            elif index in with_fewer:
                 shortened["shots"] += 1
-        return found
+        return prompts
 
     def _excess(self, prompt: Prompt) -> int:
         return len(prompt.ids) - min(self.source_max_len, self.context - prompt.rest)

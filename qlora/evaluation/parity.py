@@ -49,14 +49,16 @@ def compare_records(folder: Path, reference: Path, *, device: torch.device) -> P
 
 def _compare(answers: Iterable[dict[str, Tensor]], folder: Path, device: torch.device) -> Parity:
     kl, same, layers = [], [], []
-    for number, found in enumerate(answers):
-        expected = load_file(folder / f"{number}.safetensors")
-        reference, logits = (torch.log_softmax(each["logits"].to(device).float(), dim=-1) for each in (expected, found))
+    for index, actual in enumerate(answers):
+        expected = load_file(folder / f"{index}.safetensors")
+        reference, logits = (
+            torch.log_softmax(answer["logits"].to(device).float(), dim=-1) for answer in (expected, actual)
+        )
         terms = reference.exp() * (reference - logits)
         terms = terms.masked_fill(reference == -torch.inf, 0.0)  # p log p of an impossible token
         kl.append(terms.sum(-1).clamp(min=0).cpu())  # rounding can make the sum slightly negative
         same.append((reference.argmax(-1) == logits.argmax(-1)).cpu())
-        layers += [_distance(expected[name], found[name]) for name in sorted(expected, key=_layer) if name != "logits"]
+        layers += [_distance(expected[name], actual[name]) for name in sorted(expected, key=_layer) if name != "logits"]
     divergence, agreement = torch.cat(kl), torch.cat(same)
     return Parity(
         kl_mean=float(divergence.mean()),
@@ -72,15 +74,15 @@ def _forward(model: torch.nn.Module, prompt: Sequence[int], device: torch.device
     """Returns `logits` [tokens, vocabulary] and, if asked, hidden states `0`, `1` ... [tokens, width], on the CPU."""
     ids = torch.tensor([prompt], device=device)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=hidden)
-    found = {"logits": output.logits[0].cpu().contiguous()}
+    result = {"logits": output.logits[0].cpu().contiguous()}
     states = output.hidden_states if hidden else ()
-    return found | {str(number): state[0].cpu().contiguous() for number, state in enumerate(states)}
+    return result | {str(number): state[0].cpu().contiguous() for number, state in enumerate(states)}
 
 
 def _layer(name: str) -> int:
     return int(name) if name.isdigit() else -1
 
 
-def _distance(expected: Tensor, found: Tensor) -> float:
-    expected, found = expected.float(), found.float()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+def _distance(expected: Tensor, actual: Tensor) -> float:
+    expected, actual = expected.float(), actual.float()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))

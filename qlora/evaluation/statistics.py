@@ -30,10 +30,10 @@ class Score:
     """The subject of each item; then the mean is that of the subjects' means (macro average)."""
 
     def estimate(self) -> Estimate:
-        """Returns the mean with its interval: Wilson's for shares of one group, else a normal one.
+        """Returns the mean with its interval: Wilson's for fractions of one group, else a normal one.
 
-        The share in a group's variance is that of Agresti and Coull (1998), nearer to a half, so that a group without
-        a mistake does not look certain.
+        The fraction in a group's variance is that of Agresti and Coull (1998), nearer to a half, so that a group
+        without a mistake does not look certain.
         """
         if self.groups is None and self._is_share:
             return _wilson(sum(self.values), len(self.values))
@@ -64,9 +64,9 @@ class Score:
         return {"values": list(self.values), "groups": None if self.groups is None else list(self.groups)}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Score:
+    def from_dict(cls, saved: dict[str, Any]) -> Score:
         """Returns the score that `to_dict` wrote."""
-        return cls(stored["values"], stored["groups"])
+        return cls(saved["values"], saved["groups"])
 
     @property
     def _is_share(self) -> bool:
@@ -85,10 +85,10 @@ def _normal(means: list[float], variances: list[float], limits: tuple[float, flo
 
 
 def _wilson(right: float, count: int) -> Estimate:
-    share, square = right / count, Z**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    spread = Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    return Estimate(share, max(middle - spread, 0.0), min(middle + spread, 1.0))
+    fraction, square = right / count, Z**2
+    middle = (fraction + square / (2 * count)) / (1 + square / count)
+    spread = Z / (1 + square / count) * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count**2))
+    return Estimate(fraction, max(middle - spread, 0.0), min(middle + spread, 1.0))
 
 
 def _agresti_min(differences: np.ndarray) -> Estimate:
@@ -108,8 +108,8 @@ def _variance(values: np.ndarray) -> float:
 
 
 def _variance_of_share(values: np.ndarray) -> float:
-    share = (values.sum() + 2) / (len(values) + 4)
-    return float(share * (1 - share)) / len(values)
+    fraction = (values.sum() + 2) / (len(values) + 4)
+    return float(fraction * (1 - fraction)) / len(values)
 
 
 def _variance_of_pairs(differences: np.ndarray) -> float:

@@ -21,17 +21,17 @@ from qlora.config.overrides import override_value
 from qlora.config.saved_config import read_yaml, write_yaml
 from qlora.config.schema import Config
 from qlora.config.trust import REMOTE_CODE
-from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.errors import ConfigError, DataError, UserError, did_you_mean
 from qlora.migrate.axolotl import AXOLOTL
 from qlora.migrate.llama_factory import FACTORY
 from qlora.migrate.original import PROGRAM, QLORA, read_command
-from qlora.migrate.rules import Dialect, Reading, translate
 from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
+from qlora.migrate.translation import Dialect, Reading, translate
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.run_folder import RunFolder
 
-MOST_REFUSED = 8
+MAX_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
 
 
@@ -63,10 +63,10 @@ def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
     write_text(folder.result("migrate"), json.dumps(result, indent=2, default=str) + "\n")
     _print(dialect, reading, config.source)
     console.say()
-    words = shlex.join(["--config-dir", str(output_dir / "conf"), f"experiment={name}", *typed])
+    arguments = shlex.join(["--config-dir", str(output_dir / "conf"), f"experiment={name}", *typed])
     console.say_rows(
         [
-            ("as an experiment", f"qlora {words}"),
+            ("as an experiment", f"qlora {arguments}"),
             ("migrate", str(folder.result("migrate"))),
         ]
     )
@@ -74,21 +74,21 @@ def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[Dialect, Reading]:
-    """Returns whose config a file is and what became of it; its overrides compose.
+    """Returns the dialect of a file and its translation, whose overrides compose.
 
-    Raises `ConfigError` for a file that is none of these, or that describes no training on answers.
+    Raises a `UserError` for any other file, or one that does not describe training on answers.
     """
     if not path.is_file():
         siblings = [str(entry) for entry in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ConfigError(
             f"from={path}: no such file{did_you_mean(str(path), siblings)}; give the path of a config or a script"
         )
-    dialect, facts = _recognise(path)
+    dialect, settings = _recognise(path)
     try:
-        reading = translate(dialect, facts)
+        reading = translate(dialect, settings)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise ConfigError(
-            f"from={path}: a value has another form than {dialect.name} documents ({error}); mend it there first"
+        raise DataError(
+            f"from={path}: a value has another form than {dialect.name} documents ({error}); fix it there first"
         ) from error
     return dialect, _composable(reading, path)
 
@@ -97,7 +97,7 @@ def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"from={path} is no UTF-8 text; give a script or a YAML") from None
+        raise DataError(f"from={path} is not UTF-8 text; give a script or a YAML") from None
     if path.suffix not in (".yaml", ".yml") and (PROGRAM in text or text.lstrip().startswith("--")):
         return QLORA, read_command(text)
     tree = read_yaml(path)
@@ -109,38 +109,38 @@ def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
             return AXOLOTL, {**tree, **here}
         if "model_name_or_path" in tree or "finetuning_type" in tree:
             return FACTORY, {**tree, **here}
-    raise ConfigError(
-        f"from={path} is no command of {PROGRAM}, and no YAML of Axolotl (base_model), LLaMA-Factory "
+    raise DataError(
+        f"from={path} is neither a command of {PROGRAM} nor a YAML of Axolotl (base_model), LLaMA-Factory "
         f"(model_name_or_path) or torchtune ({COMPONENT})"
     )
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns values by full keys; the entries of a list of mappings are numbered."""
-    found: dict[str, Any] = {}
+    """Returns values by full keys; the entries of a list of mappings get their indices as keys."""
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
             value = dict(enumerate(value))
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            values |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def _composable(reading: Reading, path: Path) -> Reading:
-    """Composes the overrides; one that cannot stand beside the others is left out, with what the error says."""
+    """Composes the overrides; one that conflicts with the others is left out, with the message of the error."""
     overrides, lost = list(reading.overrides), list(reading.lost)
-    for _ in range(MOST_REFUSED):
+    for _ in range(MAX_REFUSED):
         if (refused := _refusal(overrides)) is None:
             return Reading(overrides, lost)
         culprit = next((text for text in reversed(overrides) if _refusal(_without(overrides, text)) is None), None)
         culprit = culprit or next((text for text in reversed(overrides) if text.partition("=")[0] in refused), None)
         if culprit is None:
-            raise ConfigError(f"from={path}: what it says cannot be composed: {refused}")
+            raise DataError(f"from={path}: its settings cannot be composed: {refused}")
         overrides = _without(overrides, culprit)
         lost.append((culprit.partition("=")[0], culprit.partition("=")[2], f"left out: {refused}"))
-    raise ConfigError(f"from={path}: what it says cannot be composed: {refused}")
+    raise DataError(f"from={path}: its settings cannot be composed: {refused}")
 
 
 def _refusal(overrides: list[str]) -> str | None:
@@ -152,11 +152,11 @@ def _refusal(overrides: list[str]) -> str | None:
 
 
 def _without(overrides: list[str], text: str) -> list[str]:
-    return [each for each in overrides if each != text]
+    return [override for override in overrides if override != text]
 
 
 def _as_experiment(overrides: list[str], title: str) -> str:
-    """Returns an option of the group `experiment` that says the same."""
+    """Returns the overrides as an option of the group `experiment`."""
     groups, defaults, tree = group_names(), [], dict[str, Any]()
     for text in keep_spelling(overrides):
         key, value = text.partition("=")[0], override_value(text)
@@ -175,13 +175,13 @@ def _as_experiment(overrides: list[str], title: str) -> str:
 def _print(dialect: Dialect, reading: Reading, source: str) -> None:
     console.start_screen([("from", f"{source}: {dialect.name}"), ("overrides", str(len(reading.overrides)))])
     console.say("qlora \\")
-    for place, text in enumerate(reading.overrides, 1):
-        console.say(f"  {shlex.quote(text)}" + (" \\" if place < len(reading.overrides) else ""))
+    for count, text in enumerate(reading.overrides, 1):
+        console.say(f"  {shlex.quote(text)}" + (" \\" if count < len(reading.overrides) else ""))
     console.say()
     if not reading.lost:
-        console.say(Text("Everything has its place here.", style="bold"))
+        console.say(Text("Every setting was translated.", style="bold"))
         return
-    console.say(Text(f"Without a place here ({len(reading.lost)})", style="bold"))
+    console.say(Text(f"Not translated ({len(reading.lost)})", style="bold"))
     console.say_rows(
         [(f"{key}={_short(value)}" if value is not None else key, why) for key, value, why in reading.lost]
     )

@@ -9,7 +9,7 @@ from typing import Any
 from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
 from qlora.migrate import shared_rules
-from qlora.migrate.rules import UNSET, Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
+from qlora.migrate.translation import UNSET, Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 
 FORMATS = {
     "alpaca": "alpaca",
@@ -23,34 +23,34 @@ FORMATS = {
 }
 
 
-def _model(facts: Taken) -> Iterator[Part]:
-    if (rl := facts.take("rl")) is not None or facts.get("reward_model"):
+def _model(settings: Settings) -> Iterator[Part]:
+    if (rl := settings.take("rl")) is not None or settings.get("reward_model"):
         raise ConfigError(
             f"from: rl={rl or 'reward_model'} trains by preferences or rewards; here models are trained on answers "
             "alone"
         )
-    yield from shared_rules.choose_model(str(facts.take("base_model", "unset")), "base_model")
-    if (tokenizer := facts.take("tokenizer_config")) is not None:
+    yield from shared_rules.choose_model(str(settings.take("base_model", "unset")), "base_model")
+    if (tokenizer := settings.take("tokenizer_config")) is not None:
         yield write_override("model.tokenizer", tokenizer)
 
 
-def _bits(facts: Taken) -> Iterator[Part]:
-    adapter, four, eight = facts.take("adapter"), facts.take("load_in_4bit"), facts.take("load_in_8bit")
+def _bits(settings: Settings) -> Iterator[Part]:
+    adapter, four, eight = settings.take("adapter"), settings.take("load_in_4bit"), settings.take("load_in_8bit")
     if adapter not in (None, "lora", "qlora"):
         yield Lost("a LoRA adapter is trained in its place", "adapter")
-    more = facts.take("bnb_config_kwargs", {})
-    narrow = any(facts.get(name) for name in ("bf16", "fp16", "bfloat16", "float16"))
-    bits = 4 if four or adapter == "qlora" else 8 if eight else 16 if narrow else 32
+    more = settings.take("bnb_config_kwargs", {})
+    is_bf16 = any(settings.get(name) for name in ("bf16", "fp16", "bfloat16", "float16"))
+    bits = 4 if four or adapter == "qlora" else 8 if eight else 16 if is_bf16 else 32
     kind, double = more.get("bnb_4bit_quant_type", "nf4"), more.get("bnb_4bit_use_double_quant", True)
     yield from shared_rules.choose_quantization(bits, kind, double, lora=adapter is not None)
     for name, ours in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
-        value = facts.take(name)
+        value = settings.take(name)
         if value and value != "auto" and bits != 32:
             yield f"quantization.compute_dtype={ours}"
 
 
-def _lora(facts: Taken) -> Iterator[Part]:
-    named, linear = facts.take("lora_target_modules"), facts.take("lora_target_linear")
+def _lora(settings: Settings) -> Iterator[Part]:
+    named, linear = settings.take("lora_target_modules"), settings.take("lora_target_linear")
     if isinstance(named, str):
         named = [named]
     if linear and named:
@@ -59,28 +59,28 @@ def _lora(facts: Taken) -> Iterator[Part]:
         yield "lora.target_modules=all-linear"
     elif named:
         yield write_override("lora.target_modules", named)
-    if facts.take("lora_modules_to_save"):
+    if settings.take("lora_modules_to_save"):
         yield Lost(
             "whole matrices are not trained beside an adapter; the rows of model.new_tokens are", "lora_modules_to_save"
         )
-    peft = facts.take("peft", {})
+    peft = settings.take("peft", {})
     if isinstance(peft, dict) and peft.get("loftq_config"):
         yield "lora.init=loftq"
 
 
-def _data(facts: Taken) -> Iterator[Part]:
-    sets = facts.take("datasets", [])
-    if facts.take("pretraining_dataset") and not sets:
-        rows = facts.get("pretraining_dataset")
+def _data(settings: Settings) -> Iterator[Part]:
+    sets = settings.take("datasets", [])
+    if settings.take("pretraining_dataset") and not sets:
+        rows = settings.get("pretraining_dataset")
         sets = rows if isinstance(rows, list) else [{"path": rows}]
         sets = [
-            {"path": each, "type": "completion"} if isinstance(each, str) else {**each, "type": "completion"}
-            for each in sets
+            {"path": entry, "type": "completion"} if isinstance(entry, str) else {**entry, "type": "completion"}
+            for entry in sets
         ]
     if not sets:
         yield Lost("no rows are named: give data.path=FILE", "datasets")
         sets = [{"path": "rows.jsonl", "type": "alpaca"}]
-    parts, template = [], facts.take("chat_template")
+    parts, template = [], settings.take("chat_template")
     for number, entry in enumerate(sets):
         part, notes = _part(entry if isinstance(entry, dict) else {"path": str(entry)}, number)
         yield from notes
@@ -94,15 +94,15 @@ def _data(facts: Taken) -> Iterator[Part]:
         yield Lost(
             "no such template here: the tokenizer's own is taken; a Jinja file goes to data.template", "chat_template"
         )
-    if facts.take("chat_template_jinja"):
+    if settings.take("chat_template_jinja"):
         yield Lost("put it into a file, and name that in data.template=FILE.jinja", "chat_template_jinja")
-    yield write_override("data.max_length", int(facts.take("sequence_len", 512)))
-    if facts.take("sample_packing"):
+    yield write_override("data.max_length", int(settings.take("sequence_len", 512)))
+    if settings.take("sample_packing"):
         yield "data.packing=true"
         yield "trainer.group_by_length=false"
-        facts.read.add("group_by_length")
-    tests = facts.take("test_datasets")
-    size = facts.take("val_set_size", 0)
+        settings.read.add("group_by_length")
+    tests = settings.take("test_datasets")
+    size = settings.take("val_set_size", 0)
     if tests:
         yield write_override("data.eval_path", tests[0].get("path") if isinstance(tests, list) else tests)
     else:
@@ -133,7 +133,7 @@ def _part(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], list[Part
             "output": kind.get("field_output"),
         }
         part["format"] = "alpaca"
-        if columns := {ours: own for ours, own in columns.items() if own and own != ours}:
+        if columns := {role: column for role, column in columns.items() if column and column != role}:
             part["columns"] = columns
         notes.append(Lost("words of your own around a row need a function: data.format=module:function", f"{key}.type"))
     elif kind == "chat_template" or str(kind).startswith("chat_template"):
@@ -156,37 +156,37 @@ def _part(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], list[Part
     return part, notes
 
 
-def _steps(facts: Taken) -> Iterator[Part]:
+def _steps(settings: Settings) -> Iterator[Part]:
     for name, key in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
-        steps, often = facts.take(f"{key}_steps"), facts.take(name)
-        facts.take(f"{key}_strategy"), facts.take("evaluation_strategy")
+        steps, often = settings.take(f"{key}_steps"), settings.take(name)
+        settings.take(f"{key}_strategy"), settings.take("evaluation_strategy")
         ours = f"trainer.{key}_steps"
         given = isinstance(steps, int | float) and steps >= 1
         yield write_override(ours, int(steps) if given else None)
         if (often or steps) and not given:
             yield Lost(shared_rules.NO_STEPS.format(key=ours), name if often else f"{key}_steps")
-    yield from shared_rules.choose_length(facts.take("num_epochs", 1), facts.take("max_steps"))
-    yield from shared_rules.choose_warmup(facts)
-    yield from shared_rules.choose_optimizer(str(facts.take("optimizer", "adamw_torch_fused")), "optimizer")
-    yield from shared_rules.choose_schedule(str(facts.take("lr_scheduler", "cosine")), "lr_scheduler")
+    yield from shared_rules.choose_length(settings.take("num_epochs", 1), settings.take("max_steps"))
+    yield from shared_rules.choose_warmup(settings)
+    yield from shared_rules.choose_optimizer(str(settings.take("optimizer", "adamw_torch_fused")), "optimizer")
+    yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler", "cosine")), "lr_scheduler")
 
 
-def _attention(facts: Taken) -> Iterator[Part]:
-    name = facts.take("attn_implementation")
+def _attention(settings: Settings) -> Iterator[Part]:
+    name = settings.take("attn_implementation")
     names = {"sdp_attention": "sdpa", "eager_attention": "eager", "flex_attention": "flex_attention"}
-    for flag, own in names.items():
-        name = own if facts.take(flag) else name
-    if facts.take("flash_attention") or name == "flash_attention_2":
-        # It is a matter of speed, and of a package more; the fast step lays rows out by itself.
+    for flag, option in names.items():
+        name = option if settings.take(flag) else name
+    if settings.take("flash_attention") or name == "flash_attention_2":
+        # Flash attention only affects speed and needs a package; the fast step packs rows itself.
         return
     if name is not None:
         yield write_override("model.attn_implementation", name)
 
 
-def _tracking(facts: Taken) -> Iterator[Part]:
-    project, mode = facts.take("wandb_project"), facts.take("wandb_mode")
+def _tracking(settings: Settings) -> Iterator[Part]:
+    project, mode = settings.take("wandb_project"), settings.take("wandb_mode")
     names = ("wandb_entity", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_watch")
-    entity, name, run_id, artifact, watch = (facts.take(each) for each in names)
+    entity, name, run_id, artifact, watch = (settings.take(name) for name in names)
     if name or run_id:
         yield write_override("name", re.sub(r"[/\\]", "-", str(name or run_id)))
     if project is None or mode == "disabled":
@@ -203,8 +203,8 @@ def _tracking(facts: Taken) -> Iterator[Part]:
         yield Lost("gradients are not sent to wandb", "wandb_watch")
 
 
-def _stopping(facts: Taken) -> Iterator[Part]:
-    patience = facts.take("early_stopping_patience")
+def _stopping(settings: Settings) -> Iterator[Part]:
+    patience = settings.take("early_stopping_patience")
     if patience:
         yield "callbacks=early-stopping"
         yield f"callbacks.early_stopping.patience={patience}"
@@ -236,7 +236,7 @@ RULES: dict[str, Rule] = {
     "dataset_processes": Move("data.num_proc"),
     "seed": Move("seed"),
     "output_dir": Move("hydra.run.dir"),
-    "lora_model_dir": Lost("a training begins with a fresh adapter; merge that one first (task=merge)"),
+    "lora_model_dir": Lost("training begins with a fresh adapter; merge that one first (task=merge)"),
     "lora_fan_in_fan_out": OnlyIf((False,), "PEFT finds it by itself"),
     "special_tokens": Same("the base's own are kept; padding needs none"),
     "use_tensorboard": Pick({True: ("tracking=tensorboard",), False: ()}),

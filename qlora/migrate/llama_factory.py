@@ -8,66 +8,66 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.overrides import write_override
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DataError
 from qlora.migrate import shared_rules
-from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
+from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 
 STAGES = {"sft": (), "pt": ("data.format=text", "data.train_on=all")}
 CHAT = "qlora.data.formats.as_chat:from_alpaca"
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 
 
-def _model(facts: Taken) -> Iterator[Part]:
-    if (stage := str(facts.take("stage", "sft"))) not in STAGES:
+def _model(settings: Settings) -> Iterator[Part]:
+    if (stage := str(settings.take("stage", "sft"))) not in STAGES:
         raise ConfigError(
             f"from: stage={stage} trains by preferences or rewards; here models are trained on answers alone (sft, pt)"
         )
-    yield from shared_rules.choose_model(str(facts.take("model_name_or_path", "unset")), "model_name_or_path")
+    yield from shared_rules.choose_model(str(settings.take("model_name_or_path", "unset")), "model_name_or_path")
 
 
-def _bits(facts: Taken) -> Iterator[Part]:
-    kind = str(facts.take("finetuning_type", "lora"))
+def _bits(settings: Settings) -> Iterator[Part]:
+    kind = str(settings.take("finetuning_type", "lora"))
     if kind not in ("lora", "full"):
         yield Lost("an adapter is trained in its place: here are LoRA and all weights (lora=none)", "finetuning_type")
-    bits = facts.take("quantization_bit")
+    bits = settings.take("quantization_bit")
     if bits not in (None, 4, 8):
         yield Lost("bitsandbytes has 4 and 8 bits; 4 are taken", "quantization_bit")
-    method = facts.take("quantization_method", "bitsandbytes")
+    method = settings.take("quantization_method", "bitsandbytes")
     if method not in ("bitsandbytes", "bnb"):
         yield Lost("bases are quantized by bitsandbytes here", "quantization_method")
-    double = facts.get("double_quantization", True) is not False
-    facts.read.add("double_quantization")
+    double = settings.get("double_quantization", True) is not False
+    settings.read.add("double_quantization")
     number = 16 if bits is None else 8 if bits == 8 else 4
-    wide = number == 16 and not any(facts.get(name) for name in ("bf16", "fp16", "pure_bf16"))
-    kind_of = str(facts.take("quantization_type", "nf4"))
-    yield from shared_rules.choose_quantization(32 if wide else number, kind_of, double, lora=kind != "full")
+    is_fp32 = number == 16 and not any(settings.get(name) for name in ("bf16", "fp16", "pure_bf16"))
+    kind_of = str(settings.take("quantization_type", "nf4"))
+    yield from shared_rules.choose_quantization(32 if is_fp32 else number, kind_of, double, lora=kind != "full")
     for name, ours in (("bf16", "bf16"), ("pure_bf16", "bf16"), ("fp16", "fp16")):
-        if facts.take(name) and not wide:
+        if settings.take(name) and not is_fp32:
             yield f"quantization.compute_dtype={ours}"
 
 
-def _lora(facts: Taken) -> Iterator[Part]:
-    r = int(facts.take("lora_rank", 8))
+def _lora(settings: Settings) -> Iterator[Part]:
+    r = int(settings.take("lora_rank", 8))
     yield f"lora.r={r}"
-    yield write_override("lora.alpha", facts.take("lora_alpha", 2 * r))
-    target = facts.take("lora_target", "all")
+    yield write_override("lora.alpha", settings.take("lora_alpha", 2 * r))
+    target = settings.take("lora_target", "all")
     names = target if isinstance(target, list) else [name.strip() for name in str(target).split(",")]
     yield write_override("lora.target_modules", "all-linear" if names == ["all"] else names)
-    if facts.take("pissa_init"):
-        if facts.get("quantization_bit"):
+    if settings.take("pissa_init"):
+        if settings.get("quantization_bit"):
             yield Lost("needs 16-bit weights here too; lora.init=loftq or eva start well on 4-bit ones", "pissa_init")
         else:
             yield "lora.init=pissa"
 
 
-def _data(facts: Taken) -> Iterator[Part]:
-    names = facts.take("dataset", [])
+def _data(settings: Settings) -> Iterator[Part]:
+    names = settings.take("dataset", [])
     names = names if isinstance(names, list) else [name.strip() for name in str(names).split(",") if name.strip()]
     if not names:
         yield Lost("no rows are named: give data.path=FILE", "dataset")
         names = ["rows"]
-    folder = Path(str(facts.take("dataset_dir", "data")))
-    known = _registry(folder, facts)
+    folder = Path(str(settings.take("dataset_dir", "data")))
+    known = _registry(folder, settings)
     parts, missing = [], []
     for name in names:
         parts.append(_part(name, known.get(name), folder))
@@ -75,28 +75,28 @@ def _data(facts: Taken) -> Iterator[Part]:
     yield from shared_rules.mix(parts)
     if missing:
         yield Lost(f"{', '.join(missing)} stand in no {folder}/dataset_info.json here: give their files", "dataset")
-    template = facts.take("template")
+    template = settings.take("template")
     if template in shared_rules.TEMPLATES:
         yield f"data.template={shared_rules.TEMPLATES[template]}"
     elif template is not None:
-        yield Lost("no such template here: the tokenizer's own is taken (data.template=auto)", "template")
-    yield write_override("data.max_length", int(facts.take("cutoff_len", 2048)))
-    if facts.take("packing") or facts.take("neat_packing"):
+        yield Lost("no such template here: the tokenizer's own is used (data.template=auto)", "template")
+    yield write_override("data.max_length", int(settings.take("cutoff_len", 2048)))
+    if settings.take("packing") or settings.take("neat_packing"):
         yield "data.packing=true"
         yield "trainer.group_by_length=false"
 
 
-def _registry(folder: Path, facts: Taken) -> dict[str, Any]:
-    """Returns `dataset_info.json`, where it lies below the working directory or beside the YAML."""
-    for place in (folder, Path(str(facts.get("__folder__", "."))) / folder):
-        file = place / "dataset_info.json"
+def _registry(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Returns `dataset_info.json`, from below the working directory or beside the YAML."""
+    for parent in (folder, Path(str(settings.get("__folder__", "."))) / folder):
+        file = parent / "dataset_info.json"
         if file.is_file():
             try:
-                found = json.loads(file.read_text(encoding="utf-8-sig"))
+                sets = json.loads(file.read_text(encoding="utf-8-sig"))
             except ValueError as error:
-                raise ConfigError(f"from: {file} is no valid JSON ({error})") from error
+                raise DataError(f"from: {file} is not valid JSON ({error})") from error
             return {
-                name: {**entry, "__folder__": str(place)} for name, entry in found.items() if isinstance(entry, dict)
+                name: {**entry, "__folder__": str(parent)} for name, entry in sets.items() if isinstance(entry, dict)
             }
     return {}
 
@@ -118,52 +118,52 @@ def _part(name: str, entry: dict[str, Any] | None, folder: Path) -> dict[str, An
             part["columns"] = {part["format"]: column}
         return part
     part["format"] = CHAT
-    columns = {COLUMNS.get(theirs, theirs): own for theirs, own in (entry.get("columns") or {}).items() if own}
-    if columns := {ours: own for ours, own in columns.items() if ours != own}:
+    columns = {COLUMNS.get(role, role): column for role, column in (entry.get("columns") or {}).items() if column}
+    if columns := {role: column for role, column in columns.items() if role != column}:
         part["columns"] = columns
     return part
 
 
-def _stage(facts: Taken) -> Iterator[Part]:
-    yield from STAGES.get(str(facts.get("stage", "sft")), ())
+def _stage(settings: Settings) -> Iterator[Part]:
+    yield from STAGES.get(str(settings.get("stage", "sft")), ())
 
 
-def _schedule(facts: Taken) -> Iterator[Part]:
-    strategy = str(facts.take("eval_strategy") or facts.take("evaluation_strategy", "no"))
-    facts.read |= {"eval_strategy", "evaluation_strategy"}
-    size, own = facts.take("val_size", 0), facts.take("eval_dataset")
-    steps = facts.take("eval_steps", facts.get("logging_steps", 500)) if strategy == "steps" else None
+def _schedule(settings: Settings) -> Iterator[Part]:
+    strategy = str(settings.take("eval_strategy") or settings.take("evaluation_strategy", "no"))
+    settings.read |= {"eval_strategy", "evaluation_strategy"}
+    size, eval_set = settings.take("val_size", 0), settings.take("eval_dataset")
+    steps = settings.take("eval_steps", settings.get("logging_steps", 500)) if strategy == "steps" else None
     yield write_override("trainer.eval_steps", steps)
     if strategy == "epoch":
         yield Lost(shared_rules.NO_STEPS.format(key="trainer.eval_steps"), "eval_strategy")
-    if own:
+    if eval_set:
         yield Lost("give its file: data.eval_path=FILE", "eval_dataset")
     yield from shared_rules.hold_out(size, "val_size")
-    saves = str(facts.take("save_strategy", "steps"))
-    yield write_override("trainer.save_steps", int(facts.take("save_steps", 500)) if saves == "steps" else None)
+    saves = str(settings.take("save_strategy", "steps"))
+    yield write_override("trainer.save_steps", int(settings.take("save_steps", 500)) if saves == "steps" else None)
     if saves == "epoch":
         yield Lost(shared_rules.NO_STEPS.format(key="trainer.save_steps"), "save_strategy")
-    yield from shared_rules.choose_length(facts.take("num_train_epochs", 3), facts.take("max_steps", -1))
-    yield from shared_rules.choose_warmup(facts)
+    yield from shared_rules.choose_length(settings.take("num_train_epochs", 3), settings.take("max_steps", -1))
+    yield from shared_rules.choose_warmup(settings)
 
 
-def _optimizer(facts: Taken) -> Iterator[Part]:
-    name = str(facts.take("optim", "adamw_torch"))
+def _optimizer(settings: Settings) -> Iterator[Part]:
+    name = str(settings.take("optim", "adamw_torch"))
     for flag in ("use_galore", "use_apollo", "use_badam", "use_muon", "use_adam_mini"):
-        if facts.take(flag):
+        if settings.take(flag):
             yield Lost("needs settings that trainer.optim has not; adamw_torch is taken", flag)
     yield from shared_rules.choose_optimizer(name, "optim")
-    yield from shared_rules.choose_schedule(str(facts.take("lr_scheduler_type", "linear")), "lr_scheduler_type")
+    yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler_type", "linear")), "lr_scheduler_type")
 
 
-def _task(facts: Taken) -> Iterator[Part]:
-    trains, predicts = facts.take("do_train"), facts.take("do_predict")
-    facts.read |= {"do_eval", "predict_with_generate"}
-    adapter = facts.take("adapter_name_or_path")
+def _task(settings: Settings) -> Iterator[Part]:
+    trains, predicts = settings.take("do_train"), settings.take("do_predict")
+    settings.read |= {"do_eval", "predict_with_generate"}
+    adapter = settings.take("adapter_name_or_path")
     if trains or not predicts:
         if adapter:
             yield Lost(
-                "a training begins with a fresh adapter; merge it first (task=merge), and train on that",
+                "training begins with a fresh adapter; merge it first (task=merge), and train on that",
                 "adapter_name_or_path",
             )
         return
@@ -214,7 +214,7 @@ RULES: dict[str, Rule] = {
     "resize_vocab": Same("the embedding grows for model.new_tokens by itself"),
     "upcast_layernorm": Same("norms compute in 32 bits under autocast"),
     "neftune_noise_alpha": Lost("no noise is added to embeddings here"),
-    "resume_from_checkpoint": Same("a run goes on in its folder by itself"),
+    "resume_from_checkpoint": Same("a run resumes in its folder by itself"),
     "hub_model_id": Lost("upload a finished run with task=push repo=OWNER/NAME"),
     "push_to_hub": Lost("upload a finished run with task=push repo=OWNER/NAME"),
     "hub_private_repo": Same("task.private is true unless it is set"),

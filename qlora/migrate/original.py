@@ -10,9 +10,9 @@ from typing import Any
 from qlora.config.options import group_names
 from qlora.config.overrides import write_override
 from qlora.config.suggestions import ORIGINAL_FLAGS
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.migrate import shared_rules
-from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
+from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 
 SETS = {
     **{name: name for name in ("alpaca", "alpaca-clean", "chip2", "self-instruct", "hh-rlhf", "longform", "oasst1")},
@@ -32,40 +32,40 @@ PROGRAM = "qlora.py"
 
 
 def read_command(text: str) -> dict[str, Any]:
-    """Returns the flags of the first command in a script that starts qlora.py; raises `ConfigError` without one."""
+    """Returns the flags of the first command in a script that starts qlora.py; raises `DataError` without one."""
     lines = text.replace("\\\r\n", "\n").replace("\\\n", " ").splitlines()
     variables: dict[str, str] = {}
     for line in lines:
         try:
-            words = shlex.split(Template(line).safe_substitute(variables), comments=True)
+            args = shlex.split(Template(line).safe_substitute(variables), comments=True)
         except ValueError as error:
             if PROGRAM in line:
-                raise ConfigError(f"from: the command cannot be read ({error}): {line.strip()[:80]}") from None
+                raise DataError(f"from: the command cannot be read ({error}): {line.strip()[:80]}") from None
             continue
-        if len(words) == 1 and words[0].partition("=")[0].isidentifier() and "=" in words[0]:
-            name, _, value = words[0].partition("=")
+        if len(args) == 1 and args[0].partition("=")[0].isidentifier() and "=" in args[0]:
+            name, _, value = args[0].partition("=")
             variables[name] = value
-        starts = [place for place, word in enumerate(words) if word.rpartition("/")[2] == PROGRAM]
+        starts = [index for index, word in enumerate(args) if word.rpartition("/")[2] == PROGRAM]
         if starts:
-            return _flags(words[starts[0] + 1 :])
-        if words and words[0].startswith("--"):
-            return _flags(words)
-    raise ConfigError(f"from: no line starts {PROGRAM}; give the command, or a script that holds it")
+            return _flags(args[starts[0] + 1 :])
+        if args and args[0].startswith("--"):
+            return _flags(args)
+    raise DataError(f"from: no line starts {PROGRAM}; give the command, or a script that contains it")
 
 
-def _flags(words: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flags(args: list[str]) -> dict[str, Any]:
+    flags: dict[str, Any] = {}
     name = None
-    for word in words:
+    for word in args:
         if word.lstrip("–—").startswith("--") or word[:1] in "–—":
             name, has_value, value = word.lstrip("-–—").partition("=")
-            found[name := name.replace("-", "_")] = _typed(value) if has_value else True
+            flags[name := name.replace("-", "_")] = _typed(value) if has_value else True
         elif word in (";", "&&", "|", "&", ">", ">>", "2>&1"):
             break
         elif name is not None:
-            before = found[name]
-            found[name] = _typed(word) if before is True else f"{before} {word}"
-    return found
+            previous = flags[name]
+            flags[name] = _typed(word) if previous is True else f"{previous} {word}"
+    return flags
 
 
 def _typed(text: str) -> Any:
@@ -81,24 +81,24 @@ def _typed(text: str) -> Any:
     return text
 
 
-def _model(facts: Taken) -> Iterator[Part]:
+def _model(settings: Settings) -> Iterator[Part]:
     yield from shared_rules.choose_model(
-        str(facts.take("model_name_or_path", "EleutherAI/pythia-12b")), "model_name_or_path"
+        str(settings.take("model_name_or_path", "EleutherAI/pythia-12b")), "model_name_or_path"
     )
 
 
-def _bits(facts: Taken) -> Iterator[Part]:
-    full, bits = bool(facts.take("full_finetune")), int(facts.take("bits", 4))
-    double = facts.get("double_quant", True) is not False
-    facts.read.add("double_quant")
-    yield from shared_rules.choose_quantization(bits, str(facts.take("quant_type", "nf4")), double, lora=not full)
+def _bits(settings: Settings) -> Iterator[Part]:
+    full, bits = bool(settings.take("full_finetune")), int(settings.take("bits", 4))
+    double = settings.get("double_quant", True) is not False
+    settings.read.add("double_quant")
+    yield from shared_rules.choose_quantization(bits, str(settings.take("quant_type", "nf4")), double, lora=not full)
     for name in ("bf16", "fp16"):
-        if facts.take(name) and bits != 32:
+        if settings.take(name) and bits != 32:
             yield f"quantization.compute_dtype={name}"
 
 
-def _data(facts: Taken) -> Iterator[Part]:
-    name, form = str(facts.take("dataset", "alpaca")), facts.take("dataset_format")
+def _data(settings: Settings) -> Iterator[Part]:
+    name, form = str(settings.take("dataset", "alpaca")), settings.take("dataset_format")
     if name in SETS:
         yield f"data={SETS[name]}"
         return
@@ -111,10 +111,10 @@ def _data(facts: Taken) -> Iterator[Part]:
         yield Lost("no such form here; the columns are recognised by data.format=auto", "dataset_format")
 
 
-def _task(facts: Taken) -> Iterator[Part]:
-    trains = facts.get("do_train", True) is not False
-    evaluates, predicts = bool(facts.take("do_eval")), bool(facts.take("do_predict"))
-    facts.read |= {"do_train", "predict_with_generate"}
+def _task(settings: Settings) -> Iterator[Part]:
+    trains = settings.get("do_train", True) is not False
+    evaluates, predicts = bool(settings.take("do_eval")), bool(settings.take("do_predict"))
+    settings.read |= {"do_train", "predict_with_generate"}
     if trains:
         yield write_override("task.evaluate", evaluates)
         yield write_override("task.predict", predicts)
@@ -126,26 +126,26 @@ def _task(facts: Taken) -> Iterator[Part]:
     yield Lost("the original takes the last checkpoint in it, if there is one: give adapter=FOLDER", "output_dir")
 
 
-def _schedule(facts: Taken) -> Iterator[Part]:
-    strategy = str(facts.take("evaluation_strategy") or facts.take("eval_strategy", "no"))
-    steps = facts.take("eval_steps")
+def _schedule(settings: Settings) -> Iterator[Part]:
+    strategy = str(settings.take("evaluation_strategy") or settings.take("eval_strategy", "no"))
+    steps = settings.take("eval_steps")
     yield write_override(
-        "trainer.eval_steps", (steps or facts.get("logging_steps", 10)) if strategy == "steps" else None
+        "trainer.eval_steps", (steps or settings.get("logging_steps", 10)) if strategy == "steps" else None
     )
     if strategy == "epoch":
         yield Lost(shared_rules.NO_STEPS.format(key="trainer.eval_steps"), "evaluation_strategy")
-    saves = str(facts.take("save_strategy", "steps"))
-    yield write_override("trainer.save_steps", facts.take("save_steps", 250) if saves == "steps" else None)
+    saves = str(settings.take("save_strategy", "steps"))
+    yield write_override("trainer.save_steps", settings.take("save_steps", 250) if saves == "steps" else None)
     if saves == "epoch":
         yield Lost(shared_rules.NO_STEPS.format(key="trainer.save_steps"), "save_strategy")
-    epochs, steps = facts.take("num_train_epochs", 3), facts.take("max_steps", 10000)
+    epochs, steps = settings.take("num_train_epochs", 3), settings.take("max_steps", 10000)
     yield from shared_rules.choose_length(epochs, steps)
 
 
-def _mmlu(facts: Taken) -> Iterator[Part]:
+def _mmlu(settings: Settings) -> Iterator[Part]:
     names = ("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len")
-    values = {name: facts.take(name) for name in names}
-    if not facts.take("do_mmlu_eval"):
+    values = {name: settings.take(name) for name in names}
+    if not settings.take("do_mmlu_eval"):
         yield "evaluation=loss"
         return
     yield "evaluation=mmlu"
@@ -157,18 +157,18 @@ def _mmlu(facts: Taken) -> Iterator[Part]:
         yield f"evaluation.source_max_len={values['mmlu_source_max_len']}"
 
 
-def _optimizer(facts: Taken) -> Iterator[Part]:
-    name = "paged_adamw_8bit" if facts.take("adam8bit") else str(facts.take("optim", "paged_adamw_32bit"))
+def _optimizer(settings: Settings) -> Iterator[Part]:
+    name = "paged_adamw_8bit" if settings.take("adam8bit") else str(settings.take("optim", "paged_adamw_32bit"))
     yield from shared_rules.choose_optimizer(name, "optim")
-    yield from shared_rules.choose_schedule(str(facts.take("lr_scheduler_type", "constant")), "lr_scheduler_type")
-    yield from shared_rules.choose_warmup(facts, 0.03)
+    yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler_type", "constant")), "lr_scheduler_type")
+    yield from shared_rules.choose_warmup(settings, 0.03)
 
 
-def _sampling(facts: Taken) -> Iterator[Part]:
+def _sampling(settings: Settings) -> Iterator[Part]:
     """What is read when sampling only; the original took it without a word."""
     for name in ("temperature", "top_p", "top_k", "typical_p"):
-        value = facts.take(name)
-        if value is not None and facts.get("do_sample"):
+        value = settings.take(name)
+        if value is not None and settings.get("do_sample"):
             yield write_override(f"generation.{name}", value)
         elif value is not None:
             yield Lost("it is read when sampling only (--do_sample)", name)
@@ -185,7 +185,7 @@ RULES: dict[str, Rule] = MOVES | {
     "use_auth_token": Same(shared_rules.REMOTE),
     "logging_strategy": Pick({"steps": ()}, "lines are logged every trainer.logging_steps"),
     "remove_unused_columns": Same(),
-    "overwrite_output_dir": Same("a run goes on in its folder, or refuses another config"),
+    "overwrite_output_dir": Same("a run resumes in its folder, or refuses another config"),
     "ddp_find_unused_parameters": Same(),
     "local_rank": OnlyIf((-1, 0), shared_rules.ONE_PROCESS),
     "deepspeed": Lost("DeepSpeed is not used here"),

@@ -1,4 +1,4 @@
-"""What several tables say alike: models by preset, bits, optimizers, attention, trackers, chat templates."""
+"""Rules that several dialects share: model presets, bits, optimizers, attention, trackers, chat templates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
 from qlora.config.options import model_presets
 from qlora.config.overrides import write_override
 from qlora.errors import did_you_mean
-from qlora.migrate.rules import Lost, Part, Taken
+from qlora.migrate.translation import Lost, Part, Settings
 
 SHARDED = "says how weights are sharded; start with torchrun and trainer.parallel=fsdp (docs/multi_gpu.md)"
 ONE_PROCESS = "how a run is spread over processes is said where it is started (torchrun, accelerate launch)"
@@ -104,9 +104,9 @@ def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:
         yield write_override("trainer.num_train_epochs", epochs)
 
 
-def choose_warmup(facts: Taken, unset: float = 0) -> Iterator[Part]:
+def choose_warmup(settings: Settings, unset: float = 0) -> Iterator[Part]:
     """Yields the warm-up: steps where they are given, else the share of all steps."""
-    ratio, steps = facts.take("warmup_ratio"), facts.take("warmup_steps")
+    ratio, steps = settings.take("warmup_ratio"), settings.take("warmup_steps")
     yield write_override("trainer.warmup_steps", steps or ratio or unset)
 
 
@@ -126,7 +126,7 @@ def mix(parts: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
         yield "data=local"
         for field, value in parts[0].items():
             if isinstance(value, dict):
-                yield from (write_override(f"data.{field}.{name}", each) for name, each in value.items())
+                yield from (write_override(f"data.{field}.{name}", entry) for name, entry in value.items())
             elif field != "weight":
                 yield write_override(f"data.{field}", value)
         return

@@ -10,7 +10,7 @@ from typing import Any
 from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
 from qlora.migrate import shared_rules
-from qlora.migrate.rules import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Taken
+from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 
 COMPONENT = "_component_"
 MODULES = {"output_proj": "o_proj"}
@@ -44,17 +44,21 @@ OPTIMIZERS = {
 SCHEDULES = {"get_cosine_schedule_with_warmup": "cosine", "get_rex_scheduler": None}
 
 
-def _model(facts: Taken) -> Iterator[Part]:
-    component = str(facts.take(f"model.{COMPONENT}", ""))
-    if "policy_model" in facts or "teacher_model._component_" in facts or f"ref_checkpointer.{COMPONENT}" in facts:
+def _model(settings: Settings) -> Iterator[Part]:
+    component = str(settings.take(f"model.{COMPONENT}", ""))
+    if (
+        "policy_model" in settings
+        or "teacher_model._component_" in settings
+        or f"ref_checkpointer.{COMPONENT}" in settings
+    ):
         raise ConfigError(
             "from: it trains by preferences, rewards or a teacher; here models are trained on answers alone"
         )
-    if f"optimizer.{COMPONENT}" not in facts:
+    if f"optimizer.{COMPONENT}" not in settings:
         raise ConfigError(
             "from: this torchtune config trains nothing (it has no optimizer); give one of a finetune recipe"
         )
-    folder = facts.take("checkpointer.checkpoint_dir")
+    folder = settings.take("checkpointer.checkpoint_dir")
     if folder is None:
         yield Lost("no folder of weights is named: give model.name=FOLDER", "checkpointer.checkpoint_dir")
         folder = component.rpartition(".")[2] or "unset"
@@ -62,35 +66,35 @@ def _model(facts: Taken) -> Iterator[Part]:
     yield write_override("model.name", str(PurePosixPath(str(folder))))
 
 
-def _bits(facts: Taken) -> Iterator[Part]:
-    name = str(facts.get(f"model.{COMPONENT}", "")).rpartition(".")[2]
-    wide = str(facts.take("dtype", "bf16")) == "fp32"
+def _bits(settings: Settings) -> Iterator[Part]:
+    name = str(settings.get(f"model.{COMPONENT}", "")).rpartition(".")[2]
+    is_fp32 = str(settings.take("dtype", "bf16")) == "fp32"
     lora = name.startswith(("lora_", "qlora_", "dora_", "qdora_"))
-    quantized = name.startswith(("qlora_", "qdora_")) or bool(facts.take("model.quantize_base"))
-    yield from shared_rules.choose_quantization(4 if quantized else 32 if wide else 16, "nf4", True, lora=lora)
-    if not wide:
+    quantized = name.startswith(("qlora_", "qdora_")) or bool(settings.take("model.quantize_base"))
+    yield from shared_rules.choose_quantization(4 if quantized else 32 if is_fp32 else 16, "nf4", True, lora=lora)
+    if not is_fp32:
         yield "quantization.compute_dtype=bf16"
     if not lora:
         return
-    modules = [MODULES.get(each, each) for each in facts.take("model.lora_attn_modules", ["q_proj", "v_proj"])]
-    modules += MLP if facts.take("model.apply_lora_to_mlp") else []
+    modules = [MODULES.get(name, name) for name in settings.take("model.lora_attn_modules", ["q_proj", "v_proj"])]
+    modules += MLP if settings.take("model.apply_lora_to_mlp") else []
     every = set(modules) == {"q_proj", "k_proj", "v_proj", "o_proj", *MLP}
     yield write_override("lora.target_modules", "all-linear" if every else modules)
-    if facts.take("model.apply_lora_to_output"):
+    if settings.take("model.apply_lora_to_output"):
         yield Lost("the output layer has no adapter here", "model.apply_lora_to_output")
-    if name.startswith(("dora_", "qdora_")) or facts.take("model.use_dora"):
+    if name.startswith(("dora_", "qdora_")) or settings.take("model.use_dora"):
         yield "lora.use_dora=true"
 
 
-def _data(facts: Taken) -> Iterator[Part]:
+def _data(settings: Settings) -> Iterator[Part]:
     parts, whole = [], False
-    for prefix in _sets(facts):
-        name = str(facts.take(f"{prefix}.{COMPONENT}", "")).rpartition(".")[2]
-        part, notes = _part(prefix, name, facts)
+    for prefix in _sets(settings):
+        name = str(settings.take(f"{prefix}.{COMPONENT}", "")).rpartition(".")[2]
+        part, notes = _part(prefix, name, settings)
         yield from notes
         parts.append(part)
-        whole |= bool(facts.take(f"{prefix}.train_on_input", name in TRAINED_WHOLE))
-        if facts.take(f"{prefix}.packed"):
+        whole |= bool(settings.take(f"{prefix}.train_on_input", name in TRAINED_WHOLE))
+        if settings.take(f"{prefix}.packed"):
             yield "data.packing=true"
             yield "trainer.group_by_length=false"
     if not parts:
@@ -99,26 +103,26 @@ def _data(facts: Taken) -> Iterator[Part]:
     yield from shared_rules.mix(parts)
     if whole:
         yield "data.train_on=all"
-    length = facts.take("tokenizer.max_seq_len")
+    length = settings.take("tokenizer.max_seq_len")
     yield write_override("data.max_length", length)
-    if length is None and any(facts.get(f"{prefix}.packed") for prefix in _sets(facts)):
+    if length is None and any(settings.get(f"{prefix}.packed") for prefix in _sets(settings)):
         yield "data.max_length=2048"
         yield Lost("packs need a length: 2048 is taken", "tokenizer.max_seq_len")
     yield from shared_rules.hold_out(0, "dataset_val")
 
 
-def _sets(facts: Taken) -> list[str]:
+def _sets(settings: Settings) -> list[str]:
     """Returns the beginnings of the keys of all data sets: `dataset`, or `dataset.0`, `dataset.1` ..."""
-    if f"dataset.{COMPONENT}" in facts:
+    if f"dataset.{COMPONENT}" in settings:
         return ["dataset"]
-    numbers = {match[1] for key in facts if (match := re.match(r"dataset\.(\d+)\.", key))}
+    numbers = {match[1] for key in settings if (match := re.match(r"dataset\.(\d+)\.", key))}
     return [f"dataset.{number}" for number in sorted(numbers, key=int)]
 
 
-def _part(prefix: str, name: str, facts: Taken) -> tuple[dict[str, Any], list[Part]]:
+def _part(prefix: str, name: str, settings: Settings) -> tuple[dict[str, Any], list[Part]]:
     part: dict[str, Any] = dict(SETS.get(name, {"format": "auto"}))
     notes: list[Part] = []
-    source, files = facts.take(f"{prefix}.source"), facts.take(f"{prefix}.data_files")
+    source, files = settings.take(f"{prefix}.source"), settings.take(f"{prefix}.data_files")
     files = files[0] if isinstance(files, list) else files
     local = source in ("json", "csv", "parquet", "text")
     part["path"] = (files if local else source) or part.get("path") or "rows.jsonl"
@@ -134,7 +138,7 @@ def _part(prefix: str, name: str, facts: Taken) -> tuple[dict[str, Any], list[Pa
     if files and not local:
         part["data_files"] = files
     for theirs, ours in (("split", "split"), ("name", "subset")):
-        value = facts.take(f"{prefix}.{theirs}")
+        value = settings.take(f"{prefix}.{theirs}")
         if value and value != "train":
             part[ours] = value
             if re.search(r"[\[:%]", str(value)):
@@ -142,49 +146,51 @@ def _part(prefix: str, name: str, facts: Taken) -> tuple[dict[str, Any], list[Pa
                     Lost("a part of a split: take fewer rows with data.max_train_samples", f"{prefix}.{theirs}")
                 )
                 part[ours] = str(value).partition("[")[0]
-    if facts.take(f"{prefix}.conversation_style") == "openai":
+    if settings.take(f"{prefix}.conversation_style") == "openai":
         part["format"] = "messages"
     columns: dict[str, str] = dict(part.get("columns", {}))
-    for key in [key for key in facts if key.startswith(f"{prefix}.column_map.")]:
+    for key in [key for key in settings if key.startswith(f"{prefix}.column_map.")]:
         ours = key.rpartition(".")[2]
-        columns[ours] = str(facts.take(key))
-    if (column := facts.take(f"{prefix}.conversation_column")) is not None:
+        columns[ours] = str(settings.take(key))
+    if (column := settings.take(f"{prefix}.conversation_column")) is not None:
         columns[part["format"]] = str(column)
-    if (column := facts.take(f"{prefix}.column")) is not None:
+    if (column := settings.take(f"{prefix}.column")) is not None:
         columns["text"] = str(column)
-    if columns := {ours: own for ours, own in columns.items() if ours != own}:
+    if columns := {role: column for role, column in columns.items() if role != column}:
         part["columns"] = columns
     elif "columns" in part:
         del part["columns"]
     return part, notes
 
 
-def _optimizer(facts: Taken) -> Iterator[Part]:
-    name = str(facts.take(f"optimizer.{COMPONENT}"))
-    fused = facts.take("optimizer.fused")
+def _optimizer(settings: Settings) -> Iterator[Part]:
+    name = str(settings.take(f"optimizer.{COMPONENT}"))
+    fused = settings.take("optimizer.fused")
     if name in OPTIMIZERS:
         ours = OPTIMIZERS[name]
         yield f"trainer.optim={'adamw_torch_fused' if fused and ours == 'adamw_torch' else ours}"
     else:
         yield Lost("no such optimizer here; see trainer.optim", f"optimizer.{COMPONENT}")
-    yield write_override("trainer.weight_decay", facts.take("optimizer.weight_decay", 0.01 if "Adam" in name else 0.0))
-    betas = facts.take("optimizer.betas")
+    yield write_override(
+        "trainer.weight_decay", settings.take("optimizer.weight_decay", 0.01 if "Adam" in name else 0.0)
+    )
+    betas = settings.take("optimizer.betas")
     if isinstance(betas, list) and len(betas) == 2:
         yield f"trainer.adam_beta1={betas[0]}"
         yield f"trainer.adam_beta2={betas[1]}"
-    schedule = str(facts.take(f"lr_scheduler.{COMPONENT}", "")).rpartition(".")[2]
+    schedule = str(settings.take(f"lr_scheduler.{COMPONENT}", "")).rpartition(".")[2]
     if schedule == "":
         yield "trainer.lr_scheduler_type=constant"
     elif (ours_schedule := SCHEDULES.get(schedule)) is not None:
         yield f"trainer.lr_scheduler_type={ours_schedule}"
     else:
         yield Lost("no such schedule here; see trainer.lr_scheduler_type", f"lr_scheduler.{COMPONENT}")
-    yield write_override("trainer.warmup_steps", facts.take("lr_scheduler.num_warmup_steps", 0))
-    yield write_override("trainer.max_grad_norm", facts.take("clip_grad_norm", 0))
+    yield write_override("trainer.warmup_steps", settings.take("lr_scheduler.num_warmup_steps", 0))
+    yield write_override("trainer.max_grad_norm", settings.take("clip_grad_norm", 0))
 
 
-def _steps(facts: Taken) -> Iterator[Part]:
-    epochs, most = facts.take("epochs", 1), facts.take("max_steps_per_epoch")
+def _steps(settings: Settings) -> Iterator[Part]:
+    epochs, most = settings.take("epochs", 1), settings.take("max_steps_per_epoch")
     steps = int(most) * int(epochs) if isinstance(most, int) else None
     yield from shared_rules.choose_length(epochs, steps)
     yield "trainer.save_steps=null"
@@ -192,15 +198,15 @@ def _steps(facts: Taken) -> Iterator[Part]:
         yield Lost("a checkpoint after each epoch: set trainer.save_steps=N", "epochs")
 
 
-def _logger(facts: Taken) -> Iterator[Part]:
-    name = str(facts.take(f"metric_logger.{COMPONENT}", "")).rpartition(".")[2]
+def _logger(settings: Settings) -> Iterator[Part]:
+    name = str(settings.take(f"metric_logger.{COMPONENT}", "")).rpartition(".")[2]
     loggers = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
-    project = facts.take("metric_logger.project")
+    project = settings.take("metric_logger.project")
     if name in loggers:
         yield f"tracking={loggers[name]}"
         if project and name != "TensorBoardLogger":
             yield write_override("tracking.project", project)
-    if (folder := facts.take("output_dir")) is not None:
+    if (folder := settings.take("output_dir")) is not None:
         yield write_override("hydra.run.dir", folder)
 
 
@@ -219,7 +225,7 @@ RULES: dict[str, Rule] = {
     "enable_activation_checkpointing": Move("trainer.gradient_checkpointing"),
     "enable_activation_offloading": OnlyIf((False,), "trainer.memory_budget=auto decides what is computed again"),
     "log_every_n_steps": Move("trainer.logging_steps"),
-    "resume_from_checkpoint": Same("a run goes on in its folder by itself"),
+    "resume_from_checkpoint": Same("a run resumes in its folder by itself"),
     "checkpointer.revision": Move("model.revision"),
     "tokenizer.prompt_template": Lost("see data.format and data.template"),
     "optimizer_in_bwd": OnlyIf((False,), "gradients are kept until the optimizer's step"),

@@ -20,7 +20,7 @@ def markdown_text(text: str) -> str:
     """Returns a text as a part of a Markdown line that shows it as it is: no link, no picture, no HTML, no heading."""
     line = " ".join(visible(text).split())
     escaped = MARKDOWN.sub(lambda sign: "\\" + sign[0], line)
-    escaped = BEGINS.sub(lambda found: f"{found[1]}{found[2][:-1]}\\{found[2][-1]}", escaped)
+    escaped = BEGINS.sub(lambda match: f"{match[1]}{match[2][:-1]}\\{match[2][-1]}", escaped)
     return re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])", r"\1\\\2", escaped)
 
 

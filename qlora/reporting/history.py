@@ -25,7 +25,7 @@ NOISY = ("loss", "grad_norm")
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over a training; all three are of one length."""
+    """A metric over a run; all three lists have the same length."""
 
     steps: list[float]
     values: list[float]
@@ -42,7 +42,7 @@ class Curve:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Returns what a run's training logged; of one that was killed, as far as its last checkpoint tells.
+    """Returns what a run logged during training; of a killed run up to its last checkpoint.
 
     A file that is damaged counts as missing.
     """
@@ -68,21 +68,21 @@ def series(history: list[dict[str, Any]], key: str) -> Series:
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, Curve]:
-    """Returns the curves of a training by the names of their metrics, what matters most first."""
+    """Returns the curves of a run by the names of their metrics, the most important first."""
     logged = dict.fromkeys(key for entry in history if "step" in entry for key in entry)
     measured = [key for key in logged if MEASURED.match(key) and not is_detail(key)]
     names = [key for key in (TRAINING[0], *measured, *TRAINING[1:]) if key in logged]
     tokens = {entry["step"]: entry.get("num_input_tokens_seen") for entry in history if "step" in entry}
-    found = {name: series(history, name) for name in names}
+    curves_of = {name: series(history, name) for name in names}
     return {
         name: Curve(steps, values, [tokens[step] for step in steps])
-        for name, (steps, values) in found.items()
+        for name, (steps, values) in curves_of.items()
         if values
     }
 
 
 def curve_title(name: str) -> tuple[str, str]:
-    """Returns what a curve shows, and its unit or how it was measured."""
+    """Returns the title of a curve, and its unit or how it was measured."""
     known = {
         "loss": ("training loss", "nats per token"),
         "eval_loss": ("held-out loss", "nats per token"),

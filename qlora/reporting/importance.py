@@ -14,19 +14,19 @@ Importance = tuple[dict[str, float], str]
 
 
 def measure_importance(values: Sequence[Mapping[str, str]], objectives: Sequence[float]) -> Importance:
-    """Returns the share of the differences between the objectives that each key explains, largest first.
+    """Returns the fraction of the differences between the objectives that each key explains, the largest first.
 
-    Beside it stands in a sentence how that was found, or why it could not be (then there are no shares). `values` has a
-    mapping for each run: its varied keys as texts.
+    The second value is a sentence that says how it was computed, or why it could not be (then there are no
+    fractions). `values` has a mapping for each run: its varied keys as texts.
     """
-    keys = [key for key in dict.fromkeys(key for each in values for key in each)
-            if len({each.get(key, "") for each in values}) > 1]  # fmt: skip
+    keys = [key for key in dict.fromkeys(key for point in values for key in point)
+            if len({point.get(key, "") for point in values}) > 1]  # fmt: skip
     if len(keys) < 2:
         return {}, "Importance compares parameters, and fewer than two are varied."
     if len(objectives) < ENOUGH:
         return {}, f"Importance needs at least {ENOUGH} finished runs; so far there are {len(objectives)}."
     if min(objectives) == max(objectives):
-        return {}, "Importance cannot be told: all finished runs reached the same."
+        return {}, "Importance cannot be computed: all finished runs have the same objective."
     if importlib.util.find_spec("optuna") is None:
         return {}, "Importance needs Optuna: pip install 'qlora[optuna]'."
     return _evaluate(keys, values, objectives)
@@ -38,9 +38,9 @@ def _evaluate(keys: Sequence[str], values: Sequence[Mapping[str, str]], objectiv
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    choices = {key: _choices([each.get(key, "") for each in values]) for key in keys}
-    for each, objective in zip(values, objectives, strict=True):
-        parameters = {key: choices[key][0][each.get(key, "")] for key in keys}
+    choices = {key: _choices([point.get(key, "") for point in values]) for key in keys}
+    for point, objective in zip(values, objectives, strict=True):
+        parameters = {key: choices[key][0][point.get(key, "")] for key in keys}
         distributions = {key: choices[key][1] for key in keys}
         study.add_trial(optuna.create_trial(params=parameters, distributions=distributions, value=objective))
     forest = importlib.util.find_spec("sklearn") is not None

@@ -8,42 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qlora.reporting.history import Series, series
-from qlora.runtime.atomic_files import write_file
+from qlora.reporting.png import FAINT, GRID, INK, new_figure, save_figure
 
-INK, FAINT, GRID = "#1f2933", "#9fb3c8", "#e4e9ef"
 TRAIN, HELD_OUT, RATE = "#2f6fb0", "#d1495b", "#5b7c65"
-SMOOTH_FROM = 40  # points; fewer are drawn as they are
+SMOOTH_FROM = 40
+"""The number of points from which the curve is smoothed."""
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     """Writes a PNG of training loss, held-out loss and learning rate over the steps.
 
-    `history` is the trainer's `state.log_history`. Entries without a number are left out; an empty history gives an
-    empty picture that says so.
+    `history` is the trainer's `state.log_history`. Entries without a number are left out. An empty history gives a
+    picture that says so.
     """
     training, held_out = series(history, "loss"), series(history, "eval_loss")
     rate = series(history, "learning_rate")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(top, training, held_out)
     _draw_rate(bottom, rate)
-    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
+    save_figure(figure, path)
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Returns the centred mean of `span` values; near an end, of those within reach."""
+    """Returns the centred mean of `span` values; near an end, of the values that exist."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     half, result = span // 2, []
-    for place in range(len(values)):
-        first, last = max(place - half, 0), min(place + half + 1, len(values))
+    for index in range(len(values)):
+        first, last = max(index - half, 0), min(index + half + 1, len(values))
         result.append((sums[last] - sums[first]) / (last - first))
     return result
 
@@ -71,7 +68,7 @@ def _draw_losses(axes: Axes, training: Series, held_out: Series) -> None:
 
 
 def _limit(axes: Axes, training: list[float], held_out: list[float], many: bool) -> None:
-    """Fits the axis to what matters: a few spikes of many raw points may leave the picture."""
+    """Fits the axis to the curves; a few spikes of many raw points may lie outside."""
     ordered = sorted(training)
     top = max(ordered[int(0.995 * (len(ordered) - 1))] if many else max(ordered, default=0), max(held_out, default=0))
     low = min(min(ordered, default=math.inf), min(held_out, default=math.inf))

@@ -33,9 +33,9 @@ PACKAGES = {
     "hydra": "hydra-core",
     "qlora": "qlora",
 }
-LONGEST_DIFF = 200_000
+MAX_DIFF = 200_000
 """Characters; of a longer diff the rest is left out."""
-LONGEST_LIST = 200
+MAX_LIST = 200
 """Files that are named."""
 CODE = Path(__file__).parent.parent  # the package
 
@@ -67,7 +67,7 @@ def build_manifest(
         "code": {**code_state(), "sha256": code_digest()},
         "project": project_state(with_diff=bool((config.get("manifest") or {}).get("diff"))),
         "hardware": hardware(),
-        "processes": distributed.size(),
+        "processes": distributed.world_size(),
         "platform": platform.platform(),
     }
     hidden = hide_all(plain(manifest))
@@ -81,7 +81,7 @@ def keep_manifest(
 ) -> Iterator[None]:
     """Writes a manifest, and when the block ends how it did, how long it took and what it needed.
 
-    `energy` counts joules. The starts before, of a run that goes on, are kept in `starts`.
+    `energy` counts joules. A resumed run keeps its earlier starts in `starts`.
     """
     earlier = (read_manifest(path) or {}).get("starts", [])
     manifest = {**manifest, "starts": [*earlier, {"started": manifest["started"], "status": "running"}]}
@@ -103,19 +103,21 @@ def keep_manifest(
             "gpu_energy_wh": used,
             "gpu_energy": "measured by the driver, all processes on the GPUs" if used is not None else "not told here",
         }
-        # What ended the run says more than a disk that is full for this, too.
+        # The error that ended the run matters more than a disk that is full now, too.
         with contextlib.nullcontext() if status == "finished" else contextlib.suppress(UserError, OSError):
             write_json(path, manifest)
 
 
 def packages() -> dict[str, str]:
     """Returns the version of every installed package."""
-    found = {each.metadata["Name"]: each.version for each in metadata.distributions() if each.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    installed = {
+        package.metadata["Name"]: package.version for package in metadata.distributions() if package.metadata["Name"]
+    }
+    return dict(sorted(installed.items(), key=lambda item: item[0].lower()))
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Writes `obj` as JSON, whole or not at all; raises `ConfigError` where the folder cannot be written."""
+    """Writes `obj` as JSON, atomically; raises `ResourceError` if the folder cannot be written."""
     write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -145,18 +147,18 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of the packages that decide a result; None for a missing one."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Returns the versions of Python and of the packages that determine a result; None for a missing one."""
+    result: dict[str, str | None] = {"python": platform.python_version()}
     for label, package in PACKAGES.items():
         try:
-            found[label] = metadata.version(package)
+            result[label] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[label] = None
-    if found["qlora"] is None:
+            result[label] = None
+    if result["qlora"] is None:
         from qlora import __version__
 
-        found["qlora"] = __version__
-    return found
+        result["qlora"] = __version__
+    return result
 
 
 def code_digest() -> str:
@@ -168,7 +170,7 @@ def code_digest() -> str:
 
 
 def code_state() -> dict[str, Any]:
-    """Returns the git commit of this package's own repository and whether files were changed; None where there is none.
+    """Returns the git commit of this package's own repository and whether files were changed; None if there is none.
 
     A package that is merely installed inside somebody's repository does not count.
     """
@@ -179,7 +181,7 @@ def code_state() -> dict[str, Any]:
 
 
 def project_state(*, with_diff: bool = False) -> dict[str, Any]:
-    """Returns the commit and the changes of the repository that the run was started in; None where there is none.
+    """Returns the commit and the changes of the repository that the run was started in; None if there is none.
 
     The changes are the names of files with the lines that they gained and lost (None for a binary file), and the
     SHA-256 of `git diff HEAD`; `with_diff` adds that itself without what may be secret in it.
@@ -194,12 +196,12 @@ def project_state(*, with_diff: bool = False) -> dict[str, Any]:
         "commit": commit,
         "changes": _count_lines(_git(*compare, "--numstat", "-z", folder=here) or ""),
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
-        "untracked": [name for name in untracked if name][:LONGEST_LIST],
+        "untracked": [name for name in untracked if name][:MAX_LIST],
     }
     if with_diff:
-        shown = hide_in_diff(diff)
-        state["diff"] = shown[:LONGEST_DIFF]
-        state |= {"diff_left_out": len(shown) - LONGEST_DIFF} if len(shown) > LONGEST_DIFF else {}
+        safe_diff = hide_in_diff(diff)
+        state["diff"] = safe_diff[:MAX_DIFF]
+        state |= {"diff_left_out": len(safe_diff) - MAX_DIFF} if len(safe_diff) > MAX_DIFF else {}
     return state
 
 
@@ -210,7 +212,7 @@ def _count_lines(numstat: str) -> list[dict[str, Any]]:
         added, removed, name = record.split("\t", 2)
         counts = [int(count) if count.isdecimal() else None for count in (added, removed)]
         changes.append({"file": name, "added": counts[0], "removed": counts[1]})
-    return changes[:LONGEST_LIST]
+    return changes[:MAX_LIST]
 
 
 def _git(*arguments: str, folder: Path | None = None) -> str | None:

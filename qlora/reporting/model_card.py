@@ -49,7 +49,7 @@ def write_model_card(
         "## Results",
         _results(config, result),
         "## Use",
-        _draw_again(config, folder, result.get("paths", {}), command)
+        _initialise_again(config, folder, result.get("paths", {}), command)
         if config.lora.enabled and config.model.weights is Weights.random
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
@@ -76,7 +76,7 @@ def _front_matter(config: Config, base_model: str) -> str:
     license_id = (config.model.license or "").lower()
     known = license_id in HUB_LICENSES
     data_id = config.data.path or ""
-    facts: dict[str, Any] = {
+    front_matter: dict[str, Any] = {
         "base_model": base_model
         if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
         else None,
@@ -91,7 +91,7 @@ def _front_matter(config: Config, base_model: str) -> str:
             find_method(config.quantization).width(config.quantization),
         ],
     }
-    return ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml().strip()
+    return ModelCardData(**{key: value for key, value in front_matter.items() if value is not None}).to_yaml().strip()
 
 
 def _introduction(config: Config, base_model: str, unquantized: str | None) -> str:
@@ -135,12 +135,12 @@ def _dtype(config: Config, compute_dtype: str | None) -> str:
     return compute_dtype or DTYPES.get(config.quantization.compute_dtype, "bfloat16")
 
 
-def _draw_again(config: Config, folder: Path, paths: dict[str, str], command: str) -> str:
-    """Returns the command that draws the base again; nothing else can."""
+def _initialise_again(config: Config, folder: Path, paths: dict[str, str], command: str) -> str:
+    """Returns the command that initialises the base again; it is saved nowhere."""
     adapter = _relative(paths.get("adapter"), folder)
-    words = f"The base was drawn at random from seed {config.seed} and is stored nowhere; this draws it again:"
+    text = f"The base was initialised at random from seed {config.seed} and is saved nowhere; this creates it again:"
     again = f"{command} task=chat {shlex.quote(f'adapter={quoted(adapter)}')}  # {SEEN}"
-    return f"{words}\n\n{markdown_block(again, 'bash')}"
+    return f"{text}\n\n{markdown_block(again, 'bash')}"
 
 
 def _use(

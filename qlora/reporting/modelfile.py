@@ -52,7 +52,7 @@ TURNS: Final = """
 {{- if not $last }}{{ %(after_answer)s }}{{ end }}
 {{- end }}
 {{- end }}"""
-"""A conversation that ends with the assistant is to be gone on with."""
+"""The model continues a conversation that ends with the assistant."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ChatForm:
     after_answer: str
     """Between an answer and the next question."""
     prompt: str
-    """Behind the last question, where the model goes on."""
+    """After the last question, where the model continues."""
     adds_bos: bool = False
     """Whether the server puts the begin token before the text, which then must not spell it."""
 
@@ -95,7 +95,7 @@ class ChatForm:
 
 
 def find_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm | str:
-    """Returns the form of a tokenizer's chat template, or the reason why there is none, in words."""
+    """Returns the form of a tokenizer's chat template, or the reason why there is none."""
     if not tokenizer.chat_template:
         return "the tokenizer has no chat template"
     if "strftime_now" in str(tokenizer.chat_template):
@@ -125,11 +125,11 @@ def _ask(tokenizer: PreTrainedTokenizerBase) -> ChatForm | None:
     """Returns the form that marked messages show; None: they are not written once each and in order."""
 
     def around(*marks: str) -> list[str] | None:
-        """Returns the texts before, between and behind the marks."""
+        """Returns the texts before, between and after the marks."""
         roles = [*(["system"] if SYSTEM in marks else []), "user", "assistant", "user"]
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        pieces = re.split(f"({'|'.join(MARKS)})", _write(tokenizer, messages))
-        return pieces[::2] if pieces[1::2] == list(marks) else None
+        parts = re.split(f"({'|'.join(MARKS)})", _write(tokenizer, messages))
+        return parts[::2] if parts[1::2] == list(marks) else None
 
     plain = around(QUESTION, ANSWER, NEXT)
     if plain is None:
@@ -173,7 +173,7 @@ def write_modelfile(
 ) -> Path | str:
     """Writes `Modelfile` into the folder of a model with its tokenizer, and returns its path, or why it is not written.
 
-    The tokenizer's config there is told whether a server shall add the begin token, which transformers itself reads
+    The tokenizer's config there says whether a server adds the begin token, which transformers itself reads
     from another file. `end_ids` are the tokens that end an answer; `name` is what the model is called in the comment.
     """
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids]

@@ -1,4 +1,4 @@
-"""Pages that need nothing else: style, script, data and the plotting library are in the one file."""
+"""Self-contained pages: style, script, data and the plotting library are in one file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from qlora.runtime.run_folder import flatten
 from qlora.text import format_duration, format_metric
 
 FOLDER = Path(__file__).parent / "page"
-SMOOTH_FROM = 40  # points; fewer are drawn as they are at first
+SMOOTH_FROM = 40
+"""The number of points from which a curve is smoothed at first."""
 SMOOTHING = 0.6
-LONGEST_NUMBER = 9  # characters
+MAX_NUMBER = 9
+"""The most characters of a number that is shown unrounded."""
 NAMES = {
     "train_runtime": "training time",
     "train_tokens_per_second": "tokens/s",
@@ -35,11 +37,11 @@ NAMES = {
 def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
     """Returns the page of a template in `page/`: texts of users are escaped, and nothing is loaded from elsewhere.
 
-    `data` is what `page.js` draws, in JSON's types; the plotting library comes along where there are charts.
+    `page.js` draws `data`, which holds JSON's types; the plotting library is included if there are charts.
     """
     from qlora import __version__
 
-    drawn = any(data[kind] for kind in ("curves", "fronts", "scatters", "importance", "parallel"))
+    has_charts = any(data[kind] for kind in ("curves", "fronts", "scatters", "importance", "parallel"))
     text = (
         _environment()
         .get_template(template)
@@ -47,7 +49,7 @@ def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
             data=_json(data),
             style=(FOLDER / "page.css").read_text(encoding="utf-8"),
             script=(FOLDER / "page.js").read_text(encoding="utf-8"),
-            plotly=_plotly() if drawn else "",
+            plotly=_plotly() if has_charts else "",
             version=__version__,
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             curves=data["curves"],
@@ -56,7 +58,7 @@ def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
             **context,
         )
     )
-    return text.encode("utf-8", "replace").decode()  # a model may answer with half a sign
+    return text.encode("utf-8", "replace").decode()  # a model may answer with half of a surrogate pair
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def _environment() -> Environment:
 
 @functools.cache
 def _plotly() -> str:
-    """Returns the plotting library packed: 2 MB instead of 5, for every run has a page."""
+    """Returns the plotting library compressed: 2 MB instead of 5, because each run has a page."""
     from plotly.offline import get_plotlyjs
 
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
@@ -91,33 +93,33 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _short(each) for key, each in value.items()}
-    return [_short(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def metric_title(name: str) -> str:
-    """Returns a metric's name for people."""
+    """Returns the name of a metric as the page shows it."""
     if name.startswith("base_eval_"):
         return f"{metric_title(name.removeprefix('base_eval_'))} of the untuned base"
     return NAMES.get(name) or name.removeprefix("eval_").replace("_", " ")
 
 
 def format_value(value: float | None, name: str) -> str:
-    """Returns a metric's value for people: times as `3:07:00`, shares in percent."""
+    """Returns the value of a metric as the page shows it: times as `3:07:00`, fractions in percent."""
     if value is not None and name.endswith(("_runtime", "seconds")):
         return format_duration(value)
     return format_metric(name, value)
 
 
-def group(label: str, *, hue: int | None = None, rank: float = 0.0, shown: bool = True, best: bool = False) -> Any:
-    """Returns an entry of the legend: of one of the eight hues, or of a colour between best (0) and worst (1)."""
-    return {"label": label, "hue": hue, "rank": rank, "shown": shown, "best": best}
+def group(label: str, *, hue: int | None = None, rank: float = 0.0, visible: bool = True, best: bool = False) -> Any:
+    """Returns an entry of the legend, with one of the eight hues or a colour between best (0) and worst (1)."""
+    return {"label": label, "hue": hue, "rank": rank, "shown": visible, "best": best}
 
 
-def line(place: int, curve: Curve, *, dash: str = "solid", smooth: bool = True) -> dict[str, Any]:
-    """Returns a line of a chart, of the legend's entry at `place`."""
+def line(index: int, curve: Curve, *, dash: str = "solid", smooth: bool = True) -> dict[str, Any]:
+    """Returns a line of a chart; `index` is that of its entry in the legend."""
     return {
-        "group": place,
+        "group": index,
         "step": curve.steps,
         "tokens": curve.tokens,
         "value": curve.values,
@@ -134,15 +136,15 @@ def chart(name: str, lines: Sequence[dict[str, Any]], title: str | None = None) 
         "unit": unit,
         "lines": list(lines),
         "noisy": name in NOISY,
-        "logarithmic": all(value > 0 for each in lines for value in each["value"]),
+        "logarithmic": all(value > 0 for curve in lines for value in curve["value"]),
         "fromZero": name == "learning_rate",
         "format": ".1~%" if format_metric(name, 0.5).endswith("%") else "~g",
     }
 
 
 def first_smoothing(charts: Sequence[dict[str, Any]]) -> float:
-    """Returns where the slider stands at first: curves of many points are smoothed."""
-    noisy = [len(each["value"]) for one in charts if one["noisy"] for each in one["lines"]]
+    """Returns the first position of the slider: curves with many points are smoothed."""
+    noisy = [len(curve["value"]) for item in charts if item["noisy"] for curve in item["lines"]]
     return SMOOTHING if max(noisy, default=0) >= SMOOTH_FROM else 0.0
 
 
@@ -164,8 +166,8 @@ def plain_value(value: Any) -> str:
 
 
 def short_value(text: str) -> str:
-    """Returns a config's value as people read it: four digits of a number that a search has drawn."""
+    """Returns a config's value in short: a number that a search sampled is rounded to four digits."""
     try:
-        return f"{float(text):.4g}" if len(text) > LONGEST_NUMBER else text
+        return f"{float(text):.4g}" if len(text) > MAX_NUMBER else text
     except ValueError:
         return text

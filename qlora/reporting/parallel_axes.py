@@ -1,4 +1,4 @@
-"""Draws what jobs of a sweep were given and what came of it: a line a job, through an axis a column."""
+"""Draws the varied values and results of a sweep's jobs: one line for each job, one axis for each column."""
 
 from __future__ import annotations
 
@@ -10,61 +10,57 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from qlora.runtime.atomic_files import write_file
+from qlora.reporting.png import FAINT, INK, new_figure, save_figure
 
-INK, GRID = "#1f2933", "#9fb3c8"
 TICKS = 5
 DECADES = 50.0
-"""Positive numbers whose largest is so many times the smallest lie on a logarithmic axis."""
+"""Positive numbers get a logarithmic axis if their maximum is this many times the minimum."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Places of values between 0 and 1, and the values that are written beside the axis."""
+    """The positions of values between 0 and 1, and the labels of the axis."""
 
-    places: list[float]
+    positions: list[float]
     ticks: list[tuple[float, str]]
 
 
 def plot_parallel(columns: Mapping[str, Sequence[Any]], path: Path, *, maximizes: bool) -> None:
-    """Writes a PNG of columns of numbers or words, one value a job; the last gives the colours.
+    """Writes a PNG of columns of numbers or texts, one value for each job; the last column sets the colours.
 
     The best line by the last column is drawn above the others; `maximizes` says which end is the better one.
     """
     axes_of = [build_axis(values) for values in columns.values()]
-    figure = Figure(figsize=(max(4.0, 1.8 * len(columns)), 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.0, 1.8 * len(columns)), 4.5)
     axes = figure.subplots()
     _draw_axes(axes, list(columns), axes_of)
-    quality = [place if maximizes else 1 - place for place in axes_of[-1].places]
+    quality = [position if maximizes else 1 - position for position in axes_of[-1].positions]
     shades = colormaps["viridis_r"]
     for job in sorted(range(len(quality)), key=lambda job: quality[job]):
         best = quality[job] == max(quality)
-        line = [axis.places[job] for axis in axes_of]
+        line = [axis.positions[job] for axis in axes_of]
         axes.plot(
             line, color=shades(0.15 + 0.85 * quality[job]), linewidth=2.4 if best else 1.2, alpha=1.0 if best else 0.7
         )
-    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
+    save_figure(figure, path)
 
 
 def build_axis(values: Sequence[Any]) -> Axis:
-    """Returns the axis of a column: numbers by size, on a logarithmic scale where they span decades, words in order."""
+    """Returns the axis of a column: numbers by size, on a logarithmic scale if they span decades; texts in order."""
     numbers = [float(value) for value in values if _is_number(value)]
     if len(numbers) < len(values):
-        words = list(dict.fromkeys(str(value) for value in values))
-        steps = {word: (place + 0.5) / len(words) for place, word in enumerate(words)}
-        return Axis([steps[str(value)] for value in values], [(place, word) for word, place in steps.items()])
+        texts = list(dict.fromkeys(str(value) for value in values))
+        steps = {text: (index + 0.5) / len(texts) for index, text in enumerate(texts)}
+        return Axis([steps[str(value)] for value in values], [(position, text) for text, position in steps.items()])
     low, high = min(numbers), max(numbers)
     scale = math.log if low > 0 and high / low >= DECADES else float
     span = scale(high) - scale(low)
-    places = [(scale(number) - scale(low)) / span if span else 0.5 for number in numbers]
-    known = sorted(set(zip(places, numbers, strict=True)))
+    positions = [(scale(number) - scale(low)) / span if span else 0.5 for number in numbers]
+    known = sorted(set(zip(positions, numbers, strict=True)))
     if len(known) > TICKS:
-        known = [known[round(place * (len(known) - 1) / (TICKS - 1))] for place in range(TICKS)]
-    return Axis(places, [(place, f"{number:.4g}") for place, number in known])
+        known = [known[round(tick * (len(known) - 1) / (TICKS - 1))] for tick in range(TICKS)]
+    return Axis(positions, [(position, f"{number:.4g}") for position, number in known])
 
 
 def _is_number(value: Any) -> bool:
@@ -72,10 +68,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _draw_axes(axes: Axes, names: Sequence[str], axes_of: Sequence[Axis]) -> None:
-    for place, axis in enumerate(axes_of):
-        axes.axvline(place, color=GRID, linewidth=1)
+    for index, axis in enumerate(axes_of):
+        axes.axvline(index, color=FAINT, linewidth=1)
         for height, text in axis.ticks:
-            axes.annotate(text, (place, height), (4, 0), textcoords="offset points", fontsize=7, color=INK, va="center")
+            axes.annotate(text, (index, height), (4, 0), textcoords="offset points", fontsize=7, color=INK, va="center")
     axes.set_xticks(range(len(names)), names, fontsize=8, color=INK, rotation=15 if len(names) > 4 else 0)
     axes.set_yticks([])
     axes.set_ylim(-0.05, 1.05)

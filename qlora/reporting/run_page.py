@@ -52,22 +52,22 @@ SHOWN_IF_ZERO = ("train_rows", "eval_rows")
 
 
 def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> Path:
-    """Writes `report.html` of a finished training and returns its path.
+    """Writes `report.html` of a finished run and returns its path.
 
     `result` holds `metrics`, `intervals`, `gains` and `paths`, as `result.json` does; `command` starts the run again.
-    Raises `ConfigError` where the folder cannot be written.
+    Raises `ResourceError` if the folder cannot be written.
     """
     write_text(folder.report, run_page(folder, result, command=command))
     return folder.report
 
 
 def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> str:
-    """Returns the page as HTML, from `result` and what else lies in the run's folder."""
+    """Returns the page as HTML, from `result` and the other files in the run's folder."""
     manifest = _intact(folder.stored_manifest) or {}
     charts, groups = _charts(curves(read_history(folder.path)))
     answers = [_answer(record) for record in _intact(lambda: read_lines(folder.predictions, ANSWERS)) or []]
     metrics = result.get("metrics", {})
-    facts = [(label, text) for label, text in manifest.get("model", {}).items()
+    model = [(label, text) for label, text in manifest.get("model", {}).items()
              if label != "folder" and isinstance(text, str)]  # fmt: skip
     sections = {
         "metrics": "Metrics",
@@ -95,7 +95,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
         command=command,
         answers=answers,
         judged=any(answer["right"] for answer in answers) and not all(answer["right"] for answer in answers),
-        facts=facts,
+        facts=model,
         counts=_counts(manifest.get("data", {})),
         versions=[(key, value) for key, value in manifest.get("versions", {}).items() if value],
         machine=_machine(manifest),
@@ -105,17 +105,17 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
 
 
 def _intact(read: Callable[[], Result]) -> Result | None:
-    """Returns what `read` reads back, or None where that is damaged, which a warning says."""
+    """Returns the result of `read`, or None with a warning if the file is damaged."""
     try:
         return read()
     except DamagedFile as error:
-        log.warning("%s is damaged (%s); the page is made without it", error.path, error.reason)
+        log.warning("%s is damaged (%s); the page is written without it", error.path, error.reason)
         return None
 
 
-def _charts(found: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the charts, training and held-out loss in one of them, and the legend."""
-    thinned = {name: curve.thin(POINTS) for name, curve in found.items()}
+    thinned = {name: curve.thin(POINTS) for name, curve in measured.items()}
     legend = [group("training", hue=0), group("held out", hue=1)]
     losses = [line(0, thinned["loss"])] if "loss" in thinned else []
     losses += [line(1, thinned["eval_loss"], smooth=False)] if "eval_loss" in thinned else []
@@ -123,11 +123,11 @@ def _charts(found: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict
     for name, curve in thinned.items():
         if name not in ("loss", "eval_loss"):
             charts.append(chart(name, [line(int(name.startswith("eval_")), curve)]))
-    lines = [each for one in charts for each in one["lines"]]
-    used = sorted({each["group"] for each in lines})
-    for each in lines:
-        each["group"] = used.index(each["group"])
-    return charts, [legend[place] for place in used]
+    lines = [curve for item in charts for curve in item["lines"]]
+    used = sorted({curve["group"] for curve in lines})
+    for curve in lines:
+        curve["group"] = used.index(curve["group"])
+    return charts, [legend[index] for index in used]
 
 
 def _measured(result: Mapping[str, Any], *, detail: bool) -> list[dict[str, str]]:
@@ -152,8 +152,8 @@ def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
     for key, value in metrics.items():
         if key.startswith("eval_") and not is_detail(key) and key != "eval_perplexity" and len(tiles) < 3:
-            before = metrics.get(f"base_{key}")
-            note = f"untuned base {format_value(before, key)}" if before is not None else ""
+            base = metrics.get(f"base_{key}")
+            note = f"untuned base {format_value(base, key)}" if base is not None else ""
             tiles.append((f"{metric_title(key)}, held out", format_value(value, key), note))
     speed = ("train_runtime", "train_tokens_per_second", "train_mfu", "train_data_wait")
     for key, unit in (*((key, "") for key in speed), ("peak_memory_gb", " GB")):
@@ -164,7 +164,7 @@ def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
 
 
 def _warnings(log: Path) -> list[str]:
-    """Returns what this project's parts warned of, each once."""
+    """Returns the warnings in the log, each once."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return list(dict.fromkeys(WARNED.findall(text)))
 
@@ -183,7 +183,7 @@ def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer_note(record: Mapping[str, Any]) -> str:
-    """Returns how long an answer is, and whether it was cut."""
+    """Returns the length of an answer, and whether it was cut."""
     count, finish = record.get("answer_tokens"), record.get("finish")
     length = [] if not isinstance(count, int) else ["1 token" if count == 1 else f"{count:,} tokens"]
     return ", ".join([*length, *(["cut at generation.max_new_tokens"] if finish == "length" else [])])
@@ -200,7 +200,7 @@ def _counts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _machine(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     hardware, code = manifest.get("hardware", {}), manifest.get("code", {})
     gpus = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in hardware.get("gpus", [])]
-    facts = {
+    rows = {
         "processor": hardware.get("cpu"),
         "cores": hardware.get("cores"),
         "memory": hardware.get("memory_gb") and f"{hardware['memory_gb']} GB",
@@ -210,7 +210,7 @@ def _machine(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "platform": manifest.get("platform"),
         "code": code.get("commit") and f"{code['commit'][:12]}{', with changes' if code.get('dirty') else ''}",
     }
-    return [(label, str(value)) for label, value in facts.items() if value]
+    return [(label, str(value)) for label, value in rows.items() if value]
 
 
 def _files(folder: RunFolder, paths: Mapping[str, str]) -> list[tuple[str, str]]:

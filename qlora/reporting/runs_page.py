@@ -1,190 +1,125 @@
-"""The page of several runs: their table, curves, parameters, costs, and what became of those that did not finish."""
+"""The page of several runs: table, curves, parameters, costs, and the runs that did not finish."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from qlora.reporting.history import Curve
 from qlora.reporting.importance import measure_importance, spans_decades, to_numbers
 from qlora.reporting.page import (
     chart,
     first_smoothing,
     format_value,
     group,
-    line,
     metric_title,
     plain_config,
     render,
     short_value,
 )
+from qlora.reporting.page import (
+    line as curve_line,
+)
+from qlora.reporting.run_views import COSTS, RunsReport, RunView, TableLine
 from qlora.text import format_duration
 
 HUES = 8
-SHOWN = 30
-"""So many lines of the table have their curves drawn at first."""
-POINTS = 40_000
-"""Of a metric's curves together: more make the page slow and show nothing."""
-COSTS = ("seconds", "train_runtime", "train_tokens_per_second", "train_mfu", "peak_memory_gb")
+MAX_VISIBLE = 30
+"""The lines of the table whose curves are visible at first."""
+MAX_POINTS = 40_000
+"""The points of all curves of a metric; more make the page slow and show nothing new."""
 STATUSES = ("failed", "interrupted", "pruned", "running", "queued")
-"""Of runs that did not finish, in the order in which they need a look."""
+"""The statuses of runs that did not finish, the most urgent first."""
 MEASURED_COSTS = ("train_runtime", "peak_memory_gb")
-"""Costs that stand among the parameters, for what they buy."""
-
-
-@dataclass(frozen=True)
-class RunView:
-    """What the page shows of one run."""
-
-    label: str
-    folder: str
-    """Where it is, seen from the page."""
-    status: str
-    """`finished`, `failed`, `pruned`, `interrupted`, `running` or `queued`."""
-    page: str | None = None
-    """Its own page, seen from this one."""
-    short: str = "open"
-    """What tells it from the other runs of its line."""
-    values: Mapping[str, str] = field(default_factory=dict)
-    """The varied keys."""
-    objective: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    curves: Mapping[str, Curve] = field(default_factory=dict)
-    reason: str | None = None
-    progress: str | None = None
-    log: Sequence[str] = ()
-    """The last lines that it wrote."""
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """What it took: seconds, tokens a second, share of the device's speed, gigabytes."""
-        known = {**self.metrics, "seconds": self.seconds}
-        return {name: float(known[name]) for name in COSTS if known.get(name) is not None}  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class TableLine:
-    """A line of the table: runs that differ by their seed only."""
-
-    values: Mapping[str, str]
-    cells: Sequence[tuple[str, float | None]]
-    """Each metric as people read it, and as a number to sort by."""
-    runs: Sequence[RunView]
-    in_front: bool = False
-    """Whether no other is better by one of several goals without being worse by another."""
-
-
-@dataclass(frozen=True)
-class RunsReport:
-    """Everything on the page."""
-
-    title: str
-    over: str
-    """What kind of page it is."""
-    objective: str | None
-    maximizes: bool
-    """Whether a larger objective is the better one."""
-    keys: Sequence[str]
-    metrics: Sequence[str]
-    lines: Sequence[TableLine]
-    """Best first."""
-    unfinished: Sequence[RunView] = ()
-    common: Mapping[str, Any] = field(default_factory=dict)
-    """Config keys that all runs share."""
-    command: str | None = None
-    """What starts the best run again."""
-    goals: Mapping[str, str] = field(default_factory=dict)
-    """The metrics of a search, with `minimize` or `maximize`."""
-
-    @property
-    def finished(self) -> list[RunView]:
-        """The runs of the table, in its order."""
-        return [run for line in self.lines for run in line.runs]
-
-    @property
-    def runs(self) -> list[RunView]:
-        """All runs, those of the table first."""
-        return [*self.finished, *self.unfinished]
-
-    @property
-    def drawn(self) -> list[RunView]:
-        """The runs of the legend, in its order."""
-        return [*self.finished, *(run for run in self.unfinished if run.curves)]
+"""Costs that are shown among the parameters, against the objective."""
 
 
 def runs_page(report: RunsReport) -> str:
     """Returns the page as HTML."""
-    runs, objective = report.runs, report.objective
-    groups = _groups(report)
-    curves = _charts(report.drawn)
-    judged = [run for run in report.finished if _is_number(run.objective)]
-    values = [run.values for run in judged]
-    shares, note = measure_importance(values, [float(run.objective or 0) for run in judged])
-    scatters = _scatters(judged, report) if len(judged) > 1 else []
-    dimensions = [axis for axis in scatters if axis["key"]]
-    if dimensions and objective:
-        goal = {"title": metric_title(objective), "numeric": True, "log": False,
-                "values": [run.objective for run in judged]}  # fmt: skip
-        dimensions = [*dimensions, goal]
-    shown = sum(group["shown"] for group in groups)
-    data = {
-        "groups": groups,
-        "curves": curves,
-        "smoothing": first_smoothing(curves),
-        "objective": metric_title(objective) if objective else None,
-        "better": "higher" if report.maximizes else "lower",
-        "points": {
-            "objective": [run.objective for run in judged],
-            "labels": [run.label for run in judged],
-            "groups": [place for place, run in enumerate(report.finished) if _is_number(run.objective)],
-        },
-        "fronts": (fronts := _fronts(report)),
-        "scatters": scatters,
-        "importance": [{"names": list(shares), "values": list(shares.values())}] if shares else [],
-        "parallel": [{"dimensions": dimensions}] if len(dimensions) > 2 else [],
-    }
-    sections = {
-        "leaderboard": "Leaderboard",
-        "front": "Best compromises" if fronts else "",
-        "curves": "Curves" if curves else "",
-        "parameters": "Parameters" if scatters else "",
-        "time": "Time and memory" if runs else "",
-        "unfinished": "Not finished" if report.unfinished else "",
-        "config": "Config" if report.common else "",
-    }
+    measured = [run for run in report.finished if _is_finite(run.objective)]
+    importance, note = measure_importance(
+        [run.values for run in measured], [float(run.objective or 0) for run in measured]
+    )
+    scatters = _scatters(measured, report) if len(measured) > 1 else []
+    data = _chart_data(report, measured, scatters, importance)
+    visible = sum(group["shown"] for group in data["groups"])
     return render(
         "runs.html.jinja",
         data,
         title=report.title,
         over=report.over,
         summary=_summary(report),
-        sections=[(anchor, name) for anchor, name in sections.items() if name],
+        sections=_sections(report, data),
         tiles=_tiles(report),
         command=report.command,
-        objective=objective,
+        objective=report.objective,
         order=_order(report),
         keys=report.keys,
         numeric=[key for key in report.keys if to_numbers([line.values.get(key, "") for line in report.lines])],
         metrics=report.metrics,
-        first=int(objective in report.metrics),
+        first=int(report.objective in report.metrics),
         several_seeds=any(len(line.runs) > 1 for line in report.lines),
-        lines=[_table_line(each, report.keys) for each in report.lines],
-        fronts=fronts,
-        many="" if shown == len(groups) else f"The curves of {shown} of {len(groups)} runs are shown at first.",
+        lines=[_table_line(line, report.keys) for line in report.lines],
+        fronts=data["fronts"],
+        many=""
+        if visible == len(data["groups"])
+        else f"The curves of {visible} of {len(data['groups'])} runs are shown at first.",
         scatters=scatters,
-        importance=shares,
+        importance=importance,
         importance_note=note,
         parallel=data["parallel"],
-        costs=[name for name in COSTS if any(name in run.costs for run in runs)],
-        jobs=_jobs(runs),
+        costs=[name for name in COSTS if any(name in run.costs for run in report.runs)],
+        jobs=_jobs(report.runs),
         unfinished=[_unfinished(run) for run in sorted(report.unfinished, key=_urgency)],
         common=list(plain_config(report.common)),
     )
+
+
+def _chart_data(
+    report: RunsReport,
+    measured: Sequence[RunView],
+    scatters: Sequence[dict[str, Any]],
+    importance: Mapping[str, float],
+) -> dict[str, Any]:
+    """Returns what `page.js` draws; `measured` are the finished runs with a finite objective."""
+    objective, curves = report.objective, _charts(report.charted)
+    dimensions = [axis for axis in scatters if axis["key"]]
+    if dimensions and objective:
+        goal = {"title": metric_title(objective), "numeric": True, "log": False,
+                "values": [run.objective for run in measured]}  # fmt: skip
+        dimensions = [*dimensions, goal]
+    return {
+        "groups": _groups(report),
+        "curves": curves,
+        "smoothing": first_smoothing(curves),
+        "objective": metric_title(objective) if objective else None,
+        "better": "higher" if report.maximizes else "lower",
+        "points": {
+            "objective": [run.objective for run in measured],
+            "labels": [run.label for run in measured],
+            "groups": [index for index, run in enumerate(report.finished) if _is_finite(run.objective)],
+        },
+        "fronts": _fronts(report),
+        "scatters": scatters,
+        "importance": [{"names": list(importance), "values": list(importance.values())}] if importance else [],
+        "parallel": [{"dimensions": dimensions}] if len(dimensions) > 2 else [],
+    }
+
+
+def _sections(report: RunsReport, data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the anchors and titles of the sections that have content."""
+    sections = {
+        "leaderboard": "Leaderboard",
+        "front": "Best compromises" if data["fronts"] else "",
+        "curves": "Curves" if data["curves"] else "",
+        "parameters": "Parameters" if data["scatters"] else "",
+        "time": "Time and memory" if report.runs else "",
+        "unfinished": "Not finished" if report.unfinished else "",
+        "config": "Config" if report.common else "",
+    }
+    return [(anchor, title) for anchor, title in sections.items() if title]
 
 
 def _table_line(line: TableLine, keys: Sequence[str]) -> dict[str, Any]:
@@ -196,7 +131,7 @@ def _table_line(line: TableLine, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _is_number(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
@@ -207,55 +142,57 @@ def _link(path: str) -> str:
 def _groups(report: RunsReport) -> list[dict[str, Any]]:
     """Returns the legend: a colour for each line of the table, and grey for runs that did not finish."""
     count, entries = len(report.lines), []
-    for place, each in enumerate(report.lines):
-        hue, rank = (place, 0.0) if count < HUES else (None, place / (count - 1))
-        best = place == 0 and count > 1 and report.objective is not None
-        entries += [group(run.label, hue=hue, rank=rank, shown=place < SHOWN, best=best) for run in each.runs]
+    for index, line in enumerate(report.lines):
+        hue, rank = (index, 0.0) if count < HUES else (None, index / (count - 1))
+        best = index == 0 and count > 1 and report.objective is not None
+        entries += [group(run.label, hue=hue, rank=rank, visible=index < MAX_VISIBLE, best=best) for run in line.runs]
     unfinished = [run for run in report.unfinished if run.curves]
-    return entries + [group(run.label, hue=HUES - 1, shown=place < SHOWN) for place, run in enumerate(unfinished)]
+    return entries + [
+        group(run.label, hue=HUES - 1, visible=index < MAX_VISIBLE) for index, run in enumerate(unfinished)
+    ]
 
 
-def _charts(drawn: Sequence[RunView]) -> list[dict[str, Any]]:
-    most = max(POINTS // max(len(drawn), 1), 100)
-    names = dict.fromkeys(name for run in drawn for name in run.curves)
+def _charts(runs: Sequence[RunView]) -> list[dict[str, Any]]:
+    most = max(MAX_POINTS // max(len(runs), 1), 100)
+    names = dict.fromkeys(name for run in runs for name in run.curves)
     return [
-        chart(name, [line(place, run.curves[name].thin(most), smooth=not name.startswith("eval_"))
-                     for place, run in enumerate(drawn) if name in run.curves])
+        chart(name, [curve_line(index, run.curves[name].thin(most), smooth=not name.startswith("eval_"))
+                     for index, run in enumerate(runs) if name in run.curves])
         for name in names
     ]  # fmt: skip
 
 
 def _scatters(runs: Sequence[RunView], report: RunsReport) -> list[dict[str, Any]]:
-    """Returns a chart for each varied key, and for what a run costs, against the objective."""
+    """Returns a chart of the objective for each varied key and each cost."""
     if report.objective is None:
         return []
     keys = dict.fromkeys(key for run in runs for key in run.values)
-    found = [_axis(key, [run.values.get(key) for run in runs]) for key in keys]
+    axes = [_axis(key, [run.values.get(key) for run in runs]) for key in keys]
     costs = [name for name in MEASURED_COSTS if name != report.objective and all(name in run.costs for run in runs)]
     for name in costs:
         axis = {"title": metric_title(name), "unit": _unit(name)}
-        found.append(axis | {"key": False, "numeric": True, "log": False, "values": [run.costs[name] for run in runs]})
-    return [axis for axis in found if len(set(axis["values"])) > 1]
+        axes.append(axis | {"key": False, "numeric": True, "log": False, "values": [run.costs[name] for run in runs]})
+    return [axis for axis in axes if len(set(axis["values"])) > 1]
 
 
 def _fronts(report: RunsReport) -> list[dict[str, Any]]:
-    """Returns a chart for each two goals of a search, with the lines of the table as points."""
-    places = itertools.accumulate((len(each.runs) for each in report.lines), initial=0)
-    measured = [(dict(zip(report.metrics, (value for _, value in each.cells), strict=True)), each, place)
-                for each, place in zip(report.lines, places, strict=False)]  # fmt: skip
-    found = []
+    """Returns a chart for each pair of goals of a search, with the lines of the table as points."""
+    starts = itertools.accumulate((len(line.runs) for line in report.lines), initial=0)
+    measured = [(dict(zip(report.metrics, (value for _, value in line.cells), strict=True)), line, start)
+                for line, start in zip(report.lines, starts, strict=False)]  # fmt: skip
+    fronts = []
     for x, y in itertools.combinations(report.goals, 2):
-        points = [point for point in measured if _is_number(point[0].get(x)) and _is_number(point[0].get(y))]
-        found.append({
+        points = [point for point in measured if _is_finite(point[0].get(x)) and _is_finite(point[0].get(y))]
+        fronts.append({
             "x": {"title": metric_title(x), "unit": _unit(x), "values": [values[x] for values, _, _ in points]},
             "y": {"title": metric_title(y), "unit": _unit(y), "values": [values[y] for values, _, _ in points]},
-            "labels": [each.runs[0].label for _, each, _ in points],
-            "groups": [place for _, _, place in points],
-            "front": [each.in_front for _, each, _ in points],
-            # Of more goals, the front is a surface, and no line of two.
+            "labels": [line.runs[0].label for _, line, _ in points],
+            "groups": [start for _, _, start in points],
+            "front": [line.in_front for _, line, _ in points],
+            # With more than two goals the front is a surface, not a line.
             "stairs": None if len(report.goals) > 2 else "hv" if report.goals[x] == "minimize" else "vh",
         })  # fmt: skip
-    return [each for each in found if each["groups"]]
+    return [front for front in fronts if front["groups"]]
 
 
 def _unit(name: str) -> str:
@@ -263,9 +200,9 @@ def _unit(name: str) -> str:
 
 
 def _axis(key: str, texts: Sequence[str | None]) -> dict[str, Any]:
-    """Returns a varied key as an axis; a run may lack it, where it is searched under a condition only."""
-    there = [text for text in texts if text is not None]
-    numbers = to_numbers(there)
+    """Returns a varied key as an axis; a run lacks a key that is searched under a condition."""
+    known = [text for text in texts if text is not None]
+    numbers = to_numbers(known)
     axis: dict[str, Any] = {"title": key, "unit": "", "key": True, "numeric": numbers is not None}
     if numbers is None:
         return axis | {"log": False, "values": texts}
@@ -288,7 +225,7 @@ def _jobs(runs: Sequence[RunView]) -> list[dict[str, Any]]:
             "page": run.page and _link(run.page),
             "folder": _link(run.folder),
             "costs": [
-                {"text": format_value(value, name), "value": value, "share": _share(value, most[name])}
+                {"text": format_value(value, name), "value": value, "share": _fraction(value, most[name])}
                 for name, value in ((name, run.costs.get(name)) for name in names)
             ],
         }
@@ -296,8 +233,8 @@ def _jobs(runs: Sequence[RunView]) -> list[dict[str, Any]]:
     ]
 
 
-def _share(value: float | None, most: float) -> float:
-    """Returns how long a cost's bar is; that of what is no number has no length."""
+def _fraction(value: float | None, most: float) -> float:
+    """Returns the length of a cost's bar; the bar of NaN or an infinite value has no length."""
     return min(max(value / most, 0.0), 1.0) if value is not None and math.isfinite(value) and most > 0 else 0.0
 
 
@@ -331,7 +268,7 @@ def _order(report: RunsReport) -> str:
     spread = "; ± is the standard error over seeds" if several else ""
     goals = " or ".join(map(metric_title, report.goals))
     front = (
-        f"; * marks the front: none is better by {goals} without being worse by another"
+        f"; * marks the front: no other line is better by {goals} without being worse by another"
         if len(report.goals) > 1
         else ""
     )
@@ -342,8 +279,8 @@ def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:
     tiles, objective = list[tuple[str, str, str]](), report.objective
     if report.lines and objective is not None and objective in report.metrics:
         best = report.lines[0]
-        words = " ".join(f"{key}={short_value(value)}" for key, value in best.values.items())
-        tiles.append((f"best {metric_title(objective)}", best.cells[list(report.metrics).index(objective)][0], words))
+        values = " ".join(f"{key}={short_value(value)}" for key, value in best.values.items())
+        tiles.append((f"best {metric_title(objective)}", best.cells[list(report.metrics).index(objective)][0], values))
         base = best.runs[0].metrics.get(f"base_{objective}")
         if base is not None:
             tiles.append((f"{metric_title(objective)} of the untuned base", format_value(base, objective), ""))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from qlora.errors import ConfigError
+from qlora.errors import RunError
 
 LOCK_FILE = ".lock"
 OVERVIEW_LOCK = ".overview.lock"
@@ -21,7 +21,7 @@ _held: list[TextIO] = []
 
 
 def _release() -> None:
-    """Closes the locks in a process that was forked, such as a worker, which may outlive a run that is killed."""
+    """Closes the locks in a forked process, such as a worker, which may outlive a killed run."""
     for file in _held:
         file.close()
 
@@ -31,9 +31,9 @@ os.register_at_fork(after_in_child=_release)
 
 @contextlib.contextmanager
 def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool = False) -> Iterator[None]:
-    """Holds the lock of a folder, which the system takes back when the process ends, however it ends.
+    """Holds the lock of a folder; the system releases it when the process ends in any way.
 
-    Several processes may hold it `shared`. Raises `ConfigError` with `complaint` where another process holds it.
+    Several processes may hold it `shared`. Raises `RunError` with `complaint` if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a") as file:
@@ -41,10 +41,10 @@ def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool 
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # maybe only for the moment in which `is_locked` looks
+            except BlockingIOError:  # perhaps only while `is_locked` tries the lock
                 if attempt == LOCK_ATTEMPTS - 1:
                     message = f"{complaint}; wait until it has ended, or choose another folder"
-                    raise ConfigError(message) from None
+                    raise RunError(message) from None
                 time.sleep(0.1)
         _held.append(file)
         try:
@@ -55,7 +55,7 @@ def locked(folder: Path, complaint: str, *, name: str = LOCK_FILE, shared: bool 
 
 @contextlib.contextmanager
 def in_turn(folder: Path) -> Iterator[None]:
-    """Holds the lock of a sweep's overview, having waited for whoever brings it up to date just now."""
+    """Waits for and holds the lock of a sweep's overview."""
     with (folder / OVERVIEW_LOCK).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _held.append(file)

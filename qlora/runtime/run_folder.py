@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, and whether the same command may go on in it."""
+"""The folder of a run: the paths in it, and the check that the same command may resume there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora.config.saved_config import flatten as flatten
 from qlora.config.schema import Resume, Weights
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError, RunError
 from qlora.runtime.atomic_files import remove_temporary_files
 from qlora.runtime.saved_run import read_manifest, read_result
 
@@ -94,17 +94,17 @@ class RunFolder:
 
     @property
     def progress(self) -> Path:
-        """The latest step of a training, for whoever watches from outside."""
+        """The latest training step, for programs that watch the run."""
         return self.path / "progress.json"
 
     @property
     def trace(self) -> Path:
-        """What `trainer.profile` recorded of some steps, as a Chrome trace."""
+        """The Chrome trace of the steps that `trainer.profile` recorded."""
         return self.path / "profile" / "trace.json.gz"
 
     @property
     def holds_training(self) -> bool:
-        """Whether a training has begun here; one refused while its base was loaded has left a config alone."""
+        """Whether training has begun here; a run that failed while its base was loaded left only a config."""
         return (
             self.manifest.is_file()
             or self.result("train").is_file()
@@ -118,7 +118,7 @@ class RunFolder:
         return self.path / ("result.json" if task == "train" else f"{task}.json")
 
     def create(self) -> None:
-        """Makes the folder and removes what killed processes left in it; raises `ConfigError` where that fails."""
+        """Creates the folder and removes temporary files of killed processes; raises `ResourceError` if that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -126,7 +126,7 @@ class RunFolder:
             probe.unlink()
             remove_temporary_files(self.path)
         except OSError as error:
-            raise ConfigError(
+            raise ResourceError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); choose another with "
                 "hydra.run.dir=FOLDER"
             ) from error
@@ -136,69 +136,69 @@ class RunFolder:
         return read_result(self.result(task))
 
     def stored_manifest(self) -> dict[str, Any] | None:
-        """Returns what the training in this folder was made of, or None; raises `DamagedFile`."""
+        """Returns the manifest of the run in this folder, or None; raises `DamagedFile`."""
         return read_manifest(self.manifest)
 
     def check_unused(self) -> None:
-        """Raises `ConfigError` if a training was started in this folder."""
+        """Raises `RunError` if training was started in this folder."""
         if self.config.is_file() and self.holds_training:
-            raise ConfigError(
-                f"{self.path} holds a run, which resume=never leaves alone; choose another folder "
-                "(hydra.run.dir=FOLDER), or resume=auto to go on"
+            raise RunError(
+                f"{self.path} holds a run, which resume=never does not touch; choose another folder "
+                "(hydra.run.dir=FOLDER), or resume=auto to resume it"
             )
 
     def check_same_training(
-        self, stored: dict[str, Any] | None, config: dict[str, Any], free: Iterable[str] = ()
+        self, saved: dict[str, Any] | None, config: dict[str, Any], free: Iterable[str] = ()
     ) -> bool:
-        """Returns whether a training of this config was started in this folder, or none; `free` keys may differ.
+        """Returns whether training in this folder was started with this config, or not at all; `free` keys may differ.
 
-        Raises `ConfigError` naming the changed keys if it was another; with `resume=force` they are a warning.
+        Raises `RunError` with the changed keys for another config; with `resume=force` it logs a warning instead.
         """
-        if stored is None:
+        if saved is None:
             return True
-        before, now = training_keys(stored), training_keys(config)
-        keys = [key for key in {*before, *now} if not is_below(key, (*FREE_KEYS, *free))]
-        if changes := describe_changes(before, now, keys):
+        previous, now = training_keys(saved), training_keys(config)
+        keys = [key for key in {*previous, *now} if not is_below(key, (*FREE_KEYS, *free))]
+        if changes := describe_changes(previous, now, keys):
             if config.get("resume") == Resume.force.value:
-                log.warning("resume=force: going on with another config; changed:%s", changes)
+                log.warning("resume=force: resuming with another config; changed:%s", changes)
                 return False
-            raise ConfigError(
+            raise RunError(
                 f"{self.path} holds a run with another config; changed:{changes}\n"
                 "choose another folder (hydra.run.dir=FOLDER or name=NAME), or start with the same config to resume; "
-                f"{_force(before, now)} goes on in spite of it, resume=never in a new folder"
+                f"{_force(previous, now)} resumes nevertheless, resume=never starts in a new folder"
             )
         return True
 
-    def check_same_rows(self, stored: dict[str, Any] | None, report: dict[str, Any], config: dict[str, Any]) -> bool:
-        """Returns whether the rows are those that the training in this folder began with, or it has none.
+    def check_same_rows(self, saved: dict[str, Any] | None, report: dict[str, Any], config: dict[str, Any]) -> bool:
+        """Returns whether the rows are those with which training in this folder began, or whether it has none.
 
-        `stored` and `report` are what was told of the rows then and now. Raises `ConfigError` if they are others,
-        naming where they come from and what differs; with `resume=force` that is a warning.
+        `saved` and `report` describe the rows then and now. Raises `RunError` for other rows, with their sources and
+        the differences; with `resume=force` it logs a warning instead.
         """
-        if not (stored and stored["train_rows"] and report["train_rows"]):
+        if not (saved and saved["train_rows"] and report["train_rows"]):
             return True
-        if stored["fingerprint"] == report["fingerprint"]:
+        if saved["fingerprint"] == report["fingerprint"]:
             return True
-        changes = describe_changes(stored, report, report.keys() - {"recognised"})
+        changes = describe_changes(saved, report, report.keys() - {"recognised"})
         data = config["data"]
-        places = [f"data.mix.{name}.path={part['path']}" for name, part in data["mix"].items()]
-        places += [f"data.{key}={data[key]}" for key in ("path", "eval_path") if data[key] is not None]
-        what = f"the rows of {', '.join(places)} are not those that the run in {self.path} began with"
+        sources = [f"data.mix.{name}.path={part['path']}" for name, part in data["mix"].items()]
+        sources += [f"data.{key}={data[key]}" for key in ("path", "eval_path") if data[key] is not None]
+        what = f"the rows of {', '.join(sources)} are not those with which the run in {self.path} began"
         if config.get("resume") == Resume.force.value:
             log.warning("resume=force: %s; changed:%s", what, changes)
             return False
-        raise ConfigError(
-            f"{what}; changed:{changes}\nput the old ones back, or choose another folder (hydra.run.dir=FOLDER or "
-            "name=NAME); resume=force goes on with the new rows, resume=never in a new folder"
+        raise RunError(
+            f"{what}; changed:{changes}\nrestore the old rows, or choose another folder (hydra.run.dir=FOLDER or "
+            "name=NAME); resume=force resumes with the new rows, resume=never starts in a new folder"
         )
 
 
-def _force(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns what goes on with another config: where that names another base, this takes a word of its own."""
+def _force(previous: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns the overrides that resume with another config; another base needs an override of its own."""
     names = ["model.name", "model.revision", "model.weights"]
     if now.get("model.weights") == Weights.random.value:
         names += ["seed", "quantization.compute_dtype", "model.architecture"]
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [key for key in {**previous, **now} if previous.get(key) != now.get(key)]
     return "resume=force base=force" if any(is_below(key, names) for key in changed) else "resume=force"
 
 
@@ -208,18 +208,18 @@ def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
-    """Returns the SHA-256 of a resolved config, however it was written, without the keys that are `free`."""
+    """Returns the SHA-256 of a resolved config without its `free` keys, for any spelling of the config."""
     free = tuple(free)
-    facts = {
+    values = {
         key: value
         for key, value in flatten(config)
         if not is_below(key, free) and (key not in ADDED_KEYS or value != ADDED_KEYS[key])
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_below(key: str, parents: Iterable[str]) -> bool:
-    """Returns whether a full key is one of `parents`, or lies in one of them."""
+    """Returns whether a full key is one of `parents` or lies below one of them."""
     return _is_below(key, tuple(parents))
 
 
@@ -228,19 +228,19 @@ def _is_below(key: str, parents: tuple[str, ...]) -> bool:
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
-def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """Returns those of the full keys that have another value now, in lines of their own; "" where none has."""
-    changed = [key for key in sorted(keys) if before.get(key) != now.get(key)]
-    lines = "".join(f"\n  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:12])
+def describe_changes(previous: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Returns the full keys whose values have changed, one a line; "" if none has."""
+    changed = [key for key in sorted(keys) if previous.get(key) != now.get(key)]
+    lines = "".join(f"\n  {key}: {previous.get(key)!r} -> {now.get(key)!r}" for key in changed[:12])
     return lines + (f"\n  and {len(changed) - 12} more" if len(changed) > 12 else "")
 
 
-def find_adapter(place: Path) -> tuple[Path | None, Path | None]:
-    """Returns (adapter folder, None) or (None, model folder) for a folder of one of them or of a finished run."""
-    for candidate in (place, place / "adapter"):
+def find_adapter(folder: Path) -> tuple[Path | None, Path | None]:
+    """Returns (adapter folder, None) or (None, model folder) for such a folder or that of a finished run."""
+    for candidate in (folder, folder / "adapter"):
         if (candidate / "adapter_config.json").is_file():
             return candidate, None
-    for candidate in (place / "model", place / "merged", place):
+    for candidate in (folder / "model", folder / "merged", folder):
         if (candidate / "config.json").is_file():
             return None, candidate
     return None, None

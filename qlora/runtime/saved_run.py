@@ -1,6 +1,6 @@
-"""What a run has stored, read back: whole or as a `DamagedFile`, its numbers as floats.
+"""Reads back the files of a run, or raises `DamagedFile`; numbers are read as floats.
 
-A number that is none (NaN, infinite, null) is read as such, and `cost` makes it the worst.
+NaN, infinite and null values stay what they are, and `cost` treats them as the worst.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ log = logging.getLogger(__name__)
 
 STATUS_FILE = "status.json"
 RESULTS = ("result.json", "evaluate.json", "predict.json")
-"""The results of the tasks that measure a model, the one that counts first."""
+"""The results of the tasks that measure a model, the most important first."""
 NAMES = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
-"""How JSON, which has no such numbers, holds them as texts."""
-
-
+"""Numbers that JSON cannot hold, by the texts that replace them."""
 MANIFEST_PARTS = {"starts": list, **dict.fromkeys(("config", "data", "model", "versions", "hardware", "code"), dict)}
-LARGEST = 2**53
-"""Up to here a float tells whole numbers apart."""
+MAX_EXACT = 2**53
+"""A float represents each integer up to this one exactly."""
 
 
 class Status(Enum):
-    """What became of a job."""
+    """The status of a job."""
 
     queued = "queued"
     running = "running"
@@ -43,11 +41,11 @@ class Status(Enum):
     pruned = "pruned"
     failed = "failed"
     interrupted = "interrupted"
-    """Stopped from outside: the sweep was ended, or the machine; it goes on from its checkpoint."""
+    """Ended from outside, with the sweep or the machine; it resumes from its checkpoint."""
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """Returns the result of a finished task, or None where there is no such file; raises `DamagedFile`."""
+    """Returns the result of a finished task, or None if it does not exist; raises `DamagedFile`."""
     record = read_record(path)
     if record is None:
         return None
@@ -62,14 +60,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
             "gains": {name: {**to_numbers(gain), "low": to_number(gain["low"]), "high": to_number(gain["high"])}
                       for name, gain in record.get("gains", {}).items()},
             **({"answers": dict(record["answers"])} if "answers" in record else {}),
-            "paths": {name: str(place) for name, place in record.get("paths", {}).items()},
+            "paths": {name: str(path) for name, path in record.get("paths", {}).items()},
         }  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(path, f"it is no result; {type(error).__name__}: {error}") from error
+        raise DamagedFile(path, f"it is not a result; {type(error).__name__}: {error}") from error
 
 
 def read_metrics(path: Path) -> dict[str, float] | None:
-    """Returns a file's numbers by name, or None where there is no such file; raises `DamagedFile`."""
+    """Returns a file's numbers by name, or None if it does not exist; raises `DamagedFile`."""
     record = read_record(path)
     try:
         return None if record is None else to_numbers(record)
@@ -80,50 +78,50 @@ def read_metrics(path: Path) -> dict[str, float] | None:
 def read_history_file(path: Path) -> list[dict[str, Any]] | None:
     """Returns the log of `history.json` or of a checkpoint's `trainer_state.json`, its numbers as floats.
 
-    None where there is no such file. Raises `DamagedFile`.
+    None if it does not exist. Raises `DamagedFile`.
     """
-    stored = read_json(path)
-    entries = stored.get("log_history") if isinstance(stored, dict) else stored
-    if stored is None and not path.exists():
+    content = read_json(path)
+    entries = content.get("log_history") if isinstance(content, dict) else content
+    if content is None and not path.exists():
         return None
     if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
-        raise DamagedFile(path, "it holds no list of logged steps")
+        raise DamagedFile(path, "it does not hold a list of logged steps")
     return [_logged(path, entry) for entry in entries]
 
 
 def _logged(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """Returns an entry without what is no number, such as a list that a callback has logged."""
+    """Returns the numbers of an entry; other values, such as a list that a callback logged, are left out."""
     numbers = {}
     for name, value in entry.items():
         with contextlib.suppress(ValueError):
-            numbers[name] = value if type(value) is int and abs(value) < LARGEST else to_number(value)
+            numbers[name] = value if type(value) is int and abs(value) < MAX_EXACT else to_number(value)
     if "step" in entry and not math.isfinite(numbers.get("step", math.nan)):
-        raise DamagedFile(path, f"step {str(entry['step'])[:20]!r} is no number")
+        raise DamagedFile(path, f"step {str(entry['step'])[:20]!r} is not a finite number")
     return numbers
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Returns what a training was made of, or None where there is no such file; raises `DamagedFile`."""
+    """Returns the manifest of a run, or None if it does not exist; raises `DamagedFile`."""
     record = read_record(path)
     for name, kind in MANIFEST_PARTS.items():
         if record is not None and not isinstance(record.get(name, kind()), kind):
-            raise DamagedFile(path, f"{name} is no {'object' if kind is dict else 'list'}")
+            raise DamagedFile(path, f"{name} is not {'an object' if kind is dict else 'a list'}")
     return record
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """Returns a job's record with all its keys, or None where there is none; raises `DamagedFile`."""
+    """Returns a job's record with all its keys, or None if it does not exist; raises `DamagedFile`."""
     record = read_record(path)
     if record is None:
         return None
     overrides, reason, result = record.get("overrides", []), record.get("reason"), record.get("result")
     try:
         if not (isinstance(overrides, list) and all(isinstance(text, str) for text in overrides)):
-            raise ValueError("overrides is no list of texts")
+            raise ValueError("overrides is not a list of texts")
         if not isinstance(reason, str | NoneType):
-            raise ValueError("reason is no text")
+            raise ValueError("reason is not a text")
         if result is not None and not (isinstance(result, str) and re.fullmatch(r"\w+\.json", result)):
-            raise ValueError("result is no file's name")
+            raise ValueError("result is not the name of a file")
         seconds = None if record.get("seconds") is None else to_number(record["seconds"])
         status = Status(record.get("status")).value
     except ValueError as error:
@@ -133,15 +131,15 @@ def read_status(path: Path) -> dict[str, Any] | None:
 
 
 def read_progress(path: Path) -> dict[str, float] | None:
-    """Returns the finite numbers of a training's latest step, or None where there is none; raises `DamagedFile`."""
+    """Returns the finite numbers of the latest training step, or None if it does not exist; raises `DamagedFile`."""
     numbers = read_metrics(path)
     if numbers is not None and not all(math.isfinite(numbers.get(name, math.nan)) for name in ("step", "max_steps")):
-        raise DamagedFile(path, "step and max_steps are no numbers")
+        raise DamagedFile(path, "step and max_steps are not finite numbers")
     return None if numbers is None else {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def to_numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of an object by name; raises `ValueError` for a value that is none."""
+    """Returns the numbers of an object by name; raises `ValueError` for a value that is not a number."""
     numbers = {}
     for name, value in record.items():
         try:
@@ -163,7 +161,7 @@ def to_number(value: Any) -> float:
     sign, name = (-1, value[1:]) if isinstance(value, str) and value.startswith("-") else (1, value)
     if isinstance(name, str) and name.lower() in NAMES:
         return sign * NAMES[name.lower()]
-    raise ValueError(f"{str(value)[:40]!r} is no number")
+    raise ValueError(f"{str(value)[:40]!r} is not a number")
 
 
 def json_number(value: float | None) -> float | str | None:
@@ -172,7 +170,7 @@ def json_number(value: float | None) -> float | str | None:
 
 
 def cost(value: float | None, *, maximizes: bool) -> float:
-    """Returns a metric as a number of which less is better; what was not measured, or is not finite, is the worst."""
+    """Returns a metric as a cost, lower is better; a value that is missing, NaN or infinite is the worst."""
     if value is None or not math.isfinite(value):
         return math.inf
     return -value if maximizes else value
@@ -204,9 +202,9 @@ def find_damage(folder: Path, *names: str) -> Iterator[DamagedFile]:
 
 
 def set_damage_aside(folder: Path, *names: str) -> None:
-    """Gives damaged files in a run's folder names that nothing reads, so that the run can go on without them."""
+    """Renames damaged files in a run's folder, so that nothing reads them and the run can resume without them."""
     for error in find_damage(folder, *names):
-        numbered = (error.path.with_name(f"{error.path.name}.damaged-{number}") for number in itertools.count(1))
-        place = next(path for path in numbered if not path.exists())
-        log.warning("%s is damaged (%s); it is kept as %s", error.path, error.reason, place.name)
-        error.path.rename(place)
+        numbered = (error.path.with_name(f"{error.path.name}.damaged-{index}") for index in itertools.count(1))
+        target = next(path for path in numbered if not path.exists())
+        log.warning("%s is damaged (%s); it is kept as %s", error.path, error.reason, target.name)
+        error.path.rename(target)

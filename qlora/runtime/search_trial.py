@@ -1,4 +1,4 @@
-"""What a search and its trials share: Optuna's study, which trials reach from processes of their own."""
+"""How a job reaches its trial in a search, and how both open Optuna's database."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import sqlite3
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,16 +21,16 @@ from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ResourceError, UserError
 from qlora.secrets import HIDDEN, hide
 from qlora.text import brief_text
 
 PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
 LOCK_SECONDS = 60.0
-"""SQLite writes one after another; a trial waits so long for its turn."""
+"""How long a trial waits for its turn to write to SQLite, which has one writer at a time."""
 
 optuna.logging.set_verbosity(logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -37,12 +38,12 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 @dataclass(frozen=True)
 class TrialLink:
-    """Where a job finds its trial."""
+    """How a job finds its trial."""
 
     storage: str | None
     """The URL of the study's database, if it holds no secret."""
     variable: str | None
-    """Else the variable of the environment that holds it: the URL itself is written nowhere."""
+    """Else the environment variable that holds the URL, so that the URL itself is written nowhere."""
     study: str
     trial_id: int
     metric: str
@@ -64,7 +65,7 @@ class TrialLink:
         study = optuna.load_study(
             study_name=self.study,
             storage=open_storage(self._url()),
-            sampler=RandomSampler(),  # draws nothing: the parameters are drawn
+            sampler=RandomSampler(),  # samples nothing: the parameters have their values
             pruner=build_pruner(self.pruner, self.pruner_kwargs),
         )
         return optuna.Trial(study, self.trial_id)
@@ -82,19 +83,20 @@ class TrialLink:
 
 
 JOURNAL = "journal:///"
-"""What the name of Optuna's journal file begins with: a file that many machines write to on a shared disk."""
+"""The scheme of Optuna's journal: a file on a shared disk that many machines append to."""
+TABLE_EXISTS = 1050
+"""The error code of MySQL."""
 ATTEMPTS = 5
-"""Several commands that start together all make the tables of a new database, and all but one fail at first."""
+"""Commands that start together all create the tables of a new database, and all but one of them fail at first."""
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Connects to a study's database or opens its journal; raises `ConfigError` where it cannot be reached."""
+    """Connects to a study's database or opens its journal; raises a `UserError` if it cannot be used."""
     for attempt in range(ATTEMPTS):
         try:
             return _connect(url)
         except (IntegrityError, ProgrammingError, OperationalError) as error:
-            is_race = not isinstance(error, OperationalError) or "already exists" in str(error)
-            if not is_race or attempt == ATTEMPTS - 1:
+            if not _may_be_race(error) or attempt == ATTEMPTS - 1:
                 raise _unusable(url, error) from error
             time.sleep(0.2 * 2**attempt)
         except (SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
@@ -104,17 +106,27 @@ def open_storage(url: str) -> BaseStorage:
 
 def _connect(url: str) -> BaseStorage:
     if url.startswith(JOURNAL):
-        # The lock beside the file is a link to it, which must not depend on where a process runs.
+        # The lock beside the file is a link to it, which must not depend on the working folder of a process.
         return JournalStorage(JournalFileBackend(str(Path("/", url.removeprefix(JOURNAL)))))
     if make_url(url).get_backend_name() == "sqlite":
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
-    # A connection for each transaction: none is left open at the end, and the server may be started anew between two.
+    # One connection for each transaction: none stays open at the end, and the server may restart between two.
     return RDBStorage(url, engine_kwargs={"poolclass": NullPool})
 
 
-def _unusable(url: str, error: Exception) -> ConfigError:
+def _may_be_race(error: Exception) -> bool:
+    """Returns whether another command may have created the tables at the same time."""
+    if not isinstance(error, OperationalError):
+        return True
+    original = error.orig
+    code = getattr(original, "sqlite_errorcode", None)
+    return code == sqlite3.SQLITE_ERROR or original.args[:1] == (TABLE_EXISTS,) if original is not None else False
+
+
+def _unusable(url: str, error: Exception) -> UserError:
     reason = brief_text(hide(str(getattr(error, "orig", None) or error).replace(url, hide_password(url))))
-    return ConfigError(
+    kind = ConfigError if isinstance(error, ValueError | ArgumentError) else ResourceError
+    return kind(
         f"hydra.sweeper.storage={hide_password(url)} cannot be used ({reason}); give the URL of a database that "
         "can be reached, e.g. sqlite:////data/study.db or postgresql+psycopg://HOST/NAME, journal:////data/study.log "
         "for Optuna's journal, or leave it out for a file in the sweep's folder"
@@ -122,30 +134,30 @@ def _unusable(url: str, error: Exception) -> ConfigError:
 
 
 def hide_password(url: str) -> str:
-    """Returns a database's URL as it may be shown."""
+    """Returns a database's URL without what may be secret in it."""
     if url.startswith(JOURNAL):
         return url
     try:
         return hide(make_url(url).render_as_string(hide_password=True))
-    except (SQLAlchemyError, ValueError):  # no URL: whatever it is, it is not shown
+    except (SQLAlchemyError, ValueError):  # it is not a URL, so it is hidden whole
         return HIDDEN
 
 
 def build_pruner(name: str, kwargs: Mapping[str, Any]) -> BasePruner:
-    """Returns Optuna's pruner; raises `ConfigError` for an argument that it does not take."""
-    return build("pruner", name, PRUNERS[name], kwargs)
+    """Returns Optuna's pruner; raises `ConfigError` for an argument that it does not accept."""
+    return build_optuna("pruner", name, PRUNERS[name], kwargs)
 
 
-def build(kind: str, name: str, maker: Any, kwargs: Mapping[str, Any], **own: Any) -> Any:
-    """Calls Optuna's class `maker` with the user's arguments over `own`; raises `ConfigError` for impossible ones."""
-    known = [key for key in inspect.signature(maker).parameters if key != "self"]
+def build_optuna(kind: str, name: str, cls: Any, kwargs: Mapping[str, Any], **defaults: Any) -> Any:
+    """Creates a class of Optuna with the user's arguments over `defaults`; raises a `UserError` for impossible ones."""
+    known = [key for key in inspect.signature(cls).parameters if key != "self"]
     key = f"hydra.sweeper.{kind}_kwargs"
-    if unknown := [word for word in kwargs if word not in known]:
-        raise ConfigError(f"{key}.{unknown[0]}: {name} takes no such argument; choose from {', '.join(known)}")
+    if unknown := [argument for argument in kwargs if argument not in known]:
+        raise ConfigError(f"{key}.{unknown[0]}: {name} has no such argument; choose from {', '.join(known)}")
     try:
-        return maker(**{**own, **kwargs})
+        return cls(**{**defaults, **kwargs})
     except ImportError as error:
-        raise ConfigError(
+        raise ResourceError(
             f"hydra.sweeper.{kind}={name} needs the package {error.name}, which is not installed: pip install "
             "'qlora[optuna]'"
         ) from error

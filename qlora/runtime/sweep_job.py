@@ -1,4 +1,4 @@
-"""What a job knows of the sweep it belongs to, for the names, groups and columns of trackers."""
+"""What a job knows about its sweep, for the names, groups and columns of trackers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 VARIABLE = "QLORA_SWEEP"
-"""The environment variable that tells a job its sweep."""
+"""The environment variable that passes the sweep to a job."""
 TRIAL_VARIABLE = "QLORA_TRIAL"
-"""The environment variable that tells a job which trial of a search it is, if that may be pruned."""
+"""The environment variable that passes its trial of a search to a job, if the trial may be pruned."""
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The sweep of a job, and what makes the job differ from the others in it."""
+    """The sweep of a job, and the overrides by which the job differs from the others in it."""
 
     sweep: str
     """The name of the sweep: that of its folder."""
@@ -29,7 +29,7 @@ class SweepJob:
         return " ".join(text.lstrip("+~") for text in self.overrides)
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the varied keys with their values: those of the flat, resolved `config`, else (of groups) names."""
+        """Returns the varied keys with their values in the flat, resolved `config`; of a group its option."""
         pairs = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
         return {key: config.get(key, text) for key, text in pairs.items()}
 
@@ -41,15 +41,15 @@ class SweepJob:
 
     @classmethod
     def from_environment(cls, overrides: Sequence[str]) -> Self | None:
-        """Returns what `environment` told a job that runs with `overrides`; None: it told nothing."""
+        """Returns the sweep of a job that runs with `overrides`, as `environment` passed it; None: it has no sweep."""
         if (text := os.environ.get(VARIABLE)) is None:
             return None
-        told = json.loads(text)
-        return cls.among(told["sweep"], overrides, told["keys"])
+        passed = json.loads(text)
+        return cls.among(passed["sweep"], overrides, passed["keys"])
 
     @classmethod
     def among(cls, sweep: str, overrides: Sequence[str], keys: Sequence[str]) -> Self:
-        """Returns the membership of a job that runs with `overrides`, those of `keys` being varied."""
+        """Returns the sweep of a job that runs with `overrides`, of which the sweep varies those of `keys`."""
         last = {key_of(text): text for text in overrides}  # the last one counts
         return cls(sweep, [text for key, text in last.items() if key in keys])
 

@@ -1,7 +1,7 @@
-"""Does the parts of a task in several processes, in order, and notices when one of them is lost.
+"""Runs the parts of a task in several processes, yields their results in order, and notices a lost process.
 
-This process is one of them. The others start afresh (a process with threads must not be forked), each with a pipe of
-its own: its death closes the pipe, and nothing that it may have held is shared with the others.
+This process is one of them. The others are spawned, because a process with threads must not be forked. Each has its
+own pipe, which its death closes, and shares no lock with the others.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
 Part = tuple[int, int]
-"""The first row and the one behind the last."""
+"""The first row, and the one after the last."""
 Result = tuple[pa.RecordBatch, Counter[str]]
 Task = Callable[[Part], Result]
-"""A function, or an object that can be pickled."""
+"""A function or callable object that can be pickled."""
 
 AHEAD: Final = 2
-"""Parts that a worker has at a time: it begins the next one while this process is busy."""
+"""Parts that a worker holds at a time, so that it begins the next one while this process is busy."""
 OPEN: Final = 4
-"""Parts for each process that may be begun before the first of them is yielded; their results wait."""
+"""Parts for each process that may be started before the first of them is yielded."""
 SAMPLE: Final = 20
-"""Rows that every worker does first: it must get from them what this process gets."""
+"""Rows that each worker processes first, to prove that its results equal those of this process."""
 
 
-def do_parts(task: Task, parts: Sequence[Part], *, processes: int, folder: Path, shown: str) -> Iterator[Result]:
+def run_parts(task: Task, parts: Sequence[Part], *, processes: int, folder: Path, label: str) -> Iterator[Result]:
     """Yields the result of every part, in order.
 
-    `folder` is for files that are in use meanwhile. Errors of the task are those of this process: it does itself, in
-    order, what a worker failed at. Where only workers fail, it says so and does the rest alone. Raises `ConfigError`,
-    which begins with `shown`, where a worker is lost.
+    `folder` holds temporary files. This process runs a part again, in order, at which a worker fails, so that errors of
+    the task are raised here. If only workers fail, this process logs a warning and runs the rest alone. Raises
+    `ResourceError`, which begins with `label`, if a worker is lost.
     """
     position = 0
     try:
-        with _one_thread_each(), _started(task, processes - 1, folder, shown) as workers:
-            for result in _share_out(task, parts, workers):
+        with _one_thread_each(), _started(task, processes - 1, folder, label) as workers:
+            for result in _yield_in_order(task, parts, workers):
                 yield result
                 position += 1
         return
@@ -62,12 +62,12 @@ def do_parts(task: Task, parts: Sequence[Part], *, processes: int, folder: Path,
     for index, part in enumerate(parts[position:], position):
         yield task(part)
         if index == max(failed.index, position):
-            log.warning("%s: one process tokenizes the rest, for another one failed at what this one can do (%s); "
-                        "data.num_proc=1 starts no other", shown, failed)  # fmt: skip
+            log.warning("%s: this process tokenizes the rest, because another one failed where this one succeeds (%s); "
+                        "data.num_proc=1 starts no others", label, failed)  # fmt: skip
 
 
 class _Failed(Exception):
-    """A worker could not do part `index`, or got another result than this process."""
+    """Raised when a worker fails at part `index`, or its result differs from that of this process."""
 
     def __init__(self, reason: str, index: int = 0) -> None:
         super().__init__(reason)
@@ -75,27 +75,27 @@ class _Failed(Exception):
 
 
 class _Worker:
-    """A process that does parts, as this process sees it."""
+    """A worker process, as this process sees it."""
 
-    def __init__(self, task_file: Path, folder: Path, number: int, shown: str) -> None:
+    def __init__(self, task_file: Path, folder: Path, index: int, label: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.folder, self.number, self.shown = folder, number, shown
+        self.folder, self.index, self.label = folder, index, label
         self.process: BaseProcess = context.Process(target=_work, args=(theirs, task_file), daemon=True)
         self.process.start()
         theirs.close()
         self.waiting: deque[int] = deque()
-        """The indices of the parts it was given, in the order in which it will answer."""
+        """The indices of its parts, in the order in which it will answer."""
         self.is_proven = False
 
     def give(self, index: int, part: Part) -> None:
-        """Hands a part over."""
+        """Sends a part to the worker."""
         self.waiting.append(index)
         with suppress(ConnectionError):  # `take` will notice
             self.connection.send((part, self._file(index)))
 
     def take(self) -> tuple[int, Result]:
-        """Returns the index and the result of the part that it was given first."""
+        """Returns the index and the result of the part that was sent first."""
         index = self.waiting.popleft()
         try:
             answer = self.connection.recv()
@@ -115,28 +115,28 @@ class _Worker:
         self.connection.close()
 
     def _file(self, index: int) -> Path:
-        # By a file and not by the pipe, which holds little: a worker must not wait until its result is taken.
-        return self.folder / f"part-{self.number}-{index}.arrow"
+        # A file, because a pipe holds little: a worker must not wait until its result is read.
+        return self.folder / f"part-{self.index}-{index}.arrow"
 
-    def _lost(self) -> ConfigError:
+    def _lost(self) -> ResourceError:
         self.process.join()
         code = self.process.exitcode or 0
         how = f"ended with exit code {code}" if code >= 0 else f"was killed ({signal.Signals(-code).name})"
         why = ", probably because memory ran out" if code == -9 else ""
-        return ConfigError(
-            f"{self.shown}: a process that tokenizes {how}{why}; run again with data.num_proc=1, which takes the least "
+        return ResourceError(
+            f"{self.label}: a process that tokenizes {how}{why}; run again with data.num_proc=1, which needs the least "
             "memory"
         )
 
 
-def _share_out(task: Task, parts: Sequence[Part], workers: Sequence[_Worker]) -> Iterator[Result]:
-    """Yields the results in order; whenever the next one is not there yet, this process does a part too."""
+def _yield_in_order(task: Task, parts: Sequence[Part], workers: Sequence[_Worker]) -> Iterator[Result]:
+    """Yields the results in order; while the next one is missing, this process runs a part itself."""
     sample = parts[0][0], min(parts[0][0] + SAMPLE, parts[0][1])
     for worker in workers:
         worker.give(-1, sample)
     done: dict[int, Result] = {}
     most = OPEN * (len(workers) + 1)
-    first = following = 0  # not yielded yet, and not begun yet
+    first = following = 0  # the next part to yield, and the next part to start
     while first < len(parts):
         may_begin = following < min(first + most, len(parts))
         by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.waiting}
@@ -146,7 +146,7 @@ def _share_out(task: Task, parts: Sequence[Part], workers: Sequence[_Worker]) ->
             if index >= 0:
                 done[index] = result
             elif not _equal(result, task(sample)):
-                raise _Failed("it made other tokens of the same rows", first)
+                raise _Failed("it made different tokens from the same rows", first)
             worker.is_proven = True
         for worker in workers:
             while worker.is_proven and len(worker.waiting) < AHEAD and following < min(first + most, len(parts)):
@@ -165,21 +165,21 @@ def _equal(a: Result, b: Result) -> bool:
 
 
 @contextmanager
-def _started(task: Task, count: int, folder: Path, shown: str) -> Iterator[list[_Worker]]:
-    """Starts workers, and ends them however the block ends."""
-    task_file = folder / "task.pickle"  # not by the pipe: this process would wait until each worker has imported
+def _started(task: Task, count: int, folder: Path, label: str) -> Iterator[list[_Worker]]:
+    """Starts workers, and ends them when the block ends in any way."""
+    task_file = folder / "task.pickle"  # not a pipe, on which this process would wait until each worker has imported
     try:
         task_file.write_bytes(pickle.dumps(task))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise _Failed(f"it cannot be sent to others: {error}") from None
+        raise _Failed(f"it cannot be sent to other processes: {error}") from None
     if multiprocessing.current_process().daemon:
-        raise _Failed("a daemonic process may start no others")
+        raise _Failed("a daemonic process may not start others")
     workers: list[_Worker] = []
     try:
         try:
-            with _apart():
-                for number in range(count):
-                    workers.append(_Worker(task_file, folder, number, shown))
+            with _isolated():
+                for index in range(count):
+                    workers.append(_Worker(task_file, folder, index, label))
         except OSError as error:
             raise _Failed(f"it cannot be started: {error.strerror}") from None
         yield workers
@@ -193,8 +193,8 @@ def _started(task: Task, count: int, folder: Path, shown: str) -> Iterator[list[
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Keeps processes that start in the block from running the user's script anew, and from hearing Ctrl-C."""
+def _isolated() -> Iterator[None]:
+    """Keeps processes that start in the block from running the user's script again and from receiving Ctrl-C."""
     resource_tracker.ensure_running()  # starting it unblocks the signal
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -210,7 +210,7 @@ def _apart() -> Iterator[None]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Lets tokenizers keep to one thread, here and in processes that start in the block: they fill the cores."""
+    """Limits tokenizers to one thread, here and in processes that start in the block, which use all cores already."""
     name = "TOKENIZERS_PARALLELISM"
     previous = os.environ.get(name)
     os.environ[name] = "false"
@@ -224,8 +224,8 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _work(pipe: Connection, task_file: Path) -> None:
-    """Does in a worker what it is given, until the other end of the pipe is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it belongs to the process that reads the results
+    """Runs in a worker: processes parts until the other end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that reads the results handles it
     pa.set_cpu_count(1)
     with suppress(EOFError, ConnectionError):
         try:
@@ -233,7 +233,7 @@ def _work(pipe: Connection, task_file: Path) -> None:
         except Exception as error:
             pipe.send(_describe(error))
             return
-        gc.freeze()  # the objects of the libraries are not looked through
+        gc.freeze()  # the garbage collector skips the objects of the libraries
         while True:
             part, file = pipe.recv()
             pipe.send(_attempt(task, part, file))

@@ -22,11 +22,11 @@ class SearchSettings:
     _target_: str = "hydra_plugins.qlora_sweep.OptunaSweeper"
     params: dict[str, str] = field(default_factory=dict)
     """What to search: a key and its values, as the command line writes them, e.g. `choice(8,16,64)` or
-    `tag(log,interval(1e-5,1e-3))`. The command line's own come before them."""
+    `tag(log,interval(1e-5,1e-3))`. Those of the command line take precedence."""
     conditions: dict[str, str] = field(default_factory=dict)
-    """Searched keys that are tried under a condition only: the key and an override such as `lora=loraplus`."""
+    """Searched keys that are tried only under a condition: the key and an override such as `lora=loraplus`."""
     n_trials: int | None = None
-    """How many trials the study shall hold, finished and pruned ones; unset: 20, or all points of a grid."""
+    """How many finished and pruned trials the study holds at the end; unset: 20, or all points of a grid."""
     sampler: str = "tpe"
     """`tpe`, `random`, `grid` (every point once) or `cmaes`."""
     sampler_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -34,19 +34,19 @@ class SearchSettings:
     seed: int = 0
     """The seed of the sampler."""
     objectives: list[str] = field(default_factory=list)
-    """Metrics to search by, several for a front of best compromises; empty: the config's `objective`."""
+    """Metrics to optimize; several give a front of best compromises; empty: the config's `objective`."""
     direction: Any = None
-    """`minimize` or `maximize`, or a list with one for each objective; unset: as the metric's name tells."""
+    """`minimize` or `maximize`, or a list with one for each objective; unset: as the metric's name implies."""
     pruner: str = "none"
-    """`median` or `hyperband` end a training early that falls behind at `trainer.eval_steps`; `none`."""
+    """`median` or `hyperband` end a run early that falls behind at `trainer.eval_steps`; `none`."""
     pruner_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of Optuna's pruner, e.g. `n_startup_trials`, `n_warmup_steps` or `reduction_factor`."""
     storage: str | None = None
     """SQLAlchemy's URL of the database that keeps the study; unset: `study.db` in the sweep's folder."""
     max_failures: int = 5
-    """So many trials of one command may fail; one more ends the search."""
+    """How many trials of one command may fail; one more ends the search."""
     batch_size: int = 1
-    """Trials that are queued or run at a time on a cluster; other launchers than ours get so many at once."""
+    """Trials that are queued or run at a time on a cluster; launchers of other projects get such batches."""
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is never possible."""
@@ -106,7 +106,7 @@ class SlurmSettings:
     setup: list[str] = field(default_factory=list)
     """Lines of shell that run on the node before a job, e.g. `[module load cuda]`."""
     additional_parameters: dict[str, Any] = field(default_factory=dict)
-    """Further options of `sbatch`, e.g. `{reservation: mine, mail-type: END}`; `true` stands for a bare option."""
+    """Further options of `sbatch`, e.g. `{reservation: mine, mail-type: END}`; `true` is an option without a value."""
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is never possible."""
@@ -135,9 +135,9 @@ class SlurmSettings:
             require("\n" not in text, f"hydra.launcher.{key}", "be a single line", text)
 
     def _texts(self) -> list[tuple[str, str]]:
-        own = [(item.name, getattr(self, item.name)) for item in fields(self)]
+        settings = [(item.name, getattr(self, item.name)) for item in fields(self)]
         further = [(f"additional_parameters.{key}", value) for key, value in self.additional_parameters.items()]
-        return [(key, value) for key, value in (*own, *further) if isinstance(value, str)]
+        return [(key, value) for key, value in (*settings, *further) if isinstance(value, str)]
 
 
 SETTLED = {
@@ -158,17 +158,17 @@ SETTLED = {
     "chdir": ": jobs run where the command was typed",
     "dependency": "",
 }
-"""Options of `sbatch` that the engine gives itself, and where they come from."""
+"""Options of `sbatch` that the engine sets itself, and where they come from."""
 
 
 @dataclass(kw_only=True)
 class RayParts:
-    """What Ray's own functions get."""
+    """Arguments of Ray's own functions."""
 
     init: dict[str, Any] = field(default_factory=lambda: {"address": None})
     """Arguments of `ray.init`: `address=auto` joins the cluster of this machine, `address=null` starts a Ray on it."""
     remote: dict[str, Any] = field(default_factory=lambda: {"num_gpus": 1, "num_cpus": 1, "max_retries": 0})
-    """What a job is given, in the words of `ray.remote`: `num_gpus`, `num_cpus`, `memory`, `resources` ..."""
+    """Arguments of `ray.remote` that say what a job gets: `num_gpus`, `num_cpus`, `memory`, `resources` ..."""
 
 
 @dataclass(kw_only=True)
@@ -185,5 +185,5 @@ class RaySettings:
             rule = "be a number that is not negative"
             require(isinstance(value, int | float) and value >= 0, f"hydra.launcher.ray.remote.{key}", rule, value)
         retries = self.ray.remote.get("max_retries", 0)
-        rule = "be 0: a job whose node is lost goes on when the same command is started again"
+        rule = "be 0: a job whose node is lost resumes when the same command is started again"
         require(retries == 0, "hydra.launcher.ray.remote.max_retries", rule, retries)

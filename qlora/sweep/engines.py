@@ -10,28 +10,30 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qlora.config.schema import Config, Device
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ResourceError
 from qlora.sweep.engine_config import RaySettings, SlurmSettings
 from qlora.sweep.job_processes import RunTasks, Task, build_slots, run_tasks
 
 PACKAGES = {"ray": "ray"}
-"""By `hydra/launcher=`: the package that an engine needs, and the extra of the same name."""
+"""The package that an engine needs, by `hydra/launcher=`; the extra has the same name."""
 
 
 def check_engine(overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` if the engine that a command asks for is not installed."""
+    """Raises `ResourceError` if the requested engine is not installed."""
     for text in overrides:
         key, _, name = text.partition("=")
         if key != "hydra/launcher" or name not in PACKAGES:
             continue
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"{text} needs the package {PACKAGES[name]}; install it with pip install 'qlora[{name}]'")
+            raise ResourceError(
+                f"{text} needs the package {PACKAGES[name]}; install it with pip install 'qlora[{name}]'"
+            )
 
 
 def build_engine(launcher: DictConfig, config: Config, room: int | None = None) -> RunTasks:
-    """Returns the engine of a sweep whose jobs are like `config`; `room`: how many may wait and run at a time.
+    """Returns the engine of a sweep with jobs like `config`; at most `room` jobs wait and run at a time.
 
-    Raises `ConfigError` for settings that cannot be.
+    Raises a `UserError` for impossible settings.
     """
     settings: Any = OmegaConf.to_object(launcher)
     if isinstance(settings, SlurmSettings):

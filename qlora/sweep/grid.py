@@ -1,4 +1,4 @@
-"""The grid of a sweep: every value is checked once, then each combination is composed when its turn comes."""
+"""The grid of a sweep: every value is checked once, and each combination is composed just before its job starts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from qlora.sweep.launcher import (
     prepare,
     run_queue,
 )
-from qlora.sweep.live_table import Screen, found
+from qlora.sweep.live_table import Screen, describe_waiting
 from qlora.sweep.overview import Sweep
-from qlora.sweep.sweep_report import refresh
-from qlora.sweep.sweep_tracker import track_sweep
+from qlora.sweep.summary_run import track_sweep
+from qlora.sweep.sweep_page import refresh
 
 
 def run_grid(
@@ -38,16 +38,16 @@ def run_grid(
     launch: Callable[..., Any],
     build: Callable[[Config], RunTasks] | None,
 ) -> None:
-    """Runs the jobs that are not finished yet: by an engine of our own, or by another launcher's `launch`.
+    """Runs the jobs that are not finished: by one of our engines, or by the `launch` of another launcher.
 
-    Raises `ConfigError` for a value that is refused, and where the folder holds a sweep of another config or one that
-    runs; `JobsFailed` at the end where a job failed.
+    Raises `ConfigError` for a value that is refused, `RunError` for a folder of another or a running sweep, and
+    `JobsFailed` at the end if a job failed.
     """
     prepare(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     grid, folder = Combinations([*params, *arguments], config_dir()), Path(str(config.hydra.sweep.dir))
     if len(grid) > AHEAD:
-        say(f"sweep {folder}: {_in_words(grid)}; each value is checked, then the first job starts")
+        say(f"sweep {folder}: {_describe(grid)}; each value is checked, then the first job starts")
     shared, first = grid.check(), grid.config([0] * len(grid.axes))
     if build is None:
         check_not_detached(first)
@@ -65,40 +65,40 @@ def run_grid(
             raise jobs_failed(sweep)
 
 
-def _in_words(grid: Combinations) -> str:
+def _describe(grid: Combinations) -> str:
     axes = [f"{axis.key} ({len(axis.overrides):,} values)" for axis in grid.axes if len(axis.overrides) > 1]
     return f"{len(grid):,} jobs, {' x '.join(axes)}"
 
 
 def _combinations(grid: Combinations, sweep: Sweep) -> Iterator[Combination]:
-    """Yields the jobs; the overrides of their own are those of keys that vary here, or did under earlier commands."""
-    before = set(sweep.varied)
-    varied = [len(set(axis.overrides)) > 1 or axis.key.lstrip("+") in before for axis in grid.axes]
+    """Yields the jobs; their distinguishing overrides set the keys that vary here or varied under earlier commands."""
+    earlier = set(sweep.varied)
+    varied = [len(set(axis.overrides)) > 1 or axis.key.lstrip("+") in earlier for axis in grid.axes]
     is_alone = not any(varied)
 
     def compose(positions: tuple[int, ...]) -> Callable[[], Config]:
         return lambda: grid.config(positions)
 
     for positions in grid:
-        words = grid.overrides(positions)
-        own = [word for word, is_own in zip(words, varied, strict=True)
-               if (is_own or is_alone) and not word.startswith(("sweep=", "sweep."))]  # fmt: skip
-        yield words, own, compose(positions)
+        overrides = grid.overrides(positions)
+        distinct = [override for override, varies in zip(overrides, varied, strict=True)
+                    if (varies or is_alone) and not override.startswith(("sweep=", "sweep."))]  # fmt: skip
+        yield overrides, distinct, compose(positions)
 
 
 def _run_by(launch: Callable[..., Any], queue: Queue, batch_size: int | None) -> None:
-    """Hands the jobs to another project's launcher, which waits for all of a batch."""
+    """Runs the jobs by the launcher of another project, which waits for a whole batch."""
     sweep, started = queue.sweep, 0
-    say(found(sweep, len(queue), is_known=queue.is_known))
+    say(describe_waiting(sweep, len(queue), is_known=queue.is_known))
     while batch := list(itertools.islice(iter(queue.next, None), batch_size)):
         for job, _ in batch:
-            job.folder.mkdir(parents=True, exist_ok=True)  # by which the launcher's job finds its name
+            job.folder.mkdir(parents=True, exist_ok=True)  # the launcher's job finds its name by this folder
         try:
-            results = launch([words for _, words in batch], initial_job_idx=started)
+            results = launch([overrides for _, overrides in batch], initial_job_idx=started)
         finally:
             refresh(sweep)
         started += len(batch)
         if not queue.failed:
             for result in results:
-                _ = result.return_value  # raises what ended a job that could not record it
+                _ = result.return_value  # raises the error of a job that could not record it
     Screen(sweep, 0).summary()

@@ -1,4 +1,4 @@
-"""Runs jobs as processes of their own, so many at a time as there are slots, each slot with its own GPUs."""
+"""Runs each job as a process, one for each slot at a time; a slot has its own GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qlora.errors import ConfigError, Stopped
+from qlora.errors import ResourceError, Stopped
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Job, Status, read_job, write_status
@@ -24,9 +24,9 @@ from qlora.sweep.jobs import Job, Status, read_job, write_status
 OUTPUT, ERRORS = "stdout.log", "stderr.log"
 POLL_SECONDS = 0.1
 ASK_SECONDS = 2.0
-"""So often a free slot asks for a task again when there was none."""
+"""How long a free slot waits before it asks for a task again."""
 GRACE_SECONDS = 30.0
-"""After an interruption a job has so long to end by itself."""
+"""How long a job has to end by itself after an interruption."""
 TAIL_LINES = 8
 
 PR_SET_PDEATHSIG = 1
@@ -35,7 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 @dataclass(frozen=True)
 class Task:
-    """A job and the words that start it."""
+    """A job and the command that starts it."""
 
     job: Job
     command: list[str]
@@ -54,7 +54,7 @@ class RunTasks(Protocol):
         on_wait: Callable[[list[Job]], None],
         may_come: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Tells of each start and end, and often of the jobs that run, or that wait again after they ran."""
+        """Reports each start and end, and several times a second the jobs that run or wait again after they ran."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class _Process:
 
 
 def visible_gpus() -> list[str]:
-    """Returns the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; no library is loaded for it."""
+    """Returns the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them, without loading a library."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
@@ -81,21 +81,21 @@ def visible_gpus() -> list[str]:
 
 
 def build_slots(n_jobs: int | None, gpus_per_job: int, *, on_cpu: bool) -> list[dict[str, str]]:
-    """Returns the environment of each slot: its GPUs, or its share of the cores.
+    """Returns the environment of each slot: its GPUs, or its fraction of the cores.
 
-    Raises `ConfigError` where there are fewer GPUs than a job needs.
+    Raises a `UserError` if there are fewer GPUs than a job needs.
     """
     gpus = [] if on_cpu else visible_gpus()
     if not gpus:
         if gpus_per_job > 1:
-            raise ConfigError(f"hydra.launcher.gpus_per_job={gpus_per_job}, but no GPU is visible here; leave it out")
+            raise ResourceError(f"hydra.launcher.gpus_per_job={gpus_per_job}, but no GPU is visible here; leave it out")
         count = n_jobs or 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Threads of several jobs that wait for each other on one core take many times as long.
         shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(cores // count, 1)))}
         return [shared if count > 1 else {} for _ in range(count)]
     if gpus_per_job > len(gpus):
-        raise ConfigError(
+        raise ResourceError(
             f"hydra.launcher.gpus_per_job={gpus_per_job}, but {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} "
             f"visible here ({', '.join(gpus)}); lower it, or set CUDA_VISIBLE_DEVICES"
         )
@@ -115,7 +115,7 @@ def run_tasks(
     """Runs tasks until `next_task` has none left, all have ended, and no more `may_come` from elsewhere.
 
     `on_wait` gets the running jobs with their progress several times a second. On an interruption all jobs are
-    interrupted too and have half a minute to end; then the interruption goes on.
+    interrupted too and have half a minute to end; then the interruption is raised again.
     """
     free, running = list(slots), list[_Process]()
     empty, asked = False, 0.0
@@ -132,11 +132,11 @@ def run_tasks(
                         slot = free.pop(0)
                         running.append(_start(task, slot))
                         on_start(task.job)
-                for process in [each for each in running if each.popen.poll() is not None]:
+                for process in [process for process in running if process.popen.poll() is not None]:
                     running.remove(process)
                     free.append(process.slot)
                     on_end(_ended(process))
-                    empty = False  # what ended may call for another
+                    empty = False  # a job that ended may make room for another
                 if running:
                     on_wait([read_job(process.task.job.folder) for process in running])
                 if running or empty:
@@ -175,10 +175,10 @@ def start_job(
 
 
 def _die_with(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep that was started in the background ignores it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep that a shell started in the background ignores it
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already, which no signal will tell any more
+        if os.getppid() != parent:  # the parent has died already, so no signal will come
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -188,9 +188,9 @@ def _ended(process: _Process, *, interrupted: bool = False) -> Job:
 
 
 def record_end(folder: Path, code: int | None, seconds: float) -> Job:
-    """Returns what became of a job whose process has ended, and records what it could not record itself.
+    """Returns a job whose process has ended, and records its end if it could not do so itself.
 
-    `code` is what the process exited with; None: it was interrupted.
+    `code` is the exit code of the process; None: it was interrupted.
     """
     job = read_job(folder)
     if job.status in (Status.finished, Status.pruned, Status.failed) or code == Stopped.exit_code:
@@ -203,7 +203,7 @@ def record_end(folder: Path, code: int | None, seconds: float) -> Job:
 
 
 def describe_exit(code: int) -> str:
-    """Returns why a process ended that left no result, in one line."""
+    """Returns in one line why a process ended without a result."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL): the system does so when memory runs out"
     if code < 0:
@@ -212,7 +212,7 @@ def describe_exit(code: int) -> str:
 
 
 def tail(folder: Path) -> list[str]:
-    """Returns the last lines that a job wrote to its errors, or to its output where there are none."""
+    """Returns the last lines that a job wrote to its errors, or to its output if there are none."""
     for name in (ERRORS, OUTPUT):
         path = folder / name
         if path.is_file() and (text := path.read_bytes()[-8192:].decode("utf-8", "replace").strip()):
@@ -229,7 +229,7 @@ def _stop(running: list[_Process]) -> None:
 
 
 def stop_group(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Ends a process as Ctrl-C does; after so many seconds it is killed, and whatever it has started too."""
+    """Ends a process as Ctrl-C does; after `seconds` it is killed with every process that it started."""
     if process.poll() is None:
         _signal(process, signal.SIGINT)
     _wait_and_kill(process, time.monotonic() + seconds)
@@ -238,7 +238,7 @@ def stop_group(process: subprocess.Popen[bytes], seconds: float) -> None:
 def _wait_and_kill(process: subprocess.Popen[bytes], end: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(end - time.monotonic(), 0.1))
-    _signal(process, signal.SIGKILL)  # whatever it has started too
+    _signal(process, signal.SIGKILL)  # every process that it started, too
     process.wait()
 
 
@@ -254,9 +254,9 @@ def terminable() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

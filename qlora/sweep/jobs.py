@@ -1,4 +1,4 @@
-"""A job of a sweep: its name, its folder, and what became of it as the files in the folder tell."""
+"""A job of a sweep: its name, its folder, and its status as the files in the folder record it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from qlora.runtime.saved_run import (
     read_status,
     set_damage_aside,
 )
-from qlora.runtime.saved_run import Status as Status  # of which a job has one
+from qlora.runtime.saved_run import Status as Status  # the status of a job, for those who import this module
 from qlora.secrets import hide
 
 log = logging.getLogger(__name__)
 
 SUBMITTED = "slurm"
-"""In a job's status, what SLURM got and has not been seen to end: the array's folder and the index in it."""
+"""The key of a job's status for a job that was submitted to SLURM and has not ended: array folder and index."""
 
-# What a job may have otherwise and still give the same result.
 UNNAMED_KEYS = tuple(key for key in FREE_KEYS if key not in ("task", "adapter", "repo", "merge"))
+"""Keys that may differ between two jobs of the same result."""
 
-LONGEST_SLUG = 80
+MAX_SLUG = 80
 
 
 @dataclass
@@ -49,19 +49,19 @@ class Job:
     """Those that differ between the jobs, as one would type them."""
     status: Status = Status.queued
     reason: str | None = None
-    """Why it failed, in one line."""
+    """Why the job failed, in one line."""
     objective: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
-    """How long it ran, of the last start."""
+    """How long the last start ran."""
     node: str | None = None
-    """The machine of a cluster that it was given to."""
+    """The machine of a cluster that runs it."""
     progress: dict[str, float] = field(default_factory=dict)
-    """The latest step of the training: step, max_steps, loss, tokens_per_second, seconds_left."""
+    """The latest training step: step, max_steps, loss, tokens_per_second, seconds_left."""
     seedless: str | None = None
-    """The same for jobs whose configs differ by the seed alone; unset: of an older version."""
+    """A digest that is equal for jobs whose configs differ only by the seed; unset: an older version wrote the job."""
     stamp: dict[str, list[int]] = field(default_factory=dict)
-    """Time and size of the files that tell this, by their names."""
+    """The time and size of the files that this was read from, by name."""
     damaged: list[DamagedFile] = field(default_factory=list)
     """Its files that cannot be read back."""
 
@@ -76,11 +76,11 @@ class Job:
         return dict(text.lstrip("+").partition("=")[::2] for text in self.overrides)
 
     def queue(self, overrides: list[str]) -> None:
-        """Takes the job up anew, `overrides` being its own if it has none yet."""
+        """Queues the job again; `overrides` distinguish it if it has none yet."""
         self.status, self.reason, self.overrides = Status.queued, None, self.overrides or overrides
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what the overview file tells of it."""
+        """Returns the job as the overview file holds it."""
         return {
             "job": self.name,
             "overrides": self.overrides,
@@ -95,33 +95,33 @@ class Job:
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Returns 8 hex digits that are the same for every way to write the same resolved config."""
+    """Returns 8 hex digits that are equal for all ways to write the same resolved config."""
     return config_digest(config, UNNAMED_KEYS)[:8]
 
 
 def seedless(config: Mapping[str, Any]) -> str:
-    """Returns digits that are the same for configs that give the same result but for their seed."""
+    """Returns digits that are equal for configs whose results differ only by the seed."""
     return config_digest(config, (*UNNAMED_KEYS, "seed"))[:16]
 
 
 def slug(overrides: Sequence[str]) -> str:
     """Returns overrides as a readable folder name: `lora.r=8,seed=1`."""
     bare = [text.replace("'", "").replace('"', "") for text in overrides]
-    words = [re.sub(r"[^\w.=+-]+", "-", text).strip("-") for text in bare]
-    return ",".join(words)[:LONGEST_SLUG].rstrip(",-.=") or "job"
+    names = [re.sub(r"[^\w.=+-]+", "-", text).strip("-") for text in bare]
+    return ",".join(names)[:MAX_SLUG].rstrip(",-.=") or "job"
 
 
 def job_folder(sweep: Path, overrides: Sequence[str], config: Mapping[str, Any]) -> Path:
-    """Returns the folder of a job: the one that has its identity already, however it is named, or a new one."""
-    own = identity(config)
-    there = sorted(sweep.glob(f"*-{own}"))
-    return there[0] if there else sweep / f"{slug(overrides)}-{own}"
+    """Returns the folder of a job: the one with its identity, whatever its name, or a new one."""
+    digits = identity(config)
+    existing = sorted(sweep.glob(f"*-{digits}"))
+    return existing[0] if existing else sweep / f"{slug(overrides)}-{digits}"
 
 
 def read_job(folder: Path) -> Job:
-    """Returns what the files of a job's folder tell; a process that no longer lives is not running.
+    """Returns a job as the files of its folder record it; a job whose process is gone is not running.
 
-    A file that is damaged is named in `damaged`, and the job has failed, unless its result is whole.
+    `damaged` lists damaged files. A job with one has failed unless its result is complete.
     """
     job, written = Job(folder), _file_stamp(folder / STATUS_FILE)
     status = _read(job, read_status, folder / STATUS_FILE)
@@ -139,7 +139,7 @@ def read_job(folder: Path) -> Job:
         if job.status is Status.finished and name is not None and result is None:
             job.status = Status.failed
             job.reason = list_damage(job) if job.damaged else f"{name} is missing"
-        in_cluster = status.get(SUBMITTED) is not None  # whose locks may not be seen here
+        in_cluster = status.get(SUBMITTED) is not None  # locks of a node may not be visible here
         if job.status is Status.running and not in_cluster and not is_locked(folder):
             job.status, job.reason = Status.interrupted, "its process is gone"
     elif result is not None:
@@ -150,12 +150,12 @@ def read_job(folder: Path) -> Job:
 
 
 def _results(folder: Path) -> Iterator[str]:
-    """Yields the names of the results in a folder whose status does not tell which one counts."""
+    """Yields the names of the results in a folder whose status does not name one."""
     yield from (name for name in RESULTS if (folder / name).is_file())
 
 
 def _read(job: Job, read: Callable[[Path], Any], path: Path) -> Any:
-    """Returns what a file of a job holds; None where it is missing, or damaged, which the job then knows."""
+    """Returns the content of a job's file; None if it is missing or damaged. Damage is recorded in the job."""
     try:
         return read(path)
     except DamagedFile as error:
@@ -164,7 +164,7 @@ def _read(job: Job, read: Callable[[Path], Any], path: Path) -> Any:
 
 
 def name_damage(job: Job) -> None:
-    """Warns of a job's files that are damaged, and says what that makes of the job."""
+    """Warns of damaged files of a job, and says how the job counts."""
     for error in job.damaged:
         log.warning("%s is damaged (%s); this job counts as %s", error.path, error.reason, job.status.value)
 
@@ -174,41 +174,41 @@ def list_damage(job: Job) -> str:
     return "; ".join(f"{error.path.relative_to(job.folder)} is damaged ({error.reason})" for error in job.damaged)
 
 
-def write_status(folder: Path, status: Status, **facts: Any) -> None:
-    """Records what becomes of a job, whole or not at all; facts that are not given stay, unless they are damaged."""
+def write_status(folder: Path, status: Status, **fields: Any) -> None:
+    """Records the status of a job atomically; fields that are not given keep their values unless they are damaged."""
     path = folder / STATUS_FILE
     with contextlib.suppress(DamagedFile):
-        facts = {**(read_status(path) or {}), **facts}
-    write_text(path, json.dumps({**facts, "status": status.value}, indent=2) + "\n")
+        fields = {**(read_status(path) or {}), **fields}
+    write_text(path, json.dumps({**fields, "status": status.value}, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def recorded(
     folder: Path, overrides: Sequence[str], result_name: str, config: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Records the start and the end of the job that the block runs; one folder has one job at a time.
+    """Records the start and the end of the job that the block runs; a folder has one job at a time.
 
-    What was recorded of a finished job stays where the block finds its result there and leaves it alone. Raises
-    `ConfigError` where another process runs in the folder.
+    The record of a finished job stays if the block leaves its result as it is. Raises `RunError` if another process
+    runs in the folder.
     """
     with locked(folder, f"{folder} is in use by another process"):
         set_damage_aside(folder, STATUS_FILE)
         started, clock = time.time(), time.monotonic()
-        before, result = read_status(folder / STATUS_FILE) or {}, _file_stamp(folder / result_name)
-        known = read_job(folder).overrides  # a sweep knows which of them it varies
-        facts = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "result": result_name}
-        facts |= {"seedless": seedless(config)} if config is not None else {}
+        previous, result = read_status(folder / STATUS_FILE) or {}, _file_stamp(folder / result_name)
+        known = read_job(folder).overrides  # a sweep has recorded which of them vary
+        fields = {"overrides": known or list(overrides), "pid": os.getpid(), "started": started, "result": result_name}
+        fields |= {"seedless": seedless(config)} if config is not None else {}
 
         def write(status: Status, reason: str | None = None, **kept: Any) -> None:
-            """Writes all facts: the folder may have been removed."""
+            """Writes all fields: the folder may have been removed."""
             seconds = {} if status is Status.running else {"seconds": time.monotonic() - clock}
-            write_status(folder, status, **{**facts, **seconds, **kept}, reason=reason)
+            write_status(folder, status, **{**fields, **seconds, **kept}, reason=reason)
 
         write(Status.running)
         try:
             yield
         except (KeyboardInterrupt, Stopped):
-            with contextlib.suppress(UserError):  # on a full disk; what ended the job counts
+            with contextlib.suppress(UserError):  # on a full disk; the error that ended the job counts
                 write(Status.interrupted, "interrupted")
             raise
         except BaseException as error:
@@ -216,10 +216,10 @@ def recorded(
             with contextlib.suppress(UserError):
                 write(status, _in_one_line(error))
             raise
-        is_same = (before.get("status"), before.get("result")) == (Status.finished.value, result_name)
+        is_same = (previous.get("status"), previous.get("result")) == (Status.finished.value, result_name)
         is_kept = is_same and result is not None and result == _file_stamp(folder / result_name)
         kept = (
-            {key: before[key] for key in ("seconds", "started", "pid") if before.get(key) is not None}
+            {key: previous[key] for key in ("seconds", "started", "pid") if previous.get(key) is not None}
             if is_kept
             else {}
         )
@@ -229,16 +229,16 @@ def recorded(
 
 
 def _file_stamp(path: Path) -> list[int] | None:
-    """Returns when a file was written, and its size; None: there is none."""
+    """Returns the time of the last write to a file and its size; None: it does not exist."""
     try:
-        facts = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return [facts.st_mtime_ns, facts.st_size]
+    return [stat.st_mtime_ns, stat.st_size]
 
 
 def is_stamped(folder: Path, stamp: Mapping[str, list[int]]) -> bool:
-    """Returns whether the files of a job are those that `stamp` was taken of."""
+    """Returns whether the files of a job have not changed since `stamp` was taken."""
     return bool(stamp) and all(_file_stamp(folder / name) == written for name, written in stamp.items())
 
 

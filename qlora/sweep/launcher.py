@@ -1,4 +1,4 @@
-"""The default engine of sweeps: a process a job; finished ones are skipped, a failed one does not stop the others."""
+"""Runs the jobs of a sweep in order; finished jobs are skipped, and a failed job does not stop the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qlora.config.conversion import to_config
 from qlora.config.messages import explain
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config
-from qlora.errors import ConfigError, UserError
+from qlora.errors import RunError, UserError
 from qlora.runtime.console import guard_logs, printable, say
 from qlora.runtime.folder_lock import in_turn, locked
 from qlora.runtime.run_folder import is_below
@@ -30,8 +30,8 @@ from qlora.sweep.job_processes import RunTasks, Task
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, name_damage, read_job, slug, write_status
 from qlora.sweep.leaderboard import describe
 from qlora.sweep.live_table import Screen
-from qlora.sweep.overview import Sweep, check_same_sweep, common_facts, read_sweep
-from qlora.sweep.sweep_tracker import track_sweep
+from qlora.sweep.overview import Sweep, check_same_sweep, common_keys, read_sweep
+from qlora.sweep.summary_run import track_sweep
 from qlora.text import quoted
 from qlora.upstream.hydra import flag_parser
 
@@ -44,37 +44,39 @@ NOT_PASSED_ON = (
     "hydra/sweeper",
     "hydra.sweeper",
 )
-"""What the sweep reads itself; a job is a single run."""
+"""Overrides that the sweep reads itself; a job is a single run."""
 
 
-class JobsFailed(ConfigError):
+class JobsFailed(RunError):
     """Says how many jobs of a sweep failed and where to read why."""
 
 
 def launch(
     config: DictConfig, loader: ConfigLoader, overrides: list[list[str]], *, build: Callable[[Config], RunTasks]
 ) -> list[JobReturn]:
-    """Runs the jobs that another project's sweeper gives by the engine that `build` returns; returns what each gave.
+    """Runs the jobs of another project's sweeper by the engine that `build` returns; returns the result of each.
 
-    A job that failed returns a `JobsFailed`. Raises `ConfigError` where another sweep runs in the folder, or where the
-    folder holds a sweep of another config.
+    A job that failed returns a `JobsFailed`. Raises `RunError` if another sweep runs in the folder, or if the folder
+    holds a sweep of another config.
     """
     prepare(config)
-    configs = [to_config(loader.load_sweep_config(config, list(words))) for words in overrides]
+    configs = [to_config(loader.load_sweep_config(config, list(job))) for job in overrides]
     run = build(configs[0])
-    shared = common_facts([config_to_dict(each) for each in configs])
+    shared = common_keys([config_to_dict(job) for job in configs])
     with open_sweep(Path(str(config.hydra.sweep.dir)), shared, configs[0].objective) as sweep:
-        combinations = [(words, own, partial(_given, each))
-                        for words, own, each in zip(overrides, varied(overrides), configs, strict=True)]  # fmt: skip
+        combinations = [
+            (all_of_job, distinct, partial(_given, job))
+            for all_of_job, distinct, job in zip(overrides, varied(overrides), configs, strict=True)
+        ]
         queue = Queue(sweep, combinations, len(combinations))
         run_queue(config, queue, run)
         track_sweep(sweep, configs[0].tracking)
-        return [to_return(sweep, sweep.find(own, config_to_dict(each)), words)
-                for (words, own, _), each in zip(combinations, configs, strict=True)]  # fmt: skip
+        return [to_return(sweep, sweep.find(distinct, config_to_dict(job)), all_of_job)
+                for (all_of_job, distinct, _), job in zip(combinations, configs, strict=True)]  # fmt: skip
 
 
 def prepare(config: DictConfig) -> None:
-    """Sets up what Hydra expects of whoever runs jobs: its resolvers and the log."""
+    """Sets up what Hydra expects of a launcher: its resolvers and the log."""
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     guard_logs()
@@ -84,9 +86,9 @@ def prepare(config: DictConfig) -> None:
 def open_sweep(
     folder: Path, shared: Mapping[str, Any], objective: str | None, *, is_alone: bool = True
 ) -> Iterator[Sweep]:
-    """Yields the sweep of a folder under its lock, which others may hold too unless it `is_alone`.
+    """Yields the sweep of a folder under its lock, which other commands may share unless `is_alone`.
 
-    `shared` are the full keys that have one value in all jobs. Raises `ConfigError` for a folder of another config.
+    `shared` holds the full keys that have one value in all jobs. Raises `RunError` for a folder of another config.
     """
     with locked(folder, f"another sweep runs in {folder}", shared=not is_alone):
         with in_turn(folder):
@@ -105,14 +107,14 @@ def open_sweep(
 
 
 Combination = tuple[list[str], list[str], Callable[[], Config]]
-"""All overrides of a job, those that it does not share with all others, and what composes its config."""
+"""All overrides of a job, those that distinguish it from the others, and the function that composes its config."""
 
 AHEAD = 200
-"""So many of the next jobs are composed, and told as queued; the others when their turn comes."""
+"""How many of the next jobs are composed and shown as queued; the others follow when their turn comes."""
 
 
 class Queue:
-    """The jobs of a sweep that are to run, in their order."""
+    """The jobs of a sweep that are to run, in order."""
 
     def __init__(self, sweep: Sweep, combinations: Iterable[Combination], count: int) -> None:
         self.sweep, self._combinations, self._left = sweep, iter(combinations), count
@@ -125,12 +127,12 @@ class Queue:
             sweep.write()
 
     def __len__(self) -> int:
-        """How many are to run, with those that are not composed yet."""
+        """How many jobs are to run, including those that are not composed yet."""
         return len(self._ahead) + self._left
 
     @property
     def is_known(self) -> bool:
-        """Whether all have been composed, so that it is known which of them are finished."""
+        """Whether all jobs are composed, so that it is known which of them are finished."""
         return self._left == 0
 
     def next(self) -> tuple[Job, list[str]] | None:
@@ -140,38 +142,38 @@ class Queue:
 
     @property
     def failed(self) -> list[Job]:
-        """The jobs that have failed or were interrupted, of those that were to run."""
+        """The jobs of the queue that failed or were interrupted."""
         ended = (Status.failed, Status.interrupted)
         return [job for name in self.names if (job := self.sweep.jobs[name]).status in ended]
 
     def _fill(self) -> None:
         while len(self._ahead) < AHEAD and self._left:
-            words, own, compose = next(self._combinations)
+            overrides, distinct, compose = next(self._combinations)
             self._left -= 1
             try:
-                job = find_job(self.sweep, compose(), own)
+                job = find_job(self.sweep, compose(), distinct)
             except (UserError, HydraException, OmegaConfBaseException) as error:
-                self.names[refuse(self.sweep, own, error).name] = None
+                self.names[refuse(self.sweep, distinct, error).name] = None
                 continue
             if job.name in self.names:
                 continue
             self.names[job.name] = None
             self.sweep.jobs.setdefault(job.name, job)
             if job.status is not Status.finished:
-                job.queue(own)
-                self._ahead.append((job, words))
+                job.queue(distinct)
+                self._ahead.append((job, overrides))
         self.sweep.to_come = self._left
 
 
-def find_job(sweep: Sweep, config: Config, own: list[str]) -> Job:
-    """Returns the job of a config, as its folder tells where there is one; `own` overrides name a new one."""
-    return sweep.find(own, config_to_dict(config))
+def find_job(sweep: Sweep, config: Config, overrides: list[str]) -> Job:
+    """Returns the job of a config, as its folder says if it exists; the distinguishing `overrides` name a new job."""
+    return sweep.find(overrides, config_to_dict(config))
 
 
-def refuse(sweep: Sweep, own: list[str], error: Exception) -> Job:
-    """Records, and tells, a job whose values exclude each other: it has failed."""
-    folder = sweep.folder / f"{slug(own)}-{identity({'overrides': own})}"
-    write_status(folder, Status.failed, overrides=own, reason=str(explain(error)))
+def refuse(sweep: Sweep, overrides: list[str], error: Exception) -> Job:
+    """Records and prints a failed job: its values exclude each other."""
+    folder = sweep.folder / f"{slug(overrides)}-{identity({'overrides': overrides})}"
+    write_status(folder, Status.failed, overrides=overrides, reason=str(explain(error)))
     is_new = folder.name not in sweep.jobs or sweep.jobs[folder.name].status is not Status.failed
     job = sweep.jobs[folder.name] = read_job(folder)
     if is_new:
@@ -180,49 +182,49 @@ def refuse(sweep: Sweep, own: list[str], error: Exception) -> Job:
 
 
 def run_queue(config: DictConfig, queue: Queue, run: RunTasks) -> None:
-    """Runs the jobs of a queue by an engine of our own."""
-    handed = 0
+    """Runs the jobs of a queue by one of our engines."""
+    started = 0
     with Screen(queue.sweep, len(queue), is_known=queue.is_known) as screen:
 
         def next_task() -> Task | None:
-            nonlocal handed
+            nonlocal started
             taken = queue.next()
-            handed += taken is not None
-            screen.expect(len(queue) + handed - screen.done)
+            started += taken is not None
+            screen.expect(len(queue) + started - screen.done)
             if taken is None:
                 return None
-            job, words = taken
-            return Task(job, command(config, job.folder, words), {})
+            job, overrides = taken
+            return Task(job, command(config, job.folder, overrides), {})
 
         run(next_task, on_start=screen.started, on_end=screen.ended, on_wait=screen.waiting)
     screen.summary()
 
 
 def varied(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Returns of each job those overrides that not all jobs have."""
+    """Returns for each job the overrides that not all jobs have."""
     shared = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
-    return [[text for text in words if text not in shared and not text.startswith(("sweep=", "sweep."))]
-            for words in overrides]  # fmt: skip
+    return [[text for text in job if text not in shared and not text.startswith(("sweep=", "sweep."))]
+            for job in overrides]  # fmt: skip
 
 
 def command(config: DictConfig, folder: Path, overrides: Sequence[str]) -> list[str]:
-    """Returns the words that run one job as a plain run in its folder."""
-    own = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
-    # The sweep's folder is the new one, and the sweep alone is detached.
-    words = [text for text in overrides if text != "resume=never" and not text.startswith("sweep.")]
+    """Returns the command that runs one job as a plain run in its folder."""
+    of_hydra = [text for text in config.hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_PASSED_ON)]
+    # `resume=never` chose the folder of the sweep, and `sweep.` settings are those of the sweep alone.
+    of_job = [text for text in overrides if text != "resume=never" and not text.startswith("sweep.")]
     return [
-        *(sys.executable, "-m", "qlora", *config_flags(), *words, *own),
+        *(sys.executable, "-m", "qlora", *config_flags(), *of_job, *of_hydra),
         *("hydra.mode=RUN", f"hydra.run.dir={quoted(str(folder.absolute()))}"),
     ]
 
 
 def config_flags() -> list[str]:
-    """Returns the words that name the user's own configs, as this command has them."""
+    """Returns the arguments of this command that name the folder of the user's own configs."""
     return ["--config-dir", folder] if (folder := config_dir()) else []
 
 
 def config_dir() -> str | None:
-    """Returns the folder of the user's own configs, as this command names it."""
+    """Returns the folder of the user's own configs that this command names; None: it names none."""
     args, _ = flag_parser().parse_known_args(sys.argv[1:])
     return args.config_dir
 
@@ -234,19 +236,19 @@ def _given(config: Config) -> Config:
 class _Failed(JobReturn):
     @property  # type: ignore[misc]  # nobody sets it
     def return_value(self) -> Any:
-        """Raises what the sweep's end has to say; Hydra would print the overrides of one job before it."""
+        """Raises the error of the whole sweep; Hydra would print the overrides of one job before it."""
         raise self._return_value
 
 
 def to_return(sweep: Sweep, job: Job, overrides: Sequence[str]) -> JobReturn:
-    """Returns a job's end as Hydra's sweepers want it; one that an engine keeps for later has none yet."""
+    """Returns the result of a job as Hydra's sweepers expect it; a job that is still queued has none yet."""
     if job.status in (Status.finished, Status.queued, Status.running):
         return JobReturn(list(overrides), status=JobStatus.COMPLETED, _return_value=job.objective)
     return _Failed(list(overrides), status=JobStatus.FAILED, _return_value=jobs_failed(sweep))
 
 
 def jobs_failed(sweep: Sweep) -> JobsFailed:
-    """Returns what a sweep with failed jobs ends with."""
+    """Returns the error of a sweep with failed jobs."""
     failed = len(sweep.with_status(Status.failed, Status.interrupted))
     return JobsFailed(
         f"{failed} of {len(sweep.jobs) + sweep.to_come} jobs failed: "

@@ -1,4 +1,4 @@
-"""The table of a sweep: best first, seeds averaged, failed jobs below with their reasons."""
+"""The table of a sweep: best job first, seeds averaged, failed jobs below with their reasons."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from qlora.text import format_duration, format_metric, shorten
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
-"""Metrics that stand beside the objective, where the jobs have them."""
+"""Metrics that are shown beside the objective if the jobs have them."""
 ON_SCREEN = {"train_runtime": "time", "peak_memory_gb": "GB"}
-"""What heads the column of a metric on a terminal, where that is not its name."""
-GAP, LONGEST_VALUE = 2, 24
-"""Characters between two columns of a terminal, and those of a value."""
+"""The heads of columns on a terminal that differ from the name of the metric."""
+GAP, MAX_VALUE = 2, 24
+"""Characters between two columns of a terminal, and the most characters of a value."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Jobs whose configs differ by their seed only."""
+    """Jobs whose configs differ only by their seed."""
 
     values: dict[str, str]
-    """The varied keys but the seed."""
+    """The varied keys except the seed."""
     jobs: list[Job]
     metrics: dict[str, tuple[float, float | None]]
-    """Means over the seeds with their standard errors; None: a single seed."""
+    """Means over the seeds with their standard errors; None for a single seed."""
     in_front: bool = False
-    """Whether no other is better by one of several goals without being worse by another."""
+    """Whether no other row is better by one goal without being worse by another."""
 
     @property
     def best(self) -> Job:
-        """The job of the first seed, to copy a command from."""
+        """The job of the first seed, whose command is shown."""
         return self.jobs[0]
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The finished jobs of a sweep in order, and the others."""
+    """The finished jobs of a sweep, best first, and the others."""
 
     objective: str | None
     maximizes: bool
     """Whether a larger objective is the better one."""
     keys: list[str]
-    """The varied keys, in columns."""
+    """The varied keys, one a column."""
     rows: list[Row]
     unfinished: list[Job]
     goals: Mapping[str, str]
@@ -66,13 +66,13 @@ class Leaderboard:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics in columns: the objective first."""
+        """The metrics, one a column, the objective first."""
         names = [*([self.objective] if self.objective else []), *self.goals, *BESIDE]
         return [name for name in dict.fromkeys(names) if any(name in row.metrics for row in self.rows)]
 
 
 def build_leaderboard(sweep: Sweep) -> Leaderboard:
-    """Returns the table of what has finished so far."""
+    """Returns the table of the jobs that have finished so far."""
     finished = sweep.with_status(Status.finished)
     several_seeds = len({job.values.get(SEED) for job in finished}) > 1
     keys = [key for key in sweep.varied if key != SEED or not several_seeds]
@@ -95,10 +95,10 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
 def _mark_front(rows: Sequence[Row], goals: Mapping[str, str]) -> list[Row]:
     costs = [[_cost(row, name, maximizes=way == "maximize") for name, way in goals.items()] for row in rows]
 
-    def is_beaten(own: list[float]) -> bool:
-        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in costs)
+    def is_beaten(cost: list[float]) -> bool:
+        return any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs)
 
-    return [replace(row, in_front=not is_beaten(own)) for row, own in zip(rows, costs, strict=True)]
+    return [replace(row, in_front=not is_beaten(cost)) for row, cost in zip(rows, costs, strict=True)]
 
 
 def write_leaderboard(sweep: Sweep) -> Leaderboard:
@@ -115,12 +115,12 @@ def _means(jobs: Sequence[Job]) -> dict[str, tuple[float, float | None]]:
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean with its standard error; one that is no finite number makes a mean that is none."""
+    """Returns the mean with its standard error; NaN where a value is NaN or infinite."""
     if len(values) == 1:
         return values[0], None
     try:
         return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    except (ArithmeticError, AttributeError, ValueError):  # as they say of infinite ones, and of too large ones
+    except (ArithmeticError, AttributeError, ValueError):  # raised for infinite and for too large values
         return math.nan, None
 
 
@@ -129,37 +129,37 @@ def _cost(row: Row, name: str | None, *, maximizes: bool) -> float:
 
 
 def cell(row: Row, name: str) -> str:
-    """Returns a metric of a row for people: `0.031 ± 0.004`."""
+    """Returns a metric of a row as text: `0.031 ± 0.004`."""
     if name not in row.metrics:
         return "–"
     value, error = row.metrics[name]
-    shown = format_duration(value) if name.endswith("_runtime") else format_metric(name, value)
+    text = format_duration(value) if name.endswith("_runtime") else format_metric(name, value)
     if error is None:
-        return shown
+        return text
     if name.endswith("_runtime"):
-        return f"{shown} ± {format_duration(error)}"
-    scale, digits = (100 if shown.endswith("%") else 1), len(shown.removesuffix(" %").partition(".")[2])
-    return f"{shown} ± {scale * error:.{digits}f}" if "e" not in shown else f"{shown} ± {error:.3g}"
+        return f"{text} ± {format_duration(error)}"
+    scale, digits = (100 if text.endswith("%") else 1), len(text.removesuffix(" %").partition(".")[2])
+    return f"{text} ± {scale * error:.{digits}f}" if "e" not in text else f"{text} ± {error:.3g}"
 
 
 def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
-    """Returns head and lines of the table of finished jobs."""
+    """Returns the head and the lines of the table of finished jobs."""
     several = any(len(row.jobs) > 1 for row in board.rows)
     head = ["", *board.keys, *(["seeds"] if several else []), *board.metrics]
     lines = [
         [
-            f"{place} *" if row.in_front else str(place),
+            f"{rank} *" if row.in_front else str(rank),
             *row.values.values(),
             *([str(len(row.jobs))] if several else []),
             *(cell(row, name) for name in board.metrics),
         ]
-        for place, row in enumerate(board.rows, start=1)
+        for rank, row in enumerate(board.rows, start=1)
     ]
     return head, lines
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Returns the last part of each key, or the whole where two would be the same."""
+    """Returns the last part of each key, or the whole key where two last parts are equal."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
@@ -167,12 +167,12 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
     """Returns the table's lines on a terminal `room` characters wide, the head first, and the columns left out.
 
-    Metrics but the objective go first, from the right, then the count of seeds, then keys.
+    Metrics other than the objective are left out first, from the right, then the count of seeds, then keys.
     """
     head, lines = table(board)
     names = short_names(board.keys) | {name: ON_SCREEN.get(name, name.removeprefix("eval_")) for name in board.metrics}
     columns = {
-        name: [names.get(name, name), *(shorten(short_value(text), LONGEST_VALUE) for text in texts)]
+        name: [names.get(name, name), *(shorten(short_value(text), MAX_VALUE) for text in texts)]
         for name, *texts in zip(head, *lines, strict=True)
     }
     widths = {name: max(map(len, texts)) for name, texts in columns.items()}
@@ -182,23 +182,23 @@ def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
             widths.pop(name, None)
     cells = [[text.rjust(widths[name]) if name in board.metrics else text.ljust(widths[name])
               for text in columns[name]] for name in widths]  # fmt: skip
-    shown = [(" " * GAP).join(line).rstrip() for line in zip(*cells, strict=True)]
-    return shown, [name for name in head if name not in widths]
+    printed = [(" " * GAP).join(line).rstrip() for line in zip(*cells, strict=True)]
+    return printed, [name for name in head if name not in widths]
 
 
 def front_note(board: Leaderboard) -> str:
-    """Returns what the marks of a search by several goals mean."""
-    return f"in front: none is better by {' or '.join(board.goals)} without being worse by another"
+    """Returns what the marks in the table of a search by several goals mean."""
+    return f"in front: no other job is better by {' or '.join(board.goals)} without being worse by another"
 
 
 def describe(job: Job) -> str:
-    """Returns what became of an unfinished job in one line."""
-    told = [job.status.value, *([job.reason] if job.reason not in (None, job.status.value) else [])]
-    return f"{' '.join(job.overrides) or job.name}: {', '.join(told)}"
+    """Returns the status of an unfinished job in one line."""
+    parts = [job.status.value, *([job.reason] if job.reason not in (None, job.status.value) else [])]
+    return f"{' '.join(job.overrides) or job.name}: {', '.join(parts)}"
 
 
 def print_leaderboard(board: Leaderboard) -> None:
-    """Prints the table, and what did not finish."""
+    """Prints the table and the jobs that did not finish."""
     say()
     if board.rows:
         (head, *lines), left_out = fit(board, screen().width if screen().is_terminal else sys.maxsize)
@@ -215,7 +215,7 @@ def print_leaderboard(board: Leaderboard) -> None:
 
 
 def to_markdown(board: Leaderboard, name: str) -> str:
-    """Returns the table as Markdown, with the last lines that failed jobs wrote."""
+    """Returns the table as Markdown, with the last output lines of failed jobs."""
     head, lines = table(board)
     parts = [f"# {markdown_text(name)}"]
     if lines:
@@ -234,7 +234,7 @@ def to_markdown(board: Leaderboard, name: str) -> str:
 
 
 def to_csv(board: Leaderboard) -> str:
-    """Returns every job in a line: its values, status and all metrics."""
+    """Returns the jobs as CSV, one a line: values, status and all metrics."""
     jobs = [*(job for row in board.rows for job in row.jobs), *board.unfinished]
     keys = list(dict.fromkeys(key for job in jobs for key in job.values))
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
@@ -248,7 +248,7 @@ def to_csv(board: Leaderboard) -> str:
     write(["job", *keys, *(["front"] if front else []), "status", "reason", "seconds", *names])
     for job in jobs:
         values: list[Any] = [job.values.get(key, "") for key in keys]
-        facts = [job.status.value, job.reason or "", "" if job.seconds is None else round(job.seconds, 3)]
+        ending = [job.status.value, job.reason or "", "" if job.seconds is None else round(job.seconds, 3)]
         marks = [["no", "yes"][job.name in front]] if front else []
-        write([job.name, *values, *marks, *facts, *(job.metrics.get(name, "") for name in names)])
+        write([job.name, *values, *marks, *ending, *(job.metrics.get(name, "") for name in names)])
     return text.getvalue()

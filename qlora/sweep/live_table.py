@@ -1,4 +1,4 @@
-"""What a person sees of a running sweep: a bar a job on a terminal, plain lines elsewhere, and the table at the end."""
+"""Shows a running sweep: one bar for each job on a terminal, plain lines elsewhere, and the table at the end."""
 
 from __future__ import annotations
 
@@ -21,82 +21,79 @@ from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.overview import Sweep
-from qlora.sweep.sweep_report import FILE, PAGE_SHARE, write_report
+from qlora.sweep.sweep_page import FILE, PAGE_FRACTION, write_report
 from qlora.text import format_duration, format_metric, shorten
 
 log = logging.getLogger(__name__)
 
-TABLES_SHARE = 0.05
-"""As `PAGE_SHARE`, of the overview and the table."""
-
+TABLES_FRACTION = 0.05
+"""At most this fraction of the time is spent on writing the overview and the table."""
 
 NOTE, LABEL = 38, 40
-"""Characters of a running job's numbers, and the most of what it varies."""
+"""Characters of a running job's numbers, and the most for its label."""
 BESIDE = 19
-"""Those of the bar and of the count on a line."""
-
-
-SHORTEST = 12
-"""Of the best job's label; where there is less room it is left out."""
+"""Characters of the bar and of the count on a line."""
+MIN_LABEL = 12
+"""The least characters for the best job's label; with less room it is left out."""
 
 
 def label(job: Job, room: int) -> str:
-    """Returns what a job varies in at most `room` characters, where names do not fit by its values alone."""
+    """Returns the varied keys and values of a job in at most `room` characters; the values alone if keys do not fit."""
     names = short_names(list(job.values))
     values = {names[key]: short_value(value) for key, value in job.values.items()}
-    words = " ".join(f"{name}={value}" for name, value in values.items()) or job.name
-    if values and len(words) > room:
-        each = max(room // len(values) - 1, 6)
-        words = " ".join(shorten(value, each) for value in values.values())
-    return shorten(words, room)
+    text = " ".join(f"{name}={value}" for name, value in values.items()) or job.name
+    if values and len(text) > room:
+        width = max(room // len(values) - 1, 6)
+        text = " ".join(shorten(value, width) for value in values.values())
+    return shorten(text, room)
 
 
 def rooms(width: int) -> tuple[int, int]:
-    """Returns how many characters a terminal has for the label and for the notes of a line."""
+    """Returns the characters of a terminal line for the label and for the notes."""
     for_label = max(min(width - BESIDE - NOTE, LABEL), 10)
     return for_label, max(width - BESIDE - for_label, NOTE)
 
 
-def found(sweep: Sweep, waiting: int, *, is_known: bool = True) -> str:
-    """Returns what a sweep has before it: `is_known` is whether all jobs to run are known, or some may be finished."""
+def describe_waiting(sweep: Sweep, waiting: int, *, is_known: bool = True) -> str:
+    """Returns how many jobs of a sweep are to run; unless `is_known`, some of them may turn out to be finished."""
     known, noun = len(sweep.with_status(Status.finished)), "job" if waiting == 1 else "jobs"
     most = "" if is_known or not known else "up to "
     return f"sweep {sweep.folder}: {most}{waiting:,} {noun} to run, {known:,} finished already"
 
 
 class Upkeep:
-    """A file that is written again when something has changed, in no more than a `share` of the time."""
+    """A file that is rewritten after changes, in no more than a `fraction` of the time."""
 
-    def __init__(self, write: Callable[[], object], share: float, *, is_due: bool = True) -> None:
-        self._write, self._share, self._is_stale, self._next = write, share, is_due, 0.0
+    def __init__(self, write: Callable[[], object], fraction: float, *, is_due: bool = True) -> None:
+        self._write, self._fraction, self._is_stale, self._next = write, fraction, is_due, 0.0
 
     def changed(self) -> None:
-        """Writes now, or soon."""
+        """Writes the file now or soon."""
         self._is_stale = True
         self.poll()
 
     def poll(self) -> None:
-        """Writes what is stale, if it is time."""
+        """Writes the file if it is stale and the fraction of time allows it."""
         if self._is_stale and time.monotonic() >= self._next:
             self.finish()
 
     def finish(self) -> None:
-        """Writes what is stale."""
+        """Writes the file if it is stale."""
         if self._is_stale:
             started = time.monotonic()
             self._write()
             now = time.monotonic()
-            self._is_stale, self._next = False, now + (now - started) / self._share
+            self._is_stale, self._next = False, now + (now - started) / self._fraction
 
 
 class Screen:
-    """Tells of starts, steps and ends of jobs, and keeps the sweep's files true."""
+    """Prints starts, steps and ends of jobs, and keeps the sweep's files up to date."""
 
     def __init__(self, sweep: Sweep, waiting: int, *, is_known: bool = True) -> None:
         self.sweep, self.waiting_jobs, self._is_known = sweep, waiting, is_known
         is_due = sweep.has_changed or not (sweep.folder / FILE).is_file()
-        self._tables = Upkeep(self._write_tables, TABLES_SHARE, is_due=is_due)
-        self._page = Upkeep(self._write_page, PAGE_SHARE, is_due=is_due)
+        self._tables = Upkeep(self._write_tables, TABLES_FRACTION, is_due=is_due)
+        self._page = Upkeep(self._write_page, PAGE_FRACTION, is_due=is_due)
         self._bars: dict[str, tuple[contextlib.ExitStack, Any]] = {}
         self._all = contextlib.ExitStack()
         self._begun: dict[str, float] = {}
@@ -104,7 +101,7 @@ class Screen:
         self._done = 0
 
     def __enter__(self) -> Self:
-        say(found(self.sweep, self.waiting_jobs, is_known=self._is_known))
+        say(describe_waiting(self.sweep, self.waiting_jobs, is_known=self._is_known))
         self._update = self._all.enter_context(progress("sweep", self.waiting_jobs))
         return self
 
@@ -127,8 +124,8 @@ class Screen:
             write_report(self.sweep)
         except UserError:
             raise
-        except Exception:  # the jobs that still run are worth more than the page
-            log.exception("%s cannot be made", self.sweep.folder / "report.html")
+        except Exception:  # the running jobs matter more than the page
+            log.exception("%s cannot be written", self.sweep.folder / "report.html")
 
     @property
     def done(self) -> int:
@@ -136,11 +133,11 @@ class Screen:
         return self._done
 
     def expect(self, count: int) -> None:
-        """Takes how many jobs are still to end; a search learns it as it goes."""
+        """Sets how many jobs are still to end; a search learns this while it runs."""
         self.waiting_jobs = self._done + count
 
     def started(self, job: Job) -> None:
-        """Tells that a job has started."""
+        """Shows that a job has started."""
         job.status = Status.running
         self.sweep.jobs[job.name] = job
         self._tables.changed()
@@ -151,14 +148,14 @@ class Screen:
         self._bars[job.name], self._begun[job.name] = (stack, bar), time.monotonic()
 
     def waiting(self, jobs: list[Job]) -> None:
-        """Moves the bars of the running jobs; one that is queued again, for a reason, loses its own."""
+        """Moves the bars of the running jobs, and removes the bar of a job that is queued again."""
         for job in jobs:
             if job.status is Status.queued and job.reason is not None and job.name in self._bars:
                 self._close(job)
         running = [job for job in jobs if job.name in self._bars]
         for job in running:
             steps = job.progress
-            if steps:  # which have a step and a number of steps
+            if steps:
                 notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
                 if steps.get("tokens_per_second"):
                     notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
@@ -177,7 +174,7 @@ class Screen:
             self._tables.changed()
 
     def ended(self, job: Job) -> None:
-        """Tells what became of a job, and brings the files up to date."""
+        """Prints how a job ended, and updates the files."""
         self._close(job)
         self._done += 1
         if job.seconds is not None and job.status is Status.finished:
@@ -185,14 +182,14 @@ class Screen:
         self.sweep.jobs[job.name] = job
         self._tables.changed()
         self._page.changed()
-        place = f"{self._done}/{self.waiting_jobs}"
+        count = f"{self._done}/{self.waiting_jobs}"
         if job.status is Status.finished:
             value = "" if job.objective is None else f"  {self.sweep.objective} {self._objective(job.objective)}"
-            say(f"{place}  {' '.join(job.overrides) or job.name}{value}  ({format_duration(job.seconds or 0)})")
+            say(f"{count}  {' '.join(job.overrides) or job.name}{value}  ({format_duration(job.seconds or 0)})")
             return
-        say(Text(printable(f"{place}  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
+        say(Text(printable(f"{count}  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
         if job.status is Status.failed:
-            for line in (line for line in tail(job.folder) if line != f"error: {job.reason}"):  # told already
+            for line in (line for line in tail(job.folder) if line != f"error: {job.reason}"):  # printed already
                 say(Text(printable(f"      {line}"), style="dim"))
 
     def _standing(self, running: list[Job]) -> str:
@@ -203,29 +200,29 @@ class Screen:
         finished = [job for job in self.sweep.with_status(Status.finished) if job.objective is not None]
         if finished:
             best = min(finished, key=lambda job: cost(job.objective, maximizes=self.sweep.maximizes))
-            assert best.objective is not None, "those without one are left out"
+            assert best.objective is not None, "jobs without an objective are left out"
             notes.append(f"best {self._objective(best.objective)}")
             room = rooms(screen().width)[1] - len("  ".join(notes)) - 1
-            notes[-1] += f" {label(best, room)}" if room >= SHORTEST else ""
+            notes[-1] += f" {label(best, room)}" if room >= MIN_LABEL else ""
         return "  ".join(notes)
 
     def _seconds_left(self, running: list[Job]) -> float | None:
-        """Estimates the time for all jobs from those that have ended, and from how far the running ones are."""
+        """Estimates the remaining time from the jobs that have ended and the progress of those that run."""
         now = time.monotonic()
         ages = {job.name: now - self._begun[job.name] for job in running}
         known = {job.name: job.progress["seconds_left"] for job in running if job.progress.get("seconds_left")}
         durations = [*self._durations, *(ages[name] + left for name, left in known.items())]
         if not durations or not running:
             return None
-        each = statistics.fmean(durations)
-        begun = sum(known.get(name, max(each - age, 0.0)) for name, age in ages.items())
-        return (begun + (self.waiting_jobs - self._done - len(running)) * each) / len(running)
+        mean = statistics.fmean(durations)
+        begun = sum(known.get(name, max(mean - age, 0.0)) for name, age in ages.items())
+        return (begun + (self.waiting_jobs - self._done - len(running)) * mean) / len(running)
 
     def _objective(self, value: float) -> str:
         return format_metric((self.sweep.objective or "").removeprefix("eval_"), value)
 
     def summary(self) -> None:
-        """Prints the table, and what did not finish."""
+        """Prints the table and the jobs that did not finish."""
         print_leaderboard(build_leaderboard(self.sweep))
         say(f"leaderboard  {self.sweep.folder / 'leaderboard.md'}")
         say(f"report       {self.sweep.folder / 'report.html'}")

@@ -22,49 +22,49 @@ FOLDER = Path("outputs/sweeps")
 
 
 def register() -> None:
-    """Tells OmegaConf the resolver `qlora.job_name` of `conf/config.yaml`; may be called many times."""
+    """Registers the resolver `qlora.job_name` of `conf/config.yaml` with OmegaConf; may be called many times."""
     OmegaConf.register_new_resolver("qlora.job_name", job_name, replace=True)
 
 
 def folder_words(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides that name a sweep's folder and its jobs, so that the same command goes on in them.
+    """Returns the overrides that name a sweep's folder and its jobs, so that the same command resumes in them.
 
-    The sweep is named after `experiment=` and `sweep=`, else after the varied keys, where the command names no folder
-    itself; its jobs by all keys but those with one value.
+    Unless the command names a folder, the sweep is named after `experiment=` and `sweep=`, else after the varied keys.
+    A job is named after the keys that vary.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    plain = {each.key_or_group: each for each in parsed if not each.is_sweep_override()}
+    plain = {override.key_or_group: override for override in parsed if not override.is_sweep_override()}
     chosen = [str(plain[key].value()) for key in ("experiment", "sweep") if key in plain]
-    varied = [each.key_or_group for each in parsed if each.is_sweep_override()]
+    varied = [override.key_or_group for override in parsed if override.is_sweep_override()]
     folder = f"hydra.sweep.dir={FOLDER / ('_'.join(chosen or varied) or 'sweep')}"
     fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(plain)}]"
     return [fixed] if plain.keys() & {"name", "hydra.sweep.dir"} else [fixed, folder]
 
 
 def new_folder_words(overrides: Sequence[str], config_dir: str | None, sweeps: bool) -> list[str]:
-    """Returns the override that names a folder where there is none yet: FOLDER, else FOLDER-2, FOLDER-3 ..."""
+    """Returns the override that names a folder that does not exist yet: FOLDER, else FOLDER-2, FOLDER-3 ..."""
     hydra = compose_dict(overrides, config_dir).hydra
-    place = Path(str(hydra.sweep.dir if sweeps else hydra.run.dir))
-    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
-    chosen = next(path for path in itertools.chain([place], numbered) if not path.exists())
+    folder = Path(str(hydra.sweep.dir if sweeps else hydra.run.dir))
+    numbered = (folder.with_name(f"{folder.name}-{suffix}") for suffix in itertools.count(2))
+    chosen = next(path for path in itertools.chain([folder], numbered) if not path.exists())
     return [f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(str(chosen))}"]
 
 
 def own_overrides(hydra: Any) -> list[str]:
-    """Returns the overrides of a job that `folder_words` did not find to be those of all jobs."""
+    """Returns the overrides that distinguish a job: those whose keys `folder_words` did not exclude."""
     fixed = set(hydra.job.config.override_dirname.exclude_keys)
     parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    return [each.input_line or "" for each in parsed if each.key_or_group not in fixed]
+    return [override.input_line or "" for override in parsed if override.key_or_group not in fixed]
 
 
 def membership(hydra: Any) -> SweepJob | None:
-    """Returns the sweep that a job belongs to, as the process that started it or Hydra tells; None: none."""
+    """Returns the sweep of a job, as Hydra or the process that started it says; None: it belongs to none."""
     if hydra.mode is RunMode.MULTIRUN:
         return SweepJob(Path(hydra.sweep.dir).name, own_overrides(hydra))
     return SweepJob.from_environment(list(hydra.overrides.task))
 
 
 def job_name(*, _root_: DictConfig) -> str:
-    """Returns a job's folder for engines that know one job at a time: its overrides and its identity."""
+    """Returns the name of a job's folder, its overrides and its identity, for engines that see one job at a time."""
     config = config_to_dict(to_config(_root_))
     return job_folder(Path(_root_.hydra.sweep.dir), own_overrides(_root_.hydra), config).name

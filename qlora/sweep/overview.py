@@ -1,4 +1,4 @@
-"""A sweep's folder: the jobs in it, the file that tells of all of them, and whether the same command may go on."""
+"""The folder of a sweep: its jobs, the overview file, and the check that the same command may resume it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any
 
 from qlora.config.saved_config import read_config
-from qlora.errors import ConfigError, DamagedFile
+from qlora.errors import DamagedFile, RunError
 from qlora.runtime.atomic_files import read_record, write_text
 from qlora.runtime.run_folder import RunFolder, describe_changes, flatten, is_below
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, to_number, to_numbers
@@ -23,7 +23,7 @@ from qlora.text import higher_is_better
 log = logging.getLogger(__name__)
 
 OVERVIEW_FILE = "sweep.json"
-KINDS = {list: "list", dict: "object", int: "whole number"}
+KINDS = {list: "list", dict: "mapping", int: "whole number"}
 
 
 @dataclass
@@ -33,44 +33,44 @@ class Sweep:
     folder: Path
     objective: str | None
     jobs: dict[str, Job] = field(default_factory=dict)
-    """By the names of their folders."""
+    """The jobs by the names of their folders."""
     common: dict[str, Any] = field(default_factory=dict)
-    """The config's keys that have one value in all jobs, but for those that may differ anyway."""
+    """The config's keys that have one value in all jobs, without those that do not change a result."""
     goals: dict[str, str] = field(default_factory=dict)
-    """The metrics that a search goes by, with `minimize` or `maximize`; none: the objective, as its name tells."""
+    """The metrics that a search optimizes, with `minimize` or `maximize`; empty: the objective, as its name implies."""
     study: str | None = None
-    """What the study of a search is called in its database."""
+    """The name of the study of a search in its database."""
     is_shared: bool = False
     """Whether other commands run jobs in the folder."""
     page_seconds: float = 0.0
-    """How long the page took to write, the last time that a job's own process did so."""
+    """How long the process of a job needed to write the page the last time."""
     to_come: int = 0
-    """How many combinations are not composed yet, and so are no jobs."""
+    """How many combinations are not composed yet."""
     folders: dict[str, str] = field(default_factory=dict)
     """The folders of jobs by the identities of their configs."""
     has_changed: bool = True
-    """Whether the jobs' folders tell anything that the overview did not hold when it was read."""
+    """Whether the jobs' folders held news that the overview lacked when it was read."""
     _texts: dict[str, tuple[Any, str]] = field(default_factory=dict, repr=False)
 
     @property
     def maximizes(self) -> bool:
-        """Whether a larger objective is the better one."""
+        """Whether a larger objective is better."""
         name = self.objective or ""
         return self.goals[name] == "maximize" if name in self.goals else higher_is_better(name)
 
-    def find(self, own: list[str], config: Mapping[str, Any]) -> Job:
-        """Returns the job of a config: the one that has its identity already, however it is named, or a new one."""
+    def find(self, overrides: list[str], config: Mapping[str, Any]) -> Job:
+        """Returns the job of a config: the one with its identity, whatever its name, or a new one."""
         digits = identity(config)
-        name = self.folders.setdefault(digits, f"{slug(own)}-{digits}")
-        return self.jobs.get(name) or Job(self.folder / name, overrides=own)
+        name = self.folders.setdefault(digits, f"{slug(overrides)}-{digits}")
+        return self.jobs.get(name) or Job(self.folder / name, overrides=overrides)
 
     def update(self, job: Job) -> None:
-        """Takes what is known of a job now, and writes the overview."""
+        """Replaces what is known about a job, and writes the overview."""
         self.jobs[job.name] = job
         self.write()
 
     def write(self) -> None:
-        """Writes the overview, whole or not at all; only jobs that have changed are put into text anew."""
+        """Writes the overview atomically; only jobs that have changed are serialized again."""
         if self.is_shared:
             self.jobs |= read_sweep(self.folder, self.objective).jobs
         counts = {status.value: count for status in Status if (count := len(self.with_status(status)))}
@@ -90,15 +90,15 @@ class Sweep:
         write_text(self.folder / OVERVIEW_FILE, text)
 
     def _text(self, job: Job) -> str:
-        facts = (job.status, job.reason, job.objective, job.seconds, job.metrics, job.stamp, len(job.overrides))
+        state = (job.status, job.reason, job.objective, job.seconds, job.metrics, job.stamp, len(job.overrides))
         known = self._texts.get(job.name)
-        if known is None or known[0] != facts:
-            self._texts[job.name] = known = (facts, json.dumps(job.to_dict()))
+        if known is None or known[0] != state:
+            self._texts[job.name] = known = (state, json.dumps(job.to_dict()))
         return known[1]
 
-    def with_status(self, *wanted: Status) -> list[Job]:
+    def with_status(self, *statuses: Status) -> list[Job]:
         """Returns the jobs of these statuses, in order."""
-        return [job for job in self.jobs.values() if job.status in wanted]
+        return [job for job in self.jobs.values() if job.status in statuses]
 
     @property
     def varied(self) -> list[str]:
@@ -107,28 +107,32 @@ class Sweep:
 
 
 def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
-    """Returns a sweep as the folders of its jobs tell now; an overview of a sweep that was killed may be older.
+    """Returns a sweep as the folders of its jobs record it; the overview of a killed sweep may be older.
 
-    Jobs that have finished and whose files are those that the overview was made of are not read again.
+    A finished job is not read again if its files have not changed since the overview was written.
     """
     damage: DamagedFile | None = None
     try:
-        stored = read_overview(folder / OVERVIEW_FILE)
+        overview = read_overview(folder / OVERVIEW_FILE)
     except DamagedFile as error:
-        stored, damage = {}, error
-    sweep = Sweep(folder, objective or stored.get("objective"), common=stored.get("common", {}), has_changed=False)
-    sweep.goals, sweep.to_come, sweep.study = stored.get("goals", {}), stored.get("to_come", 0), stored.get("study")
-    sweep.page_seconds = stored.get("page_seconds", 0.0)
-    records = {record["job"]: record for record in stored.get("jobs", [])}
+        overview, damage = {}, error
+    sweep = Sweep(folder, objective or overview.get("objective"), common=overview.get("common", {}), has_changed=False)
+    sweep.goals, sweep.to_come, sweep.study = (
+        overview.get("goals", {}),
+        overview.get("to_come", 0),
+        overview.get("study"),
+    )
+    sweep.page_seconds = overview.get("page_seconds", 0.0)
+    records = {record["job"]: record for record in overview.get("jobs", [])}
     for name, record in records.items():
         sweep.jobs[name] = Job(folder / name, overrides=record["overrides"])
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []:
         sweep.folders.setdefault(name.rpartition("-")[2], name)
-        place, record = folder / name, records.get(name, {})
-        if (job := _restore(place, record)) is not None:
+        path, record = folder / name, records.get(name, {})
+        if (job := _restore(path, record)) is not None:
             sweep.jobs[name] = job
-        elif is_job_folder(place):
-            job, sweep.has_changed = read_job(place), True
+        elif is_job_folder(path):
+            job, sweep.has_changed = read_job(path), True
             job.overrides = job.overrides or record.get("overrides", [])
             sweep.jobs[name] = job
     if damage is not None:
@@ -138,9 +142,9 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
 
 
 def _restore(folder: Path, record: Mapping[str, Any]) -> Job | None:
-    """Returns a finished job as `Job.to_dict` told of it; None: it has not, or its files are others now."""
+    """Returns a finished job as the overview holds it; None: it has not finished, or its files have changed."""
     if record.get("status") != Status.finished.value:
-        return None  # the files of a failed job tell more than the overview
+        return None  # the files of a failed job hold more than the overview
     job = Job(folder, status=Status.finished, overrides=record["overrides"])
     try:
         if not is_stamped(folder, record.get("stamp", {})):
@@ -155,41 +159,41 @@ def _restore(folder: Path, record: Mapping[str, Any]) -> Job | None:
 
 
 def is_job_folder(folder: Path) -> bool:
-    """Returns whether a folder is that of a job, of which a file may be left only."""
+    """Returns whether a folder is that of a job, even if only one of its files is left."""
     return any((folder / name).is_file() for name in (STATUS_FILE, *RESULTS))
 
 
 def read_overview(path: Path) -> dict[str, Any]:
-    """Returns what a sweep's overview tells, {} where there is none; raises `DamagedFile`."""
+    """Returns the overview of a sweep, {} if there is none; raises `DamagedFile`."""
     record = read_record(path) or {}
     kinds = {"jobs": list, "common": dict, "goals": dict, "to_come": int}
     if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name, kind()), kind)]:
-        raise DamagedFile(path, f"{wrong[0]} is no {KINDS[kinds[wrong[0]]]}")
+        raise DamagedFile(path, f"{wrong[0]} is not a {KINDS[kinds[wrong[0]]]}")
     if not isinstance(record.get("objective"), str | NoneType):
-        raise DamagedFile(path, "objective is no text")
+        raise DamagedFile(path, "objective is not a text")
     if not all(way in ("minimize", "maximize") for way in record.get("goals", {}).values()):
-        raise DamagedFile(path, "goals are neither to minimize nor to maximize")
+        raise DamagedFile(path, "goals must say minimize or maximize")
     for job in record.get("jobs", []):
         name, overrides = (job.get("job"), job.get("overrides")) if isinstance(job, dict) else (None, None)
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-            raise DamagedFile(path, "a job in it has no name of a folder")
+            raise DamagedFile(path, "a job in it lacks the name of a folder")
         if not (isinstance(overrides, list) and all(isinstance(text, str) for text in overrides)):
-            raise DamagedFile(path, f"the overrides of the job {name} are no list of texts")
+            raise DamagedFile(path, f"the overrides of the job {name} are not a list of texts")
     return record
 
 
 def _restore_common(sweep: Sweep) -> dict[str, Any]:
-    """Returns the keys that the stored configs of all jobs have in common; {} where none can be read."""
+    """Returns the keys that the saved configs of all jobs have in common; {} if none can be read."""
     configs = []
     for job in sweep.jobs.values():
         with contextlib.suppress(DamagedFile):
-            configs += [stored] if (stored := read_config(RunFolder(job.folder).config)) is not None else []
-    common = common_facts(configs) if configs else {}
+            configs += [saved] if (saved := read_config(RunFolder(job.folder).config)) is not None else []
+    common = common_keys(configs) if configs else {}
     return {key: value for key, value in common.items() if not is_below(key, sweep.varied)}
 
 
-def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the full keys that have one value in all configs, but for those that do not change a result."""
+def common_keys(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the full keys that have one value in all configs, without those that do not change a result."""
     first, *rest = [dict(flatten(config)) for config in configs]
     return {
         key: value
@@ -198,10 +202,10 @@ def common_facts(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_same_sweep(folder: Path, stored: dict[str, Any], common: dict[str, Any]) -> None:
-    """Raises `ConfigError` naming the keys that no job of a sweep varies and that have another value now."""
-    if changes := describe_changes(stored, common, {*stored} & {*common}):
-        raise ConfigError(
+def check_same_sweep(folder: Path, saved: dict[str, Any], common: dict[str, Any]) -> None:
+    """Raises `RunError` that names the keys that no job varies and whose values have changed."""
+    if changes := describe_changes(saved, common, {*saved} & {*common}):
+        raise RunError(
             f"{folder} holds a sweep of another config; changed:{changes}\n"
-            "choose another folder with name=NAME, or start with the same config to go on"
+            "choose another folder with name=NAME, or start with the same config to resume it"
         )

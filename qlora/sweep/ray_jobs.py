@@ -1,4 +1,4 @@
-"""Jobs of a sweep on a Ray cluster: each a process of its own on a node that has what a job needs."""
+"""Jobs of a sweep on a Ray cluster: each job is a process on a node that has the resources for it."""
 
 from __future__ import annotations
 
@@ -10,42 +10,37 @@ import signal
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services, worker
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from qlora.errors import ConfigError, UserError
+from qlora.errors import ConfigError, ResourceError, UserError
 from qlora.runtime.console import ON_SCREEN, say
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.engine_config import RaySettings
 from qlora.sweep.job_processes import GRACE_SECONDS, Task, record_end, start_job, stop_group, terminable
 from qlora.sweep.jobs import Job, Status, read_job, write_status
+from qlora.sweep.ray_nodes import check_nodes, unshared
 from qlora.text import shorten
+from qlora.upstream.ray import printing_to, running_address
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 END_SECONDS = 0.1
-"""A node looks so often whether its job has ended."""
+"""How often a node checks whether its job has ended."""
 CONNECT_SECONDS = 30.0
-CHECK_SECONDS = 300.0
-"""A node that has not answered by then is not there."""
-LOST_SECONDS = 30.0
-"""Ray, as it is set up by itself, calls a node lost whose daemon was killed after 15 seconds."""
 FILE_SECONDS = 15.0
-"""What a node wrote may be seen so much later here."""
+"""How much later a file that a node wrote may be visible here."""
 PASSED_ON = ("QLORA_TRUSTED", "QLORA_FULL_ERROR", "HYDRA_FULL_ERROR")
-"""Variables that belong to the command; all others are those of the node."""
+"""Variables that are passed from the command to a job; all others are those of the node."""
 QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Variables that keep Ray from notes about its own settings, and from sending counts of its use."""
+"""Variables that keep Ray from printing notes about its settings and from sending usage statistics."""
 
 
 @dataclass
@@ -53,7 +48,7 @@ class _Running:
     task: Task
     started: float
     is_seen: bool = False
-    """Whether it was told that the job runs; until then Ray looks for a node."""
+    """Whether the start was reported; until then Ray looks for a node."""
 
 
 def run_on_ray(
@@ -68,7 +63,7 @@ def run_on_ray(
 ) -> None:
     """Runs tasks until `next_task` has none left and all have ended, at most `room` of them at a time.
 
-    An interruption ends the running jobs in order. Raises `ConfigError` for a cluster that cannot run them.
+    An interruption ends the running jobs in order. Raises a `UserError` for a cluster that cannot run them.
     """
     with _connected(settings), terminable():
         start = _remote(settings)
@@ -81,7 +76,7 @@ def run_on_ray(
                     if task is None:
                         break
                     if not checked:
-                        _check_nodes(settings, task.job.folder.parent.absolute())
+                        check_nodes(settings, task.job.folder.parent.absolute())
                         checked = True
                     running[_submit(start, task)] = _Running(task, time.monotonic())
                 if not running:
@@ -91,7 +86,7 @@ def run_on_ray(
                     continue
                 done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
                 for reference in done:
-                    _tell_end(reference, running.pop(reference), on_start, on_end)
+                    _report_end(reference, running.pop(reference), on_start, on_end)
                 on_wait(list(_seen(running, on_start)))
         except BaseException:
             _interrupt(running, on_start, on_end)
@@ -100,36 +95,35 @@ def run_on_ray(
 
 @contextlib.contextmanager
 def _connected(settings: RaySettings) -> Iterator[None]:
-    """Joins a cluster, or starts one on this machine, for the time of the block."""
+    """Joins a cluster, or starts one on this machine, while the block runs."""
     given: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     init = {key: value for key, value in settings.ray.init.items() if key != "address"}
     address = settings.ray.init.get("address")
     if address is None:
-        address = "local"  # None would join whatever runs here
+        address = "local"  # None would join any cluster that runs here
         given["include_dashboard"] = False  # a cluster that is joined has its own
-    # Ray prints what its daemons say of a lost node, their last 20 lines, whatever `log_to_driver` says.
-    printed, worker.print_to_stdstream = worker.print_to_stdstream, _log
-    try:
-        os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
-        if address == "auto":
-            address = services.get_ray_address_from_environment(address, None)
-        _knock(address)
-        ray.init(address, **{**given, **init})
-    except (RayError, ConnectionError, ValueError, RuntimeError, TypeError, OSError) as error:
-        text = shorten(" ".join(str(error).split()), 300)
-        raise ConfigError(
-            f"hydra.launcher.ray.init={dict(settings.ray.init)}: Ray cannot be reached or started ({text}); start one "
-            "with `ray start --head`, or leave hydra.launcher.ray.init.address out for a Ray of this machine alone"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        worker.print_to_stdstream = printed
+    with printing_to(_log):
+        try:
+            os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
+            if address == "auto":
+                address = running_address()
+            _check_listening(address)
+            ray.init(address, **{**given, **init})
+        except (RayError, ConnectionError, ValueError, RuntimeError, TypeError, OSError) as error:
+            text = shorten(" ".join(str(error).split()), 300)
+            raise ResourceError(
+                f"hydra.launcher.ray.init={dict(settings.ray.init)}: Ray cannot be reached or started ({text}); start "
+                "one with `ray start --head`, or leave hydra.launcher.ray.init.address out for a Ray of this machine "
+                "alone"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
-def _knock(address: Any) -> None:
-    """Raises `ConnectionError` where nobody listens at HOST:PORT; Ray itself would go on trying for minutes."""
+def _check_listening(address: Any) -> None:
+    """Raises `ConnectionError` if nothing listens at HOST:PORT; Ray itself would keep trying for minutes."""
     match = re.fullmatch(r"([\w.-]+):(\d+)", str(address))
     if match is None:
         return
@@ -158,21 +152,21 @@ def _submit(start: Any, task: Task) -> Any:
     RunFolder(folder).progress.unlink(missing_ok=True)  # of an earlier start
     sweep = SweepJob.environment(folder.parent.name, task.job.overrides)
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    # The first word is this machine's Python; a node has its own.
+    # The first argument is this machine's Python; a node has its own.
     return start.remote(task.command[1:], str(folder), str(Path.cwd()), {**passed, **sweep, **task.environment})
 
 
 def run_job(command: list[str], folder_name: str, cwd: str, environment: Mapping[str, str]) -> int:
     """Runs a job as a process on the node that Ray has chosen, and returns its exit code.
 
-    Raises `ConfigError` where the node does not see the job's folder, or the folder where the command was typed.
+    Raises `ResourceError` if the node does not see the folder of the job or of the command.
     """
     folder, host = Path(folder_name), socket.gethostname()
     for path in (folder, Path(cwd)):
         if not path.is_dir():
-            raise ConfigError(unshared(path, host))
+            raise ResourceError(unshared(path, host))
     write_status(folder, Status.queued, node=host)
-    # Ray blocks the signal of Ctrl-C in its processes; a job, which gets it at an interruption, would inherit that.
+    # Ray blocks SIGINT in its processes. A job must receive it at an interruption and would inherit the block.
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         process = start_job([sys.executable, *command], folder, environment, Path(cwd))
@@ -180,124 +174,36 @@ def run_job(command: list[str], folder_name: str, cwd: str, environment: Mapping
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         while (code := process.poll()) is None:
-            time.sleep(END_SECONDS)  # Ray cancels a task by an exception, which cannot break off `wait`
+            time.sleep(END_SECONDS)  # Ray cancels a task by an exception, which cannot interrupt `wait`
         return code
     finally:
         stop_group(process, GRACE_SECONDS)
 
 
-def unshared(folder: Path, host: str) -> str:
-    """Says that a node does not see a folder, and the way out."""
-    return (
-        f"{folder} is not seen on {host}: a sweep on several nodes needs a folder that all of them share; start the "
-        "command in one, or name one with hydra.sweep.dir=FOLDER"
-    )
-
-
-def _is_seen(folder: str, token: str) -> bool:
-    return (Path(folder) / token).is_file()
-
-
-def _check_nodes(settings: RaySettings, folder: Path) -> None:
-    """Raises `ConfigError` where no node can run a job, or where one does not see the sweep's folder."""
-    needed = _resources(settings.ray.remote)
-    token = f".shared-{uuid.uuid4().hex}"
-    look = ray.remote(num_cpus=0, max_retries=0)(_is_seen)
-    (folder / token).touch()
-    try:
-        asked = []
-        for node in _able_nodes(needed):
-            strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            asked.append((node, look.options(scheduling_strategy=strategy).remote(str(folder), token)))
-        end = time.monotonic() + CHECK_SECONDS
-        for node, reference in asked:
-            if not _answer(node, reference, max(end - time.monotonic(), 0)):
-                raise ConfigError(unshared(folder, node["NodeManagerHostname"]))
-    finally:
-        (folder / token).unlink(missing_ok=True)
-    _able_nodes(needed)  # those that were lost meanwhile do not count
-
-
-def _able_nodes(needed: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Returns the nodes that have what a job needs; raises `ConfigError` where there is none."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    able = [node for node in nodes if all(node["Resources"].get(name, 0) >= value for name, value in needed.items())]
-    if able:
-        return able
-    listed = ", ".join(f"{name}={value:g}" for name, value in needed.items())
-    largest = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in needed}
-    best = ", ".join(f"{value:g} {name}" for name, value in largest.items())
-    hint = "; hydra.launcher.ray.remote.num_gpus=0 for jobs on CPUs" if needed.get("GPU") else ""
-    raise ConfigError(
-        f"hydra.launcher.ray.remote asks for {listed} on one node, and none of the {len(nodes)} nodes has them all "
-        f"(at most {best}){hint}"
-    )
-
-
-def _answer(node: Mapping[str, Any], reference: Any, seconds: float) -> bool:
-    """Returns whether a node sees the sweep's folder, or is lost and will get no job; raises `ConfigError`."""
-    host = node["NodeManagerHostname"]
-    try:
-        is_seen: bool = ray.get(reference, timeout=seconds)
-    except GetTimeoutError as error:
-        raise ConfigError(
-            f"{host} of the Ray cluster does not answer within {CHECK_SECONDS:.0f} s; `ray status` shows the nodes"
-        ) from error
-    except RayTaskError as error:
-        raise ConfigError(
-            f"{host} of the Ray cluster cannot run qlora ({_last_line(error)}); install the same version on each node"
-        ) from error
-    except RayError as error:
-        if not _is_lost(node["NodeID"]):
-            raise ConfigError(
-                f"{host} of the Ray cluster starts no process ({_last_line(error)}); the logs of Ray on it, below "
-                "/tmp/ray/session_latest/logs, tell why"
-            ) from error
-        return True
-    return is_seen
-
-
-def _is_lost(node_id: str) -> bool:
-    """Returns whether a node that gave an error is lost, which Ray itself may find out a while later."""
-    end = time.monotonic() + LOST_SECONDS
-    while any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id):
-        if time.monotonic() > end:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
-
-
-def _last_line(error: RayError) -> str:
-    return shorten((str(error).strip() or type(error).__name__).splitlines()[-1], 300)
-
-
-def _resources(remote: Mapping[str, Any]) -> dict[str, float]:
-    own = {"CPU": remote.get("num_cpus", 1), "GPU": remote.get("num_gpus", 0), "memory": remote.get("memory", 0)}
-    return {name: float(value) for name, value in {**own, **(remote.get("resources") or {})}.items() if value}
-
-
 def _seen(running: Mapping[Any, _Running], on_start: Callable[[Job], None]) -> Iterator[Job]:
-    """Yields the jobs that run on a node, and tells of each when it is seen to run for the first time."""
-    for each in running.values():
-        stored = read_job(each.task.job.folder)
-        if not each.is_seen and (stored.status is not Status.queued or stored.node):
-            each.is_seen = True
-            each.started = time.monotonic()
-            say(f"runs on {stored.node}: {' '.join(stored.overrides) or stored.name}")
-            on_start(each.task.job)
-        if each.is_seen:
-            stored.status = Status.running  # so says Ray; a lock may not be seen from here
-            yield stored
+    """Yields the jobs that run on a node, and reports each job the first time that it is seen to run."""
+    for started in running.values():
+        job = read_job(started.task.job.folder)
+        if not started.is_seen and (job.status is not Status.queued or job.node):
+            started.is_seen = True
+            started.started = time.monotonic()
+            say(f"runs on {job.node}: {' '.join(job.overrides) or job.name}")
+            on_start(started.task.job)
+        if started.is_seen:
+            job.status = Status.running  # Ray says so; the lock may not be visible here
+            yield job
 
 
-def _tell_end(reference: Any, ended: _Running, on_start: Callable[[Job], None], on_end: Callable[[Job], None]) -> None:
+def _report_end(
+    reference: Any, ended: _Running, on_start: Callable[[Job], None], on_end: Callable[[Job], None]
+) -> None:
     if not ended.is_seen:
         on_start(ended.task.job)
     on_end(_end_of(reference, ended))
 
 
 def _end_of(reference: Any, ended: _Running) -> Job:
-    """Returns what became of a job whose task has ended, and records what it could not record itself."""
+    """Returns a job whose task has ended, and records its end if it could not do so itself."""
     folder, seconds = ended.task.job.folder, time.monotonic() - ended.started
     try:
         code = ray.get(reference)
@@ -327,13 +233,13 @@ def _interrupt(running: dict[Any, _Running], on_start: Callable[[Job], None], on
         for reference in running:
             ray.cancel(reference, force=False)
         ray.wait(list(running), num_returns=len(running), timeout=GRACE_SECONDS + 5) if running else None
-    for reference, each in running.items():
-        if each.is_seen:
-            on_end(_interrupted(reference, each))
+    for started in running.values():
+        if started.is_seen:
+            on_end(_interrupted(started))
         else:
-            write_status(each.task.job.folder, Status.queued, reason=None)
+            write_status(started.task.job.folder, Status.queued, reason=None)
 
 
-def _interrupted(reference: Any, each: _Running) -> Job:
-    job = read_job(each.task.job.folder)
-    return job if job.status is not Status.running else record_end(job.folder, None, time.monotonic() - each.started)
+def _interrupted(started: _Running) -> Job:
+    job = read_job(started.task.job.folder)
+    return job if job.status is not Status.running else record_end(job.folder, None, time.monotonic() - started.started)

@@ -1,7 +1,7 @@
 """What SLURM starts on a node for a job of a sweep: `python -m qlora.sweep.slurm_job RECORD`.
 
-It runs the job's command, passes signals on to it, records an end that the job could not record itself, and queues a
-job again that was warned of its time limit.
+It runs the job's command, passes signals on to it, records an end that the job could not record itself, and requeues
+a job that was warned of its time limit.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qlora.sweep.job_processes import describe_exit
 from qlora.sweep.jobs import STATUS_FILE, Status, read_job, write_status
 
 WARNING = signal.SIGUSR1
-"""What SLURM sends before it ends a job that runs out of time."""
+"""The signal that SLURM sends before it ends a job that runs out of time."""
 TIMEOUTS = "timeouts"
-"""How often a job ran out of time since it was submitted, in its status."""
+"""The key of a job's status that counts how often it ran out of time since it was submitted."""
 POLL_SECONDS = 0.2
-LONGEST_EARLY = 65.0
-"""SLURM looks for jobs to warn once a minute or more often."""
+MAX_EARLY = 65.0
+"""How many seconds too early a warning may come: SLURM looks for jobs to warn at least once a minute."""
 FINAL = (Status.finished, Status.pruned, Status.failed)
 
 
 def main(record: Path) -> int:
-    """Runs the job that `record` describes, and returns the exit code that SLURM is to see."""
+    """Runs the job that `record` describes, and returns the exit code for SLURM."""
     task = json.loads(record.read_text(encoding="utf-8"))
     folder = Path(task["folder"])
     received: set[int] = set()
@@ -84,7 +84,7 @@ def seconds_early(delay: float) -> float:
         return 0.0
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     early = seconds + 60 * (minutes + 60 * (hours + 24 * days)) - delay
-    return early if 0 < early <= LONGEST_EARLY else 0.0
+    return early if 0 < early <= MAX_EARLY else 0.0
 
 
 def _name() -> str:

@@ -1,4 +1,4 @@
-"""What a search chooses from, in Hydra's words for sweeps: `choice(8,16)`, `tag(log,interval(1e-5,1e-3))`, ..."""
+"""The space of a search, written in Hydra's sweep grammar: `choice(8,16)`, `tag(log,interval(1e-5,1e-3))`, ..."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 @dataclass(frozen=True)
 class Condition:
-    """A parameter is tried while another has one of some values."""
+    """A parameter is tried only while its parent has one of these values."""
 
     parent: str
     values: tuple[str, ...]
@@ -41,11 +41,11 @@ class Parameter:
     """The name as overrides write it, with the plus signs of a key to add."""
     distribution: Distribution
     values: tuple[Any, ...] | None
-    """All of them; None: there are endlessly many."""
+    """All values; None: there are infinitely many."""
     condition: Condition | None = None
 
     def suggest(self, trial: optuna.Trial) -> Any:
-        """Returns the value that the sampler draws."""
+        """Returns the value that the sampler proposes."""
         match self.distribution:
             case FloatDistribution() as space:
                 return trial.suggest_float(self.name, space.low, space.high, step=space.step, log=space.log)
@@ -59,12 +59,12 @@ class Parameter:
         if isinstance(self.distribution, CategoricalDistribution):
             return "null" if value is None else str(value)
         if self.values is not None:  # the sampler computes 0.1 + 2 * 0.1
-            value = min(self.values, key=lambda each: abs(each - value))
+            value = min(self.values, key=lambda exact: abs(exact - value))
         return repr(value)
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The extreme values, of a choice all."""
+        """The extreme values; of a choice all values."""
         if isinstance(self.distribution, CategoricalDistribution):
             return self.distribution.choices
         return (self.distribution.low, self.distribution.high)
@@ -78,19 +78,20 @@ class Space:
     parameters: list[Parameter]
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Draws the values of a trial."""
+        """Returns the values that the sampler proposes for a trial."""
         chosen: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._applies(parameter, chosen):
                 chosen[parameter.name] = parameter.suggest(trial)
         return chosen
 
-    def words(self, values: Mapping[str, Any]) -> list[str]:
+    def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """Returns the overrides that set the searched keys."""
-        return [f"{each.key}={each.text(values[each.name])}" for each in self.parameters if each.name in values]
+        chosen = [parameter for parameter in self.parameters if parameter.name in values]
+        return [f"{parameter.key}={parameter.text(values[parameter.name])}" for parameter in chosen]
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yields every combination; raises `ConfigError` where a parameter has endlessly many values."""
+        """Yields every combination; raises `ConfigError` if a parameter has infinitely many values."""
         for parameter in self.parameters:
             if parameter.values is None:
                 raise ConfigError(
@@ -122,7 +123,7 @@ class Space:
         if parameter.condition is None:
             return {}
         parent, allowed = self._find(parameter.condition.parent), parameter.condition.values
-        value = next(each for each in parent.values or () if parent.text(each) in allowed)
+        value = next(value for value in parent.values or () if parent.text(value) in allowed)
         return {**self._needed(parent), parent.name: value}
 
     def _complete(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class Space:
         return parent in chosen and self._find(parent).text(chosen[parent]) in condition.values
 
     def _find(self, name: str) -> Parameter:
-        return next(each for each in self.parameters if each.name == name)
+        return next(parameter for parameter in self.parameters if parameter.name == name)
 
 
 def build_space(
@@ -150,15 +151,15 @@ def build_space(
 ) -> Space:
     """Reads the command line's `overrides` and a file's `params`; the former come before the latter.
 
-    Raises `ConfigError` for an empty space, impossible ends, or a condition that nothing decides.
+    Raises `ConfigError` for an empty space, impossible ends, or a condition on a key without values.
     """
-    given = {each.key_or_group: each for each in _parse(overrides, loader)}
-    added = {each.key_or_group: each for each in _parse(open_entries([f"{k}={v}" for k, v in params.items()]), loader)}
-    words = {**added, **given}
-    searched = [name for name, each in words.items()
-                if each.is_sweep_override() or (name in conditions and name not in given)]  # fmt: skip
-    parameters = {name: build_parameter(words[name]) for name in searched}
-    fixed = {name: each for name, each in words.items() if name not in parameters}
+    given = {override.key_or_group: override for override in _parse(overrides, loader)}
+    from_file = _parse(open_entries([f"{key}={value}" for key, value in params.items()]), loader)
+    merged = {override.key_or_group: override for override in from_file} | given
+    searched = [name for name, override in merged.items()
+                if override.is_sweep_override() or (name in conditions and name not in given)]  # fmt: skip
+    parameters = {name: build_parameter(merged[name]) for name in searched}
+    fixed = {name: override for name, override in merged.items() if name not in parameters}
     for name, text in conditions.items():
         if name in parameters:
             condition = _read_condition(name, text, loader)
@@ -169,13 +170,13 @@ def build_space(
                 f"hydra.sweeper.conditions: {name} is not searched{did_you_mean(name, parameters)}; give its values in "
                 "hydra.sweeper.params or on the command line"
             )
-    settled = _settle(parameters, {name: _texts(each)[0] for name, each in fixed.items()})
+    settled = _settle(parameters, {name: _texts(override)[0] for name, override in fixed.items()})
     if not settled:
         raise ConfigError(
             "hydra/sweeper=optuna: there is nothing to search; give a key several values, e.g. "
             "'trainer.learning_rate=tag(log,interval(5e-5,5e-3))'"
         )
-    return Space([each.input_line or "" for each in fixed.values()], settled)
+    return Space([override.input_line or "" for override in fixed.values()], settled)
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
@@ -250,24 +251,24 @@ def _check_parent(
     if parent in parameters:
         known = [parameters[parent].text(value) for value in parameters[parent].values or ()]
         if strange := [value for value in condition.values if value not in known]:
-            tried = f"it tries {', '.join(known)}" if known else "it draws real numbers"
+            tried = f"it tries {', '.join(known)}" if known else "it samples real numbers"
             raise ConfigError(f"{key}={strange[0]}, which the search never tries; {tried}")
     elif parent not in fixed:
         raise ConfigError(f"{key}, which is neither searched nor set; give it values too")
 
 
 def _settle(parameters: Mapping[str, Parameter], fixed: Mapping[str, str]) -> list[Parameter]:
-    """Orders parameters, parents first; one that depends on a fixed value stays for good or goes for good."""
+    """Orders parameters, parents first; one whose parent is fixed is kept without its condition, or dropped."""
     ordered: dict[str, Parameter] = {}
     left = dict(parameters)
     while left:
-        ready = [each for each in left.values() if each.condition is None or each.condition.parent not in left]
+        ready = [item for item in left.values() if item.condition is None or item.condition.parent not in left]
         if not ready:
             raise ConfigError(f"hydra.sweeper.conditions: {' and '.join(left)} depend on each other, so none is tried")
-        for each in ready:
-            del left[each.name]
-            if each.condition is None or each.condition.parent in ordered:
-                ordered[each.name] = each
-            elif fixed.get(each.condition.parent) in each.condition.values:
-                ordered[each.name] = replace(each, condition=None)
+        for parameter in ready:
+            del left[parameter.name]
+            if parameter.condition is None or parameter.condition.parent in ordered:
+                ordered[parameter.name] = parameter
+            elif fixed.get(parameter.condition.parent) in parameter.condition.values:
+                ordered[parameter.name] = replace(parameter, condition=None)
     return list(ordered.values())

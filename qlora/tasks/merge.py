@@ -33,8 +33,9 @@ from qlora.quantization.method import QuantizationMethod, find_method
 from qlora.reporting.manifest import write_json
 from qlora.reporting.modelfile import find_form, write_modelfile
 from qlora.runtime import console
-from qlora.runtime.atomic_files import is_disk_full, replace_folder, restore_folder
+from qlora.runtime.atomic_files import replace_folder, restore_folder
 from qlora.runtime.device import DTYPES, Placement, peak_memory_gb
+from qlora.runtime.disk_space import is_disk_full
 from qlora.text import parse_size
 
 PROMPT_TOKENS = 256

@@ -52,7 +52,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
     source_lengths, target_lengths = column(data.train, "source"), column(data.train, "target")
     return Preview(
         title=f"{source} as {report.format}",
-        facts=facts,
+        summary=facts,
         warnings=_warnings(report, tokenizer, config),
         rows=[_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},

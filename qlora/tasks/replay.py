@@ -71,11 +71,11 @@ def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> d
     stored, manifest = _read_finished(first)
     if first.path.resolve() == output_dir.resolve():
         raise ConfigError(f"run={config.run}: it cannot be run again in its own folder; choose another hydra.run.dir")
-    if (before := manifest.get("processes", 1)) != distributed.size():
+    if (before := manifest.get("processes", 1)) != distributed.world_size():
         raise ConfigError(
             f"run={config.run}: it was trained by {before} process{'es' if before > 1 else ''}, and this is "
-            f"{distributed.size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node N "
-            "-m qlora task=replay ...)"
+            f"{distributed.world_size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node "
+            "N -m qlora task=replay ...)"
         )
     own = {name: getattr(config, name) for name in OWN_KEYS}
     training = saved_config.restore_config(saved_config.with_trust_of(config, stored, first.config), first.config)

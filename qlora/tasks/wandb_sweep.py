@@ -13,9 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
-from qlora.config.compose import compose_dict
-from qlora.config.conversion import to_config
-from qlora.config.schema import Config, SweepMethod, TrackingBackend, WandbMode
+from qlora.config.compose import compose_dict, to_config
+from qlora.config.schema import Config, SweepMethod, WandbMode
 from qlora.config.sweep_values import expand_sweep, is_logarithmic, sweep_params, swept_values
 from qlora.errors import ConfigError
 from qlora.runtime.atomic_files import write_text
@@ -62,9 +61,9 @@ def write_wandb_sweep(overrides: Sequence[str], config_dir: str | None) -> Path:
 
 def _check_tracking(config: Config, overrides: Sequence[str]) -> None:
     tracking = config.tracking
-    if tracking.backend is not TrackingBackend.wandb and any(word.startswith("tracking=") for word in overrides):
+    if tracking.backend != "wandb" and any(word.startswith("tracking=") for word in overrides):
         raise ConfigError(
-            f"tracking={tracking.backend.value}: the jobs of task=wandb-sweep report to wandb; choose tracking=wandb, "
+            f"tracking={tracking.backend}: the jobs of task=wandb-sweep report to wandb; choose tracking=wandb, "
             "or leave it out"
         )
     if tracking.mode is not WandbMode.online:

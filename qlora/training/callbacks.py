@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora.config.entry_points import installed_names
+from qlora.config.schema.code_names import CALLBACK_GROUP, is_installed_callback
 from qlora.errors import ConfigError
 from qlora.runtime.user_code import import_class
 
@@ -22,7 +24,8 @@ def build_callbacks(nodes: dict[str, dict[str, Any]]) -> list[TrainerCallback]:
     for name, node in nodes.items():
         arguments = dict(node)
         target = arguments.pop("_target_")
-        kind = import_class(target, f"callbacks.{name}._target_", TrainerCallback)
+        path = installed_names(CALLBACK_GROUP)[target].replace(":", ".") if is_installed_callback(target) else target
+        kind = import_class(path, f"callbacks.{name}._target_", TrainerCallback)
         try:
             callbacks.append(kind(**arguments))
         except (TypeError, ValueError, ImportError, RuntimeError) as error:

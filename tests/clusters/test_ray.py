@@ -169,7 +169,7 @@ def test_a_node_that_does_not_see_the_folder_is_named_before_a_job_starts(tmp_pa
     node = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
     try:
         _wait_for_nodes(cluster, 2, node)
-        with pytest.raises(UserError, match=r"is not seen on .*: a sweep on several nodes needs a folder that all"):
+        with pytest.raises(UserError, match=r"is not visible on .*: a sweep on several nodes needs a folder that all"):
             run([task(tmp_path / "job")], settings(cluster))
         assert starts(tmp_path / "job") == 0
     finally:

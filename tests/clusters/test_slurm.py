@@ -18,7 +18,8 @@ from qlora.sweep.engine_config import SlurmSettings
 from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job, Status, read_job
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.slurm import BATCHES, SlurmJobs, submitted_name
+from qlora.sweep.slurm import SlurmJobs
+from qlora.sweep.slurm_batch import BATCHES, submitted_name
 from tests.clusters.tasks import starts, task
 
 DOCS = Path(__file__).parents[2] / "docs" / "clusters.md"
@@ -204,7 +205,7 @@ def test_what_slurm_refuses_is_one_sentence_and_leaves_nothing_submitted(
         "constraint": ("h900", "SLURM refused the jobs: .*Invalid feature"),
         "gpus_per_node": (
             64,
-            "SLURM refused the jobs: .*no node has what is asked for: gpus_per_node=64, cpus_per_task=8",
+            "SLURM refused the jobs: .*no node has the requested gpus_per_node=64, cpus_per_task=8",
         ),
         "additional_parameters": ({"nonsense": 1}, "SLURM refused the jobs: .*unrecognized option '--nonsense=1'"),
     }

@@ -79,8 +79,8 @@ def by_hand(model: Any, prompts: list[Prompt]) -> torch.Tensor:
         for answer in answers:
             tokens = torch.tensor([*ids.tolist(), *answer])
             with torch.no_grad():
-                told = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
-            line.append(sum(told[len(ids) - 1 + place, token].item() for place, token in enumerate(answer)))
+                scores = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+            line.append(sum(scores[len(ids) - 1 + index, token].item() for index, token in enumerate(answer)))
         table.append(line)
     return torch.tensor(table, dtype=torch.float64)
 
@@ -164,7 +164,7 @@ def test_rows_that_begin_alike_are_grouped_and_no_token_that_tells_an_answer_is_
     assert sorted({row.prompt for group in groups for row in group.rows}) == list(range(len(prompts)))
     for group in groups[1:]:
         assert len({row.ids[: group.shared].tobytes() for row in group.rows}) == 1
-        assert all(place >= group.shared for row in group.rows for _, place, _ in row.wanted)
+        assert all(index >= group.shared for row in group.rows for _, index, _ in row.targets)
         lengths = [len(row.ids) for row in group.rows]
         assert lengths == sorted(lengths, reverse=True)
 
@@ -196,7 +196,7 @@ def mamba() -> MambaForCausalLM:
 @pytest.mark.parametrize(
     ("build", "can_share"),
     [
-        (gpt2, True),  # places are learned, and must go on behind the beginning
+        (gpt2, True),  # places are learned, and must continue after the beginning
         (lambda: mistral(4096), True),
         (lambda: mistral(16), False),  # it has forgotten the first tokens by then
         (mamba, False),
@@ -226,7 +226,7 @@ def test_only_the_logits_that_tell_an_answer_are_computed(tokenizer: Any) -> Non
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
     measure(model, prompts, batch_size=3)
-    assert all(places <= rows for rows, places in seen)
+    assert all(positions <= rows for rows, positions in seen)
 
 
 def test_a_shared_beginning_is_read_once_and_nothing_of_the_rows_is_kept(tokenizer: Any) -> None:

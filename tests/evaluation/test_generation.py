@@ -85,11 +85,11 @@ def test_batches_answer_as_each_prompt_alone_and_in_the_order_given(
 
 @pytest.mark.parametrize("name", ["tiny", "stories260K", "TinyStories-656K"])
 def test_a_trained_model_answers_a_batch_of_real_prompts_as_each_alone(name: str) -> None:
-    place = locate(name) if name == "tiny" else SHARED / "models" / name
-    if not Path(place).is_dir():
+    folder = locate(name) if name == "tiny" else SHARED / "models" / name
+    if not Path(folder).is_dir():
         pytest.skip("no shared/data beside the checkout")
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if name == "tiny":
         texts = [f"{row['instruction']} {row['input']}\nAnswer: " for row in list(eval_rows())[:12]]
     else:
@@ -103,7 +103,7 @@ def test_a_trained_model_answers_a_batch_of_real_prompts_as_each_alone(name: str
     for prompt, answer in zip(prompts, together, strict=True):
         [alone] = generate(config, model, tokenizer, prompts=[prompt], pad_token_id=pad, device=CPU)
         by_hand = greedy(model, prompt, 24)
-        length = next((place for place, token in enumerate(by_hand) if token in ends), 24)
+        length = next((index for index, token in enumerate(by_hand) if token in ends), 24)
         assert answer == alone
         assert (answer.tokens, answer.finish) == (length, "length" if length == 24 else "stop")
         assert answer.text == tokenizer.decode(by_hand[:length], skip_special_tokens=True).strip()
@@ -151,9 +151,9 @@ def test_a_short_answer_is_not_lengthened_by_the_padding_of_its_batch(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model.generation_config.eos_token_id = greedy(model, PROMPTS[0], 1)[0]
-    found = answers(model, tokenizer)
-    assert found[0] == Answer("", 0, "stop")
-    assert {answer.finish for answer in found[1:]} == {"length"}
+    actual = answers(model, tokenizer)
+    assert actual[0] == Answer("", 0, "stop")
+    assert {answer.finish for answer in actual[1:]} == {"length"}
 
 
 def test_the_end_waits_for_min_new_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -175,18 +175,18 @@ def test_a_models_own_defaults_do_not_leak(
 ) -> None:
     expected = answers(model, tokenizer, PROMPTS[:2])
     setattr(model.generation_config, name, OWN_DEFAULTS[name])
-    own = model.generation_config
+    of_model = model.generation_config
     tested = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).eval() if adapted else model
     assert answers(tested, tokenizer, PROMPTS[:2]) == expected
-    assert model.generation_config is own
-    assert tested.generation_config is own
+    assert model.generation_config is of_model
+    assert tested.generation_config is of_model
 
 
 def test_a_models_own_defaults_come_back_after_a_failure(model: LlamaForCausalLM) -> None:
-    own = model.generation_config
+    of_model = model.generation_config
     with pytest.raises(KeyboardInterrupt), own_settings_aside(model):
         raise KeyboardInterrupt
-    assert model.generation_config is own
+    assert model.generation_config is of_model
 
 
 # A value apart from the default for every option, and what the search needs beside it to read the option at all.

@@ -129,14 +129,14 @@ def embedded_tokenizer() -> PreTrainedTokenizerBase:
 
 def likeliest(model: Any, row: dict[str, Any], *, by_letter: bool = False) -> int:
     """Returns which choice has the largest likelihood, in all or for each of its letters."""
-    tokenizer, found = embedded_tokenizer(), []
+    tokenizer, actual = embedded_tokenizer(), []
     for choice in row["choices"]:
         asked, whole = tokenizer(row["prompt"].rstrip())["input_ids"], tokenizer(row["prompt"] + choice)["input_ids"]
         with torch.no_grad():
             scores = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-        total = sum(float(scores[place - 1, whole[place]]) for place in range(len(asked), len(whole)))
-        found.append(total / (len(choice) if by_letter else 1))
-    return int(np.argmax(found))
+        total = sum(float(scores[index - 1, whole[index]]) for index in range(len(asked), len(whole)))
+        actual.append(total / (len(choice) if by_letter else 1))
+    return int(np.argmax(actual))
 
 
 def test_the_accuracy_is_that_of_a_few_lines_by_hand(model: Any, folder: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_group_has_its_total_and_its_parts_are_details(model: Any, folder: Pat
     sizes = [len(questions()), 7]
     assert total == pytest.approx(np.average(parts, weights=sizes if by_size else None))
     assert measured.scores["lm_eval_all_words_acc"].estimate().value == pytest.approx(total)
-    shown = [name for name in measured.metrics if not is_detail(name)]
-    assert shown == ["lm_eval_all_words_acc"]
+    names = [name for name in measured.metrics if not is_detail(name)]
+    assert names == ["lm_eval_all_words_acc"]
 
 
 def test_several_filters_of_a_metric_have_names_of_their_own(model: Any, folder: Path) -> None:
@@ -208,9 +208,9 @@ def test_several_filters_of_a_metric_have_names_of_their_own(model: Any, folder:
 def test_shots_are_those_of_the_config_and_the_same_each_time(
     model: Any, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, shown = harness(folder, "words"), harness(folder, "words", shots=3)
-    assert [suite.tasks["tasks"]["words"].config.num_fewshot for suite in (plain, shown)] == [0, 3]
-    first, second = measure(shown, model), measure(shown, model)
+    plain, with_shots = harness(folder, "words"), harness(folder, "words", shots=3)
+    assert [suite.tasks["tasks"]["words"].config.num_fewshot for suite in (plain, with_shots)] == [0, 3]
+    first, second = measure(with_shots, model), measure(with_shots, model)
     assert first.records == second.records
     assert first.records != measure(plain, model).records
     assert not [record for record in caplog.records if record.name.startswith("qlora")]
@@ -222,13 +222,13 @@ def test_shots_are_those_of_the_config_and_the_same_each_time(
 
 def test_measuring_leaves_no_trace(model: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     suite, ids = harness(folder, "few_words", "written"), torch.arange(3, 35)[None]
-    before = model(input_ids=ids).logits
+    previous = model(input_ids=ids).logits
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     tokens = len(suite.tokenizer)
     measure(suite, model)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    assert torch.equal(before, model(input_ids=ids).logits)
+    assert torch.equal(previous, model(input_ids=ids).logits)
     assert len(suite.tokenizer) == tokens
     assert capfd.readouterr() == ("", "")
 
@@ -258,10 +258,10 @@ def test_a_run_measures_adapter_and_base_without_a_word_of_the_harness(
     )
     assert result["gains"]["lm_eval_words_acc"]["low"] <= result["gains"]["lm_eval_words_acc"]["high"]
     assert len(Path(result["paths"]["questions"]).read_text().splitlines()) == len(questions())
-    shown = capsys.readouterr()
-    assert not [word for word in ("contexts", "equests") if word in shown.err]
-    assert "lm eval words acc norm" in shown.out
-    assert "oglikelihood" not in shown.out
+    printed = capsys.readouterr()
+    assert not [word for word in ("contexts", "equests") if word in printed.err]
+    assert "lm eval words acc norm" in printed.out
+    assert "oglikelihood" not in printed.out
 
 
 def refusal(tmp_path: Path, *overrides: str) -> str:
@@ -290,7 +290,7 @@ def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: 
     text = refusal(tmp_path, "evaluation.tasks=[arc_esay]")
     assert text.startswith("evaluation.tasks: lm_eval has no task 'arc_esay' (did you mean arc_easy?); `lm_eval ls")
     text = refusal(tmp_path, "evaluation.tasks=[arc_easy]")
-    assert text.startswith("evaluation.tasks: the data of arc_easy is not to be had: Couldn't reach 'allenai/ai2_arc'")
+    assert text.startswith("evaluation.tasks: the data of arc_easy is not available: Couldn't reach 'allenai/ai2_arc'")
     assert text.endswith("; check the network, or give tasks of your own with evaluation.path=FOLDER")
 
 
@@ -302,7 +302,7 @@ def test_a_folder_of_tasks_that_is_broken_is_one_sentence(tmp_path: Path, folder
     broken = tmp_path / "own" / "mine.yaml"
     chosen = ("evaluation.tasks=[mine]", f"evaluation.path={tmp_path / 'own'}")
     broken.write_text("task: mine\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\n")
-    assert refusal(tmp_path, *chosen).startswith("evaluation.tasks: the data of mine is not to be had: Unable to find")
+    assert refusal(tmp_path, *chosen).startswith("evaluation.tasks: the data of mine is not available: Unable to find")
     broken.write_text("task: mine\nclass: !function nothing.here\n")
     assert refusal(tmp_path, *chosen).startswith("evaluation.tasks: mine cannot be loaded: ")
     broken.write_text(CHOICE.format(name="mine", file=folder / "words.jsonl") + "unsafe_code: true\n")

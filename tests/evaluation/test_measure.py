@@ -64,9 +64,9 @@ def plain_loss(model: torch.nn.Module) -> float:
     for row in rows():
         with torch.no_grad():
             scores = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-        for place in range(1, row["length"]):
-            if row["labels"][place] != -100:
-                total -= float(scores[place - 1, row["input_ids"][place]])
+        for index in range(1, row["length"]):
+            if row["labels"][index] != -100:
+                total -= float(scores[index - 1, row["input_ids"][index]])
                 count += 1
     return total / count
 
@@ -94,9 +94,9 @@ def test_every_trained_token_weighs_the_same_in_any_batch(model: LlamaForCausalL
         for row in rows()
     ]
     assert abs(sum(by_row) / len(by_row) - expected) > 1e-3, "a mean of row means would be another number"
-    found = measurer(batch_size=batch_size).measure(model, answers=0).metrics
-    assert found["loss"] == pytest.approx(expected, rel=1e-6)
-    assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    actual = measurer(batch_size=batch_size).measure(model, answers=0).metrics
+    assert actual["loss"] == pytest.approx(expected, rel=1e-6)
+    assert actual["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
 def test_the_order_of_the_rows_does_not_matter(model: LlamaForCausalLM) -> None:
@@ -137,9 +137,9 @@ def test_measuring_takes_no_random_numbers(model: LlamaForCausalLM, do_sample: b
     def states() -> list[Any]:
         return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
-    before = states()
+    previous = states()
     measurer(generation=GenerationConfig(max_new_tokens=3, do_sample=do_sample)).measure(model, answers=None)
-    assert states() == before
+    assert states() == previous
 
 
 def test_sampled_answers_follow_the_seed_and_their_place(model: LlamaForCausalLM) -> None:
@@ -150,8 +150,8 @@ def test_sampled_answers_follow_the_seed_and_their_place(model: LlamaForCausalLM
     )
     assert first == again != other
     same = Dataset.from_list([rows()[0]] * 4)
-    drawn = [row["prediction"] for row in measurer(generation=options, rows=same).predict(model, None)]
-    assert len(set(drawn)) > 2, "each batch draws numbers of its own"
+    random_values = [row["prediction"] for row in measurer(generation=options, rows=same).predict(model, None)]
+    assert len(set(random_values)) > 2, "each batch draws numbers of its own"
 
 
 def test_a_seed_of_several_numbers_is_no_sum() -> None:
@@ -172,9 +172,9 @@ def test_a_training_step_after_a_measurement_is_the_same_step(model: LlamaForCau
         model.train()(input_ids=ids, labels=ids).loss.backward()
         return model.lm_head.weight.grad.clone()
 
-    before = gradient()
+    previous = gradient()
     measurer().measure(model, answers=2)
-    assert torch.equal(before, gradient())
+    assert torch.equal(previous, gradient())
 
 
 def test_the_mode_comes_back_after_a_failure(model: LlamaForCausalLM) -> None:
@@ -259,9 +259,9 @@ def test_a_metric_of_the_library_gives_each_of_its_numbers_a_name(model: LlamaFo
     references = [row["prediction"] for row in measured.predict(model, None)]
     references[-1] = "another"
     known = Dataset.from_list([row | {"reference": text} for row, text in zip(rows(), references, strict=True)])
-    found = measurer(metrics=measured.metrics, rows=known).measure(model, answers=None).metrics
-    assert found.keys() == {"loss", "perplexity", "exact_match", "evaluate_shares_same", "evaluate_shares_count"}
-    assert (found["evaluate_shares_same"], found["evaluate_shares_count"]) == (pytest.approx(8 / 9), 9)
+    actual = measurer(metrics=measured.metrics, rows=known).measure(model, answers=None).metrics
+    assert actual.keys() == {"loss", "perplexity", "exact_match", "evaluate_shares_same", "evaluate_shares_count"}
+    assert (actual["evaluate_shares_same"], actual["evaluate_shares_count"]) == (pytest.approx(8 / 9), 9)
 
 
 def test_a_metric_of_the_library_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,18 +325,18 @@ def test_memory_does_not_grow_with_the_held_out_rows(tmp_path: Path, what: str) 
         """Returns the bytes that Python and Arrow took at most beyond the rows' place in the order of lengths."""
         held_out = measurer(rows=many_rows(tmp_path / f"{count}.arrow", count), batch_size=50,
                             generation=GenerationConfig(batch_size=50))  # fmt: skip
-        before = pa.total_allocated_bytes()
+        previous = pa.total_allocated_bytes()
         tracemalloc.start()
         most = 0
         if what == "loss":
-            found = measure_loss(Blind(), held_out.rows, collate=held_out.collate, batch_size=50, device=CPU)
-            assert found["loss"] == pytest.approx(math.log(40), abs=1e-4)
+            actual = measure_loss(Blind(), held_out.rows, collate=held_out.collate, batch_size=50, device=CPU)
+            assert actual["loss"] == pytest.approx(math.log(40), abs=1e-4)
         else:
             plan = dict(enumerate(plan_batches(prompt_lengths(held_out.rows), 50)))
             for _ in held_out.answer(Blind(), held_out.rows, plan):
-                most = max(most, pa.total_allocated_bytes() - before)
+                most = max(most, pa.total_allocated_bytes() - previous)
             for _ in held_out.records(held_out.rows, (Answer("", 0, "stop") for _ in range(count))):
-                most = max(most, pa.total_allocated_bytes() - before)
+                most = max(most, pa.total_allocated_bytes() - previous)
         size = tracemalloc.get_traced_memory()[1] + most
         tracemalloc.stop()
         return size
@@ -355,5 +355,5 @@ def test_a_plain_loss_by_hand_equals_torchs(model: LlamaForCausalLM) -> None:
     row = rows()[5]
     logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
     expected = F.cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=-100).item()
-    found = measure_loss(model, Dataset.from_list([row]), collate=Collator(0), batch_size=1, device=CPU)["loss"]
-    assert found == pytest.approx(expected, rel=1e-6)
+    actual = measure_loss(model, Dataset.from_list([row]), collate=Collator(0), batch_size=1, device=CPU)["loss"]
+    assert actual == pytest.approx(expected, rel=1e-6)

@@ -181,7 +181,7 @@ def test_a_file_without_a_heading_has_solved_questions_all_the_same() -> None:
 
 def reference(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[str]:
     """Asks one question at a time: the letter with the highest logit behind the prompt."""
-    found = []
+    actual = []
     for line in rows:
         ids, text = [tokenizer.bos_token_id] * 600, line["input"]
         fewer: str | None = text
@@ -194,8 +194,8 @@ def reference(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[st
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         letters = [tokenizer(f"{text} {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
-        found.append("ABCD"[int(logits[letters].argmax())])
-    return found
+        actual.append("ABCD"[int(logits[letters].argmax())])
+    return actual
 
 
 @needs_real
@@ -204,7 +204,7 @@ def reference(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[st
 def test_a_real_model_gives_the_answers_of_a_plain_loop_to_the_item(path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    questions = [read_question(line, place) for line, place in read_rows(str(path), key="evaluation.path")]
+    questions = [read_question(line, source) for line, source in read_rows(str(path), key="evaluation.path")]
     records = build(questions, tokenizer).measure(model).records
     assert len(records) == 1531
     assert [record["prediction"] for record in records] == reference(model, tokenizer, real_rows(path))
@@ -240,8 +240,8 @@ def test_every_subject_counts_the_same_in_the_accuracy_and_every_question_in_the
     shares = {name: sum(values) / len(values) for name, values in right.items()}
     assert {len(values) for values in right.values()} == {6, 18}
     assert measured.metrics["mmlu_val_accuracy"] == pytest.approx(sum(shares.values()) / 2)
-    for name, share in shares.items():
-        assert measured.metrics[f"mmlu_val_accuracy_{name}"] == pytest.approx(share)
+    for name, fraction in shares.items():
+        assert measured.metrics[f"mmlu_val_accuracy_{name}"] == pytest.approx(fraction)
         assert len(measured.scores[f"mmlu_val_accuracy_{name}"].values) == len(right[name])
     rest = torch.tensor([3.0, *[0.0] * 1599]).logsumexp(0).item()
     count = sum(map(sum, right.values()))
@@ -342,7 +342,7 @@ def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=re.escape(message)):
             from_file(wrong)
     path.write_text("[]")
-    with pytest.raises(UserError, match=re.escape(f"evaluation.path={path}: no questions in it")):
+    with pytest.raises(UserError, match=re.escape(f"evaluation.path={path}: it holds no questions")):
         from_file(path)
 
 
@@ -474,18 +474,18 @@ def test_evaluate_compares_a_run_s_adapter_with_its_base_and_writes_every_questi
     overrides = ["task=evaluate", f"adapter={trained / 'run'}", "evaluation=mmlu",
                  f"evaluation.path={trained / 'questions.jsonl'}"]  # fmt: skip
     result = Run(compose(overrides), folder, overrides=overrides).execute()
-    stored = json.loads((trained / "run" / "result.json").read_text())["metrics"]
+    saved = json.loads((trained / "run" / "result.json").read_text())["metrics"]
     for name in ("eval_mmlu_val_accuracy", "eval_mmlu_val_loss", "base_eval_mmlu_val_loss"):
-        assert result["metrics"][name] == pytest.approx(stored[name], rel=1e-4)
+        assert result["metrics"][name] == pytest.approx(saved[name], rel=1e-4)
     assert not [name for name in result["metrics"] if "mmlu" not in name]
     records = [json.loads(line) for line in (folder / "mmlu.jsonl").read_text().splitlines()]
     assert len(records) == 16
     assert result["paths"]["questions"] == str(folder / "mmlu.jsonl")
     right = [record["prediction"] == record["reference"] for record in records if record["subject"] == "the_animals"]
     assert result["metrics"]["eval_mmlu_val_accuracy_the_animals"] == pytest.approx(sum(right) / len(right))
-    shown = capsys.readouterr().out
-    assert re.search(r"mmlu val accuracy .* % → .* %   95 %: .* %; gain .* points", shown)
-    assert "the animals" not in shown
+    text = capsys.readouterr().out
+    assert re.search(r"mmlu val accuracy .* % → .* %   95 %: .* %; gain .* points", text)
+    assert "the animals" not in text
 
 
 def test_a_broken_file_of_questions_stops_a_run_before_a_model_is_loaded(

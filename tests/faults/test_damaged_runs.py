@@ -25,8 +25,9 @@ from qlora.sweep.jobs import Job, Status, identity, read_job
 from qlora.sweep.launcher import Queue, open_sweep
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.live_table import Screen
-from qlora.sweep.overview import Sweep, common_facts, read_sweep
-from qlora.sweep.sweep_report import report, write_overview
+from qlora.sweep.overview import Sweep, common_keys, read_sweep
+from qlora.sweep.report_task import report
+from qlora.sweep.sweep_page import write_overview
 from tests.faults.damaging import damage, restore
 from tests.synthetic_runs import write_run
 
@@ -83,7 +84,7 @@ def restart(folder: Path) -> dict[str, Job]:
 
 
 def shared(configs: Sequence[Config]) -> dict[str, Any]:
-    return common_facts([config_to_dict(config) for config in configs])
+    return common_keys([config_to_dict(config) for config in configs])
 
 
 # Numbers that are none

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from qlora.run import Run
-from qlora.runtime.atomic_files import DiskFull, Patience, waiting_for_space, write_file, write_folder, write_text
+from qlora.runtime.atomic_files import write_file, write_folder, write_text
+from qlora.runtime.disk_space import DiskFull, Patience, waiting_for_space
 from qlora.sweep.jobs import recorded
 from qlora.training.checkpoints import find_checkpoints
 from tests.faults.runs import QUICK, Writes, at_step, check_whole, outcome, run
@@ -108,7 +109,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_it_goes_on_later(
     with monkeypatch.context() as patches:
         phase(disk, patches)
         with (
-            pytest.raises(DiskFull, match=r"the disk of .* is full \(.* free.*\), and no space came in 0:00 "),
+            pytest.raises(DiskFull, match=r"the disk of .* is full \(.* free.*\), and no space became free in 0:00 "),
             recorded(folder, [], "result.json") if phase is not before_the_start else contextlib.nullcontext(),
         ):
             run(folder)
@@ -136,7 +137,7 @@ def test_a_run_waits_for_space_and_goes_on(
     output = capsys.readouterr().out
     assert f"the disk of {disk}/run/checkpoints is full (0.0 MB free, " in output
     assert "MB needed): the run waits up to 1:00 for space (trainer.disk_wait)" in output
-    assert output.count("the run waits up to") == output.count("there is space again: going on") == 1
+    assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1
 
 
 def test_the_oldest_checkpoint_that_would_go_anyway_makes_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora.training.trackers.wandb import count_rows
+from qlora.upstream.wandb import count_rows
 
 JOB = '''
 import json, logging, os, signal, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.config.schema import TrackingConfig
 from qlora.training.trackers import TrackedRun, build_tracker
 from qlora.training.trackers import wandb as module
 
@@ -43,7 +43,7 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_address[1]}"
 module.FINISH_SECONDS = 2.0
-tracker = build_tracker(TrackingConfig(backend=TrackingBackend.wandb), TrackedRun("job", Path("run"), {"seed": 1}))
+tracker = build_tracker(TrackingConfig(backend="wandb"), TrackedRun("job", Path("run"), {"seed": 1}))
 tracker.log({"train/loss": 3.0}, 1)
 time.sleep(0.5)
 if sys.argv[1] == "server":
@@ -79,7 +79,7 @@ def test_a_tracker_that_is_gone_does_not_end_the_run(tmp_path: Path, what: str) 
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
     [folder] = tmp_path.glob("run/wandb/run-*")
     assert "tracking=wandb: not everything was sent (" in done.stderr
-    assert done.stderr.endswith(f"); the training goes on, and `wandb sync {folder}` sends what was logged before\n")
+    assert done.stderr.endswith(f"); training continues, and `wandb sync {folder}` sends what was logged so far\n")
     assert len(done.stderr.splitlines()) == 1
     if what == "server":
         [file] = folder.glob("*.wandb")

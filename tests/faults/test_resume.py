@@ -92,9 +92,9 @@ def test_changed_rows_are_refused_and_named_and_force_goes_on(cut: Path, caplog:
     with pytest.raises(UserError) as error:
         run(cut, *words)
     text = str(error.value)
-    assert text.startswith(f"the rows of data.path={rows} are not those that the run in {cut} began with; changed:\n")
+    assert text.startswith(f"the rows of data.path={rows} are not those with which the run in {cut} began; changed:\n")
     assert "\n  fingerprint: '" in text
-    assert "resume=force goes on with the new rows, resume=never in a new folder" in text
+    assert "resume=force resumes with the new rows, resume=never starts in a new folder" in text
     rows.write_text(before + before.splitlines()[0] + "\n")
     with pytest.raises(UserError, match=r"train_rows: 20 -> 21\n"):
         run(cut, *words)
@@ -110,12 +110,12 @@ def test_a_changed_config_is_refused_and_force_goes_on_also_from_the_end(
     cut: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = own_rows(cut.parent)
-    with pytest.raises(UserError, match=r"changed:\n  trainer.max_steps: 4 -> 6\n.*resume=force goes on"):
+    with pytest.raises(UserError, match=r"changed:\n  trainer.max_steps: 4 -> 6\n.*resume=force resumes"):
         run(cut, *words, "trainer.max_steps=6")
     run(cut, *words)
     capsys.readouterr()
     run(cut, *words, "trainer.max_steps=6", "resume=force")
-    assert "resume=force: going on with another config; changed:\n  trainer.max_steps: 4 -> 6" in caplog.text
+    assert "resume=force: resuming with another config; changed:\n  trainer.max_steps: 4 -> 6" in caplog.text
     assert "resuming from checkpoint-4" in capsys.readouterr().out
     assert max(entry["step"] for entry in outcome(cut)["history"]) == 6
     with pytest.raises(UserError, match=r"checkpoint-6 does not fit what the config makes of the model.*=never"):
@@ -131,7 +131,7 @@ def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
 
 def test_never_leaves_a_run_alone(cut: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
-    with pytest.raises(UserError, match="holds a run, which resume=never leaves alone; choose another folder"):
+    with pytest.raises(UserError, match="holds a run, which resume=never does not touch; choose another folder"):
         run(cut, *own_rows(cut.parent), "resume=never")
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
 

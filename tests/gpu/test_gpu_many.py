@@ -236,7 +236,7 @@ def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path
 
 
 def main(base: Path, saved: Path, folder: Path) -> None:
-    distributed.join()
+    distributed.init_process_group()
     for name, overrides in {**CASES, **SHARDED}.items():
         print(f"training {name}", file=sys.stderr, flush=True)
         train(base_of(name, base, saved), folder / name, 2, *overrides)
@@ -244,7 +244,7 @@ def main(base: Path, saved: Path, folder: Path) -> None:
             run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name)
             local = [item.to_local().nbytes for item in run.build_model().parameters() if isinstance(item, DTensor)]
             print(json.dumps({"name": name, "rank": distributed.rank(), "bytes": sum(local)}), flush=True)
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

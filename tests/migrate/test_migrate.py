@@ -14,7 +14,7 @@ from qlora.config.compose import compose
 from qlora.config.fields import config_keys
 from qlora.config.options import group_names
 from qlora.config.overrides import override_value, write_override
-from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrackingBackend, TrainOn
+from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrainOn
 from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.data.formats.as_chat import from_alpaca
 from qlora.errors import UserError
@@ -22,8 +22,8 @@ from qlora.migrate import migrate, read
 from qlora.migrate.axolotl import AXOLOTL
 from qlora.migrate.llama_factory import FACTORY
 from qlora.migrate.original import QLORA
-from qlora.migrate.rules import Dialect, Move, Pick
 from qlora.migrate.torchtune import TORCHTUNE
+from qlora.migrate.translation import Dialect, Move, Pick
 
 SCRIPT = r"""#!/bin/bash
 # Tunes a chat model on one card.
@@ -235,7 +235,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str, text: str)
 def test_an_axolotl_yaml(tmp_path: Path) -> None:
     config, lost = migrated(tmp_path, "axolotl.yml", AXOLOTL_YAML)
     assert (config.quantization.bits, config.quantization.double_quant) == (4, True)
-    chats, alpaca, texts, own = config.data.mix.values()
+    chats, alpaca, texts, own_rows = config.data.mix.values()
     assert (chats.path, chats.format, chats.columns) == (
         "./chats.jsonl",
         "conversations",
@@ -243,7 +243,7 @@ def test_an_axolotl_yaml(tmp_path: Path) -> None:
     )
     assert (alpaca.path, alpaca.format) == ("tatsu-lab/alpaca", "alpaca")
     assert (texts.format, texts.columns) == ("text", {"text": "body"})
-    assert own.columns == {"instruction": "question", "output": "answer"}
+    assert own_rows.columns == {"instruction": "question", "output": "answer"}
     assert (config.data.template, config.data.max_length, config.data.packing) == ("chatml", 2048, True)
     assert config.data.eval_dataset_size == 0.02
     assert config.lora.target_modules == ["q_proj", "v_proj"]
@@ -251,7 +251,7 @@ def test_an_axolotl_yaml(tmp_path: Path) -> None:
     assert (trainer.num_train_epochs, trainer.max_steps, trainer.eval_steps) == (3, None, 40)
     assert (trainer.optim, trainer.weight_decay, trainer.warmup_steps) == ("adamw_bnb_8bit", 0.01, 0.03)
     assert trainer.group_by_length is False
-    assert config.tracking.backend is TrackingBackend.wandb
+    assert config.tracking.backend == "wandb"
     assert (config.tracking.project, config.tracking.entity) == ("tuning", "us")
     assert config.callbacks["early_stopping"]["patience"] == 2
     assert set(lost) == {"saves_per_epoch", "neftune_noise_alpha", "some_new_option", "datasets[3].type"}
@@ -277,7 +277,7 @@ def test_a_llama_factory_yaml_with_its_registry_of_sets(tmp_path: Path) -> None:
     assert (config.lora.r, config.lora.alpha, config.lora.use_dora) == (16, 32, True)
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert (config.trainer.num_train_epochs, config.trainer.eval_steps, config.trainer.save_steps) == (2.0, 50, 500)
-    assert config.tracking.backend is TrackingBackend.tensorboard
+    assert config.tracking.backend == "tensorboard"
     assert set(lost) == {"neftune_noise_alpha", "deepspeed"}
 
 
@@ -301,7 +301,7 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
     assert (trainer.max_steps, trainer.optim, trainer.learning_rate) == (200, "paged_adamw_8bit", 3e-4)
     assert (trainer.weight_decay, trainer.max_grad_norm, trainer.warmup_steps) == (0.01, 1.0, 100)
     assert trainer.compile is True
-    assert (config.seed, config.tracking.backend) == (3, TrackingBackend.wandb)
+    assert (config.seed, config.tracking.backend) == (3, "wandb")
     assert set(lost) == {"dataset_val", "epochs"}
 
 
@@ -311,11 +311,11 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
         ("a.yaml", "base_model: x\nrl: dpo\n", "preferences"),
         ("b.yaml", "model_name_or_path: x\nstage: ppo\n", "stage=ppo"),
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
-        ("d.yaml", "hello: world\n", "no command of qlora.py, and no YAML of Axolotl"),
+        ("d.yaml", "hello: world\n", "neither a command of qlora.py nor a YAML of Axolotl"),
         ("e.yaml", "a: [1,\n", "not valid YAML"),
-        ("f.sh", "echo hello\n", "no command of qlora.py"),
+        ("f.sh", "echo hello\n", "neither a command of qlora.py"),
         ("g.sh", "python qlora.py --dataset 'open\n", "cannot be read"),
-        ("h.yaml", "- a\n- b\n", "no command of qlora.py"),
+        ("h.yaml", "- a\n- b\n", "neither a command of qlora.py"),
         ("i.yaml", "base_model: x\ndatasets: {path: y}\nsequence_len: long\n", "another form than Axolotl documents"),
         ("j.yaml", "base_model: x\nbase_model: y\n", "duplicate"),
     ],
@@ -328,7 +328,7 @@ def test_what_cannot_be_translated_is_one_sentence(tmp_path: Path, name: str, te
 
 def test_a_missing_file_and_one_that_is_no_text_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="UTF-8 text"):
+    with pytest.raises(UserError, match="not UTF-8"):
         read(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="did you mean"):
         read(tmp_path / "confg.yaml")
@@ -352,8 +352,8 @@ def test_the_task_prints_a_command_and_writes_an_experiment_that_says_the_same(
     assert shlex.split(command)[1:] == result["overrides"] == shlex.split(result["command"])[1:]
     assert compose(["experiment=my-axolotl"], tmp_path / "run" / "conf") == compose(result["overrides"])
     assert "some_new_option=3" in said
-    stored = json.loads((tmp_path / "run" / "migrate.json").read_text())
-    assert stored["lost"] == result["lost"]
+    saved = json.loads((tmp_path / "run" / "migrate.json").read_text())
+    assert saved["lost"] == result["lost"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"conf", "migrate.json"}
 
 
@@ -365,8 +365,8 @@ def test_tables_name_keys_that_exist(dialect: Dialect) -> None:
         text
         for rule in dialect.rules.values()
         if isinstance(rule, Pick)
-        for each in rule.choices.values()
-        for text in each
+        for item in rule.choices.values()
+        for text in item
     ]
     named += [text.partition("=")[0] for text in (*texts, *dialect.defaults)]
     assert not [key for key in named if key not in keys and not key.startswith("callbacks.")]

@@ -15,7 +15,7 @@ from synthetic_runs import write_run, write_sweep
 
 from qlora.reporting.run_page import write_run_page
 from qlora.runtime.run_folder import RunFolder
-from qlora.sweep.sweep_report import write_overview
+from qlora.sweep.sweep_page import write_overview
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'qlora[dev]'")
 
@@ -63,13 +63,13 @@ class Opened:
     """A page that is drawn, with what went wrong."""
 
     def __init__(self, browser: Any, path: Path, size: dict[str, int], scheme: str = "light") -> None:
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
         phone = size is PHONE
         context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=phone, is_mobile=phone)
         self.page = context.new_page()
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_function("document.querySelectorAll('.chart.wait').length === 0", timeout=60_000)
@@ -104,7 +104,7 @@ def test_a_page_is_drawn_without_a_fault_or_a_request_and_fits_the_screen(
     path = request.getfixturevalue(name)
     opened = Opened(browser, path, size, scheme)
     opened.page.screenshot(path=tmp_path / f"{name}-{size['width']}-{scheme}.png", full_page=True)
-    assert not opened.faults
+    assert not opened.errors
     assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size["width"]
     assert opened.page.evaluate("window.broken") is None
@@ -138,7 +138,7 @@ def test_the_legend_hides_a_run_and_shows_it_again(sweep_page: Opened) -> None:
     assert opened.traces() == []
     opened.page.get_by_role("button", name="all", exact=True).click()
     assert label in {trace["name"] for trace in opened.traces()}
-    assert not opened.faults
+    assert not opened.errors
 
 
 def test_smoothing_changes_the_curve_and_keeps_the_raw_one(run_page: Opened) -> None:
@@ -191,13 +191,13 @@ def test_a_click_on_a_head_sorts_the_table_and_another_turns_it_round(sweep_page
 
 def test_the_toggle_turns_the_page_and_its_charts_dark(sweep_page: Opened) -> None:
     opened = sweep_page
-    before = opened.ground(), opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.plot_bgcolor")
+    previous = opened.ground(), opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.plot_bgcolor")
     opened.page.locator("#theme").click()
     after = opened.ground(), opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.plot_bgcolor")
-    assert before[0] != after[0]
-    assert before[1] != after[1]
+    assert previous[0] != after[0]
+    assert previous[1] != after[1]
     opened.page.locator("#theme").click()
-    assert opened.ground() == before[0]
+    assert opened.ground() == previous[0]
 
 
 def test_the_charts_of_parameters_hold_every_finished_run(sweep_page: Opened) -> None:
@@ -221,19 +221,19 @@ def test_a_search_by_two_goals_shows_its_front(browser: Any, tmp_path: Path) -> 
     overview = json.loads((folder / "sweep.json").read_text())
     goals = {"eval_loss": "minimize", "eval_exact_match": "maximize"}
     (folder / "sweep.json").write_text(json.dumps(overview | {"goals": goals}))
-    for path, found in zip(
+    for path, actual in zip(
         sorted(folder.glob("*/result.json")), [(1, 0.4), (2, 0.5), (3, 0.45), (4, 0.6)], strict=True
     ):
         result = json.loads(path.read_text())
-        result["metrics"]["eval_loss"], result["metrics"]["eval_exact_match"] = found
+        result["metrics"]["eval_loss"], result["metrics"]["eval_exact_match"] = actual
         path.write_text(json.dumps(result))
     write_overview(folder, None)
     opened = Opened(browser, folder / "report.html", DESKTOP)
-    assert not opened.faults
+    assert not opened.errors
     line, points = opened.traces("[data-kind=fronts]")
     assert (line["y"], points["y"]) == ([0.4, 0.5, 0.6], [0.4, 0.5, 0.45, 0.6])
-    places = opened.page.locator("#leaderboard tbody tr td:first-child").all_text_contents()
-    assert [place.strip() for place in places] == ["* 1", "* 2", "3", "* 4"]
+    positions = opened.page.locator("#leaderboard tbody tr td:first-child").all_text_contents()
+    assert [index.strip() for index in positions] == ["* 1", "* 2", "3", "* 4"]
     assert opened.page.get_by_role("heading", name="Best compromises").is_visible()
 
 

@@ -28,10 +28,10 @@ def write(folder: Path, overrides: list[str], base_model: str | None = None, **o
 
 
 def code_of(text: str) -> str:
-    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert found is not None
-    ast.parse(found[1])
-    return found[1]
+    actual = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert actual is not None
+    ast.parse(actual[1])
+    return actual[1]
 
 
 def test_the_front_matter_names_base_library_licence_data_and_tags(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_drawn_base_is_named_as_such_and_drawn_again_by_a_command(tmp_path: Pa
     text, card = write(tmp_path, ["model=llama-7b", "model.weights=random", "seed=3"])
     assert "A LoRA adapter for random weights in the shape of [huggyllama/llama-7b](" in text
     assert card.data.get("base_model") is None
-    assert "drawn at random from seed 3" in text
+    assert "initialised at random from seed 3" in text
     assert "\nqlora lora.r=8 task=chat adapter=adapter  # seen from the folder of this card\n" in text
     assert "from_pretrained" not in text
 

@@ -19,10 +19,10 @@ HISTORY = [
 
 
 def test_curves_hold_what_was_measured_and_leave_out_bookkeeping_details_and_what_is_no_number() -> None:
-    found = curves(HISTORY)
-    assert list(found) == ["loss", "eval_loss", "eval_mmlu_val_accuracy", "grad_norm", "learning_rate"]
-    assert found["loss"] == Curve([1, 3], [3.0, 2.0], [10, None])
-    assert found["eval_loss"].values == [2.5]
+    actual = curves(HISTORY)
+    assert list(actual) == ["loss", "eval_loss", "eval_mmlu_val_accuracy", "grad_norm", "learning_rate"]
+    assert actual["loss"] == Curve([1, 3], [3.0, 2.0], [10, None])
+    assert actual["eval_loss"].values == [2.5]
 
 
 def test_a_thinned_curve_has_at_most_so_many_of_the_points_and_ends_where_the_training_ended() -> None:
@@ -45,9 +45,9 @@ def test_a_killed_run_has_the_curve_of_its_newest_checkpoint(tmp_path: Path) -> 
     (tmp_path / "checkpoints" / "checkpoint-100" / "trainer_state.json").write_text("{half a fi")
     assert read_history(tmp_path) == [{"step": 9, "loss": 1.0}]
     (tmp_path / "history.json").write_text(json.dumps(HISTORY))
-    stored = read_history(tmp_path)
-    assert stored[:1] + stored[2:] == HISTORY[:1] + HISTORY[2:]
-    assert math.isnan(stored[1]["loss"])
+    saved = read_history(tmp_path)
+    assert saved[:1] + saved[2:] == HISTORY[:1] + HISTORY[2:]
+    assert math.isnan(saved[1]["loss"])
 
 
 def test_titles_are_for_people() -> None:

@@ -17,7 +17,7 @@ GRID = [
 
 def test_the_key_that_decides_has_the_largest_share() -> None:
     pytest.importorskip("optuna")
-    objectives = [float(each["lora.r"]) + 0.1 * (each["lr"] == "1e-3") for each in GRID]
+    objectives = [float(point["lora.r"]) + 0.1 * (point["lr"] == "1e-3") for point in GRID]
     shares, note = measure_importance(GRID, objectives)
     assert next(iter(shares)) == "lora.r"
     assert shares["lora.r"] > 0.8
@@ -29,7 +29,7 @@ def test_a_choice_of_words_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    shares, note = measure_importance(GRID, [1.0 if each["model"] == "a" else 2.0 for each in GRID])
+    shares, note = measure_importance(GRID, [1.0 if point["model"] == "a" else 2.0 for point in GRID])
     assert next(iter(shares)) == "model"
     assert "PED-ANOVA" in note
 
@@ -40,7 +40,7 @@ def test_a_choice_of_words_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], [], "fewer than two are varied"),
         ([{"r": str(r)} for r in range(9)], [float(r) for r in range(9)], "fewer than two are varied"),
         (GRID[:7], [1.0] * 7, "at least 8 finished runs; so far there are 7"),
-        (GRID, [1.0] * 16, "all finished runs reached the same"),
+        (GRID, [1.0] * 16, "all finished runs have the same objective"),
     ],
 )
 def test_without_enough_to_go_by_one_sentence_says_so(

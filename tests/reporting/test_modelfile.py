@@ -69,8 +69,8 @@ def ollama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str,
     folder = tmp_path_factory.mktemp("go")
     program = folder / "ollama"
     cache = Path(os.environ["QLORA_TEST_CACHE"]) / "go"  # compiling Go's own library is what takes the time
-    own = {"GOCACHE": str(cache), "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
-    environment = os.environ | own
+    of_go = {"GOCACHE": str(cache), "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
+    environment = os.environ | of_go
     source = Path(__file__).parent / "ollama" / "main.go"
     subprocess.run([go, "build", "-o", str(program), str(source)], env=environment, check=True)
 
@@ -84,14 +84,14 @@ def ollama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str,
 def read_modelfile(path: Path) -> dict[str, list[str]]:
     """Returns the values of a Modelfile by command, read as Ollama does: quotes go, and there are no escapes."""
     text = re.sub(r"^#.*\n", "", path.read_text(encoding="utf-8"))
-    found: dict[str, list[str]] = {}
+    actual: dict[str, list[str]] = {}
     for command, value in re.findall(r'^([A-Z]+) ("""[\s\S]*?"""|.*)$', text, re.MULTILINE):
         if command == "PARAMETER":
             name, _, value = value.partition(" ")
             command = f"PARAMETER {name}"
         quote = '"""' if value.startswith('"""') else '"' if value.startswith('"') else ""
-        found.setdefault(command, []).append(value.removeprefix(quote).removesuffix(quote))
-    return found
+        actual.setdefault(command, []).append(value.removeprefix(quote).removesuffix(quote))
+    return actual
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bytes with <s>", "llama", "gpt2", "pythia"])
@@ -196,11 +196,11 @@ def test_settings_and_stops_are_those_of_the_run(tmp_path: Path) -> None:
     assert isinstance(form, ChatForm)
     generation = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, max_new_tokens=99)
     ends = [base.convert_tokens_to_ids("<|im_end|>"), base.eos_token_id]
-    found = read_modelfile(write_modelfile(tmp_path, base, form, generation, end_ids=ends, name="mine"))
-    assert found["FROM"] == ["."]
-    assert found["PARAMETER stop"] == ["<|im_end|>", "</s>"]
+    actual = read_modelfile(write_modelfile(tmp_path, base, form, generation, end_ids=ends, name="mine"))
+    assert actual["FROM"] == ["."]
+    assert actual["PARAMETER stop"] == ["<|im_end|>", "</s>"]
     values = {"temperature": "0.7", "top_k": "20", "top_p": "0.9", "repeat_penalty": "1", "num_predict": "99"}
-    assert {name: found[f"PARAMETER {name}"] for name in values} == {name: [value] for name, value in values.items()}
+    assert {name: actual[f"PARAMETER {name}"] for name in values} == {name: [value] for name, value in values.items()}
     greedy = read_modelfile(write_modelfile(tmp_path, base, form, GenerationConfig(), end_ids=ends, name="mine"))
     assert greedy["PARAMETER temperature"] == ["0"]
     assert "PARAMETER top_k" not in greedy

@@ -1,4 +1,4 @@
-"""The picture of a training, for few and many points."""
+"""The picture of a run's loss, for few and many points."""
 
 from pathlib import Path
 

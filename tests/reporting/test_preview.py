@@ -27,14 +27,14 @@ ROWS = {"plain": PLAIN, "chat": CHAT, "never": NEVER, "always": ALWAYS, "scripts
 LENGTHS = {"source": np.array([3, 1, 2, 2]), "target": np.array([10, 10, 10, 50]), "total": np.array([13, 11, 12, 52])}
 
 
-def make_tokens(pieces: list[tuple[str, bool]]) -> list[PreviewToken]:
-    return [PreviewToken(text, 1000 + place, trained) for place, (text, trained) in enumerate(pieces)]
+def make_tokens(parts: list[tuple[str, bool]]) -> list[PreviewToken]:
+    return [PreviewToken(text, 1000 + index, trained) for index, (text, trained) in enumerate(parts)]
 
 
 def make_preview(*rows: list[tuple[str, bool]], **changes: object) -> Preview:
-    facts = [("format", "alpaca"), ("tokens an epoch", "1,234 of 5,678")]
-    fields: dict[str, object] = {"title": "rows.jsonl as alpaca", "facts": facts, "warnings": [], "limits": {}}
-    fields["rows"] = [PreviewRow(place, make_tokens(pieces), []) for place, pieces in enumerate(rows)]
+    attributes = [("format", "alpaca"), ("tokens an epoch", "1,234 of 5,678")]
+    fields: dict[str, object] = {"title": "rows.jsonl as alpaca", "summary": attributes, "warnings": [], "limits": {}}
+    fields["rows"] = [PreviewRow(index, make_tokens(parts), []) for index, parts in enumerate(rows)]
     return Preview(**{**fields, "lengths": LENGTHS, **changes})  # type: ignore[arg-type]
 
 
@@ -62,11 +62,11 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        facts = dict(attributes)
-        self.tags.append((tag, facts))
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
         if tag not in ("meta", "input"):
-            self.open.append((tag, facts.get("class")))
-        if facts.get("class") == "text":
+            self.open.append((tag, attributes.get("class")))
+        if attributes.get("class") == "text":
             self.rows.append("")
         if tag == "mark" and ("div", "text") in self.open:
             self.marks.append("")
@@ -87,11 +87,11 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "hostile"])
 def test_text_outside_and_inside_the_brackets_is_that_of_the_tokens(name: str) -> None:
-    shown = shown_row(to_text(make_preview(ROWS[name]), ids=False, color=False))
-    assert shown.replace("⟦", "").replace("⟧", "") == "".join(text for text, _ in ROWS[name])
-    spans = re.findall("⟦(.*?)⟧", shown, re.DOTALL)
+    printed = shown_row(to_text(make_preview(ROWS[name]), ids=False, color=False))
+    assert printed.replace("⟦", "").replace("⟧", "") == "".join(text for text, _ in ROWS[name])
+    spans = re.findall("⟦(.*?)⟧", printed, re.DOTALL)
     assert "".join(spans) == "".join(text for text, trained in ROWS[name] if trained)
-    assert "⟧⟦" not in shown
+    assert "⟧⟦" not in printed
 
 
 def test_neighbouring_trained_tokens_share_one_span() -> None:
@@ -100,12 +100,12 @@ def test_neighbouring_trained_tokens_share_one_span() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "hostile"])
 def test_colours_highlight_what_the_brackets_would_hold(name: str) -> None:
-    shown = shown_row(to_text(make_preview(ROWS[name]), ids=False, color=True))
-    assert SGR.sub("", shown).replace("⏎", "") == "".join(text for text, _ in ROWS[name])
-    highlighted = re.findall(r"\x1b\[(?:2;)?30;42m(.*?)\x1b\[0m", shown, re.DOTALL)
+    printed = shown_row(to_text(make_preview(ROWS[name]), ids=False, color=True))
+    assert SGR.sub("", printed).replace("⏎", "") == "".join(text for text, _ in ROWS[name])
+    highlighted = re.findall(r"\x1b\[(?:2;)?30;42m(.*?)\x1b\[0m", printed, re.DOTALL)
     expected = "".join(text for text, trained in ROWS[name] if trained)
     assert "".join(highlighted) == expected.replace("\n", "⏎")
-    assert "⟦" not in shown
+    assert "⟦" not in printed
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -119,7 +119,7 @@ def test_control_characters_never_reach_the_terminal_raw() -> None:
     evil = "\x1b]0;x\x07\r\u202e\n"
     rows = [PreviewRow(1, make_tokens(HOSTILE), [evil])]
     preview = make_preview(
-        title=evil, facts=[(evil, evil)], warnings=[evil], rows=rows, lengths={evil: np.ones(3, int)}
+        title=evil, summary=[(evil, evil)], warnings=[evil], rows=rows, lengths={evil: np.ones(3, int)}
     )
     for color in (False, True):
         text = to_text(preview, ids=True, color=color)
@@ -130,8 +130,8 @@ def test_control_characters_never_reach_the_terminal_raw() -> None:
 
 
 def test_a_bracket_in_the_data_is_not_taken_for_a_mark() -> None:
-    shown = shown_row(to_text(make_preview([("⟦x⟧", False), ("y", True)]), ids=False, color=False))
-    assert shown == r"\u27e6x\u27e7⟦y⟧"
+    printed = shown_row(to_text(make_preview([("⟦x⟧", False), ("y", True)]), ids=False, color=False))
+    assert printed == r"\u27e6x\u27e7⟦y⟧"
 
 
 def test_the_legend_is_said_once_and_only_with_rows() -> None:
@@ -157,7 +157,7 @@ def test_notes_and_counts_stand_above_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "words"),
+    ("parts", "phrase"),
     [
         (NEVER, "2 tokens, none trained"),
         (ALWAYS, "3 tokens, all trained"),
@@ -165,9 +165,9 @@ def test_notes_and_counts_stand_above_a_row() -> None:
         ([("a", True)], "1 token,"),
     ],
 )
-def test_a_row_says_how_much_of_it_is_trained(pieces: list[tuple[str, bool]], words: str) -> None:
-    assert words in to_text(make_preview(pieces), ids=True, color=False)
-    assert words in to_html(make_preview(pieces))
+def test_a_row_says_how_much_of_it_is_trained(parts: list[tuple[str, bool]], phrase: str) -> None:
+    assert phrase in to_text(make_preview(parts), ids=True, color=False)
+    assert phrase in to_html(make_preview(parts))
 
 
 def test_ids_are_listed_with_their_text_and_trained_ones_are_marked() -> None:
@@ -176,7 +176,7 @@ def test_ids_are_listed_with_their_text_and_trained_ones_are_marked() -> None:
     assert [(int(number), mark == "*") for mark, number, _ in listed] == [
         (token.id, token.trained) for token in make_tokens(PLAIN)
     ]
-    assert [shown.replace(r"\n", "\n") for *_, shown in listed] == [text for text, _ in PLAIN]
+    assert [printed.replace(r"\n", "\n") for *_, printed in listed] == [text for text, _ in PLAIN]
     assert all(len(line) <= 40 for line in text.splitlines() if '"' in line)
     assert "1004" not in to_text(make_preview(PLAIN), ids=False, color=False)
 
@@ -189,35 +189,35 @@ LONG = [
 
 
 def test_a_very_long_row_keeps_the_ends_of_its_first_and_last_trained_span() -> None:
-    shown = shown_row(to_text(make_preview(LONG), ids=False, color=False))
-    assert len(shown) < 2_800
+    printed = shown_row(to_text(make_preview(LONG), ids=False, color=False))
+    assert len(printed) < 2_800
     for mark in ("ctx ⟦START", "so STOP⟧mid", "mid ⟦AGAIN", "la END⟧tail", "tail </s>"):
-        assert mark in shown
-    assert shown.count("⟦") == shown.count("⟧")
-    assert ", 1,000 of them trained …" in shown
+        assert mark in printed
+    assert printed.count("⟦") == printed.count("⟧")
+    assert ", 1,000 of them trained …" in printed
 
 
 def test_shown_and_hidden_characters_add_up_to_the_row() -> None:
-    shown = shown_row(to_text(make_preview(LONG), ids=False, color=False))
+    printed = shown_row(to_text(make_preview(LONG), ids=False, color=False))
     mark = re.compile(r"… ([\d,]+) characters(?:, [\d,]+ of them trained)? …")
-    hidden = sum(int(number.replace(",", "")) for number in mark.findall(shown))
-    kept = re.sub("[⟦⟧]", "", mark.sub("", shown))
+    hidden = sum(int(number.replace(",", "")) for number in mark.findall(printed))
+    kept = re.sub("[⟦⟧]", "", mark.sub("", printed))
     assert hidden + len(kept) == sum(len(text) for text, _ in LONG)
 
 
 @pytest.mark.parametrize("room", [50, 300, 2_500, 40_000])
 def test_a_shortened_row_is_in_order_and_counts_what_it_hides(room: int) -> None:
     tokens = make_tokens(LONG)
-    whole, place, trained = "".join(token.text for token in tokens), 0, 0
+    whole, offset, trained = "".join(token.text for token in tokens), 0, 0
     for part in shorten_row(tokens, room):
         if isinstance(part, Gap):
-            place, trained = place + part.characters, trained + part.trained_characters
+            offset, trained = offset + part.characters, trained + part.trained_characters
         else:
             assert isinstance(part, Piece)
             assert part.token is tokens[part.position]
-            assert whole.startswith(part.text, place)
-            place, trained = place + len(part.text), trained + part.token.trained * len(part.text)
-    assert (place, trained) == (len(whole), sum(len(token.text) for token in tokens if token.trained))
+            assert whole.startswith(part.text, offset)
+            offset, trained = offset + len(part.text), trained + part.token.trained * len(part.text)
+    assert (offset, trained) == (len(whole), sum(len(token.text) for token in tokens if token.trained))
 
 
 def test_one_token_that_is_too_long_is_cut_too() -> None:
@@ -252,8 +252,8 @@ def test_every_row_is_in_a_bar_or_beyond_the_bars(seed: int, bins: int) -> None:
     assert sum(lengths.counts) + lengths.beyond == 500
     assert lengths.beyond == (values > lengths.high).sum() <= 5
     assert 1 <= len(lengths.counts) <= bins + 1
-    for place, count in enumerate(lengths.counts):
-        low, high = lengths.span(place)
+    for index, count in enumerate(lengths.counts):
+        low, high = lengths.span(index)
         assert count == ((values >= low) & (values <= high)).sum()
         assert not low <= limit < high  # a bin may end at the limit but not hold it inside
     assert lengths.over == (values > limit).sum()
@@ -283,7 +283,7 @@ def test_two_million_lengths_are_counted_within_a_second() -> None:
 
 @pytest.mark.parametrize("lengths", [{}, {"source": np.array([], int), "total": np.array([], int)}])
 def test_nothing_to_show_is_said(lengths: dict[str, np.ndarray], tmp_path: Path) -> None:
-    preview = make_preview(lengths=lengths, facts=[])
+    preview = make_preview(lengths=lengths, summary=[])
     assert to_text(preview, ids=True, color=False).endswith("Tokens a row: no rows were counted")
     assert "No rows were counted." in "".join(Page(to_html(preview)).words)
     plot_lengths(preview, tmp_path / "lengths.png")
@@ -294,11 +294,11 @@ def test_nothing_to_show_is_said(lengths: dict[str, np.ndarray], tmp_path: Path)
 def test_a_page_shows_every_token_and_highlights_every_trained_one(name: str) -> None:
     page = Page(to_html(make_preview(ROWS[name])))
     tokens = make_tokens(ROWS[name])
-    found = [(tag, facts["title"]) for tag, facts in page.tags if facts.get("data-id")]
-    assert found == [
-        ("mark", f"token {place}, id {token.id}, trained") if token.trained
-        else ("span", f"token {place}, id {token.id}")
-        for place, token in enumerate(tokens)
+    actual = [(tag, attributes["title"]) for tag, attributes in page.tags if attributes.get("data-id")]
+    assert actual == [
+        ("mark", f"token {index}, id {token.id}, trained") if token.trained
+        else ("span", f"token {index}, id {token.id}")
+        for index, token in enumerate(tokens)
     ]  # fmt: skip
     if name != "hostile":
         assert page.rows == ["".join(token.text for token in tokens)]
@@ -309,7 +309,7 @@ def test_data_never_becomes_markup() -> None:
     evil = "</title></style></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
     rows = [PreviewRow(0, make_tokens([(evil, True), *HOSTILE]), [evil])]
     lengths = {evil: np.arange(9)}
-    source = to_html(make_preview(title=evil, facts=[(evil, evil)], warnings=[evil], rows=rows, lengths=lengths))
+    source = to_html(make_preview(title=evil, summary=[(evil, evil)], warnings=[evil], rows=rows, lengths=lengths))
     page = Page(source)
     assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
     assert "".join(page.words).count(evil) == 8  # title twice, label, value, warning, chart, note, token
@@ -328,37 +328,37 @@ def test_a_page_needs_nothing_from_elsewhere() -> None:
 def test_a_page_can_show_ids_without_a_script() -> None:
     source = to_html(make_preview(PLAIN))
     page = Page(source)
-    boxes = [facts for tag, facts in page.tags if tag == "input"]
+    boxes = [attributes for tag, attributes in page.tags if tag == "input"]
     assert [(box["type"], box["id"]) for box in boxes] == [("checkbox", "ids")]
-    assert [facts["for"] for tag, facts in page.tags if tag == "label"] == ["ids"]
+    assert [attributes["for"] for tag, attributes in page.tags if tag == "label"] == ["ids"]
     assert "attr(data-id)" in source
 
 
 def test_the_ids_of_a_page_are_unique_and_its_headings_in_order() -> None:
     page = Page(to_html(make_preview(*ROWS.values())))
-    ids = [facts["id"] for _, facts in page.tags if "id" in facts]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert all(after - previous <= 1 for previous, after in itertools.pairwise(levels))
 
 
 def test_a_page_draws_each_filled_bin_and_tells_the_numbers() -> None:
     preview = make_preview(limits={"target": 20})
     page = Page(to_html(preview))
     counted = count_lengths(preview, 60)
-    assert sum(tag == "rect" for tag, _ in page.tags) == sum(count > 0 for each in counted for count in each.counts)
+    assert sum(tag == "rect" for tag, _ in page.tags) == sum(count > 0 for item in counted for count in item.counts)
     text = " ".join(page.words)
-    for words in ("min 1 ", "median 2 ", "p95 3 ", "max 50 ", "limit 20 (1 over)", "50 tokens: 1 row"):
-        assert words in re.sub(r"\s+", " ", text)
-    lines = [facts["class"] for tag, facts in page.tags if tag == "line"]
+    for phrase in ("min 1 ", "median 2 ", "p95 3 ", "max 50 ", "limit 20 (1 over)", "50 tokens: 1 row"):
+        assert phrase in re.sub(r"\s+", " ", text)
+    lines = [attributes["class"] for tag, attributes in page.tags if tag == "line"]
     assert sorted(lines) == ["limit", *["max"] * 3, *["median"] * 3, *["p95"] * 3]
 
 
 def test_a_page_shows_up_to_fifty_thousand_characters_of_a_row() -> None:
-    pieces = [("word ", place > 5_000) for place in range(10_000)]
-    assert Page(to_html(make_preview(pieces))).rows == ["word " * 10_000]
-    longer = Page(to_html(make_preview([*pieces, *pieces]))).rows[0]
+    parts = [("word ", index > 5_000) for index in range(10_000)]
+    assert Page(to_html(make_preview(parts))).rows == ["word " * 10_000]
+    longer = Page(to_html(make_preview([*parts, *parts]))).rows[0]
     assert 50_000 < len(longer) + 50 < 51_000
     assert "characters" in longer
 

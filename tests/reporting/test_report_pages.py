@@ -40,34 +40,34 @@ def view(number: int, status: str = "finished", **more: Any) -> RunView:
 
 def report(count: int, **more: Any) -> RunsReport:
     views = [view(number) for number in range(1, count + 1)]
-    lines = [TableLine(each.values, [(f"{each.objective:.3f}", each.objective)], [each]) for each in views]
+    lines = [TableLine(item.values, [(f"{item.objective:.3f}", item.objective)], [item]) for item in views]
     return replace(EMPTY, title="ranks", keys=["lora.r"], metrics=["eval_loss"], lines=lines, **more)
 
 
 def data(html: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    actual = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert actual
+    return json.loads(actual[1])
 
 
 def test_the_page_of_a_sweep_shows_table_curves_parameters_costs_and_command() -> None:
     html = runs_page(report(3, command="qlora lora.r=1", common={"seed": 0, "data": {"path": None}}))
     for text in ("best loss", "3 of 3", "By loss, lower is better.", "qlora lora.r=1", "data.path", 'href="r%3D1-0a"'):
         assert text in html
-    drawn = data(html)
-    assert [chart["title"] for chart in drawn["curves"]] == ["training loss"]
-    assert [axis["title"] for axis in drawn["scatters"]] == ["lora.r"]  # all costs are equal
-    assert drawn["points"]["objective"] == [2.0, 3.0, 4.0]
-    assert drawn["groups"][0]["best"]
+    page_data = data(html)
+    assert [chart["title"] for chart in page_data["curves"]] == ["training loss"]
+    assert [axis["title"] for axis in page_data["scatters"]] == ["lora.r"]  # all costs are equal
+    assert page_data["points"]["objective"] == [2.0, 3.0, 4.0]
+    assert page_data["groups"][0]["best"]
     assert "Importance compares parameters" in html
 
 
 def test_a_page_loads_nothing_from_elsewhere() -> None:
     for html in (runs_page(report(2)), runs_page(EMPTY)):
-        own = re.sub(r'<script type="text/plain" id="plotly">.*?</script>', "", html, flags=re.DOTALL)
-        assert "http" not in own.replace("http-equiv", "")
-        assert "default-src 'none'" in own
-        assert not re.search(r"<(?:link|script|img)[^>]+(?:src|href)=\"(?!data:)", own)
+        rest = re.sub(r'<script type="text/plain" id="plotly">.*?</script>', "", html, flags=re.DOTALL)
+        assert "http" not in rest.replace("http-equiv", "")
+        assert "default-src 'none'" in rest
+        assert not re.search(r"<(?:link|script|img)[^>]+(?:src|href)=\"(?!data:)", rest)
 
 
 def test_the_plotting_library_comes_along_once_and_only_where_there_are_charts() -> None:
@@ -99,10 +99,10 @@ def test_runs_without_an_objective_are_not_ranked() -> None:
 
 
 def test_more_runs_than_hues_are_coloured_by_rank_and_the_worst_are_hidden_at_first() -> None:
-    drawn = data(runs_page(report(40)))
-    assert [group["hue"] for group in drawn["groups"]] == [None] * 40
-    assert [drawn["groups"][place]["rank"] for place in (0, 39)] == [0, 1]
-    assert sum(group["shown"] for group in drawn["groups"]) == 30
+    page_data = data(runs_page(report(40)))
+    assert [group["hue"] for group in page_data["groups"]] == [None] * 40
+    assert [page_data["groups"][index]["rank"] for index in (0, 39)] == [0, 1]
+    assert sum(group["shown"] for group in page_data["groups"]) == 30
 
 
 def test_a_run_that_lacks_a_searched_key_has_no_place_on_its_axis() -> None:
@@ -140,8 +140,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(folder: Path, **result: Any) -> str:
-    stored = json.loads((folder / "result.json").read_text())
-    return run_page(RunFolder(folder), stored | result, command="qlora lora.r=8")
+    saved = json.loads((folder / "result.json").read_text())
+    return run_page(RunFolder(folder), saved | result, command="qlora lora.r=8")
 
 
 def test_the_page_of_a_run_shows_metrics_answers_config_data_machine_and_warnings(folder: Path) -> None:
@@ -153,10 +153,10 @@ def test_the_page_of_a_run_shows_metrics_answers_config_data_machine_and_warning
     assert "noise" not in html
     assert "<script>alert" not in html
     html.encode()
-    drawn = data(html)
-    assert [chart["title"] for chart in drawn["curves"]][:2] == ["loss", "exact match"]
-    assert [group["label"] for group in drawn["groups"]] == ["training", "held out"]
-    assert drawn["smoothing"] > 0
+    page_data = data(html)
+    assert [chart["title"] for chart in page_data["curves"]][:2] == ["loss", "exact match"]
+    assert [group["label"] for group in page_data["groups"]] == ["training", "held out"]
+    assert page_data["smoothing"] > 0
 
 
 def test_a_run_of_which_little_is_left_has_a_page_too(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_a_run_of_which_little_is_left_has_a_page_too(tmp_path: Path) -> None:
 
 def test_an_evaluation_alone_draws_one_colour(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "history.json").write_text(json.dumps([{"step": 5, "eval_loss": 2.0}]))
-    drawn = data(run_page(RunFolder(tmp_path), {"metrics": {"eval_loss": 2.0}}, command="qlora"))
-    assert [group["label"] for group in drawn["groups"]] == ["held out"]
-    assert [line["group"] for chart in drawn["curves"] for line in chart["lines"]] == [0]
+    page_data = data(run_page(RunFolder(tmp_path), {"metrics": {"eval_loss": 2.0}}, command="qlora"))
+    assert [group["label"] for group in page_data["groups"]] == ["held out"]
+    assert [line["group"] for chart in page_data["curves"] for line in chart["lines"]] == [0]
 
 
 def test_values_are_written_as_one_would_type_them() -> None:

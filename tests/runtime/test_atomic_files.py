@@ -15,20 +15,16 @@ from safetensors import SafetensorError
 from qlora.errors import Stopped, UserError
 from qlora.runtime import atomic_files
 from qlora.runtime.atomic_files import (
-    DiskFull,
-    Patience,
     append_line,
-    is_disk_full,
-    patiently,
     read_json,
     read_lines,
     remove_temporary_files,
     restore_folder,
-    waiting_for_space,
     write_folder,
     write_lines,
     write_text,
 )
+from qlora.runtime.disk_space import DiskFull, Patience, is_disk_full, patiently, waiting_for_space
 
 
 def full() -> OSError:
@@ -42,7 +38,7 @@ def patience(
 
 
 class Failing:
-    """Fails so many times before it writes."""
+    """Fails several times before it writes."""
 
     def __init__(self, times: int) -> None:
         self.left, self.calls = times, 0
@@ -68,14 +64,16 @@ def test_a_full_disk_is_waited_for_and_the_write_done_again(tmp_path: Path, caps
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"the disk of {tmp_path} is full (")
     assert first.endswith("): the run waits up to 1:00 for space (trainer.disk_wait)")
-    assert last == "there is space again: going on"
+    assert last == "there is space again: resuming"
 
 
 def test_room_is_made_before_anybody_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rooms = iter([True, True, False])
     with waiting_for_space(patience(0, make_room=lambda: next(rooms))):
         assert patiently(tmp_path / "a", Failing(2)) == "written"
-        with pytest.raises(DiskFull, match=r"no space came in 0:00 \(trainer\.disk_wait\); what was saved before is"):
+        with pytest.raises(
+            DiskFull, match=r"no space became free in 0:00 \(trainer\.disk_wait\); what was saved before is"
+        ):
             patiently(tmp_path / "a", Failing(1))
         with pytest.raises(OSError, match="No space left"):  # nothing is waited for a second time
             patiently(tmp_path / "a", Failing(1))
@@ -184,22 +182,22 @@ def test_a_line_that_was_cut_off_ends_before_the_next(tmp_path: Path) -> None:
 
 
 def test_a_folder_comes_whole_or_not_at_all(tmp_path: Path) -> None:
-    place = tmp_path / "adapter"
-    write_folder(place, lambda folder: (folder / "a").write_text("old"))
+    path = tmp_path / "adapter"
+    write_folder(path, lambda folder: (folder / "a").write_text("old"))
 
     def broken(folder: Path) -> None:
         (folder / "a").write_text("new")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_folder(place, broken)
-    assert (place / "a").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [place]
-    write_folder(place, lambda folder: (folder / "b").write_text("new"))
-    assert [path.name for path in place.iterdir()] == ["b"]
-    place.rename(tmp_path / "adapter.old")  # as a crash between the two renames leaves it
-    restore_folder(place)
-    assert (place / "b").read_text() == "new"
+        write_folder(path, broken)
+    assert (path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_folder(path, lambda folder: (folder / "b").write_text("new"))
+    assert [entry.name for entry in path.iterdir()] == ["b"]
+    path.rename(tmp_path / "adapter.old")  # as a crash between the two renames leaves it
+    restore_folder(path)
+    assert (path / "b").read_text() == "new"
 
 
 def test_what_a_kill_left_of_files_and_folders_is_removed(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
-    distributed.join()
-    assert (distributed.size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
+    distributed.init_process_group()
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
     assert distributed.broadcast("x") == "x"
     assert distributed.all_gather(1) == [1]
     assert distributed.all_reduce_max([True, False]) == [True, False]
@@ -41,7 +41,7 @@ def test_a_process_alone_is_the_first_and_agrees_with_itself() -> None:
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that 2 processes train together, but RANK and LOCAL_RANK and "),
         ({"SLURM_STEP_NUM_TASKS": "2"}, r"2 processes of this command were launched \(SLURM_STEP_NUM_TASKS\), but they "
-         r"know of 1 only \(WORLD_SIZE\), so each would train on its own; start it with torchrun"),
+         r"know of only 1 \(WORLD_SIZE\), so each would train alone; start it with torchrun"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, r"4 processes of this command were launched \(OMPI_COMM_WORLD_SIZE\)"),
         ({"ACCELERATE_USE_FSDP": "true"}, r"asks for FSDP \(ACCELERATE_USE_FSDP\).* choose trainer.parallel=fsdp"),
     ],
@@ -52,11 +52,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     for name, value in told.items():
         environment.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        distributed.join()
+        distributed.init_process_group()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["task=evaluate"], "2 processes were launched .*, and only a training runs in several processes; start"),
         (["-m", "seed=1,2"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
@@ -64,10 +64,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     ],
 )
 def test_only_trainings_run_in_several_processes(
-    environment: pytest.MonkeyPatch, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    environment: pytest.MonkeyPatch, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.setenv("WORLD_SIZE", "2")
-    environment.setattr(sys, "argv", ["qlora", *words])
+    environment.setattr(sys, "argv", ["qlora", *args])
     with pytest.raises(SystemExit):
         cli.main()
     told = capsys.readouterr().err
@@ -155,6 +155,6 @@ def test_a_run_folder_that_another_machine_does_not_see_is_refused_in_all_proces
     for process in processes:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0
-        assert output.startswith("run is written by the first process, on ")
+        assert output.startswith("run is written by the main process, on ")
         assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in output
     assert not list((tmp_path / "shared").iterdir())

@@ -1,4 +1,4 @@
-"""A run's folder: which config may go on in it, and where adapters are found."""
+"""A run's folder: which config may resume in it, and where adapters are found."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def test_a_changed_key_is_named_with_both_values(tmp_path: Path) -> None:
 
 
 def test_many_changes_are_counted_rather_than_listed(tmp_path: Path) -> None:
-    before = {f"key{number:02}": 0 for number in range(20)}
+    previous = {f"key{number:02}": 0 for number in range(20)}
     with pytest.raises(UserError, match=r"key11: 0 -> None\n  and 8 more\n"):
-        RunFolder(tmp_path).check_same_training(before, {})
+        RunFolder(tmp_path).check_same_training(previous, {})
 
 
 def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
     one = {"trainer": {"lr_scheduler_kwargs": {"min_lr_ratio": 0.1}}}
-    for before, now in ((one, {}), ({}, one)):
+    for previous, now in ((one, {}), ({}, one)):
         with pytest.raises(UserError, match=r"trainer\.lr_scheduler_kwargs\.min_lr_ratio: "):
-            RunFolder(tmp_path).check_same_training(before, now)
+            RunFolder(tmp_path).check_same_training(previous, now)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_what_leaves_the_training_alone_may_change(tmp_path: Path, override: str
 
 
 def test_a_config_that_names_another_base_takes_both_words(tmp_path: Path) -> None:
-    drawn = ["model=llama-7b", "model.weights=random", "model.tokenizer=tiny"]
-    for words, change, hint in (
-        ([], "lora.r=8", "resume=force goes on"),
-        ([], "seed=1", "resume=force goes on"),
-        ([], "model.revision=v2", "resume=force base=force goes on"),
-        (drawn, "seed=1", "resume=force base=force goes on"),
-        (drawn, "model.architecture.num_hidden_layers=3", "resume=force base=force goes on"),
+    random_base = ["model=llama-7b", "model.weights=random", "model.tokenizer=tiny"]
+    for args, change, hint in (
+        ([], "lora.r=8", "resume=force resumes"),
+        ([], "seed=1", "resume=force resumes"),
+        ([], "model.revision=v2", "resume=force base=force resumes"),
+        (random_base, "seed=1", "resume=force base=force resumes"),
+        (random_base, "model.architecture.num_hidden_layers=3", "resume=force base=force resumes"),
     ):
         with pytest.raises(UserError, match=f"to resume; {hint}"):
-            RunFolder(tmp_path).check_same_training(plain(*words), plain(*words, change))
+            RunFolder(tmp_path).check_same_training(plain(*args), plain(*args, change))
 
 
 def test_a_free_key_frees_no_key_that_begins_alike(tmp_path: Path) -> None:
@@ -113,10 +113,10 @@ def test_a_fully_finetuned_model_is_found_in_a_runs_folder(tmp_path: Path) -> No
 def test_training_has_the_plain_name_among_results(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.result("train").write_text(json.dumps({"status": "finished", "metrics": {"eval_loss": "nan"}}))
-    stored = folder.stored_result("train")
-    assert stored is not None
-    assert stored["status"] == "finished"
-    assert math.isnan(stored["metrics"]["eval_loss"])
+    saved = folder.stored_result("train")
+    assert saved is not None
+    assert saved["status"] == "finished"
+    assert math.isnan(saved["metrics"]["eval_loss"])
     assert folder.stored_result("evaluate") is None
     assert folder.result("evaluate").name == "evaluate.json"
 

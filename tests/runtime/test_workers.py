@@ -14,7 +14,7 @@ import pytest
 from doubling import PARTS, Double
 
 from qlora.errors import UserError
-from qlora.runtime.workers import OPEN, do_parts
+from qlora.runtime.workers import OPEN, run_parts
 
 MANY = [(start, start + 10) for start in range(0, 20_000, 10)]
 """More than one process does before it hears of the others."""
@@ -33,7 +33,7 @@ def work(tmp_path):
 
 
 def run(task, work, parts=PARTS, processes=2):
-    return [n for batch, counts in do_parts(task, parts, processes=processes, folder=work, shown="data.path=x")
+    return [n for batch, counts in run_parts(task, parts, processes=processes, folder=work, label="data.path=x")
             for n in batch.column("number").to_pylist() if counts["rows"] == 10]  # fmt: skip
 
 
@@ -43,11 +43,11 @@ def alone(parts=PARTS):
 
 def test_results_come_in_order_and_others_take_part_with_default_signals(task, work):
     task.slow_until = 2000  # 2 s: the others have their share, however busy the machine is
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         assert run(task, work, MANY, processes=3) == alone(MANY)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     others = [stop for start, stop, _ in task.done_by("other")]
     assert len(others) > 2
     assert {is_default for *_, is_default in task.done_by("other")} == {"True"}
@@ -55,7 +55,7 @@ def test_results_come_in_order_and_others_take_part_with_default_signals(task, w
 
 
 def test_only_so_many_results_wait_for_the_one_before_them(task, work):
-    results = do_parts(task, PARTS, processes=2, folder=work, shown="data.path=x")
+    results = run_parts(task, PARTS, processes=2, folder=work, label="data.path=x")
     next(results)
     time.sleep(0.5)
     assert len(task.done_by("first")) + len(task.done_by("other")) <= OPEN * 2 + 2
@@ -64,7 +64,7 @@ def test_only_so_many_results_wait_for_the_one_before_them(task, work):
 
 
 def test_a_killed_process_ends_the_work_in_one_sentence(task, work):
-    results = do_parts(task, MANY, processes=2, folder=work, shown="data.path=x")
+    results = run_parts(task, MANY, processes=2, folder=work, label="data.path=x")
     while len(task.done_by("other")) < 4:
         next(results)
     [pid] = children(os.getpid(), "spawn_main")
@@ -88,14 +88,17 @@ def test_what_no_process_can_do_is_the_error_of_one_process_alone(task, work, ca
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"fail_others": True}, "ValueError: not here"), ({"differ": True}, "it made other tokens of the same rows")],
+    [
+        ({"fail_others": True}, "ValueError: not here"),
+        ({"differ": True}, "it made different tokens from the same rows"),
+    ],
     ids=["others fail", "others do something else"],
 )
 def test_what_only_others_get_wrong_is_done_by_one_process_and_said(task, work, caplog, changes, reason):
     vars(task).update(changes, slow_until=2000)  # 2 s: the other one has answered by then
     assert run(task, work, MANY) == alone(MANY)
     assert [record.getMessage() for record in caplog.records] == [
-        f"data.path=x: one process tokenizes the rest, for another one failed at what this one can do ({reason}); "
+        f"data.path=x: this process tokenizes the rest, for another one failed at what this one can do ({reason}); "
         "data.num_proc=1 starts no other"
     ]
 
@@ -105,7 +108,7 @@ def test_a_task_that_cannot_be_sent_is_done_by_one_process_and_said(work, caplog
         return pa.record_batch({"number": [2 * n for n in range(*part)]}), Counter(rows=part[1] - part[0])
 
     assert run(double, work) == alone()
-    assert "one process tokenizes the rest" in caplog.text
+    assert "this process tokenizes the rest" in caplog.text
 
 
 SCRIPT = """
@@ -113,14 +116,14 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from doubling import PARTS, Double
-from qlora.runtime.workers import do_parts
+from qlora.runtime.workers import run_parts
 print("begun", flush=True)
 folder = Path(sys.argv[1])
 task = Double(folder / "notes", os.getpid())
 parts = PARTS if len(sys.argv) < 3 else [(n, n + 1) for n in range(10**6)]
 from qlora.data.cache import Cache
 def write(work):
-    for batch, _ in do_parts(task, parts, processes=3, folder=work, shown="data.path=x"):
+    for batch, _ in run_parts(task, parts, processes=3, folder=work, label="data.path=x"):
         (work / "half").touch()
 Cache(folder / "cache").entry("key", write)
 print("finished", flush=True)

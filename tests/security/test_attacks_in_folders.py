@@ -51,7 +51,7 @@ TASKS = {
     "doc_to_text: !function os.system": "add trusted=[os]",
     "process_docs: !function {absolute}.f": "not trusted",
     "include: {elsewhere}/more.yaml": "add trusted=[elsewhere_utils]",
-    "metric_list: [{{metric: {elsewhere}/evil_metric}}]": "names a script of somebody's",
+    "metric_list: [{{metric: {elsewhere}/evil_metric}}]": "names a script of an unknown author",
     "dataset_path: iceberg\ndataset_kwargs: {{catalog_properties: {{py-io-impl: utils.f}}}}": "must be one of json",
     "doc_to_text: \"{{{{cycler.__init__.__globals__.os.system('touch {mark}')}}}}\"": "unsafe",
     "doc_to_choice: \"{{{{lipsum.__globals__['os'].system('touch {mark}')}}}}\"": "unsafe",
@@ -204,7 +204,7 @@ def test_an_adapter_names_no_module(tmp_path: Path) -> None:
 def test_a_pickle_in_the_study_of_a_sweep_does_not_go_off(mark: Path) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("cmaes")
-    from qlora.sweep.search import SafeCmaEsSampler
+    from qlora.upstream.optuna import SafeCmaEsSampler
 
     def objective(trial: Any) -> float:
         return float(trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1))

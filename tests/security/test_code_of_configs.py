@@ -62,7 +62,7 @@ def test_a_callback_must_be_one(tmp_path: Path) -> None:
     overrides = ["callbacks.x._target_=transformers.AutoModelForCausalLM.from_pretrained", *QUICK]
     with pytest.raises(UserError, match=r"callbacks\.x"):
         Run(compose(overrides), tmp_path).train()
-    with pytest.raises(UserError, match=r"callbacks\.x\._target_=transformers\.LlamaConfig is no TrainerCallback"):
+    with pytest.raises(UserError, match=r"callbacks\.x\._target_=transformers\.LlamaConfig is not a TrainerCallback"):
         Run(compose(["callbacks.x._target_=transformers.LlamaConfig", *QUICK]), tmp_path).train()
 
 

@@ -105,8 +105,8 @@ def test_a_model_card_cannot_be_left(tmp_path: Path) -> None:
     card = path.read_text()
     outside, fence = [], ""
     for line in card.splitlines():
-        if (found := re.match("(`{3,})", line)) and (not fence or line == fence):
-            fence = "" if fence else found[1]
+        if (match := re.match("(`{3,})", line)) and (not fence or line == fence):
+            fence = "" if fence else match[1]
         elif not fence:
             outside.append(line)
     assert not fence

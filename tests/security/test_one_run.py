@@ -15,7 +15,7 @@ from promises import QUICK, ROOT, SECRETS, losses
 from qlora.config.compose import compose
 from qlora.run import Run
 from qlora.secrets import HIDDEN
-from qlora.training.trainer import build_arguments
+from qlora.training.arguments import build_arguments
 
 CHILD = """
 import os, socket, sys
@@ -55,8 +55,8 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     folder = tmp_path_factory.mktemp("child")
     who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     (folder / "settings.py").write_text("x = 1\n")
-    for words in (("init", "-q"), ("add", "settings.py"), (*who, "commit", "-q", "-m", "first")):
-        subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True)
+    for args in (("init", "-q"), ("add", "settings.py"), (*who, "commit", "-q", "-m", "first")):
+        subprocess.run(["git", *args], cwd=folder, check=True, capture_output=True)
     planted = f"x = 2\ntoken = '{SECRETS['HF_TOKEN']}'\nPASSWORD = 'only-in-the-diff'\nplain = 'stays'\n"
     (folder / "settings.py").write_text(planted)
     (folder / "logs_it.py").write_text(
@@ -72,9 +72,9 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_"))}
     environment |= SECRETS | {"PYTHONPATH": f"{folder}:{ROOT}:{ROOT}/qlora/plugins", "HF_HOME": str(folder / "hf")}
-    words = [*QUICK, "hydra.run.dir=run", "tracking=wandb", "tracking.mode=offline", "trusted=[logs_it]"]
-    words.append("callbacks.logs._target_=logs_it.LogsIt")
-    command = [sys.executable, "-c", CHILD, *words]
+    args = [*QUICK, "hydra.run.dir=run", "tracking=wandb", "tracking.mode=offline", "trusted=[logs_it]"]
+    args.append("callbacks.logs._target_=logs_it.LogsIt")
+    command = [sys.executable, "-c", CHILD, *args]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
@@ -100,8 +100,8 @@ def test_no_secret_reaches_a_file_or_the_screen(child: tuple[Path, subprocess.Co
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for name, secret in SECRETS.items():
-        found = [str(path) for path in files if secret.encode() in path.read_bytes()]
-        assert not found, f"{name} in {found}"
+        matches = [str(path) for path in files if secret.encode() in path.read_bytes()]
+        assert not matches, f"{name} in {matches}"
         assert secret not in done.stdout + done.stderr, name
     log = (folder / "run" / "train.log").read_text()
     assert f"the key is {HIDDEN}" in log

@@ -121,13 +121,13 @@ def test_the_address_of_a_study_comes_from_a_variable_by_its_name() -> None:
 def test_a_trial_is_handed_the_name_of_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     optuna = pytest.importorskip("optuna")
     from qlora.runtime.search_trial import TrialLink
-    from qlora.sweep.search import _link_words
+    from qlora.sweep.search import _link_override
 
     url = f"sqlite:///{tmp_path}/study.db?password={PASSWORD}"
     study = optuna.create_study(study_name="s", storage=f"sqlite:///{tmp_path}/study.db")
     trial = study.ask()
     link = TrialLink(None, "STORE", "s", trial._trial_id, "eval_loss", "none", {})
-    for text in (link.to_text(), *_link_words(link), str(pickle.dumps(link))):
+    for text in (link.to_text(), *_link_override(link), str(pickle.dumps(link))):
         assert PASSWORD not in text
         assert "STORE" in text
     monkeypatch.setenv("STORE", url.partition("?")[0])

@@ -28,12 +28,12 @@ def test_names_inside_data_and_models_do_not_become_paths(tmp_path: Path, base: 
     (base / "chat_template.jinja").unlink(missing_ok=True)
     settings["chat_template"] = [{"name": "../../../evil", "template": "x"}, {"name": "default", "template": "y"}]
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    before = set(tmp_path.rglob("*"))
-    words = ["data=local", f"data.path={tmp_path}/rows.jsonl", "data.eval_dataset_size=4", "recipe=none"]
+    previous = set(tmp_path.rglob("*"))
+    args = ["data=local", f"data.path={tmp_path}/rows.jsonl", "data.eval_dataset_size=4", "recipe=none"]
     folder = tmp_path / "runs" / "inner" / "mine"
-    Run(compose([f"model.name={base}", *QUICK, *words]), folder).train()
+    Run(compose([f"model.name={base}", *QUICK, *args]), folder).train()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    written = set(tmp_path.rglob("*")) - before
+    written = set(tmp_path.rglob("*")) - previous
     assert {path for path in written if folder not in path.parents} == {folder, *list(folder.parents)[:2]}
     with pytest.raises(UserError):
         compose(["model.name=a/../../b", "task=push", "repo=../x/y"])

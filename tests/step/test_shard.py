@@ -113,7 +113,7 @@ def main(folder: Path, *names: str) -> None:
         rows = batch(seed=2 + distributed.rank())
         held = [0, 0]
         if shards:
-            shard_base(model, torch.device("cpu"), distributed.size())
+            shard_base(model, torch.device("cpu"), distributed.world_size())
             held[0] = held_bytes(model)
         step = build_step(model, config)
         step.checkpointed = checkpointed
@@ -127,14 +127,14 @@ def main(folder: Path, *names: str) -> None:
         mine = {"loss": loss, "gradients": gradients, "evaluated": evaluated, "parts": step.parts, "graphs": graphs}
         return mine, (held, fused)
 
-    distributed.join()
+    distributed.init_process_group()
     results = {}
     for name in names:
         whole, _ = train(name, shards=False)
         sharded, (held, fused) = train(name, shards=True)
         results[name] = {"whole": whole, "sharded": sharded, "held": held, "fused": fused}
     torch.save(results, folder / f"{distributed.rank()}.pt")
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 def held_bytes(model: torch.nn.Module) -> int:

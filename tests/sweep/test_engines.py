@@ -18,7 +18,8 @@ from qlora.sweep.engine_config import SlurmSettings
 from qlora.sweep.engines import build_engine, check_engine
 from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job
-from qlora.sweep.slurm import check_programs, prepare_job, script_text, submitted_name
+from qlora.sweep.slurm_batch import prepare_job, script_text, submitted_name
+from qlora.sweep.slurm_client import check_programs
 
 FIXED = ("--nodes=1", "--ntasks=1", "--requeue", "--open-mode=append")
 
@@ -73,7 +74,7 @@ def test_slurm_gets_one_array_whose_indices_lead_to_the_jobs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["launcher=slurm", "timeout_min=0"], "hydra.launcher.timeout_min must be positive, got 0"),
         (["launcher=slurm", "array_parallelism=0"], "hydra.launcher.array_parallelism must be positive, got 0"),
@@ -91,8 +92,8 @@ def test_slurm_gets_one_array_whose_indices_lead_to_the_jobs(tmp_path: Path) -> 
         (["launcher=processes", "sweep.detach=true"], "sweep.detach=true needs an engine that keeps the jobs"),
     ],
 )  # fmt: skip
-def test_impossible_settings_are_one_sentence(words: list[str], sentence: str) -> None:
-    launcher, *rest = words
+def test_impossible_settings_are_one_sentence(args: list[str], sentence: str) -> None:
+    launcher, *rest = args
     overrides = [
         f"hydra/{launcher}",
         *(word if word.startswith("sweep.") else f"hydra.launcher.{word}" for word in rest),
@@ -103,8 +104,8 @@ def test_impossible_settings_are_one_sentence(words: list[str], sentence: str) -
 
 
 def test_ray_takes_what_its_own_functions_take() -> None:
-    words = ["address=auto", "num_cpus=2", "runtime_env={env_vars: {A: b}}"]
-    composed = compose_dict(["hydra/launcher=ray", *(f"hydra.launcher.ray.init.{word}" for word in words)])
+    args = ["address=auto", "num_cpus=2", "runtime_env={env_vars: {A: b}}"]
+    composed = compose_dict(["hydra/launcher=ray", *(f"hydra.launcher.ray.init.{word}" for word in args)])
     given = OmegaConf.to_container(composed.hydra.launcher.ray.init)
     assert given == {"address": "auto", "num_cpus": 2, "runtime_env": {"env_vars": {"A": "b"}}}
 

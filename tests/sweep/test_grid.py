@@ -25,7 +25,7 @@ from qlora.sweep.launcher import AHEAD, JobsFailed
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.live_table import Upkeep
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.sweep_report import write_overview
+from qlora.sweep.sweep_page import write_overview
 
 FOLDER = Path("outputs/sweeps/grid")
 
@@ -44,7 +44,7 @@ def finish(folder: Path, loss: float = 1.0) -> None:
     write_status(folder, Status.finished, result="result.json")
 
 
-def run(*words: str, launch: Callable[..., Any] | None = None) -> list[list[str]]:
+def run(*args: str, launch: Callable[..., Any] | None = None) -> list[list[str]]:
     """Runs a grid by an engine of another project; returns the overrides of the jobs that it was given."""
     config, given = compose_dict([f"hydra.sweep.dir={FOLDER}"]), []
 
@@ -55,7 +55,7 @@ def run(*words: str, launch: Callable[..., Any] | None = None) -> list[list[str]
             finish(folder)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=None) for _ in batch]
 
-    run_grid(config, list(words), launch=launch or finish_all, build=None)
+    run_grid(config, list(args), launch=launch or finish_all, build=None)
     return given
 
 
@@ -64,25 +64,25 @@ def overview() -> dict[str, Any]:
 
 
 def test_a_combination_is_what_its_overrides_compose_to() -> None:
-    words = ["lora=all-linear,dora", "lora.target_modules=all-linear,[q_proj,v_proj]", "trainer.learning_rate=1e-3,2",
+    args = ["lora=all-linear,dora", "lora.target_modules=all-linear,[q_proj,v_proj]", "trainer.learning_rate=1e-3,2",
              "quantization.compute_dtype=fp32,bf16", "seed=range(0,2)", "name=x", "data.columns={output: answer}",
              "trainer.eval_steps=null,5"]  # fmt: skip
-    grid = Combinations(words)
-    places = list(grid)
-    assert len(places) == len(grid) == 64
-    for positions in places[::13]:
+    grid = Combinations(args)
+    combinations = list(grid)
+    assert len(combinations) == len(grid) == 64
+    for positions in combinations[::13]:
         assert grid.config(positions) == compose(grid.overrides(positions))
 
 
 def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:
     mix = "data.mix={one: {path: a.jsonl, weight: 2}, two: b.jsonl}"
-    for words in ([], ["model=llama-7b", "evaluation=mmlu", "tracking=wandb"], ["data=mix", mix]):
-        config = compose(words)
+    for args in ([], ["model=llama-7b", "evaluation=mmlu", "tracking=wandb"], ["data=mix", mix]):
+        config = compose(args)
         assert config_to_dict(config) == OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["lora.r=8,0"], "lora.r must be positive, got 0"),
         (["seed=1,x"], "seed must be a whole number, got 'x'"),
@@ -92,16 +92,16 @@ def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:
         (["trainer.max_steps=5,9223372036854775808"], "trainer.max_steps must lie between -2^63 and 2^63"),
     ],
 )
-def test_every_value_is_checked_before_a_job_starts(words: list[str], sentence: str) -> None:
+def test_every_value_is_checked_before_a_job_starts(args: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence.replace("^", r"\^")):
-        run("trainer.max_steps=1", *words)
+        run("trainer.max_steps=1", *args)
     assert not FOLDER.exists()
 
 
 def test_a_combination_that_is_refused_is_a_failed_job_and_the_others_run() -> None:
-    words = ["quantization=none,nf4", "lora=all-linear,pissa"]
+    args = ["quantization=none,nf4", "lora=all-linear,pissa"]
     with pytest.raises(JobsFailed, match="1 of 4 jobs failed"):
-        run(*words)
+        run(*args)
     assert overview()["counts"] == {"finished": 3, "failed": 1}
     [failed] = [job for job in overview()["jobs"] if job["status"] == "failed"]
     assert failed["overrides"] == ["quantization=nf4", "lora=pissa"]
@@ -223,10 +223,10 @@ def test_only_changed_jobs_are_put_into_text_again(tmp_path: Path) -> None:
     jobs = {f"j{number}": Job(tmp_path / f"j{number}", [f"seed={number}"]) for number in range(3)}
     sweep = Sweep(tmp_path, "eval_loss", jobs)
     sweep.write()
-    before = dict(sweep._texts)
+    previous = dict(sweep._texts)
     jobs["j1"].status = Status.running
     sweep.write()
-    assert [name for name in jobs if sweep._texts[name] is not before[name]] == ["j1"]
+    assert [name for name in jobs if sweep._texts[name] is not previous[name]] == ["j1"]
     assert [job["status"] for job in json.loads((tmp_path / "sweep.json").read_text())["jobs"]] == [
         "queued", "running", "queued"
     ]  # fmt: skip

@@ -42,21 +42,21 @@ class Fault(TrainerCallback):
 )
 
 
-def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    own = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *words]
+def start(folder: Path, *args: str, **environment: str) -> subprocess.Popen[str]:
+    extra = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *args]
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | own | environment,
+        env=os.environ | extra | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def sweep(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
-    process = start(folder, *words, **environment)
+def sweep(folder: Path, *args: str, **environment: str) -> tuple[int, str, str]:
+    process = start(folder, *args, **environment)
     output, errors = process.communicate(timeout=500)
     return process.returncode, output, errors
 
@@ -66,10 +66,10 @@ def overview(folder: Path, name: str) -> dict[str, Any]:
 
 
 def by_status(folder: Path, name: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    actual: dict[str, list[str]] = {}
     for job in overview(folder, name)["jobs"]:
-        found.setdefault(job["status"], []).append(job["job"].rpartition("-")[0])
-    return found
+        actual.setdefault(job["status"], []).append(job["job"].rpartition("-")[0])
+    return actual
 
 
 def starts(folder: Path, name: str) -> dict[str, int]:
@@ -83,14 +83,14 @@ def starts(folder: Path, name: str) -> dict[str, int]:
 @pytest.mark.full
 def test_four_faults_leave_the_others_and_are_run_again_alone(tmp_path: Path) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
-    words = ["name=faults", "seed=range(0,6)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
-    words.append("trusted=[faults]")
-    faults = {"0": "raise", "2": "exit", "3": "kill", "5": "memory"}
-    code, output, errors = sweep(tmp_path, *words, FAULTS=json.dumps(faults))
+    args = ["name=faults", "seed=range(0,6)", "callbacks.fault._target_=faults.Fault", "hydra.launcher.n_jobs=2"]
+    args.append("trusted=[faults]")
+    failures = {"0": "raise", "2": "exit", "3": "kill", "5": "memory"}
+    code, output, errors = sweep(tmp_path, *args, FAULTS=json.dumps(failures))
     assert code == 1, output + errors
-    found = by_status(tmp_path, "faults")
-    assert sorted(found["failed"]) == ["seed=0", "seed=2", "seed=3", "seed=5"]
-    assert len(found["finished"]) == 2
+    actual = by_status(tmp_path, "faults")
+    assert sorted(actual["failed"]) == ["seed=0", "seed=2", "seed=3", "seed=5"]
+    assert len(actual["finished"]) == 2
     reasons = {job["overrides"][0]: job["reason"] for job in overview(tmp_path, "faults")["jobs"]}
     assert reasons["seed=0"] == "ValueError: a bad row"
     assert reasons["seed=2"] == "SystemExit: 0"
@@ -103,11 +103,11 @@ def test_four_faults_leave_the_others_and_are_run_again_alone(tmp_path: Path) ->
     )
     board = (tmp_path / "outputs/sweeps/faults/leaderboard.md").read_text()
     assert "ValueError: a bad row" in board
-    before = starts(tmp_path, "faults")
-    code, output, errors = sweep(tmp_path, *words)
+    previous = starts(tmp_path, "faults")
+    code, output, errors = sweep(tmp_path, *args)
     assert code == 0, output + errors
     assert by_status(tmp_path, "faults").keys() == {"finished"}
-    again = {job: count - before[job] for job, count in starts(tmp_path, "faults").items()}
+    again = {job: count - previous[job] for job, count in starts(tmp_path, "faults").items()}
     assert {job for job, count in again.items() if count} == {"seed=0", "seed=2", "seed=3", "seed=5"}
     with (tmp_path / "outputs/sweeps/faults/leaderboard.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -131,14 +131,14 @@ def test_a_grown_grid_keeps_what_is_finished_and_another_config_is_refused(tmp_p
 
 @pytest.mark.full
 def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_one(tmp_path: Path) -> None:
-    words = ["seed=0,1", "name=two", "trainer.max_steps=400", "trainer.eval_steps=null", "trainer.save_steps=5"]
-    first = start(tmp_path, *words)
+    args = ["seed=0,1", "name=two", "trainer.max_steps=400", "trainer.eval_steps=null", "trainer.save_steps=5"]
+    first = start(tmp_path, *args)
     folder = tmp_path / "outputs" / "sweeps" / "two"
     end = time.monotonic() + 120
     while not list(folder.glob("*/checkpoints/checkpoint-*")):
         assert time.monotonic() < end
         time.sleep(0.1)
-    code, _, errors = sweep(tmp_path, *words)
+    code, _, errors = sweep(tmp_path, *args)
     assert (code, errors.strip().splitlines()[-1]) == (
         1, "error: another sweep runs in outputs/sweeps/two; wait until it has ended, or choose another folder"
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_o
     output, errors = first.communicate(timeout=60)
     assert first.returncode == 130, output + errors
     assert by_status(tmp_path, "two") == {"interrupted": ["seed=0"], "queued": ["seed=1"]}
-    again = start(tmp_path, *words)
+    again = start(tmp_path, *args)
     stdout = next(folder.glob("seed=0-*/")) / "stdout.log"
     while "resuming from checkpoint-" not in stdout.read_text():
         assert again.poll() is None
@@ -158,14 +158,14 @@ def test_a_second_sweep_in_the_folder_is_refused_and_ctrl_c_leaves_a_resumable_o
 def family(pid: int) -> list[int]:
     """A process and all that it has started, directly or not."""
     children = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
-    return [pid, *(each for child in children for each in family(child))]
+    return [pid, *(item for child in children for item in family(child))]
 
 
 def kill_family(pid: int) -> None:
     """Ends a process and all that it has started, as a machine that fails does: at one moment, without a warning."""
-    for each in family(pid):
+    for item in family(pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(item, signal.SIGKILL)
 
 
 def outcome(folder: Path, name: str) -> list[dict[str, str]]:
@@ -189,18 +189,18 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
 ) -> None:
     rate = "trainer.learning_rate=tag(log,interval(1e-4,1e-2))"
     search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.seed=0", rate]
-    words = [
+    args = [
         *([f"seed=range(0,{count})"] if slots == 2 else search),
         *(f"hydra.launcher.n_jobs={slots}", "trainer.max_steps=60", "trainer.eval_steps=20", "trainer.save_steps=2"),
     ]
     began = time.monotonic()
-    assert sweep(tmp_path, *words, "name=calm")[0] == 0
+    assert sweep(tmp_path, *args, "name=calm")[0] == 0
     calm = time.monotonic() - began
     folder, draw = tmp_path / "outputs/sweeps/killed", random.Random(0)
     hit: list[int] = []
     began = time.monotonic()
     for _ in range(count):
-        process = start(tmp_path, *words, "name=killed")
+        process = start(tmp_path, *args, "name=killed")
         try:
             process.communicate(timeout=draw.uniform(0, 0.7) * calm * slots / count)  # soon, or late in a job
         except subprocess.TimeoutExpired:
@@ -210,7 +210,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         else:
             assert process.returncode == 0, "it had no more to do"
     assert hit
-    code, output, errors = sweep(tmp_path, *words, "name=killed")
+    code, output, errors = sweep(tmp_path, *args, "name=killed")
     assert code == 0, output + errors
     logs = "".join(path.read_text() for path in folder.glob("*/stdout.log"))
     print(
@@ -230,7 +230,7 @@ def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["lora.rr=4,8"], "unknown key 'lora.rr'"),
         (["lora.r=4,0"], "lora.r must be positive, got 0"),
@@ -238,8 +238,8 @@ def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
         (["seed=0,1", "hydra.launcher.gpus_per_job=2"], "hydra.launcher.gpus_per_job=2, but no GPU is visible here"),
     ],
 )
-def test_a_mistake_ends_before_any_job(tmp_path: Path, words: list[str], sentence: str) -> None:
-    code, _, errors = sweep(tmp_path, *words, CUDA_VISIBLE_DEVICES="")
+def test_a_mistake_ends_before_any_job(tmp_path: Path, args: list[str], sentence: str) -> None:
+    code, _, errors = sweep(tmp_path, *args, CUDA_VISIBLE_DEVICES="")
     assert code == 1
     assert errors.strip().splitlines()[-1].startswith(f"error: {sentence}")
     assert not list(tmp_path.glob("outputs/sweeps/*/*/"))

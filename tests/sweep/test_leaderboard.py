@@ -77,11 +77,11 @@ def test_a_terminal_shows_one_line_a_row_and_says_what_is_left_out(
     monkeypatch.setattr("sys.stdout", terminal)
     console._console_on.cache_clear()
     print_leaderboard(build_leaderboard(sweep))
-    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
-    assert max(map(len, shown.splitlines())) <= room
-    assert ("left out" in shown) == (room == 80)
+    printed = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert max(map(len, printed.splitlines())) <= room
+    assert ("left out" in printed) == (room == 80)
     if room == 80:
-        assert "leaderboard.md has them" in shown
+        assert "leaderboard.md has them" in printed
 
 
 def test_what_is_no_terminal_gets_all_columns(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,9 @@ def front(tmp_path: Path) -> Leaderboard:
     """Of four runs, the third is worse than the first in both goals, and the fourth has diverged."""
     sweep = read_sweep(write_sweep(tmp_path / "front", {"lora.r": ["4", "8", "16", "32"]}))
     sweep.goals = {"eval_loss": "minimize", "eval_exact_match": "maximize"}
-    found = {"4": (0.5, 0.6), "8": (0.4, 0.5), "16": (0.6, 0.5), "32": (float("nan"), 0.1)}
+    actual = {"4": (0.5, 0.6), "8": (0.4, 0.5), "16": (0.6, 0.5), "32": (float("nan"), 0.1)}
     for job in sweep.jobs.values():
-        job.metrics["eval_loss"], job.metrics["eval_exact_match"] = found[job.values["lora.r"]]
+        job.metrics["eval_loss"], job.metrics["eval_exact_match"] = actual[job.values["lora.r"]]
     return build_leaderboard(sweep)
 
 
@@ -124,7 +124,9 @@ def test_the_front_of_several_goals_is_marked_everywhere(front: Leaderboard) -> 
     assert [line.split()[:2] for line in lines[1:]] == [["1", "*"], ["2", "*"], ["3", "16"], ["4", "32"]]
     text = to_markdown(front, "front")
     assert "| 2 \\* | 4 |" in text
-    assert "\\* in front: none is better by eval_loss or eval_exact_match without being worse by another" in text
+    assert (
+        "\\* in front: no other job is better by eval_loss or eval_exact_match without being worse by another" in text
+    )
     rows = list(csv.DictReader(io.StringIO(to_csv(front))))
     assert [(row["lora.r"], row["front"]) for row in rows] == [("8", "yes"), ("4", "yes"), ("16", "no"), ("32", "no")]
 

@@ -1,4 +1,4 @@
-"""Searches by Optuna: what they draw, tell and keep, that they go on after every kind of end, and what they refuse."""
+"""Searches by Optuna: their trials, results and files, their resumption after every kind of end, and their errors."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ RATE = "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"
 RATES = "trainer.learning_rate=1e-1,1e-2,1e-3"
 
 
-def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *args: str, **environment: str) -> subprocess.Popen[str]:
     (folder / "fake.py").write_text(FAKE)
-    slots = [] if any(word.startswith("hydra/launcher=") for word in words) else ["hydra.launcher.n_jobs=2"]
-    command = [sys.executable, "fake.py", "-m", "hydra/sweeper=optuna", "name=s", *slots, *words]
+    slots = [] if any(word.startswith("hydra/launcher=") for word in args) else ["hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "fake.py", "-m", "hydra/sweeper=optuna", "name=s", *slots, *args]
     return subprocess.Popen(
         command, cwd=folder, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def search(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
-    process = start(folder, *words, **environment)
+def search(folder: Path, *args: str, **environment: str) -> tuple[int, str, str]:
+    process = start(folder, *args, **environment)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -126,29 +126,29 @@ def test_a_search_goes_on_where_it_ended_and_draws_new_points(tmp_path: Path) ->
     trials = study(tmp_path).trials
     assert len({str(trial.params) for trial in trials}) == 6
     best = min(trials, key=lambda trial: trial.value)
-    found = results(tmp_path)
-    assert (found["best_params"], found["best_value"]) == (best.params, best.value)
-    program, *words = shlex.split(found["command"])
+    actual = results(tmp_path)
+    assert (actual["best_params"], actual["best_value"]) == (best.params, best.value)
+    program, *args = shlex.split(actual["command"])
     assert program == "qlora"
-    assert found["job"].endswith(identity(config_to_dict(compose(words))))
-    assert f"again    {found['command']}" in output
+    assert actual["job"].endswith(identity(config_to_dict(compose(args))))
+    assert f"again    {actual['command']}" in output
 
 
 def test_a_named_search_is_one_word_and_its_best_trial_runs_alone(tmp_path: Path) -> None:
     code, output, errors = search(tmp_path, "sweep=search", "lora.r=16", "hydra.sweeper.n_trials=1")
     assert code == 0, output + errors
-    found = results(tmp_path)
-    assert found["best_params"].keys() == {"trainer.learning_rate", "lora.dropout"}
-    _, *words = shlex.split(found["command"])
-    assert "hydra.mode=RUN" in words
-    assert check_overrides(words).lora.r == 16
-    assert found["job"].endswith(identity(config_to_dict(compose(words))))
+    actual = results(tmp_path)
+    assert actual["best_params"].keys() == {"trainer.learning_rate", "lora.dropout"}
+    _, *args = shlex.split(actual["command"])
+    assert "hydra.mode=RUN" in args
+    assert check_overrides(args).lora.r == 16
+    assert actual["job"].endswith(identity(config_to_dict(compose(args))))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp_path: Path, how: int) -> None:
-    words = [RATE, "hydra.sweeper.n_trials=5"]
-    process = start(tmp_path, *words, SECONDS="2")
+    args = [RATE, "hydra.sweeper.n_trials=5"]
+    process = start(tmp_path, *args, SECONDS="2")
     end = time.monotonic() + 120
     while not list(tmp_path.glob("outputs/sweeps/s/*/result.json")) or states(tmp_path).get("RUNNING") != 2:
         assert time.monotonic() < end
@@ -156,7 +156,7 @@ def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp
     process.send_signal(how)
     process.communicate()
     begun = [trial.params for trial in study(tmp_path).trials if trial.state.name == "RUNNING"]
-    code, output, errors = search(tmp_path, *words)
+    code, output, errors = search(tmp_path, *args)
     assert code == 0, output + errors
     assert states(tmp_path)["COMPLETE"] == 5
     done = [trial.params for trial in study(tmp_path).trials if trial.state.name == "COMPLETE"]
@@ -165,39 +165,39 @@ def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp
 
 def test_a_job_that_had_finished_meanwhile_tells_its_value(tmp_path: Path) -> None:
     assert search(tmp_path, RATES, "hydra.sweeper.sampler=grid", "hydra.sweeper.n_trials=1")[0] == 0
-    own = study(tmp_path)
-    trial = own.ask()  # as if the search had been killed before it was told
+    asked = study(tmp_path)
+    trial = asked.ask()  # as if the search had been killed before it was told
     trial.suggest_categorical("trainer.learning_rate", [0.1, 0.01, 0.001])
-    trial.set_user_attr("job", own.trials[0].user_attrs["job"])
+    trial.set_user_attr("job", asked.trials[0].user_attrs["job"])
     code, output, errors = search(tmp_path, RATES, "hydra.sweeper.n_trials=2")
     assert code == 0, output + errors
-    assert [trial.value for trial in study(tmp_path).trials] == [own.trials[0].value] * 2
+    assert [trial.value for trial in study(tmp_path).trials] == [asked.trials[0].value] * 2
     assert list(starts(tmp_path).values()) == [1]
 
 
 def test_failed_trials_are_told_do_not_count_and_end_a_search_that_has_too_many(tmp_path: Path) -> None:
-    words = [RATE, "lora.r=choice(8,64)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=3"]
-    code, output, errors = search(tmp_path, *words)
-    found = states(tmp_path)
+    args = [RATE, "lora.r=choice(8,64)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=3"]
+    code, output, errors = search(tmp_path, *args)
+    actual = states(tmp_path)
     assert code == 1, output + errors
-    assert found["COMPLETE"] == 3
-    board = "outputs/sweeps/s/leaderboard.md says why; the same command goes on with the search"
-    noun = "trial" if found["FAIL"] == 1 else "trials"
-    assert errors.strip().endswith(f"error: {found['FAIL']} {noun} failed: {board}")
+    assert actual["COMPLETE"] == 3
+    board = "outputs/sweeps/s/leaderboard.md says why; the same command resumes the search"
+    noun = "trial" if actual["FAIL"] == 1 else "trials"
+    assert errors.strip().endswith(f"error: {actual['FAIL']} {noun} failed: {board}")
     assert "failed, ValueError: rank 64" in (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
-    words = [RATE, "lora.r=choice(64)", "hydra.sweeper.max_failures=1", "name=t", "hydra.launcher.n_jobs=1"]
-    code, output, errors = search(tmp_path, *words)
+    args = [RATE, "lora.r=choice(64)", "hydra.sweeper.max_failures=1", "name=t", "hydra.launcher.n_jobs=1"]
+    code, output, errors = search(tmp_path, *args)
     assert code == 1
     assert states(tmp_path, "t") == {"FAIL": 2}
     assert "2 trials failed, more than hydra.sweeper.max_failures=1 allows, so the search stopped: " in errors
 
 
 def test_a_grid_has_every_point_once_and_runs_failed_ones_again(tmp_path: Path) -> None:
-    words = ["trainer.learning_rate=1e-1,1e-3", "lora.r=8,64", "hydra.sweeper.sampler=grid"]
-    code, output, errors = search(tmp_path, *words)
+    args = ["trainer.learning_rate=1e-1,1e-3", "lora.r=8,64", "hydra.sweeper.sampler=grid"]
+    code, output, errors = search(tmp_path, *args)
     assert code == 1, output + errors
     assert states(tmp_path) == {"COMPLETE": 2, "FAIL": 2}
-    code, output, errors = search(tmp_path, *words, MENDED="1")
+    code, output, errors = search(tmp_path, *args, MENDED="1")
     assert code == 0, output + errors
     assert "2 jobs to run, 2 finished already" in output
     assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 2}
@@ -205,8 +205,8 @@ def test_a_grid_has_every_point_once_and_runs_failed_ones_again(tmp_path: Path) 
 
 
 def test_values_that_exclude_each_other_fail_their_trial_alone(tmp_path: Path) -> None:
-    words = ["quantization=none,nf4", "lora=all-linear,pissa", "hydra.sweeper.sampler=grid"]
-    code, output, errors = search(tmp_path, *words)
+    args = ["quantization=none,nf4", "lora=all-linear,pissa", "hydra.sweeper.sampler=grid"]
+    code, output, errors = search(tmp_path, *args)
     assert code == 1, output + errors
     assert states(tmp_path) == {"COMPLETE": 3, "FAIL": 1}
     sentence = "quantization=nf4 lora=pissa: failed, lora.init=pissa rewrites the base weights"
@@ -215,8 +215,8 @@ def test_values_that_exclude_each_other_fail_their_trial_alone(tmp_path: Path) -
 
 
 def test_points_that_are_drawn_again_start_no_job_and_a_diverged_one_is_the_worst(tmp_path: Path) -> None:
-    words = ["lora.r=choice(8,128)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=8"]
-    code, output, errors = search(tmp_path, *words)
+    args = ["lora.r=choice(8,128)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=8"]
+    code, output, errors = search(tmp_path, *args)
     assert code == 0, output + errors
     assert list(starts(tmp_path).values()) == [1, 1]
     values = {(trial.params["lora.r"], trial.value) for trial in study(tmp_path).trials}
@@ -225,11 +225,11 @@ def test_points_that_are_drawn_again_start_no_job_and_a_diverged_one_is_the_wors
 
 
 def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
-    words = ["lora.r=choice(8,16)", "trainer.learning_rate=1e-1,1e-3", "hydra.sweeper.sampler=grid"]
-    code, output, errors = search(tmp_path, *words, "hydra.sweeper.objectives=[eval_loss,train_runtime]")
+    args = ["lora.r=choice(8,16)", "trainer.learning_rate=1e-1,1e-3", "hydra.sweeper.sampler=grid"]
+    code, output, errors = search(tmp_path, *args, "hydra.sweeper.objectives=[eval_loss,train_runtime]")
     assert code == 0, output + errors
     solutions = results(tmp_path)["solutions"]
-    assert {(each["params"]["lora.r"], each["params"]["trainer.learning_rate"]) for each in solutions} == {
+    assert {(item["params"]["lora.r"], item["params"]["trainer.learning_rate"]) for item in solutions} == {
         (8, 0.001), (16, 0.001)
     }  # fmt: skip
     assert study(tmp_path).metric_names == ["eval_loss", "train_runtime"]
@@ -240,7 +240,7 @@ def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
         }
     assert "1 *  16  0.001" in output
     assert "<h2>Best compromises</h2>" in (tmp_path / "outputs/sweeps/s/report.html").read_text()
-    code, _, errors = search(tmp_path, *words)
+    code, _, errors = search(tmp_path, *args)
     assert code == 1
     assert "is to minimize eval_loss, minimize train_runtime, not to minimize eval_loss; choose another" in errors
 
@@ -253,18 +253,18 @@ def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
     ],
 )
 def test_trials_that_fall_behind_end_early(tmp_path: Path, pruner: list[str], engine: str) -> None:
-    words = ["trainer.learning_rate=1e-3,1e-2,1e-1,1e-5", "hydra.sweeper.sampler=grid", "trainer.max_steps=40",
+    args = ["trainer.learning_rate=1e-3,1e-2,1e-1,1e-5", "hydra.sweeper.sampler=grid", "trainer.max_steps=40",
              "trainer.eval_steps=10", f"hydra.sweeper.pruner={pruner[0]}", pruner[1], engine]  # fmt: skip
-    code, output, errors = search(tmp_path, *words)
+    code, output, errors = search(tmp_path, *args)
     assert code == 0, output + errors
-    found = states(tmp_path)
-    assert found["PRUNED"] == 3 if pruner[0] == "median" else found["PRUNED"] >= 1
+    actual = states(tmp_path)
+    assert actual["PRUNED"] == 3 if pruner[0] == "median" else actual["PRUNED"] >= 1
     overview = json.loads((tmp_path / "outputs/sweeps/s/sweep.json").read_text())
-    assert overview["counts"] == {"finished": found["COMPLETE"], "pruned": found["PRUNED"]}
+    assert overview["counts"] == {"finished": actual["COMPLETE"], "pruned": actual["PRUNED"]}
     assert "pruned, eval_loss " in (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
-    assert len(list(tmp_path.glob("outputs/sweeps/s/*/result.json"))) == found["COMPLETE"]
-    assert search(tmp_path, *words)[0] == 0
-    assert states(tmp_path) == found
+    assert len(list(tmp_path.glob("outputs/sweeps/s/*/result.json"))) == actual["COMPLETE"]
+    assert search(tmp_path, *args)[0] == 0
+    assert states(tmp_path) == actual
 
 
 PRUNING = [
@@ -281,22 +281,22 @@ def told(folder: Path) -> dict[str, str]:
 @pytest.mark.full
 def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp_path: Path) -> None:
     rates = "trainer.learning_rate=1e-3,2e-3,5e-4,3e-3,1e-1,1e-5,2e-5,5e-2,4e-3,3e-4,2e-1,5e-3"
-    words = [rates, "hydra.sweeper.sampler=grid", *PRUNING]
+    args = [rates, "hydra.sweeper.sampler=grid", *PRUNING]
     reasons = {
         1: "ValueError: a bad row",
         4: "SystemExit: 0",
         5: "killed (SIGKILL): the system does so when memory runs out",
         9: "MemoryError()",
     }
-    faults = dict(zip(reasons, ("raise", "exit", "kill", "memory"), strict=True))
-    code, output, errors = search(tmp_path, *words, FAULTS=json.dumps(faults))
+    failures = dict(zip(reasons, ("raise", "exit", "kill", "memory"), strict=True))
+    code, output, errors = search(tmp_path, *args, FAULTS=json.dumps(failures))
     assert code == 1, output + errors
     assert errors.strip().endswith(
-        "error: 4 trials failed: outputs/sweeps/s/leaderboard.md says why; the same command goes on with the search"
+        "error: 4 trials failed: outputs/sweeps/s/leaderboard.md says why; the same command resumes the search"
     )
-    found = states(tmp_path)
-    assert found.keys() == {"COMPLETE", "PRUNED", "FAIL"}
-    assert found["COMPLETE"] + found["PRUNED"] == 8
+    actual = states(tmp_path)
+    assert actual.keys() == {"COMPLETE", "PRUNED", "FAIL"}
+    assert actual["COMPLETE"] + actual["PRUNED"] == 8
     jobs = {job["job"]: job for job in json.loads((tmp_path / "outputs/sweeps/s/sweep.json").read_text())["jobs"]}
     failed = {number: trial.user_attrs["job"] for number, trial in enumerate(study(tmp_path).trials)
               if trial.state.name == "FAIL"}  # fmt: skip
@@ -305,10 +305,10 @@ def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp
     assert {name: state[job["status"]] for name, job in jobs.items()} == told(tmp_path)
     board = (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
     assert all(f"failed, {reason}" in board and f"failed, {reason}" in output for reason in reasons.values())
-    before, good = starts(tmp_path), [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"]
-    code, output, errors = search(tmp_path, *words)
+    previous, good = starts(tmp_path), [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"]
+    code, output, errors = search(tmp_path, *args)
     assert code == 0, output + errors
-    assert {job for job, count in starts(tmp_path).items() if count > before[job]} == set(failed.values())
+    assert {job for job, count in starts(tmp_path).items() if count > previous[job]} == set(failed.values())
     assert len(told(tmp_path)) == 12
     assert set(told(tmp_path).values()) == {"COMPLETE", "PRUNED"}
     assert [trial.params for trial in study(tmp_path).trials if trial.state.name != "FAIL"][:8] == good
@@ -316,24 +316,24 @@ def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp
 
 @pytest.mark.full
 def test_a_search_that_faults_had_stopped_goes_on_to_the_wanted_number_of_trials(tmp_path: Path) -> None:
-    words = [RATE, *PRUNING, "hydra.sweeper.n_trials=5", "hydra.sweeper.max_failures=1"]
-    code, output, errors = search(tmp_path, *words, FAULTS=json.dumps({0: "kill", 2: "raise"}))
+    args = [RATE, *PRUNING, "hydra.sweeper.n_trials=5", "hydra.sweeper.max_failures=1"]
+    code, output, errors = search(tmp_path, *args, FAULTS=json.dumps({0: "kill", 2: "raise"}))
     assert code == 1, output + errors
     assert "2 trials failed, more than hydra.sweeper.max_failures=1 allows, so the search stopped: " in errors
-    before = starts(tmp_path)
-    assert 2 <= len(before) < 5
-    code, output, errors = search(tmp_path, *words)
+    previous = starts(tmp_path)
+    assert 2 <= len(previous) < 5
+    code, output, errors = search(tmp_path, *args)
     assert code == 0, output + errors
-    found = states(tmp_path)
-    assert (found.pop("FAIL"), sum(found.values())) == (2, 5)
-    assert found.keys() <= {"COMPLETE", "PRUNED"}
+    actual = states(tmp_path)
+    assert (actual.pop("FAIL"), sum(actual.values())) == (2, 5)
+    assert actual.keys() <= {"COMPLETE", "PRUNED"}
     assert len(starts(tmp_path)) == 7
-    assert all(starts(tmp_path)[job] == count for job, count in before.items())
+    assert all(starts(tmp_path)[job] == count for job, count in previous.items())
 
 
 @pytest.mark.slow
 def test_a_real_study_prunes_a_training(tmp_path: Path) -> None:
-    words = [
+    args = [
         *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
         *("trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0"),
         *("trainer.logging_steps=1", "trainer.eval_steps=2", "data.max_eval_samples=8", "data.max_train_samples=64"),
@@ -341,7 +341,7 @@ def test_a_real_study_prunes_a_training(tmp_path: Path) -> None:
         *("hydra/sweeper=optuna", "hydra.sweeper.sampler=grid", "trainer.learning_rate=5e-3,1e-6"),
         *("hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=1"),
     ]
-    command = [sys.executable, "-m", "qlora", "-m", *words]
+    command = [sys.executable, "-m", "qlora", "-m", *args]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = study(tmp_path, "real").trials
@@ -359,18 +359,18 @@ def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_prun
     from qlora.training.pruning import PruningCallback
 
     url = f"sqlite:///{tmp_path}/study.db"
-    own = optuna.create_study(study_name="s", storage=url)
-    good, bad = own.ask(), own.ask()
+    asked = optuna.create_study(study_name="s", storage=url)
+    good, bad = asked.ask(), asked.ask()
     for step in (10, 20, 30, 40):
         good.report(1.0, step)
-    own.tell(good, 1.0)
+    asked.tell(good, 1.0)
     link = TrialLink(
         url, None, "s", bad._trial_id, "eval_loss", "median", {"n_startup_trials": 1, "n_warmup_steps": 20}
     )
     callback = PruningCallback(TrialLink.from_text(link.to_text()))
     state = SimpleNamespace(log_history=[{"loss": 4, "step": 9}, {"eval_loss": 3, "step": 10}], max_steps=30)
     callback.on_train_begin(None, state, None)
-    assert own.trials[1].intermediate_values == {10: 3}
+    assert asked.trials[1].intermediate_values == {10: 3}
     state.global_step = 30
     callback.on_evaluate(None, state, None, {"eval_loss": 2.5})
     state.global_step, state.max_steps = 40, 50
@@ -408,24 +408,26 @@ def test_hydra_s_words_are_distributions(override: str, described: str) -> None:
 
 
 def test_a_value_is_written_so_that_the_same_one_is_read_back() -> None:
-    own = space(RATE, "lora.dropout=range(0,0.5,0.1)", "lora.r=8,16", "lora.target_modules=all-linear,[q_proj,k_proj]")
+    asked = space(
+        RATE, "lora.dropout=range(0,0.5,0.1)", "lora.r=8,16", "lora.target_modules=all-linear,[q_proj,k_proj]"
+    )
     values = {"trainer.learning_rate": 0.00012345678901234567, "lora.dropout": 0.1 + 0.2, "lora.r": 8,
               "lora.target_modules": "[q_proj,k_proj]"}  # fmt: skip
-    config = compose(own.words(values))
+    config = compose(asked.overrides(values))
     assert config.trainer.learning_rate == values["trainer.learning_rate"]
     assert (config.lora.dropout, config.lora.r, config.lora.target_modules) == (0.3, 8, ["q_proj", "k_proj"])
 
 
 def test_a_parameter_under_a_condition_is_tried_with_its_parent_only() -> None:
     params = {"lora.loraplus_lr_ratio": "interval(1,32)", "lora": "choice(all-linear,loraplus)"}
-    own = space(params=params, conditions={"lora.loraplus_lr_ratio": "lora=loraplus"})
-    assert [parameter.name for parameter in own.parameters] == ["lora", "lora.loraplus_lr_ratio"]
+    asked = space(params=params, conditions={"lora.loraplus_lr_ratio": "lora=loraplus"})
+    assert [parameter.name for parameter in asked.parameters] == ["lora", "lora.loraplus_lr_ratio"]
     sampler = optuna.samplers.RandomSampler(seed=0)
     memory = optuna.create_study(sampler=sampler)
-    drawn = [own.suggest(memory.ask()) for _ in range(20)]
-    assert {tuple(values) for values in drawn} == {("lora",), ("lora", "lora.loraplus_lr_ratio")}
-    assert all(("lora.loraplus_lr_ratio" in values) == (values["lora"] == "loraplus") for values in drawn)
-    assert [own.words(point) for point in own.examples()] == [
+    proposed = [asked.suggest(memory.ask()) for _ in range(20)]
+    assert {tuple(values) for values in proposed} == {("lora",), ("lora", "lora.loraplus_lr_ratio")}
+    assert all(("lora.loraplus_lr_ratio" in values) == (values["lora"] == "loraplus") for values in proposed)
+    assert [asked.overrides(point) for point in asked.examples()] == [
         ["lora=all-linear"],
         ["lora=loraplus", "lora.loraplus_lr_ratio=1.0"],
         ["lora=loraplus", "lora.loraplus_lr_ratio=1.0"],
@@ -443,11 +445,11 @@ def test_a_parameter_under_a_condition_is_tried_with_its_parent_only() -> None:
 # Mistakes
 
 
-def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     """Returns the sentence that ends the command."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    arguments = ["-m", "hydra/sweeper=optuna", "name=s", *words]
+    arguments = ["-m", "hydra/sweeper=optuna", "name=s", *args]
     monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
     with pytest.raises(UserError) as caught:
         cli._main(arguments)
@@ -456,7 +458,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["lora.dropout=interval(0.1,0)"], "lora.dropout=interval(0.1,0) is empty: an interval runs from its lower"),
         (["lora.r=range(8,8)"], "lora.r=range(8,8) is empty: a range runs from its start up to its stop"),
@@ -475,9 +477,9 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
          "unknown key 'hydra.sweeper.n_trails' (did you mean hydra.sweeper.n_trials?)"),
         ([RATE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be positive or null, got 0"),
         ([RATE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction must be minimize or maximize, got 'up'"),
-        ([RATE, "hydra.sweeper.direction=[minimize,maximize]"], "has 2 of them for 1 objectives (eval_loss)"),
+        ([RATE, "hydra.sweeper.direction=[minimize,maximize]"], "has 2 values for 1 objectives (eval_loss)"),
         ([RATE, "hydra.sweeper.sampler_kwargs.startup=3"],
-         "hydra.sweeper.sampler_kwargs.startup: tpe takes no such argument"),
+         "hydra.sweeper.sampler_kwargs.startup: tpe has no such argument"),
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.pruner_kwargs.n_startup_trials=-1"],
          "hydra.sweeper.pruner_kwargs does not suit median: Number of startup trials cannot be negative"),
         ([RATE, "hydra.sweeper.storage=postgresql://me:secret@localhost/x"],
@@ -489,19 +491,19 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         ([RATE, "hydra.sweeper.storage=sqlite:////no/such/folder/study.db"],
          "cannot be used (unable to open database file); give the URL of a database"),
         ([RATE, "objective=eval_lss"], "objective='eval_lss' is not a metric of this run"),
-        ([RATE, "objective=null"], "objective=null: a search needs a metric to go by"),
+        ([RATE, "objective=null"], "objective=null: a search needs a metric to optimize"),
         ([RATE, "hydra.sweeper.objectives=[eval_loss,eval_lss]"], "hydra.sweeper.objectives: 'eval_lss' is no metric"),
         ([RATE, "task.evaluate=false"], "objective=eval_loss is not measured by these jobs; it needs task.evaluate"),
         ([RATE, "objective=base_eval_loss", "evaluation.baseline=false"], "it needs evaluation.baseline=true"),
         ([RATE, "task.train=false", "objective=train_loss"], "it needs task.train=true"),
         ([RATE, "hydra.sweeper.sampler=grid"], "trainer.learning_rate is an interval of real numbers, which has no"),
         ([RATE, "hydra.sweeper.pruner=median", "hydra.sweeper.objectives=[eval_loss,train_runtime]"],
-         "hydra.sweeper.pruner=median judges by a single objective, got eval_loss, train_runtime"),
+         "hydra.sweeper.pruner=median compares trials by a single objective, got eval_loss, train_runtime"),
         ([RATE, "hydra.sweeper.pruner=median", "objective=eval_exact_match"],
          "needs an objective that is measured during training (eval_loss, eval_perplexity), got eval_exact_match"),
         ([RATE, "hydra.sweeper.pruner=median", "trainer.eval_steps=null"], "but trainer.eval_steps is not set"),
         ([RATE, "hydra.sweeper.sampler=cmaes", "hydra.sweeper.objectives=[eval_loss,train_runtime]"],
-         "hydra.sweeper.sampler=cmaes knows a single objective"),
+         "hydra.sweeper.sampler=cmaes supports a single objective"),
         ([RATE, "hydra.sweeper.conditions={lora.alpha: 'lora=dora'}"],
          "hydra.sweeper.conditions: lora.alpha is not searched"),
         ([RATE, "lora.r=8,16", "hydra.sweeper.conditions={lora.r: 'lora=dora'}"],
@@ -515,9 +517,9 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     ],
 )  # fmt: skip
 def test_a_mistake_ends_before_any_job(
-    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert sentence in refused(tmp_path, monkeypatch, *words)
+    assert sentence in refused(tmp_path, monkeypatch, *args)
 
 
 def test_without_optuna_a_search_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,7 +545,7 @@ def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, mon
     begun.ask().suggest_categorical("lora.r", [8, 16])
     sentence = refused(tmp_path, monkeypatch, "lora.r=8,16,32")
     assert sentence.startswith(
-        "lora.r: the study in outputs/sweeps/s was begun with choice(8,16), and now it is choice(8,16,32), which "
+        "lora.r: the study in outputs/sweeps/s started with choice(8,16), and now it is choice(8,16,32), which "
         "Optuna cannot mix; choose another folder with name=NAME"
     )
 

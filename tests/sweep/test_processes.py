@@ -67,7 +67,7 @@ def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path) -> None:
         "terminated": "killed (SIGTERM)",
         "memory": "MemoryError()",
     }
-    assert ended["stopped"].status is Status.interrupted, "it goes on from its checkpoint"
+    assert ended["stopped"].status is Status.interrupted, "it resumes from its checkpoint"
     assert ended["fine"].status is Status.finished
     assert "ValueError: no such thing" in tail(tmp_path / "raises")[-1]
 
@@ -90,8 +90,8 @@ def test_there_are_as_many_jobs_at_a_time_as_slots_and_each_sees_its_own(tmp_pat
     run_tasks(lambda: next(waiting, None), slots, on_start=lambda job: None, on_end=lambda job: None, on_wait=count)
     assert most == 2
     seen = [json.loads((tmp_path / str(number) / "environment.json").read_text()) for number in range(5)]
-    assert {each["CUDA_VISIBLE_DEVICES"] for each in seen} == {"3", "5"}
-    assert [each["OWN"] for each in seen] == ["0", "1", "2", "3", "4"]
+    assert {item["CUDA_VISIBLE_DEVICES"] for item in seen} == {"3", "5"}
+    assert [item["OWN"] for item in seen] == ["0", "1", "2", "3", "4"]
 
 
 def test_a_source_that_has_nothing_now_is_asked_again_after_an_end(tmp_path: Path) -> None:

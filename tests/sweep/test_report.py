@@ -16,7 +16,8 @@ from synthetic_runs import write_run, write_sweep
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.sweep.overview import read_sweep
-from qlora.sweep.sweep_report import build_report, collect, find_runs, report, write_overview
+from qlora.sweep.report_task import collect, find_runs, report
+from qlora.sweep.sweep_page import build_report, write_overview
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
 
@@ -31,15 +32,15 @@ def names(folders: list[Path]) -> list[str]:
 
 
 def test_the_report_of_a_sweep_averages_seeds_and_links_each_of_them(sweep: Path) -> None:
-    shown = build_report(read_sweep(sweep))
-    assert [dict(line.values) for line in shown.lines] == [{"lora.r": "8"}, {"lora.r": "4"}]
-    assert [[run.short for run in line.runs] for line in shown.lines] == [["open"], ["seed 0", "seed 1"]]
-    assert [run.label for run in shown.lines[1].runs] == ["r=4 seed=0", "r=4 seed=1"]
-    assert shown.lines[1].runs[0].folder == "lora.r=4,seed=0-00000000"
-    [broken] = shown.unfinished
+    printed = build_report(read_sweep(sweep))
+    assert [dict(line.values) for line in printed.lines] == [{"lora.r": "8"}, {"lora.r": "4"}]
+    assert [[run.short for run in line.runs] for line in printed.lines] == [["open"], ["seed 0", "seed 1"]]
+    assert [run.label for run in printed.lines[1].runs] == ["r=4 seed=0", "r=4 seed=1"]
+    assert printed.lines[1].runs[0].folder == "lora.r=4,seed=0-00000000"
+    [broken] = printed.unfinished
     assert (broken.status, broken.reason, broken.log) == ("failed", "ValueError: a bad row", ["line 1"])
     assert broken.curves["loss"].values
-    assert shown.command == "qlora lora.r=8 seed=0"
+    assert printed.command == "qlora lora.r=8 seed=0"
 
 
 def test_the_command_of_a_named_sweep_runs_the_best_job_alone(tmp_path: Path) -> None:
@@ -57,9 +58,9 @@ def test_the_overview_brings_all_files_of_a_sweep_up_to_date(sweep: Path) -> Non
 
 def test_a_damaged_file_of_one_job_does_not_stop_the_report(sweep: Path) -> None:
     (sweep / "lora.r=4,seed=0-00000000" / "history.json").write_text("[{")
-    shown = build_report(read_sweep(sweep))
-    assert shown.lines[1].runs[0].curves == {}
-    assert shown.lines[1].runs[1].curves
+    printed = build_report(read_sweep(sweep))
+    assert printed.lines[1].runs[0].curves == {}
+    assert printed.lines[1].runs[1].curves
 
 
 def test_a_pattern_finds_runs_sweeps_and_folders_of_runs(sweep: Path, tmp_path: Path) -> None:
@@ -88,14 +89,14 @@ def test_runs_of_no_sweep_vary_where_their_configs_differ(tmp_path: Path) -> Non
     write_run(tmp_path / "a", ["lora.r=4", "model=tiny"])
     write_run(tmp_path / "b", ["lora.r=8", "model=tiny"])
     write_run(tmp_path / "c", ["lora.r=8", "model=llama-7b", "trainer.learning_rate=0.0001"])
-    found = collect([tmp_path / name for name in "abc"], tmp_path / "report", "eval_loss")
-    assert {"model.name", "lora.r", "trainer.learning_rate"} <= set(found.varied)
-    assert not [key for key in found.varied if key.startswith("model.") and key != "model.name"]
-    assert found.jobs["a"].values["lora.r"] == "4"
-    assert found.jobs["c"].values["trainer.learning_rate"] == "0.0001"
-    assert found.common["seed"] == 0
-    shown = build_report(found, is_sweep=False)
-    assert {run.label for run in shown.finished} == {"a", "b", "c"}
+    actual = collect([tmp_path / name for name in "abc"], tmp_path / "report", "eval_loss")
+    assert {"model.name", "lora.r", "trainer.learning_rate"} <= set(actual.varied)
+    assert not [key for key in actual.varied if key.startswith("model.") and key != "model.name"]
+    assert actual.jobs["a"].values["lora.r"] == "4"
+    assert actual.jobs["c"].values["trainer.learning_rate"] == "0.0001"
+    assert actual.common["seed"] == 0
+    printed = build_report(actual, is_sweep=False)
+    assert {run.label for run in printed.finished} == {"a", "b", "c"}
 
 
 def test_old_runs_without_a_status_or_a_config_are_shown_too(tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_old_runs_without_a_status_or_a_config_are_shown_too(tmp_path: Path) -> 
     for name in ("status.json", "progress.json", "manifest.json", "config.yaml", "history.json"):
         (old / name).unlink()
     shutil.rmtree(old / ".hydra")
-    found = collect(find_runs(f"{tmp_path}/*"), tmp_path / "report", "eval_loss")
-    [run] = build_report(found, is_sweep=False).finished
+    actual = collect(find_runs(f"{tmp_path}/*"), tmp_path / "report", "eval_loss")
+    [run] = build_report(actual, is_sweep=False).finished
     assert (run.label, run.status, run.curves) == ("old", "finished", {})
     assert run.objective == run.metrics["eval_loss"]
 
@@ -113,9 +114,9 @@ def test_the_objective_is_that_of_the_runs_unless_another_is_given(tmp_path: Pat
     for number in range(2):
         write_run(tmp_path / f"run{number}", ["objective=eval_exact_match", f"lora.r={4 + number}"])
     folders = find_runs(f"{tmp_path}/run*")
-    found = collect(folders, tmp_path / "report", "eval_loss")
-    assert found.objective == "eval_exact_match"
-    assert found.maximizes
+    actual = collect(folders, tmp_path / "report", "eval_loss")
+    assert actual.objective == "eval_exact_match"
+    assert actual.maximizes
     assert collect(folders, tmp_path, "peak_memory_gb").objective == "peak_memory_gb"
     assert collect(folders, tmp_path, None).objective is None
     with pytest.raises(UserError, match=r"objective=eval_exact_mach: none of the 2 runs has it \(did you mean eval_"):
@@ -149,10 +150,10 @@ def test_the_report_is_written_into_its_own_folder(sweep: Path, tmp_path: Path) 
 
 def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path, tmp_path: Path) -> None:
     code = "import sys; from qlora.cli import main; main(); sys.exit('torch' in sys.modules)"
-    words = ["task=report", f"runs={sweep}/*", "name=mine"]
+    args = ["task=report", f"runs={sweep}/*", "name=mine"]
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *args], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "lora.r" in done.stdout
@@ -161,7 +162,7 @@ def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path
     assert (folder / "report.html").is_file()
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     again = subprocess.run(
-        [sys.executable, "-c", code, *words[:1], f"runs={tmp_path}/nowhere"],
+        [sys.executable, "-c", code, *args[:1], f"runs={tmp_path}/nowhere"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

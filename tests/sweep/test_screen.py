@@ -27,35 +27,35 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     return Sweep(tmp_path, "eval_loss", {job.name: job for job in jobs})
 
 
-def shown() -> list[tuple[str, float, float | None, str]]:
+def printed() -> list[tuple[str, float, float | None, str]]:
     """The lines at the foot of the terminal."""
     [display] = console._live
     return [(task.description, task.completed, task.total, task.fields["note"]) for task in display.tasks]
 
 
-def step(job: Job, step: int, **facts: Any) -> None:
-    job.progress = {"step": step, "max_steps": 50, "loss": 1.23456, "tokens_per_second": 1234.5, **facts}
+def step(job: Job, step: int, **fields: Any) -> None:
+    job.progress = {"step": step, "max_steps": 50, "loss": 1.23456, "tokens_per_second": 1234.5, **fields}
 
 
 def test_each_running_job_has_a_line_and_the_sweep_has_counts_best_and_time_left(watched: Sweep) -> None:
     first, second, third, _ = watched.jobs.values()
-    with Screen(watched, 4) as own:
+    with Screen(watched, 4) as screen_view:
         for job in (first, second):
-            own.started(job)
+            screen_view.started(job)
         step(second, 10, seconds_left=40)
-        own.waiting([first, second])
-        assert shown() == [
+        screen_view.waiting([first, second])
+        assert printed() == [
             ("sweep", 0, 4, "1:20 left"),
             ("0 0.0001235", 0, None, "starting"),
             ("1 0.0001235", 10, 50, "loss 1.235  1,234 tokens/s  0:40 left"),
         ]
         first.status, first.reason = Status.failed, "ValueError: a bad row"
-        own.ended(first)
+        screen_view.ended(first)
         second.status, second.objective, second.seconds = Status.finished, 0.5, 60
-        own.ended(second)
-        own.started(third)
-        own.waiting([third])
-        assert shown() == [
+        screen_view.ended(second)
+        screen_view.started(third)
+        screen_view.waiting([third])
+        assert printed() == [
             ("sweep", 2, 4, "1 failed  2:00 left  best 0.500"),
             ("2 0.0001235", 0, None, "starting"),
         ]
@@ -65,8 +65,8 @@ def test_each_running_job_has_a_line_and_the_sweep_has_counts_best_and_time_left
 def test_values_in_brackets_are_shown_as_they_are(watched: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     job = next(iter(watched.jobs.values()))
     job.overrides = ["lora.target_modules=[bold]"]
-    with Screen(watched, 1) as own:
-        own.started(job)
+    with Screen(watched, 1) as screen_view:
+        screen_view.started(job)
         [display] = console._live
         console.screen().print(display.get_renderable())
     assert "[bold]" in capsys.readouterr().out
@@ -74,10 +74,10 @@ def test_values_in_brackets_are_shown_as_they_are(watched: Sweep, capsys: pytest
 
 def test_without_any_step_no_time_is_told(watched: Sweep) -> None:
     first, *_ = watched.jobs.values()
-    with Screen(watched, 4) as own:
-        own.started(first)
-        own.waiting([first])
-        assert shown()[0] == ("sweep", 0, 4, "")
+    with Screen(watched, 4) as screen_view:
+        screen_view.started(first)
+        screen_view.waiting([first])
+        assert printed()[0] == ("sweep", 0, 4, "")
 
 
 def test_a_wide_terminal_has_room_for_names_and_for_the_best_job(
@@ -87,10 +87,10 @@ def test_a_wide_terminal_has_room_for_names_and_for_the_best_job(
     console._console_on.cache_clear()
     first, second, *_ = watched.jobs.values()
     first.status, first.objective = Status.finished, 0.5
-    with Screen(watched, 3) as own:
-        own.started(second)
-        own.waiting([second])
-        assert shown() == [
+    with Screen(watched, 3) as screen_view:
+        screen_view.started(second)
+        screen_view.waiting([second])
+        assert printed() == [
             ("sweep", 0, 3, "best 0.500 r=0 learning_rate=0.0001235"),
             ("r=1 learning_rate=0.0001235", 0, None, "starting"),
         ]

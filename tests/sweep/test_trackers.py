@@ -15,7 +15,7 @@ import yaml
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
 from qlora.config.command import check_overrides
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.errors import UserError
 from qlora.reporting.parallel_axes import build_axis, plot_parallel
 from qlora.runtime.atomic_files import write_text
@@ -23,8 +23,9 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.overview import Sweep, read_sweep
-from qlora.sweep.sweep_tracker import facts, sync_command, track_sweep, typed_table
+from qlora.sweep.summary_run import count_jobs, track_sweep, typed_table
 from qlora.tasks.wandb_sweep import write_wandb_sweep
+from qlora.training.trackers.wandb import sync_command
 
 QUICK = [
     *("lora.r=4", "lora.dropout=0", "trainer.max_steps=4", "trainer.per_device_train_batch_size=4"),
@@ -32,7 +33,7 @@ QUICK = [
     *("trainer.logging_steps=1", "trainer.eval_steps=4", "data.max_eval_samples=8", "data.max_train_samples=64"),
     *("evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
 ]
-OFFLINE = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline)
+OFFLINE = TrackingConfig(backend="wandb", mode=WandbMode.offline)
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 KILL_ONCE = '''
@@ -50,12 +51,12 @@ class KillOnce(TrainerCallback):
 
 
 def start(folder: Path, command: list[str], **environment: str) -> tuple[int, str]:
-    own = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    extra = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(
         command,
         cwd=folder,
-        env=inherited | own | environment,
+        env=inherited | extra | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,13 +68,13 @@ def start(folder: Path, command: list[str], **environment: str) -> tuple[int, st
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Two jobs, the first of which is killed and goes on under the same command; with what the commands printed."""
+    """Two jobs, the first of which is killed and resumes under the same command; with the output of the commands."""
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "kill_once.py").write_text(KILL_ONCE)
-    words = ["lora.alpha=8,16", "name=two", "trainer.save_steps=2", "callbacks.kill._target_=kill_once.KillOnce"]
-    words.append("trusted=[kill_once]")
-    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *words, "tracking=wandb", "tracking.mode=offline"]
+    args = ["lora.alpha=8,16", "name=two", "trainer.save_steps=2", "callbacks.kill._target_=kill_once.KillOnce"]
+    args.append("trusted=[kill_once]")
+    command = [sys.executable, "-m", "qlora", "-m", *QUICK, *args, "tracking=wandb", "tracking.mode=offline"]
     printed = [start(folder, command) for _ in range(2)]
     assert [code for code, _ in printed] == [1, 0], printed
     return folder / "outputs" / "sweeps" / "two", [text for _, text in printed]
@@ -141,18 +142,18 @@ def test_one_command_sends_all_runs_of_an_offline_sweep(tracked: tuple[Path, lis
     variable, *command = line.removeprefix("sync").split()
     assert (variable, command[:2]) == ("WANDB_RESUME=allow", ["wandb", "sync"])
     root = folder.parent.parent.parent
-    found = {path for pattern in command[2:] for path in root.glob(pattern)}
-    assert found == set(folder.rglob("offline-run-*"))
-    code, output = start(root, [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, sorted(found))])
+    actual = {path for pattern in command[2:] for path in root.glob(pattern)}
+    assert actual == set(folder.rglob("offline-run-*"))
+    code, output = start(root, [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, sorted(actual))])
     assert code == 0
     assert "Would sync 5 run(s)" in output  # a killed and two whole starts of the jobs, two of the sweep
 
 
 @needs_wandb
 def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(tmp_path: Path) -> None:
-    words = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
+    args = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
     small = ["data.max_eval_samples=4", "evaluation=loss", "tracking=wandb", "tracking.mode=offline"]
-    code, printed = start(tmp_path, [sys.executable, "-m", "qlora", "-m", *words, *small])
+    code, printed = start(tmp_path, [sys.executable, "-m", "qlora", "-m", *args, *small])
     assert code == 1, printed
     folder = tmp_path / "outputs/sweeps/two"
     summary = wandb_summary(wandb_records(folder))
@@ -170,7 +171,7 @@ def test_a_sweep_that_brought_nothing_new_starts_no_run(tmp_path: Path, capsys: 
 
 
 def test_other_trackers_get_no_run_of_the_sweep(tmp_path: Path) -> None:
-    track_sweep(fake_sweep(tmp_path, {"lora.r=8": 0.5}), TrackingConfig(backend=TrackingBackend.tensorboard))
+    track_sweep(fake_sweep(tmp_path, {"lora.r=8": 0.5}), TrackingConfig(backend="tensorboard"))
     assert not list(tmp_path.glob("wandb*"))
 
 
@@ -201,7 +202,7 @@ def test_the_table_has_numbers_in_columns_of_one_type(tmp_path: Path) -> None:
     assert head == ["place", "lora.r", "data", "trainer.learning_rate", "seeds", "eval_loss", "eval_loss ±", "job"]
     assert lines[0] == [1, 16, "7", 2e-4, 1, 0.4, None, "job2"]
     assert lines[1][:6] == [2, 8, "alpaca", 1e-4, 2, pytest.approx(0.6)]
-    assert facts(sweep, build_leaderboard(sweep)) == {
+    assert count_jobs(sweep, build_leaderboard(sweep)) == {
         **{f"jobs/{status.value}": 0 for status in Status},
         "jobs/finished": 3,
         "jobs/failed": 1,
@@ -211,12 +212,12 @@ def test_the_table_has_numbers_in_columns_of_one_type(tmp_path: Path) -> None:
 
 
 def test_axes_place_numbers_by_size_and_words_in_order(tmp_path: Path) -> None:
-    assert build_axis([8, 16, 12]).places == [0, 1, 0.5]
+    assert build_axis([8, 16, 12]).positions == [0, 1, 0.5]
     decades = build_axis([1e-5, 1e-3, 1e-4])
     assert decades.places == pytest.approx([0, 1, 0.5])
     assert [text for _, text in decades.ticks] == ["1e-05", "0.0001", "0.001"]
     assert build_axis(["b", "a", "b"]).ticks == [(0.25, "b"), (0.75, "a")]
-    assert build_axis([3, 3]).places == [0.5, 0.5]
+    assert build_axis([3, 3]).positions == [0.5, 0.5]
     assert len(build_axis(range(100)).ticks) == 5
     plot_parallel({"lora.r": [8, 16], "data": ["a", "b"], "eval_loss": [0.5, 0.4]}, tmp_path / "p.png", maximizes=False)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -225,9 +226,9 @@ def test_axes_place_numbers_by_size_and_words_in_order(tmp_path: Path) -> None:
 # A sweep that wandb's own agents run.
 
 
-def described(*words: str) -> dict[str, Any]:
+def described(*args: str) -> dict[str, Any]:
     """Writes the sweep that a command line describes, as the command line does, and reads it as wandb does."""
-    command = ["task=wandb-sweep", *words]
+    command = ["task=wandb-sweep", *args]
     check_overrides(command)
     return yaml.safe_load(write_wandb_sweep(command, None).read_text())
 
@@ -270,8 +271,8 @@ def test_a_description_names_metric_command_and_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["lora.r=8,16", "name=mine", "objective=eval_exact_match", "task.method=random", "tracking=wandb"]
-    sweep = described(*words, "tracking.project=p", "tracking.entity=me", "hydra.launcher.n_jobs=2", "seed=3")
+    args = ["lora.r=8,16", "name=mine", "objective=eval_exact_match", "task.method=random", "tracking=wandb"]
+    sweep = described(*args, "tracking.project=p", "tracking.entity=me", "hydra.launcher.n_jobs=2", "seed=3")
     assert {key: sweep[key] for key in ("name", "project", "entity", "method", "metric")} == {
         "name": "mine",
         "project": "p",
@@ -299,7 +300,7 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["lora.r=8"], "there is nothing to vary; give a key several values"),
         (["lora.r=8,16", "tracking=tensorboard"], "tracking=tensorboard: the jobs of task=wandb-sweep report to wandb"),
@@ -313,11 +314,11 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_a_sweep_that_wandb_cannot_run_is_refused(
-    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        described(*words)
+        described(*args)
     assert sentence in str(error.value)
     assert not list(tmp_path.rglob("*.yaml"))
 

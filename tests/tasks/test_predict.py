@@ -174,11 +174,11 @@ def test_what_decides_the_answers_begins_them_anew(
     for key, value in changes.items():
         said = start(f"{key}={value}")
         name = "rows" if key.startswith("data.") else key
-        assert f"starting anew: {name} changed since predictions.unfinished.jsonl was begun" in said
+        assert f"starting again: {name} changed since predictions.unfinished.jsonl was written" in said
         start()
     weights = tmp_path / "trained" / "adapter" / "adapter_model.safetensors"
     save_file({name: weight * 2 for name, weight in load_file(weights).items()}, weights)
-    assert "starting anew: adapter changed since" in start()
+    assert "starting again: adapter changed since" in start()
 
 
 def test_finished_answers_are_not_generated_again(

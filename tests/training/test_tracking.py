@@ -20,7 +20,8 @@ import pytest
 import torch
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
+from qlora.config.trackers import TRACKERS
 from qlora.errors import UserError
 from qlora.runtime.sweep_job import VARIABLE, SweepJob
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -40,7 +41,7 @@ needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") i
 
 def tracker_for(
     folder: Path,
-    backend: TrackingBackend,
+    backend: str,
     *,
     sweep: SweepJob | None = None,
     resumes: bool = True,
@@ -51,7 +52,7 @@ def tracker_for(
 
 
 def offline(folder: Path, **options: Any) -> Tracker:
-    return tracker_for(folder, TrackingBackend.wandb, mode=WandbMode.offline, **options)
+    return tracker_for(folder, "wandb", mode=WandbMode.offline, **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_a_wandb_run_holds_name_project_group_tags_and_the_whole_config(wandb_ru
 def test_wandb_keeps_every_value_with_its_step_even_when_steps_go_back(wandb_run: Path) -> None:
     rows = wandb_history(wandb_records(wandb_run))
     assert [(row["train/loss"], row["global_step"]) for row in rows if "train/loss" in row] == [(1.5, 10)]
-    found = [(row["eval/exact_match"], row["global_step"]) for row in rows if "eval/exact_match" in row]
-    assert found == [(0.5, 10), (0.4, 5)]
+    actual = [(row["eval/exact_match"], row["global_step"]) for row in rows if "eval/exact_match" in row]
+    assert actual == [(0.5, 10), (0.4, 5)]
 
 
 @needs_wandb
@@ -104,9 +105,9 @@ def test_a_job_of_a_sweep_is_grouped_tagged_and_named_by_what_varies(tmp_path: P
 
 AGENT_JOB = """
 from pathlib import Path
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.training.trackers import TrackedRun, build_tracker
-config = TrackingConfig(backend=TrackingBackend.wandb, mode=WandbMode.offline, project="ours", entity="us")
+config = TrackingConfig(backend="wandb", mode=WandbMode.offline, project="ours", entity="us")
 build_tracker(config, TrackedRun("job", Path(), {"lora": {"r": 16}})).finish("finished", {"eval_loss": 1.25})
 """
 
@@ -133,14 +134,14 @@ def test_an_agent_s_run_keeps_the_id_the_sweep_and_the_values_that_the_agent_cho
 
 
 def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
-    assert SweepJob.from_environment(words) is None
+    args = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
+    assert SweepJob.from_environment(args) is None
     told = SweepJob.environment("ranks", ["lora.r", "+callbacks.x=2"])
     monkeypatch.setenv(VARIABLE, told[VARIABLE])
-    found = SweepJob.from_environment(words)
-    assert found == SweepJob("ranks", ["lora.r=16", "+callbacks.x=1"])
-    assert found.label == "lora.r=16 callbacks.x=1"
-    assert found.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
+    actual = SweepJob.from_environment(args)
+    assert actual == SweepJob("ranks", ["lora.r=16", "+callbacks.x=1"])
+    assert actual.label == "lora.r=16 callbacks.x=1"
+    assert actual.values({"lora.r": 16}) == {"lora.r": 16, "callbacks.x": "1"}
 
 
 @needs_wandb
@@ -167,9 +168,9 @@ def test_a_resumed_run_sends_no_metric_twice_and_its_rows_go_on(tmp_path: Path) 
 KILLED_JOB = """
 import os, signal, sys, time
 from pathlib import Path
-from qlora.config.schema import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.training.trackers import TrackedRun, build_tracker
-config = TrackingConfig(backend=TrackingBackend(sys.argv[1]), mode=WandbMode.offline)
+config = TrackingConfig(backend=sys.argv[1], mode=WandbMode.offline)
 tracker = build_tracker(config, TrackedRun("job", Path(), {"seed": 3}))
 for step in range(1, 401):
     tracker.log({"train/loss": 1 / step}, step)
@@ -185,7 +186,7 @@ def test_what_a_killed_run_had_not_written_is_sent_again(backend: str, tmp_path:
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "", "")
-    again = tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
+    again = tracker_for(tmp_path, backend, mode=WandbMode.offline)
     history = [{"loss": 1 / step, "step": step} for step in range(1, 401)]
     state = SimpleNamespace(log_history=history, num_input_tokens_seen=0, is_world_process_zero=True)
     TrackerCallback(again).on_train_begin(None, state, None)
@@ -266,7 +267,7 @@ def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_nu
 ) -> None:
     random.seed(0)
     torch.manual_seed(0)
-    before = random.getstate(), torch.get_rng_state()
+    previous = random.getstate(), torch.get_rng_state()
     stdout = sys.stdout
     tracker = offline(tmp_path)
     assert sys.stdout is stdout
@@ -277,8 +278,8 @@ def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_nu
     first = (tmp_path / RUN_ID_FILE).read_text()
     offline(tmp_path).finish("finished", {})
     assert (tmp_path / RUN_ID_FILE).read_text() == first
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
+    assert random.getstate() == previous[0]
+    assert torch.equal(torch.get_rng_state(), previous[1])
     records = wandb_records(tmp_path, ends=2)
     runs = [record.run.run_id for record in records if record.WhichOneof("record_type") == "run"]
     assert set(runs) == {first}
@@ -301,7 +302,7 @@ def test_wandb_online_without_a_login_names_the_ways_out(
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     with pytest.raises(UserError) as error:
-        tracker_for(tmp_path / "run", TrackingBackend.wandb)
+        tracker_for(tmp_path / "run", "wandb")
     for way in (part, "wandb login", "WANDB_API_KEY", "tracking.mode=offline"):
         assert way in str(error.value)
 
@@ -309,7 +310,7 @@ def test_wandb_online_without_a_login_names_the_ways_out(
 @needs_wandb
 def test_the_environment_may_take_an_online_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker_for(tmp_path, TrackingBackend.wandb).finish("finished", {})
+    tracker_for(tmp_path, "wandb").finish("finished", {})
     assert wandb_records(tmp_path)
 
 
@@ -322,7 +323,7 @@ def test_a_disabled_tracker_is_none_and_needs_no_package(
     monkeypatch.setitem(sys.modules, "wandb", None)
     if name:
         monkeypatch.setenv(name, value)
-    backends = [TrackingBackend.wandb] if name else list(TrackingBackend)
+    backends = ["wandb"] if name else ["none", *TRACKERS]
     for backend in backends:
         mode = WandbMode.offline if name else WandbMode.disabled
         assert isinstance(tracker_for(tmp_path, backend, mode=mode), NoTracker)
@@ -341,11 +342,11 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"tracking={backend} needs .* pip install 'qlora\[{backend}\]'"):
-        tracker_for(tmp_path, TrackingBackend(backend), mode=WandbMode.offline)
+        tracker_for(tmp_path, backend, mode=WandbMode.offline)
 
 
 def test_no_backend_and_later_processes_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(tracker_for(tmp_path, TrackingBackend.none), NoTracker)
+    assert isinstance(tracker_for(tmp_path, "none"), NoTracker)
     monkeypatch.setenv("RANK", "1")
     assert isinstance(offline(tmp_path), NoTracker)
     assert list(tmp_path.iterdir()) == []
@@ -361,7 +362,7 @@ def read_events(folder: Path) -> Any:
 
 @needs_tensorboard
 def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
-    tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
+    tracker = tracker_for(tmp_path, "tensorboard")
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.log({"train/loss": 1.0}, step=20)
     tracker.log_predictions(ROWS, step=20)
@@ -379,7 +380,7 @@ def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
 @needs_tensorboard
 def test_a_resumed_run_writes_no_scalar_twice(tmp_path: Path) -> None:
     for steps in ((1, 2, 3), (2, 3, 4)):
-        tracker = tracker_for(tmp_path, TrackingBackend.tensorboard)
+        tracker = tracker_for(tmp_path, "tensorboard")
         for step in steps:
             tracker.log({"train/loss": 1 / step}, step)
         tracker.finish("failed" if 1 in steps else "finished", {})
@@ -398,23 +399,23 @@ def test_a_run_is_a_line_of_tensorboard_s_hparams_page(
     from google.protobuf.json_format import MessageToDict
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    tracker = tracker_for(tmp_path, TrackingBackend.tensorboard, sweep=sweep)
+    tracker = tracker_for(tmp_path, "tensorboard", sweep=sweep)
     tracker.log({"train/loss": 1.5}, step=10)
     tracker.finish("finished", {"eval_loss": 1.25, "eval_mmlu_val_accuracy_physics": 0.5})
     assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {tmp_path / "tensorboard"}  # no run of its own
     events = read_events(tmp_path)
-    found = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
-    start = MessageToDict(found["_hparams_/session_start_info"].session_start_info)
+    actual = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
+    start = MessageToDict(actual["_hparams_/session_start_info"].session_start_info)
     assert start["hparams"] == expected
-    experiment = found["_hparams_/experiment"].experiment
+    experiment = actual["_hparams_/experiment"].experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == ["hparam/eval_loss"]
     assert [(event.step, event.value) for event in events.Scalars("hparam/eval_loss")] == [(10, 1.25)]
-    assert found["_hparams_/session_end_info"].session_end_info.status == 1  # success
+    assert actual["_hparams_/session_end_info"].session_end_info.status == 1  # success
 
 
 @needs_tensorboard
 def test_a_failed_run_is_no_line_of_tensorboard_s_hparams_page(tmp_path: Path) -> None:
-    tracker_for(tmp_path, TrackingBackend.tensorboard).finish("failed", {"eval_loss": 1.25})
+    tracker_for(tmp_path, "tensorboard").finish("failed", {"eval_loss": 1.25})
     with pytest.raises(KeyError):
         read_events(tmp_path).PluginTagToContent("hparams")
 
@@ -465,7 +466,7 @@ import os
 import sys
 from pathlib import Path
 from qlora.runtime.sweep_job import SweepJob
-from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.config.schema import TrackingConfig
 from qlora.training.trackers import TrackedRun, build_tracker
 name, *starts = sys.argv[1:]
 folder = Path(name)
@@ -473,7 +474,7 @@ folder.mkdir(exist_ok=True)
 plain = {"seed": 3, "lora": {"r": 16}, "trusted": ["x" * 7000]}
 run = TrackedRun(name, folder, plain, SweepJob("ranks", [f"lora.r={name}", "data=alpaca"]))
 uri = os.environ.get("SERVER")
-config = TrackingConfig(backend=TrackingBackend.mlflow, project="p", tags=["mine"], log_adapter=True, uri=uri)
+config = TrackingConfig(backend="mlflow", project="p", tags=["mine"], log_adapter=True, uri=uri)
 for steps in starts:
     tracker = build_tracker(config, run)
     for step in map(int, steps):
@@ -490,13 +491,13 @@ tracker.finish("finished", {"eval_loss": 1.25})
 
 @pytest.fixture(scope="module")
 def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two jobs that begin at the same time where there is no database yet; one of them fails and goes on."""
+    """Two jobs that begin at the same time where there is no database yet; one of them fails and resumes."""
     for package in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("mlflow")
 
-    def start(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", MLFLOW_JOB, *words]
+    def start(*args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MLFLOW_JOB, *args]
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     for process in (start("8", "123", "234"), start("16", "4")):
@@ -525,7 +526,7 @@ def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatc
         "group": "ranks", "mine": "true", "ranks": "true", "status": "finished",
     }  # fmt: skip
     losses = client.get_metric_history(run.info.run_id, "train/loss")
-    assert sorted((each.step, each.value) for each in losses) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert sorted((item.step, item.value) for item in losses) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
     assert run.data.metrics["eval_loss"] == 1.25
     assert run.data.metrics["eval/odd_ name"] == 2.0
     assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
@@ -593,7 +594,7 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
     folder.mkdir()
     (folder / "mlflow_run_id.txt").write_text("0" * 32)
     Sent(folder, "mlflow").add(["train/loss"], 5)
-    tracker = tracker_for(folder, TrackingBackend.mlflow, project="q")
+    tracker = tracker_for(folder, "mlflow", project="q")
     tracker.log({"train/loss": 1.0}, 5)
     tracker.finish("finished", {})
     client = MlflowClient(tracking_uri="sqlite:///outputs/mlflow/mlflow.db")
@@ -603,8 +604,10 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
 
 def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    with pytest.raises(UserError, match=r"tracking=mlflow: bad://place cannot be used .*give another place with"):
-        tracker_for(tmp_path, TrackingBackend.mlflow, uri="bad://place")
+    with pytest.raises(
+        UserError, match=r"tracking=mlflow: bad://place cannot be used .*name another database or server with"
+    ):
+        tracker_for(tmp_path, "mlflow", uri="bad://place")
 
 
 def test_trackio_runs_of_a_sweep_can_be_read_back(
@@ -615,7 +618,7 @@ def test_trackio_runs_of_a_sweep_can_be_read_back(
     from trackio.sqlite_storage import SQLiteStorage
 
     for steps in ((1, 2, 3), (2, 3, 4)):
-        tracker = tracker_for(tmp_path, TrackingBackend.trackio, sweep=SWEEP, project="p")
+        tracker = tracker_for(tmp_path, "trackio", sweep=SWEEP, project="p")
         for step in steps:
             tracker.log({"train/loss": 1 / step}, step)
             tracker.log_predictions(ROWS, step)

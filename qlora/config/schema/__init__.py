@@ -26,7 +26,7 @@ from qlora.config.schema.quantization import BaseProducts, ComputeDtype, Quantiz
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
-from qlora.config.schema.tracking import TrackingBackend, TrackingConfig, WandbMode
+from qlora.config.schema.tracking import TrackingConfig, WandbMode
 from qlora.config.schema.trainer import FlashAttention, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, MAPPINGS
 from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
@@ -75,7 +75,6 @@ __all__ = [
     "SweepMethod",
     "TaskConfig",
     "TaskName",
-    "TrackingBackend",
     "TrackingConfig",
     "TrainOn",
     "TrainerConfig",

@@ -6,10 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qlora.config.entry_points import installed_names
 from qlora.errors import ConfigError
 
 FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The user's own function, as `module:function`."""
+
+CALLBACK_GROUP = "qlora.callbacks"
+"""The entry points by which an installed package adds trainer callbacks."""
 
 CALLBACK_PACKAGES = ("qlora", "transformers")
 """The packages whose trainer callbacks a config may name; `trusted` adds the user's own."""
@@ -47,3 +51,8 @@ def check_plain(key: str, value: Any) -> None:
             check_plain(f"{key}[{index}]", item)
     elif not (value is None or isinstance(value, str | bool | int | float)):
         raise ConfigError(f"{key} must be a plain value, a list or a mapping, got {value!r}")
+
+
+def is_installed_callback(target: str) -> bool:
+    """Returns whether a `_target_` is the name by which an installed package adds a trainer callback."""
+    return "." not in target and target in installed_names(CALLBACK_GROUP)

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from qlora.config.entry_points import installed_names
 from qlora.config.schema.code_names import FUNCTION_PATH
 from qlora.config.schema.watchdog import WATCHDOG_COUNTS
 from qlora.errors import ConfigError, did_you_mean, require
 
 # Metrics that are computed from generated text; a name with a colon is the user's own `module:function`.
 METRIC_NAMES = ("exact_match",)
+METRIC_GROUP = "qlora.metrics"
+"""The entry points by which an installed package adds metrics."""
 
 
 METRIC_LIBRARY = "evaluate"
@@ -63,10 +66,12 @@ class EvaluationConfig:
         require(self.source_max_len > 0, "evaluation.source_max_len", "be positive", self.source_max_len)
         require(self.show_predictions >= 0, "evaluation.show_predictions", "not be negative", self.show_predictions)
         for name in self.metrics:
-            if not FUNCTION_PATH.fullmatch(name) and name not in METRIC_NAMES:
+            if FUNCTION_PATH.fullmatch(name) or name in METRIC_NAMES:
+                continue
+            if name not in (known := [*METRIC_NAMES, *installed_names(METRIC_GROUP)]):
                 raise ConfigError(
-                    f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, METRIC_NAMES)}; choose from "
-                    f"{', '.join(METRIC_NAMES)}, evaluate:NAME of the evaluate library, or name your own function as "
+                    f"evaluation.metrics: {name!r} is unknown{did_you_mean(name, known)}; choose from "
+                    f"{', '.join(known)}, evaluate:NAME of the evaluate library, or name your own function as "
                     "module:function"
                 )
         names = ["loss", "perplexity", *map(metric_name, self.metrics)]

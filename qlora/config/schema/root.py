@@ -12,7 +12,14 @@ from omegaconf import MISSING
 
 from qlora.config.optimizers import OPTIMIZERS, check_installed
 from qlora.config.quantization_methods import load_method
-from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
+from qlora.config.schema.code_names import (
+    CALLBACK_PACKAGES,
+    FUNCTION_PATH,
+    OWN_FUNCTIONS,
+    check_plain,
+    check_trusted,
+    is_installed_callback,
+)
 from qlora.config.schema.data import DataConfig
 from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
 from qlora.config.schema.generation import GenerationConfig
@@ -137,7 +144,8 @@ class Config:
             is_one = isinstance(node, dict) and isinstance(node.get("_target_"), str)
             rule = "be a mapping with a _target_ (module.Class) and its arguments"
             require(is_one, f"callbacks.{name}", rule, node, "leave it out, or name the class")
-            check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
+            if not is_installed_callback(node["_target_"]):
+                check_trusted(f"callbacks.{name}._target_", node["_target_"], [*CALLBACK_PACKAGES, *self.trusted])
             check_plain(f"callbacks.{name}", {key: value for key, value in node.items() if key != "_target_"})
         for key, name in named_functions(self):
             if name not in OWN_FUNCTIONS:
@@ -246,6 +254,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     texts |= {"quantization.method": config.quantization.method, "loss.name": config.loss.name}
+    texts["tracking.backend"] = config.tracking.backend
     texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}

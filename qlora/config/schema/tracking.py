@@ -8,8 +8,9 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-TrackingBackend = StrEnum("TrackingBackend", "none wandb tensorboard mlflow trackio")
-"""Where metrics are sent besides the run folder."""
+from qlora.config.schema.code_names import FUNCTION_PATH
+from qlora.config.trackers import NO_TRACKER, describe_unknown, tracker_path
+from qlora.errors import ConfigError
 
 WandbMode = StrEnum("WandbMode", "online offline disabled")
 """Whether a run is sent to its tracker, and whether wandb talks to its server."""
@@ -19,8 +20,9 @@ WandbMode = StrEnum("WandbMode", "online offline disabled")
 class TrackingConfig:
     """Where metrics go besides the run folder."""
 
-    backend: TrackingBackend = MISSING
-    """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`; chosen with `tracking=`."""
+    backend: str = MISSING
+    """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`, chosen with `tracking=`; a tracker that an installed
+    package adds; or a class of your own, as `module:Class`."""
     project: str = "qlora"
     """The project of wandb and Trackio, the experiment of MLflow."""
     entity: str | None = None
@@ -38,12 +40,17 @@ class TrackingConfig:
     log_adapter: bool = False
     """Store the finished adapter with the run, in wandb and MLflow."""
 
+    def __post_init__(self) -> None:
+        name = self.backend
+        if name != NO_TRACKER and not FUNCTION_PATH.fullmatch(name) and tracker_path(name) is None:
+            raise ConfigError(describe_unknown(name))
+
     @property
-    def in_use(self) -> TrackingBackend:
-        """The tracker that a run is sent to: none where `mode` or the environment disables it."""
+    def in_use(self) -> str:
+        """The tracker that a run is sent to: `none` where `mode` or the environment disables it."""
         silenced = os.environ.get("WANDB_MODE") == "disabled" or (
             os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
         )
-        if self.mode is WandbMode.disabled or (silenced and self.backend is TrackingBackend.wandb):
-            return TrackingBackend.none
+        if self.mode is WandbMode.disabled or (silenced and self.backend == "wandb"):
+            return NO_TRACKER
         return self.backend

@@ -26,7 +26,7 @@ from qlora.data.formats.prompts import Example
 from qlora.data.formats.renderers import Format
 from qlora.errors import DataError, UserError
 from qlora.runtime import console
-from qlora.runtime.workers import Part, Result, do_parts
+from qlora.runtime.workers import Part, Result, run_parts
 
 CHUNK: Final = 1000
 CHUNK_BYTES: Final = 2**18
@@ -190,7 +190,7 @@ def _chunks(job: Job, processes: int, folder: Path) -> Generator[Result, None, N
     encoder = _Encoder(job)
     # Rows that lie in memory would lie in that of every process.
     if processes > 1 and len(parts) > 1 and job.rows.cache_files:
-        yield from do_parts(encoder, parts, processes=processes, folder=folder, shown=job.label)
+        yield from run_parts(encoder, parts, processes=processes, folder=folder, label=job.label)
     else:
         yield from map(encoder, parts)
 

@@ -19,7 +19,8 @@ CONTROL = re.compile(
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 SHORT_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
-SHORTEST_GAP = 60  # characters; a mark that stands for fewer saves nothing
+MIN_GAP = 60
+"""The least characters that a gap replaces; its own text needs as many."""
 
 
 class PreviewToken(NamedTuple):
@@ -39,21 +40,21 @@ class PreviewRow:
     tokens: list[PreviewToken]
     """Special tokens included."""
     notes: list[str]
-    """What happened to the row, e.g. `source cut at the beginning`."""
+    """How the row was changed, e.g. `source cut at the beginning`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What would be trained, for a person to look at."""
+    """What would be trained, as it is shown to the user."""
 
     title: str
     """E.g. `alpaca_data.json as alpaca`."""
-    facts: list[tuple[str, str]]
+    summary: list[tuple[str, str]]
     """Labels and values, e.g. the format, the template, the rows, the steps an epoch."""
     warnings: list[str]
-    """What a person must know before training."""
+    """What the user must know before training."""
     rows: list[PreviewRow]
-    """The few rows that are shown."""
+    """The rows that are shown."""
     lengths: dict[str, np.ndarray]
     """Tokens a row, of all rows, by `source`, `target` and `total`."""
     limits: dict[str, int]
@@ -82,13 +83,13 @@ class Gap(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Whether everything left out carries loss; a mixed gap counts as context and tells how much of it does."""
+        """Whether everything left out carries loss; a mixed gap counts as context and says how much is trained."""
         return self.characters == self.trained_characters
 
     def __str__(self) -> str:
         mixed = 0 < self.trained_characters < self.characters
-        share = f", {self.trained_characters:,} of them trained" if mixed else ""
-        return f"… {self.characters:,} characters{share} …"
+        note = f", {self.trained_characters:,} of them trained" if mixed else ""
+        return f"… {self.characters:,} characters{note} …"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,12 @@ class Lengths:
 
     @property
     def high(self) -> int:
-        """The largest length of the last bin."""
+        """The maximum length of the last bin."""
         return self.low + self.step * len(self.counts) - 1
 
-    def span(self, place: int) -> tuple[int, int]:
-        """Returns the smallest and the largest length of a bin."""
-        first = self.low + place * self.step
+    def span(self, index: int) -> tuple[int, int]:
+        """Returns the minimum and the maximum length of a bin."""
+        first = self.low + index * self.step
         return max(first, 0), first + self.step - 1
 
 
@@ -143,22 +144,22 @@ def one_line(text: str) -> str:
 def describe_tokens(tokens: Sequence[PreviewToken]) -> str:
     """Returns e.g. `210 tokens, 57 trained`."""
     trained = sum(token.trained for token in tokens)
-    share = "none" if not trained else "all" if trained == len(tokens) else f"{trained:,}"
-    return f"{len(tokens):,} token{'' if len(tokens) == 1 else 's'}, {share} trained" if tokens else "no tokens"
+    count = "none" if not trained else "all" if trained == len(tokens) else f"{trained:,}"
+    return f"{len(tokens):,} token{'' if len(tokens) == 1 else 's'}, {count} trained" if tokens else "no tokens"
 
 
 def shorten_row(tokens: Sequence[PreviewToken], room: int) -> list[Piece | Gap]:
     """Returns the row in about `room` characters.
 
-    Gaps stand for what is left out. The row's ends and the ends of its first and last trained span are always there,
-    each with equally much around it.
+    Gaps replace what is left out. The ends of the row and of its first and last trained spans are always included,
+    each with equally much text around it.
     """
     ends = list(itertools.accumulate(len(token.text) for token in tokens))
     parts: list[Piece | Gap] = []
-    before: int | None = None
+    previous: int | None = None
     for low, high in _kept(tokens, ends, room):
-        if before is not None:
-            parts.append(_gap(tokens, ends, before, low))
+        if previous is not None:
+            parts.append(_gap(tokens, ends, previous, low))
         for position in range(bisect.bisect_left(ends, low), len(tokens)):
             token = tokens[position]
             start = ends[position] - len(token.text)
@@ -167,7 +168,7 @@ def shorten_row(tokens: Sequence[PreviewToken], room: int) -> list[Piece | Gap]:
             text = token.text[max(low - start, 0) : high - start]
             if text or not token.text:
                 parts.append(Piece(position, token, text))
-        before = high
+        previous = high
     return parts
 
 
@@ -177,13 +178,13 @@ def _kept(tokens: Sequence[PreviewToken], ends: list[int], room: int) -> list[tu
     if total <= room:
         return [(0, total)]
     points = {0, total}
-    first = next((place for place, token in enumerate(tokens) if token.trained), None)
+    first = next((index for index, token in enumerate(tokens) if token.trained), None)
     if first is not None:
-        after = next((place for place in range(first, len(tokens)) if not tokens[place].trained), len(tokens))
-        last = next(place for place in reversed(range(len(tokens))) if tokens[place].trained)
-        ahead = next((place for place in range(last, -1, -1) if not tokens[place].trained), -1)
+        after = next((index for index in range(first, len(tokens)) if not tokens[index].trained), len(tokens))
+        last = next(index for index in reversed(range(len(tokens))) if tokens[index].trained)
+        ahead = next((index for index in range(last, -1, -1) if not tokens[index].trained), -1)
         points |= {ends[first] - len(tokens[first].text), ends[after - 1], ends[last], ends[ahead] if ahead >= 0 else 0}
-    # The largest reach whose ranges fit, found by halving.
+    # Bisection for the largest reach whose ranges fit.
     reach, too_far = 0, room
     while too_far - reach > 1:
         middle = (reach + too_far) // 2
@@ -196,7 +197,7 @@ def _around(points: set[int], reach: int, total: int) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     for point in sorted(points):
         low, high = max(point - reach, 0), min(point + reach, total)
-        if ranges and low - ranges[-1][1] < SHORTEST_GAP:
+        if ranges and low - ranges[-1][1] < MIN_GAP:
             low = ranges.pop()[0]
         ranges.append((low, high))
     return ranges
@@ -239,8 +240,8 @@ def _count(name: str, values: np.ndarray, limit: int | None, bins: int) -> Lengt
     anchor = limit if limit is not None and low <= limit <= high else high
     low -= -(anchor - low + 1) % step
     size = math.ceil((high - low + 1) / step)
-    places = (values - low) // step
-    counts = np.bincount(np.minimum(places, size), minlength=size + 1)
+    indices = (values - low) // step
+    counts = np.bincount(np.minimum(indices, size), minlength=size + 1)
     over = 0 if limit is None else int(np.count_nonzero(values > limit))
     return Lengths(
         *(name, values.size, least, median, p95, most, limit, over),

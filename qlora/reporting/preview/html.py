@@ -102,7 +102,7 @@ mark { padding: .1em 0; background: var(--on); color: var(--on-ink); box-shadow:
 
 
 def to_html(preview: Preview) -> str:
-    """Returns the preview as an HTML page: trained tokens are `<mark>`, and each token's title tells its id.
+    """Returns the preview as an HTML page: trained tokens are `<mark>`, and each token's title shows its id.
 
     A box without any script shows the ids of all tokens. The page follows the reader's light or dark mode.
     """
@@ -113,9 +113,9 @@ def to_html(preview: Preview) -> str:
     lines += ["<header>", '<p class="over">What would be trained</p>', f"<h1>{title}</h1>", "</header>", "<main>"]
     if preview.warnings:
         lines += ['<ul class="warnings">', *(f"<li>{_escape(text)}</li>" for text in preview.warnings), "</ul>"]
-    if preview.facts:
-        facts = (f"<div><dt>{_escape(label)}</dt><dd>{_escape(value)}</dd></div>" for label, value in preview.facts)
-        lines += ['<dl class="facts">', *facts, "</dl>"]
+    if preview.summary:
+        entries = (f"<div><dt>{_escape(label)}</dt><dd>{_escape(value)}</dd></div>" for label, value in preview.summary)
+        lines += ['<dl class="facts">', *entries, "</dl>"]
     lines += [*_lengths(preview), *_rows(preview.rows), "</main>", "</body>", "</html>", ""]
     return "\n".join(lines)
 
@@ -150,18 +150,18 @@ def _figure(lengths: Lengths) -> Iterable[str]:
         f'<svg viewBox="0 0 {len(lengths.counts)} 100" preserveAspectRatio="none" role="img" '
         f'aria-label="histogram of {name}: median {lengths.median}, longest {lengths.most} tokens">'
     )
-    for place, count in enumerate(lengths.counts):
+    for index, count in enumerate(lengths.counts):
         if count:
-            first, last = lengths.span(place)
+            first, last = lengths.span(index)
             span = f"{first:,}" if first == last else f"{first:,}–{last:,}"
             height = max(95 * count / tallest, 1)
             yield (
-                f'<rect x="{place + 0.05:.2f}" y="{100 - height:.2f}" width="0.9" height="{height:.2f}">'
+                f'<rect x="{index + 0.05:.2f}" y="{100 - height:.2f}" width="0.9" height="{height:.2f}">'
                 f"<title>{span} tokens: {count:,} row{'' if count == 1 else 's'}</title></rect>"
             )
     for kind, value in reversed(numbers):
         if value <= lengths.high:
-            # A value lies in the middle of its place in the bar, a limit behind it.
+            # A value lies in the middle of its part of the bar, a limit after it.
             x = (value - lengths.low + (1 if kind == "limit" else 0.5)) / lengths.step
             yield f'<line class="{kind}" x1="{x:.3f}" x2="{x:.3f}" y1="0" y2="100"/>'
     yield "</svg>"
@@ -199,12 +199,12 @@ def _part(part: Piece | Gap) -> str:
     if isinstance(part, Gap):
         return f'<span class="gap{" on" if part.trained else ""}">{part}</span>'
     tag, note = ("mark", ", trained") if part.trained else ("span", "")
-    number = part.token.id
+    token_id = part.token.id
     line = ' class="ends-line"' if "\n" in part.text else ""  # its id stands before it, on the same line
-    title = f"token {part.position}, id {number}{note}"
-    return f'<{tag}{line} title="{title}" data-id="{number}">{_text(part.text)}</{tag}>'
+    title = f"token {part.position}, id {token_id}{note}"
+    return f'<{tag}{line} title="{title}" data-id="{token_id}">{_text(part.text)}</{tag}>'
 
 
 def _text(text: str) -> str:
-    shown = CONTROL.sub(lambda match: f'<i class="control">{escape(match[0])}</i>', html.escape(text))
-    return shown.replace("\n", '<i class="break"></i>\n')
+    text = CONTROL.sub(lambda match: f'<i class="control">{escape(match[0])}</i>', html.escape(text))
+    return text.replace("\n", '<i class="break"></i>\n')

@@ -1,18 +1,16 @@
-"""Draws how long all rows are."""
+"""Draws histograms of the lengths of all rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qlora.reporting.loss_curve import FAINT, GRID, HELD_OUT, INK, TRAIN
+from qlora.reporting.loss_curve import HELD_OUT, TRAIN
+from qlora.reporting.png import FAINT, GRID, INK, new_figure, save_figure
 from qlora.reporting.preview.content import Lengths, Preview, count_lengths, one_line
-from qlora.runtime.atomic_files import write_file
 
 BAR = "#9dbfe0"  # TRAIN, lighter, so that lines stand out
 BINS = 80
@@ -22,11 +20,10 @@ MARKS = {"median": (TRAIN, "-"), "p95": (TRAIN, "--"), "max": (FAINT, "-"), "lim
 def plot_lengths(preview: Preview, path: Path) -> None:
     """Writes a PNG of the histograms of `preview.lengths`, with median, 95th percentile, longest row and limit.
 
-    Without rows the picture says so. Folders on the way to `path` are made.
+    Without rows the picture says so. The parent folders of `path` are created.
     """
     counted = count_lengths(preview, BINS)
-    figure = Figure(figsize=(8, 0.6 + 1.6 * max(len(counted), 1)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 0.6 + 1.6 * max(len(counted), 1))
     panels = figure.subplots(max(len(counted), 1), 1, squeeze=False)[:, 0]
     for axes, lengths in zip(panels, counted, strict=False):
         _draw(axes, lengths)
@@ -35,12 +32,12 @@ def plot_lengths(preview: Preview, path: Path) -> None:
         panels[0].text(0.5, 0.5, "no rows were counted", transform=panels[0].transAxes, ha="center", color=FAINT)
     else:
         panels[-1].set_xlabel("tokens a row", color=INK)
-    write_file(path, lambda draft: figure.savefig(draft, format="png", facecolor="white"))
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, lengths: Lengths) -> None:
     # A bar of one length is centred on it, so everything starts half a token lower.
-    left = [lengths.low - 0.5 + place * lengths.step for place in range(len(lengths.counts))]
+    left = [lengths.low - 0.5 + index * lengths.step for index in range(len(lengths.counts))]
     axes.bar(left, lengths.counts, lengths.step, align="edge", color=BAR, edgecolor="white", linewidth=0.3)
     axes.set_xlim(max(left[0], -0.5), lengths.high + 0.5 + 0.01 * (lengths.high - lengths.low))
     axes.set_ylim(0, 1.08 * max(lengths.counts) or 1)
@@ -68,6 +65,6 @@ def _mark(axes: Axes, lengths: Lengths, name: str, value: int) -> Line2D:
     if value > lengths.high:
         return Line2D([], [], label=f"{label} →", linestyle="none")
     style = {"color": color, "linestyle": dashes, "linewidth": 1.5}
-    place = value + (0.5 if name == "limit" else 0)  # a limit lies behind the longest that it allows
-    axes.axvline(place, zorder=4 - list(MARKS).index(name) / 10, **style)  # where marks meet, the median is on top
+    x = value + (0.5 if name == "limit" else 0)  # a limit lies after the greatest length that it allows
+    axes.axvline(x, zorder=4 - list(MARKS).index(name) / 10, **style)  # where marks meet, the median is on top
     return Line2D([], [], label=label, **style)

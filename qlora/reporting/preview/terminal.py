@@ -49,7 +49,7 @@ def to_text(preview: Preview, *, ids: bool, color: bool, width: int = 100) -> st
     printed raw. The text of a row is neither wrapped nor indented. `ids` lists each token with its id.
     """
     pen = _Pen(color)
-    blocks = [[pen(one_line(preview.title), "bold"), *_facts(preview.facts, pen, width)]]
+    blocks = [[pen(one_line(preview.title), "bold"), *_summary(preview.summary, pen, width)]]
     blocks.append([line for warning in preview.warnings for line in _warning(warning, pen, width)])
     if preview.rows:
         blocks.append([_legend(pen)])
@@ -58,8 +58,8 @@ def to_text(preview: Preview, *, ids: bool, color: bool, width: int = 100) -> st
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def _facts(facts: list[tuple[str, str]], pen: _Pen, width: int) -> list[str]:
-    rows = [(one_line(label), one_line(value)) for label, value in facts]
+def _summary(summary: list[tuple[str, str]], pen: _Pen, width: int) -> list[str]:
+    rows = [(one_line(label), one_line(value)) for label, value in summary]
     indent = max((cell_len(label) for label, _ in rows), default=0) + 4
     lines = []
     for label, value in rows:

@@ -1,25 +1,20 @@
-"""Sends metrics, predictions and the adapter to a tracker, or nowhere; no tracker's package is imported but the chosen.
+"""Sends metrics, predictions and the adapter to a tracker, or nowhere; imports no other tracker's package.
 
-Wherever a run goes on in its folder, it goes on in its tracker, and nothing is recorded twice.
+A run that resumes in its folder resumes in its tracker, and records nothing twice.
 """
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
-from qlora.config.schema import TrackingBackend, TrackingConfig
+from qlora.config.schema import TrackingConfig
+from qlora.config.trackers import NO_TRACKER, tracker_path
+from qlora.errors import ConfigError
 from qlora.runtime import distributed
+from qlora.runtime.user_code import import_function
 from qlora.training.trackers.base import NoTracker, TrackedRun, Tracker
 
-__all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker", "tracker_ids"]
-
-KINDS = {
-    TrackingBackend.wandb: ("wandb", "WandbTracker"),
-    TrackingBackend.tensorboard: ("tensorboard", "TensorboardTracker"),
-    TrackingBackend.mlflow: ("mlflow", "MlflowTracker"),
-    TrackingBackend.trackio: ("trackio", "TrackioTracker"),
-}
+__all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker", "tracker_class", "tracker_ids"]
 
 
 def tracker_ids(folder: Path) -> dict[str, str]:
@@ -27,13 +22,21 @@ def tracker_ids(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_run_id.txt"))}
 
 
-def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
-    """Starts the tracker that `config` names; in every process but the first, one that does nothing.
+def tracker_class(config: TrackingConfig) -> type[Tracker]:
+    """Returns the class of the tracker that `config` names; raises `ConfigError` if there is none."""
+    name = config.in_use
+    if name == NO_TRACKER:
+        return NoTracker
+    result = import_function(tracker_path(name) or name, "tracking.backend")
+    if not isinstance(result, type) or not issubclass(result, Tracker):
+        raise ConfigError(f"tracking.backend={name} is not a subclass of qlora.training.trackers.Tracker")
+    return result
 
-    Raises `ConfigError` if its package or its login is missing.
+
+def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
+    """Starts the tracker that `config` names; in every process but the main one, a tracker that does nothing.
+
+    Raises a `UserError` if its package or its login is missing.
     """
-    if config.in_use is TrackingBackend.none or not distributed.is_main_process():
-        return NoTracker()
-    module, kind = KINDS[config.backend]
-    tracker: Tracker = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(config, run)
-    return tracker
+    kind = tracker_class(config) if distributed.is_main_process() else NoTracker
+    return kind(config, run)

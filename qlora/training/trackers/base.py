@@ -1,11 +1,11 @@
-"""What every tracker is and is told."""
+"""The base class of trackers, what it receives of a run or a sweep, and the record of what it has sent."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import TrackingConfig
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 from qlora.runtime.atomic_files import append_line, write_text
 from qlora.runtime.run_folder import flatten
 from qlora.runtime.sweep_job import SweepJob
@@ -21,17 +21,17 @@ from qlora.runtime.sweep_job import SweepJob
 PREDICTION_COLUMNS = ("prompt", "reference", "prediction", "match")
 PREDICTIONS = "predictions"
 
-# What tells two runs apart that belong to no sweep.
 MAIN_KEYS = (
     *("model.name", "data.name", "quantization.bits", "quantization.quant_type", "lora.r", "lora.alpha"),
     *("lora.dropout", "trainer.learning_rate", "trainer.max_steps", "trainer.per_device_train_batch_size"),
     *("trainer.gradient_accumulation_steps", "seed"),
 )
+"""The hyperparameters of a run that belongs to no sweep."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it starts."""
+    """What a tracker receives about a run when the run starts."""
 
     name: str
     folder: Path
@@ -39,25 +39,25 @@ class TrackedRun:
     config: dict[str, Any]
     """The whole resolved config, nested."""
     sweep: SweepJob | None = None
-    """The sweep that it is a job of."""
+    """The sweep that the run is a job of."""
     job_type: str | None = None
-    """What kind of run it is, where there are several kinds in a project."""
+    """The kind of run, where a project has several kinds."""
     resumes: bool = True
-    """Whether a later start in the folder goes on, and repeats steps; else each start is new."""
+    """Whether a later start in the folder resumes and may repeat steps; else each start is a new run."""
 
     @cached_property
     def flat(self) -> dict[str, Any]:
-        """The config by full keys."""
+        """The values of the config by their full keys."""
         return dict(flatten(self.config))
 
     @cached_property
     def varied(self) -> dict[str, Any]:
-        """The keys that the sweep varies, with the run's values; empty outside of a sweep."""
+        """The keys that the sweep varies, with the run's values; empty outside a sweep."""
         return self.sweep.values(self.flat) if self.sweep is not None else {}
 
     @property
     def title(self) -> str:
-        """The name in the tracker: in a sweep what varies."""
+        """The name in the tracker: the varied overrides of a job of a sweep, else the run's name."""
         return (self.sweep.label if self.sweep is not None else "") or self.name
 
     def group(self, config: TrackingConfig) -> str | None:
@@ -70,17 +70,57 @@ class TrackedRun:
 
     @property
     def hyperparameters(self) -> dict[str, bool | int | float | str]:
-        """What the sweep varies, else the main keys, in types that tables know."""
+        """What the sweep varies, else the main keys, in types that tables can show."""
         chosen = self.varied or {key: self.flat[key] for key in MAIN_KEYS if key in self.flat}
         return {key: value if isinstance(value, bool | int | float | str) else str(value)
                 for key, value in chosen.items() if value is not None}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SweepSummary:
+    """What a tracker receives about a sweep as a whole."""
+
+    numbers: dict[str, Any]
+    """How many jobs ended in each status, and the best of them."""
+    finished: int
+    """How many jobs have finished."""
+    columns: list[str]
+    """The head of the leaderboard."""
+    rows: list[list[Any]]
+    """Its lines; a column holds values of one type."""
+    unfinished: list[list[str]]
+    """The overrides, status, reason and name of each other job."""
+    files: list[Path]
+    """The leaderboard and the page, as far as they exist."""
+    page: Path | None
+    """The page that shows the sweep, if it exists."""
+    draw_chart: Callable[[], Path] | None
+    """Draws the chart of parallel axes and returns its file; None: there is nothing to compare."""
+
+
 class Tracker:
-    """Where metrics go besides the run folder; each kind says what it does with them."""
+    """Where metrics go besides the run folder. A subclass overrides what its service can record."""
 
     url: str | None = None
     """The page that shows the run, if there is one."""
+
+    def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
+        self.config, self.run = config, run
+
+    @classmethod
+    def check_access(cls, config: TrackingConfig) -> str:
+        """Returns what `task=doctor` reports; raises a `UserError` where the package or the login is missing."""
+        return config.in_use
+
+    @classmethod
+    def account(cls, config: TrackingConfig) -> str | None:
+        """Asks the service which account it accepts, for `task.online=true`; None: it has no accounts."""
+        return None
+
+    @classmethod
+    def log_sweep(cls, config: TrackingConfig, run: TrackedRun, sweep: SweepSummary) -> list[tuple[str, str]]:
+        """Shows a sweep as a whole in `run`; returns the lines to print, each a label and a text."""
+        return []
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Records `metrics` at an optimizer step."""
@@ -89,20 +129,23 @@ class Tracker:
         """Records answers with the columns prompt, reference, prediction and match."""
 
     def log_adapter(self, folder: Path) -> None:
-        """Stores the finished adapter, where the config asks for it."""
+        """Stores the finished adapter if `tracking.log_adapter` is set."""
 
     def finish(self, status: str, summary: dict[str, float]) -> None:
-        """Ends the run with `status` (`finished`, or what stopped it) and its final metrics."""
+        """Ends the run with `status` (`finished`, or why it stopped) and its final metrics."""
 
 
 class NoTracker(Tracker):
     """Records nothing."""
 
+    def __init__(self, config: TrackingConfig | None = None, run: TrackedRun | None = None) -> None:
+        pass
+
 
 class Sent:
-    """The rows that a run has sent to a tracker, in a file of its folder, which survives a run that is killed.
+    """The rows that a run has sent to a tracker, kept in a file of its folder that outlives a killed process.
 
-    A training that goes on from a checkpoint repeats steps; with this it sends none of them twice.
+    A run that resumes from a checkpoint repeats steps; this record keeps it from sending a step twice.
     """
 
     def __init__(self, folder: Path, backend: str) -> None:
@@ -110,7 +153,7 @@ class Sent:
         self.rows: list[tuple[int, list[str]]] = []
         """The step and the names of each row."""
         self.last_start: tuple[str, int] | None = None
-        """What the tracker calls the latest start of the run, and how many rows there were before it."""
+        """The tracker's name of the latest start of the run, and the number of rows before it."""
         for entry in _intact_lines(self._file):
             if "start" in entry:
                 self.last_start = entry["start"], len(self.rows)
@@ -119,18 +162,18 @@ class Sent:
         self._steps = self._count()
 
     def begin(self, start: str) -> None:
-        """Notes a start of the run."""
+        """Records a start of the run."""
         self.last_start = start, len(self.rows)
         self._append({"start": start})
 
     def add(self, names: Iterable[str], step: int) -> None:
-        """Notes a row that was sent."""
+        """Records a row that was sent."""
         self.rows.append((step, list(names)))
         self._append({"step": step, "names": self.rows[-1][1]})
         self._steps |= {name: max(step, self._steps.get(name, step)) for name in self.rows[-1][1]}
 
     def has(self, name: str, step: int) -> bool:
-        """Returns whether a metric was sent at this step, or at a later one."""
+        """Returns whether a metric was sent at this step or at a later one."""
         return step <= self._steps.get(name, -1)
 
     @property
@@ -139,7 +182,7 @@ class Sent:
         return max(self._steps.values(), default=0)
 
     def keep(self, count: int) -> None:
-        """Forgets all rows but the first `count`: the others were lost on their way."""
+        """Forgets all rows but the first `count`: the others never arrived."""
         if count < len(self.rows):
             self.rows, self.last_start = self.rows[:count], None
             self._steps = self._count()
@@ -155,7 +198,7 @@ class Sent:
 
 
 def _intact_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file with one a line, without those that were cut off."""
+    """Yields the objects of a JSON-lines file; a line that was cut off is skipped."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(entry := json.loads(line), dict) and _is_entry(entry):
@@ -163,23 +206,24 @@ def _intact_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Returns whether `Sent` wrote an object: a start, or a row's step and names."""
+    """Returns whether `Sent` wrote this object: a start, or the step and names of a row."""
     step, sent = entry.get("step"), entry.get("names")
     is_row = isinstance(step, int) and isinstance(sent, list) and all(isinstance(name, str) for name in sent)
     return is_row or isinstance(entry.get("start"), str)
 
 
-class BackendTracker(Tracker):
-    """A tracker of a package; sends nothing twice when a run goes on."""
+class ResumingTracker(Tracker):
+    """A tracker that sends nothing twice when a run resumes; a subclass says how a row is sent."""
 
     backend: str
+    """Its name, which the file of the rows that were sent begins with."""
 
     def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
-        self.config, self.run = config, run
+        super().__init__(config, run)
         self.sent = Sent(run.folder, self.backend)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Records those of `metrics` at an optimizer step that are not recorded yet."""
+        """Records the metrics of an optimizer step that are not recorded yet."""
         new = {name: value for name, value in metrics.items() if self._is_new(name, step)}
         if new:
             self.send(new, step)
@@ -195,19 +239,19 @@ class BackendTracker(Tracker):
         return not (self.run.resumes and self.sent.has(name, step))
 
     def send(self, metrics: dict[str, float], step: int) -> None:
-        """Hands metrics to the package."""
+        """Sends metrics to the service."""
         raise NotImplementedError
 
     def send_predictions(self, rows: list[list[str]], step: int) -> None:
-        """Hands answers to the package, in the order of `PREDICTION_COLUMNS`."""
+        """Sends answers to the service, in the order of `PREDICTION_COLUMNS`."""
         raise NotImplementedError
 
 
 def import_package(name: str, module: str | None = None) -> Any:
-    """Returns a module of a tracker's package; raises `ConfigError` where the package is missing."""
+    """Returns a module of a tracker's package; raises `ResourceError` where the package is missing."""
     try:
         return importlib.import_module(module or name)
     except ImportError as error:
-        raise ConfigError(
+        raise ResourceError(
             f"tracking={name} needs the {name} package; pip install 'qlora[{name}]', or use tracking=none"
         ) from error

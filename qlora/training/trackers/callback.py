@@ -1,4 +1,4 @@
-"""What the trainer logs, on its way to a tracker."""
+"""The callback that sends what the trainer logs to a tracker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {
     "train_mfu": "mfu",
     "train_data_wait": "data_wait",
 }
-"""What a tracker gets of a training log, and its name there below `train/`."""
+"""The keys of a training log that are sent, with their names below `train/`."""
 
 
 class TrackerCallback(TrainerCallback):
@@ -26,7 +26,7 @@ class TrackerCallback(TrainerCallback):
         self._tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sends what a resumed training had logged and the tracker has not."""
+        """Sends what a resumed run had logged and the tracker lacks."""
         if state.is_world_process_zero:
             for logs in state.log_history:
                 if metrics := _metrics(logs):

@@ -8,33 +8,39 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import TrackingConfig
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 from qlora.runtime.atomic_files import write_text
-from qlora.training.trackers.base import PREDICTION_COLUMNS, BackendTracker, TrackedRun, import_package
+from qlora.training.trackers.base import (
+    PREDICTION_COLUMNS,
+    ResumingTracker,
+    SweepSummary,
+    TrackedRun,
+    import_package,
+)
+from qlora.upstream.mlflow import max_param_length
 
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id.txt"
 FOLDER = Path("outputs/mlflow")
-"""Where runs go unless another place is named."""
+"""Where runs are stored unless `tracking.uri` or the environment names another database."""
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-"""The environment, unless the user has set it."""
+"""Environment variables that are set unless the user has set them."""
 PARENT_TAG = "mlflow.parentRunId"
-"""By which MLflow nests the runs of jobs in that of their sweep."""
+"""The tag by which MLflow nests the runs of jobs in the run of their sweep."""
 GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""What MLflow says of a run that its database does not hold, or holds as deleted."""
-MOST_AT_ONCE = 100
-"""Parameters in one request."""
+"""MLflow's error codes for a run that its database does not hold, or holds as deleted."""
+PARAMS_PER_REQUEST = 100
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "interrupted": "KILLED"}
-"""How a run ended in MLflow's words, of any other end FAILED."""
+"""MLflow's status for how a run ended; any other end is FAILED."""
 
 
-class MlflowTracker(BackendTracker):
+class MlflowTracker(ResumingTracker):
     """An MLflow run in the experiment `tracking.project`."""
 
     backend = "mlflow"
@@ -46,24 +52,24 @@ class MlflowTracker(BackendTracker):
         self.mlflow = import_package("mlflow")
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        place = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
         try:
-            if place is None:
+            if uri is None:
                 import_package("mlflow", "sqlalchemy")
                 FOLDER.mkdir(parents=True, exist_ok=True)
-                with _alone(FOLDER / ".lock"):  # two jobs of a sweep would both make the tables
+                with _alone(FOLDER / ".lock"):  # two jobs of a sweep would both create the tables
                     self._open(f"sqlite:///{FOLDER / 'mlflow.db'}", str((FOLDER / "artifacts").absolute()))
             else:
-                self._open(place, None)
+                self._open(uri, None)
         except (self.mlflow.MlflowException, OSError) as error:
-            raise ConfigError(
-                f"tracking=mlflow: {place or FOLDER} cannot be used ({' '.join(str(error).split())}); give another "
-                "place with tracking.uri, e.g. tracking.uri=http://localhost:5000"
+            raise ResourceError(
+                f"tracking=mlflow: {uri or FOLDER} cannot be used ({' '.join(str(error).split())}); name another "
+                "database or server with tracking.uri, e.g. tracking.uri=http://localhost:5000"
             ) from error
 
-    def _open(self, place: str, artifacts: str | None) -> None:
-        """Finds or makes the experiment, the run, and the run of the sweep that it is nested in."""
-        self._client = self.mlflow.MlflowClient(tracking_uri=place)
+    def _open(self, uri: str, artifacts: str | None) -> None:
+        """Finds or creates the experiment, the run, and the run of the sweep that contains it."""
+        self._client = self.mlflow.MlflowClient(tracking_uri=uri)
         file = self.run.folder / RUN_ID_FILE
         if (known := self._continue(file)) is not None:
             self._id = known
@@ -79,7 +85,7 @@ class MlflowTracker(BackendTracker):
         write_text(file, self._id)
 
     def _continue(self, file: Path) -> str | None:
-        """Returns the run whose id a file holds, running again; None: there is none, or it was thrown away."""
+        """Returns the run whose id a file holds, set to running; None: there is none, or it was deleted."""
         if not file.is_file():
             return None
         known = file.read_text(encoding="utf-8").strip()
@@ -93,54 +99,60 @@ class MlflowTracker(BackendTracker):
 
     def _experiment(self, artifacts: str | None) -> str:
         name = self.config.project
-        if (there := self._client.get_experiment_by_name(name)) is None:
+        if (experiment := self._client.get_experiment_by_name(name)) is None:
             try:
                 return str(self._client.create_experiment(name, artifacts))
             except self.mlflow.MlflowException:
-                if (there := self._client.get_experiment_by_name(name)) is None:  # no other job has just made it
+                if (experiment := self._client.get_experiment_by_name(name)) is None:  # nor has another job created it
                     raise
-        return str(there.experiment_id)
+        return str(experiment.experiment_id)
 
     def _parent(self, experiment: str, sweep: str, tags: Mapping[str, str]) -> str:
-        """Returns the run of the sweep, whose folder holds this run's; the first job makes it."""
+        """Returns the run of the sweep, whose folder holds this run's; the first job creates it."""
         file = self.run.folder.parent / RUN_ID_FILE
         with _alone(file.with_name(f".{file.name}.lock")):
             if (known := self._continue(file)) is not None:
                 return known
-            made = self._client.create_run(experiment, run_name=sweep, tags=dict(tags)).info.run_id
-            write_text(file, made)
-            return str(made)
+            created = self._client.create_run(experiment, run_name=sweep, tags=dict(tags)).info.run_id
+            write_text(file, created)
+            return str(created)
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
-        """Stores the config; a value that is too long for a parameter is an artifact, and the parameter its name."""
-        longest = self.mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
-        made = []
+        """Stores the config; a value too long for a parameter becomes an artifact, which the parameter names."""
+        max_length = max_param_length()
+        entries = []
         for key, value in params.items():
             text, name = str(value), _clean(key)
-            if len(text) > longest:
+            if len(text) > max_length:
                 artifact = f"params/{name.replace('/', '_')}.txt"
                 self._client.log_text(self._id, text, artifact)
                 text = f"{len(text):,} characters, in the artifact {artifact}"
-            made.append(self.mlflow.entities.Param(name, text))
-        for start in range(0, len(made), MOST_AT_ONCE):
-            self._client.log_batch(self._id, params=made[start : start + MOST_AT_ONCE])
+            entries.append(self.mlflow.entities.Param(name, text))
+        for start in range(0, len(entries), PARAMS_PER_REQUEST):
+            self._client.log_batch(self._id, params=entries[start : start + PARAMS_PER_REQUEST])
 
-    def log_sweep(self, numbers: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """Brings the run of a sweep up to date: its numbers, texts among them as tags, and the files that show it."""
-        for key, value in numbers.items():
+    @classmethod
+    def log_sweep(cls, config: TrackingConfig, run: TrackedRun, sweep: SweepSummary) -> list[tuple[str, str]]:
+        """Ends the run that contains those of the jobs: numbers, texts as tags, leaderboard and page as artifacts."""
+        if sweep.finished:
+            cls(config, run)._end_sweep(sweep)
+        return []
+
+    def _end_sweep(self, sweep: SweepSummary) -> None:
+        for key, value in sweep.numbers.items():
             with self._tolerant(key):
                 if isinstance(value, str):
                     self._client.set_tag(self._id, _clean(key), value)
                 else:
                     self._client.log_metric(self._id, _clean(key), value)
-        for file in files:
+        for file in sweep.files:
             with self._tolerant(file.name):
                 self._client.log_artifact(self._id, str(file))
         with self._tolerant("end"):
             self._client.set_terminated(self._id, STATUS["finished"])
 
     def send(self, metrics: dict[str, float], step: int) -> None:
-        """Records a value for each metric; a server that fails costs these values, not the training."""
+        """Records a value for each metric; a server that fails loses these values and does not end the run."""
         now = int(time.time() * 1000)
         values = [self.mlflow.entities.Metric(_clean(name), value, now, step) for name, value in metrics.items()]
         with self._tolerant("metrics"):
@@ -183,5 +195,5 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _clean(name: str) -> str:
-    """Returns a name of the characters that MLflow takes."""
+    """Returns a name in which `_` replaces the characters that MLflow does not accept."""
     return re.sub(r"[^\w\-. :/]", "_", name)

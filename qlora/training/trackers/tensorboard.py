@@ -7,10 +7,10 @@ import math
 
 from qlora.config.schema import TrackingConfig
 from qlora.text import is_detail
-from qlora.training.trackers.base import PREDICTION_COLUMNS, PREDICTIONS, BackendTracker, TrackedRun, import_package
+from qlora.training.trackers.base import PREDICTION_COLUMNS, PREDICTIONS, ResumingTracker, TrackedRun, import_package
 
 
-class TensorboardTracker(BackendTracker):
+class TensorboardTracker(ResumingTracker):
     """TensorBoard event files in `<run folder>/tensorboard`; it stores no adapter."""
 
     backend = "tensorboard"
@@ -26,7 +26,7 @@ class TensorboardTracker(BackendTracker):
         """Records a scalar for each metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a run that is killed has sent what it notes as sent
+        self._writer.flush()  # so that a killed run has sent what its record says
 
     def send_predictions(self, rows: list[list[str]], step: int) -> None:
         """Records a table of answers as text."""
@@ -38,7 +38,7 @@ class TensorboardTracker(BackendTracker):
         self._writer.flush()
 
     def finish(self, status: str, summary: dict[str, float]) -> None:
-        """Records the final metrics and, of a run that came to its end, a line of the HParams page."""
+        """Records the final metrics and, for a finished run, a line of the HParams page."""
         text = json.dumps({"status": status, **summary}, indent=2)
         self._writer.add_text("summary", _code_block(text), self.sent.last_step)
         if status == "finished":
@@ -46,7 +46,7 @@ class TensorboardTracker(BackendTracker):
         self._writer.close()
 
     def _add_hparams(self, metrics: dict[str, float]) -> None:
-        """Does what `SummaryWriter.add_hparams` does, but within this run: that would make a run of its own below."""
+        """Does what `SummaryWriter.add_hparams` does, but in this run: that method creates another run below it."""
         from torch.utils.tensorboard.summary import hparams
 
         tagged = {f"hparam/{name}": value for name, value in metrics.items() if math.isfinite(value)}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import TrackingConfig
-from qlora.training.trackers.base import PREDICTION_COLUMNS, PREDICTIONS, BackendTracker, TrackedRun, import_package
+from qlora.training.trackers.base import PREDICTION_COLUMNS, PREDICTIONS, ResumingTracker, TrackedRun, import_package
 
 
-class TrackioTracker(BackendTracker):
+class TrackioTracker(ResumingTracker):
     """A Trackio run, kept where `trackio show` looks for it; it stores no adapter."""
 
     backend = "trackio"
@@ -19,7 +19,7 @@ class TrackioTracker(BackendTracker):
     def __init__(self, config: TrackingConfig, run: TrackedRun) -> None:
         super().__init__(config, run)
         self.trackio = import_package("trackio")
-        # Runs go on by their names, so those of two sweeps must differ.
+        # Trackio resumes a run by its name, so the names in two sweeps must differ.
         name = f"{run.title} ({run.sweep.sweep})" if run.sweep is not None else run.title
         with _silent():
             self._run: Any = self.trackio.init(
@@ -41,14 +41,14 @@ class TrackioTracker(BackendTracker):
         self.send({PREDICTIONS: self.trackio.Table(columns=list(PREDICTION_COLUMNS), data=rows)}, step)
 
     def log_adapter(self, folder: Path) -> None:
-        """Stores nothing: the adapter lies in the run folder."""
+        """Stores nothing: the adapter is in the run folder."""
 
     def finish(self, status: str, summary: dict[str, float]) -> None:
-        """Records the final metrics and how the run ended, and writes out what is still in memory."""
+        """Records the final metrics and how the run ended, and flushes what is still in memory."""
         if self._run is not None:
             with _silent():
                 self._run.log({**summary, "status": status}, step=self.sent.last_step)
-                self.trackio.finish()  # the run's own `finish` would be called again when the process ends
+                self.trackio.finish()  # `finish` of the run itself would run again when the process ends
             self._run = None
 
 

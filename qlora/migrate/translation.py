@@ -1,4 +1,4 @@
-"""How a table says what becomes of another project's key, and the pass over a config that reads the tables."""
+"""The rules by which a key of another project becomes overrides, and the pass over a config that applies them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qlora.config.overrides import write_override
 
 @dataclass(frozen=True)
 class Lost:
-    """What cannot be said here: why, or what to do instead."""
+    """The setting has no counterpart; `why` says so, or what to do instead."""
 
     why: str
     key: str = ""
-    """The other project's key, where it is not the one that the rule stands at."""
+    """The other project's key, if it is not the key of the rule."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """The value goes to a key of ours; `values` translates it, and one that is missing there is lost."""
+    """The value becomes that of our key; `values` translates it, and a value that is missing there is lost."""
 
     key: str
     values: Mapping[Any, Any] | None = None
@@ -28,7 +28,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Pick:
-    """Each value has overrides of its own; one that is missing is lost with `otherwise`."""
+    """Each value has its own overrides; a value that is missing is lost with `otherwise` as the reason."""
 
     choices: Mapping[Any, tuple[str, ...]]
     otherwise: str = "there is no such choice here"
@@ -36,14 +36,14 @@ class Pick:
 
 @dataclass(frozen=True)
 class Same:
-    """Needs no override: it has no counterpart that could differ."""
+    """The setting needs no override, because the behaviour here is the same."""
 
     why: str = ""
 
 
 @dataclass(frozen=True)
 class OnlyIf:
-    """Needs nothing while it has one of these values, and is lost with `why` otherwise."""
+    """The setting needs no override for these values; any other value is lost with `why` as the reason."""
 
     harmless: tuple[Any, ...]
     why: str
@@ -54,78 +54,78 @@ Part = str | Lost
 
 UNSET: tuple[Any, ...] = (None, "", [], {})
 OFF = (*UNSET, False, 0, "none", "no")
-"""Values with which an option is as good as left out."""
+"""Values that have the same effect as leaving the option out."""
 
 
-class Taken(dict[str, Any]):
-    """The facts of a config; remembers which were read."""
+class Settings(dict[str, Any]):
+    """The settings of another project's config; it remembers which of them were read."""
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        super().__init__(facts)
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
         self.read: set[str] = set()
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Returns a value and notes that it was read; `default` where it is unset."""
+        """Returns a value, or `default` if it is unset, and records that the key was read."""
         self.read.add(key)
         value = self.get(key)
         return default if value in UNSET else value
 
 
-Joint = Callable[[Taken], Iterator[Part]]
-"""Reads several keys together, each with `take`."""
+Joint = Callable[[Settings], Iterator[Part]]
+"""A function that reads several keys together, each with `take`."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What is known of another project's configs."""
+    """The config language of another project."""
 
     name: str
-    """How the project is called."""
+    """The name of the project."""
     defaults: tuple[str, ...]
-    """Its own defaults, as overrides, where they differ from ours; all that is written in a file comes later."""
+    """The project's defaults that differ from ours, as overrides; what a config sets takes precedence."""
     rules: Mapping[str, Rule]
-    """By the full key: a key below another as `optimizer.lr`."""
+    """Rules by full key, e.g. `optimizer.lr`."""
     joints: tuple[Joint, ...]
     prefixes: Mapping[str, Rule] = field(default_factory=dict)
-    """Rules for all keys that begin so."""
+    """Rules for all keys that begin with a prefix."""
 
 
 @dataclass
 class Reading:
-    """What became of a config."""
+    """The translation of a config."""
 
     overrides: list[str]
     lost: list[tuple[str, Any, str]]
-    """Key, value and reason of what was not mapped."""
+    """The key, value and reason of each setting that was not translated."""
 
 
-def translate(dialect: Dialect, facts: Mapping[str, Any]) -> Reading:
-    """Returns the overrides for a config, and what of it was lost."""
-    taken = Taken(facts)
+def translate(dialect: Dialect, settings: Mapping[str, Any]) -> Reading:
+    """Returns the overrides for a config, and the settings that were lost."""
+    unread = Settings(settings)
     reading = Reading(list(dialect.defaults), [])
     for joint in dialect.joints:
-        for part in joint(taken):
-            _note(reading, part, "", taken)
-    for key, value in facts.items():
-        if key in taken.read:
+        for part in joint(unread):
+            _note(reading, part, "", unread)
+    for key, value in settings.items():
+        if key in unread.read:
             continue
         rule = dialect.rules.get(key) or next(
-            (each for prefix, each in dialect.prefixes.items() if key.startswith(prefix)), None
+            (rule for prefix, rule in dialect.prefixes.items() if key.startswith(prefix)), None
         )
         if value in UNSET and not isinstance(value, bool):
             continue
         for part in _apply(rule, value):
-            _note(reading, part, key, taken)
+            _note(reading, part, key, unread)
     reading.overrides = _last_of_each(reading.overrides)
     return reading
 
 
-def _note(reading: Reading, part: Part, key: str, facts: Taken) -> None:
+def _note(reading: Reading, part: Part, key: str, settings: Settings) -> None:
     if isinstance(part, str):
         reading.overrides.append(part)
     else:
-        own = part.key or key
-        reading.lost.append((own, facts.get(own), part.why))
+        lost_key = part.key or key
+        reading.lost.append((lost_key, settings.get(lost_key), part.why))
 
 
 def _apply(rule: Rule | None, value: Any) -> Iterator[Part]:
@@ -154,6 +154,6 @@ def _key(value: Any) -> Any:
 
 
 def _last_of_each(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides with the last value of each key, groups first: their options lose to single keys."""
+    """Returns the overrides with the last value of each key; groups come first, because single keys override them."""
     last = {text.partition("=")[0]: text for text in overrides}
     return sorted(last.values(), key=lambda text: "." in text.partition("=")[0])

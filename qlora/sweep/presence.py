@@ -1,4 +1,4 @@
-"""Which commands of a study are alive: several search together, on one machine or on many, and any may be killed."""
+"""Which commands of a study are alive: several may search together, and any of them may be killed."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from sqlalchemy.exc import SQLAlchemyError
 from qlora.runtime.folder_lock import is_locked, locked
 
 OWNER = "owner"
-"""What a trial knows of the command that runs it: its token and its machine."""
-BEAT = "beat"
-ENDED = "ended"
+"""The attribute of a trial that holds the token and the machine of its command."""
+BEAT, ENDED = "beat", "ended"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 90.0
-"""A command of another folder or machine that has not beaten for so long is gone."""
+"""A command in another folder or on another machine is gone if its count stands still for this long."""
 
 
 class Presence:
-    """Shows the other commands of a study that this one is alive, and tells which of them are gone.
+    """Announces to the other commands of a study that this one is alive, and says which of them are gone.
 
-    A command holds a lock in its folder, so that whoever shares folder and machine knows at once. For others it counts
-    upwards in the study; only how long the count stands still is measured, so that clocks may differ.
+    A command holds a lock in its folder, which commands of the same folder and machine can see at once. For the others
+    it increments a count in the study. Only how long a count stands still is measured, so clocks may differ.
     """
 
     def __init__(self, study: optuna.Study, folder: Path, *, is_alone: bool) -> None:
         self._study, self._folder, self._is_alone = study, folder, is_alone
         self.token = uuid.uuid4().hex[:12]
         self._seen: dict[str, tuple[Any, float]] = {}
-        """The latest sign of each command, and when it was new."""
+        """The latest count of each command, and when it was first seen."""
 
     @property
     def attribute(self) -> dict[str, str]:
-        """What a trial of this command is marked with."""
+        """The attribute that marks a trial of this command."""
         return {OWNER: json.dumps({"token": self.token, "machine": platform.node()})}
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows that this command is alive, as long as the block runs."""
+    def announce(self) -> Iterator[None]:
+        """Announces that this command is alive while the block runs."""
         if self._is_alone:
             yield
             return
@@ -69,7 +68,7 @@ class Presence:
         count = 0
         while not stop.wait(BEAT_SECONDS):
             count += 1
-            # The command itself fails where the database stays away.
+            # If the database stays away, the command itself fails.
             with contextlib.suppress(SQLAlchemyError, StorageInternalError, OSError):
                 self._study.set_user_attr(f"{BEAT} {self.token}", count)
 
@@ -78,11 +77,11 @@ class Presence:
         return _owner(trial).get("token") == self.token
 
     def shares_folder(self, trial: FrozenTrial) -> bool:
-        """Returns whether the command of a trial works in the folder of this one."""
+        """Returns whether the command of a trial runs in this command's folder."""
         return (self._folder / _lock_name(_owner(trial).get("token", ""))).exists()
 
     def is_gone(self, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
-        """Returns whether the command that ran a trial does so no more; `beats` are the study's attributes."""
+        """Returns whether the command of a trial is gone; `beats` are the study's attributes."""
         if self._is_alone:
             return not self.is_own(trial)
         owner = _owner(trial)

@@ -1,0 +1,31 @@
+"""The trackers that `tracking.backend` may name; their modules are not imported before a run starts one."""
+
+from __future__ import annotations
+
+from qlora.config.entry_points import installed_names
+from qlora.errors import did_you_mean
+
+NO_TRACKER = "none"
+GROUP = "qlora.trackers"
+"""The entry points by which an installed package adds trackers."""
+TRACKERS = {
+    "wandb": "qlora.training.trackers.wandb:WandbTracker",
+    "tensorboard": "qlora.training.trackers.tensorboard:TensorboardTracker",
+    "mlflow": "qlora.training.trackers.mlflow:MlflowTracker",
+    "trackio": "qlora.training.trackers.trackio:TrackioTracker",
+}
+"""The trackers of this package: by name the class, `module:Class`. The extra `qlora[NAME]` installs what it needs."""
+
+
+def tracker_path(name: str) -> str | None:
+    """Returns the class of a tracker that is ours or an installed package's, as `module:Class`; None: no such name."""
+    return TRACKERS.get(name) or installed_names(GROUP).get(name)
+
+
+def describe_unknown(name: str) -> str:
+    """Returns what to write instead of a name that no tracker has."""
+    names = [NO_TRACKER, *TRACKERS, *installed_names(GROUP)]
+    return (
+        f"tracking.backend={name} is unknown{did_you_mean(name, names)}; choose from {', '.join(names)}, or name a "
+        "class of your own as module:Class"
+    )

@@ -1,0 +1,92 @@
+"""What the page of several runs shows: each run, the lines of the table, and the page as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora.reporting.history import Curve
+
+COSTS = ("seconds", "train_runtime", "train_tokens_per_second", "train_mfu", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the page shows of one run."""
+
+    label: str
+    folder: str
+    """Its path, relative to the page."""
+    status: str
+    """`finished`, `failed`, `pruned`, `interrupted`, `running` or `queued`."""
+    page: str | None = None
+    """The path of its own page, relative to this one."""
+    short: str = "open"
+    """Its label among the runs of one line."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """The varied keys."""
+    objective: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    reason: str | None = None
+    progress: str | None = None
+    log: Sequence[str] = ()
+    """The last lines of its output."""
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Its costs: seconds, tokens a second, fraction of the device's speed, gigabytes."""
+        known = {**self.metrics, "seconds": self.seconds}
+        return {name: float(known[name]) for name in COSTS if known.get(name) is not None}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TableLine:
+    """A line of the table: runs that differ only by their seed."""
+
+    values: Mapping[str, str]
+    cells: Sequence[tuple[str, float | None]]
+    """Each metric as a text, and as a number to sort by."""
+    runs: Sequence[RunView]
+    in_front: bool = False
+    """Whether no other line is better by one goal without being worse by another."""
+
+
+@dataclass(frozen=True)
+class RunsReport:
+    """The content of the page."""
+
+    title: str
+    over: str
+    """The kind of page, printed above the title."""
+    objective: str | None
+    maximizes: bool
+    """Whether a larger objective is better."""
+    keys: Sequence[str]
+    metrics: Sequence[str]
+    lines: Sequence[TableLine]
+    """Best first."""
+    unfinished: Sequence[RunView] = ()
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that all runs share."""
+    command: str | None = None
+    """The command that starts the best run again."""
+    goals: Mapping[str, str] = field(default_factory=dict)
+    """The metrics of a search, with `minimize` or `maximize`."""
+
+    @property
+    def finished(self) -> list[RunView]:
+        """The runs in the table, in order."""
+        return [run for line in self.lines for run in line.runs]
+
+    @property
+    def runs(self) -> list[RunView]:
+        """All runs, those of the table first."""
+        return [*self.finished, *self.unfinished]
+
+    @property
+    def charted(self) -> list[RunView]:
+        """The runs in the legend, in order."""
+        return [*self.finished, *(run for run in self.unfinished if run.curves)]
