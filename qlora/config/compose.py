@@ -40,7 +40,7 @@ VERSION_BASE = "1.3"
 """The version whose rules Hydra keeps to, wherever it composes."""
 
 LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan)
-"""The folder of tasks that show what a run would be, and leave nothing that counts as one."""
+"""The folder of tasks that only show what a run would be, and those tasks."""
 
 START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""

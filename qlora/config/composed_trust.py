@@ -16,7 +16,7 @@ from qlora.errors import ConfigError, UserError
 from qlora.upstream.omegaconf import raw_node
 
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-"""Where a log may write to without trust."""
+"""The streams that a log may write to without trust."""
 
 
 def check_composed(composed: DictConfig, trust: Trust) -> None:
@@ -35,7 +35,7 @@ def check_composed(composed: DictConfig, trust: Trust) -> None:
 
 
 def _check_trust(composed: DictConfig, trust: Trust) -> None:
-    """Raises `ConfigError` for trust that comes from elsewhere, such as `model: ${callbacks.x}`."""
+    """Raises `ConfigError` for trust that an interpolation brings in, such as `model: ${callbacks.x}`."""
     try:
         names = OmegaConf.select(composed, "trusted") or []
         remote_code = OmegaConf.select(composed, REMOTE_CODE)

@@ -24,7 +24,7 @@ SWEPT = ("hydra", "sweeper", "params")
 """Where a file lists what to sweep: keys, and their values as the command line writes them."""
 
 SHAPES = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
-"""What holds other values, in words."""
+"""Types that hold other values, in words."""
 
 
 def type_at(path: KeyPath) -> Any:
@@ -73,7 +73,7 @@ def _type_of_plugin(group: str, path: KeyPath) -> Any:
 
 @functools.cache
 def field_types(owner: type) -> dict[str, Any]:
-    """Returns the annotations of a dataclass by field; where Hydra cannot express a type, what the field says it is."""
+    """Returns the annotations of a dataclass by field, or the type in a field's metadata that Hydra cannot express."""
     hints = get_type_hints(owner)
     return hints | {item.name: item.metadata[HOLDS] for item in dataclasses.fields(owner) if HOLDS in item.metadata}
 

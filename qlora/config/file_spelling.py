@@ -33,7 +33,7 @@ OTHER_BASES = {
 }
 
 KINDS = {"int": "a number", "float": "a number", "bool": "a boolean", "timestamp": "a date", "null": "null"}
-"""What a tag of YAML is called."""
+"""YAML's tags, in words."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class _Scalar:
     path: KeyPath
     node: yaml.ScalarNode
     is_key: bool = False
-    """Whether it is itself the key of a mapping, of what `path` holds."""
+    """Whether it is a key of the mapping at `path`, and no value."""
 
 
 class SpelledSource(FileSource):
-    """Hydra's reader of YAML files, which refuses what YAML reads otherwise than it looks."""
+    """Hydra's reader of YAML files, which refuses a value that YAML reads as something else than it looks like."""
 
     shipped: Path
-    """The folder with our own options, which a test looks through."""
+    """The folder with our own options, which a test checks instead."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Returns what Hydra reads, whole numbers such as `1e3` made whole; raises `ConfigError` with file and line."""
@@ -71,7 +71,7 @@ def reading_spellings(shipped: Path) -> Iterator[None]:
 
 
 class _Loader(get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's loader, which leaves out that other readers of YAML see dates."""
+    """OmegaConf's loader, which also recognises the dates that other readers of YAML see."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -82,7 +82,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_spellings(file: Path, config_path: str, result: ConfigResult) -> None:
-    """Checks the spelling of every value in a file of options, and makes numbers whole that are, in `result`."""
+    """Checks the spelling of every value in a file of options, and makes numbers such as `1e3` whole in `result`."""
     with file.open(encoding="utf-8-sig") as stream:
         root = yaml.compose(stream, Loader=_Loader)
     group = config_path.removesuffix(".yaml").rpartition("/")[0]
@@ -107,7 +107,7 @@ def read_spellings(file: Path, config_path: str, result: ConfigResult) -> None:
 
 
 def _check_head(file: Path, group: str, package: str | None) -> None:
-    """Raises `ConfigError` for a file whose keys are those of all groups, if its first line does not say so."""
+    """Raises `ConfigError` for a file that sets keys of all groups without saying so in its first line."""
     if package is not None or not group or group in ANYWHERE:
         return
     if type_at((group.partition("/")[0],)) is None:
@@ -138,7 +138,7 @@ def _check_shape(file: Path, node: yaml.Node, path: KeyPath) -> None:
 
 
 def _at(file: Path, node: yaml.Node) -> str:
-    """Says where a node was written; the one that an `@package` makes around a file has no line."""
+    """Returns the file and line of a node; the node that an `@package` puts around a file has no line."""
     return f"{file}, line {node.start_mark.line + 1}" if node.start_mark is not None else str(file)
 
 
@@ -158,7 +158,7 @@ def _check_kind(file: Path, node: yaml.Node, path: KeyPath, hint: Any) -> None:
 
 
 def _as_written(node: yaml.Node) -> str:
-    """Returns a value of a file in one line, as it could be written there."""
+    """Returns a value of a file on one line, as YAML writes it."""
     if isinstance(node, yaml.SequenceNode):
         return f"[{', '.join(map(_as_written, node.value))}]"
     if isinstance(node, yaml.MappingNode):
@@ -230,7 +230,7 @@ def _other_base(text: str) -> str | None:
 
 
 def _make_whole(config: DictConfig, path: KeyPath, number: int) -> None:
-    """Sets a whole number in place of a float, unless the file itself has overridden it (`<<: *base`)."""
+    """Sets a whole number in place of a float, unless the file itself overrides it (`<<: *base`)."""
     node: Any = config
     for name in path[:-1]:
         node = node[int(name[1:-1]) if name.startswith("[") else name]
@@ -240,7 +240,7 @@ def _make_whole(config: DictConfig, path: KeyPath, number: int) -> None:
 
 
 def _spell_sweeps(config: DictConfig, top: KeyPath) -> None:
-    """Puts quotes around the texts among the values that a file lists to be swept."""
+    """Quotes the texts among the values that a file sweeps."""
     if top != SWEPT[: len(top)]:
         return
     params = OmegaConf.select(config, ".".join(SWEPT[len(top) :])) if top != SWEPT else config
@@ -250,7 +250,7 @@ def _spell_sweeps(config: DictConfig, top: KeyPath) -> None:
 
 
 def _check_defaults(file: Path, parent: str, entries: yaml.SequenceNode) -> None:
-    """Raises `ConfigError` for an entry of a defaults list that names no option, several, or another place."""
+    """Raises `ConfigError` for an entry of a defaults list that names no option, several, or another package."""
     pairs = (pair for entry in entries.value if isinstance(entry, yaml.MappingNode) for pair in entry.value)
     overridden = dict[str, int]()
     for key_node, option in pairs:

@@ -17,7 +17,7 @@ from qlora.secrets import hide
 from qlora.text import brief_text
 
 PLUGINS = ("launcher", "sweeper")
-"""What Hydra builds of an installed package; an option of these groups names its class."""
+"""The groups whose options name a class of an installed package, which Hydra builds."""
 
 OURS = ("hydra_plugins.qlora_sweep.", "hydra._internal.")
 """The modules of plugins whose keys are plain values, except those of `COMMANDS`."""
@@ -28,10 +28,10 @@ COMMANDS = ("setup", "additional_parameters", "ray")
 LOGGING = ("job_logging", "hydra_logging")
 
 CALLED = (*LOGGING, "callbacks")
-"""Of Hydra's node what is called, or names what is."""
+"""The parts of Hydra's node whose values are called, or name what is called."""
 
 CODE_KEYS = ("_target_", "()", "class", "factory")
-"""The keys by which Hydra and Python's logging call what their value names."""
+"""The keys whose values Hydra and Python's logging import and call."""
 
 LOGGING_CODE = (
     *("logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
@@ -57,16 +57,16 @@ FREE = (
         )
     ),
 )
-"""What of Hydra's own node a file may set: nothing that is run, and no place outside the run's folder to log to."""
+"""The keys of Hydra's own node that a file may set: nothing that is run, and no log outside the run's folder."""
 
 FREE_TEXTS = (
     *("partition", "qos", "comment", "constraint", "exclude", "gres", "mem_per_gpu", "mem_per_cpu", "account", "name"),
 )
-"""The texts that a file may give the launcher of another package; its numbers are free. Others may be commands."""
+"""The texts that a file may set for the launcher of another package, whose other texts may be commands."""
 
 
 def check_file(file: str, config: Any, package: str, trust: Trust) -> None:
-    """Raises `ConfigError` if a file sets a key that is the command line's."""
+    """Raises `ConfigError` if a file sets a key that only the command line may set."""
     tree: Any = OmegaConf.to_container(config, resolve=False)
     own_defaults = f"{package}.defaults" if package else "defaults"
     for key, value in key_leaves(tree):
@@ -101,7 +101,7 @@ def _check_hydra_key(file: str, key: str, value: Any, trust: Trust) -> None:
 
 
 def _check_param(file: str, name: str) -> None:
-    """Raises `ConfigError` for a swept key that would be trust, or Hydra's own."""
+    """Raises `ConfigError` for a swept key that grants trust, or that is Hydra's own."""
     key = name.partition("=")[0].strip().lstrip("+~").partition("@")[0]
     if re.split(r"[.\[/]", key)[0] in ("hydra", "trusted") or key == REMOTE_CODE:
         raise ConfigError(
@@ -133,7 +133,7 @@ def _is_free(name: str, value: Any) -> bool:
 
 
 def _is_declared_by_us(group: str, key: str) -> bool:
-    """Returns whether the launchers or sweepers of ours, or those of Hydra itself, have a key that is plain."""
+    """Returns whether one of our launchers or sweepers, or of Hydra's own, declares a key whose values are plain."""
     first = re.split(r"[.\[]", key)[0]
     if group == "launcher" and first in COMMANDS:
         return False

@@ -18,20 +18,20 @@ Choices = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Bound:
-    """Where a number lies: from `low`, or right above it, and below `high`."""
+    """The range of a number: from `low`, or right above it, to below `high`."""
 
     low: float = 0.0
     high: float = math.inf
     is_open: bool = False
-    """Whether `low` itself is left out, of a bound that has a `high`."""
+    """Whether `low` itself is excluded, in a range with a `high`."""
 
     def allows(self, number: float) -> bool:
-        """Returns whether a number lies there."""
+        """Returns whether a number is in the range."""
         return (self.low < number if self.is_open else self.low <= number) and number < self.high
 
     @property
     def rule(self) -> str:
-        """What is said of a number that does not."""
+        """The rule, as a message states it."""
         if self.high == math.inf:
             return f"be {self.low:g} or more" if self.low else "not be negative"
         return f"be {'above' if self.is_open else 'at least'} {self.low:g} and below {self.high:g}"
@@ -47,10 +47,10 @@ class Optimizer:
     arguments: Mapping[str, type | Choices] = field(default_factory=dict)
     """The keys of `trainer.optim_args` that it reads."""
     bounds: Mapping[str, Bound] = field(default_factory=dict)
-    """Where those numbers lie, as its library checks them or divides by them."""
+    """The ranges of those numbers, as the library checks them or divides by them."""
     module: str | None = None
     package: str | None = None
-    """What brings the module, beside transformers, torch and bitsandbytes."""
+    """The package of the module, if it is not transformers, torch or bitsandbytes."""
     needs_cuda: bool = False
     is_schedule_free: bool = False
     """Whether it averages weights in place of a schedule."""
@@ -132,7 +132,7 @@ LEFT_OUT: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a course of the learning rate takes and needs."""
+    """What a learning rate schedule takes and needs."""
 
     arguments: Mapping[str, type | Choices] = field(default_factory=dict)
     """The keys of `trainer.lr_scheduler_kwargs` that it reads."""
@@ -141,7 +141,7 @@ class Schedule:
     needs: tuple[str, ...] = ()
     """Arguments without which it does not start."""
     follows_loss: bool = False
-    """Whether it goes by the held-out loss, measured every `trainer.eval_steps`."""
+    """Whether it follows the held-out loss, measured every `trainer.eval_steps`."""
 
 
 _SHAPES = ("linear", "cosine", "1-sqrt")
@@ -160,7 +160,7 @@ _SCHEDULE_BOUNDS = {
     ),
     **dict.fromkeys(("timescale", "window_size"), COUNT),
 }  # fmt: skip
-"""Of all schedules, as their arguments of one name mean the same."""
+"""The ranges for all schedules: arguments of one name mean the same in each."""
 SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(),
     "constant_with_warmup": Schedule(),
@@ -185,11 +185,11 @@ SCHEDULES: dict[str, Schedule] = {
         follows_loss=True,
     ),
 }
-"""By transformers' names, all that it has."""
+"""All schedules of transformers, by its names."""
 
 
 def check_optimizer(name: str, arguments: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """Returns the typed arguments of an optimizer; raises `ConfigError` for one that does not run so."""
+    """Returns the typed arguments of an optimizer; raises `ConfigError` for an optimizer that cannot run with them."""
     if name in LEFT_OUT:
         raise ConfigError(f"trainer.optim={name} is not offered: {LEFT_OUT[name]}; choose another, e.g. adamw_torch")
     if name not in OPTIMIZERS:
@@ -289,7 +289,7 @@ def _example(key: str) -> str:
 
 
 def _typed(owner: str, given: Mapping[str, Any], known: Mapping[str, type | Choices], who: str) -> dict[str, Any]:
-    """Returns arguments with the types that they are to have; raises `ConfigError` for an unknown or impossible one."""
+    """Returns arguments in their types; raises `ConfigError` for an unknown or impossible one."""
     for key in given:
         if key not in known:
             reads = f"it reads {', '.join(known)}" if known else "it takes none"
@@ -320,7 +320,7 @@ def write_arguments(arguments: Mapping[str, Any]) -> str | None:
 
 
 def read_arguments(name: str, text: str | None) -> dict[str, Any]:
-    """Returns what `write_arguments` wrote; transformers itself takes some of them as texts."""
+    """Returns the arguments that `write_arguments` wrote; transformers takes some of them as texts."""
     kinds = OPTIMIZERS[name].arguments
     pairs = (pair.partition("=")[::2] for pair in text.split(",")) if text else ()
     return {key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in pairs}  # type: ignore[operator]

@@ -18,7 +18,7 @@ from qlora.config.options import MANY
 from qlora.upstream.hydra import OverrideLexer, override_tokens
 
 READ_EARLY = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, OverrideLexer.NULL)
-"""Words that Hydra reads as something else than text."""
+"""Tokens that Hydra reads as something else than text."""
 
 CHOICE = re.compile(r"\A([^=]*=)\s*choice\s*\((.*)\)\s*\Z", re.DOTALL)
 
@@ -30,10 +30,10 @@ NUMERIC = ("int", "float", "bool", "range", "interval")
 """Functions of Hydra's grammar whose arguments are numbers, whatever the field is."""
 
 WHOLE = re.compile(r"[+-]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][+]?[0-9]+")
-"""A number that an exponent may make whole."""
+"""A number with an exponent, which may be whole."""
 
 LARGEST_EXPONENT = 30
-"""No field holds a larger whole number; digits of 10^1000000 are not written out."""
+"""No field holds a larger whole number; the digits of 10^1000000 are never written out."""
 
 
 def keep_spelling(overrides: Sequence[str]) -> list[str]:
@@ -62,16 +62,16 @@ def _keep_one(text: str) -> str:
 
 @dataclass
 class _Level:
-    """Where a value stands: at the top of an override, or inside a list, a mapping or the arguments of a function."""
+    """The position of a value: at the top of an override, or inside a list, a mapping or a function's arguments."""
 
     path: KeyPath
     kind: int | None = None
     """The token that opened it; None: the top."""
     function: str = ""
     key: str | None = None
-    """In a mapping, the key of the value that comes."""
+    """In a mapping, the key of the next value."""
     is_named: bool = False
-    """Whether the value that comes is an argument with a name, as `reverse=true`."""
+    """Whether the next value is a named argument, such as `reverse=true`."""
 
     @property
     def awaits_key(self) -> bool:
@@ -79,7 +79,7 @@ class _Level:
 
     @property
     def value_path(self) -> KeyPath:
-        """The key that the value that comes belongs to."""
+        """The key of the next value."""
         if self.kind == OverrideLexer.BRACKET_OPEN:
             return (*self.path, "[]")
         return (*self.path, self.key) if self.key is not None else self.path
@@ -133,7 +133,7 @@ def is_text(hint: Any) -> bool:
 
 
 def whole_number(text: str) -> int | None:
-    """Returns what `1e3` or `1.5e3` is as a whole number; None: it is none, or is not written with an exponent."""
+    """Returns `1e3` or `1.5e3` as a whole number; None: it is not whole, or has no exponent."""
     if not WHOLE.fullmatch(text):
         return None
     number = Decimal(text.replace("_", ""))

@@ -22,10 +22,10 @@ from qlora.errors import ConfigError
 from qlora.upstream.hydra import Hydra
 
 LONGEST_KEY, DEEPEST = 500, 30
-"""Characters of a key, and brackets inside each other in a value."""
+"""The maximum characters of a key, and the maximum depth of brackets in a value."""
 
 CLEARED = ("trainer.lr_scheduler_kwargs", "trainer.optim_args")
-"""Mappings that null, or `{}`, empties: a recipe fills them for its own choice."""
+"""Mappings that null or `{}` empties, since a recipe may have filled them."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -105,7 +105,7 @@ def _open_entry(text: str, override: Override, keys: frozenset[str]) -> str:
 
 
 def refuse_unreadable(overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for an override that no config holds and that would take its readers very long."""
+    """Raises `ConfigError` for an override that is too long or too deep for its parsers, and that no config needs."""
     for text in overrides:
         key, _, value = text.partition("=")
         if len(key) > LONGEST_KEY:
@@ -121,7 +121,7 @@ def refuse_unreadable(overrides: Sequence[str]) -> None:
 
 
 def _depth(value: str) -> int:
-    """Returns how many brackets are open at most, outside of quotes."""
+    """Returns the maximum depth of brackets outside quotes."""
     depth = deepest = 0
     for sign in re.sub(r"""(["'])(?:\\.|(?!\1).)*\1""", "", value):
         depth += (sign in "[{(") - (sign in "]})")

@@ -1,4 +1,4 @@
-"""Paths of a config, and the home folder of who runs it, which a container may lack."""
+"""Paths of a config, and the user's home folder, which a container may lack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora.config.schema import FUNCTION_PATH, Config
 from qlora.errors import ConfigError
 
 NAMES_OR_PATHS = ("model.name", "model.tokenizer", "data.path", "data.eval_path", "data.template", "adapter")
-"""Keys that may name something else: of the hub, of ours, or a function."""
+"""Keys that may also name something of the hub, an embedded part or a function."""
 PATHS = ("model.cache_dir", "data.cache_dir", "evaluation.path", "runs", "run", "source")
 """Keys that hold a path or a pattern of paths."""
 DATABASE = "sqlite:///"
@@ -37,7 +37,7 @@ def expand_home(path: str, key: str) -> Path:
 
 
 def anchor_paths(config: Config, folder: Path) -> None:
-    """Makes relative paths absolute, as they are read in `folder`; a name of something else stays."""
+    """Makes paths relative to `folder` absolute; names that are not paths stay."""
     for owner, name, key in _fields(config):
         value = getattr(owner, name)
         if isinstance(value, str) and not value.startswith("~") and not FUNCTION_PATH.fullmatch(value):
@@ -55,7 +55,7 @@ def anchor_paths(config: Config, folder: Path) -> None:
 
 
 def _fields(config: Config) -> Iterator[tuple[Any, str, str]]:
-    """Yields what holds a path, the name of the field or entry in it, and the full key."""
+    """Yields the owner of each path, the name of its field, and its full key."""
     for key in (*NAMES_OR_PATHS, *PATHS):
         group, _, name = key.rpartition(".")
         yield getattr(config, group) if group else config, name, key
@@ -81,7 +81,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def give_home(cache_dir: str | None) -> None:
-    """Lets the folder of caches be home to this process and its children where the user has none.
+    """Makes the cache folder the home of this process and its children where the user has none.
 
     Raises `ConfigError` where that folder is not set either.
     """

@@ -16,13 +16,13 @@ from qlora.errors import ConfigError
 from qlora.secrets import find_secret, hide, is_secret_variable
 
 STORAGE = "hydra.sweeper.storage"
-"""The one key that may refer to a secret, by the name of its variable: nothing resolves it but what opens the study."""
+"""The only key that may refer to a secret, by its variable; only the code that opens the study resolves it."""
 
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^\s,:{}]+)")
 
 
 def refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
-    """Raises `ConfigError` for a token, key or password in a value, which is named and not shown."""
+    """Raises `ConfigError` for a token, key or password in a value; the message names the key and not the value."""
     for key, value in values:
         if isinstance(value, str) and (kind := find_secret(value)) is not None:
             raise _holds_secret(hide(key), kind)

@@ -116,7 +116,7 @@ def unknown_key(key: str, where: str = "") -> ConfigError:
 
 
 def unknown_flag(flag: str) -> ConfigError:
-    """Returns the error for a word that begins with dashes and is no flag of ours, e.g. one of the original script."""
+    """Returns the error for an unknown flag, e.g. one of the original script."""
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     near = [*suggest(flag.split("=")[0], FLAGS), *([ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [])]
     near = near or nearest_keys(name)

@@ -20,10 +20,10 @@ from qlora.errors import ConfigError, ResourceError
 from qlora.upstream.omegaconf import only_resolvers
 
 TESTED_HYDRA = "1.3.8"
-"""The version whose ways to code are closed here; another one may have others."""
+"""The version of Hydra whose ways to run code are closed here; another version may have others."""
 
 VARIABLE = "QLORA_TRUSTED"
-"""The environment variable that holds what `trusted` does, and `model.trust_remote_code`, between commas."""
+"""The environment variable that lists the names of `trusted`, and `model.trust_remote_code`, separated by commas."""
 
 REMOTE_CODE = "model.trust_remote_code"
 
@@ -36,7 +36,7 @@ class Trust:
     """What the overrides of a command trust."""
 
     names: tuple[str, ...] = ()
-    """Packages, and full keys that a file may set all the same."""
+    """Packages, and full keys that a file may set in spite of the rule."""
     remote_code: bool = False
 
     def covers(self, key: str) -> bool:
@@ -45,7 +45,7 @@ class Trust:
 
 
 def check_version() -> None:
-    """Raises `ResourceError` for another Hydra than the one whose ways to code are closed."""
+    """Raises `ResourceError` for another version of Hydra than the tested one."""
     if hydra.__version__ != TESTED_HYDRA:
         raise ResourceError(
             f"hydra-core {hydra.__version__} is installed, and what a config may name is tested with {TESTED_HYDRA}: "
