@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from peft import EvaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers import PreTrainedModel
@@ -60,6 +60,7 @@ def add_lora(
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=PEFT_INIT[config.init],
+        eva_config=EvaConfig() if config.init is LoraInit.eva else None,
         trainable_token_indices=_rows_to_train(model, new_token_ids),
     )
     try:

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora.adapters.adapted import LowRank, split_adapter
-from qlora.adapters.merge_tensors import Adapted, Merger
+from qlora.adapters.adapted import Adapted, LowRank, split_adapter
+from qlora.adapters.merge_tensors import Merger
 from qlora.config.compose import compose
 from qlora.config.schema import MergeBase
 from qlora.errors import UserError

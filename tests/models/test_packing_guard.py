@@ -18,6 +18,8 @@ from transformers.masking_utils import flash_attention_mask
 
 from qlora.errors import UserError
 from qlora.models.packing_guard import check_packing
+from qlora.quantization.bnb4.method import Bnb4
+from qlora.quantization.method import set_method
 from qlora.runtime.device import Placement
 
 CPU = torch.device("cpu")
@@ -106,6 +108,7 @@ def test_4_bit_weights_and_their_gradients_outlive_the_guard(base_folder):
         base_folder, dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )  # fmt: skip
+    set_method(model, Bnb4())
     model.config.use_cache = False
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for layer in layers:

@@ -181,7 +181,7 @@ def test_no_more_than_one_layer_exists_in_16_bits(quantization: str) -> None:
     config = shape("llama")
     config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size = 12, 128, 256, 64
     model = RandomWeights(config, placement=BF16, seed=0)
-    whole = sum(p.numel() for p in model._stencil.parameters())
+    whole = sum(p.numel() for p in model._skeleton.parameters())
     with Wide() as seen:
         base(model, quantization)
     if quantization == "none":
