@@ -177,15 +177,15 @@ def outcome(folder: Path, name: str) -> list[dict[str, str]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a sweep in /proc")
 @pytest.mark.parametrize(
-    ("slots", "count"),
+    ("slots", "count", "kills"),
     [
-        pytest.param(2, 1, marks=pytest.mark.slow, id="one kill"),
-        pytest.param(2, KILLS, marks=pytest.mark.full, id="grid"),
-        pytest.param(1, KILLS, marks=pytest.mark.full, id="search"),
+        pytest.param(2, 2, 1, marks=pytest.mark.slow, id="one kill"),
+        pytest.param(2, KILLS, KILLS, marks=pytest.mark.full, id="grid"),
+        pytest.param(1, KILLS, KILLS, marks=pytest.mark.full, id="search"),
     ],
 )
 def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
-    slots: int, count: int, tmp_path: Path
+    slots: int, count: int, kills: int, tmp_path: Path
 ) -> None:
     rate = "trainer.learning_rate=tag(log,interval(1e-4,1e-2))"
     search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.seed=0", rate]
@@ -199,7 +199,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     folder, draw = tmp_path / "outputs/sweeps/killed", random.Random(0)
     hit: list[int] = []
     began = time.monotonic()
-    for _ in range(count):
+    for _ in range(kills):
         process = start(tmp_path, *args, "name=killed")
         try:
             process.communicate(timeout=draw.uniform(0, 0.7) * calm * slots / count)  # soon, or late in a job
