@@ -87,8 +87,8 @@ def test_what_is_stored_with_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert metadata["files"].keys() == {"optimizer.pt", "shards/0.bin"}
 
 
-@pytest.mark.parametrize("piece", [100, 128])
-def test_each_piece_of_a_large_file_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [100, 128])
+def test_each_chunk_of_a_large_file_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(checkpoints, "CHUNK_BYTES", chunk)
     checkpoint, content = write_checkpoint(tmp_path, 3), b"moments" * 100
     chunks = [content[start : start + chunk] for start in range(0, 700, chunk)]
