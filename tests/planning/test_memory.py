@@ -154,7 +154,7 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
     assert planned == pytest.approx(found, rel=0.03)
 
 
-def test_the_sizes_of_pieces_and_blocks_are_those_of_the_kernels() -> None:
+def test_the_sizes_of_chunks_and_blocks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
     assert (memory_plan.PIECE, memory_plan.BLOCK) == (
         qlora.step.kernels.fused_linear.CHUNK_BYTES,
