@@ -131,7 +131,7 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
 @pytest.mark.parametrize(("model_type", "times"), [("llama", 2), ("gemma2", 3)])
-def test_the_product_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(
+def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(
     model_type: str, times: int, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = build(model_type, (f"trainer.compile={compiled}", "trainer.fused_loss=auto"))
@@ -318,7 +318,7 @@ def test_where_8_bits_cannot_be_had_a_sentence_says_so_and_the_step_computes_nat
     assert "quantization.compute=fp8: auto switches it on with CUDA only; computing in torch.float32" in caplog.text
 
 
-def test_a_model_that_hands_no_borders_on_is_stopped() -> None:
+def test_a_model_that_drops_cu_seqlens_is_stopped() -> None:
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(NotImplementedError, match=r"Linear gets no cu_seqlens: set trainer\.fused_attention=false"):
         attend_packed(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0)
@@ -379,7 +379,7 @@ def test_a_step_that_fails_leaves_no_outputs_behind() -> None:
     assert layer.group.pending is None
 
 
-def test_8_bit_products_learn_nearly_the_same() -> None:
+def test_8_bit_matmuls_learn_nearly_the_same() -> None:
     model, config = build(overrides=("quantization.compute=fp8",))
     model.to(torch.bfloat16)
     expected, gradients = learn(model, batch(), num_items_in_batch=31)

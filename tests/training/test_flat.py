@@ -26,12 +26,12 @@ def train(kind: type[torch.optim.Optimizer], *, flat: bool) -> tuple[list[torch.
     return [weight.detach() for weight in weights], optimizer
 
 
-@pytest.mark.parametrize(("piece", "counts"), [(2**24, [1, 1, 0]), (1000, [3, 1, 0])])
+@pytest.mark.parametrize(("chunk", "counts"), [(2**24, [1, 1, 0]), (1000, [3, 1, 0])])
 @pytest.mark.parametrize("kind", [bnb.optim.PagedAdamW32bit, bnb.optim.Lion32bit, torch.optim.AdamW])
 def test_the_weights_are_the_same_to_the_bit(
-    kind: type[torch.optim.Optimizer], piece: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: type[torch.optim.Optimizer], chunk: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora.training.flat_optimizer.CHUNK", piece)
+    monkeypatch.setattr("qlora.training.flat_optimizer.CHUNK", chunk)
     expected, _ = train(kind, flat=False)
     result, optimizer = train(kind, flat=True)
     for original, other in zip(result, expected, strict=True):
@@ -63,9 +63,9 @@ def test_states_that_are_there_are_not_lost() -> None:
         flatten_groups(optimizer)
 
 
-@pytest.mark.parametrize("piece", [100, 3])
-def test_a_step_takes_the_gradients_that_have_added_up(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat_optimizer, "CHUNK", piece)
+@pytest.mark.parametrize("chunk", [100, 3])
+def test_a_step_takes_the_gradients_that_have_added_up(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_optimizer, "CHUNK", chunk)
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (4,))]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     flatten_groups(optimizer)
