@@ -8,7 +8,7 @@ from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, sh
 from transformers import Trainer, TrainingArguments
 
 import qlora.quantization.bnb4.quantized_weight
-import qlora.step.kernels.fused_linear
+import qlora.step.kernels.weights
 from qlora.config.compose import compose
 from qlora.planning import memory_plan
 from qlora.planning.memory_plan import OPTIMIZERS, Ledger, quantized_bytes
@@ -157,7 +157,7 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
 def test_the_sizes_of_chunks_and_blocks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
     assert (memory_plan.PIECE, memory_plan.BLOCK) == (
-        qlora.step.kernels.fused_linear.CHUNK_BYTES,
+        qlora.step.kernels.weights.CHUNK_BYTES,
         qlora.quantization.bnb4.quantized_weight.BLOCK,
     )
     assert memory_plan.GROUP == qlora.quantization.bnb4.quantized_weight.GROUP
