@@ -18,18 +18,19 @@ from qlora.config.schema import CARD_NAMES, OPTIMIZER_NAMES
 from qlora.errors import UserError
 from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS
-from qlora.tasks import plan as task
+from qlora.planning.training_plan import Plan, build_plan
+from qlora.tasks.plan import print_plan
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "memory.json"
 
 
-def build(*overrides: str, device: str = "a6000") -> task.Plan:
-    return task.build_plan(compose(["task=plan", f"plan.device={device}", *overrides]))
+def build(*overrides: str, device: str = "a6000") -> Plan:
+    return build_plan(compose(["task=plan", f"plan.device={device}", *overrides]))
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        task.build_plan(compose(["task=plan", *overrides]))
+        build_plan(compose(["task=plan", *overrides]))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -142,7 +143,7 @@ def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(caps
     assert 0 < found.setup.offloaded < 80
     less = replace(found.training, setup=replace(found.setup, offloaded=found.setup.offloaded - 1))
     assert not less.fits(found.card)
-    task._print(found)
+    print_plan(found)
     said = " ".join(capsys.readouterr().out.split())
     assert f"80 of 80 layers checkpointed (inputs of {found.setup.offloaded} on the host)" in said
     assert f"with all layers checkpointed and the inputs of {found.setup.offloaded} on the host" in said

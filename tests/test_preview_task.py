@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora.config.compose import compose
 from qlora.demo.tokenizer import MODEL_FOLDER
 from qlora.run import Run
+from qlora.session import Session
 from qlora.tasks.preview import build_preview, token_texts
 
 
@@ -58,7 +59,7 @@ def test_a_preview_loads_no_weights(preview_run: Callable[..., Run], monkeypatch
     def refuse(self: Run) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(Run, "load_base", refuse)
+    monkeypatch.setattr(Session, "load_base", refuse)
     preview_run("model=llama-7b", "model.tokenizer=tiny", "data=demo").execute()
 
 

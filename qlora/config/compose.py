@@ -311,13 +311,8 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     register()
     refuse_unreadable(overrides)
     overrides = open_entries(overrides)
-    setbase(VERSION_BASE)
-    instance = GlobalHydra.instance()
-    outer = instance.hydra
-    instance.clear()
     try:
-        with reading_spellings(CONF_DIR):
-            hydra = Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
+        with opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
             composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
             _check_job_folder(composed)
@@ -336,6 +331,19 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
         raise ConfigError(
             f"a config file{where} includes itself, or two each other; mend their defaults lists"
         ) from error
+
+
+@contextlib.contextmanager
+def opened_hydra(overrides: Sequence[str], config_dir: Path | str | None) -> Iterator[Hydra]:
+    """Yields Hydra with our options and the user's own, as the instance of this process."""
+    register()
+    setbase(VERSION_BASE)
+    instance = GlobalHydra.instance()
+    outer = instance.hydra
+    instance.clear()
+    try:
+        with reading_spellings(CONF_DIR):
+            yield Hydra.create_main_hydra2("qlora", _search_path(config_dir, overrides))
     finally:
         instance.clear()
         if outer is not None:

@@ -13,8 +13,8 @@ from qlora.config.schema import Config, TrackingBackend, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
+from qlora.planning.training_plan import Plan, build_plan
 from qlora.runtime.atomic_files import free_bytes
-from qlora.tasks.plan import Plan, build_plan
 
 MOST_CHECKPOINTS = 2
 """A run with `trainer.save_total_limit=null` is taken to keep so many; how many it will be is not known."""

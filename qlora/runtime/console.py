@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on; libraries are silent unless asked.
+"""What a person reads during a run; libraries are silent unless asked.
 
 Lines go to standard output and, through the logger, to `train.log`; with several processes only the first prints.
 """
@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import logging
-import os
 import sys
 import textwrap
 import warnings
@@ -82,20 +81,36 @@ class LogFile(logging.FileHandler):
 
 
 def quiet_libraries(*, verbose: bool = False) -> None:
-    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
+    """Sends warnings of libraries to the log, not to the screen; `verbose` (`hydra.verbose=true`) leaves them alone.
 
     No log holds a secret.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     guard_logs()
-    if verbose:
+    if not verbose:
+        logging.captureWarnings(True)
+        warnings.simplefilter("default")
+
+
+@contextlib.contextmanager
+def quiet_notebook() -> Iterator[None]:
+    """Keeps libraries off the screen inside the block, where nobody has set up a log; so does the command line."""
+    root = logging.getLogger()
+    if root.handlers:
+        yield
         return
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    logging.captureWarnings(True)
-    warnings.simplefilter("default")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(OwnLines())
+    level = root.level
+    with warnings.catch_warnings():
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        quiet_libraries()
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.setLevel(level)
+            root.removeHandler(handler)
 
 
 def guard_logs() -> None:

@@ -26,6 +26,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from qlora.errors import ConfigError
+from qlora.runtime.environment import prepare_environment
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def _work(pipe: Connection, task_file: Path) -> None:
     """Does in a worker what it is given, until the other end of the pipe is gone."""
+    prepare_environment()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it belongs to the process that reads the results
     pa.set_cpu_count(1)
     with suppress(EOFError, ConnectionError):

@@ -42,7 +42,7 @@ LOST_SECONDS = 30.0
 """Ray, as it is set up by itself, calls a node lost whose daemon was killed after 15 seconds."""
 FILE_SECONDS = 15.0
 """What a node wrote may be seen so much later here."""
-PASSED_ON = ("QLORA_TRUSTED", "QLORA_FULL_ERROR", "HYDRA_FULL_ERROR")
+PASSED_ON = ("QLORA_TRUSTED", "HYDRA_FULL_ERROR")
 """Variables that belong to the command; all others are those of the node."""
 QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Variables that keep Ray from notes about its own settings, and from sending counts of its use."""

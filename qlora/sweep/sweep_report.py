@@ -24,6 +24,7 @@ from qlora.runtime.console import say_rows
 from qlora.runtime.folder_lock import in_turn
 from qlora.runtime.run_folder import RunFolder, flatten, is_below
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, find_damage, read_result, read_status
+from qlora.runtime.task_result import TaskResult
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, print_leaderboard, short_names, write_leaderboard
@@ -164,7 +165,7 @@ def _command(folder: Path) -> str | None:
 # task=report
 
 
-def report(config: Config, output_dir: Path) -> dict[str, Any]:
+def report(config: Config, output_dir: Path) -> TaskResult:
     """Reports on the runs that `runs=` names, in `output_dir`; returns the result as stored there.
 
     Raises `ConfigError` where there are none, or where none has the metric of `objective=`.
@@ -180,14 +181,9 @@ def report(config: Config, output_dir: Path) -> dict[str, Any]:
     print_leaderboard(board)
     paths = {"report": str(page), "leaderboard": str(output_dir / "leaderboard.md")}
     say_rows(list(paths.items()))
-    result: dict[str, Any] = {
-        "status": "finished",
-        "task": "report",
-        "objective": None,
-        "metrics": {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))},
-        "paths": paths | {"table": str(output_dir / "leaderboard.csv")},
-    }
-    write_text(RunFolder(output_dir).result("report"), json.dumps(result, indent=2) + "\n")
+    metrics = {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))}
+    result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")})
+    write_text(RunFolder(output_dir).result("report"), json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from qlora.config.compose import compose_dict, to_config
 from qlora.config.schema import TrackingBackend, TrackingConfig
 from qlora.errors import UserError
 from qlora.runtime.console import printable, say
@@ -63,13 +62,14 @@ def _track_in_mlflow(sweep: Sweep, tracking: TrackingConfig) -> None:
     tracker.log_sweep(facts(sweep, build_leaderboard(sweep)), [file for file in files if file.is_file()])
 
 
-def track_other_engine(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Tracks the sweep that `overrides` have started, if its jobs ran by an engine that knows nothing of sweeps."""
-    composed = compose_dict(overrides, config_dir)
-    choices = composed.hydra.runtime.choices
-    sweep = read_sweep(Path(str(composed.hydra.sweep.dir)))
+def track_other_engine(folder: Path, choices: Mapping[str, Any], tracking: TrackingConfig) -> None:
+    """Tracks the sweep of a folder, if its jobs ran by an engine that knows nothing of sweeps.
+
+    `choices` are the options that were chosen for Hydra's groups.
+    """
+    sweep = read_sweep(folder)
     if sweep.jobs and choices["hydra/launcher"] != "processes" and choices["hydra/sweeper"] != "optuna":
-        track_sweep(sweep, to_config(composed).tracking)
+        track_sweep(sweep, tracking)
 
 
 def summary_run(sweep: Sweep) -> TrackedRun:

@@ -15,10 +15,10 @@ import torch
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.loading import set_compute_dtype
+from qlora.planning.training_plan import build_plan
 from qlora.run import Run
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
-from qlora.tasks.plan import build_plan
 from qlora.training.memory_budget import StepMemory
 from tests.models.test_fast import batch, build, learn
 

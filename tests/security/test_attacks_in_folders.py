@@ -106,7 +106,7 @@ def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypat
     rows.write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
     names = {"elsewhere": elsewhere, "mark": mark, "absolute": str(folder / "utils").replace("/", ".")}
     base, environment = TASK.format(rows=rows), utils.env
-    model = Run(compose(["quantization=fp32"]), "unused").load_base().eval()
+    model = Run(compose(["quantization=fp32"]), "unused").session.load_base().eval()
     for line, says in TASKS.items():
         line = line.format(**names)
         replaced = tuple(f"{each.partition(':')[0]}:" for each in line.splitlines())
@@ -171,7 +171,7 @@ def test_a_tokenizer_s_code_does_not_run(tmp_path: Path, base: Path, mark: Path)
         load_tokenizer(compose([f"model.tokenizer={base}"]).model)
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text(MARKING.format(mark=str(mark)))
-    model = Run(compose([f"model.name={base}", "model.tokenizer=tiny", *QUICK]), tmp_path / "run").load_base()
+    model = Run(compose([f"model.name={base}", "model.tokenizer=tiny", *QUICK]), tmp_path / "run").session.load_base()
     model.generate(torch.tensor([[1]]), max_new_tokens=1)
     assert not mark.exists()
 
