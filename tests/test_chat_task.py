@@ -345,9 +345,14 @@ def chat_run(folder: Path, *overrides: str) -> Run:
 @pytest.fixture(scope="module")
 def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     run = chat_run(tmp_path_factory.mktemp("model"), f"adapter={trained}")
-    place = run.placement
+    session, device = run.session, run.session.placement
     return ChatModel(
-        run.load_trained(), run.chat_encoder, run.config.generation, run.pad_token_id, place.device, place.autocast
+        session.load_trained(),
+        session.chat_encoder,
+        run.config.generation,
+        session.pad_token_id,
+        device.device,
+        device.autocast,
     )
 
 

@@ -315,12 +315,12 @@ def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.eval_steps=null", "evaluation=loss"]), tmp_path)
     kept: list[weakref.ref[Any]] = []
 
-    def load_and_note(load: Any = parts.load_base) -> Any:
+    def load_and_note(load: Any = parts.session.load_base) -> Any:
         model = load()
         kept.append(weakref.ref(model))
         return model
 
-    parts.load_base = load_and_note  # type: ignore[method-assign]
+    parts.session.load_base = load_and_note  # type: ignore[method-assign]
     parts.execute()
     del parts, load_and_note
     gc.collect()
@@ -334,8 +334,8 @@ def test_a_packed_run_counts_packs_and_their_tokens(tmp_path: Path) -> None:
     packed.execute()
     history = json.loads((tmp_path / "history.json").read_text())
     seen = [entry["num_input_tokens_seen"] for entry in history if "num_input_tokens_seen" in entry]
-    assert seen[-1] == packed.data.report.train_tokens
-    assert max(entry["step"] for entry in history) == -(-packed.data.report.packs // 2)
+    assert seen[-1] == packed.session.data.report.train_tokens
+    assert max(entry["step"] for entry in history) == -(-packed.session.data.report.packs // 2)
 
 
 def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Path) -> None:

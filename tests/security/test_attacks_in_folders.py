@@ -26,7 +26,7 @@ from qlora.evaluation.metrics import find_metrics
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 from qlora.runtime.user_code import import_class, import_function
-from qlora.tasks.replay import replay
+from qlora.tasks import build_job, run_job
 
 MARKING = "import pathlib\npathlib.Path({mark!r}).touch()\ndef f(*args, **kwargs):\n    return []\n"
 
@@ -246,11 +246,11 @@ def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "objective": None, "status": "finished"}))
     words = ["task=replay", f"run={folder}"]
     with pytest.raises(UserError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):
-        replay(compose(words), tmp_path / "again")
+        run_job(build_job(compose(words), tmp_path / "again"))
     text = (folder / "config.yaml").read_text().replace("- evilmod\n", "").replace("trusted:", "trusted: []")
     (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"data\.path=evilmod:f: code of the package 'evilmod'"):
-        replay(compose(words), tmp_path / "again")
+        run_job(build_job(compose(words), tmp_path / "again"))
     assert "evilmod" not in sys.modules
     assert not mark.exists()
 
