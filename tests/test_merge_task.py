@@ -381,7 +381,7 @@ def test_the_sentence_for_float32_names_the_layer(own: tuple[Path, str], monkeyp
 
 def test_numbers_that_are_none_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_module.LowRank, "add_to", lambda self, weight: weight.float() * torch.nan)
-    assert "its probabilities are no numbers in fp32; use another merge.dtype" in refusal(*own)
+    assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*own)
 
 
 def test_numbers_too_large_for_fp16_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

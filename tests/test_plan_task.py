@@ -75,7 +75,7 @@ def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
     for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
         found = build("model=llama-7b", *chosen, device="rtx-4090")
         name = "all 32 layers checkpointed"
-        rows = found.largest[name]
+        rows = found.most_rows[name]
         assert rows > 0
         for count, fits in ((rows, True), (rows + 1, False)):
             again = build("model=llama-7b", *chosen, f"trainer.per_device_train_batch_size={count}", device="rtx-4090")

@@ -75,7 +75,7 @@ def _check_together(arguments: Arguments) -> None:
     }
     given = [name for name, is_given in commands.items() if is_given]
     if flags.info and arguments.sweeps:
-        raise ConfigError("--info tells of one run, and -m or sweep= asks for a sweep; leave one of them out")
+        raise ConfigError("--info describes one run, and -m or sweep= asks for a sweep; leave one of them out")
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
     if flags.resolve and flags.cfg is None:

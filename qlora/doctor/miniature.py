@@ -54,12 +54,12 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
     model = _with_adapter(config, base)
     base.config.use_cache = False  # as the trainer has it
     step = FastStep(model, config.trainer, config.quantization, placement, None)
-    before = _gradient(model, step, placement)
+    first = _gradient(model, step, placement)
     model.eval()
     with torch.no_grad(), placement.autocast():
         model(input_ids=_ids(placement))
     after = _gradient(model, step, placement)
-    return Trial(step.parts, rounding, float(torch.nn.functional.cosine_similarity(before, after, dim=0)))
+    return Trial(step.parts, rounding, float(torch.nn.functional.cosine_similarity(first, after, dim=0)))
 
 
 def _shrink(architecture: ArchitectureConfig) -> ArchitectureConfig:
@@ -103,7 +103,7 @@ def _ids(placement: Placement) -> Tensor:
 
 
 def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> Tensor:
-    """Returns the gradients of all trained weights, as one vector; raises `ArithmeticError` where one is no number."""
+    """Returns the gradients of all trained weights as one vector; raises `ArithmeticError` for NaN, infinity or zero."""
     ids = _ids(placement)
     model.train()
     model.zero_grad(set_to_none=True)
@@ -111,10 +111,10 @@ def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> T
         with placement.autocast():
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()  # outside, as the trainer calls it
-    found = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
-    if not (torch.isfinite(loss) and torch.isfinite(found).all() and found.any()):
-        raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {found.norm().item():g}")
-    return found
+    gradient = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
+    if not (torch.isfinite(loss) and torch.isfinite(gradient).all() and gradient.any()):
+        raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {gradient.norm().item():g}")
+    return gradient
 
 
 def _gradients(model: torch.nn.Module) -> Iterator[Tensor]:

@@ -25,13 +25,13 @@ from qlora.text import parse_size
 
 EMBEDDED = "tiny"
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
-"""The memory that the QLoRA paper (arXiv 2305.14314) needs by model, 10^9 bytes: one row of 512 tokens, paged states
-counted in."""
+"""The memory that each model needs in the QLoRA paper (arXiv 2305.14314), 10^9 bytes: one row of 512 tokens, with
+paged states."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a card."""
+    """A training run on a GPU."""
 
     config: Config
     training: Training
@@ -65,12 +65,12 @@ class Plan:
         return self.config.trainer.max_steps * self.training.accumulation * self.speed.seconds / 3600
 
     @cached_property
-    def largest(self) -> dict[str, int]:
-        """The largest micro-batch by what is checkpointed."""
+    def most_rows(self) -> dict[str, int]:
+        """The most rows of a micro-batch, by what is checkpointed."""
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
-        trainings = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
-        return {name: largest_rows(training, self.card) for name, training in trainings.items()}
+        runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
+        return {name: largest_rows(training, self.card) for name, training in runs.items()}
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -92,7 +92,7 @@ class Plan:
 
 
 def build_plan(config: Config) -> Plan:
-    """Returns the plan of a training; raises `ConfigError` where a part of it is not known."""
+    """Returns the plan of a training run; raises `ConfigError` where a part of it is not known."""
     card = find_card(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
@@ -116,9 +116,9 @@ def find_shape(config: Config) -> Shape:
     if model.weights is Weights.random or model.name == EMBEDDED:
         assert architecture is not None
         return read_shape(architecture, "model.architecture")
-    place = locate(model.name)
-    if is_local(place):
-        return read_shape(_read_config(Path(place) / "config.json", model.name), f"model.name={model.name}")
+    location = locate(model.name)
+    if is_local(location):
+        return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}")
     # A model named on the command line alone still has the architecture of the default preset.
     if architecture is not None and architecture != _default_architecture():
         return read_shape(architecture, "model.architecture")
@@ -174,8 +174,8 @@ def _default_architecture() -> dict[str, Any]:
 def _smaller(config: Config) -> dict[str, Shape]:
     """Returns the shapes of the presets of the model's kind, by name: `llama-2-` and `llama-` are two kinds."""
     presets = model_presets()
-    own = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
-    kind = own.rpartition("-")[0]
+    preset_name = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
+    kind = preset_name.rpartition("-")[0]
     same = {option: preset for option, preset in presets.items() if kind and option.rpartition("-")[0] == kind}
     return {option: read_shape(preset["architecture"], f"model={option}") for option, preset in same.items()}
 

@@ -16,19 +16,19 @@ from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 
 
 def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> Preview:
-    """Collects what a person must see before a training: facts, warnings, lengths and the first rows."""
+    """Collects what a person must see before a training run: facts, warnings, lengths and the first rows."""
     assert data.train is not None
     report, trainer = data.report, config.trainer
     step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
     units = report.packs if report.packs is not None else report.train_rows
-    facts = [
+    lines = [
         ("format", f"{report.format}, by {report.recognised}"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
         ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
-        ("tokens", f"{report.train_tokens:,} an epoch, {_share(report.trained_tokens, report.train_tokens)} with loss"),
-        ("end token", f"trained in {_share(report.stopping_rows, report.train_rows)} of the rows"),
+        ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
+        ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
         ("cut", f"{report.cut_sources:,} sources, {report.cut_targets:,} targets"),
         (
             "dropped",
@@ -51,7 +51,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
     source_lengths, target_lengths = column(data.train, "source"), column(data.train, "target")
     return Preview(
         title=f"{source} as {report.format}",
-        facts=facts,
+        facts=lines,
         warnings=_warnings(report, tokenizer, config),
         rows=[_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
@@ -61,17 +61,17 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
 
 def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
     rows = report.train_rows
-    longest = tokenizer.model_max_length
-    facts = (
-        (report.stopping_rows < rows, f"{_share(rows - report.stopping_rows, rows)} of the rows do not train an end "
+    max_length = tokenizer.model_max_length
+    lines = (
+        (report.stopping_rows < rows, f"{_part(rows - report.stopping_rows, rows)} of the rows do not train an end "
                                       "token, so they do not teach to stop"),
-        (report.cut_targets > rows // 10, f"{_share(report.cut_targets, rows)} of the answers are cut; raise "
+        (report.cut_targets > rows // 10, f"{_part(report.cut_targets, rows)} of the answers are cut; raise "
                                           "data.target_max_len or data.max_length"),
-        (report.max_length > longest, f"the longest row has {report.max_length:,} tokens, but the tokenizer says that "
-                                      f"its model takes {longest:,}"),
+        (report.max_length > max_length, f"the longest row has {report.max_length:,} tokens, but the tokenizer says "
+                                      f"that its model takes {max_length:,}"),
         (config.data.train_on.value == "all", "data.train_on=all: the prompts carry loss too"),
     )  # fmt: skip
-    return [*data_warnings(report, config.data), *(text for holds, text in facts if holds)]
+    return [*data_warnings(report, config.data), *(text for holds, text in lines if holds)]
 
 
 def _packing(config: DataConfig, data: Data) -> str:
@@ -84,8 +84,8 @@ def _packing(config: DataConfig, data: Data) -> str:
     if budget is None or lengths.max() > budget:
         budget = int(lengths.max())
     packs = pack(lengths, budget)
-    share = efficiency(packs, lengths, budget)
-    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {share:.1%}"
+    fill = efficiency(packs, lengths, budget)
+    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {fill:.1%}"
 
 
 def _row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
@@ -107,22 +107,22 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     A token alone decodes to less than it adds: SentencePiece drops a leading space, and bytes of one character are
     several tokens, of which the last one gets the character.
     """
-    texts, start, shown, whole = [], 0, "", ""
+    texts, start, printed, whole = [], 0, "", ""
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts.append(whole[len(shown) :] if whole.startswith(shown) and not whole.endswith("\ufffd") else "")
+        texts.append(whole[len(printed) :] if whole.startswith(printed) and not whole.endswith("\ufffd") else "")
         if texts[-1] and end - start > 8:
             # Go on from the last token, so that long rows stay fast: what it decodes to behind nothing is known.
             start = end - 1
-            shown = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            printed = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         elif texts[-1]:
-            shown = whole
+            printed = whole
     if ids and not texts[-1]:
-        texts[-1] = whole[len(shown) :]  # a row may be cut inside a character
+        texts[-1] = whole[len(printed) :]  # a row may be cut inside a character
     return texts
 
 
-def _share(part: int, whole: int) -> str:
+def _part(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole and 0 < part < whole else f"{'all' if part and part == whole else 'none'}"
 
 

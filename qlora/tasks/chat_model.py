@@ -37,7 +37,7 @@ class Stream(BaseStreamer):
     ) -> None:
         self.tokenizer, self.end_ids, self.stop_text, self.show = tokenizer, end_ids, stop_text, show
         self.ids: list[int] = []
-        self.shown = ""
+        self.printed = ""
         self._spoken = ""
         self._asked = False
 
@@ -52,7 +52,7 @@ class Stream(BaseStreamer):
 
     def take(self, ids: list[int]) -> None:
         """Adds tokens and shows what they settle."""
-        self.ids += ids[: next((place + 1 for place, token in enumerate(ids) if token in self.end_ids), None)]
+        self.ids += ids[: next((index + 1 for index, token in enumerate(ids) if token in self.end_ids), None)]
         self._spoken = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         settled = self.text.rstrip("\ufffd")  # half a character
         begun = (size for size in range(len(self.stop_text), 0, -1) if settled.endswith(self.stop_text[:size]))
@@ -65,9 +65,9 @@ class Stream(BaseStreamer):
         return Reply(self.text, tokens, "interrupted" if interrupted else "stop" if self.stops else "length")
 
     def _show(self, text: str) -> None:
-        if len(text) > len(self.shown):
-            self.show(text[len(self.shown) :])
-            self.shown = text
+        if len(text) > len(self.printed):
+            self.show(text[len(self.printed) :])
+            self.printed = text
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Compares two finished training runs: what is the same to the bit, what is near, and what differs."""
+"""Compares two runs that have trained: what is the same to the bit, what is near, and what differs."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Comparison:
 
 
 def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
-    """Yields what is the same in two finished trainings and what is not."""
-    before, now = (read_json(folder.manifest) for folder in (first, second))
-    yield from _compare_inputs(before, now)
+    """Yields what is the same in two finished training runs, and what is not."""
+    previous, now = (read_json(folder.manifest) for folder in (first, second))
+    yield from _compare_inputs(previous, now)
     yield _compare_bases(first, second)
-    reason = _other_machine(before, now)
+    reason = _other_machine(previous, now)
     if reason is None:
         yield Comparison("machine", Verdict.same, "same versions, hardware and code: the same bits are expected")
     else:
@@ -58,12 +58,12 @@ def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
     yield _compare_answers(first, second, bits)
 
 
-def _compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Comparison]:
-    old, new = dict(flatten(before["config"])), dict(flatten(now["config"]))
+def _compare_inputs(previous: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Comparison]:
+    old, new = dict(flatten(previous["config"])), dict(flatten(now["config"]))
     keys = [key for key in {*old, *new} if not is_below(key, FREE_KEYS)]
     changes = describe_changes(old, new, keys)
     yield Comparison("config", Verdict.differs if changes else Verdict.same, changes.strip() or f"{len(keys)} keys")
-    a, b = before["data"].get("fingerprint"), now["data"].get("fingerprint")
+    a, b = previous["data"].get("fingerprint"), now["data"].get("fingerprint")
     says = str(b)[:16] if a == b else f"{a} -> {b}: other files, or rows written otherwise"
     yield Comparison("rows", Verdict.same if a == b else Verdict.differs, says)
 
@@ -78,10 +78,10 @@ def _compare_bases(first: RunFolder, second: RunFolder) -> Comparison:
     return Comparison("base", Verdict.differs if difference.is_certain else Verdict.near, difference.what)
 
 
-def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _other_machine(previous: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Says why the bits may be others; None: they must be the same."""
     for key in MACHINE:
-        a, b = _find(before, key), _find(now, key)
+        a, b = _find(previous, key), _find(now, key)
         if a != b:
             pairs = dict(flatten({key: a})), dict(flatten({key: b}))
             changed = [name for name in sorted({*pairs[0], *pairs[1]}) if pairs[0].get(name) != pairs[1].get(name)]
@@ -106,17 +106,17 @@ def _compare_losses(first: RunFolder, second: RunFolder, bits: Verdict) -> Compa
     ]
     if rows[0] == rows[1]:
         return Comparison("losses", Verdict.same, f"{len(rows[0])} lines of the history, number by number")
-    place = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
-    if place >= min(map(len, rows)):
+    index = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
+    if index >= min(map(len, rows)):
         return Comparison("losses", bits, f"{len(rows[0])} and {len(rows[1])} lines")
-    a, b = rows[0][place], rows[1][place]
+    a, b = rows[0][index], rows[1][index]
     key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
     return Comparison("losses", bits, f"first at step {b.get('step')}: {key} was {a.get(key)}, is {b.get(key)}")
 
 
 def _compare_metrics(first: RunFolder, second: RunFolder, bits: Verdict) -> Iterator[Comparison]:
     results = [folder.stored_result("train") or {} for folder in (first, second)]
-    a, b = ({key: value for key, value in each["metrics"].items() if not _is_timed(key)} for each in results)
+    a, b = ({key: value for key, value in result["metrics"].items() if not _is_timed(key)} for result in results)
     changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     if not changed:
         yield Comparison("metrics", Verdict.same, f"all {len(a)}")
@@ -136,7 +136,7 @@ def _compare_weights(first: RunFolder, second: RunFolder, bits: Verdict) -> Comp
              for folder in (first, second)]  # fmt: skip
     if [file.name for file in files[0]] != [file.name for file in files[1]] or not files[0]:
         return Comparison(what, Verdict.differs, "the files have other names, or are missing")
-    count, changed, largest = 0, 0, 0.0
+    count, changed, max_difference = 0, 0, 0.0
     for one, other in zip(*files, strict=True):
         with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
             if set(a.keys()) != set(b.keys()):
@@ -148,10 +148,10 @@ def _compare_weights(first: RunFolder, second: RunFolder, bits: Verdict) -> Comp
                     return Comparison(what, Verdict.differs, f"{name} was {list(x.shape)}, is {list(y.shape)}")
                 if not torch.equal(x, y):
                     changed += 1
-                    largest = max(largest, float((x.float() - y.float()).abs().max()))
+                    max_difference = max(max_difference, float((x.float() - y.float()).abs().max()))
     if not changed:
         return Comparison(what, Verdict.same, f"{count} tensors, bit by bit")
-    return Comparison(what, bits, f"{changed} of {count} tensors have other bits, by {largest:.3g} at most")
+    return Comparison(what, bits, f"{changed} of {count} tensors have other bits, by {max_difference:.3g} at most")
 
 
 def _compare_answers(first: RunFolder, second: RunFolder, bits: Verdict) -> Comparison:

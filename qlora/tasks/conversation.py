@@ -32,7 +32,7 @@ COMMANDS: Final = {
 }
 """Each command with what it takes and what it does."""
 QUOTE: Final = '"""'
-HINT: Final = f"A line that ends in \\ goes on, {QUOTE} opens and closes longer text, Ctrl-C stops an answer."
+HINT: Final = f"A line that ends in \\ continues, {QUOTE} opens and closes longer text, Ctrl-C stops an answer."
 
 
 class Entered(NamedTuple):
@@ -152,11 +152,11 @@ class Chat:
         if not text:
             self.say(self.system or "there is no system text; /system TEXT sets one")
             return
-        before, self.system = self.system, "" if text == "none" else text
+        previous, self.system = self.system, "" if text == "none" else text
         try:
             self._encode([{"role": "user", "content": "?"}])
         except UserError as error:
-            self.system = before
+            self.system = previous
             raise ConfigError(f"/system: this chat template has no place for a system text ({error})") from error
         self.say("the system text is set" if self.system else "there is no system text any more")
 
@@ -200,12 +200,12 @@ class Chat:
         self.ended = True
 
 
-def _write_line(path: Path, line: bytes, before: Place | None) -> Place:
+def _write_line(path: Path, line: bytes, previous: Place | None) -> Place:
     """Adds a line to a file, or puts it in place of the file's last line where that is an earlier state of it."""
     with path.open("ab+") as file:
         start = file.seek(0, io.SEEK_END)
-        if before is not None and (before.file, before.end) == (path, start):
-            start = file.truncate(before.start)
+        if previous is not None and (previous.file, previous.end) == (path, start):
+            start = file.truncate(previous.start)
         if start:
             file.seek(start - 1)
             line = line if file.read(1) == b"\n" else b"\n" + line

@@ -37,7 +37,7 @@ from qlora.runtime.device import DTYPES, Placement, peak_memory_gb
 from qlora.text import parse_size
 
 PROMPT_TOKENS = 256
-"""Each prompt of the comparison is cut to so many tokens."""
+"""The length that each prompt of the comparison is cut to."""
 LIMITS = {MergeBase.dequantized: 1e-3, MergeBase.original: 0.1}
 """The mean KL divergence, in nats a token, that is accepted where `merge.max_kl` is unset."""
 INT8_LIMIT = 1e-2
@@ -62,7 +62,7 @@ class Merge:
     name: str
     """The run's, by which a server shall know the model."""
 
-    def run(self, place: Path, report: Path) -> dict[str, Any]:
+    def run(self, target: Path, report: Path) -> dict[str, Any]:
         """Writes the model to the folder `place` and the comparison to `report`, and returns the comparison.
 
         What was in `place` stays until the new model is whole and close enough. Raises `ConfigError`, and leaves
@@ -70,8 +70,8 @@ class Merge:
         """
         started = time.monotonic()
         names = ModelNames(self.model_config, trust_remote_code=self.config.model.trust_remote_code)
-        self._check_space(place.parent, names)
-        with _whole_or_not_at_all(place) as partial:
+        self._check_space(target.parent, names)
+        with _whole_or_not_at_all(target) as partial:
             reference = partial / ".reference"
             reference.mkdir()
             adapted, rounding = self._take_reference(reference, partial)
@@ -84,7 +84,7 @@ class Merge:
             modelfile = self._write_tokenizer(partial)
             parity = self._compare(partial, reference)
             shutil.rmtree(reference)
-            facts = {
+            comparison = {
                 "accepted": parity.kl_mean <= limit,
                 "adapter": self.config.adapter,
                 "model": self.config.model.name,
@@ -100,29 +100,29 @@ class Merge:
                 "seconds": time.monotonic() - started,
                 "peak_memory_gb": peak_memory_gb(self.placement.device),
             }
-            write_json(report, facts)
-            if not facts["accepted"]:  # also where it is no number
+            write_json(report, comparison)
+            if not comparison["accepted"]:  # also where it is NaN
                 raise ConfigError(self._refusal(parity, merger.errors, limit))
-            write_json(partial / REPORT, facts)
-        return facts
+            write_json(partial / REPORT, comparison)
+        return comparison
 
-    def print_summary(self, folder: Path, facts: dict[str, Any], files: list[tuple[str, str]]) -> None:
+    def print_summary(self, folder: Path, comparison: dict[str, Any], files: list[tuple[str, str]]) -> None:
         """Prints how near the merged model is, and the commands that serve it."""
         rows: list[tuple[str, float | None, float | None, str]] = [
-            ("kl_divergence", None, facts["kl_mean"], f"nats a token, at most {facts['max_kl']:.2g}"),
-            ("same_likeliest_token", None, facts["top1_agreement"], f"share of {facts['tokens']:,} tokens"),
+            ("kl_divergence", None, comparison["kl_mean"], f"nats a token, at most {comparison['max_kl']:.2g}"),
+            ("same_likeliest_token", None, comparison["top1_agreement"], f"share of {comparison['tokens']:,} tokens"),
         ]
-        console.summary(f"merged: {folder}", rows, [], files, self._serving(folder, facts["modelfile"] is None))
-        if facts["modelfile"] is not None:
-            console.say(f"  no Modelfile for Ollama: {facts['modelfile']}")
+        console.summary(f"merged: {folder}", rows, [], files, self._serving(folder, comparison["modelfile"] is None))
+        if comparison["modelfile"] is not None:
+            console.say(f"  no Modelfile for Ollama: {comparison['modelfile']}")
 
     def _serving(self, folder: Path, ollama: bool) -> list[str]:
-        place, modelfile = str(folder.absolute()), str(folder.absolute() / "Modelfile")
+        target, modelfile = str(folder.absolute()), str(folder.absolute() / "Modelfile")
         example = '[{"role": "user", "content": "Hello!"}]' if self.tokenizer.chat_template else '"Hello"'
-        python = f'from transformers import pipeline; print(pipeline("text-generation", "{place}")({example}))'
+        python = f'from transformers import pipeline; print(pipeline("text-generation", "{target}")({example}))'
         return [
             shlex.join(["python", "-c", python]),
-            shlex.join(["vllm", "serve", place, "--dtype", str(self.dtype).removeprefix("torch.")]),
+            shlex.join(["vllm", "serve", target, "--dtype", str(self.dtype).removeprefix("torch.")]),
             *([shlex.join(["ollama", "create", self.served_name, "-f", modelfile])] if ollama else []),
         ]
 
@@ -134,8 +134,8 @@ class Merge:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the merged weights."""
-        wanted = self.config.merge.dtype
-        return self.placement.compute if wanted is ComputeDtype.auto else DTYPES[wanted]
+        requested = self.config.merge.dtype
+        return self.placement.compute if requested is ComputeDtype.auto else DTYPES[requested]
 
     def _limit(self, rounding: float | None) -> float:
         """Returns the mean KL divergence that is accepted, in nats a token.
@@ -160,7 +160,7 @@ class Merge:
             )
 
     def _take_reference(self, folder: Path, partial: Path) -> tuple[Adapted, float | None]:
-        """Loads base and adapter, notes in float32 what they answer, writes their settings, and lets them go.
+        """Loads base and adapter, notes in float32 what they answer, writes their settings, and releases them.
 
         Returns the parts, and the KL divergence that computing in the precision of the merged model alone makes (None:
         unknown, or no rounding). With a base of 16 bits, which would take twice its memory in float32, the reference
@@ -245,7 +245,7 @@ class Merge:
             f"base (KL divergence {parity.kl_mean:.2g} nats a token, above merge.max_kl={limit:.2g})"
         )
         if not math.isfinite(parity.kl_mean):
-            return f"{apart}: its probabilities are no numbers in {_name(self.dtype)}; use another merge.dtype"
+            return f"{apart}: its probabilities are NaN in {_name(self.dtype)}; use another merge.dtype"
         accept = f"accept it with merge.max_kl={1.1 * parity.kl_mean:.2g}"
         if errors and self.config.merge.base is MergeBase.original:
             kind = quantization.quant_type.value if quantization.bits == 4 else "int8"
@@ -264,9 +264,9 @@ class Merge:
             )
         if self.dtype is not torch.float32:
             return f"{apart}: rounding its weights to {_name(self.dtype)} does that; use merge.dtype=fp32, or {accept}"
-        steps = [after - before for before, after in pairwise([0.0, *parity.layers])]
-        place = steps.index(max(steps))
-        where = f"layer {place - 1}" if place else "the embedding"
+        steps = [after - previous for previous, after in pairwise([0.0, *parity.layers])]
+        target = steps.index(max(steps))
+        where = f"layer {target - 1}" if target else "the embedding"
         return f"{apart}: most of it arises in {where}; serve the adapter on its base instead, or {accept}"
 
 
@@ -287,20 +287,20 @@ def _write_settings(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> 
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(place: Path) -> Iterator[Path]:
+def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
     """Yields a new folder beside `place` to write to, and puts it there at the end; nothing is left after a failure."""
-    restore_folder(place)
-    partial = place.with_name(f"{place.name}.partial")
+    restore_folder(target)
+    partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        replace_folder(partial, place)
+        replace_folder(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise ConfigError(
-                f"the disk of {place.parent} became full while the model was written, and nothing of it is left; free "
+                f"the disk of {target.parent} became full while the model was written, and nothing of it is left; free "
                 "some space, or choose another folder with hydra.run.dir=FOLDER"
             ) from error
         raise
@@ -308,8 +308,8 @@ def _whole_or_not_at_all(place: Path) -> Iterator[Path]:
 
 def _summary(errors: dict[str, float]) -> dict[str, Any]:
     """Returns the mean of what quantization changed, as a share of a layer's weight, and the five largest."""
-    largest = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
-    return {"mean": mean(errors.values()), "largest": {name: errors[name] for name in largest}} if errors else {}
+    worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
+    return {"mean": mean(errors.values()), "largest": {name: errors[name] for name in worst}} if errors else {}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -59,7 +59,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
             "parts_gb": {name: value / 1e9 for name, value in memory.parts.items()},
             "moment": memory.moment,
             "fewest_checkpointed_layers": fewest_checkpointed(plan.training, plan.card),
-            "largest_micro_batch": plan.largest,
+            "largest_micro_batch": plan.most_rows,
             "changes": [asdict(change) for change in plan.changes],
             "paper": plan.paper,
         },
@@ -122,13 +122,13 @@ def print_plan(plan: Plan) -> None:
 def _fitting(plan: Plan) -> list[tuple[str, str]]:
     fewest, layers = fewest_checkpointed(plan.training, plan.card), plan.training.shape.layers
     if fewest is None:
-        words = "not even with all layers checkpointed"
+        text = "not even with all layers checkpointed"
         if plan.fits:
-            words = f"with all layers checkpointed and the inputs of {plan.setup.offloaded} on the host"
+            text = f"with all layers checkpointed and the inputs of {plan.setup.offloaded} on the host"
     else:
-        words = f"with at least {fewest} of {layers} layers checkpointed" if fewest else "without checkpointing"
-    rows = [("this micro-batch", words)]
-    for name, count in plan.largest.items():
+        text = f"with at least {fewest} of {layers} layers checkpointed" if fewest else "without checkpointing"
+    rows = [("this micro-batch", text)]
+    for name, count in plan.most_rows.items():
         plural = "row" if count == 1 else "rows"
         rows.append((name, f"up to {count:,} {plural} a micro-batch" if count else "not even one row"))
     return rows
@@ -138,7 +138,7 @@ def _times(plan: Plan) -> list[tuple[str, str]]:
     speed, trainer = plan.speed, plan.config.trainer
     if speed is None:
         return [("tokens a second", f"unknown: {plan.card.name} is not in the table of cards")]
-    share = f"{EFFICIENCY[plan.setup.step]:.0%} of the card's {plan.card.tflops:,.0f} TFLOP/s"
+    efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the card's {plan.card.tflops:,.0f} TFLOP/s"
     rows = [("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})")]
     if plan.hours is None:
         rows.append(("whole training", "unknown: trainer.num_train_epochs counts rows, which are not read here"))
@@ -146,7 +146,7 @@ def _times(plan: Plan) -> list[tuple[str, str]]:
         step = plan.setup.rows * plan.training.accumulation
         time = format_duration(3600 * plan.hours)
         rows.append(("whole training", f"{time} for {trainer.max_steps:,} steps of {step:,} rows"))
-    return [*rows, ("assumed", f"matrix products at {share}, and every row {plan.setup.length:,} tokens long")]
+    return [*rows, ("assumed", f"matrix products at {efficiency}, and every row {plan.setup.length:,} tokens long")]
 
 
 def _heading(text: str) -> None:

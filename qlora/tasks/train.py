@@ -56,12 +56,12 @@ def needs(config: Config) -> Needs:
     scored = evaluation.generate_samples if evaluation.metrics else 0
     scored = scored if task.evaluate else 0
     is_tracked = config.tracking.in_use is not TrackingBackend.none
-    shown = evaluation.show_predictions if task.predict or is_tracked else 0
+    printed = evaluation.show_predictions if task.predict or is_tracked else 0
     return Needs(
         torch=True,
         base=True,
         rows=Rows.all if task.train else Rows.held_out,
-        answers=None if scored is None else max(scored, shown),
+        answers=None if scored is None else max(scored, printed),
         several_processes=task.train,
         tracker=True,
         caches=True,
