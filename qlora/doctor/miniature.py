@@ -103,7 +103,7 @@ def _ids(placement: Placement) -> Tensor:
 
 
 def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> Tensor:
-    """Returns the gradients of all trained weights as one vector; raises `ArithmeticError` for NaN, infinity or zero."""
+    """Returns the gradients of all trained weights as a vector; raises `ArithmeticError` for NaN, infinity or zero."""
     ids = _ids(placement)
     model.train()
     model.zero_grad(set_to_none=True)

@@ -42,7 +42,7 @@ class Comparison:
 
 
 def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
-    """Yields what is the same in two finished training runs, and what is not."""
+    """Yields what is the same in two runs that have trained, and what is not."""
     previous, now = (read_json(folder.manifest) for folder in (first, second))
     yield from _compare_inputs(previous, now)
     yield _compare_bases(first, second)
