@@ -41,7 +41,7 @@ def test_a_preview_writes_a_page_a_picture_and_a_result(
 ) -> None:
     run = preview_run()
     result = run.execute()
-    assert result == json.loads((run.folder.path / "preview.json").read_text())
+    assert result == json.loads((run.session.folder.path / "preview.json").read_text())
     assert result["metrics"]["train_rows"] == 2464
     shown = capsys.readouterr().out
     page = Path(result["paths"]["page"]).read_text(encoding="utf-8")
