@@ -136,7 +136,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[dict
         *([f"evaluation.max_samples={arguments.items}"] if arguments.items else []),
         *arguments.overrides,
     ]
-    runs = [Run(compose([*overrides, f"evaluation.path={path}"]), folder / "run") for path in files]
+    runs = [Run(compose([*overrides, f"evaluation.path={path}"]), folder / "run").session for path in files]
     suites = [run.suite for run in runs]  # before the model: a broken file fails at once
     assert all(suites)
     run = runs[0]

@@ -52,7 +52,7 @@ def store(chosen: list[str], folder: Path) -> list[str]:
     from qlora.run import Run
 
     with contextlib.redirect_stdout(sys.stderr):
-        run = Run(compose([*chosen, *MODES["fp32"]]), folder / "unused")
+        run = Run(compose([*chosen, *MODES["fp32"]]), folder / "unused").session
         run.load_base().save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
     return [*chosen, "model.weights=pretrained", f"model.name={folder}"]
@@ -64,11 +64,12 @@ def gradients(chosen: list[str]) -> Any:
 
     from qlora.config.compose import compose
     from qlora.run import Run
+    from qlora.tasks.build_trainer import build_step
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        run = Run(compose(chosen), folder)
+        run = Run(compose(chosen), folder).session
         model = run.add_adapter(run.load_base()).train()
-        step = run._build_step(model)
+        step = build_step(run, model)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -45,7 +45,7 @@ def save_base(base: str, overrides: list[str]) -> None:
     from qlora.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(compose([*EVERY, *overrides]), folder)
+        run = Run(compose([*EVERY, *overrides]), folder).session
         run.load_base().save_pretrained(base)
         run.tokenizer.save_pretrained(base)
 

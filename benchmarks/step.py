@@ -230,12 +230,13 @@ def measure(
     from qlora.run import Run
     from qlora.step.fast_step import FastStep
     from qlora.step.part import Packs
+    from qlora.tasks.build_trainer import build_budget
     from qlora.training.flat_optimizer import flatten_groups, run_ahead
 
     shrink = 16 if small else 1
     config = compose([*EVERY, *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(config, folder)
+        run = Run(config, folder).session
         started = time.monotonic()
         model = run.add_adapter(run.load_base()).train()
         loading = time.monotonic() - started
@@ -252,7 +253,7 @@ def measure(
         if step.is_active:
             flatten_groups(optimizer)
             run_ahead(optimizer)
-        if (budget := run._build_budget(step, longest=width)) is not None:
+        if (budget := build_budget(run, step, max_length=width)) is not None:
             plan = budget.choose()
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.run import Run
-from qlora.tasks.replay import replay
+from qlora.tasks import build_job, run_job
 from tests.models.bases import write
 
 QUICK = [
@@ -227,11 +227,11 @@ def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_pa
     put_other_weights(own)
     words = ["task=replay", f"run={tmp_path}/run", "device=cpu"]
     with pytest.raises(UserError) as error:
-        replay(compose(words), tmp_path / "again")
+        run_job(build_job(compose(words), tmp_path / "again"))
     assert str(error.value).startswith(f"run={tmp_path}/run does not fit model.name={own}, whose weights are not those")
     assert not (tmp_path / "again").exists()
     with pytest.raises(UserError, match=r"task=replay: base, .*: not what .* gave"):
-        replay(compose([*words, "base=force"]), tmp_path / "again")
+        run_job(build_job(compose([*words, "base=force"]), tmp_path / "again"))
 
 
 def test_a_whole_model_needs_no_base(base: Path, other: Path, tmp_path: Path) -> None:

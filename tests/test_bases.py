@@ -203,7 +203,7 @@ def test_an_added_token_without_an_embedding_that_no_row_holds_is_said_and_grows
     size = len(load_tokenizer(compose([]).model))
     base = write("llama", tmp_path / "base", vocab_size=size)
     words = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so')}"]
-    started = Run(compose([*QUICK, f"model.name={base}", *words, "data.eval_dataset_size=2"]), tmp_path / "run")
+    started = Run(compose([*QUICK, f"model.name={base}", *words, "data.eval_dataset_size=2"]), tmp_path / "run").session
     assert started.load_base().get_input_embeddings().weight.shape[0] == size
     assert f"the tokenizer has {size + 2:,} tokens and the base embeddings for {size:,}" in caplog.text
 

@@ -98,7 +98,7 @@ def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     shape = ["model=llama-7b", *step.SMALL]
     rivals.save_base(str(tmp_path / "base"), shape)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
-    run = Run(compose([*step.EVERY, *shape]), tmp_path / "run")
+    run = Run(compose([*step.EVERY, *shape]), tmp_path / "run").session
     random_base = run.load_base()
     assert loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
     saved, expected = loaded.state_dict(), random_base.state_dict()
@@ -120,7 +120,7 @@ def test_texts_of_the_whole_program_are_as_long_as_the_rows_of_a_step(
 
     step.write_texts(tmp_path / "rows.jsonl", 1)
     texts = [json.loads(line)["text"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()[:200]]
-    run = Run(compose(step.EVERY), tmp_path / "run")
+    run = Run(compose(step.EVERY), tmp_path / "run").session
     counts = [len(ids) + 2 for ids in run.tokenizer(texts, add_special_tokens=False).input_ids]
     assert counts == step.lengths(8192)[:200]
 

@@ -18,7 +18,7 @@ from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
-from qlora.tasks.chat import ChatModel
+from qlora.tasks.chat_model import ChatModel
 from tests.faults.runs import at_step
 
 QUICK = [
@@ -93,7 +93,7 @@ def test_trained_biases_come_back_to_the_bit_behind_the_untuned_base(
     trained: tuple[Path, list[str]], recwarn: pytest.WarningsRecorder, failing: bool
 ) -> None:
     folder, chosen = trained
-    model = Run(compose([*QUICK, *chosen, "task=evaluate", f"adapter={folder}"]), folder / "out").load_trained()
+    model = Run(compose([*QUICK, *chosen, "task=evaluate", f"adapter={folder}"]), folder / "out").session.load_trained()
     values = {name: value.clone() for name, value in model.state_dict().items()}
     plain = AutoModelForCausalLM.from_pretrained(chosen[0].partition("=")[2])
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_trained_biases_come_back_to_the_bit_behind_the_untuned_base(
 
 def test_plain_peft_loads_the_trained_model(trained: tuple[Path, list[str]]) -> None:
     folder, chosen = trained
-    ours = Run(compose([*QUICK, *chosen, "task=evaluate", f"adapter={folder}"]), folder / "out").load_trained()
+    ours = Run(compose([*QUICK, *chosen, "task=evaluate", f"adapter={folder}"]), folder / "out").session.load_trained()
     theirs = AutoModelForCausalLM.from_pretrained(chosen[0].partition("=")[2])
     with torch.no_grad():
         assert torch.equal(
@@ -124,7 +124,7 @@ def test_in_a_chat_the_base_answers_as_it_does_without_an_adapter(trained: tuple
     folder, chosen = trained
     answers = []
     for adapter, base in ((folder, True), ("none", False), (folder, False)):
-        task = Run(compose([*QUICK, *chosen, "task=chat", f"adapter={adapter}"]), folder / "chat")
+        task = Run(compose([*QUICK, *chosen, "task=chat", f"adapter={adapter}"]), folder / "chat").session
         speaker = ChatModel(
             model=task.load_trained(),
             encoder=task.chat_encoder,

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.config.compose import compose_dict
+from qlora.config.arguments import read_arguments
+from qlora.config.compose import compose_dict, to_config
+from qlora.runtime.environment import ALLOCATOR
+from qlora.tasks import needs_of
+from qlora.tasks.start import Command, join
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=null"),
@@ -144,13 +148,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_with_a_memory_budget_freed_pages_serve_again_unless_the_user_has_settled_that(
     overrides: list[str], own: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in cli.ALLOCATOR:
+    for name in ALLOCATOR:
         monkeypatch.setenv(name, "")  # so that it is taken back
         monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli.world, "join", lambda: None)
-    cli._join(compose_dict(overrides), sweeps=False)
+    composed = compose_dict(overrides)
+    config = to_config(composed)
+    join(Command(read_arguments(overrides), composed, config, needs_of(config)))
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 

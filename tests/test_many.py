@@ -29,7 +29,7 @@ from qlora.models.fingerprint import read_run_base
 from qlora.run import Run
 from qlora.runtime import distributed
 from qlora.runtime.run_folder import RunFolder
-from qlora.tasks.replay import replay
+from qlora.tasks import build_job, run_job
 from qlora.training import checkpoint_writer
 from qlora.training.trainer import QLoraTrainer
 from tests.models.bases import write
@@ -221,7 +221,7 @@ def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> Non
     metrics = json.loads((together / "replayed" / "replay.json").read_text())["metrics"]
     assert metrics["replay_near"] == metrics["replay_differs"] == 0
     with pytest.raises(UserError, match="it was trained by 2 processes, and this is 1"):
-        replay(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path)
+        run_job(build_job(compose(["task=replay", f"run={together / 'grouped'}"]), tmp_path))
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def main(folder: Path) -> None:
     train(folder / "sharded", 2, *SHARDED)
     train(folder / "drawn", 2, *DRAWN, "trainer.parallel=fsdp", "trainer.fused_linear=true")
     train(folder / "pictures", 2, *PICTURES, f"model.name={folder / 'base'}")
-    replay(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed")
+    run_job(build_job(compose(["task=replay", f"run={folder / 'grouped'}"]), folder / "replayed"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
         train(folder / "spoiled", 2)

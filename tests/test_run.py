@@ -22,6 +22,7 @@ from qlora.config.compose import compose
 from qlora.config.saved_config import config_to_dict, read_config
 from qlora.errors import UserError
 from qlora.run import Run
+from qlora.tasks.build_trainer import build_trainer
 
 QUICK = [
     "lora.r=4",
@@ -166,7 +167,7 @@ def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> Non
     options = ["quantization.compute_dtype=fp32"]
     run(tmp_path / "run", *options)
     config = compose([*QUICK, *options, "task=evaluate", f"adapter={tmp_path / 'run'}"])
-    model = Run(config, tmp_path / "run").load_trained().eval()
+    model = Run(config, tmp_path / "run").session.load_trained().eval()
     with torch.no_grad():
         expected = model(input_ids=torch.arange(3, 35)[None]).logits
     base = Path(sys.modules["qlora"].__file__ or "").parent / "demo" / "model"
@@ -208,9 +209,9 @@ def test_the_fast_step_ends_where_the_plain_one_does(
 
 def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -> None:
     config = compose([*QUICK, "lora=loraplus", "trainer.optim=paged_adamw_8bit"])
-    parts = Run(config, tmp_path)
+    parts = Run(config, tmp_path).session
     model = parts.add_adapter(parts.load_base())
-    optimizer = parts._build_trainer(model, [], None).create_optimizer()  # type: ignore[arg-type]
+    optimizer = build_trainer(parts, model, [], None).create_optimizer()  # type: ignore[arg-type]
     sizes = {
         part: sum(p.numel() for name, p in model.named_parameters() if part in name) for part in ("lora_A", "lora_B")
     }
@@ -293,8 +294,8 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
 
 def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
     chosen = [*drawn("llama"), "lora=loftq", "lora.r=16"]
-    started, plain = (Run(compose([*QUICK, *chosen, *more]), tmp_path) for more in ([], ["lora.init=default"]))
-    tensors = started._tensors()
+    started, plain = (Run(compose([*QUICK, *chosen, *more]), tmp_path).session for more in ([], ["lora.init=default"]))
+    tensors = started.tensors()
     errors = []
     for parts in (started, plain):
         layer = parts.add_adapter(parts.load_base()).get_base_model().model.layers[1].mlp.up_proj
@@ -315,12 +316,12 @@ def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.eval_steps=null", "evaluation=loss"]), tmp_path)
     kept: list[weakref.ref[Any]] = []
 
-    def load_and_note(load: Any = parts.load_base) -> Any:
+    def load_and_note(load: Any = parts.session.load_base) -> Any:
         model = load()
         kept.append(weakref.ref(model))
         return model
 
-    parts.load_base = load_and_note  # type: ignore[method-assign]
+    parts.session.load_base = load_and_note  # type: ignore[method-assign]
     parts.execute()
     del parts, load_and_note
     gc.collect()
@@ -334,8 +335,8 @@ def test_a_packed_run_counts_packs_and_their_tokens(tmp_path: Path) -> None:
     packed.execute()
     history = json.loads((tmp_path / "history.json").read_text())
     seen = [entry["num_input_tokens_seen"] for entry in history if "num_input_tokens_seen" in entry]
-    assert seen[-1] == packed.data.report.train_tokens
-    assert max(entry["step"] for entry in history) == -(-packed.data.report.packs // 2)
+    assert seen[-1] == packed.session.data.report.train_tokens
+    assert max(entry["step"] for entry in history) == -(-packed.session.data.report.packs // 2)
 
 
 def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
-"""`task=doctor`: looks whether this machine can run what the config asks for; a short form begins every training."""
+"""Checks whether this machine can run what the config asks for; a short form begins every training run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 
@@ -16,36 +14,11 @@ from qlora.doctor.gpu_libraries import check_bitsandbytes, check_torch
 from qlora.doctor.machine import check_disk, check_environment, check_hub, check_memory, check_rights, check_tracking
 from qlora.doctor.trial_step import check_step, check_support
 from qlora.doctor.versions import check_python, check_versions
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 from qlora.runtime import console
 
 STYLES = {Status.ok: "green", Status.warning: "yellow", Status.error: "bold red"}
 TESTED = "install the tested versions: pip install -c constraints.txt"
-
-
-def doctor(config: Config, output_dir: Path) -> dict[str, Any]:
-    """Checks everything for a run in a folder, and prints the table; writes nothing.
-
-    Raises `ConfigError` where something is an error.
-    """
-    findings = []
-    console.start_screen([])
-    for finding in examine(config, output_dir):
-        findings.append(finding)
-        _print(finding)
-    counts = {status.value: sum(finding.status is status for finding in findings) for status in Status}
-    result: dict[str, Any] = {
-        "status": "finished",
-        "task": "doctor",
-        "objective": None,
-        "metrics": {f"doctor_{name}": count for name, count in counts.items()},
-        "paths": {},
-        "findings": [asdict(finding) | {"status": finding.status.value} for finding in findings],
-    }
-    console.say()
-    console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
-    _stop_at_errors(findings, "task=doctor")
-    return result
 
 
 def examine(config: Config, folder: Path) -> Iterator[Finding]:
@@ -60,7 +33,7 @@ def examine(config: Config, folder: Path) -> Iterator[Finding]:
         yield from look("bitsandbytes", partial(check_bitsandbytes, config), TESTED)
         yield from look("attention", partial(check_support, config), TESTED)
         yield from look("training step", partial(check_step, config), TESTED)
-        yield from look("memory", partial(check_memory, config), "task=plan tells what the run needs")
+        yield from look("memory", partial(check_memory, config), "task=plan shows what the run needs")
     yield from look("disk", partial(check_disk, config, folder), "choose hydra.run.dir=FOLDER elsewhere")
     yield from look("write rights", partial(check_rights, config, folder), "choose hydra.run.dir=FOLDER elsewhere")
     yield from look("hub", partial(check_hub, config), TESTED)
@@ -69,7 +42,7 @@ def examine(config: Config, folder: Path) -> Iterator[Finding]:
 
 
 def preflight(config: Config) -> None:
-    """Prints the problems that are found at once; raises `ConfigError` where one is an error. Takes some 30 ms."""
+    """Prints the problems that are found at once; raises `ResourceError` where one is an error. Takes some 30 ms."""
     findings = [
         *look("versions", check_versions, TESTED),
         *look("torch", partial(check_torch, config), TESTED),
@@ -77,20 +50,28 @@ def preflight(config: Config) -> None:
     ]
     for finding in findings:
         if finding.status is not Status.ok:
-            _print(finding)
-    _stop_at_errors(findings, "this machine cannot run it")
+            print_finding(finding)
+    stop_at_errors(findings, "this machine cannot run it")
 
 
-def _print(finding: Finding) -> None:
+def count_findings(findings: Iterable[Finding]) -> dict[str, int]:
+    """Returns how many findings there are of each kind."""
+    findings = list(findings)
+    return {status.value: sum(finding.status is status for finding in findings) for status in Status}
+
+
+def print_finding(finding: Finding) -> None:
+    """Prints a line of the table, and the fix below it."""
     mark = Text(f"  {finding.status.value:<9}", style=STYLES[finding.status])
     console.say(Text.assemble(mark, (f"{finding.name:<16}", "cyan"), finding.says))
     if finding.fix:
         console.say(Text.assemble(" " * 27, ("fix: ", "dim"), finding.fix))
 
 
-def _stop_at_errors(findings: list[Finding], what: str) -> None:
+def stop_at_errors(findings: list[Finding], what: str) -> None:
+    """Raises `ResourceError` where a finding is an error; `what` begins its message."""
     errors = [finding for finding in findings if finding.status is Status.error]
     if errors:
         first = errors[0]
         more = f", and {len(errors) - 1} more above" if len(errors) > 1 else ""
-        raise ConfigError(f"{what}: {first.name}: {first.says}; {first.fix}{more}")
+        raise ResourceError(f"{what}: {first.name}: {first.says}; {first.fix}{more}")

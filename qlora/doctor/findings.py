@@ -12,7 +12,7 @@ class Status(Enum):
 
     ok = "ok"
     warning = "warning"
-    """A run goes on, but slower, or another way than was asked for."""
+    """A run works, but slower or in another way than was asked for."""
     error = "error"
     """The run that the config describes cannot work, or would be wrong."""
 

@@ -63,12 +63,14 @@ def _gpu(index: int) -> Iterator[Finding]:
     says = (f"{index}: {properties.name}, {properties.total_memory / 1e9:.1f} GB, capability {properties.major}."
             f"{properties.minor}, driver {read_driver() or 'unknown'}")  # fmt: skip
     built = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]
-    own = 10 * properties.major + properties.minor
+    capability = 10 * properties.major + properties.minor
     numbers = [int("".join(filter(str.isdigit, name))) for name in built]
     if (
         numbers
-        and not any(number // 10 == properties.major and number <= own for number in numbers)
-        and not any(name.startswith("compute_") and number <= own for name, number in zip(built, numbers, strict=True))
+        and not any(number // 10 == properties.major and number <= capability for number in numbers)
+        and not any(
+            name.startswith("compute_") and number <= capability for name, number in zip(built, numbers, strict=True)
+        )
     ):
         yield fail(
             "gpu",
@@ -82,10 +84,10 @@ def _gpu(index: int) -> Iterator[Finding]:
 def read_driver() -> str | None:
     """Returns the version of NVIDIA's kernel driver; None: there is none, or it does not tell."""
     try:
-        words = DRIVER.read_text(encoding="utf-8", errors="replace").split()
+        parts = DRIVER.read_text(encoding="utf-8", errors="replace").split()
     except OSError:
         return None
-    return next((word for word in words if word[0].isdigit() and "." in word), None)
+    return next((word for word in parts if word[0].isdigit() and "." in word), None)
 
 
 def check_bitsandbytes(config: Config) -> Iterator[Finding]:
@@ -105,7 +107,7 @@ def check_bitsandbytes(config: Config) -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available() and config.device is not Device.cpu
     if isinstance(library, cextension.ErrorHandlerMockBNBNativeLibrary):
         reason = f"{says}: its native library was not loaded ({first_line(Exception(library.error_msg))})"
-        fix = "python -m bitsandbytes tells why; install the bitsandbytes for this CUDA, or set BNB_CUDA_VERSION"
+        fix = "python -m bitsandbytes says why; install the bitsandbytes for this CUDA, or set BNB_CUDA_VERSION"
         if on_gpu and needed:
             yield fail("bitsandbytes", reason, fix)
         else:

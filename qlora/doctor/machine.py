@@ -13,11 +13,11 @@ from qlora.config.schema import Config, Weights
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
+from qlora.planning.training_plan import Plan, build_plan
 from qlora.runtime.disk_space import free_bytes
-from qlora.tasks.plan import Plan, build_plan
 
 MOST_CHECKPOINTS = 2
-"""A run with `trainer.save_total_limit=null` is taken to keep so many; how many it will be is not known."""
+"""A run with `trainer.save_total_limit=null` is assumed to keep that many; the real number is not known."""
 BEHIND_THE_CONFIG = (
     *("WANDB_MODE", "HF_ENDPOINT", "BNB_CUDA_VERSION", "PYTORCH_NO_CUDA_MEMORY_CACHING", "TORCHDYNAMO_DISABLE"),
     "CUDA_LAUNCH_BLOCKING",
@@ -55,7 +55,7 @@ def check_memory(config: Config) -> Iterator[Finding]:
         yield fine("memory", f"{there}; what the run needs is not known ({unknown})")
     elif needed > free:
         yield warn("memory", f"{there}, and the training needs about {needed / 1e9:.1f} GB",
-                   "task=plan with the same words tells what to change")  # fmt: skip
+                   "task=plan with the same overrides shows what to change")  # fmt: skip
     else:
         yield fine("memory", f"{there}; the training needs about {needed / 1e9:.1f} GB")
 
@@ -63,8 +63,8 @@ def check_memory(config: Config) -> Iterator[Finding]:
 def _host_memory() -> tuple[float, str]:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        facts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
-        free, whole = facts["MemAvailable"], facts["MemTotal"]
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+        free, whole = sizes["MemAvailable"], sizes["MemTotal"]
     except (OSError, KeyError, ValueError):
         return float("inf"), "how much memory is free is not known here"
     return float(free), f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the host are free"
@@ -116,27 +116,25 @@ def check_rights(config: Config, folder: Path) -> Iterator[Finding]:
         says, _, fix = str(error).partition("; ")
         yield fail("home folder", says, fix)
         return
-    places = {
+    folders = {
         "the run folder (hydra.run.dir)": folder,
         "the cache of rows (data.cache_dir)": rows,
         "the hub library's cache (HF_HOME)": Path(config.model.cache_dir or HF_HUB_CACHE),
         "temporary files (TMPDIR)": Path(tempfile.gettempdir()),
     }
-    bad = [(what, place) for what, place in places.items() if not _is_writable(place)]
-    for what, place in bad:
-        yield fail(
-            "write rights", f"{place} cannot be written: {what}", "mend its permissions, or choose another place"
-        )
+    bad = [(what, path) for what, path in folders.items() if not _is_writable(path)]
+    for what, path in bad:
+        yield fail("write rights", f"{path} cannot be written: {what}", "fix its permissions, or choose another folder")
     if not bad:
         yield fine("write rights", "run folder, caches and temporary files")
 
 
-def _is_writable(place: Path) -> bool:
+def _is_writable(path: Path) -> bool:
     """Returns whether a folder can be written, or made where it is not there yet; leaves nothing behind."""
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    while not path.exists() and path != path.parent:
+        path = path.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=path):
             return True
     except OSError:
         return False
@@ -149,11 +147,11 @@ def check_hub(config: Config) -> Iterator[Finding]:
 
     token, model = get_token(), config.model
     login = "an access token is set" if token else "no access token"
-    place = locate(model.name) if model.weights is Weights.pretrained else ""
-    if model.weights is Weights.random or is_local(place):
+    path = locate(model.name) if model.weights is Weights.pretrained else ""
+    if model.weights is Weights.random or is_local(path):
         yield fine("hub", f"{login}; the base is not from the hub")
     elif isinstance(
-        try_to_load_from_cache(place, "config.json", revision=model.revision, cache_dir=model.cache_dir), str
+        try_to_load_from_cache(path, "config.json", revision=model.revision, cache_dir=model.cache_dir), str
     ):
         yield fine("hub", f"{login}; {model.name} is in the cache")
     elif is_offline_mode():
@@ -197,7 +195,7 @@ def check_tracking(config: Config) -> Iterator[Finding]:
 
 def check_environment() -> Iterator[Finding]:
     """Names variables that change what a run does behind its config's back."""
-    found = {name: os.environ[name] for name in BEHIND_THE_CONFIG if os.environ.get(name)}
-    if found:
-        words = " ".join(f"{name}={value}" for name, value in found.items())
-        yield warn("environment", f"{words} changes what a run does", "unset what you did not mean")
+    problems = {name: os.environ[name] for name in BEHIND_THE_CONFIG if os.environ.get(name)}
+    if problems:
+        parts = " ".join(f"{name}={value}" for name, value in problems.items())
+        yield warn("environment", f"{parts} changes what a run does", "unset what you did not mean")

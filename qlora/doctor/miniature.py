@@ -59,12 +59,12 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
     base.config.use_cache = False  # as the trainer has it
     objective = build_objective(config.loss)
     step = FastStep(model, config.trainer, config.quantization, placement, None, objective)
-    before = _gradient(model, step, placement)
+    first = _gradient(model, step, placement)
     model.eval()
     with torch.no_grad(), placement.autocast():
         model(input_ids=_ids(placement))
     after = _gradient(model, step, placement)
-    return Trial(step.parts, rounding, float(torch.nn.functional.cosine_similarity(before, after, dim=0)))
+    return Trial(step.parts, rounding, float(torch.nn.functional.cosine_similarity(first, after, dim=0)))
 
 
 def _shrink(architecture: ArchitectureConfig) -> ArchitectureConfig:
@@ -109,7 +109,7 @@ def _ids(placement: Placement) -> Tensor:
 
 
 def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> Tensor:
-    """Returns the gradients of all trained weights, as one vector; raises `ArithmeticError` where one is no number."""
+    """Returns the gradients of all trained weights as a vector; raises `ArithmeticError` for NaN, infinity or zero."""
     ids = _ids(placement)
     model.train()
     model.zero_grad(set_to_none=True)
@@ -117,10 +117,10 @@ def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> T
         with placement.autocast():
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
-    found = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
-    if not (torch.isfinite(loss) and torch.isfinite(found).all() and found.any()):
-        raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {found.norm().item():g}")
-    return found
+    vector = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
+    if not (torch.isfinite(loss) and torch.isfinite(vector).all() and vector.any()):
+        raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {vector.norm().item():g}")
+    return vector
 
 
 def _gradients(model: torch.nn.Module) -> Iterator[Tensor]:

@@ -60,7 +60,7 @@ def find_architecture(config: Config) -> tuple[ArchitectureConfig, str]:
     presets = {preset["name"]: preset["architecture"] for preset in model_presets().values()}
     if model.architecture is not None and (model.weights is Weights.random or model.name in presets):
         return model.architecture, model.architecture.model_type
-    facts = _stored_config(config)
+    settings = _stored_config(config)
     names = {item.name for item in fields(ArchitectureConfig)}
     needed = (
         "model_type",
@@ -70,10 +70,10 @@ def find_architecture(config: Config) -> tuple[ArchitectureConfig, str]:
         "num_attention_heads",
         "vocab_size",
     )
-    if all(facts.get(name) is not None for name in needed):
-        plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+    if all(settings.get(name) is not None for name in needed):
+        plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
         known: dict[str, Any] = {"max_position_embeddings": 2048} | {name: plain[name] for name in names & plain.keys()}
-        return ArchitectureConfig(**known), facts["model_type"]
+        return ArchitectureConfig(**known), settings["model_type"]
     return ArchitectureConfig(**presets["tiny"]), "the embedded model (the config.json of the base is not here)"
 
 
@@ -82,33 +82,33 @@ def _stored_config(config: Config) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
     model = config.model
-    place = locate(model.name)
-    path: Any = Path(place) / "config.json"
-    if not is_local(place):
-        path = try_to_load_from_cache(place, "config.json", revision=model.revision, cache_dir=model.cache_dir)
+    location = locate(model.name)
+    path: Any = Path(location) / "config.json"
+    if not is_local(location):
+        path = try_to_load_from_cache(location, "config.json", revision=model.revision, cache_dir=model.cache_dir)
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else {}
+        settings = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else {}
     except (OSError, ValueError):
         return {}
-    text = facts.get("text_config") if isinstance(facts, dict) else None
-    return text if isinstance(text, dict) else facts if isinstance(facts, dict) else {}
+    text = settings.get("text_config") if isinstance(settings, dict) else None
+    return text if isinstance(text, dict) else settings if isinstance(settings, dict) else {}
 
 
 def check_support(config: Config) -> Iterator[Finding]:
     """Looks for what attention and compilation need beside torch."""
     import torch
 
-    wanted = config.model.attn_implementation or ""
+    requested = config.model.attn_implementation or ""
     packages = {
         "flash_attention_2": "flash_attn",
         "flash_attention_3": "flash_attn_interface",
         "flex_attention": "torch",
     }
-    if (package := packages.get(wanted)) is not None and importlib.util.find_spec(package) is None:
-        yield fail("attention", f"model.attn_implementation={wanted} needs the package {package}",
+    if (package := packages.get(requested)) is not None and importlib.util.find_spec(package) is None:
+        yield fail("attention", f"model.attn_implementation={requested} needs the package {package}",
                    f"pip install {package.replace('_', '-')}, or use sdpa")  # fmt: skip
     else:
-        yield fine("attention", wanted or "transformers' choice (sdpa where the model allows it)")
+        yield fine("attention", requested or "transformers' choice (sdpa where the model allows it)")
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             yield warn("compile", "Triton is not installed: the fast step stays off", "pip install triton")

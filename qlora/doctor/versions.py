@@ -69,24 +69,24 @@ def check_python() -> Iterator[Finding]:
 
 def check_versions() -> Iterator[Finding]:
     """Looks at the packages that a run needs: all there, as their authors require, and no known bad pair."""
-    found = {name: _version(name) for name in OURS}
-    for name, version in found.items():
+    installed = {name: _version(name) for name in OURS}
+    for name, version in installed.items():
         if version is None and name not in OPTIONAL:
             yield fail(name, "is not installed", f"pip install {name}")
     problems = list(_unmet()) + [pair for pair in BAD_PAIRS if _is_there(pair)]
     for problem in problems:
         if isinstance(problem, BadPair):
             names = [Requirement(text).name for text in (problem.first, problem.second)]
-            pair = " with ".join(dict.fromkeys(f"{name} {found[name]}" for name in names))
+            pair = " with ".join(dict.fromkeys(f"{name} {installed[name]}" for name in names))
             says = f"{pair}: {problem.says} ({problem.source})"
             yield Finding("versions", problem.status, says, problem.fix)
         else:
-            package, wanted = problem
-            there = found.get(wanted.name, _version(wanted.name))
-            yield warn("versions", f"{package} asks for {wanted.name}{wanted.specifier}, but {there} is installed",
-                       f"pip install '{wanted.name}{wanted.specifier}'")  # fmt: skip
+            package, needed = problem
+            there = installed.get(needed.name, _version(needed.name))
+            yield warn("versions", f"{package} asks for {needed.name}{needed.specifier}, but {there} is installed",
+                       f"pip install '{needed.name}{needed.specifier}'")  # fmt: skip
     if not problems:
-        named = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
+        named = ", ".join(f"{name} {version}" for name, version in installed.items() if version is not None)
         yield fine("versions", named)
 
 
@@ -106,7 +106,7 @@ def _requirements(package: str) -> tuple[Requirement, ...]:
         texts = metadata.requires(package) or []
     except metadata.PackageNotFoundError:
         return ()
-    found = []
+    installed = []
     for text in texts:
         if "extra ==" in text or not text.replace("_", "-").lower().startswith(
             tuple(name.replace("_", "-") for name in OURS)
@@ -121,8 +121,8 @@ def _requirements(package: str) -> tuple[Requirement, ...]:
             requirement.name,
         )
         if requirement.marker is None or requirement.marker.evaluate():
-            found.append(requirement)
-    return tuple(found)
+            installed.append(requirement)
+    return tuple(installed)
 
 
 def _is_there(pair: BadPair) -> bool:

@@ -30,12 +30,13 @@ from qlora.migrate.translation import Dialect, Reading, translate
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.run_folder import RunFolder
+from qlora.runtime.task_result import TaskResult
 
 MAX_REFUSED = 8
 """Overrides that may turn out impossible together before the file is given up."""
 
 
-def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
+def migrate(config: Config, output_dir: Path) -> TaskResult:
     """Translates `from=FILE`, prints the command and what was lost, and writes both and an experiment to the folder."""
     assert config.source is not None, "Config checks it"
     dialect, reading = read(Path(config.source).expanduser())
@@ -49,18 +50,18 @@ def migrate(config: Config, output_dir: Path) -> dict[str, Any]:
     write_text(experiment, _as_experiment(in_file, f"{dialect.name}: {Path(config.source).name}"))
     if compose([f"experiment={name}", *typed], output_dir / "conf") != compose(overrides):
         raise AssertionError(f"{experiment} says something else than the command")
-    result = {
-        "status": "finished",
-        "task": "migrate",
-        "objective": None,
-        "metrics": {"migrate_overrides": len(overrides), "migrate_lost": len(reading.lost)},
-        "paths": {"migrate": str(folder.result("migrate")), "experiment": str(experiment)},
-        "from": dialect.name,
-        "overrides": overrides,
-        "command": shlex.join(["qlora", *overrides]),
-        "lost": [{"key": key, "value": value, "why": why} for key, value, why in reading.lost],
-    }
-    write_text(folder.result("migrate"), json.dumps(result, indent=2, default=str) + "\n")
+    result = TaskResult(
+        "migrate",
+        {"migrate_overrides": len(overrides), "migrate_lost": len(reading.lost)},
+        {"migrate": str(folder.result("migrate")), "experiment": str(experiment)},
+        more={
+            "from": dialect.name,
+            "overrides": overrides,
+            "command": shlex.join(["qlora", *overrides]),
+            "lost": [{"key": key, "value": value, "why": why} for key, value, why in reading.lost],
+        },
+    )
+    write_text(folder.result("migrate"), json.dumps(result.to_dict(), indent=2, default=str) + "\n")
     _print(dialect, reading, config.source)
     console.say()
     arguments = shlex.join(["--config-dir", str(output_dir / "conf"), f"experiment={name}", *typed])

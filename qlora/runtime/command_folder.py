@@ -1,4 +1,4 @@
-"""Where a command starts: its folder, which is its own, and what it finds there, put back if the command is refused."""
+"""The folder that a command starts in: no other run has it, and it is restored if the command is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from qlora.config.compose import START_VARIABLE
-from qlora.errors import ConfigError
+from qlora.errors import RunError
 from qlora.runtime.folder_lock import is_locked
 
 AT_START = (".hydra", "train.log", ".lock", "status.json", "config.yaml", "multirun.yaml", "study.db")
@@ -29,7 +29,7 @@ class Start:
         self.contents = {path: path.read_bytes() for path, size in self.sizes.items() if size < LARGEST}
         self.state = self._state()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Leaves the folder as it was, or none where there was none.
 
         Nothing is done where the run has begun to write, or where the folder is that of another process.
@@ -62,8 +62,8 @@ class Start:
         state = {}
         for path in others:
             with contextlib.suppress(FileNotFoundError):  # of another process, which removes it
-                facts = path.lstat()
-                state[path] = facts.st_size, facts.st_mtime_ns
+                metadata = path.lstat()
+                state[path] = metadata.st_size, metadata.st_mtime_ns
         return state
 
 
@@ -72,7 +72,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Raises `ConfigError` where something in a run's folder is a link out of it, by which the run would write there.
+    """Raises `RunError` where something in a run's folder is a link out of it, by which the run would write there.
 
     The folders of a sweep's jobs are looked at by the jobs.
     """
@@ -82,14 +82,14 @@ def check_links(folder: Path) -> None:
         return  # said when the command makes the folder
     for path in paths:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(
+            raise RunError(
                 f"{path} is a link to {path.resolve()}, and a run writes into its own folder alone; remove the link, "
                 "or choose another folder for the run"
             )
 
 
 def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
-    """Returns the start of a command in a folder, which is there then; raises `ConfigError` where none can be."""
+    """Returns the start of a command in a folder, which is there then; raises `RunError` where none can be."""
     try:
         start = Start(folder, is_sweep=is_sweep)
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
         probe.unlink()
     except OSError as error:
         key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-        raise ConfigError(
+        raise RunError(
             f"the run folder {folder} cannot be written ({error.strerror}); choose another folder with {key}=FOLDER"
         ) from error
     return start
@@ -111,15 +111,15 @@ def start_anew(folder: Path) -> Start:
     """
     for number in itertools.count(1):
         name = folder.name if number == 1 else f"{folder.name}-{number}"
-        place = folder.with_name(name)
+        path = folder.with_name(name)
         try:
-            start = Start(place, is_sweep=False)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.mkdir()
+            start = Start(path, is_sweep=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
         except FileExistsError:
             continue
         except OSError:
-            return start_in(place)  # which says why it cannot be
+            return start_in(path)  # which says why it cannot be
         os.environ[START_VARIABLE] = name
         return start
     raise AssertionError("the numbers have no end")

@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on; libraries are silent unless asked.
+"""What a person reads during a run; libraries are silent unless asked.
 
 Lines go to standard output and, through the logger, to `train.log`; with several processes only the first prints.
 """
@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import logging
-import os
 import sys
 import textwrap
 import warnings
@@ -45,8 +44,8 @@ class OwnLines(logging.Filter):
             distributed.is_main_process() or record.levelno >= logging.ERROR
         ):
             return False
-        own = record.name.split(".")[0] in ("qlora", "__main__")
-        return own or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
+        is_ours = record.name.split(".")[0] in ("qlora", "__main__")
+        return is_ours or record.levelno >= logging.ERROR or logging.getLogger().level <= logging.DEBUG
 
 
 class HidingFormatter(logging.Formatter):
@@ -82,20 +81,36 @@ class LogFile(logging.FileHandler):
 
 
 def quiet_libraries(*, verbose: bool = False) -> None:
-    """Sends library chatter and warnings to `train.log` only; `verbose` (`hydra.verbose=true`) leaves it alone.
+    """Sends warnings of libraries to the log, not to the screen; `verbose` (`hydra.verbose=true`) leaves them alone.
 
     No log holds a secret.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     guard_logs()
-    if verbose:
+    if not verbose:
+        logging.captureWarnings(True)
+        warnings.simplefilter("default")
+
+
+@contextlib.contextmanager
+def quiet_notebook() -> Iterator[None]:
+    """Keeps libraries off the screen inside the block, where nobody has set up a log; so does the command line."""
+    root = logging.getLogger()
+    if root.handlers:
+        yield
         return
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    logging.captureWarnings(True)
-    warnings.simplefilter("default")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(OwnLines())
+    level = root.level
+    with warnings.catch_warnings():
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        quiet_libraries()
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.setLevel(level)
+            root.removeHandler(handler)
 
 
 def guard_logs() -> None:
@@ -165,12 +180,12 @@ def printable(text: str) -> str:
     return text.translate(PLAIN_SIGNS).encode(encoding, "replace").decode(encoding)
 
 
-def start_screen(facts: list[tuple[str, str]]) -> None:
+def start_screen(lines: list[tuple[str, str]]) -> None:
     """Prints what is about to run: a title and a row for each label and value."""
     from qlora import __version__
 
     say(Text(f"qlora {__version__}", style="bold"))
-    say_rows(facts)
+    say_rows(lines)
     say()
 
 
@@ -221,16 +236,16 @@ def summary(
 def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
     if not rows:
         return
-    compared = any(before is not None for _, before, _, _ in rows)
-    cells = [(name.replace("_", " "), format_metric(name, before), format_metric(name, after), certainty)
-             for name, before, after, certainty in rows]  # fmt: skip
+    compared = any(previous is not None for _, previous, _, _ in rows)
+    cells = [(name.replace("_", " "), format_metric(name, previous), format_metric(name, after), certainty)
+             for name, previous, after, certainty in rows]  # fmt: skip
     label, first, second, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
     first, second = max(first, len("before")), max(second, len("after"))
     if compared:
         head = f"{'before'.rjust(first)}    {'after'.rjust(second)}"
         say(Text(" " * (label + 6) + head, style="dim"))
-    for name, before, after, certainty in cells:
-        middle = f"{before.rjust(first)} →  " if compared else ""
+    for name, previous, after, certainty in cells:
+        middle = f"{previous.rjust(first)} →  " if compared else ""
         note = f"   {certainty}" if certainty else ""
         say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold"), (note, "dim")))
 
@@ -269,8 +284,8 @@ def progress(description: str, total: int | None) -> Iterator[Update]:
         task = display.add_task(printable(description), total=total, note="")
 
         def update(done: int, note: str = "", description: str | None = None, total: int | None = None) -> None:
-            shown = None if description is None else printable(description)
-            display.update(task, completed=done, note=printable(note), description=shown, total=total)
+            label = None if description is None else printable(description)
+            display.update(task, completed=done, note=printable(note), description=label, total=total)
 
         try:
             yield update

@@ -26,6 +26,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from qlora.errors import ResourceError
+from qlora.runtime.environment import prepare_environment
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def _work(pipe: Connection, task_file: Path) -> None:
     """Runs in a worker: processes parts until the other end of the pipe closes."""
+    prepare_environment()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that reads the results handles it
     pa.set_cpu_count(1)
     with suppress(EOFError, ConnectionError):

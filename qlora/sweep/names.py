@@ -11,7 +11,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.compose import compose_dict
 from qlora.config.conversion import to_config
 from qlora.config.saved_config import config_to_dict
 from qlora.runtime.sweep_job import SweepJob
@@ -41,13 +40,11 @@ def folder_words(overrides: Sequence[str]) -> list[str]:
     return [fixed] if plain.keys() & {"name", "hydra.sweep.dir"} else [fixed, folder]
 
 
-def new_folder_words(overrides: Sequence[str], config_dir: str | None, sweeps: bool) -> list[str]:
-    """Returns the override that names a folder that does not exist yet: FOLDER, else FOLDER-2, FOLDER-3 ..."""
-    hydra = compose_dict(overrides, config_dir).hydra
-    folder = Path(str(hydra.sweep.dir if sweeps else hydra.run.dir))
-    numbered = (folder.with_name(f"{folder.name}-{suffix}") for suffix in itertools.count(2))
+def new_folder_word(folder: Path, sweeps: bool) -> str:
+    """Returns the override that names a folder where there is none yet: FOLDER, else FOLDER-2, FOLDER-3 ..."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     chosen = next(path for path in itertools.chain([folder], numbered) if not path.exists())
-    return [f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(str(chosen))}"]
+    return f"hydra.{'sweep' if sweeps else 'run'}.dir={quoted(str(chosen))}"
 
 
 def own_overrides(hydra: Any) -> list[str]:

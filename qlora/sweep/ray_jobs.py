@@ -37,7 +37,7 @@ END_SECONDS = 0.1
 CONNECT_SECONDS = 30.0
 FILE_SECONDS = 15.0
 """How much later a file that a node wrote may be visible here."""
-PASSED_ON = ("QLORA_TRUSTED", "QLORA_FULL_ERROR", "HYDRA_FULL_ERROR")
+PASSED_ON = ("QLORA_TRUSTED", "HYDRA_FULL_ERROR")
 """Variables that are passed from the command to a job; all others are those of the node."""
 QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Variables that keep Ray from printing notes about its settings and from sending usage statistics."""

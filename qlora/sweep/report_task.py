@@ -18,6 +18,7 @@ from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import say_rows
 from qlora.runtime.run_folder import RunFolder, flatten, is_below
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, find_damage, read_result, read_status
+from qlora.runtime.task_result import TaskResult
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job
 from qlora.sweep.leaderboard import print_leaderboard, write_leaderboard
 from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_keys, read_sweep
@@ -29,7 +30,7 @@ NAMED_GROUPS = ("model", "data")
 """Groups whose other keys mostly follow from their name."""
 
 
-def report(config: Config, output_dir: Path) -> dict[str, Any]:
+def report(config: Config, output_dir: Path) -> TaskResult:
     """Reports on the runs that `runs=` names, in `output_dir`; returns the result that it writes there.
 
     Raises a `UserError` if there are none, or if none has the metric of `objective=`.
@@ -45,14 +46,9 @@ def report(config: Config, output_dir: Path) -> dict[str, Any]:
     print_leaderboard(board)
     paths = {"report": str(page), "leaderboard": str(output_dir / "leaderboard.md")}
     say_rows(list(paths.items()))
-    result: dict[str, Any] = {
-        "status": "finished",
-        "task": "report",
-        "objective": None,
-        "metrics": {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))},
-        "paths": paths | {"table": str(output_dir / "leaderboard.csv")},
-    }
-    write_text(RunFolder(output_dir).result("report"), json.dumps(result, indent=2) + "\n")
+    metrics = {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))}
+    result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")})
+    write_text(RunFolder(output_dir).result("report"), json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 

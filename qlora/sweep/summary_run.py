@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from qlora.config.compose import compose_dict, to_config
 from qlora.config.schema import TrackingConfig
 from qlora.errors import UserError
 from qlora.runtime.console import printable, say
@@ -39,13 +38,14 @@ def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
         say(f"{label:<12} {text}")
 
 
-def track_other_engine(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Tracks the sweep that `overrides` started, if a launcher that knows nothing of sweeps ran its jobs."""
-    composed = compose_dict(overrides, config_dir)
-    choices = composed.hydra.runtime.choices
-    sweep = read_sweep(Path(str(composed.hydra.sweep.dir)))
+def track_other_engine(folder: Path, choices: Mapping[str, Any], tracking: TrackingConfig) -> None:
+    """Tracks the sweep of a folder, if a launcher that knows nothing of sweeps ran its jobs.
+
+    `choices` are the options that were chosen for Hydra's groups.
+    """
+    sweep = read_sweep(folder)
     if sweep.jobs and choices["hydra/launcher"] != "processes" and choices["hydra/sweeper"] != "optuna":
-        track_sweep(sweep, to_config(composed).tracking)
+        track_sweep(sweep, tracking)
 
 
 def summary_run(sweep: Sweep) -> TrackedRun:

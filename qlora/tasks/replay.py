@@ -1,259 +1,119 @@
-"""`task=replay`: runs a finished training again in a new folder, and compares what both give."""
+"""`task=replay`: repeats a finished training run in a new folder, and compares what both give."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text
-from safetensors import safe_open
 
 from qlora.config import saved_config
 from qlora.config.schema import Config, TaskName
-from qlora.errors import ConfigError, DamagedFile
-from qlora.models.fingerprint import find_difference, read_run_base
+from qlora.errors import ConfigError, DamagedFile, DataError, RunError
 from qlora.reporting.manifest import write_json
-from qlora.run import Run
 from qlora.runtime import console, distributed
-from qlora.runtime.atomic_files import read_json, read_lines
-from qlora.runtime.run_folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below, training_keys
+from qlora.runtime.needs import Needs
+from qlora.runtime.run_folder import RunFolder, is_below
 from qlora.runtime.sweep_job import key_of
+from qlora.runtime.task_result import TaskResult
+from qlora.tasks import train
+from qlora.tasks.protocol import TaskJob
 from qlora.text import quoted
+
+if TYPE_CHECKING:  # which imports torch
+    from qlora.tasks.compare_runs import Comparison
 
 SAID = ("task", "run", "trusted", "model.trust_remote_code")
 """What is always the command line's to say."""
 OWN_KEYS = ("name", "tracking", "resume", "base")
 """The keys of a replay that replace those of the training."""
-TIMED = ("runtime", "per_second", "mfu", "data_wait", "memory_gb", "memory_retries", "speed")
-"""Parts of the names of metrics that no two runs have alike."""
-MACHINE = ("versions", "hardware", "platform", "code.sha256", "model.device")
-"""What of a manifest must be the same for the same bits."""
-TOLERANCE = 0.02
-"""The relative difference of the final held-out loss that other machines and versions may make."""
 
 
-class Verdict(Enum):
-    """What a comparison came to."""
-
-    same = "same"
-    near = "near"
-    """Other bits, where the same ones cannot be expected."""
-    differs = "differs"
+def needs(config: Config) -> Needs:
+    """Returns what a replay needs before it knows the config of the training run that it repeats."""
+    return Needs(torch=True, several_processes=True, deterministic=True, caches=True)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One line of the table."""
+def run(job: TaskJob) -> TaskResult:
+    """Repeats the training run of `run=`, prints and writes the comparison; raises `RunError` for a real difference.
 
-    what: str
-    verdict: Verdict
-    says: str
+    An override of the command that describes a training run is refused, for the saved config does that. Several
+    processes repeat it together, as many as before; the main process compares.
+    """
+    from qlora.models.fingerprint import read_run_base
+    from qlora.tasks.compare_runs import compare
 
-
-def replay(config: Config, output_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs the training of `run=` again, prints and writes the comparison; raises `ConfigError` where it must be equal
-    and is not.
-
-    `overrides` are the command's: one that describes a training is refused, for the stored config does that. Several
-    processes run it again together, as many as before; the first of them compares."""
+    config = job.config
     assert config.run is not None, "Config checks it"
-    if ignored := [text for text in overrides if not is_below(key_of(text), (*SAID, *OWN_KEYS))]:
+    if ignored := [text for text in job.overrides if not is_below(key_of(text), (*SAID, *OWN_KEYS))]:
         raise ConfigError(
-            f"{ignored[0]} would not be read: task=replay trains with the stored config of run={config.run}; leave it "
+            f"{ignored[0]} would not be read: task=replay trains with the saved config of run={config.run}; leave it "
             f"out, or train without task=replay (a replay reads {', '.join(OWN_KEYS)} alone)"
         )
     first = RunFolder(Path(config.run).expanduser())
-    stored, manifest = _read_finished(first)
-    if first.path.resolve() == output_dir.resolve():
-        raise ConfigError(f"run={config.run}: it cannot be run again in its own folder; choose another hydra.run.dir")
-    if (before := manifest.get("processes", 1)) != distributed.world_size():
-        raise ConfigError(
-            f"run={config.run}: it was trained by {before} process{'es' if before > 1 else ''}, and this is "
+    saved, manifest = _read_finished(first)
+    if first.path.resolve() == job.folder.path.resolve():
+        raise RunError(f"run={config.run}: it cannot be repeated in its own folder; choose another hydra.run.dir")
+    if (previous := manifest.get("processes", 1)) != distributed.world_size():
+        raise RunError(
+            f"run={config.run}: it was trained by {previous} process{'es' if previous > 1 else ''}, and this is "
             f"{distributed.world_size()}, whose steps would hold other rows; start as many (torchrun --nproc-per-node "
             "N -m qlora task=replay ...)"
         )
-    own = {name: getattr(config, name) for name in OWN_KEYS}
-    training = saved_config.restore_config(saved_config.with_trust_of(config, stored, first.config), first.config)
-    again = Run(replace(training, **own), output_dir, manifest.get("overrides", []))
-    again.started_by = list(overrides) or ["task=replay", f"run={quoted(config.run)}"]
+    training = saved_config.restore_config(saved_config.with_trust_of(config, saved, first.config), first.config)
+    training = replace(training, **{name: getattr(config, name) for name in OWN_KEYS})
+    command = job.overrides or ["task=replay", f"run={quoted(config.run)}"]
+    repeated = TaskJob(
+        training, job.folder, list(manifest.get("overrides", [])), None, train.needs(training), command=command
+    )
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"
-    again.check_base(f"run={config.run}", trained)
-    again.train()
+    repeated.session.check_base(f"run={config.run}", trained)
+    result = train.run(repeated)
     if not distributed.is_main_process():
-        return {"objective": None}
-    second = RunFolder(output_dir)
-    comparisons = list(compare(first, second))
-    return _report(comparisons, first, second)
+        return replace(result, objective=None)
+    return _report(list(compare(first, job.folder)), first, job.folder)
 
 
 def _read_finished(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the config and the manifest of a finished training; raises `ConfigError` for a folder that holds none."""
-    stored, manifest = saved_config.read_config(folder.config), folder.stored_manifest()
-    if stored is None or manifest is None or folder.stored_result("train") is None:
-        raise ConfigError(
-            f"run={folder.path}: it holds no finished training (config.yaml, manifest.json and result.json); give the "
-            "folder of one"
+    """Returns config and manifest of a finished training run; raises `DataError` for a folder that holds none."""
+    saved, manifest = saved_config.read_config(folder.config), folder.stored_manifest()
+    if saved is None or manifest is None or folder.stored_result("train") is None:
+        raise DataError(
+            f"run={folder.path}: it holds no finished training run (config.yaml, manifest.json and result.json); give "
+            "the folder of one"
         )
     for name in ("config", "data", "model"):
         if name not in manifest:
             raise DamagedFile(folder.manifest, f"{name} is missing")
-    if (task := stored.get("task", {}).get("name")) != TaskName.train.value:
-        raise ConfigError(f"run={folder.path}: only trainings can be run again, not task={task}")
-    return stored, manifest
+    if (task := saved.get("task", {}).get("name")) != TaskName.train.value:
+        raise DataError(f"run={folder.path}: only training runs can be repeated, not task={task}")
+    return saved, manifest
 
 
-def compare(first: RunFolder, second: RunFolder) -> Iterator[Comparison]:
-    """Yields what is the same in two finished trainings and what is not."""
-    before, now = (read_json(folder.manifest) for folder in (first, second))
-    yield from _compare_inputs(before, now)
-    yield _compare_bases(first, second)
-    reason = _other_machine(before, now)
-    if reason is None:
-        yield Comparison("machine", Verdict.same, "same versions, hardware and code: the same bits are expected")
-    else:
-        yield Comparison("machine", Verdict.near, f"other bits are expected: {reason}")
-    bits = Verdict.differs if reason is None else Verdict.near
-    yield _compare_losses(first, second, bits)
-    yield from _compare_metrics(first, second, bits)
-    yield _compare_weights(first, second, bits)
-    yield _compare_answers(first, second, bits)
+def _report(comparisons: list[Comparison], first: RunFolder, second: RunFolder) -> TaskResult:
+    """Prints and writes the comparison; raises `RunError` where a difference is not to be expected."""
+    from qlora.tasks.compare_runs import Verdict
 
-
-def _compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Comparison]:
-    old, new = training_keys(before["config"]), training_keys(now["config"])
-    keys = [key for key in {*old, *new} if not is_below(key, FREE_KEYS)]
-    changes = describe_changes(old, new, keys)
-    yield Comparison("config", Verdict.differs if changes else Verdict.same, changes.strip() or f"{len(keys)} keys")
-    a, b = before["data"].get("fingerprint"), now["data"].get("fingerprint")
-    says = str(b)[:16] if a == b else f"{a} -> {b}: other files, or rows written otherwise"
-    yield Comparison("rows", Verdict.same if a == b else Verdict.differs, says)
-
-
-def _compare_bases(first: RunFolder, second: RunFolder) -> Comparison:
-    trained, now = read_run_base(first), read_run_base(second)
-    assert trained is not None, "_read_finished checks it"
-    assert now is not None, "it has just ended"
-    difference = find_difference(trained, now)
-    if difference is None:
-        return Comparison("base", Verdict.same, str(now.fingerprint)[:16])
-    return Comparison("base", Verdict.differs if difference.is_certain else Verdict.near, difference.what)
-
-
-def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Says why the bits may be others; None: they must be the same."""
-    for key in MACHINE:
-        a, b = _find(before, key), _find(now, key)
-        if a != b:
-            pairs = dict(flatten({key: a})), dict(flatten({key: b}))
-            changed = [name for name in sorted({*pairs[0], *pairs[1]}) if pairs[0].get(name) != pairs[1].get(name)]
-            return f"{changed[0]} was {pairs[0].get(changed[0])}, is {pairs[1].get(changed[0])}"
-    on_gpu = not str(now["model"].get("device", "")).startswith("CPU")
-    if on_gpu and not now["config"]["trainer"]["deterministic"]:
-        return "a GPU adds up in any order without trainer.deterministic=true"
-    return None
-
-
-def _find(tree: Mapping[str, Any], key: str) -> Any:
-    node: Any = tree
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
-def _compare_losses(first: RunFolder, second: RunFolder, bits: Verdict) -> Comparison:
-    rows = [
-        [{key: value for key, value in row.items() if not _is_timed(key)} for row in read_json(folder.history) or []]
-        for folder in (first, second)
-    ]
-    if rows[0] == rows[1]:
-        return Comparison("losses", Verdict.same, f"{len(rows[0])} lines of the history, number by number")
-    place = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
-    if place >= min(map(len, rows)):
-        return Comparison("losses", bits, f"{len(rows[0])} and {len(rows[1])} lines")
-    a, b = rows[0][place], rows[1][place]
-    key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
-    return Comparison("losses", bits, f"first at step {b.get('step')}: {key} was {a.get(key)}, is {b.get(key)}")
-
-
-def _compare_metrics(first: RunFolder, second: RunFolder, bits: Verdict) -> Iterator[Comparison]:
-    results = [folder.stored_result("train") or {} for folder in (first, second)]
-    a, b = ({key: value for key, value in each["metrics"].items() if not _is_timed(key)} for each in results)
-    changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    if not changed:
-        yield Comparison("metrics", Verdict.same, f"all {len(a)}")
-        return
-    worst = "; ".join(f"{key} was {a.get(key)}, is {b.get(key)}" for key in changed[:3])
-    yield Comparison("metrics", bits, worst + (f" and {len(changed) - 3} more" if len(changed) > 3 else ""))
-    loss, loss_now = float(a.get("eval_loss", math.nan)), float(b.get("eval_loss", math.nan))
-    if math.isfinite(loss) and math.isfinite(loss_now):
-        difference = abs(loss_now - loss) / max(abs(loss), 1e-9)
-        verdict = Verdict.near if difference <= TOLERANCE else Verdict.differs
-        yield Comparison("held-out loss", verdict, f"{difference:.2%} apart, up to {TOLERANCE:.0%} are accepted")
-
-
-def _compare_weights(first: RunFolder, second: RunFolder, bits: Verdict) -> Comparison:
-    what = "adapter" if first.adapter.exists() else "model"
-    files = [sorted((folder.adapter if what == "adapter" else folder.model).glob("*.safetensors"))
-             for folder in (first, second)]  # fmt: skip
-    if [file.name for file in files[0]] != [file.name for file in files[1]] or not files[0]:
-        return Comparison(what, Verdict.differs, "the files have other names, or are missing")
-    count, changed, largest = 0, 0, 0.0
-    for one, other in zip(*files, strict=True):
-        with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
-            if set(a.keys()) != set(b.keys()):
-                return Comparison(what, Verdict.differs, f"{one.name} holds other tensors")
-            for name in a.keys():  # noqa: SIM118 - no mapping
-                x, y = a.get_tensor(name), b.get_tensor(name)
-                count += 1
-                if x.shape != y.shape:
-                    return Comparison(what, Verdict.differs, f"{name} was {list(x.shape)}, is {list(y.shape)}")
-                if not torch.equal(x, y):
-                    changed += 1
-                    largest = max(largest, float((x.float() - y.float()).abs().max()))
-    if not changed:
-        return Comparison(what, Verdict.same, f"{count} tensors, bit by bit")
-    return Comparison(what, bits, f"{changed} of {count} tensors have other bits, by {largest:.3g} at most")
-
-
-def _compare_answers(first: RunFolder, second: RunFolder, bits: Verdict) -> Comparison:
-    a, b = (read_lines(folder.predictions) for folder in (first, second))
-    changed = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
-    if not changed:
-        return Comparison("answers", Verdict.same, f"{len(a)}, word by word")
-    return Comparison("answers", bits, f"{changed} of {len(a)} are others")
-
-
-def _is_timed(name: str) -> bool:
-    return any(part in name for part in TIMED)
-
-
-def _report(comparisons: list[Comparison], first: RunFolder, second: RunFolder) -> dict[str, Any]:
     styles = {Verdict.same: "green", Verdict.near: "yellow", Verdict.differs: "bold red"}
-    wrong = [each for each in comparisons if each.verdict is Verdict.differs]
+    wrong = [comparison for comparison in comparisons if comparison.verdict is Verdict.differs]
     console.say()
     console.say(Text(f"{second.path} beside {first.path}", style="bold"))
-    for each in comparisons:
-        mark = Text(f"  {each.verdict.value:<9}", style=styles[each.verdict])
-        console.say(Text.assemble(mark, (f"{each.what:<15}", "cyan"), each.says))
-    counts = {f"replay_{kind.value}": sum(each.verdict is kind for each in comparisons) for kind in Verdict}
-    result: dict[str, Any] = {
-        "status": "finished",
-        "task": "replay",
-        "objective": None,
-        "metrics": counts,
-        "paths": {"replay": str(second.result("replay"))},
-        "run": str(first.path),
-        "comparisons": [{"what": each.what, "verdict": each.verdict.value, "says": each.says} for each in comparisons],
-    }
-    write_json(second.result("replay"), result)
-    console.say_rows([("replay", result["paths"]["replay"])])
+    for comparison in comparisons:
+        mark = Text(f"  {comparison.verdict.value:<9}", style=styles[comparison.verdict])
+        console.say(Text.assemble(mark, (f"{comparison.what:<15}", "cyan"), comparison.says))
+    path = second.result("replay")
+    lines = [{"what": line.what, "verdict": line.verdict.value, "says": line.says} for line in comparisons]
+    result = TaskResult(
+        "replay",
+        {f"replay_{kind.value}": sum(line.verdict is kind for line in comparisons) for kind in Verdict},
+        {"replay": str(path)},
+        more={"run": str(first.path), "comparisons": lines},
+    )
+    write_json(path, result.to_dict())
+    console.say_rows([("replay", str(path))])
     if wrong:
-        names = ", ".join(each.what for each in wrong)
-        raise ConfigError(f"task=replay: {names}: not what {first.path} gave ({wrong[0].says})")
+        names = ", ".join(comparison.what for comparison in wrong)
+        raise RunError(f"task=replay: {names}: not what {first.path} gave ({wrong[0].says})")
     return result

@@ -11,17 +11,17 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from omegaconf import OmegaConf
 
-from qlora.config.compose import compose_dict, to_config
 from qlora.config.schema import Config, SweepMethod, WandbMode
-from qlora.config.sweep_values import expand_sweep, is_logarithmic, sweep_params, swept_values
+from qlora.config.sweep_values import is_logarithmic, swept_values
 from qlora.errors import ConfigError
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import say_rows
+from qlora.runtime.needs import Needs
 from qlora.runtime.sweep_job import SweepJob
+from qlora.runtime.task_result import TaskResult
 from qlora.sweep.launcher import NOT_PASSED_ON
-from qlora.sweep.names import folder_words
+from qlora.tasks.protocol import TaskJob
 from qlora.text import higher_is_better
 
 FILE = "wandb-sweep.yaml"
@@ -34,34 +34,36 @@ DISTRIBUTIONS = {
 """wandb's names of intervals, by whether their ends are whole numbers and whether their scale is logarithmic."""
 
 
-def write_wandb_sweep(overrides: Sequence[str], config_dir: str | None) -> Path:
-    """Writes the sweep that a command line describes into its folder, says what to type next, and returns the path.
+def needs(config: Config) -> Needs:
+    """Returns what the description needs; wandb's agents run the jobs."""
+    return Needs(folder=False, whole_sweep=True)
+
+
+def run(job: TaskJob) -> TaskResult:
+    """Writes the sweep that the command describes into its folder, and prints what to type next.
 
     Raises `ConfigError` for a sweep that wandb cannot run.
     """
-    first = next(expand_sweep(overrides))
-    composed = compose_dict([*first, *folder_words(overrides)], config_dir)
-    config = to_config(composed)
-    if OmegaConf.select(composed, "hydra.sweeper.conditions"):
+    config, sweep = job.config, job.whole_sweep
+    assert sweep is not None, "the task declares whole_sweep"
+    if sweep.has_conditions:
         raise ConfigError("task=wandb-sweep: wandb knows no hydra.sweeper.conditions; leave them out")
-    _check_tracking(config, overrides)
-    words = [*overrides, *sweep_params(composed, overrides)]
-    folder = Path(str(composed.hydra.sweep.dir))
-    described = describe(config, words, folder, config_dir)
-    path = folder / FILE
-    write_text(path, yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=1000))
-    place = "/".join([config.tracking.entity or "ENTITY", config.tracking.project, "ID"])
+    _check_tracking(config, sweep.overrides)
+    path = job.folder.path / FILE
+    description = describe(config, sweep.overrides, job.folder.path, sweep.config_dir)
+    write_text(path, yaml.safe_dump(description, sort_keys=False, allow_unicode=True, width=1000))
+    name = "/".join([config.tracking.entity or "ENTITY", config.tracking.project, "ID"])
     say_rows([
         ("sweep", str(path)),
         ("next", f"wandb sweep {shlex.quote(str(path))}"),
-        ("then", f"wandb agent {place}, as wandb sweep prints it, here and wherever jobs shall run"),
+        ("then", f"wandb agent {name}, as wandb sweep prints it, here and wherever jobs shall run"),
     ])  # fmt: skip
-    return path
+    return TaskResult("wandb_sweep", {}, {"sweep": str(path)})
 
 
 def _check_tracking(config: Config, overrides: Sequence[str]) -> None:
     tracking = config.tracking
-    if tracking.backend != "wandb" and any(word.startswith("tracking=") for word in overrides):
+    if tracking.backend != "wandb" and any(text.startswith("tracking=") for text in overrides):
         raise ConfigError(
             f"tracking={tracking.backend}: the jobs of task=wandb-sweep report to wandb; choose tracking=wandb, "
             "or leave it out"
@@ -72,15 +74,17 @@ def _check_tracking(config: Config, overrides: Sequence[str]) -> None:
         )
 
 
-def describe(config: Config, words: Sequence[str], folder: Path, config_dir: str | None = None) -> dict[str, Any]:
-    """Returns wandb's description of the sweep that `words` vary; its jobs lie in `folder`, by their wandb ids."""
-    parsed = OverridesParser.create().parse_overrides(list(words))
-    parameters = {each.get_key_element(): parameter(each) for each in parsed if each.is_sweep_override()}
+def describe(config: Config, overrides: Sequence[str], folder: Path, config_dir: str | None = None) -> dict[str, Any]:
+    """Returns wandb's description of the sweep of `overrides`; its jobs lie in `folder`, by their wandb ids."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parameters = {item.get_key_element(): parameter(item) for item in parsed if item.is_sweep_override()}
     if not parameters:
         raise ConfigError("task=wandb-sweep: there is nothing to vary; give a key several values, e.g. lora.r=8,16")
-    fixed = [each.input_line or "" for each in parsed if not (each.get_key_element() in parameters or _is_own(each))]
-    tracked = any(word.startswith("tracking=") for word in fixed)
-    place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    fixed = [
+        item.input_line or "" for item in parsed if not (item.get_key_element() in parameters or _is_left_out(item))
+    ]
+    tracked = any(text.startswith("tracking=") for text in fixed)
+    quoted_folder = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     variables = [f"{name}={value}" for name, value in SweepJob.environment(folder.name, list(parameters)).items()]
     entity = config.tracking.entity
     return {
@@ -96,12 +100,12 @@ def describe(config: Config, words: Sequence[str], folder: Path, config_dir: str
             *(["--config-dir", config_dir] if config_dir else []),
             *fixed,
             *([] if tracked else ["tracking=wandb"]),
-            *("hydra.mode=RUN", f"hydra.run.dir='{place}/${{oc.env:WANDB_RUN_ID}}'", "${args_no_hyphens}"),
+            *("hydra.mode=RUN", f"hydra.run.dir='{quoted_folder}/${{oc.env:WANDB_RUN_ID}}'", "${args_no_hyphens}"),
         ],
     }
 
 
-def _is_own(override: Override) -> bool:
+def _is_left_out(override: Override) -> bool:
     """Returns whether an override is for this task, or for an engine of ours."""
     key = override.key_or_group
     return key in ("task", "task.method") or key.startswith(NOT_PASSED_ON)
@@ -134,8 +138,8 @@ def parameter(override: Override) -> dict[str, Any]:
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         whole = isinstance(low, int) and isinstance(high, int)
-        found = {"distribution": DISTRIBUTIONS[whole, log], "min": low, "max": high}
-        return {**found, "q": 1} if whole and log else found
+        interval = {"distribution": DISTRIBUTIONS[whole, log], "min": low, "max": high}
+        return {**interval, "q": 1} if whole and log else interval
     if log:
         raise ConfigError(f"{text}: a list of values has no scale; leave tag(log,...) out, or give an interval")
     pairs = zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True)

@@ -21,6 +21,7 @@ from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.session import Session
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=1", "trainer.eval_steps=null", "trainer.warmup_steps=0"),
@@ -230,7 +231,7 @@ def test_a_metric_that_cannot_be_imported(tmp_path: Path) -> None:
 def test_a_metric_is_looked_for_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    monkeypatch.setattr(Run, "load_base", lambda self: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Session, "load_base", lambda self: pytest.fail("the model was loaded"))
     monkeypatch.setitem(sys.modules, "evaluate", None)
     adapter = [] if task == "train" else ["adapter=none"]
     text = refusal(tmp_path, f"task={task}", *adapter, "evaluation.metrics=['evaluate:rouge']")
@@ -252,7 +253,7 @@ def test_answers_beyond_the_model_s_context_are_refused_before_it_is_loaded(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     loaded: list[str] = []
-    monkeypatch.setattr(Run, "load_base", lambda self: loaded.append("base") or pytest.skip("loaded"))
+    monkeypatch.setattr(Session, "load_base", lambda self: loaded.append("base") or pytest.skip("loaded"))
     chosen = [f"model.name={base}", "data.max_eval_samples=null", *overrides]
     text = refusal(tmp_path, *chosen, "generation.max_new_tokens=240")
     match = re.fullmatch(

@@ -179,7 +179,7 @@ def read_template(family: str, suffix: str = "") -> str | None:
     return path.read_text(encoding="utf-8") if path and path.is_file() else None
 
 
-def build_tokenizer(family: str, text: str):
+def build_encoder(family: str, text: str):
     """Returns a tokenizer of bytes with the tokens that a template writes, those of a family's vocabulary."""
     eos = FAMILIES[family].eos
     base = build_byte_tokenizer(bos_token="<s>", eos_token="</s>")
@@ -200,7 +200,7 @@ def build_writer(family: str, suffix: str = "") -> ChatWriter:
     """Returns what writes with a family's template; `suffix` names a variant of it."""
     text = read_template(family, suffix)
     assert text is not None
-    return ChatWriter(build_tokenizer(family, text), Template("the tokenizer's own", text))
+    return ChatWriter(build_encoder(family, text), Template("the tokenizer's own", text))
 
 
 def describe(family: str, shape: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora import doctor as task
+from qlora import doctor as room
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
 from qlora.doctor import gpu_libraries, machine, versions
@@ -21,6 +21,7 @@ from qlora.doctor.trial_step import check_step, check_support, find_architecture
 from qlora.errors import UserError
 from qlora.models import loading
 from qlora.run import Run
+from qlora.tasks import build_job, run_job
 from qlora.upstream import bitsandbytes
 
 
@@ -34,7 +35,7 @@ def named(findings: list[Finding], name: str) -> Finding:
 
 
 def test_a_healthy_machine_has_a_table_without_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = task.doctor(compose(["task=doctor"]), tmp_path / "run")
+    result = run_job(build_job(compose(["task=doctor"]), tmp_path / "run")).to_dict()
     said = capsys.readouterr().out
     assert result["metrics"]["doctor_error"] == 0
     names = [finding["name"] for finding in result["findings"]]
@@ -48,7 +49,7 @@ def test_a_healthy_machine_has_a_table_without_errors(tmp_path: Path, capsys: py
 
 def test_what_is_wrong_ends_in_one_sentence_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        task.doctor(compose(["task=doctor", "trainer.fused_attention=true", "device=cpu"]), tmp_path)
+        run_job(build_job(compose(["task=doctor", "trainer.fused_attention=true", "device=cpu"]), tmp_path))
     assert str(error.value).startswith("task=doctor: training step: trainer.fused_attention=true: ")
     assert not list(tmp_path.iterdir())
 
@@ -158,7 +159,7 @@ def test_a_version_that_another_package_refuses_is_found(installed: dict[str, st
 
 def test_a_torch_that_cannot_be_imported_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what Python then raises is an ImportError
-    found = list(task.examine(compose(["task=doctor"]), tmp_path))
+    found = list(room.examine(compose(["task=doctor"]), tmp_path))
     assert named(found, "torch").status is Status.error
     names = {finding.name for finding in found}
     assert "training step" not in names
@@ -247,14 +248,14 @@ def test_a_training_looks_before_it_starts_and_says_problems_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose([])
-    task.preflight(config)
+    room.preflight(config)
     started = time.perf_counter()
     versions._requirements.cache_clear()
-    task.preflight(config)
+    room.preflight(config)
     assert time.perf_counter() - started < 0.2
     assert capsys.readouterr().out == ""
     installed["huggingface_hub"] = "0.20.0"
-    task.preflight(config)
+    room.preflight(config)
     said = capsys.readouterr().out
     assert "asks for huggingface_hub" in said
     assert "python" not in said

@@ -24,6 +24,7 @@ from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.measure import Measurement, evaluation_mode
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.session import Session
 from qlora.text import format_metric, is_detail
 
 tasks = pytest.importorskip("lm_eval.tasks")
@@ -93,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """The embedded model in fp32 with an adapter that says something else."""
-    base = Run(compose(["quantization=fp32"]), "unused").load_base()
+    base = Run(compose(["quantization=fp32"]), "unused").session.load_base()
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     for name, weight in adapted.named_parameters():
@@ -274,7 +275,7 @@ def refusal(tmp_path: Path, *overrides: str) -> str:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "load_base", lambda self: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Session, "load_base", lambda self: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -25,6 +25,7 @@ from qlora.evaluation.measure import Suite, evaluation_mode
 from qlora.evaluation.mmlu import LETTERS, Mmlu, Parts, Question, load_questions, read_question, render_questions
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.session import Session
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 MMLU = REAL / "mmlu"
@@ -392,7 +393,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tu
 
 
 def suite_of(*overrides: str) -> Mmlu:
-    suite = Run(compose(["task=evaluate", "adapter=none", "evaluation=mmlu", *overrides]), "unused").suite
+    suite = Run(compose(["task=evaluate", "adapter=none", "evaluation=mmlu", *overrides]), "unused").session.suite
     assert isinstance(suite, Mmlu)
     return suite
 
@@ -423,7 +424,7 @@ def test_a_hub_out_of_reach_is_answered_with_a_way_out() -> None:
     with pytest.raises(UserError) as error:
         suite_of()
     assert str(error.value).startswith(
-        "evaluation=mmlu: cais/mmlu is not to be had from the Hugging Face hub (no network: "
+        "evaluation=mmlu: cais/mmlu is not available from the Hugging Face hub (no network: "
     )
     assert str(error.value).endswith("; or give the questions as a file: evaluation.path=FILE")
 
@@ -493,7 +494,7 @@ def test_a_broken_file_of_questions_stops_a_run_before_a_model_is_loaded(
 ) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"subject": "a"}\n')
-    monkeypatch.setattr(Run, "load_base", lambda run: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Session, "load_base", lambda run: pytest.fail("a model was loaded"))
     for task in (["task=evaluate", "adapter=none"], ["data.max_train_samples=8", "data.max_eval_samples=2"]):
         with pytest.raises(UserError, match="line 1: no column 'input'"):
             Run(compose([*task, "evaluation=mmlu", f"evaluation.path={path}"]), tmp_path / "run").execute()

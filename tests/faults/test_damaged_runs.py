@@ -164,7 +164,7 @@ def test_a_damaged_file_of_a_job_is_named_and_costs_that_job_alone(
 
 def report_on(runs: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
-    return report(replace(compose(["task=report", "runs=x"]), runs=str(runs)), out)
+    return report(replace(compose(["task=report", "runs=x"]), runs=str(runs)), out).to_dict()
 
 
 @pytest.mark.parametrize("name", sorted(READERS))

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from qlora.run import Run
 from qlora.runtime.atomic_files import write_file, write_folder, write_text
 from qlora.runtime.disk_space import DiskFull, Patience, waiting_for_space
 from qlora.sweep.jobs import recorded
+from qlora.tasks import train
+from qlora.tasks.train import Training
 from qlora.training.checkpoints import find_checkpoints
 from tests.faults.runs import QUICK, Writes, at_step, check_whole, outcome, run
 
@@ -88,13 +89,13 @@ def at_the_adapter(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_the_report(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Run._write_result
+    write = Training._write_result
 
-    def full(self: Run, *args: Any, **options: Any) -> Any:
+    def full(self: Training, *args: Any, **options: Any) -> Any:
         fill(disk)
         return write(self, *args, **options)
 
-    monkeypatch.setattr(Run, "_write_result", full)
+    monkeypatch.setattr(Training, "_write_result", full)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,8 @@ def test_a_run_waits_for_space_and_goes_on(
 
 
 def test_the_oldest_checkpoint_that_would_go_anyway_makes_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = Run._save
-    monkeypatch.setattr(Run, "_save", lambda self, model: (clear(disk), save(self, model)))
+    save = train.save_trained
+    monkeypatch.setattr(train, "save_trained", lambda session, model: (clear(disk), save(session, model)))
     at_step(monkeypatch, 6, lambda: fill(disk, leave=100_000))
     run(disk / "run", "trainer.save_total_limit=2", "trainer.disk_wait=0", "trainer.max_steps=6")
     assert [path.name for path in find_checkpoints(disk / "run" / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]

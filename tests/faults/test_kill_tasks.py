@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from qlora.cli import execute
 from qlora.config.compose import compose
 from qlora.sweep.jobs import recorded
+from qlora.tasks import build_job, run_job
 from tests.faults.runs import QUICK, Writes, check_whole, run
 
 SHORT = ["generation.max_new_tokens=4", "generation.batch_size=1", "merge.prompts=2"]
@@ -50,7 +50,7 @@ def work(folder: Path, words: list[str], number: int) -> None:
     writes.watch(folder, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
     config = compose(words)
     with recorded(folder, [], f"{config.task.name.value}.json"):
-        execute(config, folder, words, verbose=False)
+        run_job(build_job(config, folder, words))
     (folder.parent / f"{folder.name}.writes").write_text(str(writes.count))
 
 

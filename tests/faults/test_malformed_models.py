@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.model_files import EMBEDDED
+from qlora.planning.training_plan import find_shape
 from qlora.reporting.modelfile import find_form
 from qlora.run import Run
 from qlora.runtime import console
-from qlora.tasks.plan import find_shape
 
 SHORT, FULL, CHUNK = 24, 2000, 100
 PATIENCE = 120
@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (place / name / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     rows = [json.dumps({"instruction": f"What is {number}?", "output": "a b"}) for number in range(6)]
     (place / "rows.jsonl").write_text("\n".join(rows))
-    run = Run(compose(words(place, place / "model")), place / "run")
+    run = Run(compose(words(place, place / "model")), place / "run").session
     adapter = run.add_adapter(run.load_base())
     for parameter in adapter.parameters():
         parameter.data += 0.01 if parameter.requires_grad else 0
@@ -145,10 +145,10 @@ def use(kind: str, folder: Path, place: Path, folders: dict[str, Path]) -> None:
     """Does with a folder what the tasks do before a training."""
     if kind == "adapter":
         config = compose([*words(place, folders["model"]), "task=evaluate", f"adapter={folder}"])
-        model = Run(config, place / "out").load_trained()
+        model = Run(config, place / "out").session.load_trained()
     else:
         config = compose(words(place, folder))
-        run = Run(config, place / "out")
+        run = Run(config, place / "out").session
         find_shape(config)
         find_form(run.tokenizer)
         _ = run.is_trainable, run.data

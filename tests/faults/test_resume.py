@@ -55,7 +55,7 @@ def test_a_training_that_a_callback_ended_is_not_taken_up_again(
     stop = "{_target_: qlora.training.callbacks.EarlyStopping, patience: 1, min_delta: 9}"
     words = [f"+callbacks.stop={stop}", "trainer.eval_steps=2"]
     run(tmp_path / "calm", *words)
-    monkeypatch.setattr("qlora.run.Run._save", lambda self, model: interrupt())
+    monkeypatch.setattr("qlora.tasks.train.save_trained", lambda session, model: interrupt())
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", *words)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ import pytest
 
 from qlora.errors import Stopped
 from qlora.evaluation.measure import Measurer
-from qlora.run import Run
+from qlora.session import Session
 from qlora.training.checkpoints import find_checkpoints
 from tests.faults.runs import QUICK, at_step, run, send
 
@@ -48,7 +48,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(
         run(tmp_path, *ONLY, "resume=force")
     command = shlex.join(["qlora", *QUICK, *ONLY, f"hydra.run.dir={tmp_path}"])
     place = tmp_path / "checkpoints" / "checkpoint-3"
-    assert str(stopped.value) == f"stopped by {number.name}: step 3 is saved in {place}; go on with\n  {command}"
+    assert str(stopped.value) == f"stopped by {number.name}: step 3 is saved in {place}; resume with\n  {command}"
     assert f"{number.name}: saving a checkpoint after this step; Ctrl-C ends at once" in capfd.readouterr().err
     assert saved(tmp_path) == ["checkpoint-3"]
     assert [signal.getsignal(each) for each in SIGNALS] == before
@@ -73,8 +73,8 @@ def test_a_second_ctrl_c_ends_at_once_and_other_signals_do_not(
 
 
 def test_before_the_first_step_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "load_base", lambda self: send(signal.SIGTERM)())
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM: there is no checkpoint yet; go on with\n  qlora "):
+    monkeypatch.setattr(Session, "load_base", lambda self: send(signal.SIGTERM)())
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM: there is no checkpoint yet; resume with\n  qlora "):
         run(tmp_path, *ONLY)
 
 
@@ -136,7 +136,7 @@ def test_the_command_line_exits_with_75_and_names_the_command_to_go_on(tmp_path:
     [checkpoint] = saved(folder)
     step = checkpoint.partition("-")[2]
     said, command = errors.strip().splitlines()[-2:]
-    assert said == f"stopped by SIGUSR1: step {int(step):,} is saved in {folder}/checkpoints/{checkpoint}; go on with"
+    assert said == f"stopped by SIGUSR1: step {int(step):,} is saved in {folder}/checkpoints/{checkpoint}; resume with"
     assert shlex.split(command) == ["qlora", *words]
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     assert "Traceback" not in errors

@@ -107,7 +107,7 @@ def test_forward_and_backward_passes_wait_for_nothing(
 
 
 def test_an_evaluation_before_training_leaves_the_gradients_unchanged(tmp_path: Path) -> None:
-    run = Run(compose([*SHAPE, "lora.dropout=0"]), tmp_path)
+    run = Run(compose([*SHAPE, "lora.dropout=0"]), tmp_path).session
     model = run.add_adapter(run.load_base())
     ids = torch.arange(3, 67, device="cuda")[None]
 

@@ -14,10 +14,10 @@ import torch
 
 from qlora.config.compose import compose
 from qlora.errors import UserError
+from qlora.planning.training_plan import build_plan
 from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.run import Run
 from qlora.runtime.device import Placement
-from qlora.tasks.plan import build_plan
 from qlora.training.memory_budget import StepMemory
 from tests.step.test_fast import batch, build, build_step, learn
 

@@ -81,7 +81,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in 4 bits: a base is quantized on the CPU before it is sharded, where bytes come out otherwise."""
     folder = tmp_path_factory.mktemp("stored")
-    run = Run(compose([*COMMON, f"model.name={base}"]), tmp_path_factory.mktemp("loading"))
+    run = Run(compose([*COMMON, f"model.name={base}"]), tmp_path_factory.mktemp("loading")).session
     run.load_base().save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     torch.cuda.empty_cache()
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_others_until_they_are_force
 def test_one_process_spreads_the_base_over_two_gpus_within_its_limits(base: Path, tmp_path: Path) -> None:
     spread = ["model.device_map=auto", "model.max_memory=500MiB", *CASES["plain"]]
     config = compose([*COMMON, f"model.name={base}", *spread])
-    run = Run(config, tmp_path / "model")
+    run = Run(config, tmp_path / "model").session
     model = load_base(config.model, config.quantization, placement=run.placement, model_config=run.model_config)
     assert set(model.hf_device_map.values()) == {0, 1}
     del model, run
@@ -241,7 +241,7 @@ def main(base: Path, saved: Path, folder: Path) -> None:
         print(f"training {name}", file=sys.stderr, flush=True)
         train(base_of(name, base, saved), folder / name, 2, *overrides)
         if name in ("sharded", "sharded16"):
-            run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name)
+            run = Run(compose([*COMMON, f"model.name={base}", *overrides]), folder / name).session
             local = [item.to_local().nbytes for item in run.build_model().parameters() if isinstance(item, DTensor)]
             print(json.dumps({"name": name, "rank": distributed.rank(), "bytes": sum(local)}), flush=True)
     distributed.destroy_process_group()

@@ -36,7 +36,7 @@ def test_wide_layers_merge_to_the_same_answers(tmp_path: Path, quantization: str
     assert report["accepted"]
     if quantization in ("nf4", "fp4") and dtype == "fp32":
         assert report["kl_mean"] < 1e-4
-        run = Run(compose([*chosen, "task=merge"]), tmp_path)
+        run = Run(compose([*chosen, "task=merge"]), tmp_path).session
         model = run.load_trained().get_base_model()
         layer = model.model.layers[1].mlp.down_proj
         weight = dequantize_module_weight(layer.get_base_layer()).float()

@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_large_base_never_exists_in_16_bits(tmp_path: Path, quantization: str) -> None:
     chosen = ["model=llama-7b", "model.weights=random", "model.tokenizer=tiny", f"quantization={quantization}"]
-    run = Run(compose([*chosen, "model.architecture.num_hidden_layers=8"]), tmp_path)
+    run = Run(compose([*chosen, "model.architecture.num_hidden_layers=8"]), tmp_path).session
     torch.cuda.empty_cache()
     allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

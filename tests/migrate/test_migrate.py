@@ -346,7 +346,7 @@ def test_the_task_prints_a_command_and_writes_an_experiment_that_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "my axolotl.yml").write_text(AXOLOTL_YAML)
-    result = migrate(compose(["task=migrate", f"from={tmp_path}/my axolotl.yml"]), tmp_path / "run")
+    result = migrate(compose(["task=migrate", f"from={tmp_path}/my axolotl.yml"]), tmp_path / "run").to_dict()
     said = capsys.readouterr().out
     command = said[said.index("qlora \\") : said.index("\n\n", said.index("qlora \\"))].replace("\\\n", " ")
     assert shlex.split(command)[1:] == result["overrides"] == shlex.split(result["command"])[1:]

@@ -123,13 +123,13 @@ from pathlib import Path
 from qlora.runtime import distributed
 from qlora.errors import UserError
 distributed.APPEARS_SECONDS = 1.0
-distributed.join()
+distributed.init_process_group()
 distributed.check_shared(Path(sys.argv[1]))
 try:
     distributed.check_shared(Path("run"))
 except UserError as error:
     print(error)
-distributed.leave()
+distributed.destroy_process_group()
 """
 
 

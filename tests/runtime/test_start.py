@@ -98,7 +98,7 @@ def test_what_a_run_has_begun_is_not_put_back(tmp_path: Path) -> None:
     start = start_in(tmp_path / "a" / "run")
     (tmp_path / "a" / "run" / "status.json").write_text("{}")
     (tmp_path / "a" / "run" / "manifest.json").write_text("{}")
-    start.put_back()
+    start.restore()
     assert names(tmp_path / "a" / "run") == ["manifest.json", "status.json"]
 
 

@@ -28,7 +28,7 @@ from qlora.evaluation.metrics import find_metrics
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 from qlora.runtime.user_code import import_class, import_function
-from qlora.tasks.replay import replay
+from qlora.tasks import build_job, run_job
 
 MARKING = "import pathlib\npathlib.Path({mark!r}).touch()\ndef f(*args, **kwargs):\n    return []\n"
 
@@ -108,7 +108,7 @@ def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypat
     rows.write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
     names = {"elsewhere": elsewhere, "mark": mark, "absolute": str(folder / "utils").replace("/", ".")}
     base, environment = TASK.format(rows=rows), utils.env
-    model = Run(compose(["quantization=fp32"]), "unused").load_base().eval()
+    model = Run(compose(["quantization=fp32"]), "unused").session.load_base().eval()
     for line, says in TASKS.items():
         line = line.format(**names)
         replaced = tuple(f"{each.partition(':')[0]}:" for each in line.splitlines())
@@ -173,7 +173,7 @@ def test_a_tokenizer_s_code_does_not_run(tmp_path: Path, base: Path, mark: Path)
         load_tokenizer(compose([f"model.tokenizer={base}"]).model)
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text(MARKING.format(mark=str(mark)))
-    model = Run(compose([f"model.name={base}", "model.tokenizer=tiny", *QUICK]), tmp_path / "run").load_base()
+    model = Run(compose([f"model.name={base}", "model.tokenizer=tiny", *QUICK]), tmp_path / "run").session.load_base()
     model.generate(torch.tensor([[1]]), max_new_tokens=1)
     assert not mark.exists()
 
@@ -248,11 +248,11 @@ def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "objective": None, "status": "finished"}))
     words = ["task=replay", f"run={folder}"]
     with pytest.raises(UserError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):
-        replay(compose(words), tmp_path / "again")
+        run_job(build_job(compose(words), tmp_path / "again"))
     text = (folder / "config.yaml").read_text().replace("- evilmod\n", "").replace("trusted:", "trusted: []")
     (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"data\.path=evilmod:f: code of the package 'evilmod'"):
-        replay(compose(words), tmp_path / "again")
+        run_job(build_job(compose(words), tmp_path / "again"))
     assert "evilmod" not in sys.modules
     assert not mark.exists()
 

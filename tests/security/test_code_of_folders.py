@@ -33,13 +33,13 @@ def test_a_pickle_in_place_of_weights_is_refused_unread(tmp_path: Path, base: Pa
 def test_a_pickle_beside_the_weights_is_not_read(tmp_path: Path, base: Path) -> None:
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
         (base / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    run = Run(compose([f"model.name={base}", *QUICK]), tmp_path / "run")
+    run = Run(compose([f"model.name={base}", *QUICK]), tmp_path / "run").session
     run.load_base()
     assert not (tmp_path / "mark").exists()
 
 
 def test_an_adapter_in_a_pickle_is_refused_unread(tmp_path: Path) -> None:
-    run = Run(compose(QUICK), tmp_path / "run")
+    run = Run(compose(QUICK), tmp_path / "run").session
     model = run.add_adapter(run.load_base())
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path
     (base / "config.json").write_text(json.dumps(config))
     words = [f"model.name={base}", *QUICK]
     with pytest.raises(UserError, match=r"comes with Python code.*model\.trust_remote_code=true"):
-        _ = Run(compose(words), tmp_path / "run").model_config
+        _ = Run(compose(words), tmp_path / "run").session.model_config
     assert not mark.exists()
     load_model_config(compose([*words, "model.trust_remote_code=true"]).model)
     assert mark.exists()

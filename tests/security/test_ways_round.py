@@ -181,4 +181,4 @@ def test_whatever_a_template_computes_is_one_sentence(tmp_path: Path, template: 
     args = [f"data.template={tmp_path}/t.jinja", "data=local", f"data.path={tmp_path}/chat.jsonl"]
     config = compose(["task=preview", *args, "data.eval_dataset_size=1", f"data.cache_dir={tmp_path}/cache"])
     with pytest.raises(UserError):
-        Run(config, tmp_path / "run").preview()
+        Run(config, tmp_path / "run").execute()

@@ -39,9 +39,9 @@ FAKE = (
 import math, time, types
 from pathlib import Path
 
-class Run:
-    def __init__(self, config, folder, *more):
-        self.config, self.folder = config, Path(folder)
+class FakeTraining:
+    def __init__(self, job):
+        self.config, self.folder = job.config, job.folder.path
 
     def execute(self):
         from qlora.errors import Pruned
@@ -62,10 +62,13 @@ class Run:
         metrics = {"eval_loss": loss, "train_runtime": self.config.lora.r}
         result = {"objective": metrics[self.config.objective], "metrics": metrics}
         (self.folder / "result.json").write_text(json.dumps(result))
-        return result
+        return types.SimpleNamespace(**result)
 
-sys.modules["qlora.run"] = types.SimpleNamespace(Run=Run)
 from qlora import cli
+from qlora.runtime.needs import Needs
+sys.modules["qlora.tasks.train"] = types.SimpleNamespace(
+    needs=lambda config: Needs(), run=lambda job: FakeTraining(job).execute()
+)
 from qlora.sweep import launcher
 
 def command(config, folder, words, real=launcher.command):
@@ -452,7 +455,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     arguments = ["-m", "hydra/sweeper=optuna", "name=s", *args]
     monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
     with pytest.raises(UserError) as caught:
-        cli._main(arguments)
+        cli.run(arguments)
     assert not list(folder.glob("outputs/sweeps/*/*/"))
     return str(caught.value)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
-from qlora.config.command import check_overrides
+from qlora import cli
 from qlora.config.schema import TrackingConfig, WandbMode
 from qlora.errors import UserError
 from qlora.reporting.parallel_axes import build_axis, plot_parallel
@@ -24,7 +24,6 @@ from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.overview import Sweep, read_sweep
 from qlora.sweep.summary_run import count_jobs, track_sweep, typed_table
-from qlora.tasks.wandb_sweep import write_wandb_sweep
 from qlora.training.trackers.wandb import sync_command
 
 QUICK = [
@@ -228,9 +227,9 @@ def test_axes_place_numbers_by_size_and_words_in_order(tmp_path: Path) -> None:
 
 def described(*args: str) -> dict[str, Any]:
     """Writes the sweep that a command line describes, as the command line does, and reads it as wandb does."""
-    command = ["task=wandb-sweep", *args]
-    check_overrides(command)
-    return yaml.safe_load(write_wandb_sweep(command, None).read_text())
+    cli.run(["task=wandb-sweep", *args])
+    (file,) = Path.cwd().rglob("wandb-sweep.yaml")
+    return yaml.safe_load(file.read_text())
 
 
 @pytest.mark.parametrize(

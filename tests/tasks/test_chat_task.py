@@ -22,12 +22,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
 from qlora.config.schema import DataConfig
+from qlora.data.chat.templates import choose_saved_template
 from qlora.data.formats.prompts import ALPACA
 from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
-from qlora.tasks.chat import Chat, ChatModel, Entered, Reply, Stream, choose_saved_template, read_message, talk
+from qlora.tasks.chat_model import ChatModel, Reply, Stream
+from qlora.tasks.conversation import Chat, Entered, read_message, talk
 
 EXACT = ["quantization=fp32", "generation.max_new_tokens=12"]
 QUESTION = "What is the opposite of brave?"
@@ -48,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Told:
-    """Stands for a speaker: each character of a message is a token, and what it answers is given beforehand."""
+    """Stands for a model: each character of a message is a token, and what it answers is given beforehand."""
 
     context = 40
     has_adapter = True
@@ -72,7 +74,7 @@ class Told:
         return Reply(text, len(text), finish or "stop")
 
 
-def hold(*entered: str, told: Told) -> tuple[Chat, str]:
+def converse(*entered: str, told: Told) -> tuple[Chat, str]:
     """Returns the chat and all that was shown after these messages and commands."""
     out = io.StringIO()
     chat = Chat(told, out.write, lambda line: print(f"[{line}]", file=out))  # type: ignore[arg-type]
@@ -90,7 +92,7 @@ def hold(*entered: str, told: Told) -> tuple[Chat, str]:
 
 def test_the_conversation_is_asked_as_a_whole() -> None:
     told = Told("one", "two")
-    chat, shown = hold("a", "b", told=told)
+    chat, shown = converse("a", "b", told=told)
     assert told.prompts == ["a", "a|one|b"]
     assert [turn["content"] for turn in chat.turns] == ["a", "one", "b", "two"]
     assert shown == "one\ntwo\n"
@@ -98,19 +100,19 @@ def test_the_conversation_is_asked_as_a_whole() -> None:
 
 def test_empty_lines_ask_nothing() -> None:
     told = Told()
-    assert hold("", "  ", '""""""', told=told)[1] == ""
+    assert converse("", "  ", '""""""', told=told)[1] == ""
 
 
 def test_reset_forgets_what_was_said_but_not_the_system_text() -> None:
     told = Told("one", "two")
-    _, shown = hold("/system s", "a", "/reset", "b", told=told)
+    _, shown = converse("/system s", "a", "/reset", "b", told=told)
     assert told.prompts == ["s|a", "s|b"]
     assert "[a new conversation; the system text stays]" in shown
 
 
 def test_a_system_text_is_set_shown_and_taken_out() -> None:
     told = Told("one")
-    _, shown = hold("/system", "/system Be\\", "brief.", "/system", "/system none", "a", told=told)
+    _, shown = converse("/system", "/system Be\\", "brief.", "/system", "/system none", "a", told=told)
     assert shown.splitlines() == [
         "[there is no system text; /system TEXT sets one]", "[the system text is set]", "[Be", "brief.]",
         "[there is no system text any more]", "one",
@@ -120,14 +122,14 @@ def test_a_system_text_is_set_shown_and_taken_out() -> None:
 
 def test_a_system_text_that_the_template_cannot_write_is_refused_and_not_kept() -> None:
     told = Told("one")
-    _, shown = hold("/system refused", "a", told=told)
+    _, shown = converse("/system refused", "a", told=told)
     assert "[error: /system: this chat template has no place for a system text (system is no role)]" in shown
     assert told.prompts == ["a"]
 
 
 def test_the_base_answers_until_it_is_switched_back() -> None:
     told = Told("one", "two", "three")
-    chat, shown = hold("a", "/base", "/retry", "/base", "b", told=told)
+    chat, shown = converse("a", "/base", "/retry", "/base", "b", told=told)
     assert told.prompts == ["a", "base: a", "a|two|b"]
     assert "[the untuned base answers from here on; /retry compares]" in shown
     assert "[the adapter answers from here on; /retry compares]" in shown
@@ -139,35 +141,35 @@ def test_the_base_answers_until_it_is_switched_back() -> None:
 def test_without_an_adapter_there_is_nothing_to_switch_off() -> None:
     told = Told()
     told.has_adapter = False
-    chat, shown = hold("/base", told=told)
+    chat, shown = converse("/base", told=told)
     assert shown.startswith("[error: /base: there is no adapter to switch off; ")
     assert not chat.base
 
 
 def test_a_stopped_answer_stays_as_far_as_it_was_said() -> None:
     told = Told("on/interrupted", "two")
-    _, shown = hold("a", "b", told=told)
+    _, shown = converse("a", "b", told=told)
     assert told.prompts[1] == "a|on|b"
     assert shown == "on\n[stopped; what was said stays in the conversation]\ntwo\n"
 
 
 def test_a_question_that_was_stopped_before_the_first_word_is_taken_back() -> None:
     told = Told("/interrupted", "two", "/interrupted")
-    chat, shown = hold("a", "b", "/retry", told=told)
+    chat, shown = converse("a", "b", "/retry", told=told)
     assert told.prompts == ["a", "b", "b"]
     assert [turn["content"] for turn in chat.turns] == ["b", "two"]
     assert "[stopped before the first word; the question is taken back]" in shown
 
 
 def test_an_answer_that_was_cut_off_says_so() -> None:
-    _, shown = hold("a", told=Told("one/length"))
+    _, shown = converse("a", told=Told("one/length"))
     assert shown == "one\n[cut off after 3 tokens (generation.max_new_tokens, or the end of the context)]\n"
-    assert hold("a", told=Told(""))[1] == "(nothing)\n"
+    assert converse("a", told=Told(""))[1] == "(nothing)\n"
 
 
 def test_the_oldest_turns_give_way_in_pairs() -> None:
     told = Told("1", "2", "3", "4", room=9)
-    chat, shown = hold("aaa", "bbb", "ccc", "d", told=told)
+    chat, shown = converse("aaa", "bbb", "ccc", "d", told=told)
     assert told.prompts == ["aaa", "aaa|1|bbb", "bbb|2|ccc", "ccc|3|d"]
     assert "[the context is full: your oldest messages are left out (1 so far)]\n3\n" in shown
     assert len(chat.turns) == 8
@@ -175,7 +177,7 @@ def test_the_oldest_turns_give_way_in_pairs() -> None:
 
 def test_a_message_that_never_fits_is_refused_and_the_conversation_goes_on() -> None:
     told = Told("1", "2", room=9)
-    _, shown = hold("aaa", "x" * 10, "bbb", told=told)
+    _, shown = converse("aaa", "x" * 10, "bbb", told=told)
     assert (
         "[error: this message takes 10 tokens with its template, but the model's context of 40 has room for 9 before "
         "an answer; shorten it, or set a smaller generation.max_new_tokens]"
@@ -184,7 +186,7 @@ def test_a_message_that_never_fits_is_refused_and_the_conversation_goes_on() -> 
 
 
 def test_a_misspelt_command_is_corrected() -> None:
-    _, shown = hold("/sav x", "/help me", "/retry", "/save", "/save a.txt", "/save a.jsonl", told=Told())
+    _, shown = converse("/sav x", "/help me", "/retry", "/save", "/save a.txt", "/save a.jsonl", told=Told())
     assert shown.splitlines() == [
         '[error: there is no command /sav (did you mean /save?); /help lists them, and a message that begins with / '
         'goes between """ and """]',
@@ -195,7 +197,7 @@ def test_a_misspelt_command_is_corrected() -> None:
 
 
 def test_help_names_every_command_and_exit_ends() -> None:
-    chat, shown = hold("/help", "/exit", "a", told=Told())
+    chat, shown = converse("/help", "/exit", "a", told=Told())
     assert chat.ended
     for name in ("/help", "/reset", "/system", "/base", "/retry", "/save FILE.jsonl", "/exit", "Ctrl-C"):
         assert name in shown
@@ -203,7 +205,7 @@ def test_help_names_every_command_and_exit_ends() -> None:
 
 def test_ctrl_c_outside_of_an_answer_ends_nothing() -> None:
     told = Told(KeyboardInterrupt(), "one")
-    assert hold("a", "b", told=told)[1] == "[stopped]\none\n"
+    assert converse("a", "b", told=told)[1] == "[stopped]\none\n"
 
 
 # Files
@@ -212,7 +214,9 @@ def test_ctrl_c_outside_of_an_answer_ends_nothing() -> None:
 def test_a_saved_conversation_can_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     save = f"/save {path}"
-    _, shown = hold("/system s", "a", save, "b", save, "/reset", "/system none", "c", save, told=Told("1", "2", "3"))
+    _, shown = converse(
+        "/system s", "a", save, "b", save, "/reset", "/system none", "c", save, told=Told("1", "2", "3")
+    )
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     said = [[turn["content"] for turn in line["messages"]] for line in lines]
     assert said == [["s", "a", "1", "b", "2"], ["c", "3"]]
@@ -224,7 +228,7 @@ def test_a_saved_conversation_can_be_trained_on(tmp_path: Path) -> None:
 def test_saving_adds_to_a_file_and_never_replaces_what_others_wrote(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"messages": []}')
-    chat, _ = hold("a", f"/save {path}", told=Told("1"))
+    chat, _ = converse("a", f"/save {path}", told=Told("1"))
     with path.open("a") as file:
         file.write("{}\n")
     chat.hear(Entered(f"/save {path}"))
@@ -234,7 +238,7 @@ def test_saving_adds_to_a_file_and_never_replaces_what_others_wrote(tmp_path: Pa
 
 
 def test_a_file_is_named_jsonl_and_one_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    _, shown = hold("a", "/save a.txt", f"/save {tmp_path}/no/a.jsonl", told=Told("1"))
+    _, shown = converse("a", "/save a.txt", f"/save {tmp_path}/no/a.jsonl", told=Told("1"))
     assert "[error: /save adds the conversation as a line of JSON; name a file FILE.jsonl]" in shown
     assert f"[error: /save: {tmp_path}/no/a.jsonl cannot be written (No such file or directory); choose" in shown
 
@@ -281,7 +285,7 @@ def test_where_a_message_would_begin_the_end_is_the_end(ended: type[BaseExceptio
 
 def test_quoted_text_is_never_a_command() -> None:
     told = Told("one")
-    hold('"""/exit"""', told=told)
+    converse('"""/exit"""', told=told)
     assert told.prompts == ["/exit"]
 
 
@@ -339,11 +343,16 @@ def chat_run(folder: Path, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def speaker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    run = chat_run(tmp_path_factory.mktemp("speaker"), f"adapter={trained}")
-    place = run.placement
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    run = chat_run(tmp_path_factory.mktemp("model"), f"adapter={trained}")
+    session, device = run.session, run.session.placement
     return ChatModel(
-        run.load_trained(), run.chat_encoder, run.config.generation, run.pad_token_id, place.device, place.autocast
+        session.load_trained(),
+        session.chat_encoder,
+        run.config.generation,
+        session.pad_token_id,
+        device.device,
+        device.autocast,
     )
 
 
@@ -353,40 +362,40 @@ def message_of(prompt: str) -> str:
     return prompt.removeprefix(before).removesuffix(ALPACA.behind)
 
 
-def test_chat_answers_as_predict_does(trained: Path, speaker: ChatModel, tmp_path: Path) -> None:
+def test_chat_answers_as_predict_does(trained: Path, model: ChatModel, tmp_path: Path) -> None:
     options = ["task=predict", *EXACT, f"adapter={trained}", "data.max_eval_samples=12", "evaluation=loss"]
     predicted = Run(compose(options), tmp_path / "predicted")
     lines = Path(predicted.execute()["paths"]["predictions"]).read_text().splitlines()
     answers = [json.loads(line) for line in lines]
     assert len({answer["prediction"] for answer in answers}) > 1
-    for row, answer in zip(predicted.data.eval.to_list(), answers, strict=True):
-        prompt = speaker.encoder.encode_prompt([{"role": "user", "content": message_of(row["prompt"])}])
-        reply = speaker.answer(prompt, lambda text: None)
+    for row, answer in zip(predicted.session.data.eval.to_list(), answers, strict=True):
+        prompt = model.encoder.encode_prompt([{"role": "user", "content": message_of(row["prompt"])}])
+        reply = model.answer(prompt, lambda text: None)
         assert (reply.text, reply.finish, reply.tokens) == (
             answer["prediction"], answer["finish"], answer["answer_tokens"],
         )  # fmt: skip
 
 
-def test_the_base_answers_without_its_adapter_and_the_adapter_comes_back(speaker: ChatModel) -> None:
-    prompt = speaker.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
-    first, base, again = (speaker.answer(prompt, lambda text: None, base=base) for base in (False, True, False))
+def test_the_base_answers_without_its_adapter_and_the_adapter_comes_back(model: ChatModel) -> None:
+    prompt = model.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
+    first, base, again = (model.answer(prompt, lambda text: None, base=base) for base in (False, True, False))
     assert first == again != base
 
 
-def test_beams_are_shown_at_their_end(speaker: ChatModel) -> None:
+def test_beams_are_shown_at_their_end(model: ChatModel) -> None:
     shown: list[str] = []
     settings = compose([*EXACT, "generation.num_beams=2"]).generation
-    reply = replace(speaker, generation=settings).answer(
-        speaker.encoder.encode_prompt([{"role": "user", "content": QUESTION}]), shown.append
+    reply = replace(model, generation=settings).answer(
+        model.encoder.encode_prompt([{"role": "user", "content": QUESTION}]), shown.append
     )
     assert shown == [reply.text]
 
 
-def test_an_answer_never_outgrows_the_context(speaker: ChatModel) -> None:
+def test_an_answer_never_outgrows_the_context(model: ChatModel) -> None:
     settings = compose([*EXACT, "generation.max_new_tokens=500", "generation.min_new_tokens=490"]).generation
-    long = replace(speaker, generation=settings)
+    long = replace(model, generation=settings)
     assert (long.context, long.room) == (512, 256)
-    assert speaker.room == 500
+    assert model.room == 500
     reply = long.answer([5] * 505, lambda text: None)
     assert (reply.tokens, reply.finish) == (7, "length")
 
@@ -405,7 +414,7 @@ def test_chat_needs_no_rows_and_speaks_without_a_terminal(
     assert result["paths"] == {"conversation": f"{tmp_path}/mine.jsonl"}
     assert result["metrics"]["chat_answers"] == 2
     shown = capsys.readouterr().out
-    assert "saved by the training" in shown
+    assert "saved by the training run" in shown
     answers = shown.split("\n\n", 1)[1].splitlines()
     assert answers[1] == "the untuned base answers from here on; /retry compares"
     assert answers[0] != answers[2]
@@ -425,19 +434,19 @@ def test_the_untuned_base_can_be_talked_to_as_well(
 def test_the_template_saved_by_the_training_goes_before_the_base_s_own() -> None:
     here, saved = tiny(), tiny()
     here.chat_template, saved.chat_template = "the base's own", "as trained"
-    assert choose_saved_template(saved, here, "auto") == ("saved by the training", "as trained")
+    assert choose_saved_template(saved, here, "auto") == ("saved by the training run", "as trained")
     saved.chat_template = None
     assert choose_saved_template(saved, here, "auto") == ("the tokenizer's own", "the base's own")
     assert choose_saved_template(None, here, "plain").name == "plain"
 
 
-def test_an_answer_of_the_model_stops_at_the_next_question(speaker: ChatModel) -> None:
-    prompt = speaker.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
-    endless = replace(speaker, generation=compose([*EXACT, "generation.min_new_tokens=12"]).generation)
+def test_an_answer_of_the_model_stops_at_the_next_question(model: ChatModel) -> None:
+    prompt = model.encoder.encode_prompt([{"role": "user", "content": QUESTION}])
+    endless = replace(model, generation=compose([*EXACT, "generation.min_new_tokens=12"]).generation)
     whole = endless.answer(prompt, lambda text: None)
     word = whole.text.split()[3]
     writer = SimpleNamespace(stop_text=word)
-    encoder: Any = SimpleNamespace(base=speaker.encoder.base, writer=writer)
+    encoder: Any = SimpleNamespace(base=model.encoder.base, writer=writer)
     shown: list[str] = []
     reply = replace(endless, encoder=encoder).answer(prompt, shown.append)
     assert "".join(shown) == reply.text == whole.text.split(word)[0].strip()
@@ -447,7 +456,7 @@ def test_an_answer_of_the_model_stops_at_the_next_question(speaker: ChatModel) -
 
 def test_an_adapter_carries_the_template_of_its_training(trained: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained / "adapter")
-    rows = Run(compose(["task=predict", "adapter=none", "data.max_eval_samples=12"]), tmp_path).data.eval
+    rows = Run(compose(["task=predict", "adapter=none", "data.max_eval_samples=12"]), tmp_path).session.data.eval
     for row in rows.to_list():
         said = [{"role": "user", "content": message_of(row["prompt"])}]
         sent = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
@@ -463,7 +472,7 @@ def test_a_fully_finetuned_model_carries_it_too_and_has_no_adapter_to_switch_off
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/base\n{QUESTION}\n"))
     result = chat_run(tmp_path / "chat", "lora=none", f"adapter={tmp_path / 'full'}").execute()
     shown = capsys.readouterr().out
-    assert re.search(r"template +saved by the training", shown)
+    assert re.search(r"template +saved by the training run", shown)
     assert "error: /base: there is no adapter to switch off" in shown
     assert result["metrics"]["chat_answers"] == 1
 

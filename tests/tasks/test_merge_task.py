@@ -21,6 +21,7 @@ from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.session import Session
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 QUICK = [
@@ -232,7 +233,7 @@ def test_a_base_stored_in_few_bits_is_merged_in_full(
     base: Callable[[str], Path], tmp_path: Path, kind: str, quantization: str
 ) -> None:
     chosen = [f"model.name={base(kind)}", f"quantization={quantization}"]
-    parts = Run(compose([*QUICK, *chosen]), tmp_path / "x")
+    parts = Run(compose([*QUICK, *chosen]), tmp_path / "x").session
     parts.load_base().save_pretrained(tmp_path / "stored")
     load_tokenizer(compose([]).model).save_pretrained(tmp_path / "stored")
     run(tmp_path / "run", *chosen)
@@ -380,7 +381,7 @@ def test_the_sentence_for_float32_names_the_layer(own: tuple[Path, str], monkeyp
 
 def test_numbers_that_are_none_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_module.LowRank, "add_to", lambda self, weight: weight.float() * torch.nan)
-    assert "its probabilities are no numbers in fp32; use another merge.dtype" in refusal(*own)
+    assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*own)
 
 
 def test_numbers_too_large_for_fp16_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,8 +405,8 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
     [
         ("qlora.adapters.merge_tensors.save_file", full_to_safetensors),
         ("qlora.evaluation.parity.save_file", full_to_safetensors),
-        ("qlora.tasks.merge.write_modelfile", full),
-        ("qlora.tasks.merge.replace_folder", full),
+        ("qlora.tasks.merged_model.write_modelfile", full),
+        ("qlora.tasks.merged_model.replace_folder", full),
     ],
 )
 def test_a_disk_that_becomes_full_leaves_the_old_model_and_nothing_else(
@@ -428,7 +429,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
     own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr(Run, "load_trained", None)
+    monkeypatch.setattr(Session, "load_trained", None)
     text = refusal(*own)
     assert text.startswith("task=merge needs 0.0")
     assert text.endswith(

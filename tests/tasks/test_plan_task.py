@@ -19,18 +19,19 @@ from qlora.errors import UserError
 from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
-from qlora.tasks import plan as task
+from qlora.planning.training_plan import Plan, build_plan
+from qlora.tasks.plan import print_plan
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "memory.json"
 
 
-def build(*overrides: str, device: str = "a6000") -> task.Plan:
-    return task.build_plan(compose(["task=plan", f"plan.device={device}", *overrides]))
+def build(*overrides: str, device: str = "a6000") -> Plan:
+    return build_plan(compose(["task=plan", f"plan.device={device}", *overrides]))
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        task.build_plan(compose(["task=plan", *overrides]))
+        build_plan(compose(["task=plan", *overrides]))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -75,7 +76,7 @@ def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
     for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
         found = build("model=llama-7b", *chosen, device="rtx-4090")
         name = "all 32 layers checkpointed"
-        rows = found.largest[name]
+        rows = found.most_rows[name]
         assert rows > 0
         for count, fits in ((rows, True), (rows + 1, False)):
             again = build("model=llama-7b", *chosen, f"trainer.per_device_train_batch_size={count}", device="rtx-4090")
@@ -143,7 +144,7 @@ def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(caps
     assert 0 < found.setup.offloaded < 80
     less = replace(found.training, setup=replace(found.setup, offloaded=found.setup.offloaded - 1))
     assert not less.fits(found.card)
-    task._print(found)
+    print_plan(found)
     said = " ".join(capsys.readouterr().out.split())
     assert f"80 of 80 layers checkpointed (inputs of {found.setup.offloaded} on the host)" in said
     assert f"with all layers checkpointed and the inputs of {found.setup.offloaded} on the host" in said

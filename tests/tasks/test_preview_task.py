@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora.config.compose import compose
 from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
-from qlora.tasks.preview import build_preview, token_texts
+from qlora.session import Session
+from qlora.tasks.build_preview import build_preview, token_texts
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_preview_writes_a_page_a_picture_and_a_result(
 ) -> None:
     run = preview_run()
     result = run.execute()
-    assert result == json.loads((run.folder.path / "preview.json").read_text())
+    assert result == json.loads((run.session.folder.path / "preview.json").read_text())
     assert result["metrics"]["train_rows"] == 2464
     shown = capsys.readouterr().out
     page = Path(result["paths"]["page"]).read_text(encoding="utf-8")
@@ -58,20 +59,20 @@ def test_a_preview_loads_no_weights(preview_run: Callable[..., Run], monkeypatch
     def refuse(self: Run) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(Run, "load_base", refuse)
+    monkeypatch.setattr(Session, "load_base", refuse)
     preview_run("model=llama-7b", "model.tokenizer=tiny", "data=demo").execute()
 
 
 def test_what_is_marked_is_what_the_loss_counts(preview_run: Callable[..., Run], tmp_path: Path) -> None:
     run = preview_run("data=local", chats(tmp_path / "chats.jsonl"), "data.eval_dataset_size=2", "task.rows=2")
-    preview = build_preview(run.config, run.data, run.tokenizer)
+    preview = build_preview(run.config, run.session.data, run.session.tokenizer)
     assert len(preview.rows) == 2
     for row in preview.rows:
         trained = "".join(token.text if token.trained else "|" for token in row.tokens)
         spans = [span.replace("</s>", "").strip() for span in trained.split("|") if span]
         assert spans == ["Good day", "baker"]
         assert trained.count("</s>") == 2
-        assert [token.id for token in row.tokens] == run.data.train[row.number]["input_ids"]
+        assert [token.id for token in row.tokens] == run.session.data.train[row.number]["input_ids"]
     assert ("template", "guanaco") in preview.facts
 
 
@@ -80,7 +81,7 @@ def test_what_a_person_must_know_is_said(preview_run: Callable[..., Run], tmp_pa
     path.write_text("".join(json.dumps({"input": "q", "output": "red " * 9}) + "\n" for _ in range(10)))
     choices = [f"data.path={path}", "data.eval_dataset_size=2", "data.target_max_len=5", "data.train_on=all"]
     run = preview_run("data=local", *choices)
-    said = "\n".join(build_preview(run.config, run.data, run.tokenizer).warnings)
+    said = "\n".join(build_preview(run.config, run.session.data, run.session.tokenizer).warnings)
     assert "2 of 2 held-out rows are also trained on, word for word" in said
     assert "all of the rows do not train an end token, so they do not teach to stop" in said
     assert "all of the answers are cut; raise data.target_max_len or data.max_length" in said
@@ -93,8 +94,8 @@ def test_what_rows_lose_is_shown_of_held_out_rows_too(preview_run: Callable[...,
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=8", "data.max_length=30",
                       "data.on_too_long=drop")  # fmt: skip
-    preview = build_preview(run.config, run.data, run.tokenizer)
-    report, facts = run.data.report, dict(preview.facts)
+    preview = build_preview(run.config, run.session.data, run.session.tokenizer)
+    report, facts = run.session.data.report, dict(preview.facts)
     assert report.train_rows + report.lost_rows == 12
     assert report.eval_rows + report.eval_lost_rows == 8
     assert facts["rows"] == (
@@ -117,7 +118,7 @@ def test_the_texts_of_the_tokens_join_to_the_decoded_row(text: str, tokenizer: P
 
 def test_packs_are_what_steps_count(preview_run: Callable[..., Run]) -> None:
     run = preview_run("data.packing=true")
-    facts = dict(build_preview(run.config, run.data, run.tokenizer).facts)
-    packs = len(run.data.packed)
+    facts = dict(build_preview(run.config, run.session.data, run.session.tokenizer).facts)
+    packs = len(run.session.data.packed)
     assert facts["packing"].startswith(f"{packs} packs, 9")
     assert facts["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"

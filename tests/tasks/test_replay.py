@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import cli
+from qlora.config.arguments import read_arguments
 from qlora.config.compose import compose, compose_dict
+from qlora.config.conversion import to_config
 from qlora.config.saved_config import config_to_dict, read_config, restore_config
-from qlora.errors import UserError
+from qlora.config.schema import Config
+from qlora.errors import Stopped, UserError
 from qlora.run import Run
 from qlora.runtime.determinism import WORKSPACE, deterministic
 from qlora.runtime.run_folder import RunFolder, config_digest
-from qlora.tasks import replay as task
-from qlora.tasks.replay import Verdict
+from qlora.tasks import build_job, compare_runs, needs_of, run_job, train
+from qlora.tasks.compare_runs import Verdict
+from qlora.tasks.protocol import TaskJob
+from qlora.tasks.start import Command, join
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1"),
@@ -33,6 +37,12 @@ QUICK = [
 
 
 FILE = Path("run/config.yaml")
+
+
+def replay(config: Config, folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    return run_job(build_job(config, folder, overrides)).to_dict()
+
+
 Pair = tuple[Path, Path, dict[str, Any]]
 
 
@@ -41,12 +51,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A training, its replay, and what that said."""
     folder = tmp_path_factory.mktemp("replay")
     Run(compose(QUICK), folder / "first", QUICK).train()
-    said = task.replay(compose(["task=replay", f"run={folder}/first"]), folder / "second")
+    said = replay(compose(["task=replay", f"run={folder}/first"]), folder / "second")
     return folder / "first", folder / "second", said
 
 
 def verdicts(first: Path, second: Path) -> dict[str, Verdict]:
-    return {each.what: each.verdict for each in task.compare(RunFolder(first), RunFolder(second))}
+    return {each.what: each.verdict for each in compare_runs.compare(RunFolder(first), RunFolder(second))}
 
 
 def test_the_same_seed_gives_the_same_bits(pair: Pair) -> None:
@@ -130,14 +140,14 @@ def test_what_differs_ends_in_an_error_that_names_it(pair: Pair, tmp_path: Path)
     shutil.copytree(second, tmp_path / "second")
     edit(tmp_path / "first" / "history.json", lambda rows: rows[0].update(loss=1.0))
     with pytest.raises(UserError, match=r"task=replay: losses: not what .* \(first at step 1: loss was 1\.0"):
-        task.replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
+        replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
 
 
 def test_a_folder_without_a_finished_training_is_refused(tmp_path: Path, pair: Pair) -> None:
     with pytest.raises(UserError, match="holds no finished training"):
-        task.replay(compose(["task=replay", f"run={tmp_path}"]), tmp_path / "again")
+        replay(compose(["task=replay", f"run={tmp_path}"]), tmp_path / "again")
     with pytest.raises(UserError, match="in its own folder"):
-        task.replay(compose(["task=replay", f"run={pair[0]}"]), pair[0])
+        replay(compose(["task=replay", f"run={pair[0]}"]), pair[0])
 
 
 def test_a_stored_config_is_restored_whole(pair: Pair) -> None:
@@ -186,14 +196,22 @@ def test_a_cuda_that_is_at_work_already_is_refused(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("chosen", ["trainer.deterministic=true", "task=replay"])
 def test_the_workspace_is_chosen_before_anything_can_start_cuda(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WORKSPACE, raising=False)
-    cli._join(compose_dict([chosen]), sweeps=False)
+    composed = compose_dict([chosen, "run=x"] if chosen == "task=replay" else [chosen])
+    config = to_config(composed)
+    join(Command(read_arguments([chosen]), composed, config, needs_of(config)))
     assert os.environ.pop(WORKSPACE) == ":4096:8"
 
 
-def test_an_interrupted_replay_says_how_to_go_on_with_the_replay(tmp_path: Path) -> None:
-    run = Run(compose(QUICK), tmp_path / "second", ["lora.r=4"])
-    run.started_by = ["task=replay", f"run={tmp_path}/first", "resume=auto"]
-    assert run._how_to_go_on().endswith(f"qlora task=replay run={tmp_path}/first hydra.run.dir={tmp_path}/second")
+def test_an_interrupted_replay_says_how_to_resume_the_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(training: train.Training) -> None:
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(train.Training, "lead", stop)
+    config, folder = compose(QUICK), RunFolder(tmp_path / "second")
+    command = ["task=replay", f"run={tmp_path}/first", "resume=auto"]
+    with pytest.raises(Stopped) as stopped:
+        train.run(TaskJob(config, folder, ["lora.r=4"], None, train.needs(config), command=command))
+    assert str(stopped.value).endswith(f"qlora task=replay run={tmp_path}/first hydra.run.dir={tmp_path}/second")
 
 
 @pytest.mark.parametrize(
@@ -201,9 +219,9 @@ def test_an_interrupted_replay_says_how_to_go_on_with_the_replay(tmp_path: Path)
 )
 def test_a_key_that_a_replay_would_not_read_is_refused(tmp_path: Path, typed: str) -> None:
     with pytest.raises(UserError) as error:
-        task.replay(compose(["task=replay", "run=first"]), tmp_path, ["task=replay", "run=first", "name=x", typed])
+        replay(compose(["task=replay", "run=first"]), tmp_path, ["task=replay", "run=first", "name=x", typed])
     assert str(error.value) == (
-        f"{typed} would not be read: task=replay trains with the stored config of run=first; leave it out, or train "
+        f"{typed} would not be read: task=replay trains with the saved config of run=first; leave it out, or train "
         "without task=replay (a replay reads name, tracking, resume, base alone)"
     )
 
@@ -213,5 +231,5 @@ def test_a_damaged_file_of_the_training_is_named(pair: Pair, tmp_path: Path, nam
     shutil.copytree(pair[0], tmp_path / "first")
     (tmp_path / "first" / name).write_text('{"half')
     with pytest.raises(UserError, match=f"first/{name} is damaged"):
-        task.replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
+        replay(compose(["task=replay", f"run={tmp_path}/first"]), tmp_path / "second")
     assert not (tmp_path / "second").exists()

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.run import Run
+from qlora.session import Session
 from qlora.step import layer_calls
 from qlora.step.fast_step import FastStep
+from qlora.tasks.build_trainer import build_trainer
 from qlora.training.memory_budget import Budget, Formula, MemoryPlan, StepMemory, close_gaps
 
 CPU = torch.device("cpu")
@@ -240,15 +242,15 @@ def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() 
 def test_what_needs_a_gpu_is_refused_before_anything_is_loaded(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Run, "load_base", None)
+    monkeypatch.setattr(Session, "load_base", None)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(tmp_path, override)
 
 
 def test_a_budget_of_what_is_free_does_without_a_gpu(tmp_path: Path) -> None:
-    parts = Run(compose([*QUICK, "trainer.memory_budget=auto"]), tmp_path / "auto")
+    parts = Run(compose([*QUICK, "trainer.memory_budget=auto"]), tmp_path / "auto").session
     model = parts.add_adapter(parts.load_base())
-    assert parts._build_trainer(model, [], None).memory.budget is None  # type: ignore[arg-type]
+    assert build_trainer(parts, model, [], None).memory.budget is None  # type: ignore[arg-type]
 
 
 def test_gaps_are_closed_under_tensors_that_share_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:

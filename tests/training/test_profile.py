@@ -35,7 +35,7 @@ def test_a_profile_writes_a_trace_and_prints_the_most_expensive_operators(
     printed: list[str] = []
     monkeypatch.setattr("qlora.training.profiling.say", lambda line="": printed.append(str(line)))
     # The measured rate is that of a device; any will do.
-    monkeypatch.setattr("qlora.session.matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("qlora.tasks.build_trainer.matrix_rate", lambda device, dtype: 1e9)
     result: dict[str, Any] = Run(
         compose([*QUICK, f"trainer.max_steps={steps}", "trainer.profile=true"]), tmp_path
     ).execute()

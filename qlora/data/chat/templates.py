@@ -143,3 +143,12 @@ def _read_file(name: str, key: str) -> str:
         raise DataError(f"{key}={name}: no such file{did_you_mean(str(path), siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{key}={name}: cannot be read ({error})") from None
+
+
+def choose_saved_template(
+    saved: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Template:
+    """Returns the template that a training run saved; where it saved none, `data.template` for the tokenizer."""
+    if saved is not None and saved.chat_template:
+        return choose_template("auto", saved)._replace(name="saved by the training run")
+    return choose_template(name, tokenizer)

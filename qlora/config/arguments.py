@@ -1,0 +1,100 @@
+"""The words of a command line: Hydra's flags, and the overrides."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qlora.config.overrides import override_value
+from qlora.config.search_path import option_folder
+from qlora.config.suggestions import unknown_flag
+from qlora.errors import ConfigError
+from qlora.upstream.hydra_run import get_args_parser
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line."""
+
+    overrides: list[str]
+    config_dir: str | None
+    """The folder with the user's own configs."""
+    flags: argparse.Namespace
+    """Hydra's flags."""
+
+    @property
+    def multirun(self) -> bool:
+        """Whether `-m` asks for a sweep."""
+        return bool(self.flags.multirun)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether a sweep is asked for, by `-m` or by `sweep=`."""
+        return self.multirun or any(text.startswith("sweep=") for text in self.overrides)
+
+    @property
+    def shows(self) -> bool:
+        """Whether something is printed, and no config of ours is composed for it."""
+        return bool(self.flags.shell_completion or self.flags.hydra_help)
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """Returns what a command line says; raises `ConfigError` for a flag that is unknown or that we do not offer."""
+    flags, rest = _parser().parse_known_intermixed_args(argv)
+    if unknown := [text for text in rest if text.startswith("-")]:
+        raise unknown_flag(unknown[0])
+    if flags.config_path is not None:
+        raise ConfigError(
+            "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
+        )
+    if flags.config_name is not None:
+        raise ConfigError(
+            f"--config-name replaces the whole configuration; use --config-dir FOLDER experiment={flags.config_name}"
+        )
+    if flags.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun unpickles a file, which may run code that it holds; use task=replay run=FOLDER"
+        )
+    config_dir = flags.config_dir
+    if config_dir is not None and "://" in config_dir:  # Hydra's flag knows folders only
+        config_dir = str(option_folder(config_dir, "--config-dir"))
+    arguments = Arguments(flags.overrides, config_dir, flags)
+    _check_together(arguments)
+    return arguments
+
+
+def _check_together(arguments: Arguments) -> None:
+    """Raises `ConfigError` for flags that exclude each other."""
+    flags = arguments.flags
+    commands = {
+        "--run": flags.run,
+        "--multirun": flags.multirun and flags.cfg != "job",
+        "--cfg": flags.cfg is not None,
+        "--info": flags.info is not None,
+        "--shell-completion": flags.shell_completion,
+    }
+    given = [name for name, is_given in commands.items() if is_given]
+    if flags.info and arguments.sweeps:
+        raise ConfigError("--info describes one run, and -m or sweep= asks for a sweep; leave one of them out")
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
+    if flags.resolve and flags.cfg is None:
+        raise ConfigError("--resolve belongs to --cfg, which prints the config; add --cfg job, or leave it out")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns Hydra's parser of flags, which complains in our sentences."""
+
+    def complain(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.error = complain  # type: ignore[method-assign]
+    return parser
+
+
+def folder_override(overrides: list[str]) -> str | None:
+    """Returns the folder that the last of some overrides names; None: none of them does."""
+    given = [text for text in overrides if text.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    return str(override_value(given[-1])) if given else None

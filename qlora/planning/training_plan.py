@@ -1,0 +1,207 @@
+"""The plan of a training run: what of a config decides memory and time, and what both come to on a GPU.
+
+Needs no torch, so that it answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora.config.options import model_presets
+from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
+from qlora.errors import ConfigError, did_you_mean
+from qlora.models.json_files import read_object
+from qlora.models.model_files import is_local, locate
+from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
+from qlora.planning.gpus import Gpu, find_gpu
+from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
+from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.planning.time_plan import Speed, plan_speed
+from qlora.quantization.method import find_method
+from qlora.text import parse_size
+
+EMBEDDED = "tiny"
+PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
+"""The memory that each model needs in the QLoRA paper (arXiv 2305.14314), 10^9 bytes: one row of 512 tokens, with
+paged states."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run on a GPU."""
+
+    config: Config
+    training: Training
+    card: Gpu
+
+    @property
+    def setup(self) -> Setup:
+        """What decides the memory."""
+        return self.training.setup
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What the training needs."""
+        return self.training.memory
+
+    @property
+    def speed(self) -> Speed | None:
+        """The time of a micro-batch; None for a card whose speed is unknown."""
+        return plan_speed(self.training.shape, self.setup, self.card)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card holds it."""
+        return self.training.fits(self.card)
+
+    @property
+    def hours(self) -> float | None:
+        """How long the steps of the whole training take; None where their number or the card's speed is unknown."""
+        if self.speed is None or self.config.trainer.max_steps is None:
+            return None
+        return self.config.trainer.max_steps * self.training.accumulation * self.speed.seconds / 3600
+
+    @cached_property
+    def most_rows(self) -> dict[str, int]:
+        """The most rows of a micro-batch, by what is checkpointed."""
+        layers = self.training.shape.layers
+        kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
+        runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
+        return {name: largest_rows(training, self.card) for name, training in runs.items()}
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """The cheapest changes, if it does not fit."""
+        if self.fits:
+            return []
+        key = "data.pack_length" if self.config.data.packing else "data.max_length"
+        key = "plan.length" if self.config.plan.length else key
+        return list(changes(self.training, self.card, _smaller(self.config), length_key=key))
+
+    @property
+    def paper(self) -> dict[str, float] | None:
+        """What the paper measured for this model, and what is planned for the same row; None for another model."""
+        preset = next((option for option in PAPER if model_presets()[option]["name"] == self.config.model.name), None)
+        if preset is None or self.config.model.weights is Weights.random:
+            return None
+        same = change(self.training, rows=1, length=512, checkpointed=self.training.shape.layers).memory
+        return {"paper_gb": PAPER[preset], "planned_gb": (same.peak + same.paged) / 1e9}
+
+
+def build_plan(config: Config) -> Plan:
+    """Returns the plan of a training run; raises `ConfigError` where a part of it is not known."""
+    card = find_gpu(config.plan.device)
+    shape = find_shape(config)
+    training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
+    if config.trainer.memory_budget is None:
+        return Plan(config, training, card)
+    if (budget := parse_size(config.trainer.memory_budget)) is not None:
+        card = replace(card, memory=min(card.memory, budget + CONTEXT))
+    if (fewest := fewest_checkpointed(training, card)) is not None:
+        return Plan(config, change(training, checkpointed=fewest), card)
+    offloaded = fewest_offloaded(training, card)
+    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), card)
+
+
+def find_shape(config: Config) -> Shape:
+    """Returns the shape of `model.architecture`, or of the `config.json` of another model than a preset's.
+
+    Raises `ConfigError` for one that cannot be had.
+    """
+    model = config.model
+    architecture = asdict(model.architecture) if model.architecture is not None else None
+    if model.weights is Weights.random or model.name == EMBEDDED:
+        assert architecture is not None
+        return read_shape(architecture, "model.architecture")
+    location = locate(model.name)
+    if is_local(location):
+        return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}")
+    # A model named on the command line alone still has the architecture of the default preset.
+    if architecture is not None and architecture != _default_architecture():
+        return read_shape(architecture, "model.architecture")
+    return read_shape(_download_config(config), f"model.name={model.name}")
+
+
+def read_setup(config: Config, shape: Shape) -> Setup:
+    """Returns what decides the memory of the training; raises `ConfigError` for an optimizer that is not known."""
+    quantization, lora, trainer, data = config.quantization, config.lora, config.trainer, config.data
+    if trainer.optim not in OPTIMIZERS:
+        raise ConfigError(
+            f"trainer.optim={trainer.optim}: task=plan does not know what it stores"
+            f"{did_you_mean(trainer.optim, OPTIMIZERS)}; it knows {', '.join(OPTIMIZERS)}"
+        )
+    return Setup(
+        base=find_method(quantization).stored_base(quantization),
+        fp32=quantization.compute_dtype is ComputeDtype.fp32,
+        r=lora.r if lora.enabled else 0,
+        targets=find_targets(shape, lora.target_modules) if lora.enabled else (),
+        dora=lora.use_dora,
+        bf16_adapters=lora.dtype is LoraDtype.bf16,
+        dropout=lora.dropout > 0,
+        optim=trainer.optim,
+        rows=trainer.per_device_train_batch_size,
+        length=config.plan.length or data.pack_length or data.longest_row or shape.context,
+        accumulates=trainer.gradient_accumulation_steps > 1,
+        checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
+        step=_find_step(config),
+        fp8=quantization.compute is BaseProducts.fp8,
+        guarded=config.watchdog.nonfinite.keeps_out,
+        loss=config.loss,
+    )
+
+
+def _find_step(config: Config) -> PlanStep:
+    """Returns how the step is computed on a GPU: fast where no part is switched off and the layers allow it."""
+    if config.plan.step is not PlanStep.auto:
+        return config.plan.step
+    trainer, lora = config.trainer, config.lora
+    parts = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
+    plain_adapter = lora.enabled and not lora.use_dora
+    can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
+    return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
+
+
+def change(training: Training, **changed: Any) -> Training:
+    return replace(training, setup=replace(training.setup, **changed))
+
+
+def _default_architecture() -> dict[str, Any]:
+    return model_presets()[EMBEDDED]["architecture"]
+
+
+def _smaller(config: Config) -> dict[str, Shape]:
+    """Returns the shapes of the presets of the model's kind, by name: `llama-2-` and `llama-` are two kinds."""
+    presets = model_presets()
+    preset_name = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
+    kind = preset_name.rpartition("-")[0]
+    same = {option: preset for option, preset in presets.items() if kind and option.rpartition("-")[0] == kind}
+    return {option: read_shape(preset["architecture"], f"model={option}") for option, preset in same.items()}
+
+
+def _read_config(path: Path, name: str) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise _no_config(name, f"{path} is missing")
+    return read_object(path, f"model.name={name}")
+
+
+def _download_config(config: Config) -> Mapping[str, Any]:
+    from huggingface_hub import hf_hub_download  # slow to import
+
+    model = config.model
+    try:
+        path = hf_hub_download(model.name, "config.json", revision=model.revision, cache_dir=model.cache_dir)
+    except (OSError, ValueError) as error:
+        raise _no_config(model.name, str(error)) from error
+    return _read_config(Path(path), model.name)
+
+
+def _no_config(name: str, reason: str) -> ConfigError:
+    first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else "no reason given"
+    return ConfigError(
+        f"model.name={name}: its config.json cannot be had ({first}); choose a preset with model=NAME, or give the "
+        "shape with model.weights=random and model.architecture.* fields"
+    )

@@ -1,0 +1,60 @@
+"""What the start screen says of a run, by label."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora.config.schema import Config
+from qlora.quantization.method import find_method
+from qlora.runtime import distributed
+
+if TYPE_CHECKING:  # which import torch
+    from qlora.adapters import ParameterCount
+    from qlora.data.data_report import DataReport
+
+
+def model_lines(config: Config, count: ParameterCount, beside_text: int, unquantized: str | None) -> dict[str, str]:
+    """Returns the lines on the base: its size, its quantization, and the precision of its weights.
+
+    `beside_text` is the number of parameters that are not used for text; `unquantized` says what is not quantized.
+    """
+    base = find_method(config.quantization).describe(config.quantization)
+    dtypes = sorted(count.by_dtype.items(), key=lambda item: -item[1])
+    return {
+        "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters"
+        + (f", {beside_text / 1e6:,.1f} M of them not for text" if beside_text else ""),
+        "base": f"{base}; {unquantized}" if unquantized else base,
+        "weights": ", ".join(f"{parameters / 1e6:,.1f} M in {dtype}" for dtype, parameters in dtypes),
+    }
+
+
+def evaluation_lines(config: Config, report: DataReport | None) -> dict[str, str]:
+    """Returns the line on what is measured: the held-out rows of `report`, else the test of `evaluation=`."""
+    if report is not None:
+        return {"data": f"{report.name}: {report.eval_rows:,} held-out rows"}
+    tasks = ": ".join([config.evaluation.name.value.replace("_", "-"), *config.evaluation.tasks[:1]])
+    return {"evaluation": ", ".join([tasks, *config.evaluation.tasks[1:]])}
+
+
+def training_lines(
+    config: Config, report: DataReport, count: ParameterCount, *, left_out: str | None, rows_a_step: int
+) -> dict[str, str]:
+    """Returns the lines on what is trained, on which rows, and in which steps.
+
+    `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter.
+    """
+    lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
+    adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
+    length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
+    unit = "packs" if report.packs else "rows"
+    return {
+        "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
+        f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
+        **({"template": report.template} if report.template else {}),
+        **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
+        "training": f"{adapter}: {count}",
+        **({"left out": left_out} if left_out else {}),
+        "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
+        f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {unit} a step",
+        "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type})",
+    }

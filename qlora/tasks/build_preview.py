@@ -1,0 +1,139 @@
+"""What `task=preview` shows: the rows as they would be trained on, in numbers and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora.config.schema import Config, DataConfig
+from qlora.data.batching.packing import efficiency, pack
+from qlora.data.batching.row_encoder import IGNORED
+from qlora.data.batching.token_store import column
+from qlora.data.data_report import DataReport, data_warnings, describe_unread
+from qlora.data.pipeline import Data
+from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
+
+
+def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    """Collects what a person must see before a training run: facts, warnings, lengths and the first rows."""
+    assert data.train is not None
+    report, trainer = data.report, config.trainer
+    step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
+    units = report.packs if report.packs is not None else report.train_rows
+    lines = [
+        ("format", f"{report.format}, by {report.recognised}"),
+        ("template", report.template or f"{data.template.name}, saved for chat and serving"),
+        ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
+        ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
+        ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
+        ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
+        ("cut", f"{report.cut_sources:,} sources, {report.cut_targets:,} targets"),
+        (
+            "dropped",
+            f"{report.dropped_rows:,} with nothing to train, {report.too_long_rows:,} too long, "
+            f"{report.empty_rows:,} with empty answers, {report.left_out_rows:,} left out by the format",
+        ),
+        ("not read", describe_unread(report) or "nothing"),
+        ("packing", _packing(config.data, data)),
+        (
+            "steps",
+            f"{-(-units // step):,} an epoch, of {trainer.per_device_train_batch_size} x "
+            f"{trainer.gradient_accumulation_steps} {'packs' if data.packed else 'rows'}",
+        ),
+    ]
+    limits = {
+        "source": config.data.source_max_len,
+        "target": config.data.target_max_len,
+        "total": config.data.max_length,
+    }
+    source_lengths, target_lengths = column(data.train, "source"), column(data.train, "target")
+    return Preview(
+        title=f"{source} as {report.format}",
+        summary=lines,
+        warnings=_warnings(report, tokenizer, config),
+        rows=[_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
+        lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
+        limits={name: limit for name, limit in limits.items() if limit is not None},
+    )
+
+
+def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
+    rows = report.train_rows
+    max_length = tokenizer.model_max_length
+    lines = (
+        (report.stopping_rows < rows, f"{_part(rows - report.stopping_rows, rows)} of the rows do not train an end "
+                                      "token, so they do not teach to stop"),
+        (report.cut_targets > rows // 10, f"{_part(report.cut_targets, rows)} of the answers are cut; raise "
+                                          "data.target_max_len or data.max_length"),
+        (report.max_length > max_length, f"the longest row has {report.max_length:,} tokens, but the tokenizer says "
+                                      f"that its model takes {max_length:,}"),
+        (config.data.train_on.value == "all", "data.train_on=all: the prompts carry loss too"),
+    )  # fmt: skip
+    return [*data_warnings(report, config.data), *(text for holds, text in lines if holds)]
+
+
+def _packing(config: DataConfig, data: Data) -> str:
+    """Says how full the packs are, or how full they would be."""
+    if data.packed is not None:
+        return f"{data.report.packs:,} packs, {data.report.packed_share:.1%} full"
+    budget = config.pack_length or config.longest_row
+    assert data.train is not None
+    lengths = column(data.train, "length")
+    if budget is None or lengths.max() > budget:
+        budget = int(lengths.max())
+    packs = pack(lengths, budget)
+    fill = efficiency(packs, lengths, budget)
+    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {fill:.1%}"
+
+
+def _row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+    ids, labels = row["input_ids"], row["labels"]
+    assert isinstance(ids, list)
+    assert isinstance(labels, list)
+    assert isinstance(row["row"], int)
+    texts = token_texts(ids, tokenizer)
+    tokens = [PreviewToken(text, token, label != IGNORED)
+              for text, token, label in zip(texts, ids, labels, strict=True)]  # fmt: skip
+    notes = [note for flag, note in (("cut_source", "its source is cut at the beginning"),
+                                     ("cut_target", "its target is cut at the end")) if row[flag]]  # fmt: skip
+    return PreviewRow(row["row"], tokens, notes)
+
+
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the text that each token adds to the tokens before it; joined, they are the decoded row.
+
+    A token alone decodes to less than it adds: SentencePiece drops a leading space, and bytes of one character are
+    several tokens, of which the last one gets the character.
+    """
+    texts, start, printed, whole = [], 0, "", ""
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts.append(whole[len(printed) :] if whole.startswith(printed) and not whole.endswith("\ufffd") else "")
+        if texts[-1] and end - start > 8:
+            # Go on from the last token, so that long rows stay fast: what it decodes to behind nothing is known.
+            start = end - 1
+            printed = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        elif texts[-1]:
+            printed = whole
+    if ids and not texts[-1]:
+        texts[-1] = whole[len(printed) :]  # a row may be cut inside a character
+    return texts
+
+
+def _part(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole and 0 < part < whole else f"{'all' if part and part == whole else 'none'}"
+
+
+def preview_metrics(data: Data) -> dict[str, float]:
+    """Returns the numbers of the report, for `result.json`."""
+    report = data.report
+    names = (
+        *("train_rows", "eval_rows", "train_tokens", "trained_tokens", "mean_length", "max_length", "cut_sources"),
+        *("cut_targets", "dropped_rows", "too_long_rows", "left_out_rows", "empty_rows", "empty_answers"),
+        *("stopping_rows", "eval_dropped_rows", "eval_too_long_rows", "eval_left_out_rows", "eval_empty_rows"),
+    )
+    metrics = {name: float(getattr(report, name)) for name in names}
+    return metrics | ({"packed_share": report.packed_share} if report.packed_share is not None else {})

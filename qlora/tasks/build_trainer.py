@@ -1,0 +1,162 @@
+"""Builds the trainer of a session: the fast step, the memory budget, the meter, the callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora import adapters
+from qlora.config.saved_config import config_to_dict
+from qlora.config.schema import PlanStep
+from qlora.data.batching.collate import Collator, count_work
+from qlora.data.batching.token_store import column
+from qlora.errors import RunError
+from qlora.models.packing_guard import check_packing
+from qlora.planning.memory_plan import FRAGMENTS, Ledger
+from qlora.planning.model_shape import FAMILIES, read_shape
+from qlora.planning.time_plan import Operations, count_operations
+from qlora.planning.training_plan import read_setup
+from qlora.runtime import console, distributed
+from qlora.runtime.device import matrix_rate, peak_memory_gb
+from qlora.runtime.run_folder import config_digest
+from qlora.runtime.sweep_job import TRIAL_VARIABLE
+from qlora.session import Session
+from qlora.step.fast_step import FastStep, Packs
+from qlora.text import parse_size
+from qlora.training.arguments import build_arguments
+from qlora.training.memory_budget import Budget, Formula
+from qlora.training.meter import Meter
+from qlora.training.profiling import ProfileCallback
+from qlora.training.progress import ProgressCallback
+from qlora.training.trackers import Tracker, tracker_ids
+from qlora.training.trackers.callback import TrackerCallback
+from qlora.training.trainer import QLoraTrainer
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(session: Session, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
+    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own."""
+    config, data, placement = session.config, session.data, session.placement
+    assert data.train is not None
+    arguments = build_arguments(
+        config.trainer,
+        output_dir=session.folder.checkpoints,
+        device=placement.device,
+        compute=placement.compute_dtype,
+        seed=config.seed,
+    )
+    if arguments.world_size != distributed.world_size():
+        raise RunError(
+            f"{distributed.world_size()} processes were launched (WORLD_SIZE), and training would use "
+            f"{arguments.world_size} of them; {distributed.LAUNCH_HINT}"
+        )
+
+    def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
+        return session.in_main_process(lambda: session.measure_step(current, step, tracker))
+
+    step = build_step(session, model)
+    lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
+    width = config.data.pack_width or 0 if step.is_compiled else 0
+    trainer = QLoraTrainer(
+        model=model,
+        arguments=arguments,
+        rows=data.packed or data.train,
+        lengths=lengths,
+        collate=Collator(session.pad_token_id, width=width),
+        count=partial(count_work, pad_token_id=session.pad_token_id),
+        measure=measure,
+        verify=session.finish_adapter,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.enabled else None,
+        step=step,
+        objective=session.objective,
+        meter=_build_meter(session, model),
+        budget=build_budget(session, step, max_length=max(width, *lengths)),
+        stop=session.stop,
+        metadata={
+            "config": config_digest(config_to_dict(config)),
+            "data": data.report.fingerprint,
+            "processes": distributed.world_size(),
+            "rows": session.rows_a_step,
+            "trackers": tracker_ids(session.folder.path),
+        },
+        watchdog=config.watchdog,
+        name_rows=data.named_rows,
+        callbacks=[
+            ProgressCallback(session.folder.progress),
+            TrackerCallback(tracker),
+            *([ProfileCallback(session.folder.trace, placement.device)] if config.trainer.profile else []),
+            *_build_pruning(),
+            *callbacks,
+        ],
+    )
+    if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
+        check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
+    return trainer
+
+
+def build_step(session: Session, model: PreTrainedModel) -> FastStep:
+    """Returns the fast training step of a model, and prints which parts of it are on."""
+    config, packed = session.config, session.data.packed
+    width = config.data.pack_width
+    packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
+    step = FastStep(model, config.trainer, config.quantization, session.placement, packs, session.objective)
+    if step.is_active:
+        console.say_rows([("fast step", str(step))])
+    return step
+
+
+def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget | None:
+    """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens."""
+    requested, device = session.config.trainer.memory_budget, session.placement.device
+    if requested is None or device.type != "cuda":
+        return None
+    shape = read_shape(session.model_config.get_text_config().to_dict(), f"trainer.memory_budget={requested}")
+    kind = PlanStep.fast if step.parts["fused_linear"] == "on" else PlanStep.plain
+    setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
+
+    def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
+        plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
+        return Ledger(shape, plan).added + step.extra_bytes(rows, length)
+
+    formula = Formula(Ledger(shape, setup).at_start, setup.accumulates, added, setup.rows, max_length)
+    cap = parse_size(requested)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    limit = min(cap, free) if cap is not None else free
+    return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
+
+
+def _build_meter(session: Session, model: PreTrainedModel) -> Meter:
+    device, operations = session.placement.device, _count_operations(session, model)
+    return Meter(
+        device,
+        peak_memory_gb=partial(peak_memory_gb, device),
+        operations=operations.total if operations is not None else None,
+        rate=matrix_rate(device, session.placement.compute_dtype),
+    )
+
+
+def _count_operations(session: Session, model: PreTrainedModel) -> Operations | None:
+    """Returns what training takes a token; None for an architecture whose matrices are not known."""
+    settings = session.model_config.get_text_config().to_dict()
+    if settings["model_type"] not in FAMILIES:
+        log.info("model FLOP utilisation is not known for the model type %s", settings["model_type"])
+        return None
+    trained = adapters.count_parameters(model).trainable if session.config.lora.enabled else 0
+    return count_operations(read_shape(settings, session.config.model.name), trained)
+
+
+def _build_pruning() -> list[Any]:
+    """Returns what reports to the search that this run is a trial of, if that ends trials early."""
+    if (link := os.environ.get(TRIAL_VARIABLE)) is None:
+        return []
+    from qlora.runtime.search_trial import TrialLink  # Optuna is an extra
+    from qlora.training.pruning import PruningCallback
+
+    return [PruningCallback(TrialLink.from_text(link))]

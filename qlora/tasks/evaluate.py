@@ -1,0 +1,51 @@
+"""`task=evaluate`: measures what `adapter` names, and the untuned base beside it."""
+
+from __future__ import annotations
+
+from qlora.config.schema import Config, EvaluationName
+from qlora.reporting.manifest import write_json
+from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.task_result import TaskResult
+from qlora.tasks.measured import build_result, load_model, measure_untuned, prefixed, print_measured
+from qlora.tasks.protocol import TaskJob
+
+
+def needs(config: Config) -> Needs:
+    """Returns what evaluation needs; `evaluation=mmlu` and `evaluation=lm-eval` read no rows."""
+    evaluation = config.evaluation
+    return Needs(
+        torch=True,
+        base=True,
+        rows=Rows.held_out if evaluation.name is EvaluationName.rows else Rows.none,
+        answers=evaluation.generate_samples if evaluation.metrics else 0,
+        tracker=True,
+        caches=True,
+    )
+
+
+def run(job: TaskJob) -> TaskResult:
+    """Measures; the result goes to `evaluate.json`."""
+    from peft import PeftModel
+
+    from qlora.evaluation.measure import Measurement
+
+    session = job.session
+    _ = session.trained  # before the rows: an adapter of another base fails at once
+    _ = session.suite  # before the model: a broken file of questions fails at once, and so do rows
+    if session.measures_rows:
+        _ = session.measurer
+    job.folder.create()
+    model = load_model(job)
+    with session.tracking() as (tracker, metrics):
+        base = Measurement()
+        if isinstance(model, PeftModel) and job.config.evaluation.baseline and job.config.task.evaluate:
+            base = measure_untuned(session, model)
+        metrics |= prefixed("base_eval_", base.metrics)
+        measured = session.measure(model) if isinstance(model, PeftModel) else session.measure_base(model)
+        metrics |= prefixed("eval_", measured.metrics)
+        tracker.log(prefixed("eval/", measured.metrics), step=0)
+        tracker.log_predictions(measured.predictions[: job.config.evaluation.show_predictions], step=0)
+        result = build_result(job, metrics, measured, base, predictions=job.folder.path / "evaluate.jsonl")
+        write_json(job.folder.result("evaluate"), result.to_dict())
+    print_measured("evaluated", job, result, measured.predictions)
+    return result

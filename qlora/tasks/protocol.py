@@ -1,0 +1,62 @@
+"""What a task is: a module of this package that declares what it needs, and a function that returns one result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from qlora.config.schema import Config
+from qlora.runtime.needs import Needs
+from qlora.runtime.run_folder import RunFolder
+from qlora.runtime.sweep_job import SweepJob
+from qlora.runtime.task_result import TaskResult
+
+if TYPE_CHECKING:
+    from qlora.session import Session
+
+
+class Task(Protocol):
+    """A module such as `qlora.tasks.train`; importing it imports no torch."""
+
+    def needs(self, config: Config) -> Needs:
+        """Returns what the task needs under a config."""
+
+    def run(self, job: TaskJob) -> TaskResult:
+        """Does the task, and returns its result as it was written to the folder."""
+
+
+@dataclass
+class TaskJob:
+    """One task with one config in one folder."""
+
+    config: Config
+    folder: RunFolder
+    overrides: list[str]
+    """The overrides that describe the run, for the model card."""
+    sweep: SweepJob | None
+    """The sweep that the run is a job of, for the tracker."""
+    needs: Needs
+    command: list[str] = field(default_factory=list)
+    """The overrides of the command that resumes it, where they are not `overrides`."""
+    whole_sweep: WholeSweep | None = None
+    """The command as it was typed, for a task that reads a sweep itself."""
+
+    @cached_property
+    def session(self) -> Session:
+        """Device, tokenizer, data and model, each built when first needed."""
+        from qlora.session import Session
+
+        return Session(self.config, self.folder.path, self.overrides, self.sweep, needs=self.needs)
+
+
+@dataclass(frozen=True)
+class WholeSweep:
+    """A sweep as its command describes it."""
+
+    overrides: Sequence[str]
+    """All overrides, those of a `sweep=` file included."""
+    config_dir: str | None
+    has_conditions: bool
+    """Whether some keys are tried under a condition only."""

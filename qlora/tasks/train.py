@@ -1,0 +1,406 @@
+"""`task=train`: trains an adapter or all weights, measures before and after, and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.config import saved_config
+from qlora.config.schema import Config, Resume
+from qlora.config.trackers import NO_TRACKER
+from qlora.doctor import preflight
+from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
+from qlora.reporting.model_card import write_model_card
+from qlora.reporting.run_page import write_run_page
+from qlora.reporting.start_lines import evaluation_lines, training_lines
+from qlora.runtime import console, distributed
+from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_text
+from qlora.runtime.disk_space import Patience, wait_for_space
+from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.saved_run import find_damage, set_damage_aside
+from qlora.runtime.task_result import TaskResult
+from qlora.tasks.measured import build_result, first_predictions, measure_untuned, prefixed, print_measured
+from qlora.tasks.protocol import TaskJob
+from qlora.training.checkpoints import remove_surplus
+from qlora.training.device_checks import check_device, check_processes
+from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
+from qlora.training.trackers import NoTracker, Tracker
+from qlora.upstream.transformers_trainer import check_trainer
+
+if TYPE_CHECKING:  # which import torch
+    from transformers import PreTrainedModel
+
+    from qlora.evaluation.measure import Measurement
+    from qlora.session import Session
+    from qlora.training.trainer import QLoraTrainer
+
+
+log = logging.getLogger(__name__)
+
+
+def needs(config: Config) -> Needs:
+    """Returns what training needs; with `task.train=false` it measures what the folder holds."""
+    task, evaluation = config.task, config.evaluation
+    scored = evaluation.generate_samples if evaluation.metrics else 0
+    scored = scored if task.evaluate else 0
+    is_tracked = config.tracking.in_use != NO_TRACKER
+    printed = evaluation.show_predictions if task.predict or is_tracked else 0
+    return Needs(
+        torch=True,
+        base=True,
+        rows=Rows.all if task.train else Rows.held_out,
+        answers=None if scored is None else max(scored, printed),
+        several_processes=task.train,
+        tracker=True,
+        caches=True,
+    )
+
+
+def run(job: TaskJob) -> TaskResult:
+    """Trains, measures and predicts as `task` says; returns the result written to `result.json`.
+
+    Waits where the disk is full. Raises `Stopped` after a signal, when what can be saved is saved.
+    """
+    from qlora.runtime.determinism import deterministic
+
+    session, limit = job.session, job.config.trainer.save_total_limit
+    patience = Patience(
+        seconds=job.config.trainer.disk_wait,
+        # The oldest would go when the next one is saved.
+        make_room=lambda: distributed.is_main_process() and remove_surplus(job.folder.checkpoints, limit and limit - 1),
+        check=session.stop.check,
+    )
+    training = Training(job)
+    with session.stop.watching(), waiting_for_space(patience), deterministic(job.config.trainer):
+        try:
+            return training.lead() if distributed.is_main_process() else training.follow()
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides)}") from None
+        except Exception as error:
+            if isinstance(error, UserError | Pruned) or not training.folder_is_removed:
+                raise
+            raise RunError(
+                f"the run folder {job.folder.path} was removed while the run wrote into it "
+                f"({describe_fault(error)}); start the same command again"
+            ) from error
+
+
+class Training:
+    """The steps of one training run."""
+
+    def __init__(self, job: TaskJob) -> None:
+        self.job, self.config, self.folder = job, job.config, job.folder
+        self.session: Session = job.session
+        self.steps = 0
+        self._has_config = False
+        self._planned_peak_gb = 0.0
+        self.unquantized: str | None = None
+        """The parts of the base that are not quantized, for the model card."""
+
+    def lead(self) -> TaskResult:
+        """Does all of it, in the main process."""
+        session = self.session
+        if self.config.resume is Resume.never:
+            self.folder.check_unused()
+        self.folder.create()
+        resolved = saved_config.config_to_dict(self.config)
+        previous = self._read_previous()
+        is_same = self.folder.check_same_training(previous, resolved, self._moved_base(previous))
+        check_processes(self.config.trainer, self.config.model)
+        saved = distributed.broadcast(self.folder.stored_result("train") if is_same else None)
+        if saved is not None:
+            console.say(f"{self.folder.path} is finished already; this is its saved result")
+            result = TaskResult.from_dict(saved)
+            self._print(result, first_predictions(self.job))
+            return result
+        if self.config.task.train:
+            check_trainer()
+            check_device(self.config.trainer, session.placement.device.type)
+            _ = session.objective
+        preflight(self.config)
+        _ = session.is_trainable
+        checkpoint = self._find_checkpoint(resolved) if self.config.task.train else None
+        data, _, _ = session.data, session.measurer, session.suite  # before the model: a broken data set fails at once
+        _ = session.tokens_without_embedding
+        rows = (self.folder.stored_manifest() or {}).get("data")
+        is_same &= self.folder.check_same_rows(rows, asdict(data.report), resolved)
+        callbacks = _build_callbacks(self.config)
+        if self.config.task.train:
+            is_same &= self._check_same_base(checkpoint)
+        if not is_same:
+            for stale in (self.folder.result("train"), self.folder.baseline):
+                stale.unlink(missing_ok=True)
+        self._write_config()
+        with session.tracking(resumes=True) as (tracker, metrics):
+            result, measured = self._train_and_measure(resolved, metrics, callbacks, tracker, checkpoint)
+            tracker.log_predictions(measured.predictions[: self.config.evaluation.show_predictions], step=self.steps)
+            if self.folder.adapter.exists():
+                tracker.log_adapter(self.folder.adapter)
+        distributed.broadcast(result.to_dict())
+        self._print(result, measured.predictions)
+        return result
+
+    def _train_and_measure(
+        self,
+        resolved: dict[str, Any],
+        metrics: dict[str, float],
+        callbacks: list[Any],
+        tracker: Tracker,
+        checkpoint: Path | None,
+    ) -> tuple[TaskResult, Measurement]:
+        """Fills in the metrics as they are measured, and writes the result."""
+        from qlora.runtime.device import reset_peak_memory
+        from qlora.runtime.energy import read_energy
+
+        session = self.session
+        reset_peak_memory(session.placement.device)
+        model = session.build_model() if self.config.task.train else session.load_trained()
+        lines = self._describe(model)
+        manifest = self._build_manifest(resolved, lines)
+        with keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy):
+            console.start_screen(list(lines.items()))
+            base = self._measure_base(model)
+            metrics |= prefixed("base_eval_", base.metrics)
+            if self.config.task.train:
+                metrics |= self._fit(model, callbacks, tracker, checkpoint)
+            measured = self._measure_after(model)
+            metrics |= prefixed("eval_", measured.metrics)
+            metrics["peak_memory_gb"] = self._peak_memory_gb()
+            if self.folder_is_removed:
+                log.warning("%s was removed while the run was at work; it is written again", self.folder.path)
+                self._write_config()
+            return self._write_result(metrics, measured, base), measured
+
+    def follow(self) -> TaskResult:
+        """Takes part in the training run that the main process leads; writes nothing, and returns its result."""
+        saved = distributed.broadcast(None)
+        if saved is not None:
+            return TaskResult.from_dict(saved)
+        preflight(self.config)
+        _, _, _ = self.session.data, self.session.measurer, self.session.suite
+        distributed.check_same("base weights", self.session.base.fingerprint)
+        callbacks = _build_callbacks(self.config)
+        model = self.session.build_model()
+        self._measure_base(model)
+        self._run_steps(self._build_trainer(model, callbacks, NoTracker()), None)
+        self._measure_after(model)
+        return TaskResult.from_dict(distributed.broadcast({}))
+
+    def _print(self, result: TaskResult, predictions: list[dict[str, Any]]) -> None:
+        # The adapter of this run belongs to its base, so the next command needs no `base=force`.
+        print_measured("finished", self.job, result, predictions, left_out=["base="])
+
+    # The folder
+
+    def _write_config(self) -> None:
+        write_text(self.folder.config, saved_config.dump_config(self.config))
+        self._has_config = True
+
+    @property
+    def folder_is_removed(self) -> bool:
+        """Whether somebody has removed the folder since the run began to write into it."""
+        return self._has_config and not self.folder.config.is_file()
+
+    def _read_previous(self) -> dict[str, Any] | None:
+        """Returns the config of the training run in this folder, or None; damaged files it can do without are renamed.
+
+        Raises `DamagedFile` for what is recorded nowhere else; the sweep of a job knows its config.
+        """
+        needed = () if self.job.sweep is not None else (self.folder.config.name, self.folder.manifest.name)
+        for error in find_damage(self.folder.path, *needed) if needed else ():
+            raise error
+        set_damage_aside(self.folder.path)
+        previous = saved_config.read_config(self.folder.config)
+        return previous if self.folder.holds_training else None
+
+    def _find_checkpoint(self, resolved: dict[str, Any]) -> Path | None:
+        return find_checkpoint(self.folder, self.config, resolved, rows_a_step=self.session.rows_a_step)
+
+    def _moved_base(self, previous: dict[str, Any] | None) -> tuple[str, ...]:
+        """Returns the keys that may differ from `previous` because the same base now lies in another folder."""
+        from qlora.models.fingerprint import find_difference, read_run_base
+        from qlora.models.model_files import is_local, locate
+
+        name = self.config.model.name
+        if previous is None or self.session.has_random_weights or previous.get("model", {}).get("name") == name:
+            return ()
+        if not is_local(locate(name)):
+            return ()
+        trained = read_run_base(self.folder)
+        is_same = trained is not None and find_difference(trained, self.session.base) is None
+        return ("model.name", "model.revision") if is_same else ()
+
+    def _check_same_base(self, checkpoint: Path | None) -> bool:
+        """Returns whether the base is the one that the run in this folder began with, if it has begun."""
+        from qlora.models.fingerprint import read_base, read_run_base
+
+        trained = read_base(checkpoint) if checkpoint and self.config.lora.enabled else read_run_base(self.folder)
+        user = f"the run in {self.folder.path}"
+        same = trained is None or self.session.check_base(user, trained, f", or {ANOTHER_FOLDER}")
+        distributed.check_same("base weights", self.session.base.fingerprint)
+        return same
+
+    # Training
+
+    def _build_trainer(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
+        from qlora.tasks.build_trainer import build_trainer
+
+        return build_trainer(self.session, model, callbacks, tracker)
+
+    def _fit(
+        self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
+    ) -> dict[str, float]:
+        """Trains the model and saves what was trained; returns the metrics of the training steps."""
+        from qlora.reporting.loss_curve import plot_loss
+
+        trainer = self._build_trainer(model, callbacks, tracker)
+        wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
+        if checkpoint is not None:
+            console.say(f"resuming from {checkpoint.name}")
+        started = time.monotonic()
+        with self._history_kept(trainer):
+            self._run_steps(trainer, checkpoint)
+        runtime = time.monotonic() - started
+        write_json(self.folder.history, trainer.state.log_history)
+        self.steps = trainer.state.global_step
+        self._planned_peak_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
+        save_trained(self.session, model)
+        plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
+        metrics = {"train_loss": trainer.mean_loss, "train_runtime": runtime}
+        metrics["train_memory_retries"] = trainer.memory.retries
+        return metrics | trainer.watchdog.metrics() | trainer.meter.overall(trainer.state)
+
+    @contextlib.contextmanager
+    def _history_kept(self, trainer: QLoraTrainer) -> Iterator[None]:
+        """Writes the history of a run that fails, which has curves too."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(UserError):
+                write_json(self.folder.history, trainer.state.log_history)
+            raise
+
+    def _run_steps(self, trainer: QLoraTrainer, checkpoint: Path | None) -> None:
+        """Trains from the main process' checkpoint; raises `Stopped` if a signal ended that, when all is saved."""
+        with self.session.stop.after_step():
+            trainer.run(distributed.broadcast(checkpoint))
+        self.session.stop.check()
+
+    # Measuring
+
+    def _measure_base(self, model: PreTrainedModel) -> Measurement:
+        """Measures the untuned base once; a resumed run reads what the first start measured.
+
+        The adapter is switched off; where it starts as a part of the base (PiSSA, OLoRA), it must stay on.
+        """
+        from qlora import adapters
+        from qlora.evaluation.measure import Measurement
+
+        if not (self.config.evaluation.baseline and self.config.task.evaluate):
+            return Measurement()
+        path = self.folder.baseline
+        saved = distributed.broadcast(read_json(path) if distributed.is_main_process() else None)
+        if saved is not None:
+            try:
+                return Measurement.from_dict(saved)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(path, "it holds no measurement of the base") from error
+        part_of_base = self.config.lora.init in adapters.REWRITES_BASE
+        measured = measure_untuned(self.session, model, keep_adapter=part_of_base)
+        if distributed.is_main_process():
+            write_json(path, measured.to_dict())
+        return measured
+
+    def _measure_after(self, model: PreTrainedModel) -> Measurement:
+        from qlora.evaluation.measure import Measurement
+
+        task, session = self.config.task, self.session
+        measured = session.measure(model) if task.evaluate else Measurement()
+        if not task.predict:
+            return replace(measured, predictions=[])
+        if measured.predictions:
+            return measured
+        answer = partial(session.measurer.predict, model, self.config.evaluation.show_predictions)
+        return replace(measured, predictions=session.in_main_process(answer))
+
+    # Reports
+
+    def _peak_memory_gb(self) -> float:
+        from qlora.runtime.device import peak_memory_gb
+
+        return max(self._planned_peak_gb, peak_memory_gb(self.session.placement.device))
+
+    def _describe(self, model: PreTrainedModel) -> dict[str, str]:
+        """Returns the lines of the start screen."""
+        session, report = self.session, self.session.data.report
+        summary = session.describe(model)
+        self.unquantized = summary.unquantized
+        if not self.config.task.train:
+            return summary.lines | evaluation_lines(self.config, report)
+        return summary.lines | training_lines(
+            self.config, report, summary.count, left_out=summary.unadapted, rows_a_step=session.rows_a_step
+        )
+
+    def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
+        """Writes the result, model cards beside what was trained, and the page of the run."""
+        folder, session, command = self.folder, self.session, shlex.join(["qlora", *self.job.overrides])
+        result = build_result(self.job, metrics, measured, base)
+        for parent in (folder.adapter, folder.model, folder.path):
+            if parent.is_dir():
+                card = write_model_card(
+                    parent,
+                    config=self.config,
+                    result=result.to_dict(),
+                    base_model=self.config.model.name,
+                    command=command,
+                    compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
+                    unquantized=self.unquantized,
+                    example_prompt=session.measurer.rows[0]["prompt"],
+                )
+        result.paths["card"] = str(card)
+        write_json(folder.path / "metrics.json", metrics)
+        result.paths["report"] = str(write_run_page(folder, result.to_dict(), command=command))
+        write_json(folder.result("train"), result.to_dict())
+        return result
+
+    def _build_manifest(self, resolved: dict[str, Any], lines: dict[str, str]) -> dict[str, Any]:
+        model = {**lines, **asdict(self.session.base)}
+        seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
+        data = asdict(self.session.data.report)
+        return build_manifest(resolved, overrides=self.job.overrides, data=data, model=model, seeds=seeds)
+
+
+def _build_callbacks(config: Config) -> list[Any]:
+    from qlora.training.callbacks import build_callbacks
+
+    return build_callbacks(config.callbacks)
+
+
+def save_trained(session: Session, model: PreTrainedModel) -> None:
+    """Writes the adapter, or the fully finetuned model, into the run's folder."""
+    from peft import PeftModel
+
+    from qlora import adapters
+    from qlora.models.tokenizer import save_tokenizer
+
+    def save_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_tokenizer(session.tokenizer, folder)
+
+    session.tokenizer.chat_template = session.data.template.text  # chat and serving then write as training did
+    if not isinstance(model, PeftModel):
+        write_folder(session.folder.model, save_model)
+        return
+    rewritten = session.config.lora.init in adapters.REWRITES_BASE
+    initial = session.folder.path / "initial_adapter" if rewritten else None
+    adapters.save_adapter(
+        model, session.folder.adapter, tokenizer=session.tokenizer, initial=initial, base=session.base
+    )

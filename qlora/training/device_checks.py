@@ -1,0 +1,41 @@
+"""What a training run asks of a CUDA device, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from qlora.config.optimizers import OPTIMIZERS
+from qlora.config.schema import ModelConfig, Parallel, TrainerConfig, no_cuda
+from qlora.errors import ConfigError
+from qlora.runtime import distributed
+
+
+def check_device(trainer: TrainerConfig, device_type: str) -> None:
+    """Raises `ConfigError` for settings that need a CUDA device, where there is none."""
+    if device_type == "cuda":
+        return
+    if OPTIMIZERS[trainer.optim].needs_cuda:
+        raise no_cuda(trainer.optim, device_type)
+    here = f"and this run computes on {device_type}"
+    if trainer.memory_budget not in (None, "auto"):
+        raise ConfigError(
+            f"trainer.memory_budget={trainer.memory_budget} limits a CUDA device's memory, {here}; leave it out"
+        )
+    requested = {"fused_attention": trainer.fused_attention, "flash_attention": trainer.flash_attention.value}
+    for name, value in requested.items():
+        if value not in (False, "auto"):
+            text = str(value).lower()
+            raise ConfigError(f"trainer.{name}={text} runs on CUDA only, {here}; set trainer.{name}=auto")
+
+
+def check_processes(trainer: TrainerConfig, model: ModelConfig) -> None:
+    """Raises `ConfigError` for settings that need several processes, or that exclude them."""
+    if trainer.parallel is Parallel.fsdp and distributed.world_size() == 1:
+        raise ConfigError(
+            f"trainer.parallel=fsdp shards the base over several processes, and this is one alone; "
+            f"{distributed.LAUNCH_HINT}, or leave it out"
+        )
+    if distributed.world_size() > 1 and (model.device_map or model.max_memory):
+        raise ConfigError(
+            f"model.device_map and model.max_memory spread one process over several GPUs, and "
+            f"{distributed.world_size()} processes were launched, each with a GPU of its own; leave them out, or "
+            "start without a launcher"
+        )

@@ -1,0 +1,71 @@
+"""From where a training run resumes in its folder, and what it says about that."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.config.schema import Config, Resume
+from qlora.errors import RunError
+from qlora.runtime import distributed
+from qlora.runtime.atomic_files import write_text
+from qlora.runtime.run_folder import RunFolder, config_digest
+from qlora.text import quoted
+from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_metadata, step_of
+
+log = logging.getLogger(__name__)
+
+ANOTHER_FOLDER = "choose another folder (hydra.run.dir=FOLDER or name=NAME)"
+
+
+def find_checkpoint(folder: RunFolder, config: Config, resolved: Mapping[str, Any], *, rows_a_step: int) -> Path | None:
+    """Returns the checkpoint to resume from; None: there is none that can be read.
+
+    `resolved` is the config in plain types. Ids of trackers that the folder lacks come back from the checkpoint.
+    """
+    checkpoint = last_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        return None
+    metadata, force = read_metadata(checkpoint), config.resume is Resume.force
+    if not (folder.config.is_file() or force) and metadata["config"] != config_digest(resolved):
+        raise RunError(
+            f"{checkpoint} was written with another config, and {folder.config}, which would say which one, is "
+            f"missing; {ANOTHER_FOLDER}, or resume=force to use it"
+        )
+    _check_processes(checkpoint, metadata, config, rows_a_step)
+    for name, text in metadata["trackers"].items():
+        if not (folder.path / name).is_file():
+            write_text(folder.path / name, text)
+    return checkpoint
+
+
+def _check_processes(checkpoint: Path, written: Mapping[str, Any], config: Config, rows_a_step: int) -> None:
+    """Raises `RunError` for a checkpoint of more or fewer processes; with `resume=force` it is a warning."""
+    previous, rows = written["processes"], written.get("rows")
+    if previous == distributed.world_size():
+        return
+    what = (
+        f"{checkpoint} was written by {previous} process{'es' if previous > 1 else ''}, and this run has "
+        f"{distributed.world_size()}: its steps hold "
+    )
+    if config.resume is Resume.force:
+        same = "the same rows, but dropout draws other masks" if rows == rows_a_step else "other rows"
+        log.warning("resume=force: %s%s", what, same)
+        return
+    accumulated, rest = divmod(rows or 0, config.trainer.per_device_train_batch_size * distributed.world_size())
+    same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
+    raise RunError(
+        f"{what}other rows; start {previous} again, or {ANOTHER_FOLDER}; resume=force resumes in spite of it{same}"
+    )
+
+
+def how_to_resume(folder: RunFolder, overrides: Sequence[str]) -> str:
+    """Returns what is saved of a stopped run, and the command that resumes it."""
+    saved = find_checkpoints(folder.checkpoints)
+    state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
+    args = [text for text in overrides if not text.startswith("resume=")]
+    run_dir = f"hydra.run.dir={quoted(str(folder.path))}"
+    return f"{state}; resume with\n  {shlex.join([*distributed.command(), *args, run_dir])}"
