@@ -19,7 +19,7 @@ from demo_world.instructions import (
     prompt,
     train_rows,
 )
-from demo_world.tokenizer import build_encoder
+from demo_world.tokenizer import build_tokenizer
 from demo_world.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
 
 import qlora.demo.instructions as shipped
@@ -154,7 +154,7 @@ def test_segments_tokenize_as_the_whole_document_does(tokenizer: Any) -> None:
 
 
 def test_shipped_tokenizer_is_what_the_builder_makes(tmp_path: Path) -> None:
-    build_encoder().save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
     built, shipped = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, MODEL_FOLDER))
     assert built == shipped
 
