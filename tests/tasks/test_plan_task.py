@@ -89,15 +89,15 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
     chosen += ["plan=plain", "watchdog.nonfinite=warn"]  # 16-bit weights have no other step
     previous = build(*chosen)
     assert not previous.fits
-    keys = [change.words.partition("=")[0] for change in previous.changes]
+    keys = [change.overrides.partition("=")[0] for change in previous.changes]
     assert keys == ["trainer.gradient_checkpointing", "trainer.per_device_train_batch_size", "data.max_length",
                     "trainer.optim", "quantization"]  # fmt: skip
     assert [change.fits for change in previous.changes] == [False] * 4 + [True]
-    assert previous.changes[1].words.endswith("=1 trainer.gradient_accumulation_steps=64")
+    assert previous.changes[1].overrides.endswith("=1 trainer.gradient_accumulation_steps=64")
     done: list[str] = []
     needed = previous.memory.needed
     for change in previous.changes:
-        done += change.words.split()
+        done += change.overrides.split()
         after = build(*chosen, *done)
         assert after.memory.needed == pytest.approx(change.needed)
         assert change.saves == pytest.approx(needed - change.needed)
@@ -108,9 +108,9 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
 
 def test_the_last_change_is_a_smaller_model_of_the_same_kind() -> None:
     plan = build("model=llama-65b", device="rtx-4090")
-    assert [change.words for change in plan.changes][-2:] == ["lora.r=8", "model=llama-33b"]
+    assert [change.overrides for change in plan.changes][-2:] == ["lora.r=8", "model=llama-33b"]
     alone = build("model=llama-65b", "model.name=me/other", "plan.length=1024", device="t4")
-    assert [change.words for change in alone.changes] == ["plan.length=256", "lora.r=8"]
+    assert [change.overrides for change in alone.changes] == ["plan.length=256", "lora.r=8"]
     assert not any(change.fits for change in alone.changes)
 
 
@@ -178,9 +178,9 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
     assert "task=plan does not know the model type 'lama' (did you mean llama?); it knows llama, mistral" in text
 
 
-def test_a_model_whose_config_cannot_be_had_is_one_sentence() -> None:
+def test_a_model_whose_config_is_not_available_is_one_sentence() -> None:
     text = refusal("plan.device=h100", "model.name=nobody/nothing")
-    assert text.startswith("model.name=nobody/nothing: its config.json cannot be had (")
+    assert text.startswith("model.name=nobody/nothing: its config.json is not available (")
     assert text.endswith("choose a preset with model=NAME, or give the shape with model.weights=random and "
                          "model.architecture.* fields")  # fmt: skip
 
