@@ -41,7 +41,7 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Trains, measures and predicts as `task` says; returns what `result.json` holds."""
-        if self.config.task.name.value != "train":
+        if not self.config.task.name.trains:
             raise ConfigError(f"task={self.config.task.name.value} does not train; call execute(), or leave it out")
         return self.execute()
 

@@ -14,7 +14,7 @@ from qlora.config.compose import compose_dict
 from qlora.config.conversion import to_config, without_hydra
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import refuse_unreadable
-from qlora.config.schema import Config, TaskName
+from qlora.config.schema import Config
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
 from qlora.config.sweep_values import expand_sweep, refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
@@ -79,7 +79,7 @@ def compose_command(
     refuse_resolved_secrets(composed, printed=printed)
     if OmegaConf.is_missing(composed.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
-    described = composed.task.name is TaskName.wandb_sweep  # for wandb, which runs the jobs
+    described = composed.task.name.describes_sweep  # for wandb, which runs the jobs
     if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
         refuse_sweeps(overrides)
         return Command(composed, to_config(composed))

@@ -39,8 +39,8 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 VERSION_BASE = "1.3"
 """The version whose rules Hydra keeps to, wherever it composes."""
 
-LOOKS, LOOKING = "looks", (TaskName.preview, TaskName.plan)
-"""The folder of tasks that only show what a run would be, and those tasks."""
+LOOKS, RUNS = "looks", "runs"
+"""The folders below `outputs`: of tasks whose result is only to be looked at, and of all others."""
 
 START_VARIABLE = "QLORA_START"
 """The environment variable with the time that several processes started at, as it names the folder of them all."""
@@ -58,7 +58,9 @@ def register() -> None:
         use_cache=True,
         replace=True,
     )
-    OmegaConf.register_new_resolver("qlora.kind", lambda task: LOOKS if task in LOOKING else "runs", replace=True)
+    OmegaConf.register_new_resolver(
+        "qlora.kind", lambda task: LOOKS if TaskName(task).only_looks else RUNS, replace=True
+    )
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
     checked_loader.install(CONF_DIR)

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import trust
 from qlora.config.fields import known_keys
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, UserError
 from qlora.secrets import find_secret, hide, is_secret_variable
 
 STORAGE = "hydra.sweeper.storage"
@@ -71,7 +71,7 @@ def refuse_resolved_secrets(composed: DictConfig, *, printed: bool) -> None:
             continue
         value = None
         # What Hydra knows later, such as the run's folder, cannot be resolved yet.
-        with contextlib.suppress(OmegaConfBaseException, ValueError), trust.fixed_resolvers():
+        with contextlib.suppress(OmegaConfBaseException, UserError, ValueError), trust.fixed_resolvers():
             value = OmegaConf.select(composed, key)
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora.config.schema import Config, EvaluationName, TaskName
+from qlora.config.schema import Config, EvaluationName
 from qlora.errors import ConfigError, UserError
 from qlora.sweep.engine_config import SearchSettings
 from qlora.text import higher_is_better
@@ -58,13 +58,11 @@ def _check_measured(config: Config, name: str) -> None:
 
 def _missing_override(config: Config, name: str) -> str | None:
     """Returns the override without which a job does not measure a metric; None: the job measures it."""
-    task, training = config.task, config.task.name is TaskName.train
+    task, training = config.task, config.task.name.trains
     of_rows, of_base = name.startswith(("eval_", "base_eval_")), name.startswith("base_eval_")
-    measuring = (
-        (TaskName.train, TaskName.evaluate) if of_base else (TaskName.train, TaskName.evaluate, TaskName.predict)
-    )
+    measures = task.name.measures_base if of_base else task.name.measures_rows
     needs = {
-        "task=train": training or (of_rows and task.name in measuring),
+        "task=train": training or (of_rows and measures),
         "task.train=true": task.train or of_rows,
         "task.evaluate=true": task.evaluate or not of_rows or not (training or of_base),
         "evaluation.baseline=true": config.evaluation.baseline or not of_base,

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from qlora.config.entry_points import installed_names
 from qlora.config.schema.code_names import CALLBACK_GROUP, is_installed_callback
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, UserError
 from qlora.runtime.user_code import import_class
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def build_callbacks(nodes: dict[str, dict[str, Any]]) -> list[TrainerCallback]:
         kind = import_class(path, f"callbacks.{name}._target_", TrainerCallback)
         try:
             callbacks.append(kind(**arguments))
-        except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        except (UserError, TypeError, ValueError, ImportError, RuntimeError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ConfigError(f"callbacks.{name}: {target} does not start with these arguments: {said}") from error
     return callbacks

@@ -91,7 +91,7 @@ def test_an_objective_that_needs_other_columns_is_refused_before_the_model(
     monkeypatch.setattr(SupervisedFinetuning, "columns", ("input_ids", "rejected_ids"))
     run = Run(compose(QUICK), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"loss\.name=sft needs rows with rejected_ids"):
-        _ = run.data
+        _ = run.session.data
 
 
 def older(config: Any) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_the_table_has_numbers_in_columns_of_one_type(tmp_path: Path) -> None:
 def test_axes_position_numbers_by_size_and_text_in_order(tmp_path: Path) -> None:
     assert build_axis([8, 16, 12]).positions == [0, 1, 0.5]
     decades = build_axis([1e-5, 1e-3, 1e-4])
-    assert decades.places == pytest.approx([0, 1, 0.5])
+    assert decades.positions == pytest.approx([0, 1, 0.5])
     assert [text for _, text in decades.ticks] == ["1e-05", "0.0001", "0.001"]
     assert build_axis(["b", "a", "b"]).ticks == [(0.25, "b"), (0.75, "a")]
     assert build_axis([3, 3]).positions == [0.5, 0.5]

@@ -31,9 +31,9 @@ from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
 from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
-from qlora.session import Session
 from qlora.step.fast_step import FastStep
 from qlora.training.arguments import build_arguments
+from qlora.training.device_checks import check_device
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer
@@ -228,15 +228,14 @@ def test_an_optimizer_that_is_left_out_is_refused_with_the_reason(name: str) -> 
     assert str(error.value).startswith(f"trainer.optim={name} is not offered: it")
 
 
-def test_an_optimizer_that_needs_a_cuda_device_is_refused_without_one(tmp_path: Path) -> None:
+def test_an_optimizer_that_needs_a_cuda_device_is_refused_without_one() -> None:
     text = refusal("trainer.optim=paged_ademamix_32bit", "device=cpu")
     assert text == (
         "trainer.optim=paged_ademamix_32bit runs on CUDA only, and this run computes on cpu; set trainer.optim=ademamix"
     )
-    run = Session(compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]), tmp_path)
-    if run.placement.device.type != "cuda":
-        with pytest.raises(UserError, match=r"set trainer.optim=ademamix_8bit$"):
-            run._check_device()
+    trainer = compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]).trainer
+    with pytest.raises(UserError, match=r"set trainer.optim=ademamix_8bit$"):
+        check_device(trainer, "cpu")
 
 
 REFUSED = {

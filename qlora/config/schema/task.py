@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import StrEnum, auto
 
 from omegaconf import MISSING
 
 from qlora.errors import require
 
-TaskName = StrEnum(
-    "TaskName", "train evaluate predict preview chat merge push report plan doctor migrate replay wandb_sweep"
-)
-"""What a run does."""
+
+class TaskName(StrEnum):
+    """What a run does."""
+
+    train = auto()
+    evaluate = auto()
+    predict = auto()
+    preview = auto()
+    chat = auto()
+    merge = auto()
+    push = auto()
+    report = auto()
+    plan = auto()
+    doctor = auto()
+    migrate = auto()
+    replay = auto()
+    wandb_sweep = auto()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the task trains by the config of its command."""
+        return self is TaskName.train
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether the task measures the held-out rows."""
+        return self in (TaskName.train, TaskName.evaluate, TaskName.predict)
+
+    @property
+    def measures_base(self) -> bool:
+        """Whether the task measures the untuned base too."""
+        return self in (TaskName.train, TaskName.evaluate)
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether the result is to be looked at: the task's folders are not among those of runs."""
+        return self in (TaskName.preview, TaskName.plan)
+
+    @property
+    def describes_sweep(self) -> bool:
+        """Whether the task describes a sweep, whose jobs another program starts."""
+        return self is TaskName.wandb_sweep
+
 
 SweepMethod = StrEnum("SweepMethod", "grid random bayes")
 """How wandb chooses the points of a sweep of its own."""
