@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
-from qlora.config.trackers import NO_TRACKER
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
