@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora.adapters import merge_tensors as merge_module
+from qlora.adapters import adapted as adapted_module
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 from qlora.session import Session
+from qlora.tasks import merged_model
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 QUICK = [
@@ -371,21 +372,21 @@ def test_the_sentence_for_rounded_weights_offers_float32(own: tuple[Path, str]) 
 
 
 def test_the_sentence_for_float32_names_the_layer(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    add = merge_module.LowRank.add_to
+    add = adapted_module.LowRank.add_to
     wrong = iter([False] * 8 + [True] + [False] * 5)  # the second of two layers begins with the eighth matrix
     monkeypatch.setattr(
-        merge_module.LowRank, "add_to", lambda self, weight: add(self, weight) * (2 if next(wrong) else 1)
+        adapted_module.LowRank, "add_to", lambda self, weight: add(self, weight) * (2 if next(wrong) else 1)
     )
     assert "most of it arises in layer 1; serve the adapter on its base instead" in refusal(*own)
 
 
 def test_numbers_that_are_none_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_module.LowRank, "add_to", lambda self, weight: weight.float() * torch.nan)
+    monkeypatch.setattr(adapted_module.LowRank, "add_to", lambda self, weight: weight.float() * torch.nan)
     assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*own)
 
 
 def test_numbers_too_large_for_fp16_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_module.LowRank, "add_to", lambda self, weight: weight.float() * 1e6)
+    monkeypatch.setattr(adapted_module.LowRank, "add_to", lambda self, weight: weight.float() * 1e6)
     assert "holds numbers too large for float16; use merge.dtype=bf16" in refusal(*own, "merge.dtype=fp16")
 
 
@@ -428,7 +429,9 @@ def test_a_disk_that_becomes_full_leaves_the_old_model_and_nothing_else(
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
     own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        merged_model.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     monkeypatch.setattr(Session, "load_trained", None)
     text = refusal(*own)
     assert text.startswith("task=merge needs 0.0")

@@ -89,15 +89,15 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
     chosen += ["plan=plain", "watchdog.nonfinite=warn"]  # 16-bit weights have no other step
     before = build(*chosen)
     assert not before.fits
-    keys = [change.words.partition("=")[0] for change in before.changes]
+    keys = [change.overrides.partition("=")[0] for change in before.changes]
     assert keys == ["trainer.gradient_checkpointing", "trainer.per_device_train_batch_size", "data.max_length",
                     "trainer.optim", "quantization"]  # fmt: skip
     assert [change.fits for change in before.changes] == [False] * 4 + [True]
-    assert before.changes[1].words.endswith("=1 trainer.gradient_accumulation_steps=64")
+    assert before.changes[1].overrides.endswith("=1 trainer.gradient_accumulation_steps=64")
     done: list[str] = []
     needed = before.memory.needed
     for change in before.changes:
-        done += change.words.split()
+        done += change.overrides.split()
         after = build(*chosen, *done)
         assert after.memory.needed == pytest.approx(change.needed)
         assert change.saves == pytest.approx(needed - change.needed)
@@ -108,9 +108,9 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
 
 def test_the_last_change_is_a_smaller_model_of_the_same_kind() -> None:
     found = build("model=llama-65b", device="rtx-4090")
-    assert [change.words for change in found.changes][-2:] == ["lora.r=8", "model=llama-33b"]
+    assert [change.overrides for change in found.changes][-2:] == ["lora.r=8", "model=llama-33b"]
     alone = build("model=llama-65b", "model.name=me/other", "plan.length=1024", device="t4")
-    assert [change.words for change in alone.changes] == ["plan.length=256", "lora.r=8"]
+    assert [change.overrides for change in alone.changes] == ["plan.length=256", "lora.r=8"]
     assert not any(change.fits for change in alone.changes)
 
 

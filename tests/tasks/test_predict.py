@@ -23,6 +23,7 @@ from qlora.evaluation.generation import Answer
 from qlora.models.model_files import locate
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
+from qlora.session import Session
 
 ROWS, BATCH = 14, 3  # five batches
 QUICK = [
@@ -187,8 +188,8 @@ def test_finished_answers_are_not_generated_again(
     chosen = ["task=predict", f"adapter={trained}"]
     result = run(tmp_path, *chosen)
     written = (tmp_path / "predictions.jsonl").read_bytes()
-    load = Run.load_trained
-    monkeypatch.setattr(Run, "load_trained", lambda self: pytest.fail("the model was loaded"))
+    load = Session.load_trained
+    monkeypatch.setattr(Session, "load_trained", lambda self: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert run(tmp_path, *chosen) == result
     assert "holds these answers already; this is the stored result" in capsys.readouterr().out
@@ -201,7 +202,7 @@ def test_finished_answers_are_not_generated_again(
     assert scored["metrics"]["predict_tokens_per_second"] == result["metrics"]["predict_tokens_per_second"]
     assert (tmp_path / "predictions.jsonl").read_bytes() == written
 
-    monkeypatch.setattr(Run, "load_trained", load)
+    monkeypatch.setattr(Session, "load_trained", load)
     (tmp_path / "predictions.jsonl").write_text("{}\n")
     run(tmp_path, *chosen)
     assert (tmp_path / "predictions.jsonl").read_bytes() == written
@@ -212,10 +213,10 @@ def test_all_batches_of_a_stopped_prediction_may_be_there(
 ) -> None:
     chosen = ["task=predict", f"adapter={trained}"]
     with monkeypatch.context() as patched:
-        patched.setattr("qlora.run.write_lines", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("qlora.evaluation.answering.write_lines", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *chosen)
-    monkeypatch.setattr(Run, "load_trained", lambda self: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Session, "load_trained", lambda self: pytest.fail("the model was loaded"))
     assert lines(run(tmp_path, *chosen)["paths"]["predictions"]) == whole["greedy"]
 
 

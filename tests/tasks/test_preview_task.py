@@ -73,7 +73,7 @@ def test_what_is_marked_is_what_the_loss_counts(preview_run: Callable[..., Run],
         assert spans == ["Good day", "baker"]
         assert trained.count("</s>") == 2
         assert [token.id for token in row.tokens] == run.session.data.train[row.number]["input_ids"]
-    assert ("template", "guanaco") in preview.facts
+    assert ("template", "guanaco") in preview.summary
 
 
 def test_what_a_person_must_know_is_said(preview_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_rows_lose_is_shown_of_held_out_rows_too(preview_run: Callable[...,
     run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=8", "data.max_length=30",
                       "data.on_too_long=drop")  # fmt: skip
     preview = build_preview(run.config, run.session.data, run.session.tokenizer)
-    report, facts = run.session.data.report, dict(preview.facts)
+    report, facts = run.session.data.report, dict(preview.summary)
     assert report.train_rows + report.lost_rows == 12
     assert report.eval_rows + report.eval_lost_rows == 8
     assert facts["rows"] == (
@@ -118,7 +118,7 @@ def test_the_texts_of_the_tokens_join_to_the_decoded_row(text: str, tokenizer: P
 
 def test_packs_are_what_steps_count(preview_run: Callable[..., Run]) -> None:
     run = preview_run("data.packing=true")
-    facts = dict(build_preview(run.config, run.session.data, run.session.tokenizer).facts)
+    facts = dict(build_preview(run.config, run.session.data, run.session.tokenizer).summary)
     packs = len(run.session.data.packed)
     assert facts["packing"].startswith(f"{packs} packs, 9")
     assert facts["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"

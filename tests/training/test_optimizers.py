@@ -31,9 +31,11 @@ from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
 from qlora.objectives import build_objective
 from qlora.runtime.device import Placement
+from qlora.runtime.needs import Needs
 from qlora.session import Session
 from qlora.step.fast_step import FastStep
 from qlora.training.arguments import build_arguments
+from qlora.training.device_checks import check_device
 from qlora.training.meter import Meter
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer
@@ -233,10 +235,10 @@ def test_an_optimizer_that_needs_a_cuda_device_is_refused_without_one(tmp_path: 
     assert text == (
         "trainer.optim=paged_ademamix_32bit runs on CUDA only, and this run computes on cpu; set trainer.optim=ademamix"
     )
-    run = Session(compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]), tmp_path)
+    run = Session(compose(["recipe=none", "trainer.optim=paged_ademamix_8bit"]), tmp_path, needs=Needs())
     if run.placement.device.type != "cuda":
         with pytest.raises(UserError, match=r"set trainer.optim=ademamix_8bit$"):
-            run._check_device()
+            check_device(run.config.trainer, run.placement.device.type)
 
 
 REFUSED = {
