@@ -246,7 +246,7 @@ class Session:
 
     @cached_property
     def is_trainable(self) -> bool:
-        """True; raises `ConfigError`, before rows or weights are read, for a base that the config does not fit."""
+        """True; raises a `UserError`, before rows or weights are read, for a base that the config does not fit."""
         _ = self._beyond_embeddings
         model, quantization = self.config.model, self.config.quantization
         loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
@@ -378,7 +378,7 @@ class Session:
     def load_trained(self) -> PreTrainedModel:
         """Loads what `adapter` names: the base with an adapter, a fully finetuned model, or the bare base.
 
-        Raises `ConfigError` where the base's tokens are not those of the training run.
+        Raises `DataError` where the base's tokens are not those of the training run.
         """
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights

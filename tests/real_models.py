@@ -66,8 +66,12 @@ def composed(*overrides: str) -> Config:
 
 def base(kind: str, *overrides: str, **sizes: int) -> PreTrainedModel:
     config = composed(*overrides)
-    facts = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**KINDS[kind], **sizes})
-    return loading.build_random_base(config.model, config.quantization, RandomWeights(facts, placement=BF16, seed=0))
+    model_config = AutoConfig.for_model(
+        kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**KINDS[kind], **sizes}
+    )
+    return loading.build_random_base(
+        config.model, config.quantization, RandomWeights(model_config, placement=BF16, seed=0)
+    )
 
 
 def adapted(kind: str, *overrides: str, **sizes: int) -> PeftModel:
@@ -101,19 +105,19 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def loss(model: torch.nn.Module, rows: int, length: int) -> Tensor:
     ids = torch.arange(3, 3 + length).remainder(90)[None].expand(rows, -1).contiguous()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = model(input_ids=ids, labels=ids)
-    found.logits = found.logits.float()  # as accelerate returns them
-    return found.loss
+        output = model(input_ids=ids, labels=ids)
+    output.logits = output.logits.float()  # as accelerate returns them
+    return output.loss
 
 
 def saved_bytes(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, rows: int, length: int) -> int:
     """Bytes of the distinct tensors, parameters left out, that one forward pass keeps for the backward pass."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in model_storages:
             kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its place
         return tensor
 
@@ -129,14 +133,14 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
-        self.own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        self.model_storages = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive and storage._cdata not in self.own:
+                if storage._cdata not in self.alive and storage._cdata not in self.model_storages:
                     self.alive[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._drop, storage._cdata)

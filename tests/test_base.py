@@ -1,4 +1,4 @@
-"""The base of an adapter is known and checked wherever the adapter is used, and by the run that goes on."""
+"""The base of an adapter is known and checked wherever the adapter is used, and by the run that resumes."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def refusal(folder: Path, *overrides: str) -> str:
 
 def hashes(now: Path, trained: Path) -> str:
     """The words for two fingerprints: of a run's base that is used, and of the one that was trained on."""
-    found = [json.loads((folder / "base.json").read_text())["fingerprint"].partition(":")[2][:8]
+    fingerprints = [json.loads((folder / "base.json").read_text())["fingerprint"].partition(":")[2][:8]
              for folder in (now, trained)]  # fmt: skip
-    return f"fingerprint {found[0]}, not {found[1]}"
+    return f"fingerprint {fingerprints[0]}, not {fingerprints[1]}"
 
 
 @pytest.mark.parametrize("task", ["evaluate", "predict", "chat", "merge"])
@@ -99,24 +99,24 @@ def test_training_s_own_measures_of_an_adapter_are_refused_on_another_base(
 def test_force_uses_another_base_with_a_warning(
     base: Path, other: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["task=evaluate", f"adapter={trained}"]
-    expected = run(tmp_path / "a", *words, f"model.name={base}")
+    overrides = ["task=evaluate", f"adapter={trained}"]
+    expected = run(tmp_path / "a", *overrides, f"model.name={base}")
     assert not caplog.records
-    forced = run(tmp_path / "b", *words, f"model.name={other}", "base=force")
+    forced = run(tmp_path / "b", *overrides, f"model.name={other}", "base=force")
     assert forced["metrics"]["base_eval_loss"] != expected["metrics"]["base_eval_loss"]
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert record.getMessage().startswith(f"base=force: adapter={trained}/adapter does not fit model.name={other}")
 
 
-@pytest.mark.parametrize("place", ["adapter", "checkpoints/checkpoint-1"])
+@pytest.mark.parametrize("path", ["adapter", "checkpoints/checkpoint-1"])
 def test_a_copied_adapter_folder_knows_its_base_and_plain_peft_loads_it(
-    base: Path, other: Path, trained: Path, tmp_path: Path, place: str, recwarn: pytest.WarningsRecorder
+    base: Path, other: Path, trained: Path, tmp_path: Path, path: str, recwarn: pytest.WarningsRecorder
 ) -> None:
-    folder = shutil.copytree(trained / place, tmp_path / "copy")
+    folder = shutil.copytree(trained / path, tmp_path / "copy")
     assert json.loads((folder / "base.json").read_text())["name"] == str(base)
-    words = ["task=evaluate", f"adapter={folder}", "evaluation.baseline=false"]
-    assert f"it was trained on {base}" in refusal(tmp_path / "out", *words, f"model.name={other}")
-    assert run(tmp_path / "out", *words, f"model.name={base}")["metrics"]["eval_loss"]
+    overrides = ["task=evaluate", f"adapter={folder}", "evaluation.baseline=false"]
+    assert f"it was trained on {base}" in refusal(tmp_path / "out", *overrides, f"model.name={other}")
+    assert run(tmp_path / "out", *overrides, f"model.name={base}")["metrics"]["eval_loss"]
     recwarn.clear()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     assert not [warning for warning in recwarn if "base" in str(warning.message)]
@@ -127,9 +127,9 @@ def test_a_base_that_moved_was_cut_in_shards_or_is_quantized_otherwise_is_the_sa
 ) -> None:
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("*.safetensors"))
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(moved, max_shard_size="100KB")
-    words = ["task=evaluate", f"adapter={trained}", f"model.name={moved}", "evaluation.baseline=false"]
+    overrides = ["task=evaluate", f"adapter={trained}", f"model.name={moved}", "evaluation.baseline=false"]
     for quantization in ("nf4", "fp32"):
-        run(tmp_path / "out", *words, f"quantization={quantization}")
+        run(tmp_path / "out", *overrides, f"quantization={quantization}")
     assert run(trained, f"model.name={moved}")["metrics"], "the run is finished, and returns its result"
     assert not caplog.records
 
@@ -146,14 +146,14 @@ def without_record(trained: Path, copy: Path, name: str | None) -> Path:
 def test_an_adapter_of_plain_peft_is_known_by_the_name_of_its_base(
     base: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["task=evaluate", f"model.name={base}", "evaluation.baseline=false"]
+    overrides = ["task=evaluate", f"model.name={base}", "evaluation.baseline=false"]
     folder = without_record(trained, tmp_path / "same", str(base))
-    run(tmp_path / "out", *words, f"adapter={folder}")
+    run(tmp_path / "out", *overrides, f"adapter={folder}")
     assert not caplog.records
     for name, known in (("org/other", "it was trained on org/other"), (None, "nothing says what it was trained on")):
         caplog.clear()
         folder = without_record(trained, tmp_path / str(name).replace("/", "-"), name)
-        run(tmp_path / "out", *words, f"adapter={folder}")
+        run(tmp_path / "out", *overrides, f"adapter={folder}")
         assert [record.getMessage() for record in caplog.records] == [
             f"adapter={folder} may not fit model.name={base}, for there is no fingerprint of its weights to compare: "
             f"{known}; make sure that the weights are the same"
@@ -184,37 +184,37 @@ def test_a_run_of_an_older_version_is_known_by_the_name_of_its_base(
 
 def test_the_manifest_says_what_the_folder_of_the_adapter_does(trained: Path) -> None:
     model = json.loads((trained / "manifest.json").read_text())["model"]
-    stored = json.loads((trained / "adapter" / "base.json").read_text())
-    assert stored == {key: model[key] for key in stored}
+    saved = json.loads((trained / "adapter" / "base.json").read_text())
+    assert saved == {key: model[key] for key in saved}
     (copied := trained.with_name("without")).mkdir()
     shutil.copytree(trained / "adapter", copied / "adapter", ignore=shutil.ignore_patterns("base.json"))
     shutil.copy(trained / "manifest.json", copied)
     text = refusal(copied / "out", "task=evaluate", f"adapter={copied}", "model.tokenizer=tiny")
-    assert f"it was trained on {stored['name']}; give that base" in text
+    assert f"it was trained on {saved['name']}; give that base" in text
 
 
 def test_a_run_whose_base_was_swapped_in_its_place_is_neither_resumed_nor_run_again(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = shutil.copytree(base, tmp_path / "own")
-    words = [f"model.name={own}", "trainer.deterministic=true"]
-    first = run(tmp_path / "run", *words)
+    copied = shutil.copytree(base, tmp_path / "own")
+    overrides = [f"model.name={copied}", "trainer.deterministic=true"]
+    first = run(tmp_path / "run", *overrides)
     for name in ("result.json", "adapter"):
         shutil.move(tmp_path / "run" / name, tmp_path / f"kept-{name}")
-    put_other_weights(own)
-    text = refusal(tmp_path / "run", *words)
+    put_other_weights(copied)
+    text = refusal(tmp_path / "run", *overrides)
     assert text.startswith(
-        f"the run in {tmp_path}/run does not fit model.name={own}, whose weights have changed since the training"
+        f"the run in {tmp_path}/run does not fit model.name={copied}, whose weights have changed since the training"
     )
     assert text.endswith(
         "; restore the previous files, or choose another folder (hydra.run.dir=FOLDER or name=NAME), or use it in "
         "spite of that with base=force"
     )
-    assert "with base=force" in refusal(tmp_path / "run", *words, "resume=force")
-    second = run(tmp_path / "run", *words, "base=force")
+    assert "with base=force" in refusal(tmp_path / "run", *overrides, "resume=force")
+    second = run(tmp_path / "run", *overrides, "base=force")
     assert second["metrics"]["base_eval_loss"] != first["metrics"]["base_eval_loss"], "it is measured anew"
     assert "base=force: the run in " in caplog.text
-    run(tmp_path / "out", *words, "task=evaluate", f"adapter={tmp_path}/run")  # the adapter is the new base's now
+    run(tmp_path / "out", *overrides, "task=evaluate", f"adapter={tmp_path}/run")  # the adapter is the new base's now
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (
         manifest["model"]["fingerprint"] == json.loads((tmp_path / "run/adapter/base.json").read_text())["fingerprint"]
@@ -222,19 +222,21 @@ def test_a_run_whose_base_was_swapped_in_its_place_is_neither_resumed_nor_run_ag
 
 
 def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_path: Path) -> None:
-    own = shutil.copytree(base, tmp_path / "own")
-    run(tmp_path / "run", f"model.name={own}", "trainer.save_steps=null")
-    put_other_weights(own)
-    words = ["task=replay", f"run={tmp_path}/run", "device=cpu"]
+    copied = shutil.copytree(base, tmp_path / "own")
+    run(tmp_path / "run", f"model.name={copied}", "trainer.save_steps=null")
+    put_other_weights(copied)
+    overrides = ["task=replay", f"run={tmp_path}/run", "device=cpu"]
     with pytest.raises(UserError) as error:
-        run_job(build_job(compose(words), tmp_path / "again"))
-    assert str(error.value).startswith(f"run={tmp_path}/run does not fit model.name={own}, whose weights are not those")
+        run_job(build_job(compose(overrides), tmp_path / "again"))
+    assert str(error.value).startswith(
+        f"run={tmp_path}/run does not fit model.name={copied}, whose weights are not those"
+    )
     assert not (tmp_path / "again").exists()
     with pytest.raises(UserError, match=r"task=replay: base, .*: not what .* gave"):
-        run_job(build_job(compose([*words, "base=force"]), tmp_path / "again"))
+        run_job(build_job(compose([*overrides, "base=force"]), tmp_path / "again"))
 
 
 def test_a_whole_model_needs_no_base(base: Path, other: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", f"model.name={base}", "lora=none", "quantization=fp32", "trainer.save_steps=null")
-    words = [f"adapter={tmp_path}/run", f"model.name={other}", "quantization=fp32"]
-    assert run(tmp_path / "out", *words, "task=evaluate")["metrics"]["eval_loss"]
+    overrides = [f"adapter={tmp_path}/run", f"model.name={other}", "quantization=fp32"]
+    assert run(tmp_path / "out", *overrides, "task=evaluate")["metrics"]["eval_loss"]

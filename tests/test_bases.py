@@ -1,4 +1,4 @@
-"""What a run tells of its base, and what it refuses before anything is trained."""
+"""What a run reports about its base, and what it refuses before anything is trained."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
 ) -> None:
     base = write("qwen3_moe", tmp_path / "base", num_experts=2, moe_intermediate_size=16)
     run(tmp_path / "run", base, "quantization.compute_dtype=bf16")
-    share = "33.8 % of the decoder's weights are in bfloat16 (experts, router)"
+    fraction = "33.8 % of the decoder's weights are in bfloat16 (experts, router)"
     screen = capsys.readouterr().out
-    assert f"nf4 + double quantization; {share}\n" in screen
+    assert f"nf4 + double quantization; {fraction}\n" in screen
     assert "0.2 M in bfloat16, 0.0 M in nf4" in screen
     assert "experts (33.1 % of the decoder's weights), router (0.7 %); the router is frozen" in " ".join(screen.split())
     model = json.loads((tmp_path / "run" / "manifest.json").read_text())["model"]
-    assert model["base"] == f"nf4 + double quantization; {share}"
+    assert model["base"] == f"nf4 + double quantization; {fraction}"
     assert model["left out"].startswith("experts (33.1 %")
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"frozen in 4-bit NF4 with double quantization, but {share}." in card
+    assert f"frozen in 4-bit NF4 with double quantization, but {fraction}." in card
 
 
 def test_a_mixture_that_cannot_be_quantized_is_refused_before_rows_are_read(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def spoiled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["quantization=nf4", "task=predict", "adapter=none", "generation.max_new_tokens=4"],
         ["quantization=nf4", "task=chat", "adapter=none"],
     ],
-    ids=lambda words: " ".join(words),
+    ids=lambda overrides: " ".join(overrides),
 )
 def test_weights_that_are_no_numbers_end_a_run_of_any_task_with_the_first_of_them(
     spoiled: Path, tmp_path: Path, overrides: list[str]
@@ -185,16 +185,16 @@ def test_an_added_token_without_an_embedding_is_refused_where_rows_hold_it_and_i
 ) -> None:
     size = len(load_tokenizer(compose([]).model))
     base = write("llama", tmp_path / "base", vocab_size=size)
-    words = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so zyzzyva')}",
+    overrides = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so zyzzyva')}",
              "data.eval_dataset_size=2"]  # fmt: skip
-    message = refusal(tmp_path / "run", base, *words)
+    message = refusal(tmp_path / "run", base, *overrides)
     assert message == (
         f"the rows hold 'zyzzyva', one of {size + 2:,} tokens of the tokenizer, but the base {base} has embeddings for "
         f"""{size:,}; train one with 'model.new_tokens=["picture", "zyzzyva"]', or take the token out of the data """
         "and its template"
     )
     hint = message.split("'")[3]
-    run(tmp_path / "run", base, *words, hint)
+    run(tmp_path / "run", base, *overrides, hint)
 
 
 def test_an_added_token_without_an_embedding_that_no_row_holds_is_said_and_grows_nothing(
@@ -202,8 +202,10 @@ def test_an_added_token_without_an_embedding_that_no_row_holds_is_said_and_grows
 ) -> None:
     size = len(load_tokenizer(compose([]).model))
     base = write("llama", tmp_path / "base", vocab_size=size)
-    words = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so')}"]
-    started = Run(compose([*QUICK, f"model.name={base}", *words, "data.eval_dataset_size=2"]), tmp_path / "run").session
+    overrides = [f"model.tokenizer={larger_tokenizer}", "data=local", f"data.path={rows(tmp_path, 'so')}"]
+    started = Run(
+        compose([*QUICK, f"model.name={base}", *overrides, "data.eval_dataset_size=2"]), tmp_path / "run"
+    ).session
     assert started.load_base().get_input_embeddings().weight.shape[0] == size
     assert f"the tokenizer has {size + 2:,} tokens and the base embeddings for {size:,}" in caplog.text
 
@@ -228,17 +230,17 @@ def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_confi
     with pytest.raises(UserError, match="holds a run with another config"):
         run(folder, llama, "trainer.save_steps=1", "seed=5")
     for name in ("result.json", "manifest.json", "adapter"):  # each of what is left protects the run
-        place = folder / name
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        file = folder / name
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
         with pytest.raises(UserError, match="holds a run with another config"):
             run(folder, llama, "trainer.save_steps=1", "seed=5")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", llama)
-    for place in (tmp_path / "run").iterdir():
-        if place.name not in ("manifest.json", "config.yaml"):
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in ("manifest.json", "config.yaml"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match="holds a run with another config"):
         run(tmp_path / "run", llama, "seed=5")
 

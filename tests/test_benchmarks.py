@@ -150,7 +150,7 @@ def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(
 
 
 @pytest.mark.full
-def test_the_benchmark_of_8_bit_products_compares_gradients_and_trainings(tmp_path: Path) -> None:
+def test_the_benchmark_of_8_bit_matmuls_compares_gradients_and_training_runs(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"the stone owl sings of river {n}"}) + "\n" for n in range(40)))

@@ -53,14 +53,14 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return Run(compose([*QUICK, *overrides]), folder, overrides=[*QUICK, *overrides]).execute()
 
 
-def words(base: Path, bias: str, quantization: str = "nf4") -> list[str]:
+def base_overrides(base: Path, bias: str, quantization: str = "nf4") -> list[str]:
     return [f"model.name={base}", f"lora.bias={bias}", f"quantization={quantization}"]
 
 
 @pytest.fixture(scope="module")
 def trained(bases: dict[str, Path]) -> tuple[Path, list[str]]:
     """A run that trained all biases, and what it was started with."""
-    chosen = words(bases["qwen2"], "all", "fp32")
+    chosen = base_overrides(bases["qwen2"], "all", "fp32")
     run(bases["qwen2"].with_name("run"), *chosen)
     return bases["qwen2"].with_name("run"), chosen
 
@@ -72,13 +72,13 @@ def trained(bases: dict[str, Path]) -> tuple[Path, list[str]]:
 def test_the_untuned_base_is_the_same_in_the_training_and_beside_its_adapter(
     bases: dict[str, Path], tmp_path: Path, kind: str, bias: str, quantization: str
 ) -> None:
-    chosen = words(bases[kind], bias, quantization)
-    before = run(tmp_path / "run", *chosen)["metrics"]
+    chosen = base_overrides(bases[kind], bias, quantization)
+    trained = run(tmp_path / "run", *chosen)["metrics"]
     after = run(tmp_path / "out", *chosen, "task=evaluate", f"adapter={tmp_path / 'run'}")["metrics"]
-    assert after["base_eval_loss"] == before["base_eval_loss"]
-    assert after["eval_loss"] == before["eval_loss"] != before["base_eval_loss"]
-    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert [name for name in stored if name.endswith(".bias")]
+    assert after["base_eval_loss"] == trained["base_eval_loss"]
+    assert after["eval_loss"] == trained["eval_loss"] != trained["base_eval_loss"]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert [name for name in saved if name.endswith(".bias")]
 
 
 def test_without_adapter_is_what_the_base_itself_measures(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_merged_model_has_the_trained_biases(
     run(tmp_path, *chosen, "task=merge", f"adapter={folder}", f"merge={merge}", "merge.prompts=2", "merge.dtype=fp32")
     assert json.loads((tmp_path / "merge_report.json").read_text())["kl_mean"] < 1e-6
     merged, untuned = load_file(tmp_path / "merged/model.safetensors"), load_file(bases["qwen2"] / "model.safetensors")
-    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
-    bias = stored[f"base_model.model.{name}.base_layer.bias"]
+    bias = saved[f"base_model.model.{name}.base_layer.bias"]
     assert torch.equal(merged[f"{name}.bias"], bias)
     assert not torch.equal(untuned[f"{name}.bias"], bias)
 
@@ -158,23 +158,23 @@ def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
 ) -> None:
     start = [f"model.name={bases['qwen2']}", "quantization=fp32", f"lora={init}", "lora.bias=all"]
     start += ["model.new_tokens=['<new>']", "lora.use_dora=true", "trainer.save_steps=2"]
-    before = run(tmp_path / "run", *start)["metrics"]
+    trained = run(tmp_path / "run", *start)["metrics"]
     after = run(tmp_path / "out", *start, "task=evaluate", f"adapter={tmp_path / 'run'}")["metrics"]
-    assert after["base_eval_loss"] == pytest.approx(before["base_eval_loss"], rel=1e-5)
-    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert after["base_eval_loss"] == pytest.approx(trained["base_eval_loss"], rel=1e-5)
+    assert after["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
     assert abs(after["eval_loss"] - after["base_eval_loss"]) > 0.05
     unconverted = [*start, "task=evaluate", f"adapter={tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}"]
     says = rf"^adapter: it begins as a part of its base \(init_lora_weights={init}, .* with adapter=none"
     with pytest.raises(UserError, match=says):
         run(tmp_path / "out", *unconverted)
     alone = run(tmp_path / "out", *unconverted, "evaluation.baseline=false")["metrics"]
-    assert alone["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert alone["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
 
 def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [*words(bases["qwen2"], "all"), "trainer.max_steps=3", "trainer.save_steps=1"]
+    chosen = [*base_overrides(bases["qwen2"], "all"), "trainer.max_steps=3", "trainer.save_steps=1"]
     results = [run(tmp_path / "calm", *chosen)]
 
     def interrupt() -> None:

@@ -42,7 +42,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "runs" / "mine"
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
-    for words in (
+    for text in (
         "nf4 + double quantization",
         "LoRA r=4",
         "held out",
@@ -51,7 +51,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
         "exact match",
         "task=predict",
     ):
-        assert words in done.stdout
+        assert text in done.stdout
     assert done.stderr == ""
     again = qlora(tmp_path, "name=mine", *QUICK)
     assert "finished already" in again.stdout
@@ -59,7 +59,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
 
 
 @pytest.mark.full
-def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
+def test_a_sweep_records_every_job(tmp_path: Path) -> None:
     done = qlora(tmp_path, "-m", "name=grid", "lora.r=2,4", "quantization=nf4,none", *QUICK[1:])
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "outputs" / "sweeps" / "grid"
@@ -69,22 +69,22 @@ def test_a_sweep_tells_of_every_job(tmp_path: Path) -> None:
         (f"lora.r={r}", f"quantization={name}") for r in (2, 4) for name in ("nf4", "none")
     }
     for job in jobs:
-        stored = json.loads((sweep / job["job"] / "result.json").read_text())
-        assert job["objective"] == stored["metrics"]["eval_loss"]
+        saved = json.loads((sweep / job["job"] / "result.json").read_text())
+        assert job["objective"] == saved["metrics"]["eval_loss"]
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_flag_may_stand_between_overrides(tmp_path: Path, place: int) -> None:
-    words = ["lora.r=8,16", "hydra.launcher.gpus_per_job=2"]
-    words.insert(place, "-m")
-    done = qlora(tmp_path, *words, CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_flag_may_stand_between_overrides(tmp_path: Path, index: int) -> None:
+    overrides = ["lora.r=8,16", "hydra.launcher.gpus_per_job=2"]
+    overrides.insert(index, "-m")
+    done = qlora(tmp_path, *overrides, CUDA_VISIBLE_DEVICES="")
     assert done.stderr == "error: hydra.launcher.gpus_per_job=2, but no GPU is visible here; leave it out\n"
-    shown = qlora(tmp_path, "lora.r=8", "--cfg", "job", "--package", "lora", "seed=1")
-    assert "r: 8" in shown.stdout, shown.stderr
+    printed = qlora(tmp_path, "lora.r=8", "--cfg", "job", "--package", "lora", "seed=1")
+    assert "r: 8" in printed.stdout, printed.stderr
 
 
 @pytest.mark.slow
-def test_a_failed_job_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_failed_job_is_recorded_and_the_others_continue(tmp_path: Path) -> None:
     modules = "lora.target_modules=[q_proj],[nope],[v_proj]"
     done = qlora(tmp_path, "-m", "name=part", modules, "evaluation=loss", *QUICK)
     assert done.returncode == 1
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "own", "expected"),
+    ("overrides", "variables", "expected"),
     [
         (["trainer.memory_budget=48GB"], {}, "expandable_segments:True"),
         (["trainer.memory_budget=auto"], {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
@@ -146,12 +146,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_with_a_memory_budget_freed_pages_serve_again_unless_the_user_has_settled_that(
-    overrides: list[str], own: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ALLOCATOR:
         monkeypatch.setenv(name, "")  # so that it is taken back
         monkeypatch.delenv(name)
-    for name, value in own.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     composed = compose_dict(overrides)
     config = to_config(composed)

@@ -54,16 +54,16 @@ COMMANDS = commands()
 
 
 def words_of(command: str, *program: str) -> list[str] | None:
-    words = shlex.split(command)
-    return words[len(program) :] if tuple(words[: len(program)]) == program else None
+    args = shlex.split(command)
+    return args[len(program) :] if tuple(args[: len(program)]) == program else None
 
 
 def qlora_words(command: str) -> list[str] | None:
-    words = shlex.split(command)
-    if words[0] in ("torchrun", "accelerate"):
-        return words[words.index("qlora") + 1 :]
-    own = words_of(command, "qlora")
-    return own if own is not None else words_of(command, "python", "-m", "qlora")
+    args = shlex.split(command)
+    if args[0] in ("torchrun", "accelerate"):
+        return args[args.index("qlora") + 1 :]
+    result = words_of(command, "qlora")
+    return result if result is not None else words_of(command, "python", "-m", "qlora")
 
 
 def is_pip(command: str) -> bool:
@@ -72,14 +72,14 @@ def is_pip(command: str) -> bool:
 
 @pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
 def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = qlora_words(command)
-    assert words is not None
-    if "--help" in words:
-        pages.print_help(words)
+    args = qlora_words(command)
+    assert args is not None
+    if "--help" in args:
+        pages.print_help(args)
         assert capsys.readouterr().out
         return
     flags = {"-m": 1, "--cfg": 2, "--config-dir": 2}  # with the number of words that each takes
-    taken, overrides = dict[str, str](), list(words)
+    taken, overrides = dict[str, str](), list(args)
     for flag, count in flags.items():
         if flag in overrides:
             index = overrides.index(flag)
@@ -120,9 +120,9 @@ def test_a_documented_launcher_starts_this_program(command: str) -> None:
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
-    program, *words = shlex.split(command)
+    program, *args = shlex.split(command)
     parser = get_args_parser() if program == "torchrun" else launch_command_parser()
-    told = parser.parse_args(words if program == "torchrun" else words[1:])
+    told = parser.parse_args(args if program == "torchrun" else args[1:])
     assert told.module
     assert told.training_script == "qlora"
     assert told.training_script_args == qlora_words(command)

@@ -79,11 +79,11 @@ def _writes(args: tuple[Any, ...]) -> bool:
     return any(letter in str(args[1] or "") for letter in "wax+") or bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
 
 
-def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def launch(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Starts two processes by torchrun."""
     path = os.pathsep.join([str(ROOT), str(cwd), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         capture_output=True,
@@ -93,13 +93,13 @@ def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
-def meet(*words: str, folders: tuple[Path, Path]) -> list[subprocess.CompletedProcess[str]]:
+def meet(*args: str, folders: tuple[Path, Path]) -> list[subprocess.CompletedProcess[str]]:
     """Starts one process by a torchrun in each folder, as on two machines, which find each other by rendezvous."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "qlora", *words]  # fmt: skip
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "qlora", *args]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -156,9 +156,9 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert len(one) >= 4
     assert two == pytest.approx(one, rel=2e-5)
     assert measured(together / shared) == pytest.approx(measured(alone / single), rel=2e-5)
-    before, after = adapter(alone / single), adapter(together / shared)
-    assert before.keys() == after.keys()
-    assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-5) for name in before)
+    expected, after = adapter(alone / single), adapter(together / shared)
+    assert expected.keys() == after.keys()
+    assert all(torch.allclose(expected[name], after[name], rtol=1e-3, atol=2e-5) for name in expected)
 
 
 def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
     assert "watchdog.nonfinite: step 2: the loss is not a number, but in no row of it alone" in told
 
 
-def test_the_first_process_alone_writes_and_tells_the_rows_of_a_step(together: Path) -> None:
+def test_only_the_main_process_writes_and_reports_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
     assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 8  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     assert (folder / "result.json").is_file()
 
 
-def test_one_process_goes_on_with_the_steps_of_two_where_it_accumulates_twice_as_much(
+def test_one_process_continues_with_the_steps_of_two_where_it_accumulates_twice_as_much(
     together: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
@@ -225,15 +225,15 @@ def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_go_on(together: Path) -> None:
+def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_resume(together: Path) -> None:
     output = (together / "output.txt").read_text()
     assert "SIGTERM: saving a checkpoint after this step" in (together / "errors.txt").read_text()
     assert (together / "stopped" / "checkpoints" / "checkpoint-2").is_dir()
     assert output.count("resuming from checkpoint-2") == 1
     assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1
     assert np.array_equal(losses(together / "stopped"), losses(together / "grouped"))
-    before, after = adapter(together / "grouped"), adapter(together / "stopped")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    expected, after = adapter(together / "grouped"), adapter(together / "stopped")
+    assert all(torch.equal(expected[name], after[name]) for name in expected)
 
 
 FALL = """
@@ -292,8 +292,8 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
 
 @pytest.mark.full
 def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, alone: Path) -> None:
-    words = [*COMMON, "trainer.gradient_accumulation_steps=2", "name=wide"]
-    assert [done.returncode for done in meet(*words, folders=(tmp_path, tmp_path))] == [0, 0]
+    overrides = [*COMMON, "trainer.gradient_accumulation_steps=2", "name=wide"]
+    assert [done.returncode for done in meet(*overrides, folders=(tmp_path, tmp_path))] == [0, 0]
     folder = tmp_path / "outputs" / "runs" / "wide"
     assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
 

@@ -73,7 +73,7 @@ def test_a_run_writes_what_it_promises(finished: Path) -> None:
     assert json.loads((finished / "metrics.json").read_text()) == result["metrics"]
 
 
-def test_the_manifest_tells_versions_hardware_and_data(finished: Path) -> None:
+def test_the_manifest_holds_versions_hardware_and_data(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["config"] == config_to_dict(compose(QUICK))
     assert manifest["versions"]["torch"] == metadata.version("torch")
@@ -93,9 +93,9 @@ def test_loss_is_measured_at_each_evaluation_and_falls(finished: Path) -> None:
 
 
 def test_a_finished_run_returns_its_stored_result(finished: Path) -> None:
-    before = (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    initial = (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert run(finished) == json.loads((finished / "result.json").read_text())
-    assert (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert (finished / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == initial
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(finished: Path) -> None:
@@ -216,16 +216,16 @@ def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -
         part: sum(p.numel() for name, p in model.named_parameters() if part in name) for part in ("lora_A", "lora_B")
     }
     assert sizes["lora_A"] != sizes["lora_B"]
-    found = {sum(p.numel() for p in group["params"]): group["lr"] for group in optimizer.param_groups}
-    rates = {part: found[size] for part, size in sizes.items()}
+    rate_of = {sum(p.numel() for p in group["params"]): group["lr"] for group in optimizer.param_groups}
+    rates = {part: rate_of[size] for part, size in sizes.items()}
     assert rates == {"lora_A": pytest.approx(2e-3), "lora_B": pytest.approx(16 * 2e-3)}
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_adapter(finished: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", "trainer.gradient_checkpointing=true")
-    found, expected = adapter(tmp_path / "run"), adapter(finished)
+    result, expected = adapter(tmp_path / "run"), adapter(finished)
     for key in expected:
-        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(result[key], expected[key], atol=1e-5, rtol=1e-4)
 
 
 SHAPES = {
@@ -236,7 +236,7 @@ SHAPES = {
 }
 
 
-def drawn(kind: str) -> list[str]:
+def random_base(kind: str) -> list[str]:
     """Overrides that train and measure a small base of a kind, drawn at random."""
     shape = [f"model_type={kind}", "hidden_size=64", "intermediate_size=96", "num_hidden_layers=2"]
     shape += ["num_attention_heads=4", "num_key_value_heads=4", *SHAPES[kind]]
@@ -247,7 +247,7 @@ def drawn(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path: Path, kind: str) -> None:
-    options = drawn(kind)
+    options = random_base(kind)
     result = run(tmp_path / "run", *options)
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
     weights = [path.parent.name for path in (tmp_path / "run").rglob("*.safetensors")]
@@ -263,7 +263,7 @@ def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path
 
 
 def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
-    options = drawn("llama")
+    options = random_base("llama")
     run(tmp_path / "run", *options)
     for change, remedy in {
         "seed=1": "seed=0",
@@ -293,7 +293,7 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
 
 
 def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
-    chosen = [*drawn("llama"), "lora=loftq", "lora.r=16"]
+    chosen = [*random_base("llama"), "lora=loftq", "lora.r=16"]
     started, plain = (Run(compose([*QUICK, *chosen, *more]), tmp_path).session for more in ([], ["lora.init=default"]))
     tensors = started.tensors()
     errors = []
@@ -305,7 +305,7 @@ def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
 
 
 def test_a_model_from_scratch_is_trained_whole(tmp_path: Path) -> None:
-    options = [*drawn("llama"), "lora=none", "quantization=fp32", "quantization.compute_dtype=auto"]
+    options = [*random_base("llama"), "lora=none", "quantization=fp32", "quantization.compute_dtype=auto"]
     result = run(tmp_path / "run", *options)
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
     again = run(tmp_path / "run", *options, "task=evaluate")

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def wandb_records(folder: Path, ends: int = 1) -> list[Any]:
-    """Reads the records of a run's starts in their order, when so many have ended.
+    """Reads the records of a run's starts in their order, once `ends` of them have ended.
 
     wandb's own process may still be writing the last of them.
     """
@@ -30,15 +30,15 @@ def read_records(folder: Path) -> list[Any]:
     records = []
     files = folder.glob("wandb/offline-run-*/*.wandb")
     for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-        raw, place, buffer = path.read_bytes(), 7, b""
-        while place + 7 <= len(raw):
-            if (rest := 32768 - place % 32768) < 7:
-                place += rest
+        raw, offset, buffer = path.read_bytes(), 7, b""
+        while offset + 7 <= len(raw):
+            if (rest := 32768 - offset % 32768) < 7:
+                offset += rest
                 continue
-            size, kind = struct.unpack("<HB", raw[place + 4 : place + 7])
-            buffer += raw[place + 7 : place + 7 + size]
-            place += 7 + size
-            if kind in (1, 4) and place <= len(raw):  # whole, or the last piece
+            size, kind = struct.unpack("<HB", raw[offset + 4 : offset + 7])
+            buffer += raw[offset + 7 : offset + 7 + size]
+            offset += 7 + size
+            if kind in (1, 4) and offset <= len(raw):  # whole, or the last piece
                 records.append(Record.FromString(buffer))
                 buffer = b""
     return records

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import check_trusted
-from qlora.errors import ConfigError, UserError
+from qlora.errors import DataError, UserError
 from qlora.evaluation.metrics import check_library_metric
 from qlora.runtime.user_code import import_function
 from qlora.upstream.lm_eval import ImportFunction, is_reader, restricted
@@ -45,7 +45,7 @@ def guarded(path: str | None, trusted: Sequence[str]) -> Iterator[None]:
 
     def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
         if is_reader(path) and path not in READERS:
-            raise ConfigError(f"{key}: dataset_path: {path} must be one of {', '.join(READERS)}, or name a data set")
+            raise DataError(f"{key}: dataset_path: {path} must be one of {', '.join(READERS)}, or name a data set")
         return load_any(path, *args, **kwargs)
 
     load_any = datasets.load_dataset

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from qlora.config.schema import GenerationConfig
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.evaluation.generation import Answer, generate, plan_batches, prompt_lengths
 from qlora.evaluation.metrics import Metric
 from qlora.evaluation.row_loss import Collate, measure_loss
@@ -172,7 +172,7 @@ def read_result(name: str, result: Any, rows: int) -> Measurement:
     """Returns what a metric function gave of `rows` answers as a measurement.
 
     It may be a number, one number a row, whose mean is measured, or a mapping: its numbers are called `NAME_KEY`.
-    Raises `ConfigError` for anything else.
+    Raises `DataError` for anything else.
     """
     if isinstance(result, Mapping):
         return Measurement({f"{name}_{key}": float(value) for key, value in result.items() if _is_number(value)})
@@ -184,7 +184,7 @@ def read_result(name: str, result: Any, rows: int) -> Measurement:
         score = None
     if score is None or len(score.values) != rows:
         given = f"{len(score.values)} numbers" if score else f"a {type(result).__name__}"
-        raise ConfigError(
+        raise DataError(
             f"evaluation.metrics: {name} must return a number, or one for each of the {rows} answers, got {given}"
         )
     return Measurement({name: score.estimate().value}, {name: score})

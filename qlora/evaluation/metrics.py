@@ -10,7 +10,7 @@ from typing import Any
 from qlora.config.registries.installed import installed_names
 from qlora.config.schema import METRIC_LIBRARY, metric_name
 from qlora.config.schema.evaluation import METRIC_GROUP
-from qlora.errors import ConfigError, ResourceError
+from qlora.errors import ConfigError, ResourceError, RunError
 from qlora.runtime.user_code import import_function
 
 Metric = Callable[[Sequence[str], Sequence[str]], float | Sequence[float] | Mapping[str, Any]]
@@ -65,7 +65,7 @@ def _from_library(name: str) -> Metric:
 
 
 def check_library_metric(name: str, setting: str) -> None:
-    """Raises `ConfigError` unless `evaluate` loads the metric from its authors' repositories on the hub.
+    """Raises a `UserError` unless `evaluate` loads the metric from its authors' repositories on the hub.
 
     For other names it would run a script of the working directory, or of anybody's repository.
     """
@@ -77,7 +77,7 @@ def check_library_metric(name: str, setting: str) -> None:
     kinds = ("metric", "comparison", "measurement")
     for path in (Path(name), *(Path(f"evaluate-{kind}") / name for kind in kinds)):
         if path.exists() or path.with_suffix(".py").exists():
-            raise ConfigError(
+            raise RunError(
                 f"{setting}: the library would run the code of {path.absolute()} instead of its own metric; start the "
                 "command in another folder, or name a function as module:function with trusted=[...]"
             )

@@ -7,18 +7,18 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 
 AUTO_CLASS = "AutoModelForCausalLM"
 
 
 def check_is_causal(model_config: Any, key: str) -> None:
-    """Raises `ConfigError` unless transformers builds a decoder-only causal language model from `model_config`.
+    """Raises `DataError` unless transformers builds a decoder-only causal language model from `model_config`.
 
     `key` is the key and value that name the model, e.g. `model.name=bert-base-cased`.
     """
     if (reason := _why_not_causal(model_config)) is not None:
-        raise ConfigError(
+        raise DataError(
             f"{key} is not a decoder-only causal language model: {model_config.model_type} {reason}; choose a base "
             "that predicts the next token, such as a Llama, Qwen or Mistral"
         )

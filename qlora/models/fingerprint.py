@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qlora.config.schema import Weights
-from qlora.errors import DataError
+from qlora.errors import DamagedFile, DataError
 from qlora.models.json_files import read_object
 from qlora.models.model_files import EMBEDDED
 from qlora.runtime.atomic_files import read_json, write_text
@@ -215,7 +215,7 @@ def read_run_base(run: RunFolder) -> Base | None:
         settings = model.get("random") or read_json(run.path / "drawn.json")
         digest = model.get("fingerprint") if settings is None else fingerprint_random(settings)
         return Base(model.get("name", config["name"]), model.get("revision"), digest, settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (DamagedFile, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{run.manifest} is damaged ({type(error).__name__}: {error}), and nothing else says which base the run "
             "was trained on; copy the run again, or choose another folder"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, __version__
 
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DataError, UserError
 from qlora.models.finite import first_nonfinite_module
 from qlora.models.outputs import plain_ids
 from qlora.runtime.device import Placement
@@ -16,7 +16,7 @@ from qlora.runtime.device import Placement
 
 @torch.no_grad()
 def try_base(model: PreTrainedModel, key: str, placement: Placement) -> None:
-    """Raises `ConfigError` if a forward pass fails or gives numbers that are NaN; `key` names the model.
+    """Raises a `UserError` if a forward pass fails or gives numbers that are NaN; `key` names the model.
 
     It runs in the precision of training. A lack of memory is raised as it is.
     """
@@ -31,7 +31,7 @@ def try_base(model: PreTrainedModel, key: str, placement: Placement) -> None:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise ConfigError(
+        raise DataError(
             f"{key}: transformers {__version__} cannot run this {model.config.model_type} ({_first_line(error)}); its "
             "config.json does not fit, or that version has a fault: try another revision of the model"
         ) from error
@@ -41,17 +41,19 @@ def try_base(model: PreTrainedModel, key: str, placement: Placement) -> None:
 
 def explain_nonfinite(
     model: PreTrainedModel, key: str, placement: Placement, forward: Callable[[], Any], what: str
-) -> ConfigError:
+) -> UserError:
     """Returns the error for a base whose weights are finite and whose results in `forward` are not."""
     module = first_nonfinite_module(model, forward)
     where = f", first those of its module {module}" if module else ""
     dtype = str(placement.compute_dtype).removeprefix("torch.")
+    kind: type[UserError] = DataError
     if placement.compute_dtype is torch.float16:
+        kind = ConfigError
         remedy = "computing in float16 overflows, most likely; set quantization.compute_dtype=bf16 or fp32"
     else:
         remedy = f"its weights are finite, so its config.json does not fit them, or {dtype} is too narrow; choose " \
                  "another base, or quantization.compute_dtype=fp32"  # fmt: skip
-    return ConfigError(f"{key}: {what} NaN or infinite before anything is trained{where}: {remedy}")
+    return kind(f"{key}: {what} NaN or infinite before anything is trained{where}: {remedy}")
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ CONFIG = "config.json"
 def load_model_config(config: ModelConfig) -> Any:
     """Returns transformers' config object of the base model; reads or downloads `config.json` only.
 
-    Raises `ConfigError` unless it describes a decoder-only causal language model.
+    Raises `DataError` unless it describes a decoder-only causal language model.
     """
     folder = locate(config.name)
     if is_local(folder):

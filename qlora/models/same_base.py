@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from qlora.config.schema import Config, SameBase, Weights
-from qlora.errors import ConfigError
+from qlora.errors import DataError
 from qlora.models import random_weights
 from qlora.models.fingerprint import Base, find_difference, fingerprint_random, fingerprint_weights
 from qlora.models.weight_files import fetch_weights
@@ -30,7 +30,7 @@ def identify_base(config: Config, model_config: Any, placement: Placement) -> Ba
 def check_base(user: str, trained: Base, present: Base, same_base: SameBase, *, otherwise: str = "") -> bool:
     """Returns whether `present` is the base that `user` was trained on, as far as it is known.
 
-    Raises `ConfigError` if it is another one; `otherwise` adds a way out to its message. With `base=force`, and where
+    Raises `DataError` if it is another one; `otherwise` adds a way out to its message. With `base=force`, and where
     there is no fingerprint to compare, that is a warning.
     """
     difference = find_difference(trained, present)
@@ -42,5 +42,5 @@ def check_base(user: str, trained: Base, present: Base, same_base: SameBase, *, 
     elif same_base is SameBase.force:
         log.warning("base=force: %s", what)
     else:
-        raise ConfigError(f"{what}; {difference.remedy}{otherwise}, or use it in spite of that with base=force")
+        raise DataError(f"{what}; {difference.remedy}{otherwise}, or use it in spite of that with base=force")
     return not difference.is_certain

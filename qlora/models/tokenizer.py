@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
 from qlora.config.schema import ModelConfig
-from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.json_shapes import TOKENIZER_JSON
 from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
@@ -68,14 +68,14 @@ def _read(source: str, key: str, *, gated: bool = False, **options: Any) -> PreT
 
 
 def _check_class(folder: Path, key: str) -> None:
-    """Raises `ConfigError` where a tokenizer is said to be something else of transformers, which would be loaded."""
+    """Raises `DataError` where a tokenizer is said to be something else of transformers, which would be loaded."""
     name = (read_json(folder / "tokenizer_config.json") or {}).get("tokenizer_class")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     is_tokenizer = isinstance(kind, type) and (
         issubclass(kind, PreTrainedTokenizerBase) or "tokenization_" in kind.__module__
     )
     if kind is not None and not is_tokenizer:
-        raise ConfigError(
+        raise DataError(
             f"{key}={folder}: tokenizer_config.json says tokenizer_class={name!r}, which is not a tokenizer; correct it"
         )
 
@@ -107,7 +107,7 @@ def load_saved_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """Loads the tokenizer that a training saved in the folder of an adapter or a model; None: there is none.
 
-    Its chat template may be another than that of `tokenizer`, which is what the base has now. Raises `ConfigError`
+    Its chat template may be another than that of `tokenizer`, which is what the base has now. Raises `DataError`
     where a token has another id, so that the weights would read other words than they were trained on.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -115,7 +115,7 @@ def load_saved_tokenizer(
     saved = _read(str(folder), "adapter", trust_remote_code=config.trust_remote_code)
     if difference := _find_difference(saved, tokenizer):
         base = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}"
-        raise ConfigError(
+        raise DataError(
             f"adapter={folder} was trained with another tokenizer than {base}: {difference}; give the base it was "
             f"trained on, or model.tokenizer={folder}"
         )
@@ -150,7 +150,7 @@ def hub_error(key: str, source: str, error: Exception, *, gated: bool = False) -
         return unreadable(f"{key}={source}", "config.json" if key == "model.name" else "its tokenizer", error)
     near = did_you_mean(source, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
-    return ConfigError(
+    return ResourceError(
         f"{key}={source}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name "
         f"and the network{gate}, or give a local folder with model.name=FOLDER"
     )
@@ -184,7 +184,7 @@ def repair_special_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any)
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int) -> dict[int, str]:
     """Returns the tokens, by their ids, that a base with embeddings for `rows` tokens has none for.
 
-    Those of `model.new_tokens` get one, and no text needs to hold the special ones. Raises `ConfigError` if there are
+    Those of `model.new_tokens` get one, and no text needs to hold the special ones. Raises `DataError` if there are
     others: the tokenizer is another model's then.
     """
     vocabulary = tokenizer.get_vocab()
@@ -193,7 +193,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, ro
     added = tokenizer.get_added_vocab()
     if ordinary := [token for token in beyond.values() if token not in added]:
         key = f"model.tokenizer={config.tokenizer}" if config.tokenizer else f"model.name={config.name}: its tokenizer"
-        raise ConfigError(
+        raise DataError(
             f"{key} has {len(vocabulary):,} tokens, and the base {config.name} has embeddings for {rows:,}, so it "
             f"belongs to another model ({ordinary[0]!r} is the first without one); give that of the "
             "base as model.tokenizer"
@@ -203,10 +203,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, ro
 
 def refuse_token(
     tokenizer: PreTrainedTokenizerBase, config: ModelConfig, rows: int, token: str, beyond: Sequence[str]
-) -> ConfigError:
+) -> DataError:
     """Returns the error for rows of text that hold a token without an embedding."""
     remedy = shlex.quote(f"model.new_tokens={json.dumps([*config.new_tokens, *beyond], ensure_ascii=False)}")
-    return ConfigError(
+    return DataError(
         f"the rows hold {token!r}, one of {len(tokenizer.get_vocab()):,} tokens of the tokenizer, but the base "
         f"{config.name} has embeddings for {rows:,}; train one with {remedy}, or take the token out of the data and "
         "its template"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean, require
+from qlora.errors import ConfigError, DataError, did_you_mean
+from qlora.text import brief
 
 
 @dataclass(frozen=True)
@@ -152,23 +153,24 @@ class Shape:
 def read_shape(settings: Mapping[str, Any], where: str) -> Shape:
     """Returns the shape that `model.architecture` or a `config.json` describes; `where` names it in errors.
 
-    Raises `ConfigError` for an architecture that is not known here, and for a size that is missing.
+    Raises `DataError` for an architecture that is not known here, and for a size that is missing.
     """
     text = settings.get("text_config")
     settings = text if isinstance(text, Mapping) else settings
     kind = str(settings.get("model_type"))
     if kind not in FAMILIES:
-        raise ConfigError(
+        raise DataError(
             f"{where}: task=plan does not know the model type {kind!r}{did_you_mean(kind, FAMILIES)}; it knows "
             f"{', '.join(FAMILIES)}"
         )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [name for name in sizes if settings.get(name) is None]:
-        raise ConfigError(f"{where}: {missing[0]} is missing, so the model's size is unknown; give it as a number")
+        raise DataError(f"{where}: {missing[0]} is missing, so the model's size is unknown; give it as a number")
     for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = settings.get(name)
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        require(value is None or is_size, f"{where}: {name}", "be a positive whole number", value)
+        if not (value is None or is_size):
+            raise DataError(f"{where}: {name} must be a positive whole number, got {brief(value)}")
     hidden, intermediate, layers, heads, vocabulary = (int(settings[name]) for name in sizes)
     family = FAMILIES[kind]
     tied = settings.get("tie_word_embeddings")

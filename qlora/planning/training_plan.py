@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora.config.options import model_presets
 from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
@@ -93,7 +93,7 @@ class Plan:
 
 
 def build_plan(config: Config) -> Plan:
-    """Returns the plan of a training run; raises `ConfigError` where a part of it is not known."""
+    """Returns the plan of a training run; raises a `UserError` where a part of it is not known."""
     card = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
@@ -110,7 +110,7 @@ def build_plan(config: Config) -> Plan:
 def find_shape(config: Config) -> Shape:
     """Returns the shape of `model.architecture`, or of the `config.json` of another model than a preset's.
 
-    Raises `ConfigError` for one that cannot be had.
+    Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
     model = config.model
     architecture = asdict(model.architecture) if model.architecture is not None else None
@@ -184,7 +184,7 @@ def _smaller(config: Config) -> dict[str, Shape]:
 
 def _read_config(path: Path, name: str) -> Mapping[str, Any]:
     if not path.is_file():
-        raise _no_config(name, f"{path} is missing")
+        raise DataError(_no_config(name, f"{path} is missing"))
     return read_object(path, f"model.name={name}")
 
 
@@ -195,13 +195,13 @@ def _download_config(config: Config) -> Mapping[str, Any]:
     try:
         path = hf_hub_download(model.name, "config.json", revision=model.revision, cache_dir=model.cache_dir)
     except (OSError, ValueError) as error:
-        raise _no_config(model.name, str(error)) from error
+        raise ResourceError(_no_config(model.name, str(error))) from error
     return _read_config(Path(path), model.name)
 
 
-def _no_config(name: str, reason: str) -> ConfigError:
+def _no_config(name: str, reason: str) -> str:
     first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else "no reason given"
-    return ConfigError(
-        f"model.name={name}: its config.json cannot be had ({first}); choose a preset with model=NAME, or give the "
+    return (
+        f"model.name={name}: its config.json is not available ({first}); choose a preset with model=NAME, or give the "
         "shape with model.weights=random and model.architecture.* fields"
     )

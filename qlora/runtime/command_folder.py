@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from qlora.config.compose import START_VARIABLE
-from qlora.errors import RunError
+from qlora.errors import ResourceError, RunError
 from qlora.runtime.folder_lock import is_locked
 
 AT_START = (".hydra", "train.log", ".lock", "status.json", "config.yaml", "multirun.yaml", "study.db")
@@ -89,7 +89,7 @@ def check_links(folder: Path) -> None:
 
 
 def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
-    """Returns the start of a command in a folder, which is there then; raises `RunError` where none can be."""
+    """Returns the start of a command in a folder, which exists then; raises a `UserError` where none can be."""
     try:
         start = Start(folder, is_sweep=is_sweep)
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
         probe.unlink()
     except OSError as error:
         key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-        raise RunError(
+        raise ResourceError(
             f"the run folder {folder} cannot be written ({error.strerror}); choose another folder with {key}=FOLDER"
         ) from error
     return start

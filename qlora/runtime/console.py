@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from qlora.errors import ConfigError
+from qlora.errors import RunError
 from qlora.runtime import distributed
 from qlora.secrets import hide
 from qlora.text import format_metric, prompt_core, shorten, visible
@@ -69,9 +69,9 @@ class LogFile(logging.FileHandler):
     """A log file that may lose lines while the disk is full; what matters waits for space."""
 
     def __init__(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Opens the file; raises `ConfigError` for a link, by which a folder that was sent could lead elsewhere."""
+        """Opens the file; raises `RunError` for a link, by which a folder that was sent could lead elsewhere."""
         if Path(filename).is_symlink():
-            raise ConfigError(f"{filename} is a link to another file, which a run would write to; remove it")
+            raise RunError(f"{filename} is a link to another file, which a run would write to; remove it")
         super().__init__(filename, *args, **kwargs)
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from qlora.config.schema import TrainerConfig
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, RunError
 from qlora.upstream.torch_models import deterministic_inductor
 
 WORKSPACE, SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -26,14 +26,14 @@ def deterministic(config: TrainerConfig) -> Iterator[None]:
     """Restricts torch to deterministic algorithms inside the block, if `config` asks for it.
 
     cuDNN's attention, which accumulates in any order, is replaced by FlashAttention with a fixed order, and Inductor
-    measures no kernels. Raises `ConfigError` for an operation without a deterministic algorithm, and if CUDA has
-    started without it.
+    measures no kernels. Raises `ConfigError` for an operation without a deterministic algorithm, and
+    `RunError` if CUDA has started without it.
     """
     if not config.deterministic:
         yield
         return
     if torch.cuda.is_initialized() and WORKSPACE not in os.environ:
-        raise ConfigError(
+        raise RunError(
             f"trainer.deterministic=true: CUDA has already started in this process; set {WORKSPACE}={SETTING} before "
             "it starts, or run in a new process"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qlora.config.schema import ComputeDtype, Device
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError
 from qlora.runtime import distributed
 from qlora.upstream.torch_models import cpu_computes_bf16
 
@@ -49,7 +49,7 @@ def planned_dtype(plan: dict[str, torch.dtype], name: str, otherwise: torch.dtyp
 def find_device(requested: Device) -> torch.device:
     """Returns the device of `device=`; `auto` takes the first accelerator there is.
 
-    ROCm builds of torch answer to the name `cuda`. Raises `ConfigError` for a device that is not there.
+    ROCm builds of torch answer to the name `cuda`. Raises `ResourceError` for a device that is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "cpu": True}
     if requested is Device.auto:
@@ -58,7 +58,7 @@ def find_device(requested: Device) -> torch.device:
         kind = requested.value
     else:
         present = " and ".join(kind for kind, is_there in there.items() if is_there)
-        raise ConfigError(
+        raise ResourceError(
             f"device={requested.value}: torch {torch.__version__} sees no such device here, only {present}; use "
             "device=auto, or install a torch build and driver for it"
         )
@@ -66,7 +66,7 @@ def find_device(requested: Device) -> torch.device:
         return torch.device("cpu")
     number, count = distributed.local_rank(), getattr(torch, kind).device_count()
     if number >= count:
-        raise ConfigError(
+        raise ResourceError(
             f"device={requested.value}: process {number + 1} of this machine has no GPU of its own, there are {count}; "
             f"launch {count} (torchrun --nproc-per-node {count}), or use device=cpu"
         )

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora.errors import ConfigError, ResourceError, RunError
+from qlora.errors import ResourceError, RunError
 from qlora.secrets import hide
 
 T = TypeVar("T")
@@ -131,20 +131,20 @@ def _prefix_of_this_start(store: Any) -> Any:
 def _check_environment() -> None:
     for name in OTHER_COUNTS:
         if _read_int(name) > world_size():
-            raise ConfigError(
+            raise RunError(
                 f"{_read_int(name)} processes of this command were launched ({name}), but they know of only "
                 f"{world_size()} (WORLD_SIZE), so each would train alone; "
                 f"{LAUNCH_HINT} (on several machines: one torchrun on each)"
             )
     if world_size() > 1 and (missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
                                    if not os.environ.get(name)]):  # fmt: skip
-        raise ConfigError(
+        raise RunError(
             f"WORLD_SIZE={world_size()} says that {world_size()} processes train together, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set; {LAUNCH_HINT}, or unset WORLD_SIZE"
         )
     for name, instead in (("FSDP", "choose trainer.parallel=fsdp"), ("DEEPSPEED", "DeepSpeed is not supported")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
-            raise ConfigError(
+            raise RunError(
                 f"accelerate's own config asks for {name} (ACCELERATE_USE_{name}), which would take the model out of "
                 f"this run's hands; {instead}, and launch with accelerate launch --multi_gpu -m qlora ..."
             )

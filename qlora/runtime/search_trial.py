@@ -75,7 +75,7 @@ class TrialLink:
             assert self.storage is not None
             return self.storage
         if not (url := os.environ.get(self.variable)):
-            raise ConfigError(
+            raise ResourceError(
                 f"hydra.sweeper.storage=${{oc.env:{self.variable}}}: the job does not have the variable "
                 f"{self.variable}; export it where jobs run"
             )

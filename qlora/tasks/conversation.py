@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from rich.text import Text
 
 from qlora.config.paths import expand_home
-from qlora.errors import ConfigError, UserError, did_you_mean
+from qlora.errors import ConfigError, ResourceError, UserError, did_you_mean
 from qlora.runtime import console
 
 if TYPE_CHECKING:  # which import torch
@@ -78,7 +78,7 @@ class Chat:
         return "base> " if self.base else "> "
 
     def hear(self, entered: Entered) -> None:
-        """Does a command or answers a message; raises `ConfigError` where it cannot, and then nothing has changed."""
+        """Does a command or answers a message; raises a `UserError` where it cannot, and then nothing has changed."""
         if entered.text.startswith("/") and not entered.quoted:
             self._do(*entered.text.split(None, 1))
         elif entered.text.strip():
@@ -129,13 +129,13 @@ class Chat:
 
     def _do(self, name: str, argument: str = "") -> None:
         if name not in COMMANDS:
-            raise ConfigError(
+            raise UserError(
                 f"there is no command {name}{did_you_mean(name, COMMANDS)}; /help lists them, and a message that "
                 f"begins with / goes between {QUOTE} and {QUOTE}"
             )
         takes, _ = COMMANDS[name]
         if argument and not takes:
-            raise ConfigError(f"{name} takes nothing behind it, got {argument!r}")
+            raise UserError(f"{name} takes nothing behind it, got {argument!r}")
         getattr(self, f"_{name[1:]}")(*([argument] if takes else []))
 
     def _help(self) -> None:
@@ -157,12 +157,12 @@ class Chat:
             self._encode([{"role": "user", "content": "?"}])
         except UserError as error:
             self.system = previous
-            raise ConfigError(f"/system: this chat template has no place for a system text ({error})") from error
+            raise UserError(f"/system: this chat template has no place for a system text ({error})") from error
         self.say("the system text is set" if self.system else "there is no system text any more")
 
     def _base(self) -> None:
         if not self.model.has_adapter:
-            raise ConfigError(
+            raise UserError(
                 "/base: there is no adapter to switch off; adapter=FOLDER of an adapter brings one, a fully finetuned "
                 "model has none"
             )
@@ -171,7 +171,7 @@ class Chat:
 
     def _retry(self) -> None:
         if not self.turns:
-            raise ConfigError("/retry: nothing was asked yet")
+            raise UserError("/retry: nothing was asked yet")
         last, answered = self.turns[-2:], False
         del self.turns[-2:]
         self.first = min(self.first, len(self.turns))
@@ -183,16 +183,16 @@ class Chat:
 
     def _save(self, name: str) -> None:
         if not self.turns:
-            raise ConfigError("/save: nothing was said yet")
+            raise UserError("/save: nothing was said yet")
         path = expand_home(name, "/save")
         if path.suffix != ".jsonl":
-            raise ConfigError("/save adds the conversation as a line of JSON; name a file FILE.jsonl")
+            raise UserError("/save adds the conversation as a line of JSON; name a file FILE.jsonl")
         system = [{"role": "system", "content": self.system}] if self.system else []
         line = json.dumps({"messages": [*system, *self.turns]}, ensure_ascii=False) + "\n"
         try:
             self._saved = _write_line(path, line.encode(), self._saved)
         except OSError as error:
-            raise ConfigError(f"/save: {path} cannot be written ({error.strerror}); choose another file") from error
+            raise ResourceError(f"/save: {path} cannot be written ({error.strerror}); choose another file") from error
         self.file = path
         self.say(f"saved to {path}; train on it with data=local data.path={path}")
 

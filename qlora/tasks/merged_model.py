@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from qlora.adapters.adapted import split_adapter
 from qlora.adapters.merge_tensors import Adapted, Merger
 from qlora.config.schema import ComputeDtype, Config, MergeBase
-from qlora.errors import ConfigError
+from qlora.errors import ResourceError, RunError
 from qlora.evaluation.parity import Parity, compare, compare_records, record
 from qlora.models.model_files import locate
 from qlora.models.tokenizer import save_tokenizer
@@ -65,10 +65,10 @@ class Merge:
     """The run's, by which a server shall know the model."""
 
     def run(self, target: Path, report: Path) -> dict[str, Any]:
-        """Writes the model to the folder `place` and the comparison to `report`, and returns the comparison.
+        """Writes the model to the folder `target` and the comparison to `report`, and returns the comparison.
 
-        What was in `place` stays until the new model is whole and close enough. Raises `ConfigError`, and leaves
-        nothing but the report, where it is not, and where the disk is too small.
+        The previous files of `target` stay until the new model is whole and close enough. Raises `RunError`, and leaves
+        only the report, where it is not close enough; raises `ResourceError` where the disk is too small.
         """
         started = time.monotonic()
         names = ModelNames(self.model_config, trust_remote_code=self.config.model.trust_remote_code)
@@ -104,7 +104,7 @@ class Merge:
             }
             write_json(report, comparison)
             if not comparison["accepted"]:  # also where it is NaN
-                raise ConfigError(self._refusal(parity, merger.errors, limit))
+                raise RunError(self._refusal(parity, merger.errors, limit))
             write_json(partial / REPORT, comparison)
         return comparison
 
@@ -160,12 +160,12 @@ class Merge:
         return max(limit, 2 * (rounding or 0.0))
 
     def _check_space(self, folder: Path, names: ModelNames) -> None:
-        """Raises `ConfigError` if the weights and what they are compared with do not fit on the disk."""
+        """Raises `ResourceError` if the weights and what they are compared with do not fit on the disk."""
         vocabulary = max(len(self.tokenizer), self.model_config.get_text_config().vocab_size)
         compared = sum(map(len, self.prompts)) * vocabulary * (torch.float32.itemsize + self.dtype.itemsize)
         needed, free = names.count * self.dtype.itemsize + compared, shutil.disk_usage(folder).free
         if needed > free:
-            raise ConfigError(
+            raise ResourceError(
                 f"task=merge needs {needed / 1e9:.3g} GB in {folder}, where {free / 1e9:.3g} GB are free; free some, "
                 "or choose another folder with hydra.run.dir=FOLDER"
             )
@@ -309,7 +309,7 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
-            raise ConfigError(
+            raise ResourceError(
                 f"the disk of {target.parent} became full while the model was written, and nothing of it is left; free "
                 "some space, or choose another folder with hydra.run.dir=FOLDER"
             ) from error

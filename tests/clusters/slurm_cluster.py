@@ -136,14 +136,14 @@ def _find(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _run(environment: dict[str, str], program: str, *words: str) -> str:
+def _run(environment: dict[str, str], program: str, *args: str) -> str:
     path = _find(program)
     assert path is not None
     done = subprocess.run(
-        [path, *words], env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        [path, *args], env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, [program, *words], done.stdout, done.stderr)
+        raise subprocess.CalledProcessError(done.returncode, [program, *args], done.stdout, done.stderr)
     return done.stdout
 
 
@@ -165,17 +165,17 @@ def _wait(condition: Callable[[], bool], folder: Path, complaint: str) -> None:
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
 if __name__ == "__main__":
-    command, place = sys.argv[1], Path(sys.argv[2]).absolute()
+    command, folder = sys.argv[1], Path(sys.argv[2]).absolute()
     if command == "start":
         reason = why_not()
         if reason is not None:
             sys.exit(reason)
-        print(f"export SLURM_CONF={start(place)['SLURM_CONF']}")
+        print(f"export SLURM_CONF={start(folder)['SLURM_CONF']}")
     else:
-        stop(place)
+        stop(folder)

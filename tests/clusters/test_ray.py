@@ -129,8 +129,8 @@ def test_a_ray_of_the_command_alone_is_started_beside_a_cluster_that_runs(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    own = RayParts(init={"address": None, "resources": {"own": 1}}, remote={"num_gpus": 0, "resources": {"own": 1}})
-    ended = run([task(tmp_path / "job")], RaySettings(ray=own))
+    local = RayParts(init={"address": None, "resources": {"own": 1}}, remote={"num_gpus": 0, "resources": {"own": 1}})
+    ended = run([task(tmp_path / "job")], RaySettings(ray=local))
     assert ended["job"].status is Status.finished
 
 

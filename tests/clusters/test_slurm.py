@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM of two nodes: every end is told, warned jobs go on, nothing is submitted twice."""
+"""Jobs on a real SLURM of two nodes: every end is reported, warned jobs resume, nothing is submitted twice."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(
     return ended
 
 
-def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path, on_slurm: dict[str, str]) -> None:
+def test_every_kind_of_end_is_reported_and_the_others_continue(tmp_path: Path, on_slurm: dict[str, str]) -> None:
     ends = {
         "fine": "pass",
         "raises": "raise ValueError('no such thing')",

@@ -128,7 +128,7 @@ def test_the_cure_works_and_is_home_to_every_library(command: Command, tmp_path:
 
 
 @pytest.mark.usefixtures("homeless")
-def test_a_homeless_doctor_tells_the_cure(command: Command, tmp_path: Path) -> None:
+def test_without_a_home_folder_the_doctor_names_the_remedy(command: Command, tmp_path: Path) -> None:
     code, said = command("task=doctor")
     assert code == 1
     lines = said.splitlines()
@@ -260,7 +260,7 @@ def test_paths_of_a_config_are_anchored_and_names_are_not(tmp_path: Path) -> Non
     assert config.tracking.uri == f"sqlite:///{tmp_path}/a.db"
 
 
-def test_in_a_folder_of_its_own_a_run_needs_the_place_of_its_mlflow_database(
+def test_in_a_folder_of_its_own_a_run_needs_the_path_of_its_mlflow_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

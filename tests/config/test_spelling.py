@@ -186,7 +186,7 @@ def test_numbers_booleans_and_dates_are_told_from_texts(tmp_path: Path, texts: t
         ).removeprefix("!!str ") + ("\n" if "|" in word else "")
 
 
-def test_files_of_groups_are_read_by_their_place_and_by_their_head(tmp_path: Path) -> None:
+def test_files_of_groups_are_read_by_their_path_and_by_their_head(tmp_path: Path) -> None:
     assert "line 2: data.path must be a text" in refusal(tmp_path, "name: x\npath: 007\n", "data/mine")
     assert "line 2: data.path must be a text" in refusal(tmp_path, "# @package data\npath: 007\n", "mine/deep/set")
     assert "line 1: name must be a text" in refusal(tmp_path, "name: 007\n", "recipe/llama-7b_mine")

@@ -59,10 +59,10 @@ def message(cache: Cache) -> Callable[..., str]:
     """Returns the sentence of the error, after which the cache must be as it was before."""
 
     def fail(path: Path | str, **arguments: Any) -> str:
-        before = sorted(cache.root.iterdir())
+        initial = sorted(cache.root.iterdir())
         with pytest.raises(UserError) as caught:
             load_rows(str(path), cache=cache, **arguments)
-        assert sorted(cache.root.iterdir()) == before
+        assert sorted(cache.root.iterdir()) == initial
         return str(caught.value)
 
     return fail

@@ -110,9 +110,9 @@ def test_a_forked_worker_that_is_terminated_leaves_its_parents_work_alone(cache)
 
 
 def test_the_handling_of_sigterm_is_as_before_afterwards(cache):
-    before = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     cache.entry("key", fill)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is previous
 
 
 def test_a_temporary_folder_stays_until_the_process_exits(tmp_path):

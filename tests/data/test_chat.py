@@ -323,8 +323,8 @@ def ids(text, base):
 
 def by_bytes(tokens, base):
     """Decodes ids of the byte tokenizer: each byte stays as it is."""
-    pieces = [bytes([i - 3]) if 3 <= i < 259 else base.convert_ids_to_tokens(i).encode() for i in tokens]
-    return b"".join(pieces).decode()
+    chunks = [bytes([i - 3]) if 3 <= i < 259 else base.convert_ids_to_tokens(i).encode() for i in tokens]
+    return b"".join(chunks).decode()
 
 
 # Which text is trained
@@ -773,7 +773,7 @@ def expected_call(function, family):
 
 def expected_turn(message, family):
     between = "\n" if family == "chatml" else " "
-    calls = [expected_call(each["function"], family) for each in message.get("tool_calls") or []]
+    calls = [expected_call(call["function"], family) for call in message.get("tool_calls") or []]
     return between.join(part for part in (message["content"].strip(), *calls) if part)
 
 

@@ -112,7 +112,7 @@ def test_a_function_call_that_is_no_json_is_an_error(value):
         conversations({"from": "human", "value": "a"}, {"from": "function_call", "value": value})
 
 
-def test_names_ids_reasoning_and_weights_go_on():
+def test_names_ids_reasoning_and_weights_are_kept():
     tool = {"role": "tool", "content": "1", "name": "add", "tool_call_id": "c1"}
     answer = {"role": "assistant", "content": "b", "reasoning_content": "r", "weight": 0}
     assert messages(USER, tool, answer) == [USER, tool, answer]

@@ -299,17 +299,17 @@ def test_errors_far_into_a_file_have_the_right_line(tmp_path, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "place"),
+    ("name", "content", "position"),
     [
         ("a.jsonl", '{"a": "1", "b": "2"}\n{"a": "1"}\n{"c": "3"}\n', "line 3"),
         ("a.json", '[{"a": "1", "b": "2"}, {"c": "3"}]', "element 1"),
     ],
 )
-def test_rows_that_share_no_column_with_those_before_are_refused(tmp_path, message, name, content, place):
+def test_rows_that_share_no_column_with_those_before_are_refused(tmp_path, message, name, content, position):
     (tmp_path / name).write_text(content)
     assert message(tmp_path / name) == (
-        f"data.path={tmp_path}/{name}, {place}: has the columns c, but the rows before it have a, b; all rows must be "
-        "of one kind"
+        f"data.path={tmp_path}/{name}, {position}: has the columns c, but the rows before it have a, b; all rows must "
+        "be of one kind"
     )
 
 
@@ -342,8 +342,8 @@ def test_what_does_not_print_is_in_no_message(tmp_path, message):
     sentence = message(tmp_path / "a.jsonl")
     assert sentence.isprintable()
     assert "has the columns b\\x00\\u202e, but the rows before it have a\\x07; all" in sentence
-    wide = {f"column {number}": 1 for number in range(500)}
-    write(tmp_path / "b.jsonl", [wide, {"other": 1}])
+    row = {f"column {number}": 1 for number in range(500)}
+    write(tmp_path / "b.jsonl", [row, {"other": 1}])
     assert "column 19 and 480 more; all rows must be of one kind" in message(tmp_path / "b.jsonl")
 
 
@@ -437,9 +437,9 @@ def test_ten_times_the_rows_need_no_more_memory(tmp_path):
         files = [write(tmp_path / f"{count}.{suffix}", [row] * count) for suffix in ("jsonl", "json", "csv", "parquet")]
         command = [sys.executable, "-c", MEASURE, str(tmp_path), str(count), *files]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        before, peak = map(int, done.stdout.split())
+        initial, peak = map(int, done.stdout.split())
         peaks.append(peak)
-        added.append(peak - before)
+        added.append(peak - initial)
     assert peaks[1] < 1.2 * peaks[0]
     assert added[1] < 1.5 * added[0], "what the imports need is not to hide it"
 

@@ -103,7 +103,7 @@ def load(name):
 
 def rename(row, columns):
     """Returns a row as `data.columns` reads it: the format's names first, then those of the set."""
-    return {wanted: row[found] for wanted, found in columns.items()} | {
+    return {name: row[column] for name, column in columns.items()} | {
         name: cell for name, cell in row.items() if name not in columns.values()
     }
 

@@ -1,4 +1,4 @@
-"""What a refusal tells a person to set works: each hint of each sentence is followed, and the rows are read."""
+"""Each remedy that a message names works: it is applied, and the rows are read."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_refusal_tells_to_set_works(case, tokenizer, tmp_path):
+def test_the_remedy_that_a_message_names_works(case, tokenizer, tmp_path):
     odd, changes = REFUSED[case]
     rows = odd * 8 if isinstance(odd, list) else [odd] * 16
     config = {

@@ -122,7 +122,7 @@ def test_a_pack_is_its_rows_with_positions_that_restart_and_no_label_across_a_bo
         expected = [rows[int(index)] for index in indices]
         assert item["input_ids"].tolist() == [token for row in expected for token in row["input_ids"]]
         assert item["labels"].tolist() == [label for row in expected for label in [-100, *row["labels"][1:]]]
-        assert item["position_ids"].tolist() == [place for row in expected for place in range(row["length"])]
+        assert item["position_ids"].tolist() == [position for row in expected for position in range(row["length"])]
     assert packed.lengths.tolist() == [len(item["input_ids"]) for item in packed]
     assert packed[-1]["input_ids"].tolist() == packed[len(packed) - 1]["input_ids"].tolist()
     with pytest.raises(IndexError):

@@ -280,10 +280,10 @@ def test_the_same_choices_use_the_tokens_of_the_first_time(tokenizer, make_confi
     ids=str,
 )
 def test_every_choice_that_changes_tokens_has_tokens_of_its_own(change, tokenizer, make_config, tmp_path):
-    own, shared = {"cache_dir": str(tmp_path / "own")}, {"cache_dir": str(tmp_path / "cache")}
+    fresh, shared = {"cache_dir": str(tmp_path / "own")}, {"cache_dir": str(tmp_path / "cache")}
     build_data(make_config(ROWS, **shared), tokenizer)
     try:
-        expected = build_data(make_config(ROWS, **change, **own), tokenizer).report
+        expected = build_data(make_config(ROWS, **change, **fresh), tokenizer).report
     except UserError as error:
         with pytest.raises(UserError, match=re.escape(str(error))):
             build_data(make_config(ROWS, **change, **shared), tokenizer)

@@ -31,10 +31,10 @@ def load(name):
     folder = REAL / ("llama" if name == "newer llama" else name)
     if not folder.is_dir():
         pytest.skip("no shared/data beside the checkout")
-    found = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
     if name == "newer llama":  # as Llama's `legacy=False`: a blank before a text, but none behind <s>
-        found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return found
+        loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return loaded
 
 
 @pytest.fixture(scope="module", params=["bytes", "no begin", "embedded", "llama", "newer llama", "gpt2", "pythia"])

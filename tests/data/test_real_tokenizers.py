@@ -43,9 +43,9 @@ def test_plain_text_has_the_ids_of_a_plain_call(real):
 
 
 def test_the_call_leaves_the_tokenizer_as_it_was(real):
-    before = real(real.eos_token)["input_ids"]
+    original = real(real.eos_token)["input_ids"]
     encode(real, (real.eos_token, True))
-    assert real(real.eos_token)["input_ids"] == before
+    assert real(real.eos_token)["input_ids"] == original
 
 
 @pytest.mark.parametrize(

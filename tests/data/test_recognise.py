@@ -253,13 +253,13 @@ def test_a_function_that_leaves_out_the_sample_is_read_row_by_row(write_module):
 
 
 @pytest.mark.parametrize(
-    ("returned", "shown"),
+    ("returned", "kind"),
     [("'a'", "str"), ("5", "int"), ("[{'text': 'a'}, 'b']", "a list with str"), ("('a',)", "tuple")],
 )
-def test_a_function_that_returns_no_row_is_an_error(write_module, returned, shown):
+def test_a_function_that_returns_no_row_is_an_error(write_module, returned, kind):
     path = write_module(f"def f(row):\n    return {returned}\n") + ":f"
     assert refuse(path, {"n": 1}) == (
-        f"data.format={path}: returned {shown} for a row; it must return a row (dict), a list of rows, or None to "
+        f"data.format={path}: returned {kind} for a row; it must return a row (dict), a list of rows, or None to "
         "leave the row out"
     )
 

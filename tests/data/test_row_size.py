@@ -66,11 +66,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_row_of_a_file_is_named(form, tmp_path, message, load):
-    write, name, place = FORMS[form]
+    write, name, position = FORMS[form]
     write(tmp_path / name, rows_of(LONG))
     said = message(tmp_path / name, max_row_bytes=LIMIT)
-    shown = f"data.path={tmp_path / name}"
-    assert said.startswith((f"{shown}, {place}: the row has", f"{shown}: {place}: the row has"))
+    label = f"data.path={tmp_path / name}"
+    assert said.startswith((f"{label}, {position}: the row has", f"{label}: {position}: the row has"))
     assert "more than 2,000 bytes" in said
     assert said.endswith("; if it is meant to be so long, raise data.max_row_bytes")
     assert len(load(tmp_path / name, max_row_bytes=4000)) == 3
@@ -110,26 +110,26 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_a_row_of_3_gb_is_refused_before_it_is_in_memory(name, tmp_path):
-    beginning, place = BEGINNINGS[name]
+    beginning, position = BEGINNINGS[name]
     path = tmp_path / name
     with path.open("w") as file:
         file.write(beginning)
         file.truncate(3_000_000_000)
-    assert_refused(path, place)
+    assert_refused(path, position)
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("rows.jsonl.gz", ", line 2"), ("rows.json.gz", ": element 1 of the array")]
+    ("name", "position"), [("rows.jsonl.gz", ", line 2"), ("rows.json.gz", ": element 1 of the array")]
 )
-def test_a_small_file_that_unpacks_to_a_long_row_is_refused_too(name, place, tmp_path):
+def test_a_small_file_that_unpacks_to_a_long_row_is_refused_too(name, position, tmp_path):
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         file.write(b'[{"text": "a"},\n{"text": "' if name == "rows.json.gz" else b'{"text": "a"}\n{"text": "')
         for _ in range(100):
             file.write(b"a" * 10**6)
-    assert_refused(tmp_path / name, place)
+    assert_refused(tmp_path / name, position)
 
 
-def assert_refused(path, place, most=8_000_000):
+def assert_refused(path, position, most=8_000_000):
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as caught:
@@ -137,7 +137,7 @@ def assert_refused(path, place, most=8_000_000):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert str(caught.value).startswith(f"data.path=x{place}: the row has more than {most:,} bytes")
+    assert str(caught.value).startswith(f"data.path=x{position}: the row has more than {most:,} bytes")
     assert peak < 6 * most
 
 

@@ -186,9 +186,9 @@ def test_a_hub_set_gives_the_first_of_the_held_out_splits(monkeypatch, load, mes
 
 
 def test_progress_bars_come_back_after_loading(message):
-    before = datasets.are_progress_bars_disabled()
+    initial = datasets.are_progress_bars_disabled()
     message("nobody/nothing")
-    assert datasets.are_progress_bars_disabled() == before
+    assert datasets.are_progress_bars_disabled() == initial
 
 
 def test_no_more_rows_than_the_limit_are_drawn(monkeypatch, load):

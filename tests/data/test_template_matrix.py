@@ -107,8 +107,8 @@ def test_the_loss_counts_what_trl_s_training_template_marks(family):
                 assert shape == "empty answer"
                 assert text.index("One?") < start < text.index("Two?")
                 continue
-            borders = [start, *(border for span in inside for border in span), end]
-            *leads, behind = (text[first:last] for first, last in zip(borders[::2], borders[1::2], strict=True))
+            bounds = [start, *(border for span in inside for border in span), end]
+            *leads, behind = (text[first:last] for first, last in zip(bounds[::2], bounds[1::2], strict=True))
             assert all(any(lead in prompt for prompt in prompts) for lead in leads), (shape, leads)
             assert not behind.strip() or (behind.strip() == writer.tokenizer.eos_token and end == len(text)), shape
         assert not spans, shape
@@ -121,8 +121,8 @@ def prompts_behind_messages(writer, conversation):
     messages = shape_messages(writer, conversation)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = messages[:index]
-            yield send(writer, before, conversation.tools).rpartition(before[-1]["content"] or "\0")[2]
+            earlier = messages[:index]
+            yield send(writer, earlier, conversation.tools).rpartition(earlier[-1]["content"] or "\0")[2]
 
 
 def marked_runs(writer, conversation):

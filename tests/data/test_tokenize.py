@@ -270,11 +270,11 @@ def test_rows_keep_to_any_limits(name, bos, train_on):
         # Labels stay with their tokens, and turns where they were.
         moved = [NO] * len(first) + whole.labels[whole.source - lead + len(first) : whole.source + rest]
         assert row.labels == [NO, *moved[1:]][: len(moved)]
-        for turn, before in zip(row.turns, whole.turns, strict=False):
-            assert turn.start == before.start - (whole.source - lead)
-            assert turn == before._replace(start=turn.start)
+        for turn, original in zip(row.turns, whole.turns, strict=False):
+            assert turn.start == original.start - (whole.source - lead)
+            assert turn == original._replace(start=turn.start)
             said = row.input_ids[turn.start :]
-            assert said == whole.input_ids[before.start : before.start + len(said)]
+            assert said == whole.input_ids[original.start : original.start + len(said)]
         assert row.turns[0].start == lead
         answered = isinstance(example, list) and any(segment.trained for segment in example)
         if answered and not row.cut_target and len(row.input_ids) > 1:

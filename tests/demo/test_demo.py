@@ -147,10 +147,10 @@ def test_documents_that_hold_no_story_end_in_an_answer_with_loss() -> None:
 
 def test_segments_tokenize_as_the_whole_document_does(tokenizer: Any) -> None:
     for document in documents(500, seed=6):
-        pieces = tokenizer([text for text, _ in document])["input_ids"]
+        chunks = tokenizer([text for text, _ in document])["input_ids"]
         whole = " ".join(text for text, _ in document)
-        assert list(chain(*pieces)) == tokenizer(whole)["input_ids"]
-        assert len(list(chain(*pieces))) <= LONGEST_DOCUMENT
+        assert list(chain(*chunks)) == tokenizer(whole)["input_ids"]
+        assert len(list(chain(*chunks))) <= LONGEST_DOCUMENT
 
 
 def test_shipped_tokenizer_is_what_the_builder_makes(tmp_path: Path) -> None:

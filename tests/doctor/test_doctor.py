@@ -30,8 +30,8 @@ def lines(check: Any, *overrides: str) -> list[Finding]:
 
 
 def named(findings: list[Finding], name: str) -> Finding:
-    [found] = [finding for finding in findings if finding.name == name]
-    return found
+    [match] = [finding for finding in findings if finding.name == name]
+    return match
 
 
 def test_a_healthy_machine_has_a_table_without_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,20 +57,20 @@ def test_what_is_wrong_ends_in_one_sentence_with_the_fix(tmp_path: Path) -> None
 def test_a_layer_of_every_architecture_trains() -> None:
     kinds = {preset["architecture"]["model_type"]: option for option, preset in model_presets().items()}
     for option in kinds.values():
-        found = lines(check_step, f"model={option}", "device=cpu")
-        assert [finding for finding in found if finding.status is not Status.ok] == [], option
+        findings = lines(check_step, f"model={option}", "device=cpu")
+        assert [finding for finding in findings if finding.status is not Status.ok] == [], option
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [["quantization=int8"], ["lora=none", "quantization=none"], ["lora=dora"], ["quantization=fp4"],
      ["trainer.fused_linear=true", "trainer.fused_loss=true", "quantization.compute=fp8"]],
-    ids=lambda words: words[0],
+    ids=lambda overrides: overrides[0],
 )  # fmt: skip
-def test_a_layer_trains_in_all_bits_and_parts(words: list[str]) -> None:
-    found = lines(check_step, "device=cpu", *words)
-    assert [finding for finding in found if finding.status is not Status.ok] == []
-    assert (named(found, "fused_linear").says == "on") is ("trainer.fused_linear=true" in words)
+def test_a_layer_trains_in_all_bits_and_parts(overrides: list[str]) -> None:
+    findings = lines(check_step, "device=cpu", *overrides)
+    assert [finding for finding in findings if finding.status is not Status.ok] == []
+    assert (named(findings, "fused_linear").says == "on") is ("trainer.fused_linear=true" in overrides)
 
 
 def test_gradients_that_an_evaluation_takes_away_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,17 +84,17 @@ def test_gradients_that_an_evaluation_takes_away_are_found(monkeypatch: pytest.M
         return plain(self, x.detach() if evaluated else x, *args, **kwargs)
 
     monkeypatch.setattr(Linear4bit, "forward", forward)
-    found = named(lines(check_step, "device=cpu", "lora.dropout=0"), "training step")
-    assert found.status is Status.error
-    assert "after an evaluation" in found.says
+    finding = named(lines(check_step, "device=cpu", "lora.dropout=0"), "training step")
+    assert finding.status is Status.error
+    assert "after an evaluation" in finding.says
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
 def test_the_trap_itself_is_found_where_a_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes, "disable_repacking", lambda model: None)
-    found = named(lines(check_step, "device=cpu"), "training step")
-    assert found.status is Status.error
-    assert "after an evaluation" in found.says
+    finding = named(lines(check_step, "device=cpu"), "training step")
+    assert finding.status is Status.error
+    assert "after an evaluation" in finding.says
 
 
 def test_weights_that_are_quantized_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,16 +104,16 @@ def test_weights_that_are_quantized_wrong_are_found(monkeypatch: pytest.MonkeyPa
         return torch.zeros(module.weight.quant_state.shape)
 
     monkeypatch.setattr(layers, "dequantize", decode)
-    found = named(lines(check_step, "device=cpu"), "training step")
-    assert found.status is Status.error
-    assert "4-bit weights are wrong by 100%" in found.says
+    finding = named(lines(check_step, "device=cpu"), "training step")
+    assert finding.status is Status.error
+    assert "4-bit weights are wrong by 100%" in finding.says
 
 
 def test_a_step_that_raises_is_a_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "build_random_base", lambda *_: 1 / 0)
-    [device, found] = lines(check_step, "device=cpu")
+    [device, finding] = lines(check_step, "device=cpu")
     assert device.name == "device"
-    assert (found.status, found.says, found.fix) == (Status.error, "ZeroDivisionError: division by zero", "fix")
+    assert (finding.status, finding.says, finding.fix) == (Status.error, "ZeroDivisionError: division by zero", "fix")
 
 
 def test_the_architecture_is_that_of_the_model_s_own_config(tmp_path: Path) -> None:
@@ -143,25 +143,25 @@ def test_known_bad_pairs_are_found_with_their_source(pair: versions.BadPair, ins
         for version in ("0.17.1", "0.44.1", "2.9.1", "3.2.0", "5.2.0"):
             if requirement.specifier.contains(version) and requirement.name not in installed:
                 installed[requirement.name] = version + ("+cu130" if requirement.name == "torch" else "")
-    found = [finding for finding in versions.check_versions() if pair.says in finding.says]
-    assert [finding.status for finding in found] == [pair.status]
-    assert pair.source in found[0].says
-    assert found[0].fix == pair.fix
+    findings = [finding for finding in versions.check_versions() if pair.says in finding.says]
+    assert [finding.status for finding in findings] == [pair.status]
+    assert pair.source in findings[0].says
+    assert findings[0].fix == pair.fix
 
 
 def test_a_version_that_another_package_refuses_is_found(installed: dict[str, str]) -> None:
     assert [finding.status for finding in versions.check_versions()] == [Status.ok]
     installed["huggingface_hub"] = "0.20.0"
-    found = list(versions.check_versions())
-    assert {finding.status for finding in found} == {Status.warning}
-    assert any("transformers asks for huggingface_hub" in finding.says for finding in found)
+    findings = list(versions.check_versions())
+    assert {finding.status for finding in findings} == {Status.warning}
+    assert any("transformers asks for huggingface_hub" in finding.says for finding in findings)
 
 
 def test_a_torch_that_cannot_be_imported_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what Python then raises is an ImportError
-    found = list(room.examine(compose(["task=doctor"]), tmp_path))
-    assert named(found, "torch").status is Status.error
-    names = {finding.name for finding in found}
+    findings = list(room.examine(compose(["task=doctor"]), tmp_path))
+    assert named(findings, "torch").status is Status.error
+    names = {finding.name for finding in findings}
     assert "training step" not in names
     assert {"disk", "write rights", "hub"} <= names
 
@@ -172,28 +172,28 @@ def test_a_driver_without_a_torch_for_it_is_found(monkeypatch: pytest.MonkeyPatc
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Fri Jan 10\n")
     monkeypatch.setattr(gpu_libraries, "DRIVER", driver)
     assert named(lines(gpu_libraries.check_torch), "gpu").status is Status.warning
-    found = named(lines(gpu_libraries.check_torch, "device=cuda"), "gpu")
-    assert found.status is Status.error
-    assert "570.86.10" in found.says
+    finding = named(lines(gpu_libraries.check_torch, "device=cuda"), "gpu")
+    assert finding.status is Status.error
+    assert "570.86.10" in finding.says
 
 
 def test_a_native_library_that_was_not_loaded_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no such file"))
-    found = named(lines(gpu_libraries.check_bitsandbytes, "device=cpu"), "bitsandbytes")
-    assert found.status is Status.warning
-    assert "no such file" in found.says
+    finding = named(lines(gpu_libraries.check_bitsandbytes, "device=cpu"), "bitsandbytes")
+    assert finding.status is Status.warning
+    assert "no such file" in finding.says
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = named(lines(gpu_libraries.check_bitsandbytes), "bitsandbytes")
-    assert found.status is Status.error
-    assert "python -m bitsandbytes" in found.fix
+    finding = named(lines(gpu_libraries.check_bitsandbytes), "bitsandbytes")
+    assert finding.status is Status.error
+    assert "python -m bitsandbytes" in finding.fix
 
 
 def test_a_missing_package_of_an_attention_is_found() -> None:
-    found = named(lines(check_support, "model.attn_implementation=flash_attention_2"), "attention")
-    assert found.status is Status.error
-    assert "flash_attn" in found.says
+    finding = named(lines(check_support, "model.attn_implementation=flash_attention_2"), "attention")
+    assert finding.status is Status.error
+    assert "flash_attn" in finding.says
 
 
 def test_a_full_disk_is_an_error_and_too_little_memory_a_warning(
@@ -201,18 +201,18 @@ def test_a_full_disk_is_an_error_and_too_little_memory_a_warning(
 ) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda _: 1000)
     monkeypatch.setattr(machine, "_host_memory", lambda: (1e9, "1 GB is free"))
-    words = ["model=llama-7b", "data=alpaca", "device=cpu"]
-    [disk] = lines(partial(machine.check_disk, folder=tmp_path), *words)
-    [memory] = lines(machine.check_memory, *words)
+    overrides = ["model=llama-7b", "data=alpaca", "device=cpu"]
+    [disk] = lines(partial(machine.check_disk, folder=tmp_path), *overrides)
+    [memory] = lines(machine.check_memory, *overrides)
     assert (disk.status, memory.status) == (Status.error, Status.warning)
     assert "trainer.save_total_limit" in disk.fix
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    [found] = lines(partial(machine.check_rights, folder=tmp_path), f"data.cache_dir={tmp_path}/file/cache")
-    assert found.status is Status.error
-    assert "data.cache_dir" in found.says
+    [finding] = lines(partial(machine.check_rights, folder=tmp_path), f"data.cache_dir={tmp_path}/file/cache")
+    assert finding.status is Status.error
+    assert "data.cache_dir" in finding.says
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
@@ -222,14 +222,14 @@ def test_a_gated_or_missing_base_is_found_without_a_network(monkeypatch: pytest.
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    [found] = lines(machine.check_hub, "model=llama-3.1-8b")
-    assert found.status is Status.error
-    assert "HF_HUB_OFFLINE" in found.says
+    [finding] = lines(machine.check_hub, "model=llama-3.1-8b")
+    assert finding.status is Status.error
+    assert "HF_HUB_OFFLINE" in finding.says
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    [found] = lines(machine.check_hub, "model=llama-3.1-8b")
-    assert "gated" in found.says
-    [found] = lines(machine.check_hub)
-    assert found.status is Status.ok
+    [finding] = lines(machine.check_hub, "model=llama-3.1-8b")
+    assert "gated" in finding.says
+    [finding] = lines(machine.check_hub)
+    assert finding.status is Status.ok
 
 
 def test_a_wandb_without_a_login_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ def test_a_wandb_without_a_login_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    [found] = lines(machine.check_tracking, "tracking=wandb")
-    assert found.status is Status.error
-    assert "wandb login" in found.says
-    [found] = lines(machine.check_tracking, "tracking=wandb", "tracking.mode=offline")
-    assert found.status is Status.ok
+    [finding] = lines(machine.check_tracking, "tracking=wandb")
+    assert finding.status is Status.error
+    assert "wandb login" in finding.says
+    [finding] = lines(machine.check_tracking, "tracking=wandb", "tracking.mode=offline")
+    assert finding.status is Status.ok
 
 
 def test_a_training_looks_before_it_starts_and_says_problems_only(

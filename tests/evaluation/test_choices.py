@@ -157,7 +157,7 @@ def test_one_forward_pass_reads_all_letters_of_a_prompt(tokenizer: Any) -> None:
     assert len(group.rows) == 1  # "▁" is read once for "▁A", "▁C" and "▁D", and "▁B" is looked up before it
 
 
-def test_rows_that_begin_alike_are_grouped_and_no_token_that_tells_an_answer_is_shared(tokenizer: Any) -> None:
+def test_rows_with_a_common_prefix_are_grouped_and_no_token_that_reveals_an_answer_is_shared(tokenizer: Any) -> None:
     prompts = prompts_that_begin_alike(tokenizer)
     groups = build_groups(prompts)
     assert [group.shared >= choices.SHARED_TOKENS for group in groups] == [False, True, True]

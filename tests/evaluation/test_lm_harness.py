@@ -72,9 +72,9 @@ def questions() -> list[dict[str, Any]]:
     """The held-out rows that ask for one of their words."""
     made = []
     for row in eval_rows():
-        words = row["input"].split()
-        if row["task"] in ("first", "last", "second", "longest") and len(set(words)) == len(words):
-            made.append({"prompt": PROMPT.format(**row), "choices": words, "answer": words.index(row["output"])})
+        tokens = row["input"].split()
+        if row["task"] in ("first", "last", "second", "longest") and len(set(tokens)) == len(tokens):
+            made.append({"prompt": PROMPT.format(**row), "choices": tokens, "answer": tokens.index(row["output"])})
     return made
 
 

@@ -189,7 +189,7 @@ def test_answers_are_counted_by_the_argument(model: LlamaForCausalLM) -> None:
     assert "exact_match" not in measurer().measure(model, answers=0).metrics
 
 
-def test_a_prediction_tells_its_row_and_its_lengths(model: LlamaForCausalLM) -> None:
+def test_a_prediction_records_its_row_and_its_lengths(model: LlamaForCausalLM) -> None:
     [first, second] = measurer().measure(model, answers=2).predictions
     assert (first["input"], first["reference"], second["reference"]) == ("p0", "r0", "r1")
     assert first["prompt"] == load_tokenizer(compose([]).model).decode(rows()[0]["prompt_ids"])

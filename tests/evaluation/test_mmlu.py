@@ -256,7 +256,7 @@ def test_a_subject_with_blanks_and_signs_becomes_the_end_of_a_metric_s_name(toke
     assert set(metrics) == {"mmlu_val_accuracy", "mmlu_val_loss", "mmlu_val_accuracy_U_S_history"}
 
 
-def test_a_record_tells_the_likelihood_of_every_letter(tokenizer: Any) -> None:
+def test_a_record_holds_the_likelihood_of_every_letter(tokenizer: Any) -> None:
     mmlu = build(invented(5), tokenizer)
     suite: Suite = mmlu
     records = suite.measure(small_model()).records

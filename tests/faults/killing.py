@@ -21,7 +21,7 @@ BEGUN = "begun.txt"
 
 
 def start(folder: Path, overrides: list[str], number: int = -1) -> BaseProcess:
-    """Starts a training; it kills itself when its write of this number begins."""
+    """Starts a training run, which kills itself when its write of this number begins."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qlora.run"])  # this module may not be on its path
     process = context.Process(target=train, args=(folder, overrides, number))
@@ -47,7 +47,7 @@ def train(folder: Path, overrides: list[str], number: int) -> None:
 
 @dataclass
 class Killer:
-    """Kills trainings at random, by the clock and at their writes in turn, until it has killed `total`."""
+    """Kills training runs at random, by the clock and at their writes in turn, until it has killed `total`."""
 
     total: int
     seconds: float

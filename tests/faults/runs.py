@@ -1,4 +1,4 @@
-"""Short trainings for fault tests: how they are started, what befalls them, and what they leave."""
+"""Short training runs for fault tests: how they start, which fault occurs, and which files they leave."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_rows(path: Path, count: int, word: str = "row") -> Path:
 
 
 def kinds(folder: Path) -> dict[str, list[str]]:
-    """Returns overrides for each way in which rows come to a training; `folder` gets what they read."""
+    """Returns overrides for each way in which rows reach a training run; `folder` gets what they read."""
     mix = write_rows(folder / "a.jsonl", 10), write_rows(folder / "b.jsonl", 8, "stone")
     return {
         "plain": ["trainer.group_by_length=false"],
@@ -83,7 +83,7 @@ class Fault(TrainerCallback):
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Has the next trainings of this process do something at the end of a step."""
+    """Makes the next training runs of this process call a function at the end of a step."""
     monkeypatch.setattr("qlora.training.callbacks.build_callbacks", lambda *_: [Fault(step, act)])
 
 

@@ -129,7 +129,7 @@ def test_a_row_that_is_no_text_is_named_before_any_training(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training."""
+    """A finished training run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(folder)
     return folder
@@ -146,12 +146,12 @@ def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
 ) -> None:
     restore(finished, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
-    before = tree(tmp_path / "run")
+    initial = tree(tmp_path / "run")
     with pytest.raises(
         DamagedFile, match=rf"/run/{name} is damaged \(.+\); put a whole copy in its place, or remove it"
     ):
         run(tmp_path / "run")
-    assert tree(tmp_path / "run") == before
+    assert tree(tmp_path / "run") == initial
 
 
 def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
@@ -184,7 +184,7 @@ def test_a_folder_that_is_removed_while_the_training_runs_is_written_whole_at_it
     with recorded(folder, ["lora.r=4"], "result.json"):
         run(folder)
     assert outcome(folder) == calm
-    assert f"{folder} was removed while the run went on; it is written again" in caplog.text
+    assert f"{folder} was removed while the run was at work; it is written again" in caplog.text
     for name in ("config.yaml", "manifest.json", "metrics.json", "history.json", "report.html", "README.md"):
         assert (folder / name).is_file(), name
     job = read_job(folder)

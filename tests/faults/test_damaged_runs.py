@@ -32,14 +32,14 @@ from tests.faults.damaging import damage, restore
 from tests.synthetic_runs import write_run
 
 
-def compose(words: Sequence[str]) -> Config:
+def compose(overrides: Sequence[str]) -> Config:
     """Returns the config of overrides; each is composed once only."""
-    return _composed(tuple(words))
+    return _composed(tuple(overrides))
 
 
 @functools.cache
-def _composed(words: tuple[str, ...]) -> Config:
-    return compose_anew(words)
+def _composed(overrides: tuple[str, ...]) -> Config:
+    return compose_anew(overrides)
 
 
 RANKS = ("8", "16", "32")
@@ -54,11 +54,11 @@ def write_jobs(folder: Path) -> Path:
     """Writes a sweep of three finished jobs, in folders of their identities."""
     for rank in RANKS:
         config = config_to_dict(compose([f"lora.r={rank}"]))
-        place = write_run(
+        job = write_run(
             folder / f"lora.r={rank}-{identity(config)}", [f"lora.r={rank}"], level=1 + 1 / int(rank), steps=8
         )
         for name in ("metrics.json", "baseline.json"):
-            (place / name).write_text(json.dumps({"eval_loss": 1.5}))
+            (job / name).write_text(json.dumps({"eval_loss": 1.5}))
     read_sweep(folder, "eval_loss").write()
     return folder
 
@@ -74,12 +74,22 @@ def job_of(sweep: Path, rank: str) -> Path:
 
 
 def restart(folder: Path) -> dict[str, Job]:
-    """Opens a sweep as a command that goes on with it does, and returns its jobs by rank."""
-    words = [[f"lora.r={rank}"] for rank in RANKS]
-    configs = [compose(each) for each in words]
+    """Opens a sweep as a command that resumes it does, and returns its jobs by rank."""
+    combinations = [[f"lora.r={rank}"] for rank in RANKS]
+    configs = [compose(overrides) for overrides in combinations]
     with open_sweep(folder, shared(configs), "eval_loss") as sweep:
-        Queue(sweep, [(own, own, lambda c=config: c) for own, config in zip(words, configs, strict=True)], len(words))
-        jobs = [sweep.find(own, config_to_dict(config)) for own, config in zip(words, configs, strict=True)]
+        Queue(
+            sweep,
+            [
+                (overrides, overrides, lambda c=config: c)
+                for overrides, config in zip(combinations, configs, strict=True)
+            ],
+            len(combinations),
+        )
+        jobs = [
+            sweep.find(overrides, config_to_dict(config))
+            for overrides, config in zip(combinations, configs, strict=True)
+        ]
         return dict(zip(RANKS, jobs, strict=True))
 
 
@@ -131,10 +141,10 @@ def test_seeds_of_which_one_diverged_have_no_mean_and_are_the_worst(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("stored", "number"), [("nan", math.nan), ("-inf", -math.inf), (None, math.nan), (10**400, math.inf), (3, 3.0)]
+    ("saved", "number"), [("nan", math.nan), ("-inf", -math.inf), (None, math.nan), (10**400, math.inf), (3, 3.0)]
 )
-def test_numbers_are_read_back_as_floats(stored: Any, number: float) -> None:
-    assert to_number(stored) == pytest.approx(number, nan_ok=True)
+def test_numbers_are_read_back_as_floats(saved: Any, number: float) -> None:
+    assert to_number(saved) == pytest.approx(number, nan_ok=True)
 
 
 # Damaged files
@@ -205,7 +215,7 @@ def test_a_damaged_overview_is_made_of_its_jobs_and_still_refuses_another_config
     assert read_sweep(tmp_path / "sweep").varied == ["lora.r"]
 
 
-def test_a_job_whose_record_tells_no_status_is_finished_by_its_result(jobs: Path, tmp_path: Path) -> None:
+def test_a_job_whose_record_has_no_status_is_finished_by_its_result(jobs: Path, tmp_path: Path) -> None:
     restore(job_of(jobs, "8"), tmp_path / "job")
     (tmp_path / "job" / "status.json").write_text(json.dumps({"status": "done", "result": "../x"}))
     job = read_job(tmp_path / "job")
@@ -215,20 +225,20 @@ def test_a_job_whose_record_tells_no_status_is_finished_by_its_result(jobs: Path
 # At random
 
 
-def torment(original: Path, place: Path, seeds: range) -> dict[str, int]:
+def torment(original: Path, folder: Path, seeds: range) -> dict[str, int]:
     """Damages files of a sweep, has it read by all that reads sweeps, and counts how that ended."""
     counts = {"read": 0, "refused": 0}
     for seed in seeds:
         draw = random.Random(seed)
-        restore(original, place / "sweep")
+        restore(original, folder / "sweep")
         files = [
-            place / "sweep" / "sweep.json",
-            *(path for path in job_of(place / "sweep", "8").rglob("*") if path.is_file()),
+            folder / "sweep" / "sweep.json",
+            *(path for path in job_of(folder / "sweep", "8").rglob("*") if path.is_file()),
         ]
         how = [damage(path, draw) for path in draw.sample(sorted(files), k=draw.choice([1, 1, 2, 3]))]
         for step in (restart_and_show, report_anew):
             try:
-                step(place / "sweep", place / "out")
+                step(folder / "sweep", folder / "out")
                 counts["read"] += 1
             except UserError:
                 counts["refused"] += 1

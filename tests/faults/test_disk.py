@@ -1,4 +1,4 @@
-"""A disk that is full, at every phase of a run: nothing that was saved is lost, and it goes on when there is space."""
+"""A full disk at every phase of a run: nothing that was saved is lost, and the run resumes when there is space."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tests.faults.runs import QUICK, Writes, at_step, check_whole, outcome, run
 
 
 @contextlib.contextmanager
-def mounted(place: Path, options: str) -> Iterator[Path]:
+def mounted(folder: Path, options: str) -> Iterator[Path]:
     """Mounts a disk in memory; skips the test where this is not allowed."""
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True)
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"no disk of its own can be mounted: {done.stderr.strip()}")
     try:
-        yield place
+        yield folder
     finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path / "disk", "size=24m") as place:
-        yield place
+    with mounted(tmp_path / "disk", "size=24m") as folder:
+        yield folder
 
 
 def fill(disk: Path, leave: int = 0) -> None:
@@ -103,7 +103,7 @@ def at_the_report(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [before_the_start, at_a_checkpoint, inside_a_checkpoint, at_the_adapter, at_the_report],
     ids=lambda phase: phase.__name__,
 )
-def test_a_full_disk_ends_a_run_with_one_message_and_it_goes_on_later(
+def test_a_full_disk_ends_a_run_with_one_message_and_it_resumes_later(
     disk: Path, monkeypatch: pytest.MonkeyPatch, calm: dict[str, Any], phase: Callable[..., None]
 ) -> None:
     folder = disk / "run"
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_it_goes_on_later(
     assert outcome(folder) == calm
 
 
-def test_a_run_waits_for_space_and_goes_on(
+def test_a_run_waits_for_space_and_continues(
     disk: Path, monkeypatch: pytest.MonkeyPatch, calm: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill_for_a_while() -> None:
@@ -177,9 +177,9 @@ def test_a_disk_without_inodes_waits_and_says_what_it_lacks(tmp_path: Path, caps
         patience = Patience(seconds=60, make_room=lambda: False, check=give_up)
         for name in "abc":
             (disk / name).touch()
-        for place in (disk / "text.json", disk / "new" / "text.json"):
+        for path in (disk / "text.json", disk / "new" / "text.json"):
             with waiting_for_space(patience), pytest.raises(Full):
-                write_text(place, "{}")
+                write_text(path, "{}")
         with waiting_for_space(patience), pytest.raises(Full):
             write_folder(disk / "adapter", lambda folder: (folder / "x").touch())
         said = capsys.readouterr().out
@@ -202,10 +202,10 @@ def test_a_disk_without_inodes_waits_and_says_what_it_lacks(tmp_path: Path, caps
 def test_a_quota_and_a_library_s_own_words_count_as_a_full_disk(tmp_path: Path, error: Exception) -> None:
     times = iter([error])
 
-    def write(draft: Path) -> None:
+    def write(temporary_file: Path) -> None:
         if (first := next(times, None)) is not None:
             raise first
-        draft.touch()
+        temporary_file.touch()
 
     seen = list[bool]()
     with waiting_for_space(Patience(seconds=60, make_room=lambda: bool(seen.append(True)) or True, check=nothing)):

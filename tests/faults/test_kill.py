@@ -26,7 +26,7 @@ def torment(tmp_path: Path, names: list[str], total: int, most: int) -> Killer:
         number += 1
     print(
         f"\n{killer.kills} kills of {number} runs ({', '.join(names)}): {killer.in_writes} left something "
-        f"half-written, {killer.resumed} starts went on from a checkpoint; 0 losses"
+        f"half-written, {killer.resumed} starts resumed from a checkpoint; 0 losses"
     )
     return killer
 

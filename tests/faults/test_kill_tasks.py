@@ -33,8 +33,8 @@ MEASURED = (
 """Metrics that do not depend on what befell a task."""
 
 
-def task_words(training: Path) -> dict[str, list[str]]:
-    """Returns the overrides of each task, for a finished training."""
+def task_overrides(training: Path) -> dict[str, list[str]]:
+    """Returns the overrides of each task, for a finished training run."""
     about = [*QUICK, *SHORT, f"adapter={training}"]
     return {
         "predict": ["task=predict", *about],
@@ -44,36 +44,36 @@ def task_words(training: Path) -> dict[str, list[str]]:
     }
 
 
-def work(folder: Path, words: list[str], number: int) -> None:
+def work(folder: Path, overrides: list[str], number: int) -> None:
     """Runs a task as the command line does; kills this process when its write of this number begins."""
     writes = Writes()
     writes.watch(folder, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    config = compose(words)
+    config = compose(overrides)
     with recorded(folder, [], f"{config.task.name.value}.json"):
-        run_job(build_job(config, folder, words))
+        run_job(build_job(config, folder, overrides))
     (folder.parent / f"{folder.name}.writes").write_text(str(writes.count))
 
 
-def start(folder: Path, words: list[str], number: int = -1) -> BaseProcess:
+def start(folder: Path, overrides: list[str], number: int = -1) -> BaseProcess:
     """Starts a task in a process that a server forks, which has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qlora.run"])
-    process = context.Process(target=work, args=(folder, words, number))
+    process = context.Process(target=work, args=(folder, overrides, number))
     process.start()
     return process
 
 
-def finish(folder: Path, words: list[str]) -> float:
+def finish(folder: Path, overrides: list[str]) -> float:
     """Lets a task end, and returns the seconds that it took."""
     began = time.monotonic()
-    process = start(folder, words)
+    process = start(folder, overrides)
     process.join()
     assert process.exitcode == 0
     return time.monotonic() - began
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Returns the hashes of what a task leaves, but for what tells times, folders and processes."""
+    """Returns the hashes of the files of a task, without times, folders and process ids."""
     kept = ("predictions.jsonl", "evaluate.jsonl", "leaderboard.csv", "merged/*.safetensors", "merged/config.json")
     paths = [path for pattern in kept for path in sorted(folder.glob(pattern))]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -89,25 +89,25 @@ def torment(tmp_path: Path, tasks: list[str], total: int) -> dict[str, int]:
     draw, kills = random.Random(0), dict.fromkeys(tasks, 0)
     training = tmp_path / "training"
     run(training)
-    before = {path: path.read_bytes() for path in training.rglob("*") if path.is_file()}
-    words = {task: all_words for task, all_words in task_words(training).items() if task in tasks}
-    seconds = {task: finish(tmp_path / f"calm-{task}", words[task]) for task in tasks}
+    initial = {path: path.read_bytes() for path in training.rglob("*") if path.is_file()}
+    overrides = {task: all_overrides for task, all_overrides in task_overrides(training).items() if task in tasks}
+    seconds = {task: finish(tmp_path / f"calm-{task}", overrides[task]) for task in tasks}
     calm = {task: outcome(tmp_path / f"calm-{task}", task) for task in tasks}
     writes = {task: int((tmp_path / f"calm-{task}.writes").read_text()) for task in tasks}
     while sum(kills.values()) < total:
         task = tasks[sum(kills.values()) % len(tasks)]
         folder = tmp_path / f"{task}-{kills[task]}"
         by_clock = draw.random() < 0.5
-        process = start(folder, words[task], -1 if by_clock else draw.randint(1, writes[task]))
+        process = start(folder, overrides[task], -1 if by_clock else draw.randint(1, writes[task]))
         process.join(draw.uniform(0, seconds[task]) if by_clock else None)
         process.kill()
         process.join()
         kills[task] += process.exitcode == -signal.SIGKILL
         check_whole(folder)
-        finish(folder, words[task])
+        finish(folder, overrides[task])
         assert outcome(folder, task) == calm[task]
         assert not [*folder.rglob(".*.tmp"), *folder.rglob("*.partial")]
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in initial} == initial
     print(f"\n{total} kills ({', '.join(f'{count} of {task}' for task, count in kills.items())}): 0 losses")
     return kills
 

@@ -174,13 +174,13 @@ class Grammar:
         return f"{{{pairs}}}"
 
     def typo(self, word: str) -> str:
-        place = self.draw.randrange(max(len(word), 1))
+        index = self.draw.randrange(max(len(word), 1))
         letter = self.draw.choice("abcxyz._-/ü ")
         return self.draw.choice(
             (
-                word[:place] + word[place + 1 :],
-                word[:place] + letter + word[place:],
-                word[:place] + letter + word[place + 1 :],
+                word[:index] + word[index + 1 :],
+                word[:index] + letter + word[index:],
+                word[:index] + letter + word[index + 1 :],
             )
         )
 
@@ -199,7 +199,7 @@ class Grammar:
     def damage(self, text: bytes) -> bytes:
         """Returns a YAML text with one fault."""
         lines = text.split(b"\n")
-        place = self.draw.randrange(len(lines))
+        index = self.draw.randrange(len(lines))
         kind = self.draw.randrange(9)
         if kind == 0:
             return text[: self.draw.randrange(len(text) + 1)]
@@ -207,22 +207,22 @@ class Grammar:
             spot = self.draw.randrange(len(text) + 1)
             return text[:spot] + bytes([self.draw.randrange(256)]) + text[spot:]
         if kind == 2:
-            lines.insert(place, lines[self.draw.randrange(len(lines))])
+            lines.insert(index, lines[self.draw.randrange(len(lines))])
         elif kind == 3:
-            lines[place] = (
-                self.draw.choice((b"\t", b"    ", b"- ", b"? ", b"!!python/object:os.system ")) + lines[place]
+            lines[index] = (
+                self.draw.choice((b"\t", b"    ", b"- ", b"? ", b"!!python/object:os.system ")) + lines[index]
             )
         elif kind == 4:
-            name = lines[place].partition(b":")[0]
-            lines[place] = name + b": " + self.value().encode("utf-8", "replace")
+            name = lines[index].partition(b":")[0]
+            lines[index] = name + b": " + self.value().encode("utf-8", "replace")
         elif kind == 5:
-            lines.insert(place, f"{self.draw.choice(KEYS).rpartition('.')[2]}: {self.value()}".encode())
+            lines.insert(index, f"{self.draw.choice(KEYS).rpartition('.')[2]}: {self.value()}".encode())
         elif kind == 6:
             lines.insert(0, self.draw.choice(HEADS))
         elif kind == 7:
-            del lines[place]
+            del lines[index]
         else:
-            lines.insert(place, b"a: {b: *c, d: &e 1}")
+            lines.insert(index, b"a: {b: *c, d: &e 1}")
         return b"\n".join(lines)
 
 
@@ -233,19 +233,19 @@ def examine(seed: int, folder: Path) -> str:
     if seed % 10 < 3:
         config_dir = folder / f"conf-{seed}"
         config_dir.mkdir()
-        words = [*grammar.yaml(config_dir), *(grammar.overrides() if seed % 2 else [])]
+        overrides = [*grammar.yaml(config_dir), *(grammar.overrides() if seed % 2 else [])]
     else:
-        words = grammar.overrides()
+        overrides = grammar.overrides()
     try:
-        check_overrides(words, config_dir, multirun=seed % 7 == 0)
+        check_overrides(overrides, config_dir, multirun=seed % 7 == 0)
     except UserError as error:
         text = str(error)
-        assert text.strip(), f"{seed}: {words}: an empty message"
-        assert "Traceback" not in text, f"{seed}: {words}: {text}"
-        assert len(text) < 3000, f"{seed}: {words}: {len(text)} characters: {text[:200]}"
+        assert text.strip(), f"{seed}: {overrides}: an empty message"
+        assert "Traceback" not in text, f"{seed}: {overrides}: {text}"
+        assert len(text) < 3000, f"{seed}: {overrides}: {len(text)} characters: {text[:200]}"
         return "refused"
     except Exception as error:
-        raise AssertionError(f"seed {seed}: {words}: {type(error).__name__}: {error}") from error
+        raise AssertionError(f"seed {seed}: {overrides}: {type(error).__name__}: {error}") from error
     return "runs"
 
 
@@ -257,17 +257,17 @@ def walk(seeds: Iterator[int] | range, folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(work)
     monkeypatch.setenv("HOME", str(home))
     shipped = {path: path.stat().st_mtime_ns for path in CONF_DIR.rglob("*.yaml")}
-    found = Counter(examine(seed, folder) for seed in seeds)
+    counts = Counter(examine(seed, folder) for seed in seeds)
     assert not list(work.iterdir())
     assert not list(home.iterdir())
     assert {path: path.stat().st_mtime_ns for path in CONF_DIR.rglob("*.yaml")} == shipped
-    print(dict(found))
-    return found
+    print(dict(counts))
+    return counts
 
 
 def test_malformed_configs_are_refused_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = walk(range(SHORT), tmp_path, monkeypatch)
-    assert found["refused"] > found["runs"] > 0, "the grammar draws both"
+    counts = walk(range(SHORT), tmp_path, monkeypatch)
+    assert counts["refused"] > counts["runs"] > 0, "the grammar draws both"
 
 
 @pytest.mark.full

@@ -148,8 +148,8 @@ class Writer:
 
     def spoil(self, rows: list[dict[str, Any]]) -> None:
         """Changes a row in place: another value, a missing, renamed or further column, or no object at all."""
-        place = self.draw.randrange(len(rows))
-        row = rows[place]
+        index = self.draw.randrange(len(rows))
+        row = rows[index]
         if not isinstance(row, dict) or not row:
             return
         name = self.draw.choice(list(row))
@@ -159,11 +159,11 @@ class Writer:
         elif kind == 1:
             row[self.draw.choice(COLUMNS)] = self.draw.choice((row[name], *VALUES))
         elif kind == 2:
-            rows[place] = self.draw.choice(VALUES)
+            rows[index] = self.draw.choice(VALUES)
         elif kind == 3:
-            for each in rows:
-                if isinstance(each, dict) and name in each:
-                    each[name] = self.draw.choice(VALUES)
+            for other in rows:
+                if isinstance(other, dict) and name in other:
+                    other[name] = self.draw.choice(VALUES)
         else:
             row[name] = self.draw.choice(VALUES)
 
@@ -239,19 +239,24 @@ def _encode(rows: list[Any], suffix: str) -> bytes:
 def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """Prepares one mutated file as a run would; returns what became of it."""
     draw = random.Random(-seed)
-    place = folder / "data"
-    place.mkdir(exist_ok=True)
-    path = Writer(seed).write(place)
-    words = ["data=local", f"data.path={path}", "data.eval_dataset_size=2", f"data.cache_dir={folder}/cache"]
-    words += ["recipe=none", "data.num_proc=1", "data.max_length=64", f"data.packing={draw.choice(('true', 'false'))}"]
-    words.append(f"data.on_too_long={draw.choice(('truncate', 'drop', 'error'))}")
-    words.append(f"data.on_empty={draw.choice(('drop', 'drop', 'train', 'train', 'error'))}")
-    words.append(f"data.template={draw.choice(('auto', 'chatml', 'llama-3', 'guanaco'))}")
+    data_folder = folder / "data"
+    data_folder.mkdir(exist_ok=True)
+    path = Writer(seed).write(data_folder)
+    overrides = ["data=local", f"data.path={path}", "data.eval_dataset_size=2", f"data.cache_dir={folder}/cache"]
+    overrides += [
+        "recipe=none",
+        "data.num_proc=1",
+        "data.max_length=64",
+        f"data.packing={draw.choice(('true', 'false'))}",
+    ]
+    overrides.append(f"data.on_too_long={draw.choice(('truncate', 'drop', 'error'))}")
+    overrides.append(f"data.on_empty={draw.choice(('drop', 'drop', 'train', 'train', 'error'))}")
+    overrides.append(f"data.template={draw.choice(('auto', 'chatml', 'llama-3', 'guanaco'))}")
     if draw.random() < 0.3:
-        words.append(f"data.format={draw.choice(FORMATS)}")
-    before = path.read_bytes()
+        overrides.append(f"data.format={draw.choice(FORMATS)}")
+    original = path.read_bytes()
     try:
-        data = build_data(compose(words).data, tokenizer)
+        data = build_data(compose(overrides).data, tokenizer)
         assert data.train is not None
         assert data.eval is not None
         report, count = data.report, count_rows(path)
@@ -262,19 +267,19 @@ def examine(seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             for row in rows:
                 assert len(row["input_ids"]) == row["length"] <= 64
                 assert any(label != -100 for label in row["labels"])
-        found = "runs"
+        outcome = "runs"
     except UserError as error:
         text = str(error)
         assert "data" in text, f"{seed}: {text}"
         assert "Traceback" not in text
         assert text.isprintable(), f"{seed}: {text!r}"
         assert len(text) < 3000, f"{seed}: {len(text)} characters: {text[:200]}"
-        found = "refused"
+        outcome = "refused"
     except Exception as error:
-        raise AssertionError(f"seed {seed}: {words}: {type(error).__name__}: {error}") from error
-    assert path.read_bytes() == before
+        raise AssertionError(f"seed {seed}: {overrides}: {type(error).__name__}: {error}") from error
+    assert path.read_bytes() == original
     path.unlink()
-    return found
+    return outcome
 
 
 def walk(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -283,18 +288,18 @@ def walk(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter
     work.mkdir()
     monkeypatch.chdir(work)
     tokenizer = load_tokenizer(compose([]).model)
-    found = Counter(examine(seed, folder, tokenizer) for seed in seeds)
+    counts = Counter(examine(seed, folder, tokenizer) for seed in seeds)
     assert not list(work.iterdir())
     assert {path.name for path in folder.iterdir()} == {"work", "data", "cache"}
-    print(dict(found))
-    return found
+    print(dict(counts))
+    return counts
 
 
 def test_mutated_data_files_are_prepared_or_refused_with_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = walk(range(SHORT), tmp_path, monkeypatch)
-    assert min(found["refused"], found["runs"]) > SHORT // 10, "the mutations make both"
+    counts = walk(range(SHORT), tmp_path, monkeypatch)
+    assert min(counts["refused"], counts["runs"]) > SHORT // 10, "the mutations make both"
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small model with its tokenizer, the same in several files of weights, and an adapter on it."""
-    place = tmp_path_factory.mktemp("folders")
+    folder = tmp_path_factory.mktemp("folders")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
@@ -48,29 +48,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for name, size in (("model", "5GB"), ("shards", "100KB")):
-        model.save_pretrained(place / name, max_shard_size=size)
-        tokenizer.save_pretrained(place / name)
-        (place / name / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        model.save_pretrained(folder / name, max_shard_size=size)
+        tokenizer.save_pretrained(folder / name)
+        (folder / name / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     rows = [json.dumps({"instruction": f"What is {number}?", "output": "a b"}) for number in range(6)]
-    (place / "rows.jsonl").write_text("\n".join(rows))
-    run = Run(compose(words(place, place / "model")), place / "run").session
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    run = Run(compose(overrides(folder, folder / "model")), folder / "run").session
     adapter = run.add_adapter(run.load_base())
     for parameter in adapter.parameters():
         parameter.data += 0.01 if parameter.requires_grad else 0
-    adapter.save_pretrained(place / "adapter")
-    shutil.copy(place / "model" / "tokenizer_config.json", place / "adapter")
-    shutil.copy(place / "model" / "tokenizer.json", place / "adapter")
+    adapter.save_pretrained(folder / "adapter")
+    shutil.copy(folder / "model" / "tokenizer_config.json", folder / "adapter")
+    shutil.copy(folder / "model" / "tokenizer.json", folder / "adapter")
     from qlora.models.fingerprint import write_base
 
-    write_base(run.base, place / "adapter")
-    return {name: place / name for name in ("model", "shards", "adapter")}
+    write_base(run.base, folder / "adapter")
+    return {name: folder / name for name in ("model", "shards", "adapter")}
 
 
-def words(place: Path, model: Path) -> list[str]:
+def overrides(folder: Path, model: Path) -> list[str]:
     return [
-        *(f"model.name={model}", "data=local", f"data.path={place}/rows.jsonl", "data.eval_dataset_size=1"),
+        *(f"model.name={model}", "data=local", f"data.path={folder}/rows.jsonl", "data.eval_dataset_size=1"),
         *("recipe=none", "trainer.max_steps=1", "evaluation=loss", "evaluation.baseline=false", "task.predict=false"),
-        *(f"data.cache_dir={place}/cache", "data.max_length=64", "trainer.per_device_train_batch_size=1", "lora.r=2"),
+        *(f"data.cache_dir={folder}/cache", "data.max_length=64", "trainer.per_device_train_batch_size=1", "lora.r=2"),
         *("device=cpu", "data.num_proc=1", "lora.dropout=0"),
     ]
 
@@ -141,14 +141,14 @@ def mutate(folder: Path, draw: random.Random) -> list[str]:
     return done
 
 
-def use(kind: str, folder: Path, place: Path, folders: dict[str, Path]) -> None:
-    """Does with a folder what the tasks do before a training."""
+def use(kind: str, folder: Path, work: Path, folders: dict[str, Path]) -> None:
+    """Does with a folder what the tasks do before a training run."""
     if kind == "adapter":
-        config = compose([*words(place, folders["model"]), "task=evaluate", f"adapter={folder}"])
-        model = Run(config, place / "out").session.load_trained()
+        config = compose([*overrides(work, folders["model"]), "task=evaluate", f"adapter={folder}"])
+        model = Run(config, work / "out").session.load_trained()
     else:
-        config = compose(words(place, folder))
-        run = Run(config, place / "out").session
+        config = compose(overrides(work, folder))
+        run = Run(config, work / "out").session
         find_shape(config)
         find_form(run.tokenizer)
         _ = run.is_trainable, run.data
@@ -156,17 +156,17 @@ def use(kind: str, folder: Path, place: Path, folders: dict[str, Path]) -> None:
     model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
-def examine(seed: int, place: Path, folders: dict[str, Path]) -> str:
+def examine(seed: int, work: Path, folders: dict[str, Path]) -> str:
     """Mutates a folder and uses it; returns what became of it."""
     draw = random.Random(seed)
     kind = draw.choice(list(folders))
-    folder = place / "folder"
+    folder = work / "folder"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(folders[kind], folder)
     done = mutate(folder, draw)
     signal.alarm(PATIENCE)
     try:
-        use(kind, folder, place, folders)
+        use(kind, folder, work, folders)
         outcome = "runs"
     except UserError as error:
         text = str(error)
@@ -179,29 +179,29 @@ def examine(seed: int, place: Path, folders: dict[str, Path]) -> str:
         raise AssertionError(f"seed {seed}: {kind}: {done}: {type(error).__name__}: {error}") from error
     finally:
         signal.alarm(0)
-        shutil.rmtree(place / "out", ignore_errors=True)
+        shutil.rmtree(work / "out", ignore_errors=True)
     return outcome
 
 
 @pytest.fixture
-def place(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(folders["model"].parent / "rows.jsonl", tmp_path)
     return tmp_path
 
 
-def test_mutated_folders_are_used_or_refused_with_one_sentence(place: Path, folders: dict[str, Path]) -> None:
-    outcomes = Counter(examine(seed, place, folders) for seed in range(SHORT))
+def test_mutated_folders_are_used_or_refused_with_one_sentence(work: Path, folders: dict[str, Path]) -> None:
+    outcomes = Counter(examine(seed, work, folders) for seed in range(SHORT))
     assert min(outcomes["refused"], outcomes["runs"]) >= 2, f"the mutations make both: {outcomes}"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("start", range(0, FULL, CHUNK))
-def test_two_thousand_mutated_folders(start: int, place: Path, folders: dict[str, Path]) -> None:
+def test_two_thousand_mutated_folders(start: int, work: Path, folders: dict[str, Path]) -> None:
     failures = []
     for seed in range(start, start + CHUNK):
         try:
-            examine(seed, place, folders)
+            examine(seed, work, folders)
         except AssertionError as error:
             failures.append(str(error)[:600])
     assert not failures, "\n\n".join(failures)

@@ -1,4 +1,4 @@
-"""A tracker whose server or whose process is gone in the middle of a run: the run goes on and says so."""
+"""A tracker whose server or whose process is gone in the middle of a run: the run continues and says so."""
 
 from __future__ import annotations
 

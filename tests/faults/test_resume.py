@@ -34,18 +34,18 @@ def nothing() -> None:
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stops: list[int]
 ) -> None:
-    words = kinds(tmp_path)[kind]
-    run(tmp_path / "calm", *words)
+    overrides = kinds(tmp_path)[kind]
+    run(tmp_path / "calm", *overrides)
     for number, step in enumerate(stops):
         hard = number % 2 == 0  # cut off, and what came after the last checkpoint is done again; or asked to end
         at_step(monkeypatch, step, interrupt if hard else send(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt if hard else Stopped):
-            run(tmp_path / "cut", *words)
+            run(tmp_path / "cut", *overrides)
         saved = [step_of(path) for path in find_checkpoints(tmp_path / "cut" / "checkpoints")]
         assert max(saved, default=0) == (min((step - 1) // 2 * 2, 8) if hard else step)
         assert not (tmp_path / "cut" / "result.json").exists()
     at_step(monkeypatch, 0, nothing)
-    run(tmp_path / "cut", *words)
+    run(tmp_path / "cut", *overrides)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "calm")
 
 
@@ -53,13 +53,13 @@ def test_a_training_that_a_callback_ended_is_not_taken_up_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = "{_target_: qlora.training.callbacks.EarlyStopping, patience: 1, min_delta: 9}"
-    words = [f"+callbacks.stop={stop}", "trainer.eval_steps=2"]
-    run(tmp_path / "calm", *words)
+    overrides = [f"+callbacks.stop={stop}", "trainer.eval_steps=2"]
+    run(tmp_path / "calm", *overrides)
     monkeypatch.setattr("qlora.tasks.train.save_trained", lambda session, model: interrupt())
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", *words)
+        run(tmp_path / "cut", *overrides)
     monkeypatch.undo()
-    run(tmp_path / "cut", *words)
+    run(tmp_path / "cut", *overrides)
     assert max(entry["step"] for entry in outcome(tmp_path / "cut")["history"]) == 4
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "calm")
 
@@ -85,41 +85,41 @@ def own_rows(folder: Path) -> list[str]:
     ]
 
 
-def test_changed_rows_are_refused_and_named_and_force_goes_on(cut: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words, rows = own_rows(cut.parent), cut.parent / "rows.jsonl"
-    before = rows.read_text()
-    rows.write_text(before.replace("row 3?", "row three?"))
+def test_changed_rows_are_refused_and_named_and_force_resumes(cut: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides, rows = own_rows(cut.parent), cut.parent / "rows.jsonl"
+    original = rows.read_text()
+    rows.write_text(original.replace("row 3?", "row three?"))
     with pytest.raises(UserError) as error:
-        run(cut, *words)
+        run(cut, *overrides)
     text = str(error.value)
     assert text.startswith(f"the rows of data.path={rows} are not those with which the run in {cut} began; changed:\n")
     assert "\n  fingerprint: '" in text
     assert "resume=force resumes with the new rows, resume=never starts in a new folder" in text
-    rows.write_text(before + before.splitlines()[0] + "\n")
+    rows.write_text(original + original.splitlines()[0] + "\n")
     with pytest.raises(UserError, match=r"train_rows: 20 -> 21\n"):
-        run(cut, *words)
+        run(cut, *overrides)
     (cut / "baseline.json").write_text("{}")
-    run(cut, *words, "resume=force")
+    run(cut, *overrides, "resume=force")
     assert "resume=force: the rows of data.path=" in caplog.text
     assert not (cut / "baseline.json").exists()
-    assert json.loads((cut / "history.json").read_text())[0]["step"] == 1, "it went on"
-    run(cut, *words)  # the new rows are the run's own now
+    assert json.loads((cut / "history.json").read_text())[0]["step"] == 1, "it resumed"
+    run(cut, *overrides)  # the new rows are the run's own now
 
 
-def test_a_changed_config_is_refused_and_force_goes_on_also_from_the_end(
+def test_a_changed_config_is_refused_and_force_resumes_also_from_the_end(
     cut: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = own_rows(cut.parent)
+    overrides = own_rows(cut.parent)
     with pytest.raises(UserError, match=r"changed:\n  trainer.max_steps: 4 -> 6\n.*resume=force resumes"):
-        run(cut, *words, "trainer.max_steps=6")
-    run(cut, *words)
+        run(cut, *overrides, "trainer.max_steps=6")
+    run(cut, *overrides)
     capsys.readouterr()
-    run(cut, *words, "trainer.max_steps=6", "resume=force")
+    run(cut, *overrides, "trainer.max_steps=6", "resume=force")
     assert "resume=force: resuming with another config; changed:\n  trainer.max_steps: 4 -> 6" in caplog.text
     assert "resuming from checkpoint-4" in capsys.readouterr().out
     assert max(entry["step"] for entry in outcome(cut)["history"]) == 6
     with pytest.raises(UserError, match=r"checkpoint-6 does not fit what the config makes of the model.*=never"):
-        run(cut, *words, "trainer.max_steps=6", "lora.r=8", "resume=force")
+        run(cut, *overrides, "trainer.max_steps=6", "lora.r=8", "resume=force")
 
 
 def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
@@ -130,14 +130,14 @@ def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
 
 
 def test_never_leaves_a_run_alone(cut: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
+    initial = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
     with pytest.raises(UserError, match="holds a run, which resume=never does not touch; choose another folder"):
         run(cut, *own_rows(cut.parent), "resume=never")
-    assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == initial
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["name=mine"], "hydra.run.dir=outputs/runs/mine-3"),
         (["name=new"], "hydra.run.dir=outputs/runs/new"),
@@ -146,15 +146,15 @@ def test_never_leaves_a_run_alone(cut: Path) -> None:
     ],
 )
 def test_never_chooses_a_new_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in ("outputs/runs/mine", "outputs/runs/mine-2", "outputs/sweeps/grid", "it's"):
-        (tmp_path / place).mkdir(parents=True)
+    for folder in ("outputs/runs/mine", "outputs/runs/mine-2", "outputs/sweeps/grid", "it's"):
+        (tmp_path / folder).mkdir(parents=True)
     seen: list[str] = []
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr("hydra.main", lambda **options: lambda job: lambda: seen.extend(sys.argv))
-    monkeypatch.setattr(sys, "argv", ["qlora", *words, "resume=never"])
+    monkeypatch.setattr(sys, "argv", ["qlora", *overrides, "resume=never"])
     cli.main()
     assert [word for word in seen if word.startswith("hydra.")][-1] == expected
     assert compose.compose_dict([word for word in seen[1:] if word != "-m" and "," not in word])
@@ -162,23 +162,23 @@ def test_never_chooses_a_new_folder(
 
 def test_the_jobs_of_a_sweep_are_not_told_to_begin_in_folders_of_their_own() -> None:
     overrides = ["seed=1", "resume=never"]
-    words = command(compose.compose_dict(overrides), Path("outputs/sweeps/grid-2/seed=1"), overrides)
-    assert "seed=1" in words
-    assert not [word for word in words if word.startswith("resume=")]
+    args = command(compose.compose_dict(overrides), Path("outputs/sweeps/grid-2/seed=1"), overrides)
+    assert "seed=1" in args
+    assert not [word for word in args if word.startswith("resume=")]
 
 
 def test_a_run_s_ids_in_trackers_are_in_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    words = ["tracking=wandb", "tracking.mode=offline"]
+    overrides = ["tracking=wandb", "tracking.mode=offline"]
     for step, act in ((3, interrupt), (7, send(signal.SIGTERM))):
         at_step(monkeypatch, step, act)
         with pytest.raises((KeyboardInterrupt, Stopped)):
-            run(tmp_path / "cut", *words)
+            run(tmp_path / "cut", *overrides)
         if step == 3:
             identity = (tmp_path / "cut" / RUN_ID_FILE).read_text()
             (tmp_path / "cut" / RUN_ID_FILE).unlink()
     at_step(monkeypatch, 0, nothing)
-    run(tmp_path / "cut", *words)
+    run(tmp_path / "cut", *overrides)
     records = wandb_records(tmp_path / "cut", ends=3)
     assert {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"} == {identity}
     rows = wandb_history(records)

@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to end saves a checkpoint first, says how to go on, and exits with a code of its own."""
+"""Signals: a run that is asked to end saves a checkpoint first, says how to resume, and exits with its own code."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def saved(folder: Path) -> list[str]:
 
 def several(*acts: Callable[[], object]) -> Callable[[], None]:
     def act() -> None:
-        for each in acts:
-            each()
+        for act in acts:
+            act()
 
     return act
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_saves_the_step_and_says_how_to_go_on(
+def test_a_signal_saves_the_step_and_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    before = [signal.getsignal(each) for each in SIGNALS]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     at_step(monkeypatch, 3, send(number))
     with pytest.raises(Stopped) as stopped:
         run(tmp_path, *ONLY, "resume=force")
     command = shlex.join(["qlora", *QUICK, *ONLY, f"hydra.run.dir={tmp_path}"])
-    place = tmp_path / "checkpoints" / "checkpoint-3"
-    assert str(stopped.value) == f"stopped by {number.name}: step 3 is saved in {place}; resume with\n  {command}"
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
+    assert str(stopped.value) == f"stopped by {number.name}: step 3 is saved in {checkpoint}; resume with\n  {command}"
     assert f"{number.name}: saving a checkpoint after this step; Ctrl-C ends at once" in capfd.readouterr().err
     assert saved(tmp_path) == ["checkpoint-3"]
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_an_evaluation_is_finished_and_its_step_saved(tmp_path: Path, monkeypatc
 
 def test_workers_leave_ctrl_c_of_a_terminal_to_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ctrl_c() -> None:
-        own = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-        for child in {int(word) for path in own for word in path.read_text().split()}:
+        children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        for child in {int(word) for path in children for word in path.read_text().split()}:
             if "wandb" not in Path(f"/proc/{child}/cmdline").read_text():
                 os.kill(child, signal.SIGINT)
         time.sleep(0.2)
@@ -110,20 +110,24 @@ def test_workers_leave_ctrl_c_of_a_terminal_to_their_parent(tmp_path: Path, monk
 
 def test_a_handler_of_somebody_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         at_step(monkeypatch, 3, send(signal.SIGTERM))
         run(tmp_path, *ONLY, "trainer.max_steps=4")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     assert heard == [signal.SIGTERM]
 
 
-def test_the_command_line_exits_with_75_and_names_the_command_to_go_on(tmp_path: Path) -> None:
-    words, folder = [*QUICK, *ONLY, "trainer.max_steps=5000", "trainer.logging_steps=1"], tmp_path / "its run"
-    words = [*words, f"hydra.run.dir='{folder}'"]
+def test_the_command_line_exits_with_75_and_names_the_command_to_resume(tmp_path: Path) -> None:
+    overrides, folder = [*QUICK, *ONLY, "trainer.max_steps=5000", "trainer.logging_steps=1"], tmp_path / "its run"
+    overrides = [*overrides, f"hydra.run.dir='{folder}'"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "qlora", *overrides],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     end = time.monotonic() + 120
     while not (folder / "progress.json").is_file():
@@ -137,6 +141,6 @@ def test_the_command_line_exits_with_75_and_names_the_command_to_go_on(tmp_path:
     step = checkpoint.partition("-")[2]
     said, command = errors.strip().splitlines()[-2:]
     assert said == f"stopped by SIGUSR1: step {int(step):,} is saved in {folder}/checkpoints/{checkpoint}; resume with"
-    assert shlex.split(command) == ["qlora", *words]
+    assert shlex.split(command) == ["qlora", *overrides]
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     assert "Traceback" not in errors

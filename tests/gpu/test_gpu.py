@@ -53,7 +53,7 @@ def test_scaled_losses_train_with_paged_optimizers(tmp_path: Path) -> None:
     assert metrics["eval_loss"] < metrics["base_eval_loss"]
 
 
-def test_a_training_tells_its_share_of_the_gpu_s_speed_and_its_kernels(
+def test_a_training_run_reports_its_fraction_of_the_gpu_s_speed_and_its_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rate = matrix_rate(torch.device("cuda"), torch.bfloat16)

@@ -141,7 +141,7 @@ def test_two_gpus_train_what_one_trains(
     assert min(one[4:]) < one[0]
 
 
-def test_a_sharded_base_takes_half_the_place_in_4_and_in_16_bits(together: Path) -> None:
+def test_a_sharded_base_takes_half_the_memory_in_4_and_in_16_bits(together: Path) -> None:
     told = [json.loads(line) for line in (together / "output.txt").read_text().splitlines() if line.startswith("{")]
     held = {(item["name"], item["rank"]): item["bytes"] for item in told}
     print(held)

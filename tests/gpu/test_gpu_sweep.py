@@ -25,12 +25,12 @@ def used_mib() -> int:
 
 
 def test_memory_is_free_between_the_jobs(tmp_path: Path) -> None:
-    before = used_mib()
-    words = [sys.executable, "-m", "qlora", "-m", *QUICK, "seed=0,1,2,3", "name=gpu", "hydra.launcher.n_jobs=1"]
-    sweep = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    initial = used_mib()
+    command = [sys.executable, "-m", "qlora", "-m", *QUICK, "seed=0,1,2,3", "name=gpu", "hydra.launcher.n_jobs=1"]
+    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     samples = []
     while sweep.poll() is None:
-        samples.append(used_mib() - before)
+        samples.append(used_mib() - initial)
         time.sleep(0.05)
     assert sweep.stdout is not None
     assert sweep.returncode == 0, sweep.stdout.read()
@@ -40,7 +40,7 @@ def test_memory_is_free_between_the_jobs(tmp_path: Path) -> None:
         humps += not in_use and sample > 100
         in_use = sample > 100 or (in_use and sample > 8)  # MiB
     assert humps == 4
-    assert abs(used_mib() - before) <= 8
+    assert abs(used_mib() - initial) <= 8
     jobs = json.loads((tmp_path / "outputs/sweeps/gpu/sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["finished"] * 4
     print("peak MiB above idle:", max(samples))

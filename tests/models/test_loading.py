@@ -141,7 +141,7 @@ def test_a_memory_limit_lets_accelerate_spread_the_layers(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])
-def test_layers_that_find_no_place_on_the_gpus_are_refused(
+def test_layers_that_do_not_fit_on_the_gpus_are_refused(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     spread = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu",

@@ -113,7 +113,7 @@ def test_a_page_is_drawn_without_a_fault_or_a_request_and_fits_the_screen(
     assert dark == (scheme == "dark")
 
 
-def test_hovering_tells_the_values_and_the_run(run_page: Opened) -> None:
+def test_hovering_shows_the_values_and_the_run(run_page: Opened) -> None:
     opened = run_page
     chart = opened.page.locator(FIRST_CURVE)
     chart.scroll_into_view_if_needed()

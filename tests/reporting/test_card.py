@@ -45,7 +45,7 @@ def test_the_front_matter_names_base_library_licence_data_and_tags(tmp_path: Pat
     assert {"qlora", "lora", "4-bit"} <= set(card.data.tags)
 
 
-def test_what_has_no_place_on_the_hub_is_not_claimed_to_have_one(tmp_path: Path) -> None:
+def test_what_is_not_on_the_hub_is_not_claimed_to_be_there(tmp_path: Path) -> None:
     _, card = write(tmp_path, [])
     assert card.data.license == "mit"
     assert card.data.get("base_model") is None

@@ -25,7 +25,7 @@ def test_curves_hold_what_was_measured_and_leave_out_bookkeeping_details_and_wha
     assert actual["eval_loss"].values == [2.5]
 
 
-def test_a_thinned_curve_has_at_most_so_many_of_the_points_and_ends_where_the_training_ended() -> None:
+def test_a_thinned_curve_has_at_most_n_of_the_points_and_ends_where_the_training_run_ended() -> None:
     curve = Curve([float(step) for step in range(1, 1001)], [1 / step for step in range(1, 1001)], [None] * 1000)
     thin = curve.thin(300)
     assert 200 < len(thin.steps) <= 300

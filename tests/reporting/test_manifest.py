@@ -105,7 +105,7 @@ def test_a_folder_without_permission_is_a_config_error(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", {})
 
 
-def test_a_file_in_the_folders_place_is_a_config_error(tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "file" / "a.json", {})

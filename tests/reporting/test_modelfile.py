@@ -177,7 +177,7 @@ def test_a_template_that_has_no_such_form_says_why(template: str | None, reason:
 @pytest.mark.parametrize(
     "system", ["{{ raise_exception('no system') }}", ""], ids=["refuses a system message", "leaves it out"]
 )
-def test_a_template_without_a_place_for_a_system_message_has_a_form(system: str) -> None:
+def test_a_template_that_takes_no_system_message_has_a_form(system: str) -> None:
     base = bytes_tokenizer(adds_bos=False)
     base.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}[{{ m.role }}] {{ m.content }}\n"

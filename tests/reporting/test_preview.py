@@ -56,7 +56,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[str] = []
         self.marks: list[str] = []
-        self.words: list[str] = []
+        self.texts: list[str] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -78,7 +78,7 @@ class Page(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        self.texts.append(data)
         if ("div", "text") in self.open:
             self.rows[-1] += data
             if "mark" in dict(self.open):
@@ -226,7 +226,7 @@ def test_one_token_that_is_too_long_is_cut_too() -> None:
     assert re.search(r"⟦x+… 97,\d{3} characters …x+⟧", text)
 
 
-def test_the_histogram_tells_min_median_p95_max_and_limit() -> None:
+def test_the_histogram_reports_min_median_p95_max_and_limit() -> None:
     lengths = {"source": np.arange(1, 1001), "target": np.full(1000, 7)}
     preview = make_preview(lengths=lengths, limits={"source": 900, "other": 1})
     lines = to_text(preview, ids=False, color=False, width=120).splitlines()
@@ -285,7 +285,7 @@ def test_two_million_lengths_are_counted_within_a_second() -> None:
 def test_nothing_to_show_is_said(lengths: dict[str, np.ndarray], tmp_path: Path) -> None:
     preview = make_preview(lengths=lengths, summary=[])
     assert to_text(preview, ids=True, color=False).endswith("Tokens a row: no rows were counted")
-    assert "No rows were counted." in "".join(Page(to_html(preview)).words)
+    assert "No rows were counted." in "".join(Page(to_html(preview)).texts)
     plot_lengths(preview, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").stat().st_size > 1000
 
@@ -312,7 +312,7 @@ def test_data_never_becomes_markup() -> None:
     source = to_html(make_preview(title=evil, summary=[(evil, evil)], warnings=[evil], rows=rows, lengths=lengths))
     page = Page(source)
     assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
-    assert "".join(page.words).count(evil) == 8  # title twice, label, value, warning, chart, note, token
+    assert "".join(page.texts).count(evil) == 8  # title twice, label, value, warning, chart, note, token
     assert not control_characters(source)
     source.encode("utf-8")
 
@@ -343,12 +343,12 @@ def test_the_ids_of_a_page_are_unique_and_its_headings_in_order() -> None:
     assert all(after - previous <= 1 for previous, after in itertools.pairwise(levels))
 
 
-def test_a_page_draws_each_filled_bin_and_tells_the_numbers() -> None:
+def test_a_page_draws_each_filled_bin_and_prints_the_numbers() -> None:
     preview = make_preview(limits={"target": 20})
     page = Page(to_html(preview))
     counted = count_lengths(preview, 60)
     assert sum(tag == "rect" for tag, _ in page.tags) == sum(count > 0 for item in counted for count in item.counts)
-    text = " ".join(page.words)
+    text = " ".join(page.texts)
     for phrase in ("min 1 ", "median 2 ", "p95 3 ", "max 50 ", "limit 20 (1 over)", "50 tokens: 1 row"):
         assert phrase in re.sub(r"\s+", " ", text)
     lines = [attributes["class"] for tag, attributes in page.tags if tag == "line"]

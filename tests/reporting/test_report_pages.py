@@ -77,7 +77,7 @@ def test_the_plotting_library_comes_along_once_and_only_where_there_are_charts()
 
 
 @pytest.mark.parametrize("status", ["failed", "pruned", "interrupted", "running", "queued"])
-def test_a_run_that_did_not_finish_is_shown_with_reason_place_and_last_lines(status: str) -> None:
+def test_a_run_that_did_not_finish_is_shown_with_reason_folder_and_last_lines(status: str) -> None:
     broken = view(5, status, reason="out of memory", progress="step 3 of 9", log=["Traceback", "line 2"])
     html = runs_page(report(1, unfinished=[broken]))
     for text in (status, "out of memory", "step 3 of 9", "Traceback\nline 2", "1 of 2"):
@@ -105,7 +105,7 @@ def test_more_runs_than_hues_are_coloured_by_rank_and_the_worst_are_hidden_at_fi
     assert sum(group["shown"] for group in page_data["groups"]) == 30
 
 
-def test_a_run_that_lacks_a_searched_key_has_no_place_on_its_axis() -> None:
+def test_a_run_that_lacks_a_searched_key_has_no_position_on_its_axis() -> None:
     some = report(3)
     lines = [*some.lines[:2], replace(some.lines[2], runs=[replace(some.lines[2].runs[0], values={})])]
     assert data(runs_page(replace(some, lines=lines)))["scatters"][0]["values"] == [1.0, 2.0, None]

@@ -50,7 +50,7 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def shown(self) -> contextlib.AbstractContextManager[Any]:
+    def standing_in(self) -> contextlib.AbstractContextManager[Any]:
         """Makes this the standard output."""
         return contextlib.redirect_stdout(self)
 
@@ -74,7 +74,7 @@ def test_paths_and_commands_stand_whole_on_one_line_in_a_pipe(capsys: pytest.Cap
 
 
 def test_a_terminal_breaks_no_path_and_no_command(terminal: Terminal) -> None:
-    with terminal.shown():
+    with terminal.standing_in():
         print_everything()
     printed = terminal.getvalue()
     assert "\x1b[" in printed
@@ -83,7 +83,7 @@ def test_a_terminal_breaks_no_path_and_no_command(terminal: Terminal) -> None:
 
 
 def test_long_values_wrap_under_their_column_on_a_terminal(terminal: Terminal) -> None:
-    with terminal.shown():
+    with terminal.standing_in():
         console.say_rows([("data", "many words " * 20)])
     lines = terminal.getvalue().rstrip().splitlines()
     assert len(lines) > 1
@@ -130,8 +130,8 @@ def test_what_is_on_screen_goes_to_the_log_file_but_not_to_the_console_handler(
         logging.getLogger("transformers").warning("chatter")
         logging.getLogger("transformers").error("trouble")
     assert "  model  tiny" in caplog.messages
-    shown = [record.getMessage() for record in caplog.records if console.OwnLines().filter(record)]
-    assert shown == ["own line", "trouble"]
+    own_lines = [record.getMessage() for record in caplog.records if console.OwnLines().filter(record)]
+    assert own_lines == ["own line", "trouble"]
 
 
 def test_an_ascii_terminal_gets_ascii() -> None:
@@ -155,7 +155,7 @@ def test_lines_and_log_records_stand_above_a_live_bar(terminal: Terminal) -> Non
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        with terminal.shown(), console.progress("training", 10) as update:
+        with terminal.standing_in(), console.progress("training", 10) as update:
             update(3, note="loss 1.5")
             console.say("a line")
             logging.getLogger("qlora.data").warning("a record")
@@ -169,17 +169,17 @@ def test_lines_and_log_records_stand_above_a_live_bar(terminal: Terminal) -> Non
 
 
 def test_the_cursor_is_shown_again_after_an_error_within_a_bar(terminal: Terminal) -> None:
-    with pytest.raises(RuntimeError), terminal.shown(), console.progress("training", 10):
+    with pytest.raises(RuntimeError), terminal.standing_in(), console.progress("training", 10):
         raise RuntimeError
     printed = terminal.getvalue()
     assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l")
-    with terminal.shown(), console.progress("again", 1):
+    with terminal.standing_in(), console.progress("again", 1):
         pass
     assert "again" in terminal.getvalue()
 
 
 def test_a_display_that_an_error_left_open_can_be_closed(terminal: Terminal) -> None:
-    with terminal.shown():
+    with terminal.standing_in():
         left_open = contextlib.ExitStack()
         left_open.enter_context(console.progress("training", 10))
         console.close_bars()
@@ -193,7 +193,7 @@ def test_a_display_that_an_error_left_open_can_be_closed(terminal: Terminal) -> 
 
 
 def test_a_bar_within_a_bar_shares_its_display(terminal: Terminal) -> None:
-    with terminal.shown(), console.progress("training", 10) as outer, console.progress("answering", 5) as inner:
+    with terminal.standing_in(), console.progress("training", 10) as outer, console.progress("answering", 5) as inner:
         outer(1)
         inner(5)
     assert "answering" in terminal.getvalue()
@@ -253,8 +253,8 @@ def test_numbers_show_what_matters(name: str, value: float | None, text: str) ->
 
 
 def test_a_search_wants_more_speed_and_less_waiting() -> None:
-    wanted, unwanted = ("train_mfu", "train_tokens_per_second"), ("train_data_wait", "train_runtime")
-    assert [higher_is_better(name) for name in (*wanted, *unwanted)] == [True, True, False, False]
+    included, unwanted = ("train_mfu", "train_tokens_per_second"), ("train_data_wait", "train_runtime")
+    assert [higher_is_better(name) for name in (*included, *unwanted)] == [True, True, False, False]
 
 
 def test_durations_read_like_a_clock() -> None:

@@ -58,12 +58,12 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["task=evaluate"], "2 processes were launched .*, and only a training runs in several processes; start"),
+        (["task=evaluate"], "2 processes were launched .*, and only a training run uses several processes; start"),
         (["-m", "seed=1,2"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
         (["sweep=seeds"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
     ],
 )
-def test_only_trainings_run_in_several_processes(
+def test_only_training_runs_use_several_processes(
     environment: pytest.MonkeyPatch, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.setenv("WORLD_SIZE", "2")

@@ -34,16 +34,16 @@ class Command:
     def __init__(self, patches: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> None:
         self.patches, self.captured = patches, captured
 
-    def __call__(self, *words: str) -> tuple[int, str, str]:
+    def __call__(self, *args: str) -> tuple[int, str, str]:
         """Returns exit code, output and errors."""
-        self.patches.setattr(sys, "argv", ["qlora", *words])
+        self.patches.setattr(sys, "argv", ["qlora", *args])
         code = 0
         try:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
-        shown = self.captured.readouterr()
-        return code, shown.out, shown.err
+        captured = self.captured.readouterr()
+        return code, captured.out, captured.err
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -68,17 +68,17 @@ def test_looks_have_folders_of_their_own_which_reports_do_not_read(
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["task=report", "runs=nothing/*"],
         [*PLAN, "plan.device=a-card-of-another-world"],
         ["task=migrate", "from=no-file.yaml"],
         ["-m", "hydra.launcher.gpus_per_job=99", "device=cpu", "lora.r=8,16", "name=grid"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda overrides: overrides[0],
 )
-def test_a_refused_command_leaves_no_folder(command: Command, tmp_path: Path, words: list[str]) -> None:
-    code, _, said = command(*words)
+def test_a_refused_command_leaves_no_folder(command: Command, tmp_path: Path, overrides: list[str]) -> None:
+    code, _, said = command(*overrides)
     assert code == 1
     assert said.startswith("error: ")
     assert "Traceback" not in said
@@ -88,10 +88,10 @@ def test_a_refused_command_leaves_no_folder(command: Command, tmp_path: Path, wo
 def test_a_refused_command_leaves_a_folder_as_it_was(command: Command, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "outputs" / "runs" / "mine", ["lora.r=8"], steps=2)
     (folder / "train.log").write_text("a line\n")
-    before = tree(tmp_path)
+    initial = tree(tmp_path)
     code, _, said = command("task=report", "runs=nothing/*", "name=mine")
     assert (code, said.startswith("error: runs=nothing/*: there is no run")) == (1, True)
-    assert tree(tmp_path) == before
+    assert tree(tmp_path) == initial
 
 
 def test_what_a_run_has_begun_is_not_put_back(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_new_folder_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (["adapter=" + "[" * 40], "adapter=[[["),
         (["adapter=" + "[" * 100_000], "opens more than 30 brackets inside each other"),
@@ -129,9 +129,9 @@ def test_a_new_folder_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.Monke
     ids=lambda value: (value if isinstance(value, str) else value[0])[:20],
 )
 def test_an_odd_command_line_ends_in_a_sentence(
-    command: Command, tmp_path: Path, words: list[str], sentence: str
+    command: Command, tmp_path: Path, overrides: list[str], sentence: str
 ) -> None:
-    code, _, said = command(*words)
+    code, _, said = command(*overrides)
     assert code == 1
     assert sentence in said
     assert said.startswith("error: ")
@@ -166,14 +166,14 @@ def test_what_libraries_write_for_their_owner_alone_follows_the_umask(tmp_path: 
         (folder / "inner").mkdir(mode=0o700)
         (folder / "inner" / "weights").touch(mode=0o600)
 
-    before = os.umask(0o027)
+    previous = os.umask(0o027)
     try:
         write_folder(tmp_path / "adapter", write)
         write_text(tmp_path / "text.json", "{}")
         (tmp_path / "late").touch(mode=0o600)
         follow_umask(tmp_path / "late")
     finally:
-        os.umask(before)
+        os.umask(previous)
     modes = {path: oct(stat.S_IMODE((tmp_path / path).stat().st_mode)) for path in
              ("adapter", "adapter/inner", "adapter/inner/weights", "text.json", "late")}  # fmt: skip
     assert modes == {"adapter": "0o750", "adapter/inner": "0o750", "adapter/inner/weights": "0o640",

@@ -54,7 +54,7 @@ def test_results_come_in_order_and_others_take_part_with_default_signals(task, w
     assert not list(work.iterdir())
 
 
-def test_only_so_many_results_wait_for_the_one_before_them(task, work):
+def test_only_a_limited_number_of_results_wait_for_the_previous_one(task, work):
     results = run_parts(task, PARTS, processes=2, folder=work, label="data.path=x")
     next(results)
     time.sleep(0.5)

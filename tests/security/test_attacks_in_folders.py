@@ -111,8 +111,8 @@ def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypat
     model = Run(compose(["quantization=fp32"]), "unused").session.load_base().eval()
     for line, says in TASKS.items():
         line = line.format(**names)
-        replaced = tuple(f"{each.partition(':')[0]}:" for each in line.splitlines())
-        kept = [each for each in base.splitlines() if not each.startswith(replaced)]
+        replaced = tuple(f"{added.partition(':')[0]}:" for added in line.splitlines())
+        kept = [kept_line for kept_line in base.splitlines() if not kept_line.startswith(replaced)]
         (folder / "evil.yaml").write_text("\n".join([*kept, line]))
         with pytest.raises((UserError, SecurityError)) as error:
             build_harness(folder, []).measure(model)
@@ -215,7 +215,7 @@ def test_a_pickle_in_the_study_of_a_sweep_does_not_go_off(mark: Path) -> None:
 
     study = optuna.create_study()
     run(study)
-    run(study)  # goes on from what is stored
+    run(study)  # resumes from what is stored
     state = pickle.dumps(Bomb(mark)).hex()
     trial = study.ask()
     study._storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", state)
@@ -228,13 +228,13 @@ def test_a_pickle_in_the_study_of_a_sweep_does_not_go_off(mark: Path) -> None:
 @pytest.mark.parametrize("path", ["pandas", "iceberg", "webdataset", "eval"])
 def test_a_data_set_of_the_hub_is_no_reader(path: str) -> None:
     with pytest.raises(UserError, match="is a reader of the package datasets"):
-        load_hub(path, None, "train", failure=f"data.path={path}: not to be had", remedy="x")
+        load_hub(path, None, "train", failure=f"data.path={path}: not available", remedy="x")
 
 
 @pytest.mark.parametrize("files", ["reference::/x.json", "https://host/x.pkl", "/x.pkl", "../x.pkl", "~/x"])
 def test_files_of_a_data_set_lie_in_it(files: str) -> None:
     with pytest.raises(UserError, match=r"data\.data_files=.* must name files inside"):
-        load_hub("me/set", None, "train", files, failure="data.path=me/set: not to be had", remedy="x")
+        load_hub("me/set", None, "train", files, failure="data.path=me/set: not available", remedy="x")
 
 
 def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -> None:
@@ -246,19 +246,19 @@ def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -
     manifest = {"config": config_to_dict(config), "processes": 1, "data": {}, "model": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "objective": None, "status": "finished"}))
-    words = ["task=replay", f"run={folder}"]
+    overrides = ["task=replay", f"run={folder}"]
     with pytest.raises(UserError, match=r"sent/config\.yaml sets trusted=\[evilmod\].*to this command"):
-        run_job(build_job(compose(words), tmp_path / "again"))
+        run_job(build_job(compose(overrides), tmp_path / "again"))
     text = (folder / "config.yaml").read_text().replace("- evilmod\n", "").replace("trusted:", "trusted: []")
     (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"data\.path=evilmod:f: code of the package 'evilmod'"):
-        run_job(build_job(compose(words), tmp_path / "again"))
+        run_job(build_job(compose(overrides), tmp_path / "again"))
     assert "evilmod" not in sys.modules
     assert not mark.exists()
 
 
 def test_a_sweep_hands_trust_to_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_TRUSTED", "mine,model.trust_remote_code")
-    words = open_entries(["seed=0,1", "trusted=[other]"])
-    assert words == ["seed=0,1", "trusted=[other]", 'trusted=["other", "mine"]', "model.trust_remote_code=true"]
-    assert open_entries(words) == words
+    overrides = open_entries(["seed=0,1", "trusted=[other]"])
+    assert overrides == ["seed=0,1", "trusted=[other]", 'trusted=["other", "mine"]', "model.trust_remote_code=true"]
+    assert open_entries(overrides) == overrides

@@ -76,11 +76,11 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, base: Path
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": CODE}
     (base / "config.json").write_text(json.dumps(config))
-    words = [f"model.name={base}", *QUICK]
+    overrides = [f"model.name={base}", *QUICK]
     with pytest.raises(UserError, match=r"comes with Python code.*model\.trust_remote_code=true"):
-        _ = Run(compose(words), tmp_path / "run").session.model_config
+        _ = Run(compose(overrides), tmp_path / "run").session.model_config
     assert not mark.exists()
-    load_model_config(compose([*words, "model.trust_remote_code=true"]).model)
+    load_model_config(compose([*overrides, "model.trust_remote_code=true"]).model)
     assert mark.exists()
 
 

@@ -61,9 +61,21 @@ def test_no_task_makes_a_connection(strace: str, tmp_path: Path) -> None:
     (tmp_path / "original.sh").write_text("python qlora.py --model_name_or_path huggyllama/llama-7b --lora_r 8\n")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/qlora/plugins", "HF_HOME": str(tmp_path / "hf")}
-    words = [word for word in QUICK if not word.startswith("trainer.save_steps")]
+    overrides = [word for word in QUICK if not word.startswith("trainer.save_steps")]
     done = subprocess.run(
-        [strace, "-f", "--seccomp-bpf", "-e", "trace=network", "-o", "calls.txt", sys.executable, "-c", TASKS, *words],
+        [
+            strace,
+            "-f",
+            "--seccomp-bpf",
+            "-e",
+            "trace=network",
+            "-o",
+            "calls.txt",
+            sys.executable,
+            "-c",
+            TASKS,
+            *overrides,
+        ],
         cwd=tmp_path,
         env=environment,
         input="/exit\n",

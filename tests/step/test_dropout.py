@@ -18,7 +18,7 @@ def test_elements_stay_with_the_probability_that_is_asked_for(rate: float) -> No
         assert mask.mean(dim).std().item() == pytest.approx(deviation / count**0.5, rel=0.15)
 
 
-def test_no_two_places_and_no_two_masks_go_together() -> None:
+def test_no_two_positions_and_no_two_masks_are_correlated() -> None:
     torch.manual_seed(0)
     first, second = ((keep_mask(torch.empty(ROWS, COLUMNS), 0.5).float() - 0.5).flatten() for _ in range(2))
     spectrum, other = torch.fft.rfft(first), torch.fft.rfft(second)

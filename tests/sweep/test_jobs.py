@@ -52,7 +52,7 @@ def test_a_job_keeps_its_folder_when_the_grid_grows(tmp_path: Path) -> None:
     assert job_folder(tmp_path, ["lora.r=8", "seed=1"], config("lora.r=8", "seed=1")) != first
 
 
-def test_a_finished_job_tells_its_result(tmp_path: Path) -> None:
+def test_a_finished_job_records_its_result(tmp_path: Path) -> None:
     with recorded(tmp_path, ["lora.r=8"], "result.json"):
         (tmp_path / "result.json").write_text(json.dumps({"objective": 0.5, "metrics": {"eval_loss": 0.5}}))
         assert read_job(tmp_path).status is Status.running
@@ -73,7 +73,9 @@ def test_a_finished_job_tells_its_result(tmp_path: Path) -> None:
         (KeyboardInterrupt(), Status.interrupted, "interrupted"),
     ],
 )
-def test_an_error_is_recorded_and_goes_on(tmp_path: Path, error: BaseException, status: Status, reason: str) -> None:
+def test_an_error_is_recorded_and_raised_again(
+    tmp_path: Path, error: BaseException, status: Status, reason: str
+) -> None:
     with pytest.raises(type(error)), recorded(tmp_path, [], "result.json"):
         raise error
     assert (read_job(tmp_path).status, read_job(tmp_path).reason) == (status, reason)

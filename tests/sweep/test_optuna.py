@@ -117,7 +117,7 @@ def results(folder: Path, name: str = "s") -> dict[str, Any]:
     return yaml.safe_load((folder / "outputs/sweeps" / name / "optimization_results.yaml").read_text())
 
 
-def test_a_search_goes_on_where_it_ended_and_draws_new_points(tmp_path: Path) -> None:
+def test_a_search_resumes_where_it_ended_and_draws_new_points(tmp_path: Path) -> None:
     code, output, errors = search(tmp_path, RATE, "lora.r=choice(8,16)", "hydra.sweeper.n_trials=4")
     assert code == 0, output + errors
     assert states(tmp_path) == {"COMPLETE": 4}
@@ -166,7 +166,7 @@ def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp
     assert all(params in done for params in begun)
 
 
-def test_a_job_that_had_finished_meanwhile_tells_its_value(tmp_path: Path) -> None:
+def test_a_job_that_had_finished_meanwhile_reports_its_value(tmp_path: Path) -> None:
     assert search(tmp_path, RATES, "hydra.sweeper.sampler=grid", "hydra.sweeper.n_trials=1")[0] == 0
     asked = study(tmp_path)
     trial = asked.ask()  # as if the search had been killed before it was told
@@ -318,7 +318,7 @@ def test_four_faults_are_told_beside_pruned_trials_and_are_tried_again_alone(tmp
 
 
 @pytest.mark.full
-def test_a_search_that_faults_had_stopped_goes_on_to_the_wanted_number_of_trials(tmp_path: Path) -> None:
+def test_a_search_that_faults_had_stopped_resumes_to_the_requested_number_of_trials(tmp_path: Path) -> None:
     args = [RATE, *PRUNING, "hydra.sweeper.n_trials=5", "hydra.sweeper.max_failures=1"]
     code, output, errors = search(tmp_path, *args, FAULTS=json.dumps({0: "kill", 2: "raise"}))
     assert code == 1, output + errors

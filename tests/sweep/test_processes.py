@@ -46,7 +46,7 @@ def run(tasks: list[Task], slots: list[dict[str, str]] | None = None) -> dict[st
     return ended
 
 
-def test_every_kind_of_end_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+def test_every_kind_of_end_is_reported_and_the_others_continue(tmp_path: Path) -> None:
     ends = {
         "raises": "raise ValueError('no such thing')",
         "exits": "sys.exit(0)",

@@ -127,7 +127,7 @@ def test_an_interrupted_command_leaves_its_trials_to_the_others_at_once(
     assert counts(journal) == {"COMPLETE": 1, "FAIL": 1}
 
 
-def test_a_folder_that_was_moved_goes_on_with_its_study(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_resumes_with_its_study(tmp_path: Path) -> None:
     args = [RATE, "hydra.launcher.n_jobs=1"]
     code, output, errors = search(tmp_path, *args, "hydra.sweeper.n_trials=1")
     assert code == 0, output + errors
@@ -147,7 +147,7 @@ def database() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_two_commands_on_one_postgresql_study_lose_nothing_by_kill_9(tmp_path: Path, database: str) -> None:
-    kill_and_go_on([tmp_path / "a", tmp_path / "b"], database, 4)
+    kill_and_resume([tmp_path / "a", tmp_path / "b"], database, 4)
 
 
 @pytest.mark.full
@@ -157,10 +157,10 @@ def test_two_commands_on_one_study_lose_nothing_by_many_kills(
 ) -> None:
     for storage in (journal, database):
         folders = [tmp_path / storage.partition(":")[0] / folder_name for folder_name in folder_names]
-        kill_and_go_on(folders, storage, 20, kills=5)
+        kill_and_resume(folders, storage, 20, kills=5)
 
 
-def kill_and_go_on(folders: list[Path], storage: str, trials: int, *, kills: int = 1) -> None:
+def kill_and_resume(folders: list[Path], storage: str, trials: int, *, kills: int = 1) -> None:
     """Kills the commands in all folders several times while jobs run, and lets them resume together to the end."""
     args = [RATE, f"hydra.sweeper.n_trials={trials}", "hydra.launcher.n_jobs=1", f"hydra.sweeper.storage='{storage}'"]
     for folder in folders:

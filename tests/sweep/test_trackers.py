@@ -91,7 +91,7 @@ def test_jobs_are_grouped_and_named_by_what_varies(tracked: tuple[Path, list[str
 
 
 @pytest.mark.slow
-def test_a_killed_job_goes_on_in_its_run_and_sends_no_metric_twice(tracked: tuple[Path, list[str]]) -> None:
+def test_a_killed_job_resumes_in_its_run_and_sends_no_metric_twice(tracked: tuple[Path, list[str]]) -> None:
     folder, _ = tracked
     job = next(folder.glob("lora.alpha=8-*"))
     assert "resuming from checkpoint-2" in (job / "stdout.log").read_text()
@@ -210,7 +210,7 @@ def test_the_table_has_numbers_in_columns_of_one_type(tmp_path: Path) -> None:
     }
 
 
-def test_axes_place_numbers_by_size_and_words_in_order(tmp_path: Path) -> None:
+def test_axes_position_numbers_by_size_and_text_in_order(tmp_path: Path) -> None:
     assert build_axis([8, 16, 12]).positions == [0, 1, 0.5]
     decades = build_axis([1e-5, 1e-3, 1e-4])
     assert decades.places == pytest.approx([0, 1, 0.5])

@@ -92,10 +92,10 @@ def converse(*entered: str, told: Told) -> tuple[Chat, str]:
 
 def test_the_conversation_is_asked_as_a_whole() -> None:
     told = Told("one", "two")
-    chat, shown = converse("a", "b", told=told)
+    chat, printed = converse("a", "b", told=told)
     assert told.prompts == ["a", "a|one|b"]
     assert [turn["content"] for turn in chat.turns] == ["a", "one", "b", "two"]
-    assert shown == "one\ntwo\n"
+    assert printed == "one\ntwo\n"
 
 
 def test_empty_lines_ask_nothing() -> None:
@@ -105,15 +105,15 @@ def test_empty_lines_ask_nothing() -> None:
 
 def test_reset_forgets_what_was_said_but_not_the_system_text() -> None:
     told = Told("one", "two")
-    _, shown = converse("/system s", "a", "/reset", "b", told=told)
+    _, printed = converse("/system s", "a", "/reset", "b", told=told)
     assert told.prompts == ["s|a", "s|b"]
-    assert "[a new conversation; the system text stays]" in shown
+    assert "[a new conversation; the system text stays]" in printed
 
 
 def test_a_system_text_is_set_shown_and_taken_out() -> None:
     told = Told("one")
-    _, shown = converse("/system", "/system Be\\", "brief.", "/system", "/system none", "a", told=told)
-    assert shown.splitlines() == [
+    _, printed = converse("/system", "/system Be\\", "brief.", "/system", "/system none", "a", told=told)
+    assert printed.splitlines() == [
         "[there is no system text; /system TEXT sets one]", "[the system text is set]", "[Be", "brief.]",
         "[there is no system text any more]", "one",
     ]  # fmt: skip
@@ -122,17 +122,17 @@ def test_a_system_text_is_set_shown_and_taken_out() -> None:
 
 def test_a_system_text_that_the_template_cannot_write_is_refused_and_not_kept() -> None:
     told = Told("one")
-    _, shown = converse("/system refused", "a", told=told)
-    assert "[error: /system: this chat template has no place for a system text (system is no role)]" in shown
+    _, printed = converse("/system refused", "a", told=told)
+    assert "[error: /system: this chat template has no place for a system text (system is no role)]" in printed
     assert told.prompts == ["a"]
 
 
 def test_the_base_answers_until_it_is_switched_back() -> None:
     told = Told("one", "two", "three")
-    chat, shown = converse("a", "/base", "/retry", "/base", "b", told=told)
+    chat, printed = converse("a", "/base", "/retry", "/base", "b", told=told)
     assert told.prompts == ["a", "base: a", "a|two|b"]
-    assert "[the untuned base answers from here on; /retry compares]" in shown
-    assert "[the adapter answers from here on; /retry compares]" in shown
+    assert "[the untuned base answers from here on; /retry compares]" in printed
+    assert "[the adapter answers from here on; /retry compares]" in printed
     assert chat.prompt == "> "
     chat.hear(Entered("/base"))
     assert chat.prompt == "base> "
@@ -141,53 +141,53 @@ def test_the_base_answers_until_it_is_switched_back() -> None:
 def test_without_an_adapter_there_is_nothing_to_switch_off() -> None:
     told = Told()
     told.has_adapter = False
-    chat, shown = converse("/base", told=told)
-    assert shown.startswith("[error: /base: there is no adapter to switch off; ")
+    chat, printed = converse("/base", told=told)
+    assert printed.startswith("[error: /base: there is no adapter to switch off; ")
     assert not chat.base
 
 
 def test_a_stopped_answer_stays_as_far_as_it_was_said() -> None:
     told = Told("on/interrupted", "two")
-    _, shown = converse("a", "b", told=told)
+    _, printed = converse("a", "b", told=told)
     assert told.prompts[1] == "a|on|b"
-    assert shown == "on\n[stopped; what was said stays in the conversation]\ntwo\n"
+    assert printed == "on\n[stopped; what was said stays in the conversation]\ntwo\n"
 
 
 def test_a_question_that_was_stopped_before_the_first_word_is_taken_back() -> None:
     told = Told("/interrupted", "two", "/interrupted")
-    chat, shown = converse("a", "b", "/retry", told=told)
+    chat, printed = converse("a", "b", "/retry", told=told)
     assert told.prompts == ["a", "b", "b"]
     assert [turn["content"] for turn in chat.turns] == ["b", "two"]
-    assert "[stopped before the first word; the question is taken back]" in shown
+    assert "[stopped before the first word; the question is taken back]" in printed
 
 
 def test_an_answer_that_was_cut_off_says_so() -> None:
-    _, shown = converse("a", told=Told("one/length"))
-    assert shown == "one\n[cut off after 3 tokens (generation.max_new_tokens, or the end of the context)]\n"
+    _, printed = converse("a", told=Told("one/length"))
+    assert printed == "one\n[cut off after 3 tokens (generation.max_new_tokens, or the end of the context)]\n"
     assert converse("a", told=Told(""))[1] == "(nothing)\n"
 
 
 def test_the_oldest_turns_give_way_in_pairs() -> None:
     told = Told("1", "2", "3", "4", room=9)
-    chat, shown = converse("aaa", "bbb", "ccc", "d", told=told)
+    chat, printed = converse("aaa", "bbb", "ccc", "d", told=told)
     assert told.prompts == ["aaa", "aaa|1|bbb", "bbb|2|ccc", "ccc|3|d"]
-    assert "[the context is full: your oldest messages are left out (1 so far)]\n3\n" in shown
+    assert "[the context is full: your oldest messages are left out (1 so far)]\n3\n" in printed
     assert len(chat.turns) == 8
 
 
-def test_a_message_that_never_fits_is_refused_and_the_conversation_goes_on() -> None:
+def test_a_message_that_never_fits_is_refused_and_the_conversation_continues() -> None:
     told = Told("1", "2", room=9)
-    _, shown = converse("aaa", "x" * 10, "bbb", told=told)
+    _, printed = converse("aaa", "x" * 10, "bbb", told=told)
     assert (
         "[error: this message takes 10 tokens with its template, but the model's context of 40 has room for 9 before "
         "an answer; shorten it, or set a smaller generation.max_new_tokens]"
-    ) in shown
+    ) in printed
     assert told.prompts == ["aaa", "aaa|1|bbb"]
 
 
 def test_a_misspelt_command_is_corrected() -> None:
-    _, shown = converse("/sav x", "/help me", "/retry", "/save", "/save a.txt", "/save a.jsonl", told=Told())
-    assert shown.splitlines() == [
+    _, printed = converse("/sav x", "/help me", "/retry", "/save", "/save a.txt", "/save a.jsonl", told=Told())
+    assert printed.splitlines() == [
         '[error: there is no command /sav (did you mean /save?); /help lists them, and a message that begins with / '
         'goes between """ and """]',
         "[error: /help takes nothing behind it, got 'me']",
@@ -197,10 +197,10 @@ def test_a_misspelt_command_is_corrected() -> None:
 
 
 def test_help_names_every_command_and_exit_ends() -> None:
-    chat, shown = converse("/help", "/exit", "a", told=Told())
+    chat, printed = converse("/help", "/exit", "a", told=Told())
     assert chat.ended
     for name in ("/help", "/reset", "/system", "/base", "/retry", "/save FILE.jsonl", "/exit", "Ctrl-C"):
-        assert name in shown
+        assert name in printed
 
 
 def test_ctrl_c_outside_of_an_answer_ends_nothing() -> None:
@@ -214,13 +214,13 @@ def test_ctrl_c_outside_of_an_answer_ends_nothing() -> None:
 def test_a_saved_conversation_can_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     save = f"/save {path}"
-    _, shown = converse(
+    _, printed = converse(
         "/system s", "a", save, "b", save, "/reset", "/system none", "c", save, told=Told("1", "2", "3")
     )
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     said = [[turn["content"] for turn in line["messages"]] for line in lines]
     assert said == [["s", "a", "1", "b", "2"], ["c", "3"]]
-    assert f"[saved to {path}; train on it with data=local data.path={path}]" in shown
+    assert f"[saved to {path}; train on it with data=local data.path={path}]" in printed
     data = build_data(DataConfig(name="mine", path=str(path), eval_dataset_size=1), tiny())
     assert data.report.format == "messages"
 
@@ -238,9 +238,9 @@ def test_saving_adds_to_a_file_and_never_replaces_what_others_wrote(tmp_path: Pa
 
 
 def test_a_file_is_named_jsonl_and_one_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    _, shown = converse("a", "/save a.txt", f"/save {tmp_path}/no/a.jsonl", told=Told("1"))
-    assert "[error: /save adds the conversation as a line of JSON; name a file FILE.jsonl]" in shown
-    assert f"[error: /save: {tmp_path}/no/a.jsonl cannot be written (No such file or directory); choose" in shown
+    _, printed = converse("a", "/save a.txt", f"/save {tmp_path}/no/a.jsonl", told=Told("1"))
+    assert "[error: /save adds the conversation as a line of JSON; name a file FILE.jsonl]" in printed
+    assert f"[error: /save: {tmp_path}/no/a.jsonl cannot be written (No such file or directory); choose" in printed
 
 
 # Messages of several lines
@@ -298,40 +298,40 @@ def tiny() -> PreTrainedTokenizerBase:
 
 def stream(text: str, stop: str = "", *, end: bool = True) -> tuple[list[str], Reply]:
     """Returns what is shown, and the reply, when the tokens of a text come one by one."""
-    tokenizer, shown = tiny(), list[str]()
-    answer = Stream(tokenizer, [tokenizer.eos_token_id], stop, shown.append)
+    tokenizer, printed = tiny(), list[str]()
+    answer = Stream(tokenizer, [tokenizer.eos_token_id], stop, printed.append)
     answer.put(torch.tensor([[1, 5]]))  # the prompt
     for token in tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * end:
         answer.put(torch.tensor([token]))
         if answer.stops:
             break
     answer.end()
-    return shown, answer.close()
+    return printed, answer.close()
 
 
 def test_tokens_are_shown_as_they_come() -> None:
-    shown, reply = stream("The old hammer is brave.")
-    assert len(shown) > 3
-    assert "".join(shown) == "The old hammer is brave."
+    printed, reply = stream("The old hammer is brave.")
+    assert len(printed) > 3
+    assert "".join(printed) == "The old hammer is brave."
     assert reply.text == "The old hammer is brave."
     assert reply.finish == "stop"
 
 
 def test_a_character_is_shown_whole() -> None:
-    shown, reply = stream("naïve ☕ 日本")
-    assert "".join(shown) == reply.text == "naïve ☕ 日本"
-    assert "\ufffd" not in "".join(shown)
+    printed, reply = stream("naïve ☕ 日本")
+    assert "".join(printed) == reply.text == "naïve ☕ 日本"
+    assert "\ufffd" not in "".join(printed)
 
 
 def test_an_answer_ends_where_the_next_question_would_begin() -> None:
-    shown, reply = stream("brave## not yet ### Human: why", stop="### Human:")
-    assert "".join(shown) == reply.text == "brave## not yet"
+    printed, reply = stream("brave## not yet ### Human: why", stop="### Human:")
+    assert "".join(printed) == reply.text == "brave## not yet"
     assert reply.finish == "stop"
 
 
 def test_an_answer_without_an_end_was_cut_off() -> None:
-    shown, reply = stream("brave ###", stop="### Human:", end=False)
-    assert "".join(shown) == reply.text == "brave ###"
+    printed, reply = stream("brave ###", stop="### Human:", end=False)
+    assert "".join(printed) == reply.text == "brave ###"
     assert reply.finish == "length"
 
 
@@ -358,8 +358,8 @@ def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 def message_of(prompt: str) -> str:
     """Returns what a person types to ask what a row asked."""
-    before = ALPACA.prefix if prompt.startswith(ALPACA.prefix) else ALPACA.prefix_both
-    return prompt.removeprefix(before).removesuffix(ALPACA.behind)
+    prefix = ALPACA.prefix if prompt.startswith(ALPACA.prefix) else ALPACA.prefix_both
+    return prompt.removeprefix(prefix).removesuffix(ALPACA.behind)
 
 
 def test_chat_answers_as_predict_does(trained: Path, model: ChatModel, tmp_path: Path) -> None:
@@ -383,12 +383,12 @@ def test_the_base_answers_without_its_adapter_and_the_adapter_comes_back(model: 
 
 
 def test_beams_are_shown_at_their_end(model: ChatModel) -> None:
-    shown: list[str] = []
+    printed: list[str] = []
     settings = compose([*EXACT, "generation.num_beams=2"]).generation
     reply = replace(model, generation=settings).answer(
-        model.encoder.encode_prompt([{"role": "user", "content": QUESTION}]), shown.append
+        model.encoder.encode_prompt([{"role": "user", "content": QUESTION}]), printed.append
     )
-    assert shown == [reply.text]
+    assert printed == [reply.text]
 
 
 def test_an_answer_never_outgrows_the_context(model: ChatModel) -> None:
@@ -413,9 +413,9 @@ def test_chat_needs_no_rows_and_speaks_without_a_terminal(
     }  # fmt: skip
     assert result["paths"] == {"conversation": f"{tmp_path}/mine.jsonl"}
     assert result["metrics"]["chat_answers"] == 2
-    shown = capsys.readouterr().out
-    assert "saved by the training run" in shown
-    answers = shown.split("\n\n", 1)[1].splitlines()
+    printed = capsys.readouterr().out
+    assert "saved by the training run" in printed
+    answers = printed.split("\n\n", 1)[1].splitlines()
     assert answers[1] == "the untuned base answers from here on; /retry compares"
     assert answers[0] != answers[2]
     assert not [line for line in answers if line.startswith(">")]
@@ -426,9 +426,9 @@ def test_the_untuned_base_can_be_talked_to_as_well(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/base\nHello\n"))
     chat_run(tmp_path, "adapter=none").execute()
-    shown = capsys.readouterr().out
-    assert re.search(r"template +guanaco", shown)
-    assert "error: /base: there is no adapter to switch off" in shown
+    printed = capsys.readouterr().out
+    assert re.search(r"template +guanaco", printed)
+    assert "error: /base: there is no adapter to switch off" in printed
 
 
 def test_the_template_saved_by_the_training_goes_before_the_base_s_own() -> None:
@@ -447,9 +447,9 @@ def test_an_answer_of_the_model_stops_at_the_next_question(model: ChatModel) -> 
     word = whole.text.split()[3]
     writer = SimpleNamespace(stop_text=word)
     encoder: Any = SimpleNamespace(base=model.encoder.base, writer=writer)
-    shown: list[str] = []
-    reply = replace(endless, encoder=encoder).answer(prompt, shown.append)
-    assert "".join(shown) == reply.text == whole.text.split(word)[0].strip()
+    printed: list[str] = []
+    reply = replace(endless, encoder=encoder).answer(prompt, printed.append)
+    assert "".join(printed) == reply.text == whole.text.split(word)[0].strip()
     assert reply.finish == "stop"
     assert reply.tokens < whole.tokens == 12
 
@@ -471,9 +471,9 @@ def test_a_fully_finetuned_model_carries_it_too_and_has_no_adapter_to_switch_off
     Run(compose(["lora=none", *EXACT, *steps, *skipped]), tmp_path / "full").execute()
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/base\n{QUESTION}\n"))
     result = chat_run(tmp_path / "chat", "lora=none", f"adapter={tmp_path / 'full'}").execute()
-    shown = capsys.readouterr().out
-    assert re.search(r"template +saved by the training run", shown)
-    assert "error: /base: there is no adapter to switch off" in shown
+    printed = capsys.readouterr().out
+    assert re.search(r"template +saved by the training run", printed)
+    assert "error: /base: there is no adapter to switch off" in printed
     assert result["metrics"]["chat_answers"] == 1
 
 
@@ -504,13 +504,13 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 class Terminal:
     """A pseudo-terminal in which `python -m qlora` runs, and what a person has seen there."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *overrides: str) -> None:
         self.raw, self.read_to = b"", 0
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
             environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
-            os.execve(sys.executable, [sys.executable, "-m", "qlora", *words], environment)
+            os.execve(sys.executable, [sys.executable, "-m", "qlora", *overrides], environment)
 
     @property
     def seen(self) -> str:
@@ -561,8 +561,8 @@ class Terminal:
 
 @pytest.fixture
 def terminal(trained: Path, tmp_path: Path) -> Iterator[Terminal]:
-    words = ["generation.max_new_tokens=200", "generation.min_new_tokens=200", "quantization=fp32"]
-    opened = Terminal(tmp_path, "task=chat", f"adapter={trained}", "hydra.run.dir=out", *words)
+    overrides = ["generation.max_new_tokens=200", "generation.min_new_tokens=200", "quantization=fp32"]
+    opened = Terminal(tmp_path, "task=chat", f"adapter={trained}", "hydra.run.dir=out", *overrides)
     yield opened
     os.close(opened.screen)
 
@@ -583,14 +583,14 @@ def test_a_person_talks_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.ask("/reset")
     terminal.type("What category does this\\\n", "\n. ")
     terminal.type("word belong to?\n", "\n")
-    shown = terminal.type("", " ")  # the first word
+    printed = terminal.type("", " ")  # the first word
     stopped = terminal.type("\x03", "\n> ")
     assert "stopped; what was said stays in the conversation" in stopped
     assert terminal.ask("/save mine.jsonl").startswith("saved to mine.jsonl; train on it with data=local")
     [question, answered] = json.loads((tmp_path / "mine.jsonl").read_text())["messages"]
     assert question == {"role": "user", "content": "What category does this\nword belong to?"}
     assert answered["content"]
-    assert answered["content"].startswith(shown.strip())
+    assert answered["content"].startswith(printed.strip())
     assert len(answered["content"].split()) < 180
     assert terminal.ask("/reset") == "a new conversation"
     terminal.type("half a message\\\n", "\n. ")

@@ -171,21 +171,21 @@ def trained(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def own(trained: tuple[Path, str], tmp_path: Path) -> tuple[Path, str]:
+def merged(trained: tuple[Path, str], tmp_path: Path) -> tuple[Path, str]:
     """A copy of that run."""
     shutil.copytree(trained[0], tmp_path / "run")
     return tmp_path / "run", trained[1]
 
 
-def test_shards_and_their_index_hold_what_one_file_holds(own: tuple[Path, str]) -> None:
-    folder, name = own
+def test_shards_and_their_index_hold_what_one_file_holds(merged: tuple[Path, str]) -> None:
+    folder, name = merged
     merge(folder, name)
     whole = load_file(folder / "merged" / "model.safetensors")
     report = merge(folder, name, "merge.max_shard_size=97.5KiB")
     files = sorted((folder / "merged").glob("*.safetensors"))
     assert len(files) == report["files"] > 3
-    largest = max(value.nbytes for value in whole.values())
-    assert all(path.stat().st_size < max(100_000, largest) + 10_000 for path in files)
+    max_bytes = max(value.nbytes for value in whole.values())
+    assert all(path.stat().st_size < max(100_000, max_bytes) + 10_000 for path in files)
     parts = {key: value for path in files for key, value in load_file(path).items()}
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
@@ -193,8 +193,8 @@ def test_shards_and_their_index_hold_what_one_file_holds(own: tuple[Path, str]) 
     assert torch.equal(model.lm_head.weight, whole["lm_head.weight"])
 
 
-def test_a_merged_folder_is_a_whole_model_that_plain_transformers_loads(own: tuple[Path, str]) -> None:
-    folder, name = own
+def test_a_merged_folder_is_a_whole_model_that_plain_transformers_loads(merged: tuple[Path, str]) -> None:
+    folder, name = merged
     report = merge(folder, name)
     files = {path.name for path in (folder / "merged").iterdir()}
     assert files == {
@@ -212,16 +212,16 @@ def test_a_merged_folder_is_a_whole_model_that_plain_transformers_loads(own: tup
 
 
 def test_the_commands_that_serve_the_model_are_printed(
-    own: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    merged: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, name = own
+    folder, name = merged
     merge(folder, name, "name=My-Model")
     printed = capsys.readouterr().out
-    place = folder / "merged"
-    assert f"vllm serve {place} --dtype float32" in printed
-    assert f"ollama create my-model -f {place}/Modelfile" in printed
+    merged_folder = folder / "merged"
+    assert f"vllm serve {merged_folder} --dtype float32" in printed
+    assert f"ollama create my-model -f {merged_folder}/Modelfile" in printed
     [line] = [line.strip() for line in printed.splitlines() if "pipeline" in line]
-    assert str(place) in line
+    assert str(merged_folder) in line
     compile(line.removeprefix("python -c ").strip("'"), "command", "exec")
 
 
@@ -242,13 +242,13 @@ def test_a_base_stored_in_few_bits_is_merged_in_full(
     expected = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     chosen = [f"model.name={tmp_path / 'stored'}", chosen[1], "base=force"]  # what is stored is another base
     report = merge(tmp_path / "run", *chosen)
-    found = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    tensors = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     assert report["kl_mean"] < (5e-3 if quantization == "int8" else 1e-6)
-    assert {name.removeprefix("transformer.") for name in found} == {
+    assert {name.removeprefix("transformer.") for name in tensors} == {
         name.removeprefix("transformer.") for name in expected
     }
     if kind == "llama":
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     text = refusal(tmp_path / "run", *chosen, "merge=original")
     assert text.startswith("merge.base=original: the base is saved in 4 or 8 bits only; use merge.base=dequantized")
 
@@ -341,10 +341,10 @@ def test_whole_modules_that_were_trained_replace_the_base_s(base: Callable[[str]
 # Whether it answers the same
 
 
-def test_a_model_that_answers_otherwise_is_not_there_but_its_report_is(own: tuple[Path, str]) -> None:
-    folder, name = own
+def test_a_model_that_answers_otherwise_is_not_there_but_its_report_is(merged: tuple[Path, str]) -> None:
+    folder, name = merged
     merge(folder, name)
-    before = (folder / "merged" / "model.safetensors").stat().st_ino
+    inode = (folder / "merged" / "model.safetensors").stat().st_ino
     text = refusal(folder, name, "merge=original", "merge.max_kl=1e-4")
     assert text.startswith("merge.base=original: the merged model answers otherwise than the adapter on its base (KL")
     assert "above merge.max_kl=0.0001): the 16-bit weights are not the nf4 ones that it was trained on" in text
@@ -354,40 +354,40 @@ def test_a_model_that_answers_otherwise_is_not_there_but_its_report_is(own: tupl
     assert report["kl_mean"] > 1e-4
     assert 0.05 < report["quantization"]["mean"] < 0.15
     assert len(report["quantization"]["largest"]) == 5
-    assert (folder / "merged" / "model.safetensors").stat().st_ino == before
+    assert (folder / "merged" / "model.safetensors").stat().st_ino == inode
     assert not (folder / "merged.partial").exists()
 
 
-def test_what_computing_in_16_bits_does_by_itself_is_no_fault_of_the_merge(own: tuple[Path, str]) -> None:
-    report = merge(*own, "merge.dtype=bf16")
+def test_what_computing_in_16_bits_does_by_itself_is_no_fault_of_the_merge(merged: tuple[Path, str]) -> None:
+    report = merge(*merged, "merge.dtype=bf16")
     assert report["computing_kl"] > 0
     assert report["max_kl"] == max(1e-3, 2 * report["computing_kl"])
-    assert merge(*own)["computing_kl"] is None
-    assert merge(*own)["max_kl"] == 1e-3
+    assert merge(*merged)["computing_kl"] is None
+    assert merge(*merged)["max_kl"] == 1e-3
 
 
-def test_the_sentence_for_rounded_weights_offers_float32(own: tuple[Path, str]) -> None:
-    text = refusal(*own, "merge.dtype=bf16", "merge.max_kl=1e-9")
+def test_the_sentence_for_rounded_weights_offers_float32(merged: tuple[Path, str]) -> None:
+    text = refusal(*merged, "merge.dtype=bf16", "merge.max_kl=1e-9")
     assert "rounding its weights to bf16 does that; use merge.dtype=fp32, or accept it with merge.max_kl=" in text
 
 
-def test_the_sentence_for_float32_names_the_layer(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sentence_for_float32_names_the_layer(merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     add = adapted_module.LowRank.add_to
     wrong = iter([False] * 8 + [True] + [False] * 5)  # the second of two layers begins with the eighth matrix
     monkeypatch.setattr(
         adapted_module.LowRank, "add_to", lambda self, weight: add(self, weight) * (2 if next(wrong) else 1)
     )
-    assert "most of it arises in layer 1; serve the adapter on its base instead" in refusal(*own)
+    assert "most of it arises in layer 1; serve the adapter on its base instead" in refusal(*merged)
 
 
-def test_numbers_that_are_none_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_none_are_refused(merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapted_module.LowRank, "add_to", lambda self, weight: weight.float() * torch.nan)
-    assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*own)
+    assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*merged)
 
 
-def test_numbers_too_large_for_fp16_are_refused(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_too_large_for_fp16_are_refused(merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapted_module.LowRank, "add_to", lambda self, weight: weight.float() * 1e6)
-    assert "holds numbers too large for float16; use merge.dtype=bf16" in refusal(*own, "merge.dtype=fp16")
+    assert "holds numbers too large for float16; use merge.dtype=bf16" in refusal(*merged, "merge.dtype=fp16")
 
 
 # Nothing half-written
@@ -402,7 +402,7 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "failure"),
+    ("step", "failure"),
     [
         ("qlora.adapters.merge_tensors.save_file", full_to_safetensors),
         ("qlora.evaluation.parity.save_file", full_to_safetensors),
@@ -411,38 +411,38 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
     ],
 )
 def test_a_disk_that_becomes_full_leaves_the_old_model_and_nothing_else(
-    own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, place: str, failure: Callable[..., None]
+    merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, step: str, failure: Callable[..., None]
 ) -> None:
-    folder, name = own
+    folder, name = merged
     merge(folder, name)
-    before = {path.name: path.read_bytes() for path in (folder / "merged").iterdir()}
-    monkeypatch.setattr(place, failure)
+    initial = {path.name: path.read_bytes() for path in (folder / "merged").iterdir()}
+    monkeypatch.setattr(step, failure)
     text = refusal(folder, name)
     assert text == (
         f"the disk of {folder} became full while the model was written, and nothing of it is left; free some space, or "
         "choose another folder with hydra.run.dir=FOLDER"
     )
     assert not list(folder.glob("merged.*"))
-    assert {path.name: path.read_bytes() for path in (folder / "merged").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (folder / "merged").iterdir()} == initial
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
-    own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         merged_model.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     )
     monkeypatch.setattr(Session, "load_trained", None)
-    text = refusal(*own)
+    text = refusal(*merged)
     assert text.startswith("task=merge needs 0.0")
     assert text.endswith(
-        f" GB in {own[0]}, where 1e-06 GB are free; free some, or choose another folder with hydra.run.dir=FOLDER"
+        f" GB in {merged[0]}, where 1e-06 GB are free; free some, or choose another folder with hydra.run.dir=FOLDER"
     )
-    assert not list(own[0].glob("merged*"))
+    assert not list(merged[0].glob("merged*"))
 
 
-def test_a_merge_that_was_killed_is_begun_anew(own: tuple[Path, str]) -> None:
-    folder, name = own
+def test_a_merge_that_was_killed_is_begun_anew(merged: tuple[Path, str]) -> None:
+    folder, name = merged
     (folder / "merged.partial").mkdir()
     (folder / "merged.partial" / "rest").touch()
     (folder / "merged.old").mkdir()
@@ -457,19 +457,19 @@ def test_a_merge_that_was_killed_is_begun_anew(own: tuple[Path, str]) -> None:
 # What comes after
 
 
-def test_a_merged_model_is_measured_like_its_adapter(own: tuple[Path, str], tmp_path: Path) -> None:
-    folder, name = own
+def test_a_merged_model_is_measured_like_its_adapter(merged: tuple[Path, str], tmp_path: Path) -> None:
+    folder, name = merged
     merge(folder, name)
     expected = run(tmp_path / "a", name, "task=evaluate", f"adapter={folder}")["metrics"]["eval_loss"]
-    for place in (folder / "merged", tmp_path / "moved"):
-        if place.name == "moved":
+    for path in (folder / "merged", tmp_path / "moved"):
+        if path.name == "moved":
             shutil.move(folder / "merged", tmp_path / "moved" / "merged")
-        chosen = [name, "task=evaluate", f"adapter={place}", "quantization=fp32"]
-        assert run(tmp_path / place.name, *chosen)["metrics"]["eval_loss"] == pytest.approx(expected, rel=1e-4)
+        chosen = [name, "task=evaluate", f"adapter={path}", "quantization=fp32"]
+        assert run(tmp_path / path.name, *chosen)["metrics"]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_merged_model_is_not_rounded_again_without_a_word(own: tuple[Path, str], tmp_path: Path) -> None:
-    folder, name = own
+def test_a_merged_model_is_not_rounded_again_without_a_word(merged: tuple[Path, str], tmp_path: Path) -> None:
+    folder, name = merged
     merge(folder, name)
     with pytest.raises(UserError) as error:
         run(tmp_path / "a", name, "task=evaluate", f"adapter={folder / 'merged'}")

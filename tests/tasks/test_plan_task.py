@@ -37,36 +37,36 @@ def refusal(*overrides: str) -> str:
 
 
 def test_it_answers_at_once_and_without_torch(tmp_path: Path) -> None:
-    words = ["task=plan", "model=llama-65b", "plan.device=a6000", f"hydra.run.dir={tmp_path}"]
+    overrides = ["task=plan", "model=llama-65b", "plan.device=a6000", f"hydra.run.dir={tmp_path}"]
     code = "import sys; from qlora.cli import main\nmain()\nassert 'torch' not in sys.modules"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, *overrides], capture_output=True, text=True, cwd=tmp_path)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
     assert "needed                         43.7" in done.stdout
     assert "adapters and their gradients in 32 bits" in done.stdout
     assert "fits, 4." in done.stdout
-    stored = json.loads((tmp_path / "plan.json").read_text())
-    assert stored["metrics"]["plan_fits"] == 1
-    assert sum(stored["parts_gb"].values()) == pytest.approx(stored["metrics"]["plan_peak_gb"])
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["metrics"]["plan_fits"] == 1
+    assert sum(saved["parts_gb"].values()) == pytest.approx(saved["metrics"]["plan_peak_gb"])
     assert seconds < 10, "about 1.3 seconds on a free core"
 
 
 @pytest.mark.parametrize(("size", "paper"), [("7b", 6.9), ("13b", 11.3), ("33b", 24.7), ("65b", 45.0)])
 def test_the_paper_s_memory_is_near(size: str, paper: float) -> None:
-    wide, same = build(f"model=llama-{size}").paper, build(f"model=llama-{size}", "lora.dtype=bf16").paper
-    assert wide is not None
+    fp32, same = build(f"model=llama-{size}").paper, build(f"model=llama-{size}", "lora.dtype=bf16").paper
+    assert fp32 is not None
     assert same is not None
-    assert wide["paper_gb"] == same["paper_gb"] == paper
-    assert 0.98 * paper < wide["planned_gb"] < 1.12 * paper
+    assert fp32["paper_gb"] == same["paper_gb"] == paper
+    assert 0.98 * paper < fp32["planned_gb"] < 1.12 * paper
     assert 0.89 * paper < same["planned_gb"] < 1.02 * paper
 
 
 @pytest.mark.skipif(not MEASURED.is_file(), reason="nothing was measured on a GPU")
 def test_what_was_measured_on_a_gpu_is_planned_within_5_percent() -> None:
-    stored = json.loads(MEASURED.read_text(encoding="utf-8"))
-    assert stored["gpu"]
-    for result in stored["results"]:
+    saved = json.loads(MEASURED.read_text(encoding="utf-8"))
+    assert saved["gpu"]
+    for result in saved["results"]:
         if result["measured_gb"] is not None:
             planned = build(*result["overrides"], "data.path=rows.jsonl", device="h200").memory.peak / 1e9
             assert planned == pytest.approx(result["measured_gb"], rel=0.05), result
@@ -74,9 +74,9 @@ def test_what_was_measured_on_a_gpu_is_planned_within_5_percent() -> None:
 
 def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
     for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
-        found = build("model=llama-7b", *chosen, device="rtx-4090")
+        plan = build("model=llama-7b", *chosen, device="rtx-4090")
         name = "all 32 layers checkpointed"
-        rows = found.most_rows[name]
+        rows = plan.most_rows[name]
         assert rows > 0
         for count, fits in ((rows, True), (rows + 1, False)):
             again = build("model=llama-7b", *chosen, f"trainer.per_device_train_batch_size={count}", device="rtx-4090")
@@ -87,16 +87,16 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
     chosen = ["model=llama-33b", "quantization=none", "trainer.per_device_train_batch_size=4", "recipe=none"]
     chosen += ["trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch", "data.source_max_len=1792"]
     chosen += ["plan=plain", "watchdog.nonfinite=warn"]  # 16-bit weights have no other step
-    before = build(*chosen)
-    assert not before.fits
-    keys = [change.overrides.partition("=")[0] for change in before.changes]
+    previous = build(*chosen)
+    assert not previous.fits
+    keys = [change.overrides.partition("=")[0] for change in previous.changes]
     assert keys == ["trainer.gradient_checkpointing", "trainer.per_device_train_batch_size", "data.max_length",
                     "trainer.optim", "quantization"]  # fmt: skip
-    assert [change.fits for change in before.changes] == [False] * 4 + [True]
-    assert before.changes[1].overrides.endswith("=1 trainer.gradient_accumulation_steps=64")
+    assert [change.fits for change in previous.changes] == [False] * 4 + [True]
+    assert previous.changes[1].overrides.endswith("=1 trainer.gradient_accumulation_steps=64")
     done: list[str] = []
-    needed = before.memory.needed
-    for change in before.changes:
+    needed = previous.memory.needed
+    for change in previous.changes:
         done += change.overrides.split()
         after = build(*chosen, *done)
         assert after.memory.needed == pytest.approx(change.needed)
@@ -107,8 +107,8 @@ def test_the_changes_make_it_fit_when_they_are_made() -> None:
 
 
 def test_the_last_change_is_a_smaller_model_of_the_same_kind() -> None:
-    found = build("model=llama-65b", device="rtx-4090")
-    assert [change.overrides for change in found.changes][-2:] == ["lora.r=8", "model=llama-33b"]
+    plan = build("model=llama-65b", device="rtx-4090")
+    assert [change.overrides for change in plan.changes][-2:] == ["lora.r=8", "model=llama-33b"]
     alone = build("model=llama-65b", "model.name=me/other", "plan.length=1024", device="t4")
     assert [change.overrides for change in alone.changes] == ["plan.length=256", "lora.r=8"]
     assert not any(change.fits for change in alone.changes)
@@ -117,9 +117,9 @@ def test_the_last_change_is_a_smaller_model_of_the_same_kind() -> None:
 def test_the_largest_of_few_checkpointed_layers_is_found_for_fast_steps() -> None:
     from qlora.planning.advice import fewest_checkpointed
 
-    found = build("model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048",
+    plan = build("model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048",
                   device="rtx-4090")  # fmt: skip
-    fewest = fewest_checkpointed(found.training, found.card)
+    fewest = fewest_checkpointed(plan.training, plan.card)
     assert fewest is not None
     assert 0 < fewest < 32
 
@@ -128,9 +128,9 @@ def test_a_budget_checkpoints_as_few_layers_as_it_holds() -> None:
     chosen = ["model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048"]
     counts = []
     for budget in ("auto", "16GB", "6GB"):
-        found = build(*chosen, f"trainer.memory_budget={budget}", device="rtx-4090")
-        counts.append(found.setup.checkpointed)
-        assert found.fits is (budget != "6GB")
+        plan = build(*chosen, f"trainer.memory_budget={budget}", device="rtx-4090")
+        counts.append(plan.setup.checkpointed)
+        assert plan.fits is (budget != "6GB")
     assert 0 < counts[0] < counts[1] < counts[2] == 32
     assert build(*chosen, "trainer.memory_budget=auto", device="h200").setup.checkpointed == 0
 
@@ -139,33 +139,33 @@ def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(caps
     chosen = ["model=llama-65b", "trainer.per_device_train_batch_size=16", "lora.dtype=bf16"]
     whole = build(*chosen, device="h200").memory
     budget = round((whole.peak + whole.context - CONTEXT) / 1e6) - 2000
-    found = build(*chosen, f"trainer.memory_budget={budget}MB", device="h200")
-    assert (found.setup.checkpointed, found.fits) == (80, True)
-    assert 0 < found.setup.offloaded < 80
-    less = replace(found.training, setup=replace(found.setup, offloaded=found.setup.offloaded - 1))
-    assert not less.fits(found.card)
-    print_plan(found)
+    plan = build(*chosen, f"trainer.memory_budget={budget}MB", device="h200")
+    assert (plan.setup.checkpointed, plan.fits) == (80, True)
+    assert 0 < plan.setup.offloaded < 80
+    less = replace(plan.training, setup=replace(plan.setup, offloaded=plan.setup.offloaded - 1))
+    assert not less.fits(plan.card)
+    print_plan(plan)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"80 of 80 layers checkpointed (inputs of {found.setup.offloaded} on the host)" in said
-    assert f"with all layers checkpointed and the inputs of {found.setup.offloaded} on the host" in said
+    assert f"80 of 80 layers checkpointed (inputs of {plan.setup.offloaded} on the host)" in said
+    assert f"with all layers checkpointed and the inputs of {plan.setup.offloaded} on the host" in said
     assert build(*chosen, "trainer.memory_budget=30GB", device="h200").setup.offloaded == 80
 
 
 def test_full_finetuning_holds_gradients_and_states_of_all_weights() -> None:
-    found = build("model=llama-3.2-1b", "lora=none", "quantization=none", "trainer.optim=adamw_torch")
-    parts, parameters = found.memory.parts, found.training.shape.parameters
+    plan = build("model=llama-3.2-1b", "lora=none", "quantization=none", "trainer.optim=adamw_torch")
+    parts, parameters = plan.memory.parts, plan.training.shape.parameters
     assert parts["weights"] + parts["embeddings and norms"] == 2 * parameters
     assert parts["optimizer"] == pytest.approx(4 * parameters, rel=1e-4)
     assert "adapters" not in {name for name, value in parts.items() if value}
 
 
 def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> None:
-    facts = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    AutoConfig.for_model("qwen2", vocab_size=1000, **facts).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    AutoConfig.for_model("qwen2", vocab_size=1000, **sizes).save_pretrained(tmp_path)
     for name in (["model=llama-7b"], []):
         shape = build(*name, f"model.name={tmp_path}").training.shape
         assert (shape.model_type, shape.hidden, shape.layers, shape.vocabulary) == ("qwen2", 128, 3, 1000)
-    (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "qwen2"}))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"}))
     assert "vocab_size is missing, so the model's size is unknown" in refusal(
         "plan.device=h100", f"model.name={tmp_path}"
     )
@@ -173,14 +173,14 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
     assert f"model.name={tmp_path}: config.json is damaged (not JSON: " in refusal(
         "plan.device=h100", f"model.name={tmp_path}"
     )
-    (tmp_path / "config.json").write_text(json.dumps(facts | {"model_type": "lama"}))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "lama"}))
     text = refusal("plan.device=h100", f"model.name={tmp_path}")
     assert "task=plan does not know the model type 'lama' (did you mean llama?); it knows llama, mistral" in text
 
 
-def test_a_model_whose_config_cannot_be_had_is_one_sentence() -> None:
+def test_a_model_whose_config_is_not_available_is_one_sentence() -> None:
     text = refusal("plan.device=h100", "model.name=nobody/nothing")
-    assert text.startswith("model.name=nobody/nothing: its config.json cannot be had (")
+    assert text.startswith("model.name=nobody/nothing: its config.json is not available (")
     assert text.endswith("choose a preset with model=NAME, or give the shape with model.weights=random and "
                          "model.architecture.* fields")  # fmt: skip
 
@@ -229,12 +229,12 @@ def test_a_run_takes_as_long_as_its_products() -> None:
     """7 billion weights, 6 operations a token for frozen and checkpointed ones, and those of adapters and attention."""
     chosen = ["model=llama-7b", "trainer.per_device_train_batch_size=4", "plan.length=2048", "trainer.max_steps=10"]
     chosen += ["trainer.gradient_accumulation_steps=2", "plan=plain"]
-    found = build(*chosen, device="h200")
-    speed = found.speed
+    plan = build(*chosen, device="h200")
+    speed = plan.speed
     assert speed is not None
     assert speed.operations == pytest.approx(4 * 2048 * 44e9, rel=0.05)
     assert speed.tokens_per_second == pytest.approx(6467, rel=0.1), "as measured"
-    assert found.hours == pytest.approx(10 * 2 * speed.seconds / 3600)
+    assert plan.hours == pytest.approx(10 * 2 * speed.seconds / 3600)
     assert build(*chosen, "trainer.max_steps=null", "trainer.num_train_epochs=1").hours is None
     one = build("model=llama-7b", "plan.length=300", "plan=plain", device="h200").speed
     assert one is not None

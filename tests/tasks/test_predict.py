@@ -1,4 +1,4 @@
-"""task=predict: the trained adapter answers, a stopped prediction goes on, and nothing is generated twice."""
+"""task=predict: the trained adapter answers, a stopped prediction resumes, and nothing is generated twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def unfinished(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training, which nobody writes to."""
+    """A finished training run, which no test writes to."""
     folder = tmp_path_factory.mktemp("predict") / "trained"
     run(folder)
     return folder
@@ -88,11 +88,11 @@ def test_the_trained_adapter_answers_in_its_own_folder_and_by_name(
     trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / "own")
-    own = lines(run(tmp_path / "own", "task=predict")["paths"]["predictions"])
+    answers = lines(run(tmp_path / "own", "task=predict")["paths"]["predictions"])
     base = lines(run(tmp_path / "base", "task=predict", "adapter=none")["paths"]["predictions"])
-    assert own == whole["greedy"]
-    assert [row["reference"] for row in base] == [row["reference"] for row in own]
-    assert [row["prediction"] for row in base] != [row["prediction"] for row in own]
+    assert answers == whole["greedy"]
+    assert [row["reference"] for row in base] == [row["reference"] for row in answers]
+    assert [row["prediction"] for row in base] != [row["prediction"] for row in answers]
 
 
 def test_every_answer_is_that_of_plain_peft_to_the_prompt_alone(
@@ -126,7 +126,7 @@ def test_a_prompt_that_was_cut_is_told_whole_and_as_the_model_saw_it(tmp_path: P
 
 
 @pytest.mark.parametrize("search", ["greedy", "sampled"])
-def test_a_stopped_prediction_goes_on_with_the_batches_that_are_missing(
+def test_a_stopped_prediction_resumes_with_the_batches_that_are_missing(
     search: str, trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path,
     batches: Callable[[int | None], list[int]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_stopped_prediction_goes_on_with_the_batches_that_are_missing(
     result = run(tmp_path, *chosen)
     assert seen == [BATCH, BATCH, ROWS - 4 * BATCH]
     assert lines(result["paths"]["predictions"]) == whole[search]
-    assert f"going on: {2 * BATCH} of {ROWS} rows are answered already" in capsys.readouterr().out
+    assert f"resuming: {2 * BATCH} of {ROWS} rows are answered already" in capsys.readouterr().out
     assert not unfinished(tmp_path).exists()
     assert result["metrics"]["predict_tokens_per_second"] > 0
 
@@ -170,7 +170,7 @@ def test_what_decides_the_answers_begins_them_anew(
         return capsys.readouterr().out
 
     assert "anew" not in start()
-    assert "going on" in start()
+    assert "resuming" in start()
     changes = {"generation.max_new_tokens": "4", "seed": "3", "data.max_eval_samples": "13"}
     for key, value in changes.items():
         said = start(f"{key}={value}")
@@ -224,16 +224,16 @@ def test_all_batches_of_a_stopped_prediction_may_be_there(
 
 
 def test_an_answer_log_finds_what_it_wrote(tmp_path: Path) -> None:
-    path, facts = tmp_path / "log.jsonl", {"model": "tiny", "seed": 0}
-    log = AnswerLog(path, facts, 4)
+    path, metadata = tmp_path / "log.jsonl", {"model": "tiny", "seed": 0}
+    log = AnswerLog(path, metadata, 4)
     log.append(np.array([3, 1]), [Answer("tea\u2028\nrice", 3, "stop"), Answer("“no”", 2, "length")], 2.0)
     log.append(np.array([0]), [Answer("", 0, "stop")], 0.5)
-    found = AnswerLog(path, facts, 4)
-    assert (found.answered, found.tokens_per_second) == (3, 2.0)
-    assert (found.has(np.array([3, 0])), found.has(np.array([0, 2]))) == (True, False)
-    found.append(np.array([2]), [Answer("last", 1, "stop")], 0.0)
-    assert [answer.text for answer in AnswerLog(path, facts, 4)] == ["", "“no”", "last", "tea\u2028\nrice"]
-    assert list(found) == list(AnswerLog(path, facts, 4))
+    log = AnswerLog(path, metadata, 4)
+    assert (log.answered, log.tokens_per_second) == (3, 2.0)
+    assert (log.has(np.array([3, 0])), log.has(np.array([0, 2]))) == (True, False)
+    log.append(np.array([2]), [Answer("last", 1, "stop")], 0.0)
+    assert [answer.text for answer in AnswerLog(path, metadata, 4)] == ["", "“no”", "last", "tea\u2028\nrice"]
+    assert list(log) == list(AnswerLog(path, metadata, 4))
 
 
 @pytest.mark.parametrize("left", range(1, 60, 7))
@@ -245,9 +245,9 @@ def test_a_torn_line_is_dropped_wherever_it_was_torn(tmp_path: Path, left: int) 
     log.append(np.array([1]), [Answer("two", 1, "stop")], 1.0)
     with path.open("r+b") as file:
         file.truncate(size + left)
-    found = AnswerLog(path, {"seed": 0}, 2)
-    assert (found.answered, path.stat().st_size) == (1, size)
-    found.append(np.array([1]), [Answer("new", 1, "stop")], 1.0)
+    log = AnswerLog(path, {"seed": 0}, 2)
+    assert (log.answered, path.stat().st_size) == (1, size)
+    log.append(np.array([1]), [Answer("new", 1, "stop")], 1.0)
     assert [answer.text for answer in AnswerLog(path, {"seed": 0}, 2)] == ["one", "new"]
 
 
@@ -257,7 +257,7 @@ def test_a_file_whose_first_line_is_torn_is_begun_anew(tmp_path: Path, capsys: p
     assert (tmp_path / "log.jsonl").read_text() == '{"seed": 0}\n'
 
 
-def test_the_digest_of_rows_tells_tokens_prompts_and_references_apart() -> None:
+def test_the_digest_of_rows_distinguishes_tokens_prompts_and_references() -> None:
     row = {"prompt_ids": [1, 2], "digest": 5, "prompt": "a", "reference": "b", "task": ""}
     changes: list[dict[str, Any]] = [{}, {"prompt_ids": [1]}, {"digest": 6}, {"prompt": "c"}, {"reference": "c"}]
     digests = [rows_digest(Dataset.from_list([row | change])) for change in [*changes, {"task": "t"}]]

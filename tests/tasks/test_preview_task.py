@@ -43,16 +43,16 @@ def test_a_preview_writes_a_page_a_picture_and_a_result(
     result = run.execute()
     assert result == json.loads((run.session.folder.path / "preview.json").read_text())
     assert result["metrics"]["train_rows"] == 2464
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     page = Path(result["paths"]["page"]).read_text(encoding="utf-8")
     asked = "the prompt of alpaca, saved for chat and serving"
     for text in (asked, "2,464 to train, 300 held out", "trained in all of the rows", "154 an epoch"):
-        assert text in shown
+        assert text in printed
         assert text in page
     HTMLParser().feed(page)
     assert Image.open(result["paths"]["lengths"]).size > (400, 200)
-    assert "⟦" in shown
-    assert "\x1b[" not in shown
+    assert "⟦" in printed
+    assert "\x1b[" not in printed
 
 
 def test_a_preview_loads_no_weights(preview_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,14 +95,14 @@ def test_what_rows_lose_is_shown_of_held_out_rows_too(preview_run: Callable[...,
     run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=8", "data.max_length=30",
                       "data.on_too_long=drop")  # fmt: skip
     preview = build_preview(run.config, run.session.data, run.session.tokenizer)
-    report, facts = run.session.data.report, dict(preview.summary)
+    report, metadata = run.session.data.report, dict(preview.summary)
     assert report.train_rows + report.lost_rows == 12
     assert report.eval_rows + report.eval_lost_rows == 8
-    assert facts["rows"] == (
+    assert metadata["rows"] == (
         f"{report.train_rows} to train, {report.eval_rows} held out (8, but {report.eval_lost_rows} are dropped)"
     )
-    assert f"{report.too_long_rows} too long, {report.empty_rows} with empty answers" in facts["dropped"]
-    assert facts["not read"] == "id"
+    assert f"{report.too_long_rows} too long, {report.empty_rows} with empty answers" in metadata["dropped"]
+    assert metadata["not read"] == "id"
     assert "5 answers are empty and are not trained (data.on_empty=drop)" in preview.warnings
 
 
@@ -118,7 +118,7 @@ def test_the_texts_of_the_tokens_join_to_the_decoded_row(text: str, tokenizer: P
 
 def test_packs_are_what_steps_count(preview_run: Callable[..., Run]) -> None:
     run = preview_run("data.packing=true")
-    facts = dict(build_preview(run.config, run.session.data, run.session.tokenizer).summary)
+    metadata = dict(build_preview(run.config, run.session.data, run.session.tokenizer).summary)
     packs = len(run.session.data.packed)
-    assert facts["packing"].startswith(f"{packs} packs, 9")
-    assert facts["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"
+    assert metadata["packing"].startswith(f"{packs} packs, 9")
+    assert metadata["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"

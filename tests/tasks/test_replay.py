@@ -56,7 +56,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def verdicts(first: Path, second: Path) -> dict[str, Verdict]:
-    return {each.what: each.verdict for each in compare_runs.compare(RunFolder(first), RunFolder(second))}
+    return {
+        comparison.what: comparison.verdict for comparison in compare_runs.compare(RunFolder(first), RunFolder(second))
+    }
 
 
 def test_the_same_seed_gives_the_same_bits(pair: Pair) -> None:
@@ -68,7 +70,7 @@ def test_the_same_seed_gives_the_same_bits(pair: Pair) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_manifest_tells_all_that_is_needed_to_repeat_a_run(pair: Pair) -> None:
+def test_the_manifest_holds_all_that_is_needed_to_repeat_a_run(pair: Pair) -> None:
     first, second, _ = pair
     manifest, again = (json.loads((folder / "manifest.json").read_text()) for folder in (first, second))
     assert manifest["overrides"] == QUICK
@@ -129,9 +131,9 @@ def test_other_bits_are_accepted_of_another_machine_only(pair: Pair, tmp_path: P
     shutil.copytree(second, tmp_path / "other")
     edit(tmp_path / "other" / "manifest.json", lambda tree: tree["hardware"].update(cpu="another"))
     edit(tmp_path / "other" / "history.json", lambda rows: rows[0].update(loss=1.0))
-    found = verdicts(first, tmp_path / "other")
-    assert found["machine"] is found["losses"] is Verdict.near
-    assert found["adapter"] is Verdict.same
+    result = verdicts(first, tmp_path / "other")
+    assert result["machine"] is result["losses"] is Verdict.near
+    assert result["adapter"] is Verdict.same
 
 
 def test_what_differs_ends_in_an_error_that_names_it(pair: Pair, tmp_path: Path) -> None:
@@ -151,13 +153,13 @@ def test_a_folder_without_a_finished_training_is_refused(tmp_path: Path, pair: P
 
 
 def test_a_stored_config_is_restored_whole(pair: Pair) -> None:
-    stored = read_config(pair[0] / "config.yaml")
-    assert stored is not None
-    assert restore_config(stored, FILE) == compose(QUICK)
+    saved = read_config(pair[0] / "config.yaml")
+    assert saved is not None
+    assert restore_config(saved, FILE) == compose(QUICK)
     mixed = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
     assert restore_config(config_to_dict(mixed), FILE) == mixed
     with pytest.raises(UserError, match=r"unknown key 'lora\.rank'"):
-        restore_config({**stored, "lora": {**stored["lora"], "rank": 3}}, FILE)
+        restore_config({**saved, "lora": {**saved["lora"], "rank": 3}}, FILE)
 
 
 def test_deterministic_algorithms_are_taken_inside_the_run_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def check_exact(folder: Path, config: TrainerConfig, loraplus: float | None = No
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_takes_its_arguments_and_goes_on_exactly(tmp_path: Path, name: str) -> None:
+def test_an_optimizer_takes_its_arguments_and_resumes_exactly(tmp_path: Path, name: str) -> None:
     optimizer = OPTIMIZERS[name]
     if optimizer.needs_cuda and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -150,12 +150,12 @@ def test_an_optimizer_takes_its_arguments_and_goes_on_exactly(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit", "adafactor"])
-def test_lora_plus_goes_on_exactly(tmp_path: Path, name: str) -> None:
+def test_lora_plus_resumes_exactly(tmp_path: Path, name: str) -> None:
     check_exact(tmp_path, settings(optim=name), loraplus=4.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_takes_its_arguments_and_goes_on_exactly(tmp_path: Path, name: str) -> None:
+def test_a_schedule_takes_its_arguments_and_resumes_exactly(tmp_path: Path, name: str) -> None:
     chosen = dict(SCHEDULES[name].arguments)
     for key in SCHEDULES[name].one_of[1:]:
         del chosen[key]

@@ -133,7 +133,7 @@ def test_an_agent_s_run_keeps_the_id_the_sweep_and_the_values_that_the_agent_cho
     assert not (tmp_path / RUN_ID_FILE).exists()
 
 
-def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parent_names_the_sweep_to_a_job_and_the_job_finds_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["lora.r=16", "+callbacks.x=1", "trainer.max_steps=4"]
     assert SweepJob.from_environment(args) is None
     told = SweepJob.environment("ranks", ["lora.r", "+callbacks.x=2"])
@@ -145,7 +145,7 @@ def test_the_parent_tells_a_job_its_sweep_and_the_job_finds_its_own_values(monke
 
 
 @needs_wandb
-def test_a_resumed_run_sends_no_metric_twice_and_its_rows_go_on(tmp_path: Path) -> None:
+def test_a_resumed_run_sends_no_metric_twice_and_its_rows_continue(tmp_path: Path) -> None:
     first = offline(tmp_path)
     for step in (1, 2, 3):
         first.log({"train/loss": 1 / step}, step)
@@ -262,7 +262,7 @@ def test_the_adapter_is_an_artifact_when_asked_for(wandb_run: Path) -> None:
 
 
 @needs_wandb
-def test_a_failed_run_goes_on_under_its_id_prints_nothing_and_draws_no_random_number(
+def test_a_failed_run_resumes_under_its_id_prints_nothing_and_draws_no_random_number(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     random.seed(0)
@@ -565,7 +565,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.full
-def test_a_job_goes_on_in_its_run_on_a_server_below_the_run_of_its_sweep(tmp_path: Path, mlflow_server: str) -> None:
+def test_a_job_resumes_in_its_run_on_a_server_below_the_run_of_its_sweep(tmp_path: Path, mlflow_server: str) -> None:
     from mlflow import MlflowClient
 
     environment = os.environ | {"SERVER": mlflow_server}
@@ -602,7 +602,7 @@ def test_a_run_that_is_gone_from_mlflow_begins_anew(mlflow_folder: Path, monkeyp
     assert (run.info.run_name, run.data.metrics["train/loss"]) == ("my-run", 1.0)
 
 
-def test_a_place_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
+def test_an_address_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(
         UserError, match=r"tracking=mlflow: bad://place cannot be used .*name another database or server with"

@@ -216,7 +216,7 @@ class SpoilOnce(TrainerCallback):
         self.rates.append((state.global_step + 1, kwargs["optimizer"].param_groups[0]["lr"]))
 
 
-def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(tmp_path: Path) -> None:
+def test_a_rollback_resumes_from_the_last_checkpoint_with_a_lower_rate(tmp_path: Path) -> None:
     trainer, noted = build(tmp_path, build_rows(), {"nonfinite": "rollback"}), SpoilOnce(7)
     trainer.add_callback(noted)
     plain, spoiled = trainer.compute_loss, []
@@ -254,7 +254,7 @@ def test_a_bad_row_that_comes_back_after_each_rollback_ends_the_training(tmp_pat
         trainer.run(None)
 
 
-def test_so_many_bad_steps_in_a_row_end_the_training(tmp_path: Path) -> None:
+def test_n_bad_steps_in_a_row_end_the_training_run(tmp_path: Path) -> None:
     rows = build_rows()
     for row in rows:
         row["input_ids"][0] = BAD_TOKEN

@@ -11,9 +11,9 @@ from qlora.upstream.datasets import fingerprint, is_packaged_reader, set_fingerp
 
 def test_a_fingerprint_names_the_content_and_follows_every_change() -> None:
     rows = Dataset.from_dict({"text": ["a", "b"]})
-    before = fingerprint(rows)
-    assert before
-    assert fingerprint(rows.select([0])) != before
+    initial = fingerprint(rows)
+    assert initial
+    assert fingerprint(rows.select([0])) != initial
     set_fingerprint(rows, "ours")
     assert fingerprint(rows) == "ours"
     assert fingerprint(rows.select([0])) == fingerprint(rows.select([0])) != "ours"

@@ -30,7 +30,7 @@ class Fp8:
         self._trackers: list[AmaxTracker] = []
 
     def request(self) -> Request | None:
-        """Asks for 8 bits where the config does; where they cannot be had, a warning says why."""
+        """Asks for 8 bits where the config does; where they are not available, a warning says why."""
         if self.context.quantization.compute is not BaseProducts.fp8:
             return None
         if self.context.trainer.fused_linear is False:
