@@ -33,7 +33,6 @@ from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
 from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
 from qlora.training.trackers import NoTracker, Tracker
-from qlora.upstream.transformers_trainer import check_trainer
 
 if TYPE_CHECKING:  # which import torch
     from transformers import PreTrainedModel
@@ -122,6 +121,8 @@ class Training:
             self._print(result, first_predictions(self.job))
             return result
         if self.config.task.train:
+            from qlora.upstream.transformers_trainer import check_trainer
+
             check_trainer()
             check_device(self.config.trainer, session.placement.device.type)
             _ = session.objective

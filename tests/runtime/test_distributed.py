@@ -82,7 +82,7 @@ def test_only_training_runs_use_several_processes(
         (
             ["trainer.parallel=fsdp"],
             "1",
-            "trainer.parallel=fsdp shares the base out among processes, and this is ",
+            "trainer.parallel=fsdp shards the base over several processes, and this is ",
         ),
         (
             ["model.device_map=auto"],
@@ -156,5 +156,5 @@ def test_a_run_folder_that_another_machine_does_not_see_is_refused_in_all_proces
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0
         assert output.startswith("run is written by the main process, on ")
-        assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in output
+        assert "name a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in output
     assert not list((tmp_path / "shared").iterdir())

@@ -192,7 +192,7 @@ def test_finished_answers_are_not_generated_again(
     monkeypatch.setattr(Session, "load_trained", lambda self: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert run(tmp_path, *chosen) == result
-    assert "holds these answers already; this is the stored result" in capsys.readouterr().out
+    assert "holds these answers already; this is the saved result" in capsys.readouterr().out
 
     (tmp_path / "my_metric.py").write_text("def length(predictions, references):\n    return map(len, predictions)")
     monkeypatch.syspath_prepend(str(tmp_path))
