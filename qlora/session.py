@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.adapters.find_trained import find_trained
+from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, EvaluationName, Parallel, Weights
-from qlora.config.trackers import NO_TRACKER
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template

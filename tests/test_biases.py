@@ -183,7 +183,7 @@ def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(
     at_step(monkeypatch, 2, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", *chosen)
-    monkeypatch.setattr("qlora.run.build_callbacks", lambda *_: [])
+    monkeypatch.setattr("qlora.training.callbacks.build_callbacks", lambda *_: [])
     results.append(run(tmp_path / "cut", *chosen))
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("calm", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()

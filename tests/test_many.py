@@ -355,7 +355,7 @@ def main(folder: Path) -> None:
         patch.setattr(QLoraTrainer, "compute_loss", spoil(QLoraTrainer.compute_loss))
         train(folder / "spoiled", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora.run.build_callbacks", lambda *_: [Signal()])
+        patch.setattr("qlora.training.callbacks.build_callbacks", lambda *_: [Signal()])
         with pytest.raises(Stopped, match=r"step 2 is saved in .*\n  torchrun --nproc-per-node 2 -m qlora quant"):
             train(folder / "stopped", 2, "trainer.save_steps=3")
     with pytest.MonkeyPatch.context() as patch:

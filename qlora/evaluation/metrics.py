@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 from qlora.config.schema import METRIC_LIBRARY, metric_name
 from qlora.config.schema.evaluation import METRIC_GROUP
 from qlora.errors import ConfigError, ResourceError, RunError

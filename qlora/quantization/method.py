@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qlora.config.quantization_methods import AUTO, load_method
+from qlora.config.registries.quantization_methods import AUTO, load_method
 from qlora.config.schema import ComputeDtype, LoraConfig, QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.quantization.stored_base import StoredBase

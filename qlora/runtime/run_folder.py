@@ -27,7 +27,7 @@ FREE_KEYS = (
     *("trainer.save_total_limit", "watchdog", "resume", "sweep"),
 )
 
-ADDED_KEYS: dict[str, Any] = {"loss.name": "sft", "trainer.step_parts": []}
+ADDED_KEYS: dict[str, Any] = {"loss.name": "sft", "trainer.step_parts": [], "quantization.method": "auto"}
 """Keys that the configs of older runs lack, with the values that those runs have trained with."""
 
 

@@ -66,8 +66,11 @@ def _import_session() -> None:
         return
     gc.disable()
     try:
-        for name in ("qlora.session", f"{__name__}.build_trainer"):
-            importlib.import_module(name)
+        from qlora.upstream.lazy_compile import compile_at_first_call
+
+        with compile_at_first_call():
+            for name in ("qlora.session", f"{__name__}.build_trainer"):
+                importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()

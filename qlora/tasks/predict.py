@@ -95,6 +95,7 @@ def _decided_by(job: TaskJob) -> dict[str, Any]:
 def _base_digest(job: TaskJob) -> str | None:
     from qlora.models.fingerprint import folder_digest
     from qlora.models.model_files import is_local, locate
+    from qlora.upstream.transformers_models import commit_hash
 
     location = locate(job.config.model.name)
-    return folder_digest(Path(location)) if is_local(location) else job.session.model_config._commit_hash
+    return folder_digest(Path(location)) if is_local(location) else commit_hash(job.session.model_config)

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from qlora.config.arguments import Arguments, folder_override
 from qlora.config.compose import START_VARIABLE, open_entries, opened_hydra
 from qlora.config.mistakes import MISTAKES
+from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
 from qlora.config.sweep_values import sweep_params
-from qlora.config.trackers import NO_TRACKER
 from qlora.errors import RunError, UserError
 from qlora.runtime import distributed
 from qlora.runtime.command_folder import Start, check_links, start_anew, start_in

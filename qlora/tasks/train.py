@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
-from qlora.config.trackers import NO_TRACKER
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
@@ -33,7 +33,6 @@ from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
 from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
 from qlora.training.trackers import NoTracker, Tracker
-from qlora.upstream.transformers_trainer import check_trainer
 
 if TYPE_CHECKING:  # which import torch
     from transformers import PreTrainedModel
@@ -122,6 +121,8 @@ class Training:
             self._print(result, first_predictions(self.job))
             return result
         if self.config.task.train:
+            from qlora.upstream.transformers_trainer import check_trainer
+
             check_trainer()
             check_device(self.config.trainer, session.placement.device.type)
             _ = session.objective

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 from qlora.config.schema.code_names import CALLBACK_GROUP, is_installed_callback
 from qlora.errors import ConfigError, UserError
 from qlora.runtime.user_code import import_class

@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config import schema
-from qlora.config.chat_templates import TEMPLATE_NAMES
 from qlora.config.command import check_overrides
 from qlora.config.compose import compose, compose_dict
 from qlora.config.conversion import to_config
-from qlora.config.data_formats import FORMAT_NAMES
 from qlora.config.fields import config_keys, field_type, in_words, may_be_null
 from qlora.config.messages import explain
 from qlora.config.options import CONF_DIR, group_names
+from qlora.config.registries.chat_templates import TEMPLATE_NAMES
+from qlora.config.registries.data_formats import FORMAT_NAMES
 from qlora.config.schema import MixConfig
 from qlora.config.suggestions import FOREIGN_NAMES, unknown_flag
 from qlora.config.sweep_values import expand_sweep

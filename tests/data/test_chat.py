@@ -15,7 +15,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer
 
 import qlora
-from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.registries.chat_templates import TEMPLATE_NAMES, TEMPLATES
 from qlora.config.schema import DataConfig, TrainOn
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.chat.conversations import Conversation

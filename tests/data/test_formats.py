@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from qlora.config.data_formats import FORMAT_NAMES
+from qlora.config.registries.data_formats import FORMAT_NAMES
 from qlora.data.chat.conversations import Conversation
 from qlora.data.formats.prompts import Segment
 from qlora.data.formats.renderers import FORMATS, WITH_REFORMULATIONS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora.config import entry_points
+from qlora.config.registries import installed
 from qlora.config.schema import DataConfig
 from qlora.data.pipeline import build_data
 from qlora.errors import ConfigError, DataError
@@ -46,9 +46,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (folder / "chess_rows.py").write_text(MODULE)
     monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()
-    entry_points._read.cache_clear()
+    installed._read.cache_clear()
     yield
-    entry_points._read.cache_clear()
+    installed._read.cache_clear()
 
 
 def answers(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> set[str]:

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.registries.chat_templates import TEMPLATE_NAMES, TEMPLATES
 from qlora.config.schema import DataConfig
 from qlora.data.chat.templates import FALLBACK, choose_template, read_template
 from qlora.errors import UserError

@@ -98,12 +98,12 @@ def test_the_trap_itself_is_found_where_a_cpu_has_it(monkeypatch: pytest.MonkeyP
 
 
 def test_weights_that_are_quantized_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.doctor import miniature
+    from qlora.quantization.bnb4 import layers
 
     def decode(module: Any) -> torch.Tensor:
         return torch.zeros(module.weight.quant_state.shape)
 
-    monkeypatch.setattr(miniature, "dequantize_module_weight", decode)
+    monkeypatch.setattr(layers, "dequantize", decode)
     finding = named(lines(check_step, "device=cpu"), "training step")
     assert finding.status is Status.error
     assert "4-bit weights are wrong by 100%" in finding.says

@@ -218,7 +218,7 @@ def test_shots_are_those_of_the_config_and_the_same_each_time(
     with caplog.at_level(logging.WARNING, logger="qlora"):
         harness(folder, "written", shots=3)
     [record] = [record for record in caplog.records if record.name.startswith("qlora")]
-    assert record.getMessage() == "evaluation.shots=3 is not used for written, which is asked without any"
+    assert record.getMessage() == "evaluation.shots=3 is not used for written, whose questions come without any"
 
 
 def test_measuring_leaves_no_trace(model: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +307,6 @@ def test_a_folder_of_tasks_that_is_broken_is_one_sentence(tmp_path: Path, folder
     broken.write_text("task: mine\nclass: !function nothing.here\n")
     assert refusal(tmp_path, *chosen).startswith("evaluation.tasks: mine cannot be loaded: ")
     broken.write_text(CHOICE.format(name="mine", file=folder / "words.jsonl") + "unsafe_code: true\n")
-    assert "mine runs code that the model writes, which is not done here" in refusal(tmp_path, *chosen)
+    assert "mine runs code that the model writes, which is not supported here" in refusal(tmp_path, *chosen)
     text = refusal(tmp_path, "evaluation.tasks=[all_words,words]", f"evaluation.path={folder}")
     assert text == "evaluation.tasks: words comes twice, the second time in words; leave one of the two out"

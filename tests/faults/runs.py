@@ -84,7 +84,7 @@ class Fault(TrainerCallback):
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Makes the next training runs of this process call a function at the end of a step."""
-    monkeypatch.setattr("qlora.run.build_callbacks", lambda *_: [Fault(step, act)])
+    monkeypatch.setattr("qlora.training.callbacks.build_callbacks", lambda *_: [Fault(step, act)])
 
 
 def send(number: signal.Signals) -> Callable[[], None]:

@@ -132,7 +132,7 @@ def test_a_run_waits_for_space_and_continues(
         threading.Timer(1.5, clear, [disk]).start()
 
     at_step(monkeypatch, 4, fill_for_a_while)
-    monkeypatch.setattr("qlora.runtime.atomic_files.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("qlora.runtime.disk_space.POLL_SECONDS", 0.1)
     run(disk / "run", "trainer.disk_wait=60")
     assert outcome(disk / "run") == calm
     output = capsys.readouterr().out

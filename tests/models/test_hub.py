@@ -140,7 +140,7 @@ def test_a_finished_run_arrives_whole_in_one_private_repository(hub: Hub, finish
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (401, "error: repo=me/tuned: the hub does not accept the access token; log in anew with `hf auth login`"),
+        (401, "error: repo=me/tuned: the hub does not accept the access token; log in again with `hf auth login`"),
         (403, "error: repo=me/tuned: the access token may not write there; use a token with write access"),
         (422, "error: repo=me/tuned: the hub refused the upload (no such luck)"),
     ],

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.config.chat_templates import TEMPLATE_NAMES, TEMPLATES
+from qlora.config.registries.chat_templates import TEMPLATE_NAMES, TEMPLATES
 from qlora.config.schema import DataConfig, GenerationConfig
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.chat.templates import Template, read_template

@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from qlora.errors import Stopped, UserError
-from qlora.runtime import atomic_files
+from qlora.runtime import disk_space
 from qlora.runtime.atomic_files import (
     append_line,
     read_json,
@@ -53,7 +53,7 @@ class Failing:
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic_files, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(disk_space, "POLL_SECONDS", 0.01)
 
 
 def test_a_full_disk_is_waited_for_and_the_write_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_a_killed_process_ends_the_work_in_one_sentence(task, work):
         list(results)
     assert str(caught.value) == (
         "data.path=x: a process that tokenizes was killed (SIGKILL), probably because memory ran out; run again with "
-        "data.num_proc=1, which takes the least memory"
+        "data.num_proc=1, which needs the least memory"
     )
     assert not list(work.iterdir())
 
@@ -98,8 +98,8 @@ def test_what_only_others_get_wrong_is_done_by_one_process_and_said(task, work, 
     vars(task).update(changes, slow_until=2000)  # 2 s: the other one has answered by then
     assert run(task, work, MANY) == alone(MANY)
     assert [record.getMessage() for record in caplog.records] == [
-        f"data.path=x: this process tokenizes the rest, for another one failed at what this one can do ({reason}); "
-        "data.num_proc=1 starts no other"
+        "data.path=x: this process tokenizes the rest, because another one failed where this one succeeds "
+        f"({reason}); data.num_proc=1 starts no others"
     ]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
-
 import pytest
 
-import qlora.runtime.registry as registry
 from qlora.config.compose import compose
+from qlora.config.registries import installed
 from qlora.errors import ConfigError
 from tests.step.test_fast import batch, build, build_step, learn
 from tests.step_extension import CountTokens
@@ -17,8 +15,8 @@ NAMED = "trainer.step_parts=['tests.step_extension:CountTokens']"
 
 @pytest.mark.parametrize("by_entry_point", [False, True])
 def test_a_part_of_another_package_acts_in_steps_only(by_entry_point: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("count", "tests.step_extension:CountTokens", "qlora.step_parts")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "qlora.step_parts" else [])
+    point = ("count", "tests.step_extension:CountTokens")
+    monkeypatch.setattr(installed, "_read", lambda group, _: (point,) if group == "qlora.step_parts" else ())
     monkeypatch.setattr(CountTokens, "seen", 0)
     chosen = ("trainer.step_parts=[count]",) if by_entry_point else (NAMED, "trusted=[tests]")
     model, config = build(overrides=chosen)

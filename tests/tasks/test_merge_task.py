@@ -295,8 +295,8 @@ def test_without_an_adapter_there_is_nothing_to_merge(trained: tuple[Path, str],
 def test_other_bits_than_in_training_are_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
     text = refusal(tmp_path, trained[1], f"adapter={trained[0]}", "quantization=fp4")
     assert text == (
-        f"adapter={trained[0]}: it was trained on other base weights than the config asks for, and it is to be "
-        "compared on its own; set quantization.quant_type=nf4"
+        f"adapter={trained[0]}: it was trained on other base weights than the config asks for, and it must be "
+        "compared on those it was trained on; set quantization.quant_type=nf4"
     )
 
 

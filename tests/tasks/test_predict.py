@@ -192,7 +192,7 @@ def test_finished_answers_are_not_generated_again(
     monkeypatch.setattr(Session, "load_trained", lambda self: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert run(tmp_path, *chosen) == result
-    assert "holds these answers already; this is the stored result" in capsys.readouterr().out
+    assert "holds these answers already; this is the saved result" in capsys.readouterr().out
 
     (tmp_path / "my_metric.py").write_text("def length(predictions, references):\n    return map(len, predictions)")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -213,7 +213,7 @@ def test_all_batches_of_a_stopped_prediction_may_be_there(
 ) -> None:
     chosen = ["task=predict", f"adapter={trained}"]
     with monkeypatch.context() as patched:
-        patched.setattr("qlora.run.write_lines", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("qlora.evaluation.answering.write_lines", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *chosen)
     monkeypatch.setattr(Session, "load_trained", lambda self: pytest.fail("the model was loaded"))

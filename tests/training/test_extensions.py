@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora.config.compose import compose
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 from qlora.config.schema import TrackingConfig
 from qlora.errors import ConfigError
 from qlora.training.trackers import NoTracker, TrackedRun, build_tracker

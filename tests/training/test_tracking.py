@@ -20,8 +20,8 @@ import pytest
 import torch
 from wandb_files import wandb_config, wandb_history, wandb_records, wandb_start, wandb_summary
 
+from qlora.config.registries.trackers import TRACKERS
 from qlora.config.schema import TrackingConfig, WandbMode
-from qlora.config.trackers import TRACKERS
 from qlora.errors import UserError
 from qlora.runtime.sweep_job import VARIABLE, SweepJob
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker

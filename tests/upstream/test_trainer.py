@@ -95,9 +95,10 @@ def test_a_trainer_with_another_method_is_refused_in_one_sentence(kind: Any, mes
 def test_a_run_is_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora.config.compose import compose
     from qlora.run import Run
+    from qlora.session import Session
 
     monkeypatch.setattr(transformers_trainer, "OVERRIDDEN", OVERRIDDEN | {"_write_files": ("model",)})
     run = Run(compose(["device=cpu"]), tmp_path / "run")
-    monkeypatch.setattr(Run, "load_base", lambda self: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Session, "load_base", lambda self: pytest.fail("the model was loaded"))
     with pytest.raises(ResourceError, match=r"Trainer\._write_files does not exist"):
         run.train()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 from qlora.errors import ConfigError
 
 FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora.config.chat_templates import template_names
-from qlora.config.data_formats import format_names
+from qlora.config.registries.chat_templates import template_names
+from qlora.config.registries.data_formats import format_names
 from qlora.config.schema.code_names import FUNCTION_PATH
 from qlora.config.schema.values import HOLDS
 from qlora.errors import ConfigError, did_you_mean, require

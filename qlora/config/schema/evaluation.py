@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 from qlora.config.schema.code_names import FUNCTION_PATH
 from qlora.config.schema.watchdog import WATCHDOG_COUNTS
 from qlora.errors import ConfigError, did_you_mean, require

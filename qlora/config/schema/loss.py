@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora.config.registries.installed import check_name
+from qlora.config.registries.objectives import GROUP, OBJECTIVES
 from qlora.config.schema.code_names import check_plain
 from qlora.config.schema.values import HOLDS
 from qlora.errors import ConfigError, require
@@ -21,6 +23,7 @@ class LossConfig:
     """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; `sft` has none."""
 
     def __post_init__(self) -> None:
+        check_name("loss.name", self.name, OBJECTIVES, GROUP)
         require(isinstance(self.options, dict), "loss.options", "be a mapping such as {smoothing: 0.1}", self.options)
         check_plain("loss.options", self.options)
         if self.name == "sft" and self.options:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from qlora.config.quantization_methods import check_method
+from qlora.config.registries.quantization_methods import check_method
 from qlora.errors import ConfigError, require
 
 QuantType = StrEnum("QuantType", "nf4 fp4")

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora.config.optimizers import OPTIMIZERS, check_installed
-from qlora.config.quantization_methods import load_method
+from qlora.config.registries.quantization_methods import load_method
 from qlora.config.schema.code_names import (
     CALLBACK_PACKAGES,
     FUNCTION_PATH,

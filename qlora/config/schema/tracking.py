@@ -8,9 +8,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from qlora.config.schema.code_names import FUNCTION_PATH
-from qlora.config.trackers import NO_TRACKER, describe_unknown, tracker_path
-from qlora.errors import ConfigError
+from qlora.config.registries.trackers import NO_TRACKER, check_tracker
 
 WandbMode = StrEnum("WandbMode", "online offline disabled")
 """Whether a run is sent to its tracker, and whether wandb talks to its server."""
@@ -41,9 +39,7 @@ class TrackingConfig:
     """Store the finished adapter with the run, in wandb and MLflow."""
 
     def __post_init__(self) -> None:
-        name = self.backend
-        if name != NO_TRACKER and not FUNCTION_PATH.fullmatch(name) and tracker_path(name) is None:
-            raise ConfigError(describe_unknown(name))
+        check_tracker(self.backend)
 
     @property
     def in_use(self) -> str:

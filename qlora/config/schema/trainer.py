@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora.config.optimizers import check_optimizer, check_schedule
+from qlora.config.registries.installed import check_name
+from qlora.config.registries.step_parts import GROUP
 from qlora.config.schema.values import HOLDS, MAPPINGS, written
 from qlora.errors import ConfigError, require
 from qlora.text import parse_size
@@ -113,6 +115,8 @@ class TrainerConfig:
     expensive kernels on the screen."""
 
     def __post_init__(self) -> None:
+        for index, name in enumerate(self.step_parts):
+            check_name(f"trainer.step_parts[{index}]", name, (), GROUP)
         for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)

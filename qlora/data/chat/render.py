@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.chat_templates import TEMPLATES
+from qlora.config.registries.chat_templates import TEMPLATES
 from qlora.config.schema import TrainOn
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.message_form import (

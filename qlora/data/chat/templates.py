@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.chat_templates import TEMPLATES, installed_template
+from qlora.config.registries.chat_templates import TEMPLATES, installed_template
 from qlora.data.formats.prompts import Prompt
 from qlora.errors import ConfigError, DataError, did_you_mean
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qlora.config.data_formats import installed_format
+from qlora.config.registries.data_formats import installed_format
 from qlora.config.schema import FUNCTION_PATH
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track

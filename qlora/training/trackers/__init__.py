@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlora.config.registries.trackers import NO_TRACKER, tracker_path
 from qlora.config.schema import TrackingConfig
-from qlora.config.trackers import NO_TRACKER, tracker_path
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
 from qlora.runtime.user_code import import_function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 
 FORMAT_NAMES = (
     *("auto", "alpaca", "input-output", "prompt-completion", "question-answer", "messages", "conversations"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from qlora.config.entry_points import installed_names
+from qlora.config.registries.installed import installed_names
 
 CHATML: Final = ("<|im_start|>", "<|im_end|>")
 TEMPLATES: Final[dict[str, tuple[str, ...]]] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from importlib.metadata import entry_points
 from typing import Any
 
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.registries.installed import check_name, installed_names
+from qlora.errors import ConfigError
 
 GROUP = "qlora.quantization"
 """The entry points that add a method: `NAME = "module:Class"`."""
@@ -27,14 +27,7 @@ AUTO = "auto"
 
 def check_method(name: str, bits: int) -> None:
     """Raises `ConfigError` for a method that is not known, and for one that does not have the bits; imports none."""
-    if name == AUTO or ":" in name:
-        return
-    if name not in METHODS and name not in _installed():
-        choices = [AUTO, *METHODS, *_installed()]
-        raise ConfigError(
-            f"quantization.method={name} is unknown{did_you_mean(name, choices)}; choose one of {', '.join(choices)}, "
-            "or name a class of yours as module:Class"
-        )
+    check_name("quantization.method", name, (AUTO, *METHODS), GROUP)
     if name in METHODS and BITS[bits] != name:
         supported = " or ".join(str(count) for count, method in BITS.items() if method == name)
         raise ConfigError(
@@ -49,7 +42,7 @@ def load_method(name: str, bits: int) -> Any:
     Raises `ConfigError` for a class that cannot be imported. Whether its package is trusted is checked with the config.
     """
     name = BITS[bits] if name == AUTO else name
-    target = METHODS.get(name) or (name if ":" in name else _installed()[name])
+    target = METHODS.get(name) or (name if ":" in name else installed_names(GROUP)[name])
     return _load(target, f"quantization.method={name}")
 
 
@@ -67,8 +60,3 @@ def _load(target: str, key: str) -> Any:
     if not isinstance(method, type):
         raise ConfigError(f"{key}: {target} is not a class; name a subclass of QuantizationMethod")
     return method()
-
-
-@functools.cache
-def _installed() -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=GROUP)}

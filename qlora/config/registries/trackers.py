@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from qlora.config.entry_points import installed_names
-from qlora.errors import did_you_mean
+from qlora.config.registries.installed import check_name, installed_names
 
 NO_TRACKER = "none"
 GROUP = "qlora.trackers"
@@ -22,10 +21,6 @@ def tracker_path(name: str) -> str | None:
     return TRACKERS.get(name) or installed_names(GROUP).get(name)
 
 
-def describe_unknown(name: str) -> str:
-    """Returns what to write instead of a name that no tracker has."""
-    names = [NO_TRACKER, *TRACKERS, *installed_names(GROUP)]
-    return (
-        f"tracking.backend={name} is unknown{did_you_mean(name, names)}; choose from {', '.join(names)}, or name a "
-        "class of your own as module:Class"
-    )
+def check_tracker(name: str) -> None:
+    """Raises `ConfigError` for a name that no tracker has; imports none."""
+    check_name("tracking.backend", name, (NO_TRACKER, *TRACKERS), GROUP)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from qlora.errors import ConfigError, did_you_mean
 
 
 def installed_names(group: str) -> dict[str, str]:
@@ -14,6 +18,17 @@ def installed_names(group: str) -> dict[str, str]:
     installed, so its entry points do not count.
     """
     return dict(_read(group, str(Path.cwd())))
+
+
+def check_name(key: str, name: str, shipped: Iterable[str], group: str) -> None:
+    """Raises `ConfigError` unless a name is shipped, installed, or spelled as `module:Class`; imports nothing."""
+    names = [*shipped, *installed_names(group)]
+    if name not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        choices = f"choose one of {', '.join(names)}" if names else "no installed package adds one"
+        raise ConfigError(
+            f"{key}={name} is unknown{did_you_mean(name, names)}; {choices}, or name a class "
+            "of your own as module:Class"
+        )
 
 
 @cache
