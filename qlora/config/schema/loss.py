@@ -8,8 +8,9 @@ from typing import Any
 from qlora.config.registries.installed import check_name
 from qlora.config.registries.objectives import GROUP, OBJECTIVES
 from qlora.config.schema.code_names import check_plain
-from qlora.config.schema.values import HOLDS
-from qlora.errors import ConfigError, require
+from qlora.config.schema.values import HOLDS, MAPPINGS
+from qlora.errors import ConfigError
+from qlora.text import brief
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,7 +25,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_name("loss.name", self.name, OBJECTIVES, GROUP)
-        require(isinstance(self.options, dict), "loss.options", "be a mapping such as {smoothing: 0.1}", self.options)
+        if not isinstance(self.options, dict):
+            given = "null" if self.options is None else brief(self.options)
+            raise ConfigError(f"loss.options must be a mapping such as {MAPPINGS['loss.options']}, got {given}")
         check_plain("loss.options", self.options)
         if self.name == "sft" and self.options:
             raise ConfigError("loss.options is not read by loss.name=sft; leave it out")

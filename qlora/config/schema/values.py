@@ -7,7 +7,11 @@ from enum import Enum
 HOLDS = "holds"
 """In a field's metadata: the type of a value that Hydra cannot express, which is then annotated `Any`."""
 
-MAPPINGS = {"trainer.optim_args": "{momentum: 0.9}", "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}"}
+MAPPINGS = {
+    "trainer.optim_args": "{momentum: 0.9}",
+    "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}",
+    "loss.options": "{smoothing: 0.1}",
+}
 """An example of the mapping that a key takes, where one says more than `{a: 1}`."""
 
 
