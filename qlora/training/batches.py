@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -21,6 +21,14 @@ Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
 """The key of a batch's numbers of tokens and pairs, beside its tensors."""
+
+
+class Rows(Protocol):
+    """Rows by their index: a data set, or the packs of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
