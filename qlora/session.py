@@ -68,6 +68,7 @@ from qlora.step.shard import shard_base
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.upstream.peft import base_of
+from qlora.upstream.torch import as_dataset
 from qlora.upstream.transformers import token_ids
 
 log = logging.getLogger(__name__)
@@ -353,7 +354,7 @@ class Session:
         def on_device(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
 
-        return DataLoader(self.data.train, batch_size=size, collate_fn=on_device)
+        return DataLoader(as_dataset(self.data.train), batch_size=size, collate_fn=on_device)
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:

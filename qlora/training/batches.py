@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -16,19 +16,12 @@ from transformers.trainer_utils import seed_worker
 from qlora.objectives import Objective
 from qlora.objectives.protocol import IGNORED
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+from qlora.upstream.torch import Rows, as_dataset
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
 """The key of a batch's numbers of tokens and pairs, beside its tensors."""
-
-
-class Rows(Protocol):
-    """Rows by their index: a data set, or the packs of one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -68,12 +61,12 @@ def share_batches(arguments: TrainingArguments, lengths: Sequence[int], rows: in
 
 
 def build_loader(
-    rows: Any, batches: SharedBatches, collate: CountingCollator, arguments: TrainingArguments, *, non_blocking: bool
+    rows: Rows, batches: SharedBatches, collate: CountingCollator, arguments: TrainingArguments, *, non_blocking: bool
 ) -> DataLoader[Any]:
     """Returns the loader of a process's batches, on its device."""
     workers = arguments.dataloader_num_workers
     loader = DataLoader(
-        rows,
+        as_dataset(rows),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,

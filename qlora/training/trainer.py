@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from bitsandbytes.optim.optimizer import Optimizer8bit  # the base of all of them, in 32 bits too
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -40,7 +41,6 @@ from qlora.training.batches import (
     Batch,
     Collate,
     CountingCollator,
-    Rows,
     build_loader,
     share_batches,
     without_labels,
@@ -53,7 +53,7 @@ from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
-from qlora.upstream.torch import ignore_in_ddp
+from qlora.upstream.torch import Rows, as_dataset, ignore_in_ddp
 from qlora.upstream.transformers_trainer import (
     LossSums,
     add_to_total_loss,
@@ -75,8 +75,8 @@ class QLoraTrainer(Trainer):
 
     # What the library declares more widely than what is handed to it here.
     model: PreTrainedModel | PeftModel
-    train_dataset: Rows
     data_collator: CountingCollator
+    accelerator: Accelerator
     control: TrainerControl
     optimizer: torch.optim.Optimizer | None
     objective: Objective
@@ -109,7 +109,7 @@ class QLoraTrainer(Trainer):
         rows of an item of `rows` with their names: those in a pack. `metadata` is stored with each checkpoint.
         """
         check_trainer()
-        self.measure, self.verify, self.lengths = measure, verify, lengths
+        self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
@@ -120,8 +120,8 @@ class QLoraTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=[],  # unused: `evaluate` below measures
+            train_dataset=as_dataset(rows),
+            eval_dataset=as_dataset([]),  # unused: `evaluate` below measures
             data_collator=CountingCollator(collate, count, objective, without_labels(rows[0])),
             callbacks=[meter, *callbacks, self.agreement],
         )
@@ -194,10 +194,10 @@ class QLoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the batches of this process."""
-        self._shared = share_batches(self.args, self.lengths, len(self.train_dataset))
+        self._shared = share_batches(self.args, self.lengths, len(self.rows))
         non_blocking = self.accelerator.non_blocking
         return build_loader(
-            self.train_dataset, self._shared, self.data_collator, self.args, non_blocking=non_blocking
+            self.rows, self._shared, self.data_collator, self.args, non_blocking=non_blocking
         )  # fmt: skip
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
