@@ -67,6 +67,9 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.step.shard import shard_base
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
+from qlora.upstream.peft import base_of
+from qlora.upstream.torch import as_dataset
+from qlora.upstream.transformers import token_ids
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +159,7 @@ class Session:
     @cached_property
     def new_token_ids(self) -> list[int]:
         """The ids of `model.new_tokens`."""
-        return [int(token) for token in self.tokenizer.convert_tokens_to_ids(self.config.model.new_tokens)]
+        return [int(token) for token in token_ids(self.tokenizer, self.config.model.new_tokens)]
 
     @cached_property
     def collate(self) -> Collator:
@@ -323,7 +326,7 @@ class Session:
         """Whether each process holds a part of the base only, so that all must call the model together."""
         return self.config.trainer.parallel is Parallel.fsdp and distributed.world_size() > 1
 
-    def build_model(self) -> PreTrainedModel:
+    def build_model(self) -> PreTrainedModel | PeftModel:
         """Returns the base with a fresh adapter, as it is trained."""
         model = self.add_adapter(self.load_base())
         if self.is_sharded:
@@ -351,7 +354,7 @@ class Session:
         def on_device(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
 
-        return DataLoader(self.data.train, batch_size=size, collate_fn=on_device)
+        return DataLoader(as_dataset(self.data.train), batch_size=size, collate_fn=on_device)
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
@@ -375,7 +378,7 @@ class Session:
         check_code_files(folder, self.config.model)
         return load_saved_tokenizer(folder, self.config.model, self.tokenizer)
 
-    def load_trained(self) -> PreTrainedModel:
+    def load_trained(self) -> PreTrainedModel | PeftModel:
         """Loads what `adapter` names: the base with an adapter, a fully finetuned model, or the bare base.
 
         Raises `DataError` where the base's tokens are not those of the training run.
@@ -406,9 +409,9 @@ class Session:
         """The name in the tracker: `name`, or the folder's."""
         return self.config.name or self.folder.path.name
 
-    def describe(self, model: PreTrainedModel) -> ModelSummary:
+    def describe(self, model: PreTrainedModel | PeftModel) -> ModelSummary:
         """Returns what the start screen and the reports say of a model."""
-        decoder = read_decoder(model.get_base_model() if isinstance(model, PeftModel) else model)
+        decoder = read_decoder(base_of(model) if isinstance(model, PeftModel) else model)
         lora, count = self.config.lora, adapters.count_parameters(model)
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
@@ -473,11 +476,11 @@ class Session:
         with evaluation_mode(model), self.placement.autocast():
             return self.suite.measure(model)
 
-    def measure_base(self, model: PreTrainedModel) -> Measurement:
+    def measure_base(self, model: PreTrainedModel | PeftModel) -> Measurement:
         """Measures a model without an adapter; raises `UserError` if its loss is NaN or infinite."""
         measured = self.measure(model)
         if not math.isfinite(measured.metrics.get("loss", 0.0)):
-            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            base = base_of(model) if isinstance(model, PeftModel) else model
             forward = partial(self.measurer.measure, model, answers=0)
             key, what = f"model.name={self.config.model.name}", "its loss on the held-out rows is"
             raise self.in_main_process(lambda: explain_nonfinite(base, key, self.placement, forward, what))

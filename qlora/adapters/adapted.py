@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import DataError
 from qlora.quantization.method import QuantizationMethod, method_of
+from qlora.upstream.peft import base_of
 
 ADAPTER = "default"  # the name that PEFT gives to the adapter it loads
 WRAPPERS = re.compile(r"\.(base_layer|token_adapter|original_module)(?=\.|$)")
@@ -70,7 +71,7 @@ def split_adapter(model: PeftModel) -> Adapted:
     Raises `DataError` for an adapter that no plain model can hold.
     """
     method = method_of(model)
-    base, peft_type = model.get_base_model(), model.peft_config[ADAPTER].peft_type
+    base, peft_type = base_of(model), model.peft_config[ADAPTER].peft_type
     if peft_type != PeftType.LORA:
         raise DataError(f"adapter: task=merge adds LoRA to a base, but this is PEFT's {peft_type}; {INSTEAD}")
     adapted = Adapted(method, tied=dict(base.all_tied_weights_keys))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 
 from qlora.errors import ConfigError
+from qlora.upstream.peft import lora_config
 
 REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """How the inits begin by which PEFT rewrites the base that an adapter is added to."""
@@ -37,7 +38,7 @@ def adapter_off(model: torch.nn.Module) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    start = model.peft_config["default"].init_lora_weights if isinstance(model.base_model, LoraModel) else True
+    start = lora_config(model).init_lora_weights if isinstance(model.base_model, LoraModel) else True
     if isinstance(start, str) and start.startswith(REWRITING):
         raise ConfigError(
             f"adapter: it begins as a part of its base (init_lora_weights={start}, as checkpoints of such a run have "

@@ -19,6 +19,7 @@ from qlora.adapters.targets import find_target_modules, last_name
 from qlora.config.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 from qlora.errors import ConfigError
 from qlora.models.weight_files import Tensors
+from qlora.upstream.peft import lora_config
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,14 @@ def add_lora(
     `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
     Raises `ConfigError` for target modules that match nothing.
     """
+    alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
+    bias: Any = config.bias.value
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
-        bias=config.bias.value,
+        bias=bias,
         target_modules=find_target_modules(config.target_modules, model),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -105,8 +108,11 @@ def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]
 
 def _check_rank_for_data(model: PeftModel) -> None:
     """Raises `ConfigError` where EVA would look for more directions than a layer reads features."""
-    config = model.peft_config["default"]
-    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    config = lora_config(model)
+    assert config.eva_config is not None
+    layers: dict[str, Any] = {
+        name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)
+    }
     name = min(layers, key=lambda name: layers[name].in_features)
     features, directions = layers[name].in_features, round(config.r * config.eva_config.rho)
     if directions > features:

@@ -15,6 +15,7 @@ from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.errors import DataError
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
+from qlora.upstream.torch_models import weight_of
 
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
 EXPERTS = ".experts."
@@ -89,7 +90,10 @@ def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
     """Raises `DataError` if an adapter trained rows of new tokens that this base does not have."""
     trained = read_object(folder / ADAPTER_CONFIG, f"adapter={folder}").get("trainable_token_indices") or {}
     lists = trained.values() if isinstance(trained, dict) else [trained]
-    last, rows = max((max(ids, default=-1) for ids in lists), default=-1), model.get_input_embeddings().weight.shape[0]
+    last, rows = (
+        max((max(ids, default=-1) for ids in lists), default=-1),
+        weight_of(model.get_input_embeddings()).shape[0],
+    )
     if last >= rows:
         raise DataError(
             f"adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from qlora.models.weight_files import Tensors
 from qlora.quantization.method import method_of
+from qlora.upstream.torch_models import weight_of
 
 
 @torch.no_grad()
@@ -29,8 +30,9 @@ def correct_quantization(model: PeftModel, original: Callable[[str], torch.Tenso
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         for adapter, rank in module.r.items():
             root, used = s[:rank].sqrt(), min(rank, len(s))
-            module.lora_A[adapter].weight[:used] = root[:, None] * v[:rank]
-            module.lora_B[adapter].weight[:, :used] = u[:, :rank] * root / module.scaling[adapter]
+            a, b = weight_of(module.lora_A[adapter]), weight_of(module.lora_B[adapter])
+            a[:used] = root[:, None] * v[:rank]
+            b[:, :used] = u[:, :rank] * root / module.scaling[adapter]
 
 
 def original_weights(tensors: Tensors, prefix: str) -> Callable[[str], torch.Tensor]:

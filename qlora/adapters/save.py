@@ -17,6 +17,7 @@ from qlora.errors import RunError
 from qlora.models.fingerprint import Base, write_base
 from qlora.models.tokenizer import save_tokenizer
 from qlora.runtime.atomic_files import write_folder
+from qlora.upstream.peft import lora_config
 
 
 def save_adapter(
@@ -35,7 +36,7 @@ def save_adapter(
 
     def write(partial: Path) -> None:
         # PEFT would add whole embeddings that grew; the trained rows are saved anyway.
-        model.save_pretrained(partial, save_embedding_layers=False)
+        model.save_pretrained(str(partial), save_embedding_layers=False)
         save_tokenizer(tokenizer, partial)
         if base is not None:
             write_base(base, partial)
@@ -50,9 +51,9 @@ def save_adapter(
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:
     """Saves the initial weights of an init that rewrites the base, so that the final adapter can be converted."""
     if not folder.exists():
-        config = model.peft_config["default"]
+        config = lora_config(model)
         kept, config.init_lora_weights = config.init_lora_weights, True
-        write_folder(folder, model.save_pretrained)
+        write_folder(folder, lambda partial: model.save_pretrained(str(partial)))
         config.init_lora_weights = kept
 
 

@@ -205,13 +205,13 @@ class RowSet:
         encoded, counts = load_encoded(folder)
         if not len(encoded):
             self.cache.discard(key)
-            rows = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
+            lacking = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
             others = (
                 f"; hold out more rows than data.eval_dataset_size={self.config.eval_dataset_size:g}, or draw others "
                 "with data.split_seed"
             )
             way_out = others if for_eval and self.config.splits_off else ""
-            raise DataError(f"{label}: none of the {counts.rows} {rows}: {self._losses(counts)}{way_out}")
+            raise DataError(f"{label}: none of the {counts.rows} {lacking}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
 

@@ -39,6 +39,7 @@ def check_memory(config: Config) -> Iterator[Finding]:
         unknown = ""
     except UserError as error:
         planned, unknown = None, first_line(error)
+    free: float
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         there = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the GPU are free"

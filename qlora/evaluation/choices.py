@@ -165,6 +165,8 @@ class SharedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the keys and values of each row from its first token."""
         rows = key_states.shape[0]
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = (kept.expand(rows, -1, -1, -1) for kept in (self.keys, self.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
@@ -189,7 +191,7 @@ class ChoiceReader:
         inputs = torch.from_numpy(ids).long()[None].to(self.device)
         options = {"logits_to_keep": 1} if self.can_choose else {}
         cache: Any = getattr(self.model(input_ids=inputs, use_cache=True, **options), "past_key_values", None)
-        layers = cache.layers if type(cache) is DynamicCache else []
+        layers: list[Any] = cache.layers if type(cache) is DynamicCache else []
         plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         if not layers or not plain or any(layer.get_mask_sizes(0) != (len(ids), 0) for layer in layers):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,6 +15,8 @@ from transformers import GenerationConfig as HFGenerationConfig
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import GenerationConfig
+from qlora.upstream.transformers import decode
+from qlora.upstream.transformers import generate as generate_ids
 
 # Searches that transformers moved out of the library: https://hf.co/transformers-community
 COMMUNITY = {
@@ -65,7 +68,7 @@ def generate(
     settings = build_settings(config, pad_token_id=pad_token_id, end_ids=end_ids)
     inputs = left_pad(prompts, pad_token_id, device)
     with own_settings_aside(model):
-        output = model.generate(**inputs, generation_config=settings, **community_code(config))
+        output = generate_ids(model, inputs, generation_config=settings, **community_code(config))
     return [_answer(ids, end_ids, tokenizer) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
@@ -101,7 +104,8 @@ def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list
 @contextlib.contextmanager
 def own_settings_aside(model: torch.nn.Module) -> Iterator[None]:
     """Hides the model's own generation config, from which transformers would take every unset option."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner: Any = model
+    base = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
     kept, base.generation_config = base.generation_config, HFGenerationConfig()
     try:
         yield
@@ -118,5 +122,5 @@ def community_code(config: GenerationConfig) -> dict[str, object]:
 def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((index for index, token in enumerate(ids) if token in end_ids), None)
     kept = ids if end is None else ids[:end]
-    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    text = decode(tokenizer, kept, skip_special_tokens=True).strip()
     return Answer(text, len(kept), "length" if end is None else "stop")

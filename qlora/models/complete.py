@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora.errors import DataError
 from qlora.quantization.method import QuantizationMethod
+from qlora.upstream.transformers import load_causal_model
 from qlora.upstream.transformers_models import failed_conversions
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,7 @@ def load_complete(folder: str, *, key: str, method: QuantizationMethod, **option
     files hold beyond it is warned of.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, report = load_causal_model(folder, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:
         if (failed := failed_conversions(error.__traceback__)) is None:
             raise

@@ -138,8 +138,9 @@ def _is_quantized(method: QuantizationMethod, owner: Any) -> bool:
 
 def _shape(method: QuantizationMethod, weight: nn.Parameter, owner: nn.Module) -> torch.Size:
     """Returns a weight's shape before quantization."""
-    if _is_quantized(method, owner) and weight is owner.weight:
-        return torch.Size([owner.out_features, owner.in_features])
+    layer: Any = owner
+    if _is_quantized(method, owner) and weight is layer.weight:
+        return torch.Size([layer.out_features, layer.in_features])
     return weight.shape
 
 
@@ -219,6 +220,7 @@ def build_empty(
         config = copy.deepcopy(model_config)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     description = method.library_config(quantization, placement)
+    assert description is not None, "only a base that transformers quantizes is built"
     AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
     set_method(model, method)
     return model

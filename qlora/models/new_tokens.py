@@ -7,20 +7,23 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from qlora.upstream.torch_models import weight_of
+
 
 def resize_embeddings(model: PreTrainedModel, new_token_ids: Sequence[int]) -> None:
     """Grows the embeddings for `model.new_tokens` if the matrix has no spare rows; new rows are the mean of the old.
 
     transformers would initialise them at random around the mean, differently each time a model is loaded.
     """
-    rows, needed = model.get_input_embeddings().weight.shape[0], max(new_token_ids, default=-1) + 1
+    rows, needed = weight_of(model.get_input_embeddings()).shape[0], max(new_token_ids, default=-1) + 1
     if needed <= rows:
         return
     model.resize_token_embeddings(needed, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[rows:] = mean_row(layer.weight[:rows])
+                weight = weight_of(layer)
+                weight[rows:] = mean_row(weight[:rows])
     model.requires_grad_(False)
 
 

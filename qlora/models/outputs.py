@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora.upstream.torch_models import weight_of
+
 TOKENS = 8
 
 
@@ -33,7 +35,7 @@ def plain_ids(model: PreTrainedModel) -> Tensor:
     settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     special = {value for name, value in settings.items() if name.endswith(("_token_id", "_token_index"))
                and isinstance(value, int)}  # fmt: skip
-    embedding = model.get_input_embeddings().weight
+    embedding = weight_of(model.get_input_embeddings())
     middle = embedding.shape[0] // 2
     ids = [number for number in range(middle, middle + TOKENS + len(special)) if number not in special]
     return torch.tensor([ids[:TOKENS]], device=embedding.device) % embedding.shape[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ MOVED = 0.25
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, placement: Placement, *, batch_size: int) -> None:
+def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, batch_size: int) -> None:
     """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
 
     transformers finds the packed rows by `position_ids` that restart, but not in every architecture (OPT, Falcon,
@@ -82,7 +83,7 @@ def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, restarts: bool)
     return batch | {"position_ids": torch.stack(positions)} if restarts else batch
 
 
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def _logits(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """Returns the logits of the segment in every row: float32 [rows, LENGTH, vocabulary]."""
     logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
     rows = zip(logits, LEADING, strict=False)
@@ -99,7 +100,7 @@ def _spread(logits: Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Switches dropout off, and the modules that were training back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -110,11 +111,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _name(model: PreTrainedModel) -> str:
+def _name(model: PreTrainedModel | PeftModel) -> str:
     return f"{model.config.model_type} (attention: {attention_of(model)})"
 
 
-def _remedy(model: PreTrainedModel, batch_size: int) -> str:
+def _remedy(model: PreTrainedModel | PeftModel, batch_size: int) -> str:
     if "flash" in str(attention_of(model)) and batch_size > 1:
         return (
             f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "

@@ -149,7 +149,7 @@ class QuantizationMethod(Protocol):
 
     # Quantized layers
 
-    def layer_classes(self) -> tuple[type, ...]:
+    def layer_classes(self) -> tuple[type[torch.nn.Module], ...]:
         """Returns the classes of quantized layers."""
         return ()
 

@@ -51,13 +51,21 @@ def _draw_losses(axes: Axes, training: Series, held_out: Series) -> None:
     many = len(values) >= SMOOTH_FROM
     if values:
         marker = "o" if len(values) == 1 else None
-        raw = {"color": TRAIN, "alpha": 0.25, "linewidth": 0.8} if many else {"color": TRAIN, "linewidth": 1.6}
+        raw: dict[str, Any] = (
+            {"color": TRAIN, "alpha": 0.25, "linewidth": 0.8} if many else {"color": TRAIN, "linewidth": 1.6}
+        )
         axes.plot(steps, values, marker=marker, label=None if many else "training", **raw)
     if many:
         span = max(5, len(values) // 25)
         axes.plot(steps, smooth(values, span), color=TRAIN, linewidth=1.8, label="training (smoothed)")
     if held_out[1]:
-        style = {"color": HELD_OUT, "linewidth": 1.6, "marker": "o", "markersize": 5, "markeredgecolor": "white"}
+        style: dict[str, Any] = {
+            "color": HELD_OUT,
+            "linewidth": 1.6,
+            "marker": "o",
+            "markersize": 5,
+            "markeredgecolor": "white",
+        }
         axes.plot(*held_out, **style, label="held out", zorder=3)
         _label_last(axes, held_out)
     if not values and not held_out[1]:
@@ -78,7 +86,7 @@ def _limit(axes: Axes, training: list[float], held_out: list[float], many: bool)
 
 def _label_last(axes: Axes, points: Series) -> None:
     last = (points[0][-1], points[1][-1])
-    style = {"color": HELD_OUT, "fontsize": 9, "ha": "right", "va": "bottom", "fontweight": "bold"}
+    style: dict[str, Any] = {"color": HELD_OUT, "fontsize": 9, "ha": "right", "va": "bottom", "fontweight": "bold"}
     axes.annotate(f"{last[1]:.3g}", last, xytext=(0, 6), textcoords="offset points", **style)
 
 

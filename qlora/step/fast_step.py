@@ -23,6 +23,7 @@ from qlora.step.part import ON, Packs, Part, Request, StepContext, StepObjective
 from qlora.step.parts import PARTS, find_part
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
+from qlora.upstream.peft import base_of
 from qlora.upstream.torch import compile_options
 
 
@@ -39,7 +40,7 @@ class FastStep:
         objective: StepObjective,
     ) -> None:
         """Decides which parts are on; raises `ConfigError` for one that the config demands and that cannot run."""
-        self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base: PreTrainedModel = base_of(model) if isinstance(model, PeftModel) else model
         self.layers = find_layers(self.base)
         self.objective = objective
         self.checkpointed = len(self.layers) if trainer.gradient_checkpointing else 0

@@ -10,6 +10,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlora.errors import ConfigError
 from qlora.step.layers import find_layers
+from qlora.upstream.bitsandbytes import set_quant_state
+from qlora.upstream.peft import base_of
+from qlora.upstream.transformers import set_device_map
 
 
 def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
@@ -18,7 +21,7 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
     A layer is gathered when it is called, forward and backward, and released after that (torch's FSDP2). All processes
     must call the model equally often.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     layers = find_layers(base)
     if not layers:
         raise ConfigError(
@@ -33,14 +36,14 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     model.to(device)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
-    body = base.base_model
+    body: torch.nn.Module = base.base_model
     fully_shard(body, mesh=mesh, ignored_params={other for other in body.parameters() if other not in inside})
     for layer in layers:  # torch allocates the whole layer once; allocated in inference mode it could not train
         assert isinstance(layer, FSDPModule)
         layer.unshard()
         layer.reshard()
         _keep_quantization(layer)
-    base.hf_device_map = {"": device}
+    set_device_map(base, {"": device})
 
 
 def _store_as_floats(layer: torch.nn.Module) -> None:
@@ -59,4 +62,4 @@ def _keep_quantization(layer: torch.nn.Module) -> None:
     """Gives each part of a 4-bit weight the quantization state of the whole weight."""
     for module in layer.modules():
         if isinstance(module, Linear4bit):
-            module.weight.quant_state = module.quant_state
+            set_quant_state(module.weight, module.quant_state)

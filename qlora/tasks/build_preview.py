@@ -14,6 +14,7 @@ from qlora.data.batching.token_store import column
 from qlora.data.data_report import DataReport, data_warnings, describe_unread
 from qlora.data.pipeline import Data
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
+from qlora.upstream.transformers import decode
 
 
 def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> Preview:
@@ -110,12 +111,12 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     """
     texts, start, printed, whole = [], 0, "", ""
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = decode(tokenizer, ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         texts.append(whole[len(printed) :] if whole.startswith(printed) and not whole.endswith("\ufffd") else "")
         if texts[-1] and end - start > 8:
             # Go on from the last token, so that long rows stay fast: what it decodes to behind nothing is known.
             start = end - 1
-            printed = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            printed = decode(tokenizer, ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         elif texts[-1]:
             printed = whole
     if ids and not texts[-1]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora import adapters
@@ -41,7 +42,9 @@ from qlora.training.trainer import QLoraTrainer
 log = logging.getLogger(__name__)
 
 
-def build_trainer(session: Session, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
+def build_trainer(
+    session: Session, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker
+) -> QLoraTrainer:
     """Returns the trainer of a model on the session's rows; `callbacks` are the user's own."""
     config, data, placement = session.config, session.data, session.placement
     assert data.train is not None
@@ -101,7 +104,7 @@ def build_trainer(session: Session, model: PreTrainedModel, callbacks: list[Any]
     return trainer
 
 
-def build_step(session: Session, model: PreTrainedModel) -> FastStep:
+def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep:
     """Returns the fast training step of a model, and prints which parts of it are on."""
     config, packed = session.config, session.data.packed
     width = config.data.pack_width
@@ -132,7 +135,7 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
     return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
 
 
-def _build_meter(session: Session, model: PreTrainedModel) -> Meter:
+def _build_meter(session: Session, model: PreTrainedModel | PeftModel) -> Meter:
     device, operations = session.placement.device, _count_operations(session, model)
     return Meter(
         device,
@@ -142,7 +145,7 @@ def _build_meter(session: Session, model: PreTrainedModel) -> Meter:
     )
 
 
-def _count_operations(session: Session, model: PreTrainedModel) -> Operations | None:
+def _count_operations(session: Session, model: PreTrainedModel | PeftModel) -> Operations | None:
     """Returns what training takes a token; None for an architecture whose matrices are not known."""
     settings = session.model_config.get_text_config().to_dict()
     if settings["model_type"] not in FAMILIES:

@@ -18,6 +18,7 @@ from qlora.config.schema import GenerationConfig
 from qlora.data.batching.row_encoder import RowEncoder
 from qlora.evaluation.generation import build_settings, community_code, end_token_ids, left_pad, own_settings_aside
 from qlora.evaluation.measure import evaluation_mode
+from qlora.upstream.transformers import decode, generate
 
 
 class Reply(NamedTuple):
@@ -53,7 +54,7 @@ class Stream(BaseStreamer):
     def take(self, ids: list[int]) -> None:
         """Adds tokens and shows what they settle."""
         self.ids += ids[: next((index + 1 for index, token in enumerate(ids) if token in self.end_ids), None)]
-        self._spoken = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self._spoken = decode(self.tokenizer, self.ids, skip_special_tokens=True)
         settled = self.text.rstrip("\ufffd")  # half a character
         begun = (size for size in range(len(self.stop_text), 0, -1) if settled.endswith(self.stop_text[:size]))
         self._show(settled[: len(settled) - next(begun, 0)].rstrip())
@@ -132,7 +133,7 @@ class ChatModel:
         try:
             switch = adapter_off(model) if base else contextlib.nullcontext()
             with switch, torch.inference_mode(), evaluation_mode(model), self.autocast(), own_settings_aside(model):
-                output = model.generate(**inputs, generation_config=settings, **options)
+                output = generate(model, inputs, generation_config=settings, **options)
             if not as_it_comes:
                 stream.take(output[0, len(prompt) :].tolist())
         except KeyboardInterrupt:

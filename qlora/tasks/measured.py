@@ -15,13 +15,14 @@ from qlora.runtime.task_result import TaskResult
 from qlora.tasks.protocol import TaskJob
 
 if TYPE_CHECKING:  # which import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from qlora.evaluation.measure import Measurement
     from qlora.session import Session
 
 
-def load_model(job: TaskJob) -> PreTrainedModel:
+def load_model(job: TaskJob) -> PreTrainedModel | PeftModel:
     """Loads what `adapter` names, and prints the start screen of a task that measures it or lets it answer."""
     session = job.session
     model = session.load_trained()
@@ -30,7 +31,7 @@ def load_model(job: TaskJob) -> PreTrainedModel:
     return model
 
 
-def measure_untuned(session: Session, model: PreTrainedModel, *, keep_adapter: bool = False) -> Measurement:
+def measure_untuned(session: Session, model: PreTrainedModel | PeftModel, *, keep_adapter: bool = False) -> Measurement:
     """Measures the base of a model with its adapter switched off, unless that is to stay on."""
     from qlora.adapters import adapter_off
 

@@ -37,6 +37,7 @@ from qlora.runtime.atomic_files import replace_folder, restore_folder
 from qlora.runtime.device import DTYPES, Placement, peak_memory_gb
 from qlora.runtime.disk_space import is_disk_full
 from qlora.text import parse_size
+from qlora.upstream.peft import base_of
 
 PROMPT_TOKENS = 256
 """The length that each prompt of the comparison is cut to."""
@@ -179,7 +180,7 @@ class Merge:
         """
         model = self.load().eval()
         adapted = split_adapter(model)
-        _write_settings(model.get_base_model(), partial, self.dtype)
+        _write_settings(base_of(model), partial, self.dtype)
         console.say(f"noting what the adapter on its base answers to {len(self.prompts)} prompts")
         device, rounding = self.placement.device, None
         if self._is_16_bit:

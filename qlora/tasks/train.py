@@ -35,6 +35,7 @@ from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
 from qlora.training.trackers import NoTracker, Tracker
 
 if TYPE_CHECKING:  # which import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from qlora.evaluation.measure import Measurement
@@ -251,13 +252,15 @@ class Training:
 
     # Training
 
-    def _build_trainer(self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker) -> QLoraTrainer:
+    def _build_trainer(
+        self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker
+    ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
         return build_trainer(self.session, model, callbacks, tracker)
 
     def _fit(
-        self, model: PreTrainedModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
+        self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
     ) -> dict[str, float]:
         """Trains the model and saves what was trained; returns the metrics of the training steps."""
         from qlora.reporting.loss_curve import plot_loss
@@ -297,7 +300,7 @@ class Training:
 
     # Measuring
 
-    def _measure_base(self, model: PreTrainedModel) -> Measurement:
+    def _measure_base(self, model: PreTrainedModel | PeftModel) -> Measurement:
         """Measures the untuned base once; a resumed run reads what the first start measured.
 
         The adapter is switched off; where it starts as a part of the base (PiSSA, OLoRA), it must stay on.
@@ -320,7 +323,7 @@ class Training:
             write_json(path, measured.to_dict())
         return measured
 
-    def _measure_after(self, model: PreTrainedModel) -> Measurement:
+    def _measure_after(self, model: PreTrainedModel | PeftModel) -> Measurement:
         from qlora.evaluation.measure import Measurement
 
         task, session = self.config.task, self.session
@@ -339,7 +342,7 @@ class Training:
 
         return max(self._planned_peak_gb, peak_memory_gb(self.session.placement.device))
 
-    def _describe(self, model: PreTrainedModel) -> dict[str, str]:
+    def _describe(self, model: PreTrainedModel | PeftModel) -> dict[str, str]:
         """Returns the lines of the start screen."""
         session, report = self.session, self.session.data.report
         summary = session.describe(model)
@@ -385,7 +388,7 @@ def _build_callbacks(config: Config) -> list[Any]:
     return build_callbacks(config.callbacks)
 
 
-def save_trained(session: Session, model: PreTrainedModel) -> None:
+def save_trained(session: Session, model: PreTrainedModel | PeftModel) -> None:
     """Writes the adapter, or the fully finetuned model, into the run's folder."""
     from peft import PeftModel
 
@@ -393,7 +396,7 @@ def save_trained(session: Session, model: PreTrainedModel) -> None:
     from qlora.models.tokenizer import save_tokenizer
 
     def save_model(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         save_tokenizer(session.tokenizer, folder)
 
     session.tokenizer.chat_template = session.data.template.text  # chat and serving then write as training did

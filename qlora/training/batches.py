@@ -16,6 +16,7 @@ from transformers.trainer_utils import seed_worker
 from qlora.objectives import Objective
 from qlora.objectives.protocol import IGNORED
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+from qlora.upstream.torch import Rows, as_dataset
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
@@ -60,12 +61,12 @@ def share_batches(arguments: TrainingArguments, lengths: Sequence[int], rows: in
 
 
 def build_loader(
-    rows: Any, batches: SharedBatches, collate: CountingCollator, arguments: TrainingArguments, *, non_blocking: bool
+    rows: Rows, batches: SharedBatches, collate: CountingCollator, arguments: TrainingArguments, *, non_blocking: bool
 ) -> DataLoader[Any]:
     """Returns the loader of a process's batches, on its device."""
     workers = arguments.dataloader_num_workers
     loader = DataLoader(
-        rows,
+        as_dataset(rows),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,

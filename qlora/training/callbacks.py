@@ -40,7 +40,7 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int = 3, min_delta: float = 0.0, metric: str = "eval_loss") -> None:
         self.patience, self.min_delta, self.metric = patience, min_delta, metric
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compares the latest evaluations; reads the trainer's own history, so that a resumed run continues."""
         values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
         if len(values) <= self.patience:

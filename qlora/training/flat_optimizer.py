@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes.optim.optimizer as library
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
 from qlora.step.kernels.weights import overlaps
+from qlora.upstream.bitsandbytes_optim import set_waits, waits
 from qlora.upstream.torch import foreach_copy
 
 CHUNK = 2**24
@@ -54,17 +54,16 @@ def run_ahead(optimizer: Optimizer8bit) -> None:
     after they were read, and where the device has no room to spare: else they are there, and asking for them keeps the
     device for 0.2 ms each.
     """
-    wait, fetch = library.sync_gpu, optimizer.prefetch_state
+    wait, fetch = waits(optimizer)
     were_read = True
 
     def begin(*_: Any) -> None:
-        library.sync_gpu = _do_nothing
-        optimizer.prefetch_state = fetch if were_read or _is_short(optimizer) else _do_nothing
+        set_waits(optimizer, _do_nothing, fetch if were_read or _is_short(optimizer) else _do_nothing)
 
     def end(*_: Any) -> None:
         nonlocal were_read
         were_read = False
-        library.sync_gpu, optimizer.prefetch_state = wait, fetch
+        set_waits(optimizer, wait, fetch)
 
     def read(*_: Any) -> None:
         nonlocal were_read

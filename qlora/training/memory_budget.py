@@ -29,9 +29,11 @@ MOVED = 2**28
 class Step(Protocol):
     """What a training step runs in."""
 
-    base: torch.nn.Module
     checkpointed: int
     offloaded: int
+
+    @property
+    def base(self) -> torch.nn.Module: ...
 
     @property
     def layers(self) -> Sequence[torch.nn.Module]: ...

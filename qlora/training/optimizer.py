@@ -6,8 +6,10 @@ import inspect
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from qlora.config.optimizers import read_arguments
 
@@ -23,13 +25,13 @@ def optimizer_class(args: TrainingArguments, model: Any = None) -> tuple[Any, di
         options["triton"] = False
     if {"betas", "eps"} <= takes.keys():
         options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **options}
-    given = read_arguments(args.optim.value, args.optim_args)
+    given = read_arguments(OptimizerNames(args.optim).value, args.optim_args)
     given.pop("beta3", None)  # among the betas already
     return kind, {**options, **given}
 
 
 def create_loraplus(
-    args: TrainingArguments, model: torch.nn.Module, ratio: float
+    args: TrainingArguments, model: PeftModel, ratio: float
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Builds the optimizer with another learning rate for B matrices: `ratio` times that of A matrices."""
     kind, options = optimizer_class(args, model)

@@ -27,9 +27,9 @@ class PruningCallback(TrainerCallback):
             if self.metric in entry:
                 self._report(to_number(entry[self.metric]), entry["step"])
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reports the metric and asks the pruner, except at the end of the run."""
-        value = metrics[self.metric]
+        value = kwargs["metrics"][self.metric]
         self._report(value, state.global_step)
         if state.global_step < state.max_steps and self.trial.should_prune():
             text = format_metric(self.metric, value)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from bitsandbytes.optim.optimizer import Optimizer8bit  # the base of all of them, in 32 bits too
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -35,7 +36,15 @@ from qlora.objectives import Objective
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import read_json, write_text
 from qlora.training.bad_rows import NamedRow, find_bad_rows
-from qlora.training.batches import COUNTS, Batch, Collate, CountingCollator, build_loader, share_batches, without_labels
+from qlora.training.batches import (
+    COUNTS,
+    Batch,
+    Collate,
+    CountingCollator,
+    build_loader,
+    share_batches,
+    without_labels,
+)
 from qlora.training.checkpoint_writer import CheckpointWriter, estimate_checkpoint, fitting
 from qlora.training.checkpoints import DIVERGED, find_checkpoints, last_checkpoint, set_aside, step_of
 from qlora.training.flat_optimizer import flatten_groups, run_ahead
@@ -44,11 +53,12 @@ from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
-from qlora.upstream.torch import ignore_in_ddp
+from qlora.upstream.torch import Rows, as_dataset, ignore_in_ddp
 from qlora.upstream.transformers_trainer import (
     LossSums,
     add_to_total_loss,
     check_trainer,
+    output_folder,
     prepare_inputs,
     read_loss_sums,
     restore_loss_sums,
@@ -63,12 +73,20 @@ LOSS_FILE = "losses.json"
 class QLoraTrainer(Trainer):
     """transformers' trainer, composed with the parts of a training run."""
 
+    # What the library declares more widely than what is handed to it here.
+    model: PreTrainedModel | PeftModel
+    data_collator: CountingCollator
+    accelerator: Accelerator
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
+    objective: Objective
+
     def __init__(
         self,
         *,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         arguments: TrainingArguments,
-        rows: torch.utils.data.Dataset[Any],
+        rows: Rows,
         lengths: Sequence[int],
         collate: Collate,
         count: Callable[[Batch], tuple[int, int]],
@@ -91,21 +109,19 @@ class QLoraTrainer(Trainer):
         rows of an item of `rows` with their names: those in a pack. `metadata` is stored with each checkpoint.
         """
         check_trainer()
-        self.control: TrainerControl
-        self.optimizer: torch.optim.Optimizer | None
-        self.measure, self.verify, self.lengths = measure, verify, lengths
+        self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
         self._unreported_tokens = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self.metadata, self.agreement = metadata, Agreement(stop)
-        self.checkpoints = CheckpointWriter(Path(arguments.output_dir), estimate_checkpoint(model))
+        self.checkpoints = CheckpointWriter(output_folder(arguments), estimate_checkpoint(model))
         self._is_over = False
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=[],  # unused: `evaluate` below measures
+            train_dataset=as_dataset(rows),
+            eval_dataset=as_dataset([]),  # unused: `evaluate` below measures
             data_collator=CountingCollator(collate, count, objective, without_labels(rows[0])),
             callbacks=[meter, *callbacks, self.agreement],
         )
@@ -138,7 +154,7 @@ class QLoraTrainer(Trainer):
 
     def _find_good_checkpoint(self, order: Rollback) -> Path:
         self.watchdog.go_back()
-        checkpoints = Path(self.args.output_dir)
+        checkpoints = output_folder(self.args)
         good = None
         if distributed.is_main_process():
             for late in (path for path in find_checkpoints(checkpoints) if step_of(path) > order.step):
@@ -149,7 +165,7 @@ class QLoraTrainer(Trainer):
             raise Halted(f"{order}. There is no checkpoint from before to go back to; set a smaller trainer.save_steps")
         return good
 
-    def _run_epoch(self, *, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Trains an epoch; a run that resumes from its last step's checkpoint has none left."""
         self._shared.set_epoch(epoch)  # where an epoch is resumed, the library would not reach it
         if self._is_over:
@@ -158,7 +174,7 @@ class QLoraTrainer(Trainer):
             model.train()
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with _without_walks(model, self._trained):
-                super()._run_epoch(model=model, epoch=epoch, **kwargs)
+                super()._run_epoch(model, epoch, *args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
@@ -178,10 +194,10 @@ class QLoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the batches of this process."""
-        self._shared = share_batches(self.args, self.lengths, len(self.train_dataset))
+        self._shared = share_batches(self.args, self.lengths, len(self.rows))
         non_blocking = self.accelerator.non_blocking
         return build_loader(
-            self.train_dataset, self._shared, self.data_collator, self.args, non_blocking=non_blocking
+            self.rows, self._shared, self.data_collator, self.args, non_blocking=non_blocking
         )  # fmt: skip
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -194,7 +210,8 @@ class QLoraTrainer(Trainer):
             tokens, pairs = batch.pop(COUNTS)
             self._unreported_tokens += tokens
             if self.meter.operations is not None:
-                self.current_flos += self.meter.operations(tokens, pairs)
+                operations: Any = self.meter.operations(tokens, pairs)  # the library declares an int, and adds floats
+                self.current_flos += operations
         return batches, items
 
     def _find_bad_rows(self, step: int) -> list[str]:
@@ -236,9 +253,9 @@ class QLoraTrainer(Trainer):
         yield
         optimizer.train()
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns 0: they are counted as batches come; the library's estimate walks through all modules."""
-        return 0.0
+        return 0
 
     def store_flos(self) -> None:
         """Adds the tokens and operations since the last call, of all processes, to the state."""
@@ -296,7 +313,7 @@ class QLoraTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Saves the weights of a checkpoint, completes and checks them, and saves the losses so far."""
         super()._save(output_dir, state_dict)
-        folder, sums = Path(output_dir or self.args.output_dir), read_loss_sums(self)
+        folder, sums = Path(output_dir) if output_dir else output_folder(self.args), read_loss_sums(self)
         losses = {"total": sums.total, "unlogged": sums.unlogged, "logged": sums.logged, "over": self._ended_itself}
         write_text(folder / LOSS_FILE, json.dumps(losses) + "\n")
         self.watchdog.save(folder)
@@ -312,7 +329,7 @@ class QLoraTrainer(Trainer):
 
     def recall_losses(self) -> None:
         """Restores the losses before the checkpoint from which the run is resumed, if it is."""
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoint = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
         if (losses := read_json(checkpoint / LOSS_FILE)) is not None:
             restore_loss_sums(self, LossSums(losses["total"], losses["unlogged"], losses["logged"]))
             self._is_over = losses["over"]
@@ -357,14 +374,17 @@ class QLoraTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Builds the schedule; a `num_..._steps` below 1 among its arguments is a fraction of all steps."""
-        self.args.lr_scheduler_kwargs = resolve_schedule_steps(self.args.lr_scheduler_kwargs, num_training_steps)
+        settings = self.args.lr_scheduler_kwargs
+        assert not isinstance(settings, str), "TrainingArguments has read the text"
+        self.args.lr_scheduler_kwargs = resolve_schedule_steps(settings, num_training_steps)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         for group in scheduler.optimizer.param_groups:
             if "warmup_steps" in group:  # a schedule-free optimizer warms up by itself, and takes no fraction
                 group["warmup_steps"] = self.args.get_warmup_steps(num_training_steps)
         return scheduler
 
-    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """Returns the class of the optimizer and all of its arguments."""
         return optimizer_class(args, model)
 
@@ -375,6 +395,7 @@ class QLoraTrainer(Trainer):
         if self.loraplus_lr_ratio is None:
             optimizer = super().create_optimizer(model)
         else:
+            assert isinstance(self.model, PeftModel), "only an adapter has B matrices"
             optimizer = self.optimizer = create_loraplus(self.args, self.model, self.loraplus_lr_ratio)
         if isinstance(optimizer, Optimizer8bit):
             if isinstance(self.model, PeftModel) and not self._scales:

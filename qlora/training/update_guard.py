@@ -10,6 +10,8 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
+from qlora.upstream.bitsandbytes_optim import wrap_update
+
 
 class UpdateGuard:
     """Makes steps by bad gradients leave all weights as they are.
@@ -24,7 +26,7 @@ class UpdateGuard:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Guards all later steps of an optimizer."""
         if isinstance(optimizer, Optimizer8bit):
-            optimizer.update_step = partial(self._update, optimizer.update_step)
+            wrap_update(optimizer, partial(self._update, optimizer.update_step))
             return
         kept: list[tuple[torch.nn.Parameter, Tensor]] = []
 

@@ -7,7 +7,9 @@ would load files with a reader, not a data set of the hub.
 
 from __future__ import annotations
 
-from datasets import Dataset, packaged_modules
+from typing import Any
+
+from datasets import Dataset, Features, packaged_modules
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -23,3 +25,8 @@ def set_fingerprint(rows: Dataset, value: str) -> None:
 def is_packaged_reader(name: str) -> bool:
     """Whether `load_dataset` takes a name for one of its own file readers, such as `json`."""
     return name in packaged_modules._PACKAGED_DATASETS_MODULES
+
+
+def build_features(types: dict[str, Any]) -> Features:
+    """Returns the types of columns by name."""
+    return Features(types)  # type: ignore[arg-type]  # its `__init__(*args, **kwargs)` takes itself for the first one

@@ -26,7 +26,7 @@ def compile_at_first_call() -> Iterator[None]:
             return compile_now(function, **options)
         return _compiled_later(function, lambda: compile_now(function, **options))
 
-    torch.compile = compile_later
+    torch.compile = compile_later  # type: ignore[assignment]  # declared with an overload for each way to call it
     try:
         yield
     finally:

@@ -5,6 +5,7 @@
 - `scaled_mm`, `foreach_norm`, `foreach_copy`: kernels for 8-bit matmuls and for many small tensors at once;
 - `ignore_in_ddp`: parameters that `DistributedDataParallel` leaves alone;
 - `raise_if_worker_died`: the error that torch's own signal handler would raise later;
+- `as_dataset`: rows of any class, for loaders that declare torch's own;
 - `set_last_rate`: the learning rate that a scheduler reports.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -60,6 +61,19 @@ def set_layer_call(layer: torch.nn.Module, call: Callable[..., Any] | None) -> N
 def ignore_in_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
     """Makes `DistributedDataParallel` leave the named parameters and buffers alone."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+class Rows(Protocol):
+    """Rows by their index: a data set, or the packs of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def as_dataset(rows: Rows) -> torch.utils.data.Dataset[Any]:
+    """Returns rows as a loader takes them: it needs a length and an index, and declares a base class."""
+    return cast("torch.utils.data.Dataset[Any]", rows)
 
 
 def set_last_rate(scheduler: Any, rates: list[float]) -> None:

@@ -1,15 +1,21 @@
-"""Private names of torch that models and devices need; `tests/upstream` checks each."""
+"""Private names of torch that models and devices need, and a typed view of a layer; `tests/upstream` checks them."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["TorchDispatchMode", "cpu_computes_bf16", "deterministic_inductor", "tree_leaves"]
+__all__ = ["TorchDispatchMode", "cpu_computes_bf16", "deterministic_inductor", "tree_leaves", "weight_of"]
 # `TorchDispatchMode` sees each operator that quantizes a weight; `tree_leaves` finds tensors in the output of a module.
+
+
+def weight_of(layer: torch.nn.Module) -> torch.Tensor:
+    """Returns the weight of a layer that has one; torch declares each attribute of a module as a tensor or a module."""
+    return cast(torch.Tensor, layer.weight)
 
 
 def cpu_computes_bf16() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -39,7 +42,7 @@ def commit_hash(model_config: Any) -> str | None:
     return commit
 
 
-def attention_of(model: PreTrainedModel) -> str | None:
+def attention_of(model: PreTrainedModel | PeftModel) -> str | None:
     """Returns the attention that a model computes with, e.g. `sdpa`; what the config asks for may be None."""
     implementation: str | None = model.config._attn_implementation
     return implementation

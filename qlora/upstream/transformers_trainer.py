@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,12 @@ def checkpointing_arguments(recompute: bool) -> dict[str, Any]:
     renamed = any(item.name == "activation_checkpointing" for item in fields(TrainingArguments))
     name = "activation_checkpointing" if renamed else "gradient_checkpointing"
     return {name: recompute, f"{name}_kwargs": {"use_reentrant": False} if recompute else None}
+
+
+def output_folder(arguments: TrainingArguments) -> Path:
+    """Returns where checkpoints go; `TrainingArguments` declares that none may be given, and sets one itself then."""
+    assert arguments.output_dir is not None
+    return Path(arguments.output_dir)
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:

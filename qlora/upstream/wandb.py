@@ -32,7 +32,7 @@ def count_rows(file: Path) -> int:
     The file is a LevelDB log: after 7 bytes come blocks of 32 KiB, which hold records in chunks, each with a header of
     7 bytes. wandb has no public reader of it.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made by protobuf at run time
 
     raw, offset, record, rows = file.read_bytes(), HEADER, b"", 0
     while offset + HEADER <= len(raw):

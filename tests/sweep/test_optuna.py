@@ -375,10 +375,10 @@ def test_a_resumed_training_reports_what_it_had_measured_and_its_end_is_not_prun
     callback.on_train_begin(None, state, None)
     assert asked.trials[1].intermediate_values == {10: 3}
     state.global_step = 30
-    callback.on_evaluate(None, state, None, {"eval_loss": 2.5})
+    callback.on_evaluate(None, state, None, metrics={"eval_loss": 2.5})
     state.global_step, state.max_steps = 40, 50
     with pytest.raises(Pruned, match=r"^eval_loss 2\.500 at step 40 of 50$"):
-        callback.on_evaluate(None, state, None, {"eval_loss": 2.5})
+        callback.on_evaluate(None, state, None, metrics={"eval_loss": 2.5})
 
 
 # The space

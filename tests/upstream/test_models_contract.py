@@ -18,6 +18,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ PARAMETERS: list[tuple[Callable[..., Any], list[str]]] = [
     ),
     (_check_lora_target_modules_mamba, ["peft_config", "model", "target_name"]),
     (convert_peft_config_for_transformers, ["peft_config", "model", "conversions"]),
+    (Optimizer8bit.prefetch_state, ["self", "p"]),
+    (Optimizer8bit.update_step, ["self", "group", "p", "gindex", "pindex"]),
 ]
 
 BODIES: list[tuple[Callable[..., Any], str, str, dict[str, str]]] = [
@@ -96,6 +99,10 @@ def test_a_config_says_its_attention_and_its_commit() -> None:
     config = transformers.LlamaConfig(attn_implementation="eager")
     assert config._attn_implementation == "eager"
     assert "_commit_hash" in inspect.getsource(transformers.PretrainedConfig)
+
+
+def test_an_optimizer_waits_by_functions_that_are_looked_up_in_each_step() -> None:
+    assert {"sync_gpu", "prefetch_state", "update_step"} <= set(Optimizer8bit.step.__wrapped__.__code__.co_names)
 
 
 def test_four_bit_layers_have_the_switch_that_stops_repacking() -> None:

@@ -16,6 +16,7 @@ from qlora.data.chat.render import ChatWriter, Written
 from qlora.data.chat.templates import Template
 from qlora.data.formats.prompts import Example, Segment
 from qlora.errors import DataError
+from qlora.upstream.transformers import decode, token_name
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
@@ -98,13 +99,14 @@ class RowEncoder:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer or a turn; the one of the chat template may be no special token."""
-        ends = {self.eos, *self.base.all_special_ids}
-        return frozenset(ends if self.template is None else ends | {self.writer.end_id}) - {None}
+        ends: set[int | None] = {self.eos, *self.base.all_special_ids}
+        ends |= set() if self.template is None else {self.writer.end_id}
+        return frozenset(token for token in ends if token is not None)
 
     def stops(self, row: Encoded) -> bool:
         """Tells whether a row teaches to stop: its last trained token is an end token, but for blanks behind it."""
         trained = (label for label in reversed(row.labels) if label != IGNORED)
-        last = next((label for label in trained if label in self.end_ids or self.base.decode([label]).strip()), None)
+        last = next((label for label in trained if label in self.end_ids or decode(self.base, [label]).strip()), None)
         return last in self.end_ids
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
@@ -275,12 +277,12 @@ class RowEncoder:
                 continue
             if behind is not None and behind != previous:
                 # A token may hold the last byte of one character and the first of the next.
-                if text[offset - 1].isascii() or batch.token_to_chars(row, behind).start >= offset:
+                if text[offset - 1].isascii() or _start(batch, row, behind) >= offset:
                     tokens_at[offset] = behind
             elif text[offset].isspace():
                 # Some tokens swallow the blanks behind them, and some tokenizers count blanks to no token.
-                said = text[batch.token_to_chars(row, previous).start : offset]
-                if self.base.convert_ids_to_tokens(ids[previous]).endswith(said):
+                said = text[_start(batch, row, previous) : offset]
+                if token_name(self.base, ids[previous]).endswith(said):
                     tokens_at[offset] = previous + 1
         return tokens_at
 
@@ -333,3 +335,10 @@ def _trained_flags(flags: list[bool], train_on: TrainOn) -> list[bool]:
         last = len(flags) - 1 - flags[::-1].index(True)
         return [index == last for index in range(len(flags))]
     return flags
+
+
+def _start(batch: BatchEncoding, row: int, token: int) -> int:
+    """Returns the first character of a token that `char_to_token` found."""
+    span = batch.token_to_chars(row, token)
+    assert span is not None
+    return span.start

@@ -40,6 +40,7 @@ from qlora.data.chat.message_form import (
 from qlora.data.chat.templates import Template, suggest_template
 from qlora.data.chat.turn_layout import Fitted, Layout, Span, Text, TurnBounds, find_span, holds, lay_out
 from qlora.errors import OF_CODE, ConfigError, UserError
+from qlora.upstream.transformers import render_chat, token_id
 
 PART: Final = "\ufdd0"
 """Parts a token that a message spells, while a template writes it; Unicode gives it to no text."""
@@ -138,12 +139,12 @@ class ChatWriter:
             ) from None
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             list(messages),
             tools=tools or None,
             chat_template=self.template.text,
             add_generation_prompt=prompt,
-            tokenize=False,
         )
 
     # The form of messages
@@ -357,7 +358,7 @@ class ChatWriter:
     def end_id(self) -> int | None:
         """The token that ends a turn of the assistant, for generation to stop at; None where there is none."""
         tokens = self._special.findall(self._end) if self._special else []
-        return self.tokenizer.convert_tokens_to_ids(tokens[-1]) if tokens else None
+        return token_id(self.tokenizer, tokens[-1]) if tokens else None
 
     @cached_property
     def stop_text(self) -> str:

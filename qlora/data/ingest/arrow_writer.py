@@ -18,6 +18,7 @@ from qlora.data.ingest.readers import Chunk
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
 from qlora.errors import DataError
 from qlora.text import listed
+from qlora.upstream.datasets import build_features
 
 TEXT = pa.string()
 JSON = pa.json_()
@@ -96,7 +97,7 @@ class RowWriter:
         self._part = pa.ipc.new_stream(self._file, schema)
 
     def _schema(self) -> pa.Schema:
-        features = {}
+        features: dict[str, Any] = {}
         for name, kind in self._types.items():
             if kind == JSON:
                 features[name] = Json()
@@ -104,7 +105,7 @@ class RowWriter:
                 features[name] = Value("string")
             else:
                 features |= Features.from_arrow_schema(pa.schema([(name, kind)]))
-        return Features(features).arrow_schema
+        return build_features(features).arrow_schema
 
     def _columns(self, chunk: Chunk, label: str) -> dict[str, pa.Array]:
         known = dict.fromkeys(self._types)

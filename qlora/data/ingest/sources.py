@@ -198,7 +198,7 @@ def _diagnose(error: BaseException, key: str) -> tuple[type[UserError], str]:
     return DataError, f"{said}; {choice}for a gated set {login}"
 
 
-def _choose(splits: Mapping[str, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
+def _choose(splits: Mapping[Any, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
     """Returns the first of the named splits that there is; rows saved without splits are that of any name."""
     names = (split,) if isinstance(split, str) else split
     for name in ("", *names):

@@ -10,18 +10,20 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
 from qlora.quantization.method import SavedTensors
+from qlora.upstream.bitsandbytes import quant_state, quantize_on
+from qlora.upstream.torch_models import weight_of
 
 
 def quantize(layer: torch.nn.Module, weight: Tensor) -> Params4bit:
     """Returns the parameter of a layer that transformers put in place of a full one."""
     assert isinstance(layer, Linear4bit)
-    return Params4bit(weight, requires_grad=False, **layer.weight.__dict__).to(weight.device)
+    return quantize_on(Params4bit(weight, requires_grad=False, **layer.weight.__dict__), weight.device)
 
 
 def dequantize(layer: torch.nn.Module) -> Tensor:
     """Returns a layer's weight [out, in] in the dtype that it decodes to."""
     assert isinstance(layer, Linear4bit)
-    return bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return bnb.dequantize_4bit(layer.weight.data, quant_state(layer.weight))
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rounding:
     @classmethod
     def of(cls, layer: torch.nn.Module) -> Rounding:
         """Returns the rounding of a quantized layer."""
-        state = layer.weight.quant_state
+        state = quant_state(weight_of(layer))
         return cls(state.quant_type, state.nested, state.blocksize)
 
     def __call__(self, weight: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Bnb4(QuantizationMethod):
         bitsandbytes.disable_repacking(model)
         layers.set_compute_dtype(model, dtype)
 
-    def layer_classes(self) -> tuple[type, ...]:
+    def layer_classes(self) -> tuple[type[torch.nn.Module], ...]:
         """`Linear4bit`."""
         from bitsandbytes.nn import Linear4bit
 
@@ -152,8 +152,9 @@ class Bnb4(QuantizationMethod):
     def packed_weight(self, layer: torch.nn.Module) -> QuantizedWeight | None:
         """The tensors of a layer in bitsandbytes' usual layout."""
         from qlora.quantization.bnb4.quantized_weight import read_quantized_weight
+        from qlora.upstream.torch_models import weight_of
 
-        return read_quantized_weight(layer.weight)
+        return read_quantized_weight(weight_of(layer))
 
     def is_statistic(self, name: str) -> bool:
         """Knows them by their endings."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qlora.quantization.bnb4.layout import BLOCK, GROUP
+from qlora.upstream.bitsandbytes import quant_state
 
 E4M3_MAX = 448.0
 """The largest number of the 8-bit float with 3 bits of mantissa."""
@@ -75,7 +76,7 @@ def read_quantized_weight(weight: Tensor) -> QuantizedWeight | None:
     is_sharded = isinstance(weight, DTensor)
     if state is None or state.blocksize != BLOCK or weight.dtype is not (torch.float32 if is_sharded else torch.uint8):
         return None
-    packed = weight.to_local() if is_sharded else weight
+    packed = weight.to_local() if isinstance(weight, DTensor) else weight
     rows, columns = state.shape
     if columns % BLOCK or (state.nested and state.state2.blocksize != GROUP):
         return None
@@ -133,9 +134,9 @@ def join(weights: Sequence[Tensor]) -> QuantizedWeight:
     for weight, packed_view, absmax_view, nested_view in views:
         if not is_sharded:
             weight.data = packed_view.view(weight.shape)
-        weight.quant_state.absmax = absmax_view
+        quant_state(weight).absmax = absmax_view
         if parts[0].is_nested:
-            weight.quant_state.state2.absmax = nested_view
+            quant_state(weight).state2.absmax = nested_view
     first = parts[0]
     rows = sum(part.rows for part in parts)
     return QuantizedWeight(

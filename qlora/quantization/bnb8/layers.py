@@ -25,8 +25,11 @@ def quantize(weight: Tensor) -> Int8Params:
 def dequantize(layer: torch.nn.Module) -> Tensor:
     """Returns a layer's weight, float32 [out, in]."""
     assert isinstance(layer, Linear8bitLt)
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return bnb.int8_vectorwise_dequant(layer.weight.data, scales)
+    weight = layer.weight
+    assert isinstance(weight, Int8Params)
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    assert scales is not None, "the layer is quantized"
+    return bnb.int8_vectorwise_dequant(weight.data, scales)
 
 
 def round_weight(weight: Tensor) -> Tensor:

@@ -81,9 +81,11 @@ class Bnb8(QuantizationMethod):
 
     def saved_shape(self, layer: torch.nn.Module) -> torch.Size | None:
         """The shape of the integers."""
-        return layer.weight.shape
+        from qlora.upstream.torch_models import weight_of
 
-    def layer_classes(self) -> tuple[type, ...]:
+        return weight_of(layer).shape
+
+    def layer_classes(self) -> tuple[type[torch.nn.Module], ...]:
         """`Linear8bitLt`."""
         from bitsandbytes.nn import Linear8bitLt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -64,7 +65,7 @@ def _mark(axes: Axes, lengths: Lengths, name: str, value: int) -> Line2D:
     color, dashes = MARKS[name]
     if value > lengths.high:
         return Line2D([], [], label=f"{label} →", linestyle="none")
-    style = {"color": color, "linestyle": dashes, "linewidth": 1.5}
+    style: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.5}
     x = value + (0.5 if name == "limit" else 0)  # a limit lies after the greatest length that it allows
     axes.axvline(x, zorder=4 - list(MARKS).index(name) / 10, **style)  # where marks meet, the median is on top
     return Line2D([], [], label=label, **style)

@@ -113,7 +113,7 @@ def attend_varlen(
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in _VARLEN:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    output: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **options)
+    output: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, **options)
     return output
 
 

@@ -16,6 +16,7 @@ from qlora.step.kernels.matmul_fp8 import AMAX_A, AMAX_B, WEIGHT_SCALE
 from qlora.step.part import ON, Request, StepContext
 from qlora.step.parts.fused_linear import LinearGroup
 from qlora.upstream.torch import foreach_norm
+from qlora.upstream.torch_models import weight_of
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class AmaxTracker:
             group.scales = scales[:3]
             first = len(self.matrices)
             for member in group.members:
-                self.matrices += [member.lora_A["default"].weight, member.lora_B["default"].weight]
+                self.matrices += [weight_of(member.lora_A["default"]), weight_of(member.lora_B["default"])]
                 scalings += [1.0, abs(member.scaling["default"])]
             last = len(self.matrices) - 2
             indices.append([[min(first + 2 * slot, last) + kind for slot in range(most)] for kind in (0, 1)])

@@ -21,6 +21,8 @@ from qlora.step.kernels.dropout import keep_mask
 from qlora.step.kernels.fused_linear import GroupedLinear
 from qlora.step.kernels.weights import unread
 from qlora.step.part import Request, StepContext
+from qlora.upstream.bitsandbytes import quant_state
+from qlora.upstream.torch_models import weight_of
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
@@ -71,8 +73,8 @@ class LinearGroup:
 
     def __init__(self, members: list[Linear4bit]) -> None:
         self.members, self.layers = members, [member.get_base_layer() for member in members]
-        weights = [layer.weight for layer in self.layers]
-        self.rows = [weight.quant_state.shape[0] for weight in weights]
+        weights = [weight_of(layer) for layer in self.layers]
+        self.rows = [quant_state(weight).shape[0] for weight in weights]
         self.codes: QuantizedWeight = join(weights)
         self.columns = self.codes.columns
         self._packed, *self._constants = self.codes.tensors()
@@ -110,7 +112,8 @@ class LinearGroup:
         # 8-bit matmuls return bf16, also where a CPU computes everything else in float32.
         dtype = x.dtype if self.weight_scale is None else torch.bfloat16
         flat = x.reshape(-1, self.columns).to(dtype)
-        a = torch.cat([member.lora_A["default"].weight for member in self.members]).to(dtype)
+        matrices: list[Any] = [member.lora_A["default"].weight for member in self.members]
+        a = torch.cat(matrices).to(dtype)
         b = [(member.lora_B["default"].weight * member.scaling["default"]).to(dtype) for member in self.members]
         dropped = _drop(flat, first.lora_dropout["default"])
         results = GroupedLinear.apply(flat, dropped, a, self.scales, self.rows, *b, *self.tensors)
@@ -168,7 +171,7 @@ def _same_input(name: str, layers: dict[str, Linear4bit]) -> list[str]:
         together = [f"{parent}.{kind}" for kind in kinds]
         if child in kinds and all(name in layers for name in together):
             rates = {getattr(layers[name].lora_dropout["default"], "p", 0.0) for name in together}
-            codes = [read_quantized_weight(layers[name].get_base_layer().weight) for name in together]
+            codes = [read_quantized_weight(weight_of(layers[name].get_base_layer())) for name in together]
             if len(rates) == 1 and can_join([weight for weight in codes if weight is not None]):
                 return together
     return [name]
@@ -180,7 +183,7 @@ def _is_fusible(module: torch.nn.Module) -> bool:
         return False
     return (
         not (module.merged or module.lora_bias["default"])
-        and read_quantized_weight(module.get_base_layer().weight) is not None
+        and read_quantized_weight(weight_of(module.get_base_layer())) is not None
     )
 
 
