@@ -43,7 +43,7 @@ def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(tmp_path: Path) -> None:
-    overrides = ["trainer.max_steps=42", "trainer.save_steps=null", "trainer.eval_steps=null"]
+    overrides = ["trainer.max_steps=150", "trainer.save_steps=null", "trainer.eval_steps=null"]
     first = start(tmp_path / "run", overrides)
     while not (tmp_path / "run" / "progress.json").exists():
         assert first.is_alive()
@@ -54,5 +54,5 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(tm
     first.join()
     assert (second.exitcode, first.exitcode) == (1, 0)
     output = (tmp_path / "run" / "output.txt").read_text()
-    assert f"ConfigError: {tmp_path}/run is in use by another process; wait until it has ended, or choose" in output
-    assert outcome(tmp_path / "run")["history"][-1]["step"] == 42
+    assert f"RunError: {tmp_path}/run is in use by another process; wait until it has ended, or choose" in output
+    assert outcome(tmp_path / "run")["history"][-1]["step"] == 150

@@ -153,11 +153,12 @@ def test_never_chooses_a_new_folder(
         (tmp_path / folder).mkdir(parents=True)
     seen: list[str] = []
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr("hydra.main", lambda **options: lambda job: lambda: seen.extend(sys.argv))
+    for name in ("_run_once", "_run_sweep"):
+        monkeypatch.setattr(f"qlora.tasks.start.{name}", lambda command, added: seen.extend(added))
     monkeypatch.setattr(sys, "argv", ["qlora", *overrides, "resume=never"])
     cli.main()
     assert [word for word in seen if word.startswith("hydra.")][-1] == expected
-    assert compose.compose_dict([word for word in seen[1:] if word != "-m" and "," not in word])
+    assert compose.compose_dict([word for word in [*overrides, *seen] if word != "-m" and "," not in word])
 
 
 def test_the_jobs_of_a_sweep_are_not_told_to_begin_in_folders_of_their_own() -> None:

@@ -82,6 +82,7 @@ def test_a_folder_of_tasks_does_not_stand_for_a_package_that_is_trusted(
     (folder / "my_rows.py").write_text(MARKING.format(mark=str(mark)))
     (installed / "my_rows.py").write_text("def f(rows):\n    return rows.select([])\n")
     monkeypatch.syspath_prepend(installed)
+    monkeypatch.delitem(sys.modules, "my_rows", raising=False)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
     (folder / "evil.yaml").write_text(TASK.format(rows=rows) + "process_docs: !function my_rows.f\n")
@@ -131,7 +132,7 @@ def test_a_metric_of_the_library_is_none_of_the_working_directory(tmp_path: Path
         path.parent.mkdir(parents=True)
         path.write_text(MARKING.format(mark=str(mark)))
     for name in ("evil", "worse"):
-        with pytest.raises(UserError, match=rf"evaluate:{name}: the library would run code of .*{name}"):
+        with pytest.raises(UserError, match=rf"evaluate:{name}: the library would run the code of .*{name}"):
             find_metrics([f"evaluate:{name}"])
     with pytest.raises(UserError, match="is unknown"):
         compose(["evaluation.metrics=['evaluate:somebody/evil']"])
@@ -186,7 +187,7 @@ def test_code_in_an_adapter_s_folder_is_not_that_of_the_base(tmp_path: Path, bas
     (folder / "modeling.py").write_text("x = 1\n")
     check_code_files(folder, trusting)
     (folder / "modeling.py").write_text("x = 2\n")
-    with pytest.raises(UserError, match=r"adapter=.* comes with other Python code \(modeling\.py\)"):
+    with pytest.raises(UserError, match=r"adapter=.* comes with other Python code than its base \(modeling\.py\)"):
         check_code_files(folder, trusting)
     (folder / "modeling.py").unlink()
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["somebody/evil--x.Y", null]}}')

@@ -495,7 +495,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
          "cannot be used (unable to open database file); give the URL of a database"),
         ([RATE, "objective=eval_lss"], "objective='eval_lss' is not a metric of this run"),
         ([RATE, "objective=null"], "objective=null: a search needs a metric to optimize"),
-        ([RATE, "hydra.sweeper.objectives=[eval_loss,eval_lss]"], "hydra.sweeper.objectives: 'eval_lss' is no metric"),
+        ([RATE, "hydra.sweeper.objectives=[eval_loss,eval_lss]"], "hydra.sweeper.objectives: 'eval_lss' is not a"),
         ([RATE, "task.evaluate=false"], "objective=eval_loss is not measured by these jobs; it needs task.evaluate"),
         ([RATE, "objective=base_eval_loss", "evaluation.baseline=false"], "it needs evaluation.baseline=true"),
         ([RATE, "task.train=false", "objective=train_loss"], "it needs task.train=true"),
