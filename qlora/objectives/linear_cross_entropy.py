@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qlora.objectives.protocol import IGNORED
-from qlora.objectives.sft import CHUNK
+from qlora.objectives.protocol import CHUNK, IGNORED
 
 
 def entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that has no loss."""
+CHUNK = 2048
+"""Tokens whose logits exist at a time in the fused loss."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.schema import LossConfig
-from qlora.objectives.protocol import IGNORED, TokenWork
+from qlora.objectives.protocol import CHUNK, IGNORED, TokenWork
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CHUNK = 2048
-"""Tokens whose logits exist at a time in the fused loss."""
 
 
 class SupervisedFinetuning:
