@@ -109,7 +109,7 @@ def write_jobs(folder: Path, jobs: int) -> None:
 def refresh(jobs: int, repeats: int = 20) -> float:
     """Returns the seconds in which the overview of that many finished jobs takes one more, without the page."""
     from qlora.sweep.jobs import read_job
-    from qlora.sweep.overview import read_sweep
+    from qlora.sweep.sweep_folder import read_sweep
 
     with tempfile.TemporaryDirectory() as name:
         write_jobs(Path(name), jobs)

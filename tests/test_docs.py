@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,24 @@ def is_pip(command: str) -> bool:
     return "pip install" in command
 
 
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Makes the modules that docs/extending.md shows importable."""
+    folder = tmp_path_factory.mktemp("extensions")
+    for block in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
+        for name, code in re.findall(
+            r"^# ([\w/]+\.py)[^\n]*\n(.*?)(?=^# [\w/]+\.py|\Z)", block, re.DOTALL | re.MULTILINE
+        ):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+
+
+@pytest.mark.usefixtures("extensions")
 @pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
 def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = qlora_words(command)
@@ -186,7 +205,7 @@ def test_keys_in_the_texts_exist(path: Path) -> None:
     known, groups = set(config_keys()), set(group_names())
     free = ("trainer.lr_scheduler_kwargs.", "callbacks.", "data.columns.", "data.mix.")
     for key in re.findall(r"`(\w+(?:\.\w+)+)(?:=[^`]*)?`", path.read_text(encoding="utf-8")):
-        is_file = key.endswith((".py", ".yaml", ".json", ".jsonl"))
+        is_file = key.endswith((".py", ".yaml", ".json", ".jsonl", ".png"))
         if key.partition(".")[0] in groups and not is_file and not key.startswith(free):
             assert key in known, key
 

@@ -1,4 +1,4 @@
-"""A text on the command line keeps its spelling.
+"""Keeps string overrides exactly as typed.
 
 Hydra reads values before any field is known, so `model.revision=1e5` would become `100000.0`. Overrides are quoted here
 where their field is a text, and `1e3` becomes a whole number where the field is one.

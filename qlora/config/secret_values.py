@@ -1,4 +1,4 @@
-"""No value of a config is a secret: it is refused where it was typed, and where an interpolation brings it."""
+"""Refuses secrets in config values, whether typed or brought in by an interpolation."""
 
 from __future__ import annotations
 

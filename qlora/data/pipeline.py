@@ -15,7 +15,7 @@ from qlora.config.schema import DataConfig, MixConfig
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
-from qlora.data.chat.render import ChatWriter
+from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, RowSet

@@ -1,4 +1,4 @@
-"""One decoder layer of a model's architecture, small: what the machine does with it, a whole model would meet too."""
+"""One small decoder layer of the model's architecture: if it fails here, the full model would fail too."""
 
 from __future__ import annotations
 

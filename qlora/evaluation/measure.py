@@ -171,7 +171,7 @@ class Measurer:
 def read_result(name: str, result: Any, rows: int) -> Measurement:
     """Returns what a metric function gave of `rows` answers as a measurement.
 
-    It may be a number, one number a row, whose mean is measured, or a mapping: its numbers are called `NAME_KEY`.
+    It may be a number, one number per row, whose mean is measured, or a mapping: its numbers are called `NAME_KEY`.
     Raises `DataError` for anything else.
     """
     if isinstance(result, Mapping):

@@ -1,1 +1,1 @@
-"""Devices, base models, quantization and adapters."""
+"""Base models: finding, checking and loading them, their tokenizers and weight files."""

@@ -1,4 +1,4 @@
-"""Runs a base on a few tokens before anything is put on it, so that what is wrong with it is not laid to the rows."""
+"""Runs the bare base on a few tokens, so that its faults are not blamed on the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, __version__
 
 from qlora.errors import ConfigError, DataError, UserError
-from qlora.models.finite import first_nonfinite_module
+from qlora.models.nonfinite import first_nonfinite_module
 from qlora.models.outputs import plain_ids
 from qlora.runtime.device import Placement
 

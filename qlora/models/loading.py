@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, __version__
 
 from qlora.config.schema import ModelConfig, QuantizationConfig
 from qlora.errors import DataError, ResourceError, UserError
-from qlora.models.complete import load_complete
 from qlora.models.decoder import build_empty, check_is_quantized
-from qlora.models.finite import QuantizationWatch, find_nonfinite, first_in_forward
 from qlora.models.first_pass import try_base
 from qlora.models.json_files import library_reads, unreadable
+from qlora.models.load_report import load_complete
 from qlora.models.model_config import CONFIG, hub_options
 from qlora.models.model_files import locate, only_safetensors
+from qlora.models.nonfinite import QuantizationWatch, find_nonfinite, first_in_forward
 from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import hub_error
 from qlora.quantization.method import QuantizationMethod, find_method, set_method

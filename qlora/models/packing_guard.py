@@ -33,7 +33,7 @@ def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, b
     """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
 
     transformers finds the packed rows by `position_ids` that restart, but not in every architecture (OPT, Falcon,
-    Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row a batch: nothing is
+    Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row per batch: nothing is
     reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
     precision of training. It comes after the trainer is built, which switches the cache off.
     """

@@ -1,4 +1,4 @@
-"""What a training run minimises, one module an objective; `qlora.config.registries.objectives` names them.
+"""What a training run minimises, one module per objective; `qlora.config.registries.objectives` names them.
 
 Nothing here imports torch, so that the memory plan can ask an objective for its bytes.
 """

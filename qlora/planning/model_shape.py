@@ -1,4 +1,4 @@
-"""The shape of a model, as far as memory and time depend on it."""
+"""The shape of a model: what the memory and time plans need to know of it."""
 
 from __future__ import annotations
 

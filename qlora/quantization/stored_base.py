@@ -1,4 +1,4 @@
-"""How a base is stored, as far as plans of memory and time depend on it."""
+"""The storage facts of a base that the memory and time plans need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of others in languages of markup: what comes from a row, a name or a tokenizer stays a text there."""
+"""Escapes untrusted text (rows, names, tokens) for Markdown, CSV and HTML."""
 
 from __future__ import annotations
 

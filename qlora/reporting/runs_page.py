@@ -22,7 +22,7 @@ from qlora.reporting.page import (
 from qlora.reporting.page import (
     line as curve_line,
 )
-from qlora.reporting.run_views import COSTS, RunsReport, RunView, TableLine
+from qlora.reporting.runs_page_parts import COSTS, RunsReport, RunView, TableLine
 from qlora.text import format_duration
 
 HUES = 8

@@ -1,4 +1,4 @@
-"""What a task declares that it needs, so that the command line and the session serve it without knowing it."""
+"""What a task declares it needs, so that the command line and the session need no code for single tasks."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from qlora.sweep.launcher import (
     run_queue,
 )
 from qlora.sweep.live_table import Screen, describe_waiting
-from qlora.sweep.overview import Sweep
 from qlora.sweep.summary_run import track_sweep
+from qlora.sweep.sweep_folder import Sweep
 from qlora.sweep.sweep_page import refresh
 
 

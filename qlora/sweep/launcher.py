@@ -30,8 +30,8 @@ from qlora.sweep.job_processes import RunTasks, Task
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, name_damage, read_job, slug, write_status
 from qlora.sweep.leaderboard import describe
 from qlora.sweep.live_table import Screen
-from qlora.sweep.overview import Sweep, check_same_sweep, common_keys, read_sweep
 from qlora.sweep.summary_run import track_sweep
+from qlora.sweep.sweep_folder import Sweep, check_same_sweep, common_keys, read_sweep
 from qlora.text import quoted
 from qlora.upstream.hydra import flag_parser
 

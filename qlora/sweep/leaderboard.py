@@ -20,7 +20,7 @@ from qlora.runtime.console import printable, say, say_rows, screen
 from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
-from qlora.sweep.overview import Sweep
+from qlora.sweep.sweep_folder import Sweep
 from qlora.text import format_duration, format_metric, shorten
 
 SEED = "seed"

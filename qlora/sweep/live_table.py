@@ -20,7 +20,7 @@ from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
-from qlora.sweep.overview import Sweep
+from qlora.sweep.sweep_folder import Sweep
 from qlora.sweep.sweep_page import FILE, PAGE_FRACTION, write_report
 from qlora.text import format_duration, format_metric, shorten
 

@@ -27,11 +27,11 @@ from qlora.sweep.jobs import Job, Status, read_job, write_status
 from qlora.sweep.launcher import command, open_sweep, prepare
 from qlora.sweep.leaderboard import write_leaderboard
 from qlora.sweep.live_table import Screen
-from qlora.sweep.overview import common_keys
 from qlora.sweep.search_results import print_summary, raise_for_failures, write_results
 from qlora.sweep.space import build_space
 from qlora.sweep.study import Study
 from qlora.sweep.summary_run import track_sweep
+from qlora.sweep.sweep_folder import common_keys
 from qlora.sweep.trials import Planned, Search
 from qlora.upstream.omegaconf import raw_node, raw_value
 

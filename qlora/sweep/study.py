@@ -19,9 +19,9 @@ from qlora.runtime.run_folder import describe_changes
 from qlora.runtime.search_trial import TrialLink, build_optuna, build_pruner, hide_password, open_storage
 from qlora.sweep.engine_config import SearchSettings
 from qlora.sweep.goals import Goal
-from qlora.sweep.overview import Sweep
 from qlora.sweep.presence import Presence
 from qlora.sweep.space import Space
+from qlora.sweep.sweep_folder import Sweep
 from qlora.upstream.optuna import SafeCmaEsSampler, create_running_trial, fail_trial, start_waiting_trial, trial_id
 
 DEFAULT_TRIALS = 20

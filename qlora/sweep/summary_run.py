@@ -15,7 +15,7 @@ from qlora.runtime.console import printable, say
 from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Status
 from qlora.sweep.leaderboard import Leaderboard, build_leaderboard
-from qlora.sweep.overview import Sweep, read_sweep
+from qlora.sweep.sweep_folder import Sweep, read_sweep
 from qlora.training.trackers import tracker_class
 from qlora.training.trackers.base import SweepSummary, TrackedRun
 

@@ -13,15 +13,15 @@ from qlora.config import saved_config
 from qlora.errors import DamagedFile
 from qlora.reporting.history import curves, read_history
 from qlora.reporting.page import short_value
-from qlora.reporting.run_views import RunsReport, RunView, TableLine
 from qlora.reporting.runs_page import runs_page
+from qlora.reporting.runs_page_parts import RunsReport, RunView, TableLine
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.folder_lock import in_turn
 from qlora.runtime.run_folder import RunFolder
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, short_names, write_leaderboard
-from qlora.sweep.overview import Sweep, read_sweep
+from qlora.sweep.sweep_folder import Sweep, read_sweep
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What `task=` can be: one module a task, found by its name; importing this package imports no torch.
+"""What `task=` can be: one module per task, found by its name; importing this package imports no torch.
 
 To add a task, write `qlora/tasks/NAME.py` as `protocol.Task` says, name it in `TaskName`, and add
 `conf/task/NAME.yaml`.

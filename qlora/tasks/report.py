@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora.config.schema import Config
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
-from qlora.sweep.report_task import report
+from qlora.sweep.report_runs import report
 from qlora.tasks.protocol import TaskJob
 
 

@@ -1,4 +1,4 @@
-"""A few optimizer kernels for all adapter weights, instead of one a matrix, and no wait for each."""
+"""Updates all adapter weights with a few kernels, not one per matrix, and without a wait after each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
-from qlora.step.kernels.weights import overlaps
+from qlora.step.kernels.dequantize import overlaps
 from qlora.upstream.bitsandbytes_optim import set_waits, waits
 from qlora.upstream.torch import foreach_copy
 

@@ -1,1 +1,1 @@
-"""Private names of other libraries: one module a library, and a contract test in `tests/upstream` for each name."""
+"""Private names of other libraries: one module per library, and a contract test in `tests/upstream` for each name."""

@@ -18,7 +18,7 @@ from qlora.errors import UserError
 from qlora.sweep.engine_config import RayParts, RaySettings
 from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job, Status, read_job
-from qlora.sweep.overview import read_sweep
+from qlora.sweep.sweep_folder import read_sweep
 from tests.clusters.tasks import starts, task
 from tests.clusters.test_slurm import documented, sweep
 

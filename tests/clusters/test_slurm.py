@@ -17,9 +17,9 @@ from qlora.errors import UserError
 from qlora.sweep.engine_config import SlurmSettings
 from qlora.sweep.job_processes import Task
 from qlora.sweep.jobs import Job, Status, read_job
-from qlora.sweep.overview import read_sweep
 from qlora.sweep.slurm import SlurmJobs
 from qlora.sweep.slurm_batch import BATCHES, submitted_name
+from qlora.sweep.sweep_folder import read_sweep
 from tests.clusters.tasks import starts, task
 
 DOCS = Path(__file__).parents[2] / "docs" / "clusters.md"

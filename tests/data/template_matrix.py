@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from transformers import AddedToken
 
+from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.conversations import THOUGHTS, Conversation, Message
-from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError

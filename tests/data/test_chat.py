@@ -18,8 +18,8 @@ import qlora
 from qlora.config.registries.chat_templates import TEMPLATE_NAMES, TEMPLATES
 from qlora.config.schema import DataConfig, TrainOn
 from qlora.data.batching.row_encoder import build_encoder
+from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.conversations import Conversation
-from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template, read_template
 from qlora.data.formats.renderers import FORMATS
 from qlora.errors import UserError

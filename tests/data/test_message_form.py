@@ -9,8 +9,8 @@ from transformers import AddedToken
 
 from qlora.config.schema import DataConfig, TrainOn
 from qlora.data.batching.row_encoder import build_encoder
+from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.message_form import MARK, Piece, find_form
-from qlora.data.chat.render import ChatWriter
 from qlora.data.chat.templates import Template, read_template
 from qlora.data.formats.renderers import FORMATS
 from qlora.data.pipeline import build_data

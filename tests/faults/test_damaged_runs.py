@@ -25,8 +25,8 @@ from qlora.sweep.jobs import Job, Status, identity, read_job
 from qlora.sweep.launcher import Queue, open_sweep
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.live_table import Screen
-from qlora.sweep.overview import Sweep, common_keys, read_sweep
-from qlora.sweep.report_task import report
+from qlora.sweep.report_runs import report
+from qlora.sweep.sweep_folder import Sweep, common_keys, read_sweep
 from qlora.sweep.sweep_page import write_overview
 from tests.faults.damaging import damage, restore
 from tests.synthetic_runs import write_run

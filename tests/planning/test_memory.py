@@ -7,7 +7,7 @@ import torch
 from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
 from transformers import Trainer, TrainingArguments
 
-import qlora.step.kernels.weights
+import qlora.step.kernels.dequantize
 from qlora.config.compose import compose
 from qlora.planning import activations
 from qlora.planning.memory_plan import Ledger
@@ -154,4 +154,4 @@ def test_the_most_that_a_step_holds_at_once_is_planned(
 
 def test_the_sizes_of_chunks_are_those_of_the_kernels() -> None:
     """The plan does not import torch, so they stand in both."""
-    assert activations.DECODED_CHUNK == qlora.step.kernels.weights.CHUNK_BYTES
+    assert activations.DECODED_CHUNK == qlora.step.kernels.dequantize.CHUNK_BYTES

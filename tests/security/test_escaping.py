@@ -25,7 +25,7 @@ from qlora.runtime import console
 from qlora.runtime.console import HidingFormatter, complain, printable, say, say_rows
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard, to_csv, to_markdown
-from qlora.sweep.overview import Sweep
+from qlora.sweep.sweep_folder import Sweep
 from qlora.text import LONGEST_MESSAGE, brief, listed, tidy, visible
 
 EVIL = (

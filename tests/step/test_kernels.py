@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora.objectives.linear_cross_entropy import entropy_and_gradient, linear_cross_entropy
-from qlora.objectives.sft import CHUNK
+from qlora.objectives.protocol import CHUNK
 from qlora.quantization.bnb4.quantized_weight import (
     E4M3_MAX,
     QuantizedWeight,
@@ -23,11 +23,11 @@ from qlora.quantization.bnb4.quantized_weight import (
     join,
     read_quantized_weight,
 )
-from qlora.step.kernels import attention, fused_linear, weights
+from qlora.step.kernels import attention, fused_linear
 from qlora.step.kernels.attention import attend_batch, fastest_attention
+from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.fused_linear import GroupedLinear
 from qlora.step.kernels.matmul_fp8 import scale_rows
-from qlora.step.kernels.weights import unread
 from tests.step.weights import quantized_weight, weight
 
 KINDS = [(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (True, False)]
@@ -137,7 +137,7 @@ def test_matrices_that_are_dequantized_in_chunks_compute_the_same(monkeypatch: p
     whole = case.gradients(expected)
     assert rows == [768, 768]
     rows.clear()
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 300 * 256 * 4)
+    monkeypatch.setattr(dequantize, "CHUNK_BYTES", 300 * 256 * 4)
     actual = case.fused()
     assert distance(actual, expected) < 1e-6
     for gradient, other in zip(case.gradients(actual), whole, strict=True):
@@ -229,9 +229,9 @@ def test_attention_over_a_batch_is_causal_with_grouped_heads() -> None:
     q, k, v = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
     with fastest_attention():
         actual = attend_batch(q, k, v, 0.3)
-    weights = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
-    weights = weights.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(actual, weights @ v.repeat_interleave(2, 1))
+    dequantize = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    dequantize = dequantize.masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(actual, dequantize @ v.repeat_interleave(2, 1))
 
 
 class FakeFlash:

@@ -24,7 +24,7 @@ from qlora.sweep.jobs import Job, Status, identity, read_job, recorded, write_st
 from qlora.sweep.launcher import AHEAD, JobsFailed
 from qlora.sweep.leaderboard import build_leaderboard
 from qlora.sweep.live_table import Upkeep
-from qlora.sweep.overview import Sweep, read_sweep
+from qlora.sweep.sweep_folder import Sweep, read_sweep
 from qlora.sweep.sweep_page import write_overview
 
 FOLDER = Path("outputs/sweeps/grid")

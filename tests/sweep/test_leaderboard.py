@@ -20,7 +20,7 @@ from qlora.sweep.leaderboard import (
     to_csv,
     to_markdown,
 )
-from qlora.sweep.overview import Sweep, read_sweep
+from qlora.sweep.sweep_folder import Sweep, read_sweep
 
 
 @pytest.fixture

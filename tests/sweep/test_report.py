@@ -15,8 +15,8 @@ from synthetic_runs import write_run, write_sweep
 
 from qlora.config.compose import compose
 from qlora.errors import UserError
-from qlora.sweep.overview import read_sweep
-from qlora.sweep.report_task import collect, find_runs, report
+from qlora.sweep.report_runs import collect, find_runs, report
+from qlora.sweep.sweep_folder import read_sweep
 from qlora.sweep.sweep_page import build_report, write_overview
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}

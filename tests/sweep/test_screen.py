@@ -12,7 +12,7 @@ from qlora.runtime import console
 from qlora.sweep import live_table
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.live_table import Screen, label, rooms
-from qlora.sweep.overview import Sweep
+from qlora.sweep.sweep_folder import Sweep
 
 
 @pytest.fixture

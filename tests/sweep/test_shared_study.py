@@ -18,7 +18,7 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.sweep.engine_config import SearchSettings
 from qlora.sweep.jobs import Status, write_status
-from qlora.sweep.overview import Sweep
+from qlora.sweep.sweep_folder import Sweep
 from tests.sweep.servers import postgres
 from tests.sweep.test_optuna import RATE, results, search, start
 

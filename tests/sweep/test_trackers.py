@@ -22,8 +22,8 @@ from qlora.runtime.atomic_files import write_text
 from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard
-from qlora.sweep.overview import Sweep, read_sweep
 from qlora.sweep.summary_run import count_jobs, track_sweep, typed_table
+from qlora.sweep.sweep_folder import Sweep, read_sweep
 from qlora.training.trackers.wandb import sync_command
 
 QUICK = [

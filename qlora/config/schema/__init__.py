@@ -1,4 +1,4 @@
-"""Every config group as a dataclass, one module a group; imports no torch.
+"""Every config group as a dataclass, one module per group; imports no torch.
 
 The docstring below a field is its manual, which `qlora --help GROUP` prints. Options set values in `conf/`; a default
 stands here only where no option sets the field. `slots=True` makes it impossible to ignore an unknown key.

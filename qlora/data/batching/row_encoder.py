@@ -11,8 +11,8 @@ from typing import NamedTuple
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, OnTooLong, TrainOn
+from qlora.data.chat.chat_mask import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
-from qlora.data.chat.render import ChatWriter, Written
 from qlora.data.chat.templates import Template
 from qlora.data.formats.prompts import Example, Segment
 from qlora.errors import DataError

@@ -19,8 +19,8 @@ from datasets import Dataset
 
 from qlora.config.schema import OnEmpty, OnTooLong
 from qlora.data.batching.row_encoder import Encoded, RowEncoder
+from qlora.data.chat.answer_weights import settle
 from qlora.data.chat.conversations import Conversation
-from qlora.data.chat.trained_answers import settle
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
 from qlora.data.formats.prompts import Example
 from qlora.data.formats.renderers import Format

@@ -1,4 +1,4 @@
-"""What Hydra finds as its plugins: the launchers of a process a job, and the sweeper that searches by Optuna.
+"""What Hydra finds as its plugins: the launchers of a process per job, and the sweeper that searches by Optuna.
 
 Hydra takes plugins from the package `hydra_plugins` only and imports them at every start, so the work is elsewhere. It
 does so without `sys.modules`, so that dataclasses here cannot have annotations as text (`from __future__`).

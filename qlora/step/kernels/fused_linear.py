@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlora.step.kernels.dequantize import chunks, dequantize, is_unread, join_tensors, operator, overlaps
 from qlora.step.kernels.matmul_fp8 import (
     AMAX_A,
     WEIGHT_SCALE,
@@ -23,7 +24,6 @@ from qlora.step.kernels.matmul_fp8 import (
     multiply_fp8,
     scale_operands,
 )
-from qlora.step.kernels.weights import chunks, dequantize, is_unread, join_tensors, operator, overlaps
 
 
 def _fake_linear(x, xa, b, codes, rows):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora.quantization.bnb4.quantized_weight import E4M3_MAX
-from qlora.step.kernels.weights import dequantize, is_unread, join_tensors, operator
+from qlora.step.kernels.dequantize import dequantize, is_unread, join_tensors, operator
 from qlora.upstream.torch import scaled_mm
 
 WEIGHT_SCALE, AMAX_A, AMAX_B = slice(0, 1), slice(1, 2), slice(2, 3)

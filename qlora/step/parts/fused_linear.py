@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, join, read_quantized_weight
+from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
 from qlora.step.kernels.fused_linear import GroupedLinear
-from qlora.step.kernels.weights import unread
 from qlora.step.part import Request, StepContext
 from qlora.upstream.bitsandbytes import quant_state
 from qlora.upstream.torch_models import weight_of

@@ -1,4 +1,4 @@
-"""`task=report`: the table and the page of any runs, of one sweep or of several folders."""
+"""`task=report`: a table and a page that compare any runs: one sweep, or several folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qlora.runtime.saved_run import RESULTS, STATUS_FILE, find_damage, read_resu
 from qlora.runtime.task_result import TaskResult
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job
 from qlora.sweep.leaderboard import print_leaderboard, write_leaderboard
-from qlora.sweep.overview import OVERVIEW_FILE, Sweep, common_keys, read_sweep
+from qlora.sweep.sweep_folder import OVERVIEW_FILE, Sweep, common_keys, read_sweep
 from qlora.sweep.sweep_page import write_report
 
 RESULT = "result.json"
