@@ -1,6 +1,6 @@
 """`task=migrate`: turns a config of another project into a command of this one, and says what of it was lost.
 
-What each key becomes stands in tables, one module per project; the command that comes out is composed before it is shown.
+What each key becomes stands in tables, one module per project; the resulting command is composed before it is shown.
 """
 
 from __future__ import annotations
