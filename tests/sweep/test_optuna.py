@@ -525,12 +525,12 @@ def test_a_mistake_ends_before_any_job(
     assert sentence in refused(tmp_path, monkeypatch, *args)
 
 
-def test_without_optuna_a_search_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "qlora.sweep.search", raising=False)
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    assert "hydra/sweeper=optuna needs Optuna, which is not installed: pip install 'qlora[optuna]'" in refused(
-        tmp_path, monkeypatch, RATE
-    )
+def test_without_optuna_a_search_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['optuna'] = None; from qlora.cli import main; main()"
+    args = [sys.executable, "-c", code, "-m", "hydra/sweeper=optuna", "name=s", RATE]
+    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    sentence = "error: hydra/sweeper=optuna needs Optuna, which is not installed: pip install 'qlora[optuna]'"
+    assert (done.returncode, done.stderr.strip()) == (1, sentence)
 
 
 def test_an_interval_needs_a_search() -> None:
