@@ -229,7 +229,7 @@ def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_pa
     with pytest.raises(UserError) as error:
         run_job(build_job(compose(overrides), tmp_path / "again"))
     assert str(error.value).startswith(
-        f"run={tmp_path}/run does not fit model.name={copied}, whose weights are not those"
+        f"run={tmp_path}/run does not fit model.name={copied}, whose weights have changed since the training"
     )
     assert not (tmp_path / "again").exists()
     with pytest.raises(UserError, match=r"task=replay: base, .*: not what .* gave"):

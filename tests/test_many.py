@@ -306,7 +306,7 @@ def test_folders_that_not_all_machines_see_are_refused(tmp_path: Path) -> None:
     assert all(done.returncode != 0 for done in ended)
     told = "".join(done.stdout for done in ended)  # the launcher that ends first may take the other with it
     assert "and not visible to all processes on" in told
-    assert "give a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in told
+    assert "name a folder on a disk that all machines share, with hydra.run.dir=FOLDER" in told
     assert "qlora/cli.py" not in told, "a mistake of the user's has no traceback"
     assert not list(tmp_path.glob("*/outputs/runs/local/*"))
 

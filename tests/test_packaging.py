@@ -153,7 +153,7 @@ def pinned() -> dict[str, str]:
 
 def is_torchs_own(name: str) -> bool:
     """Whether each build of torch asks for one version of a package, another than the next build."""
-    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
+    return name == "triton" or (name.startswith(("nvidia-", "cuda-")) and name != "nvidia-ml-py")
 
 
 def test_every_direct_dependency_has_a_tested_version_within_its_range() -> None:

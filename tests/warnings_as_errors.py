@@ -10,6 +10,7 @@ import pytest
 UPSTREAM = (
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT 0.21 reads it of transformers 5.23
     "ignore:.*should not be instantiated:DeprecationWarning",  # torch 2.13 does so while it compiles a function
+    "ignore:.*noload.*:DeprecationWarning",  # MLflow 3.17 asks SQLAlchemy 2.1 for it
 )
 
 

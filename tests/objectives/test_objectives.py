@@ -90,7 +90,7 @@ def test_an_objective_that_needs_other_columns_is_refused_before_the_model(
     monkeypatch.setattr(SupervisedFinetuning, "columns", ("input_ids", "rejected_ids"))
     run = Run(compose(QUICK), tmp_path / "run").session
     with pytest.raises(ConfigError, match=r"loss\.name=sft needs rows with rejected_ids"):
-        _ = run.session.data
+        _ = run.data
 
 
 def older(config: Any) -> dict[str, Any]:

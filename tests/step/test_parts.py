@@ -41,6 +41,5 @@ def test_a_part_that_cannot_run_is_refused_in_one_sentence() -> None:
 def test_a_part_that_is_not_trusted_or_not_known_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.step_parts\[0\]=.*: code of the package 'tests' would run"):
         compose([NAMED])
-    model, config = build(overrides=("trainer.step_parts=[cuont]",))
-    with pytest.raises(ConfigError, match=r"trainer\.step_parts=cuont is unknown"):
-        build_step(model, config)
+    with pytest.raises(ConfigError, match=r"trainer\.step_parts\[0\]=cuont is unknown; no installed package adds one"):
+        compose(["trainer.step_parts=[cuont]"])

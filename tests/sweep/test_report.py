@@ -139,9 +139,9 @@ def test_a_run_in_python_is_no_report(tmp_path: Path) -> None:
 def test_the_report_is_written_into_its_own_folder(sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = report(compose(["task=report", f"runs='{sweep}'"]), out)
-    assert result["metrics"] == {"report_runs": 4, "report_finished": 3}
+    assert result.metrics == {"report_runs": 4, "report_finished": 3}
     assert {path.name for path in out.iterdir()} == {"report.html", "leaderboard.md", "leaderboard.csv", "report.json"}
-    assert all(Path(path).is_file() for path in result["paths"].values())
+    assert all(Path(path).is_file() for path in result.paths.values())
     assert "../sweeps/ranks/lora.r%3D4%2Cseed%3D0-00000000" in (out / "report.html").read_text()
     assert "<h1>ranks</h1>" in (out / "report.html").read_text()
     with (out / "leaderboard.csv").open() as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora.config.compose import compose
+from qlora.config.registries import installed
 from qlora.config.registries.installed import installed_names
 from qlora.config.schema import TrackingConfig
 from qlora.errors import ConfigError
@@ -112,7 +113,7 @@ def test_a_tracker_by_its_path_needs_trust(tmp_path: Path, package: Path, monkey
 
 
 def test_an_unknown_tracker_is_refused_with_the_known_names() -> None:
-    with pytest.raises(ConfigError, match=r"tracking.backend=wandbb is unknown \(did you mean wandb\?\); choose from"):
+    with pytest.raises(ConfigError, match=r"tracking.backend=wandbb is unknown \(did you mean wandb\?\); choose one"):
         TrackingConfig(backend="wandbb")
 
 
@@ -124,6 +125,7 @@ def test_a_class_that_is_no_tracker_is_refused(tmp_path: Path, package: Path, mo
 
 
 def test_a_package_in_the_working_folder_adds_no_names(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed._read.cache_clear()
     monkeypatch.syspath_prepend(package)
     assert installed_names("qlora.trackers")["json-lines"] == "lab_tools:JsonLines"
     monkeypatch.chdir(package)

@@ -225,7 +225,7 @@ def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() 
     [
         (
             "trainer.memory_budget=24GB",
-            "trainer.memory_budget=24GB is one of a CUDA device's memory, and this run computes on cpu; leave it out",
+            "trainer.memory_budget=24GB limits a CUDA device's memory, and this run computes on cpu; leave it out",
         ),
         (
             "trainer.fused_attention=true",
