@@ -195,12 +195,15 @@ def _started(task: Task, count: int, folder: Path, label: str) -> Iterator[list[
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Keeps processes that start in the block from running the user's script again and from receiving Ctrl-C."""
+    """Keeps processes that start in the block from running the user's script again and from receiving Ctrl-C.
+
+    A signal that ends this process waits for the end of the block, so that it leaves no process half started.
+    """
     resource_tracker.ensure_running()  # starting it unblocks the signal
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     blocks = hasattr(signal, "pthread_sigmask")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if blocks else set()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if blocks else set()
     try:
         yield
     finally:
@@ -228,6 +231,8 @@ def _work(pipe: Connection, task_file: Path) -> None:
     """Runs in a worker: processes parts until the other end of the pipe closes."""
     prepare_environment()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that reads the results handles it
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked while this process was started
     pa.set_cpu_count(1)
     with suppress(EOFError, ConnectionError):
         try:
