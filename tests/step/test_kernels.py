@@ -137,7 +137,7 @@ def test_matrices_that_are_dequantized_in_chunks_compute_the_same(monkeypatch: p
     whole = case.gradients(expected)
     assert rows == [768, 768]
     rows.clear()
-    monkeypatch.setattr(dequantize, "CHUNK_BYTES", 300 * 256 * 4)
+    monkeypatch.setattr("qlora.step.kernels.dequantize.CHUNK_BYTES", 300 * 256 * 4)
     actual = case.fused()
     assert distance(actual, expected) < 1e-6
     for gradient, other in zip(case.gradients(actual), whole, strict=True):
