@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import end_template, warm_starts
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The test processes already use every core; thread pools of their own would only compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +28,8 @@ os.environ["QLORA_CACHE"] = os.environ["QLORA_TEST_CACHE"]
 # A shell ignores SIGINT for what it starts in the background, and every process below inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+warm_starts(os.environ.get("QLORA_TEST_COLD") != "1")
 
 # What is imported until the tests begin stays: no collection looks through its half a million objects.
 gc.disable()
@@ -43,6 +47,15 @@ def log_left_as_it_was() -> Iterator[None]:
             handler.close()
     root.setLevel(levels[0])
     package.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
+def start_of_commands(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forks the commands that a test starts from a process that has imported everything, unless it is marked `cold`."""
+    is_cold = request.node.get_closest_marker("cold") is not None or os.environ.get("QLORA_TEST_COLD") == "1"
+    warm_starts(not is_cold)
+    yield
+    warm_starts(os.environ.get("QLORA_TEST_COLD") != "1")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +97,7 @@ SECONDS_TO_END = 10
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the session where a process that a test has started is still there."""
+    end_template()
     if sys.platform != "linux" or hasattr(session.config, "workerinput"):
         return
     end = time.monotonic() + SECONDS_TO_END

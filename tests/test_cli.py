@@ -36,6 +36,7 @@ def qlora(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Path) -> None:
     done = qlora(tmp_path, "name=mine", *QUICK)

@@ -57,8 +57,8 @@ def job(composed: DictConfig) -> float | None:
         raise
     finally:
         del task
-        free_memory()
         if in_sweep:  # of an engine that runs jobs by this function; ours keeps the files of a sweep itself
+            free_memory()  # for the next job of this process
             from qlora.sweep.sweep_page import write_overview
 
             write_overview(sweep_dir, config.objective)

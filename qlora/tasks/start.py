@@ -27,7 +27,7 @@ from qlora.runtime.needs import Needs
 from qlora.runtime.sweep_job import VARIABLE
 from qlora.sweep import names
 from qlora.tasks import build_job, run_job
-from qlora.tasks.hydra_job import free_memory, job
+from qlora.tasks.hydra_job import job
 from qlora.tasks.protocol import WholeSweep
 from qlora.upstream.hydra_run import add_overrides, compose_sweep, failure, run_composed, sweep_composed
 
@@ -90,10 +90,7 @@ def _run_without_folder(command: Command) -> None:
     logging_config.handlers.pop("file", None)
     configure_log(logging_config, hydra.verbose)
     quiet_libraries(verbose=verbose)
-    try:
-        run_job(build_job(command.config, str(hydra.run.dir)), verbose=verbose)
-    finally:
-        free_memory()
+    run_job(build_job(command.config, str(hydra.run.dir)), verbose=verbose)
 
 
 def _run_in_folder(command: Command) -> None:

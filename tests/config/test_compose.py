@@ -524,6 +524,7 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -544,6 +545,7 @@ def test_the_command_line_answers_at_once(args: list[str], code: int) -> None:
     assert seconds < 2
 
 
+@pytest.mark.cold
 def test_a_mistake_is_one_line_on_standard_error() -> None:
     done = qlora("lora.rnak=3")
     assert done.stderr == "error: unknown key 'lora.rnak' (did you mean lora.r?); see `qlora --help lora`\n"
