@@ -1,10 +1,10 @@
 """Commands of this project that tests start are forked from a process that has imported what a run needs.
 
 A start of Python that imports torch, transformers and peft costs five seconds of a core, and the tests start hundreds.
-`warm_starts` makes `subprocess.Popen` hand `python -m qlora ...` (and torchrun, with what it starts) to a template process,
-which forks it: its arguments, environment, working folder, standard streams, session and signals are those of a new
-process, and its parent is the one that asked, so that waiting and killing work as ever. Commands that set what is read
-while Python or a library is imported start anew, and so does everything in tests marked `cold`.
+`warm_starts` makes `subprocess.Popen` hand `python -m qlora ...` (and torchrun, with what it starts) to a template
+process, which forks it: its arguments, environment, working folder, standard streams, session and signals are those of
+a new process, and its parent is the one that asked, so that waiting and killing work as ever. Commands that set what is
+read while Python or a library is imported start anew, and so does everything in tests marked `cold`.
 """
 
 import atexit
@@ -147,12 +147,12 @@ def _fork(self: Any, args: Any, env: Any, cwd: Any, preexec_fn: Any, **more: Any
     template = _started()
     if more["pass_fds"] or more["shell"] or more["executable"] or not template.serves(environment):
         return False
-    folder = os.path.abspath(os.fspath(cwd or "."))
+    folder = Path(os.fsdecode(cwd or ".")).absolute()
     start = Start(
-        [os.fspath(arg) for arg in args], environment, folder, preexec_fn, more["start_new_session"],
+        [os.fspath(arg) for arg in args], environment, str(folder), preexec_fn, more["start_new_session"],
         more.get("process_group", -1), [number for number in signal.valid_signals() if _is_ignored(number)],
     )  # fmt: skip
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         return False
     streams = [fd if fd != -1 else own for own, fd in enumerate((more["p2cread"], more["c2pwrite"], more["errwrite"]))]
     self.pid = template.fork(start, streams)
@@ -240,8 +240,9 @@ def _become(start: Start, fds: Sequence[int]) -> Start:
     os.environ.clear()
     os.environ.update(start.environment)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        stream = open(number, mode, closefd=False, encoding="utf-8", errors="backslashreplace" if number == 2 else None)
-        if number == 2 or "PYTHONUNBUFFERED" in os.environ:
+        errors = "backslashreplace" if name == "stderr" else None
+        stream = open(number, mode, closefd=False, encoding="utf-8", errors=errors)  # noqa: SIM115
+        if name == "stderr" or "PYTHONUNBUFFERED" in os.environ:
             stream.reconfigure(line_buffering=True, write_through=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -258,6 +259,7 @@ def _end() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_status)
+    gc.unfreeze()
 
 
 def _import_all() -> None:
