@@ -41,7 +41,7 @@ IMPORTED = (
 )
 """What the template process imports before the first command."""
 MODULES = ("qlora", "torch.distributed.run")
-"""The commands that are forked."""
+"""The modules that are forked as a command; scripts are, too."""
 READ_AT_IMPORT = (
     *("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "CUDA", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_"),
     *("HF_", "HUGGINGFACE", "TRANSFORMERS_", "USE_", "BNB_", "BITSANDBYTES_", "XDG_", "MPL"),
@@ -170,10 +170,13 @@ def _is_ignored(number: int) -> bool:
 def _is_served(args: Sequence[str]) -> bool:
     if not args or args[0] != sys.executable:
         return False
-    rest = list(args[1:])
-    if rest[:1] == ["-u"]:
-        rest = rest[1:]
-    return rest[:1] == ["-m"] and rest[1:2] != [] and rest[1] in MODULES
+    first, second = [*_of_program(args), "", ""][:2]
+    return first.endswith(".py") or (first == "-m" and second in MODULES)
+
+
+def _of_program(args: Sequence[str]) -> list[str]:
+    """Returns what follows the interpreter, without the switch that torchrun sets."""
+    return list(args[2:] if args[1:2] == ["-u"] else args[1:])
 
 
 def _started() -> Template:
@@ -236,7 +239,7 @@ def _become(start: Start, fds: Sequence[int]) -> Start:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     added = [path for path in _folders(start.environment) if path not in _folders(os.environ)]
-    sys.path[:0] = [start.cwd, *added]
+    sys.path[:1] = [start.cwd, *added]
     os.environ.clear()
     os.environ.update(start.environment)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
@@ -278,9 +281,9 @@ def _import_all() -> None:
     assert threading.active_count() == 1, "a fork would lose a thread"
 
 
-def _forks_of_its_own(args: Sequence[str]) -> bool:
-    """Whether a command starts others: a sweep its jobs, torchrun its processes."""
-    return args[0] != "qlora" or not {"-m", "--multirun"}.isdisjoint(args[1:])
+def _starts_others(args: Sequence[str]) -> bool:
+    """Whether a command starts others: a sweep its jobs, torchrun its processes, a script whatever it does."""
+    return args[:2] != ["-m", "qlora"] or not {"-m", "--multirun"}.isdisjoint(args[2:])
 
 
 def main(connection: int) -> None:
@@ -289,12 +292,8 @@ def main(connection: int) -> None:
     _import_all()
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the process that asks it
         signal.signal(number, signal.SIG_IGN)
-    start, args = serve(socket.socket(fileno=connection)), [""]
-    while args:
-        rest = start.args[2:] if start.args[1] == "-u" else start.args[1:]
-        args = rest[1:]
-        if not _forks_of_its_own(args):
-            break
+    start = serve(socket.socket(fileno=connection))
+    while _starts_others(_of_program(start.args)):
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()
@@ -304,10 +303,14 @@ def main(connection: int) -> None:
         _template = Template(ours, os.environ)
         warm_starts()
         break
-    sys.path.remove("")  # of a process that a text of code was given to
-    sys.orig_argv, sys.argv = list(start.args), ["", *args[1:]]
+    sys.orig_argv, args = list(start.args), _of_program(start.args)
     try:
-        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+        if args[0] == "-m":
+            sys.argv = ["", *args[2:]]
+            runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = args, str(Path(args[0]).absolute().parent)
+            runpy.run_path(args[0], run_name="__main__")
         _status = 0
     except SystemExit as end:
         _status = end.code if isinstance(end.code, int) else int(end.code is not None)
