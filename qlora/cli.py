@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from qlora.config import trust
 from qlora.config.arguments import Arguments, read_arguments
-from qlora.config.command import check_command, show_config
-from qlora.config.compose import START_VARIABLE, now, open_entries, opened_hydra, refuse_unreadable, register, to_config
+from qlora.config.command import ComposedCommand, compose_command, show_config
+from qlora.config.compose import START_VARIABLE, now, open_entries, opened_hydra, refuse_unreadable, register
 from qlora.config.conversion import without_hydra
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import with_environment
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> None:
     arguments = Arguments(overrides, arguments.config_dir, arguments.flags)
     os.environ.setdefault(START_VARIABLE, now())
     flags = arguments.flags
-    composed = check_command(
+    composed = compose_command(
         overrides,
         arguments.config_dir,
         multirun=arguments.multirun,
@@ -82,27 +82,26 @@ def run(argv: list[str]) -> None:
         printed=flags.resolve,
     )
     if flags.cfg == "job":
-        sys.stdout.write(show_config(without_hydra(composed), flags.package, resolve=flags.resolve))
+        sys.stdout.write(show_config(without_hydra(composed.node), flags.package, resolve=flags.resolve))
     elif flags.cfg or flags.info:
-        _show(arguments)
+        _show(arguments, composed.base)
     else:
         _start(arguments, composed)
 
 
-def _show(arguments: Arguments) -> None:
+def _show(arguments: Arguments, composed: DictConfig | None = None) -> None:
     """Prints what Hydra says of itself or of the config."""
     with opened_hydra(arguments.overrides, arguments.config_dir) as hydra:
-        show(hydra, arguments.flags, open_entries(arguments.overrides))
+        show(hydra, arguments.flags, open_entries(arguments.overrides), composed)
 
 
-def _start(arguments: Arguments, composed: DictConfig) -> None:
+def _start(arguments: Arguments, composed: ComposedCommand) -> None:
     """Starts the task, or a sweep of it."""
     from qlora.tasks import needs_of
     from qlora.tasks.start import Command, start
 
-    config = to_config(composed)
-    needs = needs_of(config)
-    if needs.caches or composed.data.cache_dir:
-        give_home(composed.data.cache_dir)
-    prepare_environment(verbose=bool(composed.hydra.verbose))
-    start(Command(arguments, composed, config, needs))
+    needs = needs_of(composed.config)
+    if needs.caches or composed.config.data.cache_dir:
+        give_home(composed.config.data.cache_dir)
+    prepare_environment(verbose=bool(composed.node.hydra.verbose))
+    start(Command(arguments, composed, needs))

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig
 
 from qlora import cli
 from qlora.config.arguments import read_arguments
-from qlora.config.compose import compose_dict, to_config
+from qlora.config.command import compose_command
 from qlora.runtime.environment import ALLOCATOR
 from qlora.tasks import needs_of
 from qlora.tasks.start import Command, join
@@ -154,9 +156,8 @@ def test_with_a_memory_budget_freed_pages_serve_again_unless_the_user_has_settle
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    composed = compose_dict(overrides)
-    config = to_config(composed)
-    join(Command(read_arguments(overrides), composed, config, needs_of(config)))
+    composed = compose_command(overrides)
+    join(Command(read_arguments(overrides), composed, needs_of(composed.config)))
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
@@ -173,3 +174,50 @@ def test_the_command_line_leaves_the_environment_as_it_was(
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: unknown key 'lora.rr'")
     assert os.environ.get("HYDRA_FULL_ERROR") == given
+
+
+@pytest.mark.parametrize(
+    ("command", "count"),
+    [
+        ("--cfg job --resolve", 1),
+        ("--cfg hydra", 1),
+        ("--cfg all sweep=lora-rank", 1),
+        ("--info all", 1),
+        ("--cfg job lora.r=8,16 -m", 1),
+        ("--cfg job lora=dora,attention -m", 3),  # an option of a group changes what is composed
+        ("task=plan plan.device=a6000", 1),
+        ("task=wandb-sweep sweep=lora-rank seed=0,1", 1),
+    ],
+)
+def test_a_config_is_composed_once(
+    command: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compositions = _count_compositions(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    cli.run(command.split())
+    assert len(compositions) == count, compositions
+
+
+def test_a_sweep_composes_its_base_alone_unless_a_group_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compositions = _count_compositions(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    started: list[str] = []
+    monkeypatch.setattr("qlora.sweep.grid.run_queue", lambda config, queue, run: started.extend(queue.names))
+    args = ["task=report", "runs=x", "lora.r=8,16", "seed=0,1", "-m"]
+    monkeypatch.setattr("sys.argv", ["qlora", *args])
+    cli.run(args)
+    assert len(started) == 4
+    assert len(compositions) == 1, compositions
+
+
+def _count_compositions(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Returns the overrides of each composition from now on."""
+    compositions: list[list[str]] = []
+    compose = ConfigLoaderImpl._load_configuration_impl
+
+    def counting(self: ConfigLoaderImpl, config_name: str, overrides: list[str], *args: object) -> DictConfig:
+        compositions.append(overrides)
+        return compose(self, config_name, overrides, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counting)
+    return compositions

@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override, OverrideType, Transformer
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config import trust
 from qlora.config.compose import compose_dict
+from qlora.config.composed_trust import check_composed
 from qlora.config.conversion import check_values, to_config, without_hydra
 from qlora.config.fields import known_keys
 from qlora.config.messages import explain
 from qlora.config.options import group_names
-from qlora.config.override_spelling import keep_spelling
-from qlora.config.overrides import parse_overrides, plain_value
+from qlora.config.overrides import open_entries, parse_overrides, plain_value
 from qlora.config.saved_config import config_to_dict, field_names, flatten, to_plain
 from qlora.config.schema import Config
 from qlora.config.secret_values import leaves, refuse_secrets
 from qlora.config.sweep_values import swept_values
+from qlora.upstream.hydra_run import with_overrides
 from qlora.upstream.omegaconf import raw_node, raw_value
 
 LATEST = 64
@@ -47,22 +50,41 @@ class Axis:
 class Combinations:
     """The jobs of a grid by the positions of their values; plain fields are set without composing again.
 
-    `first` is the composed config of the first job, where the caller has it.
+    `base` is a composed config in which no swept key is set, where the caller has it.
     """
 
     def __init__(
-        self, overrides: Sequence[str], config_dir: Path | str | None = None, *, first: DictConfig | None = None
+        self, overrides: Sequence[str], config_dir: Path | str | None = None, *, base: DictConfig | None = None
     ) -> None:
-        parsed = parse_overrides(keep_spelling(overrides))
+        parsed = parse_overrides(open_entries(overrides))
         axes = {override.get_key_element(): _read_axis(override) for override in parsed}
         self.axes = list(axes.values())
-        self._first, self._config_dir = first, config_dir
+        self._first = tuple(axis.overrides[0] for axis in self.axes)
+        self._base, self._config_dir = base, config_dir
         self._composed = functools.lru_cache(LATEST)(self._compose)
 
+    @functools.cached_property
+    def first_node(self) -> DictConfig:
+        """The config of the first job as Hydra composes it, with its `hydra` node."""
+        if self._base is None or not self._sets_fields_only(self._base):
+            return compose_dict(self._first, self._config_dir)
+        if not (fields := [axis.overrides[0] for axis in self.axes if axis.values is not None]):
+            return self._base
+        try:
+            node = with_overrides(self._base, self._first, fields)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error, self._config_dir) from error
+        with trust.fixed_resolvers():
+            check_composed(node, trust.read_trust(parse_overrides(self._first)))
+        return node
+
+    def _sets_fields_only(self, base: DictConfig) -> bool:
+        """Returns whether the base becomes the config of each job when plain fields are set."""
+        composed_of = {*base.hydra.overrides.hydra, *base.hydra.overrides.task}
+        return all(axis.values is not None or composed_of.issuperset(axis.overrides) for axis in self.axes)
+
     def _compose(self, overrides: tuple[str, ...]) -> _Composed:
-        if self._first is not None and overrides == tuple(axis.overrides[0] for axis in self.axes):
-            return _Composed(self._first)
-        return _Composed(compose_dict(overrides, self._config_dir))
+        return _Composed(self.first_node if overrides == self._first else compose_dict(overrides, self._config_dir))
 
     def __len__(self) -> int:
         return math.prod(len(axis.overrides) for axis in self.axes)

@@ -17,7 +17,7 @@ from qlora.config.overrides import refuse_unreadable
 from qlora.config.schema import Config
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
-from qlora.config.sweep_values import expand_sweep, refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
+from qlora.config.sweep_values import refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
 from qlora.errors import ConfigError
 
 GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
@@ -31,30 +31,19 @@ def check_overrides(
 
     Returns the config of the first job, without the `hydra` node.
     """
-    return without_hydra(check_command(overrides, config_dir, multirun=multirun))
+    return without_hydra(compose_command(overrides, config_dir, multirun=multirun).node)
 
 
 @dataclass(frozen=True)
-class Command:
-    """The config of a command, or of the first job of its sweep, in both forms."""
+class ComposedCommand:
+    """The composed config of a command."""
 
+    base: DictConfig
+    """What Hydra composed, with its `hydra` node; no key of a sweep is set."""
     node: DictConfig
-    """What Hydra composed, with its `hydra` node."""
+    """The same for the first job of a sweep; otherwise the base."""
     config: Config
-    """The same as dataclasses, checked."""
-
-
-def check_command(
-    overrides: Sequence[str],
-    config_dir: Path | str | None = None,
-    *,
-    multirun: bool = False,
-    leave_grid: bool = False,
-    printed: bool = False,
-) -> DictConfig:
-    """Does what `check_overrides` does, and returns the config with its `hydra` node; the options are those of
-    `compose_command`."""
-    return compose_command(overrides, config_dir, multirun=multirun, leave_grid=leave_grid, printed=printed).node
+    """The node as dataclasses, checked."""
 
 
 def compose_command(
@@ -64,8 +53,8 @@ def compose_command(
     multirun: bool = False,
     leave_grid: bool = False,
     printed: bool = False,
-) -> Command:
-    """Composes a command once and checks it; raises `ConfigError` for a value that would be refused.
+) -> ComposedCommand:
+    """Composes a command and checks it; raises `ConfigError` for a value that would be refused.
 
     The values of a sweep come from the command line and from `hydra.sweeper.params` of a `sweep=` file. Each is checked
     once, beside the first value of every other key. A search checks the values that it tries under a condition itself;
@@ -74,25 +63,24 @@ def compose_command(
     refuse_unreadable(overrides)
     refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
-    first = next(expand_sweep(overrides))
-    composed = compose_dict(first, config_dir)
-    refuse_resolved_secrets(composed, printed=printed)
-    if OmegaConf.is_missing(composed.task, "name"):
+    base = compose_dict(overrides, config_dir, leave_swept=True)
+    refuse_resolved_secrets(base, printed=printed)
+    if OmegaConf.is_missing(base.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")
-    described = composed.task.name.describes_sweep  # for wandb, which runs the jobs
-    if not multirun and not described and composed.hydra.mode is not RunMode.MULTIRUN:
+    described = base.task.name.describes_sweep  # for wandb, which runs the jobs
+    sweeps = multirun or described or base.hydra.mode is RunMode.MULTIRUN
+    grid = Combinations(unconditional_sweep(base, overrides) if sweeps else overrides, config_dir, base=base)
+    is_grid = sweeps and not described and str(base.hydra.sweeper._target_) == GRID_SWEEPER
+    if is_grid:
+        refuse_intervals([*overrides, *sweep_params(base, overrides)])
+    node = grid.first_node
+    refuse_resolved_secrets(node, printed=printed)
+    if not sweeps:
         refuse_sweeps(overrides)
-        return Command(composed, to_config(composed))
-    is_grid = str(composed.hydra.sweeper._target_) == GRID_SWEEPER
-    if is_grid and not described:
-        refuse_intervals([*overrides, *sweep_params(composed, overrides)])
-    if (swept := unconditional_sweep(composed, overrides)) != list(overrides):
-        overrides = swept
-        composed = compose_dict(next(expand_sweep(overrides)), config_dir)
-    config = to_config(composed)
-    if not (is_grid and leave_grid and not described):
-        Combinations(overrides, config_dir, first=composed).check()
-    return Command(composed, config)
+    config = to_config(node)
+    if sweeps and not (is_grid and leave_grid):
+        grid.check()
+    return ComposedCommand(base, node, config)
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:

@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -79,8 +79,13 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
     return to_config(compose_dict(overrides, config_dir))
 
 
-def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> DictConfig:
-    """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included."""
+def compose_dict(
+    overrides: Sequence[str] = (), config_dir: Path | str | None = None, *, leave_swept: bool = False
+) -> DictConfig:
+    """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included.
+
+    With `leave_swept`, keys that are given several values stay as they are without them.
+    """
     trust.check_version()
     register()
     refuse_unreadable(overrides)
@@ -88,7 +93,10 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     try:
         with opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
-            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            swept = leave_swept and any(override.is_sweep_override() for override in parse_overrides(overrides))
+            mode = RunMode.MULTIRUN if swept else RunMode.RUN
+            composed = hydra.compose_config("config", list(overrides), run_mode=mode, from_shell=False)
+            assert isinstance(composed, DictConfig)
             _check_job_folder(composed)
             return composed
     except UserError:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, Sweep
 from omegaconf import DictConfig, OmegaConf
@@ -12,22 +11,6 @@ from qlora.config.fields import field_type
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import parse_overrides
 from qlora.errors import ConfigError
-
-
-def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yields override lists that together hold every value of every swept key, one key varied at a time.
-
-    Each is a job of the sweep's grid, so a mistake in any of them is a mistake in the sweep.
-    """
-    alternatives = []
-    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
-        values = swept_values(override)
-        alternatives.append([text] if values is None else [f"{override.get_key_element()}={value}" for value in values])
-    first = [options[0] for options in alternatives]
-    yield first
-    for index, options in enumerate(alternatives):
-        for option in itertools.islice(options, 1, None):
-            yield [*first[:index], option, *first[index + 1 :]]
 
 
 def swept_values(override: Override) -> list[str] | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import check_trusted
+from qlora.config.user_code import import_function
 from qlora.errors import DataError, UserError
 from qlora.evaluation.metrics import check_library_metric
-from qlora.runtime.user_code import import_function
 from qlora.upstream.lm_eval import ImportFunction, is_reader, restricted
 
 READERS = ("json", "csv", "parquet", "arrow", "text")

@@ -10,8 +10,8 @@ from typing import Any
 from qlora.config.registries.installed import installed_names
 from qlora.config.schema import METRIC_LIBRARY, metric_name
 from qlora.config.schema.evaluation import METRIC_GROUP
+from qlora.config.user_code import import_function
 from qlora.errors import ConfigError, ResourceError, RunError
-from qlora.runtime.user_code import import_function
 
 Metric = Callable[[Sequence[str], Sequence[str]], float | Sequence[float] | Mapping[str, Any]]
 """Takes predictions and references; returns a number, a number for each row, or a mapping that holds numbers."""

@@ -11,7 +11,16 @@ from urllib.parse import quote
 
 from qlora.errors import DamagedFile
 from qlora.reporting.history import Curve, curves, read_history
-from qlora.reporting.page import chart, first_smoothing, format_value, group, line, metric_title, plain_config, render
+from qlora.reporting.rendering import (
+    chart,
+    first_smoothing,
+    format_value,
+    group,
+    line,
+    metric_title,
+    plain_config,
+    render,
+)
 from qlora.runtime.atomic_files import read_lines, write_text
 from qlora.runtime.run_folder import RunFolder
 from qlora.text import format_range, is_detail, prompt_core

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from qlora.reporting.importance import measure_importance, spans_decades, to_numbers
-from qlora.reporting.page import (
+from qlora.reporting.rendering import (
     chart,
     first_smoothing,
     format_value,
@@ -19,7 +19,7 @@ from qlora.reporting.page import (
     render,
     short_value,
 )
-from qlora.reporting.page import (
+from qlora.reporting.rendering import (
     line as curve_line,
 )
 from qlora.reporting.runs_page_parts import COSTS, RunsReport, RunView, TableLine

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.config.registries.installed import check_name, installed_names
+from qlora.config.user_code import import_function
 from qlora.errors import ConfigError
-from qlora.runtime.user_code import import_function
 
 
 def load_named(name: str, shipped: Mapping[str, str], *, group: str, key: str, methods: Sequence[str]) -> Any:

@@ -84,7 +84,10 @@ class StepContext:
 
 
 class Part(Protocol):
-    """A part of the fast step; built once for a model, with the `StepContext` as its only argument."""
+    """A part of the fast step; built once for a model, with the `StepContext` as its only argument.
+
+    A subclass writes `unsupported_reason`, and of the others those in which it does something.
+    """
 
     def unsupported_reason(self) -> str | None:
         """Returns why the part cannot run with this model, on this device; None: it can."""
@@ -100,6 +103,7 @@ class Part(Protocol):
 
     def extra_bytes(self, rows: int, length: int) -> float:
         """Returns what a micro-batch needs beyond the memory plan of the fast step, in bytes."""
+        return 0
 
 
 @dataclass(frozen=True)

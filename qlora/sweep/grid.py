@@ -45,7 +45,7 @@ def run_grid(
     """
     prepare(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    grid, folder = Combinations([*params, *arguments], config_dir()), Path(str(config.hydra.sweep.dir))
+    grid, folder = Combinations([*params, *arguments], config_dir(), base=config), Path(str(config.hydra.sweep.dir))
     if len(grid) > AHEAD:
         say(f"sweep {folder}: {_describe(grid)}; each value is checked, then the first job starts")
     shared, first = grid.check(), grid.config([0] * len(grid.axes))

@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
-from qlora.reporting.page import short_value
+from qlora.reporting.rendering import short_value
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import printable, say, say_rows, screen
 from qlora.runtime.saved_run import cost

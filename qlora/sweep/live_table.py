@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.text import Text
 
 from qlora.errors import UserError
-from qlora.reporting.page import short_value
+from qlora.reporting.rendering import short_value
 from qlora.runtime.console import printable, progress, record, say, screen
 from qlora.runtime.folder_lock import in_turn
 from qlora.runtime.saved_run import cost

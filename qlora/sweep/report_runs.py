@@ -13,7 +13,7 @@ from typing import Any
 from qlora.config import saved_config
 from qlora.config.schema import Config
 from qlora.errors import ConfigError, DamagedFile, did_you_mean
-from qlora.reporting.page import plain_value
+from qlora.reporting.rendering import plain_value
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import say_rows
 from qlora.runtime.run_folder import RunFolder, flatten, is_below

@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora.config import saved_config
 from qlora.errors import DamagedFile
 from qlora.reporting.history import curves, read_history
-from qlora.reporting.page import short_value
+from qlora.reporting.rendering import short_value
 from qlora.reporting.runs_page import runs_page
 from qlora.reporting.runs_page_parts import RunsReport, RunView, TableLine
 from qlora.runtime.atomic_files import write_text

@@ -13,7 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qlora.config.arguments import Arguments, folder_override
-from qlora.config.compose import START_VARIABLE, open_entries, opened_hydra
+from qlora.config.command import ComposedCommand
+from qlora.config.compose import START_VARIABLE, opened_hydra
 from qlora.config.mistakes import MISTAKES
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
@@ -29,7 +30,7 @@ from qlora.sweep import names
 from qlora.tasks import build_job, run_job
 from qlora.tasks.hydra_job import job
 from qlora.tasks.protocol import WholeSweep
-from qlora.upstream.hydra_run import add_overrides, compose_sweep, failure, run_composed, sweep_composed
+from qlora.upstream.hydra_run import add_overrides, failure, run_composed, sweep_composed
 
 WITHOUT_FOLDER = ("hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]",
                   "~hydra.job_logging.handlers.file")  # fmt: skip
@@ -38,13 +39,21 @@ WITHOUT_FOLDER = ("hydra.output_subdir=null", "hydra.job_logging.root.handlers=[
 
 @dataclass
 class Command:
-    """A command line with its composed config."""
+    """A command line with its composed config, and what its task needs."""
 
     arguments: Arguments
-    composed: DictConfig
-    """Of a sweep, that of its first job."""
-    config: Config
+    checked: ComposedCommand
     needs: Needs
+
+    @property
+    def composed(self) -> DictConfig:
+        """The composed config, of a sweep that of its first job."""
+        return self.checked.node
+
+    @property
+    def config(self) -> Config:
+        """The same as dataclasses."""
+        return self.checked.config
 
     @property
     def has_sweep_folder(self) -> bool:
@@ -119,7 +128,8 @@ def _run_in_folder(command: Command) -> None:
 
 def _resolve_name_again(command: Command) -> None:
     """Has the name of a run without one resolved anew, where `START_VARIABLE` has changed."""
-    OmegaConf.get_cache(command.composed).pop("qlora.folder", None)
+    for composed in (command.composed, command.checked.base):
+        OmegaConf.get_cache(composed).pop("qlora.folder", None)
 
 
 def _new_folder(command: Command, added: list[str]) -> str:
@@ -149,9 +159,10 @@ def _run_sweep(command: Command, added: list[str]) -> None:
         warnings.warn("-m runs a sweep in spite of hydra.mode=RUN", UserWarning, stacklevel=2)
     if mode is not RunMode.MULTIRUN:
         added = [*added, f"hydra.mode={RunMode.MULTIRUN.name}"]
+    add_overrides(command.checked.base, added)
     try:
         with opened_hydra(arguments.overrides, arguments.config_dir) as hydra:
-            sweep_composed(hydra, compose_sweep(hydra, open_entries([*arguments.overrides, *added])), job)
+            sweep_composed(hydra, command.checked.base, job)
     except Exception:
         afterwards()
         raise

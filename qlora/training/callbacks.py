@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from qlora.config.registries.installed import installed_names
 from qlora.config.schema.code_names import CALLBACK_GROUP, is_installed_callback
+from qlora.config.user_code import import_class
 from qlora.errors import ConfigError, UserError
-from qlora.runtime.user_code import import_class
 
 log = logging.getLogger(__name__)
 

@@ -2,12 +2,14 @@
 
 `hydra.main` takes its overrides from `sys.argv` and composes the config itself, twice for a single run. Hydra has no
 public function for a config that is there already, so the two functions that follow a composition are repeated here:
-`Hydra.run` and `Hydra.multirun`. The contract test compares their source with that of known versions.
+`Hydra.run` and `Hydra.multirun`. The contract test compares their source with that of known versions. What prints a
+config gets the composed one too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -33,22 +35,44 @@ def add_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
     for override in parsed:
         part = config.hydra.overrides.hydra if override.is_hydra_override() else config.hydra.overrides.task
         part.append(override.input_line)
-    if any(not override.is_hydra_override() for override in parsed):
-        settings = config.hydra.job.config.override_dirname
-        task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        config.hydra.job.override_dirname = get_overrides_dirname(
-            overrides=task, kv_sep=settings.kv_sep, item_sep=settings.item_sep, exclude_keys=settings.exclude_keys
-        )
+    _name_overrides(config)
+
+
+def with_overrides(config: DictConfig, overrides: Sequence[str], changed: Sequence[str]) -> DictConfig:
+    """Returns a copy of a composed config as if it had been composed of other overrides.
+
+    `overrides` are all of them, and `changed` those of plain keys that the config has not been composed of.
+    """
+    config = copy.deepcopy(config)
+    parser = OverridesParser.create()
+    ConfigLoaderImpl._apply_overrides_to_config(parser.parse_overrides(list(changed)), config)
+    parsed = parser.parse_overrides(list(overrides))
+    config.hydra.overrides.task = [item.input_line for item in parsed if not item.is_hydra_override()]
+    _name_overrides(config)
+    return config
+
+
+def _name_overrides(config: DictConfig) -> None:
+    settings = config.hydra.job.config.override_dirname
+    task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    config.hydra.job.override_dirname = get_overrides_dirname(
+        overrides=task, kv_sep=settings.kv_sep, item_sep=settings.item_sep, exclude_keys=settings.exclude_keys
+    )
+
+
+def _set_up_log(hydra: Hydra, config: DictConfig, mode: RunMode) -> None:
+    """Sets up Hydra's own log, which prints how the config came about with `hydra.verbose=true`."""
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    if logging.getLogger(hydra_module.__name__).isEnabledFor(logging.DEBUG):
+        hydra_module.log = logging.getLogger(hydra_module.__name__)
+        hydra._print_debug_info(CONFIG_NAME, [*config.hydra.overrides.hydra, *config.hydra.overrides.task], mode)
 
 
 def run_composed(hydra: Hydra, config: DictConfig, task_function: TaskFunction) -> JobReturn:
     """Runs a task with a composed config in the folder that it names; what the task raised is in the result."""
     if config.hydra.mode is None:
         add_overrides(config, [f"hydra.mode={RunMode.RUN.name}"])
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    if logging.getLogger(hydra_module.__name__).isEnabledFor(logging.DEBUG):  # with hydra.verbose=true
-        hydra_module.log = logging.getLogger(hydra_module.__name__)
-        hydra._print_debug_info(CONFIG_NAME, [*config.hydra.overrides.hydra, *config.hydra.overrides.task], RunMode.RUN)
+    _set_up_log(hydra, config, RunMode.RUN)
     callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=CONFIG_NAME)
     result = run_job(
@@ -68,19 +92,9 @@ def failure(result: JobReturn) -> Exception | None:
     return result._return_value if result.status is JobStatus.FAILED else None
 
 
-def compose_sweep(hydra: Hydra, overrides: Sequence[str]) -> DictConfig:
-    """Composes the config of a sweep, in which no swept key is set; sets up Hydra's log."""
-    config: DictConfig = hydra.compose_config(
-        config_name=CONFIG_NAME,
-        overrides=[*overrides],
-        with_log_configuration=True,
-        run_mode=RunMode.MULTIRUN,
-    )
-    return config
-
-
 def sweep_composed(hydra: Hydra, config: DictConfig, task_function: TaskFunction) -> Any:
-    """Runs a sweep with its composed config."""
+    """Runs a sweep with its composed config, in which no swept key is set."""
+    _set_up_log(hydra, config, RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     callbacks.on_multirun_start(config=config, config_name=CONFIG_NAME)
     sweeper = Plugins.instance().instantiate_sweeper(
@@ -95,8 +109,13 @@ def sweep_composed(hydra: Hydra, config: DictConfig, task_function: TaskFunction
     return result
 
 
-def show(hydra: Hydra, args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Prints what `--hydra-help`, `--cfg`, `--shell-completion` or `--info` asks for."""
+def show(hydra: Hydra, args: argparse.Namespace, overrides: Sequence[str], composed: DictConfig | None = None) -> None:
+    """Prints what `--hydra-help`, `--cfg`, `--shell-completion` or `--info` asks for.
+
+    `composed` is the config of these overrides, which Hydra would compose anew for each thing that it prints.
+    """
+    if composed is not None:
+        hydra.compose_config = lambda **_: copy.deepcopy(composed)  # type: ignore[method-assign]
     args = argparse.Namespace(**{**vars(args), "overrides": [*overrides]})
     if args.hydra_help:
         hydra.hydra_help(config_name=CONFIG_NAME, args_parser=get_args_parser(), args=args)

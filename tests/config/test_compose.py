@@ -28,7 +28,6 @@ from qlora.config.registries.chat_templates import TEMPLATE_NAMES
 from qlora.config.registries.data_formats import FORMAT_NAMES
 from qlora.config.schema import MixConfig
 from qlora.config.suggestions import FOREIGN_NAMES, unknown_flag
-from qlora.config.sweep_values import expand_sweep
 from qlora.errors import UserError, suggest
 
 ROOT = Path(__file__).parents[2]
@@ -487,12 +486,6 @@ def test_a_sweep_file_needs_no_m_and_combines_with_the_command_line() -> None:
 def test_several_values_without_m_are_refused() -> None:
     with pytest.raises(UserError, match=r"^lora\.r=1,2 gives several values: add -m to run a sweep, write lora\.r="):
         check_overrides(["lora.r=1,2"])
-
-
-def test_a_sweep_is_expanded_one_key_at_a_time() -> None:
-    assert list(expand_sweep(["a=1,2,3", "b=x,y", "c=5"])) == [
-        ["a=1", "b=x", "c=5"], ["a=2", "b=x", "c=5"], ["a=3", "b=x", "c=5"], ["a=1", "b=y", "c=5"],
-    ]  # fmt: skip
 
 
 # --- spelling -----------------------------------------------------------------------------------------------------

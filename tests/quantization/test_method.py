@@ -96,14 +96,26 @@ def test_bits_choose_the_method() -> None:
         ),
         (["quantization.method=none"], r"method=none needs quantization\.bits=16 or 32, got bits=4"),
         (["quantization.method=absmax.method:Absmax8"], r"package 'absmax' would run, which is not trusted"),
-        (["quantization.method=nowhere:X", "trusted=[nowhere]"], r"nowhere cannot be imported .*nowhere"),
-        (["quantization.method=json:X", "trusted=[json]"], r"the module json has no class X"),
+        (
+            ["quantization.method=nowhere:X", "trusted=[nowhere]"],
+            r"method=nowhere:X: there is no module nowhere; it must",
+        ),
+        (["quantization.method=json:X", "trusted=[json]"], r"method=json:X: module json has no class X"),
         (["quantization.method=json:dumps", "trusted=[json]"], r"json:dumps is not a class"),
     ],
 )
 def test_a_method_that_is_not_available_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(overrides)
+
+
+def test_a_method_whose_module_imports_a_name_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stale_method.py").write_text("from json import no_such_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"stale_method cannot be imported .*no_such_name.*; correct the import"):
+        compose(["quantization.method=stale_method:X", "trusted=[stale_method]"])
 
 
 def test_a_plan_counts_the_bytes_of_an_installed_method_without_torch(package: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from synthetic_runs import write_run
 
 from qlora.reporting.history import Curve
-from qlora.reporting.page import format_value, metric_title, plain_value, short_value
+from qlora.reporting.rendering import format_value, metric_title, plain_value, short_value
 from qlora.reporting.run_page import run_page
 from qlora.reporting.runs_page import RunsReport, RunView, TableLine, runs_page
 from qlora.runtime.run_folder import RunFolder

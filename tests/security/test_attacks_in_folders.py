@@ -21,13 +21,13 @@ from qlora.adapters.code_files import check_code_files
 from qlora.config.compose import compose
 from qlora.config.overrides import open_entries
 from qlora.config.saved_config import config_to_dict, dump_config
+from qlora.config.user_code import import_class, import_function
 from qlora.data.ingest.sources import load_hub
 from qlora.errors import UserError
 from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.metrics import find_metrics
 from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
-from qlora.runtime.user_code import import_class, import_function
 from qlora.tasks import build_job, run_job
 
 MARKING = "import pathlib\npathlib.Path({mark!r}).touch()\ndef f(*args, **kwargs):\n    return []\n"

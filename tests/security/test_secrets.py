@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qlora.config.command import check_command, check_overrides
+from qlora.config.command import check_overrides, compose_command
 from qlora.config.compose import compose
 from qlora.config.saved_config import config_to_dict, dump_config, read_config, read_overrides, restore_config
 from qlora.errors import UserError
@@ -33,7 +33,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(*overrides: str, **options: bool) -> str:
     with pytest.raises(UserError) as error:
-        check_command(overrides, **options)
+        compose_command(overrides, **options)
     return str(error.value)
 
 

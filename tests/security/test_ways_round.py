@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
-from qlora.config.command import check_command
+from qlora.config.command import compose_command
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models import tokenizer as tokenizers
@@ -29,7 +29,7 @@ def options(folder: Path, text: str, name: str = "experiment/mine") -> Path:
 
 def refusal(folder: Path, *args: str) -> str:
     with pytest.raises(UserError) as error:
-        check_command(["experiment=mine", *args], folder, multirun=True)
+        compose_command(["experiment=mine", *args], folder, multirun=True)
     return str(error.value)
 
 
@@ -131,7 +131,7 @@ def test_secrets_in_addresses_and_headers_are_hidden(monkeypatch: pytest.MonkeyP
 
 def test_a_message_about_a_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        check_command([], "no\nfolder")
+        compose_command([], "no\nfolder")
     assert "\n" not in str(error.value)
 
 

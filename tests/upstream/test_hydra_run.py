@@ -26,6 +26,10 @@ USED = {
     get_overrides_dirname: ["overrides", "exclude_keys", "item_sep", "kv_sep"],
     get_args_parser: [],
     Hydra.create_main_hydra2: ["task_name", "config_search_path"],
+    Hydra.compose_config: [
+        *("self", "config_name", "overrides", "run_mode"),
+        *("with_log_configuration", "from_shell", "validate_sweep_overrides"),
+    ],
     Hydra.show_cfg: ["self", "config_name", "overrides", "cfg_type", "package", "resolve"],
     Hydra.show_info: ["self", "info", "config_name", "overrides", "run_mode"],
     Hydra.hydra_help: ["self", "config_name", "args_parser", "args"],

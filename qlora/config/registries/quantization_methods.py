@@ -7,12 +7,13 @@ a class as `module:Class`. `qlora.quantization.method.QuantizationMethod` says w
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 from qlora.config.registries.installed import check_name, installed_names
+from qlora.config.user_code import import_function
 from qlora.errors import ConfigError
 
+KEY = "quantization.method"
 GROUP = "qlora.quantization"
 """The entry points that add a method: `NAME = "module:Class"`."""
 METHODS = {
@@ -27,7 +28,7 @@ AUTO = "auto"
 
 def check_method(name: str, bits: int) -> None:
     """Raises `ConfigError` for a method that is not known, and for one that does not have the bits; imports none."""
-    check_name("quantization.method", name, (AUTO, *METHODS), GROUP)
+    check_name(KEY, name, (AUTO, *METHODS), GROUP)
     if name in METHODS and BITS[bits] != name:
         supported = " or ".join(str(count) for count, method in BITS.items() if method == name)
         raise ConfigError(
@@ -42,21 +43,12 @@ def load_method(name: str, bits: int) -> Any:
     Raises `ConfigError` for a class that cannot be imported. Whether its package is trusted is checked with the config.
     """
     name = BITS[bits] if name == AUTO else name
-    target = METHODS.get(name) or (name if ":" in name else installed_names(GROUP)[name])
-    return _load(target, f"quantization.method={name}")
+    return _load(METHODS.get(name) or (name if ":" in name else installed_names(GROUP)[name]))
 
 
 @functools.cache
-def _load(target: str, key: str) -> Any:
-    module, _, name = target.partition(":")
-    try:
-        method = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{key}: {module} cannot be imported ({error}); install it, or put it on PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        raise ConfigError(f"{key}: the module {module} has no class {name}; correct the name") from error
+def _load(path: str) -> Any:
+    method = import_function(path, KEY, "class")
     if not isinstance(method, type):
-        raise ConfigError(f"{key}: {target} is not a class; name a subclass of QuantizationMethod")
+        raise ConfigError(f"{KEY}={path} is not a class; name a subclass of QuantizationMethod")
     return method()

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from qlora.config.registries.data_formats import installed_format
 from qlora.config.schema import FUNCTION_PATH
+from qlora.config.user_code import import_function
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
 from qlora.data.formats.prompts import Example
 from qlora.data.formats.renderers import FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
 from qlora.errors import ConfigError, DataError, UserError
-from qlora.runtime.user_code import import_function
 from qlora.text import listed
 
 log = logging.getLogger(__name__)

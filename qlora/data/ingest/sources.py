@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora.config.schema import FUNCTION_PATH
+from qlora.config.user_code import import_function
 from qlora.data.cache import Cache
 from qlora.data.ingest.arrow_writer import IdCounter, file_digest
 from qlora.data.ingest.readers import Chunk
@@ -35,7 +36,6 @@ from qlora.data.ingest.row_files import (
 )
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
 from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
-from qlora.runtime.user_code import import_function
 from qlora.text import listed
 from qlora.upstream.datasets import is_packaged_reader
 

@@ -22,7 +22,7 @@ from qlora.step.kernels.attention import (
     flash_unsupported_reason,
     has_varlen,
 )
-from qlora.step.part import SPREAD, Request, StepContext
+from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.transformers_model import attention_of, set_attention, takes_any_attention
 
 BATCH, VARLEN = "qlora_batch", "qlora_varlen"
@@ -32,7 +32,7 @@ SPECIAL_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attentio
 """Settings of architectures that compute more than scaled dot-product attention."""
 
 
-class FusedAttention:
+class FusedAttention(ConfiguredPart):
     """The part that lays out batches and attends inside their rows."""
 
     label = "fused_attention"
@@ -61,9 +61,6 @@ class FusedAttention:
             return f"{settings.model_type} has an attention of its own{detail}"
         return None
 
-    def prepare(self) -> None:
-        """Has nothing to prepare."""
-
     def enter(self) -> None:
         """Chooses the fastest kernels for padded batches, and notes the model's own attention."""
         self._previous = attention_of(self.config)
@@ -74,10 +71,6 @@ class FusedAttention:
         """Gives the model its own attention back."""
         self._kernels.close()
         set_attention(self.config, self._previous)
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: the memory plan counts what attention keeps."""
-        return 0
 
     def lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Makes one variable-length batch of packs; `cu_seqlens` has a fixed length, for the sake of compiled code.
@@ -109,7 +102,7 @@ class FusedAttention:
         }
 
 
-class NewerFlashAttention:
+class NewerFlashAttention(ConfiguredPart):
     """The part that has a newer FlashAttention serve `FusedAttention`; it stays for the whole process."""
 
     def __init__(self, context: StepContext) -> None:
@@ -140,19 +133,6 @@ class NewerFlashAttention:
                 return None
             reasons.append(reason)
         return ", ".join(reasons)
-
-    def prepare(self) -> None:
-        """Has nothing to prepare: `unsupported_reason` has tried the kernels."""
-
-    def enter(self) -> None:
-        """Has nothing to change."""
-
-    def exit(self, *, failed: bool) -> None:
-        """Has nothing to restore."""
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: it keeps what torch's own attention keeps."""
-        return 0
 
 
 def attend_padded(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qlora.step.part import SPREAD, Request, StepContext
+from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 
 
-class CompiledLayers:
+class CompiledLayers(ConfiguredPart):
     """The part that decides whether layers are compiled; `qlora.step.layer_calls` calls them."""
 
     label = "compile"
@@ -24,16 +24,3 @@ class CompiledLayers:
         if not self.context.layers:
             return f"{self.context.base.config.model_type} has no list of decoder layers"
         return None
-
-    def prepare(self) -> None:
-        """Has nothing to prepare: a layer is compiled when it is called first."""
-
-    def enter(self) -> None:
-        """Has nothing to change."""
-
-    def exit(self, *, failed: bool) -> None:
-        """Has nothing to restore."""
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: the memory plan of the fast step counts compiled layers."""
-        return 0

@@ -13,7 +13,7 @@ from qlora.errors import ConfigError
 from qlora.quantization.bnb4.quantized_weight import E4M3_MAX, QuantizedWeight, decode_absmax
 from qlora.runtime.device import Placement
 from qlora.step.kernels.matmul_fp8 import AMAX_A, AMAX_B, WEIGHT_SCALE
-from qlora.step.part import ON, Request, StepContext
+from qlora.step.part import ON, ConfiguredPart, Request, StepContext
 from qlora.step.parts.fused_linear import LinearGroup
 from qlora.upstream.torch import foreach_norm
 from qlora.upstream.torch_models import weight_of
@@ -21,7 +21,7 @@ from qlora.upstream.torch_models import weight_of
 log = logging.getLogger(__name__)
 
 
-class Fp8:
+class Fp8(ConfiguredPart):
     """Gives the groups of fused layers the scales of their weights, and measures their adapters before each step."""
 
     label = "fp8"
@@ -60,13 +60,6 @@ class Fp8:
         """Measures the adapters."""
         for tracker in self._trackers:
             tracker.measure()
-
-    def exit(self, *, failed: bool) -> None:
-        """Has nothing to restore."""
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: the memory plan counts 8-bit weights."""
-        return 0
 
 
 class AmaxTracker:

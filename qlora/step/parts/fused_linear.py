@@ -20,7 +20,7 @@ from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, 
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
 from qlora.step.kernels.fused_linear import GroupedLinear
-from qlora.step.part import Request, StepContext
+from qlora.step.part import ConfiguredPart, Request, StepContext
 from qlora.upstream.bitsandbytes import quant_state
 from qlora.upstream.torch_models import weight_of
 
@@ -28,7 +28,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
 
 
-class FusedLinear:
+class FusedLinear(ConfiguredPart):
     """The part that makes 4-bit layers compute in groups."""
 
     label = "fused_linear"
@@ -62,10 +62,6 @@ class FusedLinear:
         if failed:  # a step that failed between q and v has left outputs
             for group in self.context.groups:
                 group.pending = None
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: the memory plan counts what fused layers keep and dequantize."""
-        return 0
 
 
 class LinearGroup:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from qlora.step.part import SPREAD, Request, StepContext
+from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 
 SPECIAL_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of architectures that change their logits after the matmul with the output matrix."""
 
 
-class FusedLoss:
+class FusedLoss(ConfiguredPart):
     """The part that hands the objective hidden states instead of logits."""
 
     label = "fused_loss"
@@ -36,19 +36,6 @@ class FusedLoss:
         if changed := [name for name in SPECIAL_LOGITS if getattr(settings, name, None)]:
             return f"{settings.model_type} changes its logits ({changed[0]})"
         return None
-
-    def prepare(self) -> None:
-        """Has nothing to prepare."""
-
-    def enter(self) -> None:
-        """Has nothing to change: the step calls `loss` in place of the model's forward pass."""
-
-    def exit(self, *, failed: bool) -> None:
-        """Has nothing to restore."""
-
-    def extra_bytes(self, rows: int, length: int) -> float:
-        """Returns 0: the objective says what its loss needs."""
-        return 0
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Returns the loss of a batch."""

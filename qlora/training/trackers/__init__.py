@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qlora.config.registries.trackers import NO_TRACKER, tracker_path
 from qlora.config.schema import TrackingConfig
+from qlora.config.user_code import import_function
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
-from qlora.runtime.user_code import import_function
 from qlora.training.trackers.base import NoTracker, TrackedRun, Tracker
 
 __all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker", "tracker_class", "tracker_ids"]

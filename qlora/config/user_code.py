@@ -9,10 +9,13 @@ from typing import Any
 from qlora.errors import ConfigError, ResourceError, did_you_mean
 
 
-def import_function(path: str, key: str) -> Callable[..., Any]:
-    """Returns the function or class that `path` names as `module:name`; raises `ConfigError`, which names `key`."""
+def import_function(path: str, key: str, what: str = "function") -> Callable[..., Any]:
+    """Returns the function or class that `path` names as `module:name`; raises `ConfigError`, which names `key`.
+
+    `what` it is called in the error.
+    """
     module_name, name = path.split(":")
-    return _import(module_name, name, f"{key}={path}", "function")
+    return _import(module_name, name, f"{key}={path}", what)
 
 
 def import_class(path: str, key: str, kind: type) -> type:
@@ -39,6 +42,8 @@ def _import(module_name: str, name: str, setting: str, what: str) -> Any:
         raise ResourceError(
             f"{setting}: {module_name} needs the module {error.name}, which is not installed"
         ) from error
+    except ImportError as error:
+        raise ConfigError(f"{setting}: {module_name} cannot be imported ({error}); correct the import") from error
     result = getattr(module, name, None)
     if not callable(result):
         functions = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
