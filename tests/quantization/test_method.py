@@ -97,8 +97,8 @@ def test_bits_choose_the_method() -> None:
         (["quantization.method=none"], r"method=none needs quantization\.bits=16 or 32, got bits=4"),
         (["quantization.method=absmax.method:Absmax8"], r"package 'absmax' would run, which is not trusted"),
         (
-            ["quantization.method=nowhere:X", "trusted=[nowhere]"],
-            r"method=nowhere:X: there is no module nowhere; it must",
+            ["quantization.method=no_such_module:X", "trusted=[no_such_module]"],
+            r"method=no_such_module:X: there is no module no_such_module; it must",
         ),
         (["quantization.method=json:X", "trusted=[json]"], r"method=json:X: module json has no class X"),
         (["quantization.method=json:dumps", "trusted=[json]"], r"json:dumps is not a class"),
