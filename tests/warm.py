@@ -92,7 +92,7 @@ class Template:
         names = {name for name in names if not name.startswith(READ_LATER)}
         prepared = SILENT_SERVICES | QUIET_LIBRARIES | self._environment
         known, paths = _folders(self._environment), _folders(environment)
-        new = [Path(path or ".") for path in paths if path not in known]
+        new = [Path(path) for path in paths if path not in known and Path(path) != ROOT]
         return (
             all(environment.get(name) in (self._environment.get(name), prepared.get(name)) for name in names)
             and not any((path / name).exists() for path in new for name in ("sitecustomize.py", "qlora"))
