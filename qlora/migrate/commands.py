@@ -1,0 +1,155 @@
+"""Commands in scripts: which of them start a training that can be translated, and their arguments."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from string import Template
+from typing import Any
+
+from qlora.errors import ConfigError, DataError
+
+STARTS: dict[tuple[str, ...], str] = {
+    ("qlora.py",): "qlora.py",
+    ("trl", "sft"): "TRL",
+    ("scripts/sft.py",): "TRL",
+    ("swift", "sft"): "ms-swift",
+    ("swift", "pt"): "ms-swift",
+    ("sft.py",): "",
+    ("llamafactory-cli", "train"): "LLaMA-Factory",
+    ("lmf", "train"): "LLaMA-Factory",
+}
+"""Words that start a training, and whose it is; "": the arguments tell."""
+CONFIG_STARTS = (("axolotl", "train"), ("-m", "axolotl.cli.train"), ("tune", "run"))
+"""Words that start a training whose settings stand in a YAML."""
+OTHER_TASKS = {
+    "trl": ("dpo", "grpo", "kto", "orpo", "ppo", "reward", "rloo"),
+    "swift": ("rlhf", "infer", "export", "deploy", "eval", "app", "sample"),
+    "llamafactory-cli": ("export", "chat", "webui", "api", "webchat"),
+    "megatron": ("sft", "pt", "rlhf"),
+}
+ENDS = (";", "&&", "||", "|", "&", ">", ">>", "2>&1", "<")
+YAML_FILES = (".yaml", ".yml", ".json")
+
+
+def read_command(text: str) -> tuple[str, tuple[str, ...], dict[str, Any]] | None:
+    """Returns whose training the first command of a script starts, with which words, and its arguments.
+
+    A text that begins with arguments is one command, of whom its arguments tell. None: it holds no such command.
+    Raises a `UserError` for a command that cannot be read, and for one that does another thing.
+    """
+    joined = re.sub(r"\\\s*\Z", "", text.replace("\\\r\n", " ").replace("\\\n", " "))
+    if joined.lstrip().startswith(("--", "–", "—")):
+        words = [word for line in joined.splitlines() for word in _split(line, {}, must=True)]
+        return "", (), _arguments(words)
+    variables: dict[str, str] = {}
+    for line in joined.splitlines():
+        words = _split(line, variables, must=any(start[0] in line for start in STARTS))
+        for word in words if all("=" in word for word in words) or words[:1] == ["export"] else ():
+            name, _, value = word.partition("=")
+            if name.isidentifier() and "=" in word:
+                variables[name] = value
+        for start, owner in STARTS.items():
+            if (end := _find(words, start)) is not None:
+                return owner, start, _arguments(_without_config(words[end:], start))
+        _refuse(words)
+    return None
+
+
+def _split(line: str, variables: Mapping[str, str], *, must: bool) -> list[str]:
+    try:
+        return shlex.split(Template(_without_comment(line)).safe_substitute(variables))
+    except ValueError as error:
+        if must:
+            raise DataError(f"from: the command cannot be read ({error}): {line.strip()[:80]}") from None
+        return []
+
+
+def _without_comment(line: str) -> str:
+    """Returns a line up to its comment, which begins at a word and outside quotes, as a shell reads it."""
+    quote = ""
+    for index, letter in enumerate(line):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in ("'", '"'):
+            quote = letter
+        elif letter == "#" and (index == 0 or line[index - 1].isspace()):
+            return line[:index]
+    return line
+
+
+def _find(words: Sequence[str], start: Sequence[str]) -> int | None:
+    """Returns where the arguments of a command begin; None: these words do not start it."""
+    for index in range(len(words) - len(start) + 1):
+        first = words[index]
+        if (first == start[0] or first.endswith(f"/{start[0]}")) and list(words[index + 1 : index + len(start)]) == list(
+            start[1:]
+        ):
+            return index + len(start)
+    return None
+
+
+def _refuse(words: Sequence[str]) -> None:
+    """Raises `ConfigError` for a command of a known tool that trains on no answers, or reads its settings in a file."""
+    for start in CONFIG_STARTS:
+        if (end := _find(words, start)) is not None:
+            file = next((word for word in words[end:] if word.endswith(YAML_FILES)), None)
+            raise ConfigError(f"from: {' '.join(start)} reads its settings in a file: give from={file or 'FILE.yaml'}")
+    for tool, tasks in OTHER_TASKS.items():
+        for task in tasks:
+            if _find(words, (tool, task)) is not None:
+                raise ConfigError(f"from: {tool} {task} is no training on answers, which alone is translated")
+
+
+def _without_config(words: Sequence[str], start: Sequence[str]) -> list[str]:
+    """Returns the arguments; raises `ConfigError` where a file holds the settings."""
+    file = next((word for word in words if word.partition("=")[2].endswith(YAML_FILES) and word.startswith("--config")),
+                None)  # fmt: skip
+    if file is None and words[:1] and words[0].endswith(YAML_FILES):
+        file = words[0]
+    if file is None and "--config" in words[:-1]:
+        file = words[words.index("--config") + 1]
+    if file is not None:
+        raise ConfigError(
+            f"from: {' '.join(start)} reads its settings in a file: give from={file.rpartition('=')[2]}"
+        )
+    return list(words)
+
+
+def _arguments(words: Sequence[str]) -> dict[str, Any]:
+    """Returns values by argument: true for one without a value, a list for one with several."""
+    values: dict[str, Any] = {}
+    for name, value in _pairs(words):
+        if name not in values or values[name] is True:
+            values[name] = value
+        elif value is not True:
+            previous = values[name]
+            values[name] = [*(previous if isinstance(previous, list) else [previous]), value]
+    return values
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    name = None
+    for word in words:
+        if word in ENDS:
+            return
+        if word.lstrip("–—").startswith("--") or word[:1] in ("–", "—"):
+            name, has_value, value = word.lstrip("-–—").partition("=")
+            name = name.replace("-", "_")
+            yield name, _typed(value) if has_value else True
+        elif name is not None:
+            yield name, _typed(word)
+
+
+def _typed(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text in ("None", "null"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
