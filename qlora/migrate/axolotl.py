@@ -47,7 +47,8 @@ def _model(settings: Settings) -> Iterator[Part]:
     for key in ("rl", "reward_model", "process_reward_model"):
         if settings.take(key):
             raise ConfigError(
-                f"from: {key}={settings[key]} trains by preferences or rewards; here models are trained on answers alone"
+                f"from: {key}={settings[key]} trains by preferences or rewards; here models are trained on answers "
+                "alone"
             )
     base = str(settings.take("base_model", "unset"))
     yield from shared_rules.choose_model(base, "base_model")
@@ -132,7 +133,11 @@ def _intervals(settings: Settings) -> Iterator[Part]:
     strategies = {"save": settings.take("save_strategy"), "eval": settings.take("eval_strategy", older or "no")}
     length = {"epochs": settings.look("num_epochs"), "steps": settings.look("max_steps")}
     for kind, strategy in strategies.items():
-        ours, steps, often = f"trainer.{kind}_steps", settings.take(f"{kind}_steps"), settings.take(f"{kind}s_per_epoch")
+        ours, steps, often = (
+            f"trainer.{kind}_steps",
+            settings.take(f"{kind}_steps"),
+            settings.take(f"{kind}s_per_epoch"),
+        )
         if kind == "eval" and not held_out:
             yield f"{ours}=null"
         elif often:

@@ -11,6 +11,7 @@ from qlora.config.registries.chat_templates import TEMPLATES
 from qlora.errors import did_you_mean
 from qlora.migrate import shared_rules
 from qlora.migrate.translation import Lost, Part, Same, Settings, is_unset
+from qlora.migrate.vocabulary import keys
 
 ALPACA: dict[str, Any] = {"format": "alpaca-newline"}
 OPEN_ASSISTANT: dict[str, Any] = {**ALPACA, "columns": {"instruction": "INSTRUCTION", "output": "RESPONSE"}}
@@ -52,14 +53,15 @@ USUAL_MARKS = {
 """The marks that bases bring along: a config that names them changes nothing."""
 ROWS_OF_A_PART = "rows of a part only are taken there: leave the others out of the file"
 SPLIT_TEXTS = "a text longer than sequence_len is split there; here it goes by data.on_too_long"
-ENTRY_KEYS = frozenset(
+ENTRY_KEYS = keys(
     """
-    path split type input_transform shards shards_idx preprocess_shards conversation chat_template chat_template_jinja
-    data_files input_format name ds_type field field_human field_model field_messages field_system field_tools
-    field_thinking template_thinking_key message_field_role message_field_content message_property_mappings
-    message_field_training message_field_training_detail split_thinking logprobs_field temperature roles_to_train
-    train_on_eos train_on_eot roles drop_system_message trust_remote_code revision text_column skip
-    """.split()
+    path split type input_transform shards shards_idx preprocess_shards conversation chat_template
+    chat_template_jinja data_files input_format name ds_type field field_human field_model field_messages
+    field_system field_tools field_thinking template_thinking_key message_field_role message_field_content
+    message_property_mappings message_field_training message_field_training_detail split_thinking logprobs_field
+    temperature roles_to_train train_on_eos train_on_eot roles drop_system_message trust_remote_code revision
+    text_column skip
+    """
 )
 """The keys of an entry of `datasets`."""
 
@@ -195,13 +197,17 @@ def _mapping(mapping: Mapping[str, Any], key: str) -> Iterator[Part]:
              if theirs not in known.get(ours, (*THOUGHT_KEYS, *SWITCHES, ours))}  # fmt: skip
     if other:
         listed = ", ".join(f"{theirs} (here {ours})" for theirs, ours in other.items())
-        yield Lost(f"keys of a turn have fixed names: rename {listed} in the file, or with data.format=module:function",
-                   f"{key}.message_property_mappings")  # fmt: skip
+        why = f"keys of a turn have fixed names: rename {listed} in the file, or with data.format=module:function"
+        yield Lost(why, f"{key}.message_property_mappings")
 
 
 def _roles(settings: Settings, key: str) -> Iterator[Part]:
-    unlike = [f"{source} as {target}" for target, sources in dict(settings.take("roles", {})).items()
-              for source in sources if ROLES.get(str(source).lower()) != ROLES.get(str(target).lower(), target)]  # fmt: skip
+    pairs = [(target, source) for target, sources in dict(settings.take("roles", {})).items() for source in sources]
+    unlike = [
+        f"{source} as {target}"
+        for target, source in pairs
+        if ROLES.get(str(source).lower()) != ROLES.get(str(target).lower(), target)
+    ]
     if unlike:
         yield Lost(f"speakers have fixed names: rename {', '.join(unlike)} in the file", f"{key}.roles")
     elif "roles" in settings:

@@ -83,9 +83,9 @@ def _find(words: Sequence[str], start: Sequence[str]) -> int | None:
     """Returns where the arguments of a command begin; None: these words do not start it."""
     for index in range(len(words) - len(start) + 1):
         first = words[index]
-        if (first == start[0] or first.endswith(f"/{start[0]}")) and list(words[index + 1 : index + len(start)]) == list(
-            start[1:]
-        ):
+        if (first == start[0] or first.endswith(f"/{start[0]}")) and list(
+            words[index + 1 : index + len(start)]
+        ) == list(start[1:]):
             return index + len(start)
     return None
 
@@ -111,9 +111,7 @@ def _without_config(words: Sequence[str], start: Sequence[str]) -> list[str]:
     if file is None and "--config" in words[:-1]:
         file = words[words.index("--config") + 1]
     if file is not None:
-        raise ConfigError(
-            f"from: {' '.join(start)} reads its settings in a file: give from={file.rpartition('=')[2]}"
-        )
+        raise ConfigError(f"from: {' '.join(start)} reads its settings in a file: give from={file.rpartition('=')[2]}")
     return list(words)
 
 

@@ -117,7 +117,9 @@ def _template(settings: Settings) -> Iterator[Part]:
     if thinks is not True and str(name).startswith("qwen3") and not str(name).endswith("nothink"):
         yield Lost("empty thoughts are part of the answer here, as with enable_thinking=true", "enable_thinking")
     if settings.take("default_system"):
-        yield Lost("write it into the column system of the rows, or into a Jinja file (data.template)", "default_system")
+        yield Lost(
+            "write it into the column system of the rows, or into a Jinja file (data.template)", "default_system"
+        )
     settings.read.add("preserve_thinking")
     if settings.look("preserve_thinking"):
         yield Lost("the template decides which thoughts are kept", "preserve_thinking")
@@ -140,9 +142,7 @@ class _Registry:
     def missing(self, key: str, names: list[str]) -> Iterator[Part]:
         """Yields the sets that the registry does not name."""
         if unknown := [name for name in names if name not in self.sets and not self.is_online]:
-            yield Lost(
-                f"{', '.join(unknown)} stand in no {self.folder}/dataset_info.json here: give their files", key
-            )
+            yield Lost(f"{', '.join(unknown)} stand in no {self.folder}/dataset_info.json here: give their files", key)
 
     def part(self, name: str) -> tuple[dict[str, Any], list[Part]]:
         """Returns a set with the fields of `data.mix`, and what of its entry was lost."""

@@ -47,7 +47,14 @@ LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 TOO_LONG = {"delete": "drop", "raise": "error", "left": "truncate", "right": "truncate"}
 LOSSES = {"default": "assistant", "last_round": "last", "all": "all"}
-TEMPLATES = {"chatml": "chatml", "qwen": "qwen", "qwen2_5": "qwen", "llama3": "llama-3", "gemma": "gemma", "qwen3": "auto"}
+TEMPLATES = {
+    "chatml": "chatml",
+    "qwen": "qwen",
+    "qwen2_5": "qwen",
+    "llama3": "llama-3",
+    "gemma": "gemma",
+    "qwen3": "auto",
+}
 INITS = {"true": "default", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": "loftq"}
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 HUB = "ids are of ModelScope there; the hub of Hugging Face is asked here"

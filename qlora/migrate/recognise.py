@@ -82,7 +82,7 @@ def _by_keys(path: Path, settings: Mapping[str, Any], dialects: Sequence[Dialect
     if len(best) > 1:
         names = [dialect.name for dialect in best]
         raise DataError(
-            f"from={path} may be of {listed(names)}: all of its keys are theirs; begin the command with its program, or "
+            f"from={path} may be of {listed(names)}: its keys are theirs; begin the command with its program, or "
             f"add a key that only one of them has, such as {listed([SIGNS[name] for name in names])}"
         )
     return best[0]

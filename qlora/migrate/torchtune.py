@@ -11,6 +11,7 @@ from qlora.errors import ConfigError
 from qlora.migrate import hf_arguments, shared_rules
 from qlora.migrate.torchtune_data import COMPONENT, choose_data
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
+from qlora.migrate.vocabulary import keys
 
 MODULES = {"output_proj": "o_proj"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -44,18 +45,17 @@ DEFAULTS: dict[str, Any] = {
     "shuffle": True,
 }
 """Of its recipes, builders and optimizers, at 0.7."""
-KEYS = frozenset(
+KEYS = keys(
     """
-    ac_mode ac_option batch_size checkpointer clear_cache clip_grad_norm collate_fn compile
-    cudnn_deterministic_mode custom_sharded_layers data_parallel_replicate_dim data_parallel_shard_dim dataset
-    dataset_val device dtype enable_activation_checkpointing enable_activation_offloading enable_async_checkpointing
-    enable_fp8_training epochs epochs_to_keep fp8_recipe_name fsdp_cpu_offload fsdp_reshard_after_forward
-    fsdp_sharding_strategy gradient_accumulation_steps keep_last_n_checkpoints log_every_n_steps log_level
-    log_peak_memory_stats loss low_cpu_ram lr_scheduler max_steps_per_epoch memory_efficient_fsdp_wrap metric_logger
-    model optimizer optimizer_in_bwd output_dir profiler resume_from_checkpoint run_val_every_n_steps
-    save_adapter_weights_only save_every_n_steps seed shuffle tensor_parallel_dim tensor_parallel_plan tokenizer
-    batch_size_val
-    """.split()
+    ac_mode ac_option batch_size checkpointer clear_cache clip_grad_norm collate_fn compile cudnn_deterministic_mode
+    custom_sharded_layers data_parallel_replicate_dim data_parallel_shard_dim dataset dataset_val device dtype
+    enable_activation_checkpointing enable_activation_offloading enable_async_checkpointing enable_fp8_training
+    epochs epochs_to_keep fp8_recipe_name fsdp_cpu_offload fsdp_reshard_after_forward fsdp_sharding_strategy
+    gradient_accumulation_steps keep_last_n_checkpoints log_every_n_steps log_level log_peak_memory_stats loss
+    low_cpu_ram lr_scheduler max_steps_per_epoch memory_efficient_fsdp_wrap metric_logger model optimizer
+    optimizer_in_bwd output_dir profiler resume_from_checkpoint run_val_every_n_steps save_adapter_weights_only
+    save_every_n_steps seed shuffle tensor_parallel_dim tensor_parallel_plan tokenizer batch_size_val
+    """
 )
 """The keys of the first level that its finetuning recipes read."""
 

@@ -87,11 +87,15 @@ def _template(settings: Settings) -> Any:
     """Returns our template with the marks of the tokenizer; yields what differs."""
     name = str(settings.take(f"tokenizer.{COMPONENT}", "")).rpartition(".")[2]
     if settings.take("tokenizer.prompt_template") is not None:
-        yield Lost("words of your own around messages: write a Jinja file for data.template", "tokenizer.prompt_template")
+        yield Lost(
+            "words of your own around messages: write a Jinja file for data.template", "tokenizer.prompt_template"
+        )
     if name == "llama2_tokenizer":
         yield Lost("ours has a blank more before the end of an answer", f"tokenizer.{COMPONENT}")
     if name not in TOKENIZERS:
-        yield Lost("the marks of this tokenizer are not known: the base's own template is taken", f"tokenizer.{COMPONENT}")
+        yield Lost(
+            "the marks of this tokenizer are not known: the base's own template is taken", f"tokenizer.{COMPONENT}"
+        )
     return TOKENIZERS.get(name, "auto")
 
 

@@ -82,7 +82,9 @@ def _data(settings: Settings) -> Iterator[Part]:
             notes += more
     else:
         named = {"path": name if name is not None else "rows.jsonl", "subset": subset, "split": split}
-        parts = [{key: value for key, value in named.items() if value is not None and (key, value) != ("split", "train")}]
+        parts = [
+            {key: value for key, value in named.items() if value is not None and (key, value) != ("split", "train")}
+        ]
         if name is None:
             yield Lost("no rows are named: give data.path=FILE", "dataset_name")
     yield from notes

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-TRAINING_ARGUMENTS = frozenset(
+
+def keys(text: str) -> frozenset[str]:
+    """Returns the words of a text."""
+    return frozenset(text.split())
+
+
+TRAINING_ARGUMENTS = keys(
     """
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
     auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16 bf16_full_eval data_seed
@@ -28,11 +34,11 @@ TRAINING_ARGUMENTS = frozenset(
     include_inputs_for_metrics include_tokens_per_second jit_mode_eval logging_dir no_cuda overwrite_output_dir
     past_index push_to_hub_model_id push_to_hub_token ray_scope save_safetensors split_batches torchdynamo
     tpu_num_cores use_auth_token use_ipex use_legacy_prediction_loop use_mps_device warmup_ratio xpu_backend
-    """.split()
+    """
 )
-"""Those of `TrainingArguments` and `Seq2SeqTrainingArguments` of transformers 5.23, and those that 4.x had beside them."""
+"""Those of `Seq2SeqTrainingArguments` of transformers 5.23, and those that 4.x had beside them."""
 
-QLORA_KEYS = frozenset(
+QLORA_KEYS = keys(
     """
     adam8bit bits cache_dir dataset dataset_format diversity_penalty do_mmlu_eval do_sample double_quant
     eval_dataset_size full_finetune group_by_length length_penalty lora_alpha lora_dropout lora_r max_eval_samples
@@ -40,11 +46,11 @@ QLORA_KEYS = frozenset(
     mmlu_split model_name_or_path no_repeat_ngram_size num_beam_groups num_beams penalty_alpha quant_type
     repetition_penalty source_max_len target_max_len temperature top_k top_p train_on_source trust_remote_code
     typical_p use_auth_token warmup_ratio dataset_format lora_modules use_auth
-    """.split()
+    """
 )
 """The arguments of qlora.py beside those of transformers, and those of older versions of it."""
 
-AXOLOTL_KEYS = frozenset(
+AXOLOTL_KEYS = keys(
     """
     accelerator_config activation_offloading adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 adapter
     added_tokens_overrides attn_implementation auto_find_batch_size auto_resume_from_checkpoints axolotl_config_path
@@ -112,19 +118,18 @@ AXOLOTL_KEYS = frozenset(
     type_of_model unfrozen_parameters use_comet use_eaft use_kernels use_mlflow use_onebitllms use_otel_metrics
     use_pose use_ray use_tensorboard use_trackio use_wandb val_set_size vllm wandb_entity wandb_log_model wandb_mode
     wandb_name wandb_project wandb_run_id wandb_watch warmup_ratio warmup_steps weight_decay world_size
-    xformers_attention base_model_ignore_patterns eval_batch_size
-    flash_attn flash_attn_fuse_qkv group_by_length gpu_memory_limit hf_use_auth_token is_mistral_derived_model
-    is_qwen_derived_model landmark_attention liger_cross_entropy liger_fused_linear_cross_entropy
-    liger_glu_activation liger_layer_norm liger_rms_norm liger_rope cut_cross_entropy logging_dir
-    lora_embedding_kernel relora_steps relora_warmup_steps save_safetensors special_tokens
-    unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_o unsloth_lora_qkv unsloth_rms_norm unsloth_rope
-    use_tokenizer_chat_template use_bettertransformer experimental_skip_move_to_device push_to_hub hub_private_repo
-    lisa_layers fp16_full_eval bf16_full_eval 
-    """.split()
+    xformers_attention base_model_ignore_patterns eval_batch_size flash_attn flash_attn_fuse_qkv group_by_length
+    gpu_memory_limit hf_use_auth_token is_mistral_derived_model is_qwen_derived_model landmark_attention
+    liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_layer_norm liger_rms_norm
+    liger_rope cut_cross_entropy logging_dir lora_embedding_kernel relora_steps relora_warmup_steps save_safetensors
+    special_tokens unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_o unsloth_lora_qkv unsloth_rms_norm
+    unsloth_rope use_tokenizer_chat_template use_bettertransformer experimental_skip_move_to_device push_to_hub
+    hub_private_repo lisa_layers fp16_full_eval bf16_full_eval
+    """
 )
 """The keys of Axolotl's YAML, with those of its plugins and of older versions."""
 
-FACTORY_KEYS = frozenset(
+FACTORY_KEYS = keys(
     """
     _kt_adapter_artifact_path _kt_config_handle _kt_inference_config adapter_folder adapter_name_or_path
     add_special_tokens add_tokens additional_target apollo_layerwise apollo_proj apollo_proj_type apollo_rank
@@ -168,11 +173,11 @@ FACTORY_KEYS = frozenset(
     num_layer_trainable name_module_trainable lora_bf16_mode reserved_label_len split create_new_adapter use_unsloth
     flash_attn sft_packing efficient_packing streaming dpo_beta dpo_loss dpo_ftx kto_beta upcast_lmhead_output
     visual_inputs video_resolution
-    """.split()
+    """
 )
 """The arguments of LLaMA-Factory beside those of transformers, and those of older versions."""
 
-TRL_KEYS = frozenset(
+TRL_KEYS = keys(
     """
     activation_offloading assistant_only_loss attn_implementation bnb_4bit_quant_storage bnb_4bit_quant_type
     chat_template_path completion_only_loss dataset_config dataset_kwargs dataset_name dataset_num_proc
@@ -183,12 +188,11 @@ TRL_KEYS = frozenset(
     router_aux_loss_coef shuffle_dataset streaming test_split_size truncation_mode trust_remote_code
     use_bnb_nested_quant use_dora use_peft use_rslora config dataset_batch_size datasets max_seq_length
     num_of_sequences test_split_size torch_dtype use_liger model_init_kwargs streaming
-    
-    """.split()
+    """
 )
 """The arguments of `trl sft` beside those of transformers, and those of older versions."""
 
-SWIFT_KEYS = frozenset(
+SWIFT_KEYS = keys(
     """
     acc_strategy adalora_beta1 adalora_beta2 adalora_deltaT adalora_init_r adalora_orth_reg_weight adalora_target_r
     adalora_tfinal adalora_tinit adapter_act adapter_length adapters add_non_thinking_prefix add_version
@@ -225,6 +229,6 @@ SWIFT_KEYS = frozenset(
     custom_train_dataset_path lora_lr_ratio lora_target_modules max_steps num_train_epochs check_dataset_strategy
     train_dataset_sample template_type eval_human dtype use_flash_attn attn_impl self_cognition_sample
     dataset_test_ratio quantization_bit
-    """.split()
+    """
 )
 """The arguments of `swift sft` beside those of transformers, and those of older versions."""

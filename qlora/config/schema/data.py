@@ -166,8 +166,13 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        unset_values: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None,
-                                        "max_samples": None}
+        unset_values: dict[str, Any] = {
+            "subset": None,
+            "split": "train",
+            "revision": None,
+            "data_files": None,
+            "max_samples": None,
+        }
         if self.eval_path is None:
             unset_values |= {"format": "auto", "columns": {}}
         for name, unset in unset_values.items():

@@ -60,6 +60,11 @@ def alpaca(row: Row, prompt: Prompt = ALPACA) -> list[Example]:
     return [_after_system(row, "alpaca", [*earlier, *asked])]
 
 
+def alpaca_newline(row: Row) -> list[Example]:
+    """Renders as `alpaca` does, with a line break in place of the last blank of the prompt (Axolotl, torchtune)."""
+    return alpaca(row, ALPACA_NEWLINE)
+
+
 def _history(row: Row) -> list[tuple[str, str]]:
     """Returns the pairs of question and answer in the column `history`, a list or its JSON."""
     cell = chats.decode(row.get("history"))
@@ -289,11 +294,7 @@ FORMATS: dict[str, Format] = {
     "inst": Format(inst, (("text",),)),
     "text": Format(text, (("text",),)),
     "guanaco": Format(guanaco, (("text",),)),
-    "alpaca-newline": Format(
-        functools.partial(alpaca, prompt=ALPACA_NEWLINE),
-        (("instruction", "output"), ("instruction", "response")),
-        KTO_LABELS,
-    ),
+    "alpaca-newline": Format(alpaca_newline, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
 }
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
