@@ -120,9 +120,6 @@ def _length(settings: Settings) -> Iterator[Part]:
     yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler")), "lr_scheduler")
     for name in ("optim_args", "lr_scheduler_kwargs"):
         yield write_override(f"trainer.{name}", hf_arguments.read_mapping(settings.take(name)))
-    if settings.take("batch_size") and "gradient_accumulation_steps" not in settings:
-        batch = int(settings["batch_size"]) // int(settings.look("micro_batch_size"))
-        yield write_override("trainer.gradient_accumulation_steps", max(batch, 1))
     yield write_override("trainer.per_device_eval_batch_size",
                          settings.take("eval_batch_size", settings.look("micro_batch_size")))  # fmt: skip
 
@@ -223,6 +220,7 @@ RULES: dict[str, Rule] = {
     "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
     "trust_remote_code": Move("model.trust_remote_code"),
     "excess_length_strategy": Move("data.on_too_long", {"drop": "drop", "truncate": "truncate", "raise": "error"}),
+    "batch_size": Lost("a step has micro_batch_size x gradient_accumulation_steps rows there too: set these"),
     "dataset_processes": Move("data.num_proc"),
     "dataset_num_proc": Move("data.num_proc"),
     "seed": Move("seed"),
