@@ -67,9 +67,9 @@ def choose_data(settings: Settings) -> Iterator[Part]:
         yield "data.train_on=all"
     elif settings.take("mask_history"):
         yield "data.train_on=last"
-    measured = _names(settings.take("eval_dataset"))
+    measured, size = _names(settings.take("eval_dataset")), settings.take("val_size")
     if not measured:
-        yield from shared_rules.hold_out(settings.take("val_size"), "val_size")
+        yield from shared_rules.hold_out(size, "val_size")
         return
     held_out, notes = registry.part(measured[0])
     yield from notes

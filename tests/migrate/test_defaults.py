@@ -47,7 +47,9 @@ TORCHTUNE = TRAINER | {
     "trainer.max_grad_norm": 0, "trainer.logging_steps": 1, "trainer.save_steps": None, "lora.r": 8, "lora.alpha": 16,
     "lora.dropout": 0.0, "quantization.compute_dtype": "bf16", "lora.dtype": "bf16", "data.max_length": None,
 }  # fmt: skip
-TORCHTUNE = {key: value for key, value in TORCHTUNE.items() if key not in ("seed", "trainer.per_device_eval_batch_size")}
+TORCHTUNE = {
+    key: value for key, value in TORCHTUNE.items() if key not in ("seed", "trainer.per_device_eval_batch_size")
+}
 ORIGINAL = TRAINER | {
     "trainer.per_device_train_batch_size": 1, "trainer.gradient_accumulation_steps": 16, "trainer.learning_rate": 2e-4,
     "trainer.max_grad_norm": 0.3, "trainer.num_train_epochs": None, "trainer.max_steps": 10000,

@@ -16,7 +16,7 @@ from qlora.config.options import group_names
 from qlora.config.overrides import override_value, write_override
 from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrainOn
 from qlora.config.suggestions import ORIGINAL_FLAGS
-from qlora.data.formats.as_chat import from_alpaca
+from qlora.data.formats.as_chat import from_alpaca, from_alpaca_prompt, from_any, from_input_output
 from qlora.errors import UserError
 from qlora.migrate import migrate, read
 from qlora.migrate.original import QLORA
@@ -417,3 +417,32 @@ def test_alpaca_rows_become_conversations() -> None:
         ("assistant", "3"),
     ]
     assert from_alpaca({"instruction": "Hi", "input": "", "output": "Ho"})["messages"][0]["content"] == "Hi"
+
+
+def test_rows_of_other_formats_become_conversations() -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "output": 3}
+    question = from_alpaca_prompt(row)["messages"][0]["content"]
+    assert question.startswith("Below is an instruction")
+    assert question.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
+    assert [turn["content"] for turn in from_input_output(row)["messages"]] == ["1 and 2", 3]
+    assert from_any({"query": "Hi", "response": "Ho"})["messages"][0] == {"role": "user", "content": "Hi"}
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    assert from_any(chat) is chat
+
+
+def test_a_file_without_its_task_is_refused_with_it() -> None:
+    with pytest.raises(UserError, match=r"^from=axolotl\.yaml is not read by task=train.*add task=migrate"):
+        compose(["from=axolotl.yaml"])
+
+
+def test_the_screen_says_when_nothing_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "model_name_or_path: my/base\nstage: sft\ndataset: rows\ndataset_dir: ONLINE\ntemplate: chatml\nval_size: 5\n"
+    )
+    for more, lost in (("", 0), ("save_strategy: best\n", 1)):
+        (tmp_path / "sft.yaml").write_text(text + more)
+        result = migrate(compose(["task=migrate", f"from={tmp_path}/sft.yaml"]), tmp_path / f"run{lost}").to_dict()
+        said = capsys.readouterr().out
+        assert ("Every setting was translated, and every default kept." in said) is (lost == 0)
+        assert (len(result["lost"]), result["defaults_of"]) == (lost, "LLaMA-Factory 0.9.6")
+        assert "0.9.6" in said

@@ -70,7 +70,9 @@ def test_another_file_is_refused_with_a_way_on(tmp_path: Path, name: str, text: 
 
 
 def test_arguments_are_read_as_a_shell_reads_them(tmp_path: Path) -> None:
-    text = "# don't mind\nswift sft --model x --dataset a#5 'b c' --report_to none --lora_alpha=4 \\\n  --packing # no\n"
+    text = (
+        "# don't mind\nswift sft --model x --dataset a#5 'b c' --report_to none --lora_alpha=4 \\\n  --packing # no\n"
+    )
     (tmp_path / "run.sh").write_text(text + "swift sft --model other\n")
     _, arguments = recognise(tmp_path / "run.sh")
     assert arguments == {
