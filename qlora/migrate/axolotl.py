@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 """Of the schema, and of the trainer where that leaves a key unset."""
 FIXED = tuple(text for text in hf_arguments.FIXED if not text.startswith("data.on_too_long"))
 WARMUP_SHARE, MOST_WARMUP = 0.03, 100
-"""The warm-up of a config that names none: a share of all steps, at most so many."""
+"""The warm-up of a config that names none: a fraction of all steps, and the most of them."""
 
 
 def _model(settings: Settings) -> Iterator[Part]:
@@ -109,8 +109,8 @@ def _length(settings: Settings) -> Iterator[Part]:
     yield from shared_rules.choose_length(settings.take("num_epochs"), steps)
     warmup, ratio = settings.take("warmup_steps"), settings.take("warmup_ratio")
     if warmup is None and ratio is None:
-        share = min(int(WARMUP_SHARE * steps), MOST_WARMUP) if steps else WARMUP_SHARE
-        yield write_override("trainer.warmup_steps", 2 if share == 1 else share)
+        warmup = min(int(WARMUP_SHARE * steps), MOST_WARMUP) if steps else WARMUP_SHARE
+        yield write_override("trainer.warmup_steps", 2 if warmup == 1 else warmup)
         if not steps:
             yield Lost(f"{MOST_WARMUP} steps at most there: set trainer.warmup_steps={MOST_WARMUP} where "
                        f"{WARMUP_SHARE:.0%} of all steps are more", "warmup_ratio")  # fmt: skip
@@ -138,8 +138,8 @@ def _intervals(settings: Settings) -> Iterator[Part]:
         if kind == "eval" and not held_out:
             yield f"{ours}=null"
         elif often:
-            share = 1 / (float(often) * float(length["epochs"]))
-            yield from shared_rules.every_share(ours, f"{kind}s_per_epoch", share, **length)
+            fraction = 1 / (float(often) * float(length["epochs"]))
+            yield from shared_rules.every_share(ours, f"{kind}s_per_epoch", fraction, **length)
         elif steps and steps < 1:
             yield from shared_rules.every_share(ours, f"{kind}_steps", steps, **length)
         elif steps or strategy == "steps":

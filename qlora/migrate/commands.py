@@ -1,4 +1,4 @@
-"""Commands in scripts: which of them start a training that can be translated, and their arguments."""
+"""Commands in scripts: which of them start a training run that can be translated, and their arguments."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STARTS: dict[tuple[str, ...], str] = {
     ("llamafactory-cli", "train"): "LLaMA-Factory",
     ("lmf", "train"): "LLaMA-Factory",
 }
-"""Words that start a training, and whose it is; "": the arguments tell."""
+"""What starts a training run, and whose it is; "": the arguments tell."""
 CONFIG_STARTS = (("axolotl", "train"), ("-m", "axolotl.cli.train"), ("tune", "run"))
-"""Words that start a training whose settings stand in a YAML."""
+"""What starts a training run whose settings stand in a YAML."""
 OTHER_TASKS = {
     "trl": ("dpo", "grpo", "kto", "orpo", "ppo", "reward", "rloo"),
     "swift": ("rlhf", "infer", "export", "deploy", "eval", "app", "sample"),
@@ -34,26 +34,26 @@ YAML_FILES = (".yaml", ".yml", ".json")
 
 
 def read_command(text: str) -> tuple[str, tuple[str, ...], dict[str, Any]] | None:
-    """Returns whose training the first command of a script starts, with which words, and its arguments.
+    """Returns whose training the first command of a script starts, how, and its arguments.
 
     A text that begins with arguments is one command, of whom its arguments tell. None: it holds no such command.
     Raises a `UserError` for a command that cannot be read, and for one that does another thing.
     """
     joined = re.sub(r"\\\s*\Z", "", text.replace("\\\r\n", " ").replace("\\\n", " "))
     if joined.lstrip().startswith(("--", "–", "—")):
-        words = [word for line in joined.splitlines() for word in _split(line, {}, must=True)]
-        return "", (), _arguments(words)
+        args = [word for line in joined.splitlines() for word in _split(line, {}, must=True)]
+        return "", (), _arguments(args)
     variables: dict[str, str] = {}
     for line in joined.splitlines():
-        words = _split(line, variables, must=any(start[0] in line for start in STARTS))
-        for word in words if all("=" in word for word in words) or words[:1] == ["export"] else ():
+        args = _split(line, variables, must=any(start[0] in line for start in STARTS))
+        for word in args if all("=" in word for word in args) or args[:1] == ["export"] else ():
             name, _, value = word.partition("=")
             if name.isidentifier() and "=" in word:
                 variables[name] = value
         for start, owner in STARTS.items():
-            if (end := _find(words, start)) is not None:
-                return owner, start, _arguments(_without_config(words[end:], start))
-        _refuse(words)
+            if (end := _find(args, start)) is not None:
+                return owner, start, _arguments(_without_config(args[end:], start))
+        _refuse(args)
     return None
 
 
@@ -79,46 +79,46 @@ def _without_comment(line: str) -> str:
     return line
 
 
-def _find(words: Sequence[str], start: Sequence[str]) -> int | None:
-    """Returns where the arguments of a command begin; None: these words do not start it."""
-    for index in range(len(words) - len(start) + 1):
-        first = words[index]
-        if (first == start[0] or first.endswith(f"/{start[0]}")) and list(
-            words[index + 1 : index + len(start)]
-        ) == list(start[1:]):
+def _find(args: Sequence[str], start: Sequence[str]) -> int | None:
+    """Returns where the arguments of a command begin; None: these args do not start it."""
+    for index in range(len(args) - len(start) + 1):
+        first = args[index]
+        if (first == start[0] or first.endswith(f"/{start[0]}")) and list(args[index + 1 : index + len(start)]) == list(
+            start[1:]
+        ):
             return index + len(start)
     return None
 
 
-def _refuse(words: Sequence[str]) -> None:
+def _refuse(args: Sequence[str]) -> None:
     """Raises `ConfigError` for a command of a known tool that trains on no answers, or reads its settings in a file."""
     for start in CONFIG_STARTS:
-        if (end := _find(words, start)) is not None:
-            file = next((word for word in words[end:] if word.endswith(YAML_FILES)), None)
+        if (end := _find(args, start)) is not None:
+            file = next((word for word in args[end:] if word.endswith(YAML_FILES)), None)
             raise ConfigError(f"from: {' '.join(start)} reads its settings in a file: give from={file or 'FILE.yaml'}")
     for tool, tasks in OTHER_TASKS.items():
         for task in tasks:
-            if _find(words, (tool, task)) is not None:
+            if _find(args, (tool, task)) is not None:
                 raise ConfigError(f"from: {tool} {task} is no training on answers, which alone is translated")
 
 
-def _without_config(words: Sequence[str], start: Sequence[str]) -> list[str]:
+def _without_config(args: Sequence[str], start: Sequence[str]) -> list[str]:
     """Returns the arguments; raises `ConfigError` where a file holds the settings."""
-    file = next((word for word in words if word.partition("=")[2].endswith(YAML_FILES) and word.startswith("--config")),
+    file = next((word for word in args if word.partition("=")[2].endswith(YAML_FILES) and word.startswith("--config")),
                 None)  # fmt: skip
-    if file is None and words[:1] and words[0].endswith(YAML_FILES):
-        file = words[0]
-    if file is None and "--config" in words[:-1]:
-        file = words[words.index("--config") + 1]
+    if file is None and args[:1] and args[0].endswith(YAML_FILES):
+        file = args[0]
+    if file is None and "--config" in args[:-1]:
+        file = args[args.index("--config") + 1]
     if file is not None:
         raise ConfigError(f"from: {' '.join(start)} reads its settings in a file: give from={file.rpartition('=')[2]}")
-    return list(words)
+    return list(args)
 
 
-def _arguments(words: Sequence[str]) -> dict[str, Any]:
+def _arguments(args: Sequence[str]) -> dict[str, Any]:
     """Returns values by argument: true for one without a value, a list for one with several."""
     values: dict[str, Any] = {}
-    for name, value in _pairs(words):
+    for name, value in _pairs(args):
         if name not in values or values[name] is True:
             values[name] = value
         elif value is not True:
@@ -127,9 +127,9 @@ def _arguments(words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _pairs(args: Sequence[str]) -> Iterator[tuple[str, Any]]:
     name = None
-    for word in words:
+    for word in args:
         if word in ENDS:
             return
         if word.lstrip("–—").startswith("--") or word[:1] in ("–", "—"):

@@ -94,7 +94,8 @@ def _bits(settings: Settings) -> Iterator[Part]:
         dtype = "bf16"
     elif settings.take("fp16"):
         dtype = "fp16"
-    if number == 4 and (compute := settings.take("bnb_4bit_compute_dtype")) is not None:
+    compute = settings.take("bnb_4bit_compute_dtype")
+    if number == 4 and compute is not None:
         dtype = DTYPES.get(str(compute), "auto")
     double = settings.take("bnb_4bit_use_double_quant") is not False
     kind = str(settings.take("bnb_4bit_quant_type"))
@@ -189,18 +190,18 @@ def _template(settings: Settings) -> Iterator[Part]:
 def _held_out(
     settings: Settings, parts: list[dict[str, Any]], columns: dict[str, Any], *, is_text: bool
 ) -> Iterator[Part]:
-    measured, share = _listed(settings.take("val_dataset")), settings.take("split_dataset_ratio")
+    measured, fraction = _listed(settings.take("val_dataset")), settings.take("split_dataset_ratio")
     named = "eval_strategy" in settings or "evaluation_strategy" in settings
     strategy = hf_arguments.evaluates(settings) if named else str(settings.look("save_strategy"))
     if not measured:
-        yield from shared_rules.hold_out(0 if strategy == "no" else share, "split_dataset_ratio")
+        yield from shared_rules.hold_out(0 if strategy == "no" else fraction, "split_dataset_ratio")
     else:
         held_out, notes = _part(str(measured[0]), columns, is_text=is_text)
         yield from notes
         yield from shared_rules.measure_on(held_out, parts, "val_dataset")
         if len(measured) > 1:
             yield Lost("one set is measured: join the others to it in a file", "val_dataset")
-    if measured or share:
+    if measured or fraction:
         yield from hf_arguments.every("eval", strategy, settings, settings.look("save_steps"))
 
 

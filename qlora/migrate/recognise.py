@@ -17,6 +17,7 @@ from qlora.migrate.torchtune import TORCHTUNE
 from qlora.migrate.torchtune_data import COMPONENT
 from qlora.migrate.translation import Dialect
 from qlora.migrate.trl import TRL
+from qlora.migrate.vocabulary import TRAINING_ARGUMENTS
 from qlora.text import listed
 
 DIALECTS = (QLORA, AXOLOTL, FACTORY, TORCHTUNE, TRL, SWIFT)
@@ -24,6 +25,8 @@ IN_YAML, IN_ARGUMENTS = (AXOLOTL, FACTORY, TRL, SWIFT), (QLORA, TRL, SWIFT, FACT
 """Torchtune's YAML is told by its components."""
 OTHERS = {
     "dataset_mixer": "the alignment handbook",
+    "model_class": "LLaMA-Factory's next version",
+    "train_dataset": "LLaMA-Factory's next version",
     "input_features": "Ludwig",
     "merge_method": "mergekit",
     "lora_parameters": "MLX",
@@ -74,7 +77,7 @@ def _by_keys(path: Path, settings: Mapping[str, Any], dialects: Sequence[Dialect
     """Returns the dialect that knows most of the keys: at least half, and more than any other does."""
     if other := next((key for key in OTHERS if key in settings), None):
         raise DataError(f"from={path} is a config of {OTHERS[other]} ({other}), which is not read; {BY_HAND}")
-    known = {dialect.name: sum(map(dialect.knows, settings)) for dialect in dialects if _names_model(dialect, settings)}
+    known = {dialect.name: sum(map(dialect.knows, settings)) for dialect in dialects if _is_of(dialect, settings)}
     most = max(known.values(), default=0)
     best = [dialect for dialect in dialects if known.get(dialect.name) == most]
     if not best or 2 * most < len(settings) or (most < 2 and best[0] is AXOLOTL):
@@ -94,8 +97,11 @@ OPTIONAL_MODEL = (QLORA,)
 """Those that have a default model."""
 
 
-def _names_model(dialect: Dialect, settings: Mapping[str, Any]) -> bool:
-    return dialect.model_key in settings or dialect in OPTIONAL_MODEL
+def _is_of(dialect: Dialect, settings: Mapping[str, Any]) -> bool:
+    """Tells whether a model is named as the project names it, beside one of the keys that transformers has not."""
+    signs = dialect.keys - TRAINING_ARGUMENTS - {dialect.model_key, "dataset", "max_length", "seed"}
+    names_model = dialect.model_key in settings or dialect in OPTIONAL_MODEL
+    return names_model and (dialect is not SWIFT or not signs.isdisjoint(settings))
 
 
 def _switches(dialect: Dialect, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:
 
 
 def every(ours: str, key: str, *, steps: Any = None, epochs: float | None = None) -> Iterator[Part]:
-    """Yields how often is measured or saved: every so many steps or epochs, or never."""
+    """Yields how often is measured or saved: every N steps or epochs, or never."""
     if epochs is not None and KEEPS:
         yield f"{ours}={epochs:g}ep"
         return
@@ -139,12 +139,12 @@ def every(ours: str, key: str, *, steps: Any = None, epochs: float | None = None
         yield Lost(NO_STEPS.format(key=ours), key)
 
 
-def every_share(ours: str, key: str, share: float, *, epochs: Any, steps: Any) -> Iterator[Part]:
-    """As `every`, for a share of all steps of a training of so many epochs or steps."""
+def every_share(ours: str, key: str, fraction: float, *, epochs: Any, steps: Any) -> Iterator[Part]:
+    """As `every`, for a fraction of all steps of a training run of N epochs or steps."""
     if isinstance(steps, int | float) and steps > 0:
-        yield from every(ours, key, steps=math.ceil(share * steps))
+        yield from every(ours, key, steps=math.ceil(fraction * steps))
     else:
-        yield from every(ours, key, epochs=share * float(epochs))
+        yield from every(ours, key, epochs=fraction * float(epochs))
 
 
 def keep(key: str, *, best: bool, metric: Any = "loss") -> Iterator[Part]:

@@ -113,8 +113,8 @@ class Dialect:
 
     def rule(self, key: str) -> Rule | None:
         """Returns the rule for a key that no joint reads."""
-        found = self.rules.get(key)
-        return found or next((rule for prefix, rule in self.prefixes.items() if key.startswith(prefix)), None)
+        rule = self.rules.get(key)
+        return rule or next((rule for prefix, rule in self.prefixes.items() if key.startswith(prefix)), None)
 
     def knows(self, key: str) -> bool:
         """Tells whether the project has a key."""

@@ -48,14 +48,14 @@ def _bits(settings: Settings) -> Iterator[Part]:
     fp16, bf16 = settings.take("fp16"), settings.take("bf16")
     bf16 = not fp16 if bf16 is None else bf16
     mixed = "bf16" if bf16 else "fp16" if fp16 else None
-    stored = DTYPES.get(str(settings.take("torch_dtype") or settings.take("dtype")), "auto")
+    saved = DTYPES.get(str(settings.take("torch_dtype") or settings.take("dtype")), "auto")
     settings.read.add("dtype")
     if (four or eight) and not lora:
         yield Lost("4 and 8 bits are not trained whole: set use_peft, or lora=none quantization=none here", "use_peft")
         lora = True
-    bits = 4 if four else 8 if eight else 32 if stored == "fp32" else 16
+    bits = 4 if four else 8 if eight else 32 if saved == "fp32" else 16
     double, kind = bool(settings.take("use_bnb_nested_quant")), str(settings.take("bnb_4bit_quant_type"))
-    yield from shared_rules.choose_quantization(bits, kind, double=double, dtype=mixed or stored, lora=lora)
+    yield from shared_rules.choose_quantization(bits, kind, double=double, dtype=mixed or saved, lora=lora)
     if four or eight:
         yield "lora.dtype=bf16"
 

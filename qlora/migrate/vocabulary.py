@@ -1,4 +1,4 @@
-"""The keys that other projects know, as their sources list them: what tells one project's file from another's."""
+"""The keys that other projects know, as their sources list them: how one project's file is told from another's."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ def test_a_template_of_its_own_stays_with_its_set(tmp_path: Path) -> None:
 )
 def test_special_tokens_become_new_tokens(tmp_path: Path, special: str, tokens: list[str], lost: set[str]) -> None:
     more = f"chat_template: chatml\nspecial_tokens: {special}"
-    config, found, _ = entry(tmp_path, "type: chat_template", more)
-    assert (config.model.new_tokens, set(found)) == (tokens, lost)
+    config, left, _ = entry(tmp_path, "type: chat_template", more)
+    assert (config.model.new_tokens, set(left)) == (tokens, lost)
 
 
 def registry(folder: Path, sets: dict[str, Any]) -> None:

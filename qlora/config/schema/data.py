@@ -71,7 +71,7 @@ class DataConfig:
     data_files: str | None = None
     """The file inside the hub data set, where it holds several."""
     max_samples: int | None = None
-    """The first rows of the set, at most so many, before any are held out: the others are not read. Null: all."""
+    """The maximum number of rows of the set, its first ones, before any are held out. Null: all."""
     eval_path: str | None = None
     """Held-out rows of their own, in the forms of `path`; unset: those of `eval_split`, or rows split off `path`."""
     eval_split: str | None = None
