@@ -41,7 +41,7 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
     folder.create()
     name = re.sub(r"[^\w.-]+", "-", Path(config.source).stem) or "migrated"
     experiment = output_dir / "conf" / "experiment" / f"{name}.yaml"
-    typed = [text for text in overrides if text.startswith(f"{REMOTE_CODE}=")]  # no file may say it
+    typed = [text for text in overrides if text.startswith((f"{REMOTE_CODE}=", "hydra."))]  # no file may say them
     in_file = [text for text in overrides if text not in typed]
     write_text(experiment, _as_experiment(in_file, f"{dialect.name}: {Path(config.source).name}"))
     if compose([f"experiment={name}", *typed], output_dir / "conf") != compose(overrides):

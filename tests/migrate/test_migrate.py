@@ -440,9 +440,10 @@ def test_the_screen_says_when_nothing_was_lost(tmp_path: Path, capsys: pytest.Ca
         "model_name_or_path: my/base\nstage: sft\ndataset: rows\ndataset_dir: ONLINE\ntemplate: chatml\nval_size: 5\n"
     )
     for more, lost in (("", 0), ("save_strategy: best\n", 1)):
-        (tmp_path / "sft.yaml").write_text(text + more)
+        (tmp_path / "sft.yaml").write_text(f"{text}{more}output_dir: {tmp_path}/saves\ntrust_remote_code: true\n")
         result = migrate(compose(["task=migrate", f"from={tmp_path}/sft.yaml"]), tmp_path / f"run{lost}").to_dict()
         said = capsys.readouterr().out
         assert ("Every setting was translated, and every default kept." in said) is (lost == 0)
         assert (len(result["lost"]), result["defaults_of"]) == (lost, "LLaMA-Factory 0.9.6")
         assert "0.9.6" in said
+        assert f"experiment=sft hydra.run.dir={tmp_path}/saves model.trust_remote_code=true" in said.replace("\n", " ")
