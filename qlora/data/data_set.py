@@ -70,6 +70,9 @@ class RowSet:
         config = self.config
         if self.part.path_name == "eval_path":
             return self._load(HELD_OUT_SPLITS, config.max_eval_samples)
+        if (most := self.part.fields.max_samples) is not None:
+            rows = self._load(self.part.fields.split, most)
+            return rows.select(range(min(most, len(rows))))
         limit = config.max_train_samples
         if limit is not None and config.splits_off:
             limit += int(max(config.eval_dataset_size, 1))

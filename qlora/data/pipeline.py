@@ -112,6 +112,7 @@ def _parts(config: DataConfig) -> list[Part]:
         split=config.split,
         revision=config.revision,
         data_files=config.data_files,
+        max_samples=config.max_samples,
         format=config.format,
         columns=config.columns,
     )

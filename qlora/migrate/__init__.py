@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,11 @@ from qlora.config.compose import compose
 from qlora.config.options import group_names
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import override_value
-from qlora.config.saved_config import read_yaml, write_yaml
+from qlora.config.saved_config import write_yaml
 from qlora.config.schema import Config
 from qlora.config.trust import REMOTE_CODE
 from qlora.errors import ConfigError, DataError, UserError, did_you_mean
-from qlora.migrate.axolotl import AXOLOTL
-from qlora.migrate.llama_factory import FACTORY
-from qlora.migrate.original import PROGRAM, QLORA, read_command
-from qlora.migrate.torchtune import COMPONENT, TORCHTUNE
+from qlora.migrate.recognise import recognise
 from qlora.migrate.translation import Dialect, Reading, translate
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
@@ -45,7 +41,7 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
     folder.create()
     name = re.sub(r"[^\w.-]+", "-", Path(config.source).stem) or "migrated"
     experiment = output_dir / "conf" / "experiment" / f"{name}.yaml"
-    typed = [text for text in overrides if text.startswith(f"{REMOTE_CODE}=")]  # no file may say it
+    typed = [text for text in overrides if text.startswith((f"{REMOTE_CODE}=", "hydra."))]  # no file may say them
     in_file = [text for text in overrides if text not in typed]
     write_text(experiment, _as_experiment(in_file, f"{dialect.name}: {Path(config.source).name}"))
     if compose([f"experiment={name}", *typed], output_dir / "conf") != compose(overrides):
@@ -58,7 +54,9 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
             "from": dialect.name,
             "overrides": overrides,
             "command": shlex.join(["qlora", *overrides]),
-            "lost": [{"key": key, "value": value, "why": why} for key, value, why in reading.lost],
+            "lost": _entries(reading.lost),
+            "same": _entries(reading.same),
+            "defaults_of": f"{dialect.name} {dialect.version}",
         },
     )
     write_text(folder.result("migrate"), json.dumps(result.to_dict(), indent=2, default=str) + "\n")
@@ -74,6 +72,10 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
     return result
 
 
+def _entries(settings: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
+    return [{"key": key, "value": value, "why": why} for key, value, why in settings]
+
+
 def read(path: Path) -> tuple[Dialect, Reading]:
     """Returns the dialect of a file and its translation, whose overrides compose.
 
@@ -84,9 +86,9 @@ def read(path: Path) -> tuple[Dialect, Reading]:
         raise ConfigError(
             f"from={path}: no such file{did_you_mean(str(path), siblings)}; give the path of a config or a script"
         )
-    dialect, settings = _recognise(path)
+    dialect, settings = recognise(path)
     try:
-        reading = translate(dialect, settings)
+        reading = translate(dialect, settings, {"folder of the file": str(path.parent)})
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise DataError(
             f"from={path}: a value has another form than {dialect.name} documents ({error}); fix it there first"
@@ -94,47 +96,12 @@ def read(path: Path) -> tuple[Dialect, Reading]:
     return dialect, _composable(reading, path)
 
 
-def _recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"from={path} is not UTF-8 text; give a script or a YAML") from None
-    if path.suffix not in (".yaml", ".yml") and (PROGRAM in text or text.lstrip().startswith("--")):
-        return QLORA, read_command(text)
-    tree = read_yaml(path)
-    if isinstance(tree, dict):
-        flat, here = _flat(tree), {"__folder__": str(path.parent)}
-        if any(key.endswith(COMPONENT) for key in flat):
-            return TORCHTUNE, flat | here
-        if "base_model" in tree:
-            return AXOLOTL, {**tree, **here}
-        if "model_name_or_path" in tree or "finetuning_type" in tree:
-            return FACTORY, {**tree, **here}
-    raise DataError(
-        f"from={path} is neither a command of {PROGRAM} nor a YAML of Axolotl (base_model), LLaMA-Factory "
-        f"(model_name_or_path) or torchtune ({COMPONENT})"
-    )
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns values by full keys; the entries of a list of mappings get their indices as keys."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            value = dict(enumerate(value))
-        if isinstance(value, dict):
-            values |= _flat(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values
-
-
 def _composable(reading: Reading, path: Path) -> Reading:
     """Composes the overrides; one that conflicts with the others is left out, with the message of the error."""
     overrides, lost = list(reading.overrides), list(reading.lost)
     for _ in range(MAX_REFUSED):
         if (refused := _refusal(overrides)) is None:
-            return Reading(overrides, lost)
+            return Reading(overrides, lost, reading.same)
         culprit = next((text for text in reversed(overrides) if _refusal(_without(overrides, text)) is None), None)
         culprit = culprit or next((text for text in reversed(overrides) if text.partition("=")[0] in refused), None)
         if culprit is None:
@@ -174,15 +141,16 @@ def _as_experiment(overrides: list[str], title: str) -> str:
 
 
 def _print(dialect: Dialect, reading: Reading, source: str) -> None:
-    console.start_screen([("from", f"{source}: {dialect.name}"), ("overrides", str(len(reading.overrides)))])
+    whose = f"{source}: {dialect.name}, with the defaults of its version {dialect.version}"
+    console.start_screen([("from", whose), ("overrides", str(len(reading.overrides)))])
     console.say("qlora \\")
     for count, text in enumerate(reading.overrides, 1):
         console.say(f"  {shlex.quote(text)}" + (" \\" if count < len(reading.overrides) else ""))
     console.say()
     if not reading.lost:
-        console.say(Text("Every setting was translated.", style="bold"))
+        console.say(Text("Every setting was translated, and every default kept.", style="bold"))
         return
-    console.say(Text(f"Not translated ({len(reading.lost)})", style="bold"))
+    console.say(Text(f"Not translated, or not the same ({len(reading.lost)})", style="bold"))
     console.say_rows(
         [(f"{key}={_short(value)}" if value is not None else key, why) for key, value, why in reading.lost]
     )

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
-from qlora.migrate import shared_rules
-from qlora.migrate.translation import UNSET, Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
+from qlora.migrate import hf_arguments, shared_rules
+from qlora.migrate.axolotl_data import choose_data
+from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
+from qlora.migrate.vocabulary import AXOLOTL_KEYS
 
-FORMATS = {
-    "alpaca": "alpaca",
-    "completion": "text",
-    "sharegpt": "conversations",
-    "input_output": "segments",
-    "oasst": "text",
-    "alpaca_chat.load_qa": "question-answer",
-    "context_qa": "auto",
-    "gpteacher": "alpaca",
+DEFAULTS: dict[str, Any] = {
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 5e-5,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "num_epochs": 1.0,
+    "optimizer": "adamw_torch_fused",
+    "lr_scheduler": "cosine",
+    "logging_steps": 1,  # up to 10 in a long training
+    "save_strategy": "epoch",
+    "save_total_limit": 4,
+    "seed": 42,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "bf16": "auto",
+    "lora_dropout": 0.0,
+    "sequence_len": 512,
+    "excess_length_strategy": "drop",
+    "train_on_inputs": False,
+    "val_set_size": 0.0,
 }
+"""Of the schema, and of the trainer where that leaves a key unset."""
+FIXED = tuple(text for text in hf_arguments.FIXED if not text.startswith("data.on_too_long"))
+WARMUP_SHARE, MOST_WARMUP = 0.03, 100
+"""The warm-up of a config that names none: a fraction of all steps, and the most of them."""
 
 
 def _model(settings: Settings) -> Iterator[Part]:
-    if (rl := settings.take("rl")) is not None or settings.get("reward_model"):
-        raise ConfigError(
-            f"from: rl={rl or 'reward_model'} trains by preferences or rewards; here models are trained on answers "
-            "alone"
-        )
-    yield from shared_rules.choose_model(str(settings.take("base_model", "unset")), "base_model")
-    if (tokenizer := settings.take("tokenizer_config")) is not None:
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if settings.take(key):
+            raise ConfigError(
+                f"from: {key}={settings[key]} trains by preferences or rewards; here models are trained on answers "
+                "alone"
+            )
+    base = str(settings.take("base_model", "unset"))
+    yield from shared_rules.choose_model(base, "base_model")
+    yield from shared_rules.choose_revision(settings.take("revision_of_model"))
+    if (tokenizer := settings.take("tokenizer_config")) not in (None, base):
         yield write_override("model.tokenizer", tokenizer)
 
 
@@ -38,137 +61,103 @@ def _bits(settings: Settings) -> Iterator[Part]:
     adapter, four, eight = settings.take("adapter"), settings.take("load_in_4bit"), settings.take("load_in_8bit")
     if adapter not in (None, "lora", "qlora"):
         yield Lost("a LoRA adapter is trained in its place", "adapter")
-    more = settings.take("bnb_config_kwargs", {})
-    is_bf16 = any(settings.get(name) for name in ("bf16", "fp16", "bfloat16", "float16"))
-    bits = 4 if four or adapter == "qlora" else 8 if eight else 16 if is_bf16 else 32
-    kind, double = more.get("bnb_4bit_quant_type", "nf4"), more.get("bnb_4bit_use_double_quant", True)
-    yield from shared_rules.choose_quantization(bits, kind, double, lora=adapter is not None)
-    for name, ours in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
-        value = settings.take(name)
-        if value and value != "auto" and bits != 32:
-            yield f"quantization.compute_dtype={ours}"
+    more = dict(settings.take("bnb_config_kwargs", {}))
+    bits = 4 if four or adapter == "qlora" else 8 if eight else 16
+    kind, double = more.pop("bnb_4bit_quant_type", "nf4"), more.pop("bnb_4bit_use_double_quant", True)
+    if more:
+        yield Lost(f"{', '.join(more)} cannot be set here", "bnb_config_kwargs")
+    yield from shared_rules.choose_quantization(
+        bits, kind, double=double, dtype=_dtype(settings), lora=adapter is not None
+    )
+
+
+def _dtype(settings: Settings) -> str:
+    """Returns the precision of matmuls, as Axolotl resolves its five switches for it."""
+    bf16, fp16 = settings.take("bf16"), settings.take("fp16")
+    other_bf16, other_fp16 = settings.take("bfloat16"), settings.take("float16")
+    settings.read.add("float32")
+    if fp16 and bf16 in ("auto", False):
+        return "fp16"
+    if bf16 == "auto":
+        return "auto"
+    if bf16 or other_bf16:
+        return "bf16"
+    return "fp16" if fp16 or other_fp16 or settings.look("load_in_8bit") else "fp32"
 
 
 def _lora(settings: Settings) -> Iterator[Part]:
     named, linear = settings.take("lora_target_modules"), settings.take("lora_target_linear")
-    if isinstance(named, str):
-        named = [named]
-    if linear and named:
-        yield Lost("all linear layers are meant beside it (lora_target_linear)", "lora_target_modules")
-    if linear or named == ["all-linear"]:
-        yield "lora.target_modules=all-linear"
-    elif named:
-        yield write_override("lora.target_modules", named)
-    if settings.take("lora_modules_to_save"):
-        yield Lost(
-            "whole matrices are not trained beside an adapter; the rows of model.new_tokens are", "lora_modules_to_save"
-        )
+    if settings.look("adapter") is None:
+        return
+    if linear and named not in (None, "all-linear", ["all-linear"]):
+        yield Lost("all linear layers are adapted beside it (lora_target_linear)", "lora_target_modules")
+    yield from shared_rules.choose_targets("all-linear" if linear else named or "all-linear")
+    if not (linear or named):
+        yield Lost("no module is named: all linear layers are adapted here", "lora_target_modules")
+    for key, ours, unset in (("lora_r", "lora.r", 8), ("lora_alpha", "lora.alpha", 8)):
+        value = settings.take(key)
+        yield write_override(ours, unset if value is None else value)
+        if value is None:
+            yield Lost(f"Axolotl does not start without it: PEFT's {unset} is taken", key)
     peft = settings.take("peft", {})
     if isinstance(peft, dict) and peft.get("loftq_config"):
         yield "lora.init=loftq"
 
 
-def _data(settings: Settings) -> Iterator[Part]:
-    sets = settings.take("datasets", [])
-    if settings.take("pretraining_dataset") and not sets:
-        rows = settings.get("pretraining_dataset")
-        sets = rows if isinstance(rows, list) else [{"path": rows}]
-        sets = [
-            {"path": entry, "type": "completion"} if isinstance(entry, str) else {**entry, "type": "completion"}
-            for entry in sets
-        ]
-    if not sets:
-        yield Lost("no rows are named: give data.path=FILE", "datasets")
-        sets = [{"path": "rows.jsonl", "type": "alpaca"}]
-    parts, template = [], settings.take("chat_template")
-    for number, entry in enumerate(sets):
-        part, notes = _part(entry if isinstance(entry, dict) else {"path": str(entry)}, number)
-        yield from notes
-        parts.append(part)
-        if isinstance(entry, dict):
-            template = template or entry.get("chat_template")
-    yield from shared_rules.mix(parts)
-    if template in shared_rules.TEMPLATES:
-        yield f"data.template={shared_rules.TEMPLATES[template]}"
-    elif template is not None:
-        yield Lost(
-            "no such template here: the tokenizer's own is taken; a Jinja file goes to data.template", "chat_template"
-        )
-    if settings.take("chat_template_jinja"):
-        yield Lost("put it into a file, and name that in data.template=FILE.jinja", "chat_template_jinja")
-    yield write_override("data.max_length", int(settings.take("sequence_len", 512)))
-    if settings.take("sample_packing"):
-        yield "data.packing=true"
-        yield "trainer.group_by_length=false"
-        settings.read.add("group_by_length")
-    tests = settings.take("test_datasets")
-    size = settings.take("val_set_size", 0)
-    if tests:
-        yield write_override("data.eval_path", tests[0].get("path") if isinstance(tests, list) else tests)
+def _length(settings: Settings) -> Iterator[Part]:
+    steps = settings.take("max_steps")
+    yield from shared_rules.choose_length(settings.take("num_epochs"), steps)
+    warmup, ratio = settings.take("warmup_steps"), settings.take("warmup_ratio")
+    if warmup is None and ratio is None:
+        warmup = min(int(WARMUP_SHARE * steps), MOST_WARMUP) if steps else WARMUP_SHARE
+        yield write_override("trainer.warmup_steps", 2 if warmup == 1 else warmup)
+        if not steps:
+            yield Lost(f"{MOST_WARMUP} steps at most there: set trainer.warmup_steps={MOST_WARMUP} where "
+                       f"{WARMUP_SHARE:.0%} of all steps are more", "warmup_ratio")  # fmt: skip
     else:
-        yield from shared_rules.hold_out(float(size) if size and float(size) < 1 else size, "val_set_size")
+        yield write_override("trainer.warmup_steps", warmup if warmup is not None else ratio)
+    yield from shared_rules.choose_optimizer(str(settings.take("optimizer")), "optimizer")
+    yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler")), "lr_scheduler")
+    for name in ("optim_args", "lr_scheduler_kwargs"):
+        yield write_override(f"trainer.{name}", hf_arguments.read_mapping(settings.take(name)))
+    yield write_override("trainer.per_device_eval_batch_size",
+                         settings.take("eval_batch_size", settings.look("micro_batch_size")))  # fmt: skip
 
 
-def _part(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], list[Part]]:
-    """Returns an entry of `datasets` with our field names, and what of it was lost."""
-    key, kind = f"datasets[{number}]", entry.get("type", "alpaca")
-    notes: list[Part] = []
-    files = entry.get("data_files")
-    if isinstance(files, list):
-        notes += (
-            [Lost(f"only {files[0]} of {len(files)} files is taken", f"{key}.data_files")] if len(files) > 1 else []
+def _intervals(settings: Settings) -> Iterator[Part]:
+    held_out = bool(settings.look("test_datasets")) or bool(settings.look("val_set_size"))
+    older = settings.take("evaluation_strategy")
+    strategies = {"save": settings.take("save_strategy"), "eval": settings.take("eval_strategy", older or "no")}
+    length = {"epochs": settings.look("num_epochs"), "steps": settings.look("max_steps")}
+    for kind, strategy in strategies.items():
+        ours, steps, often = (
+            f"trainer.{kind}_steps",
+            settings.take(f"{kind}_steps"),
+            settings.take(f"{kind}s_per_epoch"),
         )
-        files = files[0]
-    local = entry.get("ds_type") and entry.get("path") in ("json", "csv", "parquet", "text", "arrow")
-    part: dict[str, Any] = {"path": files if local and files else entry.get("path")}
-    if files and not local:
-        part["data_files"] = files
-    for theirs, ours in (("name", "subset"), ("split", "split")):
-        if entry.get(theirs) and not (theirs == "split" and entry[theirs] == "train"):
-            part[ours] = entry[theirs]
-    if isinstance(kind, dict):
-        columns = {
-            "instruction": kind.get("field_instruction"),
-            "input": kind.get("field_input"),
-            "output": kind.get("field_output"),
-        }
-        part["format"] = "alpaca"
-        if columns := {role: column for role, column in columns.items() if column and column != role}:
-            part["columns"] = columns
-        notes.append(Lost("words of your own around a row need a function: data.format=module:function", f"{key}.type"))
-    elif kind == "chat_template" or str(kind).startswith("chat_template"):
-        mapping = entry.get("message_property_mappings") or {}
-        sharegpt = (mapping.get("role") or entry.get("message_field_role")) == "from"
-        part["format"] = "conversations" if sharegpt else "messages"
-        column = entry.get("field_messages", "messages")
-        if column != part["format"]:
-            part["columns"] = {part["format"]: column}
-    else:
-        name = str(kind).split(":")[0]
-        part["format"] = FORMATS.get(name, FORMATS.get(name.split(".")[0], "auto"))
-        if name not in FORMATS and name.split(".")[0] not in FORMATS:
-            notes.append(Lost(f"the form {kind!r} is not known here: it is recognised by the columns", f"{key}.type"))
-        if part["format"] == "text" and entry.get("field") not in (None, "text"):
-            part["columns"] = {"text": entry["field"]}
-    for name in ("shards", "shards_idx", "preprocess_shards", "roles", "roles_to_train", "trust_remote_code"):
-        if entry.get(name) not in (*UNSET, False, ["assistant"]):
-            notes.append(Lost("there is no such option here", f"{key}.{name}"))
-    return part, notes
-
-
-def _steps(settings: Settings) -> Iterator[Part]:
-    for name, key in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
-        steps, often = settings.take(f"{key}_steps"), settings.take(name)
-        settings.take(f"{key}_strategy"), settings.take("evaluation_strategy")
-        ours = f"trainer.{key}_steps"
-        given = isinstance(steps, int | float) and steps >= 1
-        yield write_override(ours, int(steps) if given else None)
-        if (often or steps) and not given:
-            yield Lost(shared_rules.NO_STEPS.format(key=ours), name if often else f"{key}_steps")
-    yield from shared_rules.choose_length(settings.take("num_epochs", 1), settings.take("max_steps"))
-    yield from shared_rules.choose_warmup(settings)
-    yield from shared_rules.choose_optimizer(str(settings.take("optimizer", "adamw_torch_fused")), "optimizer")
-    yield from shared_rules.choose_schedule(str(settings.take("lr_scheduler", "cosine")), "lr_scheduler")
+        if kind == "eval" and not held_out:
+            yield f"{ours}=null"
+        elif often:
+            fraction = 1 / (float(often) * float(length["epochs"]))
+            yield from shared_rules.every_share(ours, f"{kind}s_per_epoch", fraction, **length)
+        elif steps and steps < 1:
+            yield from shared_rules.every_share(ours, f"{kind}_steps", steps, **length)
+        elif steps or strategy == "steps":
+            yield from shared_rules.every(ours, f"{kind}_steps", steps=steps or 500)
+        elif strategy == "epoch":
+            ends_with_it = not length["steps"] and float(length["epochs"]) <= 1
+            yield from shared_rules.every(ours, f"{kind}_strategy", epochs=None if ends_with_it else 1)
+        else:
+            yield f"{ours}=null"
+            if strategy != "no":
+                yield Lost(f"no such strategy here: set {ours}=N", f"{kind}_strategy")
+    patience = settings.take("early_stopping_patience")
+    best = bool(settings.take("load_best_model_at_end") or patience) and held_out
+    key = "load_best_model_at_end" if settings.get("load_best_model_at_end") else "early_stopping_patience"
+    yield from shared_rules.keep(key, best=best, metric=settings.take("metric_for_best_model"))
+    if patience:
+        yield "callbacks=early-stopping"
+        yield f"callbacks.early_stopping.patience={patience}"
 
 
 def _attention(settings: Settings) -> Iterator[Part]:
@@ -176,7 +165,7 @@ def _attention(settings: Settings) -> Iterator[Part]:
     names = {"sdp_attention": "sdpa", "eager_attention": "eager", "flex_attention": "flex_attention"}
     for flag, option in names.items():
         name = option if settings.take(flag) else name
-    if settings.take("flash_attention") or name == "flash_attention_2":
+    if settings.take("flash_attention") or str(name).startswith("flash_attention"):
         # Flash attention only affects speed and needs a package; the fast step packs rows itself.
         return
     if name is not None:
@@ -187,132 +176,128 @@ def _tracking(settings: Settings) -> Iterator[Part]:
     project, mode = settings.take("wandb_project"), settings.take("wandb_mode")
     names = ("wandb_entity", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_watch")
     entity, name, run_id, artifact, watch = (settings.take(name) for name in names)
-    if name or run_id:
-        yield write_override("name", re.sub(r"[/\\]", "-", str(name or run_id)))
-    if project is None or mode == "disabled":
+    uses = {"wandb": bool(settings.take("use_wandb") or project) and mode != "disabled",
+            **{tracker: bool(settings.take(f"use_{tracker}")) for tracker in ("mlflow", "tensorboard", "trackio")},
+            "comet_ml": bool(settings.take("use_comet"))}  # fmt: skip
+    yield from shared_rules.choose_trackers([tracker for tracker, used in uses.items() if used], "use_wandb")
+    yield from shared_rules.choose_name(name or run_id)
+    others = {"mlflow": "mlflow_experiment_name", "trackio": "trackio_project_name"}
+    for tracker, key in others.items():
+        other = settings.take(key)
+        if other and uses[tracker] and not uses["wandb"]:
+            yield write_override("tracking.project", other)
+    if not uses["wandb"]:
         return
-    yield "tracking=wandb"
-    yield write_override("tracking.project", project)
+    if project:
+        yield write_override("tracking.project", project)
     if entity:
         yield write_override("tracking.entity", entity)
     if mode == "offline":
         yield "tracking.mode=offline"
-    if artifact:
+    if artifact and str(artifact).lower() != "false":
         yield "tracking.log_adapter=true"
-    if watch:
+    if watch and str(watch).lower() != "false":
         yield Lost("gradients are not sent to wandb", "wandb_watch")
-
-
-def _stopping(settings: Settings) -> Iterator[Part]:
-    patience = settings.take("early_stopping_patience")
-    if patience:
-        yield "callbacks=early-stopping"
-        yield f"callbacks.early_stopping.patience={patience}"
 
 
 RULES: dict[str, Rule] = {
     "micro_batch_size": Move("trainer.per_device_train_batch_size"),
-    "eval_batch_size": Move("trainer.per_device_eval_batch_size"),
     **{name: Move(f"trainer.{name}") for name in ("gradient_accumulation_steps", "learning_rate", "weight_decay",
        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "save_total_limit",
        "group_by_length", "dataloader_num_workers")},
     "gradient_checkpointing": Pick(
         {True: ("trainer.gradient_checkpointing=true",), False: ("trainer.gradient_checkpointing=false",),
-         "true": ("trainer.gradient_checkpointing=true",), "unsloth": ("trainer.gradient_checkpointing=true",),
-         "offload": ("trainer.gradient_checkpointing=true",)}
+         **dict.fromkeys(("true", "unsloth", "offload", "offload_disk"), ("trainer.gradient_checkpointing=true",))}
     ),
-    "lora_r": Move("lora.r"),
-    "lora_alpha": Move("lora.alpha"),
     "lora_dropout": Move("lora.dropout"),
     "peft_use_dora": Move("lora.use_dora"),
     "peft_use_rslora": Move("lora.use_rslora"),
     "loraplus_lr_ratio": Move("lora.loraplus_lr_ratio"),
-    "peft_init_lora_weights": Move("lora.init", {True: "default", "gaussian": "gaussian", "pissa": "pissa",
-                                                  "olora": "olora", "eva": "eva", "loftq": "loftq"}),
+    "peft_init_lora_weights": Move("lora.init", {True: "default", "true": "default", "gaussian": "gaussian",
+                                                  "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
+                                                  "orthogonal": "orthogonal"}),
+    "peft_autocast_adapter_dtype": OnlyIf((True,), "the adapter has 32 bits; lora.dtype=bf16 stores it in 16"),
+    "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
     "trust_remote_code": Move("model.trust_remote_code"),
-    "revision_of_model": Move("model.revision"),
-    "tokens": Move("model.new_tokens"),
-    "train_on_inputs": Pick({True: ("data.train_on=all",), False: ()}),
+    "excess_length_strategy": Move("data.on_too_long", {"drop": "drop", "truncate": "truncate", "raise": "error"}),
+    "batch_size": Lost("a step has micro_batch_size x gradient_accumulation_steps rows there too: set these"),
     "dataset_processes": Move("data.num_proc"),
+    "dataset_num_proc": Move("data.num_proc"),
     "seed": Move("seed"),
     "output_dir": Move("hydra.run.dir"),
+    "mlflow_tracking_uri": Move("tracking.uri"),
+    "resume_from_checkpoint": Lost(shared_rules.NO_RESUME),
+    "overrides_of_model_config": Lost("set it in the model's own config.json"),
+    "overrides_of_model_kwargs": Lost("set it in the model's own config.json"),
+    "rope_scaling": Lost("set it in the model's own config.json"),
     "lora_model_dir": Lost("training begins with a fresh adapter; merge that one first (task=merge)"),
     "lora_fan_in_fan_out": OnlyIf((False,), "PEFT finds it by itself"),
-    "special_tokens": Same("the base's own are kept; padding needs none"),
-    "use_tensorboard": Pick({True: ("tracking=tensorboard",), False: ()}),
-    "use_mlflow": Pick({True: ("tracking=mlflow",), False: ()}),
-    "mlflow_experiment_name": Move("tracking.project"),
-    "mlflow_tracking_uri": Move("tracking.uri"),
-    "hub_model_id": Lost("upload a finished run with task=push repo=OWNER/NAME"),
-    "lr_scheduler_kwargs": Move("trainer.lr_scheduler_kwargs"),
+    "base_model_config": Same("the config in the model's own folder is taken"),
+    "hub_model_id": Lost(shared_rules.PUSH),
     "cosine_min_lr_ratio": Lost(
         "set trainer.lr_scheduler_type=cosine_with_min_lr trainer.lr_scheduler_kwargs.min_lr_rate=SHARE"
     ),
-    "neftune_noise_alpha": Lost("no noise is added to embeddings here"),
-    "noisy_embedding_alpha": Lost("no noise is added to embeddings here"),
+    "neftune_noise_alpha": Lost(shared_rules.NO_NOISE),
+    "noisy_embedding_alpha": Lost(shared_rules.NO_NOISE),
     "relora_steps": Lost("adapters are not restarted (ReLoRA)"),
+    "relora": Lost("adapters are not restarted (ReLoRA)"),
     "unfrozen_parameters": Lost("all weights are trained, or an adapter"),
     "lisa_n_layers": Lost("all weights are trained, or an adapter"),
-    "lora_on_cpu": Same(),
     "do_causal_lm_eval": Lost("see the metrics of evaluation="),
     "eval_table_size": Same("evaluation.show_predictions answers are shown and sent"),
-    "processor_type": Lost("only text is trained here"),
-    "multipack_real_batches": Same(),
-    "deepspeed": Lost("DeepSpeed is not used here"),
-    "fsdp": Lost(shared_rules.SHARDED),
-    "fsdp_config": Lost(shared_rules.SHARDED),
-    "fsdp_version": Same(),
+    "processor_type": Lost(shared_rules.NO_MEDIA),
+    "deepspeed": Lost(shared_rules.NO_DEEPSPEED),
+    **dict.fromkeys(("fsdp", "fsdp_config"), Lost(shared_rules.SHARDED)),
     "local_rank": OnlyIf((0, -1), shared_rules.ONE_PROCESS),
-    "device_map": Move("model.device_map"),
+    "device_map": Move("model.device_map", {name: name for name in ("auto", "balanced", "sequential")}),
     "gpu_memory_limit": Move("model.max_memory"),
-    "sequence_parallel_degree": OnlyIf((1,), "a row stays on one device"),
-    "context_parallel_size": OnlyIf((1,), "a row stays on one device"),
-    "tensor_parallel_size": OnlyIf((1,), "a layer stays on one device"),
+    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "dp_shard_size",
+                     "dp_replicate_size"), OnlyIf((1,), shared_rules.ONE_DEVICE)),
     "torch_compile": Pick({True: ("trainer.compile=true",), False: (), "auto": ()}),
-    "tf32": Same("4-bit products compute in quantization.compute_dtype"),
+    "greater_is_better": OnlyIf((False,), "the best state is that of the lowest held-out loss"),
+    "dataloader_drop_last": Lost("the last, smaller batch is trained too"),
+    "auto_find_batch_size": Lost("batches are never cut by themselves; trainer.memory_budget=auto saves memory"),
     "shuffle_merged_datasets": OnlyIf((True,), "the order of rows is drawn from seed"),
+    "streaming": OnlyIf((False,), "rows are kept in a cache on disk and need not fit into memory"),
     "min_sample_len": Lost("leave short rows out with data.format=module:function"),
-    "excess_length_strategy": Move("data.on_too_long", {"drop": "drop", "truncate": "truncate", "raise": "error"}),
-    **dict.fromkeys(("plugins", "activation_offloading", "tiled_mlp", "unsloth_lora_mlp", "unsloth_lora_qkv",
-                     "unsloth_lora_o", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
-                     "flash_attn_cross_entropy",
+    "eval_sequence_len": Lost("held-out rows have the limits of those to train on"),
+    "plugins": Same("they only add kernels, or keys that are listed by themselves"),
+    "torch_compile_backend": Same(shared_rules.SPEED),
+    "loss_watchdog_threshold": Lost("see watchdog.divergence"),
+    "loraplus_lr_embedding": Same("embeddings have no adapter here"),
+    **dict.fromkeys(("activation_offloading", "tiled_mlp", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+                     "lora_embedding_kernel", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o",
+                     "unsloth_rms_norm", "unsloth_rope", "unsloth_cross_entropy_loss", "flash_attn_cross_entropy",
                      "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "liger_rope",
                      "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "liger_layer_norm",
-                     "cut_cross_entropy", "xformers_attention", "flash_optimum", "lora_embedding_kernel"),
+                     "liger_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy", "xformers_attention",
+                     "flash_optimum", "sage_attention", "batch_flattening", "use_kernels", "layer_offloading",
+                     "fused_attn_kernel", "tf32", "s2_attention"),
                     Same(shared_rules.SPEED)),
     **dict.fromkeys(
-        (*shared_rules.WITHOUT_EFFECT,
-         "model_type", "tokenizer_type", "base_model_config", "strict", "dataset_prepared_path", "pad_to_sequence_len",
-         "eval_sample_packing", "gradient_checkpointing_kwargs", "resume_from_checkpoint", "debug",
-         "sample_packing_eff_est",
-         "auto_resume_from_checkpoints", "is_llama_derived_model", "is_falcon_derived_model",
-         "is_mistral_derived_model",
-         "tokenizer_use_fast", "tokenizer_legacy", "save_safetensors", "total_num_tokens",
-         "save_first_step", "hub_strategy", "push_dataset_to_hub", "push_to_hub", "bf16_full_eval",
-         "dataloader_prefetch_factor", "torchdistx_path", "flash_attn",
-         "ddp", "eval_max_new_tokens", "use_wandb", "__folder__", "wandb_log_model",
-         "include_tokens_per_second", "overrides_of_model_config", "use_tokenizer_chat_template",
-         "experimental_skip_move_to_device", "hf_use_auth_token", "shuffle_before_merging_datasets"),
+        ("accelerator_config", "auto_resume_from_checkpoints", "axolotl_config_path", "bf16_full_eval",
+         "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_keep_in_memory", "dataset_prepared_path",
+         "ddp", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_timeout", "debug",
+         "eval_max_new_tokens", "eval_sample_packing", "experimental_skip_move_to_device", "flash_attn",
+         "fsdp_version", "gc_collect_steps", "gc_steps", "gradient_checkpointing_kwargs", "hf_use_auth_token",
+         "hub_strategy", "include_tkps", "include_tokens_per_second", "is_falcon_derived_model",
+         "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model", "lora_on_cpu",
+         "low_cpu_mem_usage", "merge_method", "model_type", "multipack_real_batches", "pad_to_multiple_of",
+         "pad_to_sequence_len", "profiler_steps", "push_dataset_to_hub", "push_to_hub", "remove_unused_columns",
+         "sample_packing_bin_size", "sample_packing_eff_est", "sample_packing_group_size", "save_first_step",
+         "save_only_model", "save_safetensors", "shuffle_before_merging_datasets", "strict", "tokenizer_legacy",
+         "tokenizer_save_jinja_files", "tokenizer_type", "tokenizer_use_fast", "torch_empty_cache_steps",
+         "torchdistx_path", "total_num_tokens", "type_of_model", "use_tokenizer_chat_template"),
         Same(),
     ),
 }  # fmt: skip
 AXOLOTL = Dialect(
-    "Axolotl",
-    (
-        *(
-            "trainer.per_device_train_batch_size=1",
-            "trainer.gradient_accumulation_steps=1",
-            "trainer.max_grad_norm=1.0",
-        ),
-        *(
-            "trainer.gradient_checkpointing=false",
-            "trainer.group_by_length=false",
-            "trainer.logging_steps=1",
-            "seed=42",
-        ),
-        *("trainer.save_total_limit=null", "lora.dropout=0.0", "evaluation=loss", "data.source_max_len=null"),
-        "data.target_max_len=null",
-    ),
-    RULES,
-    (_model, _bits, _lora, _data, _steps, _attention, _tracking, _stopping),
+    name="Axolotl",
+    version="0.18",
+    model_key="base_model",
+    keys=AXOLOTL_KEYS,
+    defaults=DEFAULTS,
+    fixed=FIXED,
+    rules=RULES,
+    joints=(_model, _bits, _lora, _length, _intervals, choose_data, _attention, _tracking),
 )

@@ -1,79 +1,102 @@
-"""Rules that several dialects share: model presets, bits, optimizers, attention, trackers, chat templates."""
+"""Rules that several dialects share: model presets, bits, optimizers, trackers, held-out rows, chat templates."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qlora.config.fields import config_keys
 from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
 from qlora.config.options import model_presets
 from qlora.config.overrides import write_override
 from qlora.errors import did_you_mean
-from qlora.migrate.translation import Lost, Part, Settings
+from qlora.migrate.translation import Lost, Part
 
 SHARDED = "says how weights are sharded; start with torchrun and trainer.parallel=fsdp (docs/multi_gpu.md)"
 ONE_PROCESS = "how a run is spread over processes is said where it is started (torchrun, accelerate launch)"
 REMOTE = "set by the environment here (HF_TOKEN, or `hf auth login`), never by a config"
 SPEED = "speeds up another trainer; here the fast step is on by itself (trainer.fused_linear, fused_loss, compile)"
-WITHOUT_EFFECT = ("dataloader_pin_memory", "ddp_find_unused_parameters", "ddp_timeout", "logging_strategy",
-                  "low_cpu_mem_usage", "remove_unused_columns")  # fmt: skip
-"""Arguments of transformers' trainer, which others hand on, that make no difference here."""
+ONE_DEVICE = "a row and a layer stay on one device here"
 NO_STEPS = "steps of an epoch are known when the rows are read; set {key}=N"
+NO_RESUME = "another tool's checkpoint cannot be resumed: the training begins anew"
+NO_NOISE = "no noise is added to embeddings here"
+NO_MEDIA = "only text is trained here"
+NO_DEEPSPEED = "DeepSpeed is not used here; docs/multi_gpu.md says how several GPUs share a run"
+PUSH = "upload a finished run with task=push repo=OWNER/NAME"
+EXTRA_MATRICES = "whole matrices are not trained beside an adapter; the rows of model.new_tokens are"
 
-TRACKERS = {"none": "none", "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
+KEEPS = "trainer.keep" in config_keys()
+"""Whether a run may keep its best state, hold out no row, and count `trainer.eval_steps` in epochs."""
 
-TEMPLATES = {
-    **{name: name for name in ("alpaca", "chatml", "gemma", "vicuna", "zephyr", "mistral")},
-    "llama2": "llama-2",
-    "llama-2": "llama-2",
-    "llama3": "llama-3",
-    "llama-3": "llama-3",
-    "phi": "phi-3",
-    "phi_3": "phi-3",
-    "phi-3": "phi-3",
-    "phi3": "phi-3",
-    "phi4": "auto",
-    "phi_4": "auto",
-    "phi_35": "phi-3",
-    **dict.fromkeys(("qwen", "qwen2", "qwen_25", "qwen2_5"), "qwen"),
-    **dict.fromkeys(("tokenizer_default", "qwen3", "qwen3_nothink", "gemma2", "gemma3", "deepseek3", "jinja"), "auto"),
-    "mistral_v1": "mistral",
-    "tokenizer_default_fallback_chatml": "auto",
-}
-"""Their names of chat templates, and ours; `auto` is the tokenizer's own, which the newer models bring along."""
+TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
 
 BITS = {
     (4, "nf4", True): "nf4",
     (4, "nf4", False): "nf4-plain",
     (8, "nf4", True): "int8",
-    (8, "nf4", False): "int8",
     (16, "nf4", True): "none",
     (32, "nf4", True): "fp32",
 }
 
+PEFT_TARGETS = {"gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
+"""Where PEFT 0.21 puts an adapter whose config names no modules, by model type; else on queries and values."""
+
 
 def choose_model(name: str, key: str) -> Iterator[Part]:
-    """Yields the preset of a hub id, whose shape task=plan then knows, or the name itself."""
-    presets = {preset["name"].lower(): option for option, preset in model_presets().items()}
-    option = presets.get(name.lower())
-    yield write_override("model", option) if option else write_override("model.name", name)
+    """Yields the preset of a hub id, with its shape and licence, or the name itself, with those of no other model."""
+    option = _preset(name)
+    if option is not None:
+        yield write_override("model", option)
+    else:
+        yield write_override("model.name", name)
+        yield from ("model.architecture=null", "model.license=null")
     yield "recipe=none"
-    if not option and re.search(r"path/to|<|your[-_/ ]", name):
-        yield Lost("this is a placeholder: give the folder or the hub id with model.name=", key)
+    if option is None and re.search(r"path/to|<|your[-_/ ]|^unset$", name):
+        yield Lost("no model is named: give the folder or the hub id with model.name=", key)
 
 
-def choose_quantization(bits: int, quant_type: str, double: bool, *, lora: bool) -> Iterator[Part]:
-    """Yields the group of these bits; all weights are trained in 16 bits at least."""
+def _preset(name: str) -> str | None:
+    return next((option for option, preset in model_presets().items() if preset["name"].lower() == name.lower()), None)
+
+
+def choose_revision(revision: Any) -> Iterator[Part]:
+    """Yields the branch, tag or commit of the base, unless it is the branch that is taken anyway."""
+    if revision not in (None, "", "main"):
+        yield write_override("model.revision", str(revision))
+
+
+def default_targets(model: str) -> Iterator[Part]:
+    """Yields the modules that PEFT adapts where a config names none."""
+    option = _preset(model)
+    model_type = model_presets()[option]["architecture"]["model_type"] if option is not None else ""
+    yield write_override("lora.target_modules", PEFT_TARGETS.get(model_type, ["q_proj", "v_proj"]))
+
+
+def choose_targets(named: Any, everything: Sequence[str] = ("all-linear", "all")) -> Iterator[Part]:
+    """Yields the modules that a config names, as a list or a text with commas."""
+    names = named if isinstance(named, list) else [name.strip() for name in str(named).split(",")]
+    is_every = any(name in everything for name in names)
+    yield write_override("lora.target_modules", "all-linear" if is_every else names)
+
+
+def choose_quantization(
+    bits: int, quant_type: str = "nf4", *, double: bool = True, dtype: str = "auto", lora: bool = True
+) -> Iterator[Part]:
+    """Yields the group of these bits and the precision of matmuls; all weights are trained in 16 bits at least."""
     if not lora:
         yield "lora=none"
         bits = max(bits, 16)
-    option = BITS.get((bits, "nf4", double if bits == 4 else True))
+    if bits == 16 and dtype == "fp32":
+        bits = 32
     if bits == 4 and quant_type == "fp4":
         yield "quantization=fp4"
         yield write_override("quantization.double_quant", double)
-    elif option is not None:
-        yield f"quantization={option}"
+    else:
+        yield f"quantization={BITS[bits, 'nf4', double if bits == 4 else True]}"
+    if bits != 32 or dtype != "auto":
+        yield f"quantization.compute_dtype={dtype}"
 
 
 def choose_optimizer(name: str, key: str) -> Iterator[Part]:
@@ -83,7 +106,8 @@ def choose_optimizer(name: str, key: str) -> Iterator[Part]:
     if name in OPTIMIZERS:
         yield write_override("trainer.optim", name)
     else:
-        yield Lost(f"no such optimizer here{did_you_mean(name, OPTIMIZERS)}; see trainer.optim", key)
+        yield "trainer.optim=adamw_torch_fused"
+        yield Lost(f"no such optimizer here{did_you_mean(name, OPTIMIZERS)}; adamw_torch_fused is taken", key)
 
 
 def choose_schedule(name: str, key: str) -> Iterator[Part]:
@@ -91,7 +115,8 @@ def choose_schedule(name: str, key: str) -> Iterator[Part]:
     if name in SCHEDULES:
         yield write_override("trainer.lr_scheduler_type", name)
     else:
-        yield Lost(f"no such schedule here{did_you_mean(name, SCHEDULES)}; see trainer.lr_scheduler_type", key)
+        yield "trainer.lr_scheduler_type=cosine"
+        yield Lost(f"no such schedule here{did_you_mean(name, SCHEDULES)}; cosine is taken", key)
 
 
 def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:
@@ -104,10 +129,47 @@ def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:
         yield write_override("trainer.num_train_epochs", epochs)
 
 
-def choose_warmup(settings: Settings, unset: float = 0) -> Iterator[Part]:
-    """Yields the warm-up: steps where they are given, else the share of all steps."""
-    ratio, steps = settings.take("warmup_ratio"), settings.take("warmup_steps")
-    yield write_override("trainer.warmup_steps", steps or ratio or unset)
+def every(ours: str, key: str, *, steps: Any = None, epochs: float | None = None) -> Iterator[Part]:
+    """Yields how often is measured or saved: every N steps or epochs, or never."""
+    if epochs is not None and KEEPS:
+        yield f"{ours}={epochs:g}ep"
+        return
+    yield write_override(ours, None if steps is None else max(int(steps), 1))
+    if epochs is not None:
+        yield Lost(NO_STEPS.format(key=ours), key)
+
+
+def every_share(ours: str, key: str, fraction: float, *, epochs: Any, steps: Any) -> Iterator[Part]:
+    """As `every`, for a fraction of all steps of a training run of N epochs or steps."""
+    if isinstance(steps, int | float) and steps > 0:
+        yield from every(ours, key, steps=math.ceil(fraction * steps))
+    else:
+        yield from every(ours, key, epochs=fraction * float(epochs))
+
+
+def keep(key: str, *, best: bool, metric: Any = "loss") -> Iterator[Part]:
+    """Yields whether the last or the best state becomes the adapter; the best is that of the lowest held-out loss."""
+    is_loss = metric in (None, "loss", "eval_loss")
+    if KEEPS:
+        yield f"trainer.keep={'best' if best and is_loss else 'last'}"
+    if best and not (KEEPS and is_loss):
+        yield Lost("the last state is kept; callbacks=early-stopping ends a training", key)
+
+
+def choose_trackers(names: Any, key: str) -> Iterator[Part]:
+    """Yields the tracker of a list of names, or of a text; a run has one here."""
+    listed = names if isinstance(names, list) else str(names).replace(",", " ").split()
+    listed = [str(name).lower() for name in listed if str(name).lower() not in ("none", "null", "[]")]
+    known = [name for name in listed if name in TRACKERS]
+    yield f"tracking={TRACKERS[known[0]] if known else 'none'}"
+    if left := [name for name in listed if name not in known[:1]]:
+        yield Lost(f"a run has one tracker of {', '.join(TRACKERS)}: not sent to {', '.join(left)}", key)
+
+
+def choose_name(name: Any) -> Iterator[Part]:
+    """Yields the name of a run, which is a folder's here."""
+    if name:
+        yield write_override("name", re.sub(r"[/\\]+", "-", str(name)).strip("-") or "run")
 
 
 def hold_out(size: Any, key: str) -> Iterator[Part]:
@@ -115,9 +177,10 @@ def hold_out(size: Any, key: str) -> Iterator[Part]:
     if size:
         yield write_override("data.eval_dataset_size", size if size < 1 else int(size))
         return
-    yield from ("data.eval_dataset_size=1", "task.evaluate=false", "task.predict=false", "trainer.eval_steps=null")
-    yield "objective=null"
-    yield Lost("one row is held out, and not measured: here some always are", key)
+    yield f"data.eval_dataset_size={0 if KEEPS else 1}"
+    yield from ("task.evaluate=false", "trainer.eval_steps=null", "objective=null")
+    if not KEEPS:
+        yield Lost("one row is held out, and not measured: here some always are", key)
 
 
 def mix(parts: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
@@ -137,3 +200,28 @@ def mix(parts: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
         name = stem if stem not in names else f"{stem}_{len(names) + 1}"
         names.append(name)
         yield write_override(f"data.mix.{name}", dict(part))
+
+
+def measure_on(held_out: Mapping[str, Any], trained: Sequence[Mapping[str, Any]], key: str) -> Iterator[Part]:
+    """Yields the rows to measure on, a set of their own with the fields of `data.mix`.
+
+    They are read in the format and with the columns of the rows to train on, which may be another's.
+    """
+    path, split = held_out["path"], held_out.get("split", "train")
+    first = trained[0]
+    if len(trained) == 1 and path == first["path"] and split != first.get("split", "train"):
+        yield write_override("data.eval_split", split)
+    else:
+        yield write_override("data.eval_path", path)
+        if split != "train":
+            yield Lost(f"held-out rows come from the split test, validation or train of {path}, not {split}", key)
+    if len(trained) > 1:
+        yield write_override("data.format", held_out.get("format", "auto"))
+        yield from (write_override(f"data.columns.{name}", source)
+                    for name, source in held_out.get("columns", {}).items())  # fmt: skip
+    elif any(held_out.get(name) != first.get(name) for name in ("format", "columns")):
+        yield Lost("these rows are read in the format and with the columns of those to train on", key)
+    if held_out.get("max_samples") is not None:
+        yield write_override("data.max_eval_samples", held_out["max_samples"])
+    if left := [name for name in ("subset", "data_files", "revision") if name in held_out and path != first["path"]]:
+        yield Lost(f"{', '.join(left)} of held-out rows cannot be named here; write them to a file", key)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,14 @@ FREE_KEYS = (
     *("trainer.save_total_limit", "watchdog", "resume", "sweep"),
 )
 
-ADDED_KEYS: dict[str, Any] = {"loss.name": "sft", "trainer.step_parts": [], "quantization.method": "auto"}
-"""Keys that the configs of older runs lack, with the values that those runs have trained with."""
+ADDED_KEYS: dict[str, Any] = {
+    "loss.name": "sft",
+    "trainer.step_parts": [],
+    "quantization.method": "auto",
+    "data.max_samples": None,
+}
+"""Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those
+of the entries of `data.mix`."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +217,14 @@ def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
     """Returns the SHA-256 of a resolved config without its `free` keys, for any spelling of the config."""
     free = tuple(free)
-    values = {
-        key: value
-        for key, value in flatten(config)
-        if not is_below(key, free) and (key not in ADDED_KEYS or value != ADDED_KEYS[key])
-    }
+    values = {key: value for key, value in flatten(config) if not is_below(key, free) and not _is_as_before(key, value)}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_as_before(key: str, value: Any) -> bool:
+    """Returns whether older configs lack a key, and trained with this value of it."""
+    key = re.sub(r"^data\.mix\.[^.]+\.", "data.", key)
+    return key in ADDED_KEYS and value == ADDED_KEYS[key]
 
 
 def is_below(key: str, parents: Iterable[str]) -> bool:

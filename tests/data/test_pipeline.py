@@ -409,6 +409,19 @@ def test_limits_hold_for_the_whole_mix(tokenizer, tmp_path):
     assert (len(data.train), len(data.eval)) == (10, 3)
 
 
+def test_the_first_rows_of_each_set_are_taken_before_any_are_held_out(tokenizer, tmp_path, make_config):
+    mine = write(tmp_path / "mine.jsonl", [{"input": f"m{i}", "output": "x"} for i in range(40)])
+    other = write(tmp_path / "other.jsonl", [{"text": f"o{i}"} for i in range(5)])
+    sets = {"mine": {"path": mine, "max_samples": 8}, "other": {"path": other, "max_samples": 8}}
+    data = build_data(DataConfig(name="mix", path=None, mix=sets, eval_dataset_size=3), tokenizer)
+    taken = sorted(texts(data.train) + texts(data.eval))
+    assert taken == sorted([f"m{i}x" for i in range(8)] + [f"o{i}" for i in range(5)])
+    alone = build_data(make_config(ROWS, max_samples=8, eval_dataset_size=2), tokenizer)
+    assert sorted(texts(alone.train) + texts(alone.eval)) == [f"q{i}a{i}" for i in range(8)]
+    with pytest.raises(UserError, match=r"data\.max_samples=8 is not read beside data\.mix"):
+        DataConfig(name="mix", path=None, mix=sets, max_samples=8)
+
+
 def test_an_error_in_a_set_names_its_key(tokenizer, tmp_path):
     config = DataConfig(name="mix", path=None, mix={"a": {"path": str(tmp_path / "nowhere.jsonl")}})
     with pytest.raises(UserError, match=r"^data\.mix\.a\.path=.*nowhere\.jsonl: no such file"):

@@ -18,7 +18,7 @@ from qlora.errors import UserError
 from tests.data.byte_tokenizer import build_byte_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
-GUANACO, HH = PROMPTS[2:4]
+GUANACO, HH = PROMPTS[3:5]
 
 
 def load(name):
@@ -49,6 +49,13 @@ TURNS = [{"role": "user", "content": "What is a fjord?"}, {"role": "assistant", 
 # Format: rows, and for each example of them what a person types to ask the same.
 CASES = {
     "alpaca": (
+        [
+            {"instruction": ASKED, "input": "", "output": "An inlet."},
+            {"instruction": "Count the words.", "input": "one two  three", "output": "3"},
+        ],
+        [ASKED, BOTH],
+    ),
+    "alpaca-newline": (
         [
             {"instruction": ASKED, "input": "", "output": "An inlet."},
             {"instruction": "Count the words.", "input": "one two  three", "output": "3"},

@@ -96,8 +96,17 @@ def test_an_objective_that_needs_other_columns_is_refused_before_the_model(
 def older(config: Any) -> dict[str, Any]:
     """Returns the config as a run stored it before objectives and parts of other packages had keys."""
     plain = config_to_dict(config)
-    del plain["loss"], plain["trainer"]["step_parts"], plain["quantization"]["method"]
+    del plain["loss"], plain["trainer"]["step_parts"], plain["quantization"]["method"], plain["data"]["max_samples"]
+    for part in plain["data"]["mix"].values():
+        del part["max_samples"]
     return plain
+
+
+def test_a_config_of_an_older_run_of_several_sets_is_the_same_training() -> None:
+    config = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b={path:b.jsonl,weight:2}"])
+    assert config_digest(older(config)) == config_digest(config_to_dict(config))
+    fewer = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b={path:b.jsonl,weight:2,max_samples:9}"])
+    assert config_digest(older(config)) != config_digest(config_to_dict(fewer))
 
 
 def test_a_config_of_an_older_run_means_sft_and_is_the_same_training(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ CALLBACK_PACKAGES = ("qlora", "transformers")
 
 OWN_FUNCTIONS = (
     *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
-    "qlora.data.formats.as_chat:from_alpaca",
+    *(f"qlora.data.formats.as_chat:from_{rows}" for rows in ("alpaca", "alpaca_prompt", "input_output", "any")),
 )
-"""The functions that a config may name by itself: the embedded data, and Alpaca's rows as chats."""
+"""The functions that a config may name by itself: the embedded data, and rows of other formats as chats."""
 
 
 def check_trusted(key: str, name: str, trusted: Sequence[str]) -> None:

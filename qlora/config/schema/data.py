@@ -43,6 +43,8 @@ class MixConfig:
     """As `data.revision`."""
     data_files: str | None = None
     """As `data.data_files`."""
+    max_samples: int | None = None
+    """As `data.max_samples`."""
     format: str = "auto"
     """As `data.format`."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -68,14 +70,16 @@ class DataConfig:
     """Branch, tag or commit of the hub data set."""
     data_files: str | None = None
     """The file inside the hub data set, where it holds several."""
+    max_samples: int | None = None
+    """The maximum number of rows of the set, its first ones, before any are held out. Null: all."""
     eval_path: str | None = None
     """Held-out rows of their own, in the forms of `path`; unset: those of `eval_split`, or rows split off `path`."""
     eval_split: str | None = None
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
     mix: dict[str, Any] = field(default_factory=dict, metadata={HOLDS: dict[str, MixConfig | str]})
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
-    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`, `format`,
-    `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
+    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`,
+    `max_samples`, `format`, `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
     data.mix.other.weight=2`."""
     format: str = "auto"
     """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
@@ -125,7 +129,7 @@ class DataConfig:
         for name in ("source_max_len", "target_max_len", "max_length", "pack_length", "num_proc"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", "be positive or null", value)
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_samples", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", "be positive or null", value)
         require((parse_size(self.max_row_bytes) or 0) > 0, "data.max_row_bytes", "be a size such as 64MB",
@@ -162,7 +166,13 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuses what only a single set reads; held-out rows of their own read the format and the columns."""
-        unset_values: dict[str, Any] = {"subset": None, "split": "train", "revision": None, "data_files": None}
+        unset_values: dict[str, Any] = {
+            "subset": None,
+            "split": "train",
+            "revision": None,
+            "data_files": None,
+            "max_samples": None,
+        }
         if self.eval_path is None:
             unset_values |= {"format": "auto", "columns": {}}
         for name, unset in unset_values.items():
@@ -207,6 +217,8 @@ def build_mix(name: str, part: object) -> MixConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(typed, MixConfig)
+    require(typed.max_samples is None or typed.max_samples > 0, f"{key}.max_samples", "be positive or null",
+            typed.max_samples)  # fmt: skip
     require(math.isfinite(typed.weight) and typed.weight > 0, f"{key}.weight", "be positive", typed.weight)
     check_format(f"{key}.format", typed.format)
     if typed.template is not None:

@@ -87,8 +87,8 @@ class Config:
     run: str | None = None
     """The folder of the finished training run that `task=replay` repeats and compares with."""
     source: str | None = None
-    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, or a YAML of
-    Axolotl, LLaMA-Factory or torchtune."""
+    """What `task=migrate` reads, written `from=FILE`: a command or script of the original `qlora.py`, TRL or
+    ms-swift, or a YAML of Axolotl, LLaMA-Factory, TRL or torchtune."""
     trusted: list[str] = field(default_factory=list)
     """Packages of your own whose code this config may name, in a `_target_` or as `module:function`, e.g.
     `trusted=[my_rows]`; given on the command line, or as `QLORA_TRUSTED=my_rows` in the environment, and in no file.

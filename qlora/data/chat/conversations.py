@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.config.registries.chat_keys import CALL_ROLES, ROLES, THOUGHT_KEYS
 from qlora.data.formats.cells import Row, is_missing, is_rejected, number_text, peek, read_switch, track
 from qlora.data.ingest.json_text import DoubledKey, parse
 from qlora.errors import DataError
@@ -15,15 +16,6 @@ from qlora.text import brief, listed
 
 Message = dict[str, Any]
 
-# What data sets call the speakers, and what chat templates call them.
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
-}
-CALL_ROLES = ("function_call", "tool_call")
 ARGUMENTS = ("arguments", "parameters", "input")
 """What data sets call the arguments of a call: OpenAI, Llama 3, Anthropic."""
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -34,8 +26,6 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of what a text model cannot see or hear."""
 KEPT = ("name", "tool_call_id")
 """Keys of a turn that are passed on unchanged, for templates to read."""
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""What data sets and templates call the thoughts before an answer."""
 THOUGHTS = THOUGHT_KEYS[0]
 """The key of a message that holds them here."""
 PRINTED = re.compile(r"\s*\[\s*\{\s*'")

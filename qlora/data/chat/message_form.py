@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
-from qlora.data.chat.conversations import THOUGHT_KEYS, THOUGHTS, Message
+from qlora.config.registries.chat_keys import THOUGHT_KEYS
+from qlora.data.chat.conversations import THOUGHTS, Message
 
 MARK: Final = "\ue0a0{}\ue0a1"
 """Characters for private use: no template acts on them."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from qlora.config.registries.chat_keys import SWITCHES
 from qlora.errors import DataError
 from qlora.text import brief
 
@@ -20,13 +21,8 @@ Row = Mapping[str, Any]
 YES, NO = ("true", "yes", "on", "t", "y"), ("false", "no", "off", "f", "n")
 TRUTHS = "true, yes, on or 1, or false, no, off or 0"
 
-SWITCHES = (
-    *("train", "training", "trainable", "train_on_turn", "loss", "loss_mask", "loss_weight", "loss_scale"),
-    "weight",
-)
-"""Keys of a turn by which other tools say whether the loss counts it: Axolotl, ms-swift, OpenAI, LLaMA-Factory."""
 OPPOSITES = ("masked",)
-"""Those that say whether it is left out: torchtune."""
+"""Keys of a turn that say whether it is left out, the opposite of `SWITCHES`: torchtune."""
 UNCLEAR_SWITCHES = {
     "mask": "which may mean that the loss counts it or that it does not; name the key train or masked",
     "train_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",

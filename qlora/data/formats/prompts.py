@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -71,10 +71,13 @@ ALPACA = Prompt(
     prefix_both="Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n",
 )
+# As Axolotl and torchtune have it.
+ALPACA_NEWLINE = replace(ALPACA, name="alpaca-newline", behind="\n\n### Response:\n")
 QUESTION = Prompt("question-answer", prefix="Question: ", behind="\nAnswer: ")
 VERBATIM = Prompt("verbatim")
 PROMPTS = (
     ALPACA,
+    ALPACA_NEWLINE,
     QUESTION,
     Prompt("guanaco", prefix="### Human: ", behind="### Assistant:", in_text=True),
     Prompt("hh-rlhf", prefix="\n\nHuman: ", behind="\n\nAssistant:", in_text=True),

@@ -45,6 +45,8 @@ NOTES = {
     "unnatural": "with instruction_with_input",
     "self-instruct-tasks": "with several instances a row",
 }
+BY_NAME = ("alpaca-newline",)
+"""Formats of the same columns as another one, which `auto` and hints leave to people who know that they mean it."""
 ALIKE = {"alpaca": ("unnatural",)}
 """Formats that would render the same, and so are not worth a word."""
 
@@ -113,7 +115,7 @@ def choose_format(
 
 def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
-    fitting = [name for name in FORMATS if _fits(name, rows)]
+    fitting = [name for name in FORMATS if name not in BY_NAME and _fits(name, rows)]
     if not fitting:
         raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
@@ -304,7 +306,7 @@ def _nearest(rows: _Rows) -> list[str]:
     """Returns at most two formats that lack least, each with the settings that would fix it."""
     scored: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, layout in FORMATS.items():
-        for needed in layout.needs if name not in LOOKS else ():
+        for needed in layout.needs if name not in (*LOOKS, *BY_NAME) else ():
             lacking = [column for column in needed if column not in rows.columns]
             guesses = _guess(lacking, [column for column in rows.columns if column not in needed])
             if not _works(rows, _format_for(rows, name), {c: guesses[c] or COLUMN for c in lacking}):

@@ -11,7 +11,7 @@ from typing import Any
 from qlora.data.chat import conversations as chats
 from qlora.data.chat.conversations import Message
 from qlora.data.formats.cells import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
-from qlora.data.formats.prompts import ALPACA, PROMPTS, QUESTION, Example, Segment
+from qlora.data.formats.prompts import ALPACA, ALPACA_NEWLINE, PROMPTS, QUESTION, Example, Prompt, Segment
 from qlora.errors import DataError
 from qlora.text import brief
 
@@ -44,7 +44,7 @@ class Format:
         return " or ".join(" and ".join(names) for names in self.needs)
 
 
-def alpaca(row: Row) -> list[Example]:
+def alpaca(row: Row, prompt: Prompt = ALPACA) -> list[Example]:
     """Renders instruction, input or context (absent, null or empty: none) and output or response as Alpaca does.
 
     The column `system` stands before all, an empty line behind it. Each round of `history`, pairs of question and
@@ -53,10 +53,16 @@ def alpaca(row: Row) -> list[Example]:
     if is_rejected(row, *KTO_LABELS):
         return []
     context = _text(row, "alpaca", "input", "context")
-    rounds = [_alpaca(asked, "", answer) for asked, answer in _history(row)]
-    asked = _alpaca(_text(row, "alpaca", "instruction"), context, _text(row, "alpaca", "output", "response"))
+    rounds = [_pair(prompt.ask(asked), answer) for asked, answer in _history(row)]
+    question = prompt.ask(_text(row, "alpaca", "instruction"), context)
+    asked = _pair(question, _text(row, "alpaca", "output", "response"))
     earlier = [segment._replace(ends=segment.trained) for segments in rounds for segment in segments]
     return [_after_system(row, "alpaca", [*earlier, *asked])]
+
+
+def alpaca_newline(row: Row) -> list[Example]:
+    """Renders as `alpaca` does, with a line break in place of the last blank of the prompt (Axolotl, torchtune)."""
+    return alpaca(row, ALPACA_NEWLINE)
 
 
 def _history(row: Row) -> list[tuple[str, str]]:
@@ -288,6 +294,7 @@ FORMATS: dict[str, Format] = {
     "inst": Format(inst, (("text",),)),
     "text": Format(text, (("text",),)),
     "guanaco": Format(guanaco, (("text",),)),
+    "alpaca-newline": Format(alpaca_newline, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
 }
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
