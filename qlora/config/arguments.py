@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import NoReturn
 
+from qlora.config.command_words import experiment_of, read_words
 from qlora.config.overrides import override_value
 from qlora.config.search_path import option_folder
 from qlora.config.suggestions import unknown_flag
@@ -22,6 +23,10 @@ class Arguments:
     """The folder with the user's own configs."""
     flags: argparse.Namespace
     """Hydra's flags."""
+    read_as: tuple[str, ...] = ()
+    """What stands for words that were typed, e.g. `task=chat adapter=RUN`."""
+    outdone: tuple[str, ...] = ()
+    """Options that a later one of their group outdoes, in words."""
 
     @property
     def multirun(self) -> bool:
@@ -32,6 +37,10 @@ class Arguments:
     def sweeps(self) -> bool:
         """Whether a sweep is asked for, by `-m` or by `sweep=`."""
         return self.multirun or any(text.startswith("sweep=") for text in self.overrides)
+
+    def describe_reading(self) -> list[str]:
+        """Returns how the words were read, where they say it otherwise or twice, as lines for the start screen."""
+        return [*([f"read as {'; '.join(self.read_as)}"] if self.read_as else []), *self.outdone]
 
     @property
     def shows(self) -> bool:
@@ -44,6 +53,11 @@ def read_arguments(argv: list[str]) -> Arguments:
     flags, rest = _parser().parse_known_intermixed_args(argv)
     if unknown := [text for text in rest if text.startswith("-")]:
         raise unknown_flag(unknown[0])
+    if flags.config is not None:
+        raise ConfigError(
+            f"--config {flags.config}: a file of options is an experiment; put it into a folder as "
+            f"{experiment_of(flags.config)} (docs/configuration.md)"
+        )
     if flags.config_path is not None:
         raise ConfigError(
             "--config-path replaces the whole configuration; use --config-dir FOLDER to add your own options"
@@ -59,7 +73,8 @@ def read_arguments(argv: list[str]) -> Arguments:
     config_dir = flags.config_dir
     if config_dir is not None and "://" in config_dir:  # Hydra's flag knows folders only
         config_dir = str(option_folder(config_dir, "--config-dir"))
-    arguments = Arguments(flags.overrides, config_dir, flags)
+    reading = read_words(flags.overrides)
+    arguments = Arguments(reading.overrides, config_dir, flags, reading.read_as)
     _check_together(arguments)
     return arguments
 
@@ -69,14 +84,12 @@ def _check_together(arguments: Arguments) -> None:
     flags = arguments.flags
     commands = {
         "--run": flags.run,
-        "--multirun": flags.multirun and flags.cfg != "job",
+        "--multirun": flags.multirun and flags.cfg != "job" and flags.info is None,
         "--cfg": flags.cfg is not None,
         "--info": flags.info is not None,
         "--shell-completion": flags.shell_completion,
     }
     given = [name for name, is_given in commands.items() if is_given]
-    if flags.info and arguments.sweeps:
-        raise ConfigError("--info describes one run, and -m or sweep= asks for a sweep; leave one of them out")
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
     if flags.resolve and flags.cfg is None:
@@ -90,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
 
     parser: argparse.ArgumentParser = get_args_parser()
+    parser.add_argument("--config")  # of other tools; Hydra's flags begin like it
     parser.error = complain  # type: ignore[method-assign]
     return parser
 

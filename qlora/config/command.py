@@ -17,7 +17,14 @@ from qlora.config.overrides import refuse_unreadable
 from qlora.config.schema import Config
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
-from qlora.config.sweep_values import expand_sweep, refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
+from qlora.config.sweep_values import (
+    expand_sweep,
+    refuse_intervals,
+    refuse_single_job,
+    refuse_sweeps,
+    sweep_params,
+    unconditional_sweep,
+)
 from qlora.errors import ConfigError
 
 GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
@@ -84,6 +91,8 @@ def compose_command(
         refuse_sweeps(overrides)
         return Command(composed, to_config(composed))
     is_grid = str(composed.hydra.sweeper._target_) == GRID_SWEEPER
+    if is_grid and not described:
+        refuse_single_job(overrides, composed)
     if is_grid and not described:
         refuse_intervals([*overrides, *sweep_params(composed, overrides)])
     if (swept := unconditional_sweep(composed, overrides)) != list(overrides):

@@ -16,12 +16,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from qlora.config import schema
+from qlora.config.command_words import REPORT, REPORT_KEY, SUBJECTS
 from qlora.config.fields import config_keys, field_type, in_words
-from qlora.config.options import CONF_DIR, group_names
+from qlora.config.foreign_names import ORIGINAL_FLAGS
+from qlora.config.options import CONF_DIR, default_options, group_names, option_names
 from qlora.config.search_path import option_folder
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import ConfigError, did_you_mean
-from qlora.upstream.omegaconf import raw_node
 
 WIDTH = 100
 SCHEMA = Path(schema.__file__).parent
@@ -52,7 +52,18 @@ EXAMPLES = {
 def print_help(argv: list[str]) -> None:
     """Prints the help page, or that of the group in `argv` (`qlora --help lora`)."""
     config_dir, names = _read_argv(argv)
-    print("\n".join(_group_page(names[0], config_dir) if names else _main_page(config_dir)))
+    print("\n".join(_pages(names[0], config_dir) if names else _main_page(config_dir)))
+
+
+def _pages(name: str, config_dir: Path | None) -> Iterator[str]:
+    """Yields the page of a task, of a group, or of both, as of `merge` and `plan`."""
+    is_task = name in option_names("task")
+    if is_task:
+        yield from _task_page(name)
+    if is_task and name in _all_groups(config_dir):
+        yield ""
+    if not is_task or name in _all_groups(config_dir):
+        yield from _group_page(name, config_dir)
 
 
 def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -71,7 +82,7 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 def _main_page(config_dir: Path | None) -> Iterator[str]:
     yield "qlora fine-tunes quantized language models: a frozen 4-bit base, a small trained adapter (QLoRA)."
-    yield "\nUsage: qlora [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]"
+    yield "\nUsage: qlora [TASK] [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]"
     yield "\nGroups (* is the default):"
     chosen = default_options()
     for group in _all_groups(config_dir):
@@ -90,8 +101,30 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
         yield f"      {meaning}"
     yield "\nMore:\n"
     yield "  qlora --help GROUP     what a group's options are, and its fields with type and meaning"
+    yield "  qlora chat --help      what a task does and takes; the tasks are the options of the group task"
+    yield "  qlora --explain KEY    the value of a key, what set it, its type and meaning"
+    yield "  qlora --schema         all keys as a JSON schema, for editors"
+    yield "  qlora --version        the versions of qlora and of its libraries"
     yield "  qlora --info defaults  which files a command reads, in which order (the last wins)"
     yield "  qlora --hydra-help     the flags of Hydra, which composes the configuration"
+
+
+def _task_page(task: str) -> Iterator[str]:
+    """Yields what a task does, what its words are, and the keys that it alone reads."""
+    yield from _wrapped(f"{task}: {options('task')[task]}", "", 2)
+    keys = SUBJECTS.get(task, (REPORT_KEY,) if task == REPORT else ())
+    words = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
+    spelled = " ".join([f"task={task}", *(f"{key}={key.upper()}" for key in keys)])
+    yield f"\nUsage: {words} [GROUP=OPTION ...] [KEY=VALUE ...]\n       which is qlora {spelled}"
+    read = [key for key, tasks in schema.TASK_KEYS.items() if schema.TaskName(task.replace("-", "_")) in tasks]
+    if read:
+        yield "\nKeys:"
+    for key in read:
+        owner, _, name = key.rpartition(".")
+        yield ""
+        yield from _wrapped(f"{in_words(key)}{_default(key)}", f"  {'from' if key == 'source' else key}: ", 6)
+        yield from _wrapped(field_docs()["TaskConfig" if owner else "Config"][name], " " * 6, 6)
+    yield "\nAll other keys: qlora --help"
 
 
 def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
@@ -173,16 +206,6 @@ def _comment(file: Path) -> str:
         if not line.startswith("# @package"):
             return line.lstrip("# ")
     return ""
-
-
-@functools.cache
-def default_options() -> dict[str, str]:
-    """Returns which option of each group `config.yaml` chooses."""
-    chosen: dict[str, str] = {}
-    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
-        if not isinstance(entry, str):
-            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
-    return chosen
 
 
 @functools.cache

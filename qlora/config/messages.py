@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -21,11 +21,15 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from qlora.config.fields import config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.fields import SHAPES, config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.foreign_names import known_value
 from qlora.config.options import CONF_DIR, option_names
 from qlora.config.search_path import KEY as SEARCH_PATH
 from qlora.config.suggestions import nearest_keys, unknown_key, unknown_option
 from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
+
+LIST = re.compile(r"'?\[([^\[{]+)\]'?")
+"""A list as OmegaConf or Python spells it."""
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> UserError:
@@ -193,6 +197,11 @@ def _wrong_type(key: str, text: str, where: str) -> ConfigError:
         key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
+    if known := known_value(key, value.strip("'")):
+        near = f"; write {known}"
+    if not where and get_origin(field_type(key)) not in SHAPES and (items := LIST.fullmatch(value)):
+        texts = items[1].replace("'", "").replace(" ", "")
+        near = f"; one after the other: -m {key}={texts}"
     return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")
 
 

@@ -104,6 +104,15 @@ def refuse_sweeps(overrides: Sequence[str]) -> None:
             )
 
 
+def refuse_single_job(overrides: Sequence[str], composed: DictConfig) -> None:
+    """Raises `ConfigError` for `-m` where nothing varies."""
+    varies = any(override.is_sweep_override() for override in parse_overrides(overrides))
+    if not varies and not sweep_params(composed, overrides):
+        raise ConfigError(
+            "-m runs a sweep, and nothing varies; give a key several values, e.g. -m lora.r=8,16, or leave -m out"
+        )
+
+
 def refuse_intervals(overrides: Sequence[str]) -> None:
     for override in parse_overrides(overrides):
         if override.is_interval_sweep():

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from string import Template
 from typing import Any
 
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import group_names
 from qlora.config.overrides import write_override
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import DataError
 from qlora.migrate import shared_rules
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings

@@ -10,8 +10,8 @@ import pytest
 from qlora.config import help as pages
 from qlora.config.compose import compose
 from qlora.config.fields import config_keys, field_type
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import CONF_DIR, group_names
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"

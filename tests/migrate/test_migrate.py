@@ -12,10 +12,10 @@ import pytest
 
 from qlora.config.compose import compose
 from qlora.config.fields import config_keys
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import group_names
 from qlora.config.overrides import override_value, write_override
 from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrainOn
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.data.formats.as_chat import from_alpaca
 from qlora.errors import UserError
 from qlora.migrate import migrate, read

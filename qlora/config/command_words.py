@@ -1,0 +1,132 @@
+"""Bare words of a command line: `qlora chat RUN` is `task=chat adapter=RUN`; a KEY=VALUE with spaces is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import NoReturn
+
+from qlora.config.fields import known_keys
+from qlora.config.foreign_names import FOREIGN_OPTIONS, FOREIGN_TASKS
+from qlora.config.options import group_names, option_names
+from qlora.config.overrides import write_override
+from qlora.config.typed_forms import Reading, is_row_file
+from qlora.errors import ConfigError, mean, suggest
+from qlora.text import brief_text
+
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("chat", "evaluate", "predict", "merge"), ("adapter",)),
+    "push": ("adapter", "repo"),
+    "replay": ("run",),
+    "migrate": ("from",),
+    "plan": ("model",),
+    "preview": ("data",),
+}
+"""What the words behind a task name, in turn: `qlora push RUN me/mine`. Others take none, `report` any number."""
+REPORT, REPORT_KEY = "report", "runs"
+ASSIGNED = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@\[\]-]*=")
+"""How an override begins."""
+NUMBER = re.compile(r"[+-]?\d[\d_.]*(?:[eE][+-]?\d+)?")
+
+
+def read_words(args: Sequence[str]) -> Reading:
+    """Returns the overrides of a command line's words; raises `ConfigError` for words that are none."""
+    _check_torn(args)
+    words = [text for text in args if "=" not in text and not text.startswith("~")]
+    if not words:
+        return Reading([*args])
+    task, *subjects = words
+    if task not in option_names("task"):
+        raise _no_task(task)
+    read = [f"task={task}", *_subjects(task, subjects)]
+    index, rest = args.index(task), [text for text in args if text not in words]
+    position = sum(text not in words for text in args[:index])
+    return Reading([*rest[:position], *read, *rest[position:]], (" ".join(read),))
+
+
+def _subjects(task: str, words: Sequence[str]) -> list[str]:
+    """Returns the overrides of what a task is about."""
+    if task == REPORT and words:
+        return [write_override(REPORT_KEY, words[0] if len(words) == 1 else [*words])]
+    keys = SUBJECTS.get(task, ())
+    if len(words) > len(keys):
+        word = words[len(keys)]
+        usage = " ".join([f"qlora {task}", *(f"{key.upper()}" for key in keys)])
+        takes = f"it is written `{usage}`" if keys else f"{task} takes KEY=VALUE only"
+        raise ConfigError(f"{task} {brief_text(word, 60)}: {takes}{_meant(word)}")
+    return [write_override(key, word) for key, word in zip(keys, words, strict=False)]
+
+
+def _meant(word: str) -> str:
+    """Returns what a bare word may stand for: "; write model=NAME"."""
+    groups = [group for group in group_names() if word in option_names(group) and group != "recipe"]
+    written = [f"{group}={word}" for group in groups[:2]]
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"; a file of options goes into a folder: {experiment_of(word)}"
+    if not written and (is_row_file(word) or Path(word).exists() or "/" in word):
+        is_rows = is_row_file(word) or Path(word).is_file()
+        written = [f"data={quote(word)}"] if is_rows else [f"model={quote(word)}", f"adapter={quote(word)}"]
+    return f"; write {' or '.join(written)}" if written else ""
+
+
+def experiment_of(file: str) -> str:
+    """Returns what reads a YAML file of the user's, in words."""
+    return f"my_conf/experiment/{Path(file).name}, then --config-dir my_conf experiment={Path(file).stem}"
+
+
+def _no_task(word: str) -> ConfigError:
+    """Returns the error for a bare word that is no task."""
+    if word.lower() in FOREIGN_TASKS:
+        return ConfigError(f"there is no task {word!r}; instead, {FOREIGN_TASKS[word.lower()]}")
+    if (ours := FOREIGN_OPTIONS["task"].get(word.lower())) is not None:
+        return ConfigError(
+            f"there is no task {word!r}; write {ours.replace('task=', 'qlora ')}, or see `qlora --help task`"
+        )
+    shown, meant = brief_text(word, 60), _meant(word)
+    near = "" if meant else mean(suggest(word, [*option_names("task"), "help", "version"]))
+    remedy = meant or "; options are written KEY=VALUE, e.g. lora.r=16"
+    return ConfigError(f"{shown!r} is not an option{near}{remedy}")
+
+
+def _check_torn(args: Sequence[str]) -> None:
+    """Raises `ConfigError` for the pieces of an override with spaces in it, put together as one word."""
+    tasks = {*option_names("task")}
+    for index, text in enumerate(args):
+        previous, behind = args[index - 1] if index else "", args[index + 1 :]
+        if text.startswith("=") and previous:
+            _refuse_spaces([previous, text, *(behind[:1] if text == "=" else [])])
+        if ASSIGNED.match(text) and len(pieces := [text, *_continued(text, behind)]) > 1:
+            _refuse_spaces(pieces)
+        if NUMBER.fullmatch(text) and ASSIGNED.match(previous):
+            raise ConfigError(
+                f"{text!r} stands alone; commas stand between the values of a sweep: -m {previous},{text}"
+            )
+        is_subject = "." not in text and tasks & {*args[:index]}  # a folder may be called `data`
+        is_torn = "=" in text or "".join(behind[:1]).startswith("=")
+        if (key := text.partition(":")[0]) in known_keys() - tasks and not (is_subject or is_torn):
+            value = text.partition(":")[2] or next((word for word in behind[:1] if "=" not in word), "VALUE")
+            raise ConfigError(f"{text!r} is not an option; options are written KEY=VALUE: write {key}={quote(value)}")
+
+
+def _continued(text: str, behind: Sequence[str]) -> Iterator[str]:
+    """Yields the words that go on with an override, because it ends in the middle of a value."""
+    for word in behind:
+        if ASSIGNED.match(word) or not (text.endswith((",", "=")) or word.startswith(",") or _is_open(text)):
+            return
+        yield word
+        text += word
+
+
+def _is_open(text: str) -> bool:
+    """Returns whether a bracket in a value waits for its end."""
+    return any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}", "()"))
+
+
+def _refuse_spaces(pieces: Sequence[str]) -> NoReturn:
+    whole = "".join(pieces)
+    is_sweep = "," in whole and not re.search(r"[\[{(]", whole)
+    where = "around =" if "=" in (pieces[0][-1:], pieces[1][:1]) else "behind a comma"
+    written = f"-m {whole}" if is_sweep else quote(whole) if re.search(r"[\[{(]", whole) else whole
+    raise ConfigError(f"{' '.join(pieces)!r}: no space {where}; write {written}")
