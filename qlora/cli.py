@@ -82,11 +82,15 @@ def run(argv: list[str]) -> None:
         return
     refuse_unreadable(arguments.overrides)
     check_engine(arguments.overrides)
-    reading = read_typed(arguments.overrides, arguments.config_dir)
-    overrides, flags = with_environment(reading.overrides), arguments.flags
-    read_as = (*arguments.read_as, *reading.read_as)
-    arguments = Arguments(overrides, arguments.config_dir, flags, read_as, reading.outdone)
+    arguments = arguments.read(read_typed(arguments.overrides, arguments.config_dir))
+    overrides, flags = with_environment(arguments.overrides), arguments.flags
+    arguments = replace(arguments, overrides=overrides)
     os.environ.setdefault(START_VARIABLE, now())
+    if flags.explain is not None:
+        from qlora.config.explain_key import print_explanation
+
+        print_explanation(flags.explain, overrides, arguments.config_dir, multirun=arguments.multirun)
+        return
     composed = check_command(
         overrides,
         arguments.config_dir,
@@ -114,7 +118,7 @@ def _page(argv: list[str]) -> Callable[[], None] | None:
     if "--schema" in argv:
         from qlora.config.json_schema import print_schema
 
-        return print_schema
+        return partial(print_schema, first)
     return None
 
 

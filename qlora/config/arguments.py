@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from qlora.config.command_words import experiment_of, read_words
 from qlora.config.overrides import override_value
 from qlora.config.search_path import option_folder
 from qlora.config.suggestions import unknown_flag
+from qlora.config.typed_forms import Reading
 from qlora.errors import ConfigError
 from qlora.upstream.hydra_run import get_args_parser
 
@@ -23,8 +25,8 @@ class Arguments:
     """The folder with the user's own configs."""
     flags: argparse.Namespace
     """Hydra's flags."""
-    read_as: tuple[str, ...] = ()
-    """What stands for words that were typed, e.g. `task=chat adapter=RUN`."""
+    read_as: Mapping[str, str] = field(default_factory=dict)
+    """What was typed, and what it stands for: `chat RUN`, and `task=chat adapter=RUN`."""
     outdone: tuple[str, ...] = ()
     """Options that a later one of their group outdoes, in words."""
 
@@ -40,7 +42,15 @@ class Arguments:
 
     def describe_reading(self) -> list[str]:
         """Returns how the words were read, where they say it otherwise or twice, as lines for the start screen."""
-        return [*([f"read as {'; '.join(self.read_as)}"] if self.read_as else []), *self.outdone]
+        return [*([f"read as {'; '.join(self.read_as.values())}"] if self.read_as else []), *self.outdone]
+
+    def read(self, reading: Reading) -> Arguments:
+        """Returns the command line with its overrides read once more."""
+        earlier, later = dict(self.read_as), dict(reading.read_as)
+        for typed, words in earlier.items():  # `plan OWNER/NAME` is `task=plan model=OWNER/NAME`, which is a preset
+            spelled = [later.pop(word, word) for word in words.split(" ")]
+            earlier[typed] = " ".join(spelled)
+        return replace(self, overrides=reading.overrides, read_as={**earlier, **later}, outdone=reading.outdone)
 
     @property
     def shows(self) -> bool:
@@ -52,7 +62,8 @@ def read_arguments(argv: list[str]) -> Arguments:
     """Returns what a command line says; raises `ConfigError` for a flag that is unknown or that we do not offer."""
     flags, rest = _parser().parse_known_intermixed_args(argv)
     if unknown := [text for text in rest if text.startswith("-")]:
-        raise unknown_flag(unknown[0])
+        behind = next(iter(argv[argv.index(unknown[0]) + 1 :]), "")
+        raise unknown_flag(unknown[0], "" if "=" in behind or behind.startswith("-") else behind)
     if flags.config is not None:
         raise ConfigError(
             f"--config {flags.config}: a file of options is an experiment; put it into a folder as "
@@ -104,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser: argparse.ArgumentParser = get_args_parser()
     parser.add_argument("--config")  # of other tools; Hydra's flags begin like it
+    parser.add_argument("--explain", metavar="KEY")
     parser.error = complain  # type: ignore[method-assign]
     return parser
 

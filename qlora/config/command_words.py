@@ -12,7 +12,8 @@ from qlora.config.fields import known_keys
 from qlora.config.foreign_names import FOREIGN_OPTIONS, FOREIGN_TASKS
 from qlora.config.options import group_names, option_names
 from qlora.config.overrides import write_override
-from qlora.config.typed_forms import Reading, is_row_file
+from qlora.config.paths import is_row_file
+from qlora.config.typed_forms import Reading
 from qlora.errors import ConfigError, mean, suggest
 from qlora.text import brief_text
 
@@ -37,13 +38,15 @@ def read_words(args: Sequence[str]) -> Reading:
     words = [text for text in args if "=" not in text and not text.startswith("~")]
     if not words:
         return Reading([*args])
-    task, *subjects = words
+    chosen = [text.removeprefix("task=") for text in args if text.startswith("task=")]
+    task, *subjects = words if words[0] in option_names("task") or not chosen else [chosen[-1], *words]
     if task not in option_names("task"):
         raise _no_task(task)
-    read = [f"task={task}", *_subjects(task, subjects)]
-    index, rest = args.index(task), [text for text in args if text not in words]
-    position = sum(text not in words for text in args[:index])
-    return Reading([*rest[:position], *read, *rest[position:]], (" ".join(read),))
+    given = [] if subjects == words else [f"task={task}"]
+    read = [*given, *_subjects(task, subjects)]
+    before = args[: args.index(words[0])]
+    rest = [text for text in args[len(before) :] if text not in words]
+    return Reading([*before, *read, *rest], {" ".join(words): " ".join(read)})
 
 
 def _subjects(task: str, words: Sequence[str]) -> list[str]:
@@ -52,10 +55,12 @@ def _subjects(task: str, words: Sequence[str]) -> list[str]:
         return [write_override(REPORT_KEY, words[0] if len(words) == 1 else [*words])]
     keys = SUBJECTS.get(task, ())
     if len(words) > len(keys):
-        word = words[len(keys)]
-        usage = " ".join([f"qlora {task}", *(f"{key.upper()}" for key in keys)])
-        takes = f"it is written `{usage}`" if keys else f"{task} takes KEY=VALUE only"
-        raise ConfigError(f"{task} {brief_text(word, 60)}: {takes}{_meant(word)}")
+        word = brief_text(words[len(keys)], 60)
+        if keys:
+            usage = " ".join(["qlora", task, *map(str.upper, keys)])
+            raise ConfigError(f"{word!r} is a word too many: it is written `{usage}`, see `qlora {task} --help`")
+        remedy = _meant(word) or f"; see `qlora {task} --help`"
+        raise ConfigError(f"{word!r} is a word too many: {task} takes KEY=VALUE only{remedy}")
     return [write_override(key, word) for key, word in zip(keys, words, strict=False)]
 
 
@@ -94,6 +99,8 @@ def _check_torn(args: Sequence[str]) -> None:
     """Raises `ConfigError` for the pieces of an override with spaces in it, put together as one word."""
     tasks = {*option_names("task")}
     for index, text in enumerate(args):
+        if text.lower() in FOREIGN_OPTIONS["task"]:
+            continue
         previous, behind = args[index - 1] if index else "", args[index + 1 :]
         if text.startswith("=") and previous:
             _refuse_spaces([previous, text, *(behind[:1] if text == "=" else [])])

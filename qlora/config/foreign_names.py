@@ -155,6 +155,7 @@ FOREIGN_NAMES = {
     **dict.fromkeys(("tracker", "logger", "log_with"), "tracking"),
     **dict.fromkeys(("hub_model_id", "repo_id"), "repo"),
     "fsdp": "trainer.parallel=fsdp",
+    "push_to_hub": "task=push",
     "cfg": "experiment",
     "config": "experiment",
     "random_seed": "seed",
@@ -163,7 +164,9 @@ FOREIGN_NAMES = {
 
 FOREIGN_OPTIONS = {
     "task": {
-        **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "fit", "training", "sft"), "task=train"),
+        **dict.fromkeys(
+            ("finetune", "fine-tune", "fine_tune", "fit", "training", "sft", "run", "start", "go"), "task=train"
+        ),
         **dict.fromkeys(("inference", "infer", "generate", "answer"), "task=predict or task=chat"),
         **dict.fromkeys(("talk", "interactive", "ask", "cli", "repl"), "task=chat"),
         **dict.fromkeys(("eval", "test", "validate", "benchmark", "measure", "evaluation"), "task=evaluate"),
@@ -242,6 +245,27 @@ FOREIGN_VALUES = {
         **dict.fromkeys(("qwen2", "qwen2.5", "qwen3"), "data.template=qwen"),
         **dict.fromkeys(("default", "tokenizer", "none"), "data.template=auto"),
         **dict.fromkeys(("phi3", "phi"), "data.template=phi-3"),
+    },
+    "device": {
+        **dict.fromkeys(("gpu", "0", "cuda:0", "nvidia", "rocm", "hip", "true"), "device=cuda"),
+        **dict.fromkeys(("mps", "metal", "none", "tpu"), "device=cpu"),
+        **dict.fromkeys(("default", "best"), "device=auto"),
+    },
+    "resume": {
+        **dict.fromkeys(("true", "yes", "on", "latest", "last", "checkpoint"), "resume=auto"),
+        **dict.fromkeys(("false", "no", "off", "none"), "resume=never"),
+        **dict.fromkeys(("always", "overwrite"), "resume=force"),
+    },
+    "trainer.optim": {
+        **dict.fromkeys(("adam", "adamw", "adamw_hf", "adam_torch", "adamw_32bit"), "trainer.optim=adamw_torch"),
+        **dict.fromkeys(("paged_adamw", "paged_adam", "adamw_paged"), "trainer.optim=paged_adamw_32bit"),
+        **dict.fromkeys(("adam8bit", "adam_8bit", "adamw8bit", "8bit"), "trainer.optim=adamw_8bit"),
+        **dict.fromkeys(("lion",), "trainer.optim=lion_32bit"),
+    },
+    "trainer.lr_scheduler_type": {
+        **dict.fromkeys(("cosine_annealing", "cosine-annealing", "cos"), "trainer.lr_scheduler_type=cosine"),
+        **dict.fromkeys(("none", "off", "fixed"), "trainer.lr_scheduler_type=constant"),
+        **dict.fromkeys(("wsd",), "trainer.lr_scheduler_type=warmup_stable_decay"),
     },
     "tracking.mode": {**dict.fromkeys(("off", "none", "false", "no"), "tracking=none")},
 }

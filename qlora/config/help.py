@@ -87,14 +87,14 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
     chosen = default_options()
     for group in _all_groups(config_dir):
         yield ""
-        yield from _wrapped(group_meaning(group), f"  {group:<14}", 16)
+        yield from wrapped(group_meaning(group), f"  {group:<14}", 16)
         names = [f"{name}*" if chosen.get(group) == name else name for name in options(group, config_dir)]
-        yield from _wrapped(", ".join(names), " " * 16, 16)
+        yield from wrapped(", ".join(names), " " * 16, 16)
     yield "\nOther keys:\n"
     groups = _all_groups(config_dir)
     for key, text in field_docs()["Config"].items():
         if key not in groups:
-            yield from _wrapped(text, f"  {key:<14}", 16)
+            yield from wrapped(text, f"  {key:<14}", 16)
     yield "\nExamples:\n"
     for command, meaning in EXAMPLES.items():
         yield f"  {command}"
@@ -111,7 +111,7 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
 
 def _task_page(task: str) -> Iterator[str]:
     """Yields what a task does, what its words are, and the keys that it alone reads."""
-    yield from _wrapped(f"{task}: {options('task')[task]}", "", 2)
+    yield from wrapped(f"{task}: {options('task')[task]}", "", 2)
     keys = SUBJECTS.get(task, (REPORT_KEY,) if task == REPORT else ())
     words = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
     spelled = " ".join([f"task={task}", *(f"{key}={key.upper()}" for key in keys)])
@@ -122,8 +122,8 @@ def _task_page(task: str) -> Iterator[str]:
     for key in read:
         owner, _, name = key.rpartition(".")
         yield ""
-        yield from _wrapped(f"{in_words(key)}{_default(key)}", f"  {'from' if key == 'source' else key}: ", 6)
-        yield from _wrapped(field_docs()["TaskConfig" if owner else "Config"][name], " " * 6, 6)
+        yield from wrapped(f"{in_words(key)}{_default(key)}", f"  {'from' if key == 'source' else key}: ", 6)
+        yield from wrapped(field_docs()["TaskConfig" if owner else "Config"][name], " " * 6, 6)
     yield "\nAll other keys: qlora --help"
 
 
@@ -131,27 +131,27 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
     groups = _all_groups(config_dir)
     group = group.rstrip(".").partition(".")[0]
     if group not in groups:
-        near = did_you_mean(group, groups)
-        raise ConfigError(f"--help {group}: there is no such group{near}; choose one of {', '.join(groups)}")
-    yield from _wrapped(f"{group}: {group_meaning(group)}", "", 2)
+        near = did_you_mean(group, [*groups, *option_names("task")])
+        raise ConfigError(f"--help {group}: there is no such group{near}; choose one of those of `qlora --help`")
+    yield from wrapped(f"{group}: {group_meaning(group)}", "", 2)
     chosen = default_options().get(group)
     if listed := options(group, config_dir):
         yield f"\nOptions ({group}=OPTION):\n"
     width = max(map(len, listed), default=0) + 3
     for name, comment in listed.items():
         mark = "*" if name == chosen else " "
-        yield from _wrapped(comment, f"  {name + mark:<{width}}", width + 2)
+        yield from wrapped(comment, f"  {name + mark:<{width}}", width + 2)
     if chosen in listed:
         yield "\n  * is the default"
     if fields := list(group_fields(group)):
         yield f"\nFields ({group}.FIELD=VALUE):"
     for key, text in fields:
         yield ""
-        yield from _wrapped(f"{in_words(key)}{_default(key)}", f"  {key}: ", 6)
-        yield from _wrapped(text, " " * 6, 6)
+        yield from wrapped(f"{in_words(key)}{_default(key)}", f"  {key}: ", 6)
+        yield from wrapped(text, " " * 6, 6)
 
 
-def _wrapped(text: str, first: str, indent: int) -> list[str]:
+def wrapped(text: str, first: str, indent: int) -> list[str]:
     lines = textwrap.wrap(
         text.replace("`", ""),
         WIDTH,
@@ -248,6 +248,27 @@ def _default(key: str) -> str:
     if isinstance(value, enum.Enum):
         value = value.name
     return f" = {OmegaConf.to_yaml(OmegaConf.create({'x': value})).partition(': ')[2].strip()}"
+
+
+def describe_default(key: str) -> str:
+    """Returns the schema's default of a key; "": an option chooses it, or no dataclass declares it."""
+    owner: Any = field_type(key.rpartition(".")[0]) if "." in key else schema.Config
+    names = [item.name for item in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if key.rpartition(".")[2] not in names:
+        return ""
+    return _default(key).removeprefix(" = ") if _default(key).startswith(" = ") else ""
+
+
+def field_meaning(key: str) -> str:
+    """Returns the docstring of a field, or of the mapping or list that a key lies in; "": there is none."""
+    key = key.partition("[")[0]
+    while key:
+        parent, _, name = key.rpartition(".")
+        owner: Any = field_type(parent) if parent else schema.Config
+        if dataclasses.is_dataclass(owner):
+            return field_docs()[owner.__name__].get(name, "")  # type: ignore[union-attr]
+        key = parent
+    return ""
 
 
 def reference() -> str:

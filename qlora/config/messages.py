@@ -129,12 +129,26 @@ def describe_yaml(error: MarkedYAMLError) -> str:
 def _broken_override(error: OverrideParseException) -> ConfigError:
     if "=" not in error.override:
         return ConfigError(f"{error.override!r} is not an option; options are written KEY=VALUE, e.g. lora.r=16")
-    said = first_line(str(error.__cause__ or error.message))
-    reason = "" if "Exception" in said else f": {said}"
+    if (fixed := _without_slip(error.override)) is not None:
+        return ConfigError(f"{error.override!r} cannot be read; write {fixed}")
+    said = first_line(str(error.__cause__ or error.message)).partition(" expecting ")[0]
+    reason = "" if "Exception" in said or "Error parsing" in said else f": {said}"
     return ConfigError(
         f"{error.override!r} cannot be read{reason}; put quotes around a value with special characters, "
         "e.g. 'data.path=\"my rows (1).jsonl\"'"
     )
+
+
+def _without_slip(text: str) -> str | None:
+    """Returns an override that cannot be read as it was probably meant; None: that is not known."""
+    key, _, value = text.partition("=")
+    if value.startswith("=") and (bare := value.lstrip("= ")):
+        return f"{key}={bare}"
+    if re.fullmatch(r"[^\[{(,]+(,[^\[{(,]+)*,", value):
+        return f"{'-m ' if ',' in value[:-1] else ''}{key}={value[:-1]}"
+    if items := re.fullmatch(r"\{([^:{}]+,[^:{}]+)\}", value):
+        return f"-m {key}={items[1].replace(' ', '')}"
+    return None
 
 
 def below_null(overrides: Sequence[str]) -> ConfigError:

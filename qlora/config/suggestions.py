@@ -31,14 +31,16 @@ def unknown_key(key: str, where: str = "", value: str | None = None) -> ConfigEr
     return ConfigError(f"unknown key {key!r}{where}{mean(nearest_keys(key))}; {remedy} `{page}`")
 
 
-def unknown_flag(flag: str) -> ConfigError:
-    """Returns the error for an unknown flag, e.g. one of the original script."""
+def unknown_flag(flag: str, behind: str = "") -> ConfigError:
+    """Returns the error for an unknown flag, e.g. one of the original script; `behind` is the word behind it."""
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     near = [*suggest(flag.split("=")[0], FLAGS), *([ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [])]
     near = near or nearest_keys(name)
+    value = flag.partition("=")[2] or behind
+    is_key = near and not near[0].startswith("-") and "=" not in near[0] and value and len(value) < LONGEST // 4
+    example = f"here {near[0]}={value}" if is_key else "see `qlora --help`"
     return ConfigError(
-        f"unknown flag {flag.split('=')[0]}{mean(near)}; options are written KEY=VALUE without dashes, "
-        "see `qlora --help`"
+        f"unknown flag {flag.split('=')[0]}{mean(near)}; options are written KEY=VALUE without dashes, {example}"
     )
 
 

@@ -7,23 +7,26 @@ is `data.path=FILE` where nothing else chooses a data set. A second reading chan
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
+from qlora.config.fields import known_keys
 from qlora.config.options import CONF_DIR, MANY, default_options, group_names, model_presets
 from qlora.config.overrides import parse_overrides, plain_value, possible_values, write_override
+from qlora.config.paths import is_row_file
 from qlora.config.schema.code_names import FUNCTION_PATH
-from qlora.errors import ConfigError, suggest
+from qlora.errors import ConfigError
 
 OWN_ROWS = "local"
 """The option of `data` for rows of the user's own."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-ROW_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".arrow", ".gz", ".zip", ".xlsx")
-"""Suffixes by which a text is the name of a file, whether it can be read or not."""
+HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/[\w.-]+)?/?"
+)
 CHOOSERS = ("experiment", "sweep")
 """Groups whose options may choose the model or the data."""
 
@@ -33,10 +36,10 @@ class Reading:
     """Overrides, and what is said of how they were read."""
 
     overrides: list[str]
-    read_as: tuple[str, ...] = ()
-    """What stands for what was typed, e.g. `data=local data.path=my.jsonl`."""
+    read_as: dict[str, str] = field(default_factory=dict)
+    """What was typed, and what it stands for: `data=my.jsonl`, and `data=local data.path=my.jsonl`."""
     outdone: tuple[str, ...] = ()
-    """Options that a later one of the same group outdoes, in words."""
+    """Overrides that a later one of the same key outdoes, in words."""
 
 
 def read_forms(overrides: Sequence[str], folders: Sequence[Path] = ()) -> Reading:
@@ -44,17 +47,18 @@ def read_forms(overrides: Sequence[str], folders: Sequence[Path] = ()) -> Readin
 
     Raises `ConfigError` for a sweep over presets and other models at once, or over options and files.
     """
-    parsed = parse_overrides(overrides)
-    parsed, outdone = _last_of_each_group(parsed)
+    given = parse_overrides(overrides)
+    groups = {*group_names()} - {*MANY}
+    last = _last(override for override in given if _is_plain(override, groups))
+    parsed = [override for override in given if not _is_plain(override, groups) or override in last.values()]
     keys = {override.key_or_group for override in parsed}
-    result, read_as = list[str](), list[str]()
+    result, read_as = list[str](), dict[str, str]()
     for override in parsed:
         text = override.input_line or ""
-        words = _read_one(override, keys, [CONF_DIR, *folders])
+        if words := _read_one(override, keys, [CONF_DIR, *folders]):
+            read_as[text] = " ".join(words)
         result += words or [text]
-        if words:
-            read_as.append(" ".join(words))
-    return Reading(result, tuple(read_as), tuple(outdone))
+    return Reading(result, read_as, (*_outdone(given, groups), *_outdone(parse_overrides(result), known_keys())))
 
 
 def check_own_rows(composed: DictConfig, overrides: Sequence[str]) -> None:
@@ -71,21 +75,24 @@ def check_own_rows(composed: DictConfig, overrides: Sequence[str]) -> None:
         )
 
 
-def _last_of_each_group(parsed: list[Override]) -> tuple[list[Override], list[str]]:
-    """Returns the overrides without options that a later one of their group outdoes, and says which."""
-    groups = {*group_names()} - {*MANY}
-    last = {override.key_or_group: override for override in parsed if _chooses(override, groups)}
-    kept = [override for override in parsed if last.get(override.key_or_group, override) is override
-            or not _chooses(override, groups)]  # fmt: skip
-    said = [f"{last[override.key_or_group].input_line} counts, {override.input_line} before it does not"
-            for override in parsed if override not in kept
-            and override.input_line != last[override.key_or_group].input_line]  # fmt: skip
-    return kept, said
+def _last(overrides: Iterable[Override]) -> dict[str, Override]:
+    return {override.key_or_group: override for override in overrides}
 
 
-def _chooses(override: Override, groups: set[str]) -> bool:
+def _outdone(parsed: Sequence[Override], keys: Collection[str]) -> Iterator[str]:
+    """Yields what is said of each of these keys that is given twice: the last one counts."""
+    plain = [override for override in parsed if _is_plain(override, keys)]
+    last = _last(plain)
+    for override in plain:
+        text, counts = override.input_line, last[override.key_or_group].input_line
+        if text != counts:
+            yield f"{counts} counts, {text} before it does not"
+
+
+def _is_plain(override: Override, keys: Collection[str]) -> bool:
+    """Returns whether an override sets one of these keys as a whole: one behind it leaves nothing of it."""
     is_plain = override.type is OverrideType.CHANGE and override.package is None
-    return is_plain and override.key_or_group in groups and not isinstance(override.value(), dict)
+    return is_plain and override.key_or_group in keys and not isinstance(override.value(), dict)
 
 
 def _read_one(override: Override, keys: set[str], folders: Sequence[Path]) -> list[str]:
@@ -97,27 +104,34 @@ def _read_one(override: Override, keys: set[str], folders: Sequence[Path]) -> li
         return [f"data={OWN_ROWS}", override.input_line or ""]
     if key not in ("model", "data"):
         return []
-    values = [plain_value(value) for value in possible_values(override)]
-    if not values or not all(isinstance(value, str) for value in values):
+    typed = [plain_value(value) for value in possible_values(override)]
+    if not typed or not all(isinstance(value, str) for value in typed):
         return []
+    values = [_without_hub(value) for value in typed]
     names = [_preset(value) if key == "model" and not _is_option(key, value, folders) else value for value in values]
     others = [name for name in names if not _is_option(key, name, folders) and _names_source(key, name)]
     if not others:
-        return [_write(override, key, names)] if names != values else []
+        return [_write(key, names)] if names != typed else []
     if len(others) < len(names):
         other = next(name for name in names if name not in others)
         raise ConfigError(
             f"{key}={other} is an option of {key}, and {others[0]} is none: one sweep takes one kind; start one with "
-            f"-m {_write(override, key, [name for name in names if name not in others])}, one with {key}={others[0]}"
+            f"-m {_write(key, [name for name in names if name not in others])}, one with {key}={others[0]}"
         )
     if key == "data":
-        return [f"data={OWN_ROWS}", _write(override, "data.path", names)]
+        return [f"data={OWN_ROWS}", _write("data.path", names)]
     default = [f"model={default_options()['model']}"] if keys & {*CHOOSERS} else []  # its shape, not a file's choice
-    return [*default, _write(override, "model.name", names)]
+    return [*default, _write("model.name", names)]
 
 
-def _write(override: Override, key: str, values: Sequence[str]) -> str:
-    """Returns an override of another key with these values, as many as before."""
+def _without_hub(text: str) -> str:
+    """Returns the id that a page of the hub shows: `OWNER/NAME` for `https://huggingface.co/OWNER/NAME`."""
+    match = HUB_PAGE.fullmatch(text)
+    return match[1] if match else text
+
+
+def _write(key: str, values: Sequence[str]) -> str:
+    """Returns the override that sets a key to a value, or to several in turn."""
     return ",".join([write_override(key, values[0]), *(write_override("", value)[1:] for value in values[1:])])
 
 
@@ -133,12 +147,8 @@ def _preset(name: str) -> str:
 
 def _names_source(group: str, text: str) -> bool:
     """Returns whether a text is a path, a hub id or a function, and not a misspelled option."""
+    if "://" in text:
+        return False
     if text.startswith((".", "~", "/")) or HUB_ID.fullmatch(text) or "/" in text or Path(text).is_dir():
         return True
     return group == "data" and (is_row_file(text) or bool(FUNCTION_PATH.fullmatch(text)) or Path(text).is_file())
-
-
-def is_row_file(text: str) -> bool:
-    """Returns whether a text is the name or a pattern of files of rows, a misspelled suffix included."""
-    suffix = Path(text).suffix.lower()
-    return suffix in ROW_FILES or "*" in text or (len(suffix) > 3 and bool(suggest(suffix, ROW_FILES)))

@@ -490,7 +490,9 @@ def test_a_sweep_file_needs_no_m_and_combines_with_the_command_line() -> None:
 
 
 def test_several_values_without_m_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^lora\.r=1,2 gives several values: add -m to run a sweep, write lora\.r="):
+    with pytest.raises(
+        UserError, match=r"^lora\.r=1,2 gives several values: add -m to run a sweep, or write lora\.r=VALUE"
+    ):
         check_overrides(["lora.r=1,2"])
 
 

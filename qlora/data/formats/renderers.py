@@ -289,6 +289,8 @@ FORMATS: dict[str, Format] = {
     "text": Format(text, (("text",),)),
     "guanaco": Format(guanaco, (("text",),)),
 }
+OPTIONAL_COLUMNS = ("input", "context", "system", "history", "tools", "functions", *LABELS)
+"""Columns that formats read where they are there."""
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
 
