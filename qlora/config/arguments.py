@@ -47,8 +47,8 @@ class Arguments:
     def read(self, reading: Reading) -> Arguments:
         """Returns the command line with its overrides read once more."""
         earlier, later = dict(self.read_as), dict(reading.read_as)
-        for typed, words in earlier.items():  # `plan OWNER/NAME` is `task=plan model=OWNER/NAME`, which is a preset
-            spelled = [later.pop(word, word) for word in words.split(" ")]
+        for typed, text in earlier.items():  # `plan OWNER/NAME` is `task=plan model=OWNER/NAME`, which is a preset
+            spelled = [later.pop(word, word) for word in text.split(" ")]
             earlier[typed] = " ".join(spelled)
         return replace(self, overrides=reading.overrides, read_as={**earlier, **later}, outdone=reading.outdone)
 

@@ -67,8 +67,8 @@ class CheckedLoader(hydra.ConfigLoader):
         """Raises `ConfigError` for a file that sets a key of the command line; what is installed may set all."""
         file = f"{loaded.path.removeprefix('file://')}/{config_path.removesuffix('.yaml')}.yaml"
         if not loaded.path.startswith("structured://"):
-            shown = file.replace(f"{self.shipped}/", "conf/", 1)
-            CheckedLoader.read.append(ReadOption(shown, config_path.removesuffix(".yaml"), loaded.config))
+            label = file.replace(f"{self.shipped}/", "conf/", 1)
+            CheckedLoader.read.append(ReadOption(label, config_path.removesuffix(".yaml"), loaded.config))
         is_installed = loaded.path == f"file://{self.shipped}" or loaded.path.startswith(
             ("structured://", "pkg://hydra.", "pkg://hydra_plugins.")
         )

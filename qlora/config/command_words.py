@@ -35,33 +35,40 @@ NUMBER = re.compile(r"[+-]?\d[\d_.]*(?:[eE][+-]?\d+)?")
 def read_words(args: Sequence[str]) -> Reading:
     """Returns the overrides of a command line's words; raises `ConfigError` for words that are none."""
     _check_torn(args)
-    words = [text for text in args if "=" not in text and not text.startswith("~")]
-    if not words:
+    bare = [text for text in args if _is_bare(text)]
+    if not bare:
         return Reading([*args])
     chosen = [text.removeprefix("task=") for text in args if text.startswith("task=")]
-    task, *subjects = words if words[0] in option_names("task") or not chosen else [chosen[-1], *words]
+    task, *subjects = bare if bare[0] in option_names("task") or not chosen else [chosen[-1], *bare]
     if task not in option_names("task"):
         raise _no_task(task)
-    given = [] if subjects == words else [f"task={task}"]
+    given = [] if subjects == bare else [f"task={task}"]
     read = [*given, *_subjects(task, subjects)]
-    before = args[: args.index(words[0])]
-    rest = [text for text in args[len(before) :] if text not in words]
-    return Reading([*before, *read, *rest], {" ".join(words): " ".join(read)})
+    previous = args[: args.index(bare[0])]
+    rest = [text for text in args[len(previous) :] if text not in bare]
+    return Reading([*previous, *read, *rest], {" ".join(bare): " ".join(read)})
 
 
-def _subjects(task: str, words: Sequence[str]) -> list[str]:
+def _is_bare(text: str) -> bool:
+    """Returns whether a word is no override: a folder of a sweep's job may have a = in its name."""
+    key, equals, _ = text.partition("=")
+    is_path = "/" in key and not key.lstrip("+~").startswith("hydra/") and Path(text).exists()
+    return is_path or not (equals or text.startswith("~"))
+
+
+def _subjects(task: str, bare: Sequence[str]) -> list[str]:
     """Returns the overrides of what a task is about."""
-    if task == REPORT and words:
-        return [write_override(REPORT_KEY, words[0] if len(words) == 1 else [*words])]
+    if task == REPORT and bare:
+        return [write_override(REPORT_KEY, bare[0] if len(bare) == 1 else [*bare])]
     keys = SUBJECTS.get(task, ())
-    if len(words) > len(keys):
-        word = brief_text(words[len(keys)], 60)
+    if len(bare) > len(keys):
+        word = brief_text(bare[len(keys)], 60)
         if keys:
             usage = " ".join(["qlora", task, *map(str.upper, keys)])
             raise ConfigError(f"{word!r} is a word too many: it is written `{usage}`, see `qlora {task} --help`")
         remedy = _meant(word) or f"; see `qlora {task} --help`"
         raise ConfigError(f"{word!r} is a word too many: {task} takes KEY=VALUE only{remedy}")
-    return [write_override(key, word) for key, word in zip(keys, words, strict=False)]
+    return [write_override(key, word) for key, word in zip(keys, bare, strict=False)]
 
 
 def _meant(word: str) -> str:
@@ -89,14 +96,14 @@ def _no_task(word: str) -> ConfigError:
         return ConfigError(
             f"there is no task {word!r}; write {ours.replace('task=', 'qlora ')}, or see `qlora --help task`"
         )
-    shown, meant = brief_text(word, 60), _meant(word)
+    label, meant = brief_text(word, 60), _meant(word)
     near = "" if meant else mean(suggest(word, [*option_names("task"), "help", "version"]))
     remedy = meant or "; options are written KEY=VALUE, e.g. lora.r=16"
-    return ConfigError(f"{shown!r} is not an option{near}{remedy}")
+    return ConfigError(f"{label!r} is not an option{near}{remedy}")
 
 
 def _check_torn(args: Sequence[str]) -> None:
-    """Raises `ConfigError` for the pieces of an override with spaces in it, put together as one word."""
+    """Raises `ConfigError` for the parts of an override with spaces in it, put together as one word."""
     tasks = {*option_names("task")}
     for index, text in enumerate(args):
         if text.lower() in FOREIGN_OPTIONS["task"]:
@@ -104,8 +111,8 @@ def _check_torn(args: Sequence[str]) -> None:
         previous, behind = args[index - 1] if index else "", args[index + 1 :]
         if text.startswith("=") and previous:
             _refuse_spaces([previous, text, *(behind[:1] if text == "=" else [])])
-        if ASSIGNED.match(text) and len(pieces := [text, *_continued(text, behind)]) > 1:
-            _refuse_spaces(pieces)
+        if ASSIGNED.match(text) and len(parts := [text, *_continued(text, behind)]) > 1:
+            _refuse_spaces(parts)
         if NUMBER.fullmatch(text) and ASSIGNED.match(previous):
             raise ConfigError(
                 f"{text!r} stands alone; commas stand between the values of a sweep: -m {previous},{text}"
@@ -118,7 +125,7 @@ def _check_torn(args: Sequence[str]) -> None:
 
 
 def _continued(text: str, behind: Sequence[str]) -> Iterator[str]:
-    """Yields the words that go on with an override, because it ends in the middle of a value."""
+    """Yields the words that continue an override, because it ends in the middle of a value."""
     for word in behind:
         if ASSIGNED.match(word) or not (text.endswith((",", "=")) or word.startswith(",") or _is_open(text)):
             return
@@ -131,9 +138,9 @@ def _is_open(text: str) -> bool:
     return any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}", "()"))
 
 
-def _refuse_spaces(pieces: Sequence[str]) -> NoReturn:
-    whole = "".join(pieces)
+def _refuse_spaces(parts: Sequence[str]) -> NoReturn:
+    whole = "".join(parts)
     is_sweep = "," in whole and not re.search(r"[\[{(]", whole)
-    where = "around =" if "=" in (pieces[0][-1:], pieces[1][:1]) else "behind a comma"
+    where = "around =" if "=" in (parts[0][-1:], parts[1][:1]) else "behind a comma"
     written = f"-m {whole}" if is_sweep else quote(whole) if re.search(r"[\[{(]", whole) else whole
-    raise ConfigError(f"{' '.join(pieces)!r}: no space {where}; write {written}")
+    raise ConfigError(f"{' '.join(parts)!r}: no space {where}; write {written}")

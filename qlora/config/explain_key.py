@@ -40,7 +40,7 @@ def _lines(key: str, composed: DictConfig, overrides: Sequence[Override]) -> Ite
         yield from _group_lines(key, composed, overrides)
         return
     yield f"{_named(key)} = {_show(_value(composed, key))}"
-    setters = [*_files(key), *_words(key, overrides)]
+    setters = [*_files(key), *_overrides(key, overrides)]
     default = describe_default(key)
     last, *others = [*reversed(setters), *([f"the default of the schema, {default}"] if default else [])] or ["Hydra"]
     yield from _row("set by", last)
@@ -57,10 +57,10 @@ def _group_lines(group: str, composed: DictConfig, overrides: Sequence[Override]
     """Yields the option of a group, what chose it, and the values of its fields."""
     choice = composed.hydra.runtime.choices.get(group)
     yield f"{group} = {choice or 'null'}"
-    words = [word.input_line or "" for word in overrides if word.key_or_group == group]
+    chosen = [word.input_line or "" for word in overrides if word.key_or_group == group]
     is_default = choice == default_options().get(group)
     by_file = "conf/config.yaml, as the default" if is_default else "the defaults of a file"
-    yield from _row("set by", f"the word {words[-1]}" if words else by_file)
+    yield from _row("set by", f"the word {chosen[-1]}" if chosen else by_file)
     yield from _row("means", options(group).get(str(choice), "") or group_meaning(group))
     fields = [key for key, _ in group_fields(group)]
     if fields:
@@ -104,7 +104,7 @@ def _files(key: str) -> Iterator[str]:
             yield f"{loaded.file}{chosen}"
 
 
-def _words(key: str, overrides: Sequence[Override]) -> Iterator[str]:
+def _overrides(key: str, overrides: Sequence[Override]) -> Iterator[str]:
     """Yields the overrides that set a key, a part of it, or what holds it."""
     for override in overrides:
         name = override.key_or_group

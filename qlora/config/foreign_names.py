@@ -265,7 +265,6 @@ FOREIGN_VALUES = {
     "trainer.lr_scheduler_type": {
         **dict.fromkeys(("cosine_annealing", "cosine-annealing", "cos"), "trainer.lr_scheduler_type=cosine"),
         **dict.fromkeys(("none", "off", "fixed"), "trainer.lr_scheduler_type=constant"),
-        **dict.fromkeys(("wsd",), "trainer.lr_scheduler_type=warmup_stable_decay"),
     },
     "tracking.mode": {**dict.fromkeys(("off", "none", "false", "no"), "tracking=none")},
 }

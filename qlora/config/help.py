@@ -37,10 +37,11 @@ OTHER_GROUPS = {
 EXAMPLES = {
     "qlora": "fine-tune the embedded model on the embedded data: about a minute on two CPU cores",
     "qlora model=llama-7b data=oasst1 seed=1": "the paper's numbers for that pair, with another seed",
-    "qlora data=local data.path=rows.jsonl lora.r=16": "your own rows, a smaller adapter",
+    "qlora data=rows.jsonl lora.r=16": "your own rows, a smaller adapter",
     "qlora -m lora.r=8,64 quantization=nf4,fp4": "a sweep: four runs",
     "qlora sweep=lora-rank seed=0,1": "a named sweep, crossed with two seeds",
     "qlora experiment=guanaco-7b name=mine": "a named experiment in outputs/runs/mine",
+    "qlora chat outputs/runs/mine": "talk with a finished run: task=chat adapter=outputs/runs/mine",
     "qlora task=evaluate adapter=outputs/runs/mine": "measure a finished run; none: the untuned base",
     "qlora task=predict adapter=outputs/runs/mine generation=nucleus": "let it answer",
     "qlora model=llama-33b --cfg job": "print the composed config, run nothing",
@@ -113,9 +114,9 @@ def _task_page(task: str) -> Iterator[str]:
     """Yields what a task does, what its words are, and the keys that it alone reads."""
     yield from wrapped(f"{task}: {options('task')[task]}", "", 2)
     keys = SUBJECTS.get(task, (REPORT_KEY,) if task == REPORT else ())
-    words = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
+    usage = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
     spelled = " ".join([f"task={task}", *(f"{key}={key.upper()}" for key in keys)])
-    yield f"\nUsage: {words} [GROUP=OPTION ...] [KEY=VALUE ...]\n       which is qlora {spelled}"
+    yield f"\nUsage: {usage} [GROUP=OPTION ...] [KEY=VALUE ...]\n       which is qlora {spelled}"
     read = [key for key, tasks in schema.TASK_KEYS.items() if schema.TaskName(task.replace("-", "_")) in tasks]
     if read:
         yield "\nKeys:"

@@ -55,9 +55,9 @@ def read_forms(overrides: Sequence[str], folders: Sequence[Path] = ()) -> Readin
     result, read_as = list[str](), dict[str, str]()
     for override in parsed:
         text = override.input_line or ""
-        if words := _read_one(override, keys, [CONF_DIR, *folders]):
-            read_as[text] = " ".join(words)
-        result += words or [text]
+        if spelled := _read_one(override, keys, [CONF_DIR, *folders]):
+            read_as[text] = " ".join(spelled)
+        result += spelled or [text]
     return Reading(result, read_as, (*_outdone(given, groups), *_outdone(parse_overrides(result), known_keys())))
 
 

@@ -31,7 +31,7 @@ COMMANDS: Final = {
     "/exit": ("", "leave, as Ctrl-D does"),
 }
 """Each command with what it takes and what it does."""
-LEAVE: Final = ("exit", "quit", "bye", ":q", "/quit", "/q", "/bye")
+LEAVE: Final = ("exit", "quit", ":q", "/quit", "/q", "/bye")
 """What people type to leave, beside `/exit`; between quotes it is a message."""
 QUOTE: Final = '"""'
 HINT: Final = f"A line that ends in \\ continues, {QUOTE} opens and closes longer text, Ctrl-C stops an answer."

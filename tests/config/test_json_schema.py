@@ -22,7 +22,7 @@ from qlora.errors import UserError
 FILES = sorted(file for file in CONF_DIR.rglob("*.yaml") if "hydra" not in file.parts)
 
 
-def faults(schema: dict[str, Any], value: Any) -> list[str]:
+def refusals(schema: dict[str, Any], value: Any) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(value)]
 
 
@@ -38,12 +38,12 @@ def test_every_file_of_conf_is_valid_under_its_part(group: str | None) -> None:
     files = [file for file in FILES if file.parent == (CONF_DIR / group if group else CONF_DIR)]
     assert files
     for file in files:
-        assert not faults(schema, read(file)), file
+        assert not refusals(schema, read(file)), file
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=llama-7b", "data=oasst1"], ["data=mix", "data.mix.a=x.jsonl"]])
 def test_a_config_that_a_run_stores_is_valid(overrides: list[str]) -> None:
-    assert not faults(build_schema(), config_to_dict(compose(overrides)))
+    assert not refusals(build_schema(), config_to_dict(compose(overrides)))
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_a_config_that_a_run_stores_is_valid(overrides: list[str]) -> None:
     ],
 )
 def test_what_the_config_refuses_the_schema_refuses(group: str | None, text: str) -> None:
-    assert faults(build_schema(group), OmegaConf.to_container(OmegaConf.create(text)))
+    assert refusals(build_schema(group), OmegaConf.to_container(OmegaConf.create(text)))
 
 
 @pytest.mark.parametrize(
     "text", ["lora: {r: '${seed}'}", "trainer: {max_steps: null, learning_rate: 2e-4}", "seed: ???"]
 )
 def test_references_and_missing_values_are_accepted(text: str) -> None:
-    assert not faults(build_schema(), OmegaConf.to_container(OmegaConf.create(text)))
+    assert not refusals(build_schema(), OmegaConf.to_container(OmegaConf.create(text)))
 
 
 def test_every_field_has_its_type_its_meaning_and_its_default() -> None:

@@ -13,8 +13,11 @@ from qlora.config.arguments import read_arguments
 from qlora.config.combinations import Combinations
 from qlora.config.command_words import SUBJECTS, read_words
 from qlora.config.compose import compose, read_typed
+from qlora.config.fields import known_keys
 from qlora.config.foreign_names import FOREIGN_NAMES, FOREIGN_OPTIONS, FOREIGN_VALUES
-from qlora.config.options import model_presets, option_names
+from qlora.config.options import group_names, model_presets, option_names
+from qlora.config.registries.chat_templates import TEMPLATE_NAMES
+from qlora.config.registries.data_formats import FORMAT_NAMES
 from qlora.errors import UserError
 from qlora.tasks import start
 
@@ -77,9 +80,7 @@ def test_what_is_typed_is_read_as_what_it_stands_for_and_said(
     assert nothing_starts[0].arguments.overrides == [*given, *spelled]
 
 
-@pytest.mark.parametrize(
-    "command", ["trainer.max_steps=1e3", "tracking.mode=disabled", "model=llama-7b", "data=oasst1"]
-)
+@pytest.mark.parametrize("command", ["trainer.max_steps=1e3", "tracking.mode=disabled", "model=llama-7b"])
 def test_what_needs_no_reading_is_taken_without_a_word(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.run([command])
     assert capsys.readouterr().out == ""
@@ -89,6 +90,12 @@ def test_several_words_behind_report_are_a_list() -> None:
     assert read_words(["report", "a", "b c", "name=x"]).overrides == ["task=report", 'runs=[a,"b c"]', "name=x"]
 
 
+def test_a_folder_with_a_sign_of_equality_in_its_name_is_a_word(tmp_path: Path) -> None:
+    folder = "outputs/sweeps/rank/lora.r=8-0123abcd"
+    (tmp_path / folder).mkdir(parents=True)
+    assert read_words(["chat", folder, "lora.r=8"]).overrides == ["task=chat", f'adapter="{folder}"', "lora.r=8"]
+
+
 def test_a_second_reading_changes_nothing() -> None:
     typed = ["model=someone/x,c/d", "data=a.jsonl", "lora.r=8"]
     once = read_typed(typed)
@@ -96,11 +103,11 @@ def test_a_second_reading_changes_nothing() -> None:
     assert read_typed(once.overrides).read_as == {}
 
 
-def test_an_option_of_one_s_own_wins_over_a_path(tmp_path: Path) -> None:
+def test_the_name_of_an_option_s_file_is_no_hub_id(tmp_path: Path) -> None:
     (tmp_path / "conf" / "data" / "team").mkdir(parents=True)
     (tmp_path / "conf" / "data" / "team" / "rows.yaml").write_text("name: rows\npath: rows.jsonl\n")
-    assert read_typed(["data=team/rows"], tmp_path / "conf").overrides == ["data=team/rows"]
-    assert compose(["data=team/rows"], tmp_path / "conf").data.name == "rows"
+    with pytest.raises(UserError, match=r"^data=team/rows: data has no such option"):
+        compose(["data=team/rows"], tmp_path / "conf")
     assert compose(["data=team/rows"]).data.path == "team/rows"
 
 
@@ -306,20 +313,17 @@ def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     assert not nothing_starts
 
 
-RUNS = re.compile(r"(?:write|here|after the other:|sweep with commas:) (.*?)(?:, or see|, or leave| \(|$)")
+RUNS = re.compile(r"(?:write|here|after the other:) (.*?)(?:, or |; | \(|$)")
+ANSWERED = ("lora.r=[8,16]", "-m lora.r=8, 16", "lora.r==8", "lora.target_modules=[q_proj, v_proj]", "--lora.r=8",
+            "load_in_4bit=true", "quantization=int4", "tracking.mode=off", "resume=true", "trainer.optim=adamw",
+            "data.format=sharegpt", "task=finetune", "finetune", "nf4")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command", [text for text in REFUSED if RUNS.search(refused := REFUSED[text]) and "=" in refused]
-)
-def test_what_an_answer_says_to_write_is_accepted(command: str) -> None:
-    written = RUNS.findall(refusal(command))[-1]
-    if " or " in written or "trainer.num_train_epochs" in written:  # which needs trainer.max_steps=null
-        written = written.partition(" or ")[0] if " or " in written else f"{written} trainer.max_steps=null"
-    repo = " repo=me/mine" if written == "task=push" else ""
-    mix = " data=mix data.mix.a.path=a.jsonl" if "data.mix" in written else ""
-    bits = " quantization=none" if written == "lora=none" else ""
-    cli.run(shlex.split(f"{written}{repo}{mix}{bits}"))
+@pytest.mark.parametrize("command", ANSWERED)
+def test_what_an_answer_says_to_write_is_accepted(command: str, nothing_starts: list[start.Command]) -> None:
+    written = RUNS.findall(refusal(command))[-1].removeprefix("qlora ")
+    cli.run(["data=local", "data.path=x.jsonl", *shlex.split(written)])
+    assert nothing_starts
 
 
 def test_what_stands_in_the_tables_of_other_names_is_ours() -> None:
@@ -330,8 +334,15 @@ def test_what_stands_in_the_tables_of_other_names_is_ours() -> None:
                 name, _, option = word.partition("=")
                 assert name != group or option in option_names(group), word
     for key, values in FOREIGN_VALUES.items():
-        for written in dict.fromkeys(values.values()):
-            cli.run(["data=local", "data.path=x.jsonl", "model=llama-7b", written])
-            assert written.partition("=")[0] in (key, key.partition(".")[0])
-    for written in dict.fromkeys(name for name in FOREIGN_NAMES.values() if "=" in name and name != "task=push"):
-        cli.run(["quantization=none", "trainer.max_steps=1", written])
+        assert {value.partition("=")[0] for value in values.values()} <= {key, key.partition(".")[0]}
+        for value in {*values.values()} if key.startswith("trainer.") else ():
+            compose(["model=llama-7b", value])
+    for format_name in FOREIGN_VALUES["data.format"].values():
+        assert format_name.partition("=")[2] in FORMAT_NAMES
+    for template in FOREIGN_VALUES["data.template"].values():
+        assert template.partition("=")[2] in TEMPLATE_NAMES
+    known = {*known_keys(), *group_names(), "hydra.run.dir"}
+    for ours in FOREIGN_NAMES.values():
+        name, _, option = ours.partition("=")
+        assert name in known, ours
+        assert not option or name not in group_names() or option in option_names(name), ours
