@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,14 +14,23 @@ from omegaconf import DictConfig
 from qlora.config import trust
 from qlora.config.arguments import Arguments, read_arguments
 from qlora.config.command import ComposedCommand, compose_command, show_config
-from qlora.config.compose import START_VARIABLE, now, open_entries, opened_hydra, refuse_unreadable, register
+from qlora.config.compose import (
+    START_VARIABLE,
+    now,
+    open_entries,
+    opened_hydra,
+    read_typed,
+    refuse_unreadable,
+    register,
+)
 from qlora.config.conversion import without_hydra
-from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import with_environment
 from qlora.config.paths import give_home
 from qlora.errors import RunError
+from qlora.runtime import console
 from qlora.runtime.environment import prepare_environment
 from qlora.runtime.exit_codes import exiting
+from qlora.runtime.versions import versions_page
 from qlora.sweep import names
 from qlora.sweep.engines import check_engine
 from qlora.upstream.hydra_run import show
@@ -56,10 +68,8 @@ def _check_surroundings() -> None:
 
 def run(argv: list[str]) -> None:
     """Does what a command line asks for; raises `UserError` for a mistake in it."""
-    if "-h" in argv or "--help" in argv:
-        from qlora.config.help import print_help
-
-        print_help(argv)
+    if page := _page(argv):
+        page()
         return
     trust.check_version()
     register()
@@ -70,10 +80,15 @@ def run(argv: list[str]) -> None:
         return
     refuse_unreadable(arguments.overrides)
     check_engine(arguments.overrides)
-    overrides = with_environment(keep_spelling(arguments.overrides))
-    arguments = Arguments(overrides, arguments.config_dir, arguments.flags)
+    arguments = arguments.read(read_typed(arguments.overrides, arguments.config_dir))
+    overrides, flags = with_environment(arguments.overrides), arguments.flags
+    arguments = replace(arguments, overrides=overrides)
     os.environ.setdefault(START_VARIABLE, now())
-    flags = arguments.flags
+    if flags.explain is not None:
+        from qlora.config.explain_key import print_explanation
+
+        print_explanation(flags.explain, overrides, arguments.config_dir, multirun=arguments.multirun)
+        return
     composed = compose_command(
         overrides,
         arguments.config_dir,
@@ -89,8 +104,26 @@ def run(argv: list[str]) -> None:
         _start(arguments, composed)
 
 
+def _page(argv: list[str]) -> Callable[[], None] | None:
+    """Returns what prints the page that a command line asks for instead of a run; None: it asks for none."""
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if {"-h", "--help"} & {*argv} or first == "help":
+        from qlora.config.help import print_help
+
+        return partial(print_help, [word for word in argv if word != "help"])
+    if "--version" in argv or first == "version":
+        return lambda: print(versions_page())
+    if "--schema" in argv:
+        from qlora.config.json_schema import print_schema
+
+        return partial(print_schema, first)
+    return None
+
+
 def _show(arguments: Arguments, composed: DictConfig | None = None) -> None:
-    """Prints what Hydra says of itself or of the config."""
+    """Prints what Hydra says of itself or of the config, behind our versions where all is asked for."""
+    if arguments.flags.info == "all":
+        print(f"{versions_page()}\n")
     with opened_hydra(arguments.overrides, arguments.config_dir) as hydra:
         show(hydra, arguments.flags, open_entries(arguments.overrides), composed)
 
@@ -104,4 +137,6 @@ def _start(arguments: Arguments, composed: ComposedCommand) -> None:
     if needs.caches or composed.config.data.cache_dir:
         give_home(composed.config.data.cache_dir)
     prepare_environment(verbose=bool(composed.node.hydra.verbose))
+    for line in arguments.describe_reading():
+        console.say(line)
     start(Command(arguments, composed, needs))

@@ -26,6 +26,13 @@ def find_target_modules(requested: list[str], model: PreTrainedModel) -> list[st
         return chosen
     kinds = sorted({last_name(name) for name in names})
     matches: dict[str, list[str]] = {pattern: _matches(pattern, names) for pattern in requested}
+    head = model.get_output_embeddings()
+    output = next((last_name(name) for name, module in model.named_modules() if module is head), "")
+    if output in [last_name(pattern) for pattern, matched in matches.items() if not matched]:
+        raise ConfigError(
+            f"lora.target_modules: {output} is the output layer, which cannot be a target here; leave it out: "
+            "lora.target_modules=all-linear takes every other linear layer"
+        )
     if missing := [pattern for pattern, matched in matches.items() if not matched]:
         raise ConfigError(
             f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; "

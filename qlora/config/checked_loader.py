@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.config_source import ConfigResult
@@ -18,12 +20,25 @@ from qlora.text import brief_text
 from qlora.upstream import hydra
 
 
+@dataclass(frozen=True)
+class ReadOption:
+    """A file that was composed."""
+
+    file: str
+    config_path: str
+    """The option as Hydra names it, e.g. `lora/attention`."""
+    config: Any
+    """What it sets, below the keys of its package."""
+
+
 class CheckedLoader(hydra.ConfigLoader):
     """Composes our configs with the trust that their overrides state; those of other projects as Hydra does."""
 
     shipped: Path
     """The folder with our own options, which is in the search path of our configs alone."""
     trust = Trust()
+    read: ClassVar[list[ReadOption]] = []
+    """The files of the last composition, in the order in which they were read: the last one wins."""
 
     def is_checked(self) -> bool:
         """Returns whether a config is ours."""
@@ -34,6 +49,7 @@ class CheckedLoader(hydra.ConfigLoader):
     def checking(self, overrides: list[str]) -> Iterator[list[DictConfig]]:
         """Reads the trust of the overrides, and checks the composed config."""
         composed: list[DictConfig] = []
+        CheckedLoader.read.clear()
         with fixed_resolvers():
             self.trust = read_trust(OverridesParser.create(config_loader=self).parse_overrides(overrides))
             yield composed
@@ -49,11 +65,14 @@ class CheckedLoader(hydra.ConfigLoader):
 
     def check_option(self, loaded: ConfigResult, config_path: str, package: str) -> None:
         """Raises `ConfigError` for a file that sets a key of the command line; what is installed may set all."""
+        file = f"{loaded.path.removeprefix('file://')}/{config_path.removesuffix('.yaml')}.yaml"
+        if not loaded.path.startswith("structured://"):
+            label = file.replace(f"{self.shipped}/", "conf/", 1)
+            CheckedLoader.read.append(ReadOption(label, config_path.removesuffix(".yaml"), loaded.config))
         is_installed = loaded.path == f"file://{self.shipped}" or loaded.path.startswith(
             ("structured://", "pkg://hydra.", "pkg://hydra_plugins.")
         )
         if not is_installed:
-            file = f"{loaded.path.removeprefix('file://')}/{config_path.removesuffix('.yaml')}.yaml"
             check_file(file, loaded.config, package, self.trust)
 
 

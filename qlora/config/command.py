@@ -17,7 +17,13 @@ from qlora.config.overrides import refuse_unreadable
 from qlora.config.schema import Config
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
-from qlora.config.sweep_values import refuse_intervals, refuse_sweeps, sweep_params, unconditional_sweep
+from qlora.config.sweep_values import (
+    refuse_intervals,
+    refuse_single_job,
+    refuse_sweeps,
+    sweep_params,
+    unconditional_sweep,
+)
 from qlora.errors import ConfigError
 
 GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
@@ -72,6 +78,7 @@ def compose_command(
     grid = Combinations(unconditional_sweep(base, overrides) if sweeps else overrides, config_dir, base=base)
     is_grid = sweeps and not described and str(base.hydra.sweeper._target_) == GRID_SWEEPER
     if is_grid:
+        refuse_single_job(overrides, base)
         refuse_intervals([*overrides, *sweep_params(base, overrides)])
     node = grid.first_node
     refuse_resolved_secrets(node, printed=printed)

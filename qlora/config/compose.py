@@ -28,9 +28,11 @@ from qlora.config.conversion import to_config
 from qlora.config.file_spelling import reading_spellings
 from qlora.config.messages import below_null, explain
 from qlora.config.options import CONF_DIR
+from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import check_keys, open_entries, parse_overrides, refuse_unreadable
 from qlora.config.schema import Config, TaskName
 from qlora.config.search_path import check_options, option_folder, search_folders
+from qlora.config.typed_forms import Reading, check_own_rows, read_forms
 from qlora.errors import ConfigError, UserError
 from qlora.upstream.hydra import Hydra, search_path_of
 
@@ -89,7 +91,7 @@ def compose_dict(
     trust.check_version()
     register()
     refuse_unreadable(overrides)
-    overrides = open_entries(overrides)
+    overrides = open_entries(read_typed(overrides, config_dir).overrides)
     try:
         with opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
@@ -98,6 +100,7 @@ def compose_dict(
             composed = hydra.compose_config("config", list(overrides), run_mode=mode, from_shell=False)
             assert isinstance(composed, DictConfig)
             _check_job_folder(composed)
+            check_own_rows(composed, overrides)
             return composed
     except UserError:
         raise
@@ -141,9 +144,20 @@ def _check_job_folder(composed: DictConfig) -> None:
         )
 
 
-def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
+def read_typed(overrides: Sequence[str], config_dir: Path | str | None = None) -> Reading:
+    """Returns what `read_forms` makes of overrides, the user's own options known."""
+    overrides = keep_spelling(overrides)
+    return read_forms(overrides, _option_folders(config_dir, overrides))
+
+
+def _option_folders(config_dir: Path | str | None, overrides: Sequence[str]) -> list[Path]:
+    """Returns the folders with options of the user's own."""
     folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
-    folders += search_folders(parse_overrides(overrides))
+    return folders + search_folders(parse_overrides(overrides))
+
+
+def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
+    folders = _option_folders(config_dir, overrides)
     if folders:
         check_options(folders, CONF_DIR)
     search_path = search_path_of(CONF_DIR)

@@ -23,6 +23,15 @@ KeyPath = tuple[str, ...]
 SWEPT = ("hydra", "sweeper", "params")
 """Where a file lists what to sweep: keys, and their values as the command line writes them."""
 
+SCALARS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Any: "any value",
+}
+"""Types of single values, in words."""
+
 SHAPES = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
 """Types that hold other values, in words."""
 
@@ -119,14 +128,13 @@ def may_be_null(key: str) -> bool:
 def in_words(key: str) -> str:
     """Says what the field `key` holds: "a whole number or null", "one of nf4, fp4"."""
     hint = field_type(key)
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}
     if is_enum(hint):
         text = f"one of {', '.join(hint.__members__)}"
     elif dataclasses.is_dataclass(hint):
         text = "a mapping of fields"
     else:
         either = "a text or a list of texts" if get_origin(hint) is UnionType else "valid"
-        text = kinds.get(hint) or (shape_in_words(hint, key) if get_origin(hint) in SHAPES else either)
+        text = SCALARS.get(hint) or (shape_in_words(hint, key) if get_origin(hint) in SHAPES else either)
     return f"{text} or null" if may_be_null(key) else text
 
 

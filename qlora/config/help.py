@@ -16,12 +16,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from qlora.config import schema
+from qlora.config.command_words import REPORT, REPORT_KEY, SUBJECTS
 from qlora.config.fields import config_keys, field_type, in_words
-from qlora.config.options import CONF_DIR, group_names
+from qlora.config.foreign_names import ORIGINAL_FLAGS
+from qlora.config.options import CONF_DIR, default_options, group_names, option_names
 from qlora.config.search_path import option_folder
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import ConfigError, did_you_mean
-from qlora.upstream.omegaconf import raw_node
 
 WIDTH = 100
 SCHEMA = Path(schema.__file__).parent
@@ -37,10 +37,11 @@ OTHER_GROUPS = {
 EXAMPLES = {
     "qlora": "fine-tune the embedded model on the embedded data: about a minute on two CPU cores",
     "qlora model=llama-7b data=oasst1 seed=1": "the paper's numbers for that pair, with another seed",
-    "qlora data=local data.path=rows.jsonl lora.r=16": "your own rows, a smaller adapter",
+    "qlora data=rows.jsonl lora.r=16": "your own rows, a smaller adapter",
     "qlora -m lora.r=8,64 quantization=nf4,fp4": "a sweep: four runs",
     "qlora sweep=lora-rank seed=0,1": "a named sweep, crossed with two seeds",
     "qlora experiment=guanaco-7b name=mine": "a named experiment in outputs/runs/mine",
+    "qlora chat outputs/runs/mine": "talk with a finished run: task=chat adapter=outputs/runs/mine",
     "qlora task=evaluate adapter=outputs/runs/mine": "measure a finished run; none: the untuned base",
     "qlora task=predict adapter=outputs/runs/mine generation=nucleus": "let it answer",
     "qlora model=llama-33b --cfg job": "print the composed config, run nothing",
@@ -52,7 +53,18 @@ EXAMPLES = {
 def print_help(argv: list[str]) -> None:
     """Prints the help page, or that of the group in `argv` (`qlora --help lora`)."""
     config_dir, names = _read_argv(argv)
-    print("\n".join(_group_page(names[0], config_dir) if names else _main_page(config_dir)))
+    print("\n".join(_pages(names[0], config_dir) if names else _main_page(config_dir)))
+
+
+def _pages(name: str, config_dir: Path | None) -> Iterator[str]:
+    """Yields the page of a task, of a group, or of both, as of `merge` and `plan`."""
+    is_task = name in option_names("task")
+    if is_task:
+        yield from _task_page(name)
+    if is_task and name in _all_groups(config_dir):
+        yield ""
+    if not is_task or name in _all_groups(config_dir):
+        yield from _group_page(name, config_dir)
 
 
 def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -71,54 +83,76 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 def _main_page(config_dir: Path | None) -> Iterator[str]:
     yield "qlora fine-tunes quantized language models: a frozen 4-bit base, a small trained adapter (QLoRA)."
-    yield "\nUsage: qlora [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]"
+    yield "\nUsage: qlora [TASK] [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]"
     yield "\nGroups (* is the default):"
     chosen = default_options()
     for group in _all_groups(config_dir):
         yield ""
-        yield from _wrapped(group_meaning(group), f"  {group:<14}", 16)
+        yield from wrapped(group_meaning(group), f"  {group:<14}", 16)
         names = [f"{name}*" if chosen.get(group) == name else name for name in options(group, config_dir)]
-        yield from _wrapped(", ".join(names), " " * 16, 16)
+        yield from wrapped(", ".join(names), " " * 16, 16)
     yield "\nOther keys:\n"
     groups = _all_groups(config_dir)
     for key, text in field_docs()["Config"].items():
         if key not in groups:
-            yield from _wrapped(text, f"  {key:<14}", 16)
+            yield from wrapped(text, f"  {key:<14}", 16)
     yield "\nExamples:\n"
     for command, meaning in EXAMPLES.items():
         yield f"  {command}"
         yield f"      {meaning}"
     yield "\nMore:\n"
     yield "  qlora --help GROUP     what a group's options are, and its fields with type and meaning"
+    yield "  qlora chat --help      what a task does and takes; the tasks are the options of the group task"
+    yield "  qlora --explain KEY    the value of a key, what set it, its type and meaning"
+    yield "  qlora --schema         all keys as a JSON schema, for editors"
+    yield "  qlora --version        the versions of qlora and of its libraries"
     yield "  qlora --info defaults  which files a command reads, in which order (the last wins)"
     yield "  qlora --hydra-help     the flags of Hydra, which composes the configuration"
+
+
+def _task_page(task: str) -> Iterator[str]:
+    """Yields what a task does, what its words are, and the keys that it alone reads."""
+    yield from wrapped(f"{task}: {options('task')[task]}", "", 2)
+    keys = SUBJECTS.get(task, (REPORT_KEY,) if task == REPORT else ())
+    usage = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
+    spelled = " ".join([f"task={task}", *(f"{key}={key.upper()}" for key in keys)])
+    yield f"\nUsage: {usage} [GROUP=OPTION ...] [KEY=VALUE ...]\n       which is qlora {spelled}"
+    read = [key for key, tasks in schema.TASK_KEYS.items() if schema.TaskName(task.replace("-", "_")) in tasks]
+    if read:
+        yield "\nKeys:"
+    for key in read:
+        owner, _, name = key.rpartition(".")
+        yield ""
+        yield from wrapped(f"{in_words(key)}{_default(key)}", f"  {'from' if key == 'source' else key}: ", 6)
+        yield from wrapped(field_docs()["TaskConfig" if owner else "Config"][name], " " * 6, 6)
+    yield "\nAll other keys: qlora --help"
 
 
 def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
     groups = _all_groups(config_dir)
     group = group.rstrip(".").partition(".")[0]
     if group not in groups:
-        near = did_you_mean(group, groups)
-        raise ConfigError(f"--help {group}: there is no such group{near}; choose one of {', '.join(groups)}")
-    yield from _wrapped(f"{group}: {group_meaning(group)}", "", 2)
+        near = did_you_mean(group, [*groups, *option_names("task")])
+        raise ConfigError(f"--help {group}: there is no such group{near}; choose one of those of `qlora --help`")
+    yield from wrapped(f"{group}: {group_meaning(group)}", "", 2)
     chosen = default_options().get(group)
     if listed := options(group, config_dir):
         yield f"\nOptions ({group}=OPTION):\n"
     width = max(map(len, listed), default=0) + 3
     for name, comment in listed.items():
         mark = "*" if name == chosen else " "
-        yield from _wrapped(comment, f"  {name + mark:<{width}}", width + 2)
+        yield from wrapped(comment, f"  {name + mark:<{width}}", width + 2)
     if chosen in listed:
         yield "\n  * is the default"
     if fields := list(group_fields(group)):
         yield f"\nFields ({group}.FIELD=VALUE):"
     for key, text in fields:
         yield ""
-        yield from _wrapped(f"{in_words(key)}{_default(key)}", f"  {key}: ", 6)
-        yield from _wrapped(text, " " * 6, 6)
+        yield from wrapped(f"{in_words(key)}{_default(key)}", f"  {key}: ", 6)
+        yield from wrapped(text, " " * 6, 6)
 
 
-def _wrapped(text: str, first: str, indent: int) -> list[str]:
+def wrapped(text: str, first: str, indent: int) -> list[str]:
     lines = textwrap.wrap(
         text.replace("`", ""),
         WIDTH,
@@ -176,16 +210,6 @@ def _comment(file: Path) -> str:
 
 
 @functools.cache
-def default_options() -> dict[str, str]:
-    """Returns which option of each group `config.yaml` chooses."""
-    chosen: dict[str, str] = {}
-    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
-        if not isinstance(entry, str):
-            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
-    return chosen
-
-
-@functools.cache
 def field_docs() -> dict[str, dict[str, str]]:
     """Returns the docstring below each field, by class and field, in the order of the source."""
     modules = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SCHEMA.glob("*.py"))]
@@ -225,6 +249,27 @@ def _default(key: str) -> str:
     if isinstance(value, enum.Enum):
         value = value.name
     return f" = {OmegaConf.to_yaml(OmegaConf.create({'x': value})).partition(': ')[2].strip()}"
+
+
+def describe_default(key: str) -> str:
+    """Returns the schema's default of a key; "": an option chooses it, or no dataclass declares it."""
+    owner: Any = field_type(key.rpartition(".")[0]) if "." in key else schema.Config
+    names = [item.name for item in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if key.rpartition(".")[2] not in names:
+        return ""
+    return _default(key).removeprefix(" = ") if _default(key).startswith(" = ") else ""
+
+
+def field_meaning(key: str) -> str:
+    """Returns the docstring of a field, or of the mapping or list that a key lies in; "": there is none."""
+    key = key.partition("[")[0]
+    while key:
+        parent, _, name = key.rpartition(".")
+        owner: Any = field_type(parent) if parent else schema.Config
+        if dataclasses.is_dataclass(owner):
+            return field_docs()[owner.__name__].get(name, "")  # type: ignore[union-attr]
+        key = parent
+    return ""
 
 
 def reference() -> str:

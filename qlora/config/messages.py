@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -21,11 +21,15 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from qlora.config.fields import config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.fields import SHAPES, config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.foreign_names import known_value
 from qlora.config.options import CONF_DIR, option_names
 from qlora.config.search_path import KEY as SEARCH_PATH
 from qlora.config.suggestions import nearest_keys, unknown_key, unknown_option
 from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
+
+LIST = re.compile(r"'?\[([^\[{]+)\]'?")
+"""A list as OmegaConf or Python spells it."""
 
 
 def explain(error: Exception, config_dir: Path | str | None = None) -> UserError:
@@ -125,12 +129,26 @@ def describe_yaml(error: MarkedYAMLError) -> str:
 def _broken_override(error: OverrideParseException) -> ConfigError:
     if "=" not in error.override:
         return ConfigError(f"{error.override!r} is not an option; options are written KEY=VALUE, e.g. lora.r=16")
-    said = first_line(str(error.__cause__ or error.message))
-    reason = "" if "Exception" in said else f": {said}"
+    if (fixed := _without_slip(error.override)) is not None:
+        return ConfigError(f"{error.override!r} cannot be read; write {fixed}")
+    said = first_line(str(error.__cause__ or error.message)).partition(" expecting ")[0]
+    reason = "" if "Exception" in said or "Error parsing" in said else f": {said}"
     return ConfigError(
         f"{error.override!r} cannot be read{reason}; put quotes around a value with special characters, "
         "e.g. 'data.path=\"my rows (1).jsonl\"'"
     )
+
+
+def _without_slip(text: str) -> str | None:
+    """Returns an override that cannot be read as it was probably meant; None: that is not known."""
+    key, _, value = text.partition("=")
+    if value.startswith("=") and (bare := value.lstrip("= ")):
+        return f"{key}={bare}"
+    if re.fullmatch(r"[^\[{(,]+(,[^\[{(,]+)*,", value):
+        return f"{'-m ' if ',' in value[:-1] else ''}{key}={value[:-1]}"
+    if items := re.fullmatch(r"\{([^:{}]+,[^:{}]+)\}", value):
+        return f"-m {key}={items[1].replace(' ', '')}"
+    return None
 
 
 def below_null(overrides: Sequence[str]) -> ConfigError:
@@ -193,6 +211,11 @@ def _wrong_type(key: str, text: str, where: str) -> ConfigError:
         key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
+    if known := known_value(key, value.strip("'")):
+        near = f"; write {known}"
+    if not where and get_origin(field_type(key)) not in SHAPES and (items := LIST.fullmatch(value)):
+        texts = items[1].replace("'", "").replace(" ", "")
+        near = f"; one after the other: -m {key}={texts}"
     return ConfigError(f"{key}{where} must be {in_words(key)}, got {value}{near}")
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora.config.foreign_names import known_value
 from qlora.errors import ConfigError, ResourceError, did_you_mean
 
 Choices = tuple[str, ...]
@@ -194,7 +195,8 @@ def check_optimizer(name: str, arguments: Mapping[str, Any], schedule: str) -> d
         raise ConfigError(f"trainer.optim={name} is not offered: {LEFT_OUT[name]}; choose another, e.g. adamw_torch")
     if name not in OPTIMIZERS:
         raise ConfigError(
-            f"trainer.optim={name!r} is unknown{did_you_mean(name, OPTIMIZERS)}; choose one of {', '.join(OPTIMIZERS)}"
+            f"trainer.optim={name!r} is unknown{_ours('trainer.optim', name, OPTIMIZERS)}; docs/run.md lists all "
+            f"{len(OPTIMIZERS)}, e.g. adamw_torch, paged_adamw_32bit, adafactor"
         )
     if OPTIMIZERS[name].is_schedule_free and schedule != "constant":
         raise ConfigError(
@@ -236,8 +238,8 @@ def check_schedule(name: str, arguments: Mapping[str, Any], *, learning_rate: fl
     """
     if name not in SCHEDULES:
         raise ConfigError(
-            f"trainer.lr_scheduler_type={name!r} is unknown{did_you_mean(name, SCHEDULES)}; choose one of "
-            f"{', '.join(SCHEDULES)}"
+            f"trainer.lr_scheduler_type={name!r} is unknown{_ours('trainer.lr_scheduler_type', name, SCHEDULES)}; "
+            f"docs/run.md lists all {len(SCHEDULES)}, e.g. constant, linear, cosine"
         )
     schedule, who = SCHEDULES[name], f"trainer.lr_scheduler_type={name}"
     if name == "constant":  # takes the place of a recipe's schedule, whose arguments stay behind
@@ -324,3 +326,9 @@ def read_arguments(name: str, text: str | None) -> dict[str, Any]:
     kinds = OPTIMIZERS[name].arguments
     pairs = (pair.partition("=")[::2] for pair in text.split(",")) if text else ()
     return {key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in pairs}  # type: ignore[operator]
+
+
+def _ours(key: str, name: str, known: Iterable[str]) -> str:
+    """Returns what a name was meant to be, in words: another tool's name, or one that is misspelled."""
+    ours = known_value(key, name)
+    return f"; write {ours}" if ours is not None else did_you_mean(name, known)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qlora.config.schema import ArchitectureConfig
+from qlora.upstream.omegaconf import raw_node
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -35,6 +36,16 @@ def model_presets() -> dict[str, dict[str, Any]]:
         shape = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ArchitectureConfig), node.architecture))
         presets[file.stem] = {"name": str(node.name), "architecture": shape}
     return presets
+
+
+@functools.cache
+def default_options() -> dict[str, str]:
+    """Returns which option of each group `config.yaml` chooses."""
+    chosen: dict[str, str] = {}
+    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
+        if not isinstance(entry, str):
+            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
+    return chosen
 
 
 MANY = ("callbacks",)

@@ -148,7 +148,7 @@ def check_keys(overrides: Sequence[str], hydra: Hydra) -> None:
         if key in groups:
             _check_choice(override, loader.get_group_options(key))
         elif not key_exists(key, keys):
-            raise unknown_key(key)
+            raise unknown_key(key, value=(override.input_line or "").partition("=")[2])
         elif override.is_delete():
             raise ConfigError(f"~{key}: a field cannot be removed; give it another value, or null if it may be unset")
         elif override.is_add() and not override.is_force_add() and key in keys:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import FUNCTION_PATH, Config
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, suggest
 
 NAMES_OR_PATHS = ("model.name", "model.tokenizer", "data.path", "data.eval_path", "data.template", "adapter")
 """Keys that may also name something of the hub, an embedded part or a function."""
 PATHS = ("model.cache_dir", "data.cache_dir", "evaluation.path", "runs", "run", "source")
 """Keys that hold a path or a pattern of paths."""
+ROW_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".arrow", ".xlsx", ".zip", ".bz2",
+             ".xz", ".zst")  # fmt: skip
+"""Endings that mean a file of rows, whether it can be read or not; hub ids may hold dots too (org/set-v1.5)."""
 DATABASE = "sqlite:///"
 """How `tracking.uri` names a file."""
 
@@ -100,3 +103,9 @@ def _homeless() -> str:
         return "" if os.access(home, os.W_OK) else f"{said}, which cannot be written"
     parent = next(path for path in (home, *home.parents) if path.exists())
     return "" if parent == home or os.access(parent, os.W_OK) else f"{said}, which does not exist and cannot be made"
+
+
+def is_row_file(text: str) -> bool:
+    """Returns whether a text is the name or a pattern of files of rows, one with a misspelled suffix included."""
+    suffix = Path(text).suffix.lower()
+    return suffix in ROW_FILES or "*" in text or (len(suffix) > 3 and bool(suggest(suffix, ROW_FILES)))

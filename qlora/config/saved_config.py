@@ -154,8 +154,8 @@ def read_yaml(path: Path) -> Any:
     Raises `DataError` for a file that is not YAML.
     """
     try:
-        with path.open(encoding="utf-8-sig") as stream:  # whose name errors tell
-            return yaml.load(stream, Loader=get_yaml_loader())
+        with path.open(encoding="utf-8-sig") as file:  # whose name is in the marks of errors
+            return yaml.load(file, Loader=get_yaml_loader())
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except MarkedYAMLError as error:

@@ -5,133 +5,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora.config.fields import config_keys
+from qlora.config.foreign_names import FOREIGN_NAMES, FOREIGN_OPTIONS, FOREIGN_TASKS, ORIGINAL_FLAGS
 from qlora.config.options import group_names
 from qlora.errors import ConfigError, did_you_mean, mean, suggest
+from qlora.text import brief_text
 
-# Hydra's flags that a user meets.
 FLAGS = (
-    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
-    *("--shell-completion", "--config-dir", "--config-name", "--experimental-rerun"),
+    *("--help", "--version", "--schema", "--explain", "--hydra-help", "--cfg", "--resolve", "--package", "--run"),
+    *("--multirun", "--info", "--shell-completion", "--config-dir", "--config-name", "--experimental-rerun"),
 )
+"""The flags that a user meets: ours, and Hydra's."""
 
-# The flags of the original qlora.py, and ours: an option (`lora.r`) or a choice (`lora=none`).
-ORIGINAL_FLAGS = {
-    "model_name_or_path": "model.name",
-    "trust_remote_code": "model.trust_remote_code",
-    "cache_dir": "model.cache_dir",
-    "max_memory_MB": "model.max_memory",
-    "bits": "quantization.bits",
-    "quant_type": "quantization.quant_type",
-    "double_quant": "quantization.double_quant",
-    "bf16": "quantization.compute_dtype=bf16",
-    "fp16": "quantization.compute_dtype=fp16",
-    "full_finetune": "lora=none",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "dataset": "data",
-    "dataset_format": "data.format",
-    "source_max_len": "data.source_max_len",
-    "target_max_len": "data.target_max_len",
-    "train_on_source": "data.train_on_source",
-    "eval_dataset_size": "data.eval_dataset_size",
-    "max_train_samples": "data.max_train_samples",
-    "max_eval_samples": "data.max_eval_samples",
-    "data_seed": "data.split_seed",
-    "do_train": "task.train",
-    "do_eval": "task.evaluate",
-    "do_predict": "task.predict",
-    "predict_with_generate": "task.predict",
-    "adam8bit": "trainer.optim=paged_adamw_8bit",
-    "optim": "trainer.optim",
-    "max_steps": "trainer.max_steps",
-    "num_train_epochs": "trainer.num_train_epochs",
-    "per_device_train_batch_size": "trainer.per_device_train_batch_size",
-    "per_device_eval_batch_size": "trainer.per_device_eval_batch_size",
-    "gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
-    "learning_rate": "trainer.learning_rate",
-    "lr_scheduler_type": "trainer.lr_scheduler_type",
-    "warmup_ratio": "trainer.warmup_steps",
-    "weight_decay": "trainer.weight_decay",
-    "adam_beta2": "trainer.adam_beta2",
-    "max_grad_norm": "trainer.max_grad_norm",
-    "gradient_checkpointing": "trainer.gradient_checkpointing",
-    "group_by_length": "trainer.group_by_length",
-    "logging_steps": "trainer.logging_steps",
-    "eval_steps": "trainer.eval_steps",
-    "save_steps": "trainer.save_steps",
-    "save_total_limit": "trainer.save_total_limit",
-    "dataloader_num_workers": "trainer.dataloader_num_workers",
-    "max_new_tokens": "generation.max_new_tokens",
-    "min_new_tokens": "generation.min_new_tokens",
-    "do_sample": "generation.do_sample",
-    "num_beams": "generation.num_beams",
-    "num_beam_groups": "generation.num_beam_groups",
-    "penalty_alpha": "generation.penalty_alpha",
-    "use_cache": "generation.use_cache",
-    "temperature": "generation.temperature",
-    "top_k": "generation.top_k",
-    "top_p": "generation.top_p",
-    "typical_p": "generation.typical_p",
-    "diversity_penalty": "generation.diversity_penalty",
-    "repetition_penalty": "generation.repetition_penalty",
-    "length_penalty": "generation.length_penalty",
-    "no_repeat_ngram_size": "generation.no_repeat_ngram_size",
-    "output_dir": "hydra.run.dir",
-    "run_name": "name",
-    "report_to": "tracking",
-    "seed": "seed",
-}
-
-# Names of the original, of PEFT and of transformers, and ours.
-FOREIGN_NAMES = {
-    **{flag: ours for flag, ours in ORIGINAL_FLAGS.items() if flag != ours},
-    "lora.rank": "lora.r",
-    "lora.lora_r": "lora.r",
-    "lora.lora_alpha": "lora.alpha",
-    "lora.lora_dropout": "lora.dropout",
-    "lora.modules": "lora.target_modules",
-    "lora_modules": "lora.target_modules",
-    "quantization.dtype": "quantization.compute_dtype",
-    "data.dataset": "data.path",
-    "lr": "trainer.learning_rate",
-    "trainer.lr": "trainer.learning_rate",
-    "trainer.steps": "trainer.max_steps",
-    "trainer.epochs": "trainer.num_train_epochs",
-    "trainer.batch_size": "trainer.per_device_train_batch_size",
-    "trainer.warmup_ratio": "trainer.warmup_steps",
-    "trainer.bf16": "quantization.compute_dtype=bf16",
-    "trainer.fp16": "quantization.compute_dtype=fp16",
-    "trainer.seed": "seed",
-    "trainer.report_to": "tracking",
-    "trainer.output_dir": "hydra.run.dir",
-}
+LONGEST = 190
+"""Characters of a sentence that lists options; where there are more of them, it names the page that does."""
 
 
-def unknown_key(key: str, where: str = "") -> ConfigError:
-    """Returns the error for a key that does not exist, with the nearest that do."""
+def unknown_key(key: str, where: str = "", value: str | None = None) -> ConfigError:
+    """Returns the error for a key that does not exist, with the nearest that do; `value` is what it was given."""
     group = key.split(".")[0]
     page = f"qlora --help {group}" if group in group_names() else "qlora --help"
-    return ConfigError(f"unknown key {key!r}{where}{mean(nearest_keys(key))}; see `{page}`")
+    known = FOREIGN_NAMES.get(key)
+    value = (value or "").strip("'\"")
+    written = f"{known}={value}" if known and value and "=" not in known else known
+    remedy = f"write {written}, or see" if written and "=" in written and len(written) < LONGEST // 2 else "see"
+    return ConfigError(f"unknown key {key!r}{where}{mean(nearest_keys(key))}; {remedy} `{page}`")
 
 
-def unknown_flag(flag: str) -> ConfigError:
-    """Returns the error for an unknown flag, e.g. one of the original script."""
+def unknown_flag(flag: str, behind: str = "") -> ConfigError:
+    """Returns the error for an unknown flag, e.g. one of the original script; `behind` is the word behind it."""
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     near = [*suggest(flag.split("=")[0], FLAGS), *([ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [])]
     near = near or nearest_keys(name)
+    value = flag.partition("=")[2] or behind
+    is_key = near and not near[0].startswith("-") and "=" not in near[0] and value and len(value) < LONGEST // 4
+    example = f"here {near[0]}={value}" if is_key else "see `qlora --help`"
     return ConfigError(
-        f"unknown flag {flag.split('=')[0]}{mean(near)}; options are written KEY=VALUE without dashes, "
-        "see `qlora --help`"
+        f"unknown flag {flag.split('=')[0]}{mean(near)}; options are written KEY=VALUE without dashes, {example}"
     )
 
 
 def unknown_option(group: str, choice: str, options: Sequence[str], where: str = "") -> ConfigError:
     """Returns the error for an option that a group does not have."""
-    return ConfigError(
-        f"{group}={choice}{where}: {group} has no such option{did_you_mean(choice, options)}; "
-        f"choose one of {', '.join(sorted(options))}"
-    )
+    says, listed = f"{group}={brief_text(choice)}{where}: {group} has no such option", ", ".join(sorted(options))
+    if group == "task" and choice.lower() in FOREIGN_TASKS:
+        return ConfigError(f"{says}; instead, {FOREIGN_TASKS[choice.lower()]}")
+    if (known := FOREIGN_OPTIONS.get(group, {}).get(choice.lower())) is not None:
+        return ConfigError(f"{says}; write {known}, or see `qlora --help {group}`")
+    says += f"{did_you_mean(choice, options)}; choose one of"
+    if len(f"{says} {listed}") >= LONGEST:
+        listed = f"the {len(options)} of `qlora --help {group}`{OTHER_CHOICES.get(group, '')}"
+    return ConfigError(f"{says} {listed}")
+
+
+OTHER_CHOICES = {"model": ", or give a hub id or a folder (./NAME)", "data": ", or give a file or a hub id"}
+"""What a group takes beside the names of its options."""
 
 
 def nearest_keys(key: str) -> list[str]:

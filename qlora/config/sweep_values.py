@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, Sweep
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.fields import field_type
+from qlora.config.fields import field_type, is_enum
+from qlora.config.options import group_names
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import parse_overrides
 from qlora.errors import ConfigError
@@ -81,10 +82,22 @@ def unconditional_sweep(composed: DictConfig, overrides: Sequence[str]) -> list[
 def refuse_sweeps(overrides: Sequence[str]) -> None:
     for override in parse_overrides(overrides):
         if override.is_sweep_override():
+            hint, key = field_type(override.key_or_group), override.get_key_element()
+            is_number = hint in (int, float, bool) or is_enum(hint) or key in group_names()
             raise ConfigError(
-                f"{override.input_line} gives several values: add -m to run a sweep, write "
-                f"{override.get_key_element()}=[A,B] for one list, or quote a text that holds a comma"
-            )
+                f"{override.input_line} gives several values: add -m to run a sweep, "
+                + (f"or write {key}=VALUE for one run" if is_number
+                   else f"write {key}=[A,B] for one list, or quote a text that holds a comma")
+            )  # fmt: skip
+
+
+def refuse_single_job(overrides: Sequence[str], composed: DictConfig) -> None:
+    """Raises `ConfigError` for `-m` where nothing varies."""
+    varies = any(override.is_sweep_override() for override in parse_overrides(overrides))
+    if not varies and not sweep_params(composed, overrides):
+        raise ConfigError(
+            "-m runs a sweep, and nothing varies; give a key several values, e.g. -m lora.r=8,16, or leave -m out"
+        )
 
 
 def refuse_intervals(overrides: Sequence[str]) -> None:

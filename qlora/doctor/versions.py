@@ -14,12 +14,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from qlora.doctor.findings import Finding, Status, fail, fine, warn
+from qlora.runtime.versions import LIBRARIES, installed_version
 
-OURS = (
-    *("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "hydra-core", "omegaconf"),
-    *("safetensors", "tokenizers", "huggingface_hub", "triton"),
-)
-"""The packages that decide whether and how a run works."""
 OPTIONAL = ("triton",)
 OLDEST_PYTHON = (3, 11)
 
@@ -69,7 +65,7 @@ def check_python() -> Iterator[Finding]:
 
 def check_versions() -> Iterator[Finding]:
     """Looks at the packages that a run needs: all there, as their authors require, and no known bad pair."""
-    installed = {name: _version(name) for name in OURS}
+    installed = {name: installed_version(name) for name in LIBRARIES}
     for name, version in installed.items():
         if version is None and name not in OPTIONAL:
             yield fail(name, "is not installed", f"pip install {name}")
@@ -82,7 +78,7 @@ def check_versions() -> Iterator[Finding]:
             yield Finding("versions", problem.status, says, problem.fix)
         else:
             package, needed = problem
-            there = installed.get(needed.name, _version(needed.name))
+            there = installed.get(needed.name, installed_version(needed.name))
             yield warn("versions", f"{package} asks for {needed.name}{needed.specifier}, but {there} is installed",
                        f"pip install '{needed.name}{needed.specifier}'")  # fmt: skip
     if not problems:
@@ -92,9 +88,9 @@ def check_versions() -> Iterator[Finding]:
 
 def _unmet() -> Iterator[tuple[str, Requirement]]:
     """Yields what a package of ours requires of another and does not get."""
-    for package in ("qlora", *OURS):
+    for package in ("qlora", *LIBRARIES):
         for requirement in _requirements(package):
-            version = _version(requirement.name) if requirement.name in OURS else None
+            version = installed_version(requirement.name) if requirement.name in LIBRARIES else None
             if version is not None and not requirement.specifier.contains(version, prereleases=True):
                 yield package, requirement
 
@@ -109,7 +105,7 @@ def _requirements(package: str) -> tuple[Requirement, ...]:
     installed = []
     for text in texts:
         if "extra ==" in text or not text.replace("_", "-").lower().startswith(
-            tuple(name.replace("_", "-") for name in OURS)
+            tuple(name.replace("_", "-") for name in LIBRARIES)
         ):
             continue
         try:
@@ -117,7 +113,7 @@ def _requirements(package: str) -> tuple[Requirement, ...]:
         except InvalidRequirement:  # no package of ours writes one; another's is its own affair
             continue
         requirement.name = next(
-            (name for name in OURS if name.replace("_", "-") == requirement.name.replace("_", "-").lower()),
+            (name for name in LIBRARIES if name.replace("_", "-") == requirement.name.replace("_", "-").lower()),
             requirement.name,
         )
         if requirement.marker is None or requirement.marker.evaluate():
@@ -130,7 +126,7 @@ def _is_there(pair: BadPair) -> bool:
 
 
 def _holds(requirement: Requirement) -> bool:
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     if version is None:
         return False
     try:
@@ -138,11 +134,3 @@ def _holds(requirement: Requirement) -> bool:
     except InvalidVersion:
         return False
     return SpecifierSet(str(requirement.specifier)).contains(plain, prereleases=True)
-
-
-@functools.cache
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

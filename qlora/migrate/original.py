@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import group_names
 from qlora.config.overrides import write_override
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.migrate import hf_arguments, shared_rules
 from qlora.migrate.translation import Dialect, Lost, Move, Part, Pick, Rule, Same, Settings
 from qlora.migrate.vocabulary import QLORA_KEYS, TRAINING_ARGUMENTS

@@ -31,6 +31,8 @@ COMMANDS: Final = {
     "/exit": ("", "leave, as Ctrl-D does"),
 }
 """Each command with what it takes and what it does."""
+LEAVE: Final = ("exit", "quit", ":q", "/quit", "/q", "/bye")
+"""What people type to leave, beside `/exit`; between quotes it is a message."""
 QUOTE: Final = '"""'
 HINT: Final = f"A line that ends in \\ continues, {QUOTE} opens and closes longer text, Ctrl-C stops an answer."
 
@@ -79,7 +81,9 @@ class Chat:
 
     def hear(self, entered: Entered) -> None:
         """Does a command or answers a message; raises a `UserError` where it cannot, and then nothing has changed."""
-        if entered.text.startswith("/") and not entered.quoted:
+        if entered.text.strip().lower() in LEAVE and not entered.quoted:
+            self._exit()
+        elif entered.text.startswith("/") and not entered.quoted:
             self._do(*entered.text.split(None, 1))
         elif entered.text.strip():
             self._ask({"role": "user", "content": entered.text})

@@ -93,6 +93,8 @@ def test_unmatched_target_modules_stop_the_run_and_list_what_exists(base_folder:
     ) as e:
         find_target_modules(["q_prj", "v_proj"], base)
     assert "'gate_proj'" in str(e.value)
+    with pytest.raises(UserError, match=r"^lora.target_modules: lm_head is the output layer, which cannot be a target"):
+        find_target_modules(["q_proj", "lm_head"], base)
 
 
 def test_a_4bit_weight_counts_as_the_parameters_it_stands_for(base_folder: Path) -> None:

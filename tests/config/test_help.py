@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from qlora.config import help as pages
+from qlora.config.command_words import read_words
 from qlora.config.compose import compose
 from qlora.config.fields import config_keys, field_type
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import CONF_DIR, group_names
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -75,7 +76,7 @@ def test_an_unknown_folder_is_refused() -> None:
 def test_every_example_composes(command: str) -> None:
     for word in ("seed=0,1", "--cfg job"):
         command = command.replace(word, "")
-    compose(command.split()[1:])
+    compose(read_words(command.split()[1:]).overrides)
 
 
 def test_the_reference_in_the_docs_is_up_to_date() -> None:

@@ -198,6 +198,8 @@ def test_missing_files_are_answered_with_the_nearest_name(tmp_path, message, mon
     (tmp_path / "my").mkdir()
     write(tmp_path / "my" / "rows.jsonl", ROWS)
     assert message("my/row.jsonl") == "data.path=my/row.jsonl: no such file (did you mean my/rows.jsonl?)"
+    write(tmp_path / "rows.jsonl", ROWS)
+    assert message("rows.jsnol") == "data.path=rows.jsnol: no such file (did you mean rows.jsonl?)"
     assert message("./nothing") == "data.path=./nothing: no such file"
     assert message("./mi") == "data.path=./mi: no such file (did you mean my?)"
     assert message("no/rows.csv", key="data.eval_path") == (

@@ -131,6 +131,12 @@ def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path, l
         f"data.columns.output=respons: data.path={path} has no column respons (did you mean response?); it has "
         "instruction, input, response"
     )
+    with pytest.raises(UserError) as caught:
+        load(path, columns={"outptu": "answer"})
+    assert str(caught.value) == (
+        "data.columns.outptu=answer: outptu is no column of a format (did you mean output?), and "
+        f"data.path={path} has no column answer"
+    )
     with pytest.raises(UserError, match=r"^data.mix.a.columns.b=input: the column is a already$"):
         load(path, columns={"a": "input", "b": "input"}, columns_key="data.mix.a.columns")
 

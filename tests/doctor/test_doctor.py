@@ -131,8 +131,8 @@ def test_the_architecture_is_that_of_the_model_s_own_config(tmp_path: Path) -> N
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Versions that are there in place of the installed ones."""
     changed: dict[str, str] = {}
-    plain = versions._version
-    monkeypatch.setattr(versions, "_version", lambda name: changed.get(name) or plain(name))
+    plain = versions.installed_version
+    monkeypatch.setattr(versions, "installed_version", lambda name: changed.get(name) or plain(name))
     return changed
 
 

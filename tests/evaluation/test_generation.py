@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers import GenerationConfig as HFGenerationConfig
 
 from qlora.config.compose import compose
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.schema import GenerationConfig
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.demo.instructions import eval_rows
 from qlora.errors import UserError
 from qlora.evaluation.generation import (

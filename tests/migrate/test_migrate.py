@@ -12,10 +12,10 @@ import pytest
 
 from qlora.config.compose import compose
 from qlora.config.fields import config_keys
+from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import group_names
 from qlora.config.overrides import override_value, write_override
 from qlora.config.schema import ComputeDtype, Config, EvaluationName, LoraInit, TaskName, TrainOn
-from qlora.config.suggestions import ORIGINAL_FLAGS
 from qlora.data.formats.as_chat import from_alpaca, from_alpaca_prompt, from_any, from_input_output
 from qlora.errors import UserError
 from qlora.migrate import migrate, read
@@ -323,6 +323,7 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
         ("d.yaml", "hello: world\n", "neither a command of qlora.py nor a YAML of Axolotl"),
         ("e.yaml", "a: [1,\n", "not valid YAML"),
+        ("rows.jsonl", '{"a": 1}\n{"b": 2}\n', "rows.jsonl, line 2: this is not valid YAML"),
         ("f.sh", "echo hello\n", "neither a command of qlora.py"),
         ("g.sh", "python qlora.py --dataset 'open\n", "cannot be read"),
         ("h.yaml", "- a\n- b\n", "neither a command of qlora.py"),

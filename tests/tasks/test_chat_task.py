@@ -203,6 +203,16 @@ def test_help_names_every_command_and_exit_ends() -> None:
         assert name in printed
 
 
+@pytest.mark.parametrize("entered", ["exit", "EXIT ", "quit", "/quit", "/q", "/bye", ":q"])
+def test_what_people_type_to_leave_leaves(entered: str) -> None:
+    told = Told()
+    assert converse(entered, "a", told=told)[0].ended
+    assert not told.prompts
+    told = Told("well")
+    converse('"""exit"""', told=told)
+    assert told.prompts == ["exit"]
+
+
 def test_ctrl_c_outside_of_an_answer_ends_nothing() -> None:
     told = Told(KeyboardInterrupt(), "one")
     assert converse("a", "b", told=told)[1] == "[stopped]\none\n"

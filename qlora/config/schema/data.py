@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.foreign_names import known_value
 from qlora.config.registries.chat_templates import template_names
 from qlora.config.registries.data_formats import format_names
 from qlora.config.schema.code_names import FUNCTION_PATH
@@ -229,6 +230,7 @@ def build_mix(name: str, part: object) -> MixConfig:
 def check_format(key: str, name: str) -> None:
     """Raises `ConfigError` unless `name` is a format's, or the user's own `module:function`."""
     names = format_names()
+    _refuse_foreign(key, name, names)
     if name not in names and not FUNCTION_PATH.fullmatch(name):
         raise ConfigError(
             f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
@@ -239,8 +241,17 @@ def check_format(key: str, name: str) -> None:
 def check_template(key: str, name: str) -> None:
     """Raises `ConfigError` unless `name` is a template's, or looks like a file."""
     names = template_names()
+    _refuse_foreign(key, name, names)
     if name not in names and "/" not in name and not name.endswith((".jinja", ".j2")):
         raise ConfigError(
             f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
             f"choose one of {', '.join(names)}, or a file with a Jinja chat template (my.jinja)"
         )
+
+
+def _refuse_foreign(key: str, name: str, names: list[str]) -> None:
+    """Raises `ConfigError` for a name of another tool, which has another one here."""
+    field_name = key.rpartition(".")[2]
+    if name not in names and (known := known_value(f"data.{field_name}", name)):
+        written = known.replace(f"data.{field_name}", key)
+        raise ConfigError(f"{key}={name!r} is unknown; write {written}, or see the tables of docs/data.md")

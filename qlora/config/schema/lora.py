@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora.config.schema.values import HOLDS
-from qlora.errors import require
+from qlora.errors import ConfigError, require
 
 LoraBias = StrEnum("LoraBias", "none all lora_only")
 """Which bias vectors are trained with the adapter."""
@@ -60,5 +60,10 @@ class LoraConfig:
         names = self.target_modules
         is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
         require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
+        if "all-linear" in names and len(names) > 1:
+            raise ConfigError(
+                "lora.target_modules: all-linear stands alone: it takes every linear layer but the output layer, which "
+                "cannot be a target; write lora.target_modules=all-linear"
+            )
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)

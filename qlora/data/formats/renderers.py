@@ -296,6 +296,8 @@ FORMATS: dict[str, Format] = {
     "guanaco": Format(guanaco, (("text",),)),
     "alpaca-newline": Format(alpaca_newline, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
 }
+OPTIONAL_COLUMNS = ("input", "context", "system", "history", "tools", "functions", *LABELS)
+"""Columns that formats read where they are there."""
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
 

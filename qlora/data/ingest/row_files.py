@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import MemoryMappedTable
 
+from qlora.config.paths import ROW_FILES, is_row_file
 from qlora.data.cache import Cache
 from qlora.data.ingest.arrow_writer import RowWriter, file_digest
 from qlora.data.ingest.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
@@ -24,9 +25,6 @@ from qlora.upstream.datasets import set_fingerprint
 
 FORMAT_VERSION = 2
 """To be raised whenever equal files become other rows, so that older cache entries are not read."""
-
-FILE_SUFFIXES = (*KINDS, ".gz", ".arrow", ".xlsx", ".zip", ".bz2", ".xz", ".zst")
-"""Endings that mean a file is meant, also where there is none; hub ids may hold dots too (org/set-v1.5)."""
 
 ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 NO_DATA = ("readme", "license", "licence", "requirements")
@@ -45,9 +43,13 @@ class Stored:
 
 
 def is_file_path(path: str) -> bool:
-    """Tells local files from a hub id: it exists, is a glob, lies deeper than org/name, or ends like a data file."""
+    """Tells local files from a hub id: it exists, is a glob, lies deeper than org/name, or ends like a data file.
+
+    So does a name without a folder and with a suffix that is nearly one: `rows.jsnol`.
+    """
     looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or _is_glob(path)
-    return looks_local or path.lower().endswith(FILE_SUFFIXES) or Path(path).exists()
+    is_misspelt = "/" not in path and is_row_file(path)
+    return looks_local or is_misspelt or path.lower().endswith(ROW_FILES) or Path(path).exists()
 
 
 def is_saved(path: Path) -> bool:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from qlora.config.schema import FUNCTION_PATH
 from qlora.config.user_code import import_function
 from qlora.data.cache import Cache
+from qlora.data.formats.renderers import FORMATS, OPTIONAL_COLUMNS
 from qlora.data.ingest.arrow_writer import IdCounter, file_digest
 from qlora.data.ingest.readers import Chunk
 from qlora.data.ingest.row_files import (
@@ -216,11 +217,19 @@ def _counted(rows: Dataset) -> Stored:
     return Stored(rows, ids.repeated())
 
 
+def _refuse_misspelt(requested: str, setting: str, beside: str) -> None:
+    """Raises `ConfigError` for a name in `data.columns` that is nearly one which a format reads."""
+    known = {column for form in FORMATS.values() for columns in form.needs for column in columns}
+    if requested not in known | {*OPTIONAL_COLUMNS} and (near := did_you_mean(requested, sorted(known))):
+        raise ConfigError(f"{setting}: {requested} is no column of a format{near}, and {beside}")
+
+
 def _rename(rows: Dataset, columns: Mapping[str, str], label: str, columns_key: str) -> Dataset:
     names = rows.column_names
     taken: dict[str, str] = {}
     for requested, source in columns.items():
         if source not in names:
+            _refuse_misspelt(requested, f"{columns_key}.{requested}={source}", f"{label} has no column {source}")
             raise ConfigError(f"{columns_key}.{requested}={source}: {label} has no column {source}"
                               f"{did_you_mean(source, names)}; it has {listed(names)}")  # fmt: skip
         if source in taken:
