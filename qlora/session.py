@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
-from qlora.adapters.find_trained import find_trained
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, EvaluationName, Parallel, Weights
@@ -64,6 +63,7 @@ from qlora.runtime.device import Placement, computes_bf16, find_device
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
+from qlora.runtime.trained import find_trained
 from qlora.step.shard import shard_base
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -115,7 +115,7 @@ class Session:
                 "quantization.compute_dtype=fp16 on a device that computes in bf16: fp16 overflows more easily; "
                 "compute_dtype=auto takes bf16"
             )
-        if placement.param_dtype is torch.float16 and not self.config.lora.enabled:
+        if placement.param_dtype is torch.float16 and not self.config.lora.enabled and self.needs.rows is Rows.all:
             raise ConfigError(
                 "lora=none with fp16 weights cannot train (gradients underflow); use quantization=fp32, or "
                 "quantization.compute_dtype=bf16"
@@ -362,7 +362,7 @@ class Session:
 
         Raises `UserError` where there is none, and for an adapter of another base than the task would use it on.
         """
-        adapter, full = find_trained(self.config.adapter, self.folder.path)
+        adapter, full = find_trained(self.config, self.overrides, self.folder.path)
         if adapter is not None:
             adapters.check_adapter_folder(adapter)
             if self.needs.base:

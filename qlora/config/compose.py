@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qlora.config import checked_loader, trust
+from qlora.config import checked_loader, preset_facts, trained_run, trust
+from qlora.config.arguments import folder_override
 from qlora.config.conversion import to_config
 from qlora.config.file_spelling import reading_spellings
 from qlora.config.messages import below_null, explain
@@ -88,7 +89,7 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
     try:
         with opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
-            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = _compose(overrides, config_dir)
             _check_job_folder(composed)
             return composed
     except UserError:
@@ -105,6 +106,49 @@ def compose_dict(overrides: Sequence[str] = (), config_dir: Path | str | None = 
         raise ConfigError(
             f"a config file{where} includes itself, or two include each other; correct their defaults lists"
         ) from error
+
+
+def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> DictConfig:
+    """Composes again where an adapter's run, or another model than the preset's, changes what the options mean."""
+    composed = _hydra_compose(overrides)
+    parsed, choices = parse_overrides(overrides), composed.hydra.runtime.choices
+    run = _used_run(composed)
+    if run is not None:
+        with trained_run.as_options(run, choices, parsed) as options:
+            composed = _recompose(composed, overrides, options)
+        trained_run.keep_settings(composed, run, parsed)
+        described = run.values.get("model", {}) if composed.hydra.runtime.choices.model == trained_run.OPTION else {}
+    else:
+        folders = [CONF_DIR, *_option_folders(config_dir, overrides)]
+        described = preset_facts.read_preset(choices.get("model"), folders)
+    if preset_facts.is_another(composed, described):
+        if run is None and not any(override.key_or_group == "recipe" for override in parsed):
+            composed = _recompose(composed, overrides, ["recipe=none"])
+        preset_facts.drop_facts(composed, described, parsed)
+    return composed
+
+
+def _hydra_compose(overrides: Sequence[str]) -> DictConfig:
+    return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def _recompose(composed: DictConfig, overrides: Sequence[str], options: Sequence[str]) -> DictConfig:
+    """Composes with more options, which are no overrides of the command."""
+    again = _hydra_compose([*overrides, *options])
+    again.hydra.overrides = composed.hydra.overrides
+    again.hydra.job.override_dirname = composed.hydra.job.override_dirname
+    return again
+
+
+def _used_run(composed: DictConfig) -> trained_run.TrainedRun | None:
+    """Returns the run whose adapter the task uses, with its config; None: it uses none, or nothing says its config."""
+    task = None if OmegaConf.is_missing(composed.task, "name") else composed.task.name
+    adapter = composed.adapter
+    if task is None or not (trained_run.uses_adapter(task) or adapter is not None):
+        return None
+    named = composed.name is not None or folder_override(list(composed.hydra.overrides.hydra)) is not None
+    folder = trained_run.find_run(adapter, str(composed.hydra.run.dir) if named and adapter is None else None)
+    return None if folder is None else trained_run.read_run(folder, task)
 
 
 @contextmanager
@@ -134,11 +178,16 @@ def _check_job_folder(composed: DictConfig) -> None:
 
 
 def _search_path(config_dir: Path | str | None, overrides: Sequence[str]) -> Any:
-    folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
-    folders += search_folders(parse_overrides(overrides))
+    folders = _option_folders(config_dir, overrides)
     if folders:
         check_options(folders, CONF_DIR)
     search_path = search_path_of(CONF_DIR)
     for folder in folders:
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return search_path
+
+
+def _option_folders(config_dir: Path | str | None, overrides: Sequence[str]) -> list[Path]:
+    """Returns the folders with the user's own options."""
+    folders = [option_folder(str(config_dir), "--config-dir")] if config_dir is not None else []
+    return [*folders, *search_folders(parse_overrides(overrides))]

@@ -32,7 +32,7 @@ def needs(config: Config) -> Needs:
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
     plan = build_plan(job.config)
-    job.folder.create()
+    job.create_folder()
     print_plan(plan)
     result = _build_result(plan, job.folder)
     write_text(job.folder.result("plan"), json.dumps(result.to_dict(), indent=2) + "\n")

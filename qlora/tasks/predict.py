@@ -16,6 +16,7 @@ from qlora.runtime.saved_run import set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, load_model, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 
 
 def needs(config: Config) -> Needs:
@@ -38,7 +39,7 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.evaluation.answering import answer_rows
 
     folder, path = job.folder, job.folder.predictions
-    folder.create()
+    job.create_folder()
     set_damage_aside(folder.path, folder.result("predict").name)
     decided_by, metrics = _decided_by(job), job.config.evaluation.metrics
     saved = folder.stored_result("predict") or {}
@@ -61,7 +62,7 @@ def run(job: TaskJob) -> TaskResult:
     measured = job.session.measurer.score(iter_lines(path))
     values = prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
     answers = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
-    result = build_result(job, values, measured, more={"answers": answers})
+    result = build_result(job, values, measured, more={"answers": answers, "measured": describe_used(job)})
     write_json(folder.result("predict"), result.to_dict())
     folder.unfinished_predictions.unlink(missing_ok=True)
     print_measured("predicted", job, result, first_predictions(job))

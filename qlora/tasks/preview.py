@@ -21,7 +21,7 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.reporting.preview import plot_lengths, to_html, to_text
     from qlora.tasks.build_preview import build_preview, preview_metrics
 
-    job.folder.create()
+    job.create_folder()
     data = job.session.data
     preview = build_preview(job.config, data, job.session.tokenizer)
     page, picture = job.folder.path / "preview.html", job.folder.path / "lengths.png"

@@ -110,11 +110,12 @@ class Config:
         self._check_task_keys()
         self._check_required_keys()
         self._check_trust()
-        self._quantization_method.check_adapter(self.quantization, self.lora)
         _check_generation(self.generation, self.model)
-        self._check_memory()
-        if self.trainer.parallel is Parallel.fsdp:
-            self._check_fsdp()
+        if self.task.name not in TASK_KEYS["adapter"]:  # what is trained already may be used otherwise
+            self._quantization_method.check_adapter(self.quantization, self.lora)
+            self._check_memory()
+            if self.trainer.parallel is Parallel.fsdp:
+                self._check_fsdp()
         self._check_watchdog()
         trains = self.task.name is TaskName.train and self.task.train
         if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that

@@ -1,0 +1,180 @@
+"""What a task that uses an adapter takes from the config of the run that trained it.
+
+The config of a run may come from a stranger: of it only values are taken, as the text that they are. Whom to trust and
+what to run is the command line's alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora.config.messages import explain
+from qlora.config.options import CONF_DIR
+from qlora.config.paths import NAMES_OR_PATHS
+from qlora.config.saved_config import as_text, flatten, read_config
+from qlora.config.schema import FUNCTION_PATH, TASK_KEYS, Config, DataConfig, TaskName
+from qlora.config.secret_values import leaves, refuse_secrets
+from qlora.errors import ConfigError, UserError
+
+CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
+GROUPS = ("model", "quantization", "lora", "data", "trainer", "loss", "evaluation", "generation")
+"""The groups that describe what was trained and how it was measured."""
+SETTINGS = ("seed", *GROUPS)
+"""All that is taken of a run."""
+OF_MACHINE = (
+    *("model.trust_remote_code", "model.cache_dir", "data.cache_dir", "data.num_proc"),
+    *("model.license", "model.gated", "model.architecture"),
+)
+"""Keys below `SETTINGS` that say nothing of a training: trust, folders of a machine, and what is known of the base."""
+NOT_TAKEN = OF_MACHINE[:4]
+KEPT = {"seed": Config, "data.template": DataConfig, "data.train_on": DataConfig}
+"""Keys that stay the run's beside a data set that the command chooses, with the classes that declare them."""
+OPTION = "_trained_"
+"""The name under which Hydra finds the run's values of a group, as an option of it."""
+PARTS = ("adapter", "model", "merged")
+"""The folders of a run that `adapter=` may name in place of the run."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The stored config of a run."""
+
+    file: Path
+    values: dict[str, Any]
+    """What is taken of it: `SETTINGS` without trust and code."""
+    config: dict[str, Any]
+    """All of it."""
+
+
+def uses_adapter(task: TaskName) -> bool:
+    """Returns whether a task uses what was trained before."""
+    return task in TASK_KEYS["adapter"]
+
+
+def find_run(adapter: str | None, own_folder: Path | str | None = None) -> Path | None:
+    """Returns the folder of the run that `adapter=` names, or of the task's own folder, if it has a config.
+
+    None for `adapter=none`, and for an adapter without its run.
+    """
+    named = adapter if adapter is not None else own_folder
+    if named is None or adapter == "none":
+        return None
+    folder = Path(named).expanduser()
+    folders = [folder, *([folder.parent] if folder.name in PARTS else [])]
+    folders += [folder.parent.parent] if folder.parent.name == "checkpoints" else []
+    return next((path for path in folders if (path / CONFIG_FILE).is_file()), None)
+
+
+def read_run(folder: Path, task: TaskName) -> TrainedRun:
+    """Returns what `task` takes of a run; raises a `UserError` for a damaged config, and one of another version."""
+    file = folder / CONFIG_FILE
+    saved = read_config(file) or {}
+    values = {name: saved[name] for name in SETTINGS if saved.get(name) is not None}
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for key in NOT_TAKEN:
+        group, _, name = key.partition(".")
+        values.get(group, {}).pop(name, None)
+    _leave_code_out(values, task)
+    _anchor(values, folder)
+    try:
+        refuse_secrets(leaves(values, ""))
+        OmegaConf.merge(OmegaConf.structured(Config), as_text(values))
+    except UserError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {explain(error)}") from error
+    return TrainedRun(file, values, saved)
+
+
+def _leave_code_out(values: dict[str, Any], task: TaskName) -> None:
+    """Takes the names of functions out that a finished adapter does not need; the others need trust, as everywhere."""
+    for group, name in (("evaluation", "metrics"), ("trainer", "step_parts")):
+        if isinstance(names := values.get(group, {}).get(name), list):
+            values[group][name] = [text for text in names if ":" not in str(text)]
+    unread = [("loss", "name")]
+    if task in (TaskName.chat, TaskName.push):  # which read no rows
+        unread += [("data", "path"), ("data", "eval_path"), ("data", "format")]
+    for group, name in unread:
+        if FUNCTION_PATH.fullmatch(str(values.get(group, {}).get(name) or "")):
+            del values[group][name]
+
+
+def _anchor(values: dict[str, Any], folder: Path) -> None:
+    """Makes paths that are relative to where the run was started whole, where they are found there and not here."""
+    try:
+        began = Path(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["working_directory"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if began == Path.cwd():
+        return
+    for owner, name in _paths(values):
+        if isinstance(text := owner.get(name), str) and not FUNCTION_PATH.fullmatch(text):
+            path = began / text
+            if not Path(text).is_absolute() and not text.startswith("~") and path.exists():
+                owner[name] = str(path)
+
+
+def _paths(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields what holds each path, and its name there."""
+    for key in (*NAMES_OR_PATHS, "evaluation.path"):
+        group, _, name = key.partition(".")
+        if name and isinstance(values.get(group), dict):
+            yield values[group], name
+    mix = values.get("data", {}).get("mix")
+    for name, part in mix.items() if isinstance(mix, dict) else ():
+        yield from ((part, field) for field in ("path", "template")) if isinstance(part, dict) else [(mix, name)]
+
+
+@contextmanager
+def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Yields overrides that choose the run's values for all groups but those of which an option was chosen.
+
+    `choices` are the options that Hydra has composed from `overrides`.
+    """
+    store, typed = ConfigStore.instance(), {override.key_or_group for override in overrides}
+    unset = default_choices()
+    groups = [name for name in GROUPS if name not in typed and choices.get(name) == unset.get(name)]
+    for name in groups:
+        store.store(group=name, name=OPTION, node=as_text(run.values.get(name, {})))
+    try:
+        # A recipe describes another training.
+        yield [*(f"{name}={OPTION}" for name in groups), *([] if "recipe" in typed else ["recipe=none"])]
+    finally:
+        for name in groups:
+            del store.repo[name][f"{OPTION}.yaml"]
+
+
+def default_choices() -> dict[str, Any]:
+    """Returns the options of `config.yaml` by group."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "config.yaml"), resolve=False)
+    assert isinstance(node, dict)
+    return {name: option for entry in node["defaults"] if isinstance(entry, dict) for name, option in entry.items()}
+
+
+def keep_settings(composed: DictConfig, run: TrainedRun, overrides: Sequence[Override]) -> None:
+    """Sets the seed, and how conversations are written, as in the run where the command leaves them at their default.
+
+    They are no part of an option, or those of a data set that the command chose.
+    """
+    typed, saved = {override.key_or_group for override in overrides}, dict(flatten(run.values))
+    for key, owner in KEPT.items():
+        unset = next(item.default for item in fields(owner) if item.name == key.rpartition(".")[2])
+        if key in saved and key not in typed and OmegaConf.select(composed, key) == unset:
+            OmegaConf.update(composed, key, as_text(saved[key]))
+
+
+def differences(now: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the full keys of `SETTINGS` whose values differ: what holds now, and what the training had."""
+    flat = [{key: value for name in SETTINGS if name in tree for key, value in flatten({name: tree[name]})
+             if not key.startswith(OF_MACHINE)} for tree in (now, trained)]  # fmt: skip
+    return {key: (flat[0][key], flat[1][key]) for key in flat[0] if key in flat[1] and flat[0][key] != flat[1][key]}
