@@ -28,6 +28,7 @@ from qlora.config.schema import Config, EvaluationName, Parallel, Weights
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
+from qlora.data.data_set import Questions
 from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
@@ -170,10 +171,21 @@ class Session:
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
-            data = build_data(self.config.data, self.tokenizer, need_train=self.needs.rows is Rows.all)
+            data = build_data(
+                self.config.data,
+                self.tokenizer,
+                need_train=self.needs.rows is Rows.all,
+                questions=self._questions if self.needs.questions else None,
+            )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def _questions(self) -> Questions:
+        """How rows without an answer ask: as in `task=chat`, where the training run saved its template."""
+        is_saved = self.saved_template is not None
+        return Questions(self.chat_encoder.writer.template if is_saved else None)
 
     @cached_property
     def objective(self) -> Objective:

@@ -7,7 +7,7 @@ what to run is the command line's alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,6 +39,13 @@ OF_MACHINE = (
 NOT_TAKEN = OF_MACHINE[:4]
 KEPT = {"seed": Config, "data.template": DataConfig, "data.train_on": DataConfig}
 """Keys that stay the run's beside a data set that the command chooses, with the classes that declare them."""
+EXCLUDED: dict[str, dict[str, Any]] = {
+    "eval_path": {"eval_split": None},
+    "eval_split": {"eval_path": None},
+    "path": {"mix": {}},
+    "mix": {"path": None},
+}
+"""Fields of `data` that exclude others: where the command gives one, the run's other one is unset."""
 OPTION = "_trained_"
 """The name under which Hydra finds the run's values of a group, as an option of it."""
 PARTS = ("adapter", "model", "merged")
@@ -143,15 +150,25 @@ def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[
     """
     store, typed = ConfigStore.instance(), {override.key_or_group for override in overrides}
     unset = default_choices()
+    values = _without_excluded(run.values, typed)
     groups = [name for name in GROUPS if name not in typed and choices.get(name) == unset.get(name)]
     for name in groups:
-        store.store(group=name, name=OPTION, node=as_text(run.values.get(name, {})))
+        store.store(group=name, name=OPTION, node=as_text(values.get(name, {})))
     try:
         # A recipe describes another training.
         yield [*(f"{name}={OPTION}" for name in groups), *([] if "recipe" in typed else ["recipe=none"])]
     finally:
         for name in groups:
             del store.repo[name][f"{OPTION}.yaml"]
+
+
+def _without_excluded(values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """Returns the run's values without those that exclude what the command gives."""
+    data = dict(values.get("data", {}))
+    for name, excluded in EXCLUDED.items():
+        if any(key == f"data.{name}" or key.startswith(f"data.{name}.") for key in typed):
+            data |= {other: unset for other, unset in excluded.items() if f"data.{other}" not in typed}
+    return {**values, "data": data}
 
 
 def default_choices() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import logging
+import shutil
 import sys
 import textwrap
 import warnings
@@ -144,20 +145,46 @@ def _console_on(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def say(line: str | Text = "") -> None:
-    """Prints one line, never cut or wrapped; it stands in `train.log` too."""
+def say(line: str | Text = "", *, whole: bool = False) -> None:
+    """Prints a line, which stands in `train.log` too; on a terminal a long one wraps between words, unless `whole`.
+
+    `whole` is a line that a person copies, such as a command.
+    """
     if not distributed.is_main_process():
         return
     text = Text(line) if isinstance(line, str) else line
     text.plain = printable(text.plain)
-    screen().print(text, soft_wrap=True)
+    screen().print(text if whole else _wrap(text), soft_wrap=True)
     if text.plain.strip():
         record(text.plain)
 
 
+def _wrap(text: Text) -> Text:
+    """Returns a text whose lines fit the terminal, the rest of one indented below it; no word is broken."""
+    console = screen()
+    if not console.is_terminal or all(len(line) <= console.width for line in text.plain.split("\n")):
+        return text
+    lines: list[Text] = []
+    for line in text.split("\n"):
+        indent = len(line.plain) - len(line.plain.lstrip()) + 2
+        first, *rest = line.wrap(console, console.width, overflow="ignore") or [line]
+        below = Text(" ").join(rest).wrap(console, max(console.width - indent, 20), overflow="ignore") if rest else []
+        lines += [first, *(Text(" " * indent) + part for part in below)]
+    return Text("\n").join(lines)
+
+
 def complain(text: str) -> None:
-    """Prints what ended a run to standard error."""
-    print(visible(hide(text)), file=sys.stderr, flush=True)
+    """Prints what ended a run to standard error; on a terminal sentences wrap between words, and commands do not."""
+    text = visible(hide(text))
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(line if line.startswith(" ") else "\n".join(_between_words(line, width)) for line in
+                         text.split("\n"))  # fmt: skip
+    print(text, file=sys.stderr, flush=True)
+
+
+def _between_words(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def say_colored(text: str) -> None:
@@ -196,9 +223,9 @@ def say_rows(rows: list[tuple[str, str]]) -> None:
     indent = max(len(label) for label, _ in rows) + 4
     room = max(screen().width - indent, 30) if screen().is_terminal else sys.maxsize
     for label, value in rows:
-        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines = _between_words(value, room)
         body = f"\n{' ' * indent}".join(lines)
-        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body))
+        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body), whole=True)
 
 
 def summary(
@@ -230,7 +257,7 @@ def summary(
         say()
         say(Text("Next", style="bold"))
         for line in next_steps:
-            say(f"  {line}")
+            say(f"  {line}", whole=True)
 
 
 def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
@@ -251,19 +278,21 @@ def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> Non
 
 
 def _say_prediction(row: dict[str, Any]) -> None:
-    expected, got = str(row.get("reference", "")), str(row.get("prediction", ""))
+    is_answered = row.get("reference") is not None
+    expected, got = str(row.get("reference") or ""), str(row.get("prediction", ""))
     same = " ".join(expected.split()) == " ".join(got.split())
-    judged = row.get("match", same)
+    judged = row.get("match", same) if is_answered else None
     if isinstance(judged, str):  # as trackers write it
         judged = judged.lower() in ("true", "yes")
     room = (screen().width if screen().is_terminal else 120) - 18
     asked = str(row.get("input", row.get("prompt", "")))
     mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
     say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(asked), room + 10)))
-    if same:
+    if same and is_answered:
         say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
         return
-    say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
+    if is_answered:
+        say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
     say(Text.assemble((" " * 6 + "got       ", "dim"), (shorten(got, room) or "(nothing)", style)))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import saved_config
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.errors import ConfigError, DamagedFile, did_you_mean
 from qlora.reporting.page import plain_value
@@ -45,7 +46,7 @@ def report(config: Config, output_dir: Path) -> TaskResult:
     page = write_report(sweep, title=title, is_sweep=origin is not None)
     print_leaderboard(board)
     paths = {"report": str(page), "leaderboard": str(output_dir / "leaderboard.md")}
-    say_rows(list(paths.items()))
+    say_rows([(name, short_path(path)) for name, path in paths.items()])
     metrics = {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))}
     result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")})
     write_text(RunFolder(output_dir).result("report"), json.dumps(result.to_dict(), indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.planning.advice import fewest_checkpointed
 from qlora.planning.time_plan import EFFICIENCY
@@ -37,7 +38,7 @@ def run(job: TaskJob) -> TaskResult:
     result = _build_result(plan, job.folder)
     write_text(job.folder.result("plan"), json.dumps(result.to_dict(), indent=2) + "\n")
     console.say()
-    console.say_rows([("plan", result.paths["plan"])])
+    console.say_rows([("plan", short_path(result.paths["plan"]))])
     return result
 
 

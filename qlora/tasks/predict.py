@@ -25,6 +25,7 @@ def needs(config: Config) -> Needs:
         torch=True,
         base=True,
         rows=Rows.held_out,
+        questions=True,
         answers=None,
         caches=True,
     )
@@ -60,9 +61,16 @@ def run(job: TaskJob) -> TaskResult:
             finished=path,
         )
     measured = job.session.measurer.score(iter_lines(path))
+    unanswered = job.session.measurer.unanswered
+    if unanswered:
+        rows = len(job.session.measurer.rows)
+        others = f"the metrics are those of the other {rows - unanswered:,}"
+        rest = "nothing is measured" if unanswered == rows else others
+        console.say(f"{unanswered:,} of {rows:,} rows hold no answer to compare with: {rest}")
     values = prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
     answers = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
-    result = build_result(job, values, measured, more={"answers": answers, "measured": describe_used(job)})
+    more = {"answers": answers, "unanswered": unanswered, "measured": describe_used(job)}
+    result = build_result(job, values, measured, more=more)
     write_json(folder.result("predict"), result.to_dict())
     folder.unfinished_predictions.unlink(missing_ok=True)
     print_measured("predicted", job, result, first_predictions(job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.reporting.manifest import write_json
 from qlora.runtime import console
@@ -31,5 +32,5 @@ def run(job: TaskJob) -> TaskResult:
     result = TaskResult("preview", preview_metrics(data), {"page": str(page), "lengths": str(picture)})
     write_json(job.folder.result("preview"), result.to_dict())
     console.say()
-    console.say_rows(list(result.paths.items()))
+    console.say_rows([(name, short_path(path)) for name, path in result.paths.items()])
     return result

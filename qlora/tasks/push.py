@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.errors import ConfigError
 from qlora.models.hub import push
@@ -44,7 +45,7 @@ def run(job: TaskJob) -> TaskResult:
         private=job.config.task.private,
         message=f"{folder.name} of {folder.absolute().parent.name}, by qlora",
     )
-    console.say_rows([("pushed", f"{len(files)} files of {folder}"), ("commit", url)])
+    console.say_rows([("pushed", f"{len(files)} files of {short_path(folder)}"), ("commit", url)])
     result = TaskResult("push", {}, {"commit": url}, more={"measured": describe_used(job)})
     write_json(job.folder.result("push"), result.to_dict())
     return result

@@ -84,7 +84,9 @@ def run(job: TaskJob) -> TaskResult:
         try:
             return training.lead() if distributed.is_main_process() else training.follow()
         except Stopped as stopped:
-            raise Stopped(f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides, job.options)}") from None
+            raise Stopped(
+                f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides, job.options)}"
+            ) from None
         except Exception as error:
             if isinstance(error, UserError | Pruned) or not training.folder_is_removed:
                 raise
@@ -356,6 +358,8 @@ class Training:
 
     def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
         """Writes the result, model cards beside what was trained, and the page of the run."""
+        from qlora.models.license import read_license
+
         folder, session, command = self.folder, self.session, ["qlora", *self.job.overrides, *self.job.options]
         result = build_result(self.job, metrics, measured, base, more={"measured": describe_used(self.job)})
         for parent in (folder.adapter, folder.model, folder.path):
@@ -368,6 +372,7 @@ class Training:
                     command=shlex.join(command),
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
+                    license=read_license(self.config.model),
                     example_prompt=session.measurer.rows[0]["prompt"],
                 )
         result.paths["card"] = str(card)

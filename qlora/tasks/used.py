@@ -36,7 +36,7 @@ def describe_used(job: TaskJob) -> dict[str, Any]:
 
 
 def _base(session: Session) -> dict[str, Any]:
-    """Returns name and fingerprint of the base; a finetuned model has taken its place, so that its files are not read."""
+    """Returns name and fingerprint of the base; that of a finetuned model is not needed, so its files are not read."""
     from qlora.models.fingerprint import read_base
 
     adapter, full = session.trained
@@ -70,7 +70,7 @@ def _data(session: Session) -> dict[str, Any] | None:
 
 
 def differs_line(job: TaskJob) -> dict[str, str]:
-    """Returns the line of the start screen that says what differs from the training of the adapter; {}: nothing does."""
+    """Returns the line of the start screen on what differs from the training of the adapter; {}: nothing does."""
     differences = _differences(job)
     if not differences:
         return {}
@@ -81,7 +81,7 @@ def differs_line(job: TaskJob) -> dict[str, str]:
 
 def _differences(job: TaskJob) -> Mapping[str, tuple[Any, Any]]:
     folder = trained_run.find_run(job.config.adapter, job.folder.path if job.config.adapter is None else None)
-    if folder is None or folder.resolve() == job.folder.path.resolve() and not job.folder.holds_training:
+    if folder is None or (folder.resolve() == job.folder.path.resolve() and not job.folder.holds_training):
         return {}
     saved = read_config(RunFolder(folder).config)
     return {} if saved is None else trained_run.differences(config_to_dict(job.config), saved)
