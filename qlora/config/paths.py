@@ -47,6 +47,8 @@ def short_path(path: Path | str) -> str:
 
 def anchor_paths(config: Config, folder: Path) -> None:
     """Makes paths relative to `folder` absolute; names that are not paths stay."""
+    if isinstance(config.runs, list):
+        config.runs = [text if text.startswith("~") else str(folder / text) for text in config.runs]
     for owner, name, key in _fields(config):
         value = getattr(owner, name)
         if isinstance(value, str) and not value.startswith("~") and not FUNCTION_PATH.fullmatch(value):

@@ -14,8 +14,8 @@ from qlora.config.trust import REMOTE_CODE
 from qlora.runtime import console
 from qlora.text import format_range, is_detail, quoted
 
-OF_ONE_START = ("task=", "adapter=", "hydra.run.dir=", "name=", "resume=")
-"""Overrides that the next command does not take over."""
+OF_BASE = ("model", "quantization", "experiment=", "base=")
+"""How overrides begin that say which base an adapter without its run's config belongs to."""
 TRUSTED = ("trusted=", f"{REMOTE_CODE}=")
 """Overrides that no stored config may replace."""
 USES = ("evaluate", "predict", "chat")
@@ -58,15 +58,17 @@ def next_commands(
 ) -> list[str]:
     """Returns the command of each task but `task` that uses what `adapter`, or else the run's folder, holds.
 
-    A run's own config says the rest but whom to trust; where there is none, the overrides are repeated, except those
-    that begin with one of `left_out`, with the `options` by which the command line finds the user's own files.
+    A run's own config says the rest but whom to trust. Where there is none, the overrides that name the base are
+    repeated, except those that begin with one of `left_out`, with the `options` by which the user's own files are
+    found.
     """
     name = adapter if adapter in ("none", None) else short_path(adapter)
     words = [f"adapter={quoted(name or short_path(folder))}"]
     if find_run(adapter, folder) is not None:
         words += [text for text in overrides if text.startswith(TRUSTED)]
     else:
-        words += [text for text in overrides if not text.startswith((*OF_ONE_START, *left_out))]
+        kept = [text for text in overrides if text.startswith((*OF_BASE, *TRUSTED))]
+        words += [text for text in kept if not text.startswith(tuple(left_out))]
         words += options
     return [shlex.join(["qlora", f"task={use}", *words]) for use in USES if use != task]
 

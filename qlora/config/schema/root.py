@@ -34,7 +34,7 @@ from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
 from qlora.config.schema.trainer import Parallel, TrainerConfig
-from qlora.config.schema.values import written
+from qlora.config.schema.values import HOLDS, written
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
 
@@ -82,8 +82,9 @@ class Config:
     `auto` refuses them, `force` accepts them with a warning."""
     repo: str | None = None
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
-    runs: str | None = None
-    """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    runs: Any = field(default=None, metadata={HOLDS: list[str] | str | None})
+    """What `task=report` shows: a folder of a run or of a sweep, a pattern of such, e.g. `outputs/runs/*`, or a list of
+    both, e.g. `[outputs/runs/a,outputs/runs/b]`; of two runs it says what differs."""
     run: str | None = None
     """The folder of the finished training run that `task=replay` repeats and compares with."""
     source: str | None = None
@@ -108,6 +109,7 @@ class Config:
                 f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
         self._check_task_keys()
+        self._check_runs()
         self._check_required_keys()
         self._check_trust()
         _check_generation(self.generation, self.model)
@@ -122,6 +124,11 @@ class Config:
             self._check_optimizer()
         if self.task.name is not TaskName.report:  # which reads the metrics of other runs
             self._check_objective()
+
+    def _check_runs(self) -> None:
+        names = [self.runs] if isinstance(self.runs, str) else self.runs
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        require(names is None or bool(is_list), "runs", "be a folder, a pattern of folders or a list of them", names)
 
     def _check_required_keys(self) -> None:
         """Refuses a task without the key that names its input or output."""
