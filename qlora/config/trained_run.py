@@ -22,7 +22,7 @@ from qlora.config.messages import explain
 from qlora.config.options import CONF_DIR
 from qlora.config.paths import NAMES_OR_PATHS
 from qlora.config.saved_config import as_text, flatten, read_config
-from qlora.config.schema import FUNCTION_PATH, TASK_KEYS, Config, DataConfig, TaskName
+from qlora.config.schema import FUNCTION_PATH, OWN_FUNCTIONS, TASK_KEYS, Config, DataConfig, TaskName
 from qlora.config.secret_values import leaves, refuse_secrets
 from qlora.errors import ConfigError, UserError
 
@@ -46,6 +46,8 @@ EXCLUDED: dict[str, dict[str, Any]] = {
     "mix": {"path": None},
 }
 """Fields of `data` that exclude others: where the command gives one, the run's other one is unset."""
+ROWS = {"path": OWN_FUNCTIONS[0], "eval_path": None, "format": "auto"}
+"""Fields of `data` that may name the user's functions, with what stands for them where no row is read."""
 OPTION = "_trained_"
 """The name under which Hydra finds the run's values of a group, as an option of it."""
 PARTS = ("adapter", "model", "merged")
@@ -108,12 +110,12 @@ def _leave_code_out(values: dict[str, Any], task: TaskName) -> None:
     for group, name in (("evaluation", "metrics"), ("trainer", "step_parts")):
         if isinstance(names := values.get(group, {}).get(name), list):
             values[group][name] = [text for text in names if ":" not in str(text)]
-    unread = [("loss", "name")]
+    if FUNCTION_PATH.fullmatch(str(values.get("loss", {}).get("name"))):
+        del values["loss"]["name"]
+    data = values.get("data", {})
     if task in (TaskName.chat, TaskName.push):  # which read no rows
-        unread += [("data", "path"), ("data", "eval_path"), ("data", "format")]
-    for group, name in unread:
-        if FUNCTION_PATH.fullmatch(str(values.get(group, {}).get(name) or "")):
-            del values[group][name]
+        named = [name for name in ROWS if FUNCTION_PATH.fullmatch(str(data.get(name)))]
+        data |= {name: ROWS[name] for name in named if data[name] not in OWN_FUNCTIONS}
 
 
 def _anchor(values: dict[str, Any], folder: Path) -> None:

@@ -84,7 +84,10 @@ def _differences(job: TaskJob) -> Mapping[str, tuple[Any, Any]]:
     if folder is None or (folder.resolve() == job.folder.path.resolve() and not job.folder.holds_training):
         return {}
     saved = read_config(RunFolder(folder).config)
-    return {} if saved is None else trained_run.differences(config_to_dict(job.config), saved)
+    differences = {} if saved is None else trained_run.differences(config_to_dict(job.config), saved)
+    if job.session.measures_rows:
+        return differences
+    return {key: pair for key, pair in differences.items() if key == "data.template" or not key.startswith("data.")}
 
 
 def _brief(value: Any) -> str:
