@@ -148,7 +148,7 @@ def _used_run(composed: DictConfig) -> trained_run.TrainedRun | None:
         return None
     named = composed.name is not None or folder_override(list(composed.hydra.overrides.hydra)) is not None
     folder = trained_run.find_run(adapter, str(composed.hydra.run.dir) if named and adapter is None else None)
-    return None if folder is None else trained_run.read_run(folder, task)
+    return None if folder is None else trained_run.read_run(folder, task, adapter)
 
 
 @contextmanager

@@ -58,11 +58,10 @@ PARTS = ("adapter", "model", "merged")
 class TrainedRun:
     """The stored config of a run."""
 
-    file: Path
     values: dict[str, Any]
     """What is taken of it: `SETTINGS` without trust and code."""
-    config: dict[str, Any]
-    """All of it."""
+    is_merged: bool
+    """Whether a merged model is used, whose weights have been quantized and are not to be again."""
 
 
 def uses_adapter(task: TaskName) -> bool:
@@ -84,8 +83,8 @@ def find_run(adapter: str | None, own_folder: Path | str | None = None) -> Path 
     return next((path for path in folders if (path / CONFIG_FILE).is_file()), None)
 
 
-def read_run(folder: Path, task: TaskName) -> TrainedRun:
-    """Returns what `task` takes of a run; raises a `UserError` for a damaged config, and one of another version."""
+def read_run(folder: Path, task: TaskName, adapter: str | None) -> TrainedRun:
+    """Returns what `task` takes of a run for `adapter=`; raises a `UserError` for a config that cannot be used."""
     file = folder / CONFIG_FILE
     saved = read_config(file) or {}
     values = {name: saved[name] for name in SETTINGS if saved.get(name) is not None}
@@ -102,7 +101,14 @@ def read_run(folder: Path, task: TaskName) -> TrainedRun:
         raise ConfigError(f"{file}: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {explain(error)}") from error
-    return TrainedRun(file, values, saved)
+    return TrainedRun(values, _is_merged(Path(adapter).expanduser() if adapter is not None else folder))
+
+
+def _is_merged(folder: Path) -> bool:
+    """Returns whether a folder is that of a merged model, or of a run that holds nothing else."""
+    others = ("adapter_config.json", "adapter/adapter_config.json", "model/config.json")
+    is_run = (folder / "merged" / "config.json").is_file() and not any((folder / name).is_file() for name in others)
+    return is_run or folder.name == "merged"
 
 
 def _leave_code_out(values: dict[str, Any], task: TaskName) -> None:
@@ -154,11 +160,13 @@ def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[
     unset = default_choices()
     values = _without_excluded(run.values, typed)
     groups = [name for name in GROUPS if name not in typed and choices.get(name) == unset.get(name)]
+    merged = ["quantization=none"] if run.is_merged and "quantization" in groups else []
+    groups = [name for name in groups if not (merged and name == "quantization")]
     for name in groups:
         store.store(group=name, name=OPTION, node=as_text(values.get(name, {})))
     try:
         # A recipe describes another training.
-        yield [*(f"{name}={OPTION}" for name in groups), *([] if "recipe" in typed else ["recipe=none"])]
+        yield [*(f"{name}={OPTION}" for name in groups), *merged, *([] if "recipe" in typed else ["recipe=none"])]
     finally:
         for name in groups:
             del store.repo[name][f"{OPTION}.yaml"]

@@ -50,11 +50,14 @@ class OwnLines(logging.Filter):
 
 
 class HidingFormatter(logging.Formatter):
-    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks."""
+    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks.
 
-    def __init__(self, inner: logging.Formatter) -> None:
+    With `wraps`, long lines wrap between words, as a terminal does not.
+    """
+
+    def __init__(self, inner: logging.Formatter, *, wraps: bool = False) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.wraps = inner, wraps
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line of `record`, to which a formatter may add colours of its own."""
@@ -63,7 +66,8 @@ class HidingFormatter(logging.Formatter):
         if record.exc_info and not record.exc_text:
             record.exc_text = self.inner.formatException(record.exc_info)
         record.exc_text = record.exc_text and visible(record.exc_text)
-        return hide(self.inner.format(record))
+        text = hide(self.inner.format(record))
+        return wrap_sentences(text) if self.wraps and not record.exc_text else text
 
 
 class LogFile(logging.FileHandler):
@@ -118,7 +122,8 @@ def guard_logs() -> None:
     """Has no handler of the log write a secret or a control character."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, HidingFormatter):
-            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
+            wraps = type(handler) is logging.StreamHandler and handler.stream.isatty()
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter(), wraps=wraps))
 
 
 def take_over_handlers() -> None:
@@ -176,11 +181,17 @@ def _wrap(text: Text) -> Text:
 def complain(text: str) -> None:
     """Prints what ended a run to standard error; on a terminal sentences wrap between words, and commands do not."""
     text = visible(hide(text))
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        text = "\n".join(line if line.startswith(" ") else "\n".join(_between_words(line, width)) for line in
-                         text.split("\n"))  # fmt: skip
-    print(text, file=sys.stderr, flush=True)
+    print(wrap_sentences(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def wrap_sentences(text: str) -> str:
+    """Returns a text whose lines wrap between words at the width of the terminal; those that are indented stay whole.
+
+    These are commands and lists, which a person copies.
+    """
+    width = shutil.get_terminal_size().columns
+    lines = (([line] if line.startswith(" ") else _between_words(line, width)) for line in text.split("\n"))
+    return "\n".join(line for wrapped in lines for line in wrapped)
 
 
 def _between_words(line: str, width: int) -> list[str]:

@@ -83,6 +83,17 @@ def test_a_part_of_a_run_knows_its_run(run: Path, part: str) -> None:
     assert used(run / part).lora.r == 5
 
 
+def test_a_merged_model_is_not_quantized_again(run: Path, tmp_path: Path) -> None:
+    (run / "merged").mkdir()
+    (run / "merged" / "config.json").write_text("{}")
+    for named in (run, run / "merged"):
+        assert used(named).quantization.bits == 16
+        assert used(named, "quantization=fp32").quantization.bits == 32
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    assert used(run).quantization.bits == 32
+
+
 def test_an_adapter_without_its_run_and_the_untuned_base_have_the_defaults(run: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     unset = config_to_dict(compose(["task=chat"]))
