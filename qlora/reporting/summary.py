@@ -43,7 +43,7 @@ def print_summary(
         rows,
         [dict(row) for row in predictions][: config.evaluation.show_predictions],
         [(name, short_path(path)) for name, path in result["paths"].items()],
-        next_steps,
+        list(next_steps),
     )
 
 

@@ -173,8 +173,8 @@ def _wrap(text: Text) -> Text:
     for line in text.split("\n"):
         indent = len(line.plain) - len(line.plain.lstrip()) + 2
         first, *rest = line.wrap(console, console.width, overflow="ignore") or [line]
-        below = Text(" ").join(rest).wrap(console, max(console.width - indent, 20), overflow="ignore") if rest else []
-        lines += [first, *(Text(" " * indent) + part for part in below)]
+        below = Text(" ").join(rest).wrap(console, max(console.width - indent, 20), overflow="ignore")
+        lines += [first, *(Text(" " * indent) + part for part in below if part.plain)]
     return Text("\n").join(lines)
 
 

@@ -28,7 +28,7 @@ def lay_side_by_side(names: Sequence[str], folders: Sequence[Path], configs: Seq
     """Returns what differs between two runs; a run without a config that can be read has no settings."""
     first, second = configs
     keys = [key for key in dict.fromkeys([*first, *second]) if not is_below(key, UNNAMED_KEYS)] if all(configs) else []
-    texts = [(key, *(plain_value(config.get(key, "")) for config in configs)) for key in keys]
+    texts = [(key, plain_value(first.get(key, "")), plain_value(second.get(key, ""))) for key in keys]
     said = [_answers(folder) for folder in folders]
     shared = [key for key in said[0] if key in said[1]]
     answers = [Answers(key[0], key[1], said[0][key], said[1][key]) for key in shared]

@@ -40,6 +40,7 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.evaluation.answering import answer_rows
 
     folder, path = job.folder, job.folder.predictions
+    _ = job.session.trained  # before the folder: a task without an adapter leaves none
     job.create_folder()
     set_damage_aside(folder.path, folder.result("predict").name)
     decided_by, metrics = _decided_by(job), job.config.evaluation.metrics

@@ -60,7 +60,7 @@ def test_what_differs_from_the_training_stands_in_one_line(
 ) -> None:
     words = ["generation.max_new_tokens=2", "data.max_eval_samples=2", "evaluation.baseline=false"]
     result = run(tmp_path / "other", "task=evaluate", f"adapter={trained}", *words)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  differs")]
     for text in ("data.max_eval_samples=2 (was 6)", "generation.max_new_tokens=2 (was 4)",
                  "evaluation.baseline=false (was true)"):  # fmt: skip
         assert text in line
