@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
+from qlora.config.paths import short_path
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, EvaluationName, Parallel, Weights
@@ -428,7 +429,7 @@ class Session:
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
         lines = model_lines(self.config, count, decoder.beside, unquantized)
-        lines |= {"device": str(self.placement), "folder": str(self.folder.path)}
+        lines |= {"device": str(self.placement), "folder": short_path(self.folder.path)}
         return ModelSummary(lines, count, unquantized, decoder.describe_unadapted() if is_all_linear else None)
 
     @contextlib.contextmanager
