@@ -35,7 +35,7 @@ OF_MACHINE = (
     *("model.trust_remote_code", "model.cache_dir", "data.cache_dir", "data.num_proc"),
     *("model.license", "model.gated", "model.architecture"),
 )
-"""Keys below `SETTINGS` that say nothing of a training: trust, folders of a machine, and what is known of the base."""
+"""Keys below `SETTINGS` that say nothing of a training run: trust, a machine's folders, what is known of the base."""
 NOT_TAKEN = OF_MACHINE[:4]
 KEPT = {"seed": Config, "data.template": DataConfig, "data.train_on": DataConfig}
 """Keys that stay the run's beside a data set that the command chooses, with the classes that declare them."""
@@ -165,7 +165,7 @@ def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[
     for name in groups:
         store.store(group=name, name=OPTION, node=as_text(values.get(name, {})))
     try:
-        # A recipe describes another training.
+        # A recipe describes another training run.
         yield [*(f"{name}={OPTION}" for name in groups), *merged, *([] if "recipe" in typed else ["recipe=none"])]
     finally:
         for name in groups:

@@ -63,14 +63,14 @@ def next_commands(
     found.
     """
     name = adapter if adapter in ("none", None) else short_path(adapter)
-    words = [f"adapter={quoted(name or short_path(folder))}"]
+    args = [f"adapter={quoted(name or short_path(folder))}"]
     if find_run(adapter, folder) is not None:
-        words += [text for text in overrides if text.startswith(TRUSTED)]
+        args += [text for text in overrides if text.startswith(TRUSTED)]
     else:
         kept = [text for text in overrides if text.startswith((*OF_BASE, *TRUSTED))]
-        words += [text for text in kept if not text.startswith(tuple(left_out))]
-        words += options
-    return [shlex.join(["qlora", f"task={use}", *words]) for use in USES if use != task]
+        args += [text for text in kept if not text.startswith(tuple(left_out))]
+        args += options
+    return [shlex.join(["qlora", f"task={use}", *args]) for use in USES if use != task]
 
 
 def describe_certainty(name: str, result: Mapping[str, Any]) -> str:

@@ -68,13 +68,13 @@ def newest_finished(folders: Iterable[Path]) -> Path | None:
 
     A run with a damaged result is left out.
     """
-    found: dict[Path, float] = {}
+    finished_at: dict[Path, float] = {}
     for result in (path for folder in dict.fromkeys(folders) for path in folder.glob("*/result.json")):
         run = RunFolder(result.parent)
         try:
-            finished = (run.stored_result("train") or {}).get("status") == "finished"
+            is_finished = (run.stored_result("train") or {}).get("status") == "finished"
         except DamagedFile:
             continue
-        if finished and find_adapter(run.path) != (None, None):
-            found[run.path] = result.stat().st_mtime
-    return max(found, key=lambda path: found[path], default=None)
+        if is_finished and find_adapter(run.path) != (None, None):
+            finished_at[run.path] = result.stat().st_mtime
+    return max(finished_at, key=lambda path: finished_at[path], default=None)

@@ -66,7 +66,7 @@ def find_runs(*patterns: str, without: Path | None = None) -> list[Path]:
 
     Raises `ConfigError` for a glob that matches none. `without` is left out.
     """
-    excluded, found = without.resolve() if without else None, dict[Path, None]()
+    excluded, matched = without.resolve() if without else None, dict[Path, None]()
     for pattern in patterns:
         matches = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]  # noqa: PTH111, PTH207
         candidates = [run for path in matches if path.is_dir()
@@ -77,8 +77,8 @@ def find_runs(*patterns: str, without: Path | None = None) -> list[Path]:
                 f"runs={pattern}: there is no run{_nearest(pattern)}; name folders of runs or of sweeps, e.g. "
                 "runs='outputs/runs/*' or runs=outputs/sweeps/mine"
             )
-        found |= dict.fromkeys(runs)
-    return list(found)
+        matched |= dict.fromkeys(runs)
+    return list(matched)
 
 
 def _pair(sweep: Sweep) -> SideBySide:

@@ -48,7 +48,7 @@ class TaskJob:
     """The command as it was typed, for a task that reads a sweep itself."""
 
     def create_folder(self) -> None:
-        """Creates the folder and writes the config there, unless the folder holds a training, whose config it has."""
+        """Creates the folder and writes the config there, unless it holds that of a training run."""
         self.folder.create()
         if not (self.folder.config.is_file() and self.folder.holds_training):
             write_text(self.folder.config, dump_config(self.config))

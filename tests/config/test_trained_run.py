@@ -140,15 +140,15 @@ def test_what_was_composed_for_a_run_leaves_no_option_behind(run: Path) -> None:
 FACTS = ("license", "gated", "architecture", "revision")
 
 
-def facts(*overrides: str) -> list[Any]:
+def said_of_model(*overrides: str) -> list[Any]:
     model = compose(list(overrides)).model
     return [getattr(model, name) for name in FACTS]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "llama-7b", "llama-3.1-8b", "gemma-2-2b"])
 def test_facts_of_a_preset_leave_with_another_model_name(preset: str) -> None:
-    assert facts(f"model={preset}", "data=alpaca")[0] is not None
-    assert facts(f"model={preset}", "model.name=other/model", "data=alpaca") == [None, False, None, None]
+    assert said_of_model(f"model={preset}", "data=alpaca")[0] is not None
+    assert said_of_model(f"model={preset}", "model.name=other/model", "data=alpaca") == [None, False, None, None]
 
 
 def test_what_the_command_says_of_another_model_stays() -> None:

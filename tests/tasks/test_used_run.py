@@ -40,14 +40,14 @@ def test_an_evaluation_by_the_folder_alone_measures_what_the_training_did(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(tmp_path / "again", "task=evaluate", f"adapter={trained}")
-    before = json.loads((trained / "result.json").read_text())
-    assert result["metrics"]["eval_loss"] == before["metrics"]["eval_loss"]
-    assert result["metrics"]["base_eval_loss"] == before["metrics"]["base_eval_loss"]
+    previous = json.loads((trained / "result.json").read_text())
+    assert result["metrics"]["eval_loss"] == previous["metrics"]["eval_loss"]
+    assert result["metrics"]["base_eval_loss"] == previous["metrics"]["base_eval_loss"]
     assert "differs" not in capsys.readouterr().out
     used = result["measured"]
     assert used["base"]["name"] == "tiny"
-    assert used["base"] == before["measured"]["base"]
-    assert used["adapter"]["digest"] == adapter_digest(trained / "adapter") == before["measured"]["adapter"]["digest"]
+    assert used["base"] == previous["measured"]["base"]
+    assert used["adapter"]["digest"] == adapter_digest(trained / "adapter") == previous["measured"]["adapter"]["digest"]
     assert (used["bits"], used["data"]["rows"], used["evaluation"]["metrics"]) == (32, 6, ["exact_match"])
     assert used["differs"] == {}
     saved = read_config(tmp_path / "again" / "config.yaml")
@@ -58,8 +58,8 @@ def test_an_evaluation_by_the_folder_alone_measures_what_the_training_did(
 def test_what_differs_from_the_training_stands_in_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["generation.max_new_tokens=2", "data.max_eval_samples=2", "evaluation.baseline=false"]
-    result = run(tmp_path / "other", "task=evaluate", f"adapter={trained}", *words)
+    args = ["generation.max_new_tokens=2", "data.max_eval_samples=2", "evaluation.baseline=false"]
+    result = run(tmp_path / "other", "task=evaluate", f"adapter={trained}", *args)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  differs")]
     for text in ("data.max_eval_samples=2 (was 6)", "generation.max_new_tokens=2 (was 4)",
                  "evaluation.baseline=false (was true)"):  # fmt: skip
@@ -70,17 +70,17 @@ def test_what_differs_from_the_training_stands_in_one_line(
 def test_a_task_in_the_folder_of_its_training_leaves_the_training_s_config(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
-    before = (folder / "config.yaml").read_bytes()
+    previous = (folder / "config.yaml").read_bytes()
     run(folder, "task=predict", f"adapter={folder}", "data.max_eval_samples=2")
-    assert (folder / "config.yaml").read_bytes() == before
+    assert (folder / "config.yaml").read_bytes() == previous
 
 
 def test_questions_without_answers_are_answered_and_nothing_is_measured(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question": "What is the opposite of brave?"}\n')
-    words = ["task=predict", f"adapter={trained}", f"data.eval_path={tmp_path}/questions.jsonl"]
-    result = run(tmp_path / "answers", *words)
+    args = ["task=predict", f"adapter={trained}", f"data.eval_path={tmp_path}/questions.jsonl"]
+    result = run(tmp_path / "answers", *args)
     [row] = [json.loads(line) for line in Path(result["paths"]["predictions"]).read_text().splitlines()]
     assert (row["reference"], result["unanswered"]) == (None, 1)
     assert row["prediction"]
@@ -123,11 +123,11 @@ def test_where_no_run_has_finished_an_adapter_is_asked_for(tmp_path: Path, monke
 
 
 def test_a_base_that_is_named_and_no_adapter_means_the_base(tmp_path: Path) -> None:
-    questions = [{"subject": "words", "input": "Question: a\nA. b\nB. c\nC. d\nD. e\nAnswer:", "output": "A"}]
+    questions = [{"subject": "args", "input": "Question: a\nA. b\nB. c\nC. d\nD. e\nAnswer:", "output": "A"}]
     (tmp_path / "mmlu.json").write_text(json.dumps(questions))
-    words = ["task=evaluate", "evaluation=mmlu", f"evaluation.path={tmp_path}/mmlu.json", "model.name=tiny"]
+    args = ["task=evaluate", "evaluation=mmlu", f"evaluation.path={tmp_path}/mmlu.json", "model.name=tiny"]
     for _ in range(2):  # the folder holds the first evaluation then
-        result = run(tmp_path / "base", *words)
+        result = run(tmp_path / "base", *args)
         assert result["measured"]["adapter"] is None
         assert result["measured"]["data"]["fingerprint"]
         assert "eval_mmlu_val_accuracy" in result["metrics"]
@@ -154,8 +154,8 @@ def test_what_comes_next_is_one_short_line_a_task(trained: Path, monkeypatch: py
 
 def test_an_adapter_without_its_run_is_used_with_the_base_and_the_options_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
-    words = ["model=mine", "data.eval_path=a", "quantization=none", "evaluation=loss"]
-    [chat] = [line for line in next_commands("evaluate", str(tmp_path / "plain"), tmp_path, words,
+    args = ["model=mine", "data.eval_path=a", "quantization=none", "evaluation=loss"]
+    [chat] = [line for line in next_commands("evaluate", str(tmp_path / "plain"), tmp_path, args,
                                              options=["--config-dir", "my conf"]) if "chat" in line]  # fmt: skip
     adapter = tmp_path / "plain"
     assert chat == f"qlora task=chat adapter={adapter} model=mine quantization=none --config-dir 'my conf'"
