@@ -12,6 +12,7 @@ from qlora.reporting.summary import next_commands, print_summary
 from qlora.runtime import console
 from qlora.runtime.atomic_files import read_lines, write_lines
 from qlora.runtime.task_result import TaskResult
+from qlora.runtime.trained import TAKE_BASE
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.used import differs_line
 
@@ -100,6 +101,7 @@ def print_measured(
     left_out: Sequence[str] = (),
 ) -> None:
     """Prints a result and some answers; `left_out` overrides are not repeated in the commands that use the result."""
+    is_base = job.config.task.name in TAKE_BASE and job.session.trained == (None, None)
     print_summary(
         title,
         result.to_dict(),
@@ -108,7 +110,7 @@ def print_measured(
         folder=job.folder.path,
         next_steps=next_commands(
             job.config.task.name.value,
-            "none" if job.session.trained == (None, None) else job.config.adapter,
+            "none" if is_base else job.config.adapter,
             job.folder.path,
             job.overrides,
             options=job.options,
