@@ -163,7 +163,7 @@ def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[
     merged = ["quantization=none"] if run.is_merged and "quantization" in groups else []
     groups = [name for name in groups if not (merged and name == "quantization")]
     for name in groups:
-        store.store(group=name, name=OPTION, node=as_text(values.get(name, {})))
+        store.store(group=name, name=OPTION, node=_with_default(name, unset[name], values.get(name, {})))
     try:
         # A recipe describes another training run.
         yield [*(f"{name}={OPTION}" for name in groups), *merged, *([] if "recipe" in typed else ["recipe=none"])]
@@ -179,6 +179,13 @@ def _without_excluded(values: Mapping[str, Any], typed: Collection[str]) -> dict
         if any(key == f"data.{name}" or key.startswith(f"data.{name}.") for key in typed):
             data |= {other: unset for other, unset in excluded.items() if f"data.{other}" not in typed}
     return {**values, "data": data}
+
+
+def _with_default(group: str, option: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a group, with those of its default option for keys that an older version did not know."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"), resolve=False)
+    known = {str(key): value for key, value in node.items() if key != "defaults"} if isinstance(node, dict) else {}
+    return known | as_text(values)
 
 
 def default_choices() -> dict[str, Any]:

@@ -50,7 +50,7 @@ def names_base(config: Config, overrides: Sequence[str]) -> bool:
 def _unset(config: Config, folder: Path) -> ConfigError:
     """Returns the error for a task without `adapter=`, which offers the newest run."""
     newest = newest_finished([folder.parent, RUNS])
-    what = f"{short_path(folder)} holds no adapter" if folder.is_dir() and find_files(folder) else "adapter is not set"
+    what = f"{short_path(folder)} holds no adapter" if folder.is_dir() and _was_used(folder) else "adapter is not set"
     base = ", or adapter=none for the untuned base" if config.task.name in TAKE_BASE else ""
     if newest is None:
         return ConfigError(f"{what}; give adapter=FOLDER of an adapter or of a finished run{base}")
@@ -58,7 +58,7 @@ def _unset(config: Config, folder: Path) -> ConfigError:
     return ConfigError(f"{what}; the newest finished run is {path}: add adapter={path}{base}")
 
 
-def find_files(folder: Path) -> bool:
+def _was_used(folder: Path) -> bool:
     """Returns whether a run has written into a folder."""
     return any(path.suffix == ".json" or path.name == "config.yaml" for path in folder.iterdir())
 

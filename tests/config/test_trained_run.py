@@ -94,6 +94,18 @@ def test_a_merged_model_is_not_quantized_again(run: Path, tmp_path: Path) -> Non
     assert used(run).quantization.bits == 32
 
 
+@pytest.mark.parametrize(
+    "key", ["trainer.warmup_steps", "loss.name", "quantization.double_quant", "data.max_row_bytes"]
+)
+def test_a_key_that_an_older_version_did_not_store_has_its_default(tmp_path: Path, key: str) -> None:
+    plain = config_to_dict(compose(["lora.r=5"]))
+    group, _, name = key.partition(".")
+    del plain[group][name]
+    config = used(write(tmp_path / "run", plain))
+    assert config.lora.r == 5
+    assert getattr(getattr(config, group), name) == getattr(getattr(compose(["recipe=none"]), group), name)
+
+
 def test_an_adapter_without_its_run_and_the_untuned_base_have_the_defaults(run: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     unset = config_to_dict(compose(["task=chat"]))
