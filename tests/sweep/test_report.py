@@ -176,7 +176,7 @@ def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path
 # Runs of no sweep
 
 
-def shown(tmp_path: Path, *names: str) -> list[list[str]]:
+def lines_of(tmp_path: Path, *names: str) -> list[list[str]]:
     """The names of the runs on each line of the table."""
     sweep = collect([tmp_path / name for name in names], tmp_path / "report", "eval_loss")
     board = build_leaderboard(sweep)
@@ -191,7 +191,7 @@ def shown(tmp_path: Path, *names: str) -> list[list[str]]:
 def test_runs_are_averaged_where_their_configs_are_equal_but_for_the_seed(tmp_path: Path) -> None:
     for name, overrides in {"a": ["seed=0"], "b": ["seed=1"], "c": ["seed=1", "lora.r=5"]}.items():
         write_run(tmp_path / name, overrides)
-    assert sorted(shown(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
 
 
 def test_a_run_whose_config_is_not_known_is_like_no_other(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_run_whose_config_is_not_known_is_like_no_other(tmp_path: Path) -> Non
         write_run(tmp_path / name, [f"seed={ord(name)}"])
     for name in "bc":
         (tmp_path / name / "config.yaml").unlink()
-    assert sorted(shown(tmp_path, "a", "b", "c")) == [["a"], ["b"], ["c"]]
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a"], ["b"], ["c"]]
 
 
 @pytest.mark.parametrize("part", ["base", "data"])
@@ -209,7 +209,7 @@ def test_runs_on_other_rows_or_another_base_are_not_averaged(tmp_path: Path, par
         measured = {"base": {"fingerprint": "x"}, "data": {"fingerprint": "y"}}
         measured[part]["fingerprint"] = "z" if name == "c" else "w"
         path.write_text(json.dumps({**json.loads(path.read_text()), "measured": measured}))
-    assert sorted(shown(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
 
 
 def test_at_most_eight_keys_have_a_column_and_the_rest_is_named(tmp_path: Path) -> None:
