@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
-from qlora.adapters.find_trained import find_trained
+from qlora.config.paths import short_path
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, EvaluationName, Parallel, Weights
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
+from qlora.data.data_set import Questions
 from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
@@ -64,6 +65,7 @@ from qlora.runtime.device import Placement, computes_bf16, find_device
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
+from qlora.runtime.trained import find_trained
 from qlora.step.shard import shard_base
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -115,7 +117,7 @@ class Session:
                 "quantization.compute_dtype=fp16 on a device that computes in bf16: fp16 overflows more easily; "
                 "compute_dtype=auto takes bf16"
             )
-        if placement.param_dtype is torch.float16 and not self.config.lora.enabled:
+        if placement.param_dtype is torch.float16 and not self.config.lora.enabled and self.needs.rows is Rows.all:
             raise ConfigError(
                 "lora=none with fp16 weights cannot train (gradients underflow); use quantization=fp32, or "
                 "quantization.compute_dtype=bf16"
@@ -170,10 +172,21 @@ class Session:
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
-            data = build_data(self.config.data, self.tokenizer, need_train=self.needs.rows is Rows.all)
+            data = build_data(
+                self.config.data,
+                self.tokenizer,
+                need_train=self.needs.rows is Rows.all,
+                questions=self._questions if self.needs.questions else None,
+            )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def _questions(self) -> Questions:
+        """How rows without an answer ask: as in `task=chat`, where the training run saved its template."""
+        is_saved = self.saved_template is not None
+        return Questions(self.chat_encoder.writer.template if is_saved else None)
 
     @cached_property
     def objective(self) -> Objective:
@@ -362,7 +375,7 @@ class Session:
 
         Raises `UserError` where there is none, and for an adapter of another base than the task would use it on.
         """
-        adapter, full = find_trained(self.config.adapter, self.folder.path)
+        adapter, full = find_trained(self.config, self.overrides, self.folder.path)
         if adapter is not None:
             adapters.check_adapter_folder(adapter)
             if self.needs.base:
@@ -416,7 +429,7 @@ class Session:
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
         lines = model_lines(self.config, count, decoder.beside, unquantized)
-        lines |= {"device": str(self.placement), "folder": str(self.folder.path)}
+        lines |= {"device": str(self.placement), "folder": short_path(self.folder.path)}
         return ModelSummary(lines, count, unquantized, decoder.describe_unadapted() if is_all_linear else None)
 
     @contextlib.contextmanager

@@ -36,6 +36,9 @@ LATEST = 64
 
 MISSING_VALUE = "???"
 
+DECIDE_MORE = ("adapter", "model.name")
+"""Plain fields whose value decides those of others: the config is composed for each."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -132,7 +135,7 @@ def _read_axis(override: Override) -> Axis:
 
 def _is_plain_field(override: Override) -> bool:
     key = override.key_or_group
-    return override.type is OverrideType.CHANGE and key in known_keys() - set(group_names())
+    return override.type is OverrideType.CHANGE and key in known_keys() - {*group_names(), *DECIDE_MORE}
 
 
 class _Composed:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qlora.config import checked_loader, trust
+from qlora.config import checked_loader, preset_facts, trained_run, trust
+from qlora.config.arguments import folder_override
 from qlora.config.conversion import to_config
 from qlora.config.file_spelling import reading_spellings
 from qlora.config.messages import below_null, explain
@@ -97,8 +99,7 @@ def compose_dict(
             check_keys(overrides, hydra)
             swept = leave_swept and any(override.is_sweep_override() for override in parse_overrides(overrides))
             mode = RunMode.MULTIRUN if swept else RunMode.RUN
-            composed = hydra.compose_config("config", list(overrides), run_mode=mode, from_shell=False)
-            assert isinstance(composed, DictConfig)
+            composed = _compose(partial(_compose_once, hydra, mode), overrides, config_dir)
             _check_job_folder(composed)
             check_own_rows(composed, overrides)
             return composed
@@ -116,6 +117,56 @@ def compose_dict(
         raise ConfigError(
             f"a config file{where} includes itself, or two include each other; correct their defaults lists"
         ) from error
+
+
+Composer = Callable[[Sequence[str]], DictConfig]
+
+
+def _compose(compose_once: Composer, overrides: Sequence[str], config_dir: Path | str | None) -> DictConfig:
+    """Composes again where an adapter's run, or another model than the preset's, changes what the options mean."""
+    composed = compose_once(overrides)
+    parsed, choices = parse_overrides(overrides), composed.hydra.runtime.choices
+    run = _used_run(composed)
+    if run is not None:
+        with trained_run.as_options(run, choices, parsed) as options:
+            composed = _recompose(compose_once, composed, overrides, options)
+        trained_run.keep_settings(composed, run, parsed)
+        described = run.values.get("model", {}) if composed.hydra.runtime.choices.model == trained_run.OPTION else {}
+    else:
+        folders = [CONF_DIR, *_option_folders(config_dir, overrides)]
+        described = preset_facts.read_preset(choices.get("model"), folders)
+    if preset_facts.is_another(composed, described):
+        if run is None and not any(override.key_or_group == "recipe" for override in parsed):
+            composed = _recompose(compose_once, composed, overrides, ["recipe=none"])
+        preset_facts.drop_facts(composed, described, parsed)
+    return composed
+
+
+def _compose_once(hydra: Hydra, mode: RunMode, overrides: Sequence[str]) -> DictConfig:
+    composed = hydra.compose_config("config", list(overrides), run_mode=mode, from_shell=False)
+    assert isinstance(composed, DictConfig)
+    return composed
+
+
+def _recompose(
+    compose_once: Composer, composed: DictConfig, overrides: Sequence[str], options: Sequence[str]
+) -> DictConfig:
+    """Composes with more options, which are no overrides of the command."""
+    again = compose_once([*overrides, *options])
+    again.hydra.overrides = composed.hydra.overrides
+    again.hydra.job.override_dirname = composed.hydra.job.override_dirname
+    return again
+
+
+def _used_run(composed: DictConfig) -> trained_run.TrainedRun | None:
+    """Returns the run whose adapter the task uses, with its config; None: it uses none, or nothing says its config."""
+    task = None if OmegaConf.is_missing(composed.task, "name") else composed.task.name
+    adapter = composed.adapter
+    if task is None or not (trained_run.uses_adapter(task) or adapter is not None):
+        return None
+    named = composed.name is not None or folder_override(list(composed.hydra.overrides.hydra)) is not None
+    folder = trained_run.find_run(adapter, str(composed.hydra.run.dir) if named and adapter is None else None)
+    return None if folder is None else trained_run.read_run(folder, task, adapter)
 
 
 @contextmanager

@@ -39,8 +39,19 @@ def expand_home(path: str, key: str) -> Path:
         raise ConfigError(f"{key}={path}: {reason}; write the whole path") from None
 
 
+def short_path(path: Path | str) -> str:
+    """Returns a path as it is typed here: relative to the working directory where it lies below it."""
+    path = Path(path)
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def anchor_paths(config: Config, folder: Path) -> None:
     """Makes paths relative to `folder` absolute; names that are not paths stay."""
+    if isinstance(config.runs, list):
+        config.runs = [text if text.startswith("~") else str(folder / text) for text in config.runs]
     for owner, name, key in _fields(config):
         value = getattr(owner, name)
         if isinstance(value, str) and not value.startswith("~") and not FUNCTION_PATH.fullmatch(value):

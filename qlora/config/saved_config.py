@@ -96,12 +96,12 @@ def _read_stored(path: Path) -> Any:
         raise DamagedFile(path, reason) from error
 
 
-def _as_text(tree: Any) -> Any:
+def as_text(tree: Any) -> Any:
     """Returns a tree whose texts OmegaConf reads as they are, `${` included."""
     if isinstance(tree, dict):
-        return {key: _as_text(value) for key, value in tree.items()}
+        return {key: as_text(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_as_text(value) for value in tree]
+        return [as_text(value) for value in tree]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
@@ -114,7 +114,7 @@ def restore_config(saved: dict[str, Any], file: Path | None = None) -> Config:
     try:
         refuse_secrets(leaves(saved, ""))
         with trust.fixed_resolvers():
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _as_text(saved)))
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), as_text(saved)))
     except (UserError, OmegaConfBaseException) as error:
         told = explain(error) if isinstance(error, OmegaConfBaseException) else error
         raise (ConfigError(f"{file}: {told}") if file is not None else told) from error

@@ -17,15 +17,17 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.schema import DataConfig, MixConfig
+from qlora.config.schema import DataConfig, MixConfig, OnEmpty
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
 from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
-from qlora.data.formats.prompts import Example, find_prompt
-from qlora.data.formats.recognise import Choice, choose_format
+from qlora.data.formats.prompts import ALPACA, Example, find_prompt
+from qlora.data.formats.questions import NAME as QUESTIONS
+from qlora.data.formats.questions import choose_questions, is_whole_text
+from qlora.data.formats.recognise import ANSWERS, Choice, choose_format
 from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.errors import ConfigError, DataError, UserError, did_you_mean
 from qlora.text import parse_size
@@ -56,11 +58,33 @@ class Part:
         return f"{self.path_key}={self.fields.path}"
 
 
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """That rows may hold no answer, and how they then ask."""
+
+    template: Template | None
+    """The chat template that was saved with what answers; None: the words of the instruction formats ask."""
+
+    @property
+    def between(self) -> str | None:
+        """What stands between an instruction and its input in a message of the template."""
+        if self.template is None:
+            return None
+        return ALPACA.between if json.dumps(ALPACA.between) in self.template.text else "\n\n"
+
+
 class RowSet:
     """The rows of one data set, its format, and which of them are held out."""
 
-    def __init__(self, config: DataConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
-        self.config, self.part, self.tokenizer, self.cache = config, part, tokenizer, cache
+    def __init__(
+        self,
+        config: DataConfig,
+        part: Part,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: Cache,
+        questions: Questions | None = None,
+    ) -> None:
+        self.config, self.part, self.tokenizer, self.cache, self.questions = config, part, tokenizer, cache, questions
         self.fraction = 1.0
         """Of the rows of all sets, those of this one."""
 
@@ -90,6 +114,7 @@ class RowSet:
             limit=limit,
             max_row_bytes=parse_size(self.config.max_row_bytes) or 0,
             columns=fields.columns,
+            may_lack=ANSWERS if self.questions is not None else (),
             key=self.part.path_key,
             columns_key=f"{self.part.key}.columns",
         )
@@ -105,13 +130,19 @@ class RowSet:
         return self._choose(self.rows)
 
     def _choose(self, rows: Dataset) -> Choice:
-        return choose_format(
-            self.part.fields.format,
-            rows.column_names,
-            _sample(rows),
-            key=self.part.path_key,
-            reformulations=self.config.reformulations,
-        )
+        name, sample = self.part.fields.format, _sample(rows)
+        asking = None
+        if self.questions is not None:
+            asking = choose_questions(rows.column_names, between=self.questions.between)
+        try:
+            choice = choose_format(
+                name, rows.column_names, sample, key=self.part.path_key, reformulations=self.config.reformulations
+            )
+        except UserError:
+            if asking is None:
+                raise
+            return asking
+        return asking if asking is not None and name == "auto" and is_whole_text(choice, sample) else choice
 
     @cached_property
     def template(self) -> Template | None:
@@ -126,6 +157,8 @@ class RowSet:
     def _template_for(self, rows: Dataset, choice: Choice) -> Template | None:
         if not any(isinstance(example, Conversation) for example in self._examples(rows, choice)):
             return None
+        if self.questions is not None and self.questions.template is not None and choice.name == QUESTIONS:
+            return self.questions.template
         return choose_template(self.part.fields.template or self.config.template, self.tokenizer, key=self.template_key)
 
     @property
@@ -197,7 +230,7 @@ class RowSet:
     ) -> tuple[Dataset, Counts]:
         label = self.part.label
         tokenizer = build_encoder(self.config, self.tokenizer, template)
-        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label, self._asks(choice))
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
@@ -217,6 +250,10 @@ class RowSet:
             raise DataError(f"{label}: none of the {counts.rows} {lacking}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
+
+    def _asks(self, choice: Choice) -> bool:
+        """Returns whether rows of a format may hold no answer; an empty one may be meant as one."""
+        return self.questions is not None and (choice.name == QUESTIONS or self.config.on_empty is not OnEmpty.train)
 
     def _losses(self, counts: Counts) -> str:
         """Says what became of rows of which none is left, and what keeps them."""
@@ -264,6 +301,7 @@ class RowSet:
             "limits": [str(limit) for limit in _values(encoder.limits)],
             "train_on": encoder.train_on.value,
             "for_eval": job.for_eval,
+            "questions": job.questions,
             "code": _code_digest(),
         }
         return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"

@@ -18,7 +18,7 @@ from qlora.data.cache import Cache
 from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
-from qlora.data.data_set import Part, RowSet
+from qlora.data.data_set import Part, Questions, RowSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,14 @@ class Data:
 
 
 def build_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, need_train: bool = True, need_eval: bool = True
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    need_train: bool = True,
+    need_eval: bool = True,
+    questions: Questions | None = None,
 ) -> Data:
-    """Loads, splits and tokenizes the rows that are needed.
+    """Loads, splits and tokenizes the rows that are needed; with `questions`, rows of `eval_path` need no answer.
 
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
@@ -84,7 +89,7 @@ def build_data(
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
-        evaluated_sets = [_own_held_out(config, sets, tokenizer, cache, like_training=need_train)]
+        evaluated_sets = [_own_held_out(config, sets, tokenizer, cache, like_training=need_train, questions=questions)]
     held_out = [part.held_out() for part in evaluated_sets] if need_eval else []
     train, origin = _join(config, sets, [rows for rows, _ in trained]) if trained else (None, None)
     evaluated = _concatenate([rows for rows, _ in held_out]) if held_out else None
@@ -120,7 +125,13 @@ def _parts(config: DataConfig) -> list[Part]:
 
 
 def _own_held_out(
-    config: DataConfig, sets: Sequence[RowSet], tokenizer: PreTrainedTokenizerBase, cache: Cache, *, like_training: bool
+    config: DataConfig,
+    sets: Sequence[RowSet],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    *,
+    like_training: bool,
+    questions: Questions | None,
 ) -> RowSet:
     """Returns the set of `data.eval_path`, in the format of the rows to train on where there is one."""
     assert config.eval_path is not None
@@ -131,7 +142,7 @@ def _own_held_out(
         format=sets[0].choice.name if like_training and len(sets) == 1 else config.format,
         columns=config.columns,
     )
-    return RowSet(config, Part(fields, "data", "eval_path"), tokenizer, cache)
+    return RowSet(config, Part(fields, "data", "eval_path"), tokenizer, cache, questions)
 
 
 def _join(config: DataConfig, sets: Sequence[RowSet], encoded: Sequence[Dataset]) -> tuple[Dataset, Origin]:

@@ -20,6 +20,7 @@ from qlora.evaluation.generation import Answer, generate, plan_batches, prompt_l
 from qlora.evaluation.metrics import Metric
 from qlora.evaluation.row_loss import Collate, measure_loss
 from qlora.evaluation.statistics import Estimate, Score
+from qlora.runtime import console
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,17 @@ class Measurer:
         rows = self.rows if count is None else self.rows.select(range(min(count, len(self.rows))))
         batches = dict(enumerate(plan_batches(prompt_lengths(rows), self.generation.batch_size)))
         answers: dict[int, Answer] = {}
-        for batch in self.answer(model, rows, batches):
-            answers.update(zip(batch.rows.tolist(), batch.answers, strict=True))
+        with console.progress("answering", len(rows)) as update:
+            for batch in self.answer(model, rows, batches):
+                answers.update(zip(batch.rows.tolist(), batch.answers, strict=True))
+                update(len(answers))
         return list(self.records(rows, (answers[index] for index in range(len(rows)))))
+
+    @property
+    def unanswered(self) -> int:
+        """How many rows ask and hold no answer."""
+        column = self.rows.select_columns("reference").with_format("arrow")
+        return sum(part["reference"].null_count for part in column.iter(batch_size=1000))
 
     def answer(self, model: torch.nn.Module, rows: Dataset, batches: Mapping[int, np.ndarray]) -> Iterator[Answered]:
         """Yields the answers to batches of rows, given by their numbers; a number decides what is drawn in a batch."""
@@ -157,10 +166,12 @@ class Measurer:
             }
 
     def score(self, records: Iterable[dict[str, Any]]) -> Measurement:
-        """Returns the metrics of records."""
+        """Returns the metrics of records that hold an answer to compare with."""
         if not self.metrics:
             return Measurement()
-        pairs = [(record["prediction"], record["reference"]) for record in records]
+        pairs = [(record["prediction"], record["reference"]) for record in records if record["reference"] is not None]
+        if not pairs:
+            return Measurement()
         predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         measured = Measurement()
         for name, metric in self.metrics.items():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from qlora.runtime import console
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,26 @@ class Parity:
 @torch.no_grad()
 def record(model: torch.nn.Module, prompts: Sequence[Sequence[int]], folder: Path, *, device: torch.device) -> None:
     """Writes the logits for every token of the prompts, and the hidden states of the first, into `folder`."""
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(_watched(prompts, "answering")):
         save_file(_forward(model, prompt, device, hidden=number == 0), folder / f"{number}.safetensors")
 
 
 @torch.no_grad()
 def compare(model: torch.nn.Module, prompts: Sequence[Sequence[int]], folder: Path, *, device: torch.device) -> Parity:
     """Compares a model with what `record` wrote into `folder`; log-softmax and sums are in float32."""
-    answers = (_forward(model, prompt, device, hidden=number == 0) for number, prompt in enumerate(prompts))
+    answers = (
+        _forward(model, prompt, device, hidden=number == 0)
+        for number, prompt in enumerate(_watched(prompts, "comparing"))
+    )
     return _compare(answers, folder, device)
+
+
+def _watched(prompts: Sequence[Sequence[int]], what: str) -> Iterator[Sequence[int]]:
+    """Yields the prompts under a progress bar."""
+    with console.progress(what, len(prompts)) as update:
+        for number, prompt in enumerate(prompts, 1):
+            yield prompt
+            update(number)
 
 
 def compare_records(folder: Path, reference: Path, *, device: torch.device) -> Parity:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from qlora.runtime import console
+
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
@@ -26,15 +28,17 @@ def measure_loss(
     lengths = rows.with_format("numpy", columns=["length"])[:]["length"]
     order, columns = np.argsort(-lengths, kind="stable"), rows.select_columns(["input_ids", "labels"])
     total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        cells = columns[order[start : start + batch_size]]
-        batch = collate([dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)])
-        labels = batch.pop("labels")[:, 1:]
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        labels = labels.to(logits.device)  # another one where the base is spread over several
-        kept = labels != -100
-        total += F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum").item()
-        count += int(kept.sum())
+    with console.progress("measuring", len(order)) as update:
+        for start in range(0, len(order), batch_size):
+            cells = columns[order[start : start + batch_size]]
+            batch = collate([dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)])
+            labels = batch.pop("labels")[:, 1:]
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            labels = labels.to(logits.device)  # another one where the base is spread over several
+            kept = labels != -100
+            total += F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum").item()
+            count += int(kept.sum())
+            update(min(start + batch_size, len(order)))
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}

@@ -16,6 +16,7 @@ from qlora.config.schema import Weights
 from qlora.errors import DamagedFile, DataError
 from qlora.models.json_files import read_object
 from qlora.models.model_files import EMBEDDED
+from qlora.runtime import console
 from qlora.runtime.atomic_files import read_json, write_text
 from qlora.runtime.run_folder import RunFolder
 
@@ -81,8 +82,12 @@ def fingerprint_weights(files: Iterable[Path]) -> str:
     embeddings lie in files under either name or both. A value counts as a float64: a dtype that holds all values of
     another makes no difference.
     """
-    total = hashlib.sha256()
-    for digest in sorted({digest for file in files for digest in _digest_tensors(file)}):
+    total, files, digests = hashlib.sha256(), list(files), set[bytes]()
+    with console.progress("hashing the base", len(files)) as update:
+        for number, file in enumerate(files, 1):
+            digests.update(_digest_tensors(file))
+            update(number)
+    for digest in sorted(digests):
         total.update(digest)
     return _name(STORED, total)
 

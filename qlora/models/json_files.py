@@ -49,11 +49,12 @@ def read_object(path: Path, key: str) -> dict[str, Any]:
     return value
 
 
-def check_files(folder: Path, names: Iterable[str], key: str) -> None:
-    """Raises `DataError` if one of the JSON files of a folder, as far as they are there, lacks its shape."""
-    for name in names:
-        if (folder / name).exists():
-            read_object(folder / name, key)
+def check_files(folder: Path, names: Iterable[str], key: str) -> dict[str, dict[str, Any]]:
+    """Returns the objects in JSON files of a folder, as far as they are there, by the names of the files.
+
+    Raises `DataError` if one lacks its shape.
+    """
+    return {name: read_object(folder / name, key) for name in names if (folder / name).exists()}
 
 
 def _is_unicode(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -106,14 +107,14 @@ def only_safetensors(name: str, file: str) -> DataError:
     )
 
 
-def check_tokenizer_folder(folder: Path, key: str) -> None:
-    """Raises `DataError` unless `folder` holds a tokenizer."""
+def check_tokenizer_folder(folder: Path, key: str) -> dict[str, Any]:
+    """Returns what `tokenizer_config.json` says; raises `DataError` unless `folder` holds a tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise DataError(
             f"{key}={folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); copy it there or name another with "
             "model.tokenizer"
         )
-    check_files(folder, TOKENIZER_JSON, f"{key}={folder}")
+    return check_files(folder, TOKENIZER_JSON, f"{key}={folder}").get("tokenizer_config.json", {})
 
 
 def check_safetensors(path: Path, key: str) -> None:

@@ -19,7 +19,6 @@ from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_y
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.json_shapes import TOKENIZER_JSON
 from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
-from qlora.runtime.atomic_files import read_json
 from qlora.text import brief, brief_text
 
 log = logging.getLogger(__name__)
@@ -51,8 +50,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _read(source: str, key: str, *, gated: bool = False, **options: Any) -> PreTrainedTokenizerBase:
     """Loads a tokenizer by transformers and splits a text with it; raises `DataError` that names the damaged file."""
     if is_local(source):
-        check_tokenizer_folder(Path(source), key)
-        _check_class(Path(source), key)
+        _check_class(check_tokenizer_folder(Path(source), key).get("tokenizer_class"), source, key)
     with library_reads(f"{key}={source}", lambda: _blame(Path(source))):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -67,16 +65,15 @@ def _read(source: str, key: str, *, gated: bool = False, **options: Any) -> PreT
     return tokenizer
 
 
-def _check_class(folder: Path, key: str) -> None:
+def _check_class(name: Any, source: str, key: str) -> None:
     """Raises `DataError` where a tokenizer is said to be something else of transformers, which would be loaded."""
-    name = (read_json(folder / "tokenizer_config.json") or {}).get("tokenizer_class")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     is_tokenizer = isinstance(kind, type) and (
         issubclass(kind, PreTrainedTokenizerBase) or "tokenization_" in kind.__module__
     )
     if kind is not None and not is_tokenizer:
         raise DataError(
-            f"{key}={folder}: tokenizer_config.json says tokenizer_class={name!r}, which is not a tokenizer; correct it"
+            f"{key}={source}: tokenizer_config.json says tokenizer_class={name!r}, which is not a tokenizer; correct it"
         )
 
 

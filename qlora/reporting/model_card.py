@@ -36,12 +36,14 @@ def write_model_card(
     compute_dtype: str | None = None,
     example_prompt: str | None = None,
     unquantized: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """Writes `README.md` into `folder` and returns its path.
 
     `result` holds `metrics` (`eval_loss`, `base_eval_loss` ...) and `paths`; `command` is what started the run;
     `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it;
-    `unquantized` says which share of the decoder's weights has more bits than the rest.
+    `unquantized` says which share of the decoder's weights has more bits than the rest; `license` is the base's, where
+    the config names none.
     """
     parts = [
         f"# {markdown_text(config.name or folder.resolve().name)}",
@@ -61,7 +63,12 @@ def write_model_card(
         _limits(config),
     ]
     path = folder / "README.md"
-    write_text(path, f"---\n{_front_matter(config, base_model)}\n---\n\n" + "\n\n".join(parts) + "\n")
+    write_text(
+        path,
+        f"---\n{_front_matter(config, base_model, config.model.license or license)}\n---\n\n"
+        + "\n\n".join(parts)
+        + "\n",
+    )
     return path
 
 
@@ -70,10 +77,10 @@ def card_on_hub(card: str, repo: str) -> str:
     return re.sub(rf'^folder = ".*"  # {SEEN}$', f'folder = "{repo}"', card, flags=re.MULTILINE)
 
 
-def _front_matter(config: Config, base_model: str) -> str:
+def _front_matter(config: Config, base_model: str, license: str | None) -> str:
     from huggingface_hub import ModelCardData
 
-    license_id = (config.model.license or "").lower()
+    license_id = (license or "").lower()
     known = license_id in HUB_LICENSES
     data_id = config.data.path or ""
     front_matter: dict[str, Any] = {

@@ -30,6 +30,8 @@ MAX_VISIBLE = 30
 """The lines of the table whose curves are visible at first."""
 MAX_POINTS = 40_000
 """The points of all curves of a metric; more make the page slow and show nothing new."""
+MAX_ANSWERS = 100
+"""The answers of two runs that are laid side by side."""
 STATUSES = ("failed", "interrupted", "pruned", "running", "queued")
 """The statuses of runs that did not finish, the most urgent first."""
 MEASURED_COSTS = ("train_runtime", "peak_memory_gb")
@@ -61,7 +63,11 @@ def runs_page(report: RunsReport) -> str:
         metrics=report.metrics,
         first=int(report.objective in report.metrics),
         several_seeds=any(len(line.runs) > 1 for line in report.lines),
-        lines=[_table_line(line, report.keys) for line in report.lines],
+        lines=[_table_line(line, report) for line in report.lines],
+        named=not report.is_sweep,
+        left_out=report.left_out,
+        pair=report.pair,
+        most_answers=MAX_ANSWERS,
         fronts=data["fronts"],
         many=""
         if visible == len(data["groups"])
@@ -113,6 +119,7 @@ def _sections(report: RunsReport, data: Mapping[str, Any]) -> list[tuple[str, st
     sections = {
         "leaderboard": "Leaderboard",
         "front": "Best compromises" if data["fronts"] else "",
+        "pair": "Side by side" if report.pair is not None else "",
         "curves": "Curves" if data["curves"] else "",
         "parameters": "Parameters" if data["scatters"] else "",
         "time": "Time and memory" if report.runs else "",
@@ -122,10 +129,12 @@ def _sections(report: RunsReport, data: Mapping[str, Any]) -> list[tuple[str, st
     return [(anchor, title) for anchor, title in sections.items() if title]
 
 
-def _table_line(line: TableLine, keys: Sequence[str]) -> dict[str, Any]:
+def _table_line(line: TableLine, report: RunsReport) -> dict[str, Any]:
     return {
+        "name": ", ".join(run.label for run in line.runs),
+        "more": [(key, short_value(line.values.get(key, ""))) for key in report.left_out],
         "in_front": line.in_front,
-        "values": {key: short_value(line.values.get(key, "")) for key in keys},
+        "values": {key: short_value(line.values.get(key, "")) for key in report.keys},
         "cells": [{"text": text, "value": value} for text, value in line.cells],
         "runs": [{"link": _link(run.page or run.folder), "label": run.label, "short": run.short} for run in line.runs],
     }

@@ -55,6 +55,31 @@ class TableLine:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The answers of two runs to one row."""
+
+    asked: str
+    reference: str | None
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """What differs between two runs."""
+
+    names: tuple[str, str]
+    settings: Sequence[tuple[str, str, str]]
+    """The full keys whose values differ, with both values."""
+    knows_configs: bool
+    """Whether the configs of both can be read."""
+    shared: int
+    """The rows that both answered."""
+    differing: Sequence[Answers]
+    """Those with other answers."""
+
+
+@dataclass(frozen=True)
 class RunsReport:
     """The content of the page."""
 
@@ -75,6 +100,12 @@ class RunsReport:
     """The command that starts the best run again."""
     goals: Mapping[str, str] = field(default_factory=dict)
     """The metrics of a search, with `minimize` or `maximize`."""
+    left_out: Sequence[str] = ()
+    """Varied keys that have no column, and are shown on demand."""
+    is_sweep: bool = True
+    """Whether the runs are the jobs of one sweep; others are known by their names."""
+    pair: SideBySide | None = None
+    """What differs, where there are two runs."""
 
     @property
     def finished(self) -> list[RunView]:

@@ -7,12 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
+from qlora.config.trained_run import find_run
+from qlora.config.trust import REMOTE_CODE
 from qlora.runtime import console
-from qlora.text import format_range, is_detail
+from qlora.text import format_range, is_detail, quoted
 
-OF_ONE_START = ("task=", "adapter=", "hydra.run.dir=", "name=", "resume=")
-"""Overrides that the next command does not take over."""
+OF_BASE = ("model", "quantization", "experiment=", "base=")
+"""How overrides begin that say which base an adapter without its run's config belongs to."""
+TRUSTED = ("trusted=", f"{REMOTE_CODE}=")
+"""Overrides that no stored config may replace."""
+USES = ("evaluate", "predict", "chat")
+"""The tasks that use what was trained."""
 
 
 def print_summary(
@@ -22,25 +29,48 @@ def print_summary(
     *,
     config: Config,
     folder: Path,
-    overrides: Sequence[str],
-    left_out: Sequence[str] = (),
+    next_steps: Sequence[str],
 ) -> None:
-    """Prints a result, and the commands that use what was trained; `left_out` overrides are not repeated in them."""
+    """Prints a result, its files, and the commands that come next."""
     metrics = result["metrics"]
     names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not is_detail(key)]
     rows = [
         (name, metrics.get(f"base_eval_{name}"), metrics[f"eval_{name}"], describe_certainty(name, result))
         for name in names
     ]
-    chosen = [text for text in overrides if not text.startswith((*OF_ONE_START, *left_out))]
-    command = shlex.join(["qlora", *chosen, f"adapter={config.adapter or folder}"])
     console.summary(
-        f"{title}: {folder}",
+        f"{title}: {short_path(folder)}",
         rows,
         [dict(row) for row in predictions][: config.evaluation.show_predictions],
-        list(result["paths"].items()),
-        [f"{command} task={task}" for task in ("evaluate", "predict", "chat")],
+        [(name, short_path(path)) for name, path in result["paths"].items()],
+        list(next_steps),
     )
+
+
+def next_commands(
+    task: str,
+    adapter: str | None,
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    options: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> list[str]:
+    """Returns the command of each task but `task` that uses what `adapter`, or else the run's folder, holds.
+
+    A run's own config says the rest but whom to trust. Where there is none, the overrides that name the base are
+    repeated, except those that begin with one of `left_out`, with the `options` by which the user's own files are
+    found.
+    """
+    name = adapter if adapter in ("none", None) else short_path(adapter)
+    args = [f"adapter={quoted(name or short_path(folder))}"]
+    if find_run(adapter, folder) is not None:
+        args += [text for text in overrides if text.startswith(TRUSTED)]
+    else:
+        kept = [text for text in overrides if text.startswith((*OF_BASE, *TRUSTED))]
+        args += [text for text in kept if not text.startswith(tuple(left_out))]
+        args += options
+    return [shlex.join(["qlora", f"task={use}", *args]) for use in USES if use != task]
 
 
 def describe_certainty(name: str, result: Mapping[str, Any]) -> str:

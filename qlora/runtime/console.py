@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import logging
+import shutil
 import sys
 import textwrap
 import warnings
@@ -49,11 +50,14 @@ class OwnLines(logging.Filter):
 
 
 class HidingFormatter(logging.Formatter):
-    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks."""
+    """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks.
 
-    def __init__(self, inner: logging.Formatter) -> None:
+    With `wraps`, long lines wrap between words, as a terminal does not.
+    """
+
+    def __init__(self, inner: logging.Formatter, *, wraps: bool = False) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.wraps = inner, wraps
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line of `record`, to which a formatter may add colours of its own."""
@@ -62,7 +66,8 @@ class HidingFormatter(logging.Formatter):
         if record.exc_info and not record.exc_text:
             record.exc_text = self.inner.formatException(record.exc_info)
         record.exc_text = record.exc_text and visible(record.exc_text)
-        return hide(self.inner.format(record))
+        text = hide(self.inner.format(record))
+        return wrap_sentences(text) if self.wraps and not record.exc_text else text
 
 
 class LogFile(logging.FileHandler):
@@ -117,7 +122,8 @@ def guard_logs() -> None:
     """Has no handler of the log write a secret or a control character."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, HidingFormatter):
-            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter()))
+            wraps = type(handler) is logging.StreamHandler and handler.stream.isatty()
+            handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter(), wraps=wraps))
 
 
 def take_over_handlers() -> None:
@@ -144,20 +150,52 @@ def _console_on(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def say(line: str | Text = "") -> None:
-    """Prints one line, never cut or wrapped; it stands in `train.log` too."""
+def say(line: str | Text = "", *, whole: bool = False) -> None:
+    """Prints a line, which stands in `train.log` too; on a terminal a long one wraps between words, unless `whole`.
+
+    `whole` is a line that a person copies, such as a command.
+    """
     if not distributed.is_main_process():
         return
     text = Text(line) if isinstance(line, str) else line
     text.plain = printable(text.plain)
-    screen().print(text, soft_wrap=True)
+    screen().print(text if whole else _wrap(text), soft_wrap=True)
     if text.plain.strip():
         record(text.plain)
 
 
+def _wrap(text: Text) -> Text:
+    """Returns a text whose lines fit the terminal, the rest of one indented below it; no word is broken."""
+    console = screen()
+    if not console.is_terminal or all(len(line) <= console.width for line in text.plain.split("\n")):
+        return text
+    lines: list[Text] = []
+    for line in text.split("\n"):
+        indent = len(line.plain) - len(line.plain.lstrip()) + 2
+        first, *rest = line.wrap(console, console.width, overflow="ignore") or [line]
+        below = Text(" ").join(rest).wrap(console, max(console.width - indent, 20), overflow="ignore")
+        lines += [first, *(Text(" " * indent) + part for part in below if part.plain)]
+    return Text("\n").join(lines)
+
+
 def complain(text: str) -> None:
-    """Prints what ended a run to standard error."""
-    print(visible(hide(text)), file=sys.stderr, flush=True)
+    """Prints what ended a run to standard error; on a terminal sentences wrap between words, and commands do not."""
+    text = visible(hide(text))
+    print(wrap_sentences(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def wrap_sentences(text: str) -> str:
+    """Returns a text whose lines wrap between words at the width of the terminal; those that are indented stay whole.
+
+    These are commands and lists, which a person copies.
+    """
+    width = shutil.get_terminal_size().columns
+    lines = (([line] if line.startswith(" ") else _between_words(line, width)) for line in text.split("\n"))
+    return "\n".join(line for wrapped in lines for line in wrapped)
+
+
+def _between_words(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def say_colored(text: str) -> None:
@@ -196,9 +234,9 @@ def say_rows(rows: list[tuple[str, str]]) -> None:
     indent = max(len(label) for label, _ in rows) + 4
     room = max(screen().width - indent, 30) if screen().is_terminal else sys.maxsize
     for label, value in rows:
-        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines = _between_words(value, room)
         body = f"\n{' ' * indent}".join(lines)
-        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body))
+        say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body), whole=True)
 
 
 def summary(
@@ -230,7 +268,7 @@ def summary(
         say()
         say(Text("Next", style="bold"))
         for line in next_steps:
-            say(f"  {line}")
+            say(f"  {line}", whole=True)
 
 
 def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
@@ -251,19 +289,21 @@ def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> Non
 
 
 def _say_prediction(row: dict[str, Any]) -> None:
-    expected, got = str(row.get("reference", "")), str(row.get("prediction", ""))
+    is_answered = row.get("reference") is not None
+    expected, got = str(row.get("reference") or ""), str(row.get("prediction", ""))
     same = " ".join(expected.split()) == " ".join(got.split())
-    judged = row.get("match", same)
+    judged = row.get("match", same) if is_answered else None
     if isinstance(judged, str):  # as trackers write it
         judged = judged.lower() in ("true", "yes")
     room = (screen().width if screen().is_terminal else 120) - 18
     asked = str(row.get("input", row.get("prompt", "")))
     mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
     say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(asked), room + 10)))
-    if same:
+    if same and is_answered:
         say(Text.assemble(" " * 6, (shorten(got, room + 10), style)))
         return
-    say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
+    if is_answered:
+        say(Text.assemble((" " * 6 + "expected  ", "dim"), shorten(expected, room)))
     say(Text.assemble((" " * 6 + "got       ", "dim"), (shorten(got, room) or "(nothing)", style)))
 
 

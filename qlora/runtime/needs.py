@@ -24,6 +24,8 @@ class Needs:
     base: bool = False
     """The base model is used, so an adapter must have been trained on it."""
     rows: Rows = Rows.none
+    questions: bool = False
+    """Held-out rows of `data.eval_path` may hold no answer; the model answers them."""
     answers: int | None = 0
     """How many held-out rows are answered at most; None: all of them."""
     saved_template: bool = False

@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.text import Text
@@ -28,6 +28,10 @@ BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
 """Metrics that are shown beside the objective if the jobs have them."""
 ON_SCREEN = {"train_runtime": "time", "peak_memory_gb": "GB"}
 """The heads of columns on a terminal that differ from the name of the metric."""
+NAME = "run"
+"""The head of the column of names."""
+MOST_KEYS = 8
+"""The varied keys that a table has columns for."""
 GAP, MAX_VALUE = 2, 24
 """Characters between two columns of a terminal, and the most characters of a value."""
 
@@ -63,6 +67,18 @@ class Leaderboard:
     unfinished: list[Job]
     goals: Mapping[str, str]
     """The metrics of a search, with `minimize` or `maximize`."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What runs that form no sweep are called, by their folders; {}: jobs are known by what varies."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The varied keys that have a column."""
+        return self.keys[:MOST_KEYS]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The varied keys that have none; `leaderboard.csv` and the page have them."""
+        return self.keys[MOST_KEYS:]
 
     @property
     def metrics(self) -> list[str]:
@@ -89,6 +105,7 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
         sorted(rows, key=lambda row: _cost(row, sweep.objective, maximizes=sweep.maximizes)),
         [job for job in sweep.jobs.values() if job.status is not Status.finished],
         sweep.goals,
+        sweep.names,
     )
 
 
@@ -145,17 +162,24 @@ def cell(row: Row, name: str) -> str:
 def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the lines of the table of finished jobs."""
     several = any(len(row.jobs) > 1 for row in board.rows)
-    head = ["", *board.keys, *(["seeds"] if several else []), *board.metrics]
+    head = ["", *([NAME] if board.names else []), *board.columns, *(["seeds"] if several else []), *board.metrics]
     lines = [
         [
             f"{rank} *" if row.in_front else str(rank),
-            *row.values.values(),
+            *([name_of(row, board)] if board.names else []),
+            *(row.values[key] for key in board.columns),
             *([str(len(row.jobs))] if several else []),
             *(cell(row, name) for name in board.metrics),
         ]
         for rank, row in enumerate(board.rows, start=1)
     ]
     return head, lines
+
+
+def name_of(row: Row, board: Leaderboard) -> str:
+    """Returns what the runs of a row are called."""
+    first, *others = (board.names[str(job.folder)] for job in row.jobs)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -170,13 +194,20 @@ def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
     Metrics other than the objective are left out first, from the right, then the count of seeds, then keys.
     """
     head, lines = table(board)
-    names = short_names(board.keys) | {name: ON_SCREEN.get(name, name.removeprefix("eval_")) for name in board.metrics}
+    names = short_names(board.columns) | {
+        name: ON_SCREEN.get(name, name.removeprefix("eval_")) for name in board.metrics
+    }
     columns = {
         name: [names.get(name, name), *(shorten(short_value(text), MAX_VALUE) for text in texts)]
         for name, *texts in zip(head, *lines, strict=True)
     }
     widths = {name: max(map(len, texts)) for name, texts in columns.items()}
-    spare = [*(name for name in reversed(board.metrics) if name != board.objective), "seeds", *board.keys[:0:-1]]
+    spare = [
+        *(name for name in reversed(board.metrics) if name != board.objective),
+        "seeds",
+        *board.columns[:0:-1],
+        *(board.columns[:1] if board.names else []),
+    ]
     for name in spare:
         if sum(widths.values()) + GAP * (len(widths) - 1) > room:
             widths.pop(name, None)
@@ -207,6 +238,8 @@ def print_leaderboard(board: Leaderboard) -> None:
             say(line)
         if any(row.in_front for row in board.rows):
             say_rows([("*", front_note(board))])
+        if board.left_out:
+            say_rows([("more", f"{len(board.left_out)} more keys differ; the page and leaderboard.csv have them")])
         if left_out:
             say_rows([("left out", f"{', '.join(left_out)}: too wide for this terminal; leaderboard.md has them")])
     for job in board.unfinished:
@@ -226,6 +259,9 @@ def to_markdown(board: Leaderboard, name: str) -> str:
         )
         if any(row.in_front for row in board.rows):
             parts.append(f"\\* {markdown_text(front_note(board))}")
+        if board.left_out:
+            keys = ", ".join(map(markdown_code, board.left_out))
+            parts.append(f"These keys differ too, and `leaderboard.csv` has them: {keys}.")
     for job in board.unfinished:
         parts.append(f"- {markdown_text(describe(job))} ({markdown_code(job.name)})")
         if job.status is Status.failed and (last := tail(job.folder)):

@@ -5,22 +5,25 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from qlora.config import saved_config
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.errors import ConfigError, DamagedFile, did_you_mean
 from qlora.reporting.rendering import plain_value
+from qlora.reporting.runs_page_parts import SideBySide
 from qlora.runtime.atomic_files import write_text
-from qlora.runtime.console import say_rows
+from qlora.runtime.console import say, say_rows
 from qlora.runtime.run_folder import RunFolder, flatten, is_below
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, find_damage, read_result, read_status
 from qlora.runtime.task_result import TaskResult
-from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job
+from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job, seedless
 from qlora.sweep.leaderboard import print_leaderboard, write_leaderboard
+from qlora.sweep.side_by_side import lay_side_by_side, print_side_by_side
 from qlora.sweep.sweep_folder import OVERVIEW_FILE, Sweep, common_keys, read_sweep
 from qlora.sweep.sweep_page import write_report
 
@@ -36,37 +39,52 @@ def report(config: Config, output_dir: Path) -> TaskResult:
     Raises a `UserError` if there are none, or if none has the metric of `objective=`.
     """
     assert config.runs is not None, "Config checks it"
-    folders = find_runs(config.runs, without=output_dir)
+    patterns = [config.runs] if isinstance(config.runs, str) else config.runs
+    folders = find_runs(*patterns, without=output_dir)
     RunFolder(output_dir).create()
     sweep = collect(folders, output_dir, config.objective)
     board = write_leaderboard(sweep)
     origin = _sweep_of(folders)
-    title = config.name or (origin.name if origin else config.runs)
-    page = write_report(sweep, title=title, is_sweep=origin is not None)
+    title = config.name or (origin.name if origin else ", ".join(patterns))
+    pair = _pair(sweep) if len(sweep.jobs) == 2 else None
+    page = write_report(sweep, title=title, is_sweep=origin is not None, pair=pair)
     print_leaderboard(board)
+    if pair is not None:
+        print_side_by_side(pair)
+        say()
     paths = {"report": str(page), "leaderboard": str(output_dir / "leaderboard.md")}
-    say_rows(list(paths.items()))
+    say_rows([(name, short_path(path)) for name, path in paths.items()])
     metrics = {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))}
-    result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")})
+    more = {"side_by_side": asdict(pair)} if pair is not None else {}
+    result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")}, more=more)
     write_text(RunFolder(output_dir).result("report"), json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 
-def find_runs(pattern: str, *, without: Path | None = None) -> list[Path]:
-    """Returns the folders of runs that a glob matches; a match that is not a run means the runs right below it.
+def find_runs(*patterns: str, without: Path | None = None) -> list[Path]:
+    """Returns the folders of runs that globs match; a match that is not a run means the runs right below it.
 
-    Raises `ConfigError` if there are none. `without` is left out.
+    Raises `ConfigError` for a glob that matches none. `without` is left out.
     """
-    matches = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]  # noqa: PTH111, PTH207
-    candidates = [run for path in matches if path.is_dir() for run in ([path] if _is_run(path) else _runs_below(path))]
-    excluded = without.resolve() if without else None
-    runs = [path for path in dict.fromkeys(candidates) if path.resolve() != excluded]
-    if not runs:
-        raise ConfigError(
-            f"runs={pattern}: there is no run{_nearest(pattern)}; name folders of runs or of sweeps, e.g. "
-            "runs='outputs/runs/*' or runs=outputs/sweeps/mine"
-        )
-    return runs
+    excluded, matched = without.resolve() if without else None, dict[Path, None]()
+    for pattern in patterns:
+        matches = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]  # noqa: PTH111, PTH207
+        candidates = [run for path in matches if path.is_dir()
+                      for run in ([path] if _is_run(path) else _runs_below(path))]  # fmt: skip
+        runs = [path for path in candidates if path.resolve() != excluded]
+        if not runs:
+            raise ConfigError(
+                f"runs={pattern}: there is no run{_nearest(pattern)}; name folders of runs or of sweeps, e.g. "
+                "runs='outputs/runs/*' or runs=outputs/sweeps/mine"
+            )
+        matched |= dict.fromkeys(runs)
+    return list(matched)
+
+
+def _pair(sweep: Sweep) -> SideBySide:
+    """Returns what differs between the two runs of a report."""
+    folders = [job.folder for job in sweep.jobs.values()]
+    return lay_side_by_side(list(sweep.jobs), folders, [dict(flatten(_read_config(folder))) for folder in folders])
 
 
 def _is_run(folder: Path) -> bool:
@@ -114,6 +132,10 @@ def collect(folders: Sequence[Path], target: Path, objective: str | None) -> Swe
         sweep.goals = saved.goals
     shared = os.path.commonpath([folder.parent.absolute() for folder in folders])
     sweep.jobs = {os.path.relpath(job.folder, shared): job for job in jobs}
+    if origin is None:
+        sweep.names = {str(job.folder): name for name, job in sweep.jobs.items()}
+        for job, config in zip(jobs, configs, strict=True):
+            job.seedless = _group(job, config)
     known = dict.fromkeys(name for job in jobs for name in job.metrics)
     if objective not in (None, DEFAULT_OBJECTIVE, *known):
         choice = f"choose one of {', '.join(known)}, or null" if known else "nothing was measured yet, so leave it out"
@@ -153,6 +175,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return saved_config.read_config(RunFolder(folder).config) or {}
     except DamagedFile:
         return {}
+
+
+def _group(job: Job, config: Mapping[str, Any]) -> str:
+    """Returns what is equal for runs whose means may be formed: the same but for the seed, on the same rows and base.
+
+    A run without a config is like no other.
+    """
+    if not config:
+        return str(job.folder)
+    measured: Any = next((result["measured"] for name in RESULTS if (result := _result(job, name)) is not None
+                          and isinstance(result.get("measured"), dict)), {})  # fmt: skip
+    prints = [part.get("fingerprint") for name in ("base", "data") if isinstance(part := measured.get(name), dict)]
+    return json.dumps([seedless(config), *prints])
+
+
+def _result(job: Job, name: str) -> dict[str, Any] | None:
+    return None if any(error.path.name == name for error in job.damaged) else read_result(job.folder / name)
 
 
 def _name_differences(jobs: Sequence[Job], configs: Sequence[dict[str, Any]]) -> None:

@@ -80,7 +80,7 @@ def _draw_chart(sweep: Sweep, board: Leaderboard) -> Path:
 
     assert board.objective is not None
     head, rows = typed_table(board)
-    columns = {name: [row[head.index(name)] for row in rows] for name in [*board.keys, board.objective]}
+    columns = {name: [row[head.index(name)] for row in rows] for name in [*board.columns, board.objective]}
     plot_parallel(columns, path := sweep.folder / CHART_FILE, maximizes=board.maximizes)
     return path
 

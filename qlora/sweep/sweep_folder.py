@@ -48,6 +48,8 @@ class Sweep:
     """How many combinations are not composed yet."""
     folders: dict[str, str] = field(default_factory=dict)
     """The folders of jobs by the identities of their configs."""
+    names: dict[str, str] = field(default_factory=dict)
+    """What runs that form no sweep are called, by their folders."""
     has_changed: bool = True
     """Whether the jobs' folders held news that the overview lacked when it was read."""
     _texts: dict[str, tuple[Any, str]] = field(default_factory=dict, repr=False)

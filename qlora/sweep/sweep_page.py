@@ -14,7 +14,7 @@ from qlora.errors import DamagedFile
 from qlora.reporting.history import curves, read_history
 from qlora.reporting.rendering import short_value
 from qlora.reporting.runs_page import runs_page
-from qlora.reporting.runs_page_parts import RunsReport, RunView, TableLine
+from qlora.reporting.runs_page_parts import RunsReport, RunView, SideBySide, TableLine
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.folder_lock import in_turn
 from qlora.runtime.run_folder import RunFolder
@@ -28,13 +28,16 @@ log = logging.getLogger(__name__)
 FILE = "report.html"
 
 
-def write_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = True) -> Path:
+def write_report(
+    sweep: Sweep, *, title: str | None = None, is_sweep: bool = True, pair: SideBySide | None = None
+) -> Path:
     """Writes the page of a sweep as the folders of its jobs record it, and returns its path.
 
-    Runs that do not form a sweep are labelled with their folders, not with what varies.
+    Runs that do not form a sweep are labelled with their folders, not with what varies; of two, `pair` says what
+    differs.
     """
     path = sweep.folder / FILE
-    write_text(path, runs_page(build_report(sweep, title=title, is_sweep=is_sweep)))
+    write_text(path, runs_page(build_report(sweep, title=title, is_sweep=is_sweep, pair=pair)))
     return path
 
 
@@ -75,7 +78,9 @@ def _is_page_due(sweep: Sweep) -> bool:
     return not page.is_file() or time.time() - page.stat().st_mtime > sweep.page_seconds / PAGE_FRACTION
 
 
-def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = True) -> RunsReport:
+def build_report(
+    sweep: Sweep, *, title: str | None = None, is_sweep: bool = True, pair: SideBySide | None = None
+) -> RunsReport:
     """Returns what the page of a sweep shows."""
     board, names = build_leaderboard(sweep), short_names(sweep.varied)
     views = {
@@ -108,13 +113,16 @@ def build_report(sweep: Sweep, *, title: str | None = None, is_sweep: bool = Tru
         over="Sweep report" if is_sweep else "Report of runs",
         objective=sweep.objective,
         maximizes=sweep.maximizes,
-        keys=board.keys,
+        keys=board.columns,
         metrics=board.metrics,
         lines=lines,
         unfinished=[views[job.folder] for job in board.unfinished],
         common=sweep.common,
         command=_command(best) if best else None,
         goals=board.goals,
+        left_out=board.left_out,
+        is_sweep=is_sweep,
+        pair=pair,
     )
 
 

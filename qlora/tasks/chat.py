@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.runtime import console
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.conversation import run_chat
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import differs_line
 
 
 def needs(config: Config) -> Needs:
@@ -25,9 +27,10 @@ def run(job: TaskJob) -> TaskResult:
     model = session.load_trained()
     lines = session.describe(model).lines
     del lines["folder"]
-    lines["adapter"] = str(session.trained[0] or session.trained[1] or "none")
+    trained = session.trained[0] or session.trained[1]
+    lines["adapter"] = short_path(trained) if trained is not None else "none: the untuned base answers"
     lines["template"] = session.chat_encoder.writer.template.name
-    console.start_screen(list(lines.items()))
+    console.start_screen(list((lines | differs_line(job)).items()))
     set_seed(job.config.seed)
     chat = run_chat(
         ChatModel(

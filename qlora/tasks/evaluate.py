@@ -8,6 +8,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, load_model, measure_untuned, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 
 
 def needs(config: Config) -> Needs:
@@ -34,7 +35,7 @@ def run(job: TaskJob) -> TaskResult:
     _ = session.suite  # before the model: a broken file of questions fails at once, and so do rows
     if session.measures_rows:
         _ = session.measurer
-    job.folder.create()
+    job.create_folder()
     model = load_model(job)
     with session.tracking() as (tracker, metrics):
         base = Measurement()
@@ -45,7 +46,8 @@ def run(job: TaskJob) -> TaskResult:
         metrics |= prefixed("eval_", measured.metrics)
         tracker.log(prefixed("eval/", measured.metrics), step=0)
         tracker.log_predictions(measured.predictions[: job.config.evaluation.show_predictions], step=0)
-        result = build_result(job, metrics, measured, base, predictions=job.folder.path / "evaluate.jsonl")
+        result = build_result(job, metrics, measured, base, predictions=job.folder.path / "evaluate.jsonl",
+                              more={"measured": describe_used(job)})  # fmt: skip
         write_json(job.folder.result("evaluate"), result.to_dict())
     print_measured("evaluated", job, result, measured.predictions)
     return result

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qlora.config.compose import register, to_config
-from qlora.config.paths import anchor_paths, give_home
+from qlora.config.paths import anchor_paths, give_home, short_path
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config
 from qlora.errors import Pruned
@@ -25,6 +25,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.sweep import names
 from qlora.sweep.jobs import recorded
 from qlora.tasks import build_job, run_job
+from qlora.text import quoted
 
 # Engines that send `job` to other machines import this module there.
 register()
@@ -41,6 +42,7 @@ def job(composed: DictConfig) -> float | None:
         sweep_dir = typed_in / sweep_dir
         anchor_paths(config, typed_in)
     task = build_job(config, output_dir, list(hydra.overrides.task), names.membership(hydra))
+    task.options = own_options(hydra)
     if task.needs.caches:  # an engine may have sent the job to another machine
         give_home(config.data.cache_dir)
     prepare_environment(verbose=verbose)
@@ -62,6 +64,16 @@ def job(composed: DictConfig) -> float | None:
             from qlora.sweep.sweep_page import write_overview
 
             write_overview(sweep_dir, config.objective)
+
+
+def own_options(hydra: Any) -> list[str]:
+    """Returns the flag, and the override for further ones, that name the folders with the user's own options."""
+    sources = [str(source.path).removeprefix("file://") for source in hydra.runtime.config_sources
+               if source.provider == "command-line"]  # fmt: skip
+    if not sources:
+        return []
+    searched = [f"hydra.searchpath=[{','.join(map(quoted, sources[1:]))}]"] if len(sources) > 1 else []
+    return [*searched, "--config-dir", short_path(sources[0])]
 
 
 def _recorded(folder: Path, hydra: Any, config: Config) -> AbstractContextManager[None]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.reporting.start_lines import evaluation_lines
-from qlora.reporting.summary import print_summary
+from qlora.reporting.summary import next_commands, print_summary
 from qlora.runtime import console
 from qlora.runtime.atomic_files import read_lines, write_lines
 from qlora.runtime.task_result import TaskResult
+from qlora.runtime.trained import TAKE_BASE
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import differs_line
 
 if TYPE_CHECKING:  # which import torch
     from peft import PeftModel
@@ -27,7 +29,8 @@ def load_model(job: TaskJob) -> PreTrainedModel | PeftModel:
     session = job.session
     model = session.load_trained()
     report = session.data.report if session.measures_rows else None
-    console.start_screen(list((session.describe(model).lines | evaluation_lines(job.config, report)).items()))
+    lines = session.describe(model).lines | evaluation_lines(job.config, report) | differs_line(job)
+    console.start_screen(list(lines.items()))
     return model
 
 
@@ -98,14 +101,21 @@ def print_measured(
     left_out: Sequence[str] = (),
 ) -> None:
     """Prints a result and some answers; `left_out` overrides are not repeated in the commands that use the result."""
+    is_base = job.config.task.name in TAKE_BASE and job.session.trained == (None, None)
     print_summary(
         title,
         result.to_dict(),
         predictions,
         config=job.config,
         folder=job.folder.path,
-        overrides=job.overrides,
-        left_out=left_out,
+        next_steps=next_commands(
+            job.config.task.name.value,
+            "none" if is_base else job.config.adapter,
+            job.folder.path,
+            job.overrides,
+            options=job.options,
+            left_out=left_out,
+        ),
     )
 
 

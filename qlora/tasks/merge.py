@@ -13,6 +13,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import load_model
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 
 if TYPE_CHECKING:  # which imports torch
     from peft import PeftModel
@@ -38,7 +39,7 @@ def run(job: TaskJob) -> TaskResult:
             f"{what}, so there is nothing to merge; give adapter=FOLDER of an adapter or of a finished run"
         )
     _check_quantization(job, adapter)
-    folder.create()
+    job.create_folder()
     assert session.data.eval is not None
     rows = session.data.eval.select(range(min(job.config.merge.prompts, len(session.data.eval))))
     session.tokenizer.chat_template = session.saved_template or session.data.template.text
@@ -55,7 +56,8 @@ def run(job: TaskJob) -> TaskResult:
     report = folder.path / REPORT
     comparison = merge.run(folder.merged, report)
     metrics = {f"merge_{name}": comparison[name] for name in ("kl_mean", "kl_max", "top1_agreement")}
-    result = TaskResult("merge", metrics, {"merged": str(folder.merged), "report": str(report)})
+    result = TaskResult("merge", metrics, {"merged": str(folder.merged), "report": str(report)},
+                        more={"measured": describe_used(job)})  # fmt: skip
     write_json(folder.result("merge"), result.to_dict())
     merge.print_summary(folder.merged, comparison, list(result.paths.items()))
     return result

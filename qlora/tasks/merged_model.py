@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qlora.adapters.adapted import split_adapter
 from qlora.adapters.merge_tensors import Adapted, Merger
+from qlora.config.paths import short_path
 from qlora.config.schema import ComputeDtype, Config, MergeBase
 from qlora.errors import ResourceError, RunError
 from qlora.evaluation.parity import Parity, compare, compare_records, record
@@ -115,12 +116,18 @@ class Merge:
             ("kl_divergence", None, comparison["kl_mean"], f"nats a token, at most {comparison['max_kl']:.2g}"),
             ("same_likeliest_token", None, comparison["top1_agreement"], f"share of {comparison['tokens']:,} tokens"),
         ]
-        console.summary(f"merged: {folder}", rows, [], files, self._serving(folder, comparison["modelfile"] is None))
+        console.summary(
+            f"merged: {short_path(folder)}",
+            rows,
+            [],
+            [(name, short_path(path)) for name, path in files],
+            self._serving(folder, comparison["modelfile"] is None),
+        )
         if comparison["modelfile"] is not None:
             console.say(f"  no Modelfile for Ollama: {comparison['modelfile']}")
 
     def _serving(self, folder: Path, ollama: bool) -> list[str]:
-        target, modelfile = str(folder.absolute()), str(folder.absolute() / "Modelfile")
+        target, modelfile = short_path(folder), short_path(folder / "Modelfile")
         example = '[{"role": "user", "content": "Hello!"}]' if self.tokenizer.chat_template else '"Hello"'
         python = f'from transformers import pipeline; print(pipeline("text-generation", "{target}")({example}))'
         return [

@@ -16,4 +16,6 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Writes an experiment and `migrate.json` to the folder, and prints the command and what was lost."""
-    return migrate(job.config, job.folder.path)
+    result = migrate(job.config, job.folder.path)
+    job.create_folder()
+    return result

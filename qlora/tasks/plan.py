@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.planning.advice import fewest_checkpointed
 from qlora.planning.time_plan import EFFICIENCY
@@ -32,12 +33,12 @@ def needs(config: Config) -> Needs:
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
     plan = build_plan(job.config)
-    job.folder.create()
+    job.create_folder()
     print_plan(plan)
     result = _build_result(plan, job.folder)
     write_text(job.folder.result("plan"), json.dumps(result.to_dict(), indent=2) + "\n")
     console.say()
-    console.say_rows([("plan", result.paths["plan"])])
+    console.say_rows([("plan", short_path(result.paths["plan"]))])
     return result
 
 

@@ -16,6 +16,7 @@ from qlora.runtime.saved_run import set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, load_model, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 
 
 def needs(config: Config) -> Needs:
@@ -24,6 +25,7 @@ def needs(config: Config) -> Needs:
         torch=True,
         base=True,
         rows=Rows.held_out,
+        questions=True,
         answers=None,
         caches=True,
     )
@@ -38,7 +40,8 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.evaluation.answering import answer_rows
 
     folder, path = job.folder, job.folder.predictions
-    folder.create()
+    _ = job.session.trained  # before the folder: a task without an adapter leaves none
+    job.create_folder()
     set_damage_aside(folder.path, folder.result("predict").name)
     decided_by, metrics = _decided_by(job), job.config.evaluation.metrics
     saved = folder.stored_result("predict") or {}
@@ -59,9 +62,16 @@ def run(job: TaskJob) -> TaskResult:
             finished=path,
         )
     measured = job.session.measurer.score(iter_lines(path))
+    unanswered = job.session.measurer.unanswered
+    if unanswered:
+        rows = len(job.session.measurer.rows)
+        others = f"the metrics are those of the other {rows - unanswered:,}"
+        rest = "nothing is measured" if unanswered == rows else others
+        console.say(f"{unanswered:,} of {rows:,} rows hold no answer to compare with: {rest}")
     values = prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
     answers = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
-    result = build_result(job, values, measured, more={"answers": answers})
+    more = {"answers": answers, "unanswered": unanswered, "measured": describe_used(job)}
+    result = build_result(job, values, measured, more=more)
     write_json(folder.result("predict"), result.to_dict())
     folder.unfinished_predictions.unlink(missing_ok=True)
     print_measured("predicted", job, result, first_predictions(job))

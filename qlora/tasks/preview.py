@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.reporting.manifest import write_json
 from qlora.runtime import console
@@ -21,7 +22,7 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.reporting.preview import plot_lengths, to_html, to_text
     from qlora.tasks.build_preview import build_preview, preview_metrics
 
-    job.folder.create()
+    job.create_folder()
     data = job.session.data
     preview = build_preview(job.config, data, job.session.tokenizer)
     page, picture = job.folder.path / "preview.html", job.folder.path / "lengths.png"
@@ -31,5 +32,5 @@ def run(job: TaskJob) -> TaskResult:
     result = TaskResult("preview", preview_metrics(data), {"page": str(page), "lengths": str(picture)})
     write_json(job.folder.result("preview"), result.to_dict())
     console.say()
-    console.say_rows(list(result.paths.items()))
+    console.say_rows([(name, short_path(path)) for name, path in result.paths.items()])
     return result

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from qlora.config.saved_config import dump_config
 from qlora.config.schema import Config
+from qlora.runtime.atomic_files import write_text
 from qlora.runtime.needs import Needs
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
@@ -40,8 +42,16 @@ class TaskJob:
     needs: Needs
     command: list[str] = field(default_factory=list)
     """The overrides of the command that resumes it, where they are not `overrides`."""
+    options: list[str] = field(default_factory=list)
+    """The flags and overrides by which the command line finds options of the user's own."""
     whole_sweep: WholeSweep | None = None
     """The command as it was typed, for a task that reads a sweep itself."""
+
+    def create_folder(self) -> None:
+        """Creates the folder and writes the config there, unless it holds that of a training run."""
+        self.folder.create()
+        if not (self.folder.config.is_file() and self.folder.holds_training):
+            write_text(self.folder.config, dump_config(self.config))
 
     @cached_property
     def session(self) -> Session:

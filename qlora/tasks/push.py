@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.errors import ConfigError
 from qlora.models.hub import push
@@ -13,6 +14,7 @@ from qlora.runtime import console
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 
 BESIDE = ("loss.png", "metrics.json")
 """What a finished run has beside its adapter."""
@@ -30,7 +32,7 @@ def run(job: TaskJob) -> TaskResult:
     folder = adapter or full
     if folder is None:
         raise ConfigError("adapter=none: there is nothing to push; give adapter=FOLDER of an adapter or a run")
-    job.folder.create()
+    job.create_folder()
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -43,7 +45,7 @@ def run(job: TaskJob) -> TaskResult:
         private=job.config.task.private,
         message=f"{folder.name} of {folder.absolute().parent.name}, by qlora",
     )
-    console.say_rows([("pushed", f"{len(files)} files of {folder}"), ("commit", url)])
-    result = TaskResult("push", {}, {"commit": url})
+    console.say_rows([("pushed", f"{len(files)} files of {short_path(folder)}"), ("commit", url)])
+    result = TaskResult("push", {}, {"commit": url}, more={"measured": describe_used(job)})
     write_json(job.folder.result("push"), result.to_dict())
     return result

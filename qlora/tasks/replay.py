@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from qlora.config import saved_config
+from qlora.config.paths import short_path
 from qlora.config.schema import Config, TaskName
 from qlora.errors import ConfigError, DamagedFile, DataError, RunError
 from qlora.reporting.manifest import write_json
@@ -112,7 +113,7 @@ def _report(comparisons: list[Comparison], first: RunFolder, second: RunFolder) 
         more={"run": str(first.path), "comparisons": lines},
     )
     write_json(path, result.to_dict())
-    console.say_rows([("replay", str(path))])
+    console.say_rows([("replay", short_path(path))])
     if wrong:
         names = ", ".join(comparison.what for comparison in wrong)
         raise RunError(f"task=replay: {names}: not what {first.path} gave ({wrong[0].says})")

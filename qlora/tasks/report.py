@@ -16,4 +16,6 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Writes leaderboard, page and `report.json` to the folder."""
-    return report(job.config, job.folder.path)
+    result = report(job.config, job.folder.path)
+    job.create_folder()
+    return result

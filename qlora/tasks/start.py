@@ -19,6 +19,7 @@ from qlora.config.mistakes import MISTAKES
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
 from qlora.config.sweep_values import sweep_params
+from qlora.config.trained_run import uses_adapter
 from qlora.errors import RunError, UserError
 from qlora.runtime import distributed
 from qlora.runtime.command_folder import Start, check_links, start_anew, start_in
@@ -26,6 +27,7 @@ from qlora.runtime.console import quiet_libraries
 from qlora.runtime.environment import reuse_freed_memory
 from qlora.runtime.needs import Needs
 from qlora.runtime.sweep_job import VARIABLE
+from qlora.runtime.trained import find_trained
 from qlora.sweep import names
 from qlora.tasks import build_job, run_job
 from qlora.tasks.hydra_job import job
@@ -67,7 +69,9 @@ class Command:
 
 
 def start(command: Command) -> None:
-    """Runs what a command asks for: one task, or a sweep."""
+    """Runs what a command asks for: one task, or a sweep; what a task lacks is said before torch is imported."""
+    if uses_adapter(command.config.task.name) and not command.has_sweep_folder:
+        find_trained(command.config, command.arguments.overrides, Path(str(command.composed.hydra.run.dir)))
     if command.needs.whole_sweep:
         _run_whole_sweep(command)
     elif not command.needs.folder and not command.arguments.sweeps:
@@ -99,7 +103,7 @@ def _run_without_folder(command: Command) -> None:
     logging_config.handlers.pop("file", None)
     configure_log(logging_config, hydra.verbose)
     quiet_libraries(verbose=verbose)
-    run_job(build_job(command.config, str(hydra.run.dir)), verbose=verbose)
+    run_job(build_job(command.config, str(hydra.run.dir), list(hydra.overrides.task)), verbose=verbose)
 
 
 def _run_in_folder(command: Command) -> None:

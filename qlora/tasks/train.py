@@ -29,6 +29,7 @@ from qlora.runtime.saved_run import find_damage, set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, measure_untuned, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
 from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
 from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
@@ -83,7 +84,9 @@ def run(job: TaskJob) -> TaskResult:
         try:
             return training.lead() if distributed.is_main_process() else training.follow()
         except Stopped as stopped:
-            raise Stopped(f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides)}") from None
+            raise Stopped(
+                f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides, job.options)}"
+            ) from None
         except Exception as error:
             if isinstance(error, UserError | Pruned) or not training.folder_is_removed:
                 raise
@@ -355,8 +358,10 @@ class Training:
 
     def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
         """Writes the result, model cards beside what was trained, and the page of the run."""
-        folder, session, command = self.folder, self.session, shlex.join(["qlora", *self.job.overrides])
-        result = build_result(self.job, metrics, measured, base)
+        from qlora.models.license import read_license
+
+        folder, session, command = self.folder, self.session, ["qlora", *self.job.overrides, *self.job.options]
+        result = build_result(self.job, metrics, measured, base, more={"measured": describe_used(self.job)})
         for parent in (folder.adapter, folder.model, folder.path):
             if parent.is_dir():
                 card = write_model_card(
@@ -364,14 +369,15 @@ class Training:
                     config=self.config,
                     result=result.to_dict(),
                     base_model=self.config.model.name,
-                    command=command,
+                    command=shlex.join(command),
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
+                    license=read_license(self.config.model),
                     example_prompt=session.measurer.rows[0]["prompt"],
                 )
         result.paths["card"] = str(card)
         write_json(folder.path / "metrics.json", metrics)
-        result.paths["report"] = str(write_run_page(folder, result.to_dict(), command=command))
+        result.paths["report"] = str(write_run_page(folder, result.to_dict(), command=shlex.join(command)))
         write_json(folder.result("train"), result.to_dict())
         return result
 

@@ -62,10 +62,13 @@ def _check_processes(checkpoint: Path, written: Mapping[str, Any], config: Confi
     )
 
 
-def how_to_resume(folder: RunFolder, overrides: Sequence[str]) -> str:
-    """Returns what is saved of a stopped run, and the command that resumes it."""
+def how_to_resume(folder: RunFolder, overrides: Sequence[str], options: Sequence[str] = ()) -> str:
+    """Returns what is saved of a stopped run, and the command that resumes it.
+
+    `options` are those by which the command line finds options of the user's own.
+    """
     saved = find_checkpoints(folder.checkpoints)
     state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
     args = [text for text in overrides if not text.startswith("resume=")]
     run_dir = f"hydra.run.dir={quoted(str(folder.path))}"
-    return f"{state}; resume with\n  {shlex.join([*distributed.command(), *args, run_dir])}"
+    return f"{state}; resume with\n  {shlex.join([*distributed.command(), *args, run_dir, *options])}"

@@ -123,7 +123,7 @@ def test_an_adapter_given_as_a_model(tmp_path: Path, base: Path) -> None:
 
 def test_an_adapter_of_another_base(tmp_path: Path, base: Path) -> None:
     Run(compose([*QUICK, f"model.name={base}"]), tmp_path / "trained").execute()
-    text = refusal(tmp_path, "task=evaluate", f"adapter={tmp_path / 'trained'}")
+    text = refusal(tmp_path, "task=evaluate", "model.name=tiny", f"adapter={tmp_path / 'trained'}")
     assert text.startswith("adapter=")
     assert f"it was trained on {base}; give that base as model.name" in text
 

@@ -15,9 +15,10 @@ from synthetic_runs import write_run, write_sweep
 
 from qlora.config.compose import compose
 from qlora.errors import UserError
+from qlora.sweep.leaderboard import build_leaderboard, fit, table, to_markdown
 from qlora.sweep.report_runs import collect, find_runs, report
 from qlora.sweep.sweep_folder import read_sweep
-from qlora.sweep.sweep_page import build_report, write_overview
+from qlora.sweep.sweep_page import build_report, write_overview, write_report
 
 AXES = {"lora.r": ["4", "8"], "seed": ["0", "1"]}
 
@@ -170,3 +171,101 @@ def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path
     assert again.returncode == 1
     assert again.stderr.startswith(f"error: runs={tmp_path}/nowhere: there is no run")
     assert len(again.stderr.splitlines()) == 1
+
+
+# Runs of no sweep
+
+
+def lines_of(tmp_path: Path, *names: str) -> list[list[str]]:
+    """The names of the runs on each line of the table."""
+    sweep = collect([tmp_path / name for name in names], tmp_path / "report", "eval_loss")
+    board = build_leaderboard(sweep)
+    head, lines = table(board)
+    assert head[1] == "run"
+    assert fit(board, 40)[0][0].split()[0] == "run"
+    assert [line[1] for line in lines] == [board.names[str(row.jobs[0].folder)] + (
+        f" and {len(row.jobs) - 1} more" if len(row.jobs) > 1 else "") for row in board.rows]  # fmt: skip
+    return [sorted(job.name for job in row.jobs) for row in board.rows]
+
+
+def test_runs_are_averaged_where_their_configs_are_equal_but_for_the_seed(tmp_path: Path) -> None:
+    for name, overrides in {"a": ["seed=0"], "b": ["seed=1"], "c": ["seed=1", "lora.r=5"]}.items():
+        write_run(tmp_path / name, overrides)
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
+
+
+def test_a_run_whose_config_is_not_known_is_like_no_other(tmp_path: Path) -> None:
+    for name in "abc":
+        write_run(tmp_path / name, [f"seed={ord(name)}"])
+    for name in "bc":
+        (tmp_path / name / "config.yaml").unlink()
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize("part", ["base", "data"])
+def test_runs_on_other_rows_or_another_base_are_not_averaged(tmp_path: Path, part: str) -> None:
+    for name in "abc":
+        path = write_run(tmp_path / name, [f"seed={ord(name)}"]) / "result.json"
+        measured = {"base": {"fingerprint": "x"}, "data": {"fingerprint": "y"}}
+        measured[part]["fingerprint"] = "z" if name == "c" else "w"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "measured": measured}))
+    assert sorted(lines_of(tmp_path, "a", "b", "c")) == [["a", "b"], ["c"]]
+
+
+def test_at_most_eight_keys_have_a_column_and_the_rest_is_named(tmp_path: Path) -> None:
+    changed = [f"data.{name}=7" for name in ("source_max_len", "target_max_len", "max_length", "max_train_samples")]
+    changed += [
+        f"trainer.{name}=7" for name in ("max_steps", "save_steps", "eval_steps", "gradient_accumulation_steps")
+    ]
+    changed += ["lora.r=7", "generation.max_new_tokens=7"]
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", changed)
+    sweep = collect([tmp_path / "a", tmp_path / "b"], tmp_path / "report", "eval_loss")
+    board = build_leaderboard(sweep)
+    assert (len(board.columns), set(board.columns) | set(board.left_out)) == (8, set(board.keys))
+    assert len(board.left_out) >= 1
+    assert all(f"`{key}`" in to_markdown(board, "x") for key in board.left_out)
+    (tmp_path / "report").mkdir()
+    page = write_report(sweep, is_sweep=False).read_text()
+    assert f"{len(board.left_out)} more keys differ" in page
+
+
+def test_a_list_names_runs_in_its_order(sweep: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs" / name)
+    assert names(find_runs(f"{tmp_path}/runs/b", f"{tmp_path}/runs/*")) == ["b", "a"]
+    with pytest.raises(UserError, match=r"^runs=.*/runs/c: there is no run"):
+        find_runs(f"{tmp_path}/runs/a", f"{tmp_path}/runs/c")
+    for wrong in ("runs=[]", "runs={a: 1}", "runs=[a,[b]]"):
+        with pytest.raises(UserError, match=r"^runs"):
+            compose(["task=report", wrong])
+
+
+def test_two_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [("2 + 2?", "4", "4"), ("<b>x</b>?", "y", "z"), ("again?", None, "no")]
+    for name, overrides, change in (("a", ["lora.r=4"], ""), ("b", ["lora.r=8"], "!")):
+        answers = [{"input": asked, "reference": expected, "prediction": answer + (change if number else "")}
+                   for number, (asked, expected, answer) in enumerate(said)]  # fmt: skip
+        write_run(tmp_path / name, overrides, answers=answers)
+    config = compose(["task=report", f"runs=[{tmp_path}/a,{tmp_path}/b]"])
+    pair = report(config, tmp_path / "report").to_dict()["side_by_side"]
+    assert list(pair["names"]) == ["a", "b"]
+    assert ("lora.r", "4", "8") in [tuple(line) for line in pair["settings"]]
+    assert pair["shared"] == 3
+    differing = [
+        tuple(answer[key] for key in ("asked", "reference", "first", "second")) for answer in pair["differing"]
+    ]
+    assert differing == [("<b>x</b>?", "y", "z", "z!"), ("again?", None, "no", "no!")]
+    printed = capsys.readouterr().out
+    assert "a beside b" in printed
+    assert "3 rows were answered by both, 1 of them alike" in printed
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Side by side" in page
+    assert "<b>x</b>?" not in page.replace("&lt;b&gt;x&lt;/b&gt;?", "")
+
+
+def test_three_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:
+    for name in "abc":
+        write_run(tmp_path / name)
+    config = compose(["task=report", f"runs={tmp_path}/?"])
+    assert "side_by_side" not in report(config, tmp_path / "report").to_dict()

@@ -469,7 +469,7 @@ def test_a_merged_model_is_not_rounded_again_without_a_word(merged: tuple[Path, 
     folder, name = merged
     merge(folder, name)
     with pytest.raises(UserError) as error:
-        run(tmp_path / "a", name, "task=evaluate", f"adapter={folder / 'merged'}")
+        run(tmp_path / "a", name, "task=evaluate", f"adapter={folder / 'merged'}", "quantization=nf4")
     assert str(error.value) == (
         f"adapter={folder / 'merged'} is a whole model in float32, which quantization=nf4 would round again; use "
         "quantization=none or quantization=fp32, or give it as model.name with adapter=none to quantize it on purpose"

@@ -82,7 +82,7 @@ class ModelConfig:
     """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter. Those in angle
     brackets are special: marks of a template, which decoded answers leave out."""
     license: str | None = None
-    """The licence of the weights, for the start screen and the model card."""
+    """The licence of the weights, for the model card; unset: the one that the model's own card names."""
     gated: bool = False
     """Whether the hub asks for an accepted licence and a token."""
     architecture: ArchitectureConfig | None = None

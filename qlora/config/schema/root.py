@@ -34,7 +34,7 @@ from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
 from qlora.config.schema.trainer import Parallel, TrainerConfig
-from qlora.config.schema.values import written
+from qlora.config.schema.values import HOLDS, written
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
 
@@ -76,14 +76,16 @@ class Config:
     tracking: TrackingConfig = MISSING
     adapter: str | None = None
     """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
-    run, or `none` for the untuned base. Unset: the adapter in this run's own folder (`hydra.run.dir=FOLDER`)."""
+    run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's own folder
+    (`hydra.run.dir=FOLDER`), else the base that the command names."""
     base: SameBase = SameBase.auto
     """What happens where the base has other weights than the one that an adapter, or the resumed run, was trained on:
     `auto` refuses them, `force` accepts them with a warning."""
     repo: str | None = None
     """The hub repository that `task=push` writes to, e.g. `me/guanaco-7b`."""
-    runs: str | None = None
-    """What `task=report` shows: a folder of a run or of a sweep, or a pattern of such, e.g. `outputs/runs/*`."""
+    runs: Any = field(default=None, metadata={HOLDS: list[str] | str | None})
+    """What `task=report` shows: a folder of a run or of a sweep, a pattern of such, e.g. `outputs/runs/*`, or a list of
+    both, e.g. `[outputs/runs/a,outputs/runs/b]`; of two runs it says what differs."""
     run: str | None = None
     """The folder of the finished training run that `task=replay` repeats and compares with."""
     source: str | None = None
@@ -108,19 +110,26 @@ class Config:
                 f"name={self.name[:80]!r} must be a plain folder name; use hydra.run.dir=FOLDER for another place"
             )
         self._check_task_keys()
+        self._check_runs()
         self._check_required_keys()
         self._check_trust()
-        self._quantization_method.check_adapter(self.quantization, self.lora)
         _check_generation(self.generation, self.model)
-        self._check_memory()
-        if self.trainer.parallel is Parallel.fsdp:
-            self._check_fsdp()
+        if self.task.name not in TASK_KEYS["adapter"]:  # what is trained already may be used otherwise
+            self._quantization_method.check_adapter(self.quantization, self.lora)
+            self._check_memory()
+            if self.trainer.parallel is Parallel.fsdp:
+                self._check_fsdp()
         self._check_watchdog()
         trains = self.task.name is TaskName.train and self.task.train
         if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that
             self._check_optimizer()
         if self.task.name is not TaskName.report:  # which reads the metrics of other runs
             self._check_objective()
+
+    def _check_runs(self) -> None:
+        names = [self.runs] if isinstance(self.runs, str) else self.runs
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        require(names is None or bool(is_list), "runs", "be a folder, a pattern of folders or a list of them", names)
 
     def _check_required_keys(self) -> None:
         """Refuses a task without the key that names its input or output."""

@@ -29,8 +29,8 @@ class Turn(NamedTuple):
     """Index of its first token in the row."""
     prompt: str
     """The text before it."""
-    reference: str
-    """Its own text, without an end token."""
+    reference: str | None
+    """Its own text, without an end token; None: the row asks, and holds no answer."""
     asked: Written | None = None
     """What a server sends for it; None: the text before it."""
 
@@ -126,6 +126,19 @@ class RowEncoder:
         """
         return self._encode_whole(self.writer.ask(messages))
 
+    def encode_question(self, example: Example) -> Encoded:
+        """Encodes an example up to where the model answers; raises `DataError` as `encode` does."""
+        if isinstance(example, Conversation):
+            written = self.writer.ask(example.messages, example.tools)
+            text, ids = written.text, self._encode_whole(written)
+        else:
+            text = "".join(segment.whole + (str(self.base.eos_token) if segment.ends else "") for segment in example)
+            ids = list(self.bos)
+            said = self._ids([segment.whole for segment in example], plain=True)
+            for segment, chunk in zip(example, said, strict=True):
+                ids += [*chunk, self.eos] if segment.ends else chunk
+        return self._fit(Encoded(ids, [IGNORED] * len(ids), len(ids), 0, [Turn(len(ids), text, None)]))
+
     def encode_asked(self, row: Encoded) -> list[int]:
         """Returns the ids that ask for the last turn of a row, as far as the lengths allow."""
         turn = row.turns[-1]
@@ -176,7 +189,7 @@ class RowEncoder:
                 turns.append(Turn(len(ids), prompt, ""))
                 answering = True
             if answering:
-                turns[-1] = turns[-1]._replace(reference=turns[-1].reference + segment.whole)
+                turns[-1] = turns[-1]._replace(reference=(turns[-1].reference or "") + segment.whole)
             chunk = [*chunk, self.eos] if segment.ends else chunk
             prompt += segment.whole + (str(self.base.eos_token) if segment.ends else "")
             answering = answering and not segment.ends
@@ -186,7 +199,7 @@ class RowEncoder:
         if any(flags):  # a row without any trained text teaches nothing, not even to stop
             ids.append(self.eos)
             labels.append(self.eos)
-        turns = [turn._replace(reference=turn.reference.strip()) for turn in turns] or [Turn(lead, prompt, "")]
+        turns = [turn._replace(reference=(turn.reference or "").strip()) for turn in turns] or [Turn(lead, prompt, "")]
         return Encoded(ids, labels, lead, len(ids) - lead, turns)
 
     # Conversations: the whole text is tokenized at once, as an inference server does it

@@ -23,6 +23,7 @@ from qlora.data.chat.answer_weights import settle
 from qlora.data.chat.conversations import Conversation
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
 from qlora.data.formats.prompts import Example
+from qlora.data.formats.questions import asks
 from qlora.data.formats.renderers import Format
 from qlora.errors import DataError, UserError
 from qlora.runtime import console
@@ -105,6 +106,8 @@ class Job:
     for_eval: bool
     label: str
     """The key and the path, for messages."""
+    questions: bool = False
+    """Whether rows may ask and hold no answer."""
 
     def __len__(self) -> int:
         return len(self.rows) if self.order is None else len(self.order)
@@ -133,6 +136,8 @@ class _PendingRow(NamedTuple):
     task: str
     empty: int
     """Its empty answers."""
+    asks: bool = False
+    """Whether it ends where the answer would begin."""
 
 
 def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
@@ -225,7 +230,7 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     for encoded, pending_row in zip(_encode(job, pending), pending, strict=True):
         if (encoded.cut_source or encoded.cut_target) and not _stays(job, pending_row.row):
             counts["too_long"] += 1
-        elif not encoded.trained:
+        elif not (encoded.trained or pending_row.asks):
             counts["untrained"] += 1
             counts["switched_off"] += _is_off(pending_row.example)
             counts["only_thoughts"] += bool(encoded.lost_thoughts) and not (encoded.cut_source or encoded.cut_target)
@@ -256,6 +261,9 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
     for key in tracked.unread() if examples else ():
         counts[f"{UNREAD}{key}"] += 1
     for example in examples:
+        if job.questions and asks(example):
+            yield _PendingRow(example, index, task, 0, asks=True)
+            continue
         settled = settle(example, job.on_empty, job.tokenizer.train_on)
         if settled.example is None:
             counts["empty"] += 1
@@ -264,6 +272,10 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
 
 
 def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
+    asking = [pending_row for pending_row in pending if pending_row.asks]
+    if asking:
+        answered = iter(_encode(job, [pending_row for pending_row in pending if not pending_row.asks]))
+        return [_encode_question(job, pending_row) if pending_row.asks else next(answered) for pending_row in pending]
     try:
         return job.tokenizer.encode([pending_row.example for pending_row in pending])
     except UserError:
@@ -273,6 +285,13 @@ def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
             except UserError as error:
                 raise DataError(f"{job.label}, row {pending_row.row + 1}: {error}") from None
         raise
+
+
+def _encode_question(job: Job, pending_row: _PendingRow) -> Encoded:
+    try:
+        return job.tokenizer.encode_question(pending_row.example)
+    except UserError as error:
+        raise DataError(f"{job.label}, row {pending_row.row + 1}: {error}") from None
 
 
 def _stays(job: Job, index: int) -> bool:

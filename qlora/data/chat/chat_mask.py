@@ -121,10 +121,10 @@ class ChatWriter:
         asked = None if prompt is None else self._join(Written(prompt, [], [], [], True))
         return self._join(Written(text, trained, turns, [], ends, asked, lost_thoughts, lost_messages))
 
-    def ask(self, messages: Sequence[Message]) -> Written:
+    def ask(self, messages: Sequence[Message], tools: Any = None) -> Written:
         """Returns the text that a server sends for the next answer; raises `ConfigError` as `write` does."""
         prepared = self.form.prepare(messages)
-        text = self._apply(None, self._fill(prepared, self._mark(prepared)[1]), prompt=True)
+        text = self._apply(map_texts(tools, self._part), self._fill(prepared, self._mark(prepared)[1]), prompt=True)
         return self._join(Written(text, [], [], [], True))
 
     def _apply(self, tools: Any, messages: Sequence[Message], prompt: bool = False) -> str:

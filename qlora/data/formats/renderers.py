@@ -52,10 +52,10 @@ def alpaca(row: Row, prompt: Prompt = ALPACA) -> list[Example]:
     """
     if is_rejected(row, *KTO_LABELS):
         return []
-    context = _text(row, "alpaca", "input", "context")
+    context = cell_of(row, "alpaca", "input", "context")
     rounds = [_pair(prompt.ask(asked), answer) for asked, answer in _history(row)]
-    question = prompt.ask(_text(row, "alpaca", "instruction"), context)
-    asked = _pair(question, _text(row, "alpaca", "output", "response"))
+    question = prompt.ask(cell_of(row, "alpaca", "instruction"), context)
+    asked = _pair(question, cell_of(row, "alpaca", "output", "response"))
     earlier = [segment._replace(ends=segment.trained) for segments in rounds for segment in segments]
     return [_after_system(row, "alpaca", [*earlier, *asked])]
 
@@ -101,7 +101,7 @@ def _whole(text: str, prompt: str = "") -> list[Segment]:
 
 def _after_system(row: Row, name: str, segments: list[Segment]) -> list[Segment]:
     """Puts what the column `system` says before the first segment, as the chat template of these rows does."""
-    system = _text(row, name, "system")
+    system = cell_of(row, name, "system")
     return [segments[0]._replace(system=f"{system}\n\n"), *segments[1:]] if system else segments
 
 
@@ -109,7 +109,7 @@ def input_output(row: Row) -> list[Example]:
     """Renders input and output verbatim, after what `system` says; none where `kto_tag` is false."""
     if is_rejected(row, *KTO_LABELS):
         return []
-    pair = _pair(_text(row, "input-output", "input"), _text(row, "input-output", "output"))
+    pair = _pair(cell_of(row, "input-output", "input"), cell_of(row, "input-output", "output"))
     return [_after_system(row, "input-output", pair)]
 
 
@@ -122,9 +122,11 @@ def prompt_completion(row: Row) -> list[Example]:
         return []
     name = "prompt-completion"
     if _turns(row.get("prompt")) is None and _turns(row.get("completion")) is None:
-        answer = _text(row, name, "completion").removesuffix(END_MARK)
-        return [_after_system(row, name, _pair(_text(row, name, "prompt"), answer))]
-    return _chat(row, _said(row, name, "prompt", "user") + _said(row, name, "completion", "assistant"), "completion")
+        answer = cell_of(row, name, "completion").removesuffix(END_MARK)
+        return [_after_system(row, name, _pair(cell_of(row, name, "prompt"), answer))]
+    return _chat(
+        row, read_said(row, name, "prompt", "user") + read_said(row, name, "completion", "assistant"), "completion"
+    )
 
 
 def question_answer(row: Row) -> list[Example]:
@@ -134,13 +136,13 @@ def question_answer(row: Row) -> list[Example]:
     """
     if is_rejected(row, *KTO_LABELS):
         return []
-    question, answer = _text(row, "question-answer", "question"), _text(row, "question-answer", "answer")
+    question, answer = cell_of(row, "question-answer", "question"), cell_of(row, "question-answer", "answer")
     return [_after_system(row, "question-answer", _pair(QUESTION.ask(question), answer))]
 
 
 def text(row: Row) -> list[Example]:
     """Renders a whole text without a prompt (OpenAssistant-Guanaco)."""
-    return [_whole(_text(row, "text", "text"))]
+    return [_whole(cell_of(row, "text", "text"))]
 
 
 def chosen(row: Row) -> list[Example]:
@@ -151,18 +153,18 @@ def chosen(row: Row) -> list[Example]:
     `conversations`, `prompt` or `question`, then the chosen ones.
     """
     if _turns(row.get("chosen")) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
-        answer, prompt = _text(row, "chosen", "chosen"), _text(row, "chosen", "prompt")
+        answer, prompt = cell_of(row, "chosen", "chosen"), cell_of(row, "chosen", "prompt")
         if row.get("instruction"):
-            pair = _alpaca(_text(row, "chosen", "instruction"), _text(row, "chosen", "input"), answer)
+            pair = _alpaca(cell_of(row, "chosen", "instruction"), cell_of(row, "chosen", "input"), answer)
             return [_after_system(row, "chosen", pair)]
         if prompt and not answer.startswith(prompt):
             return [_after_system(row, "chosen", _pair(prompt, answer))]
         if prompt or not row.get("question"):
             return [_whole(answer, prompt)]
-    turns = _said(row, "chosen", "chosen", "assistant")
+    turns = read_said(row, "chosen", "chosen", "assistant")
     if turns and turns[0]["role"] == "assistant":
         asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
-        turns = _said(row, "chosen", asked, "user") + turns
+        turns = read_said(row, "chosen", asked, "user") + turns
     return _chat(row, turns, "chosen")
 
 
@@ -170,11 +172,11 @@ def _chat(row: Row, turns: list[Message], column: str) -> list[Example]:
     return list(chats.build_conversation(row, turns, f"column {column}"))
 
 
-def _said(row: Row, name: str, column: str, speaker: str) -> list[Message]:
+def read_said(row: Row, name: str, column: str, speaker: str) -> list[Message]:
     """Returns a cell as messages: turns as they are, a text as said by `speaker`."""
     turns = _turns(row.get(column))
     if turns is None:
-        said = _text(row, name, column)
+        said = cell_of(row, name, column)
         return [{"role": speaker, "content": said}] if said else []
     return chats.normalise(turns, column, row)
 
@@ -192,7 +194,7 @@ def _turns(cell: Any) -> list[Any] | None:
 
 def human_bot(row: Row) -> list[Example]:
     """Renders "<human>: ...", "<bot>: ..." (OIG): one question and answer as the original does, more as a chat."""
-    whole = _text(row, "human-bot", "text")
+    whole = cell_of(row, "human-bot", "text")
     if whole.count("\n<bot>: ") == 1 and whole.count("<human>: ") <= 1:
         source, target = whole.split("\n<bot>: ")
         return [_pair(source.replace("<human>: ", ""), target)]
@@ -202,12 +204,12 @@ def human_bot(row: Row) -> list[Example]:
 def guanaco(row: Row) -> list[Example]:
     """Renders "### Human: ...### Assistant: ..." as a chat, so that the loss may count the answers alone."""
     marks = "'### Human: ' and '### Assistant: '"
-    return _marked(row, _text(row, "guanaco", "text"), "guanaco", GUANACO, marks)
+    return _marked(row, cell_of(row, "guanaco", "text"), "guanaco", GUANACO, marks)
 
 
 def inst(row: Row) -> list[Example]:
     """Renders Llama 2's "<s>[INST] ... [/INST] ... </s>" as a chat."""
-    whole = _text(row, "inst", "text")
+    whole = cell_of(row, "inst", "text")
     turns = chats.split_inst(whole)
     if turns is None:
         raise DataError(f"data.format=inst needs '[INST]' and '[/INST]' in column text, but a row holds {brief(whole)}")
@@ -223,9 +225,9 @@ def _marked(row: Row, whole: str, name: str, mark: re.Pattern[str], label: str) 
 def self_instruct_tasks(row: Row) -> list[Example]:
     """Renders an instruction with instances of input and output: one Alpaca example an instance."""
     name = "self-instruct-tasks"
-    instruction = _text(row, name, "instruction")
+    instruction = cell_of(row, name, "instruction")
     return [
-        _alpaca(instruction, _text(task, name, "input"), _text(task, name, "output"))
+        _alpaca(instruction, cell_of(task, name, "input"), cell_of(task, name, "output"))
         for task in nested(row, "instances", name)
     ]
 
@@ -245,7 +247,7 @@ def unnatural(row: Row, *, reformulations: bool = False) -> list[Example]:
 
 
 def _unnatural(task: Row) -> list[Segment]:
-    return _pair(_text(task, "unnatural", "instruction_with_input"), _text(task, "unnatural", "output"))
+    return _pair(cell_of(task, "unnatural", "instruction_with_input"), cell_of(task, "unnatural", "output"))
 
 
 def nested(row: Row, column: str, name: str) -> list[Row]:
@@ -265,7 +267,7 @@ def segments(row: Row) -> list[Example]:
     """Renders a list of [text, trained] pairs, or source and target."""
     pairs = chats.decode(row.get("segments"))
     if pairs is None:
-        return [_pair(_text(row, "segments", "source"), _text(row, "segments", "target"))]
+        return [_pair(cell_of(row, "segments", "source"), cell_of(row, "segments", "target"))]
     try:
         rendered = [Segment(text, trained) for text, trained in pairs]
     except (TypeError, ValueError):
@@ -301,7 +303,7 @@ OPTIONAL_COLUMNS = ("input", "context", "system", "history", "tools", "functions
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
 
-def _text(row: Row, name: str, *columns: str) -> str:
+def cell_of(row: Row, name: str, *columns: str) -> str:
     """Returns the first cell that is not empty as text; absent and empty ones are ""."""
     cells = (cell_text(row.get(column), column, name) for column in columns)
     return next((text for text in cells if text), "")

@@ -21,6 +21,7 @@ from qlora.data.ingest.arrow_writer import RowWriter, file_digest
 from qlora.data.ingest.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
 from qlora.data.ingest.row_size import MAX_ROW_BYTES
 from qlora.errors import DataError, did_you_mean
+from qlora.runtime import console
 from qlora.upstream.datasets import set_fingerprint
 
 FORMAT_VERSION = 2
@@ -155,11 +156,13 @@ def _names(files: list[Path], path: str, label: str) -> list[str]:
 
 def _content_key(files: list[Path], names: list[str], max_row_bytes: int) -> str:
     digest = hashlib.sha256(f"rows {FORMAT_VERSION} {max_row_bytes}".encode())
-    for file, name in zip(files, names, strict=True):
-        try:
-            digest.update(f" {kind_of(file)} {file.suffix.lower() == '.gz'} {file_digest(file)}".encode())
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+    with console.progress("hashing the rows", len(files)) as update:
+        for number, (file, name) in enumerate(zip(files, names, strict=True), 1):
+            try:
+                digest.update(f" {kind_of(file)} {file.suffix.lower() == '.gz'} {file_digest(file)}".encode())
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+            update(number)
     return digest.hexdigest()[:32]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,7 @@ def load_rows(
     limit: int | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
     columns: Mapping[str, str] | None = None,
+    may_lack: Collection[str] = (),
     key: str = "data.path",
     columns_key: str = "data.columns",
 ) -> Dataset:
@@ -68,7 +69,7 @@ def load_rows(
     `subset`, `split` (the first that exists, where several are named) and `data_files` select within a hub data
     set; a folder of `save_to_disk` has splits too. `limit` is the most rows taken out of a function's iterable; an
     endless iterable needs one, for without it this call never returns. No row may be longer than `max_row_bytes`.
-    `columns` maps names to the columns that shall bear them. The rows'
+    `columns` maps names to the columns that shall bear them; one for a name of `may_lack` may be missing. The rows'
     fingerprint depends on their content alone. Raises a `UserError`, which names
     `key` or `columns_key`.
     """
@@ -87,7 +88,9 @@ def load_rows(
         raise DataError(f"{key}={path}: no rows in it")
     if loaded.repeated_ids:
         log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, loaded.repeated_ids)
-    return _rename(loaded.rows, columns or {}, f"{key}={path}", columns_key)
+    there = loaded.rows.column_names
+    renamed = {name: source for name, source in (columns or {}).items() if source in there or name not in may_lack}
+    return _rename(loaded.rows, renamed, f"{key}={path}", columns_key)
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""What `adapter=` names: an adapter, a fully finetuned model, or the untuned base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qlora.config.paths import short_path
+from qlora.config.schema import Config, TaskName
+from qlora.errors import ConfigError, DamagedFile, DataError, did_you_mean
+from qlora.runtime.run_folder import RunFolder, find_adapter
+
+RUNS = Path("outputs/runs")
+"""Where runs lie unless a command says otherwise."""
+TAKE_BASE = (TaskName.chat, TaskName.evaluate, TaskName.predict)
+"""The tasks that do their work with an untuned base, too."""
+
+
+def find_trained(config: Config, overrides: Sequence[str], run_folder: Path) -> tuple[Path | None, Path | None]:
+    """Returns the (adapter, fully finetuned model) of `adapter=`, or of the run's own folder where it is unset.
+
+    Both are None for the untuned base: `adapter=none`, or a base that the command names where nothing was trained yet.
+    Raises `ConfigError` for a folder that does not exist, and where nothing is named; `DataError` for one without
+    either.
+    """
+    if config.adapter == "none":
+        return None, None
+    folder = Path(config.adapter).expanduser() if config.adapter is not None else run_folder
+    trained = find_adapter(folder) if folder.is_dir() else (None, None)
+    if trained != (None, None):
+        return trained
+    if config.adapter is None:
+        if config.task.name in TAKE_BASE and names_base(config, overrides) and not RunFolder(folder).holds_training:
+            return None, None
+        raise _unset(config, folder)
+    if not folder.is_dir():
+        siblings = [str(path) for path in folder.parent.glob("*/")]
+        raise ConfigError(f"adapter={config.adapter}: no such folder{did_you_mean(str(folder), siblings)}")
+    raise DataError(
+        f"adapter={config.adapter}: {folder} holds no adapter; give adapter=FOLDER of an adapter or of a finished run, "
+        "or adapter=none for the untuned base"
+    )
+
+
+def names_base(config: Config, overrides: Sequence[str]) -> bool:
+    """Returns whether a command says which base it means: another than the default one, or that one by name."""
+    return config.model.name != "tiny" or any(text.startswith(("model=", "model.name=")) for text in overrides)
+
+
+def _unset(config: Config, folder: Path) -> ConfigError:
+    """Returns the error for a task without `adapter=`, which offers the newest run."""
+    newest = newest_finished([folder.parent, RUNS])
+    what = f"{short_path(folder)} holds no adapter" if folder.is_dir() and _was_used(folder) else "adapter is not set"
+    base = ", or adapter=none for the untuned base" if config.task.name in TAKE_BASE else ""
+    if newest is None:
+        return ConfigError(f"{what}; give adapter=FOLDER of an adapter or of a finished run{base}")
+    path = short_path(newest)
+    return ConfigError(f"{what}; the newest finished run is {path}: add adapter={path}{base}")
+
+
+def _was_used(folder: Path) -> bool:
+    """Returns whether a run has written into a folder."""
+    return any(path.suffix == ".json" or path.name == "config.yaml" for path in folder.iterdir())
+
+
+def newest_finished(folders: Iterable[Path]) -> Path | None:
+    """Returns the run right below these folders that finished last and holds what it has trained; None: there is none.
+
+    A run with a damaged result is left out.
+    """
+    finished_at: dict[Path, float] = {}
+    for result in (path for folder in dict.fromkeys(folders) for path in folder.glob("*/result.json")):
+        run = RunFolder(result.parent)
+        try:
+            is_finished = (run.stored_result("train") or {}).get("status") == "finished"
+        except DamagedFile:
+            continue
+        if is_finished and find_adapter(run.path) != (None, None):
+            finished_at[run.path] = result.stat().st_mtime
+    return max(finished_at, key=lambda path: finished_at[path], default=None)

@@ -1,0 +1,88 @@
+"""Two runs side by side: the keys of their configs that differ, and their answers to the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from qlora.errors import DamagedFile
+from qlora.reporting.rendering import plain_value
+from qlora.reporting.runs_page_parts import Answers, SideBySide
+from qlora.runtime.atomic_files import read_lines
+from qlora.runtime.console import say
+from qlora.runtime.run_folder import RunFolder, is_below
+from qlora.runtime.saved_run import RESULTS, read_result
+from qlora.sweep.jobs import UNNAMED_KEYS
+from qlora.text import prompt_core, shorten
+
+ON_SCREEN = 5
+"""The answers that are printed."""
+WIDTH = 100
+"""Characters of a text on the screen."""
+
+
+def lay_side_by_side(names: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> SideBySide:
+    """Returns what differs between two runs; a run without a config that can be read has no settings."""
+    first, second = configs
+    keys = [key for key in dict.fromkeys([*first, *second]) if not is_below(key, UNNAMED_KEYS)] if all(configs) else []
+    texts = [(key, plain_value(first.get(key, "")), plain_value(second.get(key, ""))) for key in keys]
+    said = [_answers(folder) for folder in folders]
+    shared = [key for key in said[0] if key in said[1]]
+    answers = [Answers(key[0], key[1], said[0][key], said[1][key]) for key in shared]
+    return SideBySide(
+        (names[0], names[1]),
+        [line for line in texts if line[1] != line[2]],
+        all(configs),
+        len(answers),
+        [answer for answer in answers if answer.first != answer.second],
+    )
+
+
+def _answers(folder: Path) -> dict[tuple[str, str | None, int], str]:
+    """Returns the answers in a run's folder by question, reference, and how often both came before."""
+    answers: dict[tuple[str, str | None, int], str] = {}
+    for record in _records(folder):
+        asked = prompt_core(str(record.get("input", record.get("prompt", ""))))
+        expected = record.get("reference")
+        key = (asked, None if expected is None else str(expected))
+        count = next(number for number in range(len(answers) + 1) if (*key, number) not in answers)
+        answers[(*key, count)] = str(record.get("prediction", ""))
+    return answers
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Returns what the task of the result answered; [] where nothing was, or the file is damaged."""
+    names = {"evaluate.json": "evaluate.jsonl"}
+    for result in RESULTS:
+        try:
+            if read_result(folder / result) is not None:
+                path = folder / names.get(result, RunFolder(folder).predictions.name)
+                return [row for row in read_lines(path) if isinstance(row, dict)] if path.is_file() else []
+        except (DamagedFile, OSError, ValueError):
+            return []
+    return []
+
+
+def print_side_by_side(pair: SideBySide) -> None:
+    """Prints the settings that differ, and the first answers that do."""
+    first, second = pair.names
+    say(Text(f"{first} beside {second}", style="bold"))
+    if not pair.knows_configs:
+        say("  the config of one of them is not known")
+    for key, one, other in pair.settings:
+        say(Text.assemble((f"  {key}  ", "cyan"), f"{shorten(one, WIDTH) or '-'} | {shorten(other, WIDTH) or '-'}"))
+    if pair.knows_configs and not pair.settings:
+        say("  their configs are equal")
+    if not pair.shared:
+        say("  there are no answers to the same rows")
+        return
+    say(f"  {pair.shared:,} rows were answered by both, {pair.shared - len(pair.differing):,} of them alike")
+    for answer in pair.differing[:ON_SCREEN]:
+        say(Text.assemble("  ", shorten(answer.asked, WIDTH)))
+        for name, text in ((first, answer.first), (second, answer.second)):
+            say(Text.assemble((f"      {name}  ", "dim"), shorten(text, WIDTH) or "(nothing)"))
+    if len(pair.differing) > ON_SCREEN:
+        say(f"  and {len(pair.differing) - ON_SCREEN:,} more, on the page")
