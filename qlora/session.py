@@ -25,7 +25,10 @@ from qlora.adapters.code_files import check_code_files
 from qlora.adapters.find_trained import find_trained
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, Parallel, Weights
+from qlora.config.schema import Config, DataConfig, EvaluationName, Keep, Parallel, Weights
+from qlora.config.schema.data import ROW_LENGTH
+from qlora.config.schema.evaluation import known_metrics_of_rows
+from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
@@ -33,10 +36,10 @@ from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
-from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
-from qlora.evaluation.suites import build_suite, check_context
+from qlora.evaluation.suites import build_suite, fit_answers
 from qlora.models import loading, random_weights
 from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, read_base, write_base
@@ -65,6 +68,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.step.shard import shard_base
+from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.upstream.peft import base_of
@@ -170,10 +174,21 @@ class Session:
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
-            data = build_data(self.config.data, self.tokenizer, need_train=self.needs.rows is Rows.all)
+            config = self._fit_rows(self.config.data)
+            data = build_data(config, self.tokenizer, need_train=self.needs.rows is Rows.all)
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    def _fit_rows(self, config: DataConfig) -> DataConfig:
+        """Returns a config of rows whose default length is no longer than what the model reads."""
+        if not self.needs.base or config.max_length != ROW_LENGTH or config.packing:
+            return config
+        context = self._context
+        if context is None or context >= ROW_LENGTH:
+            return config
+        log.info("rows have up to %d tokens, which is what %s reads (data.max_length)", context, self.config.model.name)
+        return replace(config, max_length=context)
 
     @cached_property
     def objective(self) -> Objective:
@@ -192,13 +207,17 @@ class Session:
     @cached_property
     def measurer(self) -> Measurer:
         """Measures any model on the held-out rows."""
-        assert self.data.eval is not None
-        check_context(self.data.eval, self.needs.answers, self.config, self._context)
+        if self.data.eval is None:
+            data = self.config.data
+            raise DataError(
+                f"data.path={data.path}: no row is held out, so there is nothing to measure; name rows with "
+                "data.eval_path=FILE, or how many to hold out with data.eval_dataset_size"
+            )
         return Measurer(
             rows=self.data.eval,
             collate=self.collate,
             tokenizer=self.tokenizer,
-            generation=self.config.generation,
+            generation=fit_answers(self.data.eval, self.needs.answers, self.config, self._context),
             metrics=find_metrics(self.config.evaluation.metrics),
             pad_token_id=self.pad_token_id,
             batch_size=self.config.trainer.per_device_eval_batch_size,
@@ -208,9 +227,29 @@ class Session:
         )
 
     @property
-    def measures_rows(self) -> bool:
-        """Whether the held-out rows are measured."""
+    def reads_rows(self) -> bool:
+        """Whether rows are read."""
         return self.needs.rows is not Rows.none
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether held-out rows are measured: there are some, and the task reads them."""
+        return self.reads_rows and self.data.eval is not None
+
+    @cached_property
+    def length(self) -> TrainingLength:
+        """How long the training run is."""
+        data, processes = self.data, distributed.world_size()
+        assert data.train is not None
+        unit = "packs" if data.packed else "rows"
+        length = training_length(self.config.trainer, len(data.packed or data.train), unit=unit, processes=processes)
+        return length if self.measures_rows else replace(length, eval_steps=None)
+
+    @cached_property
+    def keep_rule(self) -> KeepRule:
+        """What of the training run is kept."""
+        keep = self.config.trainer.keep
+        return KeepRule(Keep.last if keep is Keep.best and not self.measures_rows else keep, self.config.kept_metric)
 
     @cached_property
     def suite(self) -> Suite | None:
@@ -243,9 +282,9 @@ class Session:
     @property
     def end_id(self) -> int | None:
         """The end-of-turn token of the template that writes conversations; None: there is none."""
-        if self.needs.saved_template and (not self.measures_rows or self.saved_template is not None):
+        if self.needs.saved_template and (not self.reads_rows or self.saved_template is not None):
             return self.chat_encoder.writer.end_id
-        return self.data.end_id if self.measures_rows else None
+        return self.data.end_id if self.reads_rows else None
 
     @cached_property
     def is_trainable(self) -> bool:
@@ -267,7 +306,7 @@ class Session:
         if not beyond:
             return []
         tokens = list(beyond.values())
-        for part in (self.data.train, self.data.eval) if self.measures_rows else ():
+        for part in (self.data.train, self.data.eval) if self.reads_rows else ():
             if part is not None and (used := first_used(part, beyond)) is not None:
                 raise refuse_token(self.tokenizer, model, count, beyond[used], tokens)
         log.warning(
@@ -494,10 +533,12 @@ class Session:
 
     def measure_step(self, model: torch.nn.Module, step: int, tracker: Tracker) -> dict[str, float]:
         """Measures the model in the middle of training, and shows the tracker some answers."""
-        answers = self.config.evaluation.show_predictions if self.is_tracked else 0
-        measured = self.measurer.measure(model, answers=answers)
-        tracker.log_predictions(measured.predictions, step=step)
-        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity")}
+        shown = self.config.evaluation.show_predictions if self.is_tracked else 0
+        kept = self.keep_rule.metric.removeprefix("eval_") if self.keep_rule.keep is not Keep.last else "loss"
+        is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
+        measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else shown)
+        tracker.log_predictions(measured.predictions[:shown], step=step)
+        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity", *([kept] if is_of_answers else []))}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics
         return metrics

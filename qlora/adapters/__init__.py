@@ -1,6 +1,7 @@
 """LoRA adapters: one module each to create, count, save, load and merge them."""
 
 from qlora.adapters.adapter_files import check_adapter_folder
+from qlora.adapters.average import average_trained
 from qlora.adapters.biases import adapter_off
 from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
@@ -12,6 +13,7 @@ __all__ = [
     "ParameterCount",
     "adapter_off",
     "add_lora",
+    "average_trained",
     "check_adapter_folder",
     "count_parameters",
     "load_adapter",

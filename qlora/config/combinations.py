@@ -134,6 +134,7 @@ class _Composed:
             for key, value in converted.items():
                 check_values(value, tuple(key.split(".")))
             groups = {key.partition(".")[0] for key in values}
+            groups |= {"trainer"} if "data" in groups else set()  # `Config` decides `keep=auto` by it
             return dataclasses.replace(self._config, **{group: self._build(group) for group in groups})
         except OmegaConfBaseException as error:
             raise explain(error) from error

@@ -37,6 +37,15 @@ def model_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
+OWN_DATA = ("local", "mix")
+"""The options of `data` that read the user's own rows."""
+
+
+def is_own_data(option: str) -> bool:
+    """Returns whether an option of `data` holds the user's own rows: `local`, `mix`, or a file of the user's."""
+    return option in OWN_DATA or option not in option_names("data")
+
+
 MANY = ("callbacks",)
 """The groups of which a run may have several options at once."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.paths import cache_root
-from qlora.config.schema import Config, Weights
+from qlora.config.schema import Config, Keep, TrainerConfig, Weights
+from qlora.config.training_length import epoch_share
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
@@ -101,10 +103,19 @@ def _written(config: Config, plan: Plan) -> float:
             config.lora.r * (linears[name].inputs + linears[name].outputs) for layer in names for name in layer
         )
     weights, states = 4 * trained, 2 * (1 if "8bit" in config.trainer.optim else 4) * trained
-    saves = config.trainer.save_steps and (config.trainer.save_total_limit or MOST_CHECKPOINTS)
-    if saves and config.trainer.max_steps and config.trainer.save_steps:
-        saves = min(saves, max(1, config.trainer.max_steps // config.trainer.save_steps))
-    return weights + (saves or 0) * (weights + states)
+    return weights + _checkpoints(config.trainer) * (weights + states)
+
+
+def _checkpoints(trainer: TrainerConfig) -> int:
+    """Returns how many checkpoints are kept at a time; rows are not read here, so some shares of an epoch stay open."""
+    every, limit = trainer.save_steps, trainer.save_total_limit or MOST_CHECKPOINTS
+    if every is None:
+        return 1 if trainer.keep is Keep.best else 0
+    if isinstance(every, str) and trainer.num_train_epochs is not None:
+        return min(limit, max(1, math.ceil(trainer.num_train_epochs / epoch_share(every))))
+    if isinstance(every, int) and trainer.max_steps is not None:
+        return min(limit, max(1, trainer.max_steps // every))
+    return limit
 
 
 def check_rights(config: Config, folder: Path) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from qlora.errors import DamagedFile
 from qlora.reporting.history import Curve, curves, read_history
+from qlora.reporting.kept import kept_lines
 from qlora.reporting.page import chart, first_smoothing, format_value, group, line, metric_title, plain_config, render
 from qlora.runtime.atomic_files import read_lines, write_text
 from qlora.runtime.run_folder import RunFolder
@@ -68,7 +69,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
     answers = [_answer(record) for record in _intact(lambda: read_lines(folder.predictions, ANSWERS)) or []]
     metrics = result.get("metrics", {})
     model = [(label, text) for label, text in manifest.get("model", {}).items()
-             if label != "folder" and isinstance(text, str)]  # fmt: skip
+             if label != "folder" and isinstance(text, str)] + kept_lines(result)  # fmt: skip
     sections = {
         "metrics": "Metrics",
         "curves": "Curves" if charts else "",

@@ -26,7 +26,7 @@ def load_model(job: TaskJob) -> PreTrainedModel | PeftModel:
     """Loads what `adapter` names, and prints the start screen of a task that measures it or lets it answer."""
     session = job.session
     model = session.load_trained()
-    report = session.data.report if session.measures_rows else None
+    report = session.data.report if session.reads_rows else None
     console.start_screen(list((session.describe(model).lines | evaluation_lines(job.config, report)).items()))
     return model
 

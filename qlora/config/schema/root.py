@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -21,7 +21,14 @@ from qlora.config.schema.code_names import (
     is_installed_callback,
 )
 from qlora.config.schema.data import DataConfig
-from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
+from qlora.config.schema.evaluation import (
+    METRIC_LIBRARY,
+    EvaluationConfig,
+    EvaluationName,
+    known_metrics,
+    known_metrics_of_rows,
+    metric_name,
+)
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
 from qlora.config.schema.loss import LossConfig
@@ -33,7 +40,7 @@ from qlora.config.schema.quantization import QuantizationConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
-from qlora.config.schema.trainer import Parallel, TrainerConfig
+from qlora.config.schema.trainer import Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import written
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
@@ -109,6 +116,8 @@ class Config:
             )
         self._check_task_keys()
         self._check_required_keys()
+        self._check_held_out()
+        self._choose_kept()
         self._check_trust()
         self._quantization_method.check_adapter(self.quantization, self.lora)
         _check_generation(self.generation, self.model)
@@ -150,6 +159,57 @@ class Config:
         for key, name in named_functions(self):
             if name not in OWN_FUNCTIONS:
                 check_trusted(key, name, self.trusted)
+
+    def _check_held_out(self) -> None:
+        """Refuses to measure rows where none are held out."""
+        name = self.task.name
+        if name.measures_rows and not name.trains and not self.data.holds_out and self._measures_rows:
+            raise ConfigError(
+                f"task={name.value} measures held-out rows, and data.eval_dataset_size=0 holds out none; name rows "
+                "with data.eval_path=FILE, or leave data.eval_dataset_size out"
+            )
+
+    @property
+    def _measures_rows(self) -> bool:
+        return self.task.name is TaskName.predict or self.evaluation.name is EvaluationName.rows
+
+    def _choose_kept(self) -> None:
+        """Decides what `trainer.keep=auto` keeps; refuses what cannot be compared or averaged."""
+        trainer, keep = self.trainer, self.trainer.keep
+        compares = self.data.holds_out and trainer.eval_steps is not None
+        if keep is Keep.auto:
+            self.trainer = replace(trainer, keep=Keep.best if compares else Keep.last)
+        elif keep is Keep.best and not compares:
+            what, way = "data.eval_dataset_size=0 holds out none", "leave that out"
+            if self.data.holds_out:
+                what, way = "trainer.eval_steps is not set", "set it, e.g. to 0.5ep"
+            raise ConfigError(
+                f"trainer.keep=best compares steps by the held-out rows, and {what}; {way}, or set trainer.keep=last"
+            )
+        elif keep is Keep.average:
+            self._check_average()
+        if (metric := trainer.keep_metric) is not None and metric not in (known := measured_at_steps(self)):
+            raise ConfigError(
+                f"trainer.keep_metric={metric!r} is not measured at trainer.eval_steps{did_you_mean(metric, known)}; "
+                f"choose one of {', '.join(known)}"
+            )
+
+    def _check_average(self) -> None:
+        """Refuses an average that no adapter can hold."""
+        reasons = {
+            "trainer.save_steps=null": (self.trainer.save_steps is None, "there are no checkpoints to average"),
+            "lora.use_dora=true": (self.lora.enabled and self.lora.use_dora,
+                                   "no adapter holds the mean of several magnitudes and directions"),
+        }  # fmt: skip
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(f"trainer.keep=average and {name} exclude each other: {reason}; change one of them")
+
+    @property
+    def kept_metric(self) -> str:
+        """The metric by which `trainer.keep` compares steps."""
+        chosen = self.trainer.keep_metric or self.objective
+        return chosen if chosen in measured_at_steps(self) else "eval_loss"
 
     def _check_memory(self) -> None:
         """Refuses a base that is spread over several devices where the run needs it on one."""
@@ -234,6 +294,14 @@ class Config:
                 raise ConfigError(
                     f"trainer.parallel=fsdp and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+
+def measured_at_steps(config: Config) -> list[str]:
+    """Returns the metrics that a training run measures, or can measure, at `trainer.eval_steps`."""
+    measured = [*known_metrics_of_rows(config.evaluation)]
+    if config.evaluation.name is EvaluationName.mmlu:
+        measured += [f"mmlu_{config.evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
+    return [f"eval_{name}" for name in measured]
 
 
 def no_cuda(optim: str, device: str) -> ConfigError:

@@ -13,11 +13,15 @@ from qlora.config.optimizers import check_optimizer, check_schedule
 from qlora.config.registries.installed import check_name
 from qlora.config.registries.step_parts import GROUP
 from qlora.config.schema.values import HOLDS, MAPPINGS, written
+from qlora.config.training_length import read_interval
 from qlora.errors import ConfigError, require
 from qlora.text import parse_size
 
 Parallel = StrEnum("Parallel", "ddp fsdp")
 """How several processes share a training run."""
+
+Keep = StrEnum("Keep", "auto best last average")
+"""What of a training run becomes its adapter."""
 
 FlashAttention = StrEnum("FlashAttention", "auto fa2 fa3 fa4")
 """Whose kernels attend inside rows of packs and under a sliding window."""
@@ -28,9 +32,9 @@ class TrainerConfig:
     """The optimization, in the names of `transformers.TrainingArguments`."""
 
     max_steps: int | None = MISSING
-    """Optimizer steps; null to count by `num_train_epochs`."""
+    """Optimizer steps; null to count by `num_train_epochs`. A default gives way where that is set."""
     num_train_epochs: float | None = None
-    """Passes over the data; needs `max_steps=null`."""
+    """Passes over the data; a default gives way where `max_steps` is set."""
     per_device_train_batch_size: int = MISSING
     """Rows a forward pass on each device (micro-batch)."""
     gradient_accumulation_steps: int = MISSING
@@ -97,12 +101,21 @@ class TrainerConfig:
     """Make batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
     """Steps between two log entries."""
-    eval_steps: int | None = None
-    """Steps between two measurements of the held-out loss; null: only at the end."""
-    save_steps: int | None = None
-    """Steps between two checkpoints; null: none before the end."""
+    eval_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    """Steps between two measurements of the held-out rows, or a share of an epoch such as `0.5ep`; null: only at the
+    end."""
+    save_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    """Steps between two checkpoints, or a share of an epoch such as `0.5ep`; null: none before the end."""
     save_total_limit: int | None = 40
-    """How many checkpoints are kept, the newest ones; null: all."""
+    """How many checkpoints are kept, the newest ones, beside those that `keep` needs; null: all."""
+    keep: Keep = Keep.auto
+    """What of a training run becomes its adapter: the `last` step; the `best` of the steps at which the held-out rows
+    were measured, the last one included, by `keep_metric`; or the `average` of the last three checkpoints, exactly: an
+    adapter of three times the rank, whose product B A is the mean of theirs. `auto`: `best` where rows are held out
+    and measured at `eval_steps`, else `last`."""
+    keep_metric: str | None = None
+    """The metric that `keep` compares steps by, e.g. `eval_loss`; unset: `objective` where it is measured at
+    `eval_steps`, else `eval_loss`."""
     disk_wait: float = 600
     """Seconds that a run waits for space on a full disk before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
@@ -117,7 +130,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for index, name in enumerate(self.step_parts):
             check_name(f"trainer.step_parts[{index}]", name, (), GROUP)
-        for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
+        self.eval_steps = read_interval("trainer.eval_steps", self.eval_steps)
+        self.save_steps = read_interval("trainer.save_steps", self.save_steps)
+        for name in ("max_steps", "num_train_epochs", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -152,7 +167,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.max_steps={written(self.max_steps)} and trainer.num_train_epochs="
                 f"{written(self.num_train_epochs)}: set "
-                "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
+                "exactly one of the two, e.g. trainer.num_train_epochs=3, and leave the other out"
             )
         for name in ("lr_scheduler_kwargs", "optim_args"):
             value = getattr(self, name)

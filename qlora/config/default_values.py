@@ -1,0 +1,46 @@
+"""Defaults of our own options that depend on what else is chosen: on whose the data is, and on what is set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qlora.config.options import is_own_data
+from qlora.upstream.omegaconf import is_filled, raw_node, raw_value, set_value
+
+LENGTHS = ("max_steps", "num_train_epochs")
+"""The fields of `trainer` that say how long to train, of which one is set."""
+
+
+def register() -> None:
+    """Registers the functions of `${qlora.NAME:...}` that our options call; may be called many times."""
+    OmegaConf.register_new_resolver("qlora.by_data", _by_data, replace=True)
+    OmegaConf.register_new_resolver("qlora.default", _default, replace=True)
+
+
+def settle(composed: DictConfig) -> None:
+    """Writes the default length of a training run into a composed config, in place of what computes it."""
+    if not (OmegaConf.is_dict(raw_node(composed, "trainer")) and is_filled(composed.trainer)):
+        return
+    values = {name: composed.trainer[name] for name in LENGTHS if _is_default(raw_node(composed.trainer, name))}
+    for name, value in values.items():
+        set_value(composed.trainer, name, value)
+
+
+def _by_data(option: str, own: str, other: str) -> str:
+    """Returns what is chosen for the user's own rows, or for a data set of ours."""
+    return own if is_own_data(option) else other
+
+
+def _default(value: Any, other: str, *, _parent_: DictConfig) -> Any:
+    """Returns a default, or null where the field `other` beside it is set; of two defaults the steps stay."""
+    node = raw_node(_parent_, other)
+    if _is_default(node):
+        return value if other == "num_train_epochs" else None
+    return value if raw_value(node) in (None, "???") else None
+
+
+def _is_default(node: Any) -> bool:
+    text = raw_value(node)
+    return isinstance(text, str) and text.startswith("${qlora.default:")
