@@ -42,7 +42,7 @@ from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
 from qlora.models import loading, random_weights
 from qlora.models.decoder import read_decoder
-from qlora.models.fingerprint import Base, read_base, write_base
+from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
 from qlora.models.first_pass import explain_nonfinite
 from qlora.models.model_config import build_model_config, load_model_config
@@ -374,8 +374,10 @@ class Session:
         return model
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """Attaches a fresh adapter initialised from `seed`, or makes all weights trainable (`lora=none`)."""
+        """Attaches a fresh adapter initialised from `seed`, or that of `lora.start`, or makes all weights trainable."""
         set_seed(self.config.seed)
+        if self.start is not None:
+            return adapters.continue_adapter(self.config.lora, base, self.start, self.config.model.name)
         if not self.config.lora.enabled:
             base.requires_grad_(True)
             return base
@@ -394,6 +396,16 @@ class Session:
             return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
 
         return DataLoader(as_dataset(self.data.train), batch_size=size, collate_fn=on_device)
+
+    @cached_property
+    def start(self) -> Path | None:
+        """The adapter that is trained further; raises a `UserError` for one of another base. None: a fresh one is."""
+        if self.config.lora.start is None:
+            return None
+        folder = Path(self.config.lora.start)
+        adapters.check_adapter_folder(folder, key="lora.start")
+        self.check_base(f"lora.start={folder}", read_base(folder))
+        return folder
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
@@ -455,6 +467,8 @@ class Session:
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
         lines = model_lines(self.config, count, decoder.beside, unquantized)
+        if self.needs.rows is Rows.all and self.start is not None:
+            lines |= {"start": f"{self.start}, trained further (sha256 {adapter_digest(self.start)[:16]})"}
         lines |= {"device": str(self.placement), "folder": str(self.folder.path)}
         return ModelSummary(lines, count, unquantized, decoder.describe_unadapted() if is_all_linear else None)
 

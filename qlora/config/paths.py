@@ -11,7 +11,15 @@ from typing import Any
 from qlora.config.schema import FUNCTION_PATH, Config
 from qlora.errors import ConfigError
 
-NAMES_OR_PATHS = ("model.name", "model.tokenizer", "data.path", "data.eval_path", "data.template", "adapter")
+NAMES_OR_PATHS = (
+    "model.name",
+    "model.tokenizer",
+    "data.path",
+    "data.eval_path",
+    "data.template",
+    "adapter",
+    "lora.start",
+)
 """Keys that may also name something of the hub, an embedded part or a function."""
 PATHS = ("model.cache_dir", "data.cache_dir", "evaluation.path", "runs", "run", "source")
 """Keys that hold a path or a pattern of paths."""

@@ -202,6 +202,8 @@ def _settings(config: Config, compute_dtype: str | None, unquantized: str | None
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
+        if lora.start is not None:
+            rows.append(("trained further from", lora.start))
         extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]
         extras.append((f"LoRA+ ratio {lora.loraplus_lr_ratio}", lora.loraplus_lr_ratio is not None))
         extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))

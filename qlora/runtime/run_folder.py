@@ -31,6 +31,7 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.name": "sft",
     "trainer.step_parts": [],
     "quantization.method": "auto",
+    "lora.start": None,
     "trainer.keep": "last",
     "trainer.keep_metric": None,
 }

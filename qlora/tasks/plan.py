@@ -17,6 +17,7 @@ from qlora.runtime.atomic_files import write_text
 from qlora.runtime.needs import Needs
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.task_result import TaskResult
+from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import TaskJob
 from qlora.text import format_duration
 
@@ -31,7 +32,7 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
-    plan = build_plan(job.config)
+    plan = build_plan(with_start(job.config, job.overrides))
     job.folder.create()
     print_plan(plan)
     result = _build_result(plan, job.folder)

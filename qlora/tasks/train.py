@@ -134,6 +134,7 @@ class Training:
             _ = session.objective
         preflight(self.config)
         _ = session.is_trainable
+        _ = session.start
         checkpoint = self._find_checkpoint(resolved) if self.config.task.train else None
         data, _, _ = session.data, self._measurer, session.suite  # before the model: a broken data set fails at once
         _ = session.tokens_without_embedding

@@ -43,6 +43,10 @@ class LoraConfig:
     """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    start: str | None = None
+    """An adapter that is trained further, with a fresh optimizer: the folder of an adapter or of a finished run, the
+    name of a run in `outputs/runs`, or a hub id. `r`, `alpha`, `bias`, `target_modules`, `use_rslora` and `use_dora`
+    are its own."""
     init: LoraInit = LoraInit.default
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
@@ -60,5 +64,9 @@ class LoraConfig:
         names = self.target_modules
         is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
         require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
+        if self.start is not None:
+            require(self.enabled, "lora.start", "be unset with lora=none, which trains no adapter", self.start)
+            require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights go on "
+                    "to be trained", self.init.value)  # fmt: skip
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)

@@ -248,6 +248,11 @@ class Config:
                 continue
             if key == "adapter" and self.task.name is TaskName.train and not self.task.train:
                 continue  # which measures it and lets it answer
+            if key == "adapter" and self.task.name.trains:
+                raise ConfigError(
+                    f"adapter={written(value)} is not read by a training run; add task=chat, task=evaluate, "
+                    f"task=predict or task=merge to use it, or write lora.start={written(value)} to train it further"
+                )
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
             setting = f"{'from' if key == 'source' else key}={written(value)}"
             raise ConfigError(
