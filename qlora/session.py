@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.adapters.find_trained import find_trained
-from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import Config, DataConfig, EvaluationName, Keep, Parallel, Weights
 from qlora.config.schema.data import ROW_LENGTH
@@ -193,7 +192,7 @@ class Session:
     @cached_property
     def objective(self) -> Objective:
         """What the training run minimises."""
-        return build_objective(self.config.loss)
+        return build_objective(self.config.loss, label_smoothing=self.config.trainer.label_smoothing_factor)
 
     def _check_columns(self, rows: Dataset | None) -> None:
         """Raises `ConfigError` if the objective needs columns that tokenized rows do not have."""
@@ -503,7 +502,7 @@ class Session:
     @property
     def is_tracked(self) -> bool:
         """Whether metrics go to a tracker."""
-        return self.needs.tracker and self.config.tracking.in_use != NO_TRACKER
+        return self.needs.tracker and bool(self.config.tracking.each)
 
     @property
     def scored_answers(self) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.paths import cache_root
-from qlora.config.schema import Config, Keep, TrainerConfig, Weights
+from qlora.config.schema import Config, Keep, TrackingConfig, TrainerConfig, Weights
 from qlora.config.training_length import epoch_share
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
@@ -188,18 +188,23 @@ def _ask_hub() -> Iterator[Finding]:
 
 
 def check_tracking(config: Config) -> Iterator[Finding]:
-    """Looks whether the tracker's package and login are there."""
+    """Looks whether the packages and logins of the trackers are there."""
+    for tracking in config.tracking.each or [config.tracking]:
+        yield from _check_tracker(tracking, online=config.task.online)
+
+
+def _check_tracker(tracking: TrackingConfig, *, online: bool) -> Iterator[Finding]:
     from qlora.training.trackers import tracker_class
 
-    name = config.tracking.in_use
+    name = tracking.in_use
     try:
-        tracker = tracker_class(config.tracking)
-        yield fine("tracking", tracker.check_access(config.tracking))
+        tracker = tracker_class(tracking)
+        yield fine("tracking", tracker.check_access(tracking))
     except UserError as error:
         yield fail("tracking", str(error), "or tracking=none")
         return
     try:
-        if config.task.online and (account := tracker.account(config.tracking)) is not None:
+        if online and (account := tracker.account(tracking)) is not None:
             yield fine(f"{name} login", f"accepted: {account}")
     except Exception as error:  # of the network, or of the server
         yield fail(f"{name} login", f"not accepted: {first_line(error)}", f"{name} login --relogin")

@@ -32,6 +32,8 @@ ADDED_KEYS: dict[str, Any] = {
     "trainer.step_parts": [],
     "quantization.method": "auto",
     "lora.start": None,
+    "trainer.label_smoothing_factor": 0.0,
+    "trainer.neftune_noise_alpha": None,
     "trainer.keep": "last",
     "trainer.keep_metric": None,
 }

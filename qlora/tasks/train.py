@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
-from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
@@ -52,7 +51,7 @@ def needs(config: Config) -> Needs:
     task, evaluation = config.task, config.evaluation
     scored = evaluation.generate_samples if evaluation.metrics else 0
     scored = scored if task.evaluate else 0
-    is_tracked = config.tracking.in_use != NO_TRACKER
+    is_tracked = bool(config.tracking.each)
     printed = evaluation.show_predictions if task.predict or is_tracked else 0
     return Needs(
         torch=True,

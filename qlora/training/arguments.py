@@ -48,6 +48,7 @@ def build_arguments(
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
+        neftune_noise_alpha=config.neftune_noise_alpha,
         **checkpointing_arguments(config.gradient_checkpointing),
         bf16=compute is torch.bfloat16,
         fp16=compute is torch.float16,

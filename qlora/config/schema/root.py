@@ -125,6 +125,7 @@ class Config:
         if self.trainer.parallel is Parallel.fsdp:
             self._check_fsdp()
         self._check_watchdog()
+        self._check_loss()
         trains = self.task.name is TaskName.train and self.task.train
         if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that
             self._check_optimizer()
@@ -275,6 +276,19 @@ class Config:
                 f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
             )
 
+    def _check_loss(self) -> None:
+        """Refuses what the objective, or the form of the batches, does not allow."""
+        if self.trainer.label_smoothing_factor and self.loss.name != "sft":
+            raise ConfigError(
+                f"trainer.label_smoothing_factor={self.trainer.label_smoothing_factor:g} is read by loss=sft, and "
+                f"loss.name={self.loss.name} has a loss of its own; leave one of them out"
+            )
+        if self.trainer.neftune_noise_alpha is not None and self.data.packing:
+            raise ConfigError(
+                "trainer.neftune_noise_alpha scales its noise by the length of a row, and data.packing=true joins "
+                "rows; leave one of them out"
+            )
+
     def _check_optimizer(self) -> None:
         """Refuses an optimizer that this machine, or the device that the run names, does not have."""
         name = self.trainer.optim
@@ -328,6 +342,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     texts |= {"quantization.method": config.quantization.method, "loss.name": config.loss.name}
     texts["tracking.backend"] = config.tracking.backend
+    texts |= {f"tracking.also[{index}]": name for index, name in enumerate(config.tracking.also)}
     texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}

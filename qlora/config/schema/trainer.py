@@ -68,6 +68,11 @@ class TrainerConfig:
     """Adam's divisor floor."""
     max_grad_norm: float = MISSING
     """Gradients are scaled down to this norm; 0: never."""
+    label_smoothing_factor: float = 0.0
+    """Share of each label's probability that is spread over all tokens, in the loss that is trained; the held-out loss
+    is measured without."""
+    neftune_noise_alpha: float | None = None
+    """Noise on the embeddings while the model trains (NEFTune, arXiv 2310.05914), e.g. 5; unset: none."""
     gradient_checkpointing: bool = MISSING
     """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
     place."""
@@ -143,7 +148,9 @@ class TrainerConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "disk_wait"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
-        for name in ("adam_beta1", "adam_beta2"):
+        noise = self.neftune_noise_alpha
+        require(noise is None or 0 < noise < math.inf, "trainer.neftune_noise_alpha", "be positive or null", noise)
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
         require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)
