@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from qlora.config import schema
+from qlora.config import default_values, schema
 from qlora.config.fields import config_keys, field_type, in_words
 from qlora.config.options import CONF_DIR, group_names
 from qlora.config.search_path import option_folder
@@ -177,12 +177,14 @@ def _comment(file: Path) -> str:
 
 @functools.cache
 def default_options() -> dict[str, str]:
-    """Returns which option of each group `config.yaml` chooses."""
+    """Returns which option of each group `config.yaml` chooses; of those that follow the data, that of its own data."""
+    default_values.register()
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
         if not isinstance(entry, str):
             chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
-    return chosen
+    resolved = OmegaConf.create(chosen)
+    return {key: str(resolved[key]) if key in group_names() else text for key, text in chosen.items()}
 
 
 @functools.cache

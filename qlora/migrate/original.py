@@ -102,9 +102,11 @@ def _data(settings: Settings) -> Iterator[Part]:
     if name in SETS:
         yield f"data={SETS[name]}"
         return
-    yield "data=local"
+    yield from ("data=local", "trainer=paper")
     yield write_override("data.path", name)
     yield from ("data.source_max_len=1024", "data.target_max_len=256", "data.max_length=null")
+    if not settings.get("eval_dataset_size"):
+        yield "data.eval_dataset_size=1024"
     if form in FORMATS:
         yield f"data.format={FORMATS[form]}"
     elif form:

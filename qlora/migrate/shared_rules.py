@@ -123,14 +123,14 @@ def hold_out(size: Any, key: str) -> Iterator[Part]:
 def mix(parts: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
     """Yields the overrides of one set, or of several; a part has the fields of `data.mix`."""
     if len(parts) == 1:
-        yield "data=local"
+        yield from ("data=local", "trainer=paper")
         for field, value in parts[0].items():
             if isinstance(value, dict):
                 yield from (write_override(f"data.{field}.{name}", entry) for name, entry in value.items())
             elif field != "weight":
                 yield write_override(f"data.{field}", value)
         return
-    yield "data=mix"
+    yield from ("data=mix", "trainer=paper")
     names: list[str] = []
     for part in parts:
         stem = re.sub(r"\W+", "_", str(part["path"]).rpartition("/")[2].partition(".")[0]).strip("_") or "set"

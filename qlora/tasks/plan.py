@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from qlora.config.schema import Config
-from qlora.data.row_count import count_training_rows
+from qlora.config.schema import Config, DataConfig
 from qlora.planning.advice import fewest_checkpointed
 from qlora.planning.time_plan import EFFICIENCY
 from qlora.planning.training_plan import Plan, build_plan
@@ -37,7 +37,7 @@ def needs(config: Config) -> Needs:
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
     config = with_start(job.config, job.overrides)
-    plan = build_plan(config, count_training_rows(config.data))
+    plan = build_plan(config, _count_rows(config.data))
     job.folder.create()
     print_plan(plan)
     result = _build_result(plan, job.folder)
@@ -45,6 +45,15 @@ def run(job: TaskJob) -> TaskResult:
     console.say()
     console.say_rows([("plan", result.paths["plan"])])
     return result
+
+
+def _count_rows(data: DataConfig) -> int | None:
+    """Returns the rows to train on where they lie in local files; None: nothing is read."""
+    if not (data.mix or Path(data.path or "").expanduser().exists() or "*" in (data.path or "")):
+        return None
+    from qlora.data.row_count import count_training_rows  # imports `datasets`
+
+    return count_training_rows(data)
 
 
 def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:

@@ -49,8 +49,8 @@ class TrackingConfig:
         names = [self.backend, *self.also]
         if self.also and (NO_TRACKER in names or len({*names}) < len(names)):
             raise ConfigError(
-                f"tracking.also={self.also} beside tracking={self.backend}: name each tracker once, one with tracking= and "
-                "the others in tracking.also"
+                f"tracking.also={self.also} beside tracking={self.backend}: name each tracker once, one with tracking= "
+                "and the others in tracking.also"
             )
 
     @property

@@ -174,7 +174,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.max_steps={written(self.max_steps)} and trainer.num_train_epochs="
                 f"{written(self.num_train_epochs)}: set "
-                "exactly one of the two, e.g. trainer.num_train_epochs=3, and leave the other out"
+                "exactly one of the two and the other to null, e.g. trainer.num_train_epochs=3 trainer.max_steps=null"
             )
         for name in ("lr_scheduler_kwargs", "optim_args"):
             value = getattr(self, name)

@@ -37,5 +37,5 @@ class SeveralTrackers(Tracker):
                 tracker.finish(status, summary)
             except Exception as error:
                 errors.append(error)
-        for error in errors:
-            raise error
+        for failure in errors:
+            raise failure
