@@ -502,7 +502,7 @@ class Session:
     @property
     def is_tracked(self) -> bool:
         """Whether metrics go to a tracker."""
-        return self.needs.tracker and bool(self.config.tracking.each)
+        return self.needs.tracker and bool(self.config.tracking.trackers)
 
     @property
     def scored_answers(self) -> int | None:
@@ -546,11 +546,11 @@ class Session:
 
     def measure_step(self, model: torch.nn.Module, step: int, tracker: Tracker) -> dict[str, float]:
         """Measures the model in the middle of training, and shows the tracker some answers."""
-        shown = self.config.evaluation.show_predictions if self.is_tracked else 0
+        printed = self.config.evaluation.show_predictions if self.is_tracked else 0
         kept = self.keep_rule.metric.removeprefix("eval_") if self.keep_rule.keep is not Keep.last else "loss"
         is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
-        measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else shown)
-        tracker.log_predictions(measured.predictions[:shown], step=step)
+        measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else printed)
+        tracker.log_predictions(measured.predictions[:printed], step=step)
         metrics = {name: measured.metrics[name] for name in ("loss", "perplexity", *([kept] if is_of_answers else []))}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics

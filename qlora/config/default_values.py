@@ -28,9 +28,9 @@ def settle(composed: DictConfig) -> None:
         set_value(composed.trainer, name, value)
 
 
-def _by_data(option: str, own: str, other: str) -> str:
+def _by_data(option: str, local: str, other: str) -> str:
     """Returns what is chosen for the user's own rows, or for a data set of ours."""
-    return own if is_own_data(option) else other
+    return local if is_own_data(option) else other
 
 
 def _default(value: Any, other: str, *, _parent_: DictConfig) -> Any:

@@ -53,7 +53,7 @@ def anchor_paths(config: Config, folder: Path) -> None:
             if key in PATHS or value.startswith(".") or path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
                 setattr(owner, name, str(path))
     uri = config.tracking.uri
-    is_mlflow = any(tracking.backend == "mlflow" for tracking in config.tracking.each)
+    is_mlflow = any(tracking.backend == "mlflow" for tracking in config.tracking.trackers)
     if is_mlflow and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
         raise ConfigError(
             "hydra.job.chdir=true: MLflow's database lies below the folder that a run works in, so each run would have "

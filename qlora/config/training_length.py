@@ -45,9 +45,9 @@ class TrainingLength:
         return self.steps / self.epoch_steps
 
     def __str__(self) -> str:
-        epochs = f"{self.epochs:.3g} epoch{'' if self.steps == self.epoch_steps else 's'}"
-        each = f"{self.epoch_steps:,} step{'' if self.epoch_steps == 1 else 's'} an epoch"
-        return f"{self.units:,} {self.unit}, {each}, {epochs} = {self.steps:,} step{'' if self.steps == 1 else 's'}"
+        epochs = f"{round(self.epochs, 2):,g} epoch{'' if self.steps == self.epoch_steps else 's'}"
+        once, all_steps = (f"{count:,} step{'' if count == 1 else 's'}" for count in (self.epoch_steps, self.steps))
+        return f"{self.units:,} {self.unit}, {once} an epoch, {epochs} = {all_steps}"
 
     @property
     def warning(self) -> str | None:

@@ -119,8 +119,8 @@ def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     elif not count:
         why = "they are too few; data.eval_path=FILE brings others"
     else:
-        share = f"{count / total:.0%}, by default a tenth, {FEWEST_HELD_OUT} to {MOST_HELD_OUT:,} and no more than a"
-        why = f"{share} quarter; data.eval_dataset_size=NUMBER sets it, 0 none"
+        rule = f"{count / total:.0%}, by default a tenth, {FEWEST_HELD_OUT} to {MOST_HELD_OUT:,} and no more than a"
+        why = f"{rule} quarter; data.eval_dataset_size=NUMBER sets it, 0 none"
     log.info("%s: %s of %s rows are held out (%s)", config.name, f"{count:,}" if count else "none", f"{total:,}", why)
 
 

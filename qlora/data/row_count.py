@@ -23,6 +23,6 @@ def count_training_rows(config: DataConfig) -> int | None:
     counts = [len(load_rows(str(path), cache=cache, split=split, max_row_bytes=most)) for path, split, _ in sources]
     total = sum(counts)
     held_out = config.held_out_count(total) if config.splits_off else 0
-    share = max(total - held_out, 0) / max(total, 1)
-    rows = sum(round(count * share * weight) for count, (_, _, weight) in zip(counts, sources, strict=True))
+    fraction = max(total - held_out, 0) / max(total, 1)
+    rows = sum(round(count * fraction * weight) for count, (_, _, weight) in zip(counts, sources, strict=True))
     return rows if config.max_train_samples is None else min(rows, config.max_train_samples)

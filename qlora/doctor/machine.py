@@ -189,7 +189,7 @@ def _ask_hub() -> Iterator[Finding]:
 
 def check_tracking(config: Config) -> Iterator[Finding]:
     """Looks whether the packages and logins of the trackers are there."""
-    for tracking in config.tracking.each or [config.tracking]:
+    for tracking in config.tracking.trackers or [config.tracking]:
         yield from _check_tracker(tracking, online=config.task.online)
 
 

@@ -101,7 +101,7 @@ class Plan:
 
 
 def build_plan(config: Config, rows: int | None = None) -> Plan:
-    """Returns the plan of a training run on so many rows, where they are known.
+    """Returns the plan of a training run on `rows` rows, where they are known.
 
     Raises a `UserError` where another part of it is not known.
     """

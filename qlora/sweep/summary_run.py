@@ -29,7 +29,7 @@ def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
 
     A tracker that cannot be reached costs a line on the screen only: the jobs are done.
     """
-    for single in tracking.each:
+    for single in tracking.trackers:
         try:
             lines = tracker_class(single).log_sweep(single, summary_run(sweep), summarize(sweep))
         except UserError as error:

@@ -41,9 +41,10 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         ("packing", _packing(config.data, data)),
         (
             "steps",
-            f"{length}; a step has {trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} "
-            f"{length.unit}",
+            f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
+            f"{trainer.gradient_accumulation_steps} {length.unit}",
         ),
+        ("training", str(length)),
     ]
     limits = {
         "source": config.data.source_max_len,

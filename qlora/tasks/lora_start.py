@@ -34,11 +34,11 @@ def with_start(config: Config, overrides: Sequence[str] = ()) -> Config:
     lora = _own_settings(config.lora, settings, folder)
     given = {text.partition("=")[0].lstrip("+"): text for text in overrides}  # the last one of a key counts
     for name in OWN:
-        key, own = f"lora.{name}", getattr(lora, name)
-        if key in given and _differs(override_value(given[key]), own):
+        key, value = f"lora.{name}", getattr(lora, name)
+        if key in given and _differs(override_value(given[key]), value):
             raise ConfigError(
-                f"{given[key]} is not what lora.start={config.lora.start} was trained with ({key}={written(own)}), and "
-                "an adapter keeps its form; leave it out"
+                f"{given[key]} is not what lora.start={config.lora.start} was trained with ({key}={written(value)}), "
+                "and an adapter keeps its form; leave it out"
             )
     return replace(config, lora=lora)
 
@@ -125,7 +125,7 @@ def _own_settings(lora: LoraConfig, settings: Mapping[str, Any], folder: Path) -
         raise DataError(f"{folder / 'adapter_config.json'} is not that of a LoRA adapter ({error!r})") from error
 
 
-def _differs(given: Any, own: Any) -> bool:
-    if isinstance(own, list):
-        return sorted(given) != own if isinstance(given, list) else given not in (own, *own[:1], "all-linear")
-    return bool(given != (own.value if isinstance(own, LoraBias) else own))
+def _differs(given: Any, value: Any) -> bool:
+    if isinstance(value, list):
+        return sorted(given) != value if isinstance(given, list) else given not in (*value[:1], "all-linear")
+    return bool(given != (value.value if isinstance(value, LoraBias) else value))

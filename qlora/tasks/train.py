@@ -51,7 +51,7 @@ def needs(config: Config) -> Needs:
     task, evaluation = config.task, config.evaluation
     scored = evaluation.generate_samples if evaluation.metrics else 0
     scored = scored if task.evaluate else 0
-    is_tracked = bool(config.tracking.each)
+    is_tracked = bool(config.tracking.trackers)
     printed = evaluation.show_predictions if task.predict or is_tracked else 0
     return Needs(
         torch=True,

@@ -24,7 +24,7 @@ class CheckpointWriter:
     """Writes the checkpoints of a training run to one folder."""
 
     def __init__(self, folder: Path, size: int, needed: Needed = needs_none) -> None:
-        """Takes the folder, an estimate of a checkpoint's bytes, and what tells the checkpoints that may not go."""
+        """Takes the folder, an estimate of a checkpoint's bytes, and what names the checkpoints that may not go."""
         self.folder, self.size, self.needed = folder, size, needed
         self.target = folder
         """The folder in which the library writes a checkpoint."""

@@ -29,7 +29,7 @@ AVERAGED = 3
 """The checkpoints that `trainer.keep=average` averages: the last ones."""
 Weights = dict[str, torch.Tensor]
 Average = Callable[[torch.nn.Module, Iterator[Weights], int], None]
-"""Gives a model the mean of so many states of its trained parameters, which are read one after the other."""
+"""Gives a model the mean of N states of its trained parameters, which are read one after the other."""
 STATE_FILE = "trainer_state.json"
 """The file of a checkpoint in which the library saves the history."""
 
@@ -81,8 +81,8 @@ class KeepRule:
         return max(self._measured(history), key=lambda measured: measured.step, default=None)
 
     def _measured(self, history: Iterable[Mapping[str, Any]], until: float = math.inf) -> list[Measured]:
-        found = [(entry["step"], float(entry[self.metric])) for entry in history if self.metric in entry]
-        return [Measured(step, value) for step, value in found if step <= until and math.isfinite(value)]
+        values = [(entry["step"], float(entry[self.metric])) for entry in history if self.metric in entry]
+        return [Measured(step, value) for step, value in values if step <= until and math.isfinite(value)]
 
     def describe(self, *, measures: bool) -> str:
         """Says before a training run what it keeps; `measures`: rows are held out."""

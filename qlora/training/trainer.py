@@ -115,7 +115,7 @@ class QLoraTrainer(Trainer):
         """Takes the parts of a training run.
 
         `measure` measures the held-out rows, `verify` completes and checks a saved adapter, and `name_rows` returns the
-        rows of an item of `rows` with their names: those in a pack. `needed` tells the checkpoints that
+        rows of an item of `rows` with their names: those in a pack. `needed` names the checkpoints that
         `save_total_limit` leaves; `metadata` is stored with each checkpoint.
         """
         check_trainer()

@@ -30,9 +30,9 @@ def test_an_adapter_goes_on_from_its_weights_in_its_rank_and_layers(first: Path,
         "lora.target_modules=[q_proj,up_proj]")  # fmt: skip
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], sorted(settings["target_modules"])) == (3, 5, ["q_proj", "up_proj"])
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, tmp_path / "adapter"))
-    assert before.keys() == after.keys()
-    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    previous, now = (load_file(folder / "adapter_model.safetensors") for folder in (start, tmp_path / "adapter"))
+    assert previous.keys() == now.keys()
+    assert all((previous[name] - now[name]).abs().max() < 1e-6 for name in previous)
     assert str(start) in json.loads((tmp_path / "manifest.json").read_text())["model"]["start"]
     assert f"trained further from | `{start}`" in (card := (tmp_path / "README.md").read_text()) or str(start) in card
     assert "r=3, alpha=5" in card

@@ -51,14 +51,18 @@ def test_the_length_that_is_typed_makes_a_default_of_the_other_give_way(override
 
 
 def test_the_numbers_of_the_paper_stay_with_its_data() -> None:
-    paper, own = (compose(["model=llama-33b", *data]) for data in (["data=alpaca"], LOCAL))
+    paper, local = (compose(["model=llama-33b", *data]) for data in (["data=alpaca"], LOCAL))
     assert (paper.trainer.max_steps, paper.trainer.gradient_accumulation_steps, paper.data.target_max_len) == (
         5000,
         32,
         128,
     )
-    assert (own.trainer.max_steps, own.trainer.gradient_accumulation_steps, own.data.target_max_len) == (None, 16, None)
-    assert paper.trainer.learning_rate == own.trainer.learning_rate == 1e-4
+    assert (local.trainer.max_steps, local.trainer.gradient_accumulation_steps, local.data.target_max_len) == (
+        None,
+        16,
+        None,
+    )
+    assert paper.trainer.learning_rate == local.trainer.learning_rate == 1e-4
     assert paper.trainer.keep is Keep.last
 
 
@@ -74,7 +78,7 @@ def test_steps_follow_from_rows_and_epochs_and_many_epochs_are_warned_of() -> No
     assert str(length) == "270 rows, 17 steps an epoch, 3 epochs = 51 steps"
     assert (length.eval_steps, length.warning) == (9, None)
     many = training_length(compose([*LOCAL, "trainer.max_steps=400"]).trainer, 270)
-    assert str(many) == "270 rows, 17 steps an epoch, 23.5 epochs = 400 steps"
+    assert str(many) == "270 rows, 17 steps an epoch, 23.53 epochs = 400 steps"
     assert many.warning is not None
     assert many.warning.startswith("400 steps are 24 passes over the same 270 rows, which are learnt by heart")
 

@@ -66,7 +66,7 @@ class LoraConfig:
         require(bool(is_list), "lora.target_modules", "be 'all-linear' or a list of module names", names)
         if self.start is not None:
             require(self.enabled, "lora.start", "be unset with lora=none, which trains no adapter", self.start)
-            require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights go on "
-                    "to be trained", self.init.value)  # fmt: skip
+            require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights are "
+                    "trained further", self.init.value)  # fmt: skip
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)

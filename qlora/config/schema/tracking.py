@@ -54,7 +54,7 @@ class TrackingConfig:
             )
 
     @property
-    def each(self) -> list[TrackingConfig]:
+    def trackers(self) -> list[TrackingConfig]:
         """The configs of the trackers in use, each of one alone."""
         single = [replace(self, backend=name, also=[]) for name in (self.backend, *self.also)]
         return [config for config in single if config.in_use != NO_TRACKER]

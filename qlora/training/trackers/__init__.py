@@ -39,7 +39,7 @@ def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
 
     Raises a `UserError` if a package or a login is missing; then none stays open.
     """
-    configs = config.each if distributed.is_main_process() else []
+    configs = config.trackers if distributed.is_main_process() else []
     kinds = [tracker_class(single) for single in configs]
     started: list[Tracker] = []
     try:
