@@ -16,6 +16,7 @@ from qlora.config import saved_config
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.reporting.kept import kept_lines
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
 from qlora.reporting.model_card import write_model_card
 from qlora.reporting.run_page import write_run_page
@@ -278,6 +279,8 @@ class Training:
         with self._history_kept(trainer):
             self._run_steps(trainer, checkpoint)
         runtime = time.monotonic() - started
+        if self._kept is not None:
+            console.say_rows(kept_lines({"kept": self._kept.to_dict({})}))
         write_json(self.folder.history, trainer.state.log_history)
         self.steps = trainer.state.global_step
         self._planned_peak_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
