@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.options import is_own_data
+from qlora.config.options import is_own_data, option_names
 from qlora.upstream.omegaconf import is_filled, raw_node, raw_value, set_value
 
 LENGTHS = ("max_steps", "num_train_epochs")
@@ -16,6 +16,7 @@ LENGTHS = ("max_steps", "num_train_epochs")
 def register() -> None:
     """Registers the functions of `${qlora.NAME:...}` that our options call; may be called many times."""
     OmegaConf.register_new_resolver("qlora.by_data", _by_data, replace=True)
+    OmegaConf.register_new_resolver("qlora.recipe", _recipe, replace=True)
     OmegaConf.register_new_resolver("qlora.default", _default, replace=True)
 
 
@@ -31,6 +32,12 @@ def settle(composed: DictConfig) -> None:
 def _by_data(option: str, local: str, other: str) -> str:
     """Returns what is chosen for the user's own rows, or for a data set of ours."""
     return local if is_own_data(option) else other
+
+
+def _recipe(model: str, data: str) -> str:
+    """Returns the recipe of a model: of ours that hold numbers for the paper's data sets, the one for other rows."""
+    on_own_rows = f"{model}_own"
+    return on_own_rows if is_own_data(data) and on_own_rows in option_names("recipe") else model
 
 
 def _default(value: Any, other: str, *, _parent_: DictConfig) -> Any:
