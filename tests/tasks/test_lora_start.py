@@ -65,6 +65,7 @@ def test_what_is_no_adapter_says_what_is_one(tmp_path: Path) -> None:
 
 
 def test_adapter_in_a_training_run_names_the_tasks_and_lora_start() -> None:
-    with pytest.raises(ConfigError, match=r"adapter=x is not read by a training run; add task=chat, task=evaluate, "
-                                          r"task=predict or task=merge to use it, or write lora.start=x"):  # fmt: skip
+    tasks = "task=chat, task=evaluate, task=merge, task=predict and task=push"
+    with pytest.raises(ConfigError, match=rf"adapter=x is not read by task=train, but by {tasks}; add one of these, or "
+                                          r"write lora.start=x to train it further"):  # fmt: skip
         compose(["adapter=x"])

@@ -249,17 +249,15 @@ class Config:
                 continue
             if key == "adapter" and self.task.name is TaskName.train and not self.task.train:
                 continue  # which measures it and lets it answer
-            if key == "adapter" and self.task.name.trains:
-                raise ConfigError(
-                    f"adapter={written(value)} is not read by a training run; add task=chat, task=evaluate, "
-                    f"task=predict or task=merge to use it, or write lora.start={written(value)} to train it further"
-                )
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
             setting = f"{'from' if key == 'source' else key}={written(value)}"
+            otherwise = f"leave {setting.partition('=')[0]} out"
+            if key == "adapter" and self.task.name.trains:
+                otherwise = f"write lora.start={written(value)} to train it further"
             raise ConfigError(
                 f"{setting} is not read by task={self.task.name.value.replace('_', '-')}, but by "
                 f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
-                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {setting.partition('=')[0]} out"
+                f"{'one of these' if len(readers) > 1 else readers[0]}, or {otherwise}"
             )
 
     @property
