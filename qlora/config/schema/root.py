@@ -251,13 +251,13 @@ class Config:
                 continue  # which measures it and lets it answer
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
             setting = f"{'from' if key == 'source' else key}={written(value)}"
-            otherwise = f"leave {setting.partition('=')[0]} out"
-            if key == "adapter" and self.task.name.trains:
-                otherwise = f"write lora.start={written(value)} to train it further"
+            added = "one of these" if len(readers) > 1 else readers[0]
+            is_to_train = key == "adapter" and self.task.name.trains
+            further = f", write lora.start={written(value)} to train it further" if is_to_train else ""
             raise ConfigError(
                 f"{setting} is not read by task={self.task.name.value.replace('_', '-')}, but by "
-                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
-                f"{'one of these' if len(readers) > 1 else readers[0]}, or {otherwise}"
+                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add {added}{further}, or leave "
+                f"{setting.partition('=')[0]} out"
             )
 
     @property
