@@ -23,9 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
-from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, Parallel, Weights
+from qlora.config.schema import Config, DataConfig, EvaluationName, Keep, Parallel, Weights
+from qlora.config.schema.data import ROW_LENGTH
+from qlora.config.schema.evaluation import known_metrics_of_rows
+from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
@@ -34,13 +36,13 @@ from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
-from qlora.errors import ConfigError, Pruned, Stopped
+from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
-from qlora.evaluation.suites import build_suite, check_context
+from qlora.evaluation.suites import build_suite, fit_answers
 from qlora.models import loading, random_weights
 from qlora.models.decoder import read_decoder
-from qlora.models.fingerprint import Base, read_base, write_base
+from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
 from qlora.models.first_pass import explain_nonfinite
 from qlora.models.model_config import build_model_config, load_model_config
@@ -67,6 +69,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
 from qlora.step.shard import shard_base
+from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
 from qlora.upstream.peft import base_of
@@ -173,7 +176,7 @@ class Session:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
             data = build_data(
-                self.config.data,
+                self._fit_rows(self.config.data),
                 self.tokenizer,
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
@@ -188,10 +191,20 @@ class Session:
         is_saved = self.saved_template is not None
         return Questions(self.chat_encoder.writer.template if is_saved else None)
 
+    def _fit_rows(self, config: DataConfig) -> DataConfig:
+        """Returns a config of rows whose default length is no longer than what the model reads."""
+        if not self.needs.base or config.max_length != ROW_LENGTH or config.packing:
+            return config
+        context = self._context
+        if context is None or context >= ROW_LENGTH:
+            return config
+        log.info("rows have up to %d tokens, which is what %s reads (data.max_length)", context, self.config.model.name)
+        return replace(config, max_length=context)
+
     @cached_property
     def objective(self) -> Objective:
         """What the training run minimises."""
-        return build_objective(self.config.loss)
+        return build_objective(self.config.loss, label_smoothing=self.config.trainer.label_smoothing_factor)
 
     def _check_columns(self, rows: Dataset | None) -> None:
         """Raises `ConfigError` if the objective needs columns that tokenized rows do not have."""
@@ -205,13 +218,17 @@ class Session:
     @cached_property
     def measurer(self) -> Measurer:
         """Measures any model on the held-out rows."""
-        assert self.data.eval is not None
-        check_context(self.data.eval, self.needs.answers, self.config, self._context)
+        if self.data.eval is None:
+            data = self.config.data
+            raise DataError(
+                f"data.path={data.path}: no row is held out, so there is nothing to measure; name rows with "
+                "data.eval_path=FILE, or how many to hold out with data.eval_dataset_size"
+            )
         return Measurer(
             rows=self.data.eval,
             collate=self.collate,
             tokenizer=self.tokenizer,
-            generation=self.config.generation,
+            generation=fit_answers(self.data.eval, self.needs.answers, self.config, self._context),
             metrics=find_metrics(self.config.evaluation.metrics),
             pad_token_id=self.pad_token_id,
             batch_size=self.config.trainer.per_device_eval_batch_size,
@@ -221,9 +238,29 @@ class Session:
         )
 
     @property
-    def measures_rows(self) -> bool:
-        """Whether the held-out rows are measured."""
+    def reads_rows(self) -> bool:
+        """Whether rows are read."""
         return self.needs.rows is not Rows.none
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether held-out rows are measured: there are some, and the task reads them."""
+        return self.reads_rows and self.data.eval is not None
+
+    @cached_property
+    def length(self) -> TrainingLength:
+        """How long the training run is."""
+        data, processes = self.data, distributed.world_size()
+        assert data.train is not None
+        unit = "packs" if data.packed else "rows"
+        length = training_length(self.config.trainer, len(data.packed or data.train), unit=unit, processes=processes)
+        return length if self.measures_rows else replace(length, eval_steps=None)
+
+    @cached_property
+    def keep_rule(self) -> KeepRule:
+        """What of the training run is kept."""
+        keep = self.config.trainer.keep
+        return KeepRule(Keep.last if keep is Keep.best and not self.measures_rows else keep, self.config.kept_metric)
 
     @cached_property
     def suite(self) -> Suite | None:
@@ -256,9 +293,9 @@ class Session:
     @property
     def end_id(self) -> int | None:
         """The end-of-turn token of the template that writes conversations; None: there is none."""
-        if self.needs.saved_template and (not self.measures_rows or self.saved_template is not None):
+        if self.needs.saved_template and (not self.reads_rows or self.saved_template is not None):
             return self.chat_encoder.writer.end_id
-        return self.data.end_id if self.measures_rows else None
+        return self.data.end_id if self.reads_rows else None
 
     @cached_property
     def is_trainable(self) -> bool:
@@ -280,7 +317,7 @@ class Session:
         if not beyond:
             return []
         tokens = list(beyond.values())
-        for part in (self.data.train, self.data.eval) if self.measures_rows else ():
+        for part in (self.data.train, self.data.eval) if self.reads_rows else ():
             if part is not None and (used := first_used(part, beyond)) is not None:
                 raise refuse_token(self.tokenizer, model, count, beyond[used], tokens)
         log.warning(
@@ -348,8 +385,10 @@ class Session:
         return model
 
     def add_adapter(self, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """Attaches a fresh adapter initialised from `seed`, or makes all weights trainable (`lora=none`)."""
+        """Attaches a fresh adapter initialised from `seed`, or that of `lora.start`, or makes all weights trainable."""
         set_seed(self.config.seed)
+        if self.start is not None:
+            return adapters.continue_adapter(self.config.lora, base, self.start, self.config.model.name)
         if not self.config.lora.enabled:
             base.requires_grad_(True)
             return base
@@ -368,6 +407,16 @@ class Session:
             return {name: tensor.to(self.placement.device) for name, tensor in self.collate(rows).items()}
 
         return DataLoader(as_dataset(self.data.train), batch_size=size, collate_fn=on_device)
+
+    @cached_property
+    def start(self) -> Path | None:
+        """The adapter that is trained further; raises a `UserError` for one of another base. None: a fresh one is."""
+        if self.config.lora.start is None:
+            return None
+        folder = Path(self.config.lora.start)
+        adapters.check_adapter_folder(folder, key="lora.start")
+        self.check_base(f"lora.start={folder}", read_base(folder))
+        return folder
 
     @cached_property
     def trained(self) -> tuple[Path | None, Path | None]:
@@ -429,6 +478,8 @@ class Session:
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
         lines = model_lines(self.config, count, decoder.beside, unquantized)
+        if self.needs.rows is Rows.all and self.start is not None:
+            lines |= {"start": f"{self.start}, trained further (sha256 {adapter_digest(self.start)[:16]})"}
         lines |= {"device": str(self.placement), "folder": short_path(self.folder.path)}
         return ModelSummary(lines, count, unquantized, decoder.describe_unadapted() if is_all_linear else None)
 
@@ -463,7 +514,7 @@ class Session:
     @property
     def is_tracked(self) -> bool:
         """Whether metrics go to a tracker."""
-        return self.needs.tracker and self.config.tracking.in_use != NO_TRACKER
+        return self.needs.tracker and bool(self.config.tracking.trackers)
 
     @property
     def scored_answers(self) -> int | None:
@@ -507,10 +558,12 @@ class Session:
 
     def measure_step(self, model: torch.nn.Module, step: int, tracker: Tracker) -> dict[str, float]:
         """Measures the model in the middle of training, and shows the tracker some answers."""
-        answers = self.config.evaluation.show_predictions if self.is_tracked else 0
-        measured = self.measurer.measure(model, answers=answers)
-        tracker.log_predictions(measured.predictions, step=step)
-        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity")}
+        printed = self.config.evaluation.show_predictions if self.is_tracked else 0
+        kept = self.keep_rule.metric.removeprefix("eval_") if self.keep_rule.keep is not Keep.last else "loss"
+        is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
+        measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else printed)
+        tracker.log_predictions(measured.predictions[:printed], step=step)
+        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity", *([kept] if is_of_answers else []))}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics
         return metrics

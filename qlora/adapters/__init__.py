@@ -1,10 +1,11 @@
 """LoRA adapters: one module each to create, count, save, load and merge them."""
 
 from qlora.adapters.adapter_files import check_adapter_folder
+from qlora.adapters.average import average_trained
 from qlora.adapters.biases import adapter_off
 from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
-from qlora.adapters.load import load_adapter
+from qlora.adapters.load import continue_adapter, load_adapter
 from qlora.adapters.save import save_adapter, save_initial_adapter, verify_adapter
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "ParameterCount",
     "adapter_off",
     "add_lora",
+    "average_trained",
     "check_adapter_folder",
+    "continue_adapter",
     "count_parameters",
     "load_adapter",
     "save_adapter",

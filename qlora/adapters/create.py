@@ -84,11 +84,16 @@ def add_lora(
         if not biases:
             log.warning("lora.bias=%s: the layers it selects have no biases, so none is trained", config.bias.value)
         keep_biases(adapted, biases)
-    if config.dtype is LoraDtype.bf16:
-        for name, parameter in adapted.named_parameters():
+    store_in(config.dtype, adapted)
+    return adapted
+
+
+def store_in(dtype: LoraDtype, model: PeftModel) -> None:
+    """Stores the matrices of an adapter, which PEFT makes in 32 bits, as `dtype` says."""
+    if dtype is LoraDtype.bf16:
+        for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.bfloat16()
-    return adapted
 
 
 def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
+from qlora.adapters.create import store_in
+from qlora.config.schema import LoraConfig
 from qlora.errors import DataError
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
@@ -21,20 +24,40 @@ LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|ma
 EXPERTS = ".experts."
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
-    """Loads a saved adapter onto its base; raises `DataError` for one of another base and for one with gaps."""
-    settings = check_adapter_folder(folder)
+def continue_adapter(config: LoraConfig, model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
+    """Loads a saved adapter onto its base to train it further, with the dropout and the dtype of `config`."""
+    adapted = load_adapter(model, folder, base_name, key="lora.start", dropout=config.dropout)
+    store_in(config.dtype, adapted)
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    base_name: str,
+    *,
+    key: str = "adapter",
+    dropout: float | None = None,
+) -> PeftModel:
+    """Loads a saved adapter, which `key` names, onto its base.
+
+    With `dropout` it is to be trained. Raises `DataError` for one of another base and for one with gaps.
+    """
+    settings = check_adapter_folder(folder, key)
     recorded = settings.get("base_model_name_or_path")
-    _check_new_tokens(model, folder)
+    _check_new_tokens(model, folder, key)
     unfit = (
-        f"adapter={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
+        f"{key}={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
         "model.name"
     )
     if (difference := _find_difference(model, folder)) is not None:
         raise DataError(f"{unfit} ({difference})")
     biases = copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        peft_config: Any = PeftConfig.from_pretrained(str(folder))
+        if dropout is not None:
+            peft_config.lora_dropout = dropout
+        adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config, is_trainable=dropout is not None)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -44,7 +67,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := [name for name in expected if name not in saved and EXPERTS not in name]:
         raise DataError(
-            f"adapter={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
+            f"{key}={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
             f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
             f"trained on ({recorded}) as model.name"
         )
@@ -86,9 +109,9 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
+def _check_new_tokens(model: PreTrainedModel, folder: Path, key: str) -> None:
     """Raises `DataError` if an adapter trained rows of new tokens that this base does not have."""
-    trained = read_object(folder / ADAPTER_CONFIG, f"adapter={folder}").get("trainable_token_indices") or {}
+    trained = read_object(folder / ADAPTER_CONFIG, f"{key}={folder}").get("trainable_token_indices") or {}
     lists = trained.values() if isinstance(trained, dict) else [trained]
     last, rows = (
         max((max(ids, default=-1) for ids in lists), default=-1),
@@ -96,6 +119,6 @@ def _check_new_tokens(model: PreTrainedModel, folder: Path) -> None:
     )
     if last >= rows:
         raise DataError(
-            f"adapter={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
+            f"{key}={folder} trained the embedding of token {last}, but the base has {rows} tokens; set "
             "model.new_tokens as its training did (config.yaml of the run)"
         )

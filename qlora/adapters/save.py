@@ -30,7 +30,8 @@ def save_adapter(
 ) -> None:
     """Saves the adapter for plain PEFT on the unchanged base, with its tokenizer, and checks what was written.
 
-    `initial` (PiSSA, OLoRA) is the folder of the initial weights; the saved adapter is the difference, of rank 2r.
+    `initial` (PiSSA, OLoRA) is the folder of the initial weights; the saved adapter is the difference, of both ranks
+    together.
     `base` is written beside the adapter, which is then used on that base alone.
     """
 
@@ -58,7 +59,7 @@ def save_initial_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _subtract_initial(folder: Path, initial: Path) -> None:
-    """Makes a saved adapter one for the unchanged base: B A - B0 A0 as one product of rank 2r.
+    """Makes a saved adapter one for the unchanged base: B A - B0 A0 as one product of both ranks together.
 
     PEFT's own conversion leaves out all but A and B: trained biases, rows of new tokens, DoRA's magnitudes.
     """
@@ -72,8 +73,10 @@ def _subtract_initial(folder: Path, initial: Path) -> None:
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
-    scale = math.sqrt(2) if settings["use_rslora"] else 2  # what is divided by r, or by its root, stays the same
-    settings |= {"r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"], "init_lora_weights": True}
+    rank = settings["r"] + json.loads((initial / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+    scale = rank / settings["r"]  # what is divided by r, or by its root, stays the same
+    scale = math.sqrt(scale) if settings["use_rslora"] else scale
+    settings |= {"r": rank, "lora_alpha": scale * settings["lora_alpha"], "init_lora_weights": True}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 from qlora.config.composed_trust import check_composed
+from qlora.config.default_values import settle
 from qlora.config.file_trust import check_file
 from qlora.config.trust import Trust, fixed_resolvers, read_trust
 from qlora.errors import ConfigError
@@ -53,6 +54,7 @@ class CheckedLoader(hydra.ConfigLoader):
         with fixed_resolvers():
             self.trust = read_trust(OverridesParser.create(config_loader=self).parse_overrides(overrides))
             yield composed
+            settle(composed[0])
             check_composed(composed[0], self.trust)
 
     def check_path(self, config_path: str) -> None:

@@ -36,7 +36,7 @@ LATEST = 64
 
 MISSING_VALUE = "???"
 
-DECIDE_MORE = ("adapter", "model.name")
+DECIDE_MORE = ("adapter", "model.name", "trainer.max_steps", "trainer.num_train_epochs")
 """Plain fields whose value decides those of others: the config is composed for each."""
 
 
@@ -159,6 +159,7 @@ class _Composed:
             for key, value in converted.items():
                 check_values(value, tuple(key.split(".")))
             groups = {key.partition(".")[0] for key in values}
+            groups |= {"trainer"} if "data" in groups else set()  # `Config` decides `keep=auto` by it
             return dataclasses.replace(self._config, **{group: self._build(group) for group in groups})
         except OmegaConfBaseException as error:
             raise explain(error) from error

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qlora.config import checked_loader, preset_facts, trained_run, trust
+from qlora.config import checked_loader, default_values, preset_facts, trained_run, trust
 from qlora.config.arguments import folder_override
 from qlora.config.conversion import to_config
 from qlora.config.file_spelling import reading_spellings
@@ -65,6 +65,7 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "qlora.kind", lambda task: LOOKS if TaskName(task).only_looks else RUNS, replace=True
     )
+    default_values.register()
     if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))  # a checkout that is not installed; Hydra looks for a package hydra_plugins
     checked_loader.install(CONF_DIR)

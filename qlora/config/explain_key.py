@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora.config.checked_loader import CheckedLoader
 from qlora.config.command import compose_command
+from qlora.config.default_values import default_options
 from qlora.config.fields import SCALARS, dotted, field_type, in_words, key_exists, known_keys, split_key, type_at
 from qlora.config.help import describe_default, field_meaning, group_fields, group_meaning, options, wrapped
-from qlora.config.options import default_options, group_names
+from qlora.config.options import group_names
 from qlora.config.overrides import parse_overrides, write_override
 from qlora.config.schema.values import written
 from qlora.config.suggestions import unknown_key

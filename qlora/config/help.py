@@ -17,9 +17,10 @@ from omegaconf import MISSING, OmegaConf
 
 from qlora.config import schema
 from qlora.config.command_words import REPORT, REPORT_KEY, SUBJECTS
+from qlora.config.default_values import default_options
 from qlora.config.fields import config_keys, field_type, in_words
 from qlora.config.foreign_names import ORIGINAL_FLAGS
-from qlora.config.options import CONF_DIR, default_options, group_names, option_names
+from qlora.config.options import CONF_DIR, group_names, option_names
 from qlora.config.search_path import option_folder
 from qlora.errors import ConfigError, did_you_mean
 

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qlora.config.schema import ArchitectureConfig
-from qlora.upstream.omegaconf import raw_node
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -38,14 +37,13 @@ def model_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-@functools.cache
-def default_options() -> dict[str, str]:
-    """Returns which option of each group `config.yaml` chooses."""
-    chosen: dict[str, str] = {}
-    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
-        if not isinstance(entry, str):
-            chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
-    return chosen
+OWN_DATA = ("local", "mix")
+"""The options of `data` that read the user's own rows."""
+
+
+def is_own_data(option: str) -> bool:
+    """Returns whether an option of `data` holds the user's own rows: `local`, `mix`, or a file of the user's."""
+    return option in OWN_DATA or option not in option_names("data")
 
 
 MANY = ("callbacks",)

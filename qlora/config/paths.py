@@ -11,7 +11,15 @@ from typing import Any
 from qlora.config.schema import FUNCTION_PATH, Config
 from qlora.errors import ConfigError, suggest
 
-NAMES_OR_PATHS = ("model.name", "model.tokenizer", "data.path", "data.eval_path", "data.template", "adapter")
+NAMES_OR_PATHS = (
+    "model.name",
+    "model.tokenizer",
+    "data.path",
+    "data.eval_path",
+    "data.template",
+    "adapter",
+    "lora.start",
+)
 """Keys that may also name something of the hub, an embedded part or a function."""
 PATHS = ("model.cache_dir", "data.cache_dir", "evaluation.path", "runs", "run", "source")
 """Keys that hold a path or a pattern of paths."""
@@ -59,7 +67,8 @@ def anchor_paths(config: Config, folder: Path) -> None:
             if key in PATHS or value.startswith(".") or path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
                 setattr(owner, name, str(path))
     uri = config.tracking.uri
-    if config.tracking.in_use == "mlflow" and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
+    is_mlflow = any(tracking.backend == "mlflow" for tracking in config.tracking.trackers)
+    if is_mlflow and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
         raise ConfigError(
             "hydra.job.chdir=true: MLflow's database lies below the folder that a run works in, so each run would have "
             f"its own; name one with tracking.uri, e.g. tracking.uri={DATABASE}{folder / 'mlflow.db'}"

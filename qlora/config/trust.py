@@ -27,7 +27,7 @@ VARIABLE = "QLORA_TRUSTED"
 
 REMOTE_CODE = "model.trust_remote_code"
 
-RESOLVERS = ("oc.*", "hydra", "now", "python_version", "qlora.folder", "qlora.job_name")
+RESOLVERS = ("oc.*", "hydra", "now", "python_version", "qlora.*")
 """The functions that a config's `${NAME:...}` may call: OmegaConf's, Hydra's and ours."""
 
 

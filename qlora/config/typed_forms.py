@@ -14,8 +14,9 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
+from qlora.config.default_values import default_options
 from qlora.config.fields import known_keys
-from qlora.config.options import CONF_DIR, MANY, default_options, group_names, model_presets
+from qlora.config.options import CONF_DIR, MANY, group_names, model_presets
 from qlora.config.overrides import parse_overrides, plain_value, possible_values, write_override
 from qlora.config.paths import is_row_file
 from qlora.config.schema.code_names import FUNCTION_PATH

@@ -154,7 +154,12 @@ def _count_shared(train: np.ndarray, held_out: np.ndarray) -> int:
 
 def log_losses(report: DataReport, config: DataConfig) -> None:
     """Says in a line each what the rows lost and what nothing reads, and warns of what should not be."""
-    limit = f" (data.max_length={config.max_length})" if config.max_length else ""
+    # The other limits together may leave no row of that length.
+    limit = (
+        f" (data.max_length={config.max_length})"
+        if config.max_length and config.longest_row == config.max_length
+        else ""
+    )
     cut_source, cut_target = (
         "" if getattr(config, key) is None else f" to data.{key}={getattr(config, key)}"
         for key in ("source_max_len", "target_max_len")

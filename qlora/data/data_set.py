@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import DataConfig, MixConfig, OnEmpty
+from qlora.config.schema.data import MOST_HELD_OUT
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
@@ -85,8 +86,8 @@ class RowSet:
         questions: Questions | None = None,
     ) -> None:
         self.config, self.part, self.tokenizer, self.cache, self.questions = config, part, tokenizer, cache, questions
-        self.fraction = 1.0
-        """Of the rows of all sets, those of this one."""
+        self.total_rows: int | None = None
+        """The rows of all sets of a mix together; None: this is the only set."""
 
     @cached_property
     def rows(self) -> Dataset:
@@ -99,7 +100,8 @@ class RowSet:
             return rows.select(range(min(most, len(rows))))
         limit = config.max_train_samples
         if limit is not None and config.splits_off:
-            limit += int(max(config.eval_dataset_size, 1))
+            size = config.eval_dataset_size
+            limit += MOST_HELD_OUT if size is None else int(max(size, 1))
         return self._load(self.part.fields.split, limit)
 
     def _load(self, split: str | tuple[str, ...], limit: int | None) -> Dataset:
@@ -189,9 +191,21 @@ class RowSet:
             held_out = held_out[: config.max_eval_samples]
         return np.sort(training), np.sort(held_out)
 
+    @property
+    def split_off(self) -> int:
+        """How many rows are split off to measure on."""
+        return 0 if self.split[1] is None else len(self.split[1])
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows of this set to measure on."""
+        return self.split_off > 0 or not self.config.splits_off
+
     def _held_out_size(self, count: int) -> int:
-        requested, key = self.config.eval_dataset_size, "data.eval_dataset_size"
-        size = max(round(requested * count if requested < 1 else requested * self.fraction), 1)
+        requested, key, total = self.config.eval_dataset_size, "data.eval_dataset_size", self.total_rows or count
+        if not requested:  # null, or 0
+            return min(round(self.config.held_out_count(total) * count / max(total, 1)), count // 4)
+        size = max(round(requested * count if requested < 1 else requested * count / total), 1)
         if size >= count:
             fewer = f"set {key}={max(count // 10, 1)}, or " if count > 1 else ""
             raise ConfigError(
@@ -243,8 +257,8 @@ class RowSet:
             self.cache.discard(key)
             lacking = "held-out rows has a token to measure" if for_eval else "rows has a token to train on"
             others = (
-                f"; hold out more rows than data.eval_dataset_size={self.config.eval_dataset_size:g}, or draw others "
-                "with data.split_seed"
+                "; hold out another number of rows with data.eval_dataset_size (0: none), or draw others with "
+                "data.split_seed"
             )
             way_out = others if for_eval and self.config.splits_off else ""
             raise DataError(f"{label}: none of the {counts.rows} {lacking}: {self._losses(counts)}{way_out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.schema import DataConfig, MixConfig
+from qlora.config.schema.data import FEWEST_HELD_OUT, MOST_HELD_OUT
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -19,6 +21,8 @@ from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, Questions, RowSet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,17 @@ def build_data(
     """
     cache = Cache(cache_root(config.cache_dir))
     sets = [RowSet(config, part, tokenizer, cache) for part in _parts(config)]
-    if config.mix and config.splits_off:
+    if config.splits_off:
         total = sum(len(part.rows) for part in sets)
         for part in sets:
-            part.fraction = len(part.rows) / total
+            part.total_rows = total
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
         evaluated_sets = [_own_held_out(config, sets, tokenizer, cache, like_training=need_train, questions=questions)]
+    if need_eval:
+        evaluated_sets = [part for part in evaluated_sets if part.holds_out]
+        _log_split(config, sets)
     held_out = [part.held_out() for part in evaluated_sets] if need_eval else []
     train, origin = _join(config, sets, [rows for rows, _ in trained]) if trained else (None, None)
     evaluated = _concatenate([rows for rows, _ in held_out]) if held_out else None
@@ -105,6 +112,21 @@ def build_data(
         warn_of_lost_texts(part, [counts for other, (_, counts) in pairs if other is part])
     template = next((part.template for part in used if part.template), used[0].chat_template)
     return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed, origin)
+
+
+def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
+    """Says how many rows are held out where no number of them was asked for."""
+    if not config.splits_off or config.eval_dataset_size:
+        return
+    total, count = sum(len(part.rows) for part in sets), sum(part.split_off for part in sets)
+    if config.eval_dataset_size == 0:
+        why = "data.eval_dataset_size=0: nothing is measured on rows that were not trained on"
+    elif not count:
+        why = "they are too few; data.eval_path=FILE brings others"
+    else:
+        rule = f"{count / total:.0%}, by default a tenth, {FEWEST_HELD_OUT} to {MOST_HELD_OUT:,} and no more than a"
+        why = f"{rule} quarter; data.eval_dataset_size=NUMBER sets it, 0 none"
+    log.info("%s: %s of %s rows are held out (%s)", config.name, f"{count:,}" if count else "none", f"{total:,}", why)
 
 
 def _parts(config: DataConfig) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.paths import cache_root
-from qlora.config.schema import Config, Weights
+from qlora.config.schema import Config, Keep, TrackingConfig, TrainerConfig, Weights
+from qlora.config.training_length import epoch_share
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
@@ -101,10 +103,19 @@ def _written(config: Config, plan: Plan) -> float:
             config.lora.r * (linears[name].inputs + linears[name].outputs) for layer in names for name in layer
         )
     weights, states = 4 * trained, 2 * (1 if "8bit" in config.trainer.optim else 4) * trained
-    saves = config.trainer.save_steps and (config.trainer.save_total_limit or MOST_CHECKPOINTS)
-    if saves and config.trainer.max_steps and config.trainer.save_steps:
-        saves = min(saves, max(1, config.trainer.max_steps // config.trainer.save_steps))
-    return weights + (saves or 0) * (weights + states)
+    return weights + _checkpoints(config.trainer) * (weights + states)
+
+
+def _checkpoints(trainer: TrainerConfig) -> int:
+    """Returns how many checkpoints are kept at a time; rows are not read here, so some shares of an epoch stay open."""
+    every, limit = trainer.save_steps, trainer.save_total_limit or MOST_CHECKPOINTS
+    if every is None:
+        return 1 if trainer.keep is Keep.best else 0
+    if isinstance(every, str) and trainer.num_train_epochs is not None:
+        return min(limit, max(1, math.ceil(trainer.num_train_epochs / epoch_share(every))))
+    if isinstance(every, int) and trainer.max_steps is not None:
+        return min(limit, max(1, trainer.max_steps // every))
+    return limit
 
 
 def check_rights(config: Config, folder: Path) -> Iterator[Finding]:
@@ -177,18 +188,23 @@ def _ask_hub() -> Iterator[Finding]:
 
 
 def check_tracking(config: Config) -> Iterator[Finding]:
-    """Looks whether the tracker's package and login are there."""
+    """Looks whether the packages and logins of the trackers are there."""
+    for tracking in config.tracking.trackers or [config.tracking]:
+        yield from _check_tracker(tracking, online=config.task.online)
+
+
+def _check_tracker(tracking: TrackingConfig, *, online: bool) -> Iterator[Finding]:
     from qlora.training.trackers import tracker_class
 
-    name = config.tracking.in_use
+    name = tracking.in_use
     try:
-        tracker = tracker_class(config.tracking)
-        yield fine("tracking", tracker.check_access(config.tracking))
+        tracker = tracker_class(tracking)
+        yield fine("tracking", tracker.check_access(tracking))
     except UserError as error:
         yield fail("tracking", str(error), "or tracking=none")
         return
     try:
-        if config.task.online and (account := tracker.account(config.tracking)) is not None:
+        if online and (account := tracker.account(tracking)) is not None:
             yield fine(f"{name} login", f"accepted: {account}")
     except Exception as error:  # of the network, or of the server
         yield fail(f"{name} login", f"not accepted: {first_line(error)}", f"{name} login --relogin")

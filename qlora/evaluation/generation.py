@@ -89,7 +89,7 @@ def end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) ->
 
 def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list[int]) -> HFGenerationConfig:
     """Returns transformers' settings without those that the chosen search does not read."""
-    options = asdict(config)
+    options = asdict(config) | {"max_new_tokens": config.new_tokens}
     del options["batch_size"]
     if not config.do_sample:  # only sampling reads these, and transformers warns about them otherwise
         for name in ("temperature", "top_p", "typical_p"):

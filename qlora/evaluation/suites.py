@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.schema import Config, EvaluationName
+from qlora.config.schema import Config, EvaluationName, GenerationConfig
 from qlora.errors import ConfigError
 from qlora.evaluation.generation import prompt_lengths
 from qlora.evaluation.lm_harness import LmHarness
 from qlora.evaluation.measure import Suite
 from qlora.evaluation.mmlu import HUB_SET, HUB_SUBSET, Mmlu, load_questions
+
+log = logging.getLogger(__name__)
 
 
 def build_suite(
@@ -59,16 +63,34 @@ def build_suite(
     )
 
 
-def check_context(rows: Dataset, answers: int | None, config: Config, context: int | None) -> None:
-    """Raises `ConfigError` if an answer could outgrow the model's context; `answers` rows are answered (None: all)."""
+def fit_answers(rows: Dataset, answers: int | None, config: Config, context: int | None) -> GenerationConfig:
+    """Returns `generation` with answers that the model's context holds; `answers` rows are answered (None: all).
+
+    The default of `max_new_tokens` shrinks to what fits. Raises `ConfigError` where a value that was asked for does not
+    fit, or nothing does.
+    """
+    generation = config.generation
     if answers == 0 or context is None:
-        return
+        return generation
     longest_prompt = int(prompt_lengths(rows)[:answers].max(initial=0))
-    new_tokens = config.generation.max_new_tokens
+    new_tokens = generation.new_tokens
     if longest_prompt + new_tokens > context:
+        if generation.max_new_tokens is None and (room := context - longest_prompt) >= max(
+            generation.min_new_tokens or 1, 1
+        ):
+            log.info(
+                "answers have up to %d tokens instead of %d: the longest prompt has %d, and %s reads %d "
+                "(generation.max_new_tokens)",
+                *(room, new_tokens, longest_prompt, config.model.name, context),
+            )
+            return replace(generation, max_new_tokens=room)
         remedies = [f"generation.max_new_tokens={context - longest_prompt}"] if context > longest_prompt else []
         remedies += [f"data.source_max_len={context - new_tokens}"] if context > new_tokens else []
+        remedies = remedies or [
+            f"generation.max_new_tokens={context // 4} data.source_max_len={context - context // 4}"
+        ]
         raise ConfigError(
             f"generation.max_new_tokens={new_tokens} on top of the longest prompt's {longest_prompt} tokens is more "
             f"than the {context} that {config.model.name} reads; set {' or '.join(remedies)}"
         )
+    return generation

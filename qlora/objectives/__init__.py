@@ -18,7 +18,11 @@ METHODS = (
 )
 
 
-def build_objective(config: LossConfig) -> Objective:
-    """Returns the objective of the config; raises `ConfigError` for a name that means none."""
-    objective: Objective = load_named(config.name, OBJECTIVES, group=GROUP, key="loss.name", methods=METHODS)(config)
+def build_objective(config: LossConfig, *, label_smoothing: float = 0.0) -> Objective:
+    """Returns the objective of the config; raises `ConfigError` for a name that means none.
+
+    `label_smoothing` is read by `sft` alone.
+    """
+    kind = load_named(config.name, OBJECTIVES, group=GROUP, key="loss.name", methods=METHODS)
+    objective: Objective = kind(config, label_smoothing) if label_smoothing else kind(config)
     return objective

@@ -10,10 +10,11 @@ from torch import Tensor
 from qlora.objectives.protocol import CHUNK, IGNORED
 
 
-def entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def entropy_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy, float32 [], and its gradient with respect to `logits` [tokens, vocabulary].
 
-    `targets` is int64 [tokens]; a token with the target -100 has no loss.
+    `targets` is int64 [tokens]; a token with the target -100 has no loss. `smoothing` is the share of a label's
+    probability that is spread evenly over the vocabulary.
     """
     fp32 = logits.float()
     highest = fp32.amax(1, keepdim=True)
@@ -22,9 +23,13 @@ def entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     counted = (targets != IGNORED)[:, None]
     target = targets.clamp(min=0)[:, None]
     chosen = fp32.gather(1, target)
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * fp32.mean(1, keepdim=True)
     loss = torch.where(counted, total.log() + highest - chosen, 0.0).sum()
-    hit = torch.arange(logits.shape[1], device=logits.device)[None, :] == target
-    gradient = torch.where(counted, exponents / total - hit.to(fp32.dtype), 0.0)
+    expected = (torch.arange(logits.shape[1], device=logits.device)[None, :] == target).to(fp32.dtype)
+    if smoothing:
+        expected = (1 - smoothing) * expected + smoothing / logits.shape[1]
+    gradient = torch.where(counted, exponents / total - expected, 0.0)
     return loss, gradient.to(logits.dtype)
 
 

@@ -5,6 +5,7 @@ Every such token of an optimizer step weighs the same, whichever row, micro-batc
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.schema import LossConfig
@@ -20,8 +21,10 @@ class SupervisedFinetuning:
     columns = ("input_ids", "labels")
     is_model_loss = True
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
+    def __init__(self, config: LossConfig, label_smoothing: float = 0.0) -> None:
+        """Takes the config, and the share of each label's probability that is spread over all tokens."""
+        self.config, self.label_smoothing = config, label_smoothing
+        self.is_model_loss = not label_smoothing
 
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the labels that the data pipeline has set."""
@@ -34,7 +37,10 @@ class SupervisedFinetuning:
         from qlora.objectives.linear_cross_entropy import entropy_and_gradient, linear_cross_entropy
 
         self._linear_cross_entropy = linear_cross_entropy
-        self._chunk_loss = torch.compile(entropy_and_gradient) if compiled else entropy_and_gradient
+        chunk_loss = entropy_and_gradient
+        if self.label_smoothing:
+            chunk_loss = partial(entropy_and_gradient, smoothing=self.label_smoothing)
+        self._chunk_loss = torch.compile(chunk_loss) if compiled else chunk_loss
 
     def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor:
         """Returns the loss, chunk by chunk."""
@@ -44,11 +50,21 @@ class SupervisedFinetuning:
         return total / (count if count is not None else (targets != IGNORED).sum())
 
     def loss_on_logits(self, logits: Tensor, labels: Tensor, count: Any) -> Tensor:
-        """Returns the loss as transformers' models compute it."""
+        """Returns the loss as transformers' models compute it, with smoothed labels where they are asked for."""
+        if self.label_smoothing:
+            return self._smoothed(logits, labels, count)
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=count)
         return loss
+
+    def _smoothed(self, logits: Tensor, labels: Tensor, count: Any) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        targets = next_tokens(labels).reshape(-1).to(logits.device)
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        total = cross_entropy(flat, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        return total / (count if count is not None else (targets != IGNORED).sum())
 
     def metrics(self) -> dict[str, float]:
         """Returns nothing: the loss says it all."""

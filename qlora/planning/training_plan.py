@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora.config.options import model_presets
 from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
+from qlora.config.training_length import TrainingLength, training_length
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
@@ -37,6 +38,8 @@ class Plan:
     config: Config
     training: Training
     card: Gpu
+    length: TrainingLength | None
+    """Its steps and epochs; None: the rows are not known here."""
 
     @property
     def setup(self) -> Setup:
@@ -59,11 +62,16 @@ class Plan:
         return self.training.fits(self.card)
 
     @property
+    def steps(self) -> int | None:
+        """The optimizer steps; None: they follow from rows that are not known here."""
+        return self.config.trainer.max_steps if self.length is None else self.length.steps
+
+    @property
     def hours(self) -> float | None:
         """How long the steps of the whole training take; None where their number or the card's speed is unknown."""
-        if self.speed is None or self.config.trainer.max_steps is None:
+        if self.speed is None or self.steps is None:
             return None
-        return self.config.trainer.max_steps * self.training.accumulation * self.speed.seconds / 3600
+        return self.steps * self.training.accumulation * self.speed.seconds / 3600
 
     @cached_property
     def most_rows(self) -> dict[str, int]:
@@ -92,19 +100,23 @@ class Plan:
         return {"paper_gb": PAPER[preset], "planned_gb": (same.peak + same.paged) / 1e9}
 
 
-def build_plan(config: Config) -> Plan:
-    """Returns the plan of a training run; raises a `UserError` where a part of it is not known."""
+def build_plan(config: Config, rows: int | None = None) -> Plan:
+    """Returns the plan of a training run on `rows` rows, where they are known.
+
+    Raises a `UserError` where another part of it is not known.
+    """
+    length = training_length(config.trainer, rows) if rows else None
     card = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
     if config.trainer.memory_budget is None:
-        return Plan(config, training, card)
+        return Plan(config, training, card, length)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
         card = replace(card, memory=min(card.memory, budget + CONTEXT))
     if (fewest := fewest_checkpointed(training, card)) is not None:
-        return Plan(config, change(training, checkpointed=fewest), card)
+        return Plan(config, change(training, checkpointed=fewest), card, length)
     offloaded = fewest_offloaded(training, card)
-    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), card)
+    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), card, length)
 
 
 def find_shape(config: Config) -> Shape:

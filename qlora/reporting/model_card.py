@@ -12,6 +12,7 @@ from typing import Any
 from qlora.config.schema import ComputeDtype, Config, LoraInit, Weights
 from qlora.quantization.method import find_method
 from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
+from qlora.reporting.kept import kept_lines
 from qlora.reporting.manifest import versions
 from qlora.runtime.atomic_files import write_text
 from qlora.text import format_metric, format_range, is_detail, quoted
@@ -55,7 +56,7 @@ def write_model_card(
         if config.lora.enabled and config.model.weights is Weights.random
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
-        markdown_table(("setting", "value"), _settings(config, compute_dtype, unquantized)),
+        markdown_table(("setting", "value"), _settings(config, compute_dtype, unquantized) + kept_lines(result)),
         "## Reproduce",
         markdown_block(command, "bash"),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".",
@@ -180,7 +181,7 @@ def _use(
         lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, {options}).eval()"]
     text = repr(prompt) if prompt is not None else '"..."  # in the form of the training rows'
     lines += ["", f"prompt = {text}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
-    lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.max_new_tokens})"]
+    lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.new_tokens})"]
     lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
     return markdown_block("\n".join(lines), "python")
 
@@ -208,6 +209,8 @@ def _settings(config: Config, compute_dtype: str | None, unquantized: str | None
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
+        if lora.start is not None:
+            rows.append(("trained further from", lora.start))
         extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]
         extras.append((f"LoRA+ ratio {lora.loraplus_lr_ratio}", lora.loraplus_lr_ratio is not None))
         extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))

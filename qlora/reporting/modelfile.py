@@ -203,7 +203,7 @@ def _parameters(generation: GenerationConfig) -> dict[str, float]:
     return {
         **(sampling if generation.do_sample else {"temperature": 0}),
         "repeat_penalty": generation.repetition_penalty,
-        "num_predict": generation.max_new_tokens,
+        "num_predict": generation.new_tokens,
     }
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from qlora.errors import DamagedFile
 from qlora.reporting.history import Curve, curves, read_history
+from qlora.reporting.kept import kept_lines
 from qlora.reporting.rendering import (
     chart,
     first_smoothing,
@@ -77,7 +78,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
     answers = [_answer(record) for record in _intact(lambda: read_lines(folder.predictions, ANSWERS)) or []]
     metrics = result.get("metrics", {})
     model = [(label, text) for label, text in manifest.get("model", {}).items()
-             if label != "folder" and isinstance(text, str)]  # fmt: skip
+             if label != "folder" and isinstance(text, str)] + kept_lines(result)  # fmt: skip
     sections = {
         "metrics": "Metrics",
         "curves": "Curves" if charts else "",

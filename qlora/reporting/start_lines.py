@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora.config.schema import Config
+from qlora.config.training_length import TrainingLength
 from qlora.quantization.method import find_method
 from qlora.runtime import distributed
 
@@ -37,15 +38,21 @@ def evaluation_lines(config: Config, report: DataReport | None) -> dict[str, str
 
 
 def training_lines(
-    config: Config, report: DataReport, count: ParameterCount, *, left_out: str | None, rows_a_step: int
+    config: Config,
+    report: DataReport,
+    count: ParameterCount,
+    *,
+    left_out: str | None,
+    rows_a_step: int,
+    length: TrainingLength,
+    keeps: str,
 ) -> dict[str, str]:
-    """Returns the lines on what is trained, on which rows, and in which steps.
+    """Returns the lines on what is trained, on which rows, in which steps, and what is kept of it.
 
     `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter.
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
-    length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
     unit = "packs" if report.packs else "rows"
     return {
         "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
@@ -57,4 +64,5 @@ def training_lines(
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
         f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {unit} a step",
         "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type})",
+        "keeps": keeps,
     }

@@ -33,9 +33,17 @@ ADDED_KEYS: dict[str, Any] = {
     "trainer.step_parts": [],
     "quantization.method": "auto",
     "data.max_samples": None,
+    "lora.start": None,
+    "trainer.label_smoothing_factor": 0.0,
+    "trainer.neftune_noise_alpha": None,
+    "trainer.keep": "last",
+    "trainer.keep_metric": None,
 }
 """Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those
 of the entries of `data.mix`."""
+
+FORMER_DEFAULTS: dict[str, Any] = {"generation.max_new_tokens": 256}
+"""Keys that may be null, with the values that the configs of older runs hold where nothing was asked for."""
 
 
 @dataclass(frozen=True)
@@ -211,13 +219,22 @@ def _force(previous: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a resolved config by full keys, with those that a config of an older run lacks."""
-    return {**ADDED_KEYS, **dict(flatten(config))}
+    return {**ADDED_KEYS, **{key: _former(key, value) for key, value in flatten(config)}}
+
+
+def _former(key: str, value: Any) -> Any:
+    """Returns the value of a key as an older run has recorded it."""
+    return FORMER_DEFAULTS.get(key) if value is None else value
 
 
 def config_digest(config: Mapping[str, Any], free: Iterable[str] = FREE_KEYS) -> str:
     """Returns the SHA-256 of a resolved config without its `free` keys, for any spelling of the config."""
     free = tuple(free)
-    values = {key: value for key, value in flatten(config) if not is_below(key, free) and not _is_as_before(key, value)}
+    values = {
+        key: _former(key, value)
+        for key, value in flatten(config)
+        if not is_below(key, free) and not _is_as_before(key, value)
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

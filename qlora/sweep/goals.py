@@ -64,6 +64,7 @@ def _missing_override(config: Config, name: str) -> str | None:
     needs = {
         "task=train": training or (of_rows and measures),
         "task.train=true": task.train or of_rows,
+        "rows to measure (data.eval_dataset_size above 0)": config.data.holds_out or not of_rows,
         "task.evaluate=true": task.evaluate or not of_rows or not (training or of_base),
         "evaluation.baseline=true": config.evaluation.baseline or not of_base,
     }

@@ -253,7 +253,7 @@ def _next_retry(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 def _pruner_defaults(settings: SearchSettings, example: Config) -> dict[str, Any]:
     """Returns the steps between which Hyperband prunes: the first evaluation and the end of training."""
     trainer = example.trainer
-    if settings.pruner != "hyperband" or trainer.eval_steps is None:
+    if settings.pruner != "hyperband" or not isinstance(trainer.eval_steps, int):  # a share of an epoch needs the rows
         return {}
     return {"min_resource": trainer.eval_steps, "max_resource": trainer.max_steps or "auto"}
 

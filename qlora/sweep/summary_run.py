@@ -25,17 +25,18 @@ JOB_TYPE = "sweep"
 
 
 def track_sweep(sweep: Sweep, tracking: TrackingConfig) -> None:
-    """Creates or updates the run that shows the sweep, where the tracker has one for sweeps (wandb and MLflow).
+    """Creates or updates the run that shows the sweep in each tracker that has one for sweeps (wandb and MLflow).
 
     A tracker that cannot be reached costs a line on the screen only: the jobs are done.
     """
-    try:
-        lines = tracker_class(tracking).log_sweep(tracking, summary_run(sweep), summarize(sweep))
-    except UserError as error:
-        say(Text(printable(f"the sweep as a whole is not tracked: {error}"), style="yellow"))
-        return
-    for label, text in lines:
-        say(f"{label:<12} {text}")
+    for single in tracking.trackers:
+        try:
+            lines = tracker_class(single).log_sweep(single, summary_run(sweep), summarize(sweep))
+        except UserError as error:
+            say(Text(printable(f"the sweep as a whole is not tracked: {error}"), style="yellow"))
+            continue
+        for label, text in lines:
+            say(f"{label:<12} {text}")
 
 
 def track_other_engine(folder: Path, choices: Mapping[str, Any], tracking: TrackingConfig) -> None:

@@ -21,6 +21,7 @@ from qlora.runtime.needs import Needs
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.task_result import TaskResult
+from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import Task, TaskJob, WholeSweep
 
 TASKS: dict[str, str] = {name.value: f"{__name__}.{name.value}" for name in TaskName}
@@ -46,6 +47,8 @@ def build_job(
     whole_sweep: WholeSweep | None = None,
 ) -> TaskJob:
     """Returns the task of a config, ready to run in a folder."""
+    if config.task.name.trains and config.task.train:
+        config = with_start(config, overrides)
     needs = needs_of(config)
     return TaskJob(config, RunFolder(Path(folder)), list(overrides), sweep, needs, whole_sweep=whole_sweep)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.schema import Config, DataConfig
+from qlora.config.training_length import training_length
 from qlora.data.batching.packing import efficiency, pack
 from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.token_store import column
@@ -21,9 +22,8 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
     """Collects what a person must see before a training run: facts, warnings, lengths and the first rows."""
     assert data.train is not None
     report, trainer = data.report, config.trainer
-    step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
-    units = report.packs if report.packs is not None else report.train_rows
+    length = training_length(trainer, len(data.packed or data.train), unit="packs" if data.packed else "rows")
     lines = [
         ("format", f"{report.format}, by {report.recognised}"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
@@ -41,9 +41,10 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         ("packing", _packing(config.data, data)),
         (
             "steps",
-            f"{-(-units // step):,} an epoch, of {trainer.per_device_train_batch_size} x "
-            f"{trainer.gradient_accumulation_steps} {'packs' if data.packed else 'rows'}",
+            f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
+            f"{trainer.gradient_accumulation_steps} {length.unit}",
         ),
+        ("training", str(length)),
     ]
     limits = {
         "source": config.data.source_max_len,
@@ -54,7 +55,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
     return Preview(
         title=f"{source} as {report.format}",
         summary=lines,
-        warnings=_warnings(report, tokenizer, config),
+        warnings=[*_warnings(report, tokenizer, config), *([length.warning] if length.warning else [])],
         rows=[_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},

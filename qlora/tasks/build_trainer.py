@@ -31,6 +31,7 @@ from qlora.session import Session
 from qlora.step.fast_step import FastStep, Packs
 from qlora.text import parse_size
 from qlora.training.arguments import build_arguments
+from qlora.training.keep import KeepCallback
 from qlora.training.memory_budget import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.profiling import ProfileCallback
@@ -54,6 +55,7 @@ def build_trainer(
         device=placement.device,
         compute=placement.compute_dtype,
         seed=config.seed,
+        length=session.length,
     )
     if arguments.world_size != distributed.world_size():
         raise RunError(
@@ -94,10 +96,12 @@ def build_trainer(
         callbacks=[
             ProgressCallback(session.folder.progress),
             TrackerCallback(tracker),
+            KeepCallback(session.keep_rule),
             *([ProfileCallback(session.folder.trace, placement.device)] if config.trainer.profile else []),
             *_build_pruning(),
             *callbacks,
         ],
+        needed=session.keep_rule.needed,
     )
     if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
         check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)

@@ -112,7 +112,7 @@ class ChatModel:
         """The longest prompt in tokens: what an answer of `generation.max_new_tokens` leaves, at least half."""
         if self.context is None:
             return None
-        return max(self.context - self.generation.max_new_tokens, self.context // 2)
+        return max(self.context - self.generation.new_tokens, self.context // 2)
 
     def answer(self, prompt: list[int], show: Callable[[str], None], *, base: bool = False) -> Reply:
         """Returns the answer to a prompt (token ids) and shows it as it comes; Ctrl-C ends it early.
@@ -123,7 +123,7 @@ class ChatModel:
         stream = Stream(tokenizer, end_token_ids(model, tokenizer), self.encoder.writer.stop_text, show)
         settings = build_settings(config, pad_token_id=self.pad_token_id, end_ids=list(stream.end_ids))
         if self.context is not None:
-            settings.max_new_tokens = min(config.max_new_tokens, self.context - len(prompt))
+            settings.max_new_tokens = min(config.new_tokens, self.context - len(prompt))
             settings.min_new_tokens = min(config.min_new_tokens or 0, settings.max_new_tokens) or None
         options: dict[str, Any] = community_code(config)
         as_it_comes = config.num_beams == 1 and not options

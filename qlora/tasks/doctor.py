@@ -9,6 +9,7 @@ from qlora.doctor import count_findings, examine, print_finding, stop_at_errors
 from qlora.runtime import console
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
+from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import TaskJob
 
 
@@ -21,7 +22,7 @@ def run(job: TaskJob) -> TaskResult:
     """Checks everything, and prints the table; writes nothing. Raises `UserError` where something is an error."""
     findings = []
     console.start_screen([])
-    for finding in examine(job.config, job.folder.path):
+    for finding in examine(with_start(job.config, job.overrides), job.folder.path):
         findings.append(finding)
         print_finding(finding)
     counts = count_findings(findings)

@@ -33,7 +33,7 @@ def run(job: TaskJob) -> TaskResult:
     session = job.session
     _ = session.trained  # before the rows: an adapter of another base fails at once
     _ = session.suite  # before the model: a broken file of questions fails at once, and so do rows
-    if session.measures_rows:
+    if session.reads_rows:
         _ = session.measurer
     job.create_folder()
     model = load_model(job)

@@ -28,7 +28,7 @@ def load_model(job: TaskJob) -> PreTrainedModel | PeftModel:
     """Loads what `adapter` names, and prints the start screen of a task that measures it or lets it answer."""
     session = job.session
     model = session.load_trained()
-    report = session.data.report if session.measures_rows else None
+    report = session.data.report if session.reads_rows else None
     lines = session.describe(model).lines | evaluation_lines(job.config, report) | differs_line(job)
     console.start_screen(list(lines.items()))
     return model

@@ -40,8 +40,8 @@ def run(job: TaskJob) -> TaskResult:
         )
     _check_quantization(job, adapter)
     job.create_folder()
-    assert session.data.eval is not None
-    rows = session.data.eval.select(range(min(job.config.merge.prompts, len(session.data.eval))))
+    held_out = session.measurer.rows
+    rows = held_out.select(range(min(job.config.merge.prompts, len(held_out))))
     session.tokenizer.chat_template = session.saved_template or session.data.template.text
     merge = Merge(
         config=job.config,

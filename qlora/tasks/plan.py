@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from qlora.config.paths import short_path
-from qlora.config.schema import Config
+from qlora.config.schema import Config, DataConfig
 from qlora.planning.advice import fewest_checkpointed
 from qlora.planning.time_plan import EFFICIENCY
 from qlora.planning.training_plan import Plan, build_plan
@@ -18,21 +20,25 @@ from qlora.runtime.atomic_files import write_text
 from qlora.runtime.needs import Needs
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.task_result import TaskResult
+from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import TaskJob
 from qlora.text import format_duration
+
+log = logging.getLogger(__name__)
 
 PLAN_KEYS = {"bf16_adapters": "narrow"}
 """The keys of `plan.json` that are not the names of fields."""
 
 
 def needs(config: Config) -> Needs:
-    """Returns what planning needs: the shape of the model only."""
-    return Needs()
+    """Returns what planning needs: the shape of the model, and the number of rows in local files."""
+    return Needs(caches=True)
 
 
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
-    plan = build_plan(job.config)
+    config = with_start(job.config, job.overrides)
+    plan = build_plan(config, _count_rows(config.data))
     job.create_folder()
     print_plan(plan)
     result = _build_result(plan, job.folder)
@@ -40,6 +46,15 @@ def run(job: TaskJob) -> TaskResult:
     console.say()
     console.say_rows([("plan", short_path(result.paths["plan"]))])
     return result
+
+
+def _count_rows(data: DataConfig) -> int | None:
+    """Returns the rows to train on where they lie in local files; None: nothing is read."""
+    if not (data.mix or Path(data.path or "").expanduser().exists() or "*" in (data.path or "")):
+        return None
+    from qlora.data.row_count import count_training_rows  # imports `datasets`
+
+    return count_training_rows(data)
 
 
 def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
@@ -51,6 +66,8 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         "plan_fits": float(plan.fits),
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
+        **({"plan_steps": plan.steps} if plan.steps is not None else {}),
+        **({"plan_epochs": plan.length.epochs} if plan.length is not None else {}),
     }
     quantization = plan.config.quantization
     setup = {"bits": quantization.bits, "double_quant": quantization.double_quant, "wide": plan.setup.fp32}
@@ -124,6 +141,8 @@ def print_plan(plan: Plan) -> None:
     console.say()
     _heading("Time")
     console.say_rows(_times(plan))
+    if plan.length is not None and plan.length.warning is not None:
+        log.warning(plan.length.warning)
     if (paper := plan.paper) is not None:
         console.say()
         _heading("Beside the paper, one row of 512 tokens with paged states")
@@ -148,17 +167,19 @@ def _fitting(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _times(plan: Plan) -> list[tuple[str, str]]:
-    speed, trainer = plan.speed, plan.config.trainer
+    speed = plan.speed
+    length = [("steps", str(plan.length))] if plan.length is not None else []
     if speed is None:
-        return [("tokens a second", f"unknown: {plan.card.name} is not in the table of cards")]
+        return [*length, ("tokens a second", f"unknown: {plan.card.name} is not in the table of cards")]
     efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the card's {plan.card.tflops:,.0f} TFLOP/s"
-    rows = [("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})")]
+    rows = [*length, ("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})")]
     if plan.hours is None:
-        rows.append(("whole training", "unknown: trainer.num_train_epochs counts rows, which are not read here"))
+        why = "trainer.num_train_epochs counts rows, which are read from local files only"
+        rows.append(("whole training", f"unknown: {why}"))
     else:
         step = plan.setup.rows * plan.training.accumulation
         time = format_duration(3600 * plan.hours)
-        rows.append(("whole training", f"{time} for {trainer.max_steps:,} steps of {step:,} rows"))
+        rows.append(("whole training", f"{time} for {plan.steps:,} steps of {step:,} rows"))
     return [*rows, ("assumed", f"matrix products at {efficiency}, and every row {plan.setup.length:,} tokens long")]
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
-from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.reporting.kept import kept_lines
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
 from qlora.reporting.model_card import write_model_card
 from qlora.reporting.run_page import write_run_page
@@ -39,8 +39,9 @@ if TYPE_CHECKING:  # which import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qlora.evaluation.measure import Measurement
+    from qlora.evaluation.measure import Measurement, Measurer
     from qlora.session import Session
+    from qlora.training.keep import Kept
     from qlora.training.trainer import QLoraTrainer
 
 
@@ -52,7 +53,7 @@ def needs(config: Config) -> Needs:
     task, evaluation = config.task, config.evaluation
     scored = evaluation.generate_samples if evaluation.metrics else 0
     scored = scored if task.evaluate else 0
-    is_tracked = config.tracking.in_use != NO_TRACKER
+    is_tracked = bool(config.tracking.trackers)
     printed = evaluation.show_predictions if task.predict or is_tracked else 0
     return Needs(
         torch=True,
@@ -76,7 +77,10 @@ def run(job: TaskJob) -> TaskResult:
     patience = Patience(
         seconds=job.config.trainer.disk_wait,
         # The oldest would go when the next one is saved.
-        make_room=lambda: distributed.is_main_process() and remove_surplus(job.folder.checkpoints, limit and limit - 1),
+        make_room=lambda: (
+            distributed.is_main_process()
+            and remove_surplus(job.folder.checkpoints, limit and limit - 1, session.keep_rule.needed)
+        ),
         check=session.stop.check,
     )
     training = Training(job)
@@ -105,6 +109,7 @@ class Training:
         self.steps = 0
         self._has_config = False
         self._planned_peak_gb = 0.0
+        self._kept: Kept | None = None
         self.unquantized: str | None = None
         """The parts of the base that are not quantized, for the model card."""
 
@@ -132,8 +137,9 @@ class Training:
             _ = session.objective
         preflight(self.config)
         _ = session.is_trainable
+        _ = session.start
         checkpoint = self._find_checkpoint(resolved) if self.config.task.train else None
-        data, _, _ = session.data, session.measurer, session.suite  # before the model: a broken data set fails at once
+        data, _, _ = session.data, self._measurer, session.suite  # before the model: a broken data set fails at once
         _ = session.tokens_without_embedding
         rows = (self.folder.stored_manifest() or {}).get("data")
         is_same &= self.folder.check_same_rows(rows, asdict(data.report), resolved)
@@ -190,7 +196,7 @@ class Training:
         if saved is not None:
             return TaskResult.from_dict(saved)
         preflight(self.config)
-        _, _, _ = self.session.data, self.session.measurer, self.session.suite
+        _, _, _ = self.session.data, self._measurer, self.session.suite
         distributed.check_same("base weights", self.session.base.fingerprint)
         callbacks = _build_callbacks(self.config)
         model = self.session.build_model()
@@ -276,6 +282,8 @@ class Training:
         with self._history_kept(trainer):
             self._run_steps(trainer, checkpoint)
         runtime = time.monotonic() - started
+        if self._kept is not None:
+            console.say_rows(kept_lines({"kept": self._kept.to_dict({})}))
         write_json(self.folder.history, trainer.state.log_history)
         self.steps = trainer.state.global_step
         self._planned_peak_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
@@ -296,12 +304,24 @@ class Training:
             raise
 
     def _run_steps(self, trainer: QLoraTrainer, checkpoint: Path | None) -> None:
-        """Trains from the main process' checkpoint; raises `Stopped` if a signal ended that, when all is saved."""
+        """Trains from the main process' checkpoint, and makes the model what `trainer.keep` keeps.
+
+        Raises `Stopped` if a signal ended the steps, when all is saved.
+        """
+        from qlora import adapters
+        from qlora.training.keep import keep_weights
+
         with self.session.stop.after_step():
             trainer.run(distributed.broadcast(checkpoint))
         self.session.stop.check()
+        self._kept = keep_weights(trainer, self.session.keep_rule, adapters.average_trained)
 
     # Measuring
+
+    @property
+    def _measurer(self) -> Measurer | None:
+        """What measures the held-out rows; None: none are held out."""
+        return self.session.measurer if self.session.measures_rows else None
 
     def _measure_base(self, model: PreTrainedModel | PeftModel) -> Measurement:
         """Measures the untuned base once; a resumed run reads what the first start measured.
@@ -311,7 +331,8 @@ class Training:
         from qlora import adapters
         from qlora.evaluation.measure import Measurement
 
-        if not (self.config.evaluation.baseline and self.config.task.evaluate):
+        measures = self.session.measures_rows or self.session.suite is not None
+        if not (self.config.evaluation.baseline and self.config.task.evaluate and measures):
             return Measurement()
         path = self.folder.baseline
         saved = distributed.broadcast(read_json(path) if distributed.is_main_process() else None)
@@ -331,7 +352,7 @@ class Training:
 
         task, session = self.config.task, self.session
         measured = session.measure(model) if task.evaluate else Measurement()
-        if not task.predict:
+        if not (task.predict and session.measures_rows):
             return replace(measured, predictions=[])
         if measured.predictions:
             return measured
@@ -352,8 +373,16 @@ class Training:
         self.unquantized = summary.unquantized
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
+        if (warning := session.length.warning) is not None:
+            log.warning(warning)
         return summary.lines | training_lines(
-            self.config, report, summary.count, left_out=summary.unadapted, rows_a_step=session.rows_a_step
+            self.config,
+            report,
+            summary.count,
+            left_out=summary.unadapted,
+            rows_a_step=session.rows_a_step,
+            length=session.length,
+            keeps=session.keep_rule.describe(measures=session.measures_rows),
         )
 
     def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
@@ -361,7 +390,10 @@ class Training:
         from qlora.models.license import read_license
 
         folder, session, command = self.folder, self.session, ["qlora", *self.job.overrides, *self.job.options]
-        result = build_result(self.job, metrics, measured, base, more={"measured": describe_used(self.job)})
+        more: dict[str, Any] = {"measured": describe_used(self.job)}
+        if self._kept is not None:
+            more["kept"] = self._kept.to_dict(metrics)
+        result = build_result(self.job, metrics, measured, base, more=more)
         for parent in (folder.adapter, folder.model, folder.path):
             if parent.is_dir():
                 card = write_model_card(
@@ -373,7 +405,7 @@ class Training:
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
                     license=read_license(self.config.model),
-                    example_prompt=session.measurer.rows[0]["prompt"],
+                    example_prompt=self._measurer.rows[0]["prompt"] if self._measurer is not None else None,
                 )
         result.paths["card"] = str(card)
         write_json(folder.path / "metrics.json", metrics)

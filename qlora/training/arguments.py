@@ -9,13 +9,24 @@ from transformers import TrainingArguments
 
 from qlora.config.optimizers import write_arguments
 from qlora.config.schema import TrainerConfig
+from qlora.config.training_length import TrainingLength
 from qlora.upstream.transformers_trainer import checkpointing_arguments, use_one_gpu
 
 
 def build_arguments(
-    config: TrainerConfig, *, output_dir: Path, device: torch.device, compute: torch.dtype, seed: int
+    config: TrainerConfig,
+    *,
+    output_dir: Path,
+    device: torch.device,
+    compute: torch.dtype,
+    seed: int,
+    length: TrainingLength | None = None,
 ) -> TrainingArguments:
-    """Returns transformers' arguments; nothing in them is left to a default that a config could contradict."""
+    """Returns transformers' arguments; nothing in them is left to a default that a config could contradict.
+
+    `length` resolves intervals that are a share of an epoch.
+    """
+    intervals = length or config
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=device.type == "cpu",
@@ -37,16 +48,17 @@ def build_arguments(
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
+        neftune_noise_alpha=config.neftune_noise_alpha,
         **checkpointing_arguments(config.gradient_checkpointing),
         bf16=compute is torch.bfloat16,
         fp16=compute is torch.float16,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.logging_steps,
         logging_first_step=True,
-        eval_strategy="steps" if config.eval_steps else "no",
-        eval_steps=config.eval_steps,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
+        eval_strategy="steps" if intervals.eval_steps else "no",
+        eval_steps=intervals.eval_steps,
+        save_strategy="steps" if intervals.save_steps else "no",
+        save_steps=intervals.save_steps or 500,
         save_total_limit=config.save_total_limit,
         dataloader_num_workers=config.dataloader_num_workers,
         # Nothing between two logs may wait for the device: batches are copied while it computes, losses are not

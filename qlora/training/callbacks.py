@@ -11,6 +11,7 @@ from qlora.config.registries.installed import installed_names
 from qlora.config.schema.code_names import CALLBACK_GROUP, is_installed_callback
 from qlora.config.user_code import import_class
 from qlora.errors import ConfigError, UserError
+from qlora.text import higher_is_better
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +36,22 @@ def build_callbacks(nodes: dict[str, dict[str, Any]]) -> list[TrainerCallback]:
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops when `metric` has not fallen by more than `min_delta` for `patience` evaluations in a row."""
+    """Stops when `metric` has not become better by more than `min_delta` for `patience` evaluations in a row."""
 
     def __init__(self, patience: int = 3, min_delta: float = 0.0, metric: str = "eval_loss") -> None:
         self.patience, self.min_delta, self.metric = patience, min_delta, metric
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compares the latest evaluations; reads the trainer's own history, so that a resumed run continues."""
-        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        sign = -1 if higher_is_better(self.metric) else 1
+        values = [sign * entry[self.metric] for entry in state.log_history if self.metric in entry]
         if len(values) <= self.patience:
             return
         best_before = min(values[: -self.patience])
         if min(values[-self.patience :]) > best_before - self.min_delta:
             log.info(
-                "early stopping at step %d: %s has not fallen below %.4f for %d evaluations",
-                *(state.global_step, self.metric, best_before, self.patience),
+                "early stopping at step %d: %s has not %s %.4f for %d evaluations",
+                *(state.global_step, self.metric, "risen above" if sign < 0 else "fallen below"),
+                *(sign * best_before, self.patience),
             )
             control.should_training_stop = True

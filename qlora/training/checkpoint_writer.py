@@ -14,7 +14,7 @@ import torch
 from qlora.errors import RunError
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import folder_size, patiently, replace_folder
-from qlora.training.checkpoints import UNFINISHED, finalize, flushing, remove_surplus
+from qlora.training.checkpoints import UNFINISHED, Needed, finalize, flushing, needs_none, remove_surplus
 
 OTHER_BYTES = 2**20
 """Bytes of a checkpoint beside weights and moments."""
@@ -23,9 +23,9 @@ OTHER_BYTES = 2**20
 class CheckpointWriter:
     """Writes the checkpoints of a training run to one folder."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        """Takes the folder and an estimate of a checkpoint's bytes."""
-        self.folder, self.size = folder, size
+    def __init__(self, folder: Path, size: int, needed: Needed = needs_none) -> None:
+        """Takes the folder, an estimate of a checkpoint's bytes, and what names the checkpoints that may not go."""
+        self.folder, self.size, self.needed = folder, size, needed
         self.target = folder
         """The folder in which the library writes a checkpoint."""
         self._random_states: list[tuple[str, bytes]] = []
@@ -35,7 +35,7 @@ class CheckpointWriter:
         path = self.folder / f"checkpoint-{step}"
         patiently(path, lambda: self._write(path, save, metadata), size=self.size)
         self.size = folder_size(path)
-        while remove_surplus(self.folder, limit):
+        while remove_surplus(self.folder, limit, self.needed):
             pass
 
     def _write(self, path: Path, save: Callable[[], None], metadata: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,29 @@ def set_aside(checkpoint: Path, why: str) -> Path:
     return checkpoint.rename(path)
 
 
-def remove_surplus(folder: Path, limit: int | None) -> bool:
-    """Removes the oldest checkpoint if there are more than `limit`, but never the newest; returns whether it did."""
+Needed = Callable[[Sequence[Path]], set[Path]]
+"""Returns the checkpoints that a run may need that ends, or resumes, at one of those that are retained."""
+
+
+def needs_none(retained: Sequence[Path]) -> set[Path]:
+    """Returns nothing: a run that keeps its last step needs no checkpoint but the newest."""
+    return set()
+
+
+def remove_surplus(folder: Path, limit: int | None, needed: Needed = needs_none) -> bool:
+    """Removes the oldest checkpoint that is neither one of the `limit` newest nor `needed`; returns whether it did.
+
+    The newest is never removed.
+    """
     checkpoints = find_checkpoints(folder)
     if limit is None or len(checkpoints) <= max(limit, 1):
         return False
-    shutil.rmtree(checkpoints[0])
-    return True
+    retained = checkpoints[-max(limit, 1) :]
+    kept = {*retained, *needed(retained)}
+    surplus = next((checkpoint for checkpoint in checkpoints if checkpoint not in kept), None)
+    if surplus is not None:
+        shutil.rmtree(surplus)
+    return surplus is not None
 
 
 def _files(checkpoint: Path, pool: ThreadPoolExecutor) -> dict[str, tuple[int, list[str]]]:

@@ -46,7 +46,15 @@ from qlora.training.batches import (
     without_labels,
 )
 from qlora.training.checkpoint_writer import CheckpointWriter, estimate_checkpoint, fitting
-from qlora.training.checkpoints import DIVERGED, find_checkpoints, last_checkpoint, set_aside, step_of
+from qlora.training.checkpoints import (
+    DIVERGED,
+    Needed,
+    find_checkpoints,
+    last_checkpoint,
+    needs_none,
+    set_aside,
+    step_of,
+)
 from qlora.training.flat_optimizer import flatten_groups, run_ahead
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
@@ -102,11 +110,13 @@ class QLoraTrainer(Trainer):
         watchdog: WatchdogConfig,
         name_rows: Callable[[int], list[NamedRow]],
         callbacks: list[TrainerCallback],
+        needed: Needed = needs_none,
     ) -> None:
         """Takes the parts of a training run.
 
         `measure` measures the held-out rows, `verify` completes and checks a saved adapter, and `name_rows` returns the
-        rows of an item of `rows` with their names: those in a pack. `metadata` is stored with each checkpoint.
+        rows of an item of `rows` with their names: those in a pack. `needed` names the checkpoints that
+        `save_total_limit` leaves; `metadata` is stored with each checkpoint.
         """
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
@@ -115,7 +125,7 @@ class QLoraTrainer(Trainer):
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self.metadata, self.agreement = metadata, Agreement(stop)
-        self.checkpoints = CheckpointWriter(output_folder(arguments), estimate_checkpoint(model))
+        self.checkpoints = CheckpointWriter(output_folder(arguments), estimate_checkpoint(model), needed)
         self._is_over = False
         super().__init__(
             model=model,
@@ -338,6 +348,14 @@ class QLoraTrainer(Trainer):
         """Loads the weights; raises `RunError` where they are another model's (`resume=force`)."""
         with fitting(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Gives the model the weights that were measured at a checkpoint, once the run has ended."""
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "eval"):  # schedule-free: the checkpoint holds the weights of the next step
+            self._load_optimizer_and_scheduler(str(checkpoint))
+            optimizer.eval()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads optimizer and schedule; raises `RunError` where they are another run's."""

@@ -24,6 +24,13 @@ def raw_value(node: Any) -> Any:
     return node._value() if isinstance(node, Node) and not OmegaConf.is_config(node) else node
 
 
+def set_value(config: DictConfig, key: str, value: Any) -> None:
+    """Sets a field, also of a config that is read-only, as Hydra's composed ones are in part."""
+    node = config._get_node(key)
+    assert isinstance(node, Node)
+    node._set_value(value)
+
+
 def is_filled(node: DictConfig) -> bool:
     """Returns whether a node holds keys: it is not null, missing or an interpolation."""
     return not (node._is_none() or node._is_missing() or node._is_interpolation())

@@ -25,6 +25,7 @@ from qlora.session import Session
 
 QUICK = [
     *("lora.r=4", "trainer.max_steps=1", "trainer.eval_steps=null", "trainer.warmup_steps=0"),
+    "trainer.lr_scheduler_type=warmup_stable_decay",
     "++trainer.lr_scheduler_kwargs.num_decay_steps=1",
     *("data.max_train_samples=16", "data.max_eval_samples=4", "evaluation=loss", "task.predict=false"),
 ]

@@ -57,6 +57,48 @@ def test_the_shipped_objective_computes_one_loss_from_logits_and_from_hidden_sta
         torch.testing.assert_close(fused, objective.loss_on_logits(hidden @ weight.t(), labels, count))
 
 
+def test_smoothed_labels_give_one_loss_and_one_gradient_on_both_paths() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(30, 8)
+    labels = torch.randint(0, 30, (2, 9))
+    labels[:, :4] = -100
+    objective = build_objective(LossConfig(), label_smoothing=0.2)
+    objective.prepare(compiled=False)
+    losses = [
+        objective.loss_on_hidden(hidden, weight, labels, 17),
+        objective.loss_on_logits(hidden @ weight.t(), labels, 17),
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))
+    plain = build_objective(LossConfig()).loss_on_logits(hidden @ weight.t(), labels, 17)
+    assert not torch.isclose(losses[0], plain)
+
+
+def test_smoothed_labels_and_noise_change_what_is_trained_and_not_how_rows_are_measured(tmp_path: Path) -> None:
+    usual = train(tmp_path / "sft")
+    smoothed = train(tmp_path / "smoothed", "trainer.label_smoothing_factor=0.3")
+    noisy = train(tmp_path / "noisy", "trainer.neftune_noise_alpha=15")
+    assert smoothed[0]["loss"] > usual[0]["loss"] + 0.1
+    assert noisy[0]["loss"] != usual[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.label_smoothing_factor=1"], r"trainer\.label_smoothing_factor must be at least 0 and below 1"),
+        (["trainer.neftune_noise_alpha=0"], r"trainer\.neftune_noise_alpha must be positive or null"),
+        (["trainer.label_smoothing_factor=0.1", "loss.name=tests.objective_extension:SmoothedLoss", "trusted=[tests]"],
+         r"trainer\.label_smoothing_factor=0.1 is read by loss=sft, and loss.name=.* has a loss of its own"),
+        (["trainer.neftune_noise_alpha=5", "data.packing=true"], r"data\.packing=true joins rows"),
+    ],
+)  # fmt: skip
+def test_smoothing_and_noise_are_refused_where_they_would_mean_something_else(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
 def test_an_entry_point_is_an_objective_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     point = ("smoothed", "tests.objective_extension:SmoothedLoss")
     monkeypatch.setattr(installed, "_read", lambda group, _: (point,) if group == "qlora.objectives" else ())

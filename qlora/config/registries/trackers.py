@@ -21,6 +21,6 @@ def tracker_path(name: str) -> str | None:
     return TRACKERS.get(name) or installed_names(GROUP).get(name)
 
 
-def check_tracker(name: str) -> None:
+def check_tracker(name: str, key: str = "tracking.backend") -> None:
     """Raises `ConfigError` for a name that no tracker has; imports none."""
-    check_name("tracking.backend", name, (NO_TRACKER, *TRACKERS), GROUP)
+    check_name(key, name, (NO_TRACKER, *TRACKERS), GROUP)

@@ -27,7 +27,7 @@ from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig, WandbMode
-from qlora.config.schema.trainer import FlashAttention, Parallel, TrainerConfig
+from qlora.config.schema.trainer import FlashAttention, Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, MAPPINGS
 from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
 
@@ -51,6 +51,7 @@ __all__ = [
     "EvaluationName",
     "FlashAttention",
     "GenerationConfig",
+    "Keep",
     "LoraBias",
     "LoraConfig",
     "LoraDtype",

@@ -28,6 +28,12 @@ OnEmpty = StrEnum("OnEmpty", "drop train error")
 """What happens to an answer without text."""
 
 
+ROW_LENGTH = 2048
+"""Tokens of the longest row where nothing else is asked for and the model's context holds them."""
+HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.1, 20, 1000
+"""What is held out where `eval_dataset_size` is null; never more than a quarter of the rows."""
+
+
 @dataclass(kw_only=True, slots=True)
 class MixConfig:
     """One of several data sets that are trained on together; the fields are those of `data`."""
@@ -96,12 +102,13 @@ class DataConfig:
     """The loss counts every `assistant` turn, the `last` one, or `all` tokens."""
     train_on_source: bool = False
     """The original's name for `train_on=all`."""
-    source_max_len: int | None = 1024
+    source_max_len: int | None = None
     """Longest prompt in tokens, `<bos>` included; a longer one loses its beginning, never its end. Null: no limit."""
-    target_max_len: int | None = 256
+    target_max_len: int | None = None
     """Longest answer in tokens, end token included; a cut answer keeps no end token. Null: no limit."""
-    max_length: int | None = None
-    """Longest row in tokens: the answer keeps at least half of it, the prompt loses its beginning. Null: no limit."""
+    max_length: int | None = ROW_LENGTH
+    """Longest row in tokens: the answer keeps at least half of it, the prompt loses its beginning. Null: no limit. The
+    default, 2,048, shrinks to what the model reads."""
     on_too_long: OnTooLong = OnTooLong.truncate
     """`truncate` a row that is too long, `drop` it, or stop with an `error`."""
     on_empty: OnEmpty = OnEmpty.drop
@@ -111,8 +118,9 @@ class DataConfig:
     """The maximum number of rows to train on."""
     max_eval_samples: int | None = None
     """The maximum number of held-out rows."""
-    eval_dataset_size: float = 1024
-    """Rows to hold out when there is neither `eval_path` nor `eval_split`; below 1: a share of all rows."""
+    eval_dataset_size: float | None = None
+    """Rows to hold out when there is neither `eval_path` nor `eval_split`; below 1: a share of all rows; 0: none.
+    Null: a tenth of the rows, at most 1,000, and at least 20 if that is no more than a quarter of them."""
     split_seed: int = 42
     """Seed of that split and of the order of the rows; apart from `seed`, so that seeds compare on equal rows."""
     packing: bool = False
@@ -136,8 +144,8 @@ class DataConfig:
         require((parse_size(self.max_row_bytes) or 0) > 0, "data.max_row_bytes", "be a size such as 64MB",
                 self.max_row_bytes)  # fmt: skip
         size = self.eval_dataset_size
-        require(size > 0 and (size < 1 or size == int(size)), "data.eval_dataset_size",
-                "be a number of rows, or a share between 0 and 1", size)  # fmt: skip
+        require(size is None or (size >= 0 and (size < 1 or size == int(size))), "data.eval_dataset_size",
+                "be a number of rows, a share between 0 and 1, 0 for none, or null", size)  # fmt: skip
         require(0 <= self.split_seed < 2**32, "data.split_seed", "lie between 0 and 4294967295", self.split_seed)
         if self.path is None and not self.mix:
             raise ConfigError("data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl")
@@ -185,6 +193,18 @@ class DataConfig:
     def splits_off(self) -> bool:
         """Whether the held-out rows are split off those to train on."""
         return self.eval_path is None and self.eval_split is None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out to measure on; of a file with too few rows none are, in spite of it."""
+        return not (self.splits_off and self.eval_dataset_size == 0)
+
+    def held_out_count(self, rows: int) -> int:
+        """Returns how many of all rows of `path`, or of the sets of `mix` together, are split off to measure on."""
+        size = self.eval_dataset_size
+        if size is None:
+            return min(max(round(HELD_OUT_SHARE * rows), FEWEST_HELD_OUT), MOST_HELD_OUT, rows // 4)
+        return max(round(size * rows), 1) if 0 < size < 1 else int(size)
 
     @property
     def pack_width(self) -> int | None:

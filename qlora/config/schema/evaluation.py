@@ -123,10 +123,15 @@ def metric_name(name: str) -> str:
     return f"{METRIC_LIBRARY}_{function}" if module == METRIC_LIBRARY else function
 
 
+def known_metrics_of_rows(evaluation: EvaluationConfig) -> list[str]:
+    """Returns the plain names of the metrics of held-out rows; the `evaluate` library names its own once measured."""
+    functions = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
+    return ["loss", "perplexity", *functions]
+
+
 def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     """Returns the names of the metrics that a training run reports."""
-    functions = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
-    measured = ["loss", "perplexity", *functions]
+    measured = known_metrics_of_rows(evaluation)
     if evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 from qlora.errors import ConfigError, require
 
+NEW_TOKENS = 256
+"""Tokens of the longest answer where nothing else is asked for and the model's context holds them."""
+
 
 @dataclass(kw_only=True, slots=True)
 class GenerationConfig:
@@ -14,8 +17,8 @@ class GenerationConfig:
 
     batch_size: int = 16
     """Prompts a batch, left-padded and sorted by length."""
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; null: 256, or what the longest prompt leaves of the model's context if that is less."""
     min_new_tokens: int | None = None
     """Shortest answer in tokens."""
     do_sample: bool = False
@@ -46,7 +49,9 @@ class GenerationConfig:
     """No n-gram of this size occurs twice; 0: no rule."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "num_beams", "num_beam_groups", "temperature"):
+        require(self.max_new_tokens is None or self.max_new_tokens > 0, "generation.max_new_tokens",
+                "be positive or null", self.max_new_tokens)  # fmt: skip
+        for name in ("batch_size", "num_beams", "num_beam_groups", "temperature"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"generation.{name}", "be positive", value)
         for name in ("top_k", "no_repeat_ngram_size", "diversity_penalty"):
@@ -57,11 +62,16 @@ class GenerationConfig:
         require(0 < penalty < math.inf, "generation.repetition_penalty", "be positive", penalty)
         require(alpha is None or alpha >= 0, "generation.penalty_alpha", "not be negative", alpha)
         low = self.min_new_tokens
-        require(low is None or 0 <= low <= self.max_new_tokens, "generation.min_new_tokens", "be null or lie between 0 "
+        require(low is None or 0 <= low <= self.new_tokens, "generation.min_new_tokens", "be null or lie between 0 "
                 "and generation.max_new_tokens", low)  # fmt: skip
         require(self.num_beams % self.num_beam_groups == 0, "generation.num_beam_groups", "divide generation.num_beams",
                 self.num_beam_groups)  # fmt: skip
         self._check_read()
+
+    @property
+    def new_tokens(self) -> int:
+        """The longest answer in tokens, where the model's context does not shorten the default."""
+        return self.max_new_tokens if self.max_new_tokens is not None else NEW_TOKENS
 
     def _check_read(self) -> None:
         """Refuses a value that the chosen search does not read."""

@@ -43,6 +43,10 @@ class LoraConfig:
     """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    start: str | None = None
+    """An adapter that is trained further, with a fresh optimizer: the folder of an adapter or of a finished run, the
+    name of a run in `outputs/runs`, or a hub id. `r`, `alpha`, `bias`, `target_modules`, `use_rslora` and `use_dora`
+    are its own."""
     init: LoraInit = LoraInit.default
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
@@ -65,5 +69,9 @@ class LoraConfig:
                 "lora.target_modules: all-linear stands alone: it takes every linear layer but the output layer, which "
                 "cannot be a target; write lora.target_modules=all-linear"
             )
+        if self.start is not None:
+            require(self.enabled, "lora.start", "be unset with lora=none, which trains no adapter", self.start)
+            require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights are "
+                    "trained further", self.init.value)  # fmt: skip
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -21,7 +21,14 @@ from qlora.config.schema.code_names import (
     is_installed_callback,
 )
 from qlora.config.schema.data import DataConfig
-from qlora.config.schema.evaluation import METRIC_LIBRARY, EvaluationConfig, EvaluationName, known_metrics, metric_name
+from qlora.config.schema.evaluation import (
+    METRIC_LIBRARY,
+    EvaluationConfig,
+    EvaluationName,
+    known_metrics,
+    known_metrics_of_rows,
+    metric_name,
+)
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
 from qlora.config.schema.loss import LossConfig
@@ -33,7 +40,7 @@ from qlora.config.schema.quantization import QuantizationConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
-from qlora.config.schema.trainer import Parallel, TrainerConfig
+from qlora.config.schema.trainer import Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, written
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
@@ -112,6 +119,8 @@ class Config:
         self._check_task_keys()
         self._check_runs()
         self._check_required_keys()
+        self._check_held_out()
+        self._choose_kept()
         self._check_trust()
         _check_generation(self.generation, self.model)
         if self.task.name not in TASK_KEYS["adapter"]:  # what is trained already may be used otherwise
@@ -120,6 +129,7 @@ class Config:
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
         self._check_watchdog()
+        self._check_loss()
         trains = self.task.name is TaskName.train and self.task.train
         if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that
             self._check_optimizer()
@@ -160,6 +170,57 @@ class Config:
             if name not in OWN_FUNCTIONS:
                 check_trusted(key, name, self.trusted)
 
+    def _check_held_out(self) -> None:
+        """Refuses to measure rows where none are held out."""
+        name = self.task.name
+        if name.measures_rows and not name.trains and not self.data.holds_out and self._measures_rows:
+            raise ConfigError(
+                f"task={name.value} measures held-out rows, and data.eval_dataset_size=0 holds out none; name rows "
+                "with data.eval_path=FILE, or leave data.eval_dataset_size out"
+            )
+
+    @property
+    def _measures_rows(self) -> bool:
+        return self.task.name is TaskName.predict or self.evaluation.name is EvaluationName.rows
+
+    def _choose_kept(self) -> None:
+        """Decides what `trainer.keep=auto` keeps; refuses what cannot be compared or averaged."""
+        trainer, keep = self.trainer, self.trainer.keep
+        compares = self.data.holds_out and trainer.eval_steps is not None
+        if keep is Keep.auto:
+            self.trainer = replace(trainer, keep=Keep.best if compares else Keep.last)
+        elif keep is Keep.best and not compares:
+            what, way = "data.eval_dataset_size=0 holds out none", "leave that out"
+            if self.data.holds_out:
+                what, way = "trainer.eval_steps is not set", "set it, e.g. to 0.5ep"
+            raise ConfigError(
+                f"trainer.keep=best compares steps by the held-out rows, and {what}; {way}, or set trainer.keep=last"
+            )
+        elif keep is Keep.average:
+            self._check_average()
+        if (metric := trainer.keep_metric) is not None and metric not in (known := measured_at_steps(self)):
+            raise ConfigError(
+                f"trainer.keep_metric={metric!r} is not measured at trainer.eval_steps{did_you_mean(metric, known)}; "
+                f"choose one of {', '.join(known)}"
+            )
+
+    def _check_average(self) -> None:
+        """Refuses an average that no adapter can hold."""
+        reasons = {
+            "trainer.save_steps=null": (self.trainer.save_steps is None, "there are no checkpoints to average"),
+            "lora.use_dora=true": (self.lora.enabled and self.lora.use_dora,
+                                   "no adapter holds the mean of several magnitudes and directions"),
+        }  # fmt: skip
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(f"trainer.keep=average and {name} exclude each other: {reason}; change one of them")
+
+    @property
+    def kept_metric(self) -> str:
+        """The metric by which `trainer.keep` compares steps."""
+        chosen = self.trainer.keep_metric or self.objective
+        return chosen if chosen in measured_at_steps(self) else "eval_loss"
+
     def _check_memory(self) -> None:
         """Refuses a base that is spread over several devices where the run needs it on one."""
         if not (self.model.device_map or self.model.max_memory):
@@ -199,10 +260,13 @@ class Config:
                 continue  # which measures it and lets it answer
             readers = [f"task={task.value.replace('_', '-')}" for task in tasks]
             setting = f"{'from' if key == 'source' else key}={written(value)}"
+            added = "one of these" if len(readers) > 1 else readers[0]
+            is_to_train = key == "adapter" and self.task.name.trains
+            further = f", write lora.start={written(value)} to train it further" if is_to_train else ""
             raise ConfigError(
                 f"{setting} is not read by task={self.task.name.value.replace('_', '-')}, but by "
-                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add "
-                f"{'one of these' if len(readers) > 1 else readers[0]}, or leave {setting.partition('=')[0]} out"
+                f"{' and '.join(filter(None, [', '.join(readers[:-1]), readers[-1]]))}; add {added}{further}, or leave "
+                f"{setting.partition('=')[0]} out"
             )
 
     @property
@@ -217,6 +281,19 @@ class Config:
         if rollback and self.trainer.save_steps is None:
             raise ConfigError(
                 f"watchdog.{rollback[0]}=rollback needs checkpoints to go back to; set trainer.save_steps, e.g. to 100"
+            )
+
+    def _check_loss(self) -> None:
+        """Refuses what the objective, or the form of the batches, does not allow."""
+        if self.trainer.label_smoothing_factor and self.loss.name != "sft":
+            raise ConfigError(
+                f"trainer.label_smoothing_factor={self.trainer.label_smoothing_factor:g} is read by loss=sft, and "
+                f"loss.name={self.loss.name} has a loss of its own; leave one of them out"
+            )
+        if self.trainer.neftune_noise_alpha is not None and self.data.packing:
+            raise ConfigError(
+                "trainer.neftune_noise_alpha scales its noise by the length of a row, and data.packing=true joins "
+                "rows; leave one of them out"
             )
 
     def _check_optimizer(self) -> None:
@@ -245,6 +322,14 @@ class Config:
                 )
 
 
+def measured_at_steps(config: Config) -> list[str]:
+    """Returns the metrics that a training run measures, or can measure, at `trainer.eval_steps`."""
+    measured = [*known_metrics_of_rows(config.evaluation)]
+    if config.evaluation.name is EvaluationName.mmlu:
+        measured += [f"mmlu_{config.evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
+    return [f"eval_{name}" for name in measured]
+
+
 def no_cuda(optim: str, device: str) -> ConfigError:
     """Returns the error for an optimizer that needs a CUDA device on another one."""
     return ConfigError(
@@ -264,6 +349,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     texts |= {"quantization.method": config.quantization.method, "loss.name": config.loss.name}
     texts["tracking.backend"] = config.tracking.backend
+    texts |= {f"tracking.also[{index}]": name for index, name in enumerate(config.tracking.also)}
     texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     for name, part in data.mix.items():
         texts |= {f"data.mix.{name}.path": part.path, f"data.mix.{name}.format": part.format}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from omegaconf import MISSING
 
 from qlora.config.registries.trackers import NO_TRACKER, check_tracker
+from qlora.errors import ConfigError
 
 WandbMode = StrEnum("WandbMode", "online offline disabled")
 """Whether a run is sent to its tracker, and whether wandb talks to its server."""
@@ -21,6 +22,9 @@ class TrackingConfig:
     backend: str = MISSING
     """`none`, `wandb`, `tensorboard`, `mlflow` or `trackio`, chosen with `tracking=`; a tracker that an installed
     package adds; or a class of your own, as `module:Class`."""
+    also: list[str] = field(default_factory=list)
+    """Further trackers at the same time, by the same names: `tracking=wandb tracking.also=[tensorboard]`. The other
+    fields hold for each that reads them."""
     project: str = "qlora"
     """The project of wandb and Trackio, the experiment of MLflow."""
     entity: str | None = None
@@ -40,10 +44,24 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_tracker(self.backend)
+        for index, name in enumerate(self.also):
+            check_tracker(name, f"tracking.also[{index}]")
+        names = [self.backend, *self.also]
+        if self.also and (NO_TRACKER in names or len({*names}) < len(names)):
+            raise ConfigError(
+                f"tracking.also={self.also} beside tracking={self.backend}: name each tracker once, one with tracking= "
+                "and the others in tracking.also"
+            )
+
+    @property
+    def trackers(self) -> list[TrackingConfig]:
+        """The configs of the trackers in use, each of one alone."""
+        single = [replace(self, backend=name, also=[]) for name in (self.backend, *self.also)]
+        return [config for config in single if config.in_use != NO_TRACKER]
 
     @property
     def in_use(self) -> str:
-        """The tracker that a run is sent to: `none` where `mode` or the environment disables it."""
+        """The tracker that `backend` sends a run to: `none` where `mode` or the environment disables it."""
         silenced = os.environ.get("WANDB_MODE") == "disabled" or (
             os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
         )

@@ -13,11 +13,15 @@ from qlora.config.optimizers import check_optimizer, check_schedule
 from qlora.config.registries.installed import check_name
 from qlora.config.registries.step_parts import GROUP
 from qlora.config.schema.values import HOLDS, MAPPINGS, written
+from qlora.config.training_length import read_interval
 from qlora.errors import ConfigError, require
 from qlora.text import parse_size
 
 Parallel = StrEnum("Parallel", "ddp fsdp")
 """How several processes share a training run."""
+
+Keep = StrEnum("Keep", "auto best last average")
+"""What of a training run becomes its adapter."""
 
 FlashAttention = StrEnum("FlashAttention", "auto fa2 fa3 fa4")
 """Whose kernels attend inside rows of packs and under a sliding window."""
@@ -28,9 +32,9 @@ class TrainerConfig:
     """The optimization, in the names of `transformers.TrainingArguments`."""
 
     max_steps: int | None = MISSING
-    """Optimizer steps; null to count by `num_train_epochs`."""
+    """Optimizer steps; null to count by `num_train_epochs`. A default gives way where that is set."""
     num_train_epochs: float | None = None
-    """Passes over the data; needs `max_steps=null`."""
+    """Passes over the data; a default gives way where `max_steps` is set."""
     per_device_train_batch_size: int = MISSING
     """Rows a forward pass on each device (micro-batch)."""
     gradient_accumulation_steps: int = MISSING
@@ -64,6 +68,11 @@ class TrainerConfig:
     """Adam's divisor floor."""
     max_grad_norm: float = MISSING
     """Gradients are scaled down to this norm; 0: never."""
+    label_smoothing_factor: float = 0.0
+    """Share of each label's probability that is spread over all tokens, in the loss that is trained; the held-out loss
+    is measured without."""
+    neftune_noise_alpha: float | None = None
+    """Noise on the embeddings while the model trains (NEFTune, arXiv 2310.05914), e.g. 5; unset: none."""
     gradient_checkpointing: bool = MISSING
     """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
     place."""
@@ -97,12 +106,21 @@ class TrainerConfig:
     """Make batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
     """Steps between two log entries."""
-    eval_steps: int | None = None
-    """Steps between two measurements of the held-out loss; null: only at the end."""
-    save_steps: int | None = None
-    """Steps between two checkpoints; null: none before the end."""
+    eval_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    """Steps between two measurements of the held-out rows, or a share of an epoch such as `0.5ep`; null: only at the
+    end."""
+    save_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    """Steps between two checkpoints, or a share of an epoch such as `0.5ep`; null: none before the end."""
     save_total_limit: int | None = 40
-    """How many checkpoints are kept, the newest ones; null: all."""
+    """How many checkpoints are kept, the newest ones, beside those that `keep` needs; null: all."""
+    keep: Keep = Keep.auto
+    """What of a training run becomes its adapter: the `last` step; the `best` of the steps at which the held-out rows
+    were measured, the last one included, by `keep_metric`; or the `average` of the last three checkpoints, exactly: an
+    adapter of three times the rank, whose product B A is the mean of theirs. `auto`: `best` where rows are held out
+    and measured at `eval_steps`, else `last`."""
+    keep_metric: str | None = None
+    """The metric that `keep` compares steps by, e.g. `eval_loss`; unset: `objective` where it is measured at
+    `eval_steps`, else `eval_loss`."""
     disk_wait: float = 600
     """Seconds that a run waits for space on a full disk before it ends; 0: not at all."""
     dataloader_num_workers: int = 0
@@ -117,7 +135,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for index, name in enumerate(self.step_parts):
             check_name(f"trainer.step_parts[{index}]", name, (), GROUP)
-        for name in ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "save_total_limit"):
+        self.eval_steps = read_interval("trainer.eval_steps", self.eval_steps)
+        self.save_steps = read_interval("trainer.save_steps", self.save_steps)
+        for name in ("max_steps", "num_train_epochs", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -128,7 +148,9 @@ class TrainerConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "disk_wait"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"trainer.{name}", "not be negative, and be finite", value)
-        for name in ("adam_beta1", "adam_beta2"):
+        noise = self.neftune_noise_alpha
+        require(noise is None or 0 < noise < math.inf, "trainer.neftune_noise_alpha", "be positive or null", noise)
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.{name}", "be at least 0 and below 1", value)
         require(self.logging_steps > 0, "trainer.logging_steps", "be positive", self.logging_steps)

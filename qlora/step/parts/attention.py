@@ -54,6 +54,8 @@ class FusedAttention(ConfiguredPart):
             return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
         if self.context.placement.compute_dtype is torch.float32:
             return "it computes in 16 bits only"
+        if self.context.trainer.neftune_noise_alpha is not None:
+            return "trainer.neftune_noise_alpha scales its noise by the length of padded rows"
         settings = self.config.get_text_config()
         special = [name for name in SPECIAL_ATTENTION if getattr(settings, name, None)]
         if special or not takes_any_attention(self.context.base):

@@ -13,6 +13,7 @@ from qlora.config.user_code import import_function
 from qlora.errors import ConfigError
 from qlora.runtime import distributed
 from qlora.training.trackers.base import NoTracker, TrackedRun, Tracker
+from qlora.training.trackers.several import SeveralTrackers
 
 __all__ = ["NoTracker", "TrackedRun", "Tracker", "build_tracker", "tracker_class", "tracker_ids"]
 
@@ -34,9 +35,19 @@ def tracker_class(config: TrackingConfig) -> type[Tracker]:
 
 
 def build_tracker(config: TrackingConfig, run: TrackedRun) -> Tracker:
-    """Starts the tracker that `config` names; in every process but the main one, a tracker that does nothing.
+    """Starts what `config` names; in every process but the main one, a tracker that does nothing.
 
-    Raises a `UserError` if its package or its login is missing.
+    Raises a `UserError` if a package or a login is missing; then none stays open.
     """
-    kind = tracker_class(config) if distributed.is_main_process() else NoTracker
-    return kind(config, run)
+    configs = config.trackers if distributed.is_main_process() else []
+    kinds = [tracker_class(single) for single in configs]
+    started: list[Tracker] = []
+    try:
+        for kind, single in zip(kinds, configs, strict=True):
+            started.append(kind(single, run))
+    except BaseException:
+        SeveralTrackers(started).finish("failed", {})
+        raise
+    if not started:
+        return NoTracker(config, run)
+    return started[0] if len(started) == 1 else SeveralTrackers(started)

@@ -1,0 +1,105 @@
+"""How long a training run is: its steps and epochs, and the steps between two evaluations or checkpoints.
+
+All of it follows from the group `trainer` and the number of rows, so that the plan, the screen and the trainer agree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora.errors import ConfigError
+from qlora.text import brief
+
+if TYPE_CHECKING:
+    from qlora.config.schema import TrainerConfig
+
+EPOCH_SHARE = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*ep")
+"""A share of an epoch as `trainer.eval_steps` and `trainer.save_steps` take it: `0.5ep`."""
+
+MANY_EPOCHS = 20
+"""With more passes over the same rows a person is warned."""
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """The length of a training run on a number of rows, or of packs."""
+
+    units: int
+    """Rows, or packs, that a pass shows."""
+    unit: str
+    """`rows` or `packs`."""
+    epoch_steps: int
+    """Optimizer steps of a pass."""
+    steps: int
+    eval_steps: int | None
+    """Steps between two measurements of the held-out rows; None: at the end only."""
+    save_steps: int | None
+    """Steps between two checkpoints; None: none before the end."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+        return self.steps / self.epoch_steps
+
+    def __str__(self) -> str:
+        epochs = f"{round(self.epochs, 2):,g} epoch{'' if self.steps == self.epoch_steps else 's'}"
+        once, all_steps = (f"{count:,} step{'' if count == 1 else 's'}" for count in (self.epoch_steps, self.steps))
+        return f"{self.units:,} {self.unit}, {once} an epoch, {epochs} = {all_steps}"
+
+    @property
+    def warning(self) -> str | None:
+        """What a person must hear of it; None: nothing."""
+        if self.epochs <= MANY_EPOCHS:
+            return None
+        return (
+            f"{self.steps:,} steps are {self.epochs:,.0f} passes over the same {self.units:,} {self.unit}, which are "
+            "learnt by heart; trainer.num_train_epochs=3 is usual"
+        )
+
+
+def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:
+    """Returns the length of a training run on `units` rows or packs, counted as transformers' trainer does."""
+    batches = -(-units // (trainer.per_device_train_batch_size * processes))
+    epoch_steps = max(-(-batches // trainer.gradient_accumulation_steps), 1)
+    steps = trainer.max_steps
+    if steps is None:
+        assert trainer.num_train_epochs is not None, "TrainerConfig checks it"
+        steps = math.ceil(trainer.num_train_epochs * epoch_steps)
+    every = (_steps(trainer.eval_steps, epoch_steps), _steps(trainer.save_steps, epoch_steps))
+    return TrainingLength(units, unit, epoch_steps, steps, *every)
+
+
+def _steps(interval: int | str | None, epoch_steps: int) -> int | None:
+    """Returns an interval in steps; a share of an epoch is rounded up."""
+    if not isinstance(interval, str):
+        return interval
+    return max(math.ceil(round(epoch_share(interval) * epoch_steps, 6)), 1)
+
+
+def epoch_share(interval: str) -> float:
+    """Returns the number in `0.5ep`."""
+    match = EPOCH_SHARE.fullmatch(interval)
+    assert match is not None, "TrainerConfig checks it"
+    return float(match[1])
+
+
+def read_interval(key: str, value: object) -> int | str | None:
+    """Returns a number of steps, `0.5ep`, or None for null; raises `ConfigError` for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
+        value = int(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    match = EPOCH_SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if value is None or is_steps:
+        return value  # type: ignore[return-value]
+    if match is not None and 0 < float(match[1]) < math.inf:
+        return f"{match[1]}ep"
+    example = f"; a share of an epoch is written {value:g}ep" if isinstance(value, float) and value > 0 else ""
+    raise ConfigError(
+        f"{key} must be a positive whole number of steps, a share of an epoch such as 0.5ep, or null, got "
+        f"{brief(value)}{example}"
+    )
