@@ -105,13 +105,13 @@ def _folders(environment: Mapping[str, str]) -> list[str]:
 
 
 _template: Template | None = None
-_is_wanted = False
+_is_allowed = False
 
 
-def warm_starts(wanted: bool = True) -> None:
+def warm_starts(allowed: bool = True) -> None:
     """Lets commands of this process be forked, or started anew."""
-    global _is_wanted
-    _is_wanted = wanted
+    global _is_allowed
+    _is_allowed = allowed
     if not hasattr(subprocess.Popen._execute_child, "__wrapped__"):
         subprocess.Popen._execute_child = _forked(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
@@ -137,7 +137,7 @@ def _forked(execute: Any) -> Any:
 
 def _fork(self: Any, args: Any, env: Any, cwd: Any, preexec_fn: Any, **more: Any) -> bool:
     """Forks a command that the template process serves; False: it is none."""
-    if not _is_wanted or isinstance(args, str | bytes) or not _is_served([os.fspath(arg) for arg in args]):
+    if not _is_allowed or isinstance(args, str | bytes) or not _is_served([os.fspath(arg) for arg in args]):
         return False
     environment = {os.fsdecode(name): os.fsdecode(text) for name, text in (os.environ if env is None else env).items()}
     try:
@@ -154,7 +154,10 @@ def _fork(self: Any, args: Any, env: Any, cwd: Any, preexec_fn: Any, **more: Any
     )  # fmt: skip
     if not folder.is_dir():
         return False
-    streams = [fd if fd != -1 else own for own, fd in enumerate((more["p2cread"], more["c2pwrite"], more["errwrite"]))]
+    streams = [
+        fd if fd != -1 else inherited
+        for inherited, fd in enumerate((more["p2cread"], more["c2pwrite"], more["errwrite"]))
+    ]
     self.pid = template.fork(start, streams)
     self._child_created = True
     self._close_pipe_fds(
@@ -253,7 +256,7 @@ def _become(start: Start, fds: Sequence[int]) -> Start:
 
 
 _status: int | None = None
-"""The exit code of this process; None: it goes on to be taken down by Python, as after Ctrl-C."""
+"""The exit code of this process; None: Python ends it, as after Ctrl-C."""
 
 
 def _end() -> None:
@@ -267,7 +270,7 @@ def _end() -> None:
 
 def _import_all() -> None:
     atexit.register(_end)
-    before = dict(os.environ)
+    environment = dict(os.environ)
     prepare_environment()
     gc.disable()
     logging.disable()  # what libraries say while they are imported, as bitsandbytes does, a run does not show either
@@ -277,7 +280,7 @@ def _import_all() -> None:
     gc.freeze()
     gc.enable()
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment)
     assert threading.active_count() == 1, "a fork would lose a thread"
 
 
