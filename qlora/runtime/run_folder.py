@@ -78,6 +78,16 @@ class RunFolder:
         return self.path / "predictions.jsonl"
 
     @property
+    def base_predictions(self) -> Path:
+        """Answers of the untuned base to the same rows, one JSON object a line."""
+        return self.path / "base_predictions.jsonl"
+
+    @property
+    def examples(self) -> Path:
+        """Some rows of the training set as the model sees them, one JSON object a line."""
+        return self.path / "examples.jsonl"
+
+    @property
     def unfinished_predictions(self) -> Path:
         """Answers of `task=predict` while they are generated."""
         return self.path / "predictions.unfinished.jsonl"

@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.preset import differences_to_preset
 from qlora.config.registries.trackers import NO_TRACKER
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.reporting.live_page import LivePage
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
 from qlora.reporting.model_card import write_model_card
 from qlora.reporting.run_page import write_run_page
 from qlora.reporting.start_lines import evaluation_lines, training_lines
 from qlora.runtime import console, distributed
-from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_text
+from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_lines, write_text
 from qlora.runtime.disk_space import Patience, wait_for_space
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.saved_run import find_damage, set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, measure_untuned, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.shown_run import shown_run
 from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
 from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
@@ -102,6 +105,7 @@ class Training:
         self.steps = 0
         self._has_config = False
         self._planned_peak_gb = 0.0
+        self._page: LivePage | None = None
         self.unquantized: str | None = None
         """The parts of the base that are not quantized, for the model card."""
 
@@ -138,7 +142,7 @@ class Training:
         if self.config.task.train:
             is_same &= self._check_same_base(checkpoint)
         if not is_same:
-            for stale in (self.folder.result("train"), self.folder.baseline):
+            for stale in (self.folder.result("train"), self.folder.baseline, self.folder.base_predictions):
                 stale.unlink(missing_ok=True)
         self._write_config()
         with session.tracking(resumes=True) as (tracker, metrics):
@@ -167,12 +171,17 @@ class Training:
         model = session.build_model() if self.config.task.train else session.load_trained()
         lines = self._describe(model)
         manifest = self._build_manifest(resolved, lines)
-        with keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy):
+        record = keep_manifest(
+            self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy
+        )
+        with record, shown_run(self.job, self._command) as self._page:
             console.start_screen(list(lines.items()))
             base = self._measure_base(model)
             metrics |= prefixed("base_eval_", base.metrics)
+            self._page.begin("preparing the training" if self.config.task.train else "measuring the held-out rows")
             if self.config.task.train:
                 metrics |= self._fit(model, callbacks, tracker, checkpoint)
+                self._page.update(self._page.history, "trained; measuring the held-out rows", measured=True)
             measured = self._measure_after(model)
             metrics |= prefixed("eval_", measured.metrics)
             metrics["peak_memory_gb"] = self._peak_memory_gb()
@@ -257,7 +266,7 @@ class Training:
     ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
-        return build_trainer(self.session, model, callbacks, tracker)
+        return build_trainer(self.session, model, callbacks, tracker, self._page)
 
     def _fit(
         self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
@@ -319,7 +328,10 @@ class Training:
                 raise DamagedFile(path, "it holds no measurement of the base") from error
         part_of_base = self.config.lora.init in adapters.REWRITES_BASE
         measured = measure_untuned(self.session, model, keep_adapter=part_of_base)
+        predictions = measured.predictions or self._answer_few(model, untuned=not part_of_base)
         if distributed.is_main_process():
+            if predictions:
+                write_lines(self.folder.base_predictions, predictions)
             write_json(path, measured.to_dict())
         return measured
 
@@ -332,8 +344,17 @@ class Training:
             return replace(measured, predictions=[])
         if measured.predictions:
             return measured
-        answer = partial(session.measurer.predict, model, self.config.evaluation.show_predictions)
-        return replace(measured, predictions=session.in_main_process(answer))
+        return replace(measured, predictions=self._answer_few(model))
+
+    def _answer_few(self, model: PreTrainedModel | PeftModel, *, untuned: bool = False) -> list[dict[str, Any]]:
+        """Returns answers to the rows that are shown, where no metric asks for more; `untuned` without the adapter."""
+        from qlora.adapters import adapter_off
+
+        if not (self.config.task.predict and self.session.measures_rows):
+            return []
+        answer = partial(self.session.measurer.predict, model, self.config.evaluation.show_predictions)
+        with adapter_off(model) if untuned else contextlib.nullcontext():
+            return self.session.in_main_process(answer)
 
     # Reports
 
@@ -353,9 +374,13 @@ class Training:
             self.config, report, summary.count, left_out=summary.unadapted, rows_a_step=session.rows_a_step
         )
 
+    @property
+    def _command(self) -> str:
+        return shlex.join(["qlora", *self.job.overrides])
+
     def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
         """Writes the result, model cards beside what was trained, and the page of the run."""
-        folder, session, command = self.folder, self.session, shlex.join(["qlora", *self.job.overrides])
+        folder, session, command = self.folder, self.session, self._command
         result = build_result(self.job, metrics, measured, base)
         for parent in (folder.adapter, folder.model, folder.path):
             if parent.is_dir():
@@ -379,7 +404,10 @@ class Training:
         model = {**lines, **asdict(self.session.base)}
         seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
         data = asdict(self.session.data.report)
-        return build_manifest(resolved, overrides=self.job.overrides, data=data, model=model, seeds=seeds)
+        preset = differences_to_preset(self.config, self.job.overrides)
+        return build_manifest(
+            resolved, overrides=self.job.overrides, data=data, model=model, seeds=seeds, preset=preset
+        )
 
 
 def _build_callbacks(config: Config) -> list[Any]:
