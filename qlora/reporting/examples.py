@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora.reporting.preview.content import Gap, Piece, PreviewRow, describe_tokens, shorten_row
 from qlora.runtime.atomic_files import read_lines, write_lines
+
+if TYPE_CHECKING:  # which imports matplotlib, and readers need none
+    from qlora.reporting.preview.content import PreviewRow
 
 EXAMPLES = 4
 """The rows that are kept."""
@@ -36,17 +38,15 @@ def read_examples(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(row: PreviewRow) -> dict[str, Any]:
+    from qlora.reporting.preview.content import Gap, describe_tokens, shorten_row
+
     parts = shorten_row(row.tokens, ROOM)
     return {
         "row": row.number,
         "tokens": describe_tokens(row.tokens),
         "notes": row.notes,
         "parts": [
-            {"text": "".join(map(_text, group)), "trained": trained}
+            {"text": "".join(f" {part} " if isinstance(part, Gap) else part.text for part in group), "trained": trained}
             for trained, group in groupby(parts, key=lambda part: part.trained)
         ],
     }
-
-
-def _text(part: Piece | Gap) -> str:
-    return part.text if isinstance(part, Piece) else f" {part} "

@@ -233,8 +233,10 @@ def _warmup(trainer: TrainerConfig) -> str:
     warms_up = trainer.lr_scheduler_type not in WITHOUT_WARMUP or trainer.optim in WARM_UP_THEMSELVES
     if not (steps and warms_up):
         return ""
-    return f", warm-up over {f'{steps:.3%}'.rstrip('%').rstrip('0').rstrip('.')} % of the steps" if steps < 1 else (
-        f", warm-up over {plural(steps, 'step')}"
+    return (
+        f", warm-up over {f'{steps:.3%}'.rstrip('%').rstrip('0').rstrip('.')} % of the steps"
+        if steps < 1
+        else (f", warm-up over {plural(steps, 'step')}")
     )
 
 

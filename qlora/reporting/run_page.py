@@ -83,9 +83,7 @@ def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str
     return folder.report
 
 
-def run_page(
-    folder: RunFolder, result: Mapping[str, Any], *, command: str, state: RunState | None = None
-) -> str:
+def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str, state: RunState | None = None) -> str:
     """Returns the page as HTML, from `result` and the other files in the run's folder.
 
     `state` is that of a run that has not finished; `result` then holds the metrics that are known.

@@ -27,7 +27,12 @@ FREE_KEYS = (
     *("trainer.save_total_limit", "watchdog", "resume", "sweep"),
 )
 
-ADDED_KEYS: dict[str, Any] = {"loss.name": "sft", "trainer.step_parts": [], "quantization.method": "auto"}
+ADDED_KEYS: dict[str, Any] = {
+    "loss.name": "sft",
+    "trainer.step_parts": [],
+    "quantization.method": "auto",
+    "task.port": 8642,
+}
 """Keys that the configs of older runs lack, with the values that those runs have trained with."""
 
 

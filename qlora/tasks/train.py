@@ -171,9 +171,7 @@ class Training:
         model = session.build_model() if self.config.task.train else session.load_trained()
         lines = self._describe(model)
         manifest = self._build_manifest(resolved, lines)
-        record = keep_manifest(
-            self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy
-        )
+        record = keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy)
         with record, shown_run(self.job, self._command) as self._page:
             console.start_screen(list(lines.items()))
             base = self._measure_base(model)
