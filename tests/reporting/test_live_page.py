@@ -122,7 +122,7 @@ def test_a_run_that_does_not_finish_has_a_page_that_stays(
     assert note in html
     assert "live" not in data(folder)
     assert 'href="result.json"' not in html
-    assert [chart["title"] for chart in data(folder)["curves"]][0] == "loss"
+    assert data(folder)["curves"][0]["title"] == "loss"
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.reporting.history import series
 from qlora.reporting import loss_curve
+from qlora.reporting.history import series
 from qlora.reporting.loss_curve import plot_loss, smooth
 
 FEW = [{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 1, "eval_loss": 1.9}]
