@@ -108,6 +108,8 @@ class Session:
         self.config, self.overrides, self.sweep, self.needs = config, list(overrides), sweep, needs
         self.folder = RunFolder(Path(output_dir))
         self.stop = Stop()
+        self.closing_lines: list[tuple[str, str]] = []
+        """What the tracker says when the run has ended."""
 
     # Cheap parts first: a broken data set must fail before a large model is loaded.
 
@@ -510,6 +512,7 @@ class Session:
             raise
         finally:
             tracker.finish(status, {key: value for key, value in summary.items() if math.isfinite(value)})
+            self.closing_lines = tracker.closing_lines()
 
     @property
     def is_tracked(self) -> bool:

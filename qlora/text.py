@@ -77,6 +77,12 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+def plural(count: float | None, noun: str) -> str:
+    """Returns a count with its noun: `1 step`, `2 steps`, `0.5 epochs`."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count or 0:,.4g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 def brief(value: object, width: int = 60) -> str:
     """Returns a user's value as a message shows it: in Python's spelling, on one line, at most `width` characters."""
     text = repr(value)

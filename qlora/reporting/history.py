@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def curves(history: list[dict[str, Any]]) -> dict[str, Curve]:
         for name, (steps, values) in curves_of.items()
         if values
     }
+
+
+def with_base(measured: dict[str, Curve], base: Mapping[str, float]) -> dict[str, Curve]:
+    """Returns curves in which those of held-out metrics begin at step 0 with what the untuned base scored.
+
+    `base` has the metrics by their plain names. The held-out loss of the base is shown by itself until the first one
+    is measured in training.
+    """
+    result = dict(measured)
+    for name, curve in {"eval_loss": Curve([], [], []), **measured}.items():
+        value = base.get(name.removeprefix("eval_"))
+        if name.startswith("eval_") and value is not None and math.isfinite(value) and 0 not in curve.steps:
+            result[name] = Curve([0, *curve.steps], [value, *curve.values], [0, *curve.tokens])
+    return result
 
 
 def curve_title(name: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qlora.reporting.history import Series, series
 from qlora.reporting.png import FAINT, GRID, INK, new_figure, save_figure
@@ -16,6 +16,8 @@ from qlora.reporting.png import FAINT, GRID, INK, new_figure, save_figure
 TRAIN, HELD_OUT, RATE = "#2f6fb0", "#d1495b", "#5b7c65"
 SMOOTH_FROM = 40
 """The number of points from which the curve is smoothed."""
+LOG_FROM = 50
+"""The ratio of the highest loss to the lowest from which the axis is logarithmic."""
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -76,10 +78,21 @@ def _draw_losses(axes: Axes, training: Series, held_out: Series) -> None:
 
 
 def _limit(axes: Axes, training: list[float], held_out: list[float], many: bool) -> None:
-    """Fits the axis to the curves; a few spikes of many raw points may lie outside."""
+    """Fits the axis to the curves; a few spikes of many raw points may lie outside.
+
+    Losses over a wide range, none of them 0, get a logarithmic axis, on which the small ones are told apart.
+    """
     ordered = sorted(training)
     top = max(ordered[int(0.995 * (len(ordered) - 1))] if many else max(ordered, default=0), max(held_out, default=0))
     low = min(min(ordered, default=math.inf), min(held_out, default=math.inf))
+    if low > 0 and top / low >= LOG_FROM:
+        room = (top / low) ** 0.06
+        axes.set_yscale("log")
+        axes.set_ylim(low / room, top * room**2)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top / low < 1e4 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
     room = 0.06 * (top - low) or 0.1 * abs(top) or 1.0
     axes.set_ylim(low - room, top + 2 * room)
 

@@ -49,10 +49,12 @@ def build_manifest(
     data: dict[str, Any],
     model: dict[str, Any],
     seeds: Mapping[str, int] | None = None,
+    preset: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns what is needed to explain or repeat a run, ready for `write_json`; no secret is left in it.
 
-    `config` is the resolved config; `data` and `model` are facts that the caller knows, such as row counts and hashes.
+    `config` is the resolved config; `data` and `model` are facts that the caller knows, such as row counts and hashes;
+    `preset` has the values that the options of the groups set for keys that the run sets otherwise, if they are known.
     """
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,6 +63,7 @@ def build_manifest(
         "overrides": list(overrides),
         "config": config,
         "config_hash": config_digest(config),
+        "preset": None if preset is None else dict(preset),
         "seeds": dict(seeds or {}),
         "data": data,
         "model": model,

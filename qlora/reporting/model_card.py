@@ -9,13 +9,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from qlora.config.schema import ComputeDtype, Config, LoraInit, Weights
+from qlora.config.schema import ComputeDtype, Config, DataConfig, LoraInit, TrainerConfig, Weights
 from qlora.quantization.method import find_method
 from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.manifest import versions
 from qlora.runtime.atomic_files import write_text
-from qlora.text import format_metric, format_range, is_detail, quoted
+from qlora.text import format_metric, format_range, is_detail, plural, quoted
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
 SEEN = "seen from the folder of this card"
@@ -25,6 +25,11 @@ HUB_LICENSES = (
     *("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "openrail"),
     *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "bigscience-openrail-m"),
 )
+
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""The schedules that do not read `trainer.warmup_steps`."""
+WARM_UP_THEMSELVES = ("schedule_free_adamw", "schedule_free_sgd")
+"""The optimizers that read it under a constant schedule."""
 
 
 def write_model_card(
@@ -216,20 +221,38 @@ def _settings(config: Config, compute_dtype: str | None, unquantized: str | None
         extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))
         if any(used for _, used in extras):
             rows.append(("LoRA variant", ", ".join(name for name, used in extras if used)))
-    length = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.num_train_epochs:g} epochs"
+    length = plural(trainer.max_steps, "step") if trainer.max_steps else plural(trainer.num_train_epochs, "epoch")
     micro, accumulated = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     whole = config.data.train_on_source or config.data.format in ("text", "chosen")
     rows += [
         ("length", length),
-        ("batch", f"{micro} rows x {accumulated} accumulated, on each device"),
+        ("batch", f"{plural(micro, 'row')} x {accumulated} accumulated, on each device"),
         ("optimizer", f"{trainer.optim}, beta2 {trainer.adam_beta2:g}, weight decay {trainer.weight_decay:g}"),
-        ("learning rate", f"{trainer.learning_rate:g}, {trainer.lr_scheduler_type}, warm-up {trainer.warmup_steps:g}"),
+        ("learning rate", f"{trainer.learning_rate:g}, {trainer.lr_scheduler_type}{_warmup(trainer)}"),
         ("gradient norm", f"at most {trainer.max_grad_norm:g}" if trainer.max_grad_norm else "not clipped"),
-        ("tokens a row", f"prompt up to {config.data.source_max_len}, answer up to {config.data.target_max_len}"),
+        ("tokens a row", _row_limits(config.data)),
         ("loss on", "the whole text" if whole else "the answer"),
         ("seed", f"{config.seed} (rows are split by {config.data.split_seed})"),
     ]
     return rows
+
+
+def _warmup(trainer: TrainerConfig) -> str:
+    """Returns the warm-up as far as the schedule has one; below 1 it is a share of all steps."""
+    steps = trainer.warmup_steps
+    warms_up = trainer.lr_scheduler_type not in WITHOUT_WARMUP or trainer.optim in WARM_UP_THEMSELVES
+    if not (steps and warms_up):
+        return ""
+    return (
+        f", warm-up over {f'{steps:.3%}'.rstrip('%').rstrip('0').rstrip('.')} % of the steps"
+        if steps < 1
+        else (f", warm-up over {plural(steps, 'step')}")
+    )
+
+
+def _row_limits(data: DataConfig) -> str:
+    limits = {"prompt": data.source_max_len, "answer": data.target_max_len, "row": data.max_length}
+    return ", ".join(f"{name} up to {limit:,}" for name, limit in limits.items() if limit is not None) or "no limit"
 
 
 def _limits(config: Config) -> str:

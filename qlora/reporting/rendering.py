@@ -48,8 +48,8 @@ def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
         .render(
             data=_json(data),
             style=(FOLDER / "page.css").read_text(encoding="utf-8"),
-            script=(FOLDER / "page.js").read_text(encoding="utf-8"),
-            plotly=_plotly() if has_charts else "",
+            script="".join((FOLDER / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js")),
+            plotly=packed_plotly() if has_charts else "",
             version=__version__,
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             curves=data["curves"],
@@ -76,7 +76,7 @@ def _environment() -> Environment:
 
 
 @functools.cache
-def _plotly() -> str:
+def packed_plotly() -> str:
     """Returns the plotting library compressed: 2 MB instead of 5, because each run has a page."""
     from plotly.offline import get_plotlyjs
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
-from qlora.errors import DamagedFile
-from qlora.reporting.history import Curve, curves, read_history
+from qlora.reporting.answers import intact, read_answers
+from qlora.reporting.examples import read_examples
+from qlora.reporting.history import Curve, curves, read_history, with_base
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.rendering import (
     chart,
@@ -20,18 +23,16 @@ from qlora.reporting.rendering import (
     line,
     metric_title,
     plain_config,
+    plain_value,
     render,
 )
-from qlora.runtime.atomic_files import read_lines, write_text
-from qlora.runtime.run_folder import RunFolder
-from qlora.text import format_range, is_detail, prompt_core
+from qlora.runtime.atomic_files import read_record, write_text
+from qlora.runtime.run_folder import RunFolder, flatten
+from qlora.runtime.saved_run import to_numbers
+from qlora.text import format_range, is_detail, visible
 
-log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-
-ANSWERS = 60
-"""So many answers are shown."""
+SILENT_SECONDS = 600
+"""A page stops loading itself again when nothing was written for this long."""
 POINTS = 4_000
 """Of a curve."""
 WARNED = re.compile(r"^\S+ \S+ (?:WARNING|ERROR) qlora[\w.]*: (.*)", re.MULTILINE)
@@ -61,6 +62,18 @@ DATA_COUNTS = {
 SHOWN_IF_ZERO = ("train_rows", "eval_rows")
 
 
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is that has not finished."""
+
+    status: str
+    """`running`, `interrupted`, `failed` or `pruned`."""
+    note: str
+    """What it does, or why it ended."""
+    reload_seconds: float | None = None
+    """How often the page loads itself again; None: the run has ended."""
+
+
 def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> Path:
     """Writes `report.html` of a finished run and returns its path.
 
@@ -71,24 +84,32 @@ def write_run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str
     return folder.report
 
 
-def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> str:
-    """Returns the page as HTML, from `result` and the other files in the run's folder."""
-    manifest = _intact(folder.stored_manifest) or {}
-    charts, groups = _charts(curves(read_history(folder.path)))
-    answers = [_answer(record) for record in _intact(lambda: read_lines(folder.predictions, ANSWERS)) or []]
+def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str, state: RunState | None = None) -> str:
+    """Returns the page as HTML, from `result` and the other files in the run's folder.
+
+    `state` is that of a run that has not finished; `result` then holds the metrics that are known.
+    """
+    manifest = intact(folder.stored_manifest) or {}
     metrics = result.get("metrics", {})
+    charts, groups = _charts(with_base(curves(read_history(folder.path)), base_metrics(folder, metrics)))
+    answers = read_answers(folder)
+    examples = [_example(row) for row in intact(lambda: read_examples(folder.examples)) or []]
+    changed = manifest.get("preset")
     model = [(label, text) for label, text in manifest.get("model", {}).items()
              if label != "folder" and isinstance(text, str)] + kept_lines(result)  # fmt: skip
     sections = {
         "metrics": "Metrics",
         "curves": "Curves" if charts else "",
         "answers": "Answers" if answers else "",
+        "examples": "Training rows" if examples else "",
         "run": "Run",
         "config": "Config" if "config" in manifest else "",
         "files": "Files",
     }
     data = {"groups": groups, "curves": charts, "smoothing": first_smoothing(charts), "objective": None}
     data |= {"fronts": [], "scatters": [], "importance": [], "parallel": []}
+    if state is not None and state.reload_seconds is not None:
+        data["live"] = {"written": int(time.time() * 1000), "seconds": state.reload_seconds, "silent": SILENT_SECONDS}
     return render(
         "run.html.jinja",
         data,
@@ -96,6 +117,7 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
         over="Run report",
         sections=[(anchor, title) for anchor, title in sections.items() if title],
         started=str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
+        state=state,
         warnings=_warnings(folder.path / "train.log"),
         tiles=_tiles(metrics),
         compared=any(key.startswith("base_eval_") for key in metrics),
@@ -105,22 +127,15 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str) -> s
         command=command,
         answers=answers,
         judged=any(answer["right"] for answer in answers) and not all(answer["right"] for answer in answers),
+        examples=examples,
         facts=model,
         counts=_counts(manifest.get("data", {})),
         versions=[(key, value) for key, value in manifest.get("versions", {}).items() if value],
         machine=_machine(manifest),
         config=list(plain_config(manifest.get("config", {}))),
-        files=_files(folder, result.get("paths", {})),
+        changed=_changed(changed, manifest.get("config", {})) if isinstance(changed, dict) else None,
+        files=_files(folder, result.get("paths", {}), has_result=state is None),
     )
-
-
-def _intact(read: Callable[[], Result]) -> Result | None:
-    """Returns the result of `read`, or None with a warning if the file is damaged."""
-    try:
-        return read()
-    except DamagedFile as error:
-        log.warning("%s is damaged (%s); the page is written without it", error.path, error.reason)
-        return None
 
 
 def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -142,7 +157,8 @@ def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[d
 
 def _measured(result: Mapping[str, Any], *, detail: bool) -> list[dict[str, str]]:
     metrics, intervals, gains = (result.get(key, {}) for key in ("metrics", "intervals", "gains"))
-    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and is_detail(key) == detail]
+    plain = [key.removeprefix("base_").removeprefix("eval_") for key in metrics if re.match("(base_)?eval_", key)]
+    names = [name for name in dict.fromkeys(plain) if is_detail(name) == detail]
     rows = []
     for name in names:
         interval, gain = intervals.get(f"eval_{name}"), gains.get(name)
@@ -150,7 +166,7 @@ def _measured(result: Mapping[str, Any], *, detail: bool) -> list[dict[str, str]
             {
                 "name": metric_title(name),
                 "before": format_value(metrics.get(f"base_eval_{name}"), name),
-                "after": format_value(metrics[f"eval_{name}"], name),
+                "after": format_value(metrics.get(f"eval_{name}"), name),
                 "interval": format_range(name, *interval) if interval else "",
                 "gain": format_range(name, gain["low"], gain["high"], signed=True) if gain else "",
             }
@@ -179,24 +195,25 @@ def _warnings(log: Path) -> list[str]:
     return list(dict.fromkeys(WARNED.findall(text)))
 
 
-def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
-    expected, got = str(record.get("reference", "")), str(record.get("prediction", ""))
-    prompt = str(record.get("prompt") or record.get("input", ""))
-    return {
-        "asked": prompt_core(prompt),
-        "prompt": prompt,
-        "expected": expected,
-        "got": got,
-        "right": " ".join(expected.split()) == " ".join(got.split()),
-        "note": _answer_note(record),
-    }
+def base_metrics(folder: RunFolder, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns what the untuned base scored, by plain names: as the folder or else the run's metrics record it."""
+    saved = (intact(lambda: read_record(folder.baseline)) or {}).get("metrics")
+    if isinstance(saved, dict):
+        with contextlib.suppress(ValueError):  # a number that is none
+            return to_numbers(saved)
+    prefix = "base_eval_"
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
 
 
-def _answer_note(record: Mapping[str, Any]) -> str:
-    """Returns the length of an answer, and whether it was cut."""
-    count, finish = record.get("answer_tokens"), record.get("finish")
-    length = [] if not isinstance(count, int) else ["1 token" if count == 1 else f"{count:,} tokens"]
-    return ", ".join([*length, *(["cut at generation.max_new_tokens"] if finish == "length" else [])])
+def _example(row: Mapping[str, Any]) -> dict[str, Any]:
+    parts = [{"text": visible(str(part["text"])), "trained": bool(part.get("trained"))} for part in row["parts"]]
+    return {**row, "parts": parts}
+
+
+def _changed(preset: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns the full keys that differ from the preset, with the run's value and the preset's."""
+    values = dict(flatten(dict(config)))
+    return [(key, plain_value(values.get(key)), plain_value(value)) for key, value in preset.items()]
 
 
 def _counts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -223,9 +240,11 @@ def _machine(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, str(value)) for label, value in rows.items() if value]
 
 
-def _files(folder: RunFolder, paths: Mapping[str, str]) -> list[tuple[str, str]]:
+def _files(folder: RunFolder, paths: Mapping[str, str], *, has_result: bool) -> list[tuple[str, str]]:
     """Returns the files of the run's own folder: name and link."""
     names = {Path(path).name for path in paths.values() if Path(path).parent == folder.path}
-    known = {"manifest.json", "history.json", "metrics.json", "baseline.json", "train.log"}
+    known = {"manifest.json", "history.json", "metrics.json", "baseline.json", "train.log", "config.yaml"}
+    known |= {folder.base_predictions.name, folder.examples.name}
     there = {name for name in names | known if (folder.path / name).exists() and name != folder.report.name}
-    return [(name, quote(name)) for name in sorted(there | {"result.json"})]  # which is written behind the page
+    there |= {"result.json"} if has_result else set()  # which is written behind the page
+    return [(name, quote(name)) for name in sorted(there)]

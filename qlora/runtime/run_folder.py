@@ -38,6 +38,7 @@ ADDED_KEYS: dict[str, Any] = {
     "trainer.neftune_noise_alpha": None,
     "trainer.keep": "last",
     "trainer.keep_metric": None,
+    "task.port": 8642,
 }
 """Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those
 of the entries of `data.mix`."""
@@ -91,6 +92,16 @@ class RunFolder:
     def predictions(self) -> Path:
         """Answers to held-out rows, one JSON object a line."""
         return self.path / "predictions.jsonl"
+
+    @property
+    def base_predictions(self) -> Path:
+        """Answers of the untuned base to the same rows, one JSON object a line."""
+        return self.path / "base_predictions.jsonl"
+
+    @property
+    def examples(self) -> Path:
+        """Some rows of the training set as the model sees them, one JSON object a line."""
+        return self.path / "examples.jsonl"
 
     @property
     def unfinished_predictions(self) -> Path:

@@ -16,7 +16,7 @@ from typing import cast
 
 from qlora.config.schema import Config, TaskName
 from qlora.runtime import distributed
-from qlora.runtime.console import take_over_handlers
+from qlora.runtime.console import say_rows, take_over_handlers
 from qlora.runtime.needs import Needs
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
@@ -60,7 +60,11 @@ def run_job(job: TaskJob, *, verbose: bool = False) -> TaskResult:
         _import_session()
         if not verbose:
             take_over_handlers()
-    return find_task(job.config.task.name).run(job)
+    try:
+        return find_task(job.config.task.name).run(job)
+    finally:
+        if "session" in vars(job):
+            say_rows(job.session.closing_lines)
 
 
 def _import_session() -> None:

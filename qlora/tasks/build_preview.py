@@ -56,7 +56,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         title=f"{source} as {report.format}",
         summary=lines,
         warnings=[*_warnings(report, tokenizer, config), *([length.warning] if length.warning else [])],
-        rows=[_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
+        rows=[preview_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},
     )
@@ -91,7 +91,8 @@ def _packing(config: DataConfig, data: Data) -> str:
     return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {fill:.1%}"
 
 
-def _row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+    """Returns a tokenized row as it is shown."""
     ids, labels = row["input_ids"], row["labels"]
     assert isinstance(ids, list)
     assert isinstance(labels, list)

@@ -34,6 +34,7 @@ from qlora.training.arguments import build_arguments
 from qlora.training.keep import KeepCallback
 from qlora.training.memory_budget import Budget, Formula
 from qlora.training.meter import Meter
+from qlora.training.page_callback import Page, PageCallback
 from qlora.training.profiling import ProfileCallback
 from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
@@ -44,9 +45,13 @@ log = logging.getLogger(__name__)
 
 
 def build_trainer(
-    session: Session, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker
+    session: Session,
+    model: PreTrainedModel | PeftModel,
+    callbacks: list[Any],
+    tracker: Tracker,
+    page: Page | None = None,
 ) -> QLoraTrainer:
-    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own."""
+    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run."""
     config, data, placement = session.config, session.data, session.placement
     assert data.train is not None
     arguments = build_arguments(
@@ -97,6 +102,7 @@ def build_trainer(
             ProgressCallback(session.folder.progress),
             TrackerCallback(tracker),
             KeepCallback(session.keep_rule),
+            *([PageCallback(page)] if page is not None else []),
             *([ProfileCallback(session.folder.trace, placement.device)] if config.trainer.profile else []),
             *_build_pruning(),
             *callbacks,

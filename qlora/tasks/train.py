@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.preset import differences_to_preset
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
 from qlora.reporting.kept import kept_lines
+from qlora.reporting.live_page import LivePage
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
 from qlora.reporting.model_card import write_model_card
 from qlora.reporting.run_page import write_run_page
 from qlora.reporting.start_lines import evaluation_lines, training_lines
 from qlora.runtime import console, distributed
-from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_text
+from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_lines, write_text
 from qlora.runtime.disk_space import Patience, wait_for_space
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.saved_run import find_damage, set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, measure_untuned, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.shown_run import shown_run
 from qlora.tasks.used import describe_used
 from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
@@ -110,6 +113,7 @@ class Training:
         self._has_config = False
         self._planned_peak_gb = 0.0
         self._kept: Kept | None = None
+        self._page: LivePage | None = None
         self.unquantized: str | None = None
         """The parts of the base that are not quantized, for the model card."""
 
@@ -147,7 +151,7 @@ class Training:
         if self.config.task.train:
             is_same &= self._check_same_base(checkpoint)
         if not is_same:
-            for stale in (self.folder.result("train"), self.folder.baseline):
+            for stale in (self.folder.result("train"), self.folder.baseline, self.folder.base_predictions):
                 stale.unlink(missing_ok=True)
         self._write_config()
         with session.tracking(resumes=True) as (tracker, metrics):
@@ -176,12 +180,15 @@ class Training:
         model = session.build_model() if self.config.task.train else session.load_trained()
         lines = self._describe(model)
         manifest = self._build_manifest(resolved, lines)
-        with keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy):
+        record = keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy)
+        with record, shown_run(self.job, self._command) as self._page:
             console.start_screen(list(lines.items()))
             base = self._measure_base(model)
             metrics |= prefixed("base_eval_", base.metrics)
+            self._page.begin("preparing the training" if self.config.task.train else "measuring the held-out rows")
             if self.config.task.train:
                 metrics |= self._fit(model, callbacks, tracker, checkpoint)
+                self._page.update(self._page.history, "trained; measuring the held-out rows", measured=True)
             measured = self._measure_after(model)
             metrics |= prefixed("eval_", measured.metrics)
             metrics["peak_memory_gb"] = self._peak_memory_gb()
@@ -266,7 +273,7 @@ class Training:
     ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
-        return build_trainer(self.session, model, callbacks, tracker)
+        return build_trainer(self.session, model, callbacks, tracker, self._page)
 
     def _fit(
         self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
@@ -343,7 +350,10 @@ class Training:
                 raise DamagedFile(path, "it holds no measurement of the base") from error
         part_of_base = self.config.lora.init in adapters.REWRITES_BASE
         measured = measure_untuned(self.session, model, keep_adapter=part_of_base)
+        predictions = measured.predictions or self._answer_few(model, untuned=not part_of_base)
         if distributed.is_main_process():
+            if predictions:
+                write_lines(self.folder.base_predictions, predictions)
             write_json(path, measured.to_dict())
         return measured
 
@@ -356,8 +366,17 @@ class Training:
             return replace(measured, predictions=[])
         if measured.predictions:
             return measured
-        answer = partial(session.measurer.predict, model, self.config.evaluation.show_predictions)
-        return replace(measured, predictions=session.in_main_process(answer))
+        return replace(measured, predictions=self._answer_few(model))
+
+    def _answer_few(self, model: PreTrainedModel | PeftModel, *, untuned: bool = False) -> list[dict[str, Any]]:
+        """Returns answers to the rows that are shown, where no metric asks for more; `untuned` without the adapter."""
+        from qlora.adapters import adapter_off
+
+        if not (self.config.task.predict and self.session.measures_rows):
+            return []
+        answer = partial(self.session.measurer.predict, model, self.config.evaluation.show_predictions)
+        with adapter_off(model) if untuned else contextlib.nullcontext():
+            return self.session.in_main_process(answer)
 
     # Reports
 
@@ -385,11 +404,15 @@ class Training:
             keeps=session.keep_rule.describe(measures=session.measures_rows),
         )
 
+    @property
+    def _command(self) -> str:
+        return shlex.join(["qlora", *self.job.overrides, *self.job.options])
+
     def _write_result(self, metrics: dict[str, float], measured: Measurement, base: Measurement) -> TaskResult:
         """Writes the result, model cards beside what was trained, and the page of the run."""
         from qlora.models.license import read_license
 
-        folder, session, command = self.folder, self.session, ["qlora", *self.job.overrides, *self.job.options]
+        folder, session = self.folder, self.session
         more: dict[str, Any] = {"measured": describe_used(self.job)}
         if self._kept is not None:
             more["kept"] = self._kept.to_dict(metrics)
@@ -401,7 +424,7 @@ class Training:
                     config=self.config,
                     result=result.to_dict(),
                     base_model=self.config.model.name,
-                    command=shlex.join(command),
+                    command=self._command,
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
                     license=read_license(self.config.model),
@@ -409,7 +432,7 @@ class Training:
                 )
         result.paths["card"] = str(card)
         write_json(folder.path / "metrics.json", metrics)
-        result.paths["report"] = str(write_run_page(folder, result.to_dict(), command=shlex.join(command)))
+        result.paths["report"] = str(write_run_page(folder, result.to_dict(), command=self._command))
         write_json(folder.result("train"), result.to_dict())
         return result
 
@@ -417,7 +440,10 @@ class Training:
         model = {**lines, **asdict(self.session.base)}
         seeds = {"seed": self.config.seed, "data.split_seed": self.config.data.split_seed}
         data = asdict(self.session.data.report)
-        return build_manifest(resolved, overrides=self.job.overrides, data=data, model=model, seeds=seeds)
+        preset = differences_to_preset(self.config, self.job.overrides)
+        return build_manifest(
+            resolved, overrides=self.job.overrides, data=data, model=model, seeds=seeds, preset=preset
+        )
 
 
 def _build_callbacks(config: Config) -> list[Any]:

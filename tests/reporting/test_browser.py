@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import ALARM, DESKTOP, PHONE, launched, needs_browser, open_page
 from synthetic_runs import write_run, write_sweep
 
-from qlora.reporting.run_page import write_run_page
+from qlora.reporting.run_page import RunState, write_run_page
+from qlora.reporting.run_page import run_page as render_run
+from qlora.runtime.atomic_files import write_text
 from qlora.runtime.run_folder import RunFolder
 from qlora.sweep.sweep_page import write_overview
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'qlora[dev]'")
+pytestmark = needs_browser
 
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = os.environ.get("QLORA_TEST_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="needs a Chromium: apt-get install chromium-headless-shell, or QLORA_TEST_BROWSER=PROGRAM"
-)
-
-ALARM = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 FIRST_CURVE = "[data-kind=curves][data-index='0']"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        # WebGL on the processor: the parallel axes are drawn with it.
-        yield playwright.chromium.launch(executable_path=BROWSER, args=["--enable-unsafe-swiftshader"])
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +56,8 @@ class Opened:
     """A page that is drawn, with what went wrong."""
 
     def __init__(self, browser: Any, path: Path, size: dict[str, int], scheme: str = "light") -> None:
-        self.errors: list[str] = []
         self.requests: list[str] = []
-        phone = size is PHONE
-        context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=phone, is_mobile=phone)
-        self.page = context.new_page()
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        self.page, self.errors = open_page(browser, "about:blank", size, scheme)
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_function("document.querySelectorAll('.chart.wait').length === 0", timeout=60_000)
@@ -258,3 +246,46 @@ def test_config_and_answers_can_be_searched(browser: Any, run: Path) -> None:
     assert opened.page.locator("#config tr:visible").all_inner_texts() == ["trainer.learning_rate\t0.002"]
     opened.page.locator("#wrong").check()
     assert opened.page.locator(".answers > article:visible").count() == 2
+
+
+def test_the_page_of_a_run_that_is_alive_loads_itself_again_and_keeps_what_a_reader_has_set(
+    browser: Any, tmp_path: Path
+) -> None:
+    folder = RunFolder(write_run(tmp_path / "alive", status="running"))
+    (folder.path / "result.json").unlink(missing_ok=True)
+
+    def show(note: str, seconds: float | None) -> None:
+        state = RunState("running" if seconds else "interrupted", note, seconds)
+        write_text(folder.report, render_run(folder, {}, command="qlora", state=state))
+
+    show("step 1", 0.5)
+    opened = Opened(browser, folder.report, DESKTOP)
+    opened.page.locator("#log").check()
+    opened.page.locator("#config summary").click()
+    opened.page.evaluate("scrollTo(0, 400)")
+    show("step 2", 0.5)
+    opened.page.locator("#state", has_text="step 2").wait_for()
+    opened.page.wait_for_function("document.querySelectorAll('.chart.wait').length === 0", timeout=60_000)
+    assert opened.page.locator("#log").is_checked()
+    assert opened.page.evaluate("document.querySelector('#config details').open")
+    assert opened.page.evaluate("scrollY") == 400
+    assert opened.page.locator(FIRST_CURVE).evaluate("chart => chart.layout.yaxis.type") == "log"
+    show("stopped", None)
+    opened.page.locator("#state", has_text="stopped").wait_for()
+    opened.page.evaluate("window.same = 1")
+    opened.page.wait_for_timeout(1800)
+    assert opened.page.evaluate("window.same") == 1
+    assert not opened.errors
+
+
+def test_a_page_that_is_silent_for_ten_minutes_says_so_and_stays(browser: Any, tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path / "silent", status="running"))
+    html = render_run(folder, {}, command="qlora", state=RunState("running", "step 1", 0.5))
+    written = re.search(r'"written":(\d+)', html)
+    assert written
+    write_text(folder.report, html.replace(written[1], str(int(written[1]) - 601_000)))
+    opened = Opened(browser, folder.report, DESKTOP)
+    opened.page.locator("#alive", has_text="no news for 10 minutes").wait_for()
+    opened.page.evaluate("window.same = 1")
+    opened.page.wait_for_timeout(1800)
+    assert opened.page.evaluate("window.same") == 1

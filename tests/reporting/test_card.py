@@ -142,3 +142,31 @@ def test_a_card_says_what_is_not_known(tmp_path: Path) -> None:
     text, _ = write(tmp_path, [])
     assert "one seed" in text
     assert "invented world" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        (["trainer.max_steps=1"], "| length | 1 step |"),
+        (["trainer.max_steps=2000"], "| length | 2,000 steps |"),
+        (["trainer.max_steps=null", "trainer.num_train_epochs=1"], "| length | 1 epoch |"),
+        (["trainer.max_steps=null", "trainer.num_train_epochs=0.5"], "| length | 0.5 epochs |"),
+        (["trainer.per_device_train_batch_size=1"], "| batch | 1 row x "),
+        (["data.source_max_len=null", "data.target_max_len=256"], "| tokens a row | answer up to 256 |"),
+        (
+            ["data.source_max_len=1024", "data.target_max_len=null", "data.max_length=2048"],
+            "| tokens a row | prompt up to 1,024, row up to 2,048 |",
+        ),
+        (["data.source_max_len=null", "data.target_max_len=null"], "| tokens a row | no limit |"),
+        (["trainer.lr_scheduler_type=constant"], "| learning rate | 0.002, constant |"),
+        (["trainer.lr_scheduler_type=linear", "trainer.warmup_steps=1"], "0.002, linear, warm-up over 1 step |"),
+        (["trainer.lr_scheduler_type=linear", "trainer.warmup_steps=0.03"], "linear, warm-up over 3 % of the steps |"),
+        (["trainer.lr_scheduler_type=linear", "trainer.warmup_steps=0"], "| learning rate | 0.002, linear |"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_settings_say_what_is_set_and_nothing_that_is_not(tmp_path: Path, overrides: list[str], row: str) -> None:
+    plain = ["trainer.lr_scheduler_kwargs=null"] if "lr_scheduler_type" in overrides[0] else []
+    text, _ = write(tmp_path, ["trainer.learning_rate=2e-3", "trainer.warmup_steps=20", *plain, *overrides])
+    assert row in text.replace("\\_", "_")
+    assert "None" not in text

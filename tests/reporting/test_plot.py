@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora.reporting import loss_curve
 from qlora.reporting.history import series
 from qlora.reporting.loss_curve import plot_loss, smooth
 
@@ -36,3 +37,21 @@ def test_a_repeated_step_counts_once_and_values_without_number_are_left_out() ->
 def test_smoothing_keeps_a_constant_and_averages_its_neighbourhood() -> None:
     assert smooth([2.0] * 9, 5) == pytest.approx([2.0] * 9)
     assert smooth([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5])
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [([10.0, 1.0, 0.2], "log"), ([10.0, 1.0, 0.21], "linear"), ([10.0, 0.1, 0.0], "linear"), ([2.0, 1.0], "linear")],
+)
+def test_losses_over_a_fifty_fold_range_get_a_logarithmic_axis(
+    losses: list[float], scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(loss_curve, "save_figure", lambda figure, path: figures.append(figure))
+    history = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    plot_loss([*history, {"step": 9, "eval_loss": losses[-1]}], tmp_path / "loss.png")
+    axes = figures[0].axes[0]
+    assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    assert low < min(losses)
+    assert high > max(losses)

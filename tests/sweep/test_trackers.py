@@ -131,7 +131,7 @@ def test_a_run_shows_the_sweep_and_a_continued_sweep_updates_it(tracked: tuple[P
     summary = wandb_summary(records)
     assert (summary["jobs/finished"], summary["jobs/failed"]) == (2, 0)
     assert summary["best/eval_loss"] == min(losses.values())
-    assert sync_command(Path("outputs/sweeps/two")) in printed[1]
+    assert sync_command(Path("outputs/sweeps/two"), jobs=True) in printed[1]
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(t
     folder = tmp_path / "outputs/sweeps/two"
     summary = wandb_summary(wandb_records(folder))
     assert (summary["jobs/finished"], summary["jobs/failed"]) == (1, 1)
-    assert sync_command(Path("outputs/sweeps/two")) in printed
+    assert sync_command(Path("outputs/sweeps/two"), jobs=True) in printed
 
 
 @needs_wandb

@@ -73,6 +73,19 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_wandb
+def test_an_offline_run_ends_with_the_command_that_sends_it_and_a_job_of_a_sweep_does_not(tmp_path: Path) -> None:
+    tracker = offline(tmp_path / "my run")
+    tracker.finish("finished", {})
+    [(label, command)] = tracker.closing_lines()
+    assert (label, command) == ("sync", f"WANDB_RESUME=allow wandb sync '{tmp_path}/my run'/wandb/offline-run-*")
+    assert [path.name[:12] for path in (tmp_path / "my run" / "wandb").glob("offline-run-*")] == ["offline-run-"]
+    job = offline(tmp_path / "job", sweep=SWEEP)
+    job.finish("finished", {})
+    assert job.closing_lines() == []
+    assert NoTracker().closing_lines() == []
+
+
+@needs_wandb
 def test_a_wandb_run_holds_name_project_group_tags_and_the_whole_config(wandb_run: Path) -> None:
     run = wandb_start(wandb_run)
     assert (run.display_name, run.project, run.run_group) == ("my-run", "p", "g")

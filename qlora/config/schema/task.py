@@ -26,6 +26,7 @@ class TaskName(StrEnum):
     migrate = auto()
     replay = auto()
     wandb_sweep = auto()
+    board = auto()
 
     @property
     def trains(self) -> bool:
@@ -66,6 +67,7 @@ TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "task.ids": (TaskName.preview,),
     "task.private": (TaskName.push,),
     "task.online": (TaskName.doctor,),
+    "task.port": (TaskName.board,),
     "task.method": (TaskName.wandb_sweep,),
 }
 """The keys that describe no training: what one task reads or writes, and how. No other task takes them."""
@@ -77,7 +79,7 @@ class TaskConfig:
 
     name: TaskName = MISSING
     """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
-    `replay` or `wandb_sweep`; chosen with `task=`."""
+    `replay`, `wandb_sweep` or `board`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
@@ -92,9 +94,12 @@ class TaskConfig:
     """Whether a repository that `task=push` creates is private."""
     online: bool = False
     """Whether `task=doctor` asks the hub and wandb if they accept the logins; else nothing goes over the network."""
+    port: int = 8642
+    """The port of this machine on which `task=board` answers; 0 takes any free one."""
     method: SweepMethod | None = None
     """How a sweep that `task=wandb-sweep` describes chooses its points: `grid`, `random` or `bayes`; unset:
     `grid` where all values are listed, else `bayes`."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 0, "task.rows", "be 0 or more", self.rows)
+        require(0 <= self.port <= 65535, "task.port", "lie between 0 and 65535", self.port)

@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const page = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
@@ -7,90 +6,14 @@
   const number = (value) =>
     (value && Math.abs(value) < 1e-2 ? Number(value.toPrecision(3)).toExponential() : decimal.format(value));
 
-  // Colours are the style sheet's, so that charts follow the page from light to dark.
-  const probe = document.createElement("span");
-  probe.hidden = true;
-  document.body.append(probe);
-  const css = (name) => {
-    probe.style.color = `var(--${name})`;
-    return getComputedStyle(probe).color;
-  };
-  const channels = (name) => css(name).match(/[\d.]+/g).slice(0, 3).map(Number);
-  const between = (a, b, share) => `rgb(${a.map((from, place) => Math.round(from + (b[place] - from) * share))})`;
-  const ranked = (share) => {
-    const [best, middle, worst] = ["rank-best", "rank-middle", "rank-worst"].map(channels);
-    return share < 0.5 ? between(best, middle, 2 * share) : between(middle, worst, 2 * share - 1);
-  };
-  const groupColor = (group) => (group.hue === null ? ranked(group.rank) : css(`hue-${group.hue}`));
-
-  // Plotly reads a little HTML in texts; what users write is text and nothing else.
-  const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-  const shorten = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-
-  const touch = matchMedia("(pointer: coarse)").matches; // a finger on a chart scrolls the page
-  // Named one by one: the library has another that would send a chart to its makers.
-  const config = (...buttons) => ({
-    responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", modeBarButtons: [["toImage", ...buttons]],
-  });
-  const zooming = config("zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d");
-  const axis = (more) => ({
-    gridcolor: css("line"), linecolor: css("line"), zeroline: false, automargin: true, ticks: "", fixedrange: touch,
-    title: { font: { size: 12, color: css("soft") }, standoff: 8 }, tickfont: { size: 11, color: css("soft") }, ...more,
-  });
-  const layout = (x, y, more) => ({
-    paper_bgcolor: css("card"), plot_bgcolor: css("card"), showlegend: false, uirevision: "kept",
-    font: { family: getComputedStyle(document.body).fontFamily, color: css("ink"), size: 12 },
-    margin: { l: 12, r: 14, t: 12, b: 12 }, dragmode: touch ? false : "zoom",
-    hoverlabel: { bgcolor: css("card"), bordercolor: css("line"), font: { color: css("ink"), size: 12 }, align: "left",
-      namelength: 60 },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("accent") },
-    xaxis: axis(x), yaxis: axis(y), ...more,
-  });
+  const { css, groupColor, plain, shorten, config, zooming, layout } = charts;
 
   // Curves
 
   const hidden = new Set(page.groups.flatMap((group, place) => (group.shown ? [] : [place])));
   const choice = { smoothing: page.smoothing, x: "step", log: false };
 
-  /** Exponential moving average, weighted so that the first values count in full. */
-  const smooth = (values, weight) => {
-    let sum = 0;
-    let norm = 0;
-    return values.map((value) => {
-      sum = weight * sum + (1 - weight) * value;
-      norm = weight * norm + 1 - weight;
-      return sum / norm;
-    });
-  };
-
-  const drawCurves = (place, spec) => {
-    const lines = spec.lines.filter((line) => !hidden.has(line.group));
-    const few = lines.length <= 12; // more are no longer told apart, nor read one by one
-    const traces = lines.flatMap((line) => {
-      const group = page.groups[line.group];
-      const color = groupColor(group);
-      const smoothed = spec.noisy && choice.smoothing > 0 && line.value.length > 2 && line.smooth;
-      const x = line[choice.x];
-      const trace = {
-        x, y: smoothed ? smooth(line.value, choice.smoothing) : line.value, name: plain(group.label), type: "scatter",
-        mode: line.value.length < 40 && !(spec.noisy && line.value.length > 12) ? "lines+markers" : "lines",
-        line: { color, width: group.best ? 2.6 : 1.6, dash: line.dash }, marker: { size: 5, color },
-        hovertemplate: "%{y:.5~g}",
-      };
-      const raw = { ...trace, y: line.value, mode: "lines", hoverinfo: "skip", hovertemplate: null, opacity: 0.25,
-        line: { color, width: 1 } };
-      return smoothed && few ? [trace, raw] : [trace];
-    });
-    const x = {
-      title: { text: choice.x, standoff: 8, font: { size: 12, color: css("soft") } },
-      tickformat: choice.x === "step" ? ",d" : ".3~s", hoverformat: ",", unifiedhovertitle: { text: `${choice.x} %{x:,}` },
-      spikethickness: 1, spikecolor: css("soft"), spikedash: "dot",
-    };
-    const y = { type: choice.log && spec.logarithmic ? "log" : "linear", tickformat: spec.format, nticks: 7,
-      rangemode: spec.fromZero ? "tozero" : "normal", exponentformat: "e" };
-    traces.reverse(); // the best on top
-    return Plotly.react(place, traces, layout(x, y, { hovermode: lines.length <= 6 ? "x unified" : "closest" }), zooming);
-  };
+  const drawCurves = (place, spec) => charts.curves(place, spec, { groups: page.groups, hidden, choice });
 
   // Parameters
 
@@ -198,13 +121,13 @@
 
   const kinds = { curves: drawCurves, fronts: drawFront, scatters: drawScatter, importance: drawImportance,
     parallel: drawParallel };
-  const charts = all(".chart");
+  const places = all(".chart");
   const drawOne = (place) => {
     const { kind, index } = place.dataset;
     place.classList.remove("wait");
     return kinds[kind](place, page[kind][index]);
   };
-  const draw = (kind) => charts.filter((place) => !kind || place.dataset.kind === kind).forEach(drawOne);
+  const draw = (kind) => window.Plotly && places.filter((place) => !kind || place.dataset.kind === kind).forEach(drawOne);
 
   /** Runs the plotting library, which the page holds packed: it is a third of the size. */
   const load = async () => {
@@ -291,9 +214,61 @@
     for (const answer of all(".answers > [data-right='true']")) answer.hidden = target.checked;
   });
 
+  // The page of a run that is alive loads itself again; what a reader has set stays.
+
+  const memory = `qlora ${location.pathname}`;
+  const remember = () => {
+    const fields = all("input, select").map((field) => (field.type === "checkbox" ? field.checked : field.value));
+    const open = all("details").map((part) => part.open);
+    const inner = all("pre, .scroll, .across").map((part) => [part.scrollTop, part.scrollLeft]);
+    const kept = { at: Date.now(), y: scrollY, theme: root.dataset.theme, hidden: [...hidden], fields, open, inner };
+    try {
+      sessionStorage.setItem(memory, JSON.stringify(kept));
+    } catch { /* no storage: the page begins anew */ }
+  };
+  const recall = () => {
+    let kept = null;
+    try {
+      kept = JSON.parse(sessionStorage.getItem(memory));
+      sessionStorage.removeItem(memory);
+    } catch { /* no storage */ }
+    if (!kept || Date.now() - kept.at > 60_000) return;
+    if (kept.theme) root.dataset.theme = kept.theme;
+    if (kept.hidden.every((place) => place < page.groups.length)) kept.hidden.forEach((place) => hidden.add(place));
+    const set = (list, values, put) => list.length === values.length && list.forEach((item, place) => put(item, values[place]));
+    set(all("details"), kept.open, (part, open) => (part.open = open));
+    set(all("input, select"), kept.fields, (field, value) => {
+      const name = field.type === "checkbox" ? "checked" : "value";
+      if (field[name] === value) return;
+      field[name] = value;
+      for (const event of ["input", "change"]) field.dispatchEvent(new Event(event));
+    });
+    set(all("pre, .scroll, .across"), kept.inner, (part, [top, left]) => part.scrollTo(left, top));
+    scrollTo(0, kept.y);
+  };
+  const follow = ({ written, seconds, silent }) => {
+    const note = document.getElementById("alive");
+    const isRead = () => !getSelection().isCollapsed || document.activeElement?.matches("input[type=search]:not(:placeholder-shown)");
+    const look = () => {
+      if (Date.now() - written > 1000 * silent) {
+        note.textContent = `no news for ${Math.round(silent / 60)} minutes: it has ended, or does something long; load the page again to see`;
+        clearInterval(timer);
+      } else if (!document.hidden && !isRead() && Date.now() - opened >= 1000 * seconds) {
+        remember();
+        location.reload();
+      }
+    };
+    const opened = Date.now();
+    const timer = setInterval(look, 1000);
+    document.addEventListener("visibilitychange", look);
+    if (Date.now() - written > 1000 * silent) look();
+  };
+
   (async () => {
-    if (charts.length) await load();
-    for (const place of charts) {
+    recall();
+    if (page.live) follow(page.live);
+    if (places.length) await load();
+    for (const place of places) {
       await new Promise(requestAnimationFrame); // the page can be read and scrolled between two charts
       await drawOne(place);
     }

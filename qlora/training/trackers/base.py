@@ -131,6 +131,10 @@ class Tracker:
     def log_adapter(self, folder: Path) -> None:
         """Stores the finished adapter if `tracking.log_adapter` is set."""
 
+    def closing_lines(self) -> list[tuple[str, str]]:
+        """Returns the lines to print when the run has ended, each a label and a text."""
+        return []
+
     def finish(self, status: str, summary: dict[str, float]) -> None:
         """Ends the run with `status` (`finished`, or why it stopped) and its final metrics."""
 

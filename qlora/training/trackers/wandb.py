@@ -120,7 +120,7 @@ class WandbTracker(ResumingTracker):
             _log_media(tracker, sweep)
             tracker.finish("finished", sweep.numbers)
             lines += [("wandb", tracker.url)] if tracker.url else []
-        return [*lines, ("sync", sync_command(run.folder))] if wandb_mode(config) == "offline" else lines
+        return [*lines, ("sync", sync_command(run.folder, jobs=True))] if wandb_mode(config) == "offline" else lines
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
         """Records a row; `metrics` may hold wandb's tables, charts and pages."""
@@ -167,6 +167,11 @@ class WandbTracker(ResumingTracker):
             with self._surviving():
                 self._run.log_artifact(artifact)
 
+    def closing_lines(self) -> list[tuple[str, str]]:
+        """Returns the command that sends an offline run; the jobs of a sweep are sent with the sweep."""
+        is_pending = self.mode == "offline" and self.run.sweep is None
+        return [("sync", sync_command(self.run.folder, jobs=False))] if is_pending else []
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Ends the run; any status but `finished` and `pruned` marks it as failed."""
         if self._run is not None:
@@ -201,14 +206,15 @@ def _log_media(tracker: WandbTracker, sweep: SweepSummary) -> None:
     tracker.log(media, sweep.finished)
 
 
-def sync_command(folder: Path) -> str:
-    """Returns the command that sends the offline runs of a sweep's folder, those of its jobs and its own.
+def sync_command(folder: Path, *, jobs: bool) -> str:
+    """Returns the command that sends the offline runs of a folder, with `jobs` those of a sweep's jobs too.
 
     The starts of an interrupted job are runs of one id. `WANDB_RESUME` adds each to the earlier ones; without it the
     last one replaces them.
     """
     path = shlex.quote(str(folder))
-    return f"WANDB_RESUME=allow wandb sync {path}/wandb/offline-run-* {path}/*/wandb/offline-run-*"
+    of_jobs = f" {path}/*/wandb/offline-run-*" if jobs else ""
+    return f"WANDB_RESUME=allow wandb sync {path}/wandb/offline-run-*{of_jobs}"
 
 
 def _run_id(folder: Path) -> str:

@@ -1,0 +1,85 @@
+"""What a run's config changes of its preset: of the options that its overrides choose, without its other overrides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora.config.compose import compose_dict
+from qlora.config.conversion import to_config, without_hydra
+from qlora.config.options import group_names
+from qlora.config.overrides import open_entries
+from qlora.config.saved_config import config_to_dict, flatten
+from qlora.config.schema import Config
+from qlora.errors import ConfigError
+
+SEARCH_PATH = "hydra.searchpath"
+OF_ONE_RUN = ("name", "resume", "sweep.name")
+"""Keys that say nothing of what is trained."""
+
+
+def differences_to_preset(config: Config, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the values of the preset by the full keys that the run sets otherwise.
+
+    A key that the preset lacks has the value None. None: the preset cannot be composed by itself.
+    """
+    is_command = GlobalHydra.instance().is_initialized()
+    if is_command and not overrides:
+        return {}
+    choices = tuple(word for word in overrides if _is_choice(word))
+    composed = _compose_in_command(choices) if is_command else _compose(choices)
+    if composed is None:
+        return None
+    values = dict(flatten(config_to_dict(config)))
+    try:
+        preset = dict(flatten(config_to_dict(to_config(composed))))
+    except ConfigError:  # an option leaves a key to the user
+        keys = [_key(word) for word in overrides]
+        preset = _as_composed(composed, keys)
+        values = {key: value for key, value in values.items() if _is_below(key, keys)}
+    compared = [key for key in dict.fromkeys([*values, *preset]) if key not in OF_ONE_RUN]
+    return {key: preset.get(key) for key in compared if preset.get(key) != values.get(key)}
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def _is_choice(override: str) -> bool:
+    key = _key(override)
+    instance = GlobalHydra.instance()
+    own_groups = instance.config_loader().list_groups("") if instance.is_initialized() else []
+    return key == SEARCH_PATH or key in group_names() or key in own_groups or "/" in key
+
+
+def _compose_in_command(choices: Sequence[str]) -> DictConfig | None:
+    """Composes with the options that the running command finds, those of the user included."""
+    try:
+        return hydra_compose("config", overrides=open_entries(choices), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ConfigError, ValueError):
+        return None
+
+
+@functools.lru_cache(8)
+def _compose(choices: tuple[str, ...]) -> DictConfig | None:
+    try:
+        return compose_dict(choices)
+    except ConfigError:
+        return None
+
+
+def _as_composed(preset: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of a preset at or below `keys`, as its files write them; None where they are left open."""
+    plain: Any = OmegaConf.to_container(without_hydra(preset), resolve=False, throw_on_missing=False, enum_to_str=True)
+    return {key: None if value == "???" else value for key, value in flatten(plain) if _is_below(key, keys)}
+
+
+def _is_below(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
