@@ -255,9 +255,7 @@ def test_the_models_whose_size_is_known_are_presets() -> None:
 
 
 CHATTING = {
-    name: base
-    for name in MODELS
-    if (base := re.sub(r"-(instruct|it)(-\d+)?$", "", name)) in MODELS and base != name
+    name: base for name in MODELS if (base := re.sub(r"-(instruct|it)(-\d+)?$", "", name)) in MODELS and base != name
 }
 """The presets that learned to chat, with the base that they began as."""
 
