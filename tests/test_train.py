@@ -72,11 +72,11 @@ def test_a_run_without_a_name_gets_a_folder_of_its_own_and_changes_no_environmen
 ) -> None:
     monkeypatch.setattr(qlora.Run, "train", lambda run: {"metrics": {}})
     first = qlora.train(*QUICK)  # which prepares the environment
-    before = dict(os.environ)
+    previous = dict(os.environ)
     folders = {first.folder, qlora.train(*QUICK).folder}
     assert len(folders) == 2
     assert {folder.parent for folder in folders} == {Path("outputs/runs")}
-    assert dict(os.environ) == before
+    assert dict(os.environ) == previous
 
 
 @pytest.mark.parametrize(
