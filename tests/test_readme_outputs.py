@@ -20,7 +20,7 @@ def test_every_command_of_the_section_shows_what_it_prints() -> None:
 
 def test_the_plan_in_the_readme_is_that_of_its_command(tmp_path: Path) -> None:
     [block] = [block for block in tool.blocks(README) if block.commands[0].startswith("qlora plan")]
-    tool.write_chats(tmp_path / "chats.jsonl", 200)
+    tool.write_chats(tmp_path / "chats.jsonl", tool.ROWS)
     assert tool.differences(block.output, tool.run(block, tmp_path)) == []
 
 

@@ -1,6 +1,6 @@
 """Takes the picture of the README: a run, as the terminal shows it, as SVG.
 
-`python tools/picture.py` runs `qlora name=first` in a folder of its own and writes `docs/images/first_run.svg`;
+`python tools/picture.py` runs the first training run in a folder of its own and writes `docs/images/first_run.svg`;
 `python tools/picture.py FILE.svg OVERRIDE ...` runs another command.
 """
 
@@ -29,7 +29,7 @@ FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 def main(args: list[str]) -> None:
     """Writes the picture of a command."""
     file = Path(args[0]).absolute() if args else PICTURE
-    overrides = args[1:] or ["name=first"]
+    overrides = args[1:] or ["name=first", "trainer.logging_steps=50"]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         svg = picture(overrides)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def main(args: list[str]) -> None:
 def picture(overrides: list[str]) -> str:
     """Returns what a command prints, as SVG."""
     recorder = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, highlight=False, markup=False)
-    with mock.patch.object(console, "screen", lambda: recorder):
+    with mock.patch.object(console, "screen", return_value=recorder):
         cli.run(overrides)
     svg = recorder.export_svg(title=" ".join(["$ qlora", *overrides]), theme=MONOKAI)
     return FONTS.sub("", svg)

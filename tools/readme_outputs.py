@@ -24,9 +24,14 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SECTION = "## Your chats on one 24 GB card"
 BLOCKS = re.compile(r"^```bash\n(?P<commands>.*?)^```\n\n```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
-SMALL = ("model=tiny", "recipe=none")
+SMALL = ("model=tiny", "recipe=none", "data.template=alpaca", "data.max_length=256")
 """What stands for the model of the section."""
-QUICK = ("data.max_length=256", "generation.max_new_tokens=16", "trainer.num_train_epochs=1")
+QUICK = (
+    *("trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"),
+    *("trainer.learning_rate=2e-3", "trainer.logging_steps=50", "generation.max_new_tokens=16"),
+)
+"""How a model of 3 million parameters is trained in a minute."""
+ROWS = 1000
 LEFT_OUT = "..."
 PROMPT = "> "
 
@@ -51,7 +56,7 @@ def main(args: list[str]) -> int:
     text = README.read_text(encoding="utf-8")
     changed = 0
     with tempfile.TemporaryDirectory() as folder:
-        write_chats(Path(folder) / "chats.jsonl", 200)
+        write_chats(Path(folder) / "chats.jsonl", ROWS)
         outputs = [run(block, Path(folder)) for block in blocks(text)]
     for block, output in reversed([*zip(blocks(text), outputs, strict=True)]):
         if missing := differences(block.output, output):
