@@ -12,10 +12,12 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
+from rich.text import Text
 
 from qlora import cli
 from qlora.runtime import console
@@ -37,9 +39,22 @@ def main(args: list[str]) -> None:
     print(f"{file}: {len(svg):,} bytes")
 
 
+class Recorder(Console):
+    """A console that keeps what it prints, with paths as they are from here."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints texts, without the path of the working folder."""
+        for text in objects:
+            if isinstance(text, Text):
+                text.plain = text.plain.replace(f"{Path.cwd()}/", "")
+        super().print(*objects, **options)
+
+
 def picture(overrides: list[str]) -> str:
     """Returns what a command prints, as SVG."""
-    recorder = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, highlight=False, markup=False)
+    recorder = Recorder(
+        record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, highlight=False, markup=False
+    )
     with mock.patch.object(console, "screen", return_value=recorder):
         cli.run(overrides)
     svg = recorder.export_svg(title=" ".join(["$ qlora", *overrides]), theme=MONOKAI)
