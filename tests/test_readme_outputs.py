@@ -26,7 +26,7 @@ def test_the_plan_in_the_readme_is_that_of_its_command(tmp_path: Path) -> None:
 
 def test_a_line_that_is_no_longer_printed_is_named_and_numbers_may_differ() -> None:
     documented = "  needed     43.79  fits\n...\n  gone       1.0\n> Hello?\nan answer\n"
-    printed = "  needed     51.2  does not fit\n  weights    3.0\n> Hello?\nanother one\n"
+    printed = "title\n  needed     51.2  does not fit\n  weights    3.0\n> Hello?\nanother one\n"
     assert tool.differences(documented, printed) == ["  gone       1.0"]
     assert tool.shorten(documented, printed) == "  needed     51.2  does not fit\n...\n> Hello?\nanother one\n"
 

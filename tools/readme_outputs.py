@@ -143,15 +143,26 @@ def outline(line: str) -> str:
 
 
 def shorten(documented: str, printed: str) -> str:
-    """Returns what was printed, of the lines that the documented output has, and `...` for the others."""
-    kept = {outline(line) for line in documented.splitlines() if line.strip() not in ("", LEFT_OUT)}
-    result: list[str] = []
-    for line in printed.splitlines():
-        follows = result[-1:] and result[-1].startswith(PROMPT)
-        text = line.rstrip() if outline(line) in kept or follows or not line.strip() else LEFT_OUT
-        if text != LEFT_OUT or result[-1:] != [LEFT_OUT]:
-            result.append(text)
-    return re.sub(r"\n{2,}(?=\.\.\.)|(?<=\.\.\.)\n{2,}", "\n", "\n".join(result)).strip("\n") + "\n"
+    """Returns what was printed, of the lines that the documented output has, and `...` for those between them."""
+    lines, result, position = printed.splitlines(), list[str](), 0
+    for documented_line in documented.splitlines():
+        outlines = [outline(line) for line in lines[position:]]
+        if documented_line.strip() in ("", LEFT_OUT) or outline(documented_line) not in outlines:
+            continue
+        index = position + outlines.index(outline(documented_line))
+        result += [*_between(lines[position:index], at_start=not result), lines[index].rstrip()]
+        position = index + 1
+        if lines[index].startswith(PROMPT):
+            result.append(lines[position].rstrip())
+            position += 1
+    return "\n".join([*result, *([LEFT_OUT] if any(map(str.strip, lines[position:])) else [])]) + "\n"
+
+
+def _between(lines: list[str], *, at_start: bool) -> list[str]:
+    """Returns what stands for lines that are left out: nothing before the first line that is shown."""
+    if at_start or not lines:
+        return []
+    return [LEFT_OUT] if any(map(str.strip, lines)) else [""]
 
 
 if __name__ == "__main__":
