@@ -1,9 +1,10 @@
 """Config-driven fine-tuning of quantized language models.
 
-from qlora import Run
-from qlora.config.compose import compose
+import qlora
 
-result = Run(compose(["lora.r=16", "data.max_eval_samples=100"]), "outputs/my-run").train()
+run = qlora.train("lora.r=16", "name=mine")
+run.metrics.eval_loss
+run.ask("What is the opposite of brave?")
 
 Importing this package sets no environment variable, blocks no module and imports no torch; a run does all of that.
 """
@@ -14,10 +15,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora.run import Run
+    from qlora.run import FinishedRun, Metrics, Run, train
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__"]
+__all__ = ["FinishedRun", "Metrics", "Run", "__version__", "train"]
 
 if find_spec("fcntl") is None:  # locks of folders need it
     _sentence = "qlora runs on Linux and macOS; on Windows install WSL (`wsl --install`), and qlora inside it"
@@ -29,9 +30,9 @@ if find_spec("fcntl") is None:  # locks of folders need it
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `Run` when it is first asked for."""
-    if name == "Run":
-        from qlora.run import Run
+    """Imports `qlora.run` when one of its names is first asked for."""
+    if name in __all__:
+        from qlora import run
 
-        return Run
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

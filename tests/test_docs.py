@@ -17,6 +17,7 @@ from qlora import cli
 from qlora.config import help as pages
 from qlora.config.command import check_overrides
 from qlora.config.command_words import read_words
+from qlora.config.compose import compose
 from qlora.config.fields import config_keys
 from qlora.config.options import group_names
 from qlora.config.suggestions import unknown_flag
@@ -218,3 +219,15 @@ def test_options_in_the_texts_exist(path: Path) -> None:
     for group, option in re.findall(r"`(\w+)=([a-z0-9][\w.-]*)`", path.read_text(encoding="utf-8")):
         if group in group_names():
             assert option in pages.options(group), f"{group}={option}"
+
+
+def test_the_table_of_what_models_need_is_what_the_plan_says() -> None:
+    from qlora.planning.training_plan import build_plan
+
+    text = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) > 5
+    common = ["lora.r=16", "plan.length=2048", "plan.device=h200", "trainer.per_device_train_batch_size=1"]
+    for model, needed in rows:
+        config = compose([f"model={model}", "data=local", "data.path=rows.jsonl", *common])
+        assert build_plan(config).memory.needed / 1e9 == pytest.approx(float(needed), abs=0.1), model

@@ -40,7 +40,7 @@ def test_every_task_declares_its_needs_without_torch(tmp_path: Path) -> None:
 
 def test_importing_the_package_changes_nothing_in_the_process(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nbefore = dict(os.environ)\nimport qlora\nfrom qlora import Run\n"
+        "import os, sys\nbefore = dict(os.environ)\nimport qlora\nfrom qlora import Run, train\n"
         "from qlora.config.compose import compose\n"
         "assert dict(os.environ) == before\nassert 'kernels' not in sys.modules\nassert 'torch' not in sys.modules\n"
         "assert Run.__module__ == 'qlora.run'\n"

@@ -105,13 +105,16 @@ def start_in(folder: Path, *, is_sweep: bool = False) -> Start:
 
 
 def start_anew(folder: Path) -> Start:
-    """Returns the start of a command in a new folder, named by the time; one that is there already is another's.
+    """Returns the start of a command in a folder that `make_new` makes; `START_VARIABLE` holds its name then."""
+    start = make_new(folder)
+    os.environ[START_VARIABLE] = start.folder.name
+    return start
 
-    `START_VARIABLE` holds its name then.
-    """
+
+def make_new(folder: Path) -> Start:
+    """Returns the start of a command in a new folder, named by the time; one that is there already is another's."""
     for number in itertools.count(1):
-        name = folder.name if number == 1 else f"{folder.name}-{number}"
-        path = folder.with_name(name)
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
             start = Start(path, is_sweep=False)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,5 @@ def start_anew(folder: Path) -> Start:
             continue
         except OSError:
             return start_in(path)  # which says why it cannot be
-        os.environ[START_VARIABLE] = name
         return start
     raise AssertionError("the numbers have no end")

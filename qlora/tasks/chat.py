@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.runtime import console
@@ -11,6 +13,13 @@ from qlora.tasks.conversation import run_chat
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.used import differs_line
 
+if TYPE_CHECKING:  # which import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from qlora.session import Session
+    from qlora.tasks.chat_model import ChatModel
+
 
 def needs(config: Config) -> Needs:
     """Returns what a conversation needs; it reads no rows and writes no folder."""
@@ -19,10 +28,6 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Talks with what `adapter` names, until `/exit` or the end of the input."""
-    from transformers import set_seed
-
-    from qlora.tasks.chat_model import ChatModel
-
     session = job.session
     model = session.load_trained()
     lines = session.describe(model).lines
@@ -31,17 +36,7 @@ def run(job: TaskJob) -> TaskResult:
     lines["adapter"] = short_path(trained) if trained is not None else "none: the untuned base answers"
     lines["template"] = session.chat_encoder.writer.template.name
     console.start_screen(list((lines | differs_line(job)).items()))
-    set_seed(job.config.seed)
-    chat = run_chat(
-        ChatModel(
-            model=model,
-            encoder=session.chat_encoder,
-            generation=job.config.generation,
-            pad_token_id=session.pad_token_id,
-            device=session.placement.device,
-            autocast=session.placement.autocast,
-        )
-    )
+    chat = run_chat(build_chat_model(session, model))
     tokens = sum(reply.tokens for reply in chat.replies)
     metrics = {
         "chat_answers": len(chat.replies),
@@ -49,3 +44,20 @@ def run(job: TaskJob) -> TaskResult:
         "chat_tokens_per_second": tokens / max(chat.seconds, 1e-9),
     }
     return TaskResult("chat", metrics, {"conversation": str(chat.file)} if chat.file else {})
+
+
+def build_chat_model(session: Session, model: PreTrainedModel | PeftModel) -> ChatModel:
+    """Returns what answers with a loaded model; samples follow from `seed`."""
+    from transformers import set_seed
+
+    from qlora.tasks.chat_model import ChatModel
+
+    set_seed(session.config.seed)
+    return ChatModel(
+        model=model,
+        encoder=session.chat_encoder,
+        generation=session.config.generation,
+        pad_token_id=session.pad_token_id,
+        device=session.placement.device,
+        autocast=session.placement.autocast,
+    )

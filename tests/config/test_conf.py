@@ -72,7 +72,7 @@ BILLIONS = {
     "qwen2.5-32b": 32.76, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
     "qwen3-14b": 14.77, "qwen3-32b": 32.76, "mistral-7b": 7.25, "gemma-2-2b": 2.61, "gemma-2-9b": 9.24,
     "gemma-3-1b": 1.0, "phi-3.5-mini": 3.82, "phi-4": 14.66, "smollm2-135m": 0.135, "smollm2-360m": 0.362,
-    "smollm2-1.7b": 1.71,
+    "smollm2-1.7b": 1.71, "gemma-3-4b-it": 3.88, "gemma-3-12b-it": 11.77, "phi-4-mini": 3.84,
 }  # fmt: skip
 
 
@@ -252,6 +252,20 @@ def test_a_model_s_shape_has_the_advertised_parameters(name: str) -> None:
 
 def test_the_models_whose_size_is_known_are_presets() -> None:
     assert set(BILLIONS) <= set(MODELS)
+
+
+CHATTING = {
+    name: base for name in MODELS if (base := re.sub(r"-(instruct|it)(-\d+)?$", "", name)) in MODELS and base != name
+}
+"""The presets that learned to chat, with the base that they began as."""
+
+
+@pytest.mark.parametrize(("name", "base"), CHATTING.items())
+def test_a_model_that_learned_to_chat_has_the_shape_of_its_base(name: str, base: str) -> None:
+    may_differ = ("max_position_embeddings", "rope_theta")
+    tuned, plain = load("model", name), load("model", base)
+    assert {**tuned.architecture, **dict.fromkeys(may_differ)} == {**plain.architecture, **dict.fromkeys(may_differ)}
+    assert (tuned.license, tuned.get("gated")) == (plain.license, plain.get("gated"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -48,6 +48,8 @@ MISTRAL = """{%- if messages[0].role == 'system' %}
 {%- endfor %}"""
 PHI_4 = """{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"""
+PHI_4_MINI = """{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 SMOLLM_3 = """{%- set ns = namespace(thinks=true, system='') %}
 {%- if messages[0].role == 'system' %}
   {%- set ns.thinks = '/no_think' not in messages[0].content %}
@@ -93,6 +95,7 @@ FAMILIES = {
     "Phi-3": Family("phi3", "<|endoftext|>"),
     "Phi-3.5": Family("phi3_5", "<|endoftext|>"),
     "Phi-4": Family("", "<|im_end|>", PHI_4),
+    "Phi-4 mini": Family("", "<|endoftext|>", PHI_4_MINI),
     "Qwen 2.5": Family("qwen2_5", "<|im_end|>"),
     "Qwen 3": Family("qwen3", "<|im_end|>"),
     "Qwen 3 Instruct 2507": Family("qwen3_instruct_2507", "<|im_end|>"),

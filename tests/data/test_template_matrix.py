@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 from template_matrix import FAMILIES, SHAPES, build_conversation, build_table, build_writer, read_template, trl_folder
 
+from qlora.config.options import CONF_DIR
 from qlora.data.chat.message_form import read_speech
 from qlora.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+CHATTING = {
+    file.stem: match.groups()
+    for file in sorted((CONF_DIR / "model").glob("*.yaml"))
+    if (match := re.search(r"^# Its chat template is that of (.+); a turn ends with (\S+)$", file.read_text(), re.M))
+}
+"""The presets of models that learned to chat, with their template and the token that ends a turn."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -151,3 +158,18 @@ def marked_runs(writer, conversation):
 def test_the_table_of_the_docs_is_what_the_code_does():
     text = DOCS.read_text(encoding="utf-8")
     assert build_table() in text, "write it anew: python tests/data/template_matrix.py"
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_a_preset_of_a_model_that_chats_names_its_template_and_the_token_that_ends_a_turn(name):
+    published, end = CHATTING[name]
+    if read_template(published) is None:
+        pytest.skip("TRL is not installed: pip install 'qlora[templates]'")
+    writer = build_writer(published)
+    assert writer.tokenizer.convert_ids_to_tokens(writer.end_id) == end
+
+
+def test_the_manual_lists_the_models_that_chat():
+    manual = (DOCS.parent / "models.md").read_text(encoding="utf-8")
+    assert len(CHATTING) > 20
+    assert not [name for name in CHATTING if f"`{name}`" not in manual]
