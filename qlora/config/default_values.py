@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,10 @@ from qlora.upstream.omegaconf import is_filled, raw_node, raw_value, set_value
 
 LENGTHS = ("max_steps", "num_train_epochs")
 """The fields of `trainer` that say how long to train, of which one is set."""
+
+
+DECIDING = ("data", "model")
+"""The groups whose options decide those of others."""
 
 
 def register() -> None:
@@ -24,12 +29,17 @@ def register() -> None:
 @functools.cache
 def default_options() -> dict[str, str]:
     """Returns which option of each group `config.yaml` chooses; of those that follow the data, that of its own data."""
+    return default_options_beside({})
+
+
+def default_options_beside(choices: Mapping[str, Any]) -> dict[str, str]:
+    """Returns which option of each group `config.yaml` chooses beside these options of `data` and `model`."""
     register()
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
         if not isinstance(entry, str):
             chosen.update({str(key): str(raw_node(entry, key)) for key in entry})
-    resolved = OmegaConf.create(chosen)
+    resolved = OmegaConf.create(chosen | {name: str(choices[name]) for name in DECIDING if choices.get(name)})
     return {key: str(resolved[key]) if key in group_names() else text for key, text in chosen.items()}
 
 

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.default_values import default_options_beside
 from qlora.config.messages import explain
 from qlora.config.options import CONF_DIR
 from qlora.config.paths import NAMES_OR_PATHS
@@ -157,7 +158,7 @@ def as_options(run: TrainedRun, choices: Mapping[str, Any], overrides: Sequence[
     `choices` are the options that Hydra has composed from `overrides`.
     """
     store, typed = ConfigStore.instance(), {override.key_or_group for override in overrides}
-    unset = default_choices()
+    unset = default_options_beside(choices)
     values = _without_excluded(run.values, typed)
     groups = [name for name in GROUPS if name not in typed and choices.get(name) == unset.get(name)]
     merged = ["quantization=none"] if run.is_merged and "quantization" in groups else []
@@ -186,13 +187,6 @@ def _with_default(group: str, option: Any, values: dict[str, Any]) -> dict[str, 
     node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"), resolve=False)
     known = {str(key): value for key, value in node.items() if key != "defaults"} if isinstance(node, dict) else {}
     return known | as_text(values)
-
-
-def default_choices() -> dict[str, Any]:
-    """Returns the options of `config.yaml` by group."""
-    node = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "config.yaml"), resolve=False)
-    assert isinstance(node, dict)
-    return {name: option for entry in node["defaults"] if isinstance(entry, dict) for name, option in entry.items()}
 
 
 def keep_settings(composed: DictConfig, run: TrainedRun, overrides: Sequence[Override]) -> None:

@@ -59,7 +59,8 @@ def test_the_call_leaves_the_tokenizer_as_it_was(real):
 )
 def test_published_files_are_recognised_and_built(file, name):
     base = AutoTokenizer.from_pretrained(REAL / "tokenizers" / "llama")
-    config = DataConfig(name=name, path=str(REAL / file), eval_dataset_size=10, max_train_samples=200)
+    limits = {"source_max_len": 1024, "target_max_len": 256, "max_length": None}
+    config = DataConfig(name=name, path=str(REAL / file), eval_dataset_size=10, max_train_samples=200, **limits)
     data = build_data(config, base)
     assert data.report.format == name
     assert (data.report.train_rows, data.report.eval_rows) == (200, 10)
