@@ -202,10 +202,10 @@ def test_a_run_that_begins_ends_or_is_killed_shows_at_once(tmp_path: Path, monke
 
 def test_nothing_is_written(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "outputs" / "runs" / "mine", steps=5)
-    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    previous = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     with Board(tmp_path / "outputs", 0) as board:
         board.runs.read()
-    assert sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == previous
     assert folder.is_dir()
 
 

@@ -16,7 +16,7 @@ from qlora.errors import UserError
 VALUES: dict[str, Any] = {
     "adapter": "outputs/runs/a", "repo": "me/mine", "runs": "outputs/runs/*", "run": "outputs/runs/a",
     "source": "axolotl.yaml", "task.rows": 5, "task.ids": True, "task.private": False, "task.online": True,
-    "task.method": SweepMethod.grid,
+    "task.method": SweepMethod.grid, "task.port": 9000,
 }  # fmt: skip
 NEEDED = {"repo": TaskName.push, "runs": TaskName.report, "run": TaskName.replay, "source": TaskName.migrate}
 
