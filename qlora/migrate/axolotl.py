@@ -139,14 +139,14 @@ def _intervals(settings: Settings) -> Iterator[Part]:
             yield f"{ours}=null"
         elif often:
             fraction = 1 / (float(often) * float(length["epochs"]))
-            yield from shared_rules.every_share(ours, f"{kind}s_per_epoch", fraction, **length)
+            yield from shared_rules.every_share(ours, fraction, **length)
         elif steps and steps < 1:
-            yield from shared_rules.every_share(ours, f"{kind}_steps", steps, **length)
+            yield from shared_rules.every_share(ours, steps, **length)
         elif steps or strategy == "steps":
-            yield from shared_rules.every(ours, f"{kind}_steps", steps=steps or 500)
+            yield from shared_rules.every(ours, steps=steps or 500)
         elif strategy == "epoch":
             ends_with_it = not length["steps"] and float(length["epochs"]) <= 1
-            yield from shared_rules.every(ours, f"{kind}_strategy", epochs=None if ends_with_it else 1)
+            yield from shared_rules.every(ours, epochs=None if ends_with_it else 1)
         else:
             yield f"{ours}=null"
             if strategy != "no":

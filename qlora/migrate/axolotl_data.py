@@ -101,7 +101,7 @@ def choose_data(settings: Settings) -> Iterator[Part]:
 def _held_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]:
     tests, size = settings.take("test_datasets"), float(settings.take("val_set_size"))
     if not tests:
-        yield from shared_rules.hold_out(size, "val_set_size")
+        yield from shared_rules.hold_out(size)
         return
     entry = tests[0] if isinstance(tests, list) else {"path": tests}
     held_out, notes = _parts(entry, "test_datasets[0]")

@@ -80,12 +80,12 @@ def every(kind: str, strategy: str, settings: Settings, unset: Any) -> Iterator[
     key, ours = f"{kind}_steps", f"trainer.{kind}_steps"
     number = settings.take(key, unset)
     if strategy == "epoch":
-        yield from shared_rules.every(ours, f"{kind}_strategy", epochs=1)
+        yield from shared_rules.every(ours, epochs=1)
     elif strategy == "steps" and number < 1:
         length = {"epochs": settings.look("num_train_epochs"), "steps": settings.look("max_steps")}
-        yield from shared_rules.every_share(ours, key, number, **length)
+        yield from shared_rules.every_share(ours, number, **length)
     else:
-        yield from shared_rules.every(ours, key, steps=number if strategy == "steps" else None)
+        yield from shared_rules.every(ours, steps=number if strategy == "steps" else None)
         if strategy not in ("steps", "no"):
             yield Lost(f"no such {kind}_strategy here: set {ours}=N", f"{kind}_strategy")
 

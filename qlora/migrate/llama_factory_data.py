@@ -69,7 +69,7 @@ def choose_data(settings: Settings) -> Iterator[Part]:
         yield "data.train_on=last"
     measured, size = _names(settings.take("eval_dataset")), settings.take("val_size")
     if not measured:
-        yield from shared_rules.hold_out(size, "val_size")
+        yield from shared_rules.hold_out(size)
         return
     held_out, notes = registry.part(measured[0])
     yield from notes

@@ -194,7 +194,7 @@ def _held_out(
     named = "eval_strategy" in settings or "evaluation_strategy" in settings
     strategy = hf_arguments.evaluates(settings) if named else str(settings.look("save_strategy"))
     if not measured:
-        yield from shared_rules.hold_out(0 if strategy == "no" else fraction, "split_dataset_ratio")
+        yield from shared_rules.hold_out(0 if strategy == "no" else fraction)
     else:
         held_out, notes = _part(str(measured[0]), columns, is_text=is_text)
         yield from notes

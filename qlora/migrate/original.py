@@ -101,7 +101,7 @@ def _data(settings: Settings) -> Iterator[Part]:
     yield "data.max_length=null"
     size = settings.take("eval_dataset_size")
     measures = settings.look("do_eval") or settings.look("do_predict") or settings.look("do_train") is False
-    yield from shared_rules.hold_out(size if measures else 0, "eval_dataset_size")
+    yield from shared_rules.hold_out(size if measures else 0)
 
 
 def _task(settings: Settings) -> Iterator[Part]:

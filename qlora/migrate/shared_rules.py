@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora.config.fields import config_keys
 from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
 from qlora.config.options import model_presets
 from qlora.config.overrides import write_override
@@ -19,16 +18,12 @@ ONE_PROCESS = "how a run is spread over processes is said where it is started (t
 REMOTE = "set by the environment here (HF_TOKEN, or `hf auth login`), never by a config"
 SPEED = "speeds up another trainer; here the fast step is on by itself (trainer.fused_linear, fused_loss, compile)"
 ONE_DEVICE = "a row and a layer stay on one device here"
-NO_STEPS = "steps of an epoch are known when the rows are read; set {key}=N"
 NO_RESUME = "another tool's checkpoint cannot be resumed: the training begins anew"
 NO_NOISE = "no noise is added to embeddings here"
 NO_MEDIA = "only text is trained here"
 NO_DEEPSPEED = "DeepSpeed is not used here; docs/multi_gpu.md says how several GPUs share a run"
 PUSH = "upload a finished run with task=push repo=OWNER/NAME"
 EXTRA_MATRICES = "whole matrices are not trained beside an adapter; the rows of model.new_tokens are"
-
-KEEPS = "trainer.keep" in config_keys()
-"""Whether a run may keep its best state, hold out no row, and count `trainer.eval_steps` in epochs."""
 
 TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -129,41 +124,40 @@ def choose_length(epochs: Any, steps: Any) -> Iterator[Part]:
         yield write_override("trainer.num_train_epochs", epochs)
 
 
-def every(ours: str, key: str, *, steps: Any = None, epochs: float | None = None) -> Iterator[Part]:
+def every(ours: str, *, steps: Any = None, epochs: float | None = None) -> Iterator[Part]:
     """Yields how often is measured or saved: every N steps or epochs, or never."""
-    if epochs is not None and KEEPS:
-        yield f"{ours}={epochs:g}ep"
-        return
-    yield write_override(ours, None if steps is None else max(int(steps), 1))
     if epochs is not None:
-        yield Lost(NO_STEPS.format(key=ours), key)
+        yield f"{ours}={epochs:g}ep"
+    else:
+        yield write_override(ours, None if steps is None else max(int(steps), 1))
 
 
-def every_share(ours: str, key: str, fraction: float, *, epochs: Any, steps: Any) -> Iterator[Part]:
+def every_share(ours: str, fraction: float, *, epochs: Any, steps: Any) -> Iterator[Part]:
     """As `every`, for a fraction of all steps of a training run of N epochs or steps."""
     if isinstance(steps, int | float) and steps > 0:
-        yield from every(ours, key, steps=math.ceil(fraction * steps))
+        yield from every(ours, steps=math.ceil(fraction * steps))
     else:
-        yield from every(ours, key, epochs=fraction * float(epochs))
+        yield from every(ours, epochs=fraction * float(epochs))
 
 
 def keep(key: str, *, best: bool, metric: Any = "loss") -> Iterator[Part]:
     """Yields whether the last or the best state becomes the adapter; the best is that of the lowest held-out loss."""
     is_loss = metric in (None, "loss", "eval_loss")
-    if KEEPS:
-        yield f"trainer.keep={'best' if best and is_loss else 'last'}"
-    if best and not (KEEPS and is_loss):
+    yield f"trainer.keep={'best' if best and is_loss else 'last'}"
+    if best and not is_loss:
         yield Lost("the last state is kept; callbacks=early-stopping ends a training", key)
 
 
 def choose_trackers(names: Any, key: str) -> Iterator[Part]:
-    """Yields the tracker of a list of names, or of a text; a run has one here."""
+    """Yields the trackers of a list of names, or of a text."""
     listed = names if isinstance(names, list) else str(names).replace(",", " ").split()
     listed = [str(name).lower() for name in listed if str(name).lower() not in ("none", "null", "[]")]
     known = [name for name in listed if name in TRACKERS]
     yield f"tracking={TRACKERS[known[0]] if known else 'none'}"
-    if left := [name for name in listed if name not in known[:1]]:
-        yield Lost(f"a run has one tracker of {', '.join(TRACKERS)}: not sent to {', '.join(left)}", key)
+    if len(known) > 1:
+        yield write_override("tracking.also", [TRACKERS[name] for name in known[1:]])
+    if left := [name for name in listed if name not in TRACKERS]:
+        yield Lost(f"the trackers are {', '.join(TRACKERS)}: not sent to {', '.join(left)}", key)
 
 
 def choose_name(name: Any) -> Iterator[Part]:
@@ -172,15 +166,13 @@ def choose_name(name: Any) -> Iterator[Part]:
         yield write_override("name", re.sub(r"[/\\]+", "-", str(name)).strip("-") or "run")
 
 
-def hold_out(size: Any, key: str) -> Iterator[Part]:
-    """Yields the rows to hold out, or what comes nearest to none."""
+def hold_out(size: Any) -> Iterator[Part]:
+    """Yields the rows to hold out, or none."""
     if size:
         yield write_override("data.eval_dataset_size", size if size < 1 else int(size))
         return
-    yield f"data.eval_dataset_size={0 if KEEPS else 1}"
+    yield "data.eval_dataset_size=0"
     yield from ("task.evaluate=false", "trainer.eval_steps=null", "objective=null")
-    if not KEEPS:
-        yield Lost("one row is held out, and not measured: here some always are", key)
 
 
 def mix(parts: Sequence[Mapping[str, Any]]) -> Iterator[Part]:

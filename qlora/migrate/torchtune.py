@@ -135,9 +135,9 @@ def _steps(settings: Settings) -> Iterator[Part]:
     if saves is None and isinstance(most, int):
         saves = most
     if saves is not None:
-        yield from shared_rules.every("trainer.save_steps", "save_every_n_steps", steps=saves)
+        yield from shared_rules.every("trainer.save_steps", steps=saves)
     else:
-        yield from shared_rules.every("trainer.save_steps", "epochs", epochs=1 if epochs and epochs > 1 else None)
+        yield from shared_rules.every("trainer.save_steps", epochs=1 if epochs and epochs > 1 else None)
     yield "trainer.save_total_limit=null"
     yield from shared_rules.keep("epochs", best=False)
 

@@ -102,7 +102,7 @@ def _template(settings: Settings) -> Any:
 def _held_out(settings: Settings, parts: list[dict[str, Any]], template: str | None) -> Iterator[Part]:
     every = settings.take("run_val_every_n_steps")
     if f"dataset_val.{COMPONENT}" not in settings:
-        yield from shared_rules.hold_out(0, "dataset_val")
+        yield from shared_rules.hold_out(0)
         return
     held_out, notes = _part("dataset_val", settings, template)
     yield from notes

@@ -172,13 +172,13 @@ def _template(settings: Settings) -> Iterator[Part]:
 def _held_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]:
     size, split = settings.take("test_split_size"), settings.take("dataset_test_split")
     if hf_arguments.evaluates(settings) == "no":
-        yield from shared_rules.hold_out(0, "eval_strategy")
+        yield from shared_rules.hold_out(0)
     elif size is not None:
-        yield from shared_rules.hold_out(size, "test_split_size")
+        yield from shared_rules.hold_out(size)
     elif len(parts) == 1 and not settings.look("datasets"):
         yield write_override("data.eval_split", split)
     else:
-        yield from shared_rules.hold_out(0, "test_split_size")
+        yield from shared_rules.hold_out(0)
 
 
 RULES: dict[str, Rule] = hf_arguments.RULES | {

@@ -14,7 +14,6 @@ from qlora.config.compose import compose
 from qlora.config.saved_config import config_to_dict, flatten
 from qlora.migrate import read
 from qlora.migrate.recognise import DIALECTS
-from qlora.migrate.shared_rules import KEEPS
 
 TRAINER = {
     "trainer.per_device_train_batch_size": 8, "trainer.per_device_eval_batch_size": 8,
@@ -26,7 +25,7 @@ TRAINER = {
     "trainer.save_total_limit": None, "trainer.group_by_length": False, "seed": 42, "tracking.backend": "none",
     "data.source_max_len": None, "data.target_max_len": None, "data.packing": False, "data.train_on": "assistant",
     "data.on_too_long": "truncate", "data.max_train_samples": None, "data.max_samples": None,
-    "data.eval_dataset_size": 0 if KEEPS else 1, "lora.enabled": True, "lora.use_dora": False,
+    "data.eval_dataset_size": 0, "lora.enabled": True, "lora.use_dora": False,
     "lora.use_rslora": False, "lora.dtype": "fp32", "lora.init": "default", "lora.loraplus_lr_ratio": None,
     "quantization.bits": 16, "quantization.compute_dtype": "auto", "evaluation.name": "rows", "task.predict": False,
 }  # fmt: skip

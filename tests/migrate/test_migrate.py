@@ -21,7 +21,6 @@ from qlora.errors import UserError
 from qlora.migrate import migrate, read
 from qlora.migrate.original import QLORA
 from qlora.migrate.recognise import DIALECTS
-from qlora.migrate.shared_rules import KEEPS
 from qlora.migrate.translation import Dialect, Move, Pick
 
 SCRIPT = r"""#!/bin/bash
@@ -181,10 +180,10 @@ profiler: {_component_: torchtune.training.setup_torch_profiler, enabled: False,
 """
 
 
-NONE_HELD_OUT = {"val_size", "val_set_size", "eval_dataset_size", "dataset_val"} if KEEPS else set()
-"""The keys that are lost where at least one row is always held out."""
-BY_EPOCHS = {"saves_per_epoch", "epochs"} if KEEPS else set()
-"""Those that are lost where steps are not counted by epochs."""
+NONE_HELD_OUT = {"val_size", "val_set_size", "eval_dataset_size", "dataset_val"}
+"""The keys that say how many rows are held out."""
+BY_EPOCHS = {"saves_per_epoch", "epochs"}
+"""The keys that count steps by epochs."""
 
 
 def migrated(folder: Path, name: str, text: str) -> tuple[Config, dict[str, str]]:

@@ -13,7 +13,6 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.migrate import read
 from qlora.migrate.axolotl import AXOLOTL as DIALECT
-from qlora.migrate.shared_rules import KEEPS
 from qlora.migrate.translation import translate
 
 AXOLOTL = "base_model: my/base\nadapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\nmax_steps: 100\n"
@@ -179,7 +178,7 @@ def test_registered_documents_are_texts_in_packs(tmp_path: Path, names: str) -> 
     parts = list(config.data.mix.values()) or [config.data]
     assert [(part.format, part.columns) for part in parts] == [("text", {"text": "body"})] * len(parts)
     assert config.data.packing
-    assert set(lost) == {"packing"} | (set() if KEEPS else {"val_size"})
+    assert set(lost) == {"packing"}
 
 
 def test_a_builder_without_chat_marks_asks_bare(tmp_path: Path) -> None:
