@@ -53,7 +53,7 @@ def trainings(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[dict[
 
 
 def planned(overrides: list[str], device: str) -> dict[str, Any]:
-    """Returns the plan's numbers for a training run: 10^9 bytes, and whether the card holds it."""
+    """Returns the plan's numbers for a training run: 10^9 bytes, and whether the GPU holds it."""
     from qlora.config.compose import compose
     from qlora.tasks.plan import build_plan
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SECTION = "## Your chats on one 24 GB card"
+SECTION = "## Your chats on one 24 GB GPU"
 BLOCKS = re.compile(r"^```bash\n(?P<commands>.*?)^```\n\n```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALL = ("model=tiny", "recipe=none", "data.template=alpaca", "data.max_length=256")
 """What stands for the model of the section."""

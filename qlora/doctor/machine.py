@@ -35,7 +35,7 @@ def check_memory(config: Config) -> Iterator[Finding]:
     from qlora.runtime.device import find_device
 
     device = find_device(config.device)
-    here = replace(config, plan=replace(config.plan, device="h100"))  # any card: only what is needed is read
+    here = replace(config, plan=replace(config.plan, device="h100"))  # any GPU: only what is needed is read
     try:
         planned: Plan | None = build_plan(here)
         unknown = ""

@@ -37,7 +37,7 @@ class Plan:
 
     config: Config
     training: Training
-    card: Gpu
+    gpu: Gpu
     length: TrainingLength | None
     """Its steps and epochs; None: the rows are not known here."""
 
@@ -53,13 +53,13 @@ class Plan:
 
     @property
     def speed(self) -> Speed | None:
-        """The time of a micro-batch; None for a card whose speed is unknown."""
-        return plan_speed(self.training.shape, self.setup, self.card)
+        """The time of a micro-batch; None for a GPU whose speed is unknown."""
+        return plan_speed(self.training.shape, self.setup, self.gpu)
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
-        return self.training.fits(self.card)
+        """Whether the GPU holds it."""
+        return self.training.fits(self.gpu)
 
     @property
     def steps(self) -> int | None:
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """How long the steps of the whole training take; None where their number or the card's speed is unknown."""
+        """How long the steps of the whole training take; None where their number or the GPU's speed is unknown."""
         if self.speed is None or self.steps is None:
             return None
         return self.steps * self.training.accumulation * self.speed.seconds / 3600
@@ -79,7 +79,7 @@ class Plan:
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
         runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
-        return {name: largest_rows(training, self.card) for name, training in runs.items()}
+        return {name: largest_rows(training, self.gpu) for name, training in runs.items()}
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -88,7 +88,7 @@ class Plan:
             return []
         key = "data.pack_length" if self.config.data.packing else "data.max_length"
         key = "plan.length" if self.config.plan.length else key
-        return list(changes(self.training, self.card, _smaller(self.config), length_key=key))
+        return list(changes(self.training, self.gpu, _smaller(self.config), length_key=key))
 
     @property
     def paper(self) -> dict[str, float] | None:
@@ -106,17 +106,17 @@ def build_plan(config: Config, rows: int | None = None) -> Plan:
     Raises a `UserError` where another part of it is not known.
     """
     length = training_length(config.trainer, rows) if rows else None
-    card = find_gpu(config.plan.device)
+    gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
     if config.trainer.memory_budget is None:
-        return Plan(config, training, card, length)
+        return Plan(config, training, gpu, length)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
-        card = replace(card, memory=min(card.memory, budget + CONTEXT))
-    if (fewest := fewest_checkpointed(training, card)) is not None:
-        return Plan(config, change(training, checkpointed=fewest), card, length)
-    offloaded = fewest_offloaded(training, card)
-    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), card, length)
+        gpu = replace(gpu, memory=min(gpu.memory, budget + CONTEXT))
+    if (fewest := fewest_checkpointed(training, gpu)) is not None:
+        return Plan(config, change(training, checkpointed=fewest), gpu, length)
+    offloaded = fewest_offloaded(training, gpu)
+    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length)
 
 
 def find_shape(config: Config) -> Shape:

@@ -78,12 +78,12 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         metrics,
         {"plan": str(folder.result("plan"))},
         more={
-            "card": asdict(plan.card),
+            "gpu": asdict(plan.gpu),
             "model": {**asdict(plan.training.shape), "parameters": plan.training.shape.parameters},
             "setup": {**setup, "step": plan.setup.step.value},
             "parts_gb": {name: value / 1e9 for name, value in memory.parts.items()},
             "moment": memory.moment,
-            "fewest_checkpointed_layers": fewest_checkpointed(plan.training, plan.card),
+            "fewest_checkpointed_layers": fewest_checkpointed(plan.training, plan.gpu),
             "largest_micro_batch": plan.most_rows,
             "changes": [{"words": change.overrides, **_without(change, "overrides")} for change in plan.changes],
             "paper": plan.paper,
@@ -101,7 +101,7 @@ def _without(item: Any, *names: str) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """Prints what is planned, its memory, what fits, and how long it takes."""
-    config, setup, shape, memory, card = plan.config, plan.setup, plan.training.shape, plan.memory, plan.card
+    config, setup, shape, memory, gpu = plan.config, plan.setup, plan.training.shape, plan.memory, plan.gpu
     trained = f"LoRA r={setup.r}" if setup.r else "all weights"
     if setup.checkpointed:
         checkpointing = f"{setup.checkpointed} of {shape.layers} layers checkpointed"
@@ -111,7 +111,7 @@ def print_plan(plan: Plan) -> None:
     console.start_screen(
         [
             ("model", f"{config.model.name}: {shape.parameters / 1e9:,.2f} billion parameters"),
-            ("card", f"{card.name}: {_gb(card.memory)} GB"),
+            ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
              f"{setup.length:,} tokens, {checkpointing}, {setup.step.value} step"),
         ]
@@ -120,12 +120,12 @@ def print_plan(plan: Plan) -> None:
     rows = [(name, memory.parts[name], "") for name in memory.parts if memory.parts[name]]
     rows += [("most that torch holds", memory.peak, f"at {memory.moment}"), ("context, gaps", memory.context, "")]
     _numbers(rows)
-    left = card.memory - memory.needed
+    left = gpu.memory - memory.needed
     verdict = f"fits, {_gb(left)} GB are left" if plan.fits else f"does not fit: {_gb(-left)} GB are missing"
     style = "bold green" if plan.fits else "bold red"
     console.say(Text.assemble(("  needed".ljust(30), "cyan"), _gb(memory.needed).rjust(8), "  ", (verdict, style)))
     if memory.paged:
-        where = "on the card too" if memory.comfortable <= card.memory else "partly on the host, which costs time"
+        where = "on the GPU too" if memory.comfortable <= gpu.memory else "partly on the host, which costs time"
         _numbers([("paged optimizer states", memory.paged, where)])
     console.say()
     _heading("What fits")
@@ -137,7 +137,7 @@ def print_plan(plan: Plan) -> None:
             what = f"saves {_gb(change.saves)} GB -> {_gb(change.needed)} GB" + (", fits" if change.fits else "")
             console.say_rows([(change.overrides, f"{what} ({change.loses})")])
         if not any(change.fits for change in plan.changes):
-            console.say("  all of this is not enough: take a larger card")
+            console.say("  all of this is not enough: take a larger GPU")
     console.say()
     _heading("Time")
     console.say_rows(_times(plan))
@@ -152,7 +152,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def _fitting(plan: Plan) -> list[tuple[str, str]]:
-    fewest, layers = fewest_checkpointed(plan.training, plan.card), plan.training.shape.layers
+    fewest, layers = fewest_checkpointed(plan.training, plan.gpu), plan.training.shape.layers
     if fewest is None:
         text = "not even with all layers checkpointed"
         if plan.fits:
@@ -170,8 +170,8 @@ def _times(plan: Plan) -> list[tuple[str, str]]:
     speed = plan.speed
     length = [("steps", str(plan.length))] if plan.length is not None else []
     if speed is None:
-        return [*length, ("tokens a second", f"unknown: {plan.card.name} is not in the table of cards")]
-    efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the card's {plan.card.tflops:,.0f} TFLOP/s"
+        return [*length, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
+    efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
     rows = [*length, ("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})")]
     if plan.hours is None:
         why = "trainer.num_train_epochs counts rows, which are read from local files only"

@@ -119,7 +119,7 @@ def test_the_largest_of_few_checkpointed_layers_is_found_for_fast_steps() -> Non
 
     plan = build("model=llama-7b", "plan=fast", "trainer.per_device_train_batch_size=4", "plan.length=2048",
                   device="rtx-4090")  # fmt: skip
-    fewest = fewest_checkpointed(plan.training, plan.card)
+    fewest = fewest_checkpointed(plan.training, plan.gpu)
     assert fewest is not None
     assert 0 < fewest < 32
 
@@ -143,7 +143,7 @@ def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(caps
     assert (plan.setup.checkpointed, plan.fits) == (80, True)
     assert 0 < plan.setup.offloaded < 80
     less = replace(plan.training, setup=replace(plan.setup, offloaded=plan.setup.offloaded - 1))
-    assert not less.fits(plan.card)
+    assert not less.fits(plan.gpu)
     print_plan(plan)
     said = " ".join(capsys.readouterr().out.split())
     assert f"80 of 80 layers checkpointed (inputs of {plan.setup.offloaded} on the host)" in said
