@@ -12,6 +12,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -40,6 +41,8 @@ IMPORTED = (
     *("transformers.models.llama.modeling_llama", "torch.distributed.run"),
 )
 """What the template process imports before the first command."""
+OF_SEARCHES = ("sqlalchemy.dialects.sqlite", "alembic.command", "optuna.storages", "optuna.samplers", "optuna.pruners")
+"""What it imports where Optuna is installed."""
 MODULES = ("qlora", "torch.distributed.run")
 """The modules that are forked as a command; scripts are, too."""
 READ_AT_IMPORT = (
@@ -274,7 +277,7 @@ def _import_all() -> None:
     prepare_environment()
     gc.disable()
     logging.disable()  # what libraries say while they are imported, as bitsandbytes does, a run does not show either
-    for name in IMPORTED:
+    for name in (*IMPORTED, *(OF_SEARCHES if importlib.util.find_spec("optuna") else ())):
         importlib.import_module(name)
     logging.disable(logging.NOTSET)
     gc.freeze()

@@ -287,7 +287,7 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(tmp_path: Path, m
 
 @pytest.mark.usefixtures("no_model")
 def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "TaskManager", MANAGER)
+    monkeypatch.setattr(tasks, "TaskManager", functools.cache(MANAGER))  # it reads thousands of files
     text = refusal(tmp_path, "evaluation.tasks=[arc_esay]")
     assert text.startswith("evaluation.tasks: lm_eval has no task 'arc_esay' (did you mean arc_easy?); `lm_eval ls")
     text = refusal(tmp_path, "evaluation.tasks=[arc_easy]")

@@ -148,7 +148,7 @@ def test_a_named_search_is_one_word_and_its_best_trial_runs_alone(tmp_path: Path
     assert actual["job"].endswith(identity(config_to_dict(compose(args))))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp_path: Path, how: int) -> None:
     args = [RATE, "hydra.sweeper.n_trials=5"]
     process = start(tmp_path, *args, SECONDS="2")
@@ -252,7 +252,10 @@ def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
     ("pruner", "engine"),
     [
         (["median", "hydra.sweeper.pruner_kwargs.n_startup_trials=1"], "hydra.launcher.n_jobs=1"),
-        (["hyperband", "hydra.sweeper.pruner_kwargs.reduction_factor=2"], "hydra/launcher=basic"),
+        pytest.param(
+            *(["hyperband", "hydra.sweeper.pruner_kwargs.reduction_factor=2"], "hydra/launcher=basic"),
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_trials_that_fall_behind_end_early(tmp_path: Path, pruner: list[str], engine: str) -> None:
