@@ -177,12 +177,16 @@ class Session:
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
+            config = self._fit_rows(self.config.data)
             data = build_data(
-                self._fit_rows(self.config.data),
+                config,
                 self.tokenizer,
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
             )
+        if config != self.config.data:
+            text = "rows have up to %d tokens, which is what %s reads (data.max_length)"
+            log.info(text, config.max_length, self.config.model.name)
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
@@ -200,7 +204,6 @@ class Session:
         context = self._context
         if context is None or context >= ROW_LENGTH:
             return config
-        log.info("rows have up to %d tokens, which is what %s reads (data.max_length)", context, self.config.model.name)
         return replace(config, max_length=context)
 
     @cached_property

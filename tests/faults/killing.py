@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qlora.sweep.jobs import recorded
 from tests.faults.runs import Writes, check_whole, run
+from tests.warm import IMPORTED
 
 BEGUN = "begun.txt"
 """Is there when a process has begun with its training."""
@@ -23,7 +24,7 @@ BEGUN = "begun.txt"
 def start(folder: Path, overrides: list[str], number: int = -1) -> BaseProcess:
     """Starts a training run, which kills itself when its write of this number begins."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlora.run"])  # this module may not be on its path
+    context.set_forkserver_preload([*IMPORTED])  # this module may not be on its path
     process = context.Process(target=train, args=(folder, overrides, number))
     process.start()
     return process

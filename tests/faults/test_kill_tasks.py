@@ -20,6 +20,7 @@ from qlora.config.compose import compose
 from qlora.sweep.jobs import recorded
 from qlora.tasks import build_job, run_job
 from tests.faults.runs import QUICK, Writes, check_whole, run
+from tests.warm import IMPORTED
 
 SHORT = ["generation.max_new_tokens=4", "generation.batch_size=1", "merge.prompts=2"]
 MEASURED = (
@@ -57,7 +58,7 @@ def work(folder: Path, overrides: list[str], number: int) -> None:
 def start(folder: Path, overrides: list[str], number: int = -1) -> BaseProcess:
     """Starts a task in a process that a server forks, which has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlora.run"])
+    context.set_forkserver_preload([*IMPORTED])
     process = context.Process(target=work, args=(folder, overrides, number))
     process.start()
     return process

@@ -322,7 +322,11 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
         ("d.yaml", "hello: world\n", "neither a command of qlora.py nor a YAML of Axolotl"),
         ("e.yaml", "a: [1,\n", "not valid YAML"),
-        ("rows.jsonl", '{"a": 1}\n{"b": 2}\n', "rows.jsonl, line 2: this is not valid YAML"),
+        (
+            "rows.jsonl",
+            '{"a": 1}\n{"b": 2}\n',
+            "rows.jsonl holds rows, not a config; train on them with data=local data.path=",
+        ),
         ("f.sh", "echo hello\n", "neither a command of qlora.py"),
         ("g.sh", "python qlora.py --dataset 'open\n", "cannot be read"),
         ("h.yaml", "- a\n- b\n", "neither a command of qlora.py"),
