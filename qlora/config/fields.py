@@ -106,12 +106,12 @@ HYDRA_MAPPINGS = (
 
 
 def field_type(key: str) -> Any:
-    """Returns the annotation of the field `key` without its `| None`, or None where there is no such field."""
+    """Returns the annotation of the field `key`, without the `| None` of a single type; None: there is no such field."""
     node: Any = Config
     for name in key.split("."):
         hint = _hints(node).get(name)
         inner = [part for part in get_args(hint) if part is not NoneType]
-        node = inner[0] if NoneType in get_args(hint) else hint
+        node = inner[0] if NoneType in get_args(hint) and len(inner) == 1 else hint
     return node
 
 

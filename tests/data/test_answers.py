@@ -141,7 +141,8 @@ def test_the_only_held_out_row_that_is_dropped_names_ways_out_that_work(tokenize
     for seed, sentence in said.items():
         assert "none of the 1 held-out rows has a token to measure: 1 with empty answers" in sentence
         assert sentence.endswith(
-            "; hold out more rows than data.eval_dataset_size=1, or draw others with data.split_seed"
+            "; hold out another number of rows with data.eval_dataset_size (0: none), or draw others with "
+            "data.split_seed"
         )
         build_data(make_config(rows, eval_dataset_size=4, split_seed=seed), tokenizer)
 

@@ -279,7 +279,7 @@ def encoder(base, family, **config):
     return build_encoder(DataConfig(name="toy", path="toy.json", **NO_LIMITS | config), base, template(family))
 
 
-NO_LIMITS = {"source_max_len": None, "target_max_len": None}
+NO_LIMITS = {"source_max_len": None, "target_max_len": None, "max_length": None}
 
 
 def template(family):

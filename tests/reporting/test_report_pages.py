@@ -133,7 +133,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("runs") / "mine", ["lora.r=8"], answers=answers)
     (folder / "train.log").write_text(
         f"2030-01-01 00:00:00,000 WARNING qlora.data.data_report: rows overlap {ALARM}\n"
-        "2030-01-01 00:00:00,000 WARNING transformers.utils: noise\n"
+        "2030-01-01 00:00:00,000 WARNING transformers.utils: of a library\n"
         "2030-01-01 00:00:01,000 INFO qlora.runtime.console: step 1\n"
     )
     return folder
@@ -150,7 +150,7 @@ def test_the_page_of_a_run_shows_metrics_answers_config_data_machine_and_warning
                  "4f029139d67f1d1a", "a GPU (80.0 GB)", "0123456789ab, with changes", "rows overlap", "sources cut",
                  "16 tokens, cut at generation.max_new_tokens", "qlora lora.r=8", 'href="history.json"'):  # fmt: skip
         assert text in html, text
-    assert "noise" not in html
+    assert "of a library" not in html
     assert "<script>alert" not in html
     html.encode()
     page_data = data(html)

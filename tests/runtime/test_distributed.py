@@ -58,7 +58,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["task=evaluate"], "2 processes were launched .*, and only a training run uses several processes; start"),
+        (
+            ["task=evaluate", "adapter=none"],
+            "2 processes were launched .*, and only a training run uses several processes; start",
+        ),
         (["-m", "seed=1,2"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
         (["sweep=seeds"], "2 processes were launched .*, and a sweep starts a process for each of its jobs"),
     ],

@@ -16,6 +16,8 @@ from doubling import PARTS, Double
 from qlora.errors import UserError
 from qlora.runtime.workers import OPEN, run_parts
 
+pytestmark = pytest.mark.cold
+
 MANY = [(start, start + 10) for start in range(0, 20_000, 10)]
 """More than one process does before it hears of the others."""
 

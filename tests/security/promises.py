@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 QUICK = [
     *("lora.r=4", "trainer.max_steps=2", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1"),
     *("trainer.eval_steps=null", "trainer.lr_scheduler_kwargs.num_decay_steps=1", "trainer.warmup_steps=0"),
+    "trainer.lr_scheduler_type=warmup_stable_decay",
     *("data.max_eval_samples=4", "data.max_train_samples=16", "generation.max_new_tokens=4", "device=cpu"),
     "trainer.save_steps=1",
 ]

@@ -106,10 +106,10 @@ class TrainerConfig:
     """Make batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
     """Steps between two log entries."""
-    eval_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    eval_steps: Any = field(default=None, metadata={HOLDS: int | str | None})
     """Steps between two measurements of the held-out rows, or a share of an epoch such as `0.5ep`; null: only at the
     end."""
-    save_steps: Any = field(default=None, metadata={HOLDS: int | None})
+    save_steps: Any = field(default=None, metadata={HOLDS: int | str | None})
     """Steps between two checkpoints, or a share of an epoch such as `0.5ep`; null: none before the end."""
     save_total_limit: int | None = 40
     """How many checkpoints are kept, the newest ones, beside those that `keep` needs; null: all."""
