@@ -106,7 +106,7 @@ HYDRA_MAPPINGS = (
 
 
 def field_type(key: str) -> Any:
-    """Returns the annotation of the field `key`, without the `| None` of a single type; None: there is no such field."""
+    """Returns the annotation of the field `key`, a single type without its `| None`; None: there is no such field."""
     node: Any = Config
     for name in key.split("."):
         hint = _hints(node).get(name)
