@@ -23,6 +23,7 @@ from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 from qlora.session import Session
 from qlora.tasks import merged_model
+from tests.matrix import thinned
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 QUICK = [
@@ -93,7 +94,7 @@ def refusal(folder: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", thinned([*SHAPES], 4))
 @pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=fp32", "lora=dora", "lora.bias=all"]], ids=len)
 def test_every_architecture_merges_to_the_same_answers(
     base: Callable[[str], Path], tmp_path: Path, kind: str, chosen: list[str]
@@ -111,17 +112,20 @@ def test_every_architecture_merges_to_the_same_answers(
 
 @pytest.mark.parametrize(
     "chosen",
-    [
-        ["lora=rslora", "quantization=nf4"],
-        ["lora=dora", "quantization=nf4"],
-        ["lora=loftq", "quantization=fp4"],
-        ["lora=pissa", "quantization=fp32"],
-        ["lora=olora", "quantization=fp32"],
-        ["lora.target_modules=[q_proj,down_proj]", "quantization=nf4", "quantization.double_quant=false"],
-        ["lora.bias=lora_only", "quantization=nf4"],
-        ["lora.bias=all", "quantization=int8"],
-        ["model.new_tokens=['<new>','other']", "quantization=nf4"],
-    ],
+    thinned(
+        [
+            ["lora=rslora", "quantization=nf4"],
+            ["lora=dora", "quantization=nf4"],
+            ["lora=loftq", "quantization=fp4"],
+            ["lora=pissa", "quantization=fp32"],
+            ["lora=olora", "quantization=fp32"],
+            ["lora.target_modules=[q_proj,down_proj]", "quantization=nf4", "quantization.double_quant=false"],
+            ["lora.bias=lora_only", "quantization=nf4"],
+            ["lora.bias=all", "quantization=int8"],
+            ["model.new_tokens=['<new>','other']", "quantization=nf4"],
+        ],
+        4,
+    ),
     ids=" ".join,
 )
 def test_every_kind_of_adapter_merges_to_the_same_answers(
@@ -131,7 +135,7 @@ def test_every_kind_of_adapter_merges_to_the_same_answers(
     assert report["kl_mean"] < (5e-3 if "quantization=int8" in chosen else 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("kind", thinned(["llama", "qwen3", "opt"], 1))
 def test_grown_embeddings_are_merged_with_their_trained_rows(
     base: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
@@ -147,7 +151,7 @@ def test_grown_embeddings_are_merged_with_their_trained_rows(
     assert torch.equal(rows[tokenizer.convert_tokens_to_ids(["<t0>", "<t199>"])], trained[[0, 199]])
 
 
-@pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=int8"], NONE16], ids=" ".join)
+@pytest.mark.parametrize("chosen", thinned([["quantization=nf4"], ["quantization=int8"], NONE16], 2), ids=" ".join)
 def test_the_merged_model_is_in_16_bits_where_that_is_asked_for(
     base: Callable[[str], Path], tmp_path: Path, chosen: list[str]
 ) -> None:
@@ -229,7 +233,7 @@ def test_the_commands_that_serve_the_model_are_printed(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", thinned(["nf4", "int8"], 1))
 def test_a_base_stored_in_few_bits_is_merged_in_full(
     base: Callable[[str], Path], tmp_path: Path, kind: str, quantization: str
 ) -> None:
