@@ -18,7 +18,7 @@ from qlora.config.options import group_names
 from qlora.config.overrides import parse_overrides, write_override
 from qlora.config.schema.values import written
 from qlora.config.suggestions import unknown_key
-from qlora.upstream.omegaconf import raw_node, raw_value
+from qlora.upstream.omegaconf import is_filled, raw_node, raw_value
 
 WIDTH = 12
 """Where the second column begins."""
@@ -79,7 +79,7 @@ def _value(composed: DictConfig, key: str) -> Any:
         if OmegaConf.is_list(node):
             node = node[int(name.strip("[]"))] if name.strip("[]").isdigit() else None
         else:
-            node = raw_node(node, name) if OmegaConf.is_dict(node) and not node._is_none() else None
+            node = raw_node(node, name) if OmegaConf.is_dict(node) and is_filled(node) else None
     return node
 
 
