@@ -83,7 +83,10 @@ class Combinations:
 
     def _sets_fields_only(self, base: DictConfig) -> bool:
         """Returns whether the base becomes the config of each job when plain fields are set."""
-        composed_of = {*base.hydra.overrides.hydra, *base.hydra.overrides.task}
+        typed: Any = OmegaConf.to_container(
+            base.hydra.overrides, resolve=False
+        )  # as text: a variable may be unset here
+        composed_of = {*typed["hydra"], *typed["task"]}
         return all(axis.values is not None or composed_of.issuperset(axis.overrides) for axis in self.axes)
 
     def _compose(self, overrides: tuple[str, ...]) -> _Composed:

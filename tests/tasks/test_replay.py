@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.config.arguments import read_arguments
+from qlora.config.command import ComposedCommand
 from qlora.config.compose import compose, compose_dict
 from qlora.config.conversion import to_config
 from qlora.config.saved_config import config_to_dict, read_config, restore_config
@@ -200,7 +201,8 @@ def test_the_workspace_is_chosen_before_anything_can_start_cuda(chosen: str, mon
     monkeypatch.delenv(WORKSPACE, raising=False)
     composed = compose_dict([chosen, "run=x"] if chosen == "task=replay" else [chosen])
     config = to_config(composed)
-    join(Command(read_arguments([chosen]), composed, config, needs_of(config)))
+    checked = ComposedCommand(composed, composed, config)
+    join(Command(read_arguments([chosen]), checked, needs_of(config)))
     assert os.environ.pop(WORKSPACE) == ":4096:8"
 
 
