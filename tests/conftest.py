@@ -74,10 +74,28 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before `full` is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with long tests come first, so that no process has one left when the others have no more to do."""
+    _thin_matrices(items)
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def _thin_matrices(items: list[pytest.Item]) -> None:
+    """Marks the cases of a `matrix` that do not run by default as `full`."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for matrix in cases.values():
+        mark = matrix[0].get_closest_marker("matrix")
+        assert mark is not None
+        step = max(len(matrix) - 1, 1) / max(mark.args[0] - 1, 1)
+        kept = {round(index * step) for index in range(mark.args[0])}
+        for index, item in enumerate(matrix):
+            if index not in kept:
+                item.add_marker(pytest.mark.full)
 
 
 def pytest_collection_finish() -> None:

@@ -23,7 +23,6 @@ from qlora.config.saved_config import config_to_dict, read_config
 from qlora.errors import UserError
 from qlora.run import Run
 from qlora.tasks.build_trainer import build_trainer
-from tests.matrix import thinned
 
 QUICK = [
     "lora.r=4",
@@ -246,7 +245,8 @@ def random_base(kind: str) -> list[str]:
     return [*options, *(f"model.architecture.{text}" for text in shape)]
 
 
-@pytest.mark.parametrize("kind", thinned([*SHAPES], 2))
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path: Path, kind: str) -> None:
     options = random_base(kind)
     result = run(tmp_path / "run", *options)

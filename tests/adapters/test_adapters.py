@@ -120,6 +120,7 @@ def test_adapter_weights_are_stored_in_16_bits_if_asked_for(base_folder: Path, l
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("lora", "quantization"),
     [

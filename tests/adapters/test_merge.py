@@ -21,7 +21,6 @@ from qlora.models.model_config import load_model_config
 from qlora.models.weight_files import Checkpoint, ModelNames
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import Placement, find_device
-from tests.matrix import thinned
 
 BITS = [
     ["quantization=nf4"],
@@ -69,7 +68,8 @@ def weights(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     return parameters
 
 
-@pytest.mark.parametrize("dtype", thinned(["fp32", "bf16", "fp16"], 2))
+@pytest.mark.matrix(10)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("bits", BITS, ids=" ".join)
 @pytest.mark.parametrize("kind", ["base_folder", "gpt2_folder"])
 def test_dequantized_weights_are_those_of_the_loaded_model_to_the_bit(

@@ -87,11 +87,13 @@ def test_an_option_composes_alone(group: str, name: str) -> None:
     compose([f"{group}={name}", *NEEDS.get((group, name), [])])
 
 
+@pytest.mark.matrix(15)
 @pytest.mark.parametrize("choices", mixed(), ids=" ".join)
 def test_options_of_different_groups_compose_together(choices: list[str]) -> None:
     compose([*choices, "data.path=rows.jsonl"])
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_starts_several_jobs_and_each_is_valid(name: str) -> None:
     composed = compose_dict([f"sweep={name}"])

@@ -69,6 +69,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.matrix(12)
 @pytest.mark.parametrize("command", ACCEPTED)
 def test_what_is_typed_is_read_as_what_it_stands_for_and_said(
     command: str, nothing_starts: list[start.Command], capsys: pytest.CaptureFixture[str]

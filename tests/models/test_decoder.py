@@ -49,6 +49,7 @@ def step(model: PeftModel) -> None:
         optimizer.step()
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("overrides", [[], ["lora.target_modules=[q_proj,v_proj]"]], ids=["all-linear", "names"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])
 def test_a_tower_for_pictures_gets_no_adapter_and_plain_peft_loads_the_rest(
@@ -90,6 +91,7 @@ def test_the_tower_counts_as_beside_the_decoder(folders: dict[str, Path]) -> Non
     assert sum(matrix.count for matrix in decoder.matrices) == 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "llama4_text", "mixtral"])
 def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter(folders: dict[str, Path], kind: str) -> None:
     model = attach(folders[kind], "quantization=none", "lora.dropout=0.1")
@@ -106,6 +108,7 @@ def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter(folder
     step(model)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("lora", ["dora", "pissa", "olora", "eva", "rslora"])
 def test_every_kind_of_adapter_trains_on_a_mixture(folders: dict[str, Path], lora: str) -> None:
     model = attach(folders["qwen3_moe"], "quantization=fp32", f"lora={lora}", "lora.dropout=0.1")

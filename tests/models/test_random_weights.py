@@ -19,7 +19,6 @@ from qlora.config.compose import compose
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
 from qlora.runtime.device import Placement
-from tests.matrix import thinned
 
 CPU = torch.device("cpu")
 BF16 = Placement(CPU, torch.bfloat16, torch.bfloat16)
@@ -76,7 +75,8 @@ def test_a_drawn_model_is_like_one_that_transformers_draws_whole(kind: str) -> N
     assert random.generation_config.eos_token_id == expected.generation_config.eos_token_id == 2
 
 
-@pytest.mark.parametrize("kind", thinned([*SHAPES], 3))
+@pytest.mark.matrix(9)
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32"])
 def test_buffers_are_those_of_a_model_built_as_usual(kind: str, quantization: str) -> None:
     tensors, expected = dict(base(weights(kind), quantization).named_buffers()), dict(usual(kind).named_buffers())
@@ -120,7 +120,8 @@ def test_the_seed_alone_decides_the_weights() -> None:
     assert not torch.equal(*layers), "equal modules of two layers differ"
 
 
-@pytest.mark.parametrize("kind", thinned(["llama", "qwen3", "gemma2", "gpt_neox", "gpt2"], 2))
+@pytest.mark.matrix(5)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_a_quantized_base_is_the_whole_draw_quantized(kind: str, quantization: str, tmp_path: Any) -> None:
     source = weights(kind, BF16)

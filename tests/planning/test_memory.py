@@ -56,6 +56,7 @@ def test_what_is_not_quantized_is_counted_to_the_parameter(kind: str) -> None:
     assert ledger.unquantized == sum(parameter.nbytes for parameter in plain)
 
 
+@pytest.mark.matrix(10)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", [[], ["lora=dora"], ["lora=attention"], ["lora.dtype=bf16"]], ids=str)
 def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> None:

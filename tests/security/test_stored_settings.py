@@ -37,6 +37,7 @@ STRANGE: dict[str, Any] = {
 }
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("key", STRANGE)
 def test_a_stored_config_names_no_code_and_nobody_to_trust(tmp_path: Path, key: str) -> None:
     plain = config_to_dict(compose())

@@ -129,6 +129,7 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
     assert_same(model, config, batch(), checkpointed)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("compiled", ["true", "false"])
 @pytest.mark.parametrize(("model_type", "times"), [("llama", 2), ("gemma2", 3)])
 def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(

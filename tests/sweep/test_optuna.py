@@ -463,6 +463,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.matrix(10)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

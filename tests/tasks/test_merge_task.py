@@ -23,7 +23,6 @@ from qlora.models.tokenizer import load_tokenizer
 from qlora.run import Run
 from qlora.session import Session
 from qlora.tasks import merged_model
-from tests.matrix import thinned
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 QUICK = [
@@ -94,7 +93,8 @@ def refusal(folder: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", thinned([*SHAPES], 4))
+@pytest.mark.matrix(4)
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=fp32", "lora=dora", "lora.bias=all"]], ids=len)
 def test_every_architecture_merges_to_the_same_answers(
     base: Callable[[str], Path], tmp_path: Path, kind: str, chosen: list[str]
@@ -110,22 +110,20 @@ def test_every_architecture_merges_to_the_same_answers(
     assert len(moved) >= 8, "the training moved nothing, so the comparison shows nothing"
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     "chosen",
-    thinned(
-        [
-            ["lora=rslora", "quantization=nf4"],
-            ["lora=dora", "quantization=nf4"],
-            ["lora=loftq", "quantization=fp4"],
-            ["lora=pissa", "quantization=fp32"],
-            ["lora=olora", "quantization=fp32"],
-            ["lora.target_modules=[q_proj,down_proj]", "quantization=nf4", "quantization.double_quant=false"],
-            ["lora.bias=lora_only", "quantization=nf4"],
-            ["lora.bias=all", "quantization=int8"],
-            ["model.new_tokens=['<new>','other']", "quantization=nf4"],
-        ],
-        4,
-    ),
+    [
+        ["lora=rslora", "quantization=nf4"],
+        ["lora=dora", "quantization=nf4"],
+        ["lora=loftq", "quantization=fp4"],
+        ["lora=pissa", "quantization=fp32"],
+        ["lora=olora", "quantization=fp32"],
+        ["lora.target_modules=[q_proj,down_proj]", "quantization=nf4", "quantization.double_quant=false"],
+        ["lora.bias=lora_only", "quantization=nf4"],
+        ["lora.bias=all", "quantization=int8"],
+        ["model.new_tokens=['<new>','other']", "quantization=nf4"],
+    ],
     ids=" ".join,
 )
 def test_every_kind_of_adapter_merges_to_the_same_answers(
@@ -135,7 +133,8 @@ def test_every_kind_of_adapter_merges_to_the_same_answers(
     assert report["kl_mean"] < (5e-3 if "quantization=int8" in chosen else 1e-6)
 
 
-@pytest.mark.parametrize("kind", thinned(["llama", "qwen3", "opt"], 1))
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
 def test_grown_embeddings_are_merged_with_their_trained_rows(
     base: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
@@ -151,7 +150,8 @@ def test_grown_embeddings_are_merged_with_their_trained_rows(
     assert torch.equal(rows[tokenizer.convert_tokens_to_ids(["<t0>", "<t199>"])], trained[[0, 199]])
 
 
-@pytest.mark.parametrize("chosen", thinned([["quantization=nf4"], ["quantization=int8"], NONE16], 2), ids=" ".join)
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=int8"], NONE16], ids=" ".join)
 def test_the_merged_model_is_in_16_bits_where_that_is_asked_for(
     base: Callable[[str], Path], tmp_path: Path, chosen: list[str]
 ) -> None:
@@ -232,8 +232,9 @@ def test_the_commands_that_serve_the_model_are_printed(
 # The base's files
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("quantization", thinned(["nf4", "int8"], 1))
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_base_stored_in_few_bits_is_merged_in_full(
     base: Callable[[str], Path], tmp_path: Path, kind: str, quantization: str
 ) -> None:
@@ -403,6 +404,7 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("step", "failure"),
     [
@@ -481,6 +483,7 @@ def test_a_merged_model_is_not_rounded_again_without_a_word(merged: tuple[Path, 
     run(tmp_path / "b", f"model.name={folder / 'merged'}", "task=evaluate", "adapter=none")
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the checkout")
 @pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])
 def test_a_trained_real_model_merges_below_a_ten_thousandth_of_a_nat(tmp_path: Path, name: str) -> None:

@@ -75,6 +75,7 @@ LEANER = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("needed", LEANER)
 def test_a_step_that_runs_out_of_memory_learns_to_the_bit_what_an_undisturbed_one_does(
