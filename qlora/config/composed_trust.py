@@ -67,8 +67,7 @@ def _check_plugins(node: DictConfig) -> None:
 
 def _check_lines(node: DictConfig, trust: Trust) -> None:
     """Raises `ConfigError` for a text with line breaks among those that launchers write into the scripts of jobs."""
-    keys = ("name", *(f"hydra.{key}" for key in ("job.name", "run.dir", "sweep.dir", "sweep.subdir")))
-    texts = [(key, _select(node, key)) for key in keys]
+    texts = [(f"hydra.{key}", _select(node, key)) for key in ("job.name", "run.dir", "sweep.dir", "sweep.subdir")]
     for key, value in (*texts, *key_leaves(_resolved(node, "launcher"), "hydra.launcher")):
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value) and not trust.covers(key):
             raise ConfigError(

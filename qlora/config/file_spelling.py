@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora.config.fields import SHAPES, SWEPT, KeyPath, dotted, shape_in_words, split_key, type_at
 from qlora.config.options import ANYWHERE, takes_one_option
-from qlora.config.override_spelling import is_text, keep_spelling, whole_number
+from qlora.config.override_spelling import is_text, is_whole, keep_spelling, whole_number
 from qlora.errors import ConfigError
 from qlora.upstream.hydra import FileSource, reading_files_with
 from qlora.upstream.omegaconf import get_yaml_loader
@@ -204,7 +204,7 @@ def _check(file: Path, scalar: _Scalar) -> int | None:
         raise ConfigError(
             f"{where}: YAML reads {node.value} as {base} ({value}); write decimal digits, or put quotes around a text"
         )
-    return whole_number(node.value) if hint is int and tag == "float" else None
+    return whole_number(node.value) if is_whole(hint) and tag == "float" else None
 
 
 def _made(node: yaml.ScalarNode, tag: str) -> str:

@@ -116,7 +116,7 @@ def _spell(word: str, level: _Level) -> str:
     hint = type_at(level.value_path)
     if (is_text(hint) or _is_choice(level)) and level.function not in NUMERIC:
         return f"'{word}'"
-    number = whole_number(word) if hint is int else None
+    number = whole_number(word) if is_whole(hint) else None
     return word if number is None else str(number)
 
 
@@ -129,7 +129,13 @@ def _is_choice(level: _Level) -> bool:
 
 
 def is_text(hint: Any) -> bool:
-    return str in _alternatives(hint)
+    """Returns whether a key holds words as they are spelled; one that holds whole numbers too does not."""
+    return str in _alternatives(hint) and int not in _alternatives(hint)
+
+
+def is_whole(hint: Any) -> bool:
+    """Returns whether the numbers that a key holds are whole."""
+    return int in _alternatives(hint) and float not in _alternatives(hint)
 
 
 def whole_number(text: str) -> int | None:

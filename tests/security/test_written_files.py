@@ -16,7 +16,7 @@ from qlora.runtime.console import LogFile
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "", "a\\0b".replace("\\0", "\0"), "a\nb", "n" * 300])
 def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
-    with pytest.raises(UserError, match=r"name|hydra\.sweep\.dir"):
+    with pytest.raises(UserError, match=r"name|hydra\.(run|sweep)\.dir"):
         compose([f'name="{name}"'])
 
 
