@@ -89,29 +89,39 @@ def build_trainer(
         meter=_build_meter(session, model),
         budget=build_budget(session, step, max_length=max(width, *lengths)),
         stop=session.stop,
-        metadata={
-            "config": config_digest(config_to_dict(config)),
-            "data": data.report.fingerprint,
-            "processes": distributed.world_size(),
-            "rows": session.rows_a_step,
-            "trackers": tracker_ids(session.folder.path),
-        },
+        metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
         name_rows=data.named_rows,
-        callbacks=[
-            ProgressCallback(session.folder.progress),
-            TrackerCallback(tracker),
-            KeepCallback(session.keep_rule),
-            *([PageCallback(page)] if page is not None else []),
-            *([ProfileCallback(session.folder.trace, placement.device)] if config.trainer.profile else []),
-            *_build_pruning(),
-            *callbacks,
-        ],
+        callbacks=[*_run_callbacks(session, tracker, page), *callbacks],
         needed=session.keep_rule.needed,
     )
     if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
         check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
     return trainer
+
+
+def _checkpoint_metadata(session: Session) -> dict[str, Any]:
+    """Returns what a checkpoint says of its run, by which it is refused for another one."""
+    return {
+        "config": config_digest(config_to_dict(session.config)),
+        "data": session.data.report.fingerprint,
+        "processes": distributed.world_size(),
+        "rows": session.rows_a_step,
+        "trackers": tracker_ids(session.folder.path),
+    }
+
+
+def _run_callbacks(session: Session, tracker: Tracker, page: Page | None) -> list[Any]:
+    """Returns what watches every training run, before the callbacks of the user."""
+    profiles = session.config.trainer.profile
+    return [
+        ProgressCallback(session.folder.progress),
+        TrackerCallback(tracker),
+        KeepCallback(session.keep_rule),
+        *([PageCallback(page)] if page is not None else []),
+        *([ProfileCallback(session.folder.trace, session.placement.device)] if profiles else []),
+        *_build_pruning(),
+    ]
 
 
 def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep:

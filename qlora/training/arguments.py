@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -61,12 +62,7 @@ def build_arguments(
         save_steps=intervals.save_steps or 500,
         save_total_limit=config.save_total_limit,
         dataloader_num_workers=config.dataloader_num_workers,
-        # Nothing between two logs may wait for the device: batches are copied while it computes, losses are not
-        # searched for NaN, and tokens are counted before they leave the host.
-        dataloader_pin_memory=device.type != "cpu",
-        accelerator_config={"non_blocking": device.type != "cpu"},
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="no",
+        **_without_waiting(device),
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
@@ -74,3 +70,18 @@ def build_arguments(
     )
     use_one_gpu(arguments)  # one process drives one device; several GPUs are for torchrun or model.device_map
     return arguments
+
+
+def _without_waiting(device: torch.device) -> dict[str, Any]:
+    """Returns the arguments by which nothing between two logs waits for the device.
+
+    Batches are copied while it computes, losses are not searched for NaN, and tokens are counted before they leave the
+    host.
+    """
+    has_device_memory = device.type != "cpu"
+    return {
+        "dataloader_pin_memory": has_device_memory,
+        "accelerator_config": {"non_blocking": has_device_memory},
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "no",
+    }
