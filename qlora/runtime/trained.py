@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config, TaskName
-from qlora.errors import ConfigError, DamagedFile, DataError, did_you_mean
+from qlora.errors import ConfigError, DamagedFile, DataError, UserError, did_you_mean
 from qlora.runtime.run_folder import RunFolder, find_adapter
+from qlora.runtime.saved_run import STATUS_FILE, read_status
 
 RUNS = Path("outputs/runs")
 """Where runs lie unless a command says otherwise."""
@@ -37,9 +39,21 @@ def find_trained(config: Config, overrides: Sequence[str], run_folder: Path) -> 
         siblings = [str(path) for path in folder.parent.glob("*/")]
         raise ConfigError(f"adapter={config.adapter}: no such folder{did_you_mean(str(folder), siblings)}")
     raise DataError(
-        f"adapter={config.adapter}: {folder} holds no adapter; give adapter=FOLDER of an adapter or of a finished run, "
-        "or adapter=none for the untuned base"
+        f"adapter={config.adapter}: {short_path(folder)} holds no adapter{_unfinished(folder)}; give adapter=FOLDER "
+        "of an adapter or of a finished run, or adapter=none for the untuned base"
     )
+
+
+def _unfinished(folder: Path) -> str:
+    """Returns what is said of a run that has not finished; an empty text: the folder is none, or says nothing."""
+    with contextlib.suppress(UserError):
+        status = (read_status(folder / STATUS_FILE) or {}).get("status")
+        if status == "running":
+            return " yet: its training run has not ended"
+        if status in ("interrupted", "failed"):
+            ended = "failed" if status == "failed" else "was interrupted"
+            return f" yet: its training run {ended}, and resumes when its command is started again"
+    return ""
 
 
 def names_base(config: Config, overrides: Sequence[str]) -> bool:

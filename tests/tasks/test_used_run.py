@@ -141,6 +141,24 @@ def test_a_base_that_is_named_does_not_stand_for_a_training_that_did_not_end(tmp
         run(folder, "task=evaluate", "model.name=tiny")
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("running", "holds no adapter yet: its training run has not ended; give adapter="),
+        ("interrupted", "yet: its training run was interrupted, and resumes when its command is started again; give"),
+        ("failed", "yet: its training run failed, and resumes when its command is started again; give"),
+        ("finished", "holds no adapter; give adapter="),
+    ],
+)
+def test_an_adapter_of_a_run_that_has_not_finished_says_so(tmp_path: Path, status: str, said: str) -> None:
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps({"status": status, "overrides": []}))
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "evaluated", "task=evaluate", f"adapter={folder}")
+    assert said in str(error.value)
+
+
 def test_what_comes_next_is_one_short_line_a_task(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained.parent.parent)
     overrides = [*TRAINED, "trusted=[mine]", "name=mine", "data=local"]
