@@ -130,11 +130,8 @@ def _intervals(settings: Settings) -> Iterator[Part]:
     strategies = {"save": settings.take("save_strategy"), "eval": settings.take("eval_strategy", older or "no")}
     length = {"epochs": settings.look("num_epochs"), "steps": settings.look("max_steps")}
     for kind, strategy in strategies.items():
-        ours, steps, often = (
-            f"trainer.{kind}_steps",
-            settings.take(f"{kind}_steps"),
-            settings.take(f"{kind}s_per_epoch"),
-        )
+        ours = f"trainer.{kind}_steps"
+        steps, often = settings.take(f"{kind}_steps"), settings.take(f"{kind}s_per_epoch")
         if kind == "eval" and not held_out:
             yield f"{ours}=null"
         elif often:

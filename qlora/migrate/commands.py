@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from qlora.errors import ConfigError, DataError
+from qlora.migrate.translation import read_number
 
 STARTS: dict[tuple[str, ...], str] = {
     ("qlora.py",): "qlora.py",
@@ -145,9 +146,4 @@ def _typed(text: str) -> Any:
         return text.lower() == "true"
     if text in ("None", "null"):
         return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return read_number(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora.config.overrides import write_override
 from qlora.migrate import shared_rules
-from qlora.migrate.translation import Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
+from qlora.migrate.translation import Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings, read_number
 
 VERSION = "5.23"
 DEFAULTS: dict[str, Any] = {
@@ -97,17 +97,8 @@ def read_mapping(value: Any) -> Any:
     if value.lstrip().startswith("{"):
         return json.loads(value)
     pairs = (pair.partition("=")[::2] for pair in value.replace(" ", "").split(",") if pair)
-    return {name: json.loads(text.lower()) if text.lower() in ("true", "false") else _number(text)
+    return {name: json.loads(text.lower()) if text.lower() in ("true", "false") else read_number(text)
             for name, text in pairs}  # fmt: skip
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 MOVED = (

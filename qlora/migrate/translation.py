@@ -209,3 +209,13 @@ def _last_of_each(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides with the last value of each key; groups come first, because single keys override them."""
     last = {text.partition("=")[0]: text for text in overrides}
     return sorted(last.values(), key=lambda text: "." in text.partition("=")[0])
+
+
+def read_number(text: str) -> int | float | str:
+    """Returns a number that a text writes, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
