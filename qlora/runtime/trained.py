@@ -10,7 +10,7 @@ from qlora.config.paths import short_path
 from qlora.config.schema import Config, TaskName
 from qlora.errors import ConfigError, DamagedFile, DataError, UserError, did_you_mean
 from qlora.runtime.run_folder import RunFolder, find_adapter
-from qlora.runtime.saved_run import STATUS_FILE, read_status
+from qlora.runtime.saved_run import STATUS_FILE, Status, read_status
 
 RUNS = Path("outputs/runs")
 """Where runs lie unless a command says otherwise."""
@@ -47,11 +47,12 @@ def find_trained(config: Config, overrides: Sequence[str], run_folder: Path) -> 
 def _unfinished(folder: Path) -> str:
     """Returns what is said of a run that has not finished; an empty text: the folder is none, or says nothing."""
     with contextlib.suppress(UserError):
-        status = (read_status(folder / STATUS_FILE) or {}).get("status")
-        if status == "running":
+        record = read_status(folder / STATUS_FILE)
+        status = Status(record["status"]) if record is not None else None
+        if status is Status.running:
             return " yet: its training run has not ended"
-        if status in ("interrupted", "failed"):
-            ended = "failed" if status == "failed" else "was interrupted"
+        if status in (Status.interrupted, Status.failed):
+            ended = "failed" if status is Status.failed else "was interrupted"
             return f" yet: its training run {ended}, and resumes when its command is started again"
     return ""
 
