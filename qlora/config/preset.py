@@ -33,7 +33,8 @@ def differences_to_preset(config: Config, overrides: Sequence[str]) -> dict[str,
     is_command = GlobalHydra.instance().is_initialized()
     if is_command and not overrides:
         return {}
-    choices = tuple(word for word in overrides if _is_choice(word))
+    groups = _groups()
+    choices = tuple(word for word in overrides if _is_choice(word, groups))
     composed = _compose_in_command(choices) if is_command else _compose(choices)
     if composed is None:
         return None
@@ -52,11 +53,15 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def _is_choice(override: str) -> bool:
-    key = _key(override)
+def _groups() -> set[str]:
+    """Returns the groups of the project and, in a command, those of the user."""
     instance = GlobalHydra.instance()
-    own_groups = instance.config_loader().list_groups("") if instance.is_initialized() else []
-    return key == SEARCH_PATH or key in group_names() or key in own_groups or "/" in key
+    return {*group_names(), *(instance.config_loader().list_groups("") if instance.is_initialized() else [])}
+
+
+def _is_choice(override: str, groups: set[str]) -> bool:
+    key = _key(override)
+    return key == SEARCH_PATH or key in groups or "/" in key
 
 
 def _compose_in_command(choices: Sequence[str]) -> DictConfig | None:
