@@ -29,7 +29,9 @@ os.environ["QLORA_CACHE"] = os.environ["QLORA_TEST_CACHE"]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-warm_starts(os.environ.get("QLORA_TEST_COLD") != "1")
+FORKS = os.environ.get("QLORA_TEST_COLD") != "1"
+"""Whether commands that tests start are forked."""
+warm_starts(FORKS)
 
 # What is imported until the tests begin stays: no collection looks through its half a million objects.
 gc.disable()
@@ -52,10 +54,9 @@ def log_left_as_it_was() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def start_of_commands(request: pytest.FixtureRequest) -> Iterator[None]:
     """Forks the commands that a test starts from a process that has imported everything, unless it is marked `cold`."""
-    is_cold = request.node.get_closest_marker("cold") is not None or os.environ.get("QLORA_TEST_COLD") == "1"
-    warm_starts(not is_cold)
+    warm_starts(FORKS and request.node.get_closest_marker("cold") is None)
     yield
-    warm_starts(os.environ.get("QLORA_TEST_COLD") != "1")
+    warm_starts(FORKS)
 
 
 @pytest.fixture(scope="module")

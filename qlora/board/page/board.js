@@ -166,7 +166,7 @@
       return kept.get(run.path).row;
     });
     const body = document.querySelector("#runs tbody");
-    if (rows.length !== body.rows.length || rows.some((row, place) => row !== body.rows[place])) body.replaceChildren(...rows);
+    if (rows.length !== body.rows.length || rows.some((row, index) => row !== body.rows[index])) body.replaceChildren(...rows);
     const selected = state.runs.length ? `, ${state.runs.length} selected` : "; select one to look at it, two to compare them";
     byId("count").textContent = list.runs.length
       ? `${runs.length} of ${list.runs.length} runs${selected}`
@@ -239,14 +239,14 @@
       return button;
     }));
     const off = new Set(curves.runs.flatMap((path, index) => (hidden.has(path) ? [index] : [])));
-    const place = byId("charts");
+    const holder = byId("charts");
     const names = curves.charts.map(({ name }) => name);
-    for (const figure of [...place.children]) if (!names.includes(figure.dataset.name)) figure.remove();
+    for (const figure of [...holder.children]) if (!names.includes(figure.dataset.name)) figure.remove();
     names.forEach((name, index) => {
-      let figure = [...place.children].find((node) => node.dataset.name === name);
+      let figure = [...holder.children].find((node) => node.dataset.name === name);
       const spec = curves.charts[index];
       figure ??= el("figure", { data: { name } }, el("figcaption", {}, spec.title, el("small", { textContent: spec.unit })), el("div", { className: "chart" }));
-      if (place.children[index] !== figure) place.insertBefore(figure, place.children[index] ?? null);
+      if (holder.children[index] !== figure) holder.insertBefore(figure, holder.children[index] ?? null);
       charts.curves(figure.lastElementChild, spec, { groups: legend, hidden: off, choice });
     });
     const total = list.runs.filter(isShown).length;
