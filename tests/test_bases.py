@@ -77,6 +77,7 @@ def spoiled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return change(shutil.copytree(llama, tmp_path_factory.mktemp("spoiled") / "base"), spoil)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -75,6 +75,7 @@ def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path)
     assert "| llama-7b | 64 | all layers |" in printed
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"

@@ -152,6 +152,7 @@ def test_a_merged_model_has_the_trained_biases(
     assert not torch.equal(untuned[f"{name}.bias"], bias)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
     bases: dict[str, Path], tmp_path: Path, init: str

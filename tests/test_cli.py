@@ -76,6 +76,7 @@ def test_a_sweep_records_every_job(tmp_path: Path) -> None:
         assert job["objective"] == saved["metrics"]["eval_loss"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_flag_may_stand_between_overrides(tmp_path: Path, index: int) -> None:
     overrides = ["lora.r=8,16", "hydra.launcher.gpus_per_job=2"]
@@ -176,6 +177,7 @@ def test_the_command_line_leaves_the_environment_as_it_was(
     assert os.environ.get("HYDRA_FULL_ERROR") == given
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("command", "count"),
     [

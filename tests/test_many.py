@@ -150,6 +150,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped")])
 def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
     one, two = losses(alone / single), losses(together / shared)
@@ -298,6 +299,7 @@ def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, a
     assert losses(folder) == pytest.approx(losses(alone / "grouped"), rel=2e-5)
 
 
+@pytest.mark.full
 def test_folders_that_not_all_machines_see_are_refused(tmp_path: Path) -> None:
     folders = (tmp_path / "a", tmp_path / "b")
     for folder in folders:

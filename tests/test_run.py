@@ -186,6 +186,7 @@ def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, qua
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("quantization", ["fp4", "int8", "none"])
 def test_every_base_precision_trains(tmp_path: Path, quantization: str) -> None:
     result = run(tmp_path / "run", f"quantization={quantization}", "trainer.max_steps=3", "trainer.eval_steps=null")
@@ -245,7 +246,7 @@ def random_base(kind: str) -> list[str]:
     return [*options, *(f"model.architecture.{text}" for text in shape)]
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path: Path, kind: str) -> None:
     options = random_base(kind)

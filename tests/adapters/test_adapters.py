@@ -47,6 +47,7 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none", "fp32"])
 def test_an_evaluation_before_training_leaves_the_gradients_unchanged(base_folder: Path, quantization: str) -> None:
     config, base = load(base_folder, f"quantization={quantization}")
@@ -106,6 +107,7 @@ def test_a_4bit_weight_counts_as_the_parameters_it_stands_for(base_folder: Path)
     assert count.trainable == 2 * (4 * 4 * (64 + 64) + 3 * 4 * (64 + 128))
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("lora", ["all-linear", "dora", "rslora", "loftq", "eva"])
 def test_adapter_weights_are_float32_whatever_the_base_computes_in(base_folder: Path, lora: str) -> None:
     config, base = load(base_folder, "quantization.compute_dtype=bf16", f"lora={lora}")
@@ -120,7 +122,7 @@ def test_adapter_weights_are_stored_in_16_bits_if_asked_for(base_folder: Path, l
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("lora", "quantization"),
     [

@@ -68,7 +68,7 @@ def weights(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     return parameters
 
 
-@pytest.mark.matrix(10)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("bits", BITS, ids=" ".join)
 @pytest.mark.parametrize("kind", ["base_folder", "gpt2_folder"])

@@ -239,6 +239,7 @@ def test_a_metric_is_looked_for_before_the_model_is_loaded(
     assert text == "evaluation.metrics=evaluate:rouge needs the package evaluate; pip install 'qlora[eval]'"
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -385,6 +385,7 @@ CROSS_FIELD = {
 }
 
 
+@pytest.mark.matrix(12)
 @pytest.mark.parametrize("overrides", CROSS_FIELD)
 def test_fields_that_contradict_each_other_are_refused(overrides: str) -> None:
     assert message(*overrides.split()) == CROSS_FIELD[overrides]

@@ -87,7 +87,7 @@ def test_an_option_composes_alone(group: str, name: str) -> None:
     compose([f"{group}={name}", *NEEDS.get((group, name), [])])
 
 
-@pytest.mark.matrix(15)
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("choices", mixed(), ids=" ".join)
 def test_options_of_different_groups_compose_together(choices: list[str]) -> None:
     compose([*choices, "data.path=rows.jsonl"])
@@ -116,6 +116,7 @@ def test_every_file_of_the_tree_is_an_option() -> None:
     assert not {path for path in others if path.suffix in (".yaml", ".yml")}
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(("size", "data"), sorted(PAPER))
 def test_the_paper_s_table_comes_out_of_model_and_data(size: str, data: str) -> None:
     config = compose([f"model=llama-{size}", f"data={data}"])

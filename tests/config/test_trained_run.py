@@ -39,6 +39,7 @@ def used(run: Path, *overrides: str, task: str = "evaluate") -> Config:
     return compose([f"task={task}", f"adapter={run}", *overrides])
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("task", ["evaluate", "predict", "chat", "merge", "push"])
 def test_a_task_with_an_adapter_takes_what_its_run_was_trained_with(run: Path, task: str) -> None:
     config = used(run, *(["repo=me/mine"] if task == "push" else []), task=task)
@@ -94,6 +95,7 @@ def test_a_merged_model_is_not_quantized_again(run: Path, tmp_path: Path) -> Non
     assert used(run).quantization.bits == 32
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "key", ["trainer.warmup_steps", "loss.name", "quantization.double_quant", "data.max_row_bytes"]
 )

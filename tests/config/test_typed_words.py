@@ -304,6 +304,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.matrix(73)
 @pytest.mark.parametrize("command", REFUSED)
 def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     command: str, nothing_starts: list[start.Command]

@@ -441,6 +441,7 @@ def same(text):
     return "".join(text.replace("▁", "").split())
 
 
+@pytest.mark.matrix(40)
 @pytest.mark.parametrize("tokenizer_name", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_tokenizers_train_what_the_assistant_says(family, tokenizer_name, load):
@@ -777,6 +778,7 @@ def expected_turn(message, family):
     return between.join(part for part in (message["content"].strip(), *calls) if part)
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("family", ["guanaco", "chatml"])
 def test_every_trained_span_of_published_rows_is_an_answer(family, file, load):

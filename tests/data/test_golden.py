@@ -133,6 +133,7 @@ def encode(base, examples):
     return [(row.input_ids, row.labels) for row in build_encoder(config, base).encode(examples)]
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(("name", "row", "expected"), CASES, ids=[case[0] for case in CASES])
 def test_a_named_set_has_the_original_s_tokens_and_labels(base, name, row, expected):
     config = load(name)

@@ -237,6 +237,7 @@ def draw(rng):
     return Conversation(turns if rng.random() < 0.8 else turns[:-1], None)
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("train_on", TrainOn)
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("name", ["guanaco", "chatml", "plain", "llama-2"])

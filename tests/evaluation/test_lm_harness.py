@@ -285,6 +285,7 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(tmp_path: Path, m
     assert refusal(tmp_path, "evaluation.tasks=[arc_easy]") == expected
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_model")
 def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "TaskManager", functools.cache(MANAGER))  # it reads thousands of files

@@ -67,6 +67,7 @@ def survive(cut: Path, folder: Path, calm: dict[str, Any], name: str, damage: Ca
     assert (folder / "checkpoints" / "checkpoint-6.torn").is_dir()
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("name", "damage"),
     [("optimizer.pt", truncate), ("adapter_model.safetensors", flip), ("rng_state.pth", Path.unlink)],

@@ -150,6 +150,7 @@ def test_numbers_are_read_back_as_floats(saved: Any, number: float) -> None:
 # Damaged files
 
 
+@pytest.mark.matrix(10)
 @pytest.mark.parametrize("name", sorted(READERS))
 @pytest.mark.parametrize("content", [EMPTY, CUT, ODD])
 def test_a_damaged_file_of_a_job_is_named_and_costs_that_job_alone(

@@ -98,7 +98,7 @@ def at_the_report(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Training, "_write_result", full)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "phase",
     [before_the_start, at_a_checkpoint, inside_a_checkpoint, at_the_adapter, at_the_report],

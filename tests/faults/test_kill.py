@@ -42,6 +42,7 @@ def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
     assert killer.resumed >= 20
 
 
+@pytest.mark.full
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(tmp_path: Path) -> None:
     overrides = ["trainer.max_steps=150", "trainer.save_steps=null", "trainer.eval_steps=null"]
     first = start(tmp_path / "run", overrides)

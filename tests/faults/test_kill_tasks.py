@@ -113,6 +113,7 @@ def torment(tmp_path: Path, tasks: list[str], total: int) -> dict[str, int]:
     return kills
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_task_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     assert torment(tmp_path, ["predict", "report"], total=2) == {"predict": 1, "report": 1}

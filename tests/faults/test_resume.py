@@ -27,7 +27,7 @@ def nothing() -> None:
     pass
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("kind", "stops"),
     [("plain", [1, 5, 7]), ("grouped", [99]), ("workers", [7]), ("packed", [3, 7]), ("mixed", [6])],

@@ -67,6 +67,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("llama") / "base")
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize(("damage", "quantization"), [
     *((damage, "nf4") for damage in DAMAGES), ("a tensor is missing", "int8"), ("a weight is narrower", "int8"),
     ("a tensor is missing", "fp32"), ("a weight is narrower", "fp32"),

@@ -49,7 +49,7 @@ def step(model: PeftModel) -> None:
         optimizer.step()
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("overrides", [[], ["lora.target_modules=[q_proj,v_proj]"]], ids=["all-linear", "names"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])
 def test_a_tower_for_pictures_gets_no_adapter_and_plain_peft_loads_the_rest(
@@ -151,6 +151,7 @@ def test_layers_whose_weight_a_kernel_reads_are_left_out_of_all_linear(folders: 
     assert "out_proj (" in told
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(

@@ -155,6 +155,7 @@ def test_a_refusal_is_one_sentence(hub: Hub, finished: Path, tmp_path: Path, sta
     assert done.stderr.startswith(sentence)
 
 
+@pytest.mark.full
 def test_without_network_the_host_is_named(finished: Path, tmp_path: Path) -> None:
     done = push("http://127.0.0.1:9", tmp_path, f"adapter={finished}", "repo=me/tuned")
     assert done.returncode == 1

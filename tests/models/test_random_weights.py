@@ -59,6 +59,7 @@ def usual(kind: str, placement: Placement = FP32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(shape(kind), dtype=placement.param_dtype)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_model_is_like_one_that_transformers_draws_whole(kind: str) -> None:
     random, expected = base(weights(kind, BF16), "none"), usual(kind, BF16)
@@ -120,7 +121,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
     assert not torch.equal(*layers), "equal modules of two layers differ"
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_a_quantized_base_is_the_whole_draw_quantized(kind: str, quantization: str, tmp_path: Any) -> None:

@@ -101,6 +101,7 @@ def per_layer(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch, 
     return saved_bytes(three, monkeypatch, 1, length) - saved_bytes(two, monkeypatch, 1, length)
 
 
+@pytest.mark.matrix(14)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("overrides", "changes"),

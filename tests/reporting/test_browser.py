@@ -84,6 +84,7 @@ def run_page(browser: Any, run: Path) -> Opened:
     return Opened(browser, run, DESKTOP)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", ["sweep", "run"])
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light")])
 def test_a_page_is_drawn_without_a_fault_or_a_request_and_fits_the_screen(

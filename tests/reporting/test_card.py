@@ -144,6 +144,7 @@ def test_a_card_says_what_is_not_known(tmp_path: Path) -> None:
     assert "invented world" in text
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     ("overrides", "row"),
     [

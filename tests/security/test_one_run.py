@@ -80,6 +80,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, done
 
 
+@pytest.mark.full
 def test_a_run_with_the_network_blocked_tries_nothing_and_gives_the_same_losses(
     child: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ OWN = {
 }
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packs"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox"])
 def test_architectures_learn_the_same(model_type: str, packed: bool) -> None:

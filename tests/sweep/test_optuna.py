@@ -178,6 +178,7 @@ def test_a_job_that_had_finished_meanwhile_reports_its_value(tmp_path: Path) -> 
     assert list(starts(tmp_path).values()) == [1]
 
 
+@pytest.mark.full
 def test_failed_trials_are_told_do_not_count_and_end_a_search_that_has_too_many(tmp_path: Path) -> None:
     args = [RATE, "lora.r=choice(8,64)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=3"]
     code, output, errors = search(tmp_path, *args)
@@ -195,6 +196,7 @@ def test_failed_trials_are_told_do_not_count_and_end_a_search_that_has_too_many(
     assert "2 trials failed, more than hydra.sweeper.max_failures=1 allows, so the search stopped: " in errors
 
 
+@pytest.mark.full
 def test_a_grid_has_every_point_once_and_runs_failed_ones_again(tmp_path: Path) -> None:
     args = ["trainer.learning_rate=1e-1,1e-3", "lora.r=8,64", "hydra.sweeper.sampler=grid"]
     code, output, errors = search(tmp_path, *args)
@@ -207,6 +209,7 @@ def test_a_grid_has_every_point_once_and_runs_failed_ones_again(tmp_path: Path) 
     assert sorted(starts(tmp_path).values()) == [1, 1, 2, 2]
 
 
+@pytest.mark.full
 def test_values_that_exclude_each_other_fail_their_trial_alone(tmp_path: Path) -> None:
     args = ["quantization=none,nf4", "lora=all-linear,pissa", "hydra.sweeper.sampler=grid"]
     code, output, errors = search(tmp_path, *args)
@@ -227,6 +230,7 @@ def test_points_that_are_drawn_again_start_no_job_and_a_diverged_one_is_the_wors
     assert states(tmp_path) == {"COMPLETE": 8}
 
 
+@pytest.mark.full
 def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
     args = ["lora.r=choice(8,16)", "trainer.learning_rate=1e-1,1e-3", "hydra.sweeper.sampler=grid"]
     code, output, errors = search(tmp_path, *args, "hydra.sweeper.objectives=[eval_loss,train_runtime]")
@@ -337,6 +341,7 @@ def test_a_search_that_faults_had_stopped_resumes_to_the_requested_number_of_tri
     assert all(starts(tmp_path)[job] == count for job, count in previous.items())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_real_study_prunes_a_training(tmp_path: Path) -> None:
     args = [
@@ -463,7 +468,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.matrix(10)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

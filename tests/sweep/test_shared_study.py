@@ -145,6 +145,7 @@ def database() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_commands_on_one_postgresql_study_lose_nothing_by_kill_9(tmp_path: Path, database: str) -> None:
     kill_and_resume([tmp_path / "a", tmp_path / "b"], database, 4)

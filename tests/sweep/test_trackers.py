@@ -232,6 +232,7 @@ def described(*args: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text())
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("word", "space"),
     [
@@ -298,6 +299,7 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
     assert "sweep=lora-rank" in sweep["command"]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -93,7 +93,7 @@ def refusal(folder: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=fp32", "lora=dora", "lora.bias=all"]], ids=len)
 def test_every_architecture_merges_to_the_same_answers(
@@ -110,7 +110,7 @@ def test_every_architecture_merges_to_the_same_answers(
     assert len(moved) >= 8, "the training moved nothing, so the comparison shows nothing"
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -232,7 +232,7 @@ def test_the_commands_that_serve_the_model_are_printed(
 # The base's files
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_base_stored_in_few_bits_is_merged_in_full(
@@ -404,7 +404,7 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("step", "failure"),
     [
@@ -483,6 +483,7 @@ def test_a_merged_model_is_not_rounded_again_without_a_word(merged: tuple[Path, 
     run(tmp_path / "b", f"model.name={folder / 'merged'}", "task=evaluate", "adapter=none")
 
 
+@pytest.mark.full
 @pytest.mark.matrix(1)
 @pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the checkout")
 @pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])

@@ -37,6 +37,7 @@ def test_an_option_of_the_user_s_own_has_the_defaults_of_local(tmp_path: Path) -
     assert (mine.data.target_max_len, mine.data.max_length, mine.data.eval_dataset_size) == (None, 2048, None)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("overrides", [LOCAL, ["data=alpaca"], ["model=llama-7b", "data=oasst1"], []])
 def test_the_length_that_is_typed_makes_a_default_of_the_other_give_way(overrides: list[str], tmp_path: Path) -> None:
     epochs = compose([*overrides, "trainer.num_train_epochs=2"]).trainer
@@ -83,6 +84,7 @@ def test_steps_follow_from_rows_and_epochs_and_many_epochs_are_warned_of() -> No
     assert many.warning.startswith("400 steps are 24 passes over the same 270 rows, which are learnt by heart")
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "0ep", "-1ep", "ep", "0.5 epochs", "true", "[1]"])
 def test_an_interval_is_steps_or_a_share_of_an_epoch(value: str) -> None:
     said = (

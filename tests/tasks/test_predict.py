@@ -125,6 +125,7 @@ def test_a_prompt_that_was_cut_is_told_whole_and_as_the_model_saw_it(tmp_path: P
     assert len(first["input"]) > len(tail) + 20
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("search", ["greedy", "sampled"])
 def test_a_stopped_prediction_resumes_with_the_batches_that_are_missing(
     search: str, trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path,

@@ -117,6 +117,7 @@ def test_a_damaged_checkpoint_of_the_best_step_is_named(tmp_path: Path, monkeypa
         run(tmp_path / "run", *BEST)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("more", [[], ["lora.use_rslora=true"], ["lora.init=pissa", "quantization=fp32"]])
 def test_an_average_is_the_mean_of_the_products_and_not_the_product_of_the_means(
     tmp_path: Path, more: list[str]

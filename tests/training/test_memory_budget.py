@@ -75,7 +75,7 @@ LEANER = {
 }
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("needed", LEANER)
 def test_a_step_that_runs_out_of_memory_learns_to_the_bit_what_an_undisturbed_one_does(
@@ -96,6 +96,7 @@ def two_rows(step: FastStep, rows: int) -> bool:
     return rows <= 2
 
 
+@pytest.mark.full
 def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

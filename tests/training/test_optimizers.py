@@ -128,7 +128,7 @@ def check_exact(folder: Path, config: TrainerConfig, loraplus: float | None = No
     return whole
 
 
-@pytest.mark.matrix(9)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_its_arguments_and_resumes_exactly(tmp_path: Path, name: str) -> None:
     optimizer = OPTIMIZERS[name]
@@ -153,7 +153,7 @@ def test_lora_plus_resumes_exactly(tmp_path: Path, name: str) -> None:
     check_exact(tmp_path, settings(optim=name), loraplus=4.0)
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_takes_its_arguments_and_resumes_exactly(tmp_path: Path, name: str) -> None:
     chosen = dict(SCHEDULES[name].arguments)
