@@ -17,6 +17,7 @@ from qlora.config.preset import differences_to_preset
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.models.context import limit_warning
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.live_page import LivePage
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
@@ -392,7 +393,9 @@ class Training:
         self.unquantized = summary.unquantized
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
-        if (warning := session.length.warning) is not None:
+        too_long = limit_warning(report.max_length, self.config.model.name, session.context)
+        lost = str(session.data.lost) if session.data.lost is not None else None
+        for warning in filter(None, (session.length.warning, too_long, lost)):
             log.warning(warning)
         return summary.lines | training_lines(
             self.config,
@@ -402,6 +405,7 @@ class Training:
             rows_a_step=session.rows_a_step,
             length=session.length,
             keeps=session.keep_rule.describe(measures=session.measures_rows),
+            limit=session.row_limit,
         )
 
     @property

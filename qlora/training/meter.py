@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-
 WARM_UP = 2
 """The first steps of a process compile, warm up and fill caches: they say nothing of those to come."""
 
@@ -59,7 +58,7 @@ class TrainingClock:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The speed of the latest steps without those of the warm-up; None: there are none, or tokens are not counted."""
+        """The speed of the latest steps without those of the warm-up; None: there are none, or no tokens."""
         seconds, tokens = map(sum, zip(*self._typical, strict=True)) if self._typical else (0.0, 0)
         return tokens / seconds if tokens and seconds > 0 else None
 

@@ -34,8 +34,7 @@ class ProgressCallback(ClockedCallback):
     """Reports steps and evaluations; call `close()` after `train()`, also when it failed, to end the live bar.
 
     `file` gets the latest step as JSON, at most once a second, for whoever watches from outside. `tokens` counts those
-    of this process' batches so far. Speed and time left are those of the latest steps, measured anew after each, without
-    the first ones, which warm up.
+    of this process' batches so far. Speed and time left are those of the latest steps, but the first warm up.
     """
 
     def __init__(self, file: Path | None = None, *, tokens: Callable[[], int] = lambda: 0) -> None:
