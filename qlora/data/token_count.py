@@ -24,12 +24,11 @@ from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
 from qlora.data.ingest.sources import is_file_path
 from qlora.data.pipeline import row_sets
+from qlora.models.embedded import ROWS
 from qlora.upstream.transformers import decode
 
 SAMPLE = 5000
 """Rows that are counted, of all sets together; the mean of so many is within some percent."""
-EMBEDDED = "qlora.demo."
-"""Where functions lie that return rows of this package."""
 TOKEN_BYTES = 4
 """Bytes of text that a token of a large model holds, on average and in most languages."""
 MEGABATCH = 50
@@ -43,7 +42,7 @@ def are_at_hand(config: DataConfig) -> bool:
 
 
 def _is_here(path: str) -> bool:
-    if path.startswith(EMBEDDED) or is_file_path(path):
+    if path.startswith(ROWS) or is_file_path(path):
         return True
     if ":" in path:  # a function of the user's, which a plan does not call
         return False

@@ -15,6 +15,7 @@ from qlora.data.batching.token_store import column
 from qlora.data.data_report import DataReport, data_warnings, describe_unread
 from qlora.data.pipeline import Data
 from qlora.models.context import describe_limit, fit_rows, limit_warning
+from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 from qlora.upstream.transformers import decode
 
@@ -68,6 +69,7 @@ def build_preview(
             *_warnings(report, tokenizer, config, context),
             *([length.warning] if length.warning else []),
             *([str(data.lost)] if data.lost is not None else []),
+            *([embedded] if (embedded := embedded_warning(config)) else []),
         ],
         rows=[preview_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},

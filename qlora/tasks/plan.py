@@ -15,6 +15,7 @@ from qlora.config.schema import Config, DataConfig
 from qlora.config.training_length import TokenCount
 from qlora.errors import UserError
 from qlora.models.context import describe_limit, fit_rows
+from qlora.models.embedded import embedded_warning
 from qlora.models.local_tokenizer import find_local_tokenizer, load_local_tokenizer
 from qlora.models.model_files import EMBEDDED
 from qlora.planning.advice import fewest_checkpointed
@@ -207,8 +208,8 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     console.say()
     _heading("Time")
     console.say_rows(_times(plan, why_not))
-    if plan.length is not None and plan.length.warning is not None:
-        log.warning(plan.length.warning)
+    for warning in filter(None, (plan.length and plan.length.warning, embedded_warning(config))):
+        log.warning(warning)
     if (paper := plan.paper) is not None:
         console.say()
         _heading("Beside the paper, one row of 512 tokens with paged states")

@@ -18,6 +18,7 @@ from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
 from qlora.models.context import limit_warning
+from qlora.models.embedded import embedded_warning
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.live_page import LivePage
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
@@ -395,7 +396,7 @@ class Training:
             return summary.lines | evaluation_lines(self.config, report)
         too_long = limit_warning(report.max_length, self.config.model.name, session.context)
         lost = str(session.data.lost) if session.data.lost is not None else None
-        for warning in filter(None, (session.length.warning, too_long, lost)):
+        for warning in filter(None, (session.length.warning, too_long, lost, embedded_warning(self.config))):
             log.warning(warning)
         return summary.lines | training_lines(
             self.config,

@@ -16,8 +16,10 @@ from transformers import AutoConfig
 
 from qlora.config import optimizers
 from qlora.config.compose import compose
+from qlora.config.options import model_presets
 from qlora.data import token_count
 from qlora.errors import UserError
+from qlora.models.embedded import embedded_warning
 from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
@@ -343,3 +345,19 @@ def test_counting_imports_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tokens           " in done.stdout
+
+
+def test_rows_of_one_s_own_on_the_embedded_model_are_told_of_small_real_models(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 50, 9)
+    said = embedded_warning(compose(["data=local", rows]))
+    assert said is not None
+    assert said.startswith("model=tiny is the embedded demo model: it knows only the words of the demo's world")
+    names = re.findall(r"model=([\w.-]+)", said)[1:]
+    assert names
+    assert {*names} <= {*model_presets()}
+    for chosen in ([], ["data=local", rows, "model=llama-7b"], ["data=local", rows, "model.weights=random"]):
+        assert embedded_warning(compose(chosen)) is None
+    print_plan(build("data=local", rows))
+    assert said in caplog.text
