@@ -23,7 +23,7 @@ from qlora.text import listed
 from qlora.upstream.omegaconf import is_filled, raw_node, raw_value
 
 MOST_OTHERS = 6
-"""So many other choices and their values are shown."""
+"""So many other choices and their values are label."""
 WIDTH = 12
 """Where the second column begins."""
 
@@ -45,8 +45,8 @@ def _lines(key: str, composed: DictConfig, overrides: Sequence[Override]) -> Ite
         yield from _group_lines(key, composed, overrides)
         return
     yield f"{_named(key)} = {_show(_value(composed, key))}"
-    files, words = [*_files(key)], [*_overrides(key, overrides)]
-    setters = [*(file.label for file in files), *words]
+    files, typed = [*_files(key)], [*_overrides(key, overrides)]
+    setters = [*(file.label for file in files), *typed]
     default = describe_default(key)
     last, *others = [*reversed(setters), *([f"the default of the schema, {default}"] if default else [])] or ["Hydra"]
     yield from _row("set by", last)
@@ -57,7 +57,7 @@ def _lines(key: str, composed: DictConfig, overrides: Sequence[Override]) -> Ite
     )
     if meaning := field_meaning(key):
         yield from _row("means", meaning)
-    if not words:
+    if not typed:
         for other in _elsewhere(key, files, composed.hydra.runtime.choices):
             yield from _row("but", other)
 
@@ -67,7 +67,7 @@ def _elsewhere(key: str, files: Sequence[_File], choices: Mapping[str, Any]) -> 
 
     A group is the first name of a key; a recipe, chosen by model and data, sets keys of all groups and wins.
     """
-    value = files[-1].value if files else None
+    value = files[-1].value if files else _schema_default(key)
     others: dict[str, list[str]] = {}
     below = [file for file in files if file.group not in ANYWHERE]
     if files and files[-1].group in ANYWHERE:
@@ -76,12 +76,12 @@ def _elsewhere(key: str, files: Sequence[_File], choices: Mapping[str, Any]) -> 
     for name in (*ANYWHERE, group):
         by_data = _by_data().get(name, ())
         for option in option_names(name):
-            shown = _set_by(key, name, option) or (_schema_default(key) if option in by_data else None)
-            if shown is not None and shown != value and option != choices.get(name):
-                others.setdefault(shown, []).append(_chosen_by(name, option, by_data))
+            label = _set_by(key, name, option) or (_schema_default(key) if option in by_data else None)
+            if label is not None and label != value and option != choices.get(name):
+                others.setdefault(label, []).append(_chosen_by(name, option, by_data))
     if len(others) > MOST_OTHERS:
         return [f"{len(others)} other values with other options of {group}, or with other models and data"]
-    return [f"{shown} with {listed(chosen, MOST_OTHERS)}" for shown, chosen in others.items() if shown != value]
+    return [f"{label} with {listed(chosen, MOST_OTHERS)}" for label, chosen in others.items() if label != value]
 
 
 def _set_by(key: str, group: str, option: str) -> str | None:
@@ -106,7 +106,7 @@ def _by_data() -> dict[str, tuple[str, str]]:
     """Returns the groups that `data` chooses an option of: for rows of the user's own, and for all other sets."""
     text = (CONF_DIR / "config.yaml").read_text(encoding="utf-8")
     matches = re.findall(r"^  - (\w+): \$\{qlora\.by_data:\$\{data\},([\w-]+),([\w-]+)\}", text, re.MULTILINE)
-    return {group: (own, other) for group, own, other in matches}
+    return {group: (local, other) for group, local, other in matches}
 
 
 def _chosen_by(group: str, option: str, by_data: Sequence[str]) -> str:

@@ -224,7 +224,7 @@ class RowSet:
         return len(self.rows) if self.split[0] is None else len(self.split[0])
 
     def train(self, most: int | None = None) -> tuple[Dataset, Counts]:
-        """Returns the rows to train on in tokens, of more than `most` so many from all over them; `weight` is not in
+        """Returns the rows to train on in tokens, at most `most` of them from all over the set; `weight` is not in
         it yet."""
         order, count = self.split[0], self.rows_to_train
         if most is not None and count > most:

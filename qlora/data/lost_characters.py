@@ -14,7 +14,7 @@ from qlora.data.formats.prompts import Example
 from qlora.text import brief
 
 LONGEST_TEXT = 10_000
-"""So many characters of a row are compared."""
+"""Characters of a row that are compared."""
 SHOWN = 4
 
 
@@ -31,13 +31,13 @@ class LostCharacters:
     """Words of the rows, and what the model reads in their place."""
 
     def __str__(self) -> str:
-        words = ", ".join(f"{brief(word)} as {brief(read)}" for word, read in self.examples.items())
+        pairs = ", ".join(f"{brief(word)} as {brief(read)}" for word, read in self.examples.items())
         kinds = len(self.characters)
         added = shlex.quote(f"model.new_tokens={json.dumps(self.characters, ensure_ascii=False)}")
         way_out = f", or give them embeddings of their own with {added}" if kinds <= 2 * SHOWN else ""
         return (
             f"the tokenizer loses {kinds} kind{'s' if kinds > 1 else ''} of characters in {self.rows} of "
-            f"{self.looked_at} rows that were looked at: it reads {words}; the model neither sees nor learns what is "
+            f"{self.looked_at} rows that were looked at: it reads {pairs}; the model neither sees nor learns what is "
             f"lost; choose another model{way_out}"
         )
 
@@ -45,20 +45,20 @@ class LostCharacters:
 def find_lost(encoder: RowEncoder, examples: Iterable[Example]) -> LostCharacters | None:
     """Returns what the tokens of examples do not keep of their texts; None: they keep all but blanks."""
     lost, rows, looked_at = Counter[str](), 0, 0
-    words: dict[str, str] = {}
+    read_words: dict[str, str] = {}
     for example in examples:
         text, read = encoder.read_back(example, LONGEST_TEXT)
         looked_at += 1
         if not (missing := _missing(text, read)):
             continue
         rows += 1
-        for word in (word for word in text.split() if len(words) < SHOWN and missing & Counter(word)):
-            if word not in words and _missing(word, there := encoder.read_text(word)):
-                words.setdefault(word, there.strip())
+        for word in (word for word in text.split() if len(read_words) < SHOWN and missing & Counter(word)):
+            if word not in read_words and _missing(word, there := encoder.read_text(word)):
+                read_words.setdefault(word, there.strip())
         lost += missing
     if not lost:
         return None
-    return LostCharacters([character for character, _ in lost.most_common()], rows, looked_at, words)
+    return LostCharacters([character for character, _ in lost.most_common()], rows, looked_at, read_words)
 
 
 def _missing(text: str, read: str) -> Counter[str]:

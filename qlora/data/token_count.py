@@ -28,11 +28,11 @@ from qlora.models.embedded import ROWS
 from qlora.upstream.transformers import decode
 
 SAMPLE = 5000
-"""Rows that are counted, of all sets together; the mean of so many is within some percent."""
+"""Rows that are counted, of all sets together; their mean is within some percent."""
 TOKEN_BYTES = 4
 """Bytes of text that a token of a large model holds, on average and in most languages."""
 MEGABATCH = 50
-"""Of so many batches transformers' trainer sorts the rows by length, with `trainer.group_by_length`."""
+"""Of 50 batches transformers' trainer sorts the rows by length, with `trainer.group_by_length`."""
 
 
 def are_at_hand(config: DataConfig) -> bool:
@@ -96,8 +96,8 @@ def _counts(
     counts = []
     for part in sets:
         encoded, kept = part.train(SAMPLE // len(sets))
-        shown = round(part.rows_to_train * len(encoded) / kept.rows * part.part.fields.weight)
-        counts.append(Count(measure(encoded), max(shown, 1), kept.rows < part.rows_to_train))
+        count = round(part.rows_to_train * len(encoded) / kept.rows * part.part.fields.weight)
+        counts.append(Count(measure(encoded), max(count, 1), kept.rows < part.rows_to_train))
     return counts
 
 
@@ -111,14 +111,14 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
         fill = efficiency(pack(lengths, width), lengths, width)
         packs = max(round(tokens / (fill * width)), 1)
         return TokenCount(packs, "packs", round(tokens), float(width), estimate)
-    return TokenCount(rows, "rows", round(tokens), _padded(lengths, batch, grouped=grouped), estimate)
+    return TokenCount(rows, "rows", round(tokens), padded_length(lengths, batch, grouped=grouped), estimate)
 
 
-def _padded(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:
+def padded_length(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:
     """Returns the mean length of a row with its padding."""
     order = np.random.RandomState(0).permutation(lengths)
     if grouped:
         size = batch * MEGABATCH
         order = np.concatenate([np.sort(order[start : start + size]) for start in range(0, len(order), size)])
-    longest = [order[start : start + batch].max() for start in range(0, len(order), batch)]
-    return float(np.mean(longest))
+    padded = [order[start : start + batch].max() for start in range(0, len(order), batch)]
+    return float(np.mean(padded))

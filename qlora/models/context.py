@@ -54,17 +54,23 @@ def describe_limit(data: DataConfig, name: str, context: int | None) -> str:
     if fitted.longest_row is None:
         return "none (data.max_length=null)"
     if fitted.max_length == fitted.longest_row:
-        why = f"what {name} reads; data.max_length" if fitted is not data else "data.max_length"
+        why = f"what {_short(name)} reads; data.max_length" if fitted is not data else "data.max_length"
     else:
         why = "data.source_max_len and data.target_max_len"
     return f"{fitted.longest_row:,} tokens a row ({why})"
 
 
-def limit_warning(longest: int, name: str, context: int | None) -> str | None:
+def limit_warning(max_length: int, name: str, context: int | None) -> str | None:
     """Returns what a person must hear of rows that are longer than what the model reads; None: they are not."""
-    if context is None or longest <= context:
+    if context is None or max_length <= context:
         return None
     return (
-        f"the longest row has {longest:,} tokens, and {name} reads {context:,}: it knows no positions behind those; "
-        f"data.max_length={context} cuts rows there"
+        f"the longest row has {max_length:,} tokens, and {_short(name)} reads {context:,}: it knows no positions "
+        f"behind those; data.max_length={context} cuts rows there"
     )
+
+
+def _short(name: str) -> str:
+    """Returns a model's name; of a folder its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else name

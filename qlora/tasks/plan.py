@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,15 @@ def count_tokens(config: Config) -> tuple[TokenCount | None, str]:
         return token_count.guess_tokens(fitted, tokenizer, why_not, batch=batch, grouped=grouped), ""
     except UserError as error:
         return None, str(error)
+
+
+def planned_time(config: Config, tokens: TokenCount) -> str | None:
+    """Returns how long a training run takes on this machine's GPU, as its plan says it; None: a plan cannot."""
+    try:
+        plan = build_plan(replace(config, plan=replace(config.plan, device="this")), tokens=tokens)
+    except UserError:
+        return None
+    return None if plan.hours is None else f"about {format_duration(3600 * plan.hours)}, as task=plan estimates it"
 
 
 def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:

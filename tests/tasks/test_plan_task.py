@@ -24,7 +24,8 @@ from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
 from qlora.planning.training_plan import Plan, build_plan
-from qlora.tasks.plan import count_tokens, print_plan
+from qlora.tasks.plan import count_tokens, planned_time, print_plan
+from qlora.text import format_duration
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "memory.json"
 
@@ -261,9 +262,9 @@ def test_the_step_is_the_one_that_the_trainer_would_take(chosen: list[str], step
     assert build("model=llama-7b", *chosen).training.setup.step.value == step
 
 
-def rows_of(path: Path, count: int, words: int) -> str:
+def rows_of(path: Path, count: int, length: int) -> str:
     path.write_text(
-        "".join(json.dumps({"prompt": f"q{i} ", "completion": "red " * words}) + "\n" for i in range(count))
+        "".join(json.dumps({"prompt": f"q{i} ", "completion": "red " * length}) + "\n" for i in range(count))
     )
     return f"data.path={path}"
 
@@ -340,9 +341,9 @@ def test_what_becomes_of_paged_states_is_said_in_words(capsys: pytest.CaptureFix
 def test_counting_imports_no_torch(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "rows.jsonl", 50, 9)
     code = "import sys; from qlora.cli import main\nmain()\nassert 'torch' not in sys.modules"
-    words = ["task=plan", "plan.device=h200", "data=local", rows, f"data.cache_dir={tmp_path}",
+    overrides = ["task=plan", "plan.device=h200", "data=local", rows, f"data.cache_dir={tmp_path}",
              f"hydra.run.dir={tmp_path / 'look'}"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, *overrides], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tokens           " in done.stdout
 
@@ -361,3 +362,19 @@ def test_rows_of_one_s_own_on_the_embedded_model_are_told_of_small_real_models(
         assert embedded_warning(compose(chosen)) is None
     print_plan(build("data=local", rows))
     assert said in caplog.text
+
+
+def test_a_training_run_on_a_known_gpu_says_the_time_of_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(["data=local", rows_of(tmp_path / "rows.jsonl", 100, 9), f"data.cache_dir={tmp_path}"])
+    tokens, _ = count_tokens(config)
+    assert tokens is not None
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: Said("NVIDIA H200, 143771\n"))
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: name)
+    plan = build_plan(config, tokens=tokens)
+    assert plan.hours is not None
+    time = format_duration(3600 * plan.hours)
+    assert planned_time(config, tokens) == f"about {time}, as task=plan estimates it"
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: Said("NVIDIA Unheard Of, 1000\n"))
+    assert planned_time(config, tokens) is None
