@@ -41,10 +41,10 @@ def test_the_embedded_model_stands_for_the_one_that_is_not_here() -> None:
 
 def test_the_section_says_first_what_stood_for_its_model() -> None:
     section = README[README.index(tool.SECTION) :]
-    before = section[: section.index("```bash")]
-    assert "`model=tiny recipe=none`" in before
-    assert "data.template=alpaca" in before
-    assert "python tools/readme_outputs.py" in before
+    opening = section[: section.index("```bash")]
+    assert "`model=tiny recipe=none`" in opening
+    assert "data.template=alpaca" in opening
+    assert "python tools/readme_outputs.py" in opening
 
 
 def test_the_first_run_takes_as_long_wherever_it_is_said() -> None:
