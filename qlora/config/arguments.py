@@ -29,6 +29,8 @@ class Arguments:
     """What was typed, and what it stands for: `chat RUN`, and `task=chat adapter=RUN`."""
     outdone: tuple[str, ...] = ()
     """Options that a later one of their group outdoes, in words."""
+    typed: tuple[str, ...] = ()
+    """The words as they were typed."""
 
     @property
     def multirun(self) -> bool:
@@ -85,7 +87,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     if config_dir is not None and "://" in config_dir:  # Hydra's flag knows folders only
         config_dir = str(option_folder(config_dir, "--config-dir"))
     reading = read_words(flags.overrides)
-    arguments = Arguments(reading.overrides, config_dir, flags, reading.read_as)
+    arguments = Arguments(reading.overrides, config_dir, flags, reading.read_as, typed=tuple(argv))
     _check_together(arguments)
     return arguments
 

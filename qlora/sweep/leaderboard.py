@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +15,12 @@ from rich.text import Text
 from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.rendering import short_value
 from qlora.runtime.atomic_files import write_text
-from qlora.runtime.console import printable, say, say_rows, screen
+from qlora.runtime.console import printable, say, say_rows
 from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.sweep_folder import Sweep
-from qlora.text import format_duration, format_metric, shorten
+from qlora.text import format_duration, format_metric, shorten, terminal_width
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
@@ -232,7 +231,7 @@ def print_leaderboard(board: Leaderboard) -> None:
     """Prints the table and the jobs that did not finish."""
     say()
     if board.rows:
-        (head, *lines), left_out = fit(board, screen().width if screen().is_terminal else sys.maxsize)
+        (head, *lines), left_out = fit(board, terminal_width())
         say(Text(head, style="dim"))
         for line in lines:
             say(line)

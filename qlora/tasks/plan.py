@@ -190,7 +190,7 @@ def _heading(text: str) -> None:
 def _numbers(rows: list[tuple[str, float, str]]) -> None:
     for name, value, note in rows:
         behind = f"  {note}" if note else ""
-        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), _gb(value).rjust(8), (behind, "dim")))
+        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), _gb(value).rjust(8), (behind, "dim")), hang=40)
 
 
 def _gb(value: float) -> str:

@@ -92,7 +92,7 @@ def run(job: TaskJob) -> TaskResult:
             return training.lead() if distributed.is_main_process() else training.follow()
         except Stopped as stopped:
             raise Stopped(
-                f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides, job.options)}"
+                f"{stopped}: {how_to_resume(job.folder, job.typed or [*(job.command or job.overrides), *job.options])}"
             ) from None
         except Exception as error:
             if isinstance(error, UserError | Pruned) or not training.folder_is_removed:
