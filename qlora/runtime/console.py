@@ -173,16 +173,24 @@ def say_command(command: str) -> None:
 
 def _wrapped(text: Text, hang: int | None) -> Text:
     """Returns a text whose lines fit the terminal, the rest of one indented below it; no word is broken."""
-    console, width = screen(), terminal_width()
+    width = terminal_width()
     if all(cell_len(line) <= width for line in text.plain.split("\n")):
         return text
     lines: list[Text] = []
     for line in text.split("\n"):
         indent = len(line.plain) - len(line.plain.lstrip()) + 2 if hang is None else hang
-        first, *rest = line.wrap(console, width, overflow="ignore") or [line]
-        below = Text(" ").join(rest).wrap(console, max(width - indent, 20), overflow="ignore")
+        first, *rest = _lines_of(line, width) or [line]
+        below = _lines_of(Text(" ").join(rest), max(width - indent, 20))
         lines += [first, *(Text(" " * indent) + part for part in below if part.plain)]
     return Text("\n").join(lines)
+
+
+def _lines_of(text: Text, width: int) -> list[Text]:
+    text.overflow = "ignore"  # a long word is neither broken nor cut; as an argument of `wrap` it would break nothing
+    lines = [*text.wrap(screen(), width)]
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def complain(text: str) -> None:

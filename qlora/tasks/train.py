@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.paths import short_path
 from qlora.config.preset import differences_to_preset
 from qlora.config.schema import Config, Resume
 from qlora.doctor import preflight
@@ -129,7 +130,7 @@ class Training:
         check_processes(self.config.trainer, self.config.model)
         saved = distributed.broadcast(self.folder.stored_result("train") if is_same else None)
         if saved is not None:
-            console.say(f"{self.folder.path} is finished already; this is its saved result")
+            console.say(f"{short_path(self.folder.path)} is finished already; this is its saved result")
             result = TaskResult.from_dict(saved)
             self._print(result, first_predictions(self.job))
             return result
