@@ -1,4 +1,4 @@
-"""Runs that measured what others trained (`task=evaluate`, `task=predict`): a table beside that of the training runs."""
+"""Runs that measured what others trained (`task=evaluate`, `task=predict`): a table beside that of training runs."""
 
 from __future__ import annotations
 

@@ -84,11 +84,12 @@ def print_side_by_side(pair: SideBySide) -> None:
     same = "" if not alike else ", all of them alike" if not pair.differing else f", {alike:,} of them alike"
     say(f"  both answered {plural(pair.shared, 'row')}{same}")
     names = [shorten(name, MOST_NAME) for name in pair.names]
-    room = min(terminal_width(), WIDEST) - max(map(len, names)) - 8
+    indent, width = max(map(len, names)), min(terminal_width(), WIDEST)
     for answer in pair.differing[:ON_SCREEN]:
-        say(Text.assemble("  ", shorten(answer.asked, min(terminal_width(), WIDEST) - 2)))
+        say(Text.assemble("  ", shorten(answer.asked, width - 2)))
         for name, text in zip(names, (answer.first, answer.second), strict=True):
-            say(Text.assemble((f"      {name.ljust(max(map(len, names)))}  ", "dim"), shorten(text, room) or "(nothing)"))
+            said = shorten(text, width - indent - 8) or "(nothing)"
+            say(Text.assemble((f"      {name.ljust(indent)}  ", "dim"), said))
     if len(pair.differing) > ON_SCREEN:
         say(f"  and {len(pair.differing) - ON_SCREEN:,} more, on the page")
 

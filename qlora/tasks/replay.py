@@ -66,7 +66,13 @@ def run(job: TaskJob) -> TaskResult:
     training = replace(training, **{name: getattr(config, name) for name in OWN_KEYS})
     command = job.overrides or ["task=replay", f"run={quoted(config.run)}"]
     repeated = TaskJob(
-        training, job.folder, list(manifest.get("overrides", [])), None, train.needs(training), command=command, typed=job.typed
+        training,
+        job.folder,
+        list(manifest.get("overrides", [])),
+        None,
+        train.needs(training),
+        command=command,
+        typed=job.typed,
     )
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"

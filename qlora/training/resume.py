@@ -81,7 +81,10 @@ def _naming(path: Path, args: Sequence[str]) -> list[str]:
     words = [text for text in args if not text.startswith("resume=")]
     last = next((text for text in reversed(words) if text.startswith(named)), None)
     folder = None if last is None else Path(str(override_value(last)))
-    if folder is not None and (RUNS / folder if last and last.startswith("name=") else folder).absolute() == path.absolute():
+    if (
+        folder is not None
+        and (RUNS / folder if last and last.startswith("name=") else folder).absolute() == path.absolute()
+    ):
         return words
     name = f"name={quoted(path.name)}" if in_runs else f"hydra.run.dir={quoted(short_path(path))}"
     return [*(text for text in words if not text.startswith(named)), name]
