@@ -119,9 +119,9 @@ def _trains(folder: Path) -> bool:
         return True
 
 
-def _measured(folders: Sequence[Path], shown: Sequence[Path]) -> list[MeasuredRun]:
+def _measured(folders: Sequence[Path], reported: Sequence[Path]) -> list[MeasuredRun]:
     """Returns the runs that only measured, called as all runs of the report are."""
-    names = dict(zip(shown, names_of(shown), strict=True))
+    names = dict(zip(reported, names_of(reported), strict=True))
     return measured_runs(
         {names[folder]: read_run(folder) for folder in folders},
         [dict(flatten(_read_config(folder))) for folder in folders],

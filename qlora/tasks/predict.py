@@ -69,8 +69,8 @@ def run(job: TaskJob) -> TaskResult:
         rows = len(job.session.measurer.rows)
         others = f"the metrics are those of the other {rows - unanswered:,}"
         rest = "nothing is measured" if unanswered == rows else others
-        hold = "holds" if unanswered == 1 else "hold"
-        console.say(f"{unanswered:,} of {plural(rows, 'row')} {hold} no answer to compare with: {rest}")
+        verb = "holds" if unanswered == 1 else "hold"
+        console.say(f"{unanswered:,} of {plural(rows, 'row')} {verb} no answer to compare with: {rest}")
     values = prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
     answers = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
     more = {"answers": answers, "unanswered": unanswered, "measured": describe_used(job)}

@@ -76,15 +76,15 @@ def how_to_resume(folder: RunFolder, args: Sequence[str]) -> str:
 
 
 def _naming(path: Path, args: Sequence[str]) -> list[str]:
-    """Returns the words of a command as they start it in the folder `path` again: one without a name gets one."""
+    """Returns the args of a command as they start it in the folder `path` again: one without a name gets one."""
     named, in_runs = ("name=", "hydra.run.dir="), path.parent.absolute() == RUNS.absolute()
-    words = [text for text in args if not text.startswith("resume=")]
-    last = next((text for text in reversed(words) if text.startswith(named)), None)
+    kept = [text for text in args if not text.startswith("resume=")]
+    last = next((text for text in reversed(kept) if text.startswith(named)), None)
     folder = None if last is None else Path(str(override_value(last)))
     if (
         folder is not None
         and (RUNS / folder if last and last.startswith("name=") else folder).absolute() == path.absolute()
     ):
-        return words
+        return kept
     name = f"name={quoted(path.name)}" if in_runs else f"hydra.run.dir={quoted(short_path(path))}"
-    return [*(text for text in words if not text.startswith(named)), name]
+    return [*(text for text in kept if not text.startswith(named)), name]
