@@ -35,7 +35,7 @@ def test_every_screen_fits_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     axolotl = {"base_model": "NousResearch/Llama-3.2-1B", "adapter": "qlora", "load_in_4bit": True, "lora_r": 32,
-               "datasets": [{"path": "a/b", "type": "alpaca"}], "micro_batch_size": 2, "flash_attention": True}  # fmt: skip
+               "datasets": [{"path": "a/b", "type": "alpaca"}], "micro_batch_size": 2}  # fmt: skip
     (tmp_path / "axolotl.yaml").write_text(json.dumps(axolotl))
     said = {}
     for task, command in SCREENS.items():

@@ -113,13 +113,13 @@ def test_without_an_adapter_the_newest_finished_run_is_offered(trained: Path, ta
         run(runs / "time", f"task={task}")
     base = "" if task == "merge" else ", or adapter=none for the untuned base"
     assert str(error.value) == (
-        f"adapter is not set; the newest finished run is {runs}/new: add adapter={runs}/new{base}"
+        f"adapter is not set; the newest finished run is {runs}/new: write qlora {task} {runs}/new{base}"
     )
 
 
 def test_where_no_run_has_finished_an_adapter_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^adapter is not set; give adapter=FOLDER of an adapter or of a finished run"):
+    with pytest.raises(UserError, match=r"^adapter is not set; write qlora evaluate FOLDER with that of an adapter"):
         run(tmp_path / "runs" / "time", "task=evaluate")
 
 
