@@ -95,6 +95,7 @@ def run(argv: list[str]) -> None:
         multirun=arguments.multirun,
         leave_grid=not (flags.cfg or flags.info),
         printed=flags.resolve,
+        is_read=True,
     )
     if flags.cfg == "job":
         sys.stdout.write(show_config(without_hydra(composed.node), flags.package, resolve=flags.resolve))

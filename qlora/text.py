@@ -1,9 +1,11 @@
-"""How numbers, times and prompts read to people; pure functions of text."""
+"""How numbers, times, prompts and lines read to people."""
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Iterable
 
 SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
@@ -12,6 +14,7 @@ _ASKS = ("instruction", "human", "user", "question", "prompt", "q")
 _ANSWERS = ("response", "assistant", "answer", "output", "a")
 _ROLES = "|".join((*_ASKS, *_ANSWERS, "input", "context", "system"))
 _HEADING = re.compile(rf"^(?:#+\s*)?({_ROLES})\s*(?::\s*(.*))?$", re.IGNORECASE)
+_SHELL_WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:\\.|[^"\\])*")+""")
 _CONTROL = re.compile(r"<\|[^|<>]*\|>|</?s>|<bos>|<eos>|\[/?INST\]|(?=###\s)")
 
 
@@ -136,6 +139,32 @@ def visible(text: str) -> str:
 
 def _picture(code: int) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def terminal_width() -> int:
+    """Returns the columns of the terminal, or those of `COLUMNS`; 80 where neither is known."""
+    return shutil.get_terminal_size().columns
+
+
+def wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Returns a text as lines of `width` columns, broken between words; a longer word stands on a line of its own.
+
+    The first line begins with `first`, the others with `rest`.
+    """
+    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False,
+                          break_on_hyphens=False)  # fmt: skip
+    return lines or [first.rstrip()]
+
+
+def wrap_command(command: str, width: int, indent: str = "  ") -> list[str]:
+    """Returns a shell command as lines that can be copied: broken between its words, with a backslash at each end."""
+    lines: list[str] = []
+    for word in _SHELL_WORD.findall(command):
+        if lines and len(lines[-1]) + len(word) + 1 <= width - 2:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"{indent}  {word}" if lines else f"{indent}{word}")
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def quoted(text: str) -> str:

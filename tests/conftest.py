@@ -51,6 +51,14 @@ def log_left_as_it_was() -> Iterator[None]:
     package.setLevel(levels[1])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def whole_lines() -> Iterator[None]:
+    """Tests read sentences whole; those of a screen set the width of a terminal."""
+    os.environ["COLUMNS"] = "1000"
+    yield
+    del os.environ["COLUMNS"]
+
+
 @pytest.fixture(autouse=True)
 def start_of_commands(request: pytest.FixtureRequest) -> Iterator[None]:
     """Forks the commands that a test starts from a process that has imported everything, unless it is marked `cold`."""

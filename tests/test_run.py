@@ -139,7 +139,7 @@ def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
     result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
     assert not [name for name in result["metrics"] if "eval" in name]
     assert "predictions" not in result["paths"]
-    with pytest.raises(UserError, match=r"holds no adapter; the newest finished run is .*only_train: add adapter="):
+    with pytest.raises(UserError, match=r"holds no adapter; the newest finished run is .*only_train: write qlora "):
         run(tmp_path / "only_evaluate", "task.train=false")
     measured = run(tmp_path / "measured", "task.train=false", f"adapter={tmp_path / 'only_train'}")
     assert "eval_loss" in measured["metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -14,6 +15,18 @@ from qlora.config.suggestions import unknown_flag
 from qlora.config.typed_forms import Reading
 from qlora.errors import ConfigError
 from qlora.upstream.hydra_run import get_args_parser
+
+VALUES = {
+    "--explain": "KEY, e.g. --explain lora.r",
+    "--cfg": "job, which prints the composed config",
+    "--package": "GROUP, beside --cfg job",
+    "--config-dir": "FOLDER, the folder with your own options",
+    "--config-path": "FOLDER",
+    "--config-name": "NAME",
+    "--config": "FILE",
+    "--experimental-rerun": "FILE",
+}
+"""What stands behind a flag that takes a value."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,8 @@ class Arguments:
     """What was typed, and what it stands for: `chat RUN`, and `task=chat adapter=RUN`."""
     outdone: tuple[str, ...] = ()
     """Options that a later one of their group outdoes, in words."""
+    typed: tuple[str, ...] = ()
+    """The words as they were typed."""
 
     @property
     def multirun(self) -> bool:
@@ -85,7 +100,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     if config_dir is not None and "://" in config_dir:  # Hydra's flag knows folders only
         config_dir = str(option_folder(config_dir, "--config-dir"))
     reading = read_words(flags.overrides)
-    arguments = Arguments(reading.overrides, config_dir, flags, reading.read_as)
+    arguments = Arguments(reading.overrides, config_dir, flags, reading.read_as, typed=tuple(argv))
     _check_together(arguments)
     return arguments
 
@@ -110,10 +125,15 @@ def _check_together(arguments: Arguments) -> None:
 def _parser() -> argparse.ArgumentParser:
     """Returns Hydra's parser of flags, which complains in our sentences."""
 
-    def complain(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; a flag that takes a value stands behind the overrides, see `qlora --help`")
-
     parser: argparse.ArgumentParser = get_args_parser()
+
+    def complain(message: str) -> NoReturn:
+        lacks = re.fullmatch(r"argument ([\w/-]+): expected (?:one|at least one) argument", message)
+        if lacks is None:
+            raise ConfigError(f"{message}; see `qlora --help`")
+        flag = next(name for name in lacks[1].split("/") if name.startswith("--"))
+        raise ConfigError(f"{flag} takes a value: write {flag} {VALUES.get(flag, 'VALUE')}")
+
     parser.add_argument("--config")  # of other tools; Hydra's flags begin like it
     parser.add_argument("--explain", metavar="KEY")
     parser.error = complain  # type: ignore[method-assign]

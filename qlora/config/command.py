@@ -59,17 +59,19 @@ def compose_command(
     multirun: bool = False,
     leave_grid: bool = False,
     printed: bool = False,
+    is_read: bool = False,
 ) -> ComposedCommand:
     """Composes a command and checks it; raises `ConfigError` for a value that would be refused.
 
     The values of a sweep come from the command line and from `hydra.sweeper.params` of a `sweep=` file. Each is checked
     once, beside the first value of every other key. A search checks the values that it tries under a condition itself;
     with `leave_grid`, the sweeper of a grid checks all of its own. `printed`: the resolved config is to be printed.
+    `is_read`: the overrides are those that `read_typed` has returned.
     """
     refuse_unreadable(overrides)
     refuse_secrets(text.partition("=")[::2] for text in overrides)
     overrides = keep_spelling(overrides)
-    base = compose_dict(overrides, config_dir, leave_swept=True)
+    base = compose_dict(overrides, config_dir, leave_swept=True, is_read=is_read)
     refuse_resolved_secrets(base, printed=printed)
     if OmegaConf.is_missing(base.task, "name"):
         raise ConfigError("task.name is not set; choose an option for its group, e.g. task=train")

@@ -65,10 +65,23 @@ def _subjects(task: str, bare: Sequence[str]) -> list[str]:
         word = brief_text(bare[len(keys)], 60)
         if keys:
             usage = " ".join(["qlora", task, *map(str.upper, keys)])
-            raise ConfigError(f"{word!r} is a word too many: it is written `{usage}`, see `qlora {task} --help`")
+            raise ConfigError(f"{task} does not take {word!r} as well: write `{usage}`, or see `qlora {task} --help`")
+        _check_rows(word)
         remedy = _meant(word) or f"; see `qlora {task} --help`"
-        raise ConfigError(f"{word!r} is a word too many: {task} takes KEY=VALUE only{remedy}")
+        raise ConfigError(f"{task} does not take {word!r} by itself, only KEY=VALUE{remedy}")
     return [write_override(key, word) for key, word in zip(keys, bare, strict=False)]
+
+
+def _check_rows(word: str) -> None:
+    """Raises `ConfigError` for what looks like a file of rows, and does not exist."""
+    path = Path(word)
+    if not is_row_file(word) or "*" in word or path.exists() or "://" in word:
+        return
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no file {word}: no folder {path.parent}; give your rows as data=FILE")
+    near = suggest(word, [str(path.parent / file.name) for file in path.parent.iterdir() if is_row_file(file.name)])
+    remedy = f"write data={quote(near[0])}" if near else "give your rows as data=FILE"
+    raise ConfigError(f"there is no file {word} here{mean(near)}; {remedy}")
 
 
 def _meant(word: str) -> str:
@@ -96,10 +109,13 @@ def _no_task(word: str) -> ConfigError:
         return ConfigError(
             f"there is no task {word!r}; write {ours.replace('task=', 'qlora ')}, or see `qlora --help task`"
         )
+    _check_rows(word)
     label, meant = brief_text(word, 60), _meant(word)
-    near = "" if meant else mean(suggest(word, [*option_names("task"), "help", "version"]))
+    near = [] if meant else suggest(word, [*option_names("task"), "help", "version"])
+    if near:
+        return ConfigError(f"there is no task {label!r}{mean(near)}; write qlora {near[0]}")
     remedy = meant or "; options are written KEY=VALUE, e.g. lora.r=16"
-    return ConfigError(f"{label!r} is not an option{near}{remedy}")
+    return ConfigError(f"{label!r} is not an option{remedy}")
 
 
 def _check_torn(args: Sequence[str]) -> None:

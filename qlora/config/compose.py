@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -85,18 +85,25 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | str | None = None)
 
 
 def compose_dict(
-    overrides: Sequence[str] = (), config_dir: Path | str | None = None, *, leave_swept: bool = False
+    overrides: Sequence[str] = (),
+    config_dir: Path | str | None = None,
+    *,
+    leave_swept: bool = False,
+    is_read: bool = False,
+    in_command: bool = False,
 ) -> DictConfig:
     """Composes `overrides` into the `DictConfig` that Hydra hands to a job, the `hydra` node included.
 
-    With `leave_swept`, keys that are given several values stay as they are without them.
+    With `leave_swept`, keys that are given several values stay as they are without them. `is_read`: the overrides are
+    those that `read_typed` has returned. `in_command`: the options are those that the running command finds.
     """
     trust.check_version()
     register()
     refuse_unreadable(overrides)
-    overrides = open_entries(read_typed(overrides, config_dir).overrides)
+    overrides = open_entries(overrides if is_read else read_typed(overrides, config_dir).overrides)
+    running = GlobalHydra.instance().hydra if in_command else None
     try:
-        with opened_hydra(overrides, config_dir) as hydra:
+        with nullcontext(running) if running is not None else opened_hydra(overrides, config_dir) as hydra:
             check_keys(overrides, hydra)
             swept = leave_swept and any(override.is_sweep_override() for override in parse_overrides(overrides))
             mode = RunMode.MULTIRUN if swept else RunMode.RUN

@@ -36,7 +36,7 @@ def print_explanation(
     key = "source" if key == "from" else key
     if not (key in group_names() or key.startswith("hydra.") or key_exists(key, known_keys())):
         raise unknown_key(key)
-    composed = compose_command(overrides, config_dir, multirun=multirun, leave_grid=True)
+    composed = compose_command(overrides, config_dir, multirun=multirun, leave_grid=True, is_read=True)
     print("\n".join(_lines(key, composed.node, parse_overrides(overrides))))
 
 

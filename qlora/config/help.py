@@ -8,7 +8,6 @@ import dataclasses
 import enum
 import functools
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,10 @@ from qlora.config.foreign_names import ORIGINAL_FLAGS
 from qlora.config.options import CONF_DIR, group_names, option_names
 from qlora.config.search_path import option_folder
 from qlora.errors import ConfigError, did_you_mean
+from qlora.text import terminal_width, wrap
 
-WIDTH = 100
+WIDEST = 100
+"""Columns of a page on a wider terminal."""
 SCHEMA = Path(schema.__file__).parent
 
 # Groups that choose values for several dataclasses, or hold the user's own objects.
@@ -49,6 +50,17 @@ EXAMPLES = {
     "qlora --config-dir my_conf data=mine": "your own options: my_conf/data/mine.yaml",
     'eval "$(qlora -sc install=bash)"': "complete groups, options and keys with the tab key",
 }
+
+MORE = {
+    "qlora --help GROUP": "the options of a group, and its fields with type and meaning",
+    "qlora chat --help": "what a task does and takes; the tasks are the options of the group task",
+    "qlora --explain KEY": "the value of a key, what set it, its type and meaning",
+    "qlora --schema": "all keys as a JSON schema, for editors",
+    "qlora --version": "the versions of qlora and of its libraries",
+    "qlora --info defaults": "which files a command reads, in which order (the last wins)",
+    "qlora --hydra-help": "the flags of Hydra, which composes the configuration",
+}
+"""Other pages, and what they show."""
 
 
 def print_help(argv: list[str]) -> None:
@@ -83,15 +95,21 @@ def _read_argv(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _main_page(config_dir: Path | None) -> Iterator[str]:
-    yield "qlora fine-tunes quantized language models: a frozen 4-bit base, a small trained adapter (QLoRA)."
-    yield "\nUsage: qlora [TASK] [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]"
+    yield from wrapped(
+        "qlora fine-tunes quantized language models: a frozen 4-bit base, a small trained adapter (QLoRA).", "", 0
+    )
+    yield ""
+    yield from wrapped(
+        "Usage: qlora [TASK] [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir FOLDER] [--cfg job]", "", 13
+    )
     yield "\nGroups (* is the default):"
     chosen = default_options()
     for group in _all_groups(config_dir):
         yield ""
         yield from wrapped(group_meaning(group), f"  {group:<14}", 16)
         names = [f"{name}*" if chosen.get(group) == name else name for name in options(group, config_dir)]
-        yield from wrapped(", ".join(names), " " * 16, 16)
+        if names:  # `manifest` and `sweep` have fields only
+            yield from wrapped(", ".join(names), " " * 16, 16)
     yield "\nOther keys:\n"
     groups = _all_groups(config_dir)
     for key, text in field_docs()["Config"].items():
@@ -100,15 +118,10 @@ def _main_page(config_dir: Path | None) -> Iterator[str]:
     yield "\nExamples:\n"
     for command, meaning in EXAMPLES.items():
         yield f"  {command}"
-        yield f"      {meaning}"
+        yield from wrapped(meaning, " " * 6, 6)
     yield "\nMore:\n"
-    yield "  qlora --help GROUP     what a group's options are, and its fields with type and meaning"
-    yield "  qlora chat --help      what a task does and takes; the tasks are the options of the group task"
-    yield "  qlora --explain KEY    the value of a key, what set it, its type and meaning"
-    yield "  qlora --schema         all keys as a JSON schema, for editors"
-    yield "  qlora --version        the versions of qlora and of its libraries"
-    yield "  qlora --info defaults  which files a command reads, in which order (the last wins)"
-    yield "  qlora --hydra-help     the flags of Hydra, which composes the configuration"
+    for command, meaning in MORE.items():
+        yield from wrapped(meaning, f"  {command:<23}", 25)
 
 
 def _task_page(task: str) -> Iterator[str]:
@@ -117,7 +130,9 @@ def _task_page(task: str) -> Iterator[str]:
     keys = SUBJECTS.get(task, (REPORT_KEY,) if task == REPORT else ())
     usage = " ".join(["qlora", task, *map(str.upper, keys), *(["..."] if task == REPORT else [])])
     spelled = " ".join([f"task={task}", *(f"{key}={key.upper()}" for key in keys)])
-    yield f"\nUsage: {usage} [GROUP=OPTION ...] [KEY=VALUE ...]\n       which is qlora {spelled}"
+    yield ""
+    yield from wrapped(f"Usage: {usage} [GROUP=OPTION ...] [KEY=VALUE ...]", "", 13)
+    yield from wrapped(f"which is qlora {spelled}", " " * 7, 13)
     read = [key for key, tasks in schema.TASK_KEYS.items() if schema.TaskName(task.replace("-", "_")) in tasks]
     if read:
         yield "\nKeys:"
@@ -154,15 +169,8 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
 
 
 def wrapped(text: str, first: str, indent: int) -> list[str]:
-    lines = textwrap.wrap(
-        text.replace("`", ""),
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=" " * indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-    return lines or [first.rstrip()]
+    """Returns a text as lines of a page: the first begins with `first`, the others are indented."""
+    return wrap(text.replace("`", ""), min(terminal_width(), WIDEST), first, " " * indent)
 
 
 def _all_groups(config_dir: Path | None) -> list[str]:

@@ -49,11 +49,11 @@ def expand_home(path: str, key: str) -> Path:
 
 def short_path(path: Path | str) -> str:
     """Returns a path as it is typed here: relative to the working directory where it lies below it."""
-    path = Path(path)
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    path, here = Path(path), Path.cwd()
+    for whole in (path.absolute(), path.resolve()):  # a link may lead here
+        if whole.is_relative_to(here):
+            return str(whole.relative_to(here))
+    return str(path)
 
 
 def anchor_paths(config: Config, folder: Path) -> None:

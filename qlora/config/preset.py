@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from qlora.config.compose import compose_dict
 from qlora.config.conversion import to_config, without_hydra
 from qlora.config.options import group_names
-from qlora.config.overrides import open_entries
 from qlora.config.saved_config import config_to_dict, flatten
 from qlora.config.schema import Config
 from qlora.errors import ConfigError
@@ -30,13 +25,13 @@ def differences_to_preset(config: Config, overrides: Sequence[str]) -> dict[str,
 
     A key that the preset lacks has the value None. None: the preset cannot be composed by itself.
     """
-    is_command = GlobalHydra.instance().is_initialized()
-    if is_command and not overrides:
-        return {}
     groups = _groups()
     choices = tuple(word for word in overrides if _is_choice(word, groups))
-    composed = _compose_in_command(choices) if is_command else _compose(choices)
-    if composed is None:
+    if {_key(word) for word in overrides if word not in choices} <= {*OF_ONE_RUN}:
+        return {}  # nothing else is set, so that nothing need be composed
+    try:
+        composed = compose_dict(choices, is_read=True, in_command=GlobalHydra.instance().is_initialized())
+    except ConfigError:
         return None
     values = dict(flatten(config_to_dict(config)))
     try:
@@ -62,22 +57,6 @@ def _groups() -> set[str]:
 def _is_choice(override: str, groups: set[str]) -> bool:
     key = _key(override)
     return key == SEARCH_PATH or key in groups or "/" in key
-
-
-def _compose_in_command(choices: Sequence[str]) -> DictConfig | None:
-    """Composes with the options that the running command finds, those of the user included."""
-    try:
-        return hydra_compose("config", overrides=open_entries(choices), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ConfigError, ValueError):
-        return None
-
-
-@functools.lru_cache(8)
-def _compose(choices: tuple[str, ...]) -> DictConfig | None:
-    try:
-        return compose_dict(choices)
-    except ConfigError:
-        return None
 
 
 def _as_composed(preset: DictConfig, keys: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from qlora.config.fields import config_keys
@@ -47,6 +48,8 @@ def unknown_flag(flag: str, behind: str = "") -> ConfigError:
 def unknown_option(group: str, choice: str, options: Sequence[str], where: str = "") -> ConfigError:
     """Returns the error for an option that a group does not have."""
     says, listed = f"{group}={brief_text(choice)}{where}: {group} has no such option", ", ".join(sorted(options))
+    if group == "model" and not where and not suggest(choice, options) and HUB_NAME.fullmatch(choice):
+        return ConfigError(f"{says}; for the model of that name on the hub write model.name={choice}")
     if group == "task" and choice.lower() in FOREIGN_TASKS:
         return ConfigError(f"{says}; instead, {FOREIGN_TASKS[choice.lower()]}")
     if (known := FOREIGN_OPTIONS.get(group, {}).get(choice.lower())) is not None:
@@ -57,6 +60,8 @@ def unknown_option(group: str, choice: str, options: Sequence[str], where: str =
     return ConfigError(f"{says} {listed}")
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""An id of the hub without an owner, such as `gpt2`."""
 OTHER_CHOICES = {"model": ", or give a hub id or a folder (./NAME)", "data": ", or give a file or a hub id"}
 """What a group takes beside the names of its options."""
 

@@ -18,7 +18,7 @@ from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.token_store import Counts, column
 from qlora.data.chat.templates import suggest_template, suggest_thoughts
 from qlora.data.data_set import RowSet
-from qlora.text import listed
+from qlora.text import listed, plural
 
 log = logging.getLogger(__name__)
 
@@ -206,13 +206,15 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
     """Returns what a person should see about the rows before a training run."""
     trained = config.on_empty is OnEmpty.train
     empty = report.empty_answers if trained else report.empty_rows + report.eval_empty_rows + report.empty_answers
-    fate = "are trained, an end token alone" if trained else "are not trained"
+    are = "is" if empty == 1 else "are"
+    fate = f"{are} trained, an end token alone" if trained else f"{are} not trained"
+    shared = report.held_out_in_training
     warnings = (
-        (empty, f"{empty:,} answers are empty and {fate} (data.on_empty={config.on_empty.value})"),
+        (empty, f"{plural(empty, 'answer')} {are} empty and {fate} (data.on_empty={config.on_empty.value})"),
         (
             report.held_out_in_training,
-            f"{report.held_out_in_training:,} of {report.eval_rows:,} held-out rows are also trained on, word for "
-            "word; what is measured on them is not held out",
+            f"{shared:,} of {plural(report.eval_rows, 'held-out row')} {'is' if shared == 1 else 'are'} also trained "
+            "on, word for word, so the model is measured on what it has seen",
         ),
     )
     return [text for count, text in warnings if count]
@@ -222,8 +224,8 @@ def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
     """Warns once of what the chat template of a set leaves out, in the rows to train on and those held out."""
     thoughts, messages = sum(item.lost_thoughts for item in counts), sum(item.lost_messages for item in counts)
     losses = (
-        (thoughts, f"the thoughts of {_numbered(thoughts, 'turn')}", "them", suggest_thoughts),
-        (messages, f"the text of {_numbered(messages, 'message')} of system, user or tool", "it", suggest_template),
+        (thoughts, f"the thoughts of {plural(thoughts, 'turn')}", "them", suggest_thoughts),
+        (messages, f"the text of {plural(messages, 'message')} of system, user or tool", "it", suggest_template),
     )
     for count, what, them, suggest in losses:
         if count and part.template is not None:
@@ -232,7 +234,3 @@ def warn_of_lost_texts(part: RowSet, counts: Sequence[Counts]) -> None:
                 "of %s",
                 *(part.part.label, part.template.name, what, them, part.template_key, suggest(part.tokenizer), them),
             )
-
-
-def _numbered(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"

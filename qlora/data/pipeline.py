@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.schema import DataConfig, MixConfig
-from qlora.config.schema.data import FEWEST_HELD_OUT, MOST_HELD_OUT
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -135,8 +134,7 @@ def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     elif not count:
         why = "they are too few; data.eval_path=FILE brings others"
     else:
-        rule = f"{count / total:.0%}, by default a tenth, {FEWEST_HELD_OUT} to {MOST_HELD_OUT:,} and no more than a"
-        why = f"{rule} quarter; data.eval_dataset_size=NUMBER sets it, 0 none"
+        why = f"{count / total:.0%}; data.eval_dataset_size=NUMBER changes it, and 0 holds out none"
     log.info("%s: %s of %s rows are held out (%s)", config.name, f"{count:,}" if count else "none", f"{total:,}", why)
 
 

@@ -63,9 +63,9 @@ def count_findings(findings: Iterable[Finding]) -> dict[str, int]:
 def print_finding(finding: Finding) -> None:
     """Prints a line of the table, and the fix below it."""
     mark = Text(f"  {finding.status.value:<9}", style=STYLES[finding.status])
-    console.say(Text.assemble(mark, (f"{finding.name:<16}", "cyan"), finding.says))
+    console.say(Text.assemble(mark, (f"{finding.name:<16}", "cyan"), finding.says), hang=27)
     if finding.fix:
-        console.say(Text.assemble(" " * 27, ("fix: ", "dim"), finding.fix))
+        console.say(Text.assemble(" " * 27, ("fix: ", "dim"), finding.fix), hang=32)
 
 
 def stop_at_errors(findings: list[Finding], what: str) -> None:

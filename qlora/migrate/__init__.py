@@ -17,6 +17,7 @@ from qlora.config.compose import compose
 from qlora.config.options import group_names
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import override_value
+from qlora.config.paths import short_path
 from qlora.config.saved_config import write_yaml
 from qlora.config.schema import Config
 from qlora.config.trust import REMOTE_CODE
@@ -25,6 +26,7 @@ from qlora.migrate.recognise import recognise
 from qlora.migrate.translation import Dialect, Reading, translate
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
+from qlora.runtime.program import program_name
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.task_result import TaskResult
 
@@ -62,13 +64,11 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
     write_text(folder.result("migrate"), json.dumps(result.to_dict(), indent=2, default=str) + "\n")
     _print(dialect, reading, config.source)
     console.say()
-    arguments = shlex.join(["--config-dir", str(output_dir / "conf"), f"experiment={name}", *typed])
-    console.say_rows(
-        [
-            ("as an experiment", f"qlora {arguments}"),
-            ("migrate", str(folder.result("migrate"))),
-        ]
-    )
+    arguments = ["--config-dir", short_path(output_dir / "conf"), f"experiment={name}", *typed]
+    console.say(Text("As an experiment", style="bold"))
+    console.say_command(shlex.join([*program_name(), *arguments]))
+    console.say()
+    console.say_rows([("migrate", short_path(folder.result("migrate")))])
     return result
 
 
@@ -143,9 +143,9 @@ def _as_experiment(overrides: list[str], title: str) -> str:
 def _print(dialect: Dialect, reading: Reading, source: str) -> None:
     whose = f"{source}: {dialect.name}, with the defaults of its version {dialect.version}"
     console.start_screen([("from", whose), ("overrides", str(len(reading.overrides)))])
-    console.say("qlora \\")
+    console.say(f"{shlex.join(program_name())} \\")
     for count, text in enumerate(reading.overrides, 1):
-        console.say(f"  {shlex.quote(text)}" + (" \\" if count < len(reading.overrides) else ""))
+        console.say(f"  {shlex.quote(text)}" + (" \\" if count < len(reading.overrides) else ""), whole=True)
     console.say()
     if not reading.lost:
         console.say(Text("Every setting was translated, and every default kept.", style="bold"))

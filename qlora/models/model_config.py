@@ -14,6 +14,7 @@ from qlora.models.causal import check_is_causal
 from qlora.models.json_files import library_reads
 from qlora.models.model_files import check_model_folder, is_local, locate
 from qlora.models.tokenizer import hub_error
+from qlora.upstream.huggingface_hub import read_cache_without_network
 
 CONFIG = "config.json"
 
@@ -26,6 +27,8 @@ def load_model_config(config: ModelConfig) -> Any:
     folder = locate(config.name)
     if is_local(folder):
         check_model_folder(Path(folder), tokenizer=config.tokenizer is None)
+    else:
+        read_cache_without_network()
     key = f"model.name={config.name}"
     with library_reads(key, CONFIG):
         try:

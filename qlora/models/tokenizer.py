@@ -20,6 +20,7 @@ from qlora.models.json_files import library_reads, unreadable
 from qlora.models.json_shapes import TOKENIZER_JSON
 from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
 from qlora.text import brief, brief_text
+from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `config` with its special tokens repaired and `model.new_tokens` added."""
     key = "model.tokenizer" if config.tokenizer else "model.name"
     source = locate(config.tokenizer or config.name, key)
+    if not is_local(source):
+        read_cache_without_network()
     tokenizer = _read(
         source,
         key,
@@ -147,9 +150,11 @@ def hub_error(key: str, source: str, error: Exception, *, gated: bool = False) -
         return unreadable(f"{key}={source}", "config.json" if key == "model.name" else "its tokenizer", error)
     near = did_you_mean(source, EMBEDDED)
     gate = "; its licence must be accepted on its hub page first (then HF_TOKEN or `hf auth login`)" if gated else ""
+    offline = why_offline()
+    reason = f"{offline or _first_line(error)}; check the name{'' if offline else ' and the network'}"
     return ResourceError(
-        f"{key}={source}{near} is neither a folder here nor reachable on the hub: {_first_line(error)}; check the name "
-        f"and the network{gate}, or give a local folder with model.name=FOLDER"
+        f"{key}={source}{near} is neither a folder here nor reachable on the hub: {reason}{gate}, or give a local "
+        "folder with model.name=FOLDER"
     )
 
 

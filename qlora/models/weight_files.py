@@ -17,6 +17,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from qlora.config.schema import ModelConfig
 from qlora.models.model_files import INDEX, SINGLE, is_local, locate, weight_files
 from qlora.models.tokenizer import hub_error
+from qlora.upstream.huggingface_hub import read_cache_without_network
 from qlora.upstream.transformers_models import TensorNames, find_hub_file
 
 
@@ -25,6 +26,7 @@ def fetch_weights(config: ModelConfig) -> list[Path] | None:
     source = locate(config.name)
     if is_local(source):
         return weight_files(Path(source))
+    read_cache_without_network()
     options = {"revision": config.revision or "main", "cache_dir": config.cache_dir}
     try:
         for name in (SINGLE, INDEX):

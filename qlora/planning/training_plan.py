@@ -25,6 +25,7 @@ from qlora.planning.model_shape import Shape, find_targets, read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
+from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 EMBEDDED = "tiny"
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
@@ -214,10 +215,11 @@ def _download_config(config: Config) -> Mapping[str, Any]:
     from huggingface_hub import hf_hub_download  # slow to import
 
     model = config.model
+    read_cache_without_network()
     try:
         path = hf_hub_download(model.name, "config.json", revision=model.revision, cache_dir=model.cache_dir)
     except (OSError, ValueError) as error:
-        raise ResourceError(_no_config(model.name, str(error))) from error
+        raise ResourceError(_no_config(model.name, why_offline() or str(error))) from error
     return _read_config(Path(path), model.name)
 
 

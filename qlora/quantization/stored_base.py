@@ -1,4 +1,4 @@
-"""The storage facts of a base that the memory and time plans need."""
+"""The storage metadata of a base that the memory and time plans need."""
 
 from __future__ import annotations
 

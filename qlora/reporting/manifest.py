@@ -53,7 +53,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Returns what is needed to explain or repeat a run, ready for `write_json`; no secret is left in it.
 
-    `config` is the resolved config; `data` and `model` are facts that the caller knows, such as row counts and hashes;
+    `config` is the resolved config; `data` and `model` are metadata that the caller knows, e.g. row counts and hashes;
     `preset` has the values that the options of the groups set for keys that the run sets otherwise, if they are known.
     """
     manifest = {

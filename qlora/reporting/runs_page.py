@@ -67,6 +67,7 @@ def runs_page(report: RunsReport) -> str:
         named=not report.is_sweep,
         left_out=report.left_out,
         pair=report.pair,
+        measured=report.measured,
         most_answers=MAX_ANSWERS,
         fronts=data["fronts"],
         many=""
@@ -119,6 +120,7 @@ def _sections(report: RunsReport, data: Mapping[str, Any]) -> list[tuple[str, st
     sections = {
         "leaderboard": "Leaderboard",
         "front": "Best compromises" if data["fronts"] else "",
+        "measured": "Evaluations" if report.measured is not None else "",
         "pair": "Side by side" if report.pair is not None else "",
         "curves": "Curves" if data["curves"] else "",
         "parameters": "Parameters" if data["scatters"] else "",

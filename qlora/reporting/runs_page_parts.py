@@ -106,6 +106,8 @@ class RunsReport:
     """Whether the runs are the jobs of one sweep; others are known by their names."""
     pair: SideBySide | None = None
     """What differs, where there are two runs."""
+    measured: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
+    """Head and lines of the table of runs that only measured what others trained, which are not ranked."""
 
     @property
     def finished(self) -> list[RunView]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +13,22 @@ from qlora.config.schema import Config
 from qlora.config.trained_run import find_run
 from qlora.config.trust import REMOTE_CODE
 from qlora.runtime import console
+from qlora.runtime.program import program_name
+from qlora.runtime.run_folder import find_adapter
 from qlora.text import format_range, is_detail, quoted
 
 OF_BASE = ("model", "quantization", "experiment=", "base=")
 """How overrides begin that say which base an adapter without its run's config belongs to."""
 TRUSTED = ("trusted=", f"{REMOTE_CODE}=")
 """Overrides that no stored config may replace."""
-USES = ("evaluate", "predict", "chat")
-"""The tasks that use what was trained."""
+NEXT = {
+    "train": ("chat", "evaluate", "merge", "board"),
+    "evaluate": ("chat", "predict", "merge"),
+    "predict": ("chat", "evaluate", "merge"),
+}
+"""The tasks that come after another one."""
+SHORT = re.compile(r"[\w.][\w./+-]*|/[\w./+-]+")
+"""A path that may stand as a bare word behind a task's name."""
 
 
 def print_summary(
@@ -56,21 +65,23 @@ def next_commands(
     options: Sequence[str] = (),
     left_out: Sequence[str] = (),
 ) -> list[str]:
-    """Returns the command of each task but `task` that uses what `adapter`, or else the run's folder, holds.
+    """Returns the commands that come after `task`, for what `adapter`, or else the run's folder, holds.
 
     A run's own config says the rest but whom to trust. Where there is none, the overrides that name the base are
     repeated, except those that begin with one of `left_out`, with the `options` by which the user's own files are
     found.
     """
-    name = adapter if adapter in ("none", None) else short_path(adapter)
-    args = [f"adapter={quoted(name or short_path(folder))}"]
+    name = adapter if adapter == "none" else short_path(adapter or folder)
+    args = [name if SHORT.fullmatch(name) else f"adapter={quoted(name)}"]
     if find_run(adapter, folder) is not None:
         args += [text for text in overrides if text.startswith(TRUSTED)]
     else:
         kept = [text for text in overrides if text.startswith((*OF_BASE, *TRUSTED))]
         args += [text for text in kept if not text.startswith(tuple(left_out))]
         args += options
-    return [shlex.join(["qlora", f"task={use}", *args]) for use in USES if use != task]
+    merges = name != "none" and find_adapter(Path(name).expanduser())[0] is not None
+    following = [use for use in NEXT[task] if use != "merge" or merges]
+    return [shlex.join([*program_name(), use, *(args if use != "board" else [])]) for use in following]
 
 
 def describe_certainty(name: str, result: Mapping[str, Any]) -> str:

@@ -10,14 +10,13 @@ import contextlib
 import copy
 import functools
 import logging
-import shutil
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,7 +26,7 @@ from rich.text import Text
 from qlora.errors import RunError
 from qlora.runtime import distributed
 from qlora.secrets import hide
-from qlora.text import format_metric, prompt_core, shorten, visible
+from qlora.text import format_metric, prompt_core, shorten, terminal_width, visible, wrap, wrap_command
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class OwnLines(logging.Filter):
 class HidingFormatter(logging.Formatter):
     """Formats as another does, and takes secrets and control characters out: of messages and of tracebacks.
 
-    With `wraps`, long lines wrap between words, as a terminal does not.
+    With `wraps`, long lines wrap between words.
     """
 
     def __init__(self, inner: logging.Formatter, *, wraps: bool = False) -> None:
@@ -122,7 +121,7 @@ def guard_logs() -> None:
     """Has no handler of the log write a secret or a control character."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, HidingFormatter):
-            wraps = type(handler) is logging.StreamHandler and handler.stream.isatty()
+            wraps = type(handler) is logging.StreamHandler  # which writes to the screen
             handler.setFormatter(HidingFormatter(handler.formatter or logging.Formatter(), wraps=wraps))
 
 
@@ -150,36 +149,52 @@ def _console_on(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def say(line: str | Text = "", *, whole: bool = False) -> None:
-    """Prints a line, which stands in `train.log` too; on a terminal a long one wraps between words, unless `whole`.
+def say(line: str | Text = "", *, whole: bool = False, hang: int | None = None) -> None:
+    """Prints a line, which stands whole in `train.log`; one that is wider than the terminal wraps between words.
 
-    `whole` is a line that a person copies, such as a command.
+    The rest of it begins at column `hang`, or two behind the line's own first. `whole`: it is wrapped already.
     """
     if not distributed.is_main_process():
         return
     text = Text(line) if isinstance(line, str) else line
     text.plain = printable(text.plain)
-    screen().print(text if whole else _wrap(text), soft_wrap=True)
+    screen().print(text if whole else _wrapped(text, hang), soft_wrap=True)
     if text.plain.strip():
         record(text.plain)
 
 
-def _wrap(text: Text) -> Text:
+def say_command(command: str) -> None:
+    """Prints a command that a person copies; a long one breaks between its words, with a backslash at each end."""
+    if distributed.is_main_process():
+        command = printable(command)
+        screen().print(Text("\n".join(wrap_command(command, terminal_width()))), soft_wrap=True)
+        record(command)
+
+
+def _wrapped(text: Text, hang: int | None) -> Text:
     """Returns a text whose lines fit the terminal, the rest of one indented below it; no word is broken."""
-    console = screen()
-    if not console.is_terminal or all(len(line) <= console.width for line in text.plain.split("\n")):
+    width = terminal_width()
+    if all(cell_len(line) <= width for line in text.plain.split("\n")):
         return text
     lines: list[Text] = []
     for line in text.split("\n"):
-        indent = len(line.plain) - len(line.plain.lstrip()) + 2
-        first, *rest = line.wrap(console, console.width, overflow="ignore") or [line]
-        below = Text(" ").join(rest).wrap(console, max(console.width - indent, 20), overflow="ignore")
+        indent = len(line.plain) - len(line.plain.lstrip()) + 2 if hang is None else hang
+        first, *rest = _lines_of(line, width) or [line]
+        below = _lines_of(Text(" ").join(rest), max(width - indent, 20))
         lines += [first, *(Text(" " * indent) + part for part in below if part.plain)]
     return Text("\n").join(lines)
 
 
+def _lines_of(text: Text, width: int) -> list[Text]:
+    text.overflow = "ignore"  # a long word is neither broken nor cut; as an argument of `wrap` it would break nothing
+    lines = [*text.wrap(screen(), width)]
+    for line in lines:
+        line.rstrip()
+    return lines
+
+
 def complain(text: str) -> None:
-    """Prints what ended a run to standard error; on a terminal sentences wrap between words, and commands do not."""
+    """Prints what ended a run to standard error: on a terminal wrapped between words, else on a line for programs."""
     text = visible(hide(text))
     print(wrap_sentences(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
@@ -189,13 +204,8 @@ def wrap_sentences(text: str) -> str:
 
     These are commands and lists, which a person copies.
     """
-    width = shutil.get_terminal_size().columns
-    lines = (([line] if line.startswith(" ") else _between_words(line, width)) for line in text.split("\n"))
+    lines = (([line] if line.startswith(" ") else wrap(line, terminal_width())) for line in text.split("\n"))
     return "\n".join(line for wrapped in lines for line in wrapped)
-
-
-def _between_words(line: str, width: int) -> list[str]:
-    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def say_colored(text: str) -> None:
@@ -228,14 +238,20 @@ def start_screen(lines: list[tuple[str, str]]) -> None:
 
 
 def say_rows(rows: list[tuple[str, str]]) -> None:
-    """Prints labels and values in two columns; on a terminal a long value wraps between words under its column."""
+    """Prints labels and values in two columns; a long value wraps between words under its column.
+
+    Where the labels take more than half of the terminal, each value stands below its label.
+    """
     if not rows:
         return
-    indent = max(len(label) for label, _ in rows) + 4
-    room = max(screen().width - indent, 30) if screen().is_terminal else sys.maxsize
+    indent, width = max(len(label) for label, _ in rows) + 4, terminal_width()
+    if indent > width // 2:
+        for label, value in rows:
+            say(Text(f"  {label}", style="cyan"))
+            say(f"      {value}", hang=6)
+        return
     for label, value in rows:
-        lines = _between_words(value, room)
-        body = f"\n{' ' * indent}".join(lines)
+        body = f"\n{' ' * indent}".join(wrap(value, width - indent))
         say(Text.assemble((f"  {label}".ljust(indent), "cyan"), body), whole=True)
 
 
@@ -268,7 +284,7 @@ def summary(
         say()
         say(Text("Next", style="bold"))
         for line in next_steps:
-            say(f"  {line}", whole=True)
+            say_command(line)
 
 
 def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> None:
@@ -285,7 +301,8 @@ def _say_metrics(rows: list[tuple[str, float | None, float | None, str]]) -> Non
     for name, previous, after, certainty in cells:
         middle = f"{previous.rjust(first)} →  " if compared else ""
         note = f"   {certainty}" if certainty else ""
-        say(Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold"), (note, "dim")))
+        line = Text.assemble((f"  {name.ljust(label)}    ", "cyan"), middle, (after.rjust(second), "bold"))
+        say(Text.assemble(line, (note, "dim")), hang=len(line) + 3)
 
 
 def _say_prediction(row: dict[str, Any]) -> None:
@@ -295,7 +312,7 @@ def _say_prediction(row: dict[str, Any]) -> None:
     judged = row.get("match", same) if is_answered else None
     if isinstance(judged, str):  # as trackers write it
         judged = judged.lower() in ("true", "yes")
-    room = (screen().width if screen().is_terminal else 120) - 18
+    room = min(terminal_width(), 120) - 18
     asked = str(row.get("input", row.get("prompt", "")))
     mark, style = ("·", "dim") if judged is None else ("✓", "green") if judged else ("✗", "red")
     say(Text.assemble("  ", (mark, style), " ", shorten(prompt_core(asked), room + 10)))

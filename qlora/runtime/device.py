@@ -12,6 +12,7 @@ import torch
 from qlora.config.schema import ComputeDtype, Device
 from qlora.errors import ResourceError
 from qlora.runtime import distributed
+from qlora.text import plural
 from qlora.upstream.torch_models import cpu_computes_bf16
 
 DTYPES = {
@@ -88,7 +89,7 @@ def device_name(device: torch.device) -> str:
         return str(torch.cuda.get_device_name(device))
     if device.type == "xpu":
         return str(torch.xpu.get_device_name(device))
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({plural(torch.get_num_threads(), 'thread')})"
 
 
 def peak_memory_gb(device: torch.device) -> float:

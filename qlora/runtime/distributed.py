@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora.errors import ResourceError, RunError
+from qlora.runtime.program import program_name
 from qlora.secrets import hide
 
 T = TypeVar("T")
@@ -153,7 +154,7 @@ def _check_environment() -> None:
 def command() -> list[str]:
     """Returns the command that starts this program in the same number of processes."""
     if world_size() == 1:
-        return ["qlora"]
+        return program_name()
     per_node = _read_int("LOCAL_WORLD_SIZE") or world_size()
     nodes = ["--nnodes", str(world_size() // per_node)] if per_node < world_size() else []
     return ["torchrun", *nodes, "--nproc-per-node", str(per_node), "-m", "qlora"]

@@ -49,7 +49,7 @@ FORMER_DEFAULTS: dict[str, Any] = {"generation.max_new_tokens": 256}
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and stored facts of one run."""
+    """Paths and stored records of one run."""
 
     path: Path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config, TaskName
@@ -36,8 +37,11 @@ def find_trained(config: Config, overrides: Sequence[str], run_folder: Path) -> 
             return None, None
         raise _unset(config, folder)
     if not folder.is_dir():
-        siblings = [str(path) for path in folder.parent.glob("*/")]
-        raise ConfigError(f"adapter={config.adapter}: no such folder{did_you_mean(str(folder), siblings)}")
+        siblings = [path for path in folder.parent.glob("*/") if find_adapter(path) != (None, None)]
+        raise ConfigError(
+            f"adapter={config.adapter}: no such folder{did_you_mean(str(folder), map(str, siblings))}"
+            + ("" if siblings else f"; no run in {short_path(folder.parent)} has finished")
+        )
     raise DataError(
         f"adapter={config.adapter}: {short_path(folder)} holds no adapter{_unfinished(folder)}; give adapter=FOLDER "
         "of an adapter or of a finished run, or adapter=none for the untuned base"
@@ -67,10 +71,11 @@ def _unset(config: Config, folder: Path) -> ConfigError:
     newest = newest_finished([folder.parent, RUNS])
     what = f"{short_path(folder)} holds no adapter" if folder.is_dir() and _was_used(folder) else "adapter is not set"
     base = ", or adapter=none for the untuned base" if config.task.name in TAKE_BASE else ""
+    task = config.task.name.value
     if newest is None:
-        return ConfigError(f"{what}; give adapter=FOLDER of an adapter or of a finished run{base}")
+        return ConfigError(f"{what}; write qlora {task} FOLDER with that of an adapter or of a finished run{base}")
     path = short_path(newest)
-    return ConfigError(f"{what}; the newest finished run is {path}: add adapter={path}{base}")
+    return ConfigError(f"{what}; the newest finished run is {path}: write qlora {task} {quote(path)}{base}")
 
 
 def _was_used(folder: Path) -> bool:

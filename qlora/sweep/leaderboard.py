@@ -6,8 +6,7 @@ import csv
 import io
 import math
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +15,12 @@ from rich.text import Text
 from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.rendering import short_value
 from qlora.runtime.atomic_files import write_text
-from qlora.runtime.console import printable, say, say_rows, screen
+from qlora.runtime.console import printable, say, say_rows
 from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.sweep_folder import Sweep
-from qlora.text import format_duration, format_metric, shorten
+from qlora.text import format_duration, format_metric, plural, shorten, terminal_width
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
@@ -32,8 +31,24 @@ NAME = "run"
 """The head of the column of names."""
 MOST_KEYS = 8
 """The varied keys that a table has columns for."""
-GAP, MAX_VALUE = 2, 24
-"""Characters between two columns of a terminal, and the most characters of a value."""
+GAP = 2
+"""Characters between two columns of a terminal."""
+WIDTHS = (24, 16, 11, 8)
+"""The most characters of a value; the smaller ones, with short heads, where the table is too wide."""
+SHORT_HEADS = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accum",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "weight_decay": "decay",
+    "target_modules": "targets",
+    "double_quant": "double",
+    "exact_match": "match",
+}
+"""The heads of narrow columns."""
 
 
 @dataclass(frozen=True)
@@ -191,30 +206,60 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def fit(board: Leaderboard, room: int) -> tuple[list[str], list[str]]:
     """Returns the table's lines on a terminal `room` characters wide, the head first, and the columns left out.
 
-    Metrics other than the objective are left out first, from the right, then the count of seeds, then keys.
+    Columns become narrower first. Then metrics are left out, from the right, the count of seeds, and keys; time and
+    memory only where nothing else is left to leave out.
     """
     head, lines = table(board)
     names = short_names(board.columns) | {
         name: ON_SCREEN.get(name, name.removeprefix("eval_")) for name in board.metrics
     }
-    columns = {
-        name: [names.get(name, name), *(shorten(short_value(text), MAX_VALUE) for text in texts)]
-        for name, *texts in zip(head, *lines, strict=True)
-    }
-    widths = {name: max(map(len, texts)) for name, texts in columns.items()}
+    columns = {name: list(texts) for name, *texts in zip(head, *lines, strict=True)}
+    others = [name for name in board.metrics if name not in (board.objective, *ON_SCREEN)]
     spare = [
-        *(name for name in reversed(board.metrics) if name != board.objective),
+        *reversed(others),
         "seeds",
         *board.columns[:0:-1],
         *(board.columns[:1] if board.names else []),
+        *(name for name in reversed(board.metrics) if name in ON_SCREEN and name != board.objective),
     ]
-    for name in spare:
-        if sum(widths.values()) + GAP * (len(widths) - 1) > room:
-            widths.pop(name, None)
-    cells = [[text.rjust(widths[name]) if name in board.metrics else text.ljust(widths[name])
-              for text in columns[name]] for name in widths]  # fmt: skip
+    return fit_columns(columns, names, room, numeric=board.metrics, spare=spare)
+
+
+def fit_columns(
+    columns: Mapping[str, Sequence[str]],
+    heads: Mapping[str, str],
+    room: int,
+    *,
+    numeric: Collection[str],
+    spare: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """Returns a table's lines in `room` characters, the head first, and the columns left out: the first of `spare`.
+
+    Columns of `numeric` are aligned to the right and never shortened.
+    """
+    for count in range(len(spare) + 1):
+        kept = {name: texts for name, texts in columns.items() if name not in spare[:count]}
+        for width in WIDTHS:
+            cells = [_cells(name, heads.get(name, name), kept[name], width, name in numeric) for name in kept]
+            if sum(len(column[0]) for column in cells) + GAP * (len(cells) - 1) <= room:
+                break
+        else:
+            continue
+        break
     printed = [(" " * GAP).join(line).rstrip() for line in zip(*cells, strict=True)]
-    return printed, [name for name in head if name not in widths]
+    return printed, [name for name in columns if name not in kept]
+
+
+def _cells(name: str, head: str, texts: Sequence[str], width: int, is_number: bool) -> list[str]:
+    """Returns the cells of a column, all of one width."""
+    if width < WIDTHS[0]:
+        head = SHORT_HEADS.get(head, head)
+    if not is_number:
+        least = max(width, WIDTHS[1]) if name == NAME else width
+        head = shorten(head, width)
+        texts = ["–" if text == "null" else shorten(short_value(text), least) for text in texts]
+    size = max(map(len, (head, *texts)))
+    return [text.rjust(size) if is_number else text.ljust(size) for text in (head, *texts)]
 
 
 def front_note(board: Leaderboard) -> str:
@@ -222,28 +267,30 @@ def front_note(board: Leaderboard) -> str:
     return f"in front: no other job is better by {' or '.join(board.goals)} without being worse by another"
 
 
-def describe(job: Job) -> str:
-    """Returns the status of an unfinished job in one line."""
+def describe(job: Job, name: str | None = None) -> str:
+    """Returns the status of an unfinished job in one line; it is called `name`, or else by what varies."""
     parts = [job.status.value, *([job.reason] if job.reason not in (None, job.status.value) else [])]
-    return f"{' '.join(job.overrides) or job.name}: {', '.join(parts)}"
+    return f"{name or ' '.join(job.overrides) or job.name}: {', '.join(parts)}"
 
 
 def print_leaderboard(board: Leaderboard) -> None:
     """Prints the table and the jobs that did not finish."""
     say()
     if board.rows:
-        (head, *lines), left_out = fit(board, screen().width if screen().is_terminal else sys.maxsize)
+        (head, *lines), left_out = fit(board, terminal_width())
         say(Text(head, style="dim"))
         for line in lines:
             say(line)
         if any(row.in_front for row in board.rows):
             say_rows([("*", front_note(board))])
         if board.left_out:
-            say_rows([("more", f"{len(board.left_out)} more keys differ; the page and leaderboard.csv have them")])
+            more = f"{plural(len(board.left_out), 'more key')} differ{'s' if len(board.left_out) == 1 else ''}"
+            say_rows([("more", f"{more}; see the page and leaderboard.csv")])
         if left_out:
-            say_rows([("left out", f"{', '.join(left_out)}: too wide for this terminal; leaderboard.md has them")])
+            say_rows([("left out", f"{', '.join(left_out)}: the terminal is too narrow; see leaderboard.md")])
     for job in board.unfinished:
-        say(Text(printable(f"  {describe(job)}"), style="red" if job.status is Status.failed else "yellow"))
+        name = board.names.get(str(job.folder))
+        say(Text(printable(f"  {describe(job, name)}"), style="red" if job.status is Status.failed else "yellow"))
     say()
 
 
@@ -254,16 +301,16 @@ def to_markdown(board: Leaderboard, name: str) -> str:
     if lines:
         parts.append(markdown_table(head, lines))
         better = "higher" if board.maximizes else "lower"
-        parts.append(
-            f"By {markdown_code(str(board.objective))}, {better} is better; ± is the standard error over seeds."
-        )
+        spread = "; ± is the standard error over seeds" if any(len(row.jobs) > 1 for row in board.rows) else ""
+        parts.append(f"By {markdown_code(str(board.objective))}, {better} is better{spread}.")
         if any(row.in_front for row in board.rows):
             parts.append(f"\\* {markdown_text(front_note(board))}")
         if board.left_out:
             keys = ", ".join(map(markdown_code, board.left_out))
             parts.append(f"These keys differ too, and `leaderboard.csv` has them: {keys}.")
     for job in board.unfinished:
-        parts.append(f"- {markdown_text(describe(job))} ({markdown_code(job.name)})")
+        called = board.names.get(str(job.folder))
+        parts.append(f"- {markdown_text(describe(job, called))} ({markdown_code(job.name)})")
         if job.status is Status.failed and (last := tail(job.folder)):
             parts.append(markdown_block("\n".join(last)))
     return "\n\n".join(parts) + "\n"

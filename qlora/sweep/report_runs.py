@@ -23,6 +23,7 @@ from qlora.runtime.saved_run import RESULTS, STATUS_FILE, find_damage, read_resu
 from qlora.runtime.task_result import TaskResult
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, list_damage, name_damage, read_job, seedless
 from qlora.sweep.leaderboard import print_leaderboard, write_leaderboard
+from qlora.sweep.measured_runs import MeasuredRun, measured_markdown, measured_runs, print_measured_runs
 from qlora.sweep.side_by_side import lay_side_by_side, print_side_by_side
 from qlora.sweep.sweep_folder import OVERVIEW_FILE, Sweep, common_keys, read_sweep
 from qlora.sweep.sweep_page import write_report
@@ -42,19 +43,27 @@ def report(config: Config, output_dir: Path) -> TaskResult:
     patterns = [config.runs] if isinstance(config.runs, str) else config.runs
     folders = find_runs(*patterns, without=output_dir)
     RunFolder(output_dir).create()
-    sweep = collect(folders, output_dir, config.objective)
-    board = write_leaderboard(sweep)
     origin = _sweep_of(folders)
+    ranked, others = _split(folders) if origin is None else (folders, [])
+    sweep = collect(ranked, output_dir, config.objective)
+    board = write_leaderboard(sweep)
+    measured = _measured(others, folders)
+    leaderboard = output_dir / "leaderboard.md"
+    if measured:
+        write_text(leaderboard, leaderboard.read_text(encoding="utf-8") + measured_markdown(measured))
     title = config.name or (origin.name if origin else ", ".join(patterns))
-    pair = _pair(sweep) if len(sweep.jobs) == 2 else None
-    page = write_report(sweep, title=title, is_sweep=origin is not None, pair=pair)
+    pair = _pair(folders) if len(folders) == 2 else None
+    page = write_report(sweep, title=title, is_sweep=origin is not None, pair=pair, measured=measured)
     print_leaderboard(board)
+    if measured:
+        print_measured_runs(measured)
     if pair is not None:
         print_side_by_side(pair)
         say()
-    paths = {"report": str(page), "leaderboard": str(output_dir / "leaderboard.md")}
+    paths = {"report": str(page), "leaderboard": str(leaderboard)}
     say_rows([(name, short_path(path)) for name, path in paths.items()])
-    metrics = {"report_runs": len(sweep.jobs), "report_finished": len(sweep.with_status(Status.finished))}
+    jobs = [*sweep.jobs.values(), *(run.job for run in measured)]
+    metrics = {"report_runs": len(jobs), "report_finished": sum(job.status is Status.finished for job in jobs)}
     more = {"side_by_side": asdict(pair)} if pair is not None else {}
     result = TaskResult("report", metrics, paths | {"table": str(output_dir / "leaderboard.csv")}, more=more)
     write_text(RunFolder(output_dir).result("report"), json.dumps(result.to_dict(), indent=2) + "\n")
@@ -81,10 +90,42 @@ def find_runs(*patterns: str, without: Path | None = None) -> list[Path]:
     return list(matched)
 
 
-def _pair(sweep: Sweep) -> SideBySide:
+def _pair(folders: Sequence[Path]) -> SideBySide:
     """Returns what differs between the two runs of a report."""
-    folders = [job.folder for job in sweep.jobs.values()]
-    return lay_side_by_side(list(sweep.jobs), folders, [dict(flatten(_read_config(folder))) for folder in folders])
+    return lay_side_by_side(names_of(folders), folders, [dict(flatten(_read_config(folder))) for folder in folders])
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Returns what runs are called: their folders, seen from the one that holds them all."""
+    shared = os.path.commonpath([folder.parent.absolute() for folder in folders])
+    return [os.path.relpath(folder, shared) for folder in folders]
+
+
+def _split(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Returns the runs that are ranked, and those that only measured what others trained; alone they are ranked."""
+    trained = [folder for folder in folders if _trains(folder)]
+    if not trained:
+        return list(folders), []
+    return trained, [folder for folder in folders if folder not in trained]
+
+
+def _trains(folder: Path) -> bool:
+    """Returns whether a run trains, or nothing says what it does."""
+    if (folder / RESULT).is_file():
+        return True
+    try:
+        return (read_status(folder / STATUS_FILE) or {}).get("result") in (None, RESULT)
+    except DamagedFile:
+        return True
+
+
+def _measured(folders: Sequence[Path], reported: Sequence[Path]) -> list[MeasuredRun]:
+    """Returns the runs that only measured, called as all runs of the report are."""
+    names = dict(zip(reported, names_of(reported), strict=True))
+    return measured_runs(
+        {names[folder]: read_run(folder) for folder in folders},
+        [dict(flatten(_read_config(folder))) for folder in folders],
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -130,8 +171,7 @@ def collect(folders: Sequence[Path], target: Path, objective: str | None) -> Swe
         _name_differences(jobs, configs)
     elif (saved := read_sweep(origin)).objective == chosen:
         sweep.goals = saved.goals
-    shared = os.path.commonpath([folder.parent.absolute() for folder in folders])
-    sweep.jobs = {os.path.relpath(job.folder, shared): job for job in jobs}
+    sweep.jobs = dict(zip(names_of(folders), jobs, strict=True))
     if origin is None:
         sweep.names = {str(job.folder): name for name, job in sweep.jobs.items()}
         for job, config in zip(jobs, configs, strict=True):

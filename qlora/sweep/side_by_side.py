@@ -16,12 +16,12 @@ from qlora.runtime.console import say
 from qlora.runtime.run_folder import RunFolder, is_below
 from qlora.runtime.saved_run import RESULTS, read_result
 from qlora.sweep.jobs import UNNAMED_KEYS
-from qlora.text import prompt_core, shorten
+from qlora.text import plural, prompt_core, shorten, terminal_width
 
 ON_SCREEN = 5
 """The answers that are printed."""
-WIDTH = 100
-"""Characters of a text on the screen."""
+MOST_NAME, WIDEST = 24, 120
+"""Characters of a run's name beside its answer, and of a line on a wide terminal."""
 
 
 def lay_side_by_side(names: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> SideBySide:
@@ -73,16 +73,27 @@ def print_side_by_side(pair: SideBySide) -> None:
     if not pair.knows_configs:
         say("  the config of one of them is not known")
     for key, one, other in pair.settings:
-        say(Text.assemble((f"  {key}  ", "cyan"), f"{shorten(one, WIDTH) or '-'} | {shorten(other, WIDTH) or '-'}"))
+        half = max((terminal_width() - len(key) - 7) // 2, 20)
+        say(Text.assemble((f"  {key}  ", "cyan"), f"{_value(one, half)} | {_value(other, half)}"))
     if pair.knows_configs and not pair.settings:
         say("  their configs are equal")
     if not pair.shared:
         say("  there are no answers to the same rows")
         return
-    say(f"  {pair.shared:,} rows were answered by both, {pair.shared - len(pair.differing):,} of them alike")
+    alike = pair.shared - len(pair.differing)
+    same = "" if not alike else ", all of them alike" if not pair.differing else f", {alike:,} of them alike"
+    say(f"  both answered {plural(pair.shared, 'row')}{same}")
+    names = [shorten(name, MOST_NAME) for name in pair.names]
+    indent, width = max(map(len, names)), min(terminal_width(), WIDEST)
     for answer in pair.differing[:ON_SCREEN]:
-        say(Text.assemble("  ", shorten(answer.asked, WIDTH)))
-        for name, text in ((first, answer.first), (second, answer.second)):
-            say(Text.assemble((f"      {name}  ", "dim"), shorten(text, WIDTH) or "(nothing)"))
+        say(Text.assemble("  ", shorten(answer.asked, width - 2)))
+        for name, text in zip(names, (answer.first, answer.second), strict=True):
+            said = shorten(text, width - indent - 8) or "(nothing)"
+            say(Text.assemble((f"      {name.ljust(indent)}  ", "dim"), said))
     if len(pair.differing) > ON_SCREEN:
         say(f"  and {len(pair.differing) - ON_SCREEN:,} more, on the page")
+
+
+def _value(text: str, width: int) -> str:
+    """Returns a config's value in short."""
+    return "–" if text in ("", "null") else shorten(text, width)

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import SEED, build_leaderboard, cell, short_names, write_leaderboard
+from qlora.sweep.measured_runs import MeasuredRun, measured_table
 from qlora.sweep.sweep_folder import Sweep, read_sweep
 
 log = logging.getLogger(__name__)
@@ -29,15 +31,20 @@ FILE = "report.html"
 
 
 def write_report(
-    sweep: Sweep, *, title: str | None = None, is_sweep: bool = True, pair: SideBySide | None = None
+    sweep: Sweep,
+    *,
+    title: str | None = None,
+    is_sweep: bool = True,
+    pair: SideBySide | None = None,
+    measured: Sequence[MeasuredRun] = (),
 ) -> Path:
     """Writes the page of a sweep as the folders of its jobs record it, and returns its path.
 
     Runs that do not form a sweep are labelled with their folders, not with what varies; of two, `pair` says what
-    differs.
+    differs. `measured` are runs that are not ranked.
     """
     path = sweep.folder / FILE
-    write_text(path, runs_page(build_report(sweep, title=title, is_sweep=is_sweep, pair=pair)))
+    write_text(path, runs_page(build_report(sweep, title=title, is_sweep=is_sweep, pair=pair, measured=measured)))
     return path
 
 
@@ -79,7 +86,12 @@ def _is_page_due(sweep: Sweep) -> bool:
 
 
 def build_report(
-    sweep: Sweep, *, title: str | None = None, is_sweep: bool = True, pair: SideBySide | None = None
+    sweep: Sweep,
+    *,
+    title: str | None = None,
+    is_sweep: bool = True,
+    pair: SideBySide | None = None,
+    measured: Sequence[MeasuredRun] = (),
 ) -> RunsReport:
     """Returns what the page of a sweep shows."""
     board, names = build_leaderboard(sweep), short_names(sweep.varied)
@@ -123,6 +135,7 @@ def build_report(
         left_out=board.left_out,
         is_sweep=is_sweep,
         pair=pair,
+        measured=measured_table(measured) if measured else None,
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora.board.server import Board
+from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.runtime import console
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.protocol import TaskJob
+from qlora.text import plural
 
 FOLDER = Path("outputs")
 
@@ -23,8 +25,8 @@ def run(job: TaskJob) -> TaskResult:
     """Serves the board until Ctrl-C; raises `ResourceError` where its port is in use."""
     with Board(FOLDER, job.config.task.port) as board:
         runs = len(board.runs.read()["runs"])
-        console.say(f"board of {board.folder.root}: {runs:,} run{'' if runs == 1 else 's'}")
-        console.say(f"open {board.url} in a browser on this machine; Ctrl-C ends it")
+        console.say(f"board of {short_path(board.folder.root)}: {plural(runs, 'run') if runs else 'no runs yet'}")
+        console.say(f"open {board.url} in a browser on this machine; press Ctrl-C to stop it")
         try:
             board.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

@@ -17,13 +17,14 @@ from qlora.data.pipeline import Data
 from qlora.models.context import describe_limit, fit_rows, limit_warning
 from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
+from qlora.text import plural
 from qlora.upstream.transformers import decode
 
 
 def build_preview(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None
 ) -> Preview:
-    """Collects what a person must see before a training run: facts, warnings, lengths and the first rows.
+    """Collects what a person must see before a training run: summary, warnings, lengths and the first rows.
 
     `context` is what the model reads, in tokens; None: that is not known here.
     """
@@ -34,20 +35,24 @@ def build_preview(
     source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
     length = training_length(trainer, len(data.packed or data.train), unit="packs" if data.packed else "rows")
     lines = [
-        ("format", f"{report.format}, by {report.recognised}"),
+        ("format", f"{report.format} ({report.recognised})"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
         ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
         ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
         ("limit", limit),
-        ("cut", f"{report.cut_sources:,} sources, {report.cut_targets:,} targets"),
+        ("cut", _counted((report.cut_sources, "source"), (report.cut_targets, "target"))),
         (
             "dropped",
-            f"{report.dropped_rows:,} with nothing to train, {report.too_long_rows:,} too long, "
-            f"{report.empty_rows:,} with empty answers, {report.left_out_rows:,} left out by the format",
+            _counted(
+                (report.dropped_rows, "row", " with nothing to train"),
+                (report.too_long_rows, "row", " too long"),
+                (report.empty_rows, "row", " with empty answers"),
+                (report.left_out_rows, "row", " left out by the format"),
+            ),
         ),
-        ("not read", describe_unread(report) or "nothing"),
+        ("not read", describe_unread(report)),
         ("packing", _packing(rows, data)),
         (
             "steps",
@@ -64,7 +69,7 @@ def build_preview(
     source_lengths, target_lengths = column(data.train, "source"), column(data.train, "target")
     return Preview(
         title=f"{source} as {report.format}",
-        summary=lines,
+        summary=[(label, value) for label, value in lines if value],
         warnings=[
             *_warnings(report, tokenizer, config, context),
             *([length.warning] if length.warning else []),
@@ -75,6 +80,11 @@ def build_preview(
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},
     )
+
+
+def _counted(*counts: tuple[int, str] | tuple[int, str, str]) -> str:
+    """Returns counts with their nouns, those of zero left out."""
+    return ", ".join(f"{plural(count, noun)}{''.join(more)}" for count, noun, *more in counts if count)
 
 
 def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config, context: int | None) -> list[str]:

@@ -11,6 +11,7 @@ from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import TaskJob
+from qlora.text import plural
 
 
 def needs(config: Config) -> Needs:
@@ -27,7 +28,9 @@ def run(job: TaskJob) -> TaskResult:
         print_finding(finding)
     counts = count_findings(findings)
     console.say()
-    console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
+    console.say(
+        ", ".join(f"{count} ok" if name == "ok" else plural(count, name) for name, count in counts.items() if count)
+    )
     stop_at_errors(findings, "task=doctor")
     lines = [asdict(finding) | {"status": finding.status.value} for finding in findings]
     return TaskResult(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ register()
 names.register()
 
 
-def job(composed: DictConfig) -> float | None:
-    """Runs one composed job in Hydra's output folder and returns its objective."""
+def job(composed: DictConfig, typed: Sequence[str] = ()) -> float | None:
+    """Runs one composed job in Hydra's output folder and returns its objective.
+
+    `typed` are the words of the command line that started it alone.
+    """
     config = to_config(composed)
     hydra = HydraConfig.get()
     output_dir, typed_in, sweep_dir = Path(hydra.runtime.output_dir), Path(hydra.runtime.cwd), Path(hydra.sweep.dir)
@@ -42,7 +46,7 @@ def job(composed: DictConfig) -> float | None:
         sweep_dir = typed_in / sweep_dir
         anchor_paths(config, typed_in)
     task = build_job(config, output_dir, list(hydra.overrides.task), names.membership(hydra))
-    task.options = own_options(hydra)
+    task.options, task.typed = own_options(hydra), list(typed)
     if task.needs.caches:  # an engine may have sent the job to another machine
         give_home(config.data.cache_dir)
     prepare_environment(verbose=verbose)

@@ -13,6 +13,7 @@ from qlora.config.schema.values import written
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.runtime.run_folder import find_adapter
+from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 RUNS = Path("outputs") / "runs"
 """Where a name means a run."""
@@ -57,7 +58,8 @@ def find_start(config: Config) -> Path:
     if not folder.is_dir():
         if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not folder.parent.is_dir():
             return _download(config, name)
-        siblings = [str(path) for path in folder.parent.glob("*/")] + [path.name for path in RUNS.glob("*/")]
+        siblings = [str(path) for path in folder.parent.glob("*/") if find_adapter(path)[0]]
+        siblings += [path.name for path in RUNS.glob("*/") if find_adapter(path)[0]]
         raise ConfigError(
             f"lora.start={name}: no such folder, nor a run in {RUNS}{did_you_mean(name, siblings)}; give the folder of "
             "an adapter or of a finished run, or a hub id (OWNER/NAME)"
@@ -74,13 +76,14 @@ def find_start(config: Config) -> Path:
 def _download(config: Config, name: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
+    read_cache_without_network()
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(FILES), cache_dir=config.model.cache_dir))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = why_offline() or " ".join(str(error).split())[:200].rstrip(".")
         raise ResourceError(
             f"lora.start={name}: there is no such folder, and the hub does not give it ({reason}); give the folder of "
-            "an adapter, or check the name, the network and HF_HUB_OFFLINE"
+            "an adapter, or check the name and the network"
         ) from error
     if not (folder / "adapter_config.json").is_file():
         raise DataError(f"lora.start={name}: this repository holds no adapter (adapter_config.json is missing)")

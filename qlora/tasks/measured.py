@@ -67,6 +67,7 @@ def build_result(
     if measured.records:
         write_lines(records, measured.records)
     files = {
+        "result": folder.result(job.config.task.name.value),
         "adapter": folder.adapter,
         "model": folder.model,
         "predictions": predictions,
@@ -85,7 +86,7 @@ def build_result(
     return TaskResult(
         job.config.task.name.value,
         metrics,
-        {name: str(path) for name, path in files.items() if path.exists()},
+        {name: str(path) for name, path in files.items() if name == "result" or path.exists()},  # written last
         metrics.get(objective) if objective else None,
         certainty,
         more or {},

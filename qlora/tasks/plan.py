@@ -273,7 +273,7 @@ def _heading(text: str) -> None:
 def _numbers(rows: list[tuple[str, float, str]], unit: Unit) -> None:
     for name, value, note in rows:
         behind = f"  {note}" if note else ""
-        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), unit.show(value).rjust(8), (behind, "dim")))
+        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), unit.show(value).rjust(8), (behind, "dim")), hang=40)
 
 
 def _gb(value: float) -> str:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from qlora.config.paths import short_path
 from qlora.config.saved_config import config_to_dict, flatten
 from qlora.config.schema import Config
 from qlora.reporting.manifest import code_digest, versions, write_json
@@ -17,6 +18,7 @@ from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, load_model, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.used import describe_used
+from qlora.text import plural
 
 
 def needs(config: Config) -> Needs:
@@ -48,7 +50,7 @@ def run(job: TaskJob) -> TaskResult:
     known = saved.get("answers", {})
     if known.get("decided_by") == decided_by and path.is_file() and known.get("sha256") == file_digest(path):
         if known.get("metrics") == metrics:
-            console.say(f"{folder.path} holds these answers already; this is the saved result")
+            console.say(f"{short_path(folder.path)} holds these answers already; this is the saved result")
             result = TaskResult.from_dict(saved)
             print_measured("predicted", job, result, first_predictions(job))
             return result
@@ -67,7 +69,8 @@ def run(job: TaskJob) -> TaskResult:
         rows = len(job.session.measurer.rows)
         others = f"the metrics are those of the other {rows - unanswered:,}"
         rest = "nothing is measured" if unanswered == rows else others
-        console.say(f"{unanswered:,} of {rows:,} rows hold no answer to compare with: {rest}")
+        verb = "holds" if unanswered == 1 else "hold"
+        console.say(f"{unanswered:,} of {plural(rows, 'row')} {verb} no answer to compare with: {rest}")
     values = prefixed("eval_", measured.metrics) | {"predict_tokens_per_second": speed}
     answers = {"metrics": metrics, "sha256": file_digest(path), "decided_by": decided_by}
     more = {"answers": answers, "unanswered": unanswered, "measured": describe_used(job)}

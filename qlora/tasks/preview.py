@@ -10,6 +10,10 @@ from qlora.runtime.atomic_files import write_text
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.protocol import TaskJob
+from qlora.text import terminal_width
+
+WIDEST = 100
+"""Columns of a preview on a wider terminal."""
 
 
 def needs(config: Config) -> Needs:
@@ -28,7 +32,8 @@ def run(job: TaskJob) -> TaskResult:
     page, picture = job.folder.path / "preview.html", job.folder.path / "lengths.png"
     write_text(page, to_html(preview))
     plot_lengths(preview, picture)
-    console.say_colored(to_text(preview, ids=job.config.task.ids, color=console.screen().is_terminal))
+    width = min(terminal_width(), WIDEST)
+    console.say_colored(to_text(preview, ids=job.config.task.ids, color=console.screen().is_terminal, width=width))
     result = TaskResult("preview", preview_metrics(data), {"page": str(page), "lengths": str(picture)})
     write_json(job.folder.result("preview"), result.to_dict())
     console.say()

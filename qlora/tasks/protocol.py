@@ -42,6 +42,8 @@ class TaskJob:
     needs: Needs
     command: list[str] = field(default_factory=list)
     """The overrides of the command that resumes it, where they are not `overrides`."""
+    typed: list[str] = field(default_factory=list)
+    """The words of the command line that started this task alone; none: a sweep or a program did."""
     options: list[str] = field(default_factory=list)
     """The flags and overrides by which the command line finds options of the user's own."""
     whole_sweep: WholeSweep | None = None

@@ -66,7 +66,13 @@ def run(job: TaskJob) -> TaskResult:
     training = replace(training, **{name: getattr(config, name) for name in OWN_KEYS})
     command = job.overrides or ["task=replay", f"run={quoted(config.run)}"]
     repeated = TaskJob(
-        training, job.folder, list(manifest.get("overrides", [])), None, train.needs(training), command=command
+        training,
+        job.folder,
+        list(manifest.get("overrides", [])),
+        None,
+        train.needs(training),
+        command=command,
+        typed=job.typed,
     )
     trained = read_run_base(first)
     assert trained is not None, "_read_finished checks it"
@@ -103,7 +109,7 @@ def _report(comparisons: list[Comparison], first: RunFolder, second: RunFolder) 
     console.say(Text(f"{second.path} beside {first.path}", style="bold"))
     for comparison in comparisons:
         mark = Text(f"  {comparison.verdict.value:<9}", style=styles[comparison.verdict])
-        console.say(Text.assemble(mark, (f"{comparison.what:<15}", "cyan"), comparison.says))
+        console.say(Text.assemble(mark, (f"{comparison.what:<15}", "cyan"), comparison.says), hang=26)
     path = second.result("replay")
     lines = [{"what": line.what, "verdict": line.verdict.value, "says": line.says} for line in comparisons]
     result = TaskResult(

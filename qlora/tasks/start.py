@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hydra.core.utils import configure_log
@@ -148,11 +149,16 @@ def _run_once(command: Command, added: list[str]) -> None:
     """Runs one task with the config that is composed already."""
     add_overrides(command.composed, added)
     with opened_hydra(command.arguments.overrides, command.arguments.config_dir) as hydra:
-        result = run_composed(hydra, command.composed, job)
+        result = run_composed(hydra, command.composed, partial(job, typed=_typed(command)))
     error = failure(result)
     if isinstance(error, UserError) or (error is not None and distributed.is_loss_of_peer(error)):
         raise error
     _ = result.return_value  # prints the overrides of a bug, and raises it
+
+
+def _typed(command: Command) -> Sequence[str]:
+    """Returns the words that start this task again; those of a sweep's job start it by the sweep."""
+    return () if VARIABLE in os.environ else command.arguments.typed
 
 
 def _run_sweep(command: Command, added: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.config import saved_config
+from qlora.config.paths import short_path
 from qlora.config.preset import differences_to_preset
 from qlora.config.schema import Config, Resume
 from qlora.config.training_length import TokenCount
@@ -96,7 +97,7 @@ def run(job: TaskJob) -> TaskResult:
             return training.lead() if distributed.is_main_process() else training.follow()
         except Stopped as stopped:
             raise Stopped(
-                f"{stopped}: {how_to_resume(job.folder, job.command or job.overrides, job.options)}"
+                f"{stopped}: {how_to_resume(job.folder, job.typed or [*(job.command or job.overrides), *job.options])}"
             ) from None
         except Exception as error:
             if isinstance(error, UserError | Pruned) or not training.folder_is_removed:
@@ -133,7 +134,7 @@ class Training:
         check_processes(self.config.trainer, self.config.model)
         saved = distributed.broadcast(self.folder.stored_result("train") if is_same else None)
         if saved is not None:
-            console.say(f"{self.folder.path} is finished already; this is its saved result")
+            console.say(f"{short_path(self.folder.path)} is finished already; this is its saved result")
             result = TaskResult.from_dict(saved)
             self._print(result, first_predictions(self.job))
             return result

@@ -74,7 +74,7 @@ def differs_line(job: TaskJob) -> dict[str, str]:
     differences = _differences(job)
     if not differences:
         return {}
-    texts = [f"{key}={_brief(now)} (was {_brief(then)})" for key, (now, then) in differences.items()]
+    texts = [_change(key, now, then) for key, (now, then) in differences.items()]
     more = f", and {len(texts) - MOST} more" if len(texts) > MOST else ""
     return {"differs": f"from the training: {', '.join(texts[:MOST])}{more}"}
 
@@ -90,7 +90,12 @@ def _differences(job: TaskJob) -> Mapping[str, tuple[Any, Any]]:
     return {key: pair for key, pair in differences.items() if key == "data.template" or not key.startswith("data.")}
 
 
+def _change(key: str, now: Any, then: Any) -> str:
+    is_now = f"{key} is not set" if now is None else f"{key}={_brief(now)}"
+    return f"{is_now} ({'it was not set' if then is None else f'was {_brief(then)}'})"
+
+
 def _brief(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.config.overrides import override_value
+from qlora.config.paths import short_path
 from qlora.config.schema import Config, Resume
 from qlora.errors import RunError
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.run_folder import RunFolder, config_digest
-from qlora.text import quoted
+from qlora.runtime.trained import RUNS
+from qlora.text import quoted, terminal_width, wrap_command
 from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_metadata, step_of
 
 log = logging.getLogger(__name__)
@@ -62,13 +65,26 @@ def _check_processes(checkpoint: Path, written: Mapping[str, Any], config: Confi
     )
 
 
-def how_to_resume(folder: RunFolder, overrides: Sequence[str], options: Sequence[str] = ()) -> str:
-    """Returns what is saved of a stopped run, and the command that resumes it.
-
-    `options` are those by which the command line finds options of the user's own.
-    """
+def how_to_resume(folder: RunFolder, args: Sequence[str]) -> str:
+    """Returns what is saved of a stopped run, and the command that resumes it: the one that started it with `args`."""
     saved = find_checkpoints(folder.checkpoints)
-    state = f"step {step_of(saved[-1]):,} is saved in {saved[-1]}" if saved else "there is no checkpoint yet"
-    args = [text for text in overrides if not text.startswith("resume=")]
-    run_dir = f"hydra.run.dir={quoted(str(folder.path))}"
-    return f"{state}; resume with\n  {shlex.join([*distributed.command(), *args, run_dir, *options])}"
+    state = (
+        f"step {step_of(saved[-1]):,} is saved in {short_path(saved[-1])}" if saved else "there is no checkpoint yet"
+    )
+    command = shlex.join([*distributed.command(), *_naming(folder.path, args)])
+    return "\n".join([f"{state}; resume with", *wrap_command(command, terminal_width())])
+
+
+def _naming(path: Path, args: Sequence[str]) -> list[str]:
+    """Returns the args of a command as they start it in the folder `path` again: one without a name gets one."""
+    named, in_runs = ("name=", "hydra.run.dir="), path.parent.absolute() == RUNS.absolute()
+    kept = [text for text in args if not text.startswith("resume=")]
+    last = next((text for text in reversed(kept) if text.startswith(named)), None)
+    folder = None if last is None else Path(str(override_value(last)))
+    if (
+        folder is not None
+        and (RUNS / folder if last and last.startswith("name=") else folder).absolute() == path.absolute()
+    ):
+        return kept
+    name = f"name={quoted(path.name)}" if in_runs else f"hydra.run.dir={quoted(short_path(path))}"
+    return [*(text for text in kept if not text.startswith(named)), name]

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from qlora.errors import Stopped
 from qlora.runtime import distributed
+from qlora.text import terminal_width, wrap
 
 DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGINT: signal.default_int_handler,
@@ -77,8 +78,11 @@ class Stop:
         self.requested = number
         if not self._in_steps:
             self.check()
+        again = "again " if number is signal.SIGINT else ""
+        text = f"{number.name}: " if number is not signal.SIGINT else ""
+        text += f"stopping after this step and saving; press Ctrl-C {again}to stop at once without saving"
         # No stream of Python's may be in the middle of a line here.
-        os.write(2, f"\n{number.name}: saving a checkpoint after this step; Ctrl-C ends at once\n".encode())
+        os.write(2, "\n".join(["", *wrap(text, terminal_width()), ""]).encode())
 
 
 WISHES = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")

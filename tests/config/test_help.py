@@ -12,7 +12,7 @@ from qlora.config.command_words import read_words
 from qlora.config.compose import compose
 from qlora.config.fields import config_keys, field_type
 from qlora.config.foreign_names import ORIGINAL_FLAGS
-from qlora.config.options import CONF_DIR, group_names
+from qlora.config.options import CONF_DIR, group_names, option_names
 from qlora.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -29,9 +29,15 @@ def test_the_page_names_every_group_and_every_option(capsys: pytest.CaptureFixtu
         assert {group, *(file.stem for file in (CONF_DIR / group).glob("*.yaml"))} <= set(names)
 
 
-@pytest.mark.parametrize("argv", [(), *[(group,) for group in group_names()]])
-def test_a_page_fits_100_columns(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
-    assert max(map(len, page(capsys, "--help", *argv).splitlines())) <= 100
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_page_fits_the_terminal_and_has_no_line_of_blanks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for argv in [(), *((name,) for name in (*group_names(), *option_names("task")))]:
+        text = page(capsys, "--help", *argv)
+        assert max(map(len, text.splitlines())) <= columns, argv
+        assert "\n\n\n" not in text, argv
 
 
 @pytest.mark.parametrize("group", group_names())

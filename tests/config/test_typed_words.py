@@ -281,16 +281,26 @@ REFUSED = {
     "eval RUN": "write qlora evaluate",
     "finetune": "write qlora train",
     "run": "write qlora train",
-    "tain": "did you mean train?",
-    "chat RUN OTHER": "it is written `qlora chat ADAPTER`",
-    "train rows.jsonl": "write data=rows.jsonl",
-    "rows.jsonl": "write data=rows.jsonl",
+    "tain": "did you mean train?); write qlora train",
+    "predct RUN": "there is no task 'predct' (did you mean predict?); write qlora predict",
+    "chat RUN OTHER": "chat does not take 'OTHER' as well: write `qlora chat ADAPTER`",
+    "train rows.jsonl": "there is no file rows.jsonl here; give your rows as data=FILE",
+    "rows.jsonl": "there is no file rows.jsonl here; give your rows as data=FILE",
+    "train nowhere/rows.jsonl": "there is no file nowhere/rows.jsonl: no folder nowhere; give your rows as data=FILE",
     "nf4": "write quantization=nf4",
     "doctor now": "see `qlora doctor --help`",
     "from=axolotl.yaml": "add task=migrate",
     # options, files, flags
     "model=llama-8b": "did you mean llama-7b?",
-    "model=gpt2": "give a hub id or a folder (./NAME)",
+    "model=gpt2": "for the model of that name on the hub write model.name=gpt2",
+    "plan gpt2": "write model.name=gpt2",
+    "--explain": "--explain takes a value: write --explain KEY, e.g. --explain lora.r",
+    "train --explain": "--explain takes a value: write --explain KEY",
+    "--cfg": "--cfg takes a value: write --cfg job",
+    "--cfg jbo": "choose from",
+    "-cd": "--config-dir takes a value: write --config-dir FOLDER",
+    "--package": "--package takes a value: write --package GROUP",
+    "--config": "--config takes a value: write --config FILE",
     "data=alpca": "did you mean alpaca?",
     "data=https://host/rows.jsonl": "give a file or a hub id",
     "--config config.yaml": "my_conf/experiment/config.yaml, then --config-dir my_conf experiment=config",
@@ -313,6 +323,19 @@ def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     assert REFUSED[command] in text
     assert len(text) < 193  # with `error: ` before it
     assert not nothing_starts
+
+
+def test_a_file_that_does_not_exist_is_answered_with_the_nearest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "chats.jsonl").touch()
+    for command in ("train my/chat.jsonl", "my/chat.jsonl"):
+        assert refusal(command) == (
+            "there is no file my/chat.jsonl here (did you mean my/chats.jsonl?); write data=my/chats.jsonl"
+        )
+    assert refusal("train my/chats.jsonl").endswith("; write data=my/chats.jsonl")
 
 
 RUNS = re.compile(r"(?:write|here|after the other:) (.*?)(?:, or |; | \(|$)")

@@ -93,11 +93,11 @@ def test_auto_says_what_it_decided_and_what_else_would_fit(caplog):
         "data.format=auto: input-output, by the columns text, input, output; text would fit too, set data.format to "
         "choose",
         "data.mix.mine.format=auto: alpaca, by the columns instruction, output, prompt",
-        "data.format=auto: text, by the columns text (trained as a whole; data.format=guanaco counts the loss on the "
+        "data.format=auto: text, by the column text (trained as a whole; data.format=guanaco counts the loss on the "
         "answers alone)",
         "data.format=auto: messages, by the columns messages, label (rows whose label is false are left out)",
         "data.format=auto: chosen, by the columns chosen, rejected",
-        "data.format=auto: human-bot, by the columns text (whose texts read '<human>: ... <bot>: ...'); text would fit "
+        "data.format=auto: human-bot, by the column text (whose texts read '<human>: ... <bot>: ...'); text would fit "
         "too, set data.format to choose",
     ]
 

@@ -50,7 +50,9 @@ def test_a_signal_saves_the_step_and_says_how_to_resume(
     command = shlex.join(["qlora", *QUICK, *ONLY, f"hydra.run.dir={tmp_path}"])
     checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
     assert str(stopped.value) == f"stopped by {number.name}: step 3 is saved in {checkpoint}; resume with\n  {command}"
-    assert f"{number.name}: saving a checkpoint after this step; Ctrl-C ends at once" in capfd.readouterr().err
+    said = "stopping after this step and saving; press Ctrl-C {}to stop at once without saving"
+    whole = said.format("again ") if number is signal.SIGINT else f"{number.name}: {said.format('')}"
+    assert f"\n{whole}\n" in capfd.readouterr().err
     assert saved(tmp_path) == ["checkpoint-3"]
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
@@ -142,7 +144,7 @@ def test_the_command_line_exits_with_75_and_names_the_command_to_resume(tmp_path
     [checkpoint] = saved(folder)
     step = checkpoint.partition("-")[2]
     said, command = errors.strip().splitlines()[-2:]
-    assert said == f"stopped by SIGUSR1: step {int(step):,} is saved in {folder}/checkpoints/{checkpoint}; resume with"
-    assert shlex.split(command) == ["qlora", *overrides]
+    assert said == f"stopped by SIGUSR1: step {int(step):,} is saved in its run/checkpoints/{checkpoint}; resume with"
+    assert shlex.split(command) == [sys.executable, "-m", "qlora", *overrides]
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     assert "Traceback" not in errors

@@ -10,6 +10,7 @@ from qlora.config.schema import Device, QuantizationConfig
 from qlora.errors import UserError
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import Placement, computes_bf16, find_device
+from qlora.text import plural
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="there is a GPU")
@@ -77,4 +78,4 @@ def test_matrix_products_run_in_the_compute_dtype(dtype: torch.dtype) -> None:
 
 def test_a_placement_reads_as_a_sentence() -> None:
     text = str(Placement(CPU, torch.bfloat16, torch.bfloat16))
-    assert text == f"CPU ({torch.get_num_threads()} threads), computing in bfloat16"
+    assert text == f"CPU ({plural(torch.get_num_threads(), 'thread')}), computing in bfloat16"

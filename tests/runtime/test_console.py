@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora.runtime import console
-from qlora.text import format_duration, format_metric, higher_is_better, prompt_core, shorten
+from qlora.text import format_duration, format_metric, higher_is_better, prompt_core, shorten, wrap_command
 
 LONG_PATH = "outputs/runs/" + "a-long-folder-name-" * 12 + "end"
 COMMAND = f"qlora lora.r=16 adapter={LONG_PATH} task=evaluate"
@@ -64,7 +65,7 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return Terminal()
 
 
-def test_paths_and_commands_stand_whole_on_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_and_commands_stand_whole_on_one_line_where_it_is_wide_enough(capsys: pytest.CaptureFixture[str]) -> None:
     print_everything()
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
@@ -78,8 +79,26 @@ def test_a_terminal_breaks_no_path_and_no_command(terminal: Terminal) -> None:
         print_everything()
     printed = terminal.getvalue()
     assert "\x1b[" in printed
-    assert COMMAND in printed
+    assert COMMAND in printed.replace(" \\\n    ", " ")
     assert printed.count(LONG_PATH) == 3
+
+
+def test_a_command_that_is_too_long_breaks_between_its_words_and_runs_when_it_is_copied() -> None:
+    command = shlex.join(["qlora", "chat", "outputs/runs/mine", "data.path='my rows.jsonl'", *["lora.r=16"] * 9])
+    lines = wrap_command(command, 40)
+    assert max(map(len, lines)) <= 46  # a word that is longer stands on a line of its own
+    assert all(line.endswith(" \\") for line in lines[:-1])
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_what_is_printed_fits_80_columns_where_no_terminal_is_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width)) if width != 80 else monkeypatch.delenv("COLUMNS")
+    console.say("many words " * 20)
+    console.say_rows([("a label of some length", "many words " * 20), ("b", "x")])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
 
 
 def test_long_values_wrap_under_their_column_on_a_terminal(terminal: Terminal) -> None:

@@ -14,6 +14,7 @@ import pytest
 from synthetic_runs import write_run, write_sweep
 
 from qlora.config.compose import compose
+from qlora.config.saved_config import dump_config
 from qlora.errors import UserError
 from qlora.sweep.leaderboard import build_leaderboard, fit, table, to_markdown
 from qlora.sweep.report_runs import collect, find_runs, report
@@ -258,10 +259,40 @@ def test_two_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert differing == [("<b>x</b>?", "y", "z", "z!"), ("again?", None, "no", "no!")]
     printed = capsys.readouterr().out
     assert "a beside b" in printed
-    assert "3 rows were answered by both, 1 of them alike" in printed
+    assert "both answered 3 rows, 1 of them alike" in printed
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Side by side" in page
     assert "<b>x</b>?" not in page.replace("&lt;b&gt;x&lt;/b&gt;?", "")
+
+
+def test_evaluations_stand_apart_and_an_unfinished_run_is_known_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "trained", ["lora.r=4"])
+    for task, loss in (("evaluate", 0.001), ("predict", 0.002)):
+        folder = tmp_path / task
+        folder.mkdir()
+        overrides = [f"task={task}", f"adapter={tmp_path}/trained/adapter"]
+        (folder / "config.yaml").write_text(dump_config(compose(overrides)))
+        result = {"objective": loss, "metrics": {"eval_loss": loss, "base_eval_loss": 3.0}, "task": task}
+        (folder / f"{task}.json").write_text(json.dumps(result))
+        status = {"status": "finished", "overrides": overrides, "result": f"{task}.json"}
+        (folder / "status.json").write_text(json.dumps(status))
+    write_run(tmp_path / "stopped", [f"data.path={'x' * 300}"], status="interrupted")
+    result = report(compose(["task=report", f"runs={tmp_path}"]), tmp_path / "report")
+    printed = capsys.readouterr().out
+    ranked, _, apart = printed.partition("Evaluations and predictions\n")
+    assert [line.split()[:2] for line in ranked.splitlines() if line[:1].isdigit()] == [["1", "trained"]]
+    assert "  stopped: interrupted" in ranked.splitlines()
+    assert [line.split()[:4] for line in apart.splitlines()[1:3]] == [
+        ["evaluate", "evaluate", "trained", "0.001"],
+        ["predict", "predict", "trained", "0.002"],
+    ]
+    assert "null" not in printed
+    assert result.metrics == {"report_runs": 4, "report_finished": 3}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("not ranked") == 1
+    assert "| evaluate | evaluate | trained | 0.001 |" in (tmp_path / "report" / "leaderboard.md").read_text()
 
 
 def test_three_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_what_rows_lose_is_shown_of_held_out_rows_too(preview_run: Callable[...,
     assert summary["rows"] == (
         f"{report.train_rows} to train, {report.eval_rows} held out (8, but {report.eval_lost_rows} are dropped)"
     )
-    assert f"{report.too_long_rows} too long, {report.empty_rows} with empty answers" in summary["dropped"]
+    assert f"{report.too_long_rows} rows too long, {report.empty_rows} rows with empty answers" in summary["dropped"]
     assert summary["not read"] == "id"
     assert "5 answers are empty and are not trained (data.on_empty=drop)" in preview.warnings
 

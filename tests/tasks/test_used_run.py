@@ -86,7 +86,7 @@ def test_questions_without_answers_are_answered_and_nothing_is_measured(
     assert row["prediction"]
     assert not [name for name in result["metrics"] if name.startswith("eval_")]
     printed = capsys.readouterr().out
-    assert "1 of 1 rows hold no answer to compare with: nothing is measured" in printed
+    assert "1 of 1 row holds no answer to compare with: nothing is measured" in printed
     assert "expected" not in printed
 
 
@@ -97,7 +97,8 @@ def test_rows_with_answers_are_measured_beside_questions(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(tmp_path / "answers", "task=predict", f"adapter={trained}", f"data.eval_path={tmp_path}/rows.jsonl")
     assert result["metrics"]["eval_exact_match"] in (0.0, 1.0)
-    assert "1 of 2 rows hold no answer to compare with: the metrics are those of the other 1" in capsys.readouterr().out
+    said = "1 of 2 rows holds no answer to compare with: the metrics are those of the other 1"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["chat", "evaluate", "predict", "merge"])
@@ -112,13 +113,13 @@ def test_without_an_adapter_the_newest_finished_run_is_offered(trained: Path, ta
         run(runs / "time", f"task={task}")
     base = "" if task == "merge" else ", or adapter=none for the untuned base"
     assert str(error.value) == (
-        f"adapter is not set; the newest finished run is {runs}/new: add adapter={runs}/new{base}"
+        f"adapter is not set; the newest finished run is {runs}/new: write qlora {task} {runs}/new{base}"
     )
 
 
 def test_where_no_run_has_finished_an_adapter_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^adapter is not set; give adapter=FOLDER of an adapter or of a finished run"):
+    with pytest.raises(UserError, match=r"^adapter is not set; write qlora evaluate FOLDER with that of an adapter"):
         run(tmp_path / "runs" / "time", "task=evaluate")
 
 
@@ -163,10 +164,11 @@ def test_what_comes_next_is_one_short_line_a_task(trained: Path, monkeypatch: py
     monkeypatch.chdir(trained.parent.parent)
     overrides = [*TRAINED, "trusted=[mine]", "name=mine", "data=local"]
     assert next_commands("train", None, trained, overrides) == [
-        f"qlora task={task} adapter=runs/mine 'trusted=[mine]'" for task in ("evaluate", "predict", "chat")
+        *(f"qlora {task} runs/mine 'trusted=[mine]'" for task in ("chat", "evaluate", "merge")),
+        "qlora board",
     ]
     assert next_commands("evaluate", str(trained), Path("out"), []) == [
-        f"qlora task={task} adapter=runs/mine" for task in ("predict", "chat")
+        f"qlora {task} runs/mine" for task in ("chat", "predict", "merge")
     ]
 
 
@@ -176,4 +178,4 @@ def test_an_adapter_without_its_run_is_used_with_the_base_and_the_options_of_the
     [chat] = [line for line in next_commands("evaluate", str(tmp_path / "plain"), tmp_path, args,
                                              options=["--config-dir", "my conf"]) if "chat" in line]  # fmt: skip
     adapter = tmp_path / "plain"
-    assert chat == f"qlora task=chat adapter={adapter} model=mine quantization=none --config-dir 'my conf'"
+    assert chat == f"qlora chat {adapter} model=mine quantization=none --config-dir 'my conf'"

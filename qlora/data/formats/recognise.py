@@ -94,7 +94,7 @@ def choose_format(
     rows = _Rows(columns, sample, setting, f"{key} has", name)
     if name == "auto":
         choice = recognise(rows)
-        log.info("%s=auto: %s, by %s", setting, choice.name, choice.why)
+        log.info("%s=auto: %s, by the %s", setting, choice.name, choice.why)
     elif (function := name if FUNCTION_PATH.fullmatch(name) else installed_format(name)) is not None:
         choice = _choose_own(function, rows._replace(chosen=function))
         log.info("%s=%s: %s", setting, name, choice.why)
@@ -113,6 +113,10 @@ def choose_format(
     return choice
 
 
+def _columns(rows: _Rows) -> str:
+    return f"column{'' if len(rows.columns) == 1 else 's'} {rows.listed}"
+
+
 def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
     fitting = [name for name in FORMATS if name not in BY_NAME and _fits(name, rows)]
@@ -129,7 +133,7 @@ def recognise(rows: _Rows) -> Choice:
             f"little without {left[0]}. Write them into the question with a function of your own "
             f"({rows.setting}=module:function){way_out}"
         )
-    return Choice(name, f"the columns {rows.listed}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
+    return Choice(name, f"{_columns(rows)}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
 
 
 def _is_prompt_only(name: str, rows: _Rows) -> bool:
@@ -342,7 +346,7 @@ def _choose_own(path: str, rows: _Rows) -> Choice:
         return Choice(path, why, _own_format(path, rows.setting, None))
     columns = list(dict.fromkeys(column for row in mapped for column in row))
     inner = recognise(_Rows(columns, mapped, rows.setting, f"{path} returns", path))
-    why = f"its rows are read as {inner.name}, by {inner.why}"
+    why = f"its rows are read as {inner.name}, by the {inner.why}"
     return Choice(path, why, _own_format(path, rows.setting, inner.format.render))
 
 

@@ -39,6 +39,7 @@ from qlora.data.ingest.row_size import MAX_ROW_BYTES, check_table
 from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
 from qlora.text import listed
 from qlora.upstream.datasets import is_packaged_reader
+from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def load_hub(
     Where it is not available, raises a `UserError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
     _check_hub_name(path, data_files, failure, key)
+    read_cache_without_network()
     try:
         with no_progress_bars():
             if isinstance(split, str):
@@ -195,8 +197,8 @@ def _diagnose(error: BaseException, key: str) -> tuple[type[UserError], str]:
         return DataError, f"no such data set: check the name; if it is private, {login}"
     if any(isinstance(link, (OfflineModeIsEnabled, ConnectionError)) for link in chain):
         return ResourceError, (
-            f"no network: {said}; what was downloaded before can be used offline; a gated set needs a login too, "
-            "`hf auth login`"
+            f"{why_offline() or f'no network: {said}'}; what was downloaded before can be used offline; a gated set "
+            "needs a login too, `hf auth login`"
         )
     choice = "check the name and data.subset, data.split, data.data_files; " if key.startswith("data.") else ""
     return DataError, f"{said}; {choice}for a gated set {login}"

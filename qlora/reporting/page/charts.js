@@ -10,7 +10,7 @@ const charts = (() => {
     return getComputedStyle(probe).color;
   };
   const channels = (name) => css(name).match(/[\d.]+/g).slice(0, 3).map(Number);
-  const between = (a, b, share) => `rgb(${a.map((from, place) => Math.round(from + (b[place] - from) * share))})`;
+  const between = (a, b, share) => `rgb(${a.map((from, index) => Math.round(from + (b[index] - from) * share))})`;
   const ranked = (share) => {
     const [best, middle, worst] = ["rank-best", "rank-middle", "rank-worst"].map(channels);
     return share < 0.5 ? between(best, middle, 2 * share) : between(middle, worst, 2 * share - 1);
@@ -53,7 +53,7 @@ const charts = (() => {
   };
 
   /** Draws a chart of curves: `groups` is the legend, `hidden` the entries that are off, `choice` what a person set. */
-  const curves = (place, spec, { groups, hidden, choice }) => {
+  const curves = (element, spec, { groups, hidden, choice }) => {
     const lines = spec.lines.filter((line) => !hidden.has(line.group));
     const few = lines.length <= 12; // more are no longer told apart, nor read one by one
     const traces = lines.flatMap((line) => {
@@ -79,7 +79,7 @@ const charts = (() => {
     const y = { type: choice.log && spec.logarithmic ? "log" : "linear", tickformat: spec.format, nticks: 7,
       rangemode: spec.fromZero ? "tozero" : "normal", exponentformat: "e" };
     traces.reverse(); // the best on top
-    return Plotly.react(place, traces, layout(x, y, { hovermode: lines.length <= 6 ? "x unified" : "closest" }), zooming);
+    return Plotly.react(element, traces, layout(x, y, { hovermode: lines.length <= 6 ? "x unified" : "closest" }), zooming);
   };
 
   return { css, channels, groupColor, plain, shorten, config, zooming, axis, layout, smooth, curves };

@@ -10,10 +10,10 @@
 
   // Curves
 
-  const hidden = new Set(page.groups.flatMap((group, place) => (group.shown ? [] : [place])));
+  const hidden = new Set(page.groups.flatMap((group, index) => (group.shown ? [] : [index])));
   const choice = { smoothing: page.smoothing, x: "step", log: false };
 
-  const drawCurves = (place, spec) => charts.curves(place, spec, { groups: page.groups, hidden, choice });
+  const drawCurves = (element, spec) => charts.curves(element, spec, { groups: page.groups, hidden, choice });
 
   // Parameters
 
@@ -29,15 +29,15 @@
   /** Means over the runs that share a value, where several do. */
   const means = (spec, y) => {
     const found = new Map();
-    spec.values.forEach((value, place) => {
-      if (value !== null) found.set(value, [...(found.get(value) ?? []), y[place]]);
+    spec.values.forEach((value, index) => {
+      if (value !== null) found.set(value, [...(found.get(value) ?? []), y[index]]);
     });
     if (![...found.values()].some((list) => list.length > 1)) return [[], []];
     const order = known(spec);
     return [order, order.map((key) => found.get(key).reduce((a, b) => a + b, 0) / found.get(key).length)];
   };
 
-  const drawScatter = (place, spec) => {
+  const drawScatter = (element, spec) => {
     const { objective, labels, groups } = page.points;
     const [meanX, meanY] = means(spec, objective);
     const points = {
@@ -53,10 +53,10 @@
       : { type: "category", categoryorder: "array", categoryarray: known(spec), tickvals: known(spec),
           ticktext: known(spec).map((value) => plain(shorten(value, 16))) };
     const y = { title: { text: plain(page.objective), standoff: 8, font: { size: 12, color: css("soft") } }, nticks: 6 };
-    return Plotly.react(place, [line, points], layout(x, y, { hovermode: "closest" }), zooming);
+    return Plotly.react(element, [line, points], layout(x, y, { hovermode: "closest" }), zooming);
   };
 
-  const drawFront = (place, spec) => {
+  const drawFront = (element, spec) => {
     const { x, y, labels, groups, front, stairs } = spec;
     const chosen = [...front.keys()].filter((nth) => front[nth]).sort((a, b) => x.values[a] - x.values[b]);
     const points = {
@@ -71,10 +71,10 @@
     };
     const named = ({ title, unit }) => ({ nticks: 6,
       title: { text: plain(unit ? `${title} (${unit})` : title), standoff: 8, font: { size: 12, color: css("soft") } } });
-    return Plotly.react(place, stairs ? [line, points] : [points], layout(named(x), named(y), { hovermode: "closest" }), zooming);
+    return Plotly.react(element, stairs ? [line, points] : [points], layout(named(x), named(y), { hovermode: "closest" }), zooming);
   };
 
-  const drawImportance = (place, spec) => {
+  const drawImportance = (element, spec) => {
     const names = spec.names.map(plain);
     const bars = {
       type: "bar", orientation: "h", x: spec.values, y: names, marker: { color: css("hue-0") }, cliponaxis: false,
@@ -83,10 +83,10 @@
     };
     const y = { autorange: "reversed", tickvals: names, ticktext: spec.names.map((name) => plain(shorten(name, 26))) };
     const x = { tickformat: ".0%", nticks: 4, range: [0, Math.min(1.12, 1.2 * Math.max(...spec.values, 0.05))] };
-    return Plotly.react(place, [bars], layout(x, { ...y, gridcolor: css("card") }, { bargap: 0.45 }), config());
+    return Plotly.react(element, [bars], layout(x, { ...y, gridcolor: css("card") }, { bargap: 0.45 }), config());
   };
 
-  const drawParallel = (place, spec) => {
+  const drawParallel = (element, spec) => {
     const dimension = (spec) => {
       const title = spec.title.length > 18 ? spec.title.split(".").pop() : spec.title;
       const names = known(spec);
@@ -95,7 +95,7 @@
       const room = (high - low || 1) / 6;
       const between = [1, 2, 3].map((step) => low + (high - low) * step / 4);
       const middle = !spec.numeric || (spec.key && names.length <= 8) ? names.slice(1, -1)
-        : between.map((place) => Number((spec.log ? 10 ** place : place).toPrecision(2)));
+        : between.map((tick) => Number((spec.log ? 10 ** tick : tick).toPrecision(2)));
       const shown = [...new Set([names[0], ...middle, names.at(-1)])];
       const lacking = spec.values.includes(null);
       return {
@@ -113,21 +113,21 @@
       type: "parcoords", dimensions: spec.dimensions.map(dimension), labelfont: { size: 12, color: css("ink") },
       tickfont: { size: 11, color: css("soft") }, rangefont: { size: 1, color: "rgba(0,0,0,0)" },
       line: { color: objective.map((value) => sign * value),
-        colorscale: ["rank-best", "rank-middle", "rank-worst"].map((name, place) => [place / 2, css(name)]) },
+        colorscale: ["rank-best", "rank-middle", "rank-worst"].map((name, index) => [index / 2, css(name)]) },
       unselected: { line: { color: css("soft"), opacity: 0.15 } },
     };
-    return Plotly.react(place, [trace], layout({}, {}, { margin: { l: 70, r: 70, t: 46, b: 22 } }), config());
+    return Plotly.react(element, [trace], layout({}, {}, { margin: { l: 70, r: 70, t: 46, b: 22 } }), config());
   };
 
   const kinds = { curves: drawCurves, fronts: drawFront, scatters: drawScatter, importance: drawImportance,
     parallel: drawParallel };
-  const places = all(".chart");
-  const drawOne = (place) => {
-    const { kind, index } = place.dataset;
-    place.classList.remove("wait");
-    return kinds[kind](place, page[kind][index]);
+  const elements = all(".chart");
+  const drawOne = (element) => {
+    const { kind, index } = element.dataset;
+    element.classList.remove("wait");
+    return kinds[kind](element, page[kind][index]);
   };
-  const draw = (kind) => window.Plotly && places.filter((place) => !kind || place.dataset.kind === kind).forEach(drawOne);
+  const draw = (kind) => window.Plotly && elements.filter((element) => !kind || element.dataset.kind === kind).forEach(drawOne);
 
   /** Runs the plotting library, which the page holds packed: it is a third of the size. */
   const load = async () => {
@@ -142,16 +142,16 @@
 
   const legend = all(".legend button");
   const showGroups = () => {
-    legend.forEach((button, place) => button.setAttribute("aria-pressed", String(!hidden.has(place))));
+    legend.forEach((button, index) => button.setAttribute("aria-pressed", String(!hidden.has(index))));
     draw("curves");
   };
-  legend.forEach((button, place) => button.addEventListener("click", () => {
-    if (!hidden.delete(place)) hidden.add(place);
+  legend.forEach((button, index) => button.addEventListener("click", () => {
+    if (!hidden.delete(index)) hidden.add(index);
     showGroups();
   }));
-  const sets = { all: () => true, none: () => false, best: (place) => place < 5 };
+  const sets = { all: () => true, none: () => false, best: (index) => index < 5 };
   for (const button of all("[data-show]")) button.addEventListener("click", () => {
-    page.groups.forEach((_, place) => (sets[button.dataset.show](place) ? hidden.delete(place) : hidden.add(place)));
+    page.groups.forEach((_, index) => (sets[button.dataset.show](index) ? hidden.delete(index) : hidden.add(index)));
     showGroups();
   });
   const listen = (id, event, action) => document.getElementById(id)?.addEventListener(event, action);
@@ -234,8 +234,8 @@
     } catch { /* no storage */ }
     if (!kept || Date.now() - kept.at > 60_000) return;
     if (kept.theme) root.dataset.theme = kept.theme;
-    if (kept.hidden.every((place) => place < page.groups.length)) kept.hidden.forEach((place) => hidden.add(place));
-    const set = (list, values, put) => list.length === values.length && list.forEach((item, place) => put(item, values[place]));
+    if (kept.hidden.every((index) => index < page.groups.length)) kept.hidden.forEach((index) => hidden.add(index));
+    const set = (list, values, put) => list.length === values.length && list.forEach((item, index) => put(item, values[index]));
     set(all("details"), kept.open, (part, open) => (part.open = open));
     set(all("input, select"), kept.fields, (field, value) => {
       const name = field.type === "checkbox" ? "checked" : "value";
@@ -267,10 +267,10 @@
   (async () => {
     recall();
     if (page.live) follow(page.live);
-    if (places.length) await load();
-    for (const place of places) {
+    if (elements.length) await load();
+    for (const element of elements) {
       await new Promise(requestAnimationFrame); // the page can be read and scrolled between two charts
-      await drawOne(place);
+      await drawOne(element);
     }
   })();
 })();

@@ -42,7 +42,7 @@ class _Pen:
         return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if self.color and text and style else text
 
 
-def to_text(preview: Preview, *, ids: bool, color: bool, width: int = 100) -> str:
+def to_text(preview: Preview, *, ids: bool, color: bool, width: int = 80) -> str:
     """Returns the preview as lines for a terminal of `width` columns, without a line feed at the end.
 
     Trained tokens stand on a background; without `color`, between ⟦ and ⟧. No control character of the data is
