@@ -7,12 +7,19 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3MoeConfig
+from transformers import PreTrainedModel, Qwen3MoeConfig, core_model_loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, log_conversion_errors
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qlora.upstream import torch_experts
+from qlora.quantization.bnb4.loading import ExpertsIn4Bits
+from qlora.upstream import torch_experts, transformers_models, transformers_quantizer
 from qlora.upstream.transformers_experts import (
     experts_implementation,
     gate_is_interleaved,
@@ -21,6 +28,7 @@ from qlora.upstream.transformers_experts import (
     register_experts,
     set_experts_implementation,
 )
+from qlora.upstream.transformers_quantizer import merges_matrices
 from tests.models.bases import build
 
 
@@ -83,3 +91,43 @@ def test_grouped_matmuls_take_what_they_are_said_to_take(dtype: torch.dtype) -> 
 
 def test_a_module_without_experts_is_none() -> None:
     assert not is_experts(nn.Linear(2, 2))
+
+
+def test_the_loader_asks_a_quantizer_for_experts_and_hands_converters_what_the_files_hold() -> None:
+    for function, names in (
+        (HfQuantizer.param_needs_quantization, ["self", "model", "param_name", "kwargs"]),
+        (Bnb4BitHfQuantizer.get_quantize_ops, ["self"]),
+        (
+            WeightConverter.convert,
+            ["self", "layer_name", "model", "config", "hf_quantizer", "loading_info"],
+        ),
+        (log_conversion_errors, ["first_target_key", "loading_info", "extras", "op"]),
+        (get_module_from_name, ["module", "tensor_name"]),
+    ):
+        assert list(inspect.signature(function).parameters) == names
+    assert AUTO_QUANTIZER_MAPPING[transformers_quantizer.NAME] is Bnb4BitHfQuantizer
+    assert {"weight", *(f"weight.{name}" for name in transformers_quantizer.STATISTICS)} == set(
+        Bnb4BitHfQuantizer.serialized_names["weight"]
+    )
+    loader = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "deepcopy(pattern_to_converter[source_pattern])" in loader
+    assert 'getattr(op, "hf_quantizer", None)' in inspect.getsource(HfQuantizer.get_new_dtype)
+
+
+def test_most_mixtures_are_merged_in_one_way(model: PreTrainedModel) -> None:
+    merges = [transform for transform in get_model_conversion_mapping(model) if merges_matrices(transform)]
+    assert [transform.target_patterns for transform in merges] == [
+        ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.down_proj"],
+    ]
+    names = transformers_models.TensorNames(model)
+    matrix = names.find_matrix("model.layers.1.mlp.experts.3.up_proj.weight")
+    assert matrix == transformers_models.SavedMatrix("model.layers.1.mlp.experts.gate_up_proj", 1, 2, 3)
+    assert names.find_matrix("model.layers.1.self_attn.q_proj.weight") is None
+
+
+def test_the_quantizer_is_ours_inside_the_block_alone() -> None:
+    loading: transformers_quantizer.ExpertsLoading = ExpertsIn4Bits("nf4", True, True)
+    with transformers_quantizer.quantizing_experts(loading):
+        assert AUTO_QUANTIZER_MAPPING[transformers_quantizer.NAME] is not Bnb4BitHfQuantizer
+    assert AUTO_QUANTIZER_MAPPING[transformers_quantizer.NAME] is Bnb4BitHfQuantizer
