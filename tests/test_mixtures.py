@@ -43,12 +43,15 @@ def test_the_manifest_says_what_is_in_4_bits(trained: Path) -> None:
     assert model["base"] == "nf4 + double quantization; 0.4 % of the decoder's weights are in bfloat16 (router)"
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_adapter(trained: Path, base: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_ends_with_the_same_adapter(
+    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cut = shutil.copytree(trained, tmp_path / "cut")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     shutil.rmtree(cut / "adapter")
     (cut / "result.json").unlink()
     run(cut, base)
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
     assert adapter_digest(cut / "adapter") == adapter_digest(trained / "adapter")
 
 
