@@ -179,8 +179,7 @@ class QuantizedExperts(nn.Module):
             return self._dequantize(packed, absmax, (len(packed) * unit.rows, unit.columns), dtype).view(
                 len(packed), unit.rows, unit.columns
             )
-        matrices = zip(packed, absmax, strict=True)
-        return torch.stack([self._dequantize(*matrix, (unit.rows, unit.columns), dtype) for matrix in matrices])
+        return _look_up(packed, absmax, self.codebook, (unit.rows, unit.columns)).to(dtype)
 
     def absmax(self, unit: QuantizedUnit, experts: Tensor | None = None) -> Tensor:
         """Returns the absmax of the blocks of all experts, or of those given, float32 [experts, blocks]."""
@@ -204,9 +203,22 @@ class QuantizedExperts(nn.Module):
         )
         return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
 
-    def rounding(self) -> Rounding:
+    def rounding(self) -> Callable[[Tensor], Tensor]:
         """Returns how the weight of a unit is rounded, to the bit."""
-        return Rounding(self.quant_type, self.double_quant, BLOCK)
+        quant_type, double_quant = self.quant_type, self.double_quant
+
+        def round_to_4_bits(weight: Tensor) -> Tensor:
+            rounding = Rounding(quant_type, double_quant, BLOCK)
+            if weight.shape[1] % BLOCK == 0:
+                return rounding(weight)
+            packed, state = rounding.quantize(weight)
+            absmax = (
+                bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+            )
+            shape = (weight.shape[0], weight.shape[1])
+            return _look_up(packed.view(1, -1), absmax[None], state.code, shape)[0].to(weight.dtype)
+
+        return round_to_4_bits
 
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""
@@ -222,6 +234,16 @@ class QuantizedExperts(nn.Module):
     def nbytes(self) -> int:
         """Returns the bytes of all tensors."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def _look_up(packed: Tensor, absmax: Tensor, codebook: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns matrices in float32, [experts, out, in].
+
+    bitsandbytes decodes matrices wrongly on a CPU whose columns are no multiple of a block (0.50).
+    """
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten(1)[:, : shape[0] * shape[1]]
+    scales = absmax.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
+    return (codebook[codes.int()] * scales).view(len(packed), *shape)
 
 
 def put_placeholder(experts: nn.Module, projection: str, dtype: torch.dtype, store: QuantizedExperts) -> Placeholder:
