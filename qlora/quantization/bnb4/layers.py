@@ -42,13 +42,16 @@ class Rounding:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Returns the weight [out, in] that the layer computes with, to the bit."""
-        packed, state = bnb.quantize_4bit(
+        return bnb.dequantize_4bit(*self.quantize(weight))
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, bnb.QuantState]:
+        """Returns the packed weight [out, in] and how it is decoded."""
+        return bnb.quantize_4bit(
             weight.contiguous(),
             blocksize=self.blocksize,
             compress_statistics=self.double_quant,
             quant_type=self.quant_type,
         )
-        return bnb.dequantize_4bit(packed, state)
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
