@@ -80,6 +80,22 @@ def test_plain_peft_loads_a_trained_adapter_to_equal_logits(
         torch.testing.assert_close(logits(again), untuned, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+def test_an_adapter_on_4_bit_experts_trains_and_loads_again(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    overrides = ["quantization=nf4", "quantization.compute_dtype=fp32", "lora.dropout=0.1"]
+    base = load(folders[kind], *overrides)
+    model = adapters.add_lora(choose(folders[kind], *overrides).lora, base, tensors=list, new_token_ids=[], batches=[])
+    untuned = logits(model)
+    train(model)
+    folder, expected = save(model, tmp_path / "adapter"), logits(model)
+    assert (expected - untuned).abs().max() > 0.01
+    again = adapters.load_adapter(load(folders[kind], *overrides), folder, "base")
+    assert torch.equal(logits(again), expected)
+    assert adapters.count_parameters(again).base == adapters.count_parameters(load(folders[kind], PLAIN[0])).base
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_the_initial_values_are_those_that_plain_peft_draws(folders: dict[str, Path], kind: str, init: str) -> None:
