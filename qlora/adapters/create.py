@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.experts import attach_experts, set_dropout
 from qlora.adapters.loftq import correct_quantization, original_weights
+from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import find_targets, last_name, move_taken
 from qlora.config.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 from qlora.errors import ConfigError
@@ -93,6 +94,8 @@ def add_lora(
         keep_biases(adapted, biases)
     store_in(config.dtype, adapted)
     complete_adapter(adapted, config.dropout)
+    if config.per_expert:
+        check_per_expert(adapted)
     return adapted
 
 

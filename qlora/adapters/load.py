@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.create import complete_adapter, store_in
+from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import return_taken
 from qlora.config.schema import LoraConfig
 from qlora.errors import DataError
@@ -34,6 +35,8 @@ def continue_adapter(config: LoraConfig, model: PreTrainedModel, folder: Path, b
     """Loads a saved adapter onto its base to train it further, with the dropout and the dtype of `config`."""
     adapted = load_adapter(model, folder, base_name, key="lora.start", dropout=config.dropout)
     store_in(config.dtype, adapted)
+    if config.per_expert:
+        check_per_expert(adapted)
     return adapted
 
 

@@ -156,6 +156,18 @@ class Placeholder(nn.Parameter):
         number = self.detach().as_strided((), ()).to(*args, **kwargs)
         return Placeholder.of(self.shape, number.dtype, number.device, self.data_type)
 
+    def float(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns a placeholder in float32."""
+        return self.to(torch.float32)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns a placeholder on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Returns a placeholder on a GPU."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Placeholder:
         """Returns a placeholder, too."""
         return Placeholder.of(self.shape, self.dtype, self.device, self.data_type)

@@ -28,6 +28,7 @@ from qlora.quantization.method import (
     set_method,
 )
 from qlora.runtime.device import Placement
+from qlora.text import format_bytes
 
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
@@ -230,7 +231,9 @@ def build_empty(
     """Returns a model without storage, with the layers that transformers quantizes in place."""
     with torch.device("meta"):
         config = copy.deepcopy(model_config)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=placement.param_dtype, trust_remote_code=trust_remote_code
+        )
     description = method.library_config(quantization, placement)
     assert description is not None, "only a base that transformers quantizes is built"
     AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
@@ -273,7 +276,7 @@ def _why_unquantized(model: PreTrainedModel, decoder: Decoder, method: Quantizat
     reason = f"{method.package or method.name} quantizes linear layers alone"
     if not full:
         return f"{reason}; use quantization=none (16 bits), or a base without such weights"
-    in_full = f"quantization.experts=none, which keeps experts in 16 bits ({_gigabytes(full)})"
+    in_full = f"quantization.experts=none, which keeps experts in 16 bits ({_size(full)})"
     if unsupported := method.experts_unsupported_reason():
         return f"{unsupported}; use quantization=nf4, or {in_full}"
     classes = sorted({type(model.get_submodule(matrix.name.rpartition(".")[0])).__name__ for matrix in full})
@@ -288,8 +291,8 @@ def describe_full_experts(model: PreTrainedModel) -> str | None:
         return None
     dtype = str(full[0].dtype).removeprefix("torch.")
     fraction = _percent(decoder.unquantized[EXPERTS])
-    return f"{fraction} of the decoder's weights are experts in {dtype}, {_gigabytes(full)}"
+    return f"{fraction} of the decoder's weights are experts in {dtype}, {_size(full)}"
 
 
-def _gigabytes(matrices: list[Matrix]) -> str:
-    return f"{sum(matrix.count * matrix.dtype.itemsize for matrix in matrices) / 1e9:.1f} GB"
+def _size(matrices: list[Matrix]) -> str:
+    return format_bytes(sum(matrix.count * matrix.dtype.itemsize for matrix in matrices))

@@ -475,3 +475,5 @@ def save_trained(session: Session, model: PreTrainedModel | PeftModel) -> None:
     adapters.save_adapter(
         model, session.folder.adapter, tokenizer=session.tokenizer, initial=initial, base=session.base
     )
+    if session.config.lora.per_expert:
+        adapters.save_per_expert(model, session.folder.adapter, session.folder.adapter_per_expert)

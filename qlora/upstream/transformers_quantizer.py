@@ -82,8 +82,8 @@ class _ExpertsQuantizer(Bnb4BitHfQuantizer):
         self._loading = loading
         self._projections: frozenset[str] = frozenset()
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, **kwargs)
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
         skipped = getattr(self.quantization_config, "llm_int8_skip_modules", None) or []
         names = self._loading.projections(model)
         self._projections = frozenset(name for name in names if not any(f".{part}." in f".{name}." for part in skipped))

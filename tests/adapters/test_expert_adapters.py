@@ -12,11 +12,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import adapters
 from qlora.adapters.experts import expert_wrappers
+from qlora.adapters.per_expert import unit_names
 from qlora.adapters.targets import find_targets
 from qlora.errors import UserError
 from qlora.models.decoder import read_decoder
@@ -215,6 +216,64 @@ def test_a_router_is_adapted_if_asked_for_and_plain_peft_loads_it(
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, folder)), expected, rtol=1e-5, atol=1e-5)
     again = adapters.load_adapter(load(folders[kind], "quantization=fp32"), folder, "base")
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+
+
+class Expert(nn.Module):
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        for name, weight in {"gate_proj": gate, "up_proj": up, "down_proj": down}.items():
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight.data = weight.clone()
+            self.add_module(name, linear)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+class Apart(nn.ModuleList):
+    """Experts as transformers 4 kept them, each a module of linear layers."""
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        outputs = torch.stack([expert(hidden) for expert in self], 1)
+        share = torch.zeros(len(hidden), len(self)).scatter(1, chosen, weights)
+        return (outputs * share[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_plain_peft_loads_the_names_of_each_expert_onto_linear_layers(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    model = attach(folders[kind], *PLAIN, "lora.per_expert=true")
+    train(model)
+    adapters.save_per_expert(model, save(model, tmp_path / "adapter"), tmp_path / "names")
+    expected = logits(model)
+    plain = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32)
+    for name, experts in find_experts(plain).items():
+        size = experts.gate_up_proj.shape[1] // 2
+        parts = zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True)
+        apart = Apart([Expert(first[:size], first[size:], down) for first, down in parts])
+        plain.set_submodule(name, apart)
+    plain.config.model_type = "apart"  # PEFT takes the names for those of one tensor where it knows the architecture
+    again = PeftModel.from_pretrained(plain, tmp_path / "names")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    gate, up = (f"base_model.model.model.layers.1.mlp.experts.3.{part}_proj" for part in ("gate", "up"))
+    tensors = load_file(tmp_path / "names" / "adapter_model.safetensors")
+    assert torch.equal(tensors[f"{gate}.lora_A.weight"], tensors[f"{up}.lora_A.weight"])
+    assert not torch.equal(tensors[f"{gate}.lora_B.weight"], tensors[f"{up}.lora_B.weight"])
+
+
+def test_the_names_of_each_expert_are_those_of_the_base_s_files(folders: dict[str, Path]) -> None:
+    base = load(folders["mixtral"], "quantization=fp32")
+    assert unit_names(base, "model.layers.0.mlp.experts.gate_up_proj") == [
+        "model.layers.0.block_sparse_moe.experts.*.w1.weight", "model.layers.0.block_sparse_moe.experts.*.w3.weight"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"lora.per_expert=true: the files of a gpt_oss have no names for each expert"):
+        attach(folders["gpt_oss"], *PLAIN, "lora.per_expert=true")
+    with pytest.raises(
+        UserError, match=r"lora.per_expert=true names the adapters of routed experts, and this run puts"
+    ):
+        attach(folders["llama"], *PLAIN, "lora.per_expert=true")
 
 
 REFUSED = [

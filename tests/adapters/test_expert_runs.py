@@ -51,6 +51,15 @@ def test_screen_manifest_and_card_name_rank_and_count_of_what_is_trained_on_expe
     assert f"| LoRA on routed experts | {told} |" in (calm / "README.md").read_text()
 
 
+def test_the_load_of_experts_and_the_loss_of_routers_are_logged(calm: Path) -> None:
+    logged = [entry for entry in json.loads((calm / "history.json").read_text()) if "loss" in entry]
+    assert logged
+    for entry in logged:
+        assert 0 <= entry["expert_idle_share"] < 1
+        assert 0 < entry["expert_tokens_mean"] < entry["expert_tokens_max"]
+        assert entry["router_aux_loss"] > 1
+
+
 def test_a_run_that_was_cut_off_ends_with_the_bits_of_an_undisturbed_one(
     calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:

@@ -21,6 +21,7 @@ from qlora.quantization.placement import find_placement
 from qlora.runtime.device import find_device
 from tests.models.bases import choose, load, write
 
+BF16 = "quantization.compute_dtype=bf16"
 IDS = torch.arange(100, 132)[None]
 
 
@@ -152,12 +153,20 @@ def test_layers_whose_weight_a_kernel_reads_are_left_out_of_all_linear(folders: 
     assert "out_proj (" in told
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("kind", "overrides", "reason"),
+    [
+        ("mixtral", ["quantization=int8"], "bitsandbytes has 8-bit products for linear layers alone; use "
+         "quantization=nf4, or quantization.experts=none, which keeps experts in 16 bits (0.4 MB)"),
+        ("llama4_text", [], "the class of its experts, Llama4TextExperts, computes them in a way of its own; use "
+         "quantization.experts=none, which keeps experts in 16 bits (0.2 MB)"),
+    ],
+    ids=["int8", "llama4"],
+)  # fmt: skip
 def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
-    folders: dict[str, Path], kind: str, quantization: str
+    folders: dict[str, Path], kind: str, overrides: list[str], reason: str
 ) -> None:
-    config = choose(folders[kind], f"quantization={quantization}")
+    config = choose(folders[kind], *overrides, BF16)
     placement = find_placement(config.quantization, find_device(config.device))
     shape = load_model_config(config.model)
     with pytest.raises(UserError) as error:
@@ -165,16 +174,27 @@ def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
     name = re.escape(str(folders[kind]))
     assert re.fullmatch(
         rf"quantization.bits={config.quantization.bits}: of model.name={name} \d\d.\d % of the "
-        r"decoder's weights are in \w+ \(experts, router\), because bitsandbytes quantizes linear layers alone; use "
-        r"quantization=none \(16 bits\), or a base without such weights",
+        rf"decoder's weights are in bfloat16 \(experts, router\), because {re.escape(reason)}",
         str(error.value),
     )
-    load(folders[kind], "quantization=none")
+
+
+def test_experts_in_16_bits_are_told_with_their_share_and_memory_before_they_are_read(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = choose(folders["llama4_text"], "quantization.experts=none", BF16)
+    placement = find_placement(config.quantization, find_device(config.device))
+    loading.check_quantization(config.model, config.quantization, load_model_config(config.model), placement=placement)
+    assert caplog.messages[-1] == (
+        f"quantization.experts=none: of model.name={config.model.name} 57.1 % of the decoder's weights are experts in "
+        "bfloat16, 0.2 MB"
+    )
+    load(folders["llama4_text"], "quantization.experts=none", BF16)
 
 
 def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path, num_experts=2, moe_intermediate_size=16)
-    model = attach(folder, "quantization=nf4", "quantization.compute_dtype=bf16", "lora.experts=none")
+    model = attach(folder, "quantization=nf4", "quantization.experts=none", "lora.experts=none", BF16)
     decoder = read_decoder(model.get_base_model())
     experts, router, attention = 2 * 2 * 3 * 16 * 64, 2 * 2 * 64, 2 * 64 * 16 * (4 + 2 + 2 + 4)
     total = experts + router + attention
@@ -185,3 +205,5 @@ def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
         f"experts ({100 * experts / total:.1f} % of the decoder's weights), router ({100 * router / total:.1f} %); the "
         "router is frozen"
     )
+    quantized = read_decoder(attach(folder, "quantization=nf4", BF16).get_base_model())
+    assert quantized.unquantized == {ROUTER: router / total}

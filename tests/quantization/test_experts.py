@@ -107,7 +107,11 @@ def test_a_single_token_decodes_the_experts_it_is_sent_to_alone(qwen: Path, monk
 def test_the_parameter_of_quantized_experts_is_a_frozen_nan_without_storage(qwen: Path) -> None:
     model = load(qwen)
     experts: Any = next(iter(find_experts(model).values()))
-    for copied in (experts.gate_up_proj, copy.deepcopy(experts).gate_up_proj, experts.to(torch.float16).gate_up_proj):
+    expected = expert_weight(experts, "gate_up_proj", torch.float32)
+    copies = [experts, copy.deepcopy(experts), copy.deepcopy(experts).to(torch.float16), copy.deepcopy(experts).float()]
+    for module in copies:
+        assert torch.equal(expert_weight(module, "gate_up_proj", torch.float32), expected)
+    for copied in (module.gate_up_proj for module in copies):
         assert isinstance(copied, Placeholder)
         assert copied.shape == (4, 128, 64)
         assert copied.isnan().all()
@@ -164,13 +168,13 @@ def test_a_checkpoint_with_experts_in_4_bits_loads_to_the_same_bits(kind: str, t
 
 def test_experts_none_keeps_16_bits_and_decodes_saved_ones(qwen: Path, tmp_path: Path) -> None:
     saved = per_expert_checkpoint(qwen, tmp_path / "saved")
-    stored = load(saved, FP32)
+    quantized = load(saved, FP32)
     for folder in (qwen, saved):
         model = load(folder, "quantization.experts=none", FP32)
         assert not list(stored_units(model))
     for name, experts in find_experts(model).items():
         for projection in ExpertsLayout.of(experts).projections:
-            expected = expert_weight(find_experts(stored)[name], projection, torch.float32)
+            expected = expert_weight(find_experts(quantized)[name], projection, torch.float32)
             assert torch.equal(getattr(experts, projection), expected)
 
 

@@ -51,6 +51,9 @@ class LoraConfig:
     through as much rank as elsewhere. Their output is scaled as that of the other layers."""
     router: bool = False
     """Adapt the routers of a mixture too, which choose the experts of a token; they stay frozen otherwise."""
+    per_expert: bool = False
+    """Write the finished adapter a second time, to `adapter_per_expert`, with a name for each expert's layers
+    (`...experts.0.gate_proj.lora_A.weight`), as servers read them that keep experts apart; `adapter` is PEFT's."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
@@ -99,6 +102,7 @@ class LoraConfig:
                 f"lora.experts={self.experts.value}": self.experts not in (LoraExperts.auto, LoraExperts.none),
                 f"lora.expert_r={self.expert_r}": self.expert_r is not None,
                 "lora.router=true": self.router,
+                "lora.per_expert=true": self.per_expert,
             }
             for setting in (name for name, is_set in asked.items() if is_set):
                 raise ConfigError(
@@ -108,6 +112,16 @@ class LoraConfig:
             raise ConfigError(
                 f"lora.expert_r={self.expert_r} is the rank of adapters on routed experts, and lora.experts="
                 f"{self.experts.value} adapts none of them; set lora.experts=all, or leave lora.expert_r out"
+            )
+        if self.per_expert and self.experts in (LoraExperts.none, LoraExperts.shared):
+            raise ConfigError(
+                f"lora.per_expert=true names the adapters of routed experts, and lora.experts={self.experts.value} "
+                "adapts none of them; set lora.experts=all, or leave lora.per_expert out"
+            )
+        if self.per_expert and self.router:
+            raise ConfigError(
+                "lora.per_expert=true is for servers, and these read no adapters on routers (lora.router=true); leave "
+                "one of them out"
             )
         reason = self.experts_unsupported_reason()
         if reason is not None and (self.experts is LoraExperts.all or self.router):

@@ -7,7 +7,7 @@ The tensors of all experts lie in one, so that a kernel decodes them at once; th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,16 @@ class QuantizedExperts(nn.Module):
             experts.add_module(STORE, store)
         assert isinstance(store, cls)
         return store
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
+        """Moves the tensors as a model is moved; one that is given another dtype keeps its scales in float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
 
     @property
     def data_type(self) -> str:
