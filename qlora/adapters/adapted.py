@@ -11,10 +11,12 @@ from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import DataError
+from qlora.experts.forward import ADAPTERS
+from qlora.experts.layout import ExpertsLayout, find_experts, stored_experts
 from qlora.quantization.method import QuantizationMethod, method_of
 from qlora.upstream.peft import base_of
 
@@ -46,6 +48,22 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class ExpertsLowRank:
+    """What an adapter does to a projection of all experts of a layer."""
+
+    a: Tensor
+    """Float32 [experts, r, in]."""
+    b: Tensor
+    """Float32 [experts, out, r]."""
+    scaling: float
+
+    def add_to(self, weight: Tensor, expert: int, rows: slice) -> Tensor:
+        """Returns the merged rows of an expert's projection, float32 [out, in], where `weight` is."""
+        a, b = self.a[expert].to(weight.device), self.b[expert, rows].to(weight.device)
+        return weight.float() + self.scaling * (b @ a)
+
+
+@dataclass(frozen=True)
 class Adapted:
     """The parts of a loaded base with its adapter: small tensors on the CPU, by the names of the plain base."""
 
@@ -53,12 +71,15 @@ class Adapted:
     tied: dict[str, str]
     """Parameters that share the tensor of another one."""
     layers: dict[str, LowRank] = field(default_factory=dict)
+    experts: dict[str, ExpertsLowRank] = field(default_factory=dict)
+    """By the names of the parameters that hold a projection of all experts."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that were trained themselves, such as biases."""
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Trained rows of an embedding or output matrix: indices and values."""
     rounded: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """The quantized layers of the base: each rounds a full weight [out, in] to what the layer computes with."""
+    """The quantized layers of the base: each rounds a full weight [out, in] to what the layer computes with. Those of
+    experts are named as their parameter, and round the matrix of one expert."""
     transposed: set[str] = field(default_factory=set)
     """Layers whose weight is [in, out] in the files (GPT-2)."""
     kept: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
@@ -77,8 +98,13 @@ def split_adapter(model: PeftModel) -> Adapted:
     adapted = Adapted(method, tied=dict(base.all_tied_weights_keys))
     tuners: dict[str, LoraLayer] = {}
     tokens: dict[str, TrainableTokensWrapper] = {}
+    experts = find_experts(base)
+    for path, module in experts.items():
+        _split_experts(adapted, path, module)
     for name, module in base.named_modules():
         plain = WRAPPERS.sub("", name)
+        if plain in experts:  # wrapped by PEFT or not
+            continue
         if isinstance(module, LoraLayer):
             tuners[plain] = module
         elif isinstance(module, TrainableTokensWrapper):
@@ -97,6 +123,8 @@ def split_adapter(model: PeftModel) -> Adapted:
         plain = WRAPPERS.sub("", name)
         if (match := LORA.fullmatch(name)) and match[1] in tuners:
             adapted.layers[match[1]] = _low_rank(match[1], tuners[match[1]], parts)
+        elif match and WRAPPERS.sub("", match[1]) in experts:
+            continue
         elif (match := TOKEN_ROWS.fullmatch(name)) and match[1] in tokens:
             indices = tokens[match[1]].token_adapter.token_indices[ADAPTER]
             adapted.rows[f"{match[1]}.weight"] = (torch.tensor(indices), tensor)
@@ -108,10 +136,21 @@ def split_adapter(model: PeftModel) -> Adapted:
     return adapted
 
 
+def _split_experts(adapted: Adapted, path: str, experts: nn.Module) -> None:
+    """Notes how the weights of a layer's experts are rounded, and what an adapter adds to them."""
+    for projection, adapter in experts.__dict__.get(ADAPTERS, {}).items():
+        a, b = (tensor.detach().float().cpu() for tensor in (adapter.a, adapter.b))
+        adapted.experts[f"{path}.{projection}"] = ExpertsLowRank(a, b, adapter.scaling)
+    if (store := stored_experts(experts)) is not None:
+        held = (projection for projection in ExpertsLayout.of(experts).projections if store.holds(projection))
+        adapted.rounded.update({f"{path}.{projection}": store.rounding() for projection in held})
+
+
 def _low_rank(name: str, layer: LoraLayer, parts: dict[str, Tensor]) -> LowRank:
     variant = layer.lora_variant.get(ADAPTER)
     a, b = parts[f"{name}.lora_A.weight"], parts[f"{name}.lora_B.weight"]
-    if a.dim() != 2 or not (variant is None or isinstance(variant, DoraLinearVariant)):
+    is_one_matrix = a.dim() == 2 and getattr(layer, "num_experts", 1) == 1
+    if not is_one_matrix or not (variant is None or isinstance(variant, DoraLinearVariant)):
         raise DataError(f"adapter: a plain model has no place for its {type(variant or layer).__name__} on {name}; "
                           f"{INSTEAD}")  # fmt: skip
     magnitude = parts.get(f"{name}.lora_magnitude_vector")

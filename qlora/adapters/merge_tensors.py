@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora.adapters.adapted import INSTEAD, Adapted
+from qlora.adapters.merge_experts import ExpertsPart, find_experts_part
 from qlora.config.schema import MergeBase
 from qlora.errors import DataError
+from qlora.experts.layout import Unit
 from qlora.models.new_tokens import mean_row
 from qlora.models.weight_files import ModelNames, Tensors
 from qlora.runtime.device import Placement
@@ -36,6 +38,8 @@ class Part:
     """Its name in the loaded model; None: loading joins it with others, so it is copied as it is."""
     shape: torch.Size
     dtype: torch.dtype
+    experts: ExpertsPart | None = None
+    """What it holds of experts that are quantized or adapted."""
 
     @property
     def bytes(self) -> int:
@@ -66,18 +70,29 @@ class Merger:
         loaded = {source: self.names.find(source) for source in self.tensors}
         written = set(loaded.values())
         for source, parameter in loaded.items():
-            if self.names.is_converted(source):
+            if self.adapted.method.is_statistic(source):
+                continue
+            if (experts := self._experts(source)) is not None:
+                shape = experts.shape(self.tensors.shape(source))
+                parts[source] = Part(source, None, shape, self.dtype, experts)
+            elif self.names.is_converted(source):
                 parts[source] = Part(source, None, self.tensors.shape(source), self.dtype)
             elif parameter is None:
-                if not self.adapted.method.is_statistic(source):
-                    log.info("%s: loading the base leaves this tensor out, and so does merging", source)
+                log.info("%s: loading the base leaves this tensor out, and so does merging", source)
             elif (twin := self.adapted.tied.get(parameter)) is None:
                 parts[source] = self._part(source, parameter)
             elif twin not in written:  # of two tied matrices, readers look for the first
                 written.add(twin)
                 parts[twin] = self._part(source, twin)
-        self._check_complete({part.parameter for part in parts.values()})
+        merged = {part.experts.parameter for part in parts.values() if part.experts is not None}
+        self._check_complete({part.parameter for part in parts.values()} | merged)
         return parts
+
+    def _experts(self, source: str) -> ExpertsPart | None:
+        """Returns what a tensor holds of experts that are quantized or adapted."""
+        part = find_experts_part(self.names, source)
+        changed = self.adapted.experts.keys() | self.adapted.rounded.keys()
+        return part if part is not None and part.parameter in changed else None
 
     def _part(self, source: str, parameter: str) -> Part:
         plain = self.names.tensors[parameter]
@@ -90,8 +105,9 @@ class Merger:
 
     def _check_complete(self, available: set[str | None]) -> None:
         rounded = self.adapted.rounded if self.base is MergeBase.dequantized else ()
-        layers = (f"{layer}.weight" for layer in (*self.adapted.layers, *rounded))
-        for name in (*layers, *self.adapted.replaced, *self.adapted.rows):
+        experts = {name for name in (*self.adapted.experts, *rounded) if name in self.names.tensors}
+        layers = (f"{layer}.weight" for layer in (*self.adapted.layers, *rounded) if layer not in experts)
+        for name in (*layers, *experts, *self.adapted.replaced, *self.adapted.rows):
             if name not in available:
                 raise DataError(f"merge.base: no tensor in the files of the base holds {name} alone; {INSTEAD}")
         if self.base is MergeBase.original and any(map(self.adapted.method.is_statistic, self.tensors)):
@@ -137,6 +153,8 @@ class Merger:
 
     def _value(self, part: Part) -> Tensor:
         name = part.parameter
+        if part.experts is not None:
+            return self._merge_experts(part, part.experts)
         if name in self.adapted.replaced:
             return self.adapted.replaced[name]
         layer = (name or "").removesuffix(".weight")
@@ -153,22 +171,45 @@ class Merger:
 
     def _linear(self, part: Part, layer: str) -> Tensor:
         """Returns a layer's weight in float32, in the files' orientation."""
-        is_transposed, rounding = layer in self.adapted.transposed, self.adapted.rounded.get(layer)
-        device, weight = self.placement.device, None
-        if rounding is not None:
-            weight = self.adapted.method.read_saved(self.tensors, part.source, device)
-        if weight is None:
-            weight = self.tensors.read(part.source).to(device)
+        is_transposed = layer in self.adapted.transposed
+        weight, is_decoded = self._read(part, layer)
+        if not is_decoded:
             weight = weight.T if is_transposed else weight
-            if rounding is None:
-                weight = self._as_loaded(weight, part.parameter)
-            else:
-                rounded = rounding(weight.to(self.placement.param_dtype)).float()
-                self.errors[layer] = float((rounded - weight).norm() / weight.float().norm().clamp(min=1e-30))
-                weight = rounded if self.base is MergeBase.dequantized else weight
+            weight = self._as_trained(weight, layer, part.parameter, layer)
         if layer in self.adapted.layers:
             weight = self.adapted.layers[layer].add_to(weight)
         return weight.float().T if is_transposed else weight.float()
+
+    def _merge_experts(self, part: Part, experts: ExpertsPart) -> Tensor:
+        """Returns a tensor with weights of experts in float32, in the files' orientation."""
+        saved, is_decoded = self._read(part, experts.parameter)
+        adapter = self.adapted.experts.get(experts.parameter)
+
+        def merge(weight: Tensor, unit: Unit, expert: int) -> Tensor:
+            if not is_decoded:
+                layer = experts.parameter.rpartition(".")[0]
+                label = f"{layer}.{expert}.{unit.name}_proj"
+                weight = self._as_trained(weight, experts.parameter, experts.parameter, label)
+            return (weight if adapter is None else adapter.add_to(weight, expert, unit.rows)).float()
+
+        return experts.map(saved, merge)
+
+    def _read(self, part: Part, name: str) -> tuple[Tensor, bool]:
+        """Returns a weight of the files, and whether these hold it quantized, as layer `name` was trained on it."""
+        device = self.placement.device
+        if name in self.adapted.rounded:
+            weight = self.adapted.method.read_saved(self.tensors, part.source, device)
+            if weight is not None:
+                return weight, True
+        return self.tensors.read(part.source).to(device), False
+
+    def _as_trained(self, weight: Tensor, name: str, parameter: str | None, label: str) -> Tensor:
+        """Returns a weight [out, in] as layer `name` was trained on it; what quantization changed is noted."""
+        if (rounding := self.adapted.rounded.get(name)) is None:
+            return self._as_loaded(weight, parameter)
+        rounded = rounding(weight.to(self.placement.param_dtype)).float()
+        self.errors[label] = float((rounded - weight).norm() / weight.float().norm().clamp(min=1e-30))
+        return rounded if self.base is MergeBase.dequantized else weight
 
     def _as_loaded(self, value: Tensor, name: str | None) -> Tensor:
         """Returns an unquantized tensor as the adapter saw it; `merge.base=original` takes it as it is in the file."""

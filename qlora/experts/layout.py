@@ -6,7 +6,7 @@ a linear layer of one expert would be: gate, up or down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -110,6 +110,9 @@ class StoredExperts(Protocol):
     @property
     def data_type(self) -> str:
         """The data type of a quantized weight, e.g. `nf4`."""
+
+    def rounding(self) -> Callable[[Tensor], Tensor]:
+        """Returns the function from a full weight [out, in] of a unit to what is computed with; it outlives this."""
 
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora.config.schema import ModelConfig
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.model_files import INDEX, SINGLE, is_local, locate, weight_files
 from qlora.models.tokenizer import hub_error
 from qlora.upstream.transformers_models import TensorNames, find_hub_file
@@ -105,4 +106,5 @@ class ModelNames:
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.count = sum(parameter.numel() for parameter in model.parameters())
         names = TensorNames(model)
-        self.find, self.is_converted = names.find, names.is_converted
+        self.find, self.find_matrix, self.is_converted = names.find, names.find_matrix, names.is_converted
+        self.experts = {name: ExpertsLayout.of(module) for name, module in find_experts(model).items()}

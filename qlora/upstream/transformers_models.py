@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
+
+from qlora.upstream.transformers_quantizer import merges_matrices
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,6 +94,19 @@ def matrices_of(model: PreTrainedModel, parameter: str) -> list[str]:
     return []
 
 
+@dataclass(frozen=True)
+class SavedMatrix:
+    """A matrix of one expert in a model's files."""
+
+    parameter: str
+    """The projection of all experts that it is loaded into."""
+    part: int
+    """Its index among the matrices of an expert that the projection is made of: gate, then up."""
+    parts: int
+    """The number of these."""
+    expert: int
+
+
 class TensorNames:
     """The parameters and buffers that the tensors of a model's files are loaded into, by transformers' own rules."""
 
@@ -107,6 +124,17 @@ class TensorNames:
             if renamed in self._tensors:
                 return str(renamed)
         return None
+
+    def find_matrix(self, name: str) -> SavedMatrix | None:
+        """Returns which part of a projection of experts a tensor is; None: loading does not merge it into one."""
+        parameter, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._tensors)
+        converters = [converter for converter in self._converters if pattern in converter.source_patterns]
+        if pattern is None or not converters or not merges_matrices(converters[0]):
+            return None
+        renamed, _ = rename_source_key(name, self._renamings, [], self._prefix, self._tensors)
+        match = re.search(pattern.replace("*.", r"(\d+)\."), renamed)
+        sources = converters[0].source_patterns
+        return match and SavedMatrix(parameter, sources.index(pattern), len(sources), int(match[1]))
 
     def is_converted(self, name: str) -> bool:
         """Returns whether loading makes another tensor of this one, for example by joining experts."""

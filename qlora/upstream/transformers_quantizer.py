@@ -112,7 +112,7 @@ class _ExpertsQuantizer(Bnb4BitHfQuantizer):
 
     def _without_merge(self, conversion: Any) -> Any:
         """Returns a converter that stores experts instead of merging them; any other transform as it is."""
-        if not (self._projections or self.pre_quantized) or not _merges_matrices(conversion):
+        if not (self._projections or self.pre_quantized) or not merges_matrices(conversion):
             return conversion
         sources = conversion._original_source_patterns
         beside = (
@@ -128,7 +128,7 @@ class _ExpertsQuantizer(Bnb4BitHfQuantizer):
         return converter
 
 
-def _merges_matrices(conversion: Any) -> bool:
+def merges_matrices(conversion: Any) -> bool:
     """Returns whether a transform stacks the matrices of experts, and joins those of gate and up by rows."""
     if type(conversion) is not WeightConverter or len(conversion.target_patterns) != 1:
         return False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import adapters
+from qlora.adapters.adapted import split_adapter
 from qlora.adapters.experts import expert_wrappers
 from qlora.adapters.per_expert import unit_names
 from qlora.adapters.targets import find_targets
@@ -24,6 +25,7 @@ from qlora.models.decoder import read_decoder
 from qlora.models.experts import ExpertsLayout, find_experts
 from qlora.models.tokenizer import load_tokenizer
 from qlora.upstream.peft import base_of, names_kept
+from tests.adapters.test_merge_experts import merge
 from tests.models.bases import choose, load, write
 
 IDS = torch.arange(100, 132).view(2, 16)
@@ -216,6 +218,18 @@ def test_a_router_is_adapted_if_asked_for_and_plain_peft_loads_it(
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, folder)), expected, rtol=1e-5, atol=1e-5)
     again = adapters.load_adapter(load(folders[kind], "quantization=fp32"), folder, "base")
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "overrides"), [("deepseek_v3", ["lora.router=true"]), ("gpt_oss", [])])
+def test_a_merged_model_answers_as_the_adapter_on_4_bit_experts_does(
+    folders: dict[str, Path], tmp_path: Path, kind: str, overrides: list[str]
+) -> None:
+    model = attach(folders[kind], "quantization=nf4", "quantization.compute_dtype=fp32", *overrides)
+    train(model)
+    expected = logits(model)
+    merge(folders[kind], tmp_path / "merged", split_adapter(model))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
 
 
 class Expert(nn.Module):

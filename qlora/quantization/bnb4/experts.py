@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
+from qlora.quantization.bnb4.layers import Rounding
 from qlora.quantization.bnb4.layout import BLOCK, GROUP
 
 
@@ -202,6 +203,10 @@ class QuantizedExperts(nn.Module):
             dtype=dtype,
         )
         return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
+
+    def rounding(self) -> Rounding:
+        """Returns how the weight of a unit is rounded, to the bit."""
+        return Rounding(self.quant_type, self.double_quant, BLOCK)
 
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""
