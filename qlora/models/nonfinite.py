@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora.experts.layout import Placeholder, find_experts, nonfinite_projections
+from qlora.experts.layout import STORE, Placeholder, find_experts, nonfinite_projections
 from qlora.models.outputs import on_output, plain_ids
 from qlora.quantization.method import QuantizationMethod
 from qlora.upstream.torch_models import TorchDispatchMode, tree_leaves
@@ -51,10 +51,16 @@ def find_nonfinite(model: torch.nn.Module, method: QuantizationMethod, spoiled: 
             map(is_finite, method.scales(parameter) or [parameter])
         ):
             names.append(name)
-    for name, experts in find_experts(model).items():
+    experts_modules = find_experts(model)
+    for name, experts in experts_modules.items():
         names += [f"{name}.{projection}" for projection in nonfinite_projections(experts)]
+    in_stores = tuple(f"{name}.{STORE}." for name in experts_modules)
     # A mask may hold infinities.
-    return names + [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
+    return names + [
+        name
+        for name, buffer in model.named_buffers()
+        if not name.startswith(in_stores) and bool(torch.isnan(buffer).any())
+    ]
 
 
 def first_in_forward(model: PreTrainedModel, names: list[str]) -> str:

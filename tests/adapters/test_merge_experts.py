@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qlora.models.weight_files import Checkpoint, ModelNames
 from qlora.quantization.method import method_of
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import find_device
-from tests.models.bases import choose, load, write
+from tests.models.bases import choose, in_4_bits, load, write
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe", "olmoe")
 IDS = torch.arange(100, 132)[None]
@@ -65,7 +66,8 @@ def merge(folder: Path, target: Path, adapted: Adapted, base: MergeBase = MergeB
 
 def shapes(folder: Path) -> dict[str, list[int]]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        names = list(file.keys())
+        return {name: file.get_slice(name).get_shape() for name in names}
 
 
 @torch.no_grad()
@@ -84,6 +86,20 @@ def test_the_merged_model_has_the_files_tensors_and_answers_as_the_adapter_does(
 def test_original_adds_the_adapter_to_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     merge(folder, tmp_path / "merged", split_adapter(attach(folder, FP32)), MergeBase.original)
     model = attach(folder, "quantization=fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_experts_that_are_saved_in_4_bits_are_decoded_into_the_merged_model(tmp_path: Path) -> None:
+    folder = write("qwen3_moe", tmp_path / "base")
+    saved = in_4_bits(folder, tmp_path / "saved")
+    model = attach(saved, FP32)
+    merge(saved, tmp_path / "merged", split_adapter(model))
+    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
+    settings.pop("quantization_config")
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(settings))
+    assert shapes(tmp_path / "merged") == shapes(folder)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 

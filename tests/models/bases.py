@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -90,6 +91,27 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]] 
         save_file(tensors, path, metadata={"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
     return folder
+
+
+def in_4_bits(folder: Path, target: Path, **settings: Any) -> Path:
+    """A copy of a base whose linear layers, those of experts too, are saved in 4 bits as bitsandbytes' layers are."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if tensor.dim() != 2 or "embed" in name or "lm_head" in name or ".gate.weight" in name:
+            tensors[name] = tensor
+            continue
+        packed, state = bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
+        tensors |= {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+              "quant_method": "bitsandbytes"}  # fmt: skip
+    return change(target, quantization_config=config | settings)
 
 
 def choose(folder: Path, *overrides: str) -> Config:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.config.compose import compose
-from qlora.experts.forward import use_experts
+from qlora.errors import UserError
 from qlora.experts.layout import ExpertsLayout, Placeholder, expert_weight, find_experts, stored_experts, stored_units
+from qlora.models.random_weights import RandomWeights
 from qlora.quantization.method import find_method
-from tests.models.bases import build, change, load, write
+from qlora.quantization.placement import find_placement
+from tests.models.bases import build, change, choose, in_4_bits, load, write
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe", "olmoe")
 FP32 = "quantization.compute_dtype=fp32"
@@ -131,31 +134,10 @@ def test_odd_shapes_keep_the_bits_of_linear_layers(tmp_path: Path) -> None:
             assert torch.equal(store.decode_unit(unit.name, expert, torch.float32), decoded)
 
 
-def per_expert_checkpoint(folder: Path, target: Path, **settings: Any) -> Path:
-    """A copy of a base whose linear layers, those of experts too, are saved in 4 bits as bitsandbytes' layers are."""
-    target.mkdir()
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (target / file.name).write_bytes(file.read_bytes())
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if tensor.dim() != 2 or "embed" in name or "lm_head" in name or ".gate.weight" in name:
-            tensors[name] = tensor
-            continue
-        packed, state = bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
-        tensors |= {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-    )
-    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-              "quant_method": "bitsandbytes"}  # fmt: skip
-    return change(target, quantization_config=config | settings)
-
-
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_a_checkpoint_with_experts_in_4_bits_loads_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     folder = write(kind, tmp_path / kind)
-    saved = per_expert_checkpoint(folder, tmp_path / "saved")
+    saved = in_4_bits(folder, tmp_path / "saved")
     first, second = (load(path, FP32) for path in (folder, saved))
     buffers = [dict(model.named_buffers()) for model in (first, second)]
     assert [name for name in buffers[0] if ".quantized." in name] == [
@@ -167,7 +149,7 @@ def test_a_checkpoint_with_experts_in_4_bits_loads_to_the_same_bits(kind: str, t
 
 
 def test_experts_none_keeps_16_bits_and_decodes_saved_ones(qwen: Path, tmp_path: Path) -> None:
-    saved = per_expert_checkpoint(qwen, tmp_path / "saved")
+    saved = in_4_bits(qwen, tmp_path / "saved")
     quantized = load(saved, FP32)
     for folder in (qwen, saved):
         model = load(folder, "quantization.experts=none", FP32)
@@ -189,13 +171,69 @@ def test_a_quantized_checkpoint_with_experts_in_16_bits_has_them_quantized(kind:
     assert all(torch.equal(buffer, theirs[name]) for name, buffer in model.named_buffers() if ".quantized." in name)
 
 
-def test_random_weights_are_quantized_one_module_at_a_time() -> None:
-    model = build("qwen3_moe")
-    method, config = find_method(compose([]).quantization), compose([]).quantization
-    expected = {name: full_weights(experts, "down_proj", slice(None)) for name, experts in find_experts(model).items()}
-    for experts in find_experts(model).values():
-        method.quantize_experts(experts, config)
-    use_experts(model)
-    for name, experts in find_experts(model).items():
-        error = expert_weight(experts, "down_proj", torch.float32) - expected[name]
-        assert 0 < error.norm() / expected[name].norm() < 0.12
+def test_no_more_than_one_matrix_of_an_expert_exists_in_full_while_a_base_is_loaded(tmp_path: Path) -> None:
+    folder = write("qwen3_moe", tmp_path / "base", num_experts=8, moe_intermediate_size=512)
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, tuple | list) else [output]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                    sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+            return output
+
+    config = choose(folder, FP32)
+    method, placement = find_method(config.quantization), find_placement(config.quantization, torch.device("cpu"))
+    with Watch(), method.loading(config.quantization):
+        description = method.library_config(config.quantization, placement)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=description)
+    assert len(list(stored_units(model))) == 6
+    assert max(sizes) == 1600 * 64  # the embedding; the merged experts of a layer have 8 x 1024 x 64
+
+
+def test_a_matrix_that_is_not_finite_is_named_though_4_bits_hide_it(qwen: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen, tmp_path / "spoiled")
+
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 5] = torch.nan
+        return tensors
+
+    change(folder, spoil)
+    with pytest.raises(
+        UserError, match=r"1 of the base's weights holds NaN .*, first model.layers.1.mlp.experts.gate_up"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "misshapen"])
+def test_a_base_that_lacks_a_matrix_of_an_expert_is_refused(qwen: Path, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(qwen, tmp_path / "torn")
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+    def tear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensor = tensors.pop(name)
+        return tensors if kind == "missing" else tensors | {name: tensor[:32]}
+
+    change(folder, tear)
+    with pytest.raises(
+        UserError,
+        match=r"1 tensor cannot be made of what its files hold, \S+1.mlp.experts.down_proj: parts are miss",
+    ):
+        load(folder)
+
+
+def test_a_base_with_random_weights_has_quantized_experts_from_its_seed_alone() -> None:
+    config = compose(["device=cpu", FP32]).quantization
+    placement = find_placement(config, torch.device("cpu"))
+    full, quantized = (
+        RandomWeights(build("qwen3_moe").config, placement=placement, seed=1).build(find_method(choice), choice)
+        for choice in (compose(["quantization=fp32"]).quantization, config)
+    )
+    experts = find_experts(full)
+    assert len(list(stored_units(quantized))) == 6
+    for name, module, unit in stored_units(quantized):
+        store: Any = stored_experts(module)
+        matrix = full_weights(experts[name], unit.projection, unit.rows)[0].contiguous()
+        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(matrix, compress_statistics=True, quant_type="nf4"))
+        assert torch.equal(store.decode_unit(unit.name, 0, torch.float32), expected)
