@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from qlora.config.schema import WatchdogConfig
+from qlora.experts.layout import Placeholder
 from qlora.objectives import Objective
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import read_json, write_text
@@ -399,7 +400,9 @@ class QLoraTrainer(Trainer):
         if self.args.world_size == 1 or self.accelerator.unwrap_model(model) is not model:
             return super()._wrap_model(model, *args, **kwargs)
         model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        ignore_in_ddp(model, [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)])
+        without_storage = (DTensor, Placeholder)  # sharded, or stored elsewhere
+        ignored = [name for name, weight in model.named_parameters() if isinstance(weight, without_storage)]
+        ignore_in_ddp(model, ignored)
         devices = None if self.args.device.type == "cpu" else [self.args.device]
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
