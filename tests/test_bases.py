@@ -61,8 +61,8 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
 
 def test_a_mixture_that_cannot_be_quantized_is_refused_before_rows_are_read(tmp_path: Path) -> None:
     base = write("mixtral", tmp_path / "base")
-    message = refusal(tmp_path / "run", base, "data=local", "data.path=missing.jsonl")
-    assert message.startswith(f"quantization.bits=4: of model.name={base} 8")
+    message = refusal(tmp_path / "run", base, "data=local", "data.path=missing.jsonl", "quantization=int8")
+    assert message.startswith(f"quantization.bits=8: of model.name={base} 8")
     run(tmp_path / "run", base, "quantization=none", "lora.dropout=0.1")
 
 
