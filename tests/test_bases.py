@@ -45,7 +45,8 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write("qwen3_moe", tmp_path / "base", num_experts=2, moe_intermediate_size=16)
-    run(tmp_path / "run", base, "quantization.compute_dtype=bf16", "quantization.experts=none")
+    keys = ["quantization.compute_dtype=bf16", "quantization.experts=none", "lora.experts=none"]
+    run(tmp_path / "run", base, *keys)
     fraction = "33.8 % of the decoder's weights are in bfloat16 (experts, router)"
     screen = capsys.readouterr().out
     assert f"nf4 + double quantization; {fraction}\n" in screen
@@ -60,8 +61,8 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
 
 def test_a_mixture_that_cannot_be_quantized_is_refused_before_rows_are_read(tmp_path: Path) -> None:
     base = write("mixtral", tmp_path / "base")
-    message = refusal(tmp_path / "run", base, "data=local", "data.path=missing.jsonl")
-    assert message.startswith(f"quantization.bits=4: of model.name={base} 8")
+    message = refusal(tmp_path / "run", base, "data=local", "data.path=missing.jsonl", "quantization=int8")
+    assert message.startswith(f"quantization.bits=8: of model.name={base} 8")
     run(tmp_path / "run", base, "quantization=none", "lora.dropout=0.1")
 
 

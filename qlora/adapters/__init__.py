@@ -6,6 +6,7 @@ from qlora.adapters.biases import adapter_off
 from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
 from qlora.adapters.load import continue_adapter, load_adapter
+from qlora.adapters.per_expert import save_per_expert
 from qlora.adapters.save import save_adapter, save_initial_adapter, verify_adapter
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "save_initial_adapter",
+    "save_per_expert",
     "verify_adapter",
 ]

@@ -149,7 +149,8 @@ def _split_experts(adapted: Adapted, path: str, experts: nn.Module) -> None:
 def _low_rank(name: str, layer: LoraLayer, parts: dict[str, Tensor]) -> LowRank:
     variant = layer.lora_variant.get(ADAPTER)
     a, b = parts[f"{name}.lora_A.weight"], parts[f"{name}.lora_B.weight"]
-    if a.dim() != 2 or not (variant is None or isinstance(variant, DoraLinearVariant)):
+    is_one_matrix = a.dim() == 2 and getattr(layer, "num_experts", 1) == 1
+    if not is_one_matrix or not (variant is None or isinstance(variant, DoraLinearVariant)):
         raise DataError(f"adapter: a plain model has no place for its {type(variant or layer).__name__} on {name}; "
                           f"{INSTEAD}")  # fmt: skip
     magnitude = parts.get(f"{name}.lora_magnitude_vector")

@@ -19,7 +19,10 @@ Series = tuple[list[float], list[float]]
 
 MEASURED = re.compile(r"eval_(?!.*(?:perplexity|runtime|per_second)$)")
 """Perplexity says what the loss says; the others are about the measuring."""
-TRAINING = ("loss", "grad_norm", "learning_rate", "train_tokens_per_second", "train_mfu", "train_data_wait")
+TRAINING = (
+    *("loss", "grad_norm", "learning_rate", "train_tokens_per_second", "train_mfu", "train_data_wait"),
+    *("expert_tokens_max", "expert_idle_share", "router_aux_loss"),
+)
 NOISY = ("loss", "grad_norm")
 """Logged of a few batches each, so that a mean over neighbours shows more."""
 
@@ -106,5 +109,8 @@ def curve_title(name: str) -> tuple[str, str]:
         "train_tokens_per_second": ("tokens per second", "between two logs"),
         "train_mfu": ("model FLOP utilisation", "share of the device's matrix rate"),
         "train_data_wait": ("waiting for batches", "share of the time"),
+        "expert_tokens_max": ("tokens of the busiest expert", "a step"),
+        "expert_idle_share": ("experts without tokens", "share"),
+        "router_aux_loss": ("balancing loss of the routers", "not trained"),
     }
     return known.get(name) or (name.removeprefix("eval_").replace("_", " "), "held out")

@@ -35,6 +35,10 @@ ADDED_KEYS: dict[str, Any] = {
     "quantization.experts": "same",
     "data.max_samples": None,
     "lora.start": None,
+    "lora.experts": "auto",
+    "lora.expert_r": None,
+    "lora.router": False,
+    "lora.per_expert": False,
     "trainer.label_smoothing_factor": 0.0,
     "trainer.neftune_noise_alpha": None,
     "trainer.keep": "last",
@@ -78,6 +82,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The finished adapter."""
         return self.path / "adapter"
+
+    @property
+    def adapter_per_expert(self) -> Path:
+        """The finished adapter with names for each expert's layers."""
+        return self.path / "adapter_per_expert"
 
     @property
     def model(self) -> Path:

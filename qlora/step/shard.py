@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlora.errors import ConfigError
+from qlora.experts.layout import stored_units
 from qlora.step.layers import find_layers
 from qlora.upstream.bitsandbytes import set_quant_state
 from qlora.upstream.peft import base_of
@@ -27,6 +28,11 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
         raise ConfigError(
             f"trainer.parallel=fsdp: {base.config.model_type} has no list of decoder layers to shard; choose "
             "trainer.parallel=ddp, or model.device_map=auto in one process"
+        )
+    if next(stored_units(base), None) is not None:
+        raise ConfigError(
+            f"trainer.parallel=fsdp: it shards parameters, and the 4-bit experts of this {base.config.model_type} are "
+            "stored beside them; choose trainer.parallel=ddp"
         )
     mesh = init_device_mesh(device.type, (processes,))
     for layer in layers:

@@ -121,6 +121,8 @@ class Training:
         self._page: LivePage | None = None
         self.unquantized: str | None = None
         """The parts of the base that are not quantized, for the model card."""
+        self.experts = ""
+        """What is trained on routed experts, for the same."""
 
     def lead(self) -> TaskResult:
         """Does all of it, in the main process."""
@@ -394,7 +396,7 @@ class Training:
         """Returns the lines of the start screen."""
         session, report = self.session, self.session.data.report
         summary = session.describe(model)
-        self.unquantized = summary.unquantized
+        self.unquantized, self.experts = summary.unquantized, summary.count.describe_experts()
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
         too_long = limit_warning(report.max_length, self.config.model.name, session.context)
@@ -453,6 +455,7 @@ class Training:
                     command=self._command,
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
+                    experts=self.experts,
                     license=read_license(self.config.model),
                     example_prompt=self._measurer.rows[0]["prompt"] if self._measurer is not None else None,
                 )
@@ -498,3 +501,5 @@ def save_trained(session: Session, model: PreTrainedModel | PeftModel) -> None:
     adapters.save_adapter(
         model, session.folder.adapter, tokenizer=session.tokenizer, initial=initial, base=session.base
     )
+    if session.config.lora.per_expert:
+        adapters.save_per_expert(model, session.folder.adapter, session.folder.adapter_per_expert)

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from qlora.config.schema import WatchdogConfig
+from qlora.experts.layout import Placeholder
 from qlora.objectives import Objective
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import read_json, write_text
@@ -59,8 +60,10 @@ from qlora.training.flat_optimizer import flatten_groups, run_ahead
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
+from qlora.training.routing import build_routing_meter
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
+from qlora.upstream.peft import base_of
 from qlora.upstream.torch import Rows, as_dataset, ignore_in_ddp
 from qlora.upstream.transformers_trainer import (
     LossSums,
@@ -121,7 +124,8 @@ class QLoraTrainer(Trainer):
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
-        self._unreported_tokens = 0
+        self.routing = build_routing_meter(base_of(model) if isinstance(model, PeftModel) else model)
+        self._unreported_tokens = self._logged_step = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
         self.metadata, self.agreement = metadata, Agreement(stop)
@@ -193,8 +197,14 @@ class QLoraTrainer(Trainer):
         plain = super().training_step
 
         def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            if self.routing is None:
+                with self.step:
+                    return plain(model, batch, num_items_in_batch)
+            self.routing.begin(batch)
             with self.step:
-                return plain(model, batch, num_items_in_batch)
+                loss = plain(model, batch, num_items_in_batch)
+            self.routing.add()
+            return loss
 
         can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
         rows = len(inputs["input_ids"]) if can_be_cut else 1
@@ -283,8 +293,14 @@ class QLoraTrainer(Trainer):
             logs["loss"], missing = self.watchdog.mean_since_log(logs["loss"])
             add_to_total_loss(self, missing)
             logs.update(self.objective.metrics())
+            logs.update(self._routing_since_log())
             logs.update(self.meter.since_last_log(self.state))
         super().log(logs, start_time)
+
+    def _routing_since_log(self) -> dict[str, float]:
+        """Returns how a mixture has routed tokens since the last log, in all processes."""
+        steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
+        return self.routing.since_last_log(self.accelerator.reduce, steps) if self.routing is not None else {}
 
     @property
     def mean_loss(self) -> float:
@@ -385,7 +401,9 @@ class QLoraTrainer(Trainer):
         if self.args.world_size == 1 or self.accelerator.unwrap_model(model) is not model:
             return super()._wrap_model(model, *args, **kwargs)
         model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        ignore_in_ddp(model, [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)])
+        without_storage = (DTensor, Placeholder)  # sharded, or stored elsewhere
+        ignored = [name for name, weight in model.named_parameters() if isinstance(weight, without_storage)]
+        ignore_in_ddp(model, ignored)
         devices = None if self.args.device.type == "cpu" else [self.args.device]
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 

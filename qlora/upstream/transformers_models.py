@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -71,6 +71,27 @@ def find_hub_file(repository: str, name: str, **options: Any) -> Path | None:
     """
     path = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **options)
     return None if path is None else Path(path)
+
+
+def matrices_of(model: PreTrainedModel, parameter: str) -> list[str]:
+    """Returns the names in a model's files of the matrices that loading joins in a tensor of experts, `*` the expert.
+
+    [] where the files hold the tensor itself.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    for converter in converters:
+        target = converter.target_patterns[0]
+        if not parameter.endswith(target) or not any(isinstance(op, MergeModulelist) for op in converter.operations):
+            continue
+        names = [parameter.removesuffix(target) + source for source in converter.source_patterns]
+        for renaming in renamings:
+            former = [name.replace(renaming.target_patterns[0], renaming.source_patterns[0]) for name in names]
+            loaded = {rename_source_key(name.replace("*", "0"), renamings, converters)[0] for name in former}
+            names = former if former != names and loaded == {parameter} else names
+        return names
+    return []
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 import transformers
@@ -19,7 +20,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -67,6 +69,30 @@ BODIES: list[tuple[Callable[..., Any], str, str, dict[str, str]]] = [
         "qlora.quantization.bnb8.layers.exact_products computes in its place",
         bitsandbytes.__version__,
         {"0.50.2": "d3f4146d34e7100027694d30fa36bac6c8691c244f865a15ff55e3c462b12665"},
+    ),
+    (
+        ParamWrapper.forward,
+        "qlora.upstream.peft.ExpertsWrapper calls the wrapped module alone",
+        peft.__version__,
+        {"0.21.2": "704fb56e52604110a6d4c497d21b3c76f7195a572570e8ce20a016ae587a7069"},
+    ),
+    (
+        ParamWrapper.update_layer,
+        "qlora.upstream.peft.ExpertsWrapper reorders the B matrix that it makes",
+        peft.__version__,
+        {"0.21.2": "e3f049039b047d5744cbb9dd5382fe59af3b8a38bf9d47a53a70758f13d770e8"},
+    ),
+    (
+        ParamWrapper.get_delta_weight,
+        "qlora.upstream.peft.ExpertsWrapper returns the same from the reordered matrix",
+        peft.__version__,
+        {"0.21.2": "ef052a65fb6c1ad126c59e14285cf86a17ed1dde1c54489bb4cb54d9fedfbcee"},
+    ),
+    (
+        BaseTuner._inject_parameters,
+        "PEFT nests its wrappers as qlora.adapters.load counts them, and knows them by the name of their class",
+        peft.__version__,
+        {"0.21.2": "10d38624f40b5393187364ccca4b882e6d560d6c4b518c877bd50775c0e2cd13"},
     ),
 ]
 
@@ -131,3 +157,9 @@ def test_torch_says_what_a_cpu_multiplies_and_lets_inductor_be_deterministic() -
     assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
     assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
     assert isinstance(torch._inductor.config.deterministic, bool)
+
+
+def test_peft_looks_the_conversion_of_a_config_up_where_it_adapts_a_model() -> None:
+    source = inspect.getsource(BaseTuner.inject_adapter)
+    assert "from peft.utils.transformers_weight_conversion import" in source
+    assert "convert_peft_config_for_transformers(" in source

@@ -15,6 +15,7 @@ NAMES = {
     "train_tokens_per_second": "tokens_per_second",
     "train_mfu": "mfu",
     "train_data_wait": "data_wait",
+    **{name: name for name in ("expert_tokens_mean", "expert_tokens_max", "expert_idle_share", "router_aux_loss")},
 }
 """The keys of a training log that are sent, with their names below `train/`."""
 

@@ -1,0 +1,120 @@
+"""How evenly a mixture spreads tokens over its experts, and the loss that would balance them, as they are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora.models.decoder import ROUTER, read_decoder
+from qlora.models.experts import ExpertsLayout, find_experts
+
+COEFFICIENT = "router_aux_loss_coef"
+"""What the configs of architectures with a balancing loss hold."""
+
+
+class RoutingMeter:
+    """Counts the tokens of each expert in training, without waiting for the device.
+
+    What a layer routes is noted, not added, when it computes: a layer that computes again in the backward pass notes
+    the same once more. `add` takes the notes of a micro-batch, once its backward pass is over.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        experts = list(find_experts(base).values())
+        self._sizes = [ExpertsLayout.of(module).count for module in experts]
+        self._routed: list[Tensor | None] = [None] * len(experts)
+        self._probabilities: dict[int, tuple[Tensor, Tensor]] = {}
+        self._mask: Tensor | None = None
+        for index, module in enumerate(experts):
+            module.register_forward_pre_hook(partial(self._note_experts, index), with_kwargs=True)
+        if hasattr(base.config.get_text_config(), COEFFICIENT):
+            names = [matrix.name.rpartition(".")[0] for matrix in read_decoder(base).matrices if matrix.kind == ROUTER]
+            for index, name in enumerate(names):
+                base.get_submodule(name).register_forward_hook(partial(self._note_router, index))
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: Tensor | None = None
+        self._balance: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, batch: dict[str, Tensor]) -> None:
+        """Prepares for a micro-batch, whose padding does not count."""
+        mask = batch.get("attention_mask")
+        self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
+        self._routed = [None] * len(self._routed)
+        self._probabilities = {}
+
+    def _note_experts(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training:
+            chosen: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            self._routed[index] = chosen.detach()
+
+    @torch.no_grad()
+    def _note_router(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if module.training:
+            logits: Tensor = output[0] if isinstance(output, tuple) else output
+            probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1)
+            mask = self._weights(len(probabilities), probabilities.device)
+            self._probabilities[index] = ((probabilities * mask[:, None]).sum(0), mask.sum())
+
+    def _weights(self, tokens: int, device: torch.device) -> Tensor:
+        """Returns 1 for each token of the batch, and 0 for padding: float32 [tokens]."""
+        if self._mask is None or len(self._mask) != tokens:  # laid out without padding
+            return torch.ones(tokens, device=device)
+        return self._mask.to(device, torch.float32)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Adds what the layers have noted of a micro-batch."""
+        noted = [(size, chosen) for size, chosen in zip(self._sizes, self._routed, strict=True) if chosen is not None]
+        if not noted:
+            return
+        device, start, ids, weights = noted[0][1].device, 0, [], []
+        for size, chosen in noted:
+            ids.append((chosen.to(device) + start).reshape(-1))
+            weights.append(self._weights(len(chosen), device).repeat_interleave(chosen.shape[-1]))
+            start += size
+        counts = torch.zeros(start, device=device)
+        counts.index_put_((torch.cat(ids),), torch.cat(weights), accumulate=True)
+        self._counts = counts if self._counts is None else self._counts + counts
+        if self._probabilities and len({len(sums) for sums, _ in self._probabilities.values()}) == 1:
+            sums = torch.stack([sums.to(device) for sums, _ in self._probabilities.values()]).sum(0)
+            tokens = torch.stack([count.to(device) for _, count in self._probabilities.values()]).sum()
+            balance = (sums, tokens)
+            self._balance = balance if self._balance is None else (self._balance[0] + sums, self._balance[1] + tokens)
+        self.begin({})
+
+    def since_last_log(self, reduce: Callable[[Tensor], Tensor], steps: int) -> dict[str, float]:
+        """Returns the tokens of an expert a step, the share of experts without any, and the balancing loss.
+
+        `reduce` sums over all processes. The loss is that of transformers' models over all tokens since the last call,
+        before its coefficient.
+        """
+        if self._counts is None:
+            return {}
+        counts, balance = self._counts, self._balance
+        parts = [counts] if balance is None else [counts, balance[0], balance[1][None]]
+        numbers = reduce(torch.cat(parts)).cpu()
+        self._reset()
+        counts = numbers[: len(counts)]
+        metrics = {
+            "expert_tokens_mean": float(counts.mean()) / max(steps, 1),
+            "expert_tokens_max": float(counts.max()) / max(steps, 1),
+            "expert_idle_share": float((counts == 0).float().mean()),
+        }
+        if balance is not None:
+            size = len(balance[0])
+            probabilities, tokens = numbers[len(counts) : -1], numbers[-1]
+            of_experts = counts.view(-1, size).sum(0)
+            metrics["router_aux_loss"] = float((of_experts * probabilities).sum() / tokens**2) * size
+        return metrics
+
+
+def build_routing_meter(base: PreTrainedModel) -> RoutingMeter | None:
+    """Returns the meter of a mixture; None: the model has no experts that tokens are routed to."""
+    return RoutingMeter(base) if find_experts(base) else None
