@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, __version__
 from qlora.config.schema import ModelConfig, QuantizationConfig
 from qlora.errors import DataError, ResourceError, UserError
 from qlora.models.decoder import build_empty, check_is_quantized
+from qlora.models.experts import use_experts
 from qlora.models.first_pass import try_base
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.load_report import load_complete
@@ -168,6 +169,7 @@ def _as_base(
 ) -> PreTrainedModel:
     """Returns the model frozen and checked, computing in the precision of `placement`."""
     set_method(model, method)
+    use_experts(model)
     check_is_quantized(model, method, quantization, config.name)
     method.prepare(model, placement.compute_dtype)
     model.requires_grad_(False)
