@@ -1,4 +1,4 @@
-"""Operators on the routed rows of a mixture: each token's row once for every expert that it is sent to, sorted by expert.
+"""Functions of the routed rows of a mixture: each token's row once for every expert it is sent to, sorted by expert.
 
 All of them are deterministic: rows are sorted stably, and sums run in a fixed order. Triton kernels compute them on a
 GPU, else their twins do, which loop over the experts.
@@ -79,8 +79,8 @@ def matmul_plain(
 ) -> Tensor:
     """Returns each row times the transposed weight of its expert, plus the adapter's part: `dtype` [rows, columns].
 
-    `x` [rows, depth], or with `source` [tokens, depth]; `weight` [experts, columns, depth]; `scale` [of x, 1] multiplies
-    the products of `x`'s rows; `xa` [rows, rank] is multiplied with `b` [experts, columns, rank].
+    `x` [rows, depth], or with `source` [tokens, depth]; `weight` [experts, columns, depth]; `scale` [of x, 1]
+    multiplies the products of `x`'s rows; `xa` [rows, rank] is multiplied with `b` [experts, columns, rank].
     """
     out = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=x.device)
     for expert, span in _ranges(offsets):
@@ -93,15 +93,6 @@ def matmul_plain(
     return out.to(dtype)
 
 
-def _fake_matmul(x, weight, offsets, source, scale, xa, b, rows, dtype):
-    return x.new_empty(rows, weight.shape[1], dtype=dtype)
-
-
-@operator(
-    "grouped_matmul(Tensor x, Tensor weight, Tensor offsets, Tensor? source, Tensor? scale, Tensor? xa, Tensor? b, "
-    "int rows, ScalarType dtype) -> Tensor",
-    _fake_matmul,
-)
 def matmul(
     x: Tensor,
     weight: Tensor,
@@ -128,11 +119,6 @@ def narrow_plain(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, r
     return matmul_plain(x, a, offsets, source, None, None, None, rows, x.dtype)
 
 
-def _fake_narrow(x, a, offsets, source, rows):
-    return x.new_empty(rows, a.shape[1])
-
-
-@operator("grouped_narrow(Tensor x, Tensor a, Tensor offsets, Tensor? source, int rows) -> Tensor", _fake_narrow)
 def multiply_narrow(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
     """As `narrow_plain`."""
     if not x.is_cuda:
@@ -153,14 +139,6 @@ def sum_rows_plain(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | 
     return out
 
 
-def _fake_sum_rows(narrow, x, offsets, source, transposed):
-    shape = (narrow.shape[1], x.shape[1])
-    return x.new_empty(len(offsets), *(shape[::-1] if transposed else shape))
-
-
-@operator(
-    "grouped_sum(Tensor narrow, Tensor x, Tensor offsets, Tensor? source, bool transposed) -> Tensor", _fake_sum_rows
-)
 def sum_rows(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, transposed: bool) -> Tensor:
     """As `sum_rows_plain`, or its transpose [experts, columns, rank]."""
     if not x.is_cuda:
@@ -179,11 +157,6 @@ def combine_plain(rows: Tensor, positions: Tensor) -> Tensor:
     return rows[positions.long()].float().sum(1).to(rows.dtype)
 
 
-def _fake_combine(rows, positions):
-    return rows.new_empty(positions.shape[0], rows.shape[1])
-
-
-@operator("combine_rows(Tensor rows, Tensor positions) -> Tensor", _fake_combine)
 def combine(rows: Tensor, positions: Tensor) -> Tensor:
     """As `combine_plain`."""
     if not rows.is_cuda:

@@ -7,7 +7,6 @@ tile by itself, so nothing waits for the host to learn how many rows an expert h
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,7 +40,7 @@ def _matmul_kernel(
     x, source, weight, xa, b, scale, out, offsets, experts, columns, depth, x_stride, expert_stride, column_stride,
     depth_stride, out_stride, b_expert_stride, b_column_stride, b_rank_stride,
     RANK: tl.constexpr, GATHERED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, ORDER: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    DEPTH: tl.constexpr, ORDER: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
@@ -59,12 +58,12 @@ def _matmul_kernel(
         read = tl.where(is_row, rows, row).to(tl.int64)
     column = program % (ORDER * wide) // high * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < columns
-    # Columns past the last read the first instead, and are not stored.
-    safe = tl.where(is_column, column, 0).to(tl.int64)
+    # What is read past the last column is not stored. Without a need for it, the compiler knows neighbours by it.
+    safe = column if EVEN_COLUMNS else tl.where(is_column, column, 0)
     step = tl.arange(0, DEPTH)
     x_pointer = x + read[:, None] * x_stride + step[None, :]
-    weight_pointer = weight + expert.to(tl.int64) * expert_stride + safe[None, :] * column_stride
-    weight_pointer += step[:, None] * depth_stride
+    weight_pointer = weight + expert.to(tl.int64) * expert_stride
+    weight_pointer += safe[None, :] * column_stride + step[:, None] * depth_stride
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         if EVEN:
@@ -135,10 +134,7 @@ def _sum_kernel(
     for row in range(start, end, DEPTH):
         rows = row + tl.arange(0, DEPTH)
         is_row = rows < end
-        if GATHERED:
-            read = tl.load(source + rows, mask=is_row, other=0).to(tl.int64)
-        else:
-            read = rows.to(tl.int64)
+        read = (tl.load(source + rows, mask=is_row, other=0) if GATHERED else rows).to(tl.int64)
         left = tl.load(narrow + rows.to(tl.int64)[None, :] * RANK + rank[:, None], mask=is_row[None, :], other=0.0)
         right = tl.load(
             x + read[:, None] * x_stride + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
@@ -182,7 +178,7 @@ def matmul(
         x, source, weight, xa, b, scale, out, offsets, experts, columns, depth, x.stride(0), *weight.stride(),
         out.stride(0), *b_strides, RANK=0 if xa is None else xa.shape[1], GATHERED=source is not None,
         SCALED=scale is not None, ROWS=high, COLUMNS=wide, DEPTH=step, ORDER=ORDER,
-        EXPERTS=triton.next_power_of_2(experts), EVEN=depth % step == 0, num_warps=8,
+        EXPERTS=triton.next_power_of_2(experts), EVEN=depth % step == 0, EVEN_COLUMNS=columns % wide == 0, num_warps=8,
         num_stages=4 if x.element_size() == 2 else 3,
     )  # fmt: skip
 
