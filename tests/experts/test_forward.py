@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.models.experts import ExpertAdapter, ExpertsLayout, find_experts, run_experts, use_experts
+from qlora.experts.forward import ExpertAdapter, run_experts, use_experts
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.upstream.transformers_experts import experts_implementation, set_experts_implementation
 from tests.models.bases import build
 
@@ -146,7 +147,7 @@ def test_a_model_computes_through_the_registered_forward(kind: str, monkeypatch:
         set_experts_implementation(experts, "eager")
     expected = model(ids).logits
     calls = []
-    monkeypatch.setattr("qlora.models.experts.run_experts", lambda *args: calls.append(1) or run_experts(*args))
+    monkeypatch.setattr("qlora.experts.forward.run_experts", lambda *args: calls.append(1) or run_experts(*args))
     use_experts(model)
     logits = model(ids).logits
     assert len(calls) == len(find_experts(model)) > 0
