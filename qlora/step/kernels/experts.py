@@ -88,8 +88,8 @@ def _experts(tensors: list[Tensor], rows: int, columns: int) -> Iterator[Quantiz
     """Yields the weights of one projection, expert by expert."""
     packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset = tensors
     for expert in range(len(packed)):
-        groups = (part[expert] if part.numel() else part for part in (nested_absmax, nested_offset))
-        yield QuantizedWeight(packed[expert], absmax[expert], codebook, nested_codebook, *groups, rows, columns)
+        nested, offset = (part[expert] if part.numel() else part for part in (nested_absmax, nested_offset))
+        yield QuantizedWeight(packed[expert], absmax[expert], codebook, nested_codebook, nested, offset, rows, columns)
 
 
 def _decode_plain(tensors: list[Tensor], out: Tensor, scale: Tensor | None) -> None:

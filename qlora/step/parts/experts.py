@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qlora.experts.forward import ADAPTERS, compute_dtype
+from qlora.experts.layout import ExpertsLayout, expert_weight, is_stored, stored_experts
+from qlora.quantization.bnb4.experts import QuantizedExperts
 from qlora.quantization.bnb4.layout import BLOCK
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
@@ -24,7 +27,6 @@ from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.transformers_experts import (
     apply_gate,
     experts_implementation,
-    has_post_norm,
     is_experts,
     register_experts,
     set_experts_implementation,
@@ -42,7 +44,7 @@ class FusedExperts(ConfiguredPart):
     def __init__(self, context: StepContext) -> None:
         self.context = context
         self.modules = [module for module in context.base.modules() if is_experts(module)]
-        self._previous: list[str | None] = []
+        self._previous: list[str] = []
 
     def request(self) -> Request | None:
         """Returns what `trainer.fused_experts` asks for; a dense model has none."""
@@ -60,8 +62,9 @@ class FusedExperts(ConfiguredPart):
         """Collects the weights of each layer."""
         register_experts(IMPLEMENTATION, run_fast_experts)
         for module in self.modules:
-            module.fast_experts = FastExperts.of(module)
-            self.context.experts.append(module.fast_experts)
+            fast = FastExperts.of(module)
+            module.__dict__["fast_experts"] = fast
+            self.context.experts.append(fast)
 
     def enter(self) -> None:
         """Makes the experts compute so."""
@@ -79,6 +82,7 @@ class FusedExperts(ConfiguredPart):
 class FastExperts:
     """The frozen weights of a layer's experts."""
 
+    layout: ExpertsLayout
     first: FrozenExperts
     """Gate and up, or up alone."""
     down: FrozenExperts
@@ -86,9 +90,9 @@ class FastExperts:
     @classmethod
     def of(cls, experts: nn.Module) -> FastExperts:
         """Reads them from a module of transformers."""
-        module: Any = experts
-        first = module.gate_up_proj if module.has_gate else module.up_proj
-        return cls(_read_weights(module, first), _read_weights(module, module.down_proj))
+        layout = ExpertsLayout.of(experts)
+        first, down = layout.projections
+        return cls(layout, _read_weights(experts, layout, first), _read_weights(experts, layout, down))
 
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
@@ -102,18 +106,20 @@ class FastExperts:
 
 
 def run_fast_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As `qlora.models.experts.run_experts`, of which it is the fast twin."""
+    """As `qlora.experts.forward.run_experts`, of which it is the fast twin."""
+    dtype = compute_dtype(experts, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _run(experts, experts.fast_experts, hidden, top_k_index, top_k_weights)
+        output = _run(experts, experts.fast_experts, hidden.to(dtype), top_k_index, top_k_weights)
+    return output.to(hidden.dtype)
 
 
 def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    adapters = experts.__dict__.get("expert_adapters", {})
-    first, down = ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
-    routing = route_tokens(top_k_index, experts.num_experts)
+    adapters = experts.__dict__.get(ADAPTERS, {})
+    first, down = fast.layout.projections
+    routing = route_tokens(top_k_index, fast.layout.count)
     dtype = hidden.dtype
     rows = apply_experts(hidden, *_adapter(adapters.get(first), hidden), routing, fast.first, gathers=True)
-    owners = top_k_index.reshape(-1)[routing.order] if experts.has_bias else None
+    owners = top_k_index.reshape(-1)[routing.order] if fast.layout.has_bias else None
     if owners is not None:
         rows = rows + getattr(experts, f"{first}_bias").to(dtype)[owners]
     weights = SortWeights.apply(top_k_weights, routing.order, routing.positions)
@@ -137,19 +143,27 @@ def _adapter(adapter: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     return read, a, b
 
 
-def _read_weights(experts: Any, weight: Tensor) -> FrozenExperts:
-    weight = (weight.transpose(1, 2) if experts.is_transposed else weight).detach()
-    return FrozenExperts([weight], *weight.shape[1:], is_interleaved=False)
+def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) -> FrozenExperts:
+    if is_stored(experts, projection):
+        store = stored_experts(experts)
+        assert isinstance(store, QuantizedExperts)
+        tensors = [tensor for unit in layout.units_of(projection) for tensor in store.tensors_of(unit.name)]
+    else:
+        tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
+    return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
 
 
-def _unsupported_reason(experts: Any) -> str | None:
-    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    if any(weight.requires_grad for weight in (first, experts.down_proj)):
+def _unsupported_reason(experts: nn.Module) -> str | None:
+    layout, store = ExpertsLayout.of(experts), stored_experts(experts)
+    weights = [getattr(experts, projection) for projection in layout.projections]
+    if any(weight.requires_grad for weight in weights):
         return "the experts' weights are trained"
-    if isinstance(first, DTensor):
+    if any(isinstance(weight, DTensor) for weight in weights):
         return "the experts are sharded over processes"
-    if has_post_norm(experts):
+    if layout.has_post_norm:
         return "the experts' outputs are normalised"
-    if any(size % BLOCK for size in (*first.shape[1:], *experts.down_proj.shape[1:])):
+    if not isinstance(store, QuantizedExperts | None):
+        return f"it has no kernels for experts in {store.data_type}"
+    if any(size % BLOCK for size in (layout.hidden, layout.intermediate, layout.output)):
         return f"the widths of the experts are no multiples of {BLOCK}"
     return None
