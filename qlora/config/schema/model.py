@@ -44,7 +44,7 @@ class ArchitectureConfig:
     sliding_window: int | None = None
     """How many tokens attention looks back at most; unset: the model type's own."""
     num_experts: int | None = None
-    """Experts of a layer, as Qwen and OLMoE call them. What is unset of a mixture of experts is the model type's own."""
+    """Experts of a layer, as Qwen and OLMoE call them; what is unset of a mixture is the model type's own."""
     num_local_experts: int | None = None
     """The same, as Mixtral, gpt-oss and Granite call them."""
     n_routed_experts: int | None = None
