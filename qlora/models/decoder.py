@@ -16,10 +16,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora.config.schema import QuantizationConfig
+from qlora.config.schema import ExpertsBits, QuantizationConfig
 from qlora.errors import ConfigError
+from qlora.experts.layout import Placeholder, find_experts
 from qlora.models.outputs import on_output, plain_ids
-from qlora.quantization.method import QuantizationMethod, method_of, quantization_key, set_method
+from qlora.quantization.method import (
+    QuantizationMethod,
+    method_of,
+    quantization_key,
+    quantizes_experts,
+    set_method,
+)
 from qlora.runtime.device import Placement
 
 MOST_UNQUANTIZED = 0.5
@@ -118,7 +125,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
             kinds[name],
             _shape(method, weight, owner).numel(),
             weight.dtype,
-            _is_quantized(method, owner),
+            isinstance(weight, Placeholder) or _is_quantized(method, owner),
             any(name.startswith(f"{wrapper}.") for wrapper in _above(name) & adapted),
         )
         for name, owner, weight in weights
@@ -222,6 +229,9 @@ def build_empty(
     description = method.library_config(quantization, placement)
     assert description is not None, "only a base that transformers quantizes is built"
     AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    if quantizes_experts(method, quantization):
+        for experts in find_experts(model).values():
+            method.quantize_experts(experts, quantization)
     set_method(model, method)
     return model
 
@@ -242,9 +252,39 @@ def check_is_quantized(
                 f"({', '.join(classes)}), which transformers does not quantize; use quantization=none"
             )
         raise ConfigError(f"{key}: {name} has no linear layers to quantize; use quantization=none")
-    if sum(decoder.unquantized.values()) > MOST_UNQUANTIZED:
+    shares = decoder.unquantized
+    if quantization.experts is ExpertsBits.none:
+        shares.pop(EXPERTS, None)
+    if sum(shares.values()) > MOST_UNQUANTIZED:
         raise ConfigError(
             f"{key}: of model.name={name} {decoder.describe_unquantized()}, because "
-            f"{method.package or method.name} quantizes linear layers alone; use quantization=none (16 bits), or a "
-            "base without such weights"
+            + _why_unquantized(model, decoder, method)
         )
+
+
+def _why_unquantized(model: PreTrainedModel, decoder: Decoder, method: QuantizationMethod) -> str:
+    """Returns why most of a base is not quantized, and the ways out."""
+    full = [matrix for matrix in decoder.matrices if matrix.kind == EXPERTS and not matrix.is_quantized]
+    reason = f"{method.package or method.name} quantizes linear layers alone"
+    if not full:
+        return f"{reason}; use quantization=none (16 bits), or a base without such weights"
+    in_full = f"quantization.experts=none, which keeps experts in 16 bits ({_gigabytes(full)})"
+    if unsupported := method.experts_unsupported_reason():
+        return f"{unsupported}; use quantization=nf4, or {in_full}"
+    classes = sorted({type(model.get_submodule(matrix.name.rpartition(".")[0])).__name__ for matrix in full})
+    return f"the class of its experts, {', '.join(classes)}, computes them in a way of its own; use {in_full}"
+
+
+def describe_full_experts(model: PreTrainedModel) -> str | None:
+    """Says which share of the weights are experts that are not quantized, and their bytes; None: there are none."""
+    decoder = read_decoder(model)
+    full = [matrix for matrix in decoder.matrices if matrix.kind == EXPERTS and not matrix.is_quantized]
+    if not full:
+        return None
+    dtype = str(full[0].dtype).removeprefix("torch.")
+    fraction = _percent(decoder.unquantized[EXPERTS])
+    return f"{fraction} of the decoder's weights are experts in {dtype}, {_gigabytes(full)}"
+
+
+def _gigabytes(matrices: list[Matrix]) -> str:
+    return f"{sum(matrix.count * matrix.dtype.itemsize for matrix in matrices) / 1e9:.1f} GB"

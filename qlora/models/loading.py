@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, __version__
 
-from qlora.config.schema import ModelConfig, QuantizationConfig
+from qlora.config.schema import ExpertsBits, ModelConfig, QuantizationConfig
 from qlora.errors import DataError, ResourceError, UserError
-from qlora.models.decoder import build_empty, check_is_quantized
+from qlora.experts.forward import use_experts
+from qlora.models.decoder import build_empty, check_is_quantized, describe_full_experts
 from qlora.models.first_pass import try_base
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.load_report import load_complete
@@ -63,7 +64,8 @@ def load_base(
     elif (description := method.library_config(quantization, placement)) is not None:
         options["quantization_config"] = description
     with QuantizationWatch(method) as watch:
-        model = _read(source, key, config, placement, method, options)
+        with method.loading(quantization):
+            model = _read(source, key, config, placement, method, options)
         if saved is None:
             with torch.no_grad():
                 method.convert(model, quantization, placement)
@@ -148,6 +150,8 @@ def check_quantization(
                 model_config, method, quantization, placement, trust_remote_code=config.trust_remote_code
             )
         check_is_quantized(empty, method, quantization, config.name)
+        if quantization.experts is ExpertsBits.none and (described := describe_full_experts(empty)) is not None:
+            log.warning("quantization.experts=none: of model.name=%s %s", config.name, described)
 
 
 def _too_large(config: ModelConfig) -> ResourceError:
@@ -168,6 +172,7 @@ def _as_base(
 ) -> PreTrainedModel:
     """Returns the model frozen and checked, computing in the precision of `placement`."""
     set_method(model, method)
+    use_experts(model)
     check_is_quantized(model, method, quantization, config.name)
     method.prepare(model, placement.compute_dtype)
     model.requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora.experts.layout import Placeholder, find_experts, nonfinite_projections
 from qlora.models.outputs import on_output, plain_ids
 from qlora.quantization.method import QuantizationMethod
 from qlora.upstream.torch_models import TorchDispatchMode, tree_leaves
@@ -44,10 +45,14 @@ def find_nonfinite(model: torch.nn.Module, method: QuantizationMethod, spoiled: 
     storages = {tensor.untyped_storage().data_ptr() for tensor in spoiled}
     names = []
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, Placeholder):
+            continue
         if parameter.untyped_storage().data_ptr() in storages or not all(
             map(is_finite, method.scales(parameter) or [parameter])
         ):
             names.append(name)
+    for name, experts in find_experts(model).items():
+        names += [f"{name}.{projection}" for projection in nonfinite_projections(experts)]
     # A mask may hold infinities.
     return names + [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
 

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora.config.schema import MIXTURE_FIELDS, ModelConfig, QuantizationConfig
-from qlora.quantization.method import QuantizationMethod
+from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
+from qlora.upstream.transformers_experts import is_experts
 from qlora.upstream.transformers_models import dtype_plan, init_weights
 
 
@@ -74,12 +75,16 @@ class RandomWeights:
         quantizer = None if description is None else AutoHfQuantizer.from_config(description, pre_quantized=False)
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})
-        layers = method.layer_classes()
-        for name, module in model.named_modules():
+        layers, target = method.layer_classes(), store or self.placement.device
+        for name, module in list(model.named_modules()):
             for key, tensor in self._initialise(name).items():
                 is_quantized = key == "weight" and isinstance(module, layers)
                 parameter = _quantize(method, module, tensor) if is_quantized else tensor
-                setattr(module, key, _move(parameter, store or self.placement.device))
+                setattr(module, key, _move(parameter, self.placement.device if is_experts(module) else target))
+            if is_experts(module):
+                if quantizes_experts(method, quantization):
+                    method.quantize_experts(module, quantization)
+                module.to(target)
         model.tie_weights()
         if quantizer is not None:
             model.hf_quantizer = quantizer

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora.config.registries.quantization_methods import AUTO, load_method
-from qlora.config.schema import ComputeDtype, LoraConfig, QuantizationConfig
+from qlora.config.schema import ComputeDtype, ExpertsBits, LoraConfig, QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.quantization.stored_base import StoredBase
 
@@ -97,6 +97,10 @@ class QuantizationMethod(Protocol):
         """Returns why the fast step cannot fuse quantized layers with their adapters; None: it can."""
         return f"it has no kernels for weights of {self.name}"
 
+    def experts_unsupported_reason(self) -> str | None:
+        """Returns why the experts of a mixture cannot be quantized; None: they can, or nothing is quantized."""
+        return f"{self.package or self.name} quantizes linear layers alone" if self.is_quantized else None
+
     def stored_base(self, config: QuantizationConfig) -> StoredBase:
         """Returns how a base is stored, for the plans of memory and time."""
         unquantized_bytes = 4 if config.compute_dtype is ComputeDtype.fp32 else 2
@@ -119,6 +123,10 @@ class QuantizationMethod(Protocol):
     def library_config(self, config: QuantizationConfig, placement: Placement) -> Any | None:
         """Returns transformers' description of the base, for `from_pretrained`; None: it is loaded unquantized."""
         return None
+
+    def loading(self, config: QuantizationConfig) -> AbstractContextManager[None]:
+        """Inside, transformers stores the experts of a base as this method does while it loads that."""
+        return nullcontext()
 
     def convert(self, model: torch.nn.Module, config: QuantizationConfig, placement: Placement) -> None:
         """Quantizes a loaded model in place, where transformers did not; it is called without gradients."""
@@ -165,6 +173,10 @@ class QuantizationMethod(Protocol):
         """Returns the function from a full weight [out, in] to what the layer computes with; it outlives the layer."""
         raise NotImplementedError
 
+    def quantize_experts(self, experts: torch.nn.Module, config: QuantizationConfig) -> None:
+        """Stores the weights of a module of experts quantized (`StoredExperts`); on the meta device, their room."""
+        raise NotImplementedError
+
     def scales(self, parameter: Tensor) -> list[Tensor] | None:
         """Returns the tensors that decide whether a quantized weight is finite; None for any other parameter."""
         return None
@@ -193,6 +205,12 @@ class QuantizationMethod(Protocol):
     def read_saved(self, tensors: SavedTensors, name: str, device: torch.device) -> Tensor | None:
         """Returns a weight [out, in] in full that the files hold quantized; None for any other."""
         return None
+
+
+def quantizes_experts(method: QuantizationMethod, config: QuantizationConfig) -> bool:
+    """Returns whether the experts of a mixture are to be quantized, and can be."""
+    is_asked = method.is_quantized and config.experts is ExpertsBits.same
+    return is_asked and method.experts_unsupported_reason() is None
 
 
 def find_method(config: QuantizationConfig) -> QuantizationMethod:

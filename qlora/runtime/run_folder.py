@@ -32,6 +32,7 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.name": "sft",
     "trainer.step_parts": [],
     "quantization.method": "auto",
+    "quantization.experts": "same",
     "data.max_samples": None,
     "lora.start": None,
     "trainer.label_smoothing_factor": 0.0,

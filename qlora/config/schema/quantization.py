@@ -16,6 +16,9 @@ QuantType = StrEnum("QuantType", "nf4 fp4")
 ComputeDtype = StrEnum("ComputeDtype", "auto bf16 fp16 fp32")
 """The precision of matmuls."""
 
+ExpertsBits = StrEnum("ExpertsBits", "same none")
+"""How the experts of a mixture are stored: as the linear layers, or in 16 bits."""
+
 BaseProducts = StrEnum("BaseProducts", "native fp8")
 """The precision of matmuls with the frozen weights."""
 
@@ -33,6 +36,9 @@ class QuantizationConfig:
     """The 4-bit data type: `nf4` (normal float) or `fp4`; read with `bits=4` only."""
     double_quant: bool = False
     """Quantize the quantization constants too (saves 0.37 bits a parameter); with `bits=4` only."""
+    experts: ExpertsBits = ExpertsBits.same
+    """The experts of a mixture: `same` quantizes each matrix of an expert as a linear layer, `none` keeps them in
+    16 bits (most of a mixture's memory); routers and norms are never quantized."""
     compute_dtype: ComputeDtype = ComputeDtype.auto
     """The precision of matmuls and, with `bits=16`, of the stored weights. `auto`: bf16 where the
     device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.schema import ComputeDtype, LoraConfig, QuantizationConfig, QuantType
 from qlora.quantization.bnb4.layout import stored_base
-from qlora.quantization.method import QuantizationMethod, SavedTensors
+from qlora.quantization.method import QuantizationMethod, SavedTensors, quantizes_experts
 from qlora.quantization.rules import check_frozen, check_saved_bits
 from qlora.quantization.stored_base import StoredBase
 
@@ -64,6 +65,9 @@ class Bnb4(QuantizationMethod):
     def fast_step_unsupported_reason(self) -> None:
         """Returns None: the kernels in this package decode the weights."""
 
+    def experts_unsupported_reason(self) -> None:
+        """Returns None: each matrix of an expert is quantized as a linear layer would be."""
+
     def stored_base(self, config: QuantizationConfig) -> StoredBase:
         """Counts half a byte a weight, absmax values and codebooks."""
         unquantized_bytes = 4 if config.compute_dtype is ComputeDtype.fp32 else 2
@@ -84,12 +88,27 @@ class Bnb4(QuantizationMethod):
             bnb_4bit_compute_dtype=placement.compute_dtype,
         )
 
+    @contextmanager
+    def loading(self, config: QuantizationConfig) -> Iterator[None]:
+        """Quantizes each expert as soon as it is read."""
+        from qlora.quantization.bnb4.loading import ExpertsIn4Bits
+        from qlora.upstream.transformers_quantizer import quantizing_experts
+
+        quantizes = quantizes_experts(self, config)
+        with quantizing_experts(ExpertsIn4Bits(config.quant_type.value, config.double_quant, quantizes)):
+            yield
+
     def check_saved(self, config: QuantizationConfig, settings: Mapping[str, Any], key: str) -> None:
         """Compares the bits, the data type and double quantization."""
         check_saved_bits(config, settings, key)
 
     def set_decoded_dtype(self, parameter: Tensor, dtype: torch.dtype) -> bool:
-        """The dtype stands in the weight's quantization state."""
+        """The dtype stands in the weight's quantization state; experts are decoded to any."""
+        from qlora.experts.layout import Placeholder
+
+        if isinstance(parameter, Placeholder):
+            parameter.data = parameter.to(dtype).data
+            return True
         from qlora.quantization.bnb4 import layers
 
         return layers.set_decoded_dtype(parameter, dtype)
@@ -125,6 +144,17 @@ class Bnb4(QuantizationMethod):
 
         return layers.quantize(layer, weight)
 
+    def quantize_experts(self, experts: torch.nn.Module, config: QuantizationConfig) -> None:
+        """One expert after the other."""
+        from qlora.experts.layout import ExpertsLayout, is_stored
+        from qlora.quantization.bnb4.experts import quantize_parameter
+
+        for projection in ExpertsLayout.of(experts).projections:
+            if not is_stored(experts, projection):
+                weight: Tensor = getattr(experts, projection)
+                kind = config.quant_type.value
+                quantize_parameter(experts, projection, weight.detach(), kind, double_quant=config.double_quant)
+
     def dequantize(self, layer: torch.nn.Module) -> Tensor:
         """In the dtype that the layer computes with."""
         from qlora.quantization.bnb4 import layers
@@ -144,7 +174,11 @@ class Bnb4(QuantizationMethod):
         return layers.scales(parameter)
 
     def count(self, parameter: Tensor) -> tuple[int, str]:
-        """Counts two weights a byte."""
+        """Counts two weights a byte, and experts by the placeholder in their stead."""
+        from qlora.experts.layout import Placeholder
+
+        if isinstance(parameter, Placeholder):
+            return parameter.numel(), parameter.data_type
         if (state := getattr(parameter, "quant_state", None)) is not None:
             return state.shape.numel(), state.quant_type
         return super().count(parameter)

@@ -56,6 +56,10 @@ class Bnb8(QuantizationMethod):
         if lora.init.value == "loftq":
             raise loftq_needs_4_bits(config)
 
+    def experts_unsupported_reason(self) -> str:
+        """Says that its products are those of linear layers."""
+        return "bitsandbytes has 8-bit products for linear layers alone"
+
     def fsdp_unsupported_reason(self) -> str:
         """Says where the scales are."""
         return "8-bit weights keep their scales elsewhere"

@@ -1,0 +1,265 @@
+"""The experts of a layer in 4 bits: each expert's gate, up and down as bitsandbytes would quantize a linear layer.
+
+The tensors of all experts lie in one, so that a kernel decodes them at once; the bits of each are those that
+`bitsandbytes.functional.quantize_4bit` makes of its matrix, the offset of double quantization included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+
+from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
+from qlora.quantization.bnb4.layout import BLOCK, GROUP
+
+
+@dataclass(frozen=True)
+class Matrix4bit:
+    """One matrix as bitsandbytes quantizes it, flat."""
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_codebook: Tensor | None = None
+    is_finite: Tensor | None = None
+    """Whether it was, before it was quantized; None: not known."""
+
+    @classmethod
+    def of(cls, packed: Tensor, state: bnb.QuantState, is_finite: Tensor | None = None) -> Matrix4bit:
+        """Takes the tensors of a quantized weight apart."""
+        flat = packed.view(torch.uint8).view(-1)
+        if not state.nested:
+            return cls(flat, state.absmax, state.code, is_finite=is_finite)
+        inner = state.state2
+        return cls(flat, state.absmax, state.code, inner.absmax, state.offset, inner.code, is_finite)
+
+
+class QuantizedUnit(nn.Module):
+    """The gate, up or down projection of all experts of a layer."""
+
+    packed: Tensor
+    """uint8 [experts, out * in / 2]"""
+    absmax: Tensor
+    """uint8 (double quantization) or float32, [experts, out * in / 64]"""
+    nested_absmax: Tensor
+    """float32 [experts, blocks / 256], or [experts, 0]"""
+    nested_offset: Tensor
+    """float32 [experts]"""
+    finite: Tensor
+    """bool [experts]: whether a matrix was finite before it was quantized."""
+
+    def __init__(self, unit: Unit, count: int, *, double_quant: bool, device: torch.device) -> None:
+        super().__init__()
+        self.rows, self.columns = unit.shape
+        blocks = math.ceil(self.rows * self.columns / BLOCK)
+        groups = math.ceil(blocks / GROUP) if double_quant else 0
+
+        def add(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
+
+        add("packed", (count, math.ceil(self.rows * self.columns / 2)), torch.uint8)
+        add("absmax", (count, blocks), torch.uint8 if double_quant else torch.float32)
+        add("nested_absmax", (count, groups), torch.float32)
+        add("nested_offset", (count,), torch.float32)
+        add("finite", (count,), torch.bool)
+
+    def set(self, expert: int, matrix: Matrix4bit) -> None:
+        """Stores the matrix of one expert."""
+        self.packed[expert] = matrix.packed
+        self.absmax[expert] = matrix.absmax
+        self.finite[expert] = True if matrix.is_finite is None else matrix.is_finite
+        if matrix.nested_absmax is not None and matrix.nested_offset is not None:
+            self.nested_absmax[expert] = matrix.nested_absmax
+            self.nested_offset[expert] = matrix.nested_offset
+
+
+class QuantizedExperts(nn.Module):
+    """The quantized weights of a layer's experts (`StoredExperts`)."""
+
+    codebook: Tensor
+    """float32 [16]: the value of each 4-bit code."""
+    nested_codebook: Tensor
+    """float32 [256]: the value of each byte of `absmax`, or empty."""
+
+    def __init__(self, layout: ExpertsLayout, quant_type: str, *, double_quant: bool, device: torch.device) -> None:
+        super().__init__()
+        self.layout, self.quant_type, self.double_quant = layout, quant_type, double_quant
+        codebook, nested = torch.zeros(16, device=device), torch.zeros(256 if double_quant else 0, device=device)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("nested_codebook", nested)
+        self._is_hf_initialized = True  # transformers initialises what it did not load
+
+    @classmethod
+    def on(cls, experts: nn.Module, quant_type: str, *, double_quant: bool, device: torch.device) -> QuantizedExperts:
+        """Returns the store of a module, a new one if it has none."""
+        if (store := experts._modules.get(STORE)) is None:
+            store = cls(ExpertsLayout.of(experts), quant_type, double_quant=double_quant, device=device)
+            experts.add_module(STORE, store)
+        assert isinstance(store, cls)
+        return store
+
+    @property
+    def data_type(self) -> str:
+        """The 4-bit data type."""
+        return self.quant_type
+
+    def unit(self, name: str) -> QuantizedUnit:
+        """Returns the tensors of `gate`, `up` or `down`."""
+        module = self.get_submodule(name)
+        assert isinstance(module, QuantizedUnit)
+        return module
+
+    def holds(self, projection: str) -> bool:
+        """Returns whether the weights of a projection are in here."""
+        units = self.layout.units_of(projection)
+        return bool(units) and all(unit.name in self._modules for unit in units)
+
+    def reserve(self, projection: str, device: torch.device) -> None:
+        """Makes room for a projection."""
+        for unit in self.layout.units_of(projection):
+            empty = QuantizedUnit(unit, self.layout.count, double_quant=self.double_quant, device=device)
+            self.add_module(unit.name, empty)
+
+    def quantize(self, unit: Unit, expert: int, weight: Tensor) -> None:
+        """Quantizes the weight [out, in] of a unit of one expert."""
+        packed, state = bnb.quantize_4bit(
+            weight.contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+        )
+        self.set(unit, expert, Matrix4bit.of(packed, state, torch.stack(torch.aminmax(weight)).isfinite().all()))
+
+    def set(self, unit: Unit, expert: int, matrix: Matrix4bit) -> None:
+        """Stores the quantized weight of a unit of one expert."""
+        self.unit(unit.name).set(expert, matrix)
+        self.codebook.copy_(matrix.codebook)
+        if matrix.nested_codebook is not None:
+            self.nested_codebook.copy_(matrix.nested_codebook)
+
+    def decode(self, projection: str, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
+        """Returns a projection as [experts, out, in], or that of the experts whose ids are given."""
+        units = self.layout.units_of(projection)
+        if len(units) == 1:
+            return self._decode(self.unit(units[0].name), dtype, experts)
+        count = self.layout.count if experts is None else len(experts)
+        output = torch.empty(count, *self.layout.projections[projection], dtype=dtype, device=self.codebook.device)
+        for unit in units:
+            output[:, unit.rows] = self._decode(self.unit(unit.name), dtype, experts)
+        return output
+
+    def decode_unit(self, unit: str, expert: int, dtype: torch.dtype) -> Tensor:
+        """Returns the weight [out, in] of a unit of one expert."""
+        ids = torch.tensor([expert], device=self.codebook.device)
+        return self._decode(self.unit(unit), dtype, ids)[0]
+
+    def _decode(self, unit: QuantizedUnit, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
+        packed = unit.packed if experts is None else unit.packed[experts]
+        absmax = self.absmax(unit, experts)
+        if unit.columns % BLOCK == 0:
+            return self._dequantize(packed, absmax, (len(packed) * unit.rows, unit.columns), dtype).view(
+                len(packed), unit.rows, unit.columns
+            )
+        matrices = zip(packed, absmax, strict=True)
+        return torch.stack([self._dequantize(*matrix, (unit.rows, unit.columns), dtype) for matrix in matrices])
+
+    def absmax(self, unit: QuantizedUnit, experts: Tensor | None = None) -> Tensor:
+        """Returns the absmax of the blocks of all experts, or of those given, float32 [experts, blocks]."""
+        absmax, nested, offset = (
+            tensor if experts is None else tensor[experts]
+            for tensor in (unit.absmax, unit.nested_absmax, unit.nested_offset)
+        )
+        if not self.double_quant:
+            return absmax
+        group = torch.arange(absmax.shape[1], device=absmax.device) // GROUP
+        return self.nested_codebook[absmax.int()] * nested[:, group] + offset[:, None]
+
+    def _dequantize(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        state = bnb.QuantState(
+            absmax=absmax.reshape(-1),
+            shape=torch.Size(shape),
+            code=self.codebook,
+            blocksize=BLOCK,
+            quant_type=self.quant_type,
+            dtype=dtype,
+        )
+        return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
+
+    def nonfinite(self) -> list[str]:
+        """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""
+        spoiled = []
+        for projection in self.layout.projections:
+            units = (
+                [self.unit(unit.name) for unit in self.layout.units_of(projection)] if self.holds(projection) else []
+            )
+            if not all(bool(unit.finite.all() & self.absmax(unit).isfinite().all()) for unit in units):
+                spoiled.append(projection)
+        return spoiled
+
+    def nbytes(self) -> int:
+        """Returns the bytes of all tensors."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def put_placeholder(experts: nn.Module, projection: str, dtype: torch.dtype, store: QuantizedExperts) -> Placeholder:
+    """Puts a placeholder where a projection's weights were, and returns it."""
+    parameter: Any = getattr(experts, projection)
+    device = store.codebook.device
+    result = Placeholder.of(parameter.shape, dtype, device, store.quant_type)
+    result._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initialises what it did not load
+    setattr(experts, projection, result)
+    return result
+
+
+def quantize_parameter(
+    experts: nn.Module, projection: str, weight: Tensor, quant_type: str, *, double_quant: bool
+) -> Placeholder:
+    """Quantizes a projection, given in the layout of its parameter, and returns what takes the parameter's place."""
+    store = QuantizedExperts.on(experts, quant_type, double_quant=double_quant, device=weight.device)
+    store.reserve(projection, weight.device)
+    matrices = weight.transpose(1, 2) if store.layout.is_transposed else weight
+    if not weight.is_meta:
+        for unit in store.layout.units_of(projection):
+            for expert, matrix in enumerate(matrices[:, unit.rows]):
+                store.quantize(unit, expert, matrix)
+    return put_placeholder(experts, projection, weight.dtype, store)
+
+
+def store_matrices(
+    experts: nn.Module,
+    projection: str,
+    units: Iterable[Iterable[Tensor | Matrix4bit]],
+    dtype: torch.dtype,
+    quant_type: str,
+    *,
+    double_quant: bool,
+) -> Placeholder:
+    """Stores a projection that is given expert by expert for each of its units, quantized already or not."""
+    store: QuantizedExperts | None = None
+    layout = ExpertsLayout.of(experts)
+    for unit, matrices in zip(layout.units_of(projection), units, strict=True):
+        count = 0
+        for expert, matrix in enumerate(matrices):
+            device = matrix.device if isinstance(matrix, Tensor) else matrix.packed.device
+            if store is None:
+                store = QuantizedExperts.on(experts, quant_type, double_quant=double_quant, device=device)
+                store.reserve(projection, device)
+            if isinstance(matrix, Matrix4bit):
+                store.set(unit, expert, matrix)
+            else:
+                if tuple(matrix.shape) != unit.shape:
+                    raise ValueError(f"expert {expert} has a matrix {tuple(matrix.shape)}, and {unit.shape} is needed")
+                store.quantize(unit, expert, matrix)
+            count += 1
+        if count != layout.count:
+            raise ValueError(f"{count} experts of {layout.count}")
+    assert store is not None
+    return put_placeholder(experts, projection, dtype, store)

@@ -1,0 +1,73 @@
+"""The experts of a base that transformers loads: quantized as they are read, or as they were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+
+from qlora.experts.layout import ExpertsLayout, find_experts, is_stored
+from qlora.quantization.bnb4.experts import Matrix4bit, quantize_parameter, store_matrices
+from qlora.upstream.transformers_quantizer import Saved
+
+
+@dataclass(frozen=True)
+class ExpertsIn4Bits:
+    """Stores the experts of a base (`ExpertsLoading`)."""
+
+    quant_type: str
+    double_quant: bool
+    quantizes: bool
+    """Whether experts are stored in 4 bits; otherwise saved ones are decoded."""
+
+    def projections(self, model: nn.Module) -> list[str]:
+        """Returns the names of the parameters of experts that are to be quantized."""
+        if not self.quantizes:
+            return []
+        experts = find_experts(model).items()
+        return [
+            f"{name}.{projection}" for name, module in experts for projection in ExpertsLayout.of(module).projections
+        ]
+
+    def quantize(self, experts: nn.Module, projection: str, weight: Tensor) -> nn.Parameter:
+        """Quantizes a whole projection, in the layout of its parameter."""
+        return quantize_parameter(experts, projection, weight, self.quant_type, double_quant=self.double_quant)
+
+    def holds(self, experts: nn.Module, projection: str) -> bool:
+        """Returns whether a projection is stored in 4 bits."""
+        return is_stored(experts, projection)
+
+    def takes_matrices(self, experts: nn.Module, projection: str, count: int) -> bool:
+        """Returns whether a projection is made of `count` matrices an expert, stacked by rows."""
+        layout = ExpertsLayout.of(experts)
+        return not layout.is_transposed and not layout.is_interleaved and len(layout.units_of(projection)) == count
+
+    def store(self, experts: nn.Module, projection: str, matrices: list[Iterator[Saved]]) -> nn.Parameter:
+        """Stores a projection from the matrices of all experts, one after another."""
+        parameter: Tensor = getattr(experts, projection)
+        if self.quantizes:
+            units = [map(_as_matrix, part) for part in matrices]
+            kind = self.quant_type
+            return store_matrices(experts, projection, units, parameter.dtype, kind, double_quant=self.double_quant)
+        parts = [torch.stack([_decode(saved, parameter.dtype) for saved in part]) for part in matrices]
+        return nn.Parameter(torch.cat(parts, dim=1), requires_grad=False)
+
+
+def _as_matrix(saved: Saved) -> Tensor | Matrix4bit:
+    """Returns a matrix as it was saved: quantized, or full."""
+    if len(saved) == 1:
+        return saved["weight"]
+    return Matrix4bit.of(saved["weight"], _state(saved))
+
+
+def _decode(saved: Saved, dtype: torch.dtype) -> Tensor:
+    weight = saved["weight"]
+    return (weight if len(saved) == 1 else bnb.dequantize_4bit(weight, _state(saved))).to(dtype)
+
+
+def _state(saved: Saved) -> bnb.QuantState:
+    statistics = {name: tensor for name, tensor in saved.items() if name != "weight"}
+    return bnb.QuantState.from_dict(statistics, saved["weight"].device)
