@@ -139,6 +139,10 @@ class Shape:
         """Returns whether a decoder layer has experts."""
         return self.experts is not None and layer in self.experts.layers
 
+    def a_layer(self, *, has_experts: bool) -> int:
+        """Returns the first decoder layer with experts, or without."""
+        return next(layer for layer in range(self.layers) if self.has_experts(layer) is has_experts)
+
     @cached_property
     def _dense(self) -> tuple[Linear, ...]:
         return self._linears(mixed=False)
