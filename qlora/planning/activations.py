@@ -80,6 +80,8 @@ class Activations:
         if shape.family.capped:
             # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and in 16 bits.
             return c * 3 * shape.queries + shape.heads * self.setup.length * (2 * c + 4)
+        if shape.family.sinks:  # the same without tanh, whose softmax has the sink's column; and its rows' maxima
+            return c * 3 * shape.queries + shape.heads * ((self.setup.length + 1) * c + 8)
         if (latent := shape.latent) is not None:  # values are kept with the keys that they were computed with
             expanded = shape.heads * (latent.plain + latent.values)
             return c * (shape.queries + shape.keys + expanded + shape.values) + 4 * shape.heads
@@ -96,7 +98,8 @@ class Activations:
     @property
     def _keeps_output(self) -> bool:
         """Whether the output that attention keeps is what the next layer reads, and not laid out otherwise."""
-        return not (self.shape.family.capped or self.shape.family.joined)
+        family = self.shape.family
+        return not (family.capped or family.joined or family.sinks)
 
     def _saved_fast(self, names: frozenset[str], *, has_experts: bool) -> float:
         """Bytes a token with fused linear layers and attention by rows; compiled norms are computed again."""
