@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from qlora.upstream.peft import lora_config
+from qlora.upstream.peft import ExpertB, ExpertsWrapper, lora_config
 
 ADAPTER = "default"
 """The name of the adapter that is trained."""
@@ -41,8 +41,9 @@ def _average_adapters(model: PeftModel, states: Sequence[dict[str, Tensor]]) -> 
             parameter.copy_(_mean(state[name] for state in states))
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            a = torch.cat([state[f"{name}.lora_A.{ADAPTER}.weight"].float() for state in states], dim=0)
-            b = torch.cat([state[f"{name}.lora_B.{ADAPTER}.weight"].float() / count for state in states], dim=1)
+            experts = (module.num_experts,) if isinstance(module, ExpertsWrapper) else ()
+            a = torch.cat([_stacked(state[f"{name}.lora_A.{ADAPTER}.weight"], experts) for state in states], dim=-2)
+            b = torch.cat([state[f"{name}.lora_B.{ADAPTER}.weight"].float() / count for state in states], dim=-1)
             _widen(module, a, b)
     config: Any = lora_config(model)
     config.r *= count
@@ -68,15 +69,25 @@ def _mean(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.float() for tensor in tensors]).mean(0)
 
 
+def _stacked(a: Tensor, experts: tuple[int, ...]) -> Tensor:
+    """Returns A in float32, that of experts as [experts, r, in]."""
+    return a.float().view(*experts, -1, a.shape[-1])
+
+
 def _widen(module: Any, a: Tensor, b: Tensor) -> None:
     """Gives an adapted layer other matrices; what its output is scaled by stays."""
-    factor = len(a) // module.r[ADAPTER]
-    for matrices, weight in ((module.lora_A, a), (module.lora_B, b)):
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=matrices[ADAPTER].weight.device)
-        linear.weight.copy_(weight)
-        matrices[ADAPTER] = linear
+    factor = a.shape[-2] // module.r[ADAPTER]
+    device = module.lora_A[ADAPTER].weight.device
+    module.lora_A[ADAPTER] = _linear(a.flatten(0, -2), device)
+    module.lora_B[ADAPTER] = ExpertB(b.to(device)) if isinstance(module, ExpertsWrapper) else _linear(b, device)
     module.lora_alpha[ADAPTER] = _scaled(module.lora_alpha[ADAPTER], factor, root=module.use_rslora.get(ADAPTER, False))
     module.r[ADAPTER] *= factor
+
+
+def _linear(weight: Tensor, device: torch.device) -> torch.nn.Linear:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device)
+    linear.weight.copy_(weight)
+    return linear
 
 
 def _scaled(alpha: float, count: int, *, root: bool) -> float:

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 
+from qlora.adapters.experts import expert_wrappers
 from qlora.quantization.method import method_of
 
 
@@ -19,6 +21,16 @@ class ParameterCount:
     base: int
     by_dtype: dict[str, int]
     """Those of the base, by the data type that they are stored in: `nf4`, `int8`, `bfloat16` ..."""
+    on_experts: int = 0
+    """Those of adapters on routed experts."""
+    expert_ranks: tuple[int, ...] = ()
+    """The ranks of these adapters."""
+
+    def describe_experts(self) -> str:
+        """Returns what a line on the adapter says of its part on routed experts; "": it has none."""
+        if not self.on_experts:
+            return ""
+        return f"r={' and '.join(map(str, self.expert_ranks))} on experts ({self.on_experts:,} parameters)"
 
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
@@ -36,4 +48,12 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
             base += count
             by_dtype[dtype] += count
         trainable += count if parameter.requires_grad else 0
-    return ParameterCount(trainable, total, base, dict(by_dtype))
+    wrappers = expert_wrappers(model).values() if isinstance(model, PeftModel) else ()
+    ranks = {rank for wrapper in wrappers for rank in wrapper.r.values()}
+    on_experts = sum(
+        parameter.numel()
+        for wrapper in wrappers
+        for matrices in (wrapper.lora_A, wrapper.lora_B)
+        for parameter in matrices.parameters()
+    )
+    return ParameterCount(trainable, total, base, dict(by_dtype), on_experts, tuple(sorted(ranks)))

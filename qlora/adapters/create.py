@@ -14,12 +14,13 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers import PreTrainedModel
 
 from qlora.adapters.biases import copy_biases, keep_biases
+from qlora.adapters.experts import attach_experts, set_dropout
 from qlora.adapters.loftq import correct_quantization, original_weights
-from qlora.adapters.targets import find_target_modules, last_name
+from qlora.adapters.targets import find_targets, last_name, move_taken
 from qlora.config.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 from qlora.errors import ConfigError
 from qlora.models.weight_files import Tensors
-from qlora.upstream.peft import lora_config
+from qlora.upstream.peft import base_of, lora_config, names_kept
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +50,22 @@ def add_lora(
     """Attaches a fresh adapter; its weights come from torch's current seed and are stored in `config.dtype`.
 
     `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
-    Raises `ConfigError` for target modules that match nothing.
+    Raises `ConfigError` for targets that match nothing.
     """
+    targets = find_targets(config, model)
     alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
     bias: Any = config.bias.value
+    alphas: Any = targets.alphas(config)
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=alpha,
-        lora_dropout=config.dropout,
+        lora_dropout=0.0 if targets.parameters else config.dropout,
         bias=bias,
-        target_modules=find_target_modules(config.target_modules, model),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        rank_pattern=targets.ranks,
+        alpha_pattern=alphas,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=PEFT_INIT[config.init],
@@ -67,7 +73,8 @@ def add_lora(
         trainable_token_indices=_rows_to_train(model, new_token_ids),
     )
     try:
-        adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
+        with names_kept():
+            adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=config.init is LoraInit.eva)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"lora.target_modules={config.target_modules}: PEFT cannot adapt this {model.config.model_type} "
@@ -85,7 +92,25 @@ def add_lora(
             log.warning("lora.bias=%s: the layers it selects have no biases, so none is trained", config.bias.value)
         keep_biases(adapted, biases)
     store_in(config.dtype, adapted)
+    complete_adapter(adapted, config.dropout)
     return adapted
+
+
+def complete_adapter(model: PeftModel, dropout: float) -> None:
+    """Makes what PEFT attached an adapter of this project: experts read it, and plain PEFT can load it.
+
+    `dropout` is that of training, which PEFT refuses beside adapters on tensors of experts.
+    """
+    base, config = base_of(model), lora_config(model)
+    attach_experts(model, dropout)
+    move_taken(config, base)
+    if config.target_parameters:
+        config.lora_dropout = 0.0
+        set_dropout(model, dropout)
+    if getattr(base.config, "output_router_logits", False):
+        base.config.output_router_logits = (
+            False  # else the loss of the routers, which are frozen, would be part of the loss
+        )
 
 
 def store_in(dtype: LoraDtype, model: PeftModel) -> None:

@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
-from qlora.adapters.create import store_in
+from qlora.adapters.create import complete_adapter, store_in
+from qlora.adapters.targets import return_taken
 from qlora.config.schema import LoraConfig
 from qlora.errors import DataError
+from qlora.models.experts import ExpertsLayout, find_experts
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
+from qlora.upstream.peft import names_kept, rank_of, rename_experts
 from qlora.upstream.torch_models import weight_of
 
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
 EXPERTS = ".experts."
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the names of adapters from when each expert was a few linear layers."""
 
 
 def continue_adapter(config: LoraConfig, model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
@@ -55,9 +61,15 @@ def load_adapter(
     biases = copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
         peft_config: Any = PeftConfig.from_pretrained(str(folder))
-        if dropout is not None:
+        if isinstance(peft_config, PeftLoraConfig):
+            rename_experts(peft_config, model)
+            return_taken(peft_config, model)
+        if dropout is not None and not peft_config.target_parameters:
             peft_config.lora_dropout = dropout
-        adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config, is_trainable=dropout is not None)
+        with names_kept():
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), config=peft_config, is_trainable=dropout is not None
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -65,7 +77,8 @@ def load_adapter(
     with open_adapter(folder) as file:
         saved = set(file.keys())
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if missing := [name for name in expected if name not in saved and EXPERTS not in name]:
+    is_renamed = any(map(SINGLE_EXPERT.search, saved))
+    if missing := [name for name in expected if name not in saved and not (is_renamed and EXPERTS in name)]:
         raise DataError(
             f"{key}={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
             f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
@@ -73,25 +86,52 @@ def load_adapter(
         )
     if biases is not None:
         keep_biases(adapted, biases)
+    if isinstance(peft_config, PeftLoraConfig):
+        complete_adapter(adapted, dropout or 0.0)
     return adapted
 
 
 def _find_difference(model: PreTrainedModel, folder: Path) -> str | None:
     """Says in words which tensor of an adapter is the first that the base has no place for; None: all fit."""
-    modules = dict(model.named_modules())
+    modules, experts = dict(model.named_modules()), find_experts(model)
     with open_adapter(folder) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    of_experts = _shapes_on_experts(folder, experts)
     for name, shape in shapes.items():
         part = LINEAR_PART.fullmatch(name)
-        if part is None or EXPERTS in name:  # PEFT itself renames the experts of older adapters
+        if part is None or (
+            experts and SINGLE_EXPERT.search(name)
+        ):  # PEFT itself renames the experts of older adapters
             continue
-        layer = modules.get(part[1])
+        layer = modules.get(part[1].replace(".base_layer", ""))
         if layer is None:
             return f"its {name} belongs to a layer that this base does not have"
-        needed = _needed_shape(layer, part[2], shape)
+        needed = of_experts.get(name) or _needed_shape(layer, part[2], shape)
         if needed != shape:
             return f"its {name} is {_by(shape)}, and this base needs {_by(needed)}"
     return None
+
+
+def _shapes_on_experts(folder: Path, experts: dict[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that an adapter's tensors on experts must have; PEFT nests the wrappers of one module."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, PeftLoraConfig):
+        return {}
+    for name, module in experts.items():
+        layout = ExpertsLayout.of(module)
+        wrapped = [
+            (f"{name}.{parameter}", layout.projections[parameter])
+            for parameter, _ in module.named_parameters(recurse=False)
+            if parameter in layout.projections
+            and any(f".{name}.{parameter}".endswith(f".{target}") for target in config.target_parameters or ())
+        ]
+        for depth, (parameter, (outputs, inputs)) in enumerate(reversed(wrapped)):
+            rank = layout.count * rank_of(config, parameter)
+            path = f"base_model.model.{name}{'.base_layer' * depth}"
+            shapes[f"{path}.lora_A.weight"] = (rank, inputs)
+            shapes[f"{path}.lora_B.weight"] = (outputs, rank)
+    return shapes
 
 
 def _needed_shape(layer: torch.nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:

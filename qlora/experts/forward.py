@@ -52,7 +52,7 @@ def run_experts(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_w
     """
     layout = ExpertsLayout.of(experts)
     routing = Routing.sort(top_k_index, layout.count)
-    rows = permute(hidden.to(_compute_dtype(experts, hidden)), routing)
+    rows = permute(hidden.to(compute_dtype(experts, hidden)), routing)
     first, down = layout.projections
     rows = apply_gate(experts, run_projection(experts, first, rows, routing))
     rows = run_projection(experts, down, rows, routing)
@@ -110,7 +110,7 @@ def run_adapter(adapter: ExpertAdapter, rows: Tensor, routing: Routing, *, is_tr
     return grouped_linear(low, adapter.b.to(rows.dtype), routing.offsets) * adapter.scaling
 
 
-def _compute_dtype(experts: nn.Module, hidden: Tensor) -> torch.dtype:
+def compute_dtype(experts: nn.Module, hidden: Tensor) -> torch.dtype:
     """Returns the dtype of the matmuls: that of autocast, or of the weights."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):

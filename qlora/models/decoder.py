@@ -160,17 +160,22 @@ def _kinds(method: QuantizationMethod, weights: list[tuple[str, nn.Module, nn.Pa
     counts: dict[str, int] = {}
     for name, owner, weight in weights:
         if weight.dim() == 3 and min(weight.shape) > 1 and not isinstance(owner, nn.Conv1d):
-            counts[name.rpartition(".")[0]] = weight.shape[0]
+            counts[_plain_path(name)] = weight.shape[0]
     around = {path.rpartition(".")[0]: count for path, count in counts.items()}
     kinds = {}
     for name, owner, weight in weights:
-        path = name.rpartition(".")[0].removesuffix(".base_layer")
+        path = _plain_path(name)
         kinds[name] = path.rpartition(".")[2]
         if path in counts:
             kinds[name] = EXPERTS
         elif any(_shape(method, weight, owner)[0] == around[above] for above in _above(name) & around.keys()):
             kinds[name] = ROUTER
     return kinds
+
+
+def _plain_path(name: str) -> str:
+    """Returns the name of the module that a parameter lies in, without the wrappers of an adapter."""
+    return name.rpartition(".")[0].replace(".base_layer", "")
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:

@@ -42,14 +42,15 @@ def write_model_card(
     compute_dtype: str | None = None,
     example_prompt: str | None = None,
     unquantized: str | None = None,
+    experts: str = "",
     license: str | None = None,
 ) -> Path:
     """Writes `README.md` into `folder` and returns its path.
 
     `result` holds `metrics` (`eval_loss`, `base_eval_loss` ...) and `paths`; `command` is what started the run;
     `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it;
-    `unquantized` says which share of the decoder's weights has more bits than the rest; `license` is the base's, where
-    the config names none.
+    `unquantized` says which share of the decoder's weights has more bits than the rest, `experts` what is trained on
+    routed experts; `license` is the base's, where the config names none.
     """
     parts = [
         f"# {markdown_text(config.name or folder.resolve().name)}",
@@ -61,7 +62,9 @@ def write_model_card(
         if config.lora.enabled and config.model.weights is Weights.random
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
-        markdown_table(("setting", "value"), _settings(config, compute_dtype, unquantized) + kept_lines(result)),
+        markdown_table(
+            ("setting", "value"), _settings(config, compute_dtype, unquantized, experts) + kept_lines(result)
+        ),
         "## Reproduce",
         markdown_block(command, "bash"),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items() if version) + ".",
@@ -207,13 +210,17 @@ def _base_lines(base: str) -> list[str]:
     return [f"base = {_literal(base)}"]
 
 
-def _settings(config: Config, compute_dtype: str | None, unquantized: str | None) -> list[tuple[str, str]]:
+def _settings(
+    config: Config, compute_dtype: str | None, unquantized: str | None, experts: str
+) -> list[tuple[str, str]]:
     trainer, lora = config.trainer, config.lora
     precision = _base_precision(config, unquantized)
     rows = [("base weights", f"{precision}, computing in {_dtype(config, compute_dtype)}")]
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
+        if experts:
+            rows.append(("LoRA on routed experts", experts))
         if lora.start is not None:
             rows.append(("trained further from", lora.start))
         extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]

@@ -53,6 +53,7 @@ def training_lines(
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
+    adapter += f", {experts}" if (experts := count.describe_experts()) else ""
     unit = "packs" if report.packs else "rows"
     return {
         "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "

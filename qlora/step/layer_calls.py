@@ -13,8 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.step.offload import Offloading
 from qlora.step.part import StepContext
-from qlora.step.parts.fused_linear import last_group
+from qlora.step.parts.fused_linear import FastLinear
 from qlora.upstream.torch import call_layer, set_layer_call
+
+USUAL_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""The children of a decoder layer that adds the output of its feed-forward layer to its input, and ends so."""
+MIXTURE_CHILDREN = {"gate", "experts"}
+"""The children of a feed-forward layer whose output is that of its experts."""
 
 
 class LayerCalls:
@@ -52,8 +57,7 @@ class LayerCalls:
         if not is_checkpointed:
             return call
         # Nothing in a layer reads what the layer adds to its input last: the recomputation leaves that matmul out.
-        last = last_group(layer)
-        recomputing = contextlib.nullcontext if last is None else last.unread
+        recomputing = find_unread(layer)
         again = partial(
             checkpoint,
             call,
@@ -62,6 +66,24 @@ class LayerCalls:
             context_fn=lambda: (contextlib.nullcontext(), recomputing()),
         )
         return partial(self._offloading.call, again) if is_offloaded else again
+
+
+def find_unread(layer: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Returns what leaves out the matmul whose output a layer adds to its input last, inside a step.
+
+    Nothing is left out where the layer ends otherwise, for instance with a norm, or that matmul is not fused.
+    """
+    if {name for name, _ in layer.named_children()} != USUAL_CHILDREN:
+        return contextlib.nullcontext
+    mlp: Any = layer.mlp
+    if isinstance(last := getattr(mlp, "down_proj", None), FastLinear):
+        return last.group.unread
+    if {name for name, _ in mlp.named_children()} == MIXTURE_CHILDREN:
+        experts = mlp.experts.get_base_layer() if hasattr(mlp.experts, "get_base_layer") else mlp.experts
+        if (fast := getattr(experts, "fast_experts", None)) is not None:
+            unread: Callable[[], contextlib.AbstractContextManager[None]] = fast.unread
+            return unread
+    return contextlib.nullcontext
 
 
 def _call_forward(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

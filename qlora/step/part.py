@@ -18,6 +18,7 @@ from qlora.config.schema import QuantizationConfig, TrainerConfig
 from qlora.runtime.device import Placement
 
 if TYPE_CHECKING:
+    from qlora.step.parts.experts import FastExperts
     from qlora.step.parts.fused_linear import LinearGroup
 
 ON = "on"
@@ -72,6 +73,8 @@ class StepContext:
     """The parts so far by name: `on`, or why not."""
     groups: list[LinearGroup] = field(default_factory=list)
     """The groups of fused linear layers."""
+    experts: list[FastExperts] = field(default_factory=list)
+    """The experts of the layers that compute them on sorted rows."""
 
     @property
     def is_spread(self) -> bool:

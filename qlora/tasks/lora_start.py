@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qlora.config.overrides import override_value
-from qlora.config.schema import Config, LoraBias, LoraConfig
+from qlora.config.schema import Config, LoraBias, LoraConfig, LoraExperts
 from qlora.config.schema.values import written
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
@@ -43,8 +44,12 @@ def with_start(config: Config, overrides: Sequence[str] = ()) -> Config:
     return replace(config, lora=lora)
 
 
-OWN = ("r", "alpha", "bias", "target_modules", "use_rslora", "use_dora")
+OWN = ("r", "alpha", "bias", "target_modules", "experts", "expert_r", "router", "use_rslora", "use_dora")
 """The fields of `lora` that an adapter brings along."""
+PROJECTION = re.compile(r"(.*\.)?(\w*_proj|w[123])\.weight")
+"""A linear layer among the parameters that an adapter targets, as PEFT must read some of them."""
+ROUTED = re.compile(r"(.*\.)?\w*_proj")
+"""The tensor of a layer's experts."""
 
 
 def find_start(config: Config) -> Path:
@@ -109,7 +114,12 @@ def _check_kind(settings: Mapping[str, Any], config: Config) -> None:
 
 
 def _own_settings(lora: LoraConfig, settings: Mapping[str, Any], folder: Path) -> LoraConfig:
-    bias, targets = settings.get("bias", "none"), settings.get("target_modules") or []
+    bias, modules = settings.get("bias", "none"), settings.get("target_modules") or []
+    parameters = settings.get("target_parameters") or []
+    targets = [modules] if isinstance(modules, str) else [*modules]
+    targets += [name.removesuffix(".weight") for name in parameters if PROJECTION.fullmatch(name)]
+    routed = [name for name in parameters if ROUTED.fullmatch(name)]
+    ranks = {settings.get("rank_pattern", {}).get(name, settings.get("r")) for name in routed}
     try:
         return replace(
             lora,
@@ -117,7 +127,10 @@ def _own_settings(lora: LoraConfig, settings: Mapping[str, Any], folder: Path) -
             r=int(settings["r"]),
             alpha=float(settings["lora_alpha"]),
             bias=LoraBias(bias),
-            target_modules=[targets] if isinstance(targets, str) else sorted(targets),
+            target_modules=sorted(targets),
+            experts=_experts(lora, routed, targets),
+            expert_r=ranks.pop() if len(ranks) == 1 else None,
+            router=any(not PROJECTION.fullmatch(name) for name in {*parameters} - {*routed}),
             use_rslora=bool(settings.get("use_rslora")),
             use_dora=bool(settings.get("use_dora")),
         )
@@ -125,7 +138,16 @@ def _own_settings(lora: LoraConfig, settings: Mapping[str, Any], folder: Path) -
         raise DataError(f"{folder / 'adapter_config.json'} is not that of a LoRA adapter ({error!r})") from error
 
 
+def _experts(lora: LoraConfig, routed: list[str], targets: list[str]) -> LoraExperts:
+    """Returns which experts an adapter is on; `auto` where it is on none and none were asked for."""
+    if routed:
+        return LoraExperts.all
+    if any(".shared_" in f".{name}" for name in targets):
+        return LoraExperts.shared if lora.experts is not LoraExperts.none else lora.experts
+    return LoraExperts.auto if lora.experts is LoraExperts.auto else LoraExperts.none
+
+
 def _differs(given: Any, value: Any) -> bool:
     if isinstance(value, list):
         return sorted(given) != value if isinstance(given, list) else given not in (*value[:1], "all-linear")
-    return bool(given != (value.value if isinstance(value, LoraBias) else value))
+    return bool(given != (value.value if isinstance(value, LoraBias | LoraExperts) else value))

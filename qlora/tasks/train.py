@@ -116,6 +116,8 @@ class Training:
         self._page: LivePage | None = None
         self.unquantized: str | None = None
         """The parts of the base that are not quantized, for the model card."""
+        self.experts = ""
+        """What is trained on routed experts, for the same."""
 
     def lead(self) -> TaskResult:
         """Does all of it, in the main process."""
@@ -389,7 +391,7 @@ class Training:
         """Returns the lines of the start screen."""
         session, report = self.session, self.session.data.report
         summary = session.describe(model)
-        self.unquantized = summary.unquantized
+        self.unquantized, self.experts = summary.unquantized, summary.count.describe_experts()
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
         if (warning := session.length.warning) is not None:
@@ -427,6 +429,7 @@ class Training:
                     command=self._command,
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
+                    experts=self.experts,
                     license=read_license(self.config.model),
                     example_prompt=self._measurer.rows[0]["prompt"] if self._measurer is not None else None,
                 )

@@ -45,9 +45,9 @@ def register_experts(name: str, forward: ExpertsForward) -> None:
     ExpertsInterface.register(name, forward)
 
 
-def experts_implementation(experts: Any) -> str | None:
+def experts_implementation(experts: Any) -> str:
     """Returns the name of the function that computes a module."""
-    name: str | None = experts.config._experts_implementation
+    name: str = experts.config._experts_implementation
     return name
 
 

@@ -93,8 +93,10 @@ def test_the_tower_counts_as_beside_the_decoder(folders: dict[str, Path]) -> Non
 
 @pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "llama4_text", "mixtral"])
-def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter(folders: dict[str, Path], kind: str) -> None:
-    model = attach(folders[kind], "quantization=none", "lora.dropout=0.1")
+def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter_with_none(
+    folders: dict[str, Path], kind: str
+) -> None:
+    model = attach(folders[kind], "quantization=none", "lora.dropout=0.1", "lora.experts=none")
     matrices = read_decoder(model.get_base_model()).matrices
     experts = [matrix.name for matrix in matrices if matrix.kind == EXPERTS]
     routers = [matrix.name for matrix in matrices if matrix.kind == ROUTER]
@@ -104,7 +106,8 @@ def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter(folder
     assert all(re.search(r"(router|gate)\.weight$", name) for name in routers)
     assert not any(matrix.is_adapted for matrix in matrices if matrix.kind in (EXPERTS, ROUTER))
     assert any(matrix.is_adapted for matrix in matrices)
-    assert model.peft_config["default"].target_parameters in (None, set(), [])
+    parameters = model.peft_config["default"].target_parameters or ()
+    assert all(re.search(r"(gate|up|down)_proj.weight$", name) for name in parameters)  # dense layers beside experts
     step(model)
 
 
@@ -133,14 +136,12 @@ def test_loftq_starts_on_a_mixture_that_is_mostly_quantized(tmp_path: Path) -> N
     assert len(adapted(model)) == 8
 
 
-def test_names_that_peft_gives_to_experts_are_refused(folders: dict[str, Path]) -> None:
+def test_names_that_peft_gives_to_experts_are_those_of_the_linear_layers_here(folders: dict[str, Path]) -> None:
     base = load(folders["deepseek_v3"], "quantization=none")
-    with pytest.raises(UserError) as error:
-        find_target_modules(["q_proj", "up_proj"], base)
-    assert str(error.value) == (
-        "lora.target_modules ['up_proj']: in deepseek_v3 PEFT gives these names to the experts, which have no adapters "
-        "here; choose among ['kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj', 'q_proj'], or use all-linear"
-    )
+    assert find_target_modules(["q_proj", "up_proj"], base) == [
+        *("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"),
+        *("model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.self_attn.q_proj"),
+    ]
 
 
 def test_layers_whose_weight_a_kernel_reads_are_left_out_of_all_linear(folders: dict[str, Path]) -> None:
@@ -173,7 +174,7 @@ def test_a_base_that_would_be_mostly_unquantized_is_refused_before_it_is_read(
 
 def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path, num_experts=2, moe_intermediate_size=16)
-    model = attach(folder, "quantization=nf4", "quantization.compute_dtype=bf16")
+    model = attach(folder, "quantization=nf4", "quantization.compute_dtype=bf16", "lora.experts=none")
     decoder = read_decoder(model.get_base_model())
     experts, router, attention = 2 * 2 * 3 * 16 * 64, 2 * 2 * 64, 2 * 64 * 16 * (4 + 2 + 2 + 4)
     total = experts + router + attention

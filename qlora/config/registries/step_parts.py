@@ -6,6 +6,7 @@ GROUP = "qlora.step_parts"
 """The entry points by which an installed package adds parts."""
 PARTS = {
     "fused_linear": "qlora.step.parts.fused_linear:FusedLinear",
+    "fused_experts": "qlora.step.parts.experts:FusedExperts",
     "fp8": "qlora.step.parts.fp8:Fp8",
     "fused_attention": "qlora.step.parts.attention:FusedAttention",
     "flash_attention": "qlora.step.parts.attention:NewerFlashAttention",

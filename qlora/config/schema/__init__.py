@@ -16,7 +16,7 @@ from qlora.config.schema.evaluation import (
     metric_name,
 )
 from qlora.config.schema.generation import GenerationConfig
-from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraInit
+from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExperts, LoraInit
 from qlora.config.schema.loss import LossConfig
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
@@ -57,6 +57,7 @@ __all__ = [
     "LoraBias",
     "LoraConfig",
     "LoraDtype",
+    "LoraExperts",
     "LoraInit",
     "LossConfig",
     "ManifestConfig",

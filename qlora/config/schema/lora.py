@@ -21,6 +21,9 @@ LoraInit = StrEnum("LoraInit", "default gaussian orthogonal pissa olora loftq ev
 LoraDtype = StrEnum("LoraDtype", "fp32 bf16")
 """What the adapter weights are stored in while they train."""
 
+LoraExperts = StrEnum("LoraExperts", "auto none all shared")
+"""Which experts of a mixture get adapters."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
@@ -39,14 +42,23 @@ class LoraConfig:
     target_modules: Any = field(default="all-linear", metadata={HOLDS: list[str] | str})
     """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
     regular expressions; each must match a linear layer."""
+    experts: LoraExperts = LoraExperts.auto
+    """Which experts of a mixture get adapters: `all` (those that tokens are routed to, and the shared ones that every
+    token runs through), `shared`, or `none`. `auto`: all with `lora.target_modules=all-linear`, as far as the other
+    keys of `lora` have a meaning for experts (the start screen says what is left out); none with named modules."""
+    expert_r: int | None = None
+    """Rank of the adapters on routed experts; unset: `r` over the experts of a token, at least 1, so that a token runs
+    through as much rank as elsewhere. Their output is scaled as that of the other layers."""
+    router: bool = False
+    """Adapt the routers of a mixture too, which choose the experts of a token; they stay frozen otherwise."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(r)` (rank-stabilized LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
     start: str | None = None
     """An adapter that is trained further, with a fresh optimizer: the folder of an adapter or of a finished run, the
-    name of a run in `outputs/runs`, or a hub id. `r`, `alpha`, `bias`, `target_modules`, `use_rslora` and `use_dora`
-    are its own."""
+    name of a run in `outputs/runs`, or a hub id. `r`, `alpha`, `bias`, `target_modules`, `experts`, `expert_r`,
+    `router`, `use_rslora` and `use_dora` are its own."""
     init: LoraInit = LoraInit.default
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
@@ -58,6 +70,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         require(self.r > 0, "lora.r", "be positive", self.r, "use lora=none to train all weights")
         require(0 < self.alpha < math.inf, "lora.alpha", "be positive and finite", self.alpha)
+        if self.expert_r is not None:
+            require(self.expert_r > 0, "lora.expert_r", "be positive, or null for r over the experts of a token",
+                    self.expert_r)  # fmt: skip
         require(0 <= self.dropout < 1, "lora.dropout", "be at least 0 and below 1", self.dropout)
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
@@ -73,5 +88,40 @@ class LoraConfig:
             require(self.enabled, "lora.start", "be unset with lora=none, which trains no adapter", self.start)
             require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights are "
                     "trained further", self.init.value)  # fmt: skip
+        self._check_experts()
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)
+
+    def _check_experts(self) -> None:
+        """Refuses what adapters on experts or routers are asked for, and have no meaning there."""
+        if not self.enabled:
+            asked = {
+                f"lora.experts={self.experts.value}": self.experts not in (LoraExperts.auto, LoraExperts.none),
+                f"lora.expert_r={self.expert_r}": self.expert_r is not None,
+                "lora.router=true": self.router,
+            }
+            for setting in (name for name, is_set in asked.items() if is_set):
+                raise ConfigError(
+                    f"{setting} asks for an adapter, and lora=none trains all weights; leave one of them out"
+                )
+        if self.expert_r is not None and self.experts in (LoraExperts.none, LoraExperts.shared):
+            raise ConfigError(
+                f"lora.expert_r={self.expert_r} is the rank of adapters on routed experts, and lora.experts="
+                f"{self.experts.value} adapts none of them; set lora.experts=all, or leave lora.expert_r out"
+            )
+        reason = self.experts_unsupported_reason()
+        if reason is not None and (self.experts is LoraExperts.all or self.router):
+            setting, remedy = "lora.router=true", "leave lora.router out"
+            if self.experts is LoraExperts.all:
+                setting, remedy = "lora.experts=all", "set lora.experts=shared or none"
+            raise ConfigError(f"{setting}: {reason}; {remedy}, or leave {reason.partition('=')[0]} out")
+
+    def experts_unsupported_reason(self) -> str | None:
+        """Returns why tensors of experts cannot have this kind of adapter, beginning with its key; None: they can."""
+        if self.use_dora:
+            return "lora.use_dora=true is defined for linear layers, and experts are one tensor a layer"
+        if self.bias is not LoraBias.none:
+            return f"lora.bias={self.bias.value} trains biases of linear layers, and experts are one tensor a layer"
+        if self.init not in (LoraInit.default, LoraInit.gaussian):
+            return f"lora.init={self.init.value} is defined for linear layers, and experts are one tensor a layer"
+        return None

@@ -86,6 +86,9 @@ class TrainerConfig:
     fused_linear: Any = "auto"
     """Compute 4-bit layers and their adapters as one operation, layers that read the same input together; they share
     one dropout mask then. True, false or `auto` (with CUDA)."""
+    fused_experts: Any = "auto"
+    """Compute the experts of a mixture and their adapters as two operations on the rows of each expert; an adapter's
+    dropout mask is one for all experts of a token then. True, false or `auto` (with CUDA)."""
     fused_attention: Any = "auto"
     """Compute a batch as variable-length (unpadded) rows, with attention inside each row: no padding is computed.
     True, false or `auto` (with CUDA, in 16 bits)."""
@@ -167,7 +170,7 @@ class TrainerConfig:
                 f"trainer.flash_attention={self.flash_attention.value} adds up in any order, and "
                 "trainer.deterministic=true takes torch's own attention: leave one of them out"
             )
-        for name in ("compile", "fused_linear", "fused_attention", "fused_loss"):
+        for name in ("compile", "fused_linear", "fused_experts", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
         if (self.max_steps is None) == (self.num_train_epochs is None):

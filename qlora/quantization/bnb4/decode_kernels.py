@@ -6,6 +6,8 @@ They write 16- or 32-bit matrices (`decode_rows`), or 8-bit floats in either lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -67,6 +69,49 @@ def _columns_kernel(
 
 
 @triton.jit
+def _experts_kernel(
+    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, columns, blocks,
+    expert_stride, row_stride, NESTED: tl.constexpr, SCALED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = block < blocks
+    groups = (blocks + 255) // 256
+    decoded = _decode(
+        packed + expert * blocks * 32, absmax + expert * blocks, codebook, nested_codebook,
+        nested_absmax + expert * groups, nested_offset + expert * groups, block, mask, NESTED,
+    )  # fmt: skip
+    if SCALED:
+        decoded = decoded * tl.load(weight_scale)
+    a_row = columns // 64
+    offset = expert * expert_stride + (block // a_row).to(tl.int64) * row_stride + (block % a_row) * 64
+    tl.store(out + offset[:, None] + tl.arange(0, 64)[None, :], decoded.to(out.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def _turned_experts_kernel(
+    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, rows, columns,
+    expert_stride, row_stride, column_stride, NESTED: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    a_row = columns // 64
+    blocks = rows * a_row
+    groups = (blocks + 255) // 256
+    mask = row < rows
+    decoded = _decode(
+        packed + expert * blocks * 32, absmax + expert * blocks, codebook, nested_codebook,
+        nested_absmax + expert * groups, nested_offset + expert * groups, row * a_row + tl.program_id(1), mask, NESTED,
+    )  # fmt: skip
+    if SCALED:
+        decoded = decoded * tl.load(weight_scale)
+    column = tl.program_id(1) * 64 + tl.arange(0, 64)
+    target = out + expert * expert_stride + column.to(tl.int64)[:, None] * column_stride
+    target += row.to(tl.int64)[None, :] * row_stride
+    tl.store(target, tl.trans(decoded.to(out.dtype.element_ty)), mask=mask[None, :])
+
+
+@triton.jit
 def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -105,3 +150,22 @@ def decode_columns(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | 
         *weight.tensors(), weight_scale, out, weight.rows, weight.columns, out.stride(0),
         NESTED=weight.is_nested, SCALED=weight_scale is not None, TILE=TILE,
     )  # fmt: skip
+
+
+def decode_experts(tensors: Sequence[Tensor], out: Tensor, weight_scale: Tensor | None = None) -> None:
+    """Writes one projection of all experts, times `weight_scale` [1], to `out` [experts, rows, columns].
+
+    `tensors` are those of a `QuantizedWeight`, each with one row an expert but for the two codebooks. `out` may be a
+    part of a larger tensor, or a transposed view of one.
+    """
+    experts, rows, columns = out.shape
+    options = {"NESTED": tensors[1].dtype is torch.uint8, "SCALED": weight_scale is not None}
+    if out.stride(2) == 1:
+        blocks = rows * columns // BLOCK
+        _experts_kernel[(triton.cdiv(blocks, BLOCKS), experts)](
+            *tensors, weight_scale, out, columns, blocks, *out.stride()[:2], BLOCKS=BLOCKS, **options
+        )
+    else:
+        _turned_experts_kernel[(triton.cdiv(rows, TILE), columns // BLOCK, experts)](
+            *tensors, weight_scale, out, rows, columns, *out.stride(), TILE=TILE, **options
+        )

@@ -193,6 +193,12 @@ class QuantizedExperts(nn.Module):
         )
         return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
 
+    def tensors_of(self, unit: str) -> list[Tensor]:
+        """Returns what the kernels of the fast step read: the tensors of a `QuantizedWeight`, with a row an expert."""
+        module = self.unit(unit)
+        offsets = module.nested_offset[:, None].expand(module.nested_absmax.shape).contiguous()
+        return [module.packed, module.absmax, self.codebook, self.nested_codebook, module.nested_absmax, offsets]
+
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""
         spoiled = []

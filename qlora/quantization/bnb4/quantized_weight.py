@@ -152,6 +152,12 @@ def decode_absmax(weight: QuantizedWeight) -> Tensor:
     return weight.nested_codebook[weight.absmax.int()] * weight.nested_absmax[group] + weight.nested_offset[group]
 
 
+def weight_scale(weight: QuantizedWeight) -> Tensor:
+    """Returns the factor with which a weight fills the range of e4m3: float32 [1]."""
+    amax = decode_absmax(weight).abs().amax() * weight.codebook.abs().amax()
+    return (E4M3_MAX / amax.clamp(min=1e-12)).view(1)
+
+
 def decode_plain(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the weight, `dtype` [rows, columns], by table look-ups; the twin of the kernels."""
     pairs = torch.stack([weight.packed >> 4, weight.packed & 15], -1).view(-1, BLOCK)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora.config.schema import BaseProducts
 from qlora.errors import ConfigError
-from qlora.quantization.bnb4.quantized_weight import E4M3_MAX, QuantizedWeight, decode_absmax
+from qlora.quantization.bnb4.quantized_weight import weight_scale
 from qlora.runtime.device import Placement
 from qlora.step.kernels.matmul_fp8 import AMAX_A, AMAX_B, WEIGHT_SCALE
 from qlora.step.part import ON, ConfiguredPart, Request, StepContext
@@ -55,6 +55,8 @@ class Fp8(ConfiguredPart):
             group.weight_scale = weight_scale(group.codes)
             by_device[group.weight_scale.device].append(group)
         self._trackers = [AmaxTracker(groups) for groups in by_device.values()]
+        for experts in self.context.experts:
+            experts.scale_weights()
 
     def enter(self) -> None:
         """Measures the adapters."""
@@ -95,12 +97,6 @@ class AmaxTracker:
         """Measures the matrices as they are now."""
         amax = torch.stack(foreach_norm(self.matrices, torch.inf)).float() * self.scalings
         self.scales[:, AMAX_A.start : AMAX_B.stop] = amax[self.indices].amax(2)
-
-
-def weight_scale(codes: QuantizedWeight) -> Tensor:
-    """Returns the factor with which the weights of a group fill the range of e4m3: float32 [1]."""
-    amax = decode_absmax(codes).abs().amax() * codes.codebook.abs().amax()
-    return (E4M3_MAX / amax.clamp(min=1e-12)).view(1)
 
 
 def fp8_unsupported_reason(placement: Placement) -> str | None:

@@ -135,18 +135,6 @@ class FastLinear(Linear4bit):
             return self.group.output(self.slot, x)
 
 
-def last_group(layer: torch.nn.Module) -> LinearGroup | None:
-    """Returns the group of the matmul whose output a layer adds to its input last, inside a step.
-
-    None: the layer ends otherwise, for instance with a norm, or that matmul is not fused.
-    """
-    children = {name for name, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return None
-    last = getattr(layer.mlp, "down_proj", None)
-    return last.group if isinstance(last, FastLinear) else None
-
-
 def group_layers(model: torch.nn.Module) -> list[LinearGroup]:
     """Groups the 4-bit layers with plain adapters, and stores its group in each layer."""
     groups: list[LinearGroup] = []

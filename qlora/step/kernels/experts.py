@@ -1,0 +1,255 @@
+"""The linear layers of a mixture's experts: matmuls of routed rows with frozen weights, the adapters' part included.
+
+A layer's experts are two such layers, gate and up together, and down. Between them stands what the model itself
+computes (its activation), which `torch.compile` fuses. The routing weights multiply the input of the down projection,
+which gives the same sum as multiplying its output, and nothing needs that output in the backward pass.
+
+Rows are gathered and summed where they are read and written: the input of gate and up has a row a token, and so has the
+gradient of down's output. The operators are opaque to `torch.compile`, which would keep dequantized weights; each does
+as much as possible, for calling one takes the host longer than a small kernel takes the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_plain, weight_scale
+from qlora.step.kernels.dequantize import is_unread, operator
+from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_narrow, sum_rows
+from qlora.step.kernels.matmul_fp8 import scale_rows
+
+FIELDS = 6
+"""The tensors of a quantized projection: those of a `QuantizedWeight`."""
+
+
+@dataclass(frozen=True)
+class FrozenExperts:
+    """The frozen weights of all experts of a layer, [experts, rows, columns] when decoded: gate and up, or down."""
+
+    tensors: list[Tensor]
+    """One tensor, the weights; or for each projection those of a `QuantizedWeight`, with one row an expert but for the
+    codebooks."""
+    rows: int
+    columns: int
+    is_interleaved: bool = False
+    """Whether the rows of the projections alternate; else they follow each other."""
+    weight_scale: Tensor | None = None
+    """With 8-bit matmuls, the factor with which the weights fill the range of e4m3: float32 [1]."""
+
+    @property
+    def projections(self) -> list[list[Tensor]]:
+        """The tensors of each quantized projection; none of weights in 16 bits."""
+        count = len(self.tensors) // FIELDS
+        return [self.tensors[index * FIELDS : (index + 1) * FIELDS] for index in range(count)]
+
+    def find_scale(self) -> Tensor | None:
+        """Returns a `weight_scale`; None: the weights have 16 bits."""
+        scales = [weight_scale(joined) for tensors in self.projections for joined in _experts(tensors, 0, 0)]
+        return torch.stack(scales).amin(0) if scales else None
+
+    @property
+    def shape(self) -> list[int]:
+        """What the operators are told."""
+        return [self.rows, self.columns, int(self.is_interleaved)]
+
+
+def decode_experts(
+    tensors: list[Tensor], shape: list[int], dtype: torch.dtype, weight_scale: Tensor | None, *, transposed: bool
+) -> Tensor:
+    """Returns the weights of `FrozenExperts`, times `weight_scale`: [experts, rows, columns], or a transposed view.
+
+    8-bit weights that are asked for transposed are stored so, as their matmuls need it.
+    """
+    rows, columns, is_interleaved = shape
+    if len(tensors) == 1:
+        return tensors[0].transpose(1, 2) if transposed else tensors[0]
+    projections = [tensors[start : start + FIELDS] for start in range(0, len(tensors), FIELDS)]
+    experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
+    stored = (experts, columns, rows) if is_turned else (experts, rows, columns)
+    out = torch.empty(stored, dtype=dtype, device=tensors[0].device)
+    view = out.transpose(1, 2) if is_turned else out
+    count = len(projections)
+    for index, projection in enumerate(projections):
+        part = view[:, index::count] if is_interleaved else view.chunk(count, 1)[index]
+        if out.is_cuda:
+            from qlora.quantization.bnb4 import decode_kernels  # Triton is there with CUDA only
+
+            decode_kernels.decode_experts(projection, part, weight_scale)
+        else:
+            _decode_plain(projection, part, weight_scale)
+    return out.transpose(1, 2) if transposed and not is_turned else out
+
+
+def _experts(tensors: list[Tensor], rows: int, columns: int) -> Iterator[QuantizedWeight]:
+    """Yields the weights of one projection, expert by expert."""
+    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset = tensors
+    for expert in range(len(packed)):
+        nested, offset = (part[expert] if part.numel() else part for part in (nested_absmax, nested_offset))
+        yield QuantizedWeight(packed[expert], absmax[expert], codebook, nested_codebook, nested, offset, rows, columns)
+
+
+def _decode_plain(tensors: list[Tensor], out: Tensor, scale: Tensor | None) -> None:
+    dtype = out.dtype if scale is None else torch.float32
+    for weight, target in zip(_experts(tensors, *out.shape[1:]), out, strict=True):
+        plain = decode_plain(weight, dtype)
+        target.copy_(plain if scale is None else plain * scale)
+
+
+def _multiply(
+    x: Tensor, tensors: list[Tensor], weight_scale: Tensor | None, shape: list[int], *, transposed: bool,
+    offsets: Tensor, source: Tensor | None, xa: Tensor | None, b: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    """Returns the product of routed rows with the transposed weights of their experts, or with the weights themselves.
+
+    The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
+    """
+    dtype, scale = x.dtype, None
+    if weight_scale is not None:
+        x, scale = scale_rows(x)
+        scale = scale / weight_scale
+    weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed)
+    return matmul(x, weight, offsets, source, scale, xa, b, rows, dtype)
+
+
+def _fake_linear(x, read, a, b, tensors, weight_scale, shape, source, positions, offsets, gathers):
+    out = x.new_empty(source.shape[0] if gathers else positions.shape[0], shape[0])
+    return out, x.new_empty(source.shape[0], 0 if a is None else a.shape[1])
+
+
+@operator(
+    "expert_linear(Tensor x, Tensor? read, Tensor? a, Tensor? b, Tensor[] tensors, Tensor? weight_scale, int[] shape, "
+    "Tensor source, Tensor positions, Tensor offsets, bool gathers) -> (Tensor, Tensor)",
+    _fake_linear,
+)
+def expert_linear(
+    x: Tensor,
+    read: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    tensors: list[Tensor],
+    weight_scale: Tensor | None,
+    shape: list[int],
+    source: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    gathers: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the result of `ExpertLinear`, and the product of the rows with their A matrices, [rows, rank]."""
+    rows, below = len(source), source if gathers else None
+    xa = None if a is None else multiply_narrow(x if read is None else read, a, offsets, below, rows)
+    kept = x.new_empty(rows, 0) if xa is None else xa
+    if is_unread(tensors):
+        return x.new_full((rows if gathers else len(positions), shape[0]), torch.nan), kept
+    out = _multiply(
+        x, tensors, weight_scale, shape, transposed=False, offsets=offsets, source=below, xa=xa, b=b, rows=rows
+    )
+    return (out if gathers else combine(out, positions)), kept
+
+
+def _fake_backward(dy, read, xa, a, b, tensors, weight_scale, shape, source, positions, offsets, gathers, drops):
+    tokens = positions.shape[0] if gathers else source.shape[0]
+    gradients = [dy.new_empty(tokens, shape[1])]
+    if a is not None:
+        gradients += [dy.new_empty(a.shape), dy.new_empty(b.shape)]
+    return gradients + ([dy.new_empty(tokens, shape[1])] if drops else [])
+
+
+@operator(
+    "expert_linear_backward(Tensor dy, Tensor? read, Tensor xa, Tensor? a, Tensor? b, Tensor[] tensors, "
+    "Tensor? weight_scale, int[] shape, Tensor source, Tensor positions, Tensor offsets, bool gathers, bool drops) "
+    "-> Tensor[]",
+    _fake_backward,
+)
+def expert_linear_backward(
+    dy: Tensor,
+    read: Tensor | None,
+    xa: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    tensors: list[Tensor],
+    weight_scale: Tensor | None,
+    shape: list[int],
+    source: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    gathers: bool,
+    drops: bool,
+) -> list[Tensor]:
+    """Returns the gradients of `expert_linear` with respect to `x`, and with adapters to `a` and `b`.
+
+    With `drops` the last one is that with respect to `read`, which is not in the first then.
+    """
+    rows, below, above = len(source), source if gathers else None, None if gathers else source
+    dxa, matrices = None, []
+    if a is not None and b is not None:
+        assert read is not None
+        dxa = multiply_narrow(dy, b.transpose(1, 2), offsets, above, rows)
+        matrices = [sum_rows(dxa, read, offsets, below, False), sum_rows(xa, dy, offsets, above, True)]
+    # The adapter's part of the gradient is computed in the same matmul, unless another tensor was read.
+    adapter = {"xa": None, "b": None} if a is None or drops else {"xa": dxa, "b": a.transpose(1, 2)}
+    dx = [
+        _multiply(
+            dy, tensors, weight_scale, shape, transposed=True, offsets=offsets, source=above, rows=rows, **adapter
+        )
+    ]
+    if drops:
+        assert dxa is not None
+        assert a is not None
+        dx.append(matmul(dxa, a.transpose(1, 2), offsets, None, None, None, None, rows, dy.dtype))
+    if gathers:
+        dx = [combine(part, positions) for part in dx]
+    return [dx[0], *matrices, *dx[1:]]
+
+
+class ExpertLinear(torch.autograd.Function):
+    """One frozen linear layer of all experts, with their adapters."""
+
+    @staticmethod
+    def forward(ctx, x, read, a, b, routing, gathers, weight_scale, shape, *tensors):
+        """Returns the outputs of the routed rows for `x`.
+
+        With `gathers`, `x` has a row a token, [tokens, columns], and the result a row of each, [rows, weight rows];
+        else `x` is [rows, columns], and the result the sum of each token's rows, [tokens, weight rows]. `read` is what
+        the adapters read, `x` after dropout; None: `x` itself. `a` [experts, rank, columns] and the scaled `b`
+        [experts, weight rows, rank] may be None: no adapters.
+        """
+        _, *places = routing
+        out, xa = expert_linear(x, read, a, b, list(tensors), weight_scale, shape, *places, gathers)
+        kept = None if a is None else x if read is None else read
+        ctx.save_for_backward(kept, xa, a, b, *places, weight_scale, *tensors)
+        ctx.shape, ctx.gathers, ctx.drops = shape, gathers, read is not None
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Returns the gradients with respect to `x`, `read`, `a` and `b`."""
+        read, xa, a, b, *places, weight_scale = ctx.saved_tensors[:8]
+        tensors = list(ctx.saved_tensors[8:])
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, *others = expert_linear_backward(
+                dy.contiguous(), read, xa, a, b, tensors, weight_scale, ctx.shape, *places, ctx.gathers, ctx.drops
+            )
+        dread = others.pop() if ctx.drops else None
+        da, db = others or (None, None)
+        return dx, dread, da, db, None, None, None, None, *([None] * len(tensors))
+
+
+def apply_experts(
+    x: Tensor,
+    read: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    routing: Routing,
+    weights: FrozenExperts,
+    *,
+    gathers: bool,
+) -> Tensor:
+    """As `ExpertLinear`."""
+    result: Tensor = ExpertLinear.apply(
+        x, read, a, b, tuple(routing), gathers, weights.weight_scale, weights.shape, *weights.tensors
+    )
+    return result

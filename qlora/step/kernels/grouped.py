@@ -1,0 +1,184 @@
+"""Functions of the routed rows of a mixture: each token's row once for every expert it is sent to, sorted by expert.
+
+All of them are deterministic: rows are sorted stably, and sums run in a fixed order. Triton kernels compute them on a
+GPU, else their twins do, which loop over the experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora.step.kernels.dequantize import operator
+
+LEAST_RANK = 16
+"""The ranks that the kernels multiply: powers of two from here on."""
+
+
+class Routing(NamedTuple):
+    """Which rows belong to which expert."""
+
+    order: Tensor
+    """int64 [rows]: the pick, `token * picks + k`, of each row."""
+    source: Tensor
+    """int32 [rows]: the token of each row."""
+    positions: Tensor
+    """int32 [tokens, picks]: the row of each pick."""
+    offsets: Tensor
+    """int32 [experts]: the end of each expert's rows."""
+
+
+def _fake_route(index, experts):
+    rows = index.numel()
+    return [
+        index.new_empty(rows, dtype=torch.int64),
+        index.new_empty(rows, dtype=torch.int32),
+        index.new_empty(index.shape, dtype=torch.int32),
+        index.new_empty(experts, dtype=torch.int32),
+    ]
+
+
+@operator("route_tokens(Tensor index, int experts) -> Tensor[]", _fake_route)
+def _route_tokens(index: Tensor, experts: int) -> list[Tensor]:
+    picks = index.reshape(-1).to(torch.uint8 if experts <= 256 else torch.int32)  # fewer bits are sorted faster
+    experts_in_order, order = torch.sort(picks, stable=True)
+    ends = torch.arange(experts, device=index.device, dtype=torch.int32)
+    offsets = torch.searchsorted(experts_in_order.int(), ends, right=True, out_int32=True)
+    positions = torch.empty_like(order, dtype=torch.int32)
+    positions[order] = torch.arange(len(order), device=index.device, dtype=torch.int32)
+    source = torch.div(order, index.shape[-1], rounding_mode="floor").int()
+    return [order, source, positions.view(index.shape), offsets]
+
+
+def route_tokens(index: Tensor, experts: int) -> Routing:
+    """Sorts the picks `index` [tokens, picks], each the number of an expert, by expert; equal ones keep their order."""
+    return Routing(*_route_tokens(index, experts))
+
+
+def _ranges(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields the experts that have rows, and their rows."""
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets.tolist()])):
+        if start < end:
+            yield expert, slice(start, end)
+
+
+def matmul_plain(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    source: Tensor | None,
+    scale: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns each row times the transposed weight of its expert, plus the adapter's part: `dtype` [rows, columns].
+
+    `x` [rows, depth], or with `source` [tokens, depth]; `weight` [experts, columns, depth]; `scale` [of x, 1]
+    multiplies the products of `x`'s rows; `xa` [rows, rank] is multiplied with `b` [experts, columns, rank].
+    """
+    out = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=x.device)
+    for expert, span in _ranges(offsets):
+        read = span if source is None else source[span].long()
+        product = x[read].float() @ weight[expert].float().t()
+        product = product if scale is None else product * scale[read]
+        if xa is not None and b is not None:
+            product = product + xa[span].float() @ b[expert].float().t()
+        out[span] = product
+    return out.to(dtype)
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    source: Tensor | None,
+    scale: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `matmul_plain`."""
+    if not x.is_cuda:
+        return matmul_plain(x, weight, offsets, source, scale, xa, b, rows, dtype)
+    from qlora.step.kernels import grouped_kernels  # Triton is there with CUDA only
+
+    out = torch.empty(rows, weight.shape[1], dtype=dtype, device=x.device)
+    grouped_kernels.matmul(x, weight, offsets, source, scale, xa, b, out)
+    return out
+
+
+def narrow_plain(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
+    """Returns each row of `x`, as in `matmul_plain`, times the A matrix of its expert, `a` [experts, rank, depth]."""
+    return matmul_plain(x, a, offsets, source, None, None, None, rows, x.dtype)
+
+
+def multiply_narrow(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
+    """As `narrow_plain`."""
+    if not x.is_cuda:
+        return narrow_plain(x, a, offsets, source, rows)
+    from qlora.step.kernels import grouped_kernels
+
+    out = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
+    grouped_kernels.multiply_narrow(x, a, offsets, source, out)
+    return out
+
+
+def sum_rows_plain(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
+    """Returns for each expert the transposed `narrow` [rows, rank] times its rows of `x`: [experts, rank, columns]."""
+    out = torch.zeros(len(offsets), narrow.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    for expert, span in _ranges(offsets):
+        read = span if source is None else source[span].long()
+        out[expert] = (narrow[span].float().t() @ x[read].float()).to(x.dtype)
+    return out
+
+
+def sum_rows(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, transposed: bool) -> Tensor:
+    """As `sum_rows_plain`, or its transpose [experts, columns, rank]."""
+    if not x.is_cuda:
+        plain = sum_rows_plain(narrow, x, offsets, source)
+        return plain.transpose(1, 2).contiguous() if transposed else plain
+    from qlora.step.kernels import grouped_kernels
+
+    shape = (narrow.shape[1], x.shape[1])
+    out = torch.empty(len(offsets), *(shape[::-1] if transposed else shape), dtype=x.dtype, device=x.device)
+    grouped_kernels.sum_rows(narrow, x, offsets, source, out.transpose(1, 2) if transposed else out)
+    return out
+
+
+def combine_plain(rows: Tensor, positions: Tensor) -> Tensor:
+    """Returns for each token the sum of its `rows` [rows, columns] at `positions` [tokens, picks], in their order."""
+    return rows[positions.long()].float().sum(1).to(rows.dtype)
+
+
+def combine(rows: Tensor, positions: Tensor) -> Tensor:
+    """As `combine_plain`."""
+    if not rows.is_cuda:
+        return combine_plain(rows, positions)
+    from qlora.step.kernels import grouped_kernels
+
+    out = torch.empty(positions.shape[0], rows.shape[1], dtype=rows.dtype, device=rows.device)
+    grouped_kernels.combine(rows, positions, out)
+    return out
+
+
+class SortWeights(torch.autograd.Function):
+    """The routing weights [tokens, picks] in the order of the rows, [rows, 1]; unlike indexing, nothing is summed."""
+
+    @staticmethod
+    def forward(ctx, weights, order, positions):
+        """Returns the weight of each row."""
+        ctx.save_for_backward(positions)
+        return weights.reshape(-1)[order, None]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Returns the gradient with respect to the weights."""
+        (positions,) = ctx.saved_tensors
+        return gradient.reshape(-1)[positions.long()], None, None

@@ -1,0 +1,169 @@
+"""The experts of a mixture as two operations on routed rows, with their adapters in the same matmuls.
+
+Between them stands the model's own activation. Layers keep what they compute with in one attribute that nothing else
+reads; which function computes them is restored after a step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qlora.experts.forward import ADAPTERS, compute_dtype
+from qlora.experts.layout import ExpertsLayout, expert_weight, is_stored, stored_experts
+from qlora.quantization.bnb4.experts import QuantizedExperts
+from qlora.quantization.bnb4.layout import BLOCK
+from qlora.step.kernels.dequantize import unread
+from qlora.step.kernels.dropout import keep_mask
+from qlora.step.kernels.experts import FrozenExperts, apply_experts
+from qlora.step.kernels.grouped import LEAST_RANK, SortWeights, route_tokens
+from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
+from qlora.upstream.transformers_experts import (
+    apply_gate,
+    experts_implementation,
+    is_experts,
+    register_experts,
+    set_experts_implementation,
+)
+
+IMPLEMENTATION = "qlora_fast"
+"""The name of `run_fast_experts` in transformers' `ExpertsInterface`."""
+
+
+class FusedExperts(ConfiguredPart):
+    """The part that makes the experts of a layer compute on rows that are sorted once."""
+
+    label = "fused_experts"
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+        self.modules = [module for module in context.base.modules() if is_experts(module)]
+        self._previous: list[str] = []
+
+    def request(self) -> Request | None:
+        """Returns what `trainer.fused_experts` asks for; a dense model has none."""
+        return Request.of_switch(self.context.trainer, "fused_experts") if self.modules else None
+
+    def unsupported_reason(self) -> str | None:
+        """Returns why the experts are computed by the plain forward pass."""
+        if self.context.is_spread:
+            return SPREAD
+        if self.context.placement.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        return next((reason for module in self.modules if (reason := _unsupported_reason(module))), None)
+
+    def prepare(self) -> None:
+        """Collects the weights of each layer."""
+        register_experts(IMPLEMENTATION, run_fast_experts)
+        for module in self.modules:
+            fast = FastExperts.of(module)
+            module.__dict__["fast_experts"] = fast
+            self.context.experts.append(fast)
+
+    def enter(self) -> None:
+        """Makes the experts compute so."""
+        self._previous = [experts_implementation(module) for module in self.modules]
+        for module in self.modules:
+            set_experts_implementation(module, IMPLEMENTATION)
+
+    def exit(self, *, failed: bool) -> None:
+        """Restores what computed the experts."""
+        for module, name in zip(self.modules, self._previous, strict=True):
+            set_experts_implementation(module, name)
+
+
+@dataclass
+class FastExperts:
+    """The frozen weights of a layer's experts."""
+
+    layout: ExpertsLayout
+    first: FrozenExperts
+    """Gate and up, or up alone."""
+    down: FrozenExperts
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> FastExperts:
+        """Reads them from a module of transformers."""
+        layout = ExpertsLayout.of(experts)
+        first, down = layout.projections
+        return cls(layout, _read_weights(experts, layout, first), _read_weights(experts, layout, down))
+
+    def scale_weights(self) -> None:
+        """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
+        self.first, self.down = (
+            replace(weights, weight_scale=weights.find_scale()) for weights in (self.first, self.down)
+        )
+
+    def unread(self) -> AbstractContextManager[None]:
+        """Declares that nothing in the block reads the outputs of the down projection."""
+        return unread(self.down.tensors[0])
+
+
+def run_fast_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As `qlora.experts.forward.run_experts`, of which it is the fast twin."""
+    dtype = compute_dtype(experts, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        output = _run(experts, experts.fast_experts, hidden.to(dtype), top_k_index, top_k_weights)
+    return output.to(hidden.dtype)
+
+
+def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    adapters = experts.__dict__.get(ADAPTERS, {})
+    first, down = fast.layout.projections
+    routing = route_tokens(top_k_index, fast.layout.count)
+    dtype = hidden.dtype
+    rows = apply_experts(hidden, *_adapter(adapters.get(first), hidden), routing, fast.first, gathers=True)
+    owners = top_k_index.reshape(-1)[routing.order] if fast.layout.has_bias else None
+    if owners is not None:
+        rows = rows + getattr(experts, f"{first}_bias").to(dtype)[owners]
+    weights = SortWeights.apply(top_k_weights, routing.order, routing.positions)
+    rows = (apply_gate(experts, rows) * weights).to(dtype)
+    output = apply_experts(rows, *_adapter(adapters.get(down), rows), routing, fast.down, gathers=False)
+    if owners is not None:
+        bias = experts.down_proj_bias.to(dtype)[top_k_index]
+        output = output + (bias * top_k_weights[..., None].to(dtype)).sum(1)
+    return output
+
+
+def _adapter(adapter: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns what the adapter reads (None: `x` itself), and its A and scaled B matrices with a rank of the kernels."""
+    if adapter is None or not adapter.is_enabled():
+        return None, None, None
+    missing = max(LEAST_RANK, 1 << (adapter.a.shape[1] - 1).bit_length()) - adapter.a.shape[1]
+    a, b = adapter.a.to(x.dtype), (adapter.b * adapter.scaling).to(x.dtype)
+    if missing:
+        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+    read = torch.where(keep_mask(x, adapter.dropout), x / (1 - adapter.dropout), 0) if adapter.dropout else None
+    return read, a, b
+
+
+def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) -> FrozenExperts:
+    if is_stored(experts, projection):
+        store = stored_experts(experts)
+        assert isinstance(store, QuantizedExperts)
+        tensors = [tensor for unit in layout.units_of(projection) for tensor in store.tensors_of(unit.name)]
+    else:
+        tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
+    return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
+
+
+def _unsupported_reason(experts: nn.Module) -> str | None:
+    layout, store = ExpertsLayout.of(experts), stored_experts(experts)
+    weights = [getattr(experts, projection) for projection in layout.projections]
+    if any(weight.requires_grad for weight in weights):
+        return "the experts' weights are trained"
+    if any(isinstance(weight, DTensor) for weight in weights):
+        return "the experts are sharded over processes"
+    if layout.has_post_norm:
+        return "the experts' outputs are normalised"
+    if not isinstance(store, QuantizedExperts | None):
+        return f"it has no kernels for experts in {store.data_type}"
+    if any(size % BLOCK for size in (layout.hidden, layout.intermediate, layout.output)):
+        return f"the widths of the experts are no multiples of {BLOCK}"
+    return None
