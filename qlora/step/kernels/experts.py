@@ -227,8 +227,8 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         """Returns the gradients with respect to `x`, `read`, `a` and `b`."""
-        read, xa, a, b, *places, weight_scale = ctx.saved_tensors[:8]
-        tensors = list(ctx.saved_tensors[8:])
+        read, xa, a, b, source, positions, offsets, weight_scale, *tensors = ctx.saved_tensors
+        places = source, positions, offsets
         with torch.autocast(dy.device.type, enabled=False):
             dx, *others = expert_linear_backward(
                 dy.contiguous(), read, xa, a, b, tensors, weight_scale, ctx.shape, *places, ctx.gathers, ctx.drops

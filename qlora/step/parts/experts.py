@@ -24,6 +24,7 @@ from qlora.step.kernels.dropout import keep_mask
 from qlora.step.kernels.experts import FrozenExperts, apply_experts
 from qlora.step.kernels.grouped import LEAST_RANK, SortWeights, route_tokens
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
+from qlora.upstream.peft import ExpertsWrapper
 from qlora.upstream.transformers_experts import (
     apply_gate,
     experts_implementation,
@@ -86,13 +87,17 @@ class FastExperts:
     first: FrozenExperts
     """Gate and up, or up alone."""
     down: FrozenExperts
+    adapters: dict[str, ExpertsWrapper]
+    """PEFT's adapters by projection; their A and B matrices are read in each step, for an optimizer may move them."""
+    dropout: float
 
     @classmethod
     def of(cls, experts: nn.Module) -> FastExperts:
         """Reads them from a module of transformers."""
-        layout = ExpertsLayout.of(experts)
-        first, down = layout.projections
-        return cls(layout, _read_weights(experts, layout, first), _read_weights(experts, layout, down))
+        layout, adapters = ExpertsLayout.of(experts), experts.__dict__.get(ADAPTERS)
+        first, down = (_read_weights(experts, layout, projection) for projection in layout.projections)
+        wrappers = {} if adapters is None else {name: adapters.wrappers[name] for name in adapters}
+        return cls(layout, first, down, wrappers, 0.0 if adapters is None else adapters.dropout)
 
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
@@ -114,32 +119,32 @@ def run_fast_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_we
 
 
 def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    adapters = experts.__dict__.get(ADAPTERS, {})
     first, down = fast.layout.projections
     routing = route_tokens(top_k_index, fast.layout.count)
     dtype = hidden.dtype
-    rows = apply_experts(hidden, *_adapter(adapters.get(first), hidden), routing, fast.first, gathers=True)
+    rows = apply_experts(hidden, *_adapter(fast, first, hidden), routing, fast.first, gathers=True)
     owners = top_k_index.reshape(-1)[routing.order] if fast.layout.has_bias else None
     if owners is not None:
         rows = rows + getattr(experts, f"{first}_bias").to(dtype)[owners]
     weights = SortWeights.apply(top_k_weights, routing.order, routing.positions)
     rows = (apply_gate(experts, rows) * weights).to(dtype)
-    output = apply_experts(rows, *_adapter(adapters.get(down), rows), routing, fast.down, gathers=False)
+    output = apply_experts(rows, *_adapter(fast, down, rows), routing, fast.down, gathers=False)
     if owners is not None:
         bias = experts.down_proj_bias.to(dtype)[top_k_index]
         output = output + (bias * top_k_weights[..., None].to(dtype)).sum(1)
     return output
 
 
-def _adapter(adapter: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _adapter(fast: FastExperts, projection: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns what the adapter reads (None: `x` itself), and its A and scaled B matrices with a rank of the kernels."""
-    if adapter is None or not adapter.is_enabled():
+    if projection not in fast.adapters:
         return None, None, None
-    missing = max(LEAST_RANK, 1 << (adapter.a.shape[1] - 1).bit_length()) - adapter.a.shape[1]
-    a, b = adapter.a.to(x.dtype), (adapter.b * adapter.scaling).to(x.dtype)
+    a, b, scaling = fast.adapters[projection].matrices("default")
+    missing = max(LEAST_RANK, 1 << (a.shape[1] - 1).bit_length()) - a.shape[1]
+    a, b = a.to(x.dtype), (b * scaling).to(x.dtype)
     if missing:
         a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-    read = torch.where(keep_mask(x, adapter.dropout), x / (1 - adapter.dropout), 0) if adapter.dropout else None
+    read = torch.where(keep_mask(x, fast.dropout), x / (1 - fast.dropout), 0) if fast.dropout else None
     return read, a, b
 
 
