@@ -48,7 +48,7 @@ FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
 LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7.3GB"]
 MIDDLE = ["trainer.memory_budget=16GB"]
-FREE = ["trainer.memory_budget=auto"]
+FREE = ["lora.dtype=bf16", "trainer.memory_budget=auto"]
 CONSUMER = ["lora.dtype=bf16", "trainer.memory_budget=24GB"]
 
 
@@ -86,8 +86,8 @@ CONTESTANTS = {
 MIXTURES = {
     "fp8, 24 GB": Contestant([*FP8, *CONSUMER], OURS, packs=True),
     "bf16, 24 GB": Contestant(CONSUMER, OURS, packs=True),
-    "fp8": Contestant([*FP8, *FREE], OURS, packs=True),
-    "bf16": Contestant(FREE, OURS, packs=True),
+    "fp8": Contestant([*FP8, *FREE], {"long": 8, "guanaco": 1}, packs=True),
+    "bf16": Contestant(FREE, {"long": 8, "guanaco": 1}, packs=True),
     **{name: CONTESTANTS[name] for name in ("plain", "unsloth", "unsloth, keep")},
 }
 """Those that train a mixture of experts, whose adapters TRL cannot make in 4 bits."""
