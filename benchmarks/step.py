@@ -1,12 +1,14 @@
 """Times one training step of QLoRA in each mode, on the same random weights and the same tokens, side by side.
 
     python benchmarks/step.py [--small] [--model llama-7b] [--workloads long ...] [--contestants fp8 ...]
-                              [--steps N] [--end-to-end] [--profile] [--json FILE] [-- KEY=VALUE]
+                              [--steps N] [--layers N] [--end-to-end] [--profile] [--json FILE] [-- KEY=VALUE]
 
 `long` is 8 rows of 2,048 tokens an optimizer step. `guanaco` is rows of lengths as of chats (log-normal, 32 to 512
 tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped by length and padded to the longest.
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
-all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training run.
+all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training run. A
+mixture of experts (`--model qwen3-30b-a3b`) has r=16 on attention and experts and AdamW in 8 bits, and contestants of
+its own. The peak is all that the GPU must hold: what torch held, and the optimizer states that it does not count.
 `--end-to-end` runs `python -m qlora` itself on a file of such rows for 250 steps, with a log every 10 and a checkpoint
 at the end, as the original does by default, and takes all time after the first 10.
 
@@ -46,6 +48,8 @@ FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
 LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7.3GB"]
 MIDDLE = ["trainer.memory_budget=16GB"]
+FREE = ["lora.dtype=bf16", "trainer.memory_budget=auto"]
+CONSUMER = ["lora.dtype=bf16", "trainer.memory_budget=24GB"]
 
 
 class Contestant(NamedTuple):
@@ -79,12 +83,24 @@ CONTESTANTS = {
     "trl": Contestant(AGAIN, ROWWISE, package="trl"),
     "trl, packed": Contestant(AGAIN, PACKED, packs=True, package="trl"),
 }
+MIXTURES = {
+    "fp8, 24 GB": Contestant([*FP8, *CONSUMER], OURS, packs=True),
+    "bf16, 24 GB": Contestant(CONSUMER, OURS, packs=True),
+    "fp8": Contestant([*FP8, *FREE], {"long": 8, "guanaco": 1}, packs=True),
+    "bf16": Contestant(FREE, {"long": 8, "guanaco": 1}, packs=True),
+    **{name: CONTESTANTS[name] for name in ("plain", "unsloth", "unsloth, keep")},
+}
+"""Those that train a mixture of experts, whose adapters TRL cannot make in 4 bits."""
+ALL = {**MIXTURES, **CONTESTANTS}
+"""By name; the overrides alone differ between the two."""
 ROWS = {"long": 8, "guanaco": 16}
 """Rows an optimizer step, where they are not packed."""
 SMALL = ["model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=256",
          "model.architecture.intermediate_size=512", "model.architecture.num_attention_heads=4",
          "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
+SMALL_EXPERTS = ["model.architecture.moe_intermediate_size=64", "model.architecture.head_dim=64"]
 EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=demo"]
+ADAPTED_EXPERTS = ["lora.r=16", "lora.experts=all", "lora.expert_r=16", "trainer.optim=adamw_8bit"]
 
 
 def lengths(count: int) -> list[int]:
@@ -139,7 +155,7 @@ def batches(workload: str, name: str, vocabulary: int, device: Any, shrink: int)
     """Yields the micro-batches of optimizer steps without end."""
     from qlora.data.batching.collate import Collator
 
-    packs, micro = CONTESTANTS[name].packs and workload == "guanaco", CONTESTANTS[name].micro[workload]
+    packs, micro = ALL[name].packs and workload == "guanaco", ALL[name].micro[workload]
     collate = Collator(0, width=PACK // shrink if packs else 0)
     for rows in steps_of_packs(vocabulary, shrink) if packs else steps_of_rows(workload, vocabulary, shrink):
         step = []
@@ -161,6 +177,25 @@ def write_texts(file: Path, shrink: int) -> None:
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
+def build_optimizer(config: Any, model: Any) -> Any:
+    """Returns the optimizer of `trainer.optim` over what a model trains."""
+    from transformers import TrainingArguments
+
+    from qlora.training.optimizer import optimizer_class
+
+    arguments = TrainingArguments("unused", optim=config.trainer.optim, learning_rate=1e-4, report_to="none")
+    kind, options = optimizer_class(arguments, model)
+    return kind([parameter for parameter in model.parameters() if parameter.requires_grad], **options)
+
+
+def needed_gb(device: Any, optimizer: Any) -> float:
+    """Returns all that a GPU must hold, in 10^9 bytes: torch's peak, and the paged states, which it does not count."""
+    from qlora.runtime.device import peak_memory_gb
+    from qlora.upstream.bitsandbytes_optim import paged_bytes
+
+    return peak_memory_gb(device) + paged_bytes(optimizer) / 1e9
+
+
 def time_steps(
     model: Any,
     optimizer: Any,
@@ -174,7 +209,7 @@ def time_steps(
     """Trains a bare loop, each micro-batch inside `around()`; returns its speed, memory and first step's seconds."""
     import torch
 
-    from qlora.runtime.device import device_name, peak_memory_gb, reset_peak_memory
+    from qlora.runtime.device import device_name, reset_peak_memory
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -214,7 +249,7 @@ def time_steps(
         print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
     return {
         "tokens_per_second": tokens / seconds,
-        "peak_gb": peak_memory_gb(device),
+        "peak_gb": needed_gb(device, optimizer),
         "first_step_seconds": first,
         "device": device_name(device),
     }
@@ -224,10 +259,11 @@ def measure(
     workload: str, name: str, overrides: list[str], steps: int, *, profile: bool, small: bool
 ) -> dict[str, Any]:
     """Trains some steps in this process and returns their speed and memory."""
-    import bitsandbytes
+    from bitsandbytes.optim.optimizer import Optimizer8bit
 
     from qlora.config.compose import compose
     from qlora.run import Run
+    from qlora.runtime.device import peak_memory_gb
     from qlora.step.fast_step import FastStep
     from qlora.step.part import Packs
     from qlora.tasks.build_trainer import build_budget
@@ -241,16 +277,16 @@ def measure(
         model = run.add_adapter(run.load_base()).train()
         loading = time.monotonic() - started
         device = run.placement.device
+        loading_peak = peak_memory_gb(device)
         if config.trainer.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
-        packed = workload == "guanaco" and CONTESTANTS[name].packs
+        packed = workload == "guanaco" and ALL[name].packs
         width = (PACK if packed else LONG) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
         step = FastStep(model, config.trainer, config.quantization, run.placement, packs, run.objective)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=1e-4)
-        if step.is_active:
+        optimizer = build_optimizer(config, model)
+        if step.is_active and isinstance(optimizer, Optimizer8bit):
             flatten_groups(optimizer)
             run_ahead(optimizer)
         if (budget := build_budget(run, step, max_length=width)) is not None:
@@ -266,6 +302,7 @@ def measure(
         return {
             **time_steps(model, optimizer, source, around, device, steps=steps, profile=profile),
             "loading_seconds": loading,
+            "loading_peak_gb": loading_peak,
             "parts": step.parts,
             "checkpointed": step.checkpointed,
             "offloaded": step.offloaded,
@@ -283,7 +320,7 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
         write_texts(file, shrink)
-        packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if CONTESTANTS[name].packs else []
+        packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if ALL[name].packs else []
         command = [
             *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
             *("data.source_max_len=null", "data.target_max_len=null", "data.max_length=512"),
@@ -320,9 +357,25 @@ def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
     return output
 
 
+def is_mixture(overrides: list[str]) -> bool:
+    """Returns whether the model is a mixture of experts."""
+    from qlora.config.compose import compose
+
+    architecture = compose(overrides).model.architecture
+    return architecture is not None and architecture.num_experts_per_tok is not None
+
+
+def shape_of(arguments: argparse.Namespace, *, mixture: bool) -> list[str]:
+    """Returns the overrides that all contestants have."""
+    layers = [f"model.architecture.num_hidden_layers={arguments.layers}"] if arguments.layers else []
+    small = [*SMALL, *(SMALL_EXPERTS if mixture else [])] if arguments.small else []
+    adapters = ADAPTED_EXPERTS if mixture else []
+    return [f"model={arguments.model}", *small, *layers, *adapters, *arguments.overrides]
+
+
 def choose(names: list[str]) -> list[str]:
     """Returns the contestants whose packages are installed; says of each missing package who is left out for it."""
-    missing = {name: package for name in names if find_spec(package := CONTESTANTS[name].package) is None}
+    missing = {name: package for name in names if find_spec(package := ALL[name].package) is None}
     for package in dict.fromkeys(missing.values()):
         without = ", ".join(f'"{name}"' for name in names if missing.get(name) == package)
         print(f"{without} left out: {package} is not installed (pip install {package})", file=sys.stderr, flush=True)
@@ -354,8 +407,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a narrow model and short rows, for a try on a CPU")
     parser.add_argument("--model", default="llama-7b", help="a preset")
     parser.add_argument("--workloads", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", choices=list(ALL), help="all that train this kind of model")
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, where a disk or a GPU is small")
     parser.add_argument("--end-to-end", action="store_true", help="also the whole program, on guanaco")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
@@ -366,16 +420,19 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(arguments.worker))))
         return
     about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions(*LIBRARIES)}"
-    shape = [f"model={arguments.model}", *(SMALL if arguments.small else []), *arguments.overrides]
-    names, results = choose(arguments.contestants), []
+    mixture = is_mixture([f"model={arguments.model}", *arguments.overrides])
+    contestants, shape = MIXTURES if mixture else CONTESTANTS, shape_of(arguments, mixture=mixture)
+    names, results = choose(arguments.contestants or list(contestants)), []
+    if unfit := [name for name in names if name not in contestants]:
+        parser.error(f"{', '.join(unfit)}: no contestant for {arguments.model}; these are: {', '.join(contestants)}")
     with tempfile.TemporaryDirectory() as folder:
         base = str(Path(folder) / "base")
         common = {"steps": arguments.steps, "profile": arguments.profile, "small": arguments.small}
         saved: dict[str, Any] = {}
-        if any(CONTESTANTS[name].package != "qlora" for name in names):
+        if any(contestants[name].package != "qlora" for name in names):
             saved = run_apart({"do": "save", "base": base, "overrides": shape}, "rivals.py")
         for workload, name in ((workload, name) for workload in arguments.workloads for name in names):
-            local, micro, packs, package = CONTESTANTS[name]
+            local, micro, packs, package = contestants[name]
             if workload not in micro:
                 continue
             parts = 1 if packs and workload == "guanaco" else ROWS[workload] // micro[workload]

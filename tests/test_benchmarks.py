@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -203,3 +204,32 @@ def test_the_scaling_benchmark_compares_with_one_gpu_and_says_what_failed(monkey
     ]
     jobs = [{"visible": name, "began": began, "ended": began + 3} for name, began in [("0", 0), ("1", 1), ("0", 2)]]
     assert [scaling.overlap(jobs, name) for name in ("0", "1")] == [1, 0]
+
+
+def test_a_mixture_of_experts_has_contestants_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    assert step.is_mixture(["model=qwen3-30b-a3b"])
+    assert step.is_mixture(["model=gpt-oss-20b"])
+    assert not step.is_mixture(["model=llama-7b"])
+    lean = step.MIXTURES["fp8, 24 GB"].overrides
+    assert {"lora.dtype=bf16", "trainer.memory_budget=24GB", "quantization.compute=fp8"} <= set(lean)
+    assert not {"trl", "original"} & set(step.MIXTURES)
+    arguments = argparse.Namespace(model="qwen3-30b-a3b", small=True, layers=1, overrides=["seed=3"])
+    shape = step.shape_of(arguments, mixture=True)
+    assert {"trainer.optim=adamw_8bit", "lora.r=16", "model.architecture.num_hidden_layers=1", "seed=3"} <= set(shape)
+    assert shape.index("model.architecture.num_hidden_layers=1") > shape.index("model.architecture.num_hidden_layers=2")
+
+
+def test_the_optimizer_of_a_timed_step_is_the_config_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bitsandbytes
+    import step
+
+    model = torch.nn.Linear(4, 4)
+    for optim, kind in {"paged_adamw_32bit": bitsandbytes.optim.AdamW, "adamw_8bit": bitsandbytes.optim.AdamW}.items():
+        optimizer = step.build_optimizer(compose([f"trainer.optim={optim}"]), model)
+        assert isinstance(optimizer, kind)
+        assert optimizer.is_paged == optim.startswith("paged")
+        assert optimizer.param_groups[0]["lr"] == 1e-4

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora.config.schema import ModelConfig
 from qlora.errors import ConfigError, did_you_mean
@@ -71,9 +73,12 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     defaults = CONFIG_MAPPING[model_type]().to_dict()
     if "sliding_window" in shape and "use_sliding_window" in defaults:  # Qwen: off, and above some layers only
         shape |= {"use_sliding_window": True, "max_window_layers": 0}
+    if shape.get("q_lora_rank") == 0:  # DeepSeek without compressed queries, which is null in its files
+        shape["q_lora_rank"] = None
     model_config = AutoConfig.for_model(model_type, **shape, **ids)
     for name, value in shape.items():
         is_known = name in defaults or name in model_config.attribute_map
+        is_known |= name == "head_dim" and not is_known and _decides_sizes(model_config, name)
         if not is_known or getattr(model_config, name) != value:
             raise ConfigError(
                 f"model.architecture.{name}={value}: {model_type} has no such setting; leave it out or set it to null"
@@ -81,6 +86,20 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     if rope_theta is not None:
         _set_rope_theta(model_config, rope_theta)
     return model_config
+
+
+def _decides_sizes(model_config: Any, name: str) -> bool:
+    """Returns whether a number that its config class does not declare decides sizes: `head_dim` in Qwen's mixtures.
+
+    Other models take it too, and read it for a part of what it means, or not at all.
+    """
+    sizes = []
+    for factor in (1, 2):
+        changed = copy.deepcopy(model_config)
+        setattr(changed, name, factor * getattr(changed, name))
+        with torch.device("meta"):
+            sizes.append([weight.shape for weight in AutoModelForCausalLM.from_config(changed).parameters()])
+    return sizes[0] != sizes[1]
 
 
 def _set_rope_theta(config: Any, theta: float) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora.config.schema import ModelConfig, QuantizationConfig
+from qlora.config.schema import MIXTURE_FIELDS, ModelConfig, QuantizationConfig
 from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
 from qlora.upstream.transformers_experts import is_experts
@@ -139,7 +139,8 @@ def random_base_settings(config: ModelConfig, placement: Placement, seed: int) -
     The kind of device is one, for each has its own random numbers, and so is the dtype that they are generated in.
     """
     assert config.architecture is not None
-    shape = {f"model.architecture.{name}": value for name, value in asdict(config.architecture).items()}
+    described = asdict(config.architecture).items()  # bases of older runs had no word on experts
+    shape = {f"model.architecture.{k}": v for k, v in described if v is not None or k not in MIXTURE_FIELDS}
     dtype = next(name.value for name, dtype in DTYPES.items() if dtype is placement.param_dtype)
     machine = {"seed": seed, "device": placement.device.type, "quantization.compute_dtype": dtype}
     return {"model.weights": config.weights.value} | machine | shape

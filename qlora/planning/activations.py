@@ -13,6 +13,7 @@ from functools import cached_property
 from qlora.config.schema import PlanStep
 from qlora.objectives import TokenWork, build_objective
 from qlora.planning.model_shape import Shape
+from qlora.planning.routed_rows import RoutedRows
 from qlora.planning.setup import Setup
 
 DECODED_CHUNK = 2**27
@@ -26,22 +27,38 @@ class Activations:
         self.shape, self.setup = shape, setup
         self.linears = {linear.name: linear for linear in shape.linears}
 
-    def saved(self, names: frozenset[str]) -> float:
+    def saved(self, names: frozenset[str], *, has_experts: bool = False) -> float:
         """Returns what one layer keeps for the backward pass; `names` are its linear layers with an adapter."""
-        bytes_per_token = self._saved_fast(names) if self.setup.step is PlanStep.fast else self._saved_plain(names)
-        return self.setup.tokens * bytes_per_token
+        kept = self._saved_fast if self.setup.step is PlanStep.fast else self._saved_plain
+        experts = self.routed.saved if has_experts else 0
+        return self.setup.tokens * kept(names, has_experts=has_experts) + experts
 
-    def _saved_plain(self, names: frozenset[str]) -> float:
+    @cached_property
+    def routed(self) -> RoutedRows:
+        """What the experts of a layer need."""
+        assert self.shape.experts is not None
+        return RoutedRows(self.shape.experts, self.setup)
+
+    def _width(self, *, has_experts: bool) -> int:
+        """Width of the feed-forward layer that computes every token; 0: a layer has experts alone."""
+        return self.shape.experts.shared if has_experts and self.shape.experts is not None else self.shape.intermediate
+
+    def _saved_plain(self, names: frozenset[str], *, has_experts: bool) -> float:
         """Bytes a token with transformers' layers and PEFT's adapters under autocast, operation by operation."""
         shape, setup, family, c = self.shape, self.setup, self.shape.family, self.setup.width
-        trained = names if setup.r else frozenset(self.linears)
+        present = frozenset(linear.name for linear in shape.linears_of(shape.a_layer(has_experts=has_experts)))
+        trained = names if setup.r else present
         # RMSNorm keeps its input in float32 and a scale; LayerNorm a mean and a scale, of one input where it is shared.
         norms = family.norms * (4 * shape.hidden + (8 if family.layer_norm else 4))
         if self.has_fp32_stream:
             norms -= 4 * shape.hidden
         if family.head_norms:
             norms += 4 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.key_value_heads)
-        act = shape.intermediate * (3 * c if family.gated else 4 if self.has_fp32_stream else c)
+        if family.wide_norms:
+            norms += 4 * (shape.queries + shape.keys) + 8
+        if (latent := shape.latent) is not None:
+            norms += 4 * latent.rank + 4 + (4 * latent.query_rank + 4 if latent.query_rank else 0)
+        act = self._width(has_experts=has_experts) * (3 * c if family.gated else 4 if self.has_fp32_stream else c)
         inputs = sum(setup.r * c for _ in names)
         shared = set()
         for linear in (self.linears[name] for name in trained):
@@ -52,7 +69,8 @@ class Activations:
             elif linear.reads != "heads" or not self._keeps_output:
                 shared.add((linear.reads, linear.inputs))
         if setup.base.keeps_input and setup.dropout:  # the int8 product keeps the input as it was, too
-            shared |= {(linear.reads, linear.inputs) for linear in shape.linears if linear.reads != "heads"}
+            linears = (self.linears[name] for name in present)
+            shared |= {(linear.reads, linear.inputs) for linear in linears if linear.reads != "heads"}
         return norms + act + inputs + sum(size * c for _, size in shared) + self._attention
 
     @property
@@ -62,6 +80,11 @@ class Activations:
         if shape.family.capped:
             # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and in 16 bits.
             return c * 3 * shape.queries + shape.heads * self.setup.length * (2 * c + 4)
+        if shape.family.sinks:  # the same without tanh, whose softmax has the sink's column; and its rows' maxima
+            return c * 3 * shape.queries + shape.heads * ((self.setup.length + 1) * c + 8)
+        if (latent := shape.latent) is not None:  # values are kept with the keys that they were computed with
+            expanded = shape.heads * (latent.plain + latent.values)
+            return c * (shape.queries + shape.keys + expanded + shape.values) + 4 * shape.heads
         # Of a joined matrix all outputs are kept for the values' sake.
         joined = shape.family.joined and not self.has_fp32_stream
         values = shape.queries + 2 * shape.keys if joined else shape.keys
@@ -75,13 +98,14 @@ class Activations:
     @property
     def _keeps_output(self) -> bool:
         """Whether the output that attention keeps is what the next layer reads, and not laid out otherwise."""
-        return not (self.shape.family.capped or self.shape.family.joined)
+        family = self.shape.family
+        return not (family.capped or family.joined or family.sinks)
 
-    def _saved_fast(self, names: frozenset[str]) -> float:
+    def _saved_fast(self, names: frozenset[str], *, has_experts: bool) -> float:
         """Bytes a token with fused linear layers and attention by rows; compiled norms are computed again."""
         shape, setup, c = self.shape, self.setup, self.setup.width
         residual = 2 * shape.hidden * c + 4 * shape.family.norms
-        act = shape.intermediate * c * (2 if shape.family.gated else 1)
+        act = self._width(has_experts=has_experts) * c * (2 if shape.family.gated else 1)
         return residual + setup.r * c * len(names) + act + self._attention
 
     @cached_property
@@ -99,11 +123,13 @@ class Activations:
         joint = max(groups.values())
         return joint if setup.fp8 else joint * setup.width / math.ceil(joint * setup.width / DECODED_CHUNK)
 
-    @property
-    def backward(self) -> float:
-        """What the backward pass of one layer needs beyond what the layer kept."""
+    def backward(self, *, has_experts: bool = False) -> float:
+        """Returns what the backward pass of one layer needs beyond what the layer kept."""
+        return max(self._backward(has_experts=has_experts), self.routed.backward if has_experts else 0)
+
+    def _backward(self, *, has_experts: bool) -> float:
         setup, c = self.setup, self.setup.width
-        hidden, middle = self.shape.hidden * c * setup.tokens, self.shape.intermediate * c * setup.tokens
+        hidden, middle = self.shape.hidden * c * setup.tokens, self._width(has_experts=has_experts) * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
             return hidden + 4 * middle + self.decoded_matrix
         zeros = setup.r > 0 and setup.dropout
@@ -118,7 +144,8 @@ class Activations:
             return 0
         names = frozenset() if self.setup.bf16_adapters else names
         adapters = sum(self.setup.r * (self.linears[name].inputs + self.linears[name].outputs) for name in names)
-        base = sum(linear.weights for linear in self.shape.linears) if self.setup.base.is_fp32 else 0
+        linears = self.shape.linears_of(self.shape.a_layer(has_experts=self.shape.experts is not None))
+        base = sum(linear.weights for linear in linears) if self.setup.base.is_fp32 else 0
         return 2 * (adapters + base)
 
     @property

@@ -26,6 +26,8 @@ WORKSPACE = 64 * 2**20
 """Bytes that torch sets aside for cuBLAS (twice 32 MiB on Hopper, less before)."""
 OPTIMIZER_STEP = "the optimizer's step"
 """The moment that has no activations."""
+LOADING = "loading the last layer's experts"
+"""The moment before training."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,27 @@ class Ledger:
         self.shape, self.setup = shape, setup
         self.linears = {linear.name: linear for linear in shape.linears}
         self.activations = Activations(shape, setup)
-        self._layers = Counter(setup.targets) if setup.r else Counter({frozenset[str](): shape.layers})
+        self.targets = setup.targets if setup.r else (frozenset[str](),) * shape.layers
 
     # What stays from step to step
 
     @property
     def weights(self) -> int:
-        """The matrices of the decoder layers."""
+        """The matrices of the decoder layers, without those of experts."""
         matrix_bytes = self.setup.base.matrix_bytes
-        return self.shape.layers * sum(matrix_bytes(linear.outputs, linear.inputs) for linear in self.shape.linears)
+        sizes = {linear: matrix_bytes(linear.outputs, linear.inputs) for linear in self.shape.linears}
+        layers = range(self.shape.layers)
+        return sum(sizes[linear] for layer in layers for linear in self.shape.linears_of(layer))
+
+    @property
+    def experts(self) -> int:
+        """The matrices of the experts of a mixture."""
+        experts, base = self.shape.experts, self.setup.base
+        if experts is None:
+            return 0
+        if base.experts_bytes is None:
+            return self.shape.expert_weights * base.unquantized_bytes
+        return len(experts.layers) * base.experts_bytes(experts.count, experts.units)
 
     @property
     def unquantized(self) -> int:
@@ -84,19 +98,27 @@ class Ledger:
     def trained(self) -> Counter[int]:
         """How many trained tensors there are of each number of elements."""
         if self.setup.r == 0:
-            embeddings = 1 if self.shape.tied else 2
-            matrices = Counter({linear.weights: 0 for linear in self.shape.linears})
-            for linear in self.shape.linears:
-                matrices[linear.weights] += self.shape.layers
-            small = self.shape.unquantized - embeddings * self.shape.hidden * self.shape.vocabulary
-            matrices[self.shape.hidden * self.shape.vocabulary] += embeddings
-            matrices[self.shape.hidden] += small // self.shape.hidden
-            return matrices
+            return self._all_weights
         sizes: Counter[int] = Counter()
-        for names, count in self._layers.items():
+        for names, count in Counter(self.targets).items():
             for name in names:
                 sizes.update({size: count * copies for size, copies in self._adapter(self.linears[name]).items()})
+        if (experts := self.shape.experts) is not None and self.setup.expert_r:
+            adapter = experts.adapter(self.setup.expert_r)
+            sizes.update({size: len(experts.layers) * copies for size, copies in adapter.items()})
         return sizes
+
+    @property
+    def _all_weights(self) -> Counter[int]:
+        shape, embeddings = self.shape, 1 if self.shape.tied else 2
+        matrices = Counter(linear.weights for layer in range(shape.layers) for linear in shape.linears_of(layer))
+        if (experts := shape.experts) is not None:
+            size = experts.count * experts.intermediate * experts.hidden
+            matrices.update({2 * size: len(experts.layers), size: len(experts.layers)})
+        small = shape.unquantized - embeddings * shape.hidden * shape.vocabulary
+        matrices[shape.hidden * shape.vocabulary] += embeddings
+        matrices[shape.hidden] += small // shape.hidden
+        return matrices
 
     def _adapter(self, linear: Linear) -> Counter[int]:
         """Returns the tensors of one adapter; trained bias vectors are too small to count."""
@@ -146,6 +168,8 @@ class Ledger:
     def resident(self) -> dict[str, float]:
         """What is there at any moment."""
         parts = {"weights": self.weights, "embeddings and norms": self.unquantized, "adapters": self.adapters}
+        if self.shape.experts is not None:
+            parts["experts"] = self.experts
         return {**parts, "optimizer": self.optimizer[0], "workspace": WORKSPACE}
 
     @property
@@ -158,8 +182,20 @@ class Ledger:
     @property
     def added(self) -> float:
         """The most that forward and backward pass of a micro-batch hold beyond `at_start`."""
-        moments = (sum(parts.values()) for moment, parts in self.moments() if moment != OPTIMIZER_STEP)
+        others = (OPTIMIZER_STEP, LOADING)
+        moments = (sum(parts.values()) for moment, parts in self.moments() if moment not in others)
         return max(moments) - self.at_start
+
+    def saved(self, layer: int) -> float:
+        """Returns what a decoder layer keeps for the backward pass."""
+        return self.activations.saved(self.targets[layer], has_experts=self.shape.has_experts(layer))
+
+    @property
+    def _recomputed(self) -> set[int]:
+        """The checkpointed layers whose backward pass may need most: the first and last ones, of each kind."""
+        indices = range(self.setup.checkpointed)
+        kinds = ([index for index in indices if self.shape.has_experts(index) is kind] for kind in (True, False))
+        return {layer for kind in kinds if kind for layer in (kind[0], kind[-1])}
 
     # Moments
 
@@ -167,12 +203,12 @@ class Ledger:
         """Yields what is there at each moment that may need most."""
         setup, layers, activations = self.setup, self.shape.layers, self.activations
         kept = layers - setup.checkpointed
-        targets = list(setup.targets) if setup.r else [frozenset[str]()] * layers
+        targets = self.targets
         input_bytes = setup.tokens * self.shape.hidden * (4 if activations.has_fp32_stream else setup.width)
         moving = min(setup.offloaded, 2)  # one on its way, and the next
         inputs = (setup.checkpointed - setup.offloaded + moving) * input_bytes
         late = targets[setup.checkpointed :]
-        saved, copies = sum(map(activations.saved, late)), sum(map(activations.copies, late))
+        saved, copies = sum(map(self.saved, range(setup.checkpointed, layers))), sum(map(activations.copies, late))
         earlier = self.gradients if setup.accumulates else 0
         angles = setup.tokens * 2 * self.shape.head_dim * setup.width
         cached = sum(map(activations.copies, targets)) if setup.step is PlanStep.plain else copies
@@ -184,22 +220,26 @@ class Ledger:
         if kept:
             norm = 20 * self.shape.hidden * setup.tokens if setup.step is PlanStep.plain else 0  # five in float32
             yield "the last layer's backward pass", {
-                **common, "adapters in 16 bits": copies, "backward pass of a layer": max(activations.backward, norm),
+                **common, "adapters in 16 bits": copies, "backward pass of a layer": max(activations.backward(has_experts=self.shape.has_experts(layers - 1)), norm),
             }  # fmt: skip
-        for done in {layers - setup.checkpointed, layers - 1} if setup.checkpointed else set():
-            names = targets[layers - 1 - done]
+        for layer in self._recomputed:
+            done, names = layers - 1 - layer, targets[layer]
             gradients = self.gradients if setup.accumulates else self.gradients * done / layers
             yield "a checkpointed layer's backward pass", {
                 **base, "gradients": gradients, "adapters in 16 bits": activations.copies(names),
                 "activations": (max(layers - done - setup.offloaded, 0) + moving) * input_bytes
-                + angles + activations.saved(names),
-                "backward pass of a layer": activations.backward,
+                + angles + self.saved(layer),
+                "backward pass of a layer": activations.backward(has_experts=self.shape.has_experts(layer)),
             }  # fmt: skip
         kind = OPTIMIZERS[setup.optim]
         scratch = (
             kind.scratch + (kind.parameter_dtype and setup.guarded)
         ) * self.gradients  # others copy a chunk at a time
         yield OPTIMIZER_STEP, {**base, "gradients": self.gradients, "optimizer's step": scratch}
+        if self.shape.experts is not None and setup.base.experts_bytes is not None:  # merged, then quantized
+            merged = self.shape.experts.weights * setup.base.unquantized_bytes
+            loaded = {name: base[name] for name in ("weights", "embeddings and norms", "experts")}
+            yield LOADING, {**loaded, "a layer's experts in 16 bits": merged}
 
     def memory(self) -> Memory:
         """Returns the parts at the moment that needs most."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +21,9 @@ class StoredBase:
     """Bytes a weight that exist beside a decoded matrix while it is decoded."""
     keeps_input: bool = False
     """Whether a product keeps its input for the backward pass."""
+    experts_bytes: Callable[[int, Sequence[tuple[int, int]]], int] | None = None
+    """Bytes of a layer's experts: their number, and the sizes [rows, columns] of each one's matrices. None: experts
+    are not quantized."""
 
     @property
     def is_fp32(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.saved_config import flatten as flatten
-from qlora.config.schema import Resume, Weights
+from qlora.config.schema import MIXTURE_FIELDS, Resume, Weights
 from qlora.errors import ResourceError, RunError
 from qlora.runtime.atomic_files import remove_temporary_files
 from qlora.runtime.saved_run import read_manifest, read_result
@@ -44,6 +44,7 @@ ADDED_KEYS: dict[str, Any] = {
     "trainer.keep": "last",
     "trainer.keep_metric": None,
     "task.port": 8642,
+    **{f"model.architecture.{name}": None for name in MIXTURE_FIELDS},
 }
 """Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those
 of the entries of `data.mix`."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.optim.optimizer as library
+import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
 
@@ -26,3 +27,10 @@ def set_waits(optimizer: Optimizer8bit, wait: OnTensor, fetch: OnTensor) -> None
 def wrap_update(optimizer: Optimizer8bit, wrapped: Callable[..., None]) -> None:
     """Replaces what updates one parameter."""
     optimizer.update_step = wrapped  # type: ignore[method-assign]  # of this instance alone
+
+
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the size of its paged states, which lie in managed memory: torch does not count them."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = {value.data_ptr(): value for value in states if getattr(value, "is_paged", False)}
+    return sum(tensor.nbytes for tensor in tensors.values())

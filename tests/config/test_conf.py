@@ -73,6 +73,7 @@ BILLIONS = {
     "qwen3-14b": 14.77, "qwen3-32b": 32.76, "mistral-7b": 7.25, "gemma-2-2b": 2.61, "gemma-2-9b": 9.24,
     "gemma-3-1b": 1.0, "phi-3.5-mini": 3.82, "phi-4": 14.66, "smollm2-135m": 0.135, "smollm2-360m": 0.362,
     "smollm2-1.7b": 1.71, "gemma-3-4b-it": 3.88, "gemma-3-12b-it": 11.77, "phi-4-mini": 3.84,
+    "qwen3-30b-a3b": 30.53, "gpt-oss-20b": 20.91,
 }  # fmt: skip
 
 

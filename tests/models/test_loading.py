@@ -192,9 +192,48 @@ def test_the_norms_floor_arrives() -> None:
     assert build_model_config(config.model, load_tokenizer(config.model)).rms_norm_eps == 1e-3
 
 
+MIXTURES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 24},
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 0},
+}
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": "null"}
+LATENT |= {"num_key_value_heads": "null", "first_k_dense_replace": 1, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_mixture_of_experts_is_built_from_its_shape(model_type: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = MIXTURES[model_type] | (LATENT if model_type.startswith("deepseek") else {})
+    config = architecture(model_type=model_type, num_hidden_layers=2, **shape)
+    model_config = build_model_config(config.model, load_tokenizer(config.model))
+    for name, value in MIXTURES[model_type].items():
+        assert getattr(model_config, name) == (value or None), name
+    model = AutoModelForCausalLM.from_config(model_config)
+    experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
+    has_dense_layer = {"mlp_only_layers", "first_k_dense_replace"} & set(shape)
+    assert len(experts) == (1 if has_dense_layer else 2)
+    with torch.no_grad():
+        assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_heads_of_a_mixture_may_be_wider_than_its_hidden_state() -> None:
+    config = architecture(model_type="qwen3_moe", head_dim=32, **MIXTURES["qwen3_moe"])
+    assert build_model_config(config.model, load_tokenizer(config.model)).head_dim == 32
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"num_experts": 8}, r"num_experts=8: llama has no such setting; leave it out"),
+        ({"model_type": "mixtral", "n_shared_experts": 1}, r"n_shared_experts=1: mixtral has no such setting"),
+        ({"model_type": "gpt_neox", "num_key_value_heads": "null", "head_dim": 8}, r"head_dim=8: gpt_neox has no such"),
         ({"sliding_window": 8}, r"sliding_window=8: llama has no such setting; leave it out"),
         ({"model_type": "gpt_neox", "num_key_value_heads": 1}, r"num_key_value_heads=1: gpt_neox has no such setting"),
         ({"model_type": "gpt2", "rope_theta": 10000, "num_key_value_heads": "null", "intermediate_size": 64}, "gpt2"),

@@ -37,6 +37,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     # Most of a mixture is quantized where its experts are few and small.
     "mixtral": SMALL | {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 16},
     "gpt_oss": GROUPED | {"num_local_experts": 2, "intermediate_size": 16},
+    "qwen3_moe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "granitemoe": SMALL | {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 16},
+    "olmoe": SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    "deepseek_v3": SMALL
+    | {
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    },
 }
 
 

@@ -20,7 +20,7 @@ from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExpert
 from qlora.config.schema.loss import LossConfig
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
-from qlora.config.schema.model import ArchitectureConfig, ModelConfig, Weights
+from qlora.config.schema.model import MIXTURE_FIELDS, ArchitectureConfig, ModelConfig, Weights
 from qlora.config.schema.plan import PlanConfig, PlanStep
 from qlora.config.schema.quantization import BaseProducts, ComputeDtype, ExpertsBits, QuantizationConfig, QuantType
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
@@ -38,6 +38,7 @@ __all__ = [
     "MAPPINGS",
     "METRIC_LIBRARY",
     "METRIC_NAMES",
+    "MIXTURE_FIELDS",
     "OWN_FUNCTIONS",
     "TASK_KEYS",
     "WATCHDOG_COUNTS",

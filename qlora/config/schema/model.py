@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from omegaconf import MISSING
@@ -43,13 +43,57 @@ class ArchitectureConfig:
     """Base of the rotary position embedding; unset: the model type's own."""
     sliding_window: int | None = None
     """How many tokens attention looks back at most; unset: the model type's own."""
+    num_experts: int | None = None
+    """Experts of a layer, as Qwen and OLMoE call them; what is unset of a mixture is the model type's own."""
+    num_local_experts: int | None = None
+    """The same, as Mixtral, gpt-oss and Granite call them."""
+    n_routed_experts: int | None = None
+    """The same, as DeepSeek calls them."""
+    num_experts_per_tok: int | None = None
+    """How many experts compute a token."""
+    moe_intermediate_size: int | None = None
+    """Width of an expert, where it is not `intermediate_size` (Qwen, DeepSeek)."""
+    n_shared_experts: int | None = None
+    """Experts beside those that compute every token (DeepSeek)."""
+    shared_expert_intermediate_size: int | None = None
+    """Width of the expert that computes every token (Qwen 2)."""
+    first_k_dense_replace: int | None = None
+    """How many layers, the first ones, have no experts (DeepSeek)."""
+    decoder_sparse_step: int | None = None
+    """One layer of how many has experts (Qwen)."""
+    mlp_only_layers: list[int] | None = None
+    """The layers that have none in spite of that, counted from 0 (Qwen)."""
+    norm_topk_prob: bool | None = None
+    """Whether the weights of a token's experts are scaled to a sum of 1 (Qwen, OLMoE, DeepSeek)."""
+    n_group: int | None = None
+    """Groups of experts, of which a token's are chosen first (DeepSeek)."""
+    topk_group: int | None = None
+    """How many of those groups a token may use (DeepSeek)."""
+    q_lora_rank: int | None = None
+    """Width that queries are compressed to (DeepSeek); 0: they are not."""
+    kv_lora_rank: int | None = None
+    """Width that keys and values are compressed to (DeepSeek)."""
+    qk_nope_head_dim: int | None = None
+    """Width of a query and of a key without positions (DeepSeek)."""
+    qk_rope_head_dim: int | None = None
+    """Width of a query and of a key that is rotated by position (DeepSeek)."""
+    v_head_dim: int | None = None
+    """Width of a value (DeepSeek)."""
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window")
-        for name in (*sizes, "max_position_embeddings", *optional):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"model.architecture.{name}", "be positive", value)
+        may_be_zero = ("first_k_dense_replace", "n_shared_experts", "q_lora_rank")
+        for item in fields(self):
+            value, key = getattr(self, item.name), f"model.architecture.{item.name}"
+            if isinstance(value, list):
+                require(min(value, default=0) >= 0, key, "have no negative number", value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                least = "not be negative" if item.name in may_be_zero else "be positive"
+                require(value > 0 or (value == 0 and item.name in may_be_zero), key, least, value)
+
+
+_NAMES = [item.name for item in fields(ArchitectureConfig)]
+MIXTURE_FIELDS = tuple(_NAMES[_NAMES.index("num_experts") :])
+"""What `ArchitectureConfig` says of mixtures of experts alone."""
 
 
 @dataclass(kw_only=True, slots=True)

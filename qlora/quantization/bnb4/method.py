@@ -71,7 +71,11 @@ class Bnb4(QuantizationMethod):
     def stored_base(self, config: QuantizationConfig) -> StoredBase:
         """Counts half a byte a weight, absmax values and codebooks."""
         unquantized_bytes = 4 if config.compute_dtype is ComputeDtype.fp32 else 2
-        return stored_base(double_quant=config.double_quant, unquantized_bytes=unquantized_bytes)
+        return stored_base(
+            double_quant=config.double_quant,
+            unquantized_bytes=unquantized_bytes,
+            experts=quantizes_experts(self, config),
+        )
 
     def largest_error(self, config: QuantizationConfig) -> float:
         """The limit for the data type."""

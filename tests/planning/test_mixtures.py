@@ -1,0 +1,167 @@
+"""The parts of the plan that mixtures of experts add, against real modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from real_models import BF16, GROUPED, SIZES, composed, peak_bytes, saved_bytes, setup
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.config.options import model_presets
+from qlora.errors import DataError
+from qlora.models import loading
+from qlora.models.experts import ADAPTERS, ExpertAdapter, ExpertsLayout, find_experts
+from qlora.models.random_weights import RandomWeights
+from qlora.planning.memory_plan import LOADING, Ledger
+from qlora.planning.mixture import MIXTURES
+from qlora.planning.model_shape import Shape, read_shape
+from qlora.quantization.method import find_method
+
+FEW = GROUPED | {"num_experts_per_tok": 2}
+DEEPSEEK = SIZES | {
+    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
+    **{"n_shared_experts": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": FEW | {"num_experts": 8, "moe_intermediate_size": 48, "head_dim": 32, "mlp_only_layers": [1]},
+    "mixtral": FEW | {"num_local_experts": 4},
+    "gpt_oss": FEW | {"num_local_experts": 4, "head_dim": 32},
+    "granitemoe": FEW | {"num_local_experts": 4, "tie_word_embeddings": True},
+    "olmoe": FEW | {"num_experts": 4},
+    "deepseek_v2": DEEPSEEK | {"q_lora_rank": 0},
+    "deepseek_v3": DEEPSEEK | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+}
+QUANTIZED = ["nf4", "nf4-plain", "fp4"]
+ADAPTED = ("gate_up_proj", "down_proj")
+
+
+def shape(kind: str, **sizes: Any) -> Shape:
+    return read_shape({"model_type": kind, **KINDS[kind], **sizes}, "test")
+
+
+def settings(kind: str, **sizes: Any) -> Any:
+    values = {**KINDS[kind], **sizes}
+    if values.get("q_lora_rank") == 0:
+        values["q_lora_rank"] = None
+    return AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **values)
+
+
+def base(kind: str, *overrides: str, **sizes: Any) -> PreTrainedModel:
+    config = composed(*overrides)
+    weights = RandomWeights(settings(kind, **sizes), placement=BF16, seed=0)
+    return loading.build_random_base(config.model, config.quantization, weights)
+
+
+def adapted(kind: str, *overrides: str, rank: int = 4, **sizes: Any) -> Any:
+    """A base with adapters of rank 8 on all linear layers, and of `rank` on experts."""
+    config = composed("lora.r=8", "lora.dropout=0", *overrides)
+    model = adapters.add_lora(
+        config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[]
+    )
+    for name, experts in find_experts(model).items():
+        layout = ExpertsLayout.of(experts)
+        for projection, (rows, columns) in layout.projections.items():
+            a, b = (
+                nn.Parameter(torch.zeros(layout.count, *size, dtype=config_dtype(config)))
+                for size in ((rank, columns), (rows, rank))
+            )
+            experts.__dict__.setdefault(ADAPTERS, {})[projection] = ExpertAdapter(a, b, 1.0, config.lora.dropout)
+            model.register_parameter(f"{name}.{projection}".replace(".", "_"), a)
+            model.register_parameter(f"{name}.{projection}_b".replace(".", "_"), b)
+    model.config.use_cache = False
+    return model.train()
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    return torch.bfloat16 if config.lora.dtype == "bf16" else torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_parameters_of_a_mixture_are_counted_to_the_last(kind: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings(kind))
+    sizes = shape(kind)
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    experts = find_experts(model)
+    assert sizes.experts is not None
+    assert {int(name.split(".")[2]) for name in experts} == sizes.experts.layers
+    idle = sum(
+        getattr(module, name).numel() * (1 - 2 / sizes.experts.count)
+        for module in experts.values()
+        for name in ADAPTED
+    )
+    assert sizes.active_parameters == sizes.parameters - idle
+
+
+@pytest.mark.parametrize("name", [name for name, preset in model_presets().items() if "moe" in str(preset) or "gpt_oss" in str(preset)])
+def test_the_presets_of_mixtures_are_counted_to_the_last(name: str) -> None:
+    preset = {key: value for key, value in model_presets()[name]["architecture"].items() if value is not None}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset))
+    assert read_shape(preset, name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
+    defaults = AutoConfig.for_model(kind)
+    for name, value in MIXTURES[kind].defaults.items():
+        assert getattr(defaults, name) == value, name
+
+
+@pytest.mark.parametrize("chosen", QUANTIZED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_take_what_is_planned(kind: str, chosen: str) -> None:
+    model, sizes = base(kind, f"quantization={chosen}"), shape(kind)
+    stored = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
+    quantization = compose([f"quantization={chosen}"]).quantization
+    ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
+    assert ledger.experts == stored
+    placed = {id(getattr(module, name)) for module in find_experts(model).values() for name in ADAPTED}
+    plain = [
+        parameter
+        for parameter in model.parameters()
+        if id(parameter) not in placed and parameter.dtype is not torch.uint8
+    ]
+    assert ledger.unquantized == sum(2 * parameter.numel() for parameter in plain)
+
+
+@pytest.mark.parametrize("chosen", ["quantization=none", "quantization.experts=none"])
+def test_experts_that_are_not_quantized_take_16_bits(chosen: str) -> None:
+    model, sizes = base("qwen3_moe", chosen), shape("qwen3_moe")
+    quantization = compose([chosen]).quantization
+    ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
+    stored = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
+    assert ledger.experts == stored
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("overrides", [[], ["lora.dtype=bf16"]], ids=str)
+def test_adapters_on_experts_are_counted(kind: str, overrides: list[str]) -> None:
+    model, sizes = adapted(kind, *overrides), shape(kind)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ledger = Ledger(sizes, setup(sizes, expert_r=4, bf16_adapters=bool(overrides)))
+    assert ledger.adapters == ledger.gradients == sum(parameter.nbytes for parameter in trained)
+    assert sorted(ledger.trained.elements()) == sorted(parameter.numel() for parameter in trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [([], {}), (["lora.dropout=0.1"], {"dropout": True}), (["lora.dtype=bf16"], {"bf16_adapters": True})],
+    ids=["nf4", "dropout", "bf16 adapters"],
+)
+def test_a_layer_with_experts_keeps_what_is_planned(
+    kind: str, overrides: list[str], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, length = shape(kind), 128
+    ledger = Ledger(sizes, setup(sizes, length=length, expert_r=4, **changes))
+    models = (adapted(kind, *overrides, num_hidden_layers=count) for count in (3, 2))
+    three, two = (saved_bytes(model, monkeypatch, 1, length) for model in models)
+    order = 3 * 8 * ledger.activations.routed.rows  # which is kept, and not by autograd
+    planned = ledger.saved(2) + ledger.activations.copies(ledger.targets[2]) - order
+    assert planned == pytest.approx(three - two, rel=0.02)
