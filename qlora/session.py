@@ -24,8 +24,7 @@ from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, DataConfig, EvaluationName, Keep, Parallel, Weights
-from qlora.config.schema.data import ROW_LENGTH
+from qlora.config.schema import Config, EvaluationName, Keep, Parallel, Weights
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator
@@ -41,6 +40,7 @@ from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mo
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
 from qlora.models import loading, random_weights
+from qlora.models.context import describe_limit, fit_rows, model_context
 from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
@@ -159,8 +159,10 @@ class Session:
         return int(self.model_config.get_text_config().vocab_size)
 
     @property
-    def _context(self) -> int | None:
-        """The most tokens that the model reads; None: its config names no limit."""
+    def context(self) -> int | None:
+        """The most tokens that the model reads; None: its config names no limit, or is not here and not needed."""
+        if not self.needs.base:
+            return model_context(self.config.model)
         return getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
@@ -177,16 +179,12 @@ class Session:
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
         with distributed.local_main_process_first():
-            config = self._fit_rows(self.config.data)
             data = build_data(
-                config,
+                fit_rows(self.config.data, self.context),
                 self.tokenizer,
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
             )
-        if config != self.config.data:
-            text = "rows have up to %d tokens, which is what %s reads (data.max_length)"
-            log.info(text, config.max_length, self.config.model.name)
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
@@ -197,14 +195,10 @@ class Session:
         is_saved = self.saved_template is not None
         return Questions(self.chat_encoder.writer.template if is_saved else None)
 
-    def _fit_rows(self, config: DataConfig) -> DataConfig:
-        """Returns a config of rows whose default length is no longer than what the model reads."""
-        if not self.needs.base or config.max_length != ROW_LENGTH or config.packing:
-            return config
-        context = self._context
-        if context is None or context >= ROW_LENGTH:
-            return config
-        return replace(config, max_length=context)
+    @property
+    def row_limit(self) -> str:
+        """How long a row may be, and why."""
+        return describe_limit(self.config.data, self.config.model.name, self.context)
 
     @cached_property
     def objective(self) -> Objective:
@@ -233,7 +227,7 @@ class Session:
             rows=self.data.eval,
             collate=self.collate,
             tokenizer=self.tokenizer,
-            generation=fit_answers(self.data.eval, self.needs.answers, self.config, self._context),
+            generation=fit_answers(self.data.eval, self.needs.answers, self.config, self.context),
             metrics=find_metrics(self.config.evaluation.metrics),
             pad_token_id=self.pad_token_id,
             batch_size=self.config.trainer.per_device_eval_batch_size,
@@ -275,7 +269,7 @@ class Session:
         return build_suite(
             self.config,
             tokenizer=self.tokenizer,
-            context=lambda: self._context,
+            context=lambda: self.context,
             pad_token_id=lambda: self.pad_token_id,
             device=self.placement.device,
             read_file=partial(read_rows, key="evaluation.path"),

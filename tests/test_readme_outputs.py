@@ -7,6 +7,7 @@ from pathlib import Path
 import readme_outputs as tool
 
 from qlora.config.compose import compose
+from qlora.config.help import EXAMPLES
 
 README = tool.README.read_text(encoding="utf-8")
 
@@ -36,3 +37,20 @@ def test_the_embedded_model_stands_for_the_one_that_is_not_here() -> None:
     assert "model=llama-3.1-8b-instruct" not in args
     assert tool.small(["plan", "llama-3.1-8b-instruct"]) == ["plan", "llama-3.1-8b-instruct"]
     assert compose([*tool.SMALL, *tool.QUICK]).model.name == "tiny"
+
+
+def test_the_section_says_first_what_stood_for_its_model() -> None:
+    section = README[README.index(tool.SECTION) :]
+    before = section[: section.index("```bash")]
+    assert "`model=tiny recipe=none`" in before
+    assert "data.template=alpaca" in before
+    assert "python tools/readme_outputs.py" in before
+
+
+def test_the_first_run_takes_as_long_wherever_it_is_said() -> None:
+    root = tool.README.parent
+    files = ("docs/start.md", "conf/recipe/tiny_demo.yaml")
+    pages = [README, *((root / name).read_text(encoding="utf-8") for name in files)]
+    for text in (*pages, EXAMPLES["qlora"]):
+        assert "about a minute on two CPU cores" in " ".join(text.split())
+        assert "two minutes" not in text

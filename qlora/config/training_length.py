@@ -49,6 +49,14 @@ class TrainingLength:
         once, all_steps = (f"{count:,} step{'' if count == 1 else 's'}" for count in (self.epoch_steps, self.steps))
         return f"{self.units:,} {self.unit}, {once} an epoch, {epochs} = {all_steps}"
 
+    def describe_tokens(self, tokens: float, estimate: str = "") -> str:
+        """Says what the `tokens` of a pass are for a step and the whole run; `estimate`: how they were estimated."""
+        per_unit, step, total = (
+            f"{round(count):,}" for count in (tokens / self.units, tokens / self.epoch_steps, tokens * self.epochs)
+        )
+        text = f"{per_unit} a {self.unit.removesuffix('s')}, {step} a step, {total} in all"
+        return f"about {text} ({estimate})" if estimate else text
+
     @property
     def warning(self) -> str | None:
         """What a person must hear of it; None: nothing."""
@@ -58,6 +66,22 @@ class TrainingLength:
             f"{self.steps:,} steps are {self.epochs:,.0f} passes over the same {self.units:,} {self.unit}, which are "
             "learnt by heart; trainer.num_train_epochs=3 is usual"
         )
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What was counted of the rows to train on, before the run."""
+
+    units: int
+    """Rows, or packs, that a pass shows."""
+    unit: str
+    """`rows` or `packs`."""
+    tokens: int
+    """Of a pass."""
+    padded: float
+    """The mean tokens of a row or a pack, with its padding."""
+    estimate: str = ""
+    """How they were estimated; "" where every row was counted."""
 
 
 def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,12 +31,15 @@ from qlora.data.formats.questions import NAME as QUESTIONS
 from qlora.data.formats.questions import choose_questions, is_whole_text
 from qlora.data.formats.recognise import ANSWERS, Choice, choose_format
 from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
+from qlora.data.lost_characters import LostCharacters, find_lost
 from qlora.errors import ConfigError, DataError, UserError, did_you_mean
 from qlora.text import parse_size
 from qlora.upstream.datasets import fingerprint
 
 SAMPLE = 20
 """Rows that are looked at to recognise a format."""
+READ_BACK = 200
+"""Rows that are compared with what their tokens decode to."""
 LABEL_ROWS = 10_000
 """Rows whose labels are in memory at a time."""
 
@@ -214,9 +218,29 @@ class RowSet:
             )
         return size
 
-    def train(self) -> tuple[Dataset, Counts]:
-        """Returns the rows to train on in tokens; `weight` is not in it yet."""
-        return self._encode(self.rows, self.split[0], self.choice, self.template, for_eval=False)
+    @property
+    def rows_to_train(self) -> int:
+        """How many rows are trained on, with those that nothing of may be left of once they are tokens."""
+        return len(self.rows) if self.split[0] is None else len(self.split[0])
+
+    def train(self, most: int | None = None) -> tuple[Dataset, Counts]:
+        """Returns the rows to train on in tokens, at most `most` of them from all over the set; `weight` is not in
+        it yet."""
+        order, count = self.split[0], self.rows_to_train
+        if most is not None and count > most:
+            order = (np.arange(count) if order is None else order)[np.linspace(0, count - 1, most).astype(int)]
+        return self._encode(self.rows, order, self.choice, self.template, for_eval=False)
+
+    def find_lost(self) -> LostCharacters | None:
+        """Returns the characters of some rows, from all over the set, that the tokenizer does not keep."""
+        order = np.linspace(0, len(self.rows) - 1, min(len(self.rows), READ_BACK)).astype(int)
+        examples = (example for row in take_rows(self.rows.select(order), slice(None)) for example in self._render(row))
+        return find_lost(build_encoder(self.config, self.tokenizer, self.template), examples)
+
+    def _render(self, row: dict[str, Any]) -> Iterator[Example]:
+        """Renders a row that may be one which training drops."""
+        with suppress(UserError):
+            yield from self.choice.format.render(row)
 
     def held_out(self) -> tuple[Dataset, Counts]:
         """Returns the rows of this set to measure on in tokens."""

@@ -21,6 +21,7 @@ from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, Questions, RowSet
+from qlora.data.lost_characters import LostCharacters
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Data:
     """The rows of `train` in packs, where `data.packing` asks for them."""
     origin: Origin | None = None
     """Where the rows of `train` come from."""
+    lost: LostCharacters | None = None
+    """What the tokenizer does not keep of the rows to train on."""
 
     def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
         """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
@@ -85,11 +88,7 @@ def build_data(
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
     cache = Cache(cache_root(config.cache_dir))
-    sets = [RowSet(config, part, tokenizer, cache) for part in _parts(config)]
-    if config.splits_off:
-        total = sum(len(part.rows) for part in sets)
-        for part in sets:
-            part.total_rows = total
+    sets = row_sets(config, tokenizer, cache)
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
@@ -111,7 +110,19 @@ def build_data(
         pairs = [*zip(sets, trained, strict=False), *zip(evaluated_sets, held_out, strict=False)]
         warn_of_lost_texts(part, [counts for other, (_, counts) in pairs if other is part])
     template = next((part.template for part in used if part.template), used[0].chat_template)
-    return Data(train, evaluated, report, template, ChatWriter(tokenizer, template).end_id, packed, origin)
+    end_id = ChatWriter(tokenizer, template).end_id
+    lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
+    return Data(train, evaluated, report, template, end_id, packed, origin, lost)
+
+
+def row_sets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> list[RowSet]:
+    """Returns the sets to train on, each with its rows, its format and its split."""
+    sets = [RowSet(config, part, tokenizer, cache) for part in _parts(config)]
+    if config.splits_off:
+        total = sum(len(part.rows) for part in sets)
+        for part in sets:
+            part.total_rows = total
+    return sets
 
 
 def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:

@@ -65,11 +65,13 @@ def generate(
     The caller sets autocast and evaluation mode.
     """
     end_ids = end_token_ids(model, tokenizer)
+    end_texts = spelled_ends(end_ids, tokenizer)
     settings = build_settings(config, pad_token_id=pad_token_id, end_ids=end_ids)
     inputs = left_pad(prompts, pad_token_id, device)
     with own_settings_aside(model):
         output = generate_ids(model, inputs, generation_config=settings, **community_code(config))
-    return [_answer(ids, end_ids, tokenizer) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_answer(ids, end_ids, end_texts, tokenizer) for ids in answers]
 
 
 def left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -85,6 +87,22 @@ def end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) ->
     of_model = getattr(model.generation_config, "eos_token_id", None)
     ids = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def spelled_ends(end_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the texts of the tokens that end an answer, as a model may spell them with ordinary tokens.
+
+    Models do so whose training text held the end token as characters; decoding leaves out the token, not its letters.
+    An end token that is an ordinary word or a line feed may stand inside an answer, so only added tokens count.
+    """
+    added = tokenizer.added_tokens_decoder
+    texts = {str(added[token]) for token in end_ids if token in added}
+    return sorted(text for text in texts if text.strip())
+
+
+def cut_at(text: str, ends: Sequence[str]) -> str:
+    """Returns a text up to the first of `ends` in it."""
+    return text[: min((text.index(end) for end in ends if end in text), default=len(text))]
 
 
 def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list[int]) -> HFGenerationConfig:
@@ -119,8 +137,9 @@ def community_code(config: GenerationConfig) -> dict[str, object]:
     return {"custom_generate": COMMUNITY[name], "trust_remote_code": True} if name else {}
 
 
-def _answer(ids: list[int], end_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _answer(ids: list[int], end_ids: list[int], end_texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((index for index, token in enumerate(ids) if token in end_ids), None)
     kept = ids if end is None else ids[:end]
-    text = decode(tokenizer, kept, skip_special_tokens=True).strip()
-    return Answer(text, len(kept), "length" if end is None else "stop")
+    said = decode(tokenizer, kept, skip_special_tokens=True)
+    text = cut_at(said, end_texts)
+    return Answer(text.strip(), len(kept), "length" if end is None and text == said else "stop")

@@ -13,8 +13,9 @@ from typing import Any
 
 from qlora.config.options import model_presets
 from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
-from qlora.config.training_length import TrainingLength, training_length
+from qlora.config.training_length import TokenCount, TrainingLength, training_length
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
+from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
@@ -40,6 +41,8 @@ class Plan:
     gpu: Gpu
     length: TrainingLength | None
     """Its steps and epochs; None: the rows are not known here."""
+    tokens: TokenCount | None = None
+    """The tokens of its rows; None: they were not counted, so every row is taken to be full."""
 
     @property
     def setup(self) -> Setup:
@@ -53,8 +56,13 @@ class Plan:
 
     @property
     def speed(self) -> Speed | None:
-        """The time of a micro-batch; None for a GPU whose speed is unknown."""
-        return plan_speed(self.training.shape, self.setup, self.gpu)
+        """The time of a micro-batch of rows as long as they are; None for a GPU whose speed is unknown."""
+        if self.tokens is None:
+            return plan_speed(self.training.shape, self.setup, self.gpu)
+        setup = replace(self.setup, length=max(round(self.tokens.padded), 1))
+        speed = plan_speed(self.training.shape, setup, self.gpu)
+        without_padding = self.setup.rows * self.tokens.tokens / self.tokens.units
+        return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
 
     @property
     def fits(self) -> bool:
@@ -100,23 +108,24 @@ class Plan:
         return {"paper_gb": PAPER[preset], "planned_gb": (same.peak + same.paged) / 1e9}
 
 
-def build_plan(config: Config, rows: int | None = None) -> Plan:
-    """Returns the plan of a training run on `rows` rows, where they are known.
+def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | None = None) -> Plan:
+    """Returns the plan of a training run on `rows` rows, where they are known; `tokens` are those of its rows.
 
     Raises a `UserError` where another part of it is not known.
     """
-    length = training_length(config.trainer, rows) if rows else None
+    units, unit = (rows, "rows") if tokens is None else (tokens.units, tokens.unit)
+    length = training_length(config.trainer, units, unit=unit) if units else None
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
     if config.trainer.memory_budget is None:
-        return Plan(config, training, gpu, length)
+        return Plan(config, training, gpu, length, tokens)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
         gpu = replace(gpu, memory=min(gpu.memory, budget + CONTEXT))
     if (fewest := fewest_checkpointed(training, gpu)) is not None:
-        return Plan(config, change(training, checkpointed=fewest), gpu, length)
+        return Plan(config, change(training, checkpointed=fewest), gpu, length, tokens)
     offloaded = fewest_offloaded(training, gpu)
-    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length)
+    return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length, tokens)
 
 
 def find_shape(config: Config) -> Shape:
@@ -140,7 +149,8 @@ def find_shape(config: Config) -> Shape:
 
 def read_setup(config: Config, shape: Shape) -> Setup:
     """Returns what decides the memory of the training; raises `ConfigError` for an optimizer that is not known."""
-    quantization, lora, trainer, data = config.quantization, config.lora, config.trainer, config.data
+    quantization, lora, trainer = config.quantization, config.lora, config.trainer
+    data = fit_rows(config.data, shape.context)
     if trainer.optim not in OPTIMIZERS:
         raise ConfigError(
             f"trainer.optim={trainer.optim}: task=plan does not know what it stores"

@@ -46,10 +46,11 @@ def training_lines(
     rows_a_step: int,
     length: TrainingLength,
     keeps: str,
+    limit: str,
 ) -> dict[str, str]:
     """Returns the lines on what is trained, on which rows, in which steps, and what is kept of it.
 
-    `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter.
+    `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter, `limit` how long a row may be.
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
@@ -58,6 +59,7 @@ def training_lines(
     return {
         "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
         f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
+        "limit": limit,
         **({"template": report.template} if report.template else {}),
         **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
         "training": f"{adapter}: {count}",
@@ -65,5 +67,6 @@ def training_lines(
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
         f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {unit} a step",
         "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type})",
+        "tokens": length.describe_tokens(report.train_tokens),
         "keeps": keeps,
     }

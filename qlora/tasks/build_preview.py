@@ -14,13 +14,22 @@ from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.token_store import column
 from qlora.data.data_report import DataReport, data_warnings, describe_unread
 from qlora.data.pipeline import Data
+from qlora.models.context import describe_limit, fit_rows, limit_warning
+from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
 from qlora.upstream.transformers import decode
 
 
-def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> Preview:
-    """Collects what a person must see before a training run: facts, warnings, lengths and the first rows."""
+def build_preview(
+    config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None
+) -> Preview:
+    """Collects what a person must see before a training run: facts, warnings, lengths and the first rows.
+
+    `context` is what the model reads, in tokens; None: that is not known here.
+    """
     assert data.train is not None
+    limit = describe_limit(config.data, config.model.name, context)
+    rows = fit_rows(config.data, context)
     report, trainer = data.report, config.trainer
     source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
     length = training_length(trainer, len(data.packed or data.train), unit="packs" if data.packed else "rows")
@@ -31,6 +40,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
         ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
+        ("limit", limit),
         ("cut", f"{report.cut_sources:,} sources, {report.cut_targets:,} targets"),
         (
             "dropped",
@@ -38,7 +48,7 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
             f"{report.empty_rows:,} with empty answers, {report.left_out_rows:,} left out by the format",
         ),
         ("not read", describe_unread(report) or "nothing"),
-        ("packing", _packing(config.data, data)),
+        ("packing", _packing(rows, data)),
         (
             "steps",
             f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
@@ -47,34 +57,41 @@ def build_preview(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase
         ("training", str(length)),
     ]
     limits = {
-        "source": config.data.source_max_len,
-        "target": config.data.target_max_len,
-        "total": config.data.max_length,
+        "source": rows.source_max_len,
+        "target": rows.target_max_len,
+        "total": rows.max_length,
     }
     source_lengths, target_lengths = column(data.train, "source"), column(data.train, "target")
     return Preview(
         title=f"{source} as {report.format}",
         summary=lines,
-        warnings=[*_warnings(report, tokenizer, config), *([length.warning] if length.warning else [])],
+        warnings=[
+            *_warnings(report, tokenizer, config, context),
+            *([length.warning] if length.warning else []),
+            *([str(data.lost)] if data.lost is not None else []),
+            *([embedded] if (embedded := embedded_warning(config)) else []),
+        ],
         rows=[preview_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},
     )
 
 
-def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
+def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config, context: int | None) -> list[str]:
     rows = report.train_rows
-    max_length = tokenizer.model_max_length
+    too_long = limit_warning(report.max_length, config.model.name, context)
     lines = (
         (report.stopping_rows < rows, f"{_part(rows - report.stopping_rows, rows)} of the rows do not train an end "
                                       "token, so they do not teach to stop"),
         (report.cut_targets > rows // 10, f"{_part(report.cut_targets, rows)} of the answers are cut; raise "
                                           "data.target_max_len or data.max_length"),
-        (report.max_length > max_length, f"the longest row has {report.max_length:,} tokens, but the tokenizer says "
-                                      f"that its model takes {max_length:,}"),
+        (context is None and report.max_length > tokenizer.model_max_length,
+         f"the longest row has {report.max_length:,} tokens, and the tokenizer says that its model reads "
+         f"{tokenizer.model_max_length:,}; data.max_length={tokenizer.model_max_length} cuts rows there"),
         (config.data.train_on.value == "all", "data.train_on=all: the prompts carry loss too"),
     )  # fmt: skip
-    return [*data_warnings(report, config.data), *(text for holds, text in lines if holds)]
+    said = [*data_warnings(report, config.data), *(text for holds, text in lines if holds)]
+    return [*said, *([too_long] if too_long else [])]
 
 
 def _packing(config: DataConfig, data: Data) -> str:

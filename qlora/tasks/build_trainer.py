@@ -71,7 +71,7 @@ def build_trainer(
     def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
         return session.in_main_process(lambda: session.measure_step(current, step, tracker))
 
-    step = build_step(session, model)
+    step, meter = build_step(session, model), _build_meter(session, model)
     lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
     trainer = QLoraTrainer(
@@ -86,13 +86,13 @@ def build_trainer(
         loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.enabled else None,
         step=step,
         objective=session.objective,
-        meter=_build_meter(session, model),
+        meter=meter,
         budget=build_budget(session, step, max_length=max(width, *lengths)),
         stop=session.stop,
         metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
         name_rows=data.named_rows,
-        callbacks=[*_run_callbacks(session, tracker, page), *callbacks],
+        callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
     )
     if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
@@ -111,11 +111,11 @@ def _checkpoint_metadata(session: Session) -> dict[str, Any]:
     }
 
 
-def _run_callbacks(session: Session, tracker: Tracker, page: Page | None) -> list[Any]:
+def _run_callbacks(session: Session, tracker: Tracker, page: Page | None, meter: Meter) -> list[Any]:
     """Returns what watches every training run, before the callbacks of the user."""
     profiles = session.config.trainer.profile
     return [
-        ProgressCallback(session.folder.progress),
+        ProgressCallback(session.folder.progress, tokens=lambda: meter.tokens),
         TrackerCallback(tracker),
         KeepCallback(session.keep_rule),
         *([PageCallback(page)] if page is not None else []),

@@ -16,7 +16,15 @@ from transformers.generation.streamers import BaseStreamer
 from qlora.adapters import adapter_off
 from qlora.config.schema import GenerationConfig
 from qlora.data.batching.row_encoder import RowEncoder
-from qlora.evaluation.generation import build_settings, community_code, end_token_ids, left_pad, own_settings_aside
+from qlora.evaluation.generation import (
+    build_settings,
+    community_code,
+    cut_at,
+    end_token_ids,
+    left_pad,
+    own_settings_aside,
+    spelled_ends,
+)
 from qlora.evaluation.measure import evaluation_mode
 from qlora.upstream.transformers import decode, generate
 
@@ -36,7 +44,8 @@ class Stream(BaseStreamer):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], stop_text: str, show: Callable[[str], None]
     ) -> None:
-        self.tokenizer, self.end_ids, self.stop_text, self.show = tokenizer, end_ids, stop_text, show
+        self.tokenizer, self.end_ids, self.show = tokenizer, end_ids, show
+        self.stop_texts = [*spelled_ends(end_ids, tokenizer), *([stop_text] if stop_text else [])]
         self.ids: list[int] = []
         self.printed = ""
         self._spoken = ""
@@ -56,8 +65,8 @@ class Stream(BaseStreamer):
         self.ids += ids[: next((index + 1 for index, token in enumerate(ids) if token in self.end_ids), None)]
         self._spoken = decode(self.tokenizer, self.ids, skip_special_tokens=True)
         settled = self.text.rstrip("\ufffd")  # half a character
-        begun = (size for size in range(len(self.stop_text), 0, -1) if settled.endswith(self.stop_text[:size]))
-        self._show(settled[: len(settled) - next(begun, 0)].rstrip())
+        begun = max((_overlap(settled, stop) for stop in self.stop_texts), default=0)
+        self._show(settled[: len(settled) - begun].rstrip())
 
     def close(self, *, interrupted: bool = False) -> Reply:
         """Shows the rest and returns the answer."""
@@ -72,14 +81,13 @@ class Stream(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """What was said, up to the text that opens the next question."""
-        said = self._spoken.split(self.stop_text)[0] if self.stop_text else self._spoken
-        return said.strip()
+        """What was said, up to the text of an end token, or to the one that opens the next question."""
+        return cut_at(self._spoken, self.stop_texts).strip()
 
     @property
     def stops(self) -> bool:
         """Whether the answer has come to its end."""
-        return self._ended or (bool(self.stop_text) and self.stop_text in self._spoken)
+        return self._ended or any(stop in self._spoken for stop in self.stop_texts)
 
     @property
     def _ended(self) -> bool:
@@ -139,6 +147,11 @@ class ChatModel:
         except KeyboardInterrupt:
             return stream.close(interrupted=True)
         return stream.close()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns how many characters at the end of a text may begin `stop`."""
+    return next((size for size in range(len(stop), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def _stops(stream: Stream) -> Callable[..., torch.Tensor]:

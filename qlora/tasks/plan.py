@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,15 @@ from rich.text import Text
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config, DataConfig
+from qlora.config.training_length import TokenCount
+from qlora.errors import UserError
+from qlora.models.context import describe_limit, fit_rows
+from qlora.models.embedded import embedded_warning
+from qlora.models.local_tokenizer import find_local_tokenizer, load_local_tokenizer
+from qlora.models.model_files import EMBEDDED
 from qlora.planning.advice import fewest_checkpointed
 from qlora.planning.time_plan import EFFICIENCY
-from qlora.planning.training_plan import Plan, build_plan
+from qlora.planning.training_plan import Plan, build_plan, find_shape
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.needs import Needs
@@ -30,6 +36,29 @@ PLAN_KEYS = {"bf16_adapters": "narrow"}
 """The keys of `plan.json` that are not the names of fields."""
 
 
+PAGED = {
+    True: "These states lie on the GPU; if it fills up, the driver moves some to the host's memory.",
+    False: "The GPU has no room for all of these states: some lie in the host's memory, which costs time.",
+}
+"""What becomes of paged optimizer states, by whether the GPU has room for them beside what is needed."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What amounts of memory are shown in."""
+
+    name: str
+    size: float
+    digits: int
+
+    def show(self, value: float) -> str:
+        """Returns an amount of bytes as a number."""
+        return f"{value / self.size:,.{0 if value >= 1000 * self.size else self.digits}f}"
+
+
+GB, MB = Unit("GB", 1e9, 2), Unit("MB", 1e6, 1)
+
+
 def needs(config: Config) -> Needs:
     """Returns what planning needs: the shape of the model, and the number of rows in local files."""
     return Needs(caches=True)
@@ -38,9 +67,10 @@ def needs(config: Config) -> Needs:
 def run(job: TaskJob) -> TaskResult:
     """Prints the plan of the training run that the config describes, and writes it to `plan.json`."""
     config = with_start(job.config, job.overrides)
-    plan = build_plan(config, _count_rows(config.data))
+    tokens, why_not = count_tokens(config)
+    plan = build_plan(config, _count_rows(config.data) if tokens is None else None, tokens)
     job.create_folder()
-    print_plan(plan)
+    print_plan(plan, why_not)
     result = _build_result(plan, job.folder)
     write_text(job.folder.result("plan"), json.dumps(result.to_dict(), indent=2) + "\n")
     console.say()
@@ -50,11 +80,49 @@ def run(job: TaskJob) -> TaskResult:
 
 def _count_rows(data: DataConfig) -> int | None:
     """Returns the rows to train on where they lie in local files; None: nothing is read."""
-    if not (data.mix or Path(data.path or "").expanduser().exists() or "*" in (data.path or "")):
+    if not _are_files(data):
         return None
     from qlora.data.row_count import count_training_rows  # imports `datasets`
 
     return count_training_rows(data)
+
+
+def _are_files(data: DataConfig) -> bool:
+    """Returns whether the rows may lie in local files; where they do not, nothing slow is imported."""
+    return bool(data.mix) or Path(data.path or "").expanduser().exists() or "*" in (data.path or "")
+
+
+def count_tokens(config: Config) -> tuple[TokenCount | None, str]:
+    """Returns the tokens of the rows to train on, where rows and tokenizer are on this machine; else None, and why."""
+    data, model, trainer = config.data, config.model, config.trainer
+    if config.plan.length is not None:
+        return None, "plan.length says how long a row is"
+    folder, name = find_local_tokenizer(model), model.tokenizer or model.name
+    why_not = "" if folder is not None else f"the tokenizer of {name} is not on this machine"
+    if why_not and not (_are_files(data)):
+        return None, why_not
+    from qlora.data import token_count  # imports `datasets` and transformers, and no torch
+
+    if not token_count.are_at_hand(data):
+        return None, f"the rows of data={data.name} are not on this machine"
+    fitted = fit_rows(data, find_shape(config).context)
+    batch, grouped = trainer.per_device_train_batch_size, trainer.group_by_length
+    try:
+        tokenizer = load_local_tokenizer(folder or EMBEDDED["tiny"], model.new_tokens)
+        if folder is not None:
+            return token_count.count_tokens(fitted, tokenizer, batch=batch, grouped=grouped), ""
+        return token_count.guess_tokens(fitted, tokenizer, why_not, batch=batch, grouped=grouped), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def planned_time(config: Config, tokens: TokenCount) -> str | None:
+    """Returns how long a training run takes on this machine's GPU, as its plan says it; None: a plan cannot."""
+    try:
+        plan = build_plan(replace(config, plan=replace(config.plan, device="this")), tokens=tokens)
+    except UserError:
+        return None
+    return None if plan.hours is None else f"about {format_duration(3600 * plan.hours)}, as task=plan estimates it"
 
 
 def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
@@ -68,6 +136,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
         **({"plan_steps": plan.steps} if plan.steps is not None else {}),
         **({"plan_epochs": plan.length.epochs} if plan.length is not None else {}),
+        **({"plan_epoch_tokens": plan.tokens.tokens} if plan.tokens is not None else {}),
     }
     quantization = plan.config.quantization
     setup = {"bits": quantization.bits, "double_quant": quantization.double_quant, "wide": plan.setup.fp32}
@@ -99,8 +168,11 @@ def _without(item: Any, *names: str) -> dict[str, Any]:
 # The screen
 
 
-def print_plan(plan: Plan) -> None:
-    """Prints what is planned, its memory, what fits, and how long it takes."""
+def print_plan(plan: Plan, why_not: str = "") -> None:
+    """Prints what is planned, its memory, what fits, and how long it takes.
+
+    `why_not` says why the tokens of the rows are not counted.
+    """
     config, setup, shape, memory, gpu = plan.config, plan.setup, plan.training.shape, plan.memory, plan.gpu
     trained = f"LoRA r={setup.r}" if setup.r else "all weights"
     if setup.checkpointed:
@@ -110,23 +182,27 @@ def print_plan(plan: Plan) -> None:
         checkpointing = "no checkpointing"
     console.start_screen(
         [
-            ("model", f"{config.model.name}: {shape.parameters / 1e9:,.2f} billion parameters"),
+            ("model", f"{config.model.name}: {_count(shape.parameters)} parameters"),
             ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
+            ("limit", describe_limit(config.data, config.model.name, shape.context)),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
-             f"{setup.length:,} tokens, {checkpointing}, {setup.step.value} step"),
+             f"up to {setup.length:,} tokens, {checkpointing}, {setup.step.value} step"),
         ]
     )  # fmt: skip
-    _heading("Memory, GB")
+    unit = GB if memory.needed >= GB.size else MB
+    _heading(f"Memory, {unit.name}")
     rows = [(name, memory.parts[name], "") for name in memory.parts if memory.parts[name]]
     rows += [("most that torch holds", memory.peak, f"at {memory.moment}"), ("context, gaps", memory.context, "")]
-    _numbers(rows)
+    _numbers(rows, unit)
     left = gpu.memory - memory.needed
     verdict = f"fits, {_gb(left)} GB are left" if plan.fits else f"does not fit: {_gb(-left)} GB are missing"
     style = "bold green" if plan.fits else "bold red"
-    console.say(Text.assemble(("  needed".ljust(30), "cyan"), _gb(memory.needed).rjust(8), "  ", (verdict, style)))
+    console.say(
+        Text.assemble(("  needed".ljust(30), "cyan"), unit.show(memory.needed).rjust(8), "  ", (verdict, style))
+    )
     if memory.paged:
-        where = "on the GPU too" if memory.comfortable <= gpu.memory else "partly on the host, which costs time"
-        _numbers([("paged optimizer states", memory.paged, where)])
+        _numbers([("paged optimizer states", memory.paged, 'not in "needed"')], unit)
+        console.say(Text(f"  {PAGED[memory.comfortable <= gpu.memory]}", style="dim"))
     console.say()
     _heading("What fits")
     console.say_rows(_fitting(plan))
@@ -140,15 +216,15 @@ def print_plan(plan: Plan) -> None:
             console.say("  all of this is not enough: take a larger GPU")
     console.say()
     _heading("Time")
-    console.say_rows(_times(plan))
-    if plan.length is not None and plan.length.warning is not None:
-        log.warning(plan.length.warning)
+    console.say_rows(_times(plan, why_not))
+    for warning in filter(None, (plan.length and plan.length.warning, embedded_warning(config))):
+        log.warning(warning)
     if (paper := plan.paper) is not None:
         console.say()
         _heading("Beside the paper, one row of 512 tokens with paged states")
         bits = 16 if plan.setup.bf16_adapters else 32
         _numbers([("QLoRA paper", paper["paper_gb"] * 1e9, ""), ("this plan", paper["planned_gb"] * 1e9,
-                  f"adapters and their gradients in {bits} bits")])  # fmt: skip
+                  f"adapters and their gradients in {bits} bits")], GB)  # fmt: skip
 
 
 def _fitting(plan: Plan) -> list[tuple[str, str]]:
@@ -166,32 +242,44 @@ def _fitting(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _times(plan: Plan) -> list[tuple[str, str]]:
-    speed = plan.speed
-    length = [("steps", str(plan.length))] if plan.length is not None else []
+def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
+    speed, tokens, length = plan.speed, plan.tokens, plan.setup.length
+    rows = [("steps", str(plan.length))] if plan.length is not None else []
+    if tokens is None:
+        rows.append(("tokens", f"not counted: {why_not}" if why_not else "not counted"))
+    elif plan.length is not None:
+        rows.append(("tokens", plan.length.describe_tokens(tokens.tokens, tokens.estimate)))
     if speed is None:
-        return [*length, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
-    efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
-    rows = [*length, ("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})")]
+        return [*rows, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
+    rows.append(("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})"))
     if plan.hours is None:
-        why = "trainer.num_train_epochs counts rows, which are read from local files only"
+        why = "trainer.num_train_epochs counts rows, and they are not read here"
         rows.append(("whole training", f"unknown: {why}"))
     else:
         step = plan.setup.rows * plan.training.accumulation
+        full = f" if every row is full ({length:,} tokens), less otherwise" if tokens is None else ""
+        unit = "rows" if plan.length is None else plan.length.unit
         time = format_duration(3600 * plan.hours)
-        rows.append(("whole training", f"{time} for {plan.steps:,} steps of {step:,} rows"))
-    return [*rows, ("assumed", f"matrix products at {efficiency}, and every row {plan.setup.length:,} tokens long")]
+        rows.append(("whole training", f"about {time}{full}: {plan.steps:,} steps of {step:,} {unit}"))
+    efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
+    memory = "" if tokens is None else f", and memory for rows of {length:,} tokens"
+    return [*rows, ("assumed", f"matrix products at {efficiency}{memory}")]
 
 
 def _heading(text: str) -> None:
     console.say(Text(text, style="bold"))
 
 
-def _numbers(rows: list[tuple[str, float, str]]) -> None:
+def _numbers(rows: list[tuple[str, float, str]], unit: Unit) -> None:
     for name, value, note in rows:
         behind = f"  {note}" if note else ""
-        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), _gb(value).rjust(8), (behind, "dim")))
+        console.say(Text.assemble((f"  {name}".ljust(30), "cyan"), unit.show(value).rjust(8), (behind, "dim")))
 
 
 def _gb(value: float) -> str:
-    return f"{value / 1e9:,.2f}" if value < 1e12 else f"{value / 1e9:,.0f}"
+    return GB.show(value)
+
+
+def _count(parameters: int) -> str:
+    """Returns how many parameters a model has, in words."""
+    return f"{parameters / 1e9:,.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} million"

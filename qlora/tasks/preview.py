@@ -24,7 +24,7 @@ def run(job: TaskJob) -> TaskResult:
 
     job.create_folder()
     data = job.session.data
-    preview = build_preview(job.config, data, job.session.tokenizer)
+    preview = build_preview(job.config, data, job.session.tokenizer, context=job.session.context)
     page, picture = job.folder.path / "preview.html", job.folder.path / "lengths.png"
     write_text(page, to_html(preview))
     plot_lengths(preview, picture)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 from qlora.config import saved_config
 from qlora.config.preset import differences_to_preset
 from qlora.config.schema import Config, Resume
+from qlora.config.training_length import TokenCount
 from qlora.doctor import preflight
 from qlora.errors import DamagedFile, Pruned, RunError, Stopped, UserError, describe_fault
+from qlora.models.context import limit_warning
+from qlora.models.embedded import embedded_warning
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.live_page import LivePage
 from qlora.reporting.manifest import build_manifest, keep_manifest, write_json
@@ -30,6 +33,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.saved_run import find_damage, set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, measure_untuned, prefixed, print_measured
+from qlora.tasks.plan import planned_time
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.shown_run import shown_run
 from qlora.tasks.used import describe_used
@@ -394,9 +398,11 @@ class Training:
         self.unquantized, self.experts = summary.unquantized, summary.count.describe_experts()
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
-        if (warning := session.length.warning) is not None:
+        too_long = limit_warning(report.max_length, self.config.model.name, session.context)
+        lost = str(session.data.lost) if session.data.lost is not None else None
+        for warning in filter(None, (session.length.warning, too_long, lost, embedded_warning(self.config))):
             log.warning(warning)
-        return summary.lines | training_lines(
+        lines = training_lines(
             self.config,
             report,
             summary.count,
@@ -404,7 +410,26 @@ class Training:
             rows_a_step=session.rows_a_step,
             length=session.length,
             keeps=session.keep_rule.describe(measures=session.measures_rows),
+            limit=session.row_limit,
         )
+        return summary.lines | lines | self._time_line()
+
+    def _time_line(self) -> dict[str, str]:
+        """Returns the line on the time that the training takes, where the plan knows the GPU."""
+        from qlora.data.batching.token_store import column
+        from qlora.data.token_count import padded_length
+
+        session, trainer = self.session, self.config.trainer
+        if session.placement.device.type != "cuda" or distributed.world_size() > 1:
+            return {}
+        data, batch = session.data, trainer.per_device_train_batch_size
+        if data.packed is not None:
+            padded = float(self.config.data.pack_width or 0)
+        else:
+            padded = padded_length(column(data.train, "length"), batch, grouped=trainer.group_by_length)
+        length = session.length
+        time = planned_time(self.config, TokenCount(length.units, length.unit, data.report.train_tokens, padded))
+        return {"time": time} if time is not None else {}
 
     @property
     def _command(self) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+WARM_UP = 2
+"""The first steps of a process compile, warm up and fill caches: they say nothing of those to come."""
+
 
 class TrainingClock:
     """Measures training time: evaluations and checkpoints stop it.
@@ -23,7 +26,8 @@ class TrainingClock:
     def __init__(self) -> None:
         self._last = time.monotonic()
         self.is_paused = False
-        self._steps: deque[float] = deque(maxlen=50)
+        self._steps: deque[tuple[float, int]] = deque(maxlen=50)  # seconds and tokens of each
+        self._count = 0
         self.trained = 0.0  # seconds
         self.pauses: list[float] = []  # seconds of each
 
@@ -34,10 +38,11 @@ class TrainingClock:
             self.pauses.append(now - self._last)
             self._last, self.is_paused = now, False
 
-    def end_step(self) -> None:
-        """Counts the time since the last step's end, or since the pause."""
+    def end_step(self, tokens: int = 0) -> None:
+        """Counts the time since the last step's end, or since the pause, and the step's tokens."""
         now = time.monotonic()
-        self._steps.append(now - self._last)
+        self._steps.append((now - self._last, tokens))
+        self._count += 1
         self.trained += now - self._last
         self._last = now
 
@@ -45,9 +50,26 @@ class TrainingClock:
         """Takes the time since the last step's end out of the training time."""
         self.is_paused = True
 
-    def seconds_left(self, steps: int, pauses: int = 0) -> float:
-        """Estimates the time for `steps` more steps and `pauses` more evaluations from the latest ones."""
-        step = sum(self._steps) / max(len(self._steps), 1)
+    @property
+    def _typical(self) -> list[tuple[float, int]]:
+        """The latest steps but those of the warm-up, at least one; empty after the first step, which is one."""
+        kept = len(self._steps) - max(WARM_UP - (self._count - len(self._steps)), 0)
+        return [*self._steps][-max(kept, 1) :] if self._count > 1 else []
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of the latest steps without those of the warm-up; None: there are none, or no tokens."""
+        seconds, tokens = map(sum, zip(*self._typical, strict=True)) if self._typical else (0.0, 0)
+        return tokens / seconds if tokens and seconds > 0 else None
+
+    def seconds_left(self, steps: int, pauses: int = 0) -> float | None:
+        """Estimates the time for `steps` more steps and `pauses` more evaluations from the latest ones.
+
+        None: no step but the first has been taken, which says nothing of the others.
+        """
+        if not self._typical:
+            return None
+        step = sum(seconds for seconds, _ in self._typical) / len(self._typical)
         pause = sum(self.pauses) / max(len(self.pauses), 1)
         return steps * step + pauses * pause
 
@@ -110,6 +132,8 @@ class Meter(ClockedCallback):
         self.device, self.peak_memory_gb, self.operations = device, peak_memory_gb, operations
         self.rate = rate if operations is not None else None
         self._waited = 0.0
+        self.tokens = 0
+        """Those of the batches that this process has been given, with the step that is not over."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock."""

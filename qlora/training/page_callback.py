@@ -41,6 +41,6 @@ class PageCallback(ClockedCallback):
     def _note(self, state: Any) -> str:
         note = f"training, step {state.global_step:,} of {state.max_steps:,}"
         left = state.max_steps - state.global_step
-        if left > 0 and self.clock.trained > 0:
-            note += f", about {format_duration(self.clock.seconds_left(left))} left"
+        if left > 0 and (seconds := self.clock.seconds_left(left)) is not None:
+            note += f", about {format_duration(seconds)} left"
         return note

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,23 @@ BAR = 36
 class ProgressCallback(ClockedCallback):
     """Reports steps and evaluations; call `close()` after `train()`, also when it failed, to end the live bar.
 
-    `file` gets the latest step as JSON, at most once a second, for whoever watches from outside.
+    `file` gets the latest step as JSON, at most once a second, for whoever watches from outside. `tokens` counts those
+    of this process' batches so far. Speed and time left are those of the latest steps, but the first warm up.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, *, tokens: Callable[[], int] = lambda: 0) -> None:
         super().__init__()
         self._file, self._written = file, -math.inf
+        self._tokens, self._counted = tokens, 0
         self._bar = contextlib.ExitStack()
         self._update: Any = None
         self._live = False
-        self._latest: dict[str, float] = {}
+        self._latest: dict[str, float | None] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock and the bar."""
         super().on_train_begin(args, state, control)
+        self._counted = self._tokens()
         self.close()
         self._live = is_live()
         self._update = self._bar.enter_context(progress("training", state.max_steps))
@@ -53,7 +57,8 @@ class ProgressCallback(ClockedCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar."""
-        super().on_step_end(args, state, control)
+        previous, self._counted = self._counted, self._tokens()
+        self.clock.end_step((self._counted - previous) * args.world_size)
         self._redraw(args, state, "evaluating" if control.should_evaluate else "training")
         self._write(args, state)
 
@@ -89,14 +94,14 @@ class ProgressCallback(ClockedCallback):
             "step": state.global_step,
             "max_steps": state.max_steps,
             "loss": self._latest.get("loss"),
-            "tokens_per_second": self._latest.get("train_tokens_per_second"),
+            "tokens_per_second": self.clock.tokens_per_second,
             "seconds_left": self._seconds_left(args, state),
         }
         write_text(self._file, json.dumps(latest), flush=False)
 
     def _seconds_left(self, args: Any, state: Any) -> float | None:
         left = state.max_steps - state.global_step
-        if left <= 0 or self.clock.trained <= 0:
+        if left <= 0:
             return None
         pauses = _evaluations(args, state.max_steps) - _evaluations(args, state.global_step)
         return self.clock.seconds_left(left, pauses)
@@ -111,23 +116,32 @@ class ProgressCallback(ClockedCallback):
         notes = self._notes(args, state)
         rate = self._latest.get("learning_rate")
         if rate is not None:
-            notes.insert(1, (4, f"lr {rate:.1e}"))
+            notes.insert(1, (4, f"lr {format_rate(rate)}"))
         return "  ".join(fit([(0, f"step {state.global_step:>{width}}/{state.max_steps}"), *notes], LINE))
 
     def _notes(self, args: Any, state: Any) -> list[tuple[int, str]]:
         """Returns what is known of the latest step, each with its rank: 0 is the most important."""
+        latest = self._latest | {"tokens_per_second": self.clock.tokens_per_second}
         formats = {
             "loss": (0, "loss {:.3f}"),
-            "train_tokens_per_second": (1, "{:,.0f} tokens/s"),
+            "tokens_per_second": (1, "{:,.0f} tokens/s"),
             "train_mfu": (2, "MFU {:.0%}"),
             "train_data_wait": (3, "wait {:.0%}"),
             "peak_memory_gb": (5, "{:.1f} GB"),
         }
-        notes = [(rank, text.format(self._latest[name])) for name, (rank, text) in formats.items()
-                 if self._latest.get(name) is not None]  # fmt: skip
+        notes = [(rank, text.format(latest[name])) for name, (rank, text) in formats.items()
+                 if latest.get(name) is not None]  # fmt: skip
         if (seconds := self._seconds_left(args, state)) is not None:
             notes.append((0, f"{format_duration(seconds)} left"))
         return notes
+
+
+def format_rate(rate: float) -> str:
+    """Returns a learning rate as people write it: `2e-4`, `1.5e-05` as `1.5e-5`; 0 is the first step of a warm-up."""
+    if rate == 0:
+        return "0 (warm-up)"
+    digits, _, exponent = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def fit(notes: list[tuple[int, str]], width: int) -> list[str]:

@@ -219,6 +219,7 @@ class QLoraTrainer(Trainer):
         for batch in batches:
             tokens, pairs = batch.pop(COUNTS)
             self._unreported_tokens += tokens
+            self.meter.tokens += tokens
             if self.meter.operations is not None:
                 operations: Any = self.meter.operations(tokens, pairs)  # the library declares an int, and adds floats
                 self.current_flos += operations

@@ -31,6 +31,29 @@ def test_the_word_wins_over_the_files_and_all_are_named_in_turn(capsys: pytest.C
     ]
 
 
+@pytest.mark.parametrize(
+    ("command", "value", "line"),
+    [
+        ("lora.r", "32", "64 with any other model or data, lora=attention, lora=none"),
+        ("lora.r data=chats.jsonl", "64", "32 with model=tiny data=demo"),
+        ("trainer.num_train_epochs", "null", "3 with your own rows (trainer=own)"),
+        ("trainer.num_train_epochs data=x.jsonl", "3.0", "null with data=demo and the paper's sets (trainer=paper)"),
+        ("lora.dropout model=llama-33b data=alpaca", "0.05", "0.1 with any other model or data"),
+    ],
+)
+def test_a_value_that_changes_with_model_and_data_says_with_which(
+    capsys: pytest.CaptureFixture[str], command: str, value: str, line: str
+) -> None:
+    lines = explained(capsys, command)
+    assert lines[0].endswith(f" = {value}")
+    assert any(other.startswith(f"  but         {line}") for other in lines), lines
+
+
+def test_a_key_of_one_value_names_no_other_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not any(line.startswith("  but ") for line in explained(capsys, "seed"))
+    assert not any(line.startswith("  but ") for line in explained(capsys, "lora.r lora.r=8"))
+
+
 def test_a_key_that_nothing_sets_has_the_default_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     lines = explained(capsys, "lora.bias")
     assert lines[:3] == [

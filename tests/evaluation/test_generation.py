@@ -23,6 +23,7 @@ from qlora.demo.instructions import eval_rows
 from qlora.errors import UserError
 from qlora.evaluation.generation import (
     Answer,
+    _answer,
     build_settings,
     end_token_ids,
     generate,
@@ -30,6 +31,7 @@ from qlora.evaluation.generation import (
     own_settings_aside,
     plan_batches,
     prompt_lengths,
+    spelled_ends,
 )
 from qlora.models.model_files import locate
 from qlora.models.tokenizer import load_tokenizer, pad_token_id
@@ -317,3 +319,17 @@ def test_batches_are_the_rows_by_falling_length() -> None:
     batches = plan_batches(prompt_lengths(rows), 2)
     assert [batch.tolist() for batch in batches] == [[2, 3], [0, 1], [4]]
     assert plan_batches(np.empty(0, int), 2) == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_answer_holds_the_text_of_its_end_token(tokenizer: PreTrainedTokenizerBase, ends: bool) -> None:
+    spelled = tokenizer("is it brave</s> or not", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    assert end not in spelled, "ordinary tokens spell it"
+    answer = _answer([*spelled, *[end] * ends], [end], spelled_ends([end], tokenizer), tokenizer)
+    assert (answer.text, answer.finish) == ("is it brave", "stop")
+
+
+def test_an_ordinary_token_that_ends_answers_may_stand_in_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    word = tokenizer("brave", add_special_tokens=False)["input_ids"][0]
+    assert spelled_ends([word, tokenizer.eos_token_id], tokenizer) == ["</s>"]

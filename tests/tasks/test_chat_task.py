@@ -339,6 +339,20 @@ def test_an_answer_ends_where_the_next_question_would_begin() -> None:
     assert reply.finish == "stop"
 
 
+def test_an_end_token_that_the_model_spells_ends_the_answer_and_is_not_shown() -> None:
+    tokenizer, printed = tiny(), list[str]()
+    spelled = tokenizer("The end.</s> of it", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    answer = Stream(tokenizer, [tokenizer.eos_token_id], "", printed.append)
+    for token in spelled:
+        answer.take([token])
+        if answer.stops:
+            break
+    reply = answer.close()
+    assert "".join(printed) == reply.text == "The end."
+    assert reply.finish == "stop"
+    assert len(answer.ids) < len(spelled)
+
+
 def test_an_answer_without_an_end_was_cut_off() -> None:
     printed, reply = stream("brave ###", stop="### Human:", end=False)
     assert "".join(printed) == reply.text == "brave ###"

@@ -130,10 +130,12 @@ def test_the_default_length_of_answers_and_rows_shrinks_to_the_context_and_says_
     context = "model.architecture.max_position_embeddings=256"
     chosen = ["data=local", f"data.path={rows}", "model.weights=random", context, *SHORT]
     with caplog.at_level(logging.INFO):
-        measurer = Run(compose(chosen), tmp_path / "run").session.measurer
+        session = Run(compose(chosen), tmp_path / "run").session
+        measurer = session.measurer
     assert measurer.generation.max_new_tokens is not None
     assert 0 < measurer.generation.max_new_tokens < 256
-    assert "rows have up to 256 tokens, which is what" in caplog.text
+    assert session.row_limit == "256 tokens a row (what tiny reads; data.max_length)"
+    assert session.data.report.max_length <= 256
     assert (
         f"answers have up to {measurer.generation.max_new_tokens} tokens instead of 256: the longest prompt"
         in caplog.text

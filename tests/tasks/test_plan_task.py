@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,12 +16,16 @@ from transformers import AutoConfig
 
 from qlora.config import optimizers
 from qlora.config.compose import compose
+from qlora.config.options import model_presets
+from qlora.data import token_count
 from qlora.errors import UserError
+from qlora.models.embedded import embedded_warning
 from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
 from qlora.planning.training_plan import Plan, build_plan
-from qlora.tasks.plan import print_plan
+from qlora.tasks.plan import count_tokens, planned_time, print_plan
+from qlora.text import format_duration
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "memory.json"
 
@@ -255,3 +260,121 @@ def test_a_run_takes_as_long_as_its_products() -> None:
 )
 def test_the_step_is_the_one_that_the_trainer_would_take(chosen: list[str], step: str) -> None:
     assert build("model=llama-7b", *chosen).training.setup.step.value == step
+
+
+def rows_of(path: Path, count: int, length: int) -> str:
+    path.write_text(
+        "".join(json.dumps({"prompt": f"q{i} ", "completion": "red " * length}) + "\n" for i in range(count))
+    )
+    return f"data.path={path}"
+
+
+def screen(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    config = compose(["task=plan", "plan.device=h200", *overrides])
+    tokens, why_not = count_tokens(config)
+    print_plan(build_plan(config, tokens=tokens), why_not)
+    return capsys.readouterr().out
+
+
+def test_the_time_is_that_of_the_rows_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = f"data.cache_dir={tmp_path}"
+    here = ["data=local", rows_of(tmp_path / "rows.jsonl", 100, 9), cache, "model=llama-7b", "model.tokenizer=tiny"]
+    config = compose(["task=plan", "plan.device=h200", *here])
+    tokens, _ = count_tokens(config)
+    assert tokens is not None
+    assert (tokens.units, tokens.estimate) == (80, "")
+    counted, full = build_plan(config, tokens=tokens), build_plan(config, rows=80)
+    assert counted.hours is not None
+    assert full.hours is not None
+    assert counted.hours < full.hours
+    assert counted.memory == full.memory, "a long row may come"
+    said = screen(capsys, *here)
+    assert f"tokens           {tokens.tokens / 80:.0f} a row, {tokens.tokens / 5:,.0f} a step" in said
+    assert "if every row is full" not in said
+
+
+def test_of_many_rows_a_sample_is_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_count, "SAMPLE", 30)
+    said = screen(capsys, "data=local", rows_of(tmp_path / "rows.jsonl", 200, 9), f"data.cache_dir={tmp_path}")
+    assert "tokens           about " in said
+    assert "in all (by 30 rows that were counted)" in said
+    assert "180 rows, 12 steps an epoch, 3 epochs = 36 steps" in said
+
+
+def test_without_the_tokenizer_tokens_are_guessed_and_without_rows_every_row_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 100, 100)
+    said = screen(capsys, "model=llama-7b", "data=local", rows, f"data.cache_dir={tmp_path}")
+    assert "guessed at 4 bytes a token, for the tokenizer of huggyllama/llama-7b is not on this machine)" in said
+    assert re.search(r"about (9\d|10\d) a row", said)
+    said = screen(capsys, "model=llama-7b", "data=oasst1")
+    assert "not counted: the tokenizer of huggyllama/llama-7b is not on this machine" in said
+    assert "if every row is full (528 tokens), less otherwise" in said
+    said = screen(capsys, "data=local", "data.path=nothing.jsonl", f"data.cache_dir={tmp_path}")
+    assert "not counted: data.path=nothing.jsonl: no such file" in said
+
+
+def test_embedded_rows_and_packs_are_counted_and_a_small_model_is_shown_in_megabytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = screen(capsys, f"data.cache_dir={tmp_path}")
+    assert "2,464 rows, 154 steps an epoch, 1.3 epochs = 200 steps" in said
+    assert "3.0 million parameters" in said
+    assert "Memory, MB" in said
+    assert "packs" in screen(capsys, "data.packing=true", f"data.cache_dir={tmp_path}")
+
+
+def test_what_becomes_of_paged_states_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(build("model=llama-7b", device="h200"))
+    assert "These states lie on the GPU; if it fills up, the driver moves some to the host's memory." in (
+        capsys.readouterr().out
+    )
+    print_plan(build("model=llama-65b", device="a6000"))
+    assert "The GPU has no room for all of these states: some lie in the host's memory, which costs time." in (
+        capsys.readouterr().out
+    )
+
+
+def test_counting_imports_no_torch(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 50, 9)
+    code = "import sys; from qlora.cli import main\nmain()\nassert 'torch' not in sys.modules"
+    overrides = ["task=plan", "plan.device=h200", "data=local", rows, f"data.cache_dir={tmp_path}",
+             f"hydra.run.dir={tmp_path / 'look'}"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *overrides], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tokens           " in done.stdout
+
+
+def test_rows_of_one_s_own_on_the_embedded_model_are_told_of_small_real_models(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 50, 9)
+    said = embedded_warning(compose(["data=local", rows]))
+    assert said is not None
+    assert said.startswith("model=tiny is the embedded demo model: it knows only the words of the demo's world")
+    names = re.findall(r"model=([\w.-]+)", said)[1:]
+    assert names
+    assert {*names} <= {*model_presets()}
+    for chosen in ([], ["data=local", rows, "model=llama-7b"], ["data=local", rows, "model.weights=random"]):
+        assert embedded_warning(compose(chosen)) is None
+    print_plan(build("data=local", rows))
+    assert said in caplog.text
+
+
+def test_a_training_run_on_a_known_gpu_says_the_time_of_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(["data=local", rows_of(tmp_path / "rows.jsonl", 100, 9), f"data.cache_dir={tmp_path}"])
+    tokens, _ = count_tokens(config)
+    assert tokens is not None
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: Said("NVIDIA H200, 143771\n"))
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: name)
+    plan = build_plan(config, tokens=tokens)
+    assert plan.hours is not None
+    time = format_duration(3600 * plan.hours)
+    assert planned_time(config, tokens) == f"about {time}, as task=plan estimates it"
+    monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: Said("NVIDIA Unheard Of, 1000\n"))
+    assert planned_time(config, tokens) is None

@@ -1,6 +1,7 @@
 """What `task=preview` shows is what would be trained."""
 
 import json
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,9 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.config.compose import compose
 from qlora.models.model_files import EMBEDDED
+from qlora.planning.training_plan import build_plan
 from qlora.run import Run
 from qlora.session import Session
 from qlora.tasks.build_preview import build_preview, token_texts
+from qlora.tasks.plan import count_tokens
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,68 @@ def test_packs_are_what_steps_count(preview_run: Callable[..., Run]) -> None:
     packs = len(run.session.data.packed)
     assert summary["packing"].startswith(f"{packs} packs, 9")
     assert summary["steps"] == f"{-(-packs // 16)} an epoch, of 16 x 1 packs"
+
+
+def test_preview_plan_and_training_have_one_limit_and_one_count_of_tokens(
+    preview_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    rows = chats(tmp_path / "chats.jsonl")
+    chosen = ["data=local", rows, f"data.cache_dir={tmp_path}"]
+    run = preview_run(*chosen)
+    summary = dict(
+        build_preview(run.config, run.session.data, run.session.tokenizer, context=run.session.context).summary
+    )
+    config = compose(["task=plan", "plan.device=a6000", *chosen])
+    tokens, why_not = count_tokens(config)
+    assert tokens is not None
+    assert not why_not
+    plan, training = build_plan(config, tokens=tokens), Run(compose(chosen), tmp_path / "train").session
+    limit = "512 tokens a row (what tiny reads; data.max_length)"
+    assert summary["limit"] == training.row_limit == limit
+    assert plan.setup.length == 512
+    assert tokens.tokens == run.session.data.report.train_tokens == training.data.report.train_tokens
+    assert str(plan.length) == str(training.length) == summary["training"]
+
+
+def test_rows_longer_than_the_model_reads_are_warned_of_with_what_to_type(
+    preview_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input": f"q{i}", "output": "red " * 600}) + "\n" for i in range(8)))
+    run = preview_run("data=local", f"data.path={path}", "data.max_length=1024", "data.eval_dataset_size=0")
+    preview = build_preview(run.config, run.session.data, run.session.tokenizer, context=run.session.context)
+    [text] = [text for text in preview.warnings if "tiny reads" in text]
+    assert text.endswith("tiny reads 512: it knows no positions behind those; data.max_length=512 cuts rows there")
+
+
+def test_characters_that_the_tokenizer_loses_are_warned_of_once_with_count_and_examples(
+    preview_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The vocabulary of the tokenizer has no # and no accented letter: their tokens vanish when it reads them back."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(EMBEDDED["tiny"], folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    gone = {token for token in state["model"]["vocab"] if "#" in token or "\u00c3" in token}
+    state["model"]["vocab"] = {token: id for token, id in state["model"]["vocab"].items() if token not in gone}
+    state["model"]["merges"] = [merge for merge in state["model"]["merges"] if not gone & {*merge, "".join(merge)}]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    texts = ("a plain row", "the caf\u00e9 is here", "### Help me")
+    rows = [{"prompt": f"{texts[index % 3]} {index}", "completion": "yes"} for index in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = preview_run("data=local", f"data.path={path}", f"model.tokenizer={folder}")
+    preview = build_preview(run.config, run.session.data, run.session.tokenizer)
+    [text] = [text for text in preview.warnings if "tokenizer loses" in text]
+    assert "loses 2 kinds of characters in 20 of 30 rows that were looked at: it reads 'caf\u00e9' as 'caf" in text
+    assert "'###' as ''" in text
+    assert """or give them embeddings of their own with 'model.new_tokens=["#", "\u00e9"]'""" in text
+
+
+def test_the_embedded_tokenizer_keeps_every_character(preview_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ("naïve café ☕ 日本語", "### Help\n\n\tyes", "“x” … ½ ﬁ", "Don't  stop  </s>")
+    path.write_text("".join(json.dumps({"prompt": text, "completion": "yes"}) + "\n" for text in texts * 5))
+    run = preview_run("data=local", f"data.path={path}")
+    assert run.session.data.lost is None
+    run = preview_run("data=local", chats(tmp_path / "chats.jsonl"))
+    assert run.session.data.lost is None

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers import ProgressCallback as LibraryProgress
 
 from qlora.training.meter import TrainingClock
-from qlora.training.progress import ProgressCallback, evaluation_line, fit
+from qlora.training.progress import ProgressCallback, evaluation_line, fit, format_rate
 
 STEPS, ROWS, TOKENS = 6, 2, 8
 EVALUATION = 1.5  # seconds
@@ -64,14 +64,15 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora.training.progress.say", printed.append)
-        build_trainer(tmp_path_factory.mktemp("progress"), ProgressCallback()).train()
+        tokens = iter(range(0, 10_000, ROWS * TOKENS))
+        build_trainer(tmp_path_factory.mktemp("progress"), ProgressCallback(tokens=lambda: next(tokens))).train()
     return printed
 
 
 def test_a_pipe_gets_a_line_a_log_and_a_line_an_evaluation(lines: list[str]) -> None:
     kinds = [line.split()[0] for line in lines]
     assert kinds == ["step", "eval"] * 3
-    assert re.fullmatch(r"step 2/6  loss \d\.\d{3}  lr \d\.\de-05  [\d,]+ tokens/s  0:0\d left", lines[0])
+    assert re.fullmatch(r"step 2/6  loss \d\.\d{3}  lr [\d.]+e-5  [\d,]+ tokens/s  0:0\d left", lines[0])
     assert lines[1] == "eval at step 2: loss 0.500, perplexity 1.649, exact match 56.0 %"
     assert lines[4].startswith("step 6/6")
     assert not lines[4].endswith("left")
@@ -101,7 +102,36 @@ def test_the_clock_stops_between_steps_only_if_something_happened_there(monkeypa
     step(10.0, 2.0, pause=True)
     assert clock.trained == 5.0
     assert clock.pauses == [10.0]
-    assert clock.seconds_left(4, pauses=2) == 4 * 2.5 + 2 * 10.0
+    assert clock.seconds_left(4, pauses=2) == 4 * 2.0 + 2 * 10.0, "the first step warms up"
+
+
+def test_speed_and_time_left_are_those_of_the_latest_steps_without_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("qlora.training.meter.time.monotonic", lambda: now[0])
+    clock = TrainingClock()
+
+    def step(seconds: float) -> None:
+        now[0] += seconds
+        clock.end_step(tokens=100)
+
+    step(60.0)  # compiles
+    assert (clock.tokens_per_second, clock.seconds_left(9)) == (None, None)
+    step(30.0)
+    assert clock.seconds_left(8) == 240
+    for _ in range(3):
+        step(2.0)
+    assert clock.tokens_per_second == 50
+    assert clock.seconds_left(10) == 20
+    for _ in range(50):
+        step(1.0)
+    assert clock.tokens_per_second == 100, "a training run that became faster"
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.0, "0 (warm-up)"), (2e-4, "2e-4"), (1.46e-5, "1.5e-5"), (0.002, "2e-3"), (1.0, "1e0")]
+)
+def test_a_learning_rate_reads_as_it_is_typed(rate: float, text: str) -> None:
+    assert format_rate(rate) == text
 
 
 def test_an_evaluation_line_keeps_bookkeeping_out() -> None:

@@ -149,6 +149,22 @@ class RowEncoder:
         cut = row.source - row.turns[0].start
         return [*ids[:first], *ids[first + cut :]]
 
+    def read_back(self, example: Example, limit: int) -> tuple[str, str]:
+        """Returns the text of an example and what its tokens decode to, the first `limit` characters of both."""
+        if isinstance(example, Conversation):
+            written = self.writer.write(example)
+            if len(written.text) <= limit:
+                ids = self._encode_whole(written)
+                return written.text, decode(self.base, ids, clean_up_tokenization_spaces=False)
+            text = written.text[:limit]
+        else:
+            text = "".join(segment.whole for segment in example)[:limit]
+        return text, self.read_text(text)
+
+    def read_text(self, text: str) -> str:
+        """Returns what the tokens of a text decode to."""
+        return decode(self.base, self._ids([text], plain=True)[0], clean_up_tokenization_spaces=False)
+
     @cached_property
     def writer(self) -> ChatWriter:
         """What writes conversations."""

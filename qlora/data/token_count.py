@@ -1,0 +1,124 @@
+"""How many tokens a training run reads in a pass, counted before anything is loaded: for the plan. Imports no torch.
+
+The rows go the way that they go in training: split, rendered and tokenized, by the same code. Of many, some do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from transformers import PreTrainedTokenizerBase
+
+from qlora.config.paths import cache_root
+from qlora.config.schema import DataConfig
+from qlora.config.training_length import TokenCount
+from qlora.data.batching.packing import efficiency, pack
+from qlora.data.batching.token_store import column
+from qlora.data.cache import Cache
+from qlora.data.ingest.sources import is_file_path
+from qlora.data.pipeline import row_sets
+from qlora.models.embedded import ROWS
+from qlora.upstream.transformers import decode
+
+SAMPLE = 5000
+"""Rows that are counted, of all sets together; their mean is within some percent."""
+TOKEN_BYTES = 4
+"""Bytes of text that a token of a large model holds, on average and in most languages."""
+MEGABATCH = 50
+"""Of 50 batches transformers' trainer sorts the rows by length, with `trainer.group_by_length`."""
+
+
+def are_at_hand(config: DataConfig) -> bool:
+    """Returns whether the rows can be read without a network: files, embedded ones, or what was downloaded before."""
+    paths = [part.path for part in config.mix.values()] or [config.path]
+    return all(path is not None and _is_here(path) for path in paths)
+
+
+def _is_here(path: str) -> bool:
+    if path.startswith(ROWS) or is_file_path(path):
+        return True
+    if ":" in path:  # a function of the user's, which a plan does not call
+        return False
+    return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=path, repo_type="dataset")).is_dir()
+
+
+def count_tokens(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, batch: int = 1, grouped: bool = False
+) -> TokenCount:
+    """Counts the tokens of the rows to train on, of `SAMPLE` of them where there are more.
+
+    `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. Raises a
+    `UserError` as training would, for rows that it could not read.
+    """
+    counts = _counts(config, tokenizer, lambda rows: column(rows, "length").astype(int))
+    counted = sum(len(count.lengths) for count in counts)
+    estimate = f"by {counted:,} rows that were counted" if any(count.is_sample for count in counts) else ""
+    return _total(config, counts, batch, grouped, estimate)
+
+
+def guess_tokens(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, why: str, *, batch: int = 1, grouped: bool = False
+) -> TokenCount:
+    """Returns what the rows may have with another tokenizer than the given one, by their bytes; `why` says why."""
+
+    def guess(rows: Dataset) -> np.ndarray:
+        texts = (decode(tokenizer, row["input_ids"]) for row in rows)
+        lengths = np.array([-(-len(text.encode()) // TOKEN_BYTES) for text in texts], int)
+        return lengths if config.longest_row is None else np.minimum(lengths, config.longest_row)
+
+    whole = replace(config, max_length=None, source_max_len=None, target_max_len=None, packing=False, pack_length=None)
+    counts = _counts(whole, tokenizer, guess)
+    return _total(config, counts, batch, grouped, f"guessed at {TOKEN_BYTES} bytes a token, for {why}")
+
+
+class Count(NamedTuple):
+    """What was counted of a set."""
+
+    lengths: np.ndarray
+    """Tokens of the rows that were counted."""
+    rows: int
+    """How many rows a pass shows."""
+    is_sample: bool
+    """Whether there are rows that were not counted."""
+
+
+def _counts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, measure: Callable[[Dataset], np.ndarray]
+) -> list[Count]:
+    sets = row_sets(config, tokenizer, Cache(cache_root(config.cache_dir)))
+    counts = []
+    for part in sets:
+        encoded, kept = part.train(SAMPLE // len(sets))
+        count = round(part.rows_to_train * len(encoded) / kept.rows * part.part.fields.weight)
+        counts.append(Count(measure(encoded), max(count, 1), kept.rows < part.rows_to_train))
+    return counts
+
+
+def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, estimate: str) -> TokenCount:
+    lengths = np.concatenate([count.lengths for count in counts])
+    rows = sum(count.rows for count in counts)
+    tokens = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    if config.max_train_samples is not None and rows > config.max_train_samples:
+        rows, tokens = config.max_train_samples, tokens * config.max_train_samples / rows
+    if (width := config.pack_width) is not None:
+        fill = efficiency(pack(lengths, width), lengths, width)
+        packs = max(round(tokens / (fill * width)), 1)
+        return TokenCount(packs, "packs", round(tokens), float(width), estimate)
+    return TokenCount(rows, "rows", round(tokens), padded_length(lengths, batch, grouped=grouped), estimate)
+
+
+def padded_length(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:
+    """Returns the mean length of a row with its padding."""
+    order = np.random.RandomState(0).permutation(lengths)
+    if grouped:
+        size = batch * MEGABATCH
+        order = np.concatenate([np.sort(order[start : start + size]) for start in range(0, len(order), size)])
+    padded = [order[start : start + batch].max() for start in range(0, len(order), batch)]
+    return float(np.mean(padded))
