@@ -15,6 +15,7 @@ from qlora.config.training_length import epoch_share
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
+from qlora.planning.memory_plan import Ledger
 from qlora.planning.training_plan import Plan, build_plan
 from qlora.runtime.disk_space import free_bytes
 
@@ -97,11 +98,7 @@ def _written(config: Config, plan: Plan) -> float:
     """Returns the bytes of the checkpoints that are kept and of the result: weights in 32 bits, two states of Adam."""
     trained = plan.training.shape.parameters
     if config.lora.enabled:
-        names = plan.setup.targets
-        linears = {linear.name: linear for linear in plan.training.shape.linears}
-        trained = sum(
-            config.lora.r * (linears[name].inputs + linears[name].outputs) for layer in names for name in layer
-        )
+        trained = Ledger(plan.training.shape, plan.setup).trained_count
     weights, states = 4 * trained, 2 * (1 if "8bit" in config.trainer.optim else 4) * trained
     return weights + _checkpoints(config.trainer) * (weights + states)
 

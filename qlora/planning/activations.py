@@ -99,7 +99,7 @@ class Activations:
     def _keeps_output(self) -> bool:
         """Whether the output that attention keeps is what the next layer reads, and not laid out otherwise."""
         family = self.shape.family
-        return not (family.capped or family.joined or family.sinks)
+        return not (family.capped or family.joined or family.sinks or self.shape.latent)
 
     def _saved_fast(self, names: frozenset[str], *, has_experts: bool) -> float:
         """Bytes a token with fused linear layers and attention by rows; compiled norms are computed again."""

@@ -136,7 +136,7 @@ def _smaller_states(training: Training, gpu: Gpu) -> Step:
 
 
 def _fewer_bits(training: Training, gpu: Gpu) -> Step:
-    base = stored_base(double_quant=True, unquantized_bytes=training.setup.width)
+    base = stored_base(double_quant=True, unquantized_bytes=training.setup.width, experts=True)
     setup = replace(training.setup, base=base)
     if setup.r == 0:
         setup = replace(setup, r=64, targets=find_targets(training.shape, ["all-linear"]))
@@ -146,8 +146,15 @@ def _fewer_bits(training: Training, gpu: Gpu) -> Step:
 
 
 def _lower_rank(training: Training, gpu: Gpu) -> Step:
-    changed = _halved(training, gpu, "r", LOWEST_RANK)
-    return f"lora.r={changed.setup.r}", "adapters of a smaller rank", changed
+    """Halves the rank, and that of adapters on experts with it."""
+    first, setup = training.setup, training.setup
+    while setup.r > LOWEST_RANK and not training.fits(gpu):
+        rank = max(setup.r // 2, LOWEST_RANK)
+        expert_rank = max(first.expert_r * rank // first.r, 1) if first.expert_r else 0
+        setup = replace(setup, r=rank, expert_r=expert_rank)
+        training = replace(training, setup=setup)
+    on_experts = f" lora.expert_r={setup.expert_r}" if setup.expert_r else ""
+    return f"lora.r={setup.r}{on_experts}", "adapters of a smaller rank", training
 
 
 def _smaller_model(training: Training, gpu: Gpu, *, models: Mapping[str, Shape]) -> Step:

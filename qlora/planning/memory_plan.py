@@ -103,10 +103,22 @@ class Ledger:
         for names, count in Counter(self.targets).items():
             for name in names:
                 sizes.update({size: count * copies for size, copies in self._adapter(self.linears[name]).items()})
-        if (experts := self.shape.experts) is not None and self.setup.expert_r:
-            adapter = experts.adapter(self.setup.expert_r)
-            sizes.update({size: len(experts.layers) * copies for size, copies in adapter.items()})
+        sizes.update(self._on_experts)
         return sizes
+
+    @property
+    def _on_experts(self) -> Counter[int]:
+        """How many tensors of adapters on experts there are of each number of elements."""
+        experts = self.shape.experts
+        if experts is None or not self.setup.expert_r:
+            return Counter()
+        adapter = experts.adapter(self.setup.expert_r)
+        return Counter({size: len(experts.layers) * copies for size, copies in adapter.items()})
+
+    @property
+    def trained_on_experts(self) -> int:
+        """Parameters of adapters on experts."""
+        return sum(size * copies for size, copies in self._on_experts.items())
 
     @property
     def _all_weights(self) -> Counter[int]:

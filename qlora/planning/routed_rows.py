@@ -27,7 +27,8 @@ class RoutedRows:
     @property
     def saved(self) -> float:
         """What the experts keep for the backward pass, with the router's scores and the copies of adapters."""
-        scores = self.setup.tokens * self.experts.count * 4
+        chosen = self.experts.per_token * (8 + 4)  # the experts of a token, and what each counts
+        scores = self.setup.tokens * (self.experts.count * 4 + chosen)
         return scores + self.copies + (self._saved_fast if self.is_fast else self._saved_plain)
 
     @property

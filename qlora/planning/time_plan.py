@@ -36,13 +36,23 @@ def plan_speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed | None:
     matmul_seconds = operations / (EFFICIENCY[setup.step] * gpu.tflops * 1e12)
     again = setup.checkpointed / shape.layers
     if setup.base.is_quantized:  # each pass reads the weights, writes them decoded, and reads those
-        matmul_seconds += (
-            (2 + again) * shape.linear_weights * (setup.base.weight_bytes + 2 * setup.width) / (gpu.bandwidth * 1e9)
-        )
+        decoded = shape.linear_weights + _decoded_experts(shape, setup)
+        matmul_seconds += (2 + again) * decoded * (setup.base.weight_bytes + 2 * setup.width) / (gpu.bandwidth * 1e9)
+    if (experts := shape.experts) is not None:  # rows that are written sorted, and read again
+        width = 2 * experts.hidden + 6 * experts.intermediate
+        routed = len(experts.layers) * setup.tokens * experts.per_token * width * setup.width
+        matmul_seconds += (3 + again) * routed / (gpu.bandwidth * 1e9)
     launches = (2 + again) * shape.layers * LAUNCHES[setup.step]
     seconds = max(matmul_seconds, launches)
     bound = "matrix products" if matmul_seconds >= launches else "starting kernels"
     return Speed(operations, seconds, setup.tokens / seconds, bound)
+
+
+def _decoded_experts(shape: Shape, setup: Setup) -> float:
+    """Returns the weights of experts that a pass decodes: of few tokens only those of their experts."""
+    if shape.experts is None or setup.base.experts_bytes is None:
+        return 0
+    return shape.expert_weights * min(1.0, setup.tokens * shape.experts.per_token / shape.experts.count)
 
 
 @dataclass(frozen=True)
@@ -61,17 +71,25 @@ class Operations:
 def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
     """Returns the operations with `adapters` parameters in adapters; 0: all weights are trained.
 
-    A matmul of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
+    Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
     trained ones, and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
     """
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
-    products = (frozen + 2 * again) * shape.linear_weights + frozen * output + (6 + 2 * again) * adapters
-    return Operations(products, (3.5 + again) * 4 * shape.queries * shape.layers)
+    products = (frozen + 2 * again) * shape.active_weights + frozen * output + (6 + 2 * again) * adapters
+    return Operations(products, (3.5 + again) * 2 * (shape.queries + shape.values) * shape.layers)
+
+
+def active_adapters(shape: Shape, trained: int, on_experts: int) -> int:
+    """Returns how many of the `trained` parameters compute a token; `on_experts` are those of adapters on experts."""
+    if shape.experts is None:
+        return trained
+    return trained - on_experts + round(on_experts * shape.experts.per_token / shape.experts.count)
 
 
 def operations_per_token(shape: Shape, setup: Setup) -> float:
     """Returns the operations a token in rows of `setup.length` tokens, those of checkpointed layers included."""
-    adapters = Ledger(shape, setup).trained_count if setup.r else 0
+    ledger = Ledger(shape, setup)
+    adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
     operations = count_operations(shape, adapters, setup.checkpointed / shape.layers)
     return operations.per_token + operations.per_pair * setup.length / 2

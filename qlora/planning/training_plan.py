@@ -21,7 +21,7 @@ from qlora.models.model_files import is_local, locate
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
-from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
@@ -135,7 +135,7 @@ def find_shape(config: Config) -> Shape:
     Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
     model = config.model
-    architecture = asdict(model.architecture) if model.architecture is not None else None
+    architecture = _described(asdict(model.architecture)) if model.architecture is not None else None
     if model.weights is Weights.random or model.name == EMBEDDED:
         assert architecture is not None
         return read_shape(architecture, "model.architecture")
@@ -161,7 +161,8 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         base=find_method(quantization).stored_base(quantization),
         fp32=quantization.compute_dtype is ComputeDtype.fp32,
         r=lora.r if lora.enabled else 0,
-        targets=find_targets(shape, lora.target_modules) if lora.enabled else (),
+        targets=find_targets(shape, lora.target_modules, lora.experts) if lora.enabled else (),
+        expert_r=find_expert_rank(shape, lora) if lora.enabled else 0,
         dora=lora.use_dora,
         bf16_adapters=lora.dtype is LoraDtype.bf16,
         dropout=lora.dropout > 0,
@@ -170,19 +171,21 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         length=config.plan.length or data.pack_length or data.longest_row or shape.context,
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
-        step=_find_step(config),
+        step=_find_step(config, shape),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
         loss=config.loss,
     )
 
 
-def _find_step(config: Config) -> PlanStep:
+def _find_step(config: Config, shape: Shape) -> PlanStep:
     """Returns how the step is computed on a GPU: fast where no part is switched off and the layers allow it."""
     if config.plan.step is not PlanStep.auto:
         return config.plan.step
     trainer, lora = config.trainer, config.lora
     parts = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
+    if shape.experts is not None:
+        parts = (*parts, trainer.fused_experts)
     plain_adapter = lora.enabled and not lora.use_dora
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
@@ -192,8 +195,13 @@ def change(training: Training, **changed: Any) -> Training:
     return replace(training, setup=replace(training.setup, **changed))
 
 
+def _described(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `model.architecture` says; what it leaves out is the model type's own."""
+    return {name: value for name, value in architecture.items() if value is not None}
+
+
 def _default_architecture() -> dict[str, Any]:
-    return model_presets()[EMBEDDED]["architecture"]
+    return _described(model_presets()[EMBEDDED]["architecture"])
 
 
 def _smaller(config: Config) -> dict[str, Shape]:
@@ -202,7 +210,7 @@ def _smaller(config: Config) -> dict[str, Shape]:
     preset_name = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
     kind = preset_name.rpartition("-")[0]
     same = {option: preset for option, preset in presets.items() if kind and option.rpartition("-")[0] == kind}
-    return {option: read_shape(preset["architecture"], f"model={option}") for option, preset in same.items()}
+    return {option: read_shape(_described(preset["architecture"]), f"model={option}") for option, preset in same.items()}
 
 
 def _read_config(path: Path, name: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from qlora.errors import RunError
 from qlora.models.packing_guard import check_packing
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
 from qlora.planning.model_shape import FAMILIES, read_shape
-from qlora.planning.time_plan import Operations, count_operations
+from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
 from qlora.runtime.device import matrix_rate, peak_memory_gb
@@ -141,7 +141,8 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
     if requested is None or device.type != "cuda":
         return None
     shape = read_shape(session.model_config.get_text_config().to_dict(), f"trainer.memory_budget={requested}")
-    kind = PlanStep.fast if step.parts["fused_linear"] == "on" else PlanStep.plain
+    is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
+    kind = PlanStep.fast if is_fast else PlanStep.plain
     setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
 
     def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
@@ -171,8 +172,11 @@ def _count_operations(session: Session, model: PreTrainedModel | PeftModel) -> O
     if settings["model_type"] not in FAMILIES:
         log.info("model FLOP utilisation is not known for the model type %s", settings["model_type"])
         return None
-    trained = adapters.count_parameters(model).trainable if session.config.lora.enabled else 0
-    return count_operations(read_shape(settings, session.config.model.name), trained)
+    shape, trained = read_shape(settings, session.config.model.name), 0
+    if session.config.lora.enabled:
+        count = adapters.count_parameters(model)
+        trained = active_adapters(shape, count.trainable, count.on_experts)
+    return count_operations(shape, trained)
 
 
 def _build_pruning() -> list[Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from real_models import BF16, GROUPED, SIZES, composed, peak_bytes, saved_bytes, setup
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora import adapters
@@ -15,7 +14,7 @@ from qlora.config.compose import compose
 from qlora.config.options import model_presets
 from qlora.errors import DataError
 from qlora.models import loading
-from qlora.models.experts import ADAPTERS, ExpertAdapter, ExpertsLayout, find_experts
+from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import LOADING, Ledger
 from qlora.planning.mixture import MIXTURES
@@ -57,28 +56,13 @@ def base(kind: str, *overrides: str, **sizes: Any) -> PreTrainedModel:
     return loading.build_random_base(config.model, config.quantization, weights)
 
 
-def adapted(kind: str, *overrides: str, rank: int = 4, **sizes: Any) -> Any:
-    """A base with adapters of rank 8 on all linear layers, and of `rank` on experts."""
-    config = composed("lora.r=8", "lora.dropout=0", *overrides)
-    model = adapters.add_lora(
-        config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[]
-    )
-    for name, experts in find_experts(model).items():
-        layout = ExpertsLayout.of(experts)
-        for projection, (rows, columns) in layout.projections.items():
-            a, b = (
-                nn.Parameter(torch.zeros(layout.count, *size, dtype=config_dtype(config)))
-                for size in ((rank, columns), (rows, rank))
-            )
-            experts.__dict__.setdefault(ADAPTERS, {})[projection] = ExpertAdapter(a, b, 1.0, config.lora.dropout)
-            model.register_parameter(f"{name}.{projection}".replace(".", "_"), a)
-            model.register_parameter(f"{name}.{projection}_b".replace(".", "_"), b)
+def adapted(kind: str, *overrides: str, **sizes: Any) -> Any:
+    """A base with adapters of rank 8 on all linear layers, and of rank 4 on experts."""
+    overrides = ("lora.r=8", "lora.expert_r=4", "lora.dropout=0", *overrides)
+    config = composed(*overrides)
+    model = adapters.add_lora(config.lora, base(kind, *overrides, **sizes), tensors=list, new_token_ids=[], batches=[])
     model.config.use_cache = False
     return model.train()
-
-
-def config_dtype(config: Any) -> torch.dtype:
-    return torch.bfloat16 if config.lora.dtype == "bf16" else torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +82,10 @@ def test_the_parameters_of_a_mixture_are_counted_to_the_last(kind: str) -> None:
     assert sizes.active_parameters == sizes.parameters - idle
 
 
-@pytest.mark.parametrize("name", [name for name, preset in model_presets().items() if "moe" in str(preset) or "gpt_oss" in str(preset)])
+PRESETS = [name for name, preset in model_presets().items() if preset["architecture"]["model_type"] in MIXTURES]
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_presets_of_mixtures_are_counted_to_the_last(name: str) -> None:
     preset = {key: value for key, value in model_presets()[name]["architecture"].items() if value is not None}
     with torch.device("meta"):
