@@ -86,13 +86,13 @@ CONTESTANTS = {
 MIXTURES = {
     "fp8, 24 GB": Contestant([*FP8, *CONSUMER], OURS, packs=True),
     "bf16, 24 GB": Contestant(CONSUMER, OURS, packs=True),
-    "fp8": Contestant([*FP8, *FREE], {"long": 8, "guanaco": 1}, packs=True),
-    "bf16": Contestant(FREE, {"long": 8, "guanaco": 1}, packs=True),
+    "fp8, memory free": Contestant([*FP8, *FREE], {"long": 8, "guanaco": 1}, packs=True),
+    "bf16, memory free": Contestant(FREE, {"long": 8, "guanaco": 1}, packs=True),
     **{name: CONTESTANTS[name] for name in ("plain", "unsloth", "unsloth, keep")},
 }
 """Those that train a mixture of experts, whose adapters TRL cannot make in 4 bits."""
-ALL = {**MIXTURES, **CONTESTANTS}
-"""By name; the overrides alone differ between the two."""
+ALL = {**CONTESTANTS, **MIXTURES}
+"""By name."""
 ROWS = {"long": 8, "guanaco": 16}
 """Rows an optimizer step, where they are not packed."""
 SMALL = ["model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=256",
@@ -188,6 +188,12 @@ def build_optimizer(config: Any, model: Any) -> Any:
     return kind([parameter for parameter in model.parameters() if parameter.requires_grad], **options)
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Switches gradient checkpointing on; newer versions of transformers call it activation checkpointing."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
+
 def needed_gb(device: Any, optimizer: Any) -> float:
     """Returns all that a GPU must hold, in 10^9 bytes: torch's peak, and the paged states, which it does not count."""
     from qlora.runtime.device import peak_memory_gb
@@ -279,7 +285,7 @@ def measure(
         device = run.placement.device
         loading_peak = peak_memory_gb(device)
         if config.trainer.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model.config.use_cache = False
         packed = workload == "guanaco" and ALL[name].packs
         width = (PACK if packed else LONG) // shrink

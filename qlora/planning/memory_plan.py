@@ -231,8 +231,9 @@ class Ledger:
         yield "the loss's backward pass", {**common, "adapters in 16 bits": copies, "logits": backward}
         if kept:
             norm = 20 * self.shape.hidden * setup.tokens if setup.step is PlanStep.plain else 0  # five in float32
+            last = max(activations.backward(has_experts=self.shape.has_experts(layers - 1)), norm)
             yield "the last layer's backward pass", {
-                **common, "adapters in 16 bits": copies, "backward pass of a layer": max(activations.backward(has_experts=self.shape.has_experts(layers - 1)), norm),
+                **common, "adapters in 16 bits": copies, "backward pass of a layer": last,
             }  # fmt: skip
         for layer in self._recomputed:
             done, names = layers - 1 - layer, targets[layer]

@@ -250,8 +250,8 @@ class Apart(nn.ModuleList):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         outputs = torch.stack([expert(hidden) for expert in self], 1)
-        share = torch.zeros(len(hidden), len(self)).scatter(1, chosen, weights)
-        return (outputs * share[..., None]).sum(1)
+        fraction = torch.zeros(len(hidden), len(self)).scatter(1, chosen, weights)
+        return (outputs * fraction[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])

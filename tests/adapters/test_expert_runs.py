@@ -85,11 +85,11 @@ def test_a_checkpoint_without_adapters_on_experts_is_refused_where_the_config_as
 
 def test_an_adapter_is_trained_further_in_its_form(calm: Path, tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "more", *overrides, f"lora.start={calm}", "trainer.max_steps=1", "trainer.learning_rate=1e-12")
-    before, after = (
+    previous, after = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (calm, tmp_path / "more")
     )
-    assert before.keys() == after.keys()
-    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    assert previous.keys() == after.keys()
+    assert all((previous[name] - after[name]).abs().max() < 1e-6 for name in previous)
     with pytest.raises(
         UserError, match=r"lora.expert_r=4 is not what lora.start=.* was trained with \(lora.expert_r=2\)"
     ):

@@ -6,25 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from real_models import BF16, GROUPED, SIZES, composed, peak_bytes, saved_bytes, setup
+from real_models import BF16, GROUPED, SIZES, composed, saved_bytes, setup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
-from qlora.errors import DataError
 from qlora.models import loading
 from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
-from qlora.planning.memory_plan import LOADING, Ledger
+from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
 from qlora.quantization.method import find_method
 
 FEW = GROUPED | {"num_experts_per_tok": 2}
 DEEPSEEK = SIZES | {
-    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
-    **{"n_shared_experts": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": FEW | {"num_experts": 8, "moe_intermediate_size": 48, "head_dim": 32, "mlp_only_layers": [1]},
@@ -75,9 +81,7 @@ def test_the_parameters_of_a_mixture_are_counted_to_the_last(kind: str) -> None:
     assert sizes.experts is not None
     assert {int(name.split(".")[2]) for name in experts} == sizes.experts.layers
     idle = sum(
-        getattr(module, name).numel() * (1 - 2 / sizes.experts.count)
-        for module in experts.values()
-        for name in ADAPTED
+        getattr(module, name).numel() * (1 - 2 / sizes.experts.count) for module in experts.values() for name in ADAPTED
     )
     assert sizes.active_parameters == sizes.parameters - idle
 
@@ -104,10 +108,10 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_take_what_is_planned(kind: str, chosen: str) -> None:
     model, sizes = base(kind, f"quantization={chosen}"), shape(kind)
-    stored = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
+    saved = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
     quantization = compose([f"quantization={chosen}"]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    assert ledger.experts == stored
+    assert ledger.experts == saved
     placed = {id(getattr(module, name)) for module in find_experts(model).values() for name in ADAPTED}
     plain = [
         parameter
@@ -122,8 +126,8 @@ def test_experts_that_are_not_quantized_take_16_bits(chosen: str) -> None:
     model, sizes = base("qwen3_moe", chosen), shape("qwen3_moe")
     quantization = compose([chosen]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    stored = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
-    assert ledger.experts == stored
+    saved = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
+    assert ledger.experts == saved
 
 
 @pytest.mark.parametrize("kind", KINDS)
