@@ -52,7 +52,7 @@ def test_a_named_run_goes_to_its_folder_and_shows_before_and_after(tmp_path: Pat
         "before",
         "after",
         "exact match",
-        "task=predict",
+        "qlora chat outputs/runs/mine",
     ):
         assert text in done.stdout
     assert done.stderr == ""

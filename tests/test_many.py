@@ -228,7 +228,7 @@ def test_a_replay_takes_as_many_processes(together: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_disk_may_fill_up_when_they_resume(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert "SIGTERM: saving a checkpoint after this step" in (together / "errors.txt").read_text()
+    assert "SIGTERM: stopping after this step and saving" in (together / "errors.txt").read_text()
     assert (together / "stopped" / "checkpoints" / "checkpoint-2").is_dir()
     assert output.count("resuming from checkpoint-2") == 1
     assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1

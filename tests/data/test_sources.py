@@ -144,7 +144,8 @@ def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path, l
 def test_a_hub_set_out_of_reach_is_answered_with_ways_out(message):
     text = message("nobody/such-a-set-v1.5")
     assert text.startswith(
-        "data.path=nobody/such-a-set-v1.5: no such file, and not available from the Hugging Face hub (no network: "
+        "data.path=nobody/such-a-set-v1.5: no such file, and not available from the Hugging Face hub "
+        "(HF_HUB_OFFLINE=1 forbids downloads; "
     )
     assert "hf auth login" in text
     assert "data=local data.path=FILE" in text
@@ -162,7 +163,7 @@ def raise_from(cause):
     [
         (GatedRepoError, "it is gated: accept its terms on its page there, and log in with `hf auth login` or set HF_"),
         (RepositoryNotFoundError, "no such data set: check the name; if it is private, log in with `hf auth login` or"),
-        (OfflineModeIsEnabled, "no network: Dataset is out of reach; what was downloaded before can be used offline"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE=1 forbids downloads; what was downloaded before can be used offline"),
         (ValueError, "Dataset is out of reach; check the name and data.subset, data.split, data.data_files"),
     ],
 )  # fmt: skip

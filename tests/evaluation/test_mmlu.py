@@ -424,7 +424,7 @@ def test_a_hub_out_of_reach_is_answered_with_a_way_out() -> None:
     with pytest.raises(UserError) as error:
         suite_of()
     assert str(error.value).startswith(
-        "evaluation=mmlu: cais/mmlu is not available from the Hugging Face hub (no network: "
+        "evaluation=mmlu: cais/mmlu is not available from the Hugging Face hub (HF_HUB_OFFLINE=1 "
     )
     assert str(error.value).endswith("; or give the questions as a file: evaluation.path=FILE")
 

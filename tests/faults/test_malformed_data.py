@@ -26,7 +26,7 @@ from qlora.data.pipeline import build_data
 from qlora.errors import UserError
 from qlora.models.tokenizer import load_tokenizer
 
-FULL, SHORT = 1000, 30
+FULL, SHORT = 1000, 50
 CHUNK = 100
 ROWS = 6
 

@@ -98,6 +98,7 @@ def test_a_drawn_model_is_like_one_that_transformers_draws_whole(kind: str) -> N
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32"])
 def test_buffers_are_those_of_a_model_built_as_usual(kind: str, quantization: str) -> None:
     tensors, expected = dict(base(weights(kind), quantization).named_buffers()), dict(usual(kind).named_buffers())
+    tensors = {name: tensor for name, tensor in tensors.items() if ".experts.quantized." not in name}  # are weights
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert all(tensors[name].dtype is expected[name].dtype for name in expected)

@@ -259,12 +259,12 @@ def test_the_page_of_a_run_that_is_alive_loads_itself_again_and_keeps_what_a_rea
         state = RunState("running" if seconds else "interrupted", note, seconds)
         write_text(folder.report, render_run(folder, {}, command="qlora", state=state))
 
-    show("step 1", 0.5)
+    show("step 1", 2)
     opened = Opened(browser, folder.report, DESKTOP)
     opened.page.locator("#log").check()
     opened.page.locator("#config summary").click()
     opened.page.evaluate("scrollTo(0, 400)")
-    show("step 2", 0.5)
+    show("step 2", 2)
     opened.page.locator("#state", has_text="step 2").wait_for()
     opened.page.wait_for_function("document.querySelectorAll('.chart.wait').length === 0", timeout=60_000)
     assert opened.page.locator("#log").is_checked()
@@ -274,7 +274,7 @@ def test_the_page_of_a_run_that_is_alive_loads_itself_again_and_keeps_what_a_rea
     show("stopped", None)
     opened.page.locator("#state", has_text="stopped").wait_for()
     opened.page.evaluate("window.same = 1")
-    opened.page.wait_for_timeout(1800)
+    opened.page.wait_for_timeout(3000)
     assert opened.page.evaluate("window.same") == 1
     assert not opened.errors
 

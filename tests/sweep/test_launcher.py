@@ -193,6 +193,8 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
         *([f"seed=range(0,{count})"] if slots == 2 else search),
         *(f"hydra.launcher.n_jobs={slots}", "trainer.max_steps=60", "trainer.eval_steps=20", "trainer.save_steps=2"),
     ]
+    # The first command of a test process is slow: it imports everything for those behind it.
+    subprocess.run([sys.executable, "-m", "qlora", "--version"], check=True, capture_output=True)
     began = time.monotonic()
     assert sweep(tmp_path, *args, "name=calm")[0] == 0
     calm = time.monotonic() - began
