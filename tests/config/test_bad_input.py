@@ -148,11 +148,15 @@ def test_a_checkpoint_that_is_not_written_as_it_is_in_memory(tmp_path: Path, mon
 
 
 def test_an_adapter_folder_that_is_missing_or_empty(tmp_path: Path) -> None:
-    (tmp_path / "trained").mkdir()
+    trained = tmp_path / "trained"
+    trained.mkdir()
     text = refusal(tmp_path, "task=evaluate", f"adapter={tmp_path}/traned")
-    assert "no such folder" in text
-    assert f"did you mean {tmp_path}/trained" in text
-    assert "holds no adapter; give adapter=FOLDER" in refusal(tmp_path, "task=predict", f"adapter={tmp_path}/trained")
+    assert "no such folder; no run in" in text, "a folder without an adapter is no help"
+    assert "holds no adapter; give adapter=FOLDER" in refusal(tmp_path, "task=predict", f"adapter={trained}")
+    (trained / "adapter_config.json").write_text("{}")
+    (trained / "adapter_model.safetensors").touch()
+    text = refusal(tmp_path, "task=evaluate", f"adapter={tmp_path}/traned")
+    assert f"no such folder (did you mean {trained}?)" in text
 
 
 def test_a_hub_model_without_a_network(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ for experts, depth, columns, tokens, picks, rank in ((5, 128, 96, 37, 2, 16), (3
     a, b = torch.randn(experts, rank, depth), torch.randn(experts, columns, rank)
     index = torch.randn(tokens, experts).topk(picks).indices if picks > 1 else torch.ones(tokens, 1, dtype=torch.int64)
     _, source, positions, offsets = grouped.route_tokens(index, experts)
-    xa = grouped.narrow_plain(x, a, offsets, source, rows)
+    xa = grouped.low_rank_plain(x, a, offsets, source, rows)
     out = torch.empty(rows, rank)
-    grouped_kernels.multiply_narrow(x, a, offsets, source, out)
+    grouped_kernels.multiply_low_rank(x, a, offsets, source, out)
     note(f"{label}: narrow", out, xa)
     for name, scale, left, right in (
         ("plain", None, None, None), ("adapter", None, xa, b), ("scaled", torch.rand(tokens, 1), xa, b),

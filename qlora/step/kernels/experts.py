@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_plain, weight_scale
 from qlora.step.kernels.dequantize import is_unread, operator
-from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_narrow, sum_rows
+from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
 from qlora.step.kernels.matmul_fp8 import scale_rows
 
 FIELDS = 6
@@ -69,8 +69,8 @@ def decode_experts(
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
     projections = [tensors[start : start + FIELDS] for start in range(0, len(tensors), FIELDS)]
     experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
-    stored = (experts, columns, rows) if is_turned else (experts, rows, columns)
-    out = torch.empty(stored, dtype=dtype, device=tensors[0].device)
+    size = (experts, columns, rows) if is_turned else (experts, rows, columns)
+    out = torch.empty(size, dtype=dtype, device=tensors[0].device)
     view = out.transpose(1, 2) if is_turned else out
     count = len(projections)
     for index, projection in enumerate(projections):
@@ -140,7 +140,7 @@ def expert_linear(
 ) -> tuple[Tensor, Tensor]:
     """Returns the result of `ExpertLinear`, and the product of the rows with their A matrices, [rows, rank]."""
     rows, below = len(source), source if gathers else None
-    xa = None if a is None else multiply_narrow(x if read is None else read, a, offsets, below, rows)
+    xa = None if a is None else multiply_low_rank(x if read is None else read, a, offsets, below, rows)
     kept = x.new_empty(rows, 0) if xa is None else xa
     if is_unread(tensors):
         return x.new_full((rows if gathers else len(positions), shape[0]), torch.nan), kept
@@ -187,7 +187,7 @@ def expert_linear_backward(
     dxa, matrices = None, []
     if a is not None and b is not None:
         assert read is not None
-        dxa = multiply_narrow(dy, b.transpose(1, 2), offsets, above, rows)
+        dxa = multiply_low_rank(dy, b.transpose(1, 2), offsets, above, rows)
         matrices = [sum_rows(dxa, read, offsets, below, False), sum_rows(xa, dy, offsets, above, True)]
     # The adapter's part of the gradient is computed in the same matmul, unless another tensor was read.
     adapter = {"xa": None, "b": None} if a is None or drops else {"xa": dxa, "b": a.transpose(1, 2)}
@@ -217,10 +217,10 @@ class ExpertLinear(torch.autograd.Function):
         the adapters read, `x` after dropout; None: `x` itself. `a` [experts, rank, columns] and the scaled `b`
         [experts, weight rows, rank] may be None: no adapters.
         """
-        _, *places = routing
-        out, xa = expert_linear(x, read, a, b, list(tensors), weight_scale, shape, *places, gathers)
+        _, *indices = routing
+        out, xa = expert_linear(x, read, a, b, list(tensors), weight_scale, shape, *indices, gathers)
         kept = None if a is None else x if read is None else read
-        ctx.save_for_backward(kept, xa, a, b, *places, weight_scale, *tensors)
+        ctx.save_for_backward(kept, xa, a, b, *indices, weight_scale, *tensors)
         ctx.shape, ctx.gathers, ctx.drops = shape, gathers, read is not None
         return out
 
@@ -228,10 +228,10 @@ class ExpertLinear(torch.autograd.Function):
     def backward(ctx, dy):
         """Returns the gradients with respect to `x`, `read`, `a` and `b`."""
         read, xa, a, b, source, positions, offsets, weight_scale, *tensors = ctx.saved_tensors
-        places = source, positions, offsets
+        indices = source, positions, offsets
         with torch.autocast(dy.device.type, enabled=False):
             dx, *others = expert_linear_backward(
-                dy.contiguous(), read, xa, a, b, tensors, weight_scale, ctx.shape, *places, ctx.gathers, ctx.drops
+                dy.contiguous(), read, xa, a, b, tensors, weight_scale, ctx.shape, *indices, ctx.gathers, ctx.drops
             )
         dread = others.pop() if ctx.drops else None
         da, db = others or (None, None)

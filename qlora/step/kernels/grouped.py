@@ -114,41 +114,41 @@ def matmul(
     return out
 
 
-def narrow_plain(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
+def low_rank_plain(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
     """Returns each row of `x`, as in `matmul_plain`, times the A matrix of its expert, `a` [experts, rank, depth]."""
     return matmul_plain(x, a, offsets, source, None, None, None, rows, x.dtype)
 
 
-def multiply_narrow(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
-    """As `narrow_plain`."""
+def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
+    """As `low_rank_plain`."""
     if not x.is_cuda:
-        return narrow_plain(x, a, offsets, source, rows)
+        return low_rank_plain(x, a, offsets, source, rows)
     from qlora.step.kernels import grouped_kernels
 
     out = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
-    grouped_kernels.multiply_narrow(x, a, offsets, source, out)
+    grouped_kernels.multiply_low_rank(x, a, offsets, source, out)
     return out
 
 
-def sum_rows_plain(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
-    """Returns for each expert the transposed `narrow` [rows, rank] times its rows of `x`: [experts, rank, columns]."""
-    out = torch.zeros(len(offsets), narrow.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+def sum_rows_plain(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
+    """Returns for each expert its rows of `low_rank` [rows, rank], transposed, times those of `x`: [experts, rank, columns]."""
+    out = torch.zeros(len(offsets), low_rank.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     for expert, span in _ranges(offsets):
         read = span if source is None else source[span].long()
-        out[expert] = (narrow[span].float().t() @ x[read].float()).to(x.dtype)
+        out[expert] = (low_rank[span].float().t() @ x[read].float()).to(x.dtype)
     return out
 
 
-def sum_rows(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, transposed: bool) -> Tensor:
+def sum_rows(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, transposed: bool) -> Tensor:
     """As `sum_rows_plain`, or its transpose [experts, columns, rank]."""
     if not x.is_cuda:
-        plain = sum_rows_plain(narrow, x, offsets, source)
+        plain = sum_rows_plain(low_rank, x, offsets, source)
         return plain.transpose(1, 2).contiguous() if transposed else plain
     from qlora.step.kernels import grouped_kernels
 
-    shape = (narrow.shape[1], x.shape[1])
+    shape = (low_rank.shape[1], x.shape[1])
     out = torch.empty(len(offsets), *(shape[::-1] if transposed else shape), dtype=x.dtype, device=x.device)
-    grouped_kernels.sum_rows(narrow, x, offsets, source, out.transpose(1, 2) if transposed else out)
+    grouped_kernels.sum_rows(low_rank, x, offsets, source, out.transpose(1, 2) if transposed else out)
     return out
 
 

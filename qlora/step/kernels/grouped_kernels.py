@@ -15,9 +15,9 @@ ROWS, COLUMNS, ORDER = 128, 256, 8
 """The tile of a matmul, and how many row tiles share the columns of a weight while these are in the cache."""
 DEPTH_BYTES = 128
 """Bytes of a row that one iteration of a matmul multiplies: 64 numbers of 16 bits, 128 of 8 bits."""
-NARROW_ROWS, NARROW_DEPTH = 64, 128
+LOW_RANK_ROWS, LOW_RANK_DEPTH = 64, 128
 """The tile of a product with an adapter's A matrix."""
-WIDE_COLUMNS, WIDE_DEPTH = 128, 64
+SUM_COLUMNS, SUM_DEPTH = 128, 64
 """The tile of a gradient with respect to an adapter's matrix, and how many rows it sums at a time."""
 
 
@@ -42,11 +42,11 @@ def _matmul_kernel(
     RANK: tl.constexpr, GATHERED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, ORDER: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    wide = tl.cdiv(columns, COLUMNS)
+    width = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
-    first = program // (ORDER * wide) * ORDER
-    high = tl.minimum(tl.num_programs(0) // wide - first, ORDER)
-    tile = first + program % (ORDER * wide) % high
+    first = program // (ORDER * width) * ORDER
+    high = tl.minimum(tl.num_programs(0) // width - first, ORDER)
+    tile = first + program % (ORDER * width) % high
     expert, row, end, exists = _find_tile(offsets, tile, experts, ROWS, EXPERTS)
     if not exists:
         return
@@ -56,7 +56,7 @@ def _matmul_kernel(
         read = tl.load(source + rows, mask=is_row, other=0).to(tl.int64)
     else:
         read = tl.where(is_row, rows, row).to(tl.int64)
-    column = program % (ORDER * wide) // high * COLUMNS + tl.arange(0, COLUMNS)
+    column = program % (ORDER * width) // high * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < columns
     # What is read past the last column is not stored. Without a need for it, the compiler knows neighbours by it.
     safe = column if EVEN_COLUMNS else tl.where(is_column, column, 0)
@@ -91,7 +91,7 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _narrow_kernel(
+def _low_rank_kernel(
     x, source, a, out, offsets, experts, depth, x_stride, expert_stride, rank_stride, depth_stride,
     RANK: tl.constexpr, GATHERED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _narrow_kernel(
 
 @triton.jit
 def _sum_kernel(
-    narrow, x, source, out, offsets, columns, x_stride, expert_stride, rank_stride, column_stride,
+    low_rank, x, source, out, offsets, columns, x_stride, expert_stride, rank_stride, column_stride,
     RANK: tl.constexpr, GATHERED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
@@ -135,7 +135,7 @@ def _sum_kernel(
         rows = row + tl.arange(0, DEPTH)
         is_row = rows < end
         read = (tl.load(source + rows, mask=is_row, other=0) if GATHERED else rows).to(tl.int64)
-        left = tl.load(narrow + rows.to(tl.int64)[None, :] * RANK + rank[:, None], mask=is_row[None, :], other=0.0)
+        left = tl.load(low_rank + rows.to(tl.int64)[None, :] * RANK + rank[:, None], mask=is_row[None, :], other=0.0)
         right = tl.load(
             x + read[:, None] * x_stride + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
         )
@@ -170,42 +170,42 @@ def matmul(
     (rows, columns), (experts, _, depth) = out.shape, weight.shape
     step = DEPTH_BYTES // x.element_size()
     high = min(ROWS, max(16, triton.next_power_of_2(rows)))
-    wide = min(COLUMNS, max(16, triton.next_power_of_2(columns)))
+    width = min(COLUMNS, max(16, triton.next_power_of_2(columns)))
     step = min(step, max(32 if x.element_size() == 1 else 16, triton.next_power_of_2(depth)))
     tiles = triton.cdiv(rows, high) + experts
     b_strides = (0, 0, 0) if b is None else b.stride()
-    _matmul_kernel[(tiles * triton.cdiv(columns, wide),)](
+    _matmul_kernel[(tiles * triton.cdiv(columns, width),)](
         x, source, weight, xa, b, scale, out, offsets, experts, columns, depth, x.stride(0), *weight.stride(),
         out.stride(0), *b_strides, RANK=0 if xa is None else xa.shape[1], GATHERED=source is not None,
-        SCALED=scale is not None, ROWS=high, COLUMNS=wide, DEPTH=step, ORDER=ORDER,
-        EXPERTS=triton.next_power_of_2(experts), EVEN=depth % step == 0, EVEN_COLUMNS=columns % wide == 0, num_warps=8,
+        SCALED=scale is not None, ROWS=high, COLUMNS=width, DEPTH=step, ORDER=ORDER,
+        EXPERTS=triton.next_power_of_2(experts), EVEN=depth % step == 0, EVEN_COLUMNS=columns % width == 0, num_warps=8,
         num_stages=4 if x.element_size() == 2 else 3,
     )  # fmt: skip
 
 
-def multiply_narrow(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
-    """As `grouped.narrow_plain`, into `out` [rows, rank]."""
+def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
+    """As `grouped.low_rank_plain`, into `out` [rows, rank]."""
     rows, (experts, rank, depth) = len(out), a.shape
-    _narrow_kernel[(triton.cdiv(rows, NARROW_ROWS) + experts,)](
+    _low_rank_kernel[(triton.cdiv(rows, LOW_RANK_ROWS) + experts,)](
         x, source, a, out, offsets, experts, depth, x.stride(0), *a.stride(),
-        RANK=rank, GATHERED=source is not None, ROWS=NARROW_ROWS, DEPTH=NARROW_DEPTH,
+        RANK=rank, GATHERED=source is not None, ROWS=LOW_RANK_ROWS, DEPTH=LOW_RANK_DEPTH,
         EXPERTS=triton.next_power_of_2(experts), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
-def sum_rows(narrow: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
+def sum_rows(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
     """As `grouped.sum_rows_plain`, into `out` [experts, rank, columns], which may be a transposed view."""
     experts, rank, columns = out.shape
-    _sum_kernel[(experts, triton.cdiv(columns, WIDE_COLUMNS))](
-        narrow, x, source, out, offsets, columns, x.stride(0), *out.stride(),
-        RANK=rank, GATHERED=source is not None, COLUMNS=WIDE_COLUMNS, DEPTH=WIDE_DEPTH, num_warps=4, num_stages=3,
+    _sum_kernel[(experts, triton.cdiv(columns, SUM_COLUMNS))](
+        low_rank, x, source, out, offsets, columns, x.stride(0), *out.stride(),
+        RANK=rank, GATHERED=source is not None, COLUMNS=SUM_COLUMNS, DEPTH=SUM_DEPTH, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 def combine(rows: Tensor, positions: Tensor, out: Tensor) -> None:
     """As `grouped.combine_plain`, into `out` [tokens, columns]."""
     tokens, columns = out.shape
-    wide = min(1024, triton.next_power_of_2(columns))
-    _combine_kernel[(tokens, triton.cdiv(columns, wide))](
-        rows, positions, out, columns, PICKS=positions.shape[1], COLUMNS=wide, num_warps=4
+    width = min(1024, triton.next_power_of_2(columns))
+    _combine_kernel[(tokens, triton.cdiv(columns, width))](
+        rows, positions, out, columns, PICKS=positions.shape[1], COLUMNS=width, num_warps=4
     )
