@@ -131,7 +131,7 @@ def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | No
 
 
 def sum_rows_plain(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
-    """Returns for each expert its rows of `low_rank` [rows, rank], transposed, times those of `x`: [experts, rank, columns]."""
+    """Returns for each expert `low_rank` [rows, rank] transposed times its rows of `x`: [experts, rank, columns]."""
     out = torch.zeros(len(offsets), low_rank.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     for expert, span in _ranges(offsets):
         read = span if source is None else source[span].long()
