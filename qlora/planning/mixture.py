@@ -99,7 +99,7 @@ class Experts:
         return self.count * (self.hidden + biases)
 
     def adapter(self, rank: int) -> Counter[int]:
-        """Returns the elements of the tensors of an adapter on a layer's experts: A and B of gate and up, and of down."""
+        """Returns the sizes of the tensors of an adapter on a layer: A and B of gate and up, and of down."""
         widths = (self.hidden, 2 * self.intermediate, self.intermediate, self.hidden)
         return Counter([self.count * rank * width for width in widths])
 
@@ -191,9 +191,7 @@ class Settings:
     def size(self, name: str) -> int:
         """Returns a number from 1 on; raises `DataError` for another value or none."""
         if self.values.get(name) is None:
-            raise DataError(
-                f"{self.where}: {name} is missing, so the model's size is unknown; give it as a number"
-            )
+            raise DataError(f"{self.where}: {name} is missing, so the model's size is unknown; give it as a number")
         return self._check(name, self.values[name], 1)
 
     def number(self, name: str, otherwise: int) -> int:

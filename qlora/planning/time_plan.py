@@ -71,8 +71,9 @@ class Operations:
 def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
     """Returns the operations with `adapters` parameters in adapters; 0: all weights are trained.
 
-    Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for
-    trained ones, and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
+    Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n
+    weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for trained ones,
+    and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
     """
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary

@@ -182,7 +182,7 @@ def _find_step(config: Config, shape: Shape) -> PlanStep:
     if config.plan.step is not PlanStep.auto:
         return config.plan.step
     trainer, lora = config.trainer, config.lora
-    parts = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
+    parts: tuple[Any, ...] = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
     if shape.experts is not None:
         parts = (*parts, trainer.fused_experts)
     plain_adapter = lora.enabled and not lora.use_dora
@@ -209,7 +209,9 @@ def _smaller(config: Config) -> dict[str, Shape]:
     preset_name = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
     kind = preset_name.rpartition("-")[0]
     same = {option: preset for option, preset in presets.items() if kind and option.rpartition("-")[0] == kind}
-    return {option: read_shape(_described(preset["architecture"]), f"model={option}") for option, preset in same.items()}
+    return {
+        option: read_shape(_described(preset["architecture"]), f"model={option}") for option, preset in same.items()
+    }
 
 
 def _read_config(path: Path, name: str) -> Mapping[str, Any]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
-from real_models import BF16, GROUPED, SIZES, composed, peak_bytes, saved_bytes, setup
+from real_models import BF16, GROUPED, SIZES, composed, saved_bytes, setup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
-from qlora.errors import DataError
 from qlora.models import loading
 from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
-from qlora.planning.memory_plan import LOADING, Ledger
+from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
+from qlora.planning.training_plan import find_shape, read_setup
 from qlora.quantization.method import find_method
+from qlora.tasks.plan import _describe_experts, _describe_shape
 
 FEW = GROUPED | {"num_experts_per_tok": 2}
 DEEPSEEK = SIZES | {
-    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
-    **{"n_shared_experts": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": FEW | {"num_experts": 8, "moe_intermediate_size": 48, "head_dim": 32, "mlp_only_layers": [1]},
@@ -75,9 +84,7 @@ def test_the_parameters_of_a_mixture_are_counted_to_the_last(kind: str) -> None:
     assert sizes.experts is not None
     assert {int(name.split(".")[2]) for name in experts} == sizes.experts.layers
     idle = sum(
-        getattr(module, name).numel() * (1 - 2 / sizes.experts.count)
-        for module in experts.values()
-        for name in ADAPTED
+        getattr(module, name).numel() * (1 - 2 / sizes.experts.count) for module in experts.values() for name in ADAPTED
     )
     assert sizes.active_parameters == sizes.parameters - idle
 
@@ -152,3 +159,32 @@ def test_a_layer_with_experts_keeps_what_is_planned(
     order = 3 * 8 * ledger.activations.routed.rows  # which is kept, and not by autograd
     planned = ledger.saved(2) + ledger.activations.copies(ledger.targets[2]) - order
     assert planned == pytest.approx(three - two, rel=0.02)
+
+
+def test_an_unknown_mixture_is_not_planned() -> None:
+    with pytest.raises(DataError, match="task=plan does not know the model type 'llama4_text'"):
+        read_shape({"model_type": "llama4_text", **SIZES}, "test")
+    with pytest.raises(DataError, match="test: num_experts_per_tok is missing, so the model's size is unknown"):
+        shape("deepseek_v2", num_experts_per_tok=None)
+
+
+def test_the_default_plan_of_a_mixture_is_said_with_its_active_parameters() -> None:
+    sizes = find_shape(compose(["model=qwen3-30b-a3b"]))
+    assert _describe_experts(sizes) == ", 3.35 billion of them for each token (8 of 128 experts)"
+    written = json.dumps(_describe_shape(sizes))
+    assert '"active_parameters": 3353032704' in written
+
+
+def test_experts_of_a_dense_model_are_refused_before_anything_is_loaded() -> None:
+    config = compose(["model=llama-7b", "lora.experts=all"])
+    with pytest.raises(ConfigError, match="lora.experts=all: this llama is dense: it has no experts; leave"):
+        read_setup(config, find_shape(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rank"),
+    [([], 8), (["lora.expert_r=3"], 3), (["lora.experts=none"], 0), (["lora=attention"], 0), (["lora=dora"], 0)],
+)
+def test_the_rank_on_experts_is_the_one_that_training_chooses(overrides: list[str], rank: int) -> None:
+    config = compose(["model=qwen3-30b-a3b", "lora.r=64", *overrides])
+    assert read_setup(config, find_shape(config)).expert_r == rank
