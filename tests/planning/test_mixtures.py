@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
+from qlora.errors import ConfigError, DataError
 from qlora.models import loading
 from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
@@ -111,10 +112,10 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_take_what_is_planned(kind: str, chosen: str) -> None:
     model, sizes = base(kind, f"quantization={chosen}"), shape(kind)
-    stored = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
+    held = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
     quantization = compose([f"quantization={chosen}"]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    assert ledger.experts == stored
+    assert ledger.experts == held
     placed = {id(getattr(module, name)) for module in find_experts(model).values() for name in ADAPTED}
     plain = [
         parameter
@@ -129,8 +130,8 @@ def test_experts_that_are_not_quantized_take_16_bits(chosen: str) -> None:
     model, sizes = base("qwen3_moe", chosen), shape("qwen3_moe")
     quantization = compose([chosen]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    stored = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
-    assert ledger.experts == stored
+    held = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
+    assert ledger.experts == held
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +178,7 @@ def test_the_default_plan_of_a_mixture_is_said_with_its_active_parameters() -> N
 
 def test_experts_of_a_dense_model_are_refused_before_anything_is_loaded() -> None:
     config = compose(["model=llama-7b", "lora.experts=all"])
-    with pytest.raises(ConfigError, match="lora.experts=all: this llama is dense: it has no experts; leave"):
+    with pytest.raises(ConfigError, match=r"lora\.experts=all: this llama is dense: it has no experts; leave"):
         read_setup(config, find_shape(config))
 
 
