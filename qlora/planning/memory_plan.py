@@ -230,10 +230,10 @@ class Ledger:
         yield "the loss", {**common, "adapters in 16 bits": cached, "logits": forward}
         yield "the loss's backward pass", {**common, "adapters in 16 bits": copies, "logits": backward}
         if kept:
+            last = activations.backward(has_experts=self.shape.has_experts(layers - 1))
             norm = 20 * self.shape.hidden * setup.tokens if setup.step is PlanStep.plain else 0  # five in float32
-            last = max(activations.backward(has_experts=self.shape.has_experts(layers - 1)), norm)
             yield "the last layer's backward pass", {
-                **common, "adapters in 16 bits": copies, "backward pass of a layer": last,
+                **common, "adapters in 16 bits": copies, "backward pass of a layer": max(last, norm),
             }  # fmt: skip
         for layer in self._recomputed:
             done, names = layers - 1 - layer, targets[layer]

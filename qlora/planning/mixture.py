@@ -99,7 +99,7 @@ class Experts:
         return self.count * (self.hidden + biases)
 
     def adapter(self, rank: int) -> Counter[int]:
-        """Returns the elements of an adapter's tensors on a layer's experts: A and B of gate and up, and of down."""
+        """Returns the sizes of the tensors of an adapter on a layer: A and B of gate and up, and of down."""
         widths = (self.hidden, 2 * self.intermediate, self.intermediate, self.hidden)
         return Counter([self.count * rank * width for width in widths])
 

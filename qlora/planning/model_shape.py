@@ -164,8 +164,7 @@ class Shape:
     def _attention_linears(self) -> list[tuple[str, int, int, str]]:
         h, q, kv = self.hidden, self.queries, self.keys
         if self.latent is not None:
-            latent = self.latent.linears(h, self.heads)
-            return [(f"self_attn.{name}", inputs, outputs, reads) for name, inputs, outputs, reads in latent]
+            return [(f"self_attn.{row[0]}", *row[1:]) for row in self.latent.linears(h, self.heads)]
         if self.model_type == "gpt_neox":
             return [("attention.query_key_value", h, q + 2 * kv, "attention"), ("attention.dense", q, h, "heads")]
         heads = {"qkv_proj": q + 2 * kv} if self.family.joined else {"q_proj": q, "k_proj": kv, "v_proj": kv}

@@ -1,7 +1,7 @@
 """The memory of a layer's experts in a pass: a row for each token and each of its experts.
 
-The plain sizes follow `qlora.experts`, the fast ones `qlora.step.kernels.experts`. Tests compare each with real
-modules.
+The plain sizes follow `qlora.experts`, the fast ones `qlora.step.kernels.experts`. Tests compare the
+plain ones with real modules.
 """
 
 from __future__ import annotations

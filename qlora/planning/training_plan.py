@@ -183,9 +183,9 @@ def _find_step(config: Config, shape: Shape) -> PlanStep:
     if config.plan.step is not PlanStep.auto:
         return config.plan.step
     trainer, lora = config.trainer, config.lora
-    parts = [trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss]
+    parts: tuple[Any, ...] = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
     if shape.experts is not None:
-        parts.append(trainer.fused_experts)
+        parts = (*parts, trainer.fused_experts)
     plain_adapter = lora.enabled and not lora.use_dora
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain

@@ -19,6 +19,7 @@ from qlora.models.embedded import embedded_warning
 from qlora.models.local_tokenizer import find_local_tokenizer, load_local_tokenizer
 from qlora.models.model_files import EMBEDDED
 from qlora.planning.advice import fewest_checkpointed
+from qlora.planning.model_shape import Shape
 from qlora.planning.time_plan import EFFICIENCY
 from qlora.planning.training_plan import Plan, build_plan, find_shape
 from qlora.runtime import console
@@ -131,6 +132,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         "plan_peak_gb": memory.peak / 1e9,
         "plan_needed_gb": memory.needed / 1e9,
         "plan_paged_gb": memory.paged / 1e9,
+        "plan_needed_with_paged_gb": memory.comfortable / 1e9,
         "plan_fits": float(plan.fits),
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
@@ -148,7 +150,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         {"plan": str(folder.result("plan"))},
         more={
             "gpu": asdict(plan.gpu),
-            "model": {**asdict(plan.training.shape), "parameters": plan.training.shape.parameters},
+            "model": _describe_shape(plan.training.shape),
             "setup": {**setup, "step": plan.setup.step.value},
             "parts_gb": {name: value / 1e9 for name, value in memory.parts.items()},
             "moment": memory.moment,
@@ -158,6 +160,17 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
             "paper": plan.paper,
         },
     )
+
+
+def _describe_shape(shape: Shape) -> dict[str, Any]:
+    described = {**_without(shape, "experts", "latent"), "parameters": shape.parameters}
+    if (experts := shape.experts) is None:
+        return described
+    layers = {"layers": sorted(experts.layers)}
+    return described | {
+        "active_parameters": shape.active_parameters,
+        "experts": {**_without(experts, "family", "layers"), **layers},
+    }
 
 
 def _without(item: Any, *names: str) -> dict[str, Any]:
@@ -175,6 +188,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     """
     config, setup, shape, memory, gpu = plan.config, plan.setup, plan.training.shape, plan.memory, plan.gpu
     trained = f"LoRA r={setup.r}" if setup.r else "all weights"
+    trained += f" (r={setup.expert_r} on experts)" if setup.expert_r else ""
     if setup.checkpointed:
         checkpointing = f"{setup.checkpointed} of {shape.layers} layers checkpointed"
         checkpointing += f" (inputs of {setup.offloaded} on the host)" if setup.offloaded else ""
@@ -182,7 +196,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
         checkpointing = "no checkpointing"
     console.start_screen(
         [
-            ("model", f"{config.model.name}: {_count(shape.parameters)} parameters"),
+            ("model", f"{config.model.name}: {_count(shape.parameters)} parameters{_describe_experts(shape)}"),
             ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
             ("limit", describe_limit(config.data, config.model.name, shape.context)),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
@@ -201,7 +215,8 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
         Text.assemble(("  needed".ljust(30), "cyan"), unit.show(memory.needed).rjust(8), "  ", (verdict, style))
     )
     if memory.paged:
-        _numbers([("paged optimizer states", memory.paged, 'not in "needed"')], unit)
+        _numbers([("paged optimizer states", memory.paged, 'not in "needed"'),
+                  ("needed with these states", memory.comfortable, "")], unit)  # fmt: skip
         console.say(Text(f"  {PAGED[memory.comfortable <= gpu.memory]}", style="dim"))
     console.say()
     _heading("What fits")
@@ -278,6 +293,14 @@ def _numbers(rows: list[tuple[str, float, str]], unit: Unit) -> None:
 
 def _gb(value: float) -> str:
     return GB.show(value)
+
+
+def _describe_experts(shape: Shape) -> str:
+    """Returns what a line on the model says of a mixture's experts."""
+    if (experts := shape.experts) is None:
+        return ""
+    active, of = _count(shape.active_parameters), f"{experts.per_token} of {experts.count} experts"
+    return f", {active} of them for each token ({of})"
 
 
 def _count(parameters: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
+from qlora.errors import ConfigError, DataError
 from qlora.models import loading
 from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
+from qlora.planning.training_plan import find_shape, read_setup
 from qlora.quantization.method import find_method
+from qlora.tasks.plan import _describe_experts, _describe_shape
 
 FEW = GROUPED | {"num_experts_per_tok": 2}
 DEEPSEEK = SIZES | {
@@ -108,10 +112,10 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_take_what_is_planned(kind: str, chosen: str) -> None:
     model, sizes = base(kind, f"quantization={chosen}"), shape(kind)
-    saved = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
+    held = sum(buffer.nbytes for module in find_experts(model).values() for buffer in module.quantized.buffers())
     quantization = compose([f"quantization={chosen}"]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    assert ledger.experts == saved
+    assert ledger.experts == held
     placed = {id(getattr(module, name)) for module in find_experts(model).values() for name in ADAPTED}
     plain = [
         parameter
@@ -126,8 +130,8 @@ def test_experts_that_are_not_quantized_take_16_bits(chosen: str) -> None:
     model, sizes = base("qwen3_moe", chosen), shape("qwen3_moe")
     quantization = compose([chosen]).quantization
     ledger = Ledger(sizes, setup(sizes, base=find_method(quantization).stored_base(quantization)))
-    saved = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
-    assert ledger.experts == saved
+    held = sum(getattr(module, name).nbytes for module in find_experts(model).values() for name in ADAPTED)
+    assert ledger.experts == held
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,3 +160,32 @@ def test_a_layer_with_experts_keeps_what_is_planned(
     order = 3 * 8 * ledger.activations.routed.rows  # which is kept, and not by autograd
     planned = ledger.saved(2) + ledger.activations.copies(ledger.targets[2]) - order
     assert planned == pytest.approx(three - two, rel=0.02)
+
+
+def test_an_unknown_mixture_is_not_planned() -> None:
+    with pytest.raises(DataError, match="task=plan does not know the model type 'llama4_text'"):
+        read_shape({"model_type": "llama4_text", **SIZES}, "test")
+    with pytest.raises(DataError, match="test: num_experts_per_tok is missing, so the model's size is unknown"):
+        shape("deepseek_v2", num_experts_per_tok=None)
+
+
+def test_the_default_plan_of_a_mixture_is_said_with_its_active_parameters() -> None:
+    sizes = find_shape(compose(["model=qwen3-30b-a3b"]))
+    assert _describe_experts(sizes) == ", 3.35 billion of them for each token (8 of 128 experts)"
+    written = json.dumps(_describe_shape(sizes))
+    assert '"active_parameters": 3353032704' in written
+
+
+def test_experts_of_a_dense_model_are_refused_before_anything_is_loaded() -> None:
+    config = compose(["model=llama-7b", "lora.experts=all"])
+    with pytest.raises(ConfigError, match=r"lora\.experts=all: this llama is dense: it has no experts; leave"):
+        read_setup(config, find_shape(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rank"),
+    [([], 8), (["lora.expert_r=3"], 3), (["lora.experts=none"], 0), (["lora=attention"], 0), (["lora=dora"], 0)],
+)
+def test_the_rank_on_experts_is_the_one_that_training_chooses(overrides: list[str], rank: int) -> None:
+    config = compose(["model=qwen3-30b-a3b", "lora.r=64", *overrides])
+    assert read_setup(config, find_shape(config)).expert_r == rank

@@ -29,12 +29,12 @@ def experts_bytes(count: int, units: Sequence[tuple[int, int]], *, double_quant:
 
     An expert's matrix has its own offset, and says whether it was finite.
     """
-    saved = 16 * 4 + (256 * 4 if double_quant else 0)
+    total = 16 * 4 + (256 * 4 if double_quant else 0)
     for rows, columns in units:
         blocks = math.ceil(rows * columns / BLOCK)
         scales = blocks + 4 * math.ceil(blocks / GROUP) if double_quant else 4 * blocks
-        saved += count * (math.ceil(rows * columns / 2) + scales + 4 + 1)
-    return saved
+        total += count * (math.ceil(rows * columns / 2) + scales + 4 + 1)
+    return total
 
 
 def stored_base(*, double_quant: bool, unquantized_bytes: int, experts: bool) -> StoredBase:
