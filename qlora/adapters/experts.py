@@ -9,7 +9,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from qlora.models.experts import ADAPTERS, ExpertAdapter, ExpertsLayout, use_experts
+from qlora.experts.forward import ADAPTERS, ExpertAdapter, use_experts
+from qlora.experts.layout import ExpertsLayout
 from qlora.upstream.peft import ExpertsWrapper, base_of
 from qlora.upstream.transformers_experts import is_experts
 

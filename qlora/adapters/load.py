@@ -19,7 +19,7 @@ from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import return_taken
 from qlora.config.schema import LoraConfig
 from qlora.errors import DataError
-from qlora.models.experts import ExpertsLayout, find_experts
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
 from qlora.upstream.peft import names_kept, rank_of, rename_experts

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from qlora.config.schema import LoraConfig, LoraExperts
 from qlora.errors import ConfigError, did_you_mean
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import EXPERTS, ROUTER, linear_modules, read_decoder
-from qlora.models.experts import ExpertsLayout, find_experts
 from qlora.models.experts_per_token import experts_per_token
 from qlora.quantization.method import method_of
 from qlora.upstream.peft import calls_layer, names_of_experts

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import ROUTER, read_decoder
-from qlora.models.experts import ExpertsLayout, find_experts
 
 COEFFICIENT = "router_aux_loss_coef"
 """What the configs of architectures with a balancing loss hold."""

@@ -21,8 +21,8 @@ from qlora.adapters.experts import expert_wrappers
 from qlora.adapters.per_expert import unit_names
 from qlora.adapters.targets import find_targets
 from qlora.errors import UserError
+from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import read_decoder
-from qlora.models.experts import ExpertsLayout, find_experts
 from qlora.models.tokenizer import load_tokenizer
 from qlora.upstream.peft import base_of, names_kept
 from tests.adapters.test_merge_experts import merge

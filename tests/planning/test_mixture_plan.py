@@ -14,8 +14,8 @@ from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
 from qlora.errors import ConfigError, DataError
+from qlora.experts.layout import find_experts
 from qlora.models import loading
-from qlora.models.experts import find_experts
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora.models.experts import find_experts
+from qlora.experts.layout import find_experts
 from qlora.step.layers import find_layers
 from qlora.training.routing import RoutingMeter, build_routing_meter
 from tests.models.bases import build
