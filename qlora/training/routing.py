@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,18 @@ COEFFICIENT = "router_aux_loss_coef"
 """What the configs of architectures with a balancing loss hold."""
 
 
+NOTED = "routed_tokens"
+"""The attribute of a module with what it routed in the last forward pass: of experts those of each token, of a router
+the sums of probabilities and the number of tokens."""
+
+
+def note_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Notes which experts compute which token; one function for all layers, which share their compiled code."""
+    if module.training:
+        chosen: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        module.__dict__[NOTED] = chosen.detach()
+
+
 class RoutingMeter:
     """Counts the tokens of each expert in training, without waiting for the device.
 
@@ -27,15 +38,16 @@ class RoutingMeter:
     def __init__(self, base: PreTrainedModel) -> None:
         experts = list(find_experts(base).values())
         self._sizes = [ExpertsLayout.of(module).count for module in experts]
-        self._routed: list[Tensor | None] = [None] * len(experts)
-        self._probabilities: dict[int, tuple[Tensor, Tensor]] = {}
+        self._routers: list[nn.Module] = []
         self._mask: Tensor | None = None
-        for index, module in enumerate(experts):
-            module.register_forward_pre_hook(partial(self._note_experts, index), with_kwargs=True)
+        self._experts = experts
+        for module in experts:
+            module.register_forward_pre_hook(note_experts, with_kwargs=True)
         if hasattr(base.config.get_text_config(), COEFFICIENT):
             names = [matrix.name.rpartition(".")[0] for matrix in read_decoder(base).matrices if matrix.kind == ROUTER]
-            for index, name in enumerate(names):
-                base.get_submodule(name).register_forward_hook(partial(self._note_router, index))
+            self._routers = [base.get_submodule(name) for name in names]
+            for router in self._routers:
+                router.register_forward_hook(self._note_router)
         self._reset()
 
     def _reset(self) -> None:
@@ -46,21 +58,18 @@ class RoutingMeter:
         """Prepares for a micro-batch, whose padding does not count."""
         mask = batch.get("attention_mask")
         self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
-        self._routed = [None] * len(self._routed)
-        self._probabilities = {}
-
-    def _note_experts(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training:
-            chosen: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            self._routed[index] = chosen.detach()
+        for module in self._experts:
+            module.__dict__.pop(NOTED, None)
+        for module in self._routers:
+            module.__dict__.pop(NOTED, None)
 
     @torch.no_grad()
-    def _note_router(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _note_router(self, module: nn.Module, args: Any, output: Any) -> None:
         if module.training:
             logits: Tensor = output[0] if isinstance(output, tuple) else output
             probabilities = logits.detach().reshape(-1, logits.shape[-1]).float().softmax(-1)
             mask = self._weights(len(probabilities), probabilities.device)
-            self._probabilities[index] = ((probabilities * mask[:, None]).sum(0), mask.sum())
+            module.__dict__[NOTED] = ((probabilities * mask[:, None]).sum(0), mask.sum())
 
     def _weights(self, tokens: int, device: torch.device) -> Tensor:
         """Returns 1 for each token of the batch, and 0 for padding: float32 [tokens]."""
@@ -71,7 +80,8 @@ class RoutingMeter:
     @torch.no_grad()
     def add(self) -> None:
         """Adds what the layers have noted of a micro-batch."""
-        noted = [(size, chosen) for size, chosen in zip(self._sizes, self._routed, strict=True) if chosen is not None]
+        routed = [module.__dict__.get(NOTED) for module in self._experts]
+        noted = [(size, chosen) for size, chosen in zip(self._sizes, routed, strict=True) if chosen is not None]
         if not noted:
             return
         device, start, ids, weights = noted[0][1].device, 0, [], []
@@ -82,9 +92,10 @@ class RoutingMeter:
         counts = torch.zeros(start, device=device)
         counts.index_put_((torch.cat(ids),), torch.cat(weights), accumulate=True)
         self._counts = counts if self._counts is None else self._counts + counts
-        if self._probabilities and len({len(sums) for sums, _ in self._probabilities.values()}) == 1:
-            sums = torch.stack([sums.to(device) for sums, _ in self._probabilities.values()]).sum(0)
-            tokens = torch.stack([count.to(device) for _, count in self._probabilities.values()]).sum()
+        probabilities = [module.__dict__[NOTED] for module in self._routers if NOTED in module.__dict__]
+        if len({len(sums) for sums, _ in probabilities}) == 1:
+            sums = torch.stack([sums.to(device) for sums, _ in probabilities]).sum(0)
+            tokens = torch.stack([count.to(device) for _, count in probabilities]).sum()
             balance = (sums, tokens)
             self._balance = balance if self._balance is None else (self._balance[0] + sums, self._balance[1] + tokens)
         self.begin({})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from qlora.adapters import add_lora
 from qlora.config.compose import compose
@@ -22,6 +23,7 @@ from qlora.step.fast_step import FastStep
 from qlora.step.kernels.experts import FrozenExperts, apply_experts
 from qlora.step.kernels.grouped import SortWeights, route_tokens
 from qlora.step.part import ON
+from qlora.training.routing import RoutingMeter
 from qlora.upstream.transformers_experts import experts_implementation
 from tests.models.bases import choose, load, write
 
@@ -151,6 +153,8 @@ def test_a_mixture_learns_what_it_learns_without_the_part(folders: dict[str, Pat
 def test_compiled_and_checkpointed_layers_learn_the_same(folders: dict[str, Path], kind: str) -> None:
     model = attach(folders[kind], "quantization=nf4", "lora.dropout=0")
     expected, _ = learn(model, "trainer.fused_experts=false", "trainer.gradient_checkpointing=false")
+    RoutingMeter(model.get_base_model())
+    counters.clear()
     fast = (
         "trainer.compile=true",
         "trainer.fused_experts=true",
@@ -160,6 +164,9 @@ def test_compiled_and_checkpointed_layers_learn_the_same(folders: dict[str, Path
     actual, step = learn(model, *fast, "trainer.gradient_checkpointing=true")
     assert step.checkpointed == 2
     check_equal(actual, expected)
+    assert not counters["graph_break"]
+    # One for the loss, and one for all layers of a kind: gpt-oss has two.
+    assert counters["stats"]["unique_graphs"] == {"qwen3_moe": 2, "gpt_oss": 3}[kind]
 
 
 def test_the_matmul_that_ends_a_layer_is_not_computed_again(

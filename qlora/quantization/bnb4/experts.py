@@ -221,10 +221,10 @@ class QuantizedExperts(nn.Module):
         return round_to_4_bits
 
     def tensors_of(self, unit: str) -> list[Tensor]:
-        """Returns what the kernels of the fast step read: the tensors of a `QuantizedWeight`, with a row an expert."""
+        """Returns what the kernels of the fast step read beside the codebooks, with a row an expert."""
         module = self.unit(unit)
         offsets = module.nested_offset[:, None].expand(module.nested_absmax.shape).contiguous()
-        return [module.packed, module.absmax, self.codebook, self.nested_codebook, module.nested_absmax, offsets]
+        return [module.packed, module.absmax, module.nested_absmax, offsets]
 
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""

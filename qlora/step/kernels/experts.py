@@ -22,8 +22,8 @@ from qlora.step.kernels.dequantize import is_unread, operator
 from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
 from qlora.step.kernels.matmul_fp8 import scale_rows
 
-FIELDS = 6
-"""The tensors of a quantized projection: those of a `QuantizedWeight`."""
+FIELDS, SHARED = 4, 2
+"""Of a quantized projection the tensors that are its own, and the two codebooks that all projections share."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class FrozenExperts:
     """The frozen weights of all experts of a layer, [experts, rows, columns] when decoded: gate and up, or down."""
 
     tensors: list[Tensor]
-    """One tensor, the weights; or for each projection those of a `QuantizedWeight`, with one row an expert but for the
-    codebooks."""
+    """One tensor, the weights; or those of a `QuantizedWeight`, with a row an expert: for each projection its own, then
+    the codebooks, once, for `torch.compile` takes no tensor twice."""
     rows: int
     columns: int
     is_interleaved: bool = False
@@ -43,8 +43,7 @@ class FrozenExperts:
     @property
     def projections(self) -> list[list[Tensor]]:
         """The tensors of each quantized projection; none of weights in 16 bits."""
-        count = len(self.tensors) // FIELDS
-        return [self.tensors[index * FIELDS : (index + 1) * FIELDS] for index in range(count)]
+        return split_projections(self.tensors)
 
     def find_scale(self) -> Tensor | None:
         """Returns a `weight_scale`; None: the weights have 16 bits."""
@@ -57,6 +56,15 @@ class FrozenExperts:
         return [self.rows, self.columns, int(self.is_interleaved)]
 
 
+def split_projections(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Returns the tensors of a `QuantizedWeight` for each projection; none of weights in 16 bits."""
+    codebooks, projections = tensors[-SHARED:], []
+    for start in range(0, len(tensors) - SHARED, FIELDS):
+        packed, absmax, nested_absmax, nested_offset = tensors[start : start + FIELDS]
+        projections.append([packed, absmax, *codebooks, nested_absmax, nested_offset])
+    return projections
+
+
 def decode_experts(
     tensors: list[Tensor], shape: list[int], dtype: torch.dtype, weight_scale: Tensor | None, *, transposed: bool
 ) -> Tensor:
@@ -67,7 +75,7 @@ def decode_experts(
     rows, columns, is_interleaved = shape
     if len(tensors) == 1:
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
-    projections = [tensors[start : start + FIELDS] for start in range(0, len(tensors), FIELDS)]
+    projections = split_projections(tensors)
     experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
     size = (experts, columns, rows) if is_turned else (experts, rows, columns)
     out = torch.empty(size, dtype=dtype, device=tensors[0].device)

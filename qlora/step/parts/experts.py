@@ -153,6 +153,7 @@ def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) ->
         store = stored_experts(experts)
         assert isinstance(store, QuantizedExperts)
         tensors = [tensor for unit in layout.units_of(projection) for tensor in store.tensors_of(unit.name)]
+        tensors += [store.codebook, store.nested_codebook]
     else:
         tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
     return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
