@@ -110,10 +110,8 @@ def complete_adapter(model: PeftModel, dropout: float) -> None:
     if config.target_parameters:
         config.lora_dropout = 0.0
         set_dropout(model, dropout)
-    if getattr(base.config, "output_router_logits", False):
-        base.config.output_router_logits = (
-            False  # else the loss of the routers, which are frozen, would be part of the loss
-        )
+    if getattr(base.config, "output_router_logits", False):  # it would add the routers' own loss, and these are frozen
+        base.config.output_router_logits = False
 
 
 def store_in(dtype: LoraDtype, model: PeftModel) -> None:

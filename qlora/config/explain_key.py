@@ -23,7 +23,7 @@ from qlora.text import listed
 from qlora.upstream.omegaconf import is_filled, raw_node, raw_value
 
 MOST_OTHERS = 6
-"""So many other choices and their values are label."""
+"""Up to this number of other values, each is shown with the choices that bring it."""
 WIDTH = 12
 """Where the second column begins."""
 

@@ -6,14 +6,10 @@ plain ones with real modules.
 
 from __future__ import annotations
 
-import math
-
 from qlora.config.schema import PlanStep
+from qlora.experts.ranks import kernel_rank
 from qlora.planning.mixture import Experts
 from qlora.planning.setup import Setup
-
-LEAST_RANK = 16
-"""The smallest rank that the kernels multiply; others are powers of two."""
 
 
 class RoutedRows:
@@ -23,7 +19,7 @@ class RoutedRows:
         self.experts, self.setup = experts, setup
         self.rows = setup.tokens * experts.per_token
         self.is_fast = setup.step is PlanStep.fast
-        self.rank = setup.expert_r if not self.is_fast or not setup.expert_r else _padded(setup.expert_r)
+        self.rank = setup.expert_r if not self.is_fast or not setup.expert_r else kernel_rank(setup.expert_r)
 
     @property
     def saved(self) -> float:
@@ -89,8 +85,3 @@ class RoutedRows:
         if self.is_fast:
             return elements * (1 if setup.fp8 else setup.width)
         return elements * (1.5 * setup.width + setup.base.decoding_bytes / 2)  # one of the two at a time
-
-
-def _padded(rank: int) -> int:
-    """Returns the rank that a kernel multiplies."""
-    return max(LEAST_RANK, 2 ** math.ceil(math.log2(rank)))

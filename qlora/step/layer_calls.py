@@ -32,7 +32,8 @@ class LayerCalls:
         # Not the hooks around the forward method, which gather a sharded layer.
         self._forward = torch.compile(_call_forward) if compiled and is_sharded else None
         self._offloading = Offloading(context.placement.device)
-        self._has_dropout = any(p.p for p in context.base.modules() if isinstance(p, torch.nn.Dropout))
+        rates = [module.p for module in context.base.modules() if isinstance(module, torch.nn.Dropout)]
+        self._has_dropout = any(rates) or any(experts.dropout for experts in context.experts)
 
     def enter(self, checkpointed: int, offloaded: int) -> None:
         """Replaces the calls; the first `checkpointed` layers recompute, the first `offloaded` of them offload."""

@@ -36,12 +36,11 @@ class RoutingMeter:
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        experts = list(find_experts(base).values())
-        self._sizes = [ExpertsLayout.of(module).count for module in experts]
+        self._experts = list(find_experts(base).values())
+        self._sizes = [ExpertsLayout.of(module).count for module in self._experts]
         self._routers: list[nn.Module] = []
         self._mask: Tensor | None = None
-        self._experts = experts
-        for module in experts:
+        for module in self._experts:
             module.register_forward_pre_hook(note_experts, with_kwargs=True)
         if hasattr(base.config.get_text_config(), COEFFICIENT):
             names = [matrix.name.rpartition(".")[0] for matrix in read_decoder(base).matrices if matrix.kind == ROUTER]
@@ -58,9 +57,7 @@ class RoutingMeter:
         """Prepares for a micro-batch, whose padding does not count."""
         mask = batch.get("attention_mask")
         self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
-        for module in self._experts:
-            module.__dict__.pop(NOTED, None)
-        for module in self._routers:
+        for module in (*self._experts, *self._routers):
             module.__dict__.pop(NOTED, None)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ for experts, depth, columns, tokens, picks, rank in ((5, 128, 96, 37, 2, 16), (3
     a, b = torch.randn(experts, rank, depth), torch.randn(experts, columns, rank)
     index = torch.randn(tokens, experts).topk(picks).indices if picks > 1 else torch.ones(tokens, 1, dtype=torch.int64)
     _, source, positions, offsets = grouped.route_tokens(index, experts)
-    xa = grouped.low_rank_plain(x, a, offsets, source, rows)
+    xa = grouped.multiply_low_rank(x, a, offsets, source)
     out = torch.empty(rows, rank)
     grouped_kernels.multiply_low_rank(x, a, offsets, source, out)
     note(f"{label}: narrow", out, xa)
@@ -33,15 +33,14 @@ for experts, depth, columns, tokens, picks, rank in ((5, 128, 96, 37, 2, 16), (3
         ("plain", None, None, None), ("adapter", None, xa, b), ("scaled", torch.rand(tokens, 1), xa, b),
     ):  # fmt: skip
         out = torch.empty(rows, columns)
-        grouped_kernels.matmul(x, weight, offsets, source, scale, left, right, out)
-        expected = grouped.matmul_plain(x, weight, offsets, source, scale, left, right, rows, x.dtype)
+        options = {"source": source, "scale": scale, "xa": left, "b": right}
+        grouped_kernels.matmul(x, weight, offsets, out, **options)
+        expected = grouped.matmul_plain(x, weight, offsets, x.dtype, **options)
         note(f"{label}: {name}", out, expected)
     dy, turned = torch.randn(rows, columns), (weight.transpose(1, 2), a.transpose(1, 2))
     out = torch.empty(rows, depth)
-    grouped_kernels.matmul(dy, turned[0], offsets, None, None, xa, turned[1], out)
-    note(
-        f"{label}: turned", out, grouped.matmul_plain(dy, turned[0], offsets, None, None, xa, turned[1], rows, x.dtype)
-    )
+    grouped_kernels.matmul(dy, turned[0], offsets, out, xa=xa, b=turned[1])
+    note(f"{label}: turned", out, grouped.matmul_plain(dy, turned[0], offsets, x.dtype, xa=xa, b=turned[1]))
     out = torch.empty(experts, rank, depth)
     grouped_kernels.sum_rows(xa, x, offsets, source, out)
     note(f"{label}: sum of gathered rows", out, grouped.sum_rows_plain(xa, x, offsets, source))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
 from qlora.quantization.bnb4.layers import Rounding
 from qlora.quantization.bnb4.layout import BLOCK, GROUP
+from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_absmax, decode_plain
 
 
 @dataclass(frozen=True)
@@ -173,24 +174,22 @@ class QuantizedExperts(nn.Module):
         return self._decode(self.unit(unit), dtype, ids)[0]
 
     def _decode(self, unit: QuantizedUnit, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
-        packed = unit.packed if experts is None else unit.packed[experts]
-        absmax = self.absmax(unit, experts)
-        if unit.columns % BLOCK == 0:
-            return self._dequantize(packed, absmax, (len(packed) * unit.rows, unit.columns), dtype).view(
-                len(packed), unit.rows, unit.columns
-            )
-        return _look_up(packed, absmax, self.codebook, (unit.rows, unit.columns)).to(dtype)
+        weight = self.weight_of(unit, experts)
+        if unit.columns % BLOCK:  # bitsandbytes decodes such a matrix wrongly on a CPU (0.50)
+            return decode_plain(weight, dtype)
+        count = len(weight.packed)
+        flat = self._dequantize(weight.packed, decode_absmax(weight), (count * unit.rows, unit.columns), dtype)
+        return flat.view(count, unit.rows, unit.columns)
 
-    def absmax(self, unit: QuantizedUnit, experts: Tensor | None = None) -> Tensor:
-        """Returns the absmax of the blocks of all experts, or of those given, float32 [experts, blocks]."""
-        absmax, nested, offset = (
+    def weight_of(self, unit: QuantizedUnit, experts: Tensor | None = None) -> QuantizedWeight:
+        """Returns the weights of a unit of all experts, or of those whose ids are given."""
+        packed, absmax, nested_absmax, offset = (
             tensor if experts is None else tensor[experts]
-            for tensor in (unit.absmax, unit.nested_absmax, unit.nested_offset)
+            for tensor in (unit.packed, unit.absmax, unit.nested_absmax, unit.nested_offset)
         )
-        if not self.double_quant:
-            return absmax
-        group = torch.arange(absmax.shape[1], device=absmax.device) // GROUP
-        return self.nested_codebook[absmax.int()] * nested[:, group] + offset[:, None]
+        nested_offset = offset[:, None].expand(nested_absmax.shape).contiguous()
+        codebooks = self.codebook, self.nested_codebook
+        return QuantizedWeight(packed, absmax, *codebooks, nested_absmax, nested_offset, unit.rows, unit.columns)
 
     def _dequantize(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         state = bnb.QuantState(
@@ -215,16 +214,11 @@ class QuantizedExperts(nn.Module):
             absmax = (
                 bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
             )
-            shape = (weight.shape[0], weight.shape[1])
-            return _look_up(packed.view(1, -1), absmax[None], state.code, shape)[0].to(weight.dtype)
+            empty = absmax.new_empty(0)
+            quantized = QuantizedWeight(packed.view(-1), absmax, state.code, empty, empty, empty, *weight.shape)
+            return decode_plain(quantized, weight.dtype)
 
         return round_to_4_bits
-
-    def tensors_of(self, unit: str) -> list[Tensor]:
-        """Returns what the kernels of the fast step read beside the codebooks, with a row an expert."""
-        module = self.unit(unit)
-        offsets = module.nested_offset[:, None].expand(module.nested_absmax.shape).contiguous()
-        return [module.packed, module.absmax, module.nested_absmax, offsets]
 
     def nonfinite(self) -> list[str]:
         """Returns the projections that were NaN or infinite before they were quantized, or decode to such numbers."""
@@ -233,23 +227,15 @@ class QuantizedExperts(nn.Module):
             units = (
                 [self.unit(unit.name) for unit in self.layout.units_of(projection)] if self.holds(projection) else []
             )
-            if not all(bool(unit.finite.all() & self.absmax(unit).isfinite().all()) for unit in units):
+            if not all(
+                bool(unit.finite.all() & decode_absmax(self.weight_of(unit)).isfinite().all()) for unit in units
+            ):
                 spoiled.append(projection)
         return spoiled
 
     def nbytes(self) -> int:
         """Returns the bytes of all tensors."""
         return sum(buffer.nbytes for buffer in self.buffers())
-
-
-def _look_up(packed: Tensor, absmax: Tensor, codebook: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Returns matrices in float32, [experts, out, in].
-
-    bitsandbytes decodes matrices wrongly on a CPU whose columns are no multiple of a block (0.50).
-    """
-    codes = torch.stack([packed >> 4, packed & 15], -1).flatten(1)[:, : shape[0] * shape[1]]
-    scales = absmax.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
-    return (codebook[codes.int()] * scales).view(len(packed), *shape)
 
 
 def put_placeholder(experts: nn.Module, projection: str, dtype: torch.dtype, store: QuantizedExperts) -> Placeholder:

@@ -24,7 +24,10 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """The frozen weight of one linear layer, [rows, columns] when decoded."""
+    """The frozen weight of one linear layer, [rows, columns] when decoded.
+
+    Those of several experts have one more dimension, the first: of the weight, and of each tensor but the codebooks.
+    """
 
     packed: Tensor
     """uint8 [rows * columns / 2]"""
@@ -148,8 +151,9 @@ def decode_absmax(weight: QuantizedWeight) -> Tensor:
     """Returns the absmax of all blocks, float32 [rows * columns / 64]."""
     if not weight.is_nested:
         return weight.absmax
-    group = torch.arange(len(weight.absmax), device=weight.absmax.device) // GROUP
-    return weight.nested_codebook[weight.absmax.int()] * weight.nested_absmax[group] + weight.nested_offset[group]
+    group = torch.arange(weight.absmax.shape[-1], device=weight.absmax.device) // GROUP
+    decoded = weight.nested_codebook[weight.absmax.int()]
+    return decoded * weight.nested_absmax[..., group] + weight.nested_offset[..., group]
 
 
 def weight_scale(weight: QuantizedWeight) -> Tensor:
@@ -160,5 +164,7 @@ def weight_scale(weight: QuantizedWeight) -> Tensor:
 
 def decode_plain(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the weight, `dtype` [rows, columns], by table look-ups; the twin of the kernels."""
-    pairs = torch.stack([weight.packed >> 4, weight.packed & 15], -1).view(-1, BLOCK)
-    return (weight.codebook[pairs.int()] * decode_absmax(weight)[:, None]).to(dtype).view(weight.rows, weight.columns)
+    size = weight.rows * weight.columns
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], -1).flatten(-2)[..., :size]
+    scales = decode_absmax(weight).repeat_interleave(BLOCK, dim=-1)[..., :size]
+    return (weight.codebook[codes.int()] * scales).to(dtype).view(*codes.shape[:-1], weight.rows, weight.columns)

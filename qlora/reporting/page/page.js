@@ -28,13 +28,13 @@
 
   /** Means over the runs that share a value, where several do. */
   const means = (spec, y) => {
-    const found = new Map();
+    const groups = new Map();
     spec.values.forEach((value, index) => {
-      if (value !== null) found.set(value, [...(found.get(value) ?? []), y[index]]);
+      if (value !== null) groups.set(value, [...(groups.get(value) ?? []), y[index]]);
     });
-    if (![...found.values()].some((list) => list.length > 1)) return [[], []];
+    if (![...groups.values()].some((list) => list.length > 1)) return [[], []];
     const order = known(spec);
-    return [order, order.map((key) => found.get(key).reduce((a, b) => a + b, 0) / found.get(key).length)];
+    return [order, order.map((key) => groups.get(key).reduce((a, b) => a + b, 0) / groups.get(key).length)];
   };
 
   const drawScatter = (element, spec) => {

@@ -11,7 +11,8 @@ as much as possible, for calling one takes the host longer than a small kernel t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ from qlora.step.kernels.dequantize import is_unread, operator
 from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
 from qlora.step.kernels.matmul_fp8 import scale_rows
 
-FIELDS, SHARED = 4, 2
-"""Of a quantized projection the tensors that are its own, and the two codebooks that all projections share."""
+FIELDS = 4
+"""The tensors of a quantized projection beside the two codebooks, which all projections share."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,9 @@ class FrozenExperts:
     weight_scale: Tensor | None = None
     """With 8-bit matmuls, the factor with which the weights fill the range of e4m3: float32 [1]."""
 
-    @property
-    def projections(self) -> list[list[Tensor]]:
-        """The tensors of each quantized projection; none of weights in 16 bits."""
-        return split_projections(self.tensors)
-
     def find_scale(self) -> Tensor | None:
         """Returns a `weight_scale`; None: the weights have 16 bits."""
-        scales = [weight_scale(joined) for tensors in self.projections for joined in _experts(tensors, 0, 0)]
+        scales = [weight_scale(projection) for projection in split_projections(self.tensors, self.shape)]
         return torch.stack(scales).amin(0) if scales else None
 
     @property
@@ -56,13 +52,22 @@ class FrozenExperts:
         return [self.rows, self.columns, int(self.is_interleaved)]
 
 
-def split_projections(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns the tensors of a `QuantizedWeight` for each projection; none of weights in 16 bits."""
-    codebooks, projections = tensors[-SHARED:], []
-    for start in range(0, len(tensors) - SHARED, FIELDS):
-        packed, absmax, nested_absmax, nested_offset = tensors[start : start + FIELDS]
-        projections.append([packed, absmax, *codebooks, nested_absmax, nested_offset])
-    return projections
+def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
+    """Returns the `tensors` of `FrozenExperts`."""
+    owned = ((part.packed, part.absmax, part.nested_absmax, part.nested_offset) for part in projections)
+    return [*itertools.chain(*owned), projections[0].codebook, projections[0].nested_codebook]
+
+
+def split_projections(tensors: list[Tensor], shape: list[int]) -> list[QuantizedWeight]:
+    """Reverses `join_projections`; weights in 16 bits have none."""
+    if len(tensors) == 1:
+        return []
+    *owned, codebook, nested_codebook = tensors
+    rows = shape[0] * FIELDS // len(owned)
+    return [
+        QuantizedWeight(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1])
+        for packed, absmax, nested_absmax, nested_offset in zip(*[iter(owned)] * FIELDS, strict=True)
+    ]
 
 
 def decode_experts(
@@ -75,7 +80,7 @@ def decode_experts(
     rows, columns, is_interleaved = shape
     if len(tensors) == 1:
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
-    projections = split_projections(tensors)
+    projections = split_projections(tensors, shape)
     experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
     size = (experts, columns, rows) if is_turned else (experts, rows, columns)
     out = torch.empty(size, dtype=dtype, device=tensors[0].device)
@@ -86,30 +91,16 @@ def decode_experts(
         if out.is_cuda:
             from qlora.quantization.bnb4 import decode_kernels  # Triton is there with CUDA only
 
-            decode_kernels.decode_experts(projection, part, weight_scale)
+            decode_kernels.decode_experts(projection.tensors(), part, weight_scale)
         else:
-            _decode_plain(projection, part, weight_scale)
+            plain = decode_plain(projection, dtype if weight_scale is None else torch.float32)
+            part.copy_(plain if weight_scale is None else plain * weight_scale)
     return out.transpose(1, 2) if transposed and not is_turned else out
 
 
-def _experts(tensors: list[Tensor], rows: int, columns: int) -> Iterator[QuantizedWeight]:
-    """Yields the weights of one projection, expert by expert."""
-    packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset = tensors
-    for expert in range(len(packed)):
-        nested, offset = (part[expert] if part.numel() else part for part in (nested_absmax, nested_offset))
-        yield QuantizedWeight(packed[expert], absmax[expert], codebook, nested_codebook, nested, offset, rows, columns)
-
-
-def _decode_plain(tensors: list[Tensor], out: Tensor, scale: Tensor | None) -> None:
-    dtype = out.dtype if scale is None else torch.float32
-    for weight, target in zip(_experts(tensors, *out.shape[1:]), out, strict=True):
-        plain = decode_plain(weight, dtype)
-        target.copy_(plain if scale is None else plain * scale)
-
-
 def _multiply(
-    x: Tensor, tensors: list[Tensor], weight_scale: Tensor | None, shape: list[int], *, transposed: bool,
-    offsets: Tensor, source: Tensor | None, xa: Tensor | None, b: Tensor | None, rows: int,
+    x: Tensor, tensors: list[Tensor], weight_scale: Tensor | None, shape: list[int], offsets: Tensor, *,
+    transposed: bool, source: Tensor | None, xa: Tensor | None, b: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Returns the product of routed rows with the transposed weights of their experts, or with the weights themselves.
 
@@ -120,7 +111,7 @@ def _multiply(
         x, scale = scale_rows(x)
         scale = scale / weight_scale
     weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed)
-    return matmul(x, weight, offsets, source, scale, xa, b, rows, dtype)
+    return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
 
 
 def _fake_linear(x, read, a, b, tensors, weight_scale, shape, source, positions, offsets, gathers):
@@ -148,13 +139,11 @@ def expert_linear(
 ) -> tuple[Tensor, Tensor]:
     """Returns the result of `ExpertLinear`, and the product of the rows with their A matrices, [rows, rank]."""
     rows, below = len(source), source if gathers else None
-    xa = None if a is None else multiply_low_rank(x if read is None else read, a, offsets, below, rows)
+    xa = None if a is None else multiply_low_rank(x if read is None else read, a, offsets, below)
     kept = x.new_empty(rows, 0) if xa is None else xa
     if is_unread(tensors):
         return x.new_full((rows if gathers else len(positions), shape[0]), torch.nan), kept
-    out = _multiply(
-        x, tensors, weight_scale, shape, transposed=False, offsets=offsets, source=below, xa=xa, b=b, rows=rows
-    )
+    out = _multiply(x, tensors, weight_scale, shape, offsets, transposed=False, source=below, xa=xa, b=b)
     return (out if gathers else combine(out, positions)), kept
 
 
@@ -191,23 +180,19 @@ def expert_linear_backward(
 
     With `drops` the last one is that with respect to `read`, which is not in the first then.
     """
-    rows, below, above = len(source), source if gathers else None, None if gathers else source
+    below, above = (source, None) if gathers else (None, source)
     dxa, matrices = None, []
     if a is not None and b is not None:
         assert read is not None
-        dxa = multiply_low_rank(dy, b.transpose(1, 2), offsets, above, rows)
-        matrices = [sum_rows(dxa, read, offsets, below, False), sum_rows(xa, dy, offsets, above, True)]
+        dxa = multiply_low_rank(dy, b.transpose(1, 2), offsets, above)
+        matrices = [sum_rows(dxa, read, offsets, below), sum_rows(xa, dy, offsets, above, transposed=True)]
     # The adapter's part of the gradient is computed in the same matmul, unless another tensor was read.
     adapter = {"xa": None, "b": None} if a is None or drops else {"xa": dxa, "b": a.transpose(1, 2)}
-    dx = [
-        _multiply(
-            dy, tensors, weight_scale, shape, transposed=True, offsets=offsets, source=above, rows=rows, **adapter
-        )
-    ]
+    dx = [_multiply(dy, tensors, weight_scale, shape, offsets, transposed=True, source=above, **adapter)]
     if drops:
         assert dxa is not None
         assert a is not None
-        dx.append(matmul(dxa, a.transpose(1, 2), offsets, None, None, None, None, rows, dy.dtype))
+        dx.append(matmul(dxa, a.transpose(1, 2), offsets, dy.dtype))
     if gathers:
         dx = [combine(part, positions) for part in dx]
     return [dx[0], *matrices, *dx[1:]]

@@ -1,22 +1,18 @@
 """Functions of the routed rows of a mixture: each token's row once for every expert it is sent to, sorted by expert.
 
 All of them are deterministic: rows are sorted stably, and sums run in a fixed order. Triton kernels compute them on a
-GPU, else their twins do, which loop over the experts.
+GPU, else their twins do.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qlora.experts.grouped import grouped_mm, grouped_outer
 from qlora.step.kernels.dequantize import operator
-
-LEAST_RANK = 16
-"""The ranks that the kernels multiply: powers of two from here on."""
 
 
 class Routing(NamedTuple):
@@ -59,87 +55,66 @@ def route_tokens(index: Tensor, experts: int) -> Routing:
     return Routing(*_route_tokens(index, experts))
 
 
-def _ranges(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields the experts that have rows, and their rows."""
-    for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets.tolist()])):
-        if start < end:
-            yield expert, slice(start, end)
-
-
 def matmul_plain(
     x: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    source: Tensor | None,
-    scale: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    rows: int,
     dtype: torch.dtype,
+    *,
+    source: Tensor | None = None,
+    scale: Tensor | None = None,
+    xa: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     """Returns each row times the transposed weight of its expert, plus the adapter's part: `dtype` [rows, columns].
 
     `x` [rows, depth], or with `source` [tokens, depth]; `weight` [experts, columns, depth]; `scale` [of x, 1]
     multiplies the products of `x`'s rows; `xa` [rows, rank] is multiplied with `b` [experts, columns, rank].
     """
-    out = torch.zeros(rows, weight.shape[1], dtype=torch.float32, device=x.device)
-    for expert, span in _ranges(offsets):
-        read = span if source is None else source[span].long()
-        product = x[read].float() @ weight[expert].float().t()
-        product = product if scale is None else product * scale[read]
-        if xa is not None and b is not None:
-            product = product + xa[span].float() @ b[expert].float().t()
-        out[span] = product
+    out = grouped_mm(_rows_of(x, source).float(), weight.float().transpose(1, 2), offsets)
+    if scale is not None:
+        out = out * _rows_of(scale, source)
+    if xa is not None and b is not None:
+        out = out + grouped_mm(xa.float(), b.float().transpose(1, 2), offsets)
     return out.to(dtype)
 
 
+def _rows_of(x: Tensor, source: Tensor | None) -> Tensor:
+    return x if source is None else x[source.long()]
+
+
 def matmul(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    source: Tensor | None,
-    scale: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    rows: int,
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype, *, source: Tensor | None = None, **more: Any
 ) -> Tensor:
     """As `matmul_plain`."""
     if not x.is_cuda:
-        return matmul_plain(x, weight, offsets, source, scale, xa, b, rows, dtype)
+        return matmul_plain(x, weight, offsets, dtype, source=source, **more)
     from qlora.step.kernels import grouped_kernels  # Triton is there with CUDA only
 
-    out = torch.empty(rows, weight.shape[1], dtype=dtype, device=x.device)
-    grouped_kernels.matmul(x, weight, offsets, source, scale, xa, b, out)
+    out = torch.empty(len(x if source is None else source), weight.shape[1], dtype=dtype, device=x.device)
+    grouped_kernels.matmul(x, weight, offsets, out, source=source, **more)
     return out
 
 
-def low_rank_plain(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
+def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
     """Returns each row of `x`, as in `matmul_plain`, times the A matrix of its expert, `a` [experts, rank, depth]."""
-    return matmul_plain(x, a, offsets, source, None, None, None, rows, x.dtype)
-
-
-def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, rows: int) -> Tensor:
-    """As `low_rank_plain`."""
     if not x.is_cuda:
-        return low_rank_plain(x, a, offsets, source, rows)
+        return matmul_plain(x, a, offsets, x.dtype, source=source)
     from qlora.step.kernels import grouped_kernels
 
-    out = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x if source is None else source), a.shape[1], dtype=x.dtype, device=x.device)
     grouped_kernels.multiply_low_rank(x, a, offsets, source, out)
     return out
 
 
 def sum_rows_plain(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
     """Returns for each expert `low_rank` [rows, rank] transposed times its rows of `x`: [experts, rank, columns]."""
-    out = torch.zeros(len(offsets), low_rank.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    for expert, span in _ranges(offsets):
-        read = span if source is None else source[span].long()
-        out[expert] = (low_rank[span].float().t() @ x[read].float()).to(x.dtype)
-    return out
+    return grouped_outer(low_rank.float(), _rows_of(x, source).float(), offsets).to(x.dtype)
 
 
-def sum_rows(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, transposed: bool) -> Tensor:
+def sum_rows(
+    low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, *, transposed: bool = False
+) -> Tensor:
     """As `sum_rows_plain`, or its transpose [experts, columns, rank]."""
     if not x.is_cuda:
         plain = sum_rows_plain(low_rank, x, offsets, source)

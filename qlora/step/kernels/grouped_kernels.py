@@ -160,11 +160,12 @@ def matmul(
     x: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    source: Tensor | None,
-    scale: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
     out: Tensor,
+    *,
+    source: Tensor | None = None,
+    scale: Tensor | None = None,
+    xa: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> None:
     """As `grouped.matmul_plain`, into `out` [rows, columns]."""
     (rows, columns), (experts, _, depth) = out.shape, weight.shape
@@ -184,7 +185,7 @@ def matmul(
 
 
 def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
-    """As `grouped.low_rank_plain`, into `out` [rows, rank]."""
+    """As `grouped.multiply_low_rank`, into `out` [rows, rank]."""
     rows, (experts, rank, depth) = len(out), a.shape
     _low_rank_kernel[(triton.cdiv(rows, LOW_RANK_ROWS) + experts,)](
         x, source, a, out, offsets, experts, depth, x.stride(0), *a.stride(),

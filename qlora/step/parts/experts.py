@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from qlora.experts.forward import ADAPTERS, compute_dtype
 from qlora.experts.layout import ExpertsLayout, expert_weight, is_stored, stored_experts
+from qlora.experts.ranks import kernel_rank
 from qlora.quantization.bnb4.experts import QuantizedExperts
 from qlora.quantization.bnb4.layout import BLOCK
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
-from qlora.step.kernels.experts import FrozenExperts, apply_experts
-from qlora.step.kernels.grouped import LEAST_RANK, SortWeights, route_tokens
+from qlora.step.kernels.experts import FrozenExperts, apply_experts, join_projections
+from qlora.step.kernels.grouped import SortWeights, route_tokens
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.peft import ExpertsWrapper
 from qlora.upstream.transformers_experts import (
@@ -140,7 +141,7 @@ def _adapter(fast: FastExperts, projection: str, x: Tensor) -> tuple[Tensor | No
     if projection not in fast.adapters:
         return None, None, None
     a, b, scaling = fast.adapters[projection].matrices("default")
-    missing = max(LEAST_RANK, 1 << (a.shape[1] - 1).bit_length()) - a.shape[1]
+    missing = kernel_rank(a.shape[1]) - a.shape[1]
     a, b = a.to(x.dtype), (b * scaling).to(x.dtype)
     if missing:
         a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
@@ -152,8 +153,7 @@ def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) ->
     if is_stored(experts, projection):
         store = stored_experts(experts)
         assert isinstance(store, QuantizedExperts)
-        tensors = [tensor for unit in layout.units_of(projection) for tensor in store.tensors_of(unit.name)]
-        tensors += [store.codebook, store.nested_codebook]
+        tensors = join_projections([store.weight_of(store.unit(unit.name)) for unit in layout.units_of(projection)])
     else:
         tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
     return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
