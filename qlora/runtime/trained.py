@@ -9,7 +9,7 @@ from shlex import quote
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config, TaskName
-from qlora.errors import ConfigError, DamagedFile, DataError, UserError, did_you_mean
+from qlora.errors import ConfigError, DamagedFile, DataError, UserError, mean, suggest
 from qlora.runtime.run_folder import RunFolder, find_adapter
 from qlora.runtime.saved_run import STATUS_FILE, Status, read_status
 
@@ -37,15 +37,24 @@ def find_trained(config: Config, overrides: Sequence[str], run_folder: Path) -> 
             return None, None
         raise _unset(config, folder)
     if not folder.is_dir():
-        siblings = [path for path in folder.parent.glob("*/") if find_adapter(path) != (None, None)]
-        raise ConfigError(
-            f"adapter={config.adapter}: no such folder{did_you_mean(str(folder), map(str, siblings))}"
-            + ("" if siblings else f"; no run in {short_path(folder.parent)} has finished")
-        )
+        raise ConfigError(f"adapter={config.adapter}: no such folder{_near(folder)}")
     raise DataError(
         f"adapter={config.adapter}: {short_path(folder)} holds no adapter{_unfinished(folder)}; give adapter=FOLDER "
         "of an adapter or of a finished run, or adapter=none for the untuned base"
     )
+
+
+def _near(folder: Path) -> str:
+    """Returns which folder may be meant by one that does not exist: one beside it, a run of its name, or the newest."""
+    trained = [path for parent in (folder.parent, RUNS) for path in parent.glob("*/") if any(find_adapter(path))]
+    beside = suggest(str(folder), [str(path) for path in trained if path.parent == folder.parent])
+    named = [str(path) for path in trained if path.name in suggest(folder.name, [path.name for path in trained])]
+    if near := beside or named:
+        return mean(near)
+    newest = newest_finished([folder.parent, RUNS])
+    if newest is not None:
+        return f"; the newest finished run is {short_path(newest)}"
+    return "" if trained else f"; no run in {short_path(folder.parent)} has finished"
 
 
 def _unfinished(folder: Path) -> str:

@@ -159,6 +159,23 @@ def test_an_adapter_folder_that_is_missing_or_empty(tmp_path: Path) -> None:
     assert f"no such folder (did you mean {trained}?)" in text
 
 
+def test_a_run_that_is_named_without_its_folder_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "runs" / "mine"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "adapter" / "adapter_model.safetensors").touch()
+    for name in ("mine", "mien"):
+        text = refusal(tmp_path, "task=merge", f"adapter={name}")
+        assert text == f"adapter={name}: no such folder (did you mean outputs/runs/mine?)"
+    assert refusal(tmp_path, "task=merge", "adapter=another") == "adapter=another: no such folder"
+    (run / "result.json").write_text('{"task": "train", "status": "finished", "metrics": {}}')
+    newest = "; the newest finished run is outputs/runs/mine"
+    assert refusal(tmp_path, "task=merge", "adapter=another") == f"adapter=another: no such folder{newest}"
+
+
 def test_a_hub_model_without_a_network(tmp_path: Path) -> None:
     text = refusal(tmp_path, "model.name=nobody/nothing")
     assert text.startswith("model.name=nobody/nothing is neither a folder here nor reachable on the hub")
