@@ -84,8 +84,8 @@ CONTESTANTS = {
     "trl, packed": Contestant(AGAIN, PACKED, packs=True, package="trl"),
 }
 MIXTURES = {
-    "fp8, 24 GB": Contestant([*FP8, *CONSUMER], OURS, packs=True),
-    "bf16, 24 GB": Contestant(CONSUMER, OURS, packs=True),
+    "fp8, 24 GB": Contestant([*FP8, *CONSUMER], {"long": 8, "guanaco": 1}, packs=True),
+    "bf16, 24 GB": Contestant(CONSUMER, {"long": 8, "guanaco": 1}, packs=True),
     "fp8, memory free": Contestant([*FP8, *FREE], {"long": 8, "guanaco": 1}, packs=True),
     "bf16, memory free": Contestant(FREE, {"long": 8, "guanaco": 1}, packs=True),
     **{name: CONTESTANTS[name] for name in ("plain", "unsloth", "unsloth, keep")},

@@ -8,6 +8,7 @@ its text, such as empty thoughts.
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,6 +317,29 @@ def written_as(base, conversation, family, **more):
     )
 
 
+def assert_as_sent(base, row, example, family):
+    """The tokens are those of a server: of the prompt before the first answer, and of the whole text but for blanks.
+
+    Blanks before an answer are those of the prompt, where a tokenizer writes them otherwise at the end of a text.
+    """
+    text = written_as(base, example, family)
+    whole, prompts = ids(text, base), []
+    for index, message in enumerate(example.messages):
+        if message["role"] == "assistant" and FAMILIES[family].prompts:
+            begun = replace(example, messages=example.messages[:index])
+            prompts.append(written_as(base, begun, family, add_generation_prompt=True))
+    sent = [ids(prompt, base) for prompt in prompts if text.startswith(prompt)]
+    if sent and text.startswith(prompts[0]):
+        assert row.input_ids[: len(sent[0])] == sent[0]
+    # A token of blanks alone that follows is one that the tokenizer has stripped from the prompt.
+    alike = (whole[: len(prompt)] == prompt and base.decode(whole[len(prompt)]).strip() for prompt in sent)
+    if FAMILIES[family].prompts and all(alike):
+        assert row.input_ids == whole
+    assert [token for token in row.input_ids if base.decode(token).strip()] == [
+        token for token in whole if base.decode(token).strip()
+    ]
+
+
 def ids(text, base):
     """The ids of a text, by the definition of the byte tokenizer."""
     return base(text, add_special_tokens=False)["input_ids"]
@@ -441,7 +465,7 @@ def same(text):
     return "".join(text.replace("▁", "").split())
 
 
-@pytest.mark.matrix(40)
+@pytest.mark.matrix(14)
 @pytest.mark.parametrize("tokenizer_name", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_tokenizers_train_what_the_assistant_says(family, tokenizer_name, load):
@@ -462,6 +486,7 @@ def test_real_tokenizers_train_what_the_assistant_says(family, tokenizer_name, l
         assert [turn.reference for turn in row.turns] == [text.removesuffix(end).strip() for text in texts or [""]]
 
 
+@pytest.mark.matrix(50)
 @pytest.mark.parametrize(
     "tokenizer_name", [tokenizer_name for tokenizer_name in PLACES if tokenizer_name != "TinyStories-656K"]
 )  # its tokens span words
@@ -473,7 +498,7 @@ def test_a_conversation_has_the_tokens_that_a_server_gives_it(family, tokenizer_
     for _ in range(8):
         example = draw(rng, sayings, system=known.system)
         (row,) = encoder(base, family).encode([example])
-        assert row.input_ids == base(written_as(base, example, family), add_special_tokens=False)["input_ids"]
+        assert_as_sent(base, row, example, family)
 
 
 @pytest.mark.parametrize("tokenizer_name", PLACES)
@@ -483,7 +508,7 @@ def test_end_tokens_that_swallow_blanks_are_trained_and_change_no_token(flags, t
     example = chat(user("a b"), assistant("c d"), user("e"), assistant("f"))
     (row,) = encoder(base, "chatml").encode([example])
     if tokenizer_name != "TinyStories-656K":  # it is cut at every border
-        assert row.input_ids == base(written_as(base, example, "chatml"), add_special_tokens=False)["input_ids"]
+        assert_as_sent(base, row, example, "chatml")
     assert [run[-1] for run in runs(row)] == [base.convert_tokens_to_ids(IM[1])] * 2
     assert [same(base.decode(run)) for run in runs(row)] == ["cd<|im_end|>", "f<|im_end|>"]
 
@@ -778,7 +803,7 @@ def expected_turn(message, family):
     return between.join(part for part in (message["content"].strip(), *calls) if part)
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("family", ["guanaco", "chatml"])
 def test_every_trained_span_of_published_rows_is_an_answer(family, file, load):
@@ -802,3 +827,27 @@ def test_every_trained_span_of_published_rows_is_an_answer(family, file, load):
         assert [base.decode(run).strip() for run in runs(row)] == [f"{answer}{known.end}" for answer in answers]
         if not written.raw:
             assert row.input_ids == base(written.text, add_special_tokens=False)["input_ids"]
+
+
+NO_PROMPT = "{% for m in messages %}{{ '\n' + m.role + ': ' + m.content }}{% endfor %}"
+GAP = (
+    "{% for m in messages %}{{ m.role + ':\n\n' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n\n{% endif %}"
+)
+
+
+@pytest.mark.matrix(30)
+@pytest.mark.parametrize("tokenizer_name", PLACES)
+@pytest.mark.parametrize(
+    "text", [*(read_template(name) for name in TEMPLATES), NO_PROMPT, GAP], ids=[*TEMPLATES, "none", "gap"]
+)
+def test_every_answer_is_asked_for_by_the_tokens_that_stand_before_it(text, tokenizer_name, load):
+    base = load(tokenizer_name)
+    mine = build_encoder(DataConfig(name="toy", path="toy.json", **NO_LIMITS), base, Template("mine", text))
+    messages = [user("What is 5 plus 5?"), assistant("10"), user("And 6?"), assistant("\n11"), user("Why?"),
+                assistant(" so")]  # fmt: skip
+    (row,) = mine.encode([chat(*messages)])
+    for index, turn in enumerate(row.turns):
+        before = messages[: 2 * index + 1]
+        assert mine.encode_prompt(before) == row.input_ids[: turn.start]
+        assert mine.encode_question(chat(*before)).input_ids == row.input_ids[: turn.start]

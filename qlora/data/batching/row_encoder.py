@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from qlora.data.chat.chat_mask import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.templates import Template
 from qlora.data.formats.prompts import Example, Segment
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from qlora.upstream.transformers import decode, token_name
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
+_TRAILING_BLANKS = re.compile(r"\S*\s+\Z")
 
 
 class Turn(NamedTuple):
@@ -120,17 +122,16 @@ class RowEncoder:
         ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of a conversation up to where the model answers, as a server sends it.
+        """Returns the ids of a conversation up to where the model answers, as a row that ends in the answer has them.
 
-        What a message spells becomes no special token. Raises `DataError` for roles that the template cannot write.
+        What a message spells becomes no special token. Raises `ConfigError` for roles that the template cannot write.
         """
-        return self._encode_whole(self.writer.ask(messages))
+        return self._ask(Conversation(list(messages), None))[1]
 
     def encode_question(self, example: Example) -> Encoded:
         """Encodes an example up to where the model answers; raises `DataError` as `encode` does."""
         if isinstance(example, Conversation):
-            written = self.writer.ask(example.messages, example.tools)
-            text, ids = written.text, self._encode_whole(written)
+            text, ids = self._ask(example)
         else:
             text = "".join(segment.whole + (str(self.base.eos_token) if segment.ends else "") for segment in example)
             ids = list(self.bos)
@@ -218,7 +219,22 @@ class RowEncoder:
         turns = [turn._replace(reference=(turn.reference or "").strip()) for turn in turns] or [Turn(lead, prompt, "")]
         return Encoded(ids, labels, lead, len(ids) - lead, turns)
 
-    # Conversations: the whole text is tokenized at once, as an inference server does it
+    # Conversations: the whole text is tokenized at once, as an inference server does it; what stands before an answer
+    # has the tokens that it has without the answer
+
+    def _ask(self, question: Conversation) -> tuple[str, list[int]]:
+        """Returns what stands before an answer to a conversation, as text and as ids."""
+        messages = [*question.messages, {"role": "assistant", "content": "a"}]
+        try:
+            row = self._encode_chats([self._last_writer.write(replace(question, messages=messages))])[0]
+        except ConfigError:  # no row can be trained with this template: a server asks so
+            written = self.writer.ask(question.messages, question.tools)
+            return written.text, self._encode_whole(written)
+        return row.turns[-1].prompt, self.encode_asked(row)
+
+    @cached_property
+    def _last_writer(self) -> ChatWriter:
+        return replace(self.writer, train_on=TrainOn.last)
 
     def _encode_chats(self, chats: list[Written]) -> list[Encoded]:
         if not chats:
@@ -235,6 +251,7 @@ class RowEncoder:
         offsets = sorted({offset for span in (*chat.trained, *(turn.span for turn in chat.turns)) for offset in span})
         at = self._token_starts(batch, index, offsets, chat.text)
         cuts = {offset for offset in offsets if offset not in at} | self._cuts(chat)
+        cuts |= {turn.span.start for turn in chat.turns if not self._is_sent_alike(chat.text, turn.span.start)}
         if cuts:
             ids, at = self._in_chunks(chat, offsets, cuts)
         labels = [IGNORED] * len(ids)
@@ -249,6 +266,28 @@ class RowEncoder:
         source = turns[0].start
         row = Encoded(list(ids), labels, source, len(ids) - source, turns)
         return row._replace(lost_thoughts=chat.lost_thoughts, lost_messages=chat.lost_messages)
+
+    def _is_sent_alike(self, text: str, start: int) -> bool:
+        """Tells whether the tokens before an answer are those of a prompt, behind which nothing stands.
+
+        They can differ in white space alone: some tokenizers strip it from the end of a text, others join it there.
+        """
+        blanks = _TRAILING_BLANKS.search(text, max(start - 32, 0), start)
+        if blanks is None or start >= len(text):
+            return True
+        key = blanks[0], text[start]
+        if key not in self._sent_alike:
+            if len(self._sent_alike) >= 4096:
+                self._sent_alike.clear()
+            batch = self._batch([blanks[0], "".join(key)], plain=True)
+            prompt, whole = batch["input_ids"]
+            at = self._token_starts(batch, 1, [len(blanks[0])], "".join(key))
+            self._sent_alike[key] = whole[: at.get(len(blanks[0]), 0)] == prompt
+        return self._sent_alike[key]
+
+    @cached_property
+    def _sent_alike(self) -> dict[tuple[str, str], bool]:
+        return {}
 
     def _cuts(self, chat: Written) -> set[int]:
         """Returns where to cut a text so that no message's characters become a token of the template's."""
