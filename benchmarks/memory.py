@@ -1,6 +1,6 @@
 """Trains models of random weights for two steps each and compares the memory with what `task=plan` says.
 
-    python benchmarks/memory.py [--small] [--sizes 7b ...] [--lengths 512 ...] [--json FILE] [-- KEY=VALUE]
+    python benchmarks/memory.py [--small] [--models llama-7b ...] [--lengths 512 ...] [--json FILE] [-- KEY=VALUE]
 
 Each training is a process of its own, of one row a micro-batch. Those that do not fit on the GPU by the plan are left
 out. On a CPU (`--small`) what is measured is the whole process, so only that the benchmark runs is seen there.
@@ -23,11 +23,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
+from step import small_shape  # noqa: E402
 
-SIZES, LENGTHS = ("7b", "13b", "33b", "65b"), (512, 1024, 2048, 4096)
-SMALL = ["model.architecture.num_hidden_layers=1", "model.architecture.hidden_size=256",
-         "model.architecture.intermediate_size=512", "model.architecture.num_attention_heads=4",
-         "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
+MODELS, LENGTHS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b"), (512, 1024, 2048, 4096)
 EVERY = [
     *("model.weights=random", "model.tokenizer=tiny", "data=local", "data.format=text", "data.eval_dataset_size=1"),
     *("data.source_max_len=null", "data.target_max_len=null", "task.evaluate=false", "task.predict=false"),
@@ -38,18 +36,19 @@ EVERY = [
 
 def trainings(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yields what is varied, and the overrides of the training."""
-    for size in arguments.sizes:
+    for model in arguments.models:
+        small = small_shape(model) if arguments.small else []
         for length in arguments.lengths:
             for checkpointing in (True, False):
                 overrides = [
-                    *(f"model=llama-{size}", f"data.path={rows}", f"data.max_length={length}"),
+                    *(f"model={model}", f"data.path={rows}", f"data.max_length={length}"),
                     f"model.architecture.max_position_embeddings={max(length, 2048)}",
                     f"trainer.gradient_checkpointing={str(checkpointing).lower()}",
                     *EVERY,
-                    *(SMALL if arguments.small else []),
+                    *small,
                     *arguments.overrides,
                 ]
-                yield {"model": f"llama-{size}", "length": length, "checkpointing": checkpointing}, overrides
+                yield {"model": model, "length": length, "checkpointing": checkpointing}, overrides
 
 
 def planned(overrides: list[str], device: str) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="one narrow layer, for a try on a CPU")
-    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="of LLaMA")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="presets")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a row")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")

@@ -98,7 +98,8 @@ ROWS = {"long": 8, "guanaco": 16}
 SMALL = ["model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=256",
          "model.architecture.intermediate_size=512", "model.architecture.num_attention_heads=4",
          "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
-SMALL_EXPERTS = ["model.architecture.moe_intermediate_size=64", "model.architecture.head_dim=64"]
+SMALL_OF_SOME = {"moe_intermediate_size": 64, "head_dim": 64}
+"""Fields that some shapes have beside these."""
 EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=demo"]
 ADAPTED_EXPERTS = ["lora.r=16", "lora.experts=all", "lora.expert_r=16", "trainer.optim=adamw_8bit"]
 
@@ -371,10 +372,19 @@ def is_mixture(overrides: list[str]) -> bool:
     return architecture is not None and architecture.num_experts_per_tok is not None
 
 
+def small_shape(model: str) -> list[str]:
+    """Returns the overrides that make a preset's model narrow."""
+    from qlora.config.compose import compose
+
+    architecture = compose([f"model={model}"]).model.architecture
+    some = (f"model.architecture.{key}={size}" for key, size in SMALL_OF_SOME.items() if getattr(architecture, key))
+    return [*SMALL, *some]
+
+
 def shape_of(arguments: argparse.Namespace, *, mixture: bool) -> list[str]:
     """Returns the overrides that all contestants have."""
     layers = [f"model.architecture.num_hidden_layers={arguments.layers}"] if arguments.layers else []
-    small = [*SMALL, *(SMALL_EXPERTS if mixture else [])] if arguments.small else []
+    small = small_shape(arguments.model) if arguments.small else []
     adapters = ADAPTED_EXPERTS if mixture else []
     return [f"model={arguments.model}", *small, *layers, *adapters, *arguments.overrides]
 

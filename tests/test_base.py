@@ -74,7 +74,7 @@ def hashes(now: Path, trained: Path) -> str:
     return f"fingerprint {fingerprints[0]}, not {fingerprints[1]}"
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("task", ["evaluate", "predict", "chat", "merge"])
 def test_another_base_of_the_same_shape_is_refused_by_every_task(
     base: Path, other: Path, trained: Path, tmp_path: Path, task: str
@@ -109,6 +109,7 @@ def test_force_uses_another_base_with_a_warning(
     assert record.getMessage().startswith(f"base=force: adapter={trained}/adapter does not fit model.name={other}")
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("path", ["adapter", "checkpoints/checkpoint-1"])
 def test_a_copied_adapter_folder_knows_its_base_and_plain_peft_loads_it(
     base: Path, other: Path, trained: Path, tmp_path: Path, path: str, recwarn: pytest.WarningsRecorder
@@ -194,6 +195,7 @@ def test_the_manifest_says_what_the_folder_of_the_adapter_does(trained: Path) ->
     assert f"it was trained on {saved['name']}; give that base" in text
 
 
+@pytest.mark.full
 def test_a_run_whose_base_was_swapped_in_its_place_is_neither_resumed_nor_run_again(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,6 +224,7 @@ def test_a_run_whose_base_was_swapped_in_its_place_is_neither_resumed_nor_run_ag
     )
 
 
+@pytest.mark.full
 def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(base, tmp_path / "own")
     run(tmp_path / "run", f"model.name={copied}", "trainer.save_steps=null")

@@ -68,7 +68,7 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
 @pytest.mark.full
 def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
-    printed = run("memory.py", "--small", "--sizes", "7b", "--lengths", "64", "--json", str(numbers))
+    printed = run("memory.py", "--small", "--models", "llama-7b", "--lengths", "64", "--json", str(numbers))
     saved = json.loads(numbers.read_text(encoding="utf-8"))
     assert [result["checkpointing"] for result in saved["results"]] == [True, False]
     assert all(result["planned_gb"] > 0.05 and result["measured_gb"] > 0.2 for result in saved["results"])

@@ -65,6 +65,7 @@ def trained(bases: dict[str, Path]) -> tuple[Path, list[str]]:
     return bases["qwen2"].with_name("run"), chosen
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("kind", "bias", "quantization"),
     [("qwen2", "lora_only", "nf4"), ("gpt_neox", "all", "int8")],
@@ -81,6 +82,7 @@ def test_the_untuned_base_is_the_same_in_the_training_and_beside_its_adapter(
     assert [name for name in saved if name.endswith(".bias")]
 
 
+@pytest.mark.full
 def test_without_adapter_is_what_the_base_itself_measures(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, chosen = trained
     beside = run(tmp_path / "a", *chosen, "task=evaluate", f"adapter={folder}")["metrics"]
@@ -120,6 +122,7 @@ def test_plain_peft_loads_the_trained_model(trained: tuple[Path, list[str]]) -> 
         )
 
 
+@pytest.mark.full
 def test_in_a_chat_the_base_answers_as_it_does_without_an_adapter(trained: tuple[Path, list[str]]) -> None:
     folder, chosen = trained
     answers = []
@@ -152,7 +155,7 @@ def test_a_merged_model_has_the_trained_biases(
     assert not torch.equal(untuned[f"{name}.bias"], bias)
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
     bases: dict[str, Path], tmp_path: Path, init: str
@@ -172,6 +175,7 @@ def test_what_rewrites_the_base_is_saved_with_all_that_was_trained(
     assert alone["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

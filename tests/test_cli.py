@@ -87,6 +87,7 @@ def test_a_flag_may_stand_between_overrides(tmp_path: Path, index: int) -> None:
     assert "r: 8" in printed.stdout, printed.stderr
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_failed_job_is_recorded_and_the_others_continue(tmp_path: Path) -> None:
     modules = "lora.target_modules=[q_proj],[nope],[v_proj]"

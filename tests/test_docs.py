@@ -92,7 +92,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.matrix(24)
+@pytest.mark.matrix(12)
 @pytest.mark.usefixtures("extensions")
 @pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
 def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:

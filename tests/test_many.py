@@ -150,7 +150,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped")])
 def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
     one, two = losses(alone / single), losses(together / shared)

@@ -103,6 +103,7 @@ def test_another_config_in_the_same_folder_is_refused_by_key(finished: Path) -> 
         run(finished, "seed=3", "lora.dropout=0.5")
 
 
+@pytest.mark.full
 def test_the_same_seed_draws_and_trains_the_same_adapter(finished: Path, tmp_path: Path) -> None:
     run(tmp_path / "again")
     run(tmp_path / "other", "seed=1")
@@ -135,6 +136,7 @@ def test_a_prediction_after_training_uses_the_trained_adapter(finished: Path, tm
     assert columns <= rows[0].keys()
 
 
+@pytest.mark.full
 def test_training_prediction_and_evaluation_switch_off(tmp_path: Path) -> None:
     result = run(tmp_path / "only_train", "task.evaluate=false", "task.predict=false")
     assert not [name for name in result["metrics"] if "eval" in name]
@@ -163,6 +165,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.full
 def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> None:
     options = ["quantization.compute_dtype=fp32"]
     run(tmp_path / "run", *options)
@@ -176,6 +179,7 @@ def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("quantization", ["none", "fp32"])
 def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, quantization: str) -> None:
     options = ["lora=none", f"quantization={quantization}", "trainer.max_steps=2", "trainer.eval_steps=null"]
@@ -186,13 +190,14 @@ def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, qua
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-3)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("quantization", ["fp4", "int8", "none"])
 def test_every_base_precision_trains(tmp_path: Path, quantization: str) -> None:
     result = run(tmp_path / "run", f"quantization={quantization}", "trainer.max_steps=3", "trainer.eval_steps=null")
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch", "lion_32bit"])
 def test_optimizers_train_by_their_upstream_names(tmp_path: Path, optim: str) -> None:
     result = run(tmp_path / "run", f"trainer.optim={optim}", "trainer.eval_steps=null", "evaluation=loss")
@@ -222,6 +227,7 @@ def test_loraplus_gives_the_b_matrices_their_own_learning_rate(tmp_path: Path) -
     assert rates == {"lora_A": pytest.approx(2e-3), "lora_B": pytest.approx(16 * 2e-3)}
 
 
+@pytest.mark.full
 def test_gradient_checkpointing_changes_memory_and_not_the_adapter(finished: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", "trainer.gradient_checkpointing=true")
     result, expected = adapter(tmp_path / "run"), adapter(finished)
@@ -264,6 +270,7 @@ def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path
     assert 0.05 < rounded < 0.15, "the 16-bit weights are those that were quantized"
 
 
+@pytest.mark.full
 def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
     options = random_base("llama")
     run(tmp_path / "run", *options)
@@ -306,6 +313,7 @@ def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.full
 def test_a_model_from_scratch_is_trained_whole(tmp_path: Path) -> None:
     options = [*random_base("llama"), "lora=none", "quantization=fp32", "quantization.compute_dtype=auto"]
     result = run(tmp_path / "run", *options)
@@ -314,6 +322,7 @@ def test_a_model_from_scratch_is_trained_whole(tmp_path: Path) -> None:
     assert again["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_finished_run_lets_go_of_its_model(tmp_path: Path) -> None:
     parts = Run(compose([*QUICK, "trainer.eval_steps=null", "evaluation=loss"]), tmp_path)
     kept: list[weakref.ref[Any]] = []
@@ -349,6 +358,7 @@ def test_a_model_whose_packed_rows_would_see_each_other_is_refused(tmp_path: Pat
         run(tmp_path, *chosen, "model.weights=random", "model.tokenizer=tiny", "quantization=fp32", "data.packing=true")
 
 
+@pytest.mark.full
 def test_a_chat_run_saves_its_template_with_the_adapter(tmp_path: Path) -> None:
     rows = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "What is the job of Toki Holt?"}, {"role": "assistant", "content": "baker"}]

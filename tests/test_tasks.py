@@ -52,6 +52,7 @@ def test_importing_the_package_changes_nothing_in_the_process(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_notebook_is_as_quiet_as_the_command_line(tmp_path: Path) -> None:
     code = (

@@ -289,6 +289,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple
         adapters.load_adapter(fresh, saved[1], "base")
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

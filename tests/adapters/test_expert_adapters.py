@@ -65,6 +65,7 @@ def logits(model: Any) -> Tensor:
     return output
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_peft_loads_a_trained_adapter_to_equal_logits(
     folders: dict[str, Path], tmp_path: Path, kind: str
@@ -83,6 +84,7 @@ def test_plain_peft_loads_a_trained_adapter_to_equal_logits(
         torch.testing.assert_close(logits(again), untuned, rtol=0, atol=0)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
 def test_an_adapter_on_4_bit_experts_trains_and_loads_again(
     folders: dict[str, Path], tmp_path: Path, kind: str
@@ -99,6 +101,7 @@ def test_an_adapter_on_4_bit_experts_trains_and_loads_again(
     assert adapters.count_parameters(again).base == adapters.count_parameters(load(folders[kind], PLAIN[0])).base
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_the_initial_values_are_those_that_plain_peft_draws(folders: dict[str, Path], kind: str, init: str) -> None:
@@ -121,6 +124,7 @@ def adapted(model: PeftModel) -> set[str]:
             if hasattr(module, "lora_A")}  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_ranks_of_a_token_add_up_and_all_layers_are_scaled_alike(folders: dict[str, Path]) -> None:
     for overrides, rank in (([], 3), (["lora.expert_r=5"], 5), (["lora.use_rslora=true"], 3)):
         model = attach(folders["qwen3_moe"], *PLAIN, "lora.r=6", "lora.alpha=8", *overrides)
@@ -172,6 +176,7 @@ def test_switching_adapters_and_modes_takes_effect_on_experts(folders: dict[str,
     assert not torch.allclose(masked, trained, atol=1e-4)  # dropout
 
 
+@pytest.mark.full
 def test_peft_merges_an_adapter_on_experts_as_it_computes(folders: dict[str, Path]) -> None:
     for kind in ("qwen3_moe", "gpt_oss"):
         model = attach(folders[kind], *PLAIN)
@@ -203,6 +208,7 @@ def test_none_shared_and_all_choose_among_the_experts(folders: dict[str, Path]) 
     }
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_router_is_adapted_if_asked_for_and_plain_peft_loads_it(
     folders: dict[str, Path], tmp_path: Path, kind: str
@@ -220,6 +226,7 @@ def test_a_router_is_adapted_if_asked_for_and_plain_peft_loads_it(
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(("kind", "overrides"), [("deepseek_v3", ["lora.router=true"]), ("gpt_oss", [])])
 def test_a_merged_model_answers_as_the_adapter_on_4_bit_experts_does(
     folders: dict[str, Path], tmp_path: Path, kind: str, overrides: list[str]
@@ -254,6 +261,7 @@ class Apart(nn.ModuleList):
         return (outputs * fraction[..., None]).sum(1)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 def test_plain_peft_loads_the_names_of_each_expert_onto_linear_layers(
     folders: dict[str, Path], tmp_path: Path, kind: str
@@ -367,6 +375,7 @@ def test_the_average_of_states_computes_the_mean_of_expert_adapters(folders: dic
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, folder)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_the_loss_is_the_same_where_the_base_reports_router_logits(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = write("mixtral", tmp_path / "base", output_router_logits=True)
     quiet, loud = (

@@ -68,7 +68,7 @@ def weights(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     return parameters
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("bits", BITS, ids=" ".join)
 @pytest.mark.parametrize("kind", ["base_folder", "gpt2_folder"])
@@ -115,6 +115,7 @@ def test_merging_is_what_peft_s_own_does_in_float32(base_folder: Path) -> None:
             torch.testing.assert_close(made.tensor(part), expected[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("missing", ["layers", "rounded", "replaced"])
 def test_a_tensor_that_cannot_be_found_stops_the_merge(base_folder: Path, missing: str) -> None:
     base, placement = load(base_folder, "quantization=nf4")

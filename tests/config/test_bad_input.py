@@ -90,6 +90,7 @@ def test_more_held_out_rows_than_rows(tmp_path: Path) -> None:
     assert "8" in text
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("remove", "parts"),
     [
@@ -260,7 +261,7 @@ def test_a_metric_is_looked_for_before_the_model_is_loaded(
     assert text == "evaluation.metrics=evaluate:rouge needs the package evaluate; pip install 'qlora[eval]'"
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -328,6 +329,7 @@ def command(folder: Path, *overrides: str, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("override", ["lora.rnak=3", "trainer.max_steps=0", "lora.target_modules=[q_prj]"])
 def test_the_command_line_says_one_sentence_and_exits_with_1(tmp_path: Path, override: str) -> None:
     done = command(tmp_path, *QUICK, override)

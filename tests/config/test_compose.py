@@ -92,6 +92,7 @@ def check_misspelled(key: str, sign: str, kinds: slice) -> None:
         assert "`qlora --help" in text
 
 
+@pytest.mark.matrix(80)
 @pytest.mark.parametrize("key", KEYS)
 def test_a_misspelled_key_is_refused_with_the_right_one(key: str) -> None:
     check_misspelled(key, "", slice(1))
@@ -120,6 +121,7 @@ def test_a_misspelled_group_is_refused_with_the_right_one(group: str) -> None:
         assert fields[0] in suggested(message(f"{typo}.{fields[0].partition('.')[2]}=1"))
 
 
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("group", [group for group in group_names() if any(k.startswith(f"{group}.") for k in KEYS)])
 def test_a_misspelled_key_in_a_user_s_file_is_refused_with_file_and_right_key(group: str, tmp_path: Path) -> None:
     key = next(name for name in FIELDS if name.startswith(f"{group}."))
@@ -142,6 +144,7 @@ def test_a_misspelled_group_in_a_user_s_experiment_is_refused(tmp_path: Path) ->
         )
 
 
+@pytest.mark.matrix(80)
 @pytest.mark.parametrize(
     ("typed", "ours"),
     [
@@ -254,6 +257,7 @@ TYPED = [key for key in FIELDS if field_type(key) is not Any and not isinstance(
 """The fields whose type Hydra can express; the others have a sentence of their own."""
 
 
+@pytest.mark.matrix(80)
 @pytest.mark.parametrize("key", TYPED)
 def test_a_value_of_the_wrong_type_is_refused_with_the_right_type(base: DictConfig, key: str) -> None:
     text = message_of_value(base, key, wrong_value(key))
@@ -267,6 +271,7 @@ def test_a_part_of_the_fast_step_is_true_false_or_auto(base: DictConfig, name: s
     assert text == f"trainer.{name} must be true, false or auto, got {value!r}"
 
 
+@pytest.mark.matrix(50)
 @pytest.mark.parametrize("key", [key for key in TYPED if not may_be_null(key)])
 def test_null_is_refused_where_a_value_is_needed(base: DictConfig, key: str) -> None:
     assert message_of_value(base, key, None) == f"{key} must be {in_words(key)}, got null"
@@ -299,6 +304,7 @@ UNBOUNDED = {"generation.length_penalty"}
 REFUSED = {"generation.penalty_alpha": 0.6, "generation.num_beam_groups": 3, "lora.loraplus_lr_ratio": 0.5}
 
 
+@pytest.mark.matrix(50)
 @pytest.mark.parametrize("key", [key for key in NUMBERS if key not in UNBOUNDED])
 def test_a_number_out_of_range_is_refused(base: DictConfig, key: str) -> None:
     assert message_of_value(base, key, REFUSED.get(key, -1)).startswith(key)
@@ -458,6 +464,7 @@ def test_an_unknown_config_dir_is_refused() -> None:
 # --- sweeps -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [

@@ -83,18 +83,19 @@ def load(group: str, name: str) -> DictConfig:
     return node
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(("group", "name"), [option for option in OPTIONS if option[0] in ALONE])
 def test_an_option_composes_alone(group: str, name: str) -> None:
     compose([f"{group}={name}", *NEEDS.get((group, name), [])])
 
 
-@pytest.mark.matrix(6)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("choices", mixed(), ids=" ".join)
 def test_options_of_different_groups_compose_together(choices: list[str]) -> None:
     compose([*choices, "data.path=rows.jsonl"])
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_starts_several_jobs_and_each_is_valid(name: str) -> None:
     composed = compose_dict([f"sweep={name}"])
@@ -117,7 +118,7 @@ def test_every_file_of_the_tree_is_an_option() -> None:
     assert not {path for path in others if path.suffix in (".yaml", ".yml")}
 
 
-@pytest.mark.matrix(8)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("size", "data"), sorted(PAPER))
 def test_the_paper_s_table_comes_out_of_model_and_data(size: str, data: str) -> None:
     config = compose([f"model=llama-{size}", f"data={data}"])
@@ -142,6 +143,7 @@ def test_llama_2_trains_by_the_numbers_of_the_same_size(size: str) -> None:
     assert (ours.trainer, ours.lora, ours.data) == (first.trainer, first.lora, first.data)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("size", ["7b", "13b", "33b", "65b"])
 def test_guanaco_is_llama_on_oasst1(size: str) -> None:
     guanaco, pair = compose([f"experiment=guanaco-{size}"]), compose([f"model=llama-{size}", "data=oasst1"])
@@ -213,6 +215,7 @@ def qlora(*args: str, folder: Path, conf: Path = CONF_DIR) -> str:
     return done.stdout
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("is_shipped", [True, False], ids=["shipped", "of the user's own"])
 def test_a_model_and_a_data_set_are_one_file_each(tmp_path: Path, is_shipped: bool) -> None:
     folder, flags, conf = tmp_path / "conf", ["--config-dir", str(tmp_path / "conf")], CONF_DIR

@@ -31,6 +31,7 @@ def test_the_word_wins_over_the_files_and_all_are_named_in_turn(capsys: pytest.C
     ]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("command", "value", "line"),
     [
@@ -78,6 +79,7 @@ def test_the_form_that_was_typed_is_explained_by_what_it_was_read_as(capsys: pyt
     assert explained(capsys, "data.path data=x.jsonl")[1] == "  set by      the word data.path=x.jsonl"
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("command", "line"),
     [

@@ -10,6 +10,7 @@ from qlora.config.compose import compose, opened_hydra
 from qlora.config.preset import differences_to_preset
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

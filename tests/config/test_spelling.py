@@ -266,6 +266,7 @@ def test_every_file_that_is_shipped_is_spelled_so(tmp_path: Path) -> None:
     assert len(files) > 100
 
 
+@pytest.mark.full
 def test_a_sweep_passes_the_spelling_on_to_its_jobs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora", "-m", "task=plan", "plan.device=a6000", "name=1e3", "model.revision=1e5"]
     subprocess.run([*command, "data.subset=007,5"], cwd=tmp_path, check=True, capture_output=True)
@@ -299,6 +300,7 @@ def mistake(folder: Path, text: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("text", INSIDE)
 def test_a_list_or_a_mapping_is_no_text_wherever_it_stands(tmp_path: Path, text: str) -> None:
     assert mistake(tmp_path, f"# @package _global_\n{text}\n").startswith(INSIDE[text])

@@ -77,6 +77,7 @@ def test_what_excludes_a_key_of_the_command_line_is_left_out(run: Path) -> None:
     assert (config.data.eval_path, config.data.eval_split) == ("questions.jsonl", None)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("part", ["adapter", "model", "merged", "checkpoints/checkpoint-3"])
 def test_a_part_of_a_run_knows_its_run(run: Path, part: str) -> None:
     (run / part).mkdir(parents=True)
@@ -159,6 +160,7 @@ def said_of_model(*overrides: str) -> list[Any]:
     return [getattr(model, name) for name in FACTS]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("preset", ["tiny", "llama-7b", "llama-3.1-8b", "gemma-2-2b"])
 def test_facts_of_a_preset_leave_with_another_model_name(preset: str) -> None:
     assert said_of_model(f"model={preset}", "data=alpaca")[0] is not None

@@ -69,7 +69,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.matrix(12)
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("command", ACCEPTED)
 def test_what_is_typed_is_read_as_what_it_stands_for_and_said(
     command: str, nothing_starts: list[start.Command], capsys: pytest.CaptureFixture[str]
@@ -142,6 +142,7 @@ def test_own_rows_beside_a_file_that_might_choose_a_data_set(tmp_path: Path) -> 
 # --- sweeps, flags, options that are given twice --------------------------------------------------------------------
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("typed", "read"),
     [
@@ -314,7 +315,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.matrix(73)
+@pytest.mark.matrix(36)
 @pytest.mark.parametrize("command", REFUSED)
 def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     command: str, nothing_starts: list[start.Command]
@@ -344,6 +345,7 @@ ANSWERED = ("lora.r=[8,16]", "-m lora.r=8, 16", "lora.r==8", "lora.target_module
             "data.format=sharegpt", "task=finetune", "finetune", "nf4")  # fmt: skip
 
 
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("command", ANSWERED)
 def test_what_an_answer_says_to_write_is_accepted(command: str, nothing_starts: list[start.Command]) -> None:
     written = RUNS.findall(refusal(command))[-1].removeprefix("qlora ")

@@ -379,6 +379,7 @@ def test_files_that_are_not_what_they_say_are_named(tmp_path, message):
         assert message(tmp_path / "f.parquet").startswith(f"data.path={tmp_path}/f.parquet: broken Parquet file (")
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("size", [10, 70])
 def test_rows_of_many_megabytes_are_read(tmp_path, load, size):
     rows = [{"text": "short"}, {"text": "ä" * (size * 2**19), "n": [1]}, {"text": "last"}]
@@ -431,6 +432,7 @@ print(before, peak())
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_ten_times_the_rows_need_no_more_memory(tmp_path):
     peaks, added = [], []

@@ -321,6 +321,7 @@ def test_nothing_half_written_is_left_after_an_error(tokenizer, make_config, tmp
     assert not [name for name in cached(tmp_path) if name.startswith(("tokens", "."))]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("chunks", [1, 1000], ids=["reopened for each chunk", "opened once"])
 def test_several_processes_give_the_same_tokens(tokenizer, make_config, tmp_path, monkeypatch, chunks):
     monkeypatch.setattr(token_store, "REOPEN", chunks)
@@ -351,6 +352,7 @@ def render(row):
 """
 
 
+@pytest.mark.full
 def test_a_format_of_the_users_own_gives_the_same_tokens_in_several_processes(
     tokenizer, make_config, tmp_path, monkeypatch
 ):

@@ -46,6 +46,7 @@ def read(path: Path, rows: list[dict[str, Any]], tokenizer: Any, template: Templ
     return build_data(config.data, tokenizer, need_train=False, questions=Questions(template)).eval
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_without_an_answer_asks(layout: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     saved = choose_template("guanaco", tokenizer)
@@ -57,6 +58,7 @@ def test_a_row_without_an_answer_asks(layout: str, tmp_path: Path, tokenizer: Pr
     assert row["prompt"].rstrip().endswith(("### Assistant:", "### Response:"))
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("layout", ["instruction", "question", "prompt", "text", "input"])
 def test_a_question_is_asked_as_the_training_s_template_asks(
     layout: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

@@ -54,6 +54,7 @@ def test_what_is_wrong_ends_in_one_sentence_with_the_fix(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_layer_of_every_architecture_trains() -> None:
     kinds = {preset["architecture"]["model_type"]: option for option, preset in model_presets().items()}
     for option in kinds.values():
@@ -61,6 +62,7 @@ def test_a_layer_of_every_architecture_trains() -> None:
         assert [finding for finding in findings if finding.status is not Status.ok] == [], option
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "overrides",
     [["quantization=int8"], ["lora=none", "quantization=none"], ["lora=dora"], ["quantization=fp4"],

@@ -85,6 +85,7 @@ def test_batches_answer_as_each_prompt_alone_and_in_the_order_given(
         assert answers(model, tokenizer, PROMPTS[:size]) == alone[:size]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["tiny", "stories260K", "TinyStories-656K"])
 def test_a_trained_model_answers_a_batch_of_real_prompts_as_each_alone(name: str) -> None:
     folder = locate(name) if name == "tiny" else SHARED / "models" / name
@@ -227,6 +228,7 @@ UNREAD = {
 }
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", UNREAD)
 def test_an_option_that_the_search_does_not_read_is_refused_with_the_way_out(name: str) -> None:
     value, reader, remedy = UNREAD[name]

@@ -155,6 +155,7 @@ def test_the_accuracy_is_that_of_a_few_lines_by_hand(model: Any, folder: Path) -
     assert measure(harness(folder, "words", batch_size=3), model).metrics == measured.metrics
 
 
+@pytest.mark.full
 def test_the_untuned_base_is_compared_item_by_item(model: Any, folder: Path) -> None:
     suite = harness(folder, "words")
     after = measure(suite, model)
@@ -206,6 +207,7 @@ def test_several_filters_of_a_metric_have_names_of_their_own(model: Any, folder:
     assert all(format_metric(name, 0.5) == "50.0 %" for name in names)
 
 
+@pytest.mark.full
 def test_shots_are_those_of_the_config_and_the_same_each_time(
     model: Any, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -311,6 +311,7 @@ def without(name: str) -> dict[str, str]:
     return {key: value for key, value in LINES[0].items() if key != name}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("line", "message"),
     [

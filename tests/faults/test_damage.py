@@ -67,7 +67,7 @@ def survive(cut: Path, folder: Path, calm: dict[str, Any], name: str, damage: Ca
     assert (folder / "checkpoints" / "checkpoint-6.torn").is_dir()
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "damage"),
     [("optimizer.pt", truncate), ("adapter_model.safetensors", flip), ("rng_state.pth", Path.unlink)],
@@ -140,6 +140,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
 @pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
 def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(

@@ -50,6 +50,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "calm")
 
 
+@pytest.mark.full
 def test_a_training_that_a_callback_ended_is_not_taken_up_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_changed_rows_are_refused_and_named_and_force_resumes(cut: Path, caplog:
     run(cut, *overrides)  # the new rows are the run's own now
 
 
+@pytest.mark.full
 def test_a_changed_config_is_refused_and_force_resumes_also_from_the_end(
     cut: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_changed_config_is_refused_and_force_resumes_also_from_the_end(
         run(cut, *overrides, "trainer.max_steps=6", "lora.r=8", "resume=force")
 
 
+@pytest.mark.full
 def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
     (cut / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"checkpoint-2 was written with another config, and .*config.yaml, which"):
@@ -137,6 +140,7 @@ def test_never_leaves_a_run_alone(cut: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == initial
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -169,6 +173,7 @@ def test_the_jobs_of_a_sweep_are_not_told_to_begin_in_folders_of_their_own() -> 
     assert not [word for word in args if word.startswith("resume=")]
 
 
+@pytest.mark.full
 def test_a_run_s_ids_in_trackers_are_in_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     overrides = ["tracking=wandb", "tracking.mode=offline"]

@@ -232,6 +232,7 @@ def test_the_originals_defaults_are_kept(tmp_path: Path) -> None:
     assert set(lost) == {"output_dir", "top_p", "bf16"}
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(("name", "text"), [("finetune.sh", SCRIPT), ("axolotl.yml", AXOLOTL_YAML)])
 def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str, text: str) -> None:
     assert migrated(tmp_path, name, f"\ufeff{text}") == migrated(tmp_path, name, text)
@@ -439,6 +440,7 @@ def test_a_file_without_its_task_is_refused_with_it() -> None:
         compose(["from=axolotl.yaml"])
 
 
+@pytest.mark.full
 def test_the_screen_says_when_nothing_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (
         "model_name_or_path: my/base\nstage: sft\ndataset: rows\ndataset_dir: ONLINE\ntemplate: chatml\nval_size: 5\n"

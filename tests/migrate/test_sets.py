@@ -116,6 +116,7 @@ def test_a_template_of_its_own_stays_with_its_set(tmp_path: Path) -> None:
     assert (file.data.template, lost) == ("my.jinja", {})
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("special", "tokens", "lost"),
     [

@@ -67,7 +67,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("llama") / "base")
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(("damage", "quantization"), [
     *((damage, "nf4") for damage in DAMAGES), ("a tensor is missing", "int8"), ("a weight is narrower", "int8"),
     ("a tensor is missing", "fp32"), ("a weight is narrower", "fp32"),
@@ -80,6 +80,7 @@ def test_what_the_files_lack_is_named_and_refused(llama: Path, tmp_path: Path, d
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.full
 def test_a_stored_4bit_base_must_be_complete_too(llama: Path, tmp_path: Path) -> None:
     load(llama, "quantization=nf4").save_pretrained(tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("*")}
@@ -162,6 +163,7 @@ def test_a_missing_file_of_several_is_named_before_any_is_read(shards: Path, tmp
         load_model_config(choose(folder).model)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index_is_one_sentence(shards: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(shards, tmp_path / "base")
@@ -183,6 +185,7 @@ def test_tensors_that_an_index_omits_are_read_from_its_files(llama: Path, shards
     )
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("bert", "is an encoder"), ("roberta", "is an encoder"), ("bart", "has an encoder and a decoder"),

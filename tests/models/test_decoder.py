@@ -50,7 +50,7 @@ def step(model: PeftModel) -> None:
         optimizer.step()
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("overrides", [[], ["lora.target_modules=[q_proj,v_proj]"]], ids=["all-linear", "names"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])
 def test_a_tower_for_pictures_gets_no_adapter_and_plain_peft_loads_the_rest(
@@ -112,7 +112,7 @@ def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter_with_n
     step(model)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("lora", ["dora", "pissa", "olora", "eva", "rslora"])
 def test_every_kind_of_adapter_trains_on_a_mixture(folders: dict[str, Path], lora: str) -> None:
     model = attach(folders["qwen3_moe"], "quantization=fp32", f"lora={lora}", "lora.dropout=0.1")
@@ -120,6 +120,7 @@ def test_every_kind_of_adapter_trains_on_a_mixture(folders: dict[str, Path], lor
     assert adapted(model)
 
 
+@pytest.mark.full
 def test_eva_says_which_layers_it_cannot_start_from(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"lora.init=eva: PEFT cannot start .* qwen3_next read .*; use lora=attention"):
         attach(folders["qwen3_next"], "quantization=fp32", "lora=eva")

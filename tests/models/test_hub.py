@@ -137,6 +137,7 @@ def test_a_finished_run_arrives_whole_in_one_private_repository(hub: Hub, finish
     assert json.loads((tmp_path / "push" / "push.json").read_text())["paths"]["commit"].endswith("/commit/abc")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
@@ -162,6 +163,7 @@ def test_without_network_the_host_is_named(finished: Path, tmp_path: Path) -> No
     assert done.stderr.startswith("error: repo=me/tuned: http://127.0.0.1:9 cannot be reached (")
 
 
+@pytest.mark.full
 def test_without_a_login_nothing_is_sent(hub: Hub, finished: Path, tmp_path: Path) -> None:
     done = push(hub.address, tmp_path, f"adapter={finished}", "repo=me/tuned", HF_TOKEN="")
     assert done.returncode == 1

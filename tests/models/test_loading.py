@@ -36,6 +36,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("overrides", "kind", "dtype"),
     [
@@ -112,6 +113,7 @@ def test_a_stored_4bit_checkpoint_computes_in_the_configs_dtype(saved: Path) -> 
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "overrides", [["quantization=none"], ["quantization=fp4"], ["quantization.double_quant=false"]]
 )
@@ -123,6 +125,7 @@ def test_a_stored_checkpoint_in_other_bits_says_what_to_set(saved: Path, overrid
     load(saved, *overrides, *bits)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("overrides", [["device_map=auto"], ["max_memory=1GiB"], []])
 def test_a_cpu_run_keeps_the_whole_model_on_the_cpu(base_folder: Path, overrides: list[str]) -> None:
     model = load(base_folder, "quantization=fp32", *[f"model.{text}" for text in overrides])
@@ -162,6 +165,7 @@ def architecture(**fields: object) -> Config:
     return compose(["model.weights=random", "model.tokenizer=tiny", "quantization=fp32", *values])
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gpt_neox", "gemma3_text", "phi3"])
 def test_rope_theta_arrives_in_every_family(model_type: str) -> None:
     extra = {"num_key_value_heads": "null"} if model_type == "gpt_neox" else {}
@@ -206,6 +210,7 @@ LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_
 LATENT |= {"num_key_value_heads": "null", "first_k_dense_replace": 1, "moe_intermediate_size": 16}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_a_mixture_of_experts_is_built_from_its_shape(model_type: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -228,6 +233,7 @@ def test_heads_of_a_mixture_may_be_wider_than_its_hidden_state() -> None:
     assert build_model_config(config.model, load_tokenizer(config.model)).head_dim == 32
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -93,7 +93,7 @@ def test_a_drawn_model_is_like_one_that_transformers_draws_whole(kind: str) -> N
     assert random.generation_config.eos_token_id == expected.generation_config.eos_token_id == 2
 
 
-@pytest.mark.matrix(9)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp32"])
 def test_buffers_are_those_of_a_model_built_as_usual(kind: str, quantization: str) -> None:
@@ -197,6 +197,7 @@ class Wide(TorchDispatchMode):
         return result
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_no_more_than_one_layer_exists_in_16_bits(quantization: str) -> None:
     config = shape("llama")

@@ -185,7 +185,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     return base
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("quantization", ["nf4", "fp32"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("grows", [True, False], ids=["grows", "spare-rows"])

@@ -108,6 +108,7 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
         assert getattr(defaults, name) == value, name
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("chosen", QUANTIZED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_take_what_is_planned(kind: str, chosen: str) -> None:
@@ -134,6 +135,7 @@ def test_experts_that_are_not_quantized_take_16_bits(chosen: str) -> None:
     assert ledger.experts == held
 
 
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", [[], ["lora.dtype=bf16"]], ids=str)
 def test_adapters_on_experts_are_counted(kind: str, overrides: list[str]) -> None:
@@ -144,6 +146,7 @@ def test_adapters_on_experts_are_counted(kind: str, overrides: list[str]) -> Non
     assert sorted(ledger.trained.elements()) == sorted(parameter.numel() for parameter in trained)
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("overrides", "changes"),

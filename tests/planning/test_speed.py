@@ -14,6 +14,7 @@ LAYERS, LENGTH, ROWS = 12, 16, 2
 SIZES = {"num_hidden_layers": LAYERS, "intermediate_size": 320}
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 def test_products_of_a_step_are_counted_as_torch_counts_them(kind: str, lora: bool) -> None:

@@ -56,6 +56,7 @@ def decoded_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-plain", "fp4"])
 def test_each_matrix_of_an_expert_has_the_bits_of_a_linear_layer(folder: Path, quantization: str) -> None:
     config = compose([f"quantization={quantization}"]).quantization
@@ -83,6 +84,7 @@ def test_each_matrix_of_an_expert_has_the_bits_of_a_linear_layer(folder: Path, q
     assert count == 3 * sum(ExpertsLayout.of(experts).count for experts in full.values())
 
 
+@pytest.mark.matrix(3)
 def test_a_model_computes_what_its_decoded_weights_do_and_so_do_its_gradients(folder: Path) -> None:
     model = load(folder, FP32)
     twin = decoded_twin(model)
@@ -135,6 +137,7 @@ def test_odd_shapes_decode_to_the_error_of_4_bits_though_bitsandbytes_does_not_o
             assert torch.equal(store.rounding()(matrix), decoded)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_a_checkpoint_with_experts_in_4_bits_loads_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     folder = write(kind, tmp_path / kind)
@@ -161,6 +164,7 @@ def test_experts_none_keeps_16_bits_and_decodes_saved_ones(qwen: Path, tmp_path:
             assert torch.equal(getattr(experts, projection), expected)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe", "qwen3_moe"])
 def test_a_quantized_checkpoint_with_experts_in_16_bits_has_them_quantized(kind: str, tmp_path: Path) -> None:
     folder = write(kind, tmp_path / kind)

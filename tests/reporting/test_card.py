@@ -65,6 +65,7 @@ def test_the_command_and_the_versions_are_given(tmp_path: Path) -> None:
     assert "0.003" in text
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_the_code_quantizes_as_the_training_did(quantization: str, tmp_path: Path) -> None:
     import torch
@@ -144,7 +145,7 @@ def test_a_card_says_what_is_not_known(tmp_path: Path) -> None:
     assert "invented world" in text
 
 
-@pytest.mark.matrix(6)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("overrides", "row"),
     [

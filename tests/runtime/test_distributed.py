@@ -103,6 +103,7 @@ def test_a_base_is_sharded_in_several_processes_and_spread_in_one(
         Run(compose(overrides), tmp_path_factory.mktemp("run")).execute()
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     "other",
     ["lora=none quantization=none", "lora=dora", "lora=eva", "quantization=int8", "trainer.memory_budget=auto",
@@ -136,6 +137,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.full
 def test_a_run_folder_that_another_machine_does_not_see_is_refused_in_all_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

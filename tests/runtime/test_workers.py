@@ -160,6 +160,7 @@ def lives(pid):
         return False
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("number", "moment"),

@@ -94,6 +94,7 @@ def test_a_folder_of_tasks_does_not_stand_for_a_package_that_is_trusted(
     assert not mark.exists()
 
 
+@pytest.mark.full
 def test_nothing_of_a_folder_of_tasks_runs(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     from lm_eval import utils

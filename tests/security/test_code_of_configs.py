@@ -14,6 +14,7 @@ from qlora.errors import UserError
 from qlora.run import Run
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

@@ -56,6 +56,7 @@ def strace() -> str:
     return "strace"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_no_task_makes_a_connection(strace: str, tmp_path: Path) -> None:
     (tmp_path / "original.sh").write_text("python qlora.py --model_name_or_path huggyllama/llama-7b --lora_r 8\n")

@@ -37,7 +37,7 @@ STRANGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("key", STRANGE)
 def test_a_stored_config_names_no_code_and_nobody_to_trust(tmp_path: Path, key: str) -> None:
     plain = config_to_dict(compose())
@@ -49,6 +49,7 @@ def test_a_stored_config_names_no_code_and_nobody_to_trust(tmp_path: Path, key: 
     assert (config.evaluation.metrics, config.trainer.step_parts, config.loss.name) == (["exact_match"], [], "sft")
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["path", "format"])
 def test_code_that_rows_need_is_to_be_trusted_on_the_command_line(tmp_path: Path, name: str) -> None:
     plain = config_to_dict(compose())
@@ -59,6 +60,7 @@ def test_code_that_rows_need_is_to_be_trusted_on_the_command_line(tmp_path: Path
     assert used(run, task="chat").data.format != "os:system"
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("text", ["${oc.env:HOME}", "${seed}", "\\${x}"])
 def test_an_interpolation_in_a_stored_config_is_text(tmp_path: Path, text: str) -> None:
     plain = config_to_dict(compose())

@@ -130,7 +130,7 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
     assert_same(model, config, batch(), checkpointed)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("compiled", ["true", "false"])
 @pytest.mark.parametrize(("model_type", "times"), [("llama", 2), ("gemma2", 3)])
 def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(
@@ -155,6 +155,7 @@ def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_
     assert all((actual[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
@@ -174,6 +175,7 @@ def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.Monke
     assert [tensor.shape for tensor in copied] == [(2, 24, 256)] * 2
 
 
+@pytest.mark.full
 def test_compiled_layers_keep_no_masks_of_dropout() -> None:
     kept: dict[float, int] = {}
     sizes: list[int] = []
@@ -192,6 +194,7 @@ def test_compiled_layers_keep_no_masks_of_dropout() -> None:
     assert kept[0.1] <= kept[0.0] + 3 * 4 * 8  # two numbers for each group of layers
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("compute", ["native", "fp8"])
 def test_compiled_layers_keep_each_output_apart(compute: str) -> None:
     chosen = ("trainer.compile=true", "quantization.compute_dtype=bf16", f"quantization.compute={compute}")
@@ -227,6 +230,7 @@ def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
 
 
+@pytest.mark.full
 def test_layers_are_compiled_for_every_form_that_they_meet() -> None:
     model, config = build(overrides=("trainer.compile=true",))
     torch._dynamo.reset()
@@ -247,6 +251,7 @@ def test_layers_that_read_one_input_are_one_group() -> None:
     assert attention.o_proj.group.rows == [256]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_a_model_is_what_it_was_after_a_step(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))

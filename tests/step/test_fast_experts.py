@@ -137,6 +137,7 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("bits", ["quantization=nf4", "quantization=fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixture_learns_what_it_learns_without_the_part(folders: dict[str, Path], kind: str, bits: str) -> None:
@@ -148,7 +149,7 @@ def test_a_mixture_learns_what_it_learns_without_the_part(folders: dict[str, Pat
     assert {experts_implementation(experts) for experts in find_experts(model).values()} == {"qlora"}
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_compiled_and_checkpointed_layers_learn_the_same(folders: dict[str, Path], kind: str) -> None:
     model = attach(folders[kind], "quantization=nf4", "lora.dropout=0")

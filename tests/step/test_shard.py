@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return learn_in_two_processes(tmp_path_factory.mktemp("sharded"), *(name for name in CASES if name != "compiled"))
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in CASES if name != "compiled"])
 def test_fused_layers_learn_from_a_sharded_base_what_they_learn_from_a_whole_one(
     results: list[dict[str, Any]], name: str

@@ -73,7 +73,7 @@ def test_slurm_gets_one_array_whose_indices_lead_to_the_jobs(tmp_path: Path) -> 
     assert "--dependency=afterany:76" in script_text(batch, 3, settings, "76")
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -81,6 +81,7 @@ def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:
         assert config_to_dict(config) == OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -109,6 +110,7 @@ def test_a_combination_that_is_refused_is_a_failed_job_and_the_others_run() -> N
     assert failed["reason"] in (FOLDER / "leaderboard.md").read_text()
 
 
+@pytest.mark.full
 def test_every_engine_refuses_a_folder_of_another_config_and_leaves_finished_jobs_alone() -> None:
     assert len(run("lora.alpha=8,16", "seed=0,1")) == 4
     with pytest.raises(UserError, match=r"holds a sweep of another config; changed:\n  trainer.max_steps: 200 -> 3"):

@@ -175,6 +175,7 @@ def outcome(folder: Path, name: str) -> list[dict[str, str]]:
         return [{key: row[key] for key in row if key not in measured} for row in csv.DictReader(file)]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a sweep in /proc")
 @pytest.mark.parametrize(
     ("slots", "count", "kills"),
@@ -231,6 +232,7 @@ def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
     assert "eval_loss" in (tmp_path / "outputs/sweeps/basic/leaderboard.md").read_text()
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -148,6 +148,7 @@ def test_a_named_search_is_one_word_and_its_best_trial_runs_alone(tmp_path: Path
     assert actual["job"].endswith(identity(config_to_dict(compose(args))))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp_path: Path, how: int) -> None:
     args = [RATE, "hydra.sweeper.n_trials=5"]
@@ -166,6 +167,7 @@ def test_what_a_stopped_search_had_begun_is_tried_again_with_the_same_values(tmp
     assert all(params in done for params in begun)
 
 
+@pytest.mark.full
 def test_a_job_that_had_finished_meanwhile_reports_its_value(tmp_path: Path) -> None:
     assert search(tmp_path, RATES, "hydra.sweeper.sampler=grid", "hydra.sweeper.n_trials=1")[0] == 0
     asked = study(tmp_path)
@@ -220,6 +222,7 @@ def test_values_that_exclude_each_other_fail_their_trial_alone(tmp_path: Path) -
     assert sentence in (tmp_path / "outputs/sweeps/s/leaderboard.md").read_text()
 
 
+@pytest.mark.full
 def test_points_that_are_drawn_again_start_no_job_and_a_diverged_one_is_the_worst(tmp_path: Path) -> None:
     args = ["lora.r=choice(8,128)", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=8"]
     code, output, errors = search(tmp_path, *args)
@@ -252,6 +255,7 @@ def test_several_objectives_leave_a_front(tmp_path: Path) -> None:
     assert "is to minimize eval_loss, minimize train_runtime, not to minimize eval_loss; choose another" in errors
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pruner", "engine"),
     [
@@ -534,6 +538,7 @@ def test_a_mistake_ends_before_any_job(
     assert sentence in refused(tmp_path, monkeypatch, *args)
 
 
+@pytest.mark.full
 def test_without_optuna_a_search_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['optuna'] = None; from qlora.cli import main; main()"
     args = [sys.executable, "-c", code, "-m", "hydra/sweeper=optuna", "name=s", RATE]

@@ -136,6 +136,7 @@ def lives(pid: int) -> bool:
     return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed parent")
 @pytest.mark.parametrize(
     ("number", "status", "ignored"),

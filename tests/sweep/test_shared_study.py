@@ -127,6 +127,7 @@ def test_an_interrupted_command_leaves_its_trials_to_the_others_at_once(
     assert counts(journal) == {"COMPLETE": 1, "FAIL": 1}
 
 
+@pytest.mark.full
 def test_a_folder_that_was_moved_resumes_with_its_study(tmp_path: Path) -> None:
     args = [RATE, "hydra.launcher.n_jobs=1"]
     code, output, errors = search(tmp_path, *args, "hydra.sweeper.n_trials=1")

@@ -148,6 +148,7 @@ def test_one_command_sends_all_runs_of_an_offline_sweep(tracked: tuple[Path, lis
     assert "Would sync 5 run(s)" in output  # a killed and two whole starts of the jobs, two of the sweep
 
 
+@pytest.mark.full
 @needs_wandb
 def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(tmp_path: Path) -> None:
     args = ["task=evaluate", "task.predict=false", "adapter=none,nowhere", "name=two", "hydra/launcher=basic"]
@@ -232,7 +233,7 @@ def described(*args: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text())
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("word", "space"),
     [
@@ -299,7 +300,7 @@ def test_a_named_sweep_can_be_described(tmp_path: Path, monkeypatch: pytest.Monk
     assert "sweep=lora-rank" in sweep["command"]
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -324,6 +325,7 @@ def test_a_sweep_that_wandb_cannot_run_is_refused(
     assert not list(tmp_path.rglob("*.yaml"))
 
 
+@pytest.mark.full
 @needs_wandb
 @pytest.mark.slow
 def test_an_agent_s_job_trains_and_its_summary_holds_the_metric(

@@ -487,6 +487,7 @@ def test_an_adapter_carries_the_template_of_its_training(trained: Path, tmp_path
         assert sent == row["prompt_ids"]
 
 
+@pytest.mark.full
 def test_a_fully_finetuned_model_carries_it_too_and_has_no_adapter_to_switch_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,6 +502,7 @@ def test_a_fully_finetuned_model_carries_it_too_and_has_no_adapter_to_switch_off
     assert result["metrics"]["chat_answers"] == 1
 
 
+@pytest.mark.full
 def test_new_tokens_come_with_the_tokenizer_of_the_adapter(tmp_path: Path) -> None:
     folder, new = tmp_path / "run", 'model.new_tokens=["<call>"]'
     steps = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.lr_scheduler_kwargs.num_decay_steps=1"]
@@ -592,6 +594,7 @@ def terminal(trained: Path, tmp_path: Path) -> Iterator[Terminal]:
     os.close(opened.screen)
 
 
+@pytest.mark.full
 def test_a_person_talks_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     start = terminal.expect("\n> ")
     assert "adapter   " in start

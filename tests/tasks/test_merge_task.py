@@ -93,7 +93,7 @@ def refusal(folder: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=fp32", "lora=dora", "lora.bias=all"]], ids=len)
 def test_every_architecture_merges_to_the_same_answers(
@@ -110,7 +110,7 @@ def test_every_architecture_merges_to_the_same_answers(
     assert len(moved) >= 8, "the training moved nothing, so the comparison shows nothing"
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -133,7 +133,7 @@ def test_every_kind_of_adapter_merges_to_the_same_answers(
     assert report["kl_mean"] < (5e-3 if "quantization=int8" in chosen else 1e-6)
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
 def test_grown_embeddings_are_merged_with_their_trained_rows(
     base: Callable[[str], Path], tmp_path: Path, kind: str
@@ -150,7 +150,7 @@ def test_grown_embeddings_are_merged_with_their_trained_rows(
     assert torch.equal(rows[tokenizer.convert_tokens_to_ids(["<t0>", "<t199>"])], trained[[0, 199]])
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("chosen", [["quantization=nf4"], ["quantization=int8"], NONE16], ids=" ".join)
 def test_the_merged_model_is_in_16_bits_where_that_is_asked_for(
     base: Callable[[str], Path], tmp_path: Path, chosen: list[str]
@@ -181,6 +181,7 @@ def merged(trained: tuple[Path, str], tmp_path: Path) -> tuple[Path, str]:
     return tmp_path / "run", trained[1]
 
 
+@pytest.mark.full
 def test_shards_and_their_index_hold_what_one_file_holds(merged: tuple[Path, str]) -> None:
     folder, name = merged
     merge(folder, name)
@@ -232,7 +233,7 @@ def test_the_commands_that_serve_the_model_are_printed(
 # The base's files
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_base_stored_in_few_bits_is_merged_in_full(
@@ -258,6 +259,7 @@ def test_a_base_stored_in_few_bits_is_merged_in_full(
     assert text.startswith("merge.base=original: the base is saved in 4 or 8 bits only; use merge.base=dequantized")
 
 
+@pytest.mark.full
 def test_of_two_tied_matrices_the_first_is_written_whichever_the_base_has(
     base: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -272,6 +274,7 @@ def test_of_two_tied_matrices_the_first_is_written_whichever_the_base_has(
     assert "model.embed_tokens.weight" in written
 
 
+@pytest.mark.full
 def test_names_without_the_model_s_prefix_are_found(base: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(base("gpt2"), tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
@@ -363,6 +366,7 @@ def test_a_model_that_answers_otherwise_is_not_there_but_its_report_is(merged: t
     assert not (folder / "merged.partial").exists()
 
 
+@pytest.mark.full
 def test_what_computing_in_16_bits_does_by_itself_is_no_fault_of_the_merge(merged: tuple[Path, str]) -> None:
     report = merge(*merged, "merge.dtype=bf16")
     assert report["computing_kl"] > 0
@@ -444,6 +448,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(
     assert not list(merged[0].glob("merged*"))
 
 
+@pytest.mark.full
 def test_a_merge_that_was_killed_is_begun_anew(merged: tuple[Path, str]) -> None:
     folder, name = merged
     (folder / "merged.partial").mkdir()
@@ -460,6 +465,7 @@ def test_a_merge_that_was_killed_is_begun_anew(merged: tuple[Path, str]) -> None
 # What comes after
 
 
+@pytest.mark.full
 def test_a_merged_model_is_measured_like_its_adapter(merged: tuple[Path, str], tmp_path: Path) -> None:
     folder, name = merged
     merge(folder, name)
@@ -471,6 +477,7 @@ def test_a_merged_model_is_measured_like_its_adapter(merged: tuple[Path, str], t
         assert run(tmp_path / path.name, *chosen)["metrics"]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.full
 def test_a_merged_model_is_not_rounded_again_without_a_word(merged: tuple[Path, str], tmp_path: Path) -> None:
     folder, name = merged
     merge(folder, name)

@@ -67,6 +67,7 @@ def test_the_numbers_of_the_paper_stay_with_its_data() -> None:
     assert paper.trainer.keep is Keep.last
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("rows", "held_out"), [(1, 0), (3, 0), (4, 1), (60, 15), (80, 20), (150, 20), (300, 30), (52_002, 1000)]
 )
@@ -94,6 +95,7 @@ def test_an_interval_is_steps_or_a_share_of_an_epoch(value: str) -> None:
         compose([f"trainer.save_steps={value}"])
 
 
+@pytest.mark.full
 def test_a_run_that_holds_out_nothing_says_so_and_keeps_the_last_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_what_was_measured_on_a_gpu_is_planned_within_5_percent() -> None:
             assert planned == pytest.approx(result["measured_gb"], rel=0.05), result
 
 
+@pytest.mark.full
 def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
     for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
         plan = build("model=llama-7b", *chosen, device="rtx-4090")
@@ -88,6 +89,7 @@ def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
             assert again.fits is fits
 
 
+@pytest.mark.full
 def test_the_changes_make_it_fit_when_they_are_made() -> None:
     chosen = ["model=llama-33b", "quantization=none", "trainer.per_device_train_batch_size=4", "recipe=none"]
     chosen += ["trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch", "data.source_max_len=1792"]

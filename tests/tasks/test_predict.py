@@ -148,6 +148,7 @@ def test_a_stopped_prediction_resumes_with_the_batches_that_are_missing(
     assert result["metrics"]["predict_tokens_per_second"] > 0
 
 
+@pytest.mark.full
 def test_samples_follow_the_seed_alone(trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     torch.manual_seed(99)
     np.random.seed(99)
@@ -157,6 +158,7 @@ def test_samples_follow_the_seed_alone(trained: Path, whole: dict[str, list[dict
     assert [row["prediction"] for row in other] != [row["prediction"] for row in again]
 
 
+@pytest.mark.full
 def test_what_decides_the_answers_begins_them_anew(
     trained: Path, tmp_path: Path, batches: Callable[[int | None], list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +185,7 @@ def test_what_decides_the_answers_begins_them_anew(
     assert "starting again: adapter changed since" in start()
 
 
+@pytest.mark.full
 def test_finished_answers_are_not_generated_again(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,7 @@ def test_questions_without_answers_are_answered_and_nothing_is_measured(
     assert "expected" not in printed
 
 
+@pytest.mark.full
 def test_rows_with_answers_are_measured_beside_questions(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

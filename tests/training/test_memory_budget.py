@@ -115,6 +115,7 @@ def test_where_leaner_layers_are_not_enough_micro_batches_are_cut(
     assert all(torch.equal(adapter[name], expected[name]) for name in expected)
 
 
+@pytest.mark.full
 def test_micro_batches_in_parts_learn_what_whole_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = ["lora.dropout=0", "quantization.compute_dtype=fp32", "trainer.optim=sgd", "trainer.learning_rate=1"]
     plain, expected = run(tmp_path / "plain", *exact)

@@ -148,6 +148,7 @@ def test_an_optimizer_takes_its_arguments_and_resumes_exactly(tmp_path: Path, na
             assert (group[key], type(group[key])) == (value, type(value))
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit", "adafactor"])
 def test_lora_plus_resumes_exactly(tmp_path: Path, name: str) -> None:
     check_exact(tmp_path, settings(optim=name), loraplus=4.0)

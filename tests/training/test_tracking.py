@@ -520,6 +520,7 @@ def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_mlflow_runs_of_a_sweep_can_be_read_back(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
