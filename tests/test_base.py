@@ -97,6 +97,7 @@ def test_training_s_own_measures_of_an_adapter_are_refused_on_another_base(
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.full
 def test_force_uses_another_base_with_a_warning(
     base: Path, other: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_copied_adapter_folder_knows_its_base_and_plain_peft_loads_it(
     assert not [warning for warning in recwarn if "base" in str(warning.message)]
 
 
+@pytest.mark.full
 def test_a_base_that_moved_was_cut_in_shards_or_is_quantized_otherwise_is_the_same(
     base: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,6 +174,7 @@ def as_of_an_older_version(trained: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.full
 def test_a_run_of_an_older_version_is_known_by_the_name_of_its_base(
     base: Path, other: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +243,7 @@ def test_a_replay_on_another_base_is_refused_before_it_trains(base: Path, tmp_pa
         run_job(build_job(compose([*overrides, "base=force"]), tmp_path / "again"))
 
 
+@pytest.mark.full
 def test_a_whole_model_needs_no_base(base: Path, other: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", f"model.name={base}", "lora=none", "quantization=fp32", "trainer.save_steps=null")
     overrides = [f"adapter={tmp_path}/run", f"model.name={other}", "quantization=fp32"]

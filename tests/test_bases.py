@@ -159,6 +159,7 @@ def test_a_base_that_transformers_cannot_run_is_one_sentence(llama: Path, tmp_pa
     assert "cannot run this deepseek_v3 (RuntimeError: " in message
 
 
+@pytest.mark.full
 def test_layers_whose_inputs_8_bits_cannot_take_are_one_sentence_and_its_hint_works(tmp_path: Path) -> None:
     base = write("deepseek_v3", tmp_path / "base")
     message = refusal(tmp_path / "run", base, "quantization=int8")
@@ -182,6 +183,7 @@ def rows(folder: Path, answer: str) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_an_added_token_without_an_embedding_is_refused_where_rows_hold_it_and_its_hint_works(
     tmp_path: Path, larger_tokenizer: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_the_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) 
     assert message.endswith("give that of the base as model.tokenizer")
 
 
+@pytest.mark.full
 def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_config(
     llama: Path, spoiled: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +241,7 @@ def test_a_base_refused_while_it_is_loaded_does_not_bind_the_folder_to_its_confi
             run(folder, llama, "trainer.save_steps=1", "seed=5")
 
 
+@pytest.mark.full
 def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_config(llama: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", llama)
     for path in (tmp_path / "run").iterdir():

@@ -42,6 +42,7 @@ def test_the_data_benchmark_prints_a_table_and_writes_its_numbers(tmp_path: Path
     assert all(500 < result["tokens"] / result["rows"] < 2000 for result in results if result["set"] == "chats")
 
 
+@pytest.mark.full
 def test_the_evaluation_benchmark_compares_equal_work_and_finds_equal_answers(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     printed = run("evaluation.py", "--items", "24", "--rows", "3", "--json", str(numbers))
@@ -92,6 +93,7 @@ def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None
     assert "| guanaco | bf16 | " in printed
 
 
+@pytest.mark.full
 def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import rivals

@@ -140,6 +140,7 @@ def test_in_a_chat_the_base_answers_as_it_does_without_an_adapter(trained: tuple
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("merge", ["dequantized", "original"])
 def test_a_merged_model_has_the_trained_biases(
     bases: dict[str, Path], trained: tuple[Path, list[str]], tmp_path: Path, merge: str
@@ -195,6 +196,7 @@ def test_a_resumed_run_ends_with_the_biases_of_an_undisturbed_one(
     assert len({result["metrics"]["base_eval_loss"] for result in results}) == 1
 
 
+@pytest.mark.full
 def test_a_base_without_biases_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, "lora.bias=all")
     assert [record.getMessage() for record in caplog.records] == [

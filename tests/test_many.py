@@ -207,6 +207,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
     assert (folder / "result.json").is_file()
 
 
+@pytest.mark.full
 def test_one_process_continues_with_the_steps_of_two_where_it_accumulates_twice_as_much(
     together: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

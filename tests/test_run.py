@@ -118,6 +118,7 @@ def test_the_loss_of_the_last_step_is_that_of_the_result(finished: Path) -> None
     assert (last["eval_loss"], last["eval_perplexity"]) == (metrics["eval_loss"], metrics["eval_perplexity"])
 
 
+@pytest.mark.full
 def test_a_later_evaluation_measures_what_training_measured(finished: Path, tmp_path: Path) -> None:
     trained = json.loads((finished / "metrics.json").read_text())
     metrics = run(tmp_path / "evaluated", "task=evaluate", f"adapter={finished}")["metrics"]
@@ -127,6 +128,7 @@ def test_a_later_evaluation_measures_what_training_measured(finished: Path, tmp_
     assert bare["eval_loss"] == pytest.approx(trained["base_eval_loss"], rel=1e-7)
 
 
+@pytest.mark.full
 def test_a_prediction_after_training_uses_the_trained_adapter(finished: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "predicted", "task=predict", f"adapter={finished}")
     rows = [json.loads(line) for line in Path(result["paths"]["predictions"]).read_text().splitlines()]
@@ -197,7 +199,7 @@ def test_every_base_precision_trains(tmp_path: Path, quantization: str) -> None:
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch", "lion_32bit"])
 def test_optimizers_train_by_their_upstream_names(tmp_path: Path, optim: str) -> None:
     result = run(tmp_path / "run", f"trainer.optim={optim}", "trainer.eval_steps=null", "evaluation=loss")
@@ -252,7 +254,7 @@ def random_base(kind: str) -> list[str]:
     return [*options, *(f"model.architecture.{text}" for text in shape)]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_drawn_base_is_stored_nowhere_and_drawn_again_for_its_adapter(tmp_path: Path, kind: str) -> None:
     options = random_base(kind)
@@ -301,6 +303,7 @@ def test_another_drawn_base_than_the_trained_one_is_refused(tmp_path: Path) -> N
         run(tmp_path / "run", *options)
 
 
+@pytest.mark.full
 def test_loftq_repairs_the_rounding_of_a_drawn_base(tmp_path: Path) -> None:
     chosen = [*random_base("llama"), "lora=loftq", "lora.r=16"]
     started, plain = (Run(compose([*QUICK, *chosen, *more]), tmp_path).session for more in ([], ["lora.init=default"]))

@@ -166,6 +166,7 @@ def test_loftq_starts_nearer_to_the_original_weights(base_folder: Path) -> None:
     assert corrected < 0.7 * quantized
 
 
+@pytest.mark.full
 def test_loftq_of_a_rank_above_the_sides_of_a_matrix_corrects_it_exactly_and_trains(base_folder: Path) -> None:
     ids = torch.arange(3, 35)[None]
     _, full = load(base_folder, "quantization=fp32")
@@ -181,6 +182,7 @@ def test_loftq_of_a_rank_above_the_sides_of_a_matrix_corrects_it_exactly_and_tra
     assert all(layer.lora_B["default"].weight.grad.abs().sum(0).gt(0).all() for layer in layers)
 
 
+@pytest.mark.full
 def test_eva_on_more_directions_than_features_names_the_largest_rank_which_works(base_folder: Path) -> None:
     def start(rank: int) -> PeftModel:
         config, base = load(base_folder, "quantization=fp32", "lora=eva", f"lora.r={rank}")
@@ -196,6 +198,7 @@ def test_eva_on_more_directions_than_features_names_the_largest_rank_which_works
         start(max_rank + 1)
 
 
+@pytest.mark.full
 def test_eva_on_layers_that_peft_cannot_read_gives_a_hint_that_works(tmp_path: Path) -> None:
     folder = bases.write("deepseek_v3", tmp_path / "base")
     config, base = load(folder, "quantization=fp32", "lora=eva")
@@ -276,6 +279,7 @@ def test_an_adapter_of_a_smaller_model_lacks_what_this_base_has(base_folder: Pat
     )
 
 
+@pytest.mark.full
 def test_an_adapter_that_lost_a_layer_is_refused(base_folder: Path, saved: tuple[PeftModel, Path]) -> None:
     weights = load_file(saved[1] / "adapter_model.safetensors")
     gone = [name for name in weights if "layers.1.mlp.up_proj" in name]

@@ -208,7 +208,7 @@ def test_none_shared_and_all_choose_among_the_experts(folders: dict[str, Path]) 
     }
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_router_is_adapted_if_asked_for_and_plain_peft_loads_it(
     folders: dict[str, Path], tmp_path: Path, kind: str
@@ -285,6 +285,7 @@ def test_plain_peft_loads_the_names_of_each_expert_onto_linear_layers(
     assert not torch.equal(tensors[f"{gate}.lora_B.weight"], tensors[f"{up}.lora_B.weight"])
 
 
+@pytest.mark.full
 def test_the_names_of_each_expert_are_those_of_the_base_s_files(folders: dict[str, Path]) -> None:
     base = load(folders["mixtral"], "quantization=fp32")
     assert unit_names(base, "model.layers.0.mlp.experts.gate_up_proj") == [
@@ -335,6 +336,7 @@ def test_what_experts_cannot_have_is_refused_in_one_sentence(folders: dict[str, 
         assert str(error.value) == sentence
 
 
+@pytest.mark.full
 def test_an_adapter_of_other_experts_is_refused_in_one_sentence(folders: dict[str, Path], tmp_path: Path) -> None:
     model = attach(folders["qwen3_moe"], *PLAIN)
     train(model, steps=2)
@@ -357,6 +359,7 @@ def test_an_adapter_of_other_experts_is_refused_in_one_sentence(folders: dict[st
         adapters.load_adapter(load(folders["qwen3_moe"], "quantization=fp32"), folder, "base")
 
 
+@pytest.mark.full
 def test_the_average_of_states_computes_the_mean_of_expert_adapters(folders: dict[str, Path], tmp_path: Path) -> None:
     model = attach(folders["gpt_oss"], *PLAIN, "lora.experts=all")
     states, deltas = [], []

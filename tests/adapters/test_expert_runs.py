@@ -73,6 +73,7 @@ def test_a_run_that_was_cut_off_ends_with_the_bits_of_an_undisturbed_one(
     assert outcome(tmp_path / "cut") == outcome(calm)
 
 
+@pytest.mark.full
 def test_a_checkpoint_without_adapters_on_experts_is_refused_where_the_config_asks_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_checkpoint_without_adapters_on_experts_is_refused_where_the_config_as
         run(tmp_path / "cut", *overrides, "resume=force")
 
 
+@pytest.mark.full
 def test_an_adapter_is_trained_further_in_its_form(calm: Path, tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "more", *overrides, f"lora.start={calm}", "trainer.max_steps=1", "trainer.learning_rate=1e-12")
     previous, after = (
@@ -96,6 +98,7 @@ def test_an_adapter_is_trained_further_in_its_form(calm: Path, tmp_path: Path, o
         run(tmp_path / "other", *overrides, f"lora.start={calm}", "lora.expert_r=4")
 
 
+@pytest.mark.full
 def test_an_average_of_checkpoints_is_one_adapter_of_a_larger_rank(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "run", *overrides, "trainer.keep=average", "trainer.save_steps=2")
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())

@@ -86,6 +86,7 @@ def test_dequantized_weights_are_those_of_the_loaded_model_to_the_bit(
         assert torch.equal(made.tensor(part), expected[name].float()), name
 
 
+@pytest.mark.full
 def test_original_weights_are_those_of_the_files_to_the_bit(base_folder: Path) -> None:
     base, placement = load(base_folder, "quantization=nf4", "quantization.compute_dtype=bf16")
     made = merger(base_folder, split_adapter(untrained(base)), placement, MergeBase.original)

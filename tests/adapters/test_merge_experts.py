@@ -106,6 +106,7 @@ def test_experts_that_are_saved_in_4_bits_are_decoded_into_the_merged_model(tmp_
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_experts_that_no_tensor_of_the_files_holds_are_refused(tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
     model = load(folder, FP32)

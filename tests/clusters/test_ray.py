@@ -142,6 +142,7 @@ def test_a_cluster_that_is_no_longer_there_is_not_waited_for(tmp_path: Path, mon
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.full
 def test_what_the_cluster_cannot_do_is_one_sentence_before_a_job_starts(tmp_path: Path, cluster: Cluster) -> None:
     refused = {
         "num_gpus=1 for jobs": (settings(cluster, num_gpus=1), "hydra.launcher.ray.remote.num_gpus=0 for jobs on CPUs"),

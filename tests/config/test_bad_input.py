@@ -202,6 +202,7 @@ def test_4_bits_for_a_model_without_linear_layers(tmp_path: Path) -> None:
     assert "has no linear layers to quantize; use quantization=none" in text
 
 
+@pytest.mark.full
 def test_the_layers_of_gpt2_are_quantized_although_they_are_no_linear_class(tmp_path: Path) -> None:
     folder = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=1600, n_positions=256)).save_pretrained(
@@ -237,6 +238,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path) -> None:
     assert "model.architecture.vocab_size=100 is too small for the tokenizer's" in text
 
 
+@pytest.mark.full
 def test_a_folder_that_holds_another_run(tmp_path: Path, base: Path) -> None:
     Run(compose([*QUICK, f"model.name={base}"]), tmp_path / "run").execute()
     text = refusal(tmp_path, f"model.name={base}", "seed=7")
@@ -294,11 +296,13 @@ def test_answers_beyond_the_model_s_context_are_refused_before_it_is_loaded(
             Run(compose([*QUICK, *chosen, *lengths]), tmp_path / f"run_{number}").execute()
 
 
+@pytest.mark.full
 def test_a_length_that_no_prompt_could_make_fit_has_one_way_out(tmp_path: Path, base: Path) -> None:
     text = refusal(tmp_path, f"model.name={base}", "adapter=none", "task=predict", "generation.max_new_tokens=256")
     assert re.search(r"; set generation\.max_new_tokens=\d+$", text)
 
 
+@pytest.mark.full
 def test_where_nothing_is_answered_the_context_does_not_matter(tmp_path: Path, base: Path) -> None:
     Run(compose([*QUICK, f"model.name={base}", "generation.max_new_tokens=9999"]), tmp_path / "run").execute()
 
@@ -361,6 +365,7 @@ def test_the_traceback_is_there_for_those_who_ask(tmp_path: Path) -> None:
     assert "ConfigError: lora.r must be positive" in done.stderr
 
 
+@pytest.mark.full
 def test_a_copied_model_trains_without_a_word(tmp_path: Path, base: Path) -> None:
     shutil.copytree(base, tmp_path / "copy")
     assert Run(compose([*QUICK, f"model.name={tmp_path / 'copy'}"]), tmp_path / "run").execute()["status"] == "finished"

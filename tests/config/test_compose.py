@@ -180,6 +180,7 @@ def test_free_mappings_take_any_entry() -> None:
     assert compose(["data.columns={output: answer}"]).data.columns == {"output": "answer"}
 
 
+@pytest.mark.full
 def test_entries_of_a_mix_are_typed_and_their_typos_found() -> None:
     config = compose(["data=mix", "data.mix.a=a.jsonl", "data.mix.b.path=b.jsonl", "data.mix.b.weight=2"])
     assert config.data.mix == {"a": MixConfig(path="a.jsonl"), "b": MixConfig(path="b.jsonl", weight=2.0)}
@@ -391,7 +392,7 @@ CROSS_FIELD = {
 }
 
 
-@pytest.mark.matrix(12)
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("overrides", CROSS_FIELD)
 def test_fields_that_contradict_each_other_are_refused(overrides: str) -> None:
     assert message(*overrides.split()) == CROSS_FIELD[overrides]

@@ -245,6 +245,7 @@ def test_a_user_s_own_model_brings_its_own_recipe(tmp_path: Path) -> None:
     assert compose(["model=mine"], tmp_path).trainer.max_steps == 7
 
 
+@pytest.mark.matrix(20)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_s_shape_has_the_advertised_parameters(name: str) -> None:
     torch = pytest.importorskip("torch")

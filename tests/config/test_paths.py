@@ -116,6 +116,7 @@ def test_without_a_home_folder_a_command_names_the_cure_and_writes_nothing(
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("homeless")
 def test_the_cure_works_and_is_home_to_every_library(command: Command, tmp_path: Path) -> None:
     looks = tmp_path / "work" / "looks"
@@ -138,6 +139,7 @@ def test_without_a_home_folder_the_doctor_names_the_remedy(command: Command, tmp
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.usefixtures("homeless")
 @pytest.mark.parametrize(
     "key", ["data.path", "data.eval_path", "data.template", "data.mix.mine.path", "evaluation.path"]
@@ -165,6 +167,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_options_are_found_in_folders_and_packages_wherever_they_are_named(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,12 +72,13 @@ def test_an_experiment_of_the_command_line_wins_too(run: Path, tmp_path: Path) -
     assert (config.generation.max_new_tokens, config.lora.r) == (2, 5)
 
 
+@pytest.mark.full
 def test_what_excludes_a_key_of_the_command_line_is_left_out(run: Path) -> None:
     config = used(run, "data.eval_path=questions.jsonl")
     assert (config.data.eval_path, config.data.eval_split) == ("questions.jsonl", None)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("part", ["adapter", "model", "merged", "checkpoints/checkpoint-3"])
 def test_a_part_of_a_run_knows_its_run(run: Path, part: str) -> None:
     (run / part).mkdir(parents=True)
@@ -139,6 +140,7 @@ def test_a_stored_config_of_another_schema_is_refused_with_its_file(tmp_path: Pa
         used(run)
 
 
+@pytest.mark.full
 def test_what_was_composed_for_a_run_leaves_no_option_behind(run: Path) -> None:
     used(run)
     with pytest.raises(UserError, match="quantization"):
@@ -172,6 +174,7 @@ def test_what_the_command_says_of_another_model_stays() -> None:
     assert (model.license, model.gated, model.architecture) == ("mit", True, None)
 
 
+@pytest.mark.full
 def test_the_recipe_of_a_preset_leaves_with_another_model_name() -> None:
     plain = compose(["recipe=none", "data=alpaca"]).trainer
     assert compose(["model=llama-7b", "data=alpaca"]).trainer != plain

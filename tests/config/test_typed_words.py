@@ -199,6 +199,7 @@ def test_words_stand_beside_a_sweep_and_a_folder_of_options(tmp_path: Path) -> N
     )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", ["-m lora.r=8,16 --info config", "sweep=lora-rank --info config"])
 def test_info_of_a_sweep_is_that_of_its_first_job(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(command.split())
@@ -353,6 +354,7 @@ def test_what_an_answer_says_to_write_is_accepted(command: str, nothing_starts: 
     assert nothing_starts
 
 
+@pytest.mark.full
 def test_what_stands_in_the_tables_of_other_names_is_ours() -> None:
     for group, options in FOREIGN_OPTIONS.items():
         for typed, written in options.items():

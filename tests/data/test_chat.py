@@ -358,6 +358,7 @@ def test_every_named_template_is_here():
     assert set(TEMPLATE_NAMES) - {"auto"} <= set(FAMILIES)
 
 
+@pytest.mark.matrix(12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_assistant_s_texts_with_their_ends_are_trained_and_nothing_else(family, bytes_of):
     known, rng = FAMILIES[family], random.Random(family)
@@ -501,6 +502,7 @@ def test_a_conversation_has_the_tokens_that_a_server_gives_it(family, tokenizer_
         assert_as_sent(base, row, example, family)
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("tokenizer_name", PLACES)
 @pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}])
 def test_end_tokens_that_swallow_blanks_are_trained_and_change_no_token(flags, tokenizer_name, load):

@@ -285,6 +285,7 @@ def test_a_broken_file_is_named_with_the_line(tmp_path, message, name, content, 
     assert message(path).startswith(f"data.path={path}{expected}")
 
 
+@pytest.mark.full
 def test_errors_far_into_a_file_have_the_right_line(tmp_path, message):
     line = json.dumps({"text": "ä" * 3000}, ensure_ascii=False)
     lines = [line] * 2000
@@ -463,6 +464,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(tmp_path, message, monkeypatc
     assert message(path).endswith("a.jsonl: changed while it was read; run again when it is finished")
 
 
+@pytest.mark.full
 @needs_real
 def test_every_published_file_reads_as_json_reads_it(load):
     files = [path for path in REAL.rglob("*") if kind_of(path) and not {"models", "tokenizers"} & set(path.parts)]

@@ -89,6 +89,7 @@ def guanaco_texts() -> list[tuple[str, str]]:
     return [("", json.loads(line)["text"]) for line in (SHARED / "guanaco_text.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.skipif(not (SHARED / "tokenizers" / "llama").exists(), reason="needs the shared data")
 @pytest.mark.parametrize("texts", [alpaca_texts, guanaco_texts])
 def test_packs_of_real_rows_are_98_percent_full(texts: Any):
@@ -182,6 +183,7 @@ def gradients(model: PreTrainedModel, losses: torch.Tensor) -> dict[str, torch.T
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+@pytest.mark.matrix(12)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [*SHAPES, *TRAINED])

@@ -225,6 +225,7 @@ def test_a_broken_cell_stops_the_run_with_its_column(tokenizer, make_config):
         build_data(make_config(rows, format="input-output"), tokenizer)
 
 
+@pytest.mark.full
 def test_the_fingerprint_is_the_same_in_another_process(tokenizer, make_config):
     config = make_config(ROWS)
     code = (

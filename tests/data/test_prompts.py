@@ -103,7 +103,7 @@ def test_every_format_is_a_case():
     assert CASES.keys() == FORMATS.keys()
 
 
-@pytest.mark.matrix(30)
+@pytest.mark.matrix(15)
 @pytest.mark.parametrize("name", [name for name, (_, messages) in CASES.items() if messages])
 def test_what_chat_sends_is_what_training_saw(name, any_tokenizer, tmp_path):
     rows, messages = CASES[name]

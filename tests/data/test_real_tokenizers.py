@@ -68,7 +68,7 @@ def test_published_files_are_recognised_and_built(file, name):
     assert data.report.max_length <= config.source_max_len + config.target_max_len
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 def test_all_containers_of_the_same_rows_give_the_same_tokens(real):
     paths = [
         REAL / "containers" / f"alpaca_300.{suffix}" for suffix in ("json", "jsonl", "jsonl.gz", "csv", "csv.gz", "tsv")

@@ -298,6 +298,7 @@ def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: 
     assert text.endswith("; check the network, or give tasks of your own with evaluation.path=FOLDER")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_model")
 def test_a_folder_of_tasks_that_is_broken_is_one_sentence(tmp_path: Path, folder: Path) -> None:
     text = refusal(tmp_path, "evaluation.tasks=[words]", "evaluation.path=nowhere")

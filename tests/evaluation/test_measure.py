@@ -319,7 +319,7 @@ def many_rows(file: Path, count: int) -> Dataset:
     return Dataset.from_file(str(file))
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["loss", "answers"])
 def test_memory_does_not_grow_with_the_held_out_rows(tmp_path: Path, what: str) -> None:
     def peak(count: int) -> int:

@@ -97,6 +97,7 @@ def test_no_damage_of_any_file_goes_unnoticed(cut: Path, tmp_path: Path, calm: d
     print(f"\n{len(names) * len(DAMAGES)} damages of {len(names)} files: 0 unnoticed")
 
 
+@pytest.mark.full
 def test_a_clock_that_is_set_back_changes_nothing(
     cut: Path, tmp_path: Path, calm: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +141,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
 @pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
 def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
@@ -156,6 +157,7 @@ def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(
     assert tree(tmp_path / "run") == initial
 
 
+@pytest.mark.full
 def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_run_whose_result_is_damaged_ends_again_from_its_last_checkpoint(
     assert (tmp_path / "run" / "result.json.damaged-1").read_bytes() == CUT
 
 
+@pytest.mark.full
 def test_a_sweep_s_job_does_without_its_stored_config(finished: Path, tmp_path: Path) -> None:
     restore(finished, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes(CUT)
@@ -194,6 +197,7 @@ def test_a_folder_that_is_removed_while_the_training_runs_is_written_whole_at_it
     assert job.metrics["eval_loss"] == calm["metrics"]["eval_loss"]
 
 
+@pytest.mark.full
 def test_a_folder_that_is_removed_while_it_is_written_ends_the_run_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_a_run_waits_for_space_and_continues(
     assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1
 
 
+@pytest.mark.full
 def test_the_oldest_checkpoint_that_would_go_anyway_makes_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = train.save_trained
     monkeypatch.setattr(train, "save_trained", lambda session, model: (clear(disk), save(session, model)))

@@ -14,7 +14,7 @@ from qlora.config.fields import config_keys, field_type
 from qlora.config.options import CONF_DIR, group_names
 from qlora.errors import UserError
 
-FULL, SHORT = 1000, 100
+FULL, SHORT = 1000, 50
 CHUNK = 100
 
 KEYS = sorted(config_keys())

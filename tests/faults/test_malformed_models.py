@@ -23,7 +23,7 @@ from qlora.reporting.modelfile import find_form
 from qlora.run import Run
 from qlora.runtime import console
 
-SHORT, FULL, CHUNK = 12, 2000, 100
+SHORT, FULL, CHUNK = 9, 2000, 100
 PATIENCE = 120
 """Seconds; a case that takes longer hangs."""
 

@@ -62,6 +62,7 @@ print("ended", flush=True)
 '''
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["server", pytest.param("process", marks=pytest.mark.full)])
 def test_a_tracker_that_is_gone_does_not_end_the_run(tmp_path: Path, what: str) -> None:
     pytest.importorskip("wandb")

@@ -133,6 +133,7 @@ def test_a_config_that_is_gone_is_known_by_its_hash(cut: Path) -> None:
     run(cut, *own_rows(cut.parent))
 
 
+@pytest.mark.full
 def test_never_leaves_a_run_alone(cut: Path) -> None:
     initial = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
     with pytest.raises(UserError, match="holds a run, which resume=never does not touch; choose another folder"):

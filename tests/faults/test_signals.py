@@ -57,7 +57,7 @@ def test_a_signal_saves_the_step_and_says_how_to_resume(
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("acts", "ends"),
     [
@@ -97,6 +97,7 @@ def test_an_evaluation_is_finished_and_its_step_saved(tmp_path: Path, monkeypatc
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
 
 
+@pytest.mark.full
 def test_workers_leave_ctrl_c_of_a_terminal_to_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ctrl_c() -> None:
         children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
@@ -112,6 +113,7 @@ def test_workers_leave_ctrl_c_of_a_terminal_to_their_parent(tmp_path: Path, monk
     assert saved(tmp_path) == ["checkpoint-3"]
 
 
+@pytest.mark.full
 def test_a_handler_of_somebody_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))

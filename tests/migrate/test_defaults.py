@@ -184,7 +184,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_trains_as_the_other_tool_does(tmp_path: Path, case: str) -> None:
     name, text, defaults, changes = CASES[case]

@@ -232,7 +232,7 @@ def test_the_originals_defaults_are_kept(tmp_path: Path) -> None:
     assert set(lost) == {"output_dir", "top_p", "bf16"}
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "text"), [("finetune.sh", SCRIPT), ("axolotl.yml", AXOLOTL_YAML)])
 def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str, text: str) -> None:
     assert migrated(tmp_path, name, f"\ufeff{text}") == migrated(tmp_path, name, text)
@@ -349,6 +349,7 @@ def test_a_missing_file_and_one_that_is_no_text_are_one_sentence(tmp_path: Path)
         read(tmp_path / "confg.yaml")
 
 
+@pytest.mark.full
 def test_what_cannot_stand_together_is_left_out_by_name(tmp_path: Path) -> None:
     text = "base_model: x\nadapter: lora\nload_in_8bit: true\npeft_init_lora_weights: pissa\nlr_scheduler: cosine\n"
     config, lost = migrated(tmp_path, "a.yaml", text + "learning_rate: 1e-4\nlora_r: 8\nlora_alpha: 8\n")
@@ -357,6 +358,7 @@ def test_what_cannot_stand_together_is_left_out_by_name(tmp_path: Path) -> None:
     assert "does not allow" in lost["lora.init"]
 
 
+@pytest.mark.full
 def test_the_task_prints_a_command_and_writes_an_experiment_that_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_keys_of_a_set_become_those_of_data(tmp_path: Path) -> None:
     assert "datasets[0].message_field_training" in same
 
 
+@pytest.mark.full
 def test_several_files_of_an_entry_are_several_sets(tmp_path: Path) -> None:
     text = "type: oasst\n    data_files: [a.jsonl, b.jsonl]"
     config, _, _ = migrated(tmp_path / "a.yaml", f"{AXOLOTL}datasets:\n  - path: json\n    {text}\n")
@@ -171,6 +172,7 @@ def test_a_registered_set_to_measure_on_is_found(tmp_path: Path) -> None:
     assert lost == {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", ["texts", "texts,more"])
 def test_registered_documents_are_texts_in_packs(tmp_path: Path, names: str) -> None:
     sets = {name: {"file_name": f"{name}.json", "columns": {"prompt": "body"}} for name in ("texts", "more")}

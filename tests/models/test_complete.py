@@ -99,6 +99,7 @@ def test_a_tied_output_layer_is_not_missing(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.full
 def test_both_of_two_tied_matrices_may_not_be_missing(tmp_path: Path) -> None:
     folder = change(write("qwen2", tmp_path), lambda tensors: {
         name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name
@@ -216,6 +217,7 @@ def test_a_text_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
         load_model_config(choose(tmp_path).model)
 
 
+@pytest.mark.full
 def test_two_matrices_that_config_json_ties_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = bases.write("llama", tmp_path / "base")
     bases.change(base, tie_word_embeddings=True)

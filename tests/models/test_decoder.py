@@ -127,6 +127,7 @@ def test_eva_says_which_layers_it_cannot_start_from(folders: dict[str, Path]) ->
     assert adapted(attach(folders["qwen3_next"], "quantization=fp32", "lora=attention", "lora.init=eva"))
 
 
+@pytest.mark.full
 def test_loftq_starts_on_a_mixture_that_is_mostly_quantized(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path, num_experts=2, moe_intermediate_size=16)
     from qlora.models.weight_files import Checkpoint
@@ -193,6 +194,7 @@ def test_experts_in_16_bits_are_told_with_their_share_and_memory_before_they_are
     load(folders["llama4_text"], "quantization.experts=none", BF16)
 
 
+@pytest.mark.full
 def test_a_smaller_share_is_told_with_its_kinds(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path, num_experts=2, moe_intermediate_size=16)
     model = attach(folder, "quantization=nf4", "quantization.experts=none", "lora.experts=none", BF16)

@@ -29,6 +29,7 @@ def test_a_card_names_a_licence_or_none(tmp_path: Path, card: str, expected: str
     assert license_of(tmp_path / "README.md") == expected
 
 
+@pytest.mark.full
 def test_the_config_s_licence_counts_before_that_of_the_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert read_license(compose([f"model.name={tmp_path}"]).model) == "mit"

@@ -84,6 +84,7 @@ def test_a_loaded_base_is_frozen(base_folder: Path, quantization: str) -> None:
     assert not any(p.requires_grad for p in load(base_folder, f"quantization={quantization}").parameters())
 
 
+@pytest.mark.full
 def test_attention_is_computed_by_the_implementation_asked_for(base_folder: Path) -> None:
     eager = load(base_folder, "quantization=fp32", "model.attn_implementation=eager")
     assert eager.config._attn_implementation == "eager"
@@ -132,6 +133,7 @@ def test_a_cpu_run_keeps_the_whole_model_on_the_cpu(base_folder: Path, overrides
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
+@pytest.mark.full
 def test_a_memory_limit_lets_accelerate_spread_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu = Placement(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
@@ -267,6 +269,7 @@ def test_new_rows_are_the_mean_of_the_old_and_equal_each_time(base_folder: Path)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.full
 def test_spare_rows_are_used_before_the_embeddings_grow(base_folder: Path) -> None:
     config = compose([f"model.name={base_folder}", "model.tokenizer=tiny", "model.new_tokens=['<a>']"])
     model = load(base_folder, "quantization=fp32")

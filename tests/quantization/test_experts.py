@@ -126,6 +126,7 @@ def test_the_parameter_of_quantized_experts_is_a_frozen_nan_without_storage(qwen
         assert not copied.requires_grad
 
 
+@pytest.mark.full
 def test_odd_shapes_decode_to_the_error_of_4_bits_though_bitsandbytes_does_not_on_a_cpu(tmp_path: Path) -> None:
     folder = write("qwen3_moe", tmp_path / "odd", moe_intermediate_size=24)
     full, model = find_experts(load(folder, "quantization=fp32")), load(folder, FP32)
@@ -164,7 +165,7 @@ def test_experts_none_keeps_16_bits_and_decodes_saved_ones(qwen: Path, tmp_path:
             assert torch.equal(getattr(experts, projection), expected)
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe", "qwen3_moe"])
 def test_a_quantized_checkpoint_with_experts_in_16_bits_has_them_quantized(kind: str, tmp_path: Path) -> None:
     folder = write(kind, tmp_path / kind)

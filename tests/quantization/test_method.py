@@ -134,6 +134,7 @@ def test_a_plan_counts_the_bytes_of_an_installed_method_without_torch(package: P
     assert result["setup"]["step"] == "plain"
 
 
+@pytest.mark.full
 def test_a_run_trains_an_adapter_on_a_base_of_another_package_s_method(package: Path, tmp_path: Path) -> None:
     few = ["trainer.max_steps=2", "evaluation=loss", "device=cpu"]
     done = run(package, tmp_path / "run", *NAMED, *few)

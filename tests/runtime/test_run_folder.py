@@ -41,7 +41,7 @@ def test_an_entry_that_came_or_went_counts_as_changed(tmp_path: Path) -> None:
             RunFolder(tmp_path).check_same_training(previous, now)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "override",
     [
@@ -64,6 +64,7 @@ def test_what_leaves_the_training_alone_may_change(tmp_path: Path, override: str
     RunFolder(tmp_path).check_same_training(plain(), plain(override))
 
 
+@pytest.mark.full
 def test_a_config_that_names_another_base_takes_both_words(tmp_path: Path) -> None:
     random_base = ["model=llama-7b", "model.weights=random", "model.tokenizer=tiny"]
     for args, change, hint in (

@@ -141,6 +141,7 @@ def script(tmp_path):
     return path
 
 
+@pytest.mark.full
 def test_a_script_that_does_not_ask_for_its_name_runs_once(script, tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.returncode) == ("begun\nfinished\n", 0), done.stderr

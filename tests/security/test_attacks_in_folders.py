@@ -166,6 +166,7 @@ def test_what_a_module_imports_cannot_be_named(tmp_path: Path, mark: Path) -> No
     assert import_class("transformers.EarlyStoppingCallback", "x", TrainerCallback).__name__ == "EarlyStoppingCallback"
 
 
+@pytest.mark.full
 def test_a_tokenizer_s_code_does_not_run(tmp_path: Path, base: Path, mark: Path) -> None:
     (base / "tokenization_evil.py").write_text(MARKING.format(mark=str(mark)))
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -239,6 +240,7 @@ def test_files_of_a_data_set_lie_in_it(files: str) -> None:
         load_hub("me/set", None, "train", files, failure="data.path=me/set: not available", remedy="x")
 
 
+@pytest.mark.full
 def test_a_run_that_trusts_itself_is_not_run_again(tmp_path: Path, mark: Path) -> None:
     (tmp_path / "evilmod.py").write_text(MARKING.format(mark=str(mark)))
     folder = tmp_path / "sent"

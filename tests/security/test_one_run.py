@@ -90,6 +90,7 @@ def test_a_run_with_the_network_blocked_tries_nothing_and_gives_the_same_losses(
     assert losses(folder / "run") == losses(tmp_path)
 
 
+@pytest.mark.full
 def test_telemetry_is_off_and_no_kernels_are_fetched(child: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     assert "TELEMETRY True 1 None" in child[1].stdout
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):

@@ -60,7 +60,7 @@ def test_code_that_rows_need_is_to_be_trusted_on_the_command_line(tmp_path: Path
     assert used(run, task="chat").data.format != "os:system"
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("text", ["${oc.env:HOME}", "${seed}", "\\${x}"])
 def test_an_interpolation_in_a_stored_config_is_text(tmp_path: Path, text: str) -> None:
     plain = config_to_dict(compose())

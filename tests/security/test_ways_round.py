@@ -63,6 +63,7 @@ def test_what_is_called_later_is_written_in_the_file_itself(tmp_path: Path, node
     assert "is looked at before a ${...} in it has a value" in text
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["AutoConfig", "AutoModelForCausalLM", "LlamaConfig"])
 def test_a_tokenizer_is_one_and_nobody_is_asked_about_its_code(tmp_path: Path, base: Path, kind: str) -> None:
     folder = shutil.copytree(base, tmp_path / "sent")

@@ -14,12 +14,14 @@ from qlora.run import Run
 from qlora.runtime.console import LogFile
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "", "a\\0b".replace("\\0", "\0"), "a\nb", "n" * 300])
 def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
     with pytest.raises(UserError, match=r"name|hydra\.(run|sweep)\.dir"):
         compose([f'name="{name}"'])
 
 
+@pytest.mark.full
 def test_names_inside_data_and_models_do_not_become_paths(tmp_path: Path, base: Path) -> None:
     row = {"instruction": "../../evil", "input": "/etc/evil", "output": "../evil", "id": "../../evil"}
     lines = [json.dumps({**row, "output": f"../evil{number}"}) + "\n" for number in range(20)]

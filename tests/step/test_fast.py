@@ -116,7 +116,7 @@ OWN = {
 }
 
 
-@pytest.mark.matrix(6)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packs"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox"])
 def test_architectures_learn_the_same(model_type: str, packed: bool) -> None:
@@ -130,7 +130,7 @@ def test_checkpointed_layers_learn_the_same(checkpointed: int) -> None:
     assert_same(model, config, batch(), checkpointed)
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("compiled", ["true", "false"])
 @pytest.mark.parametrize(("model_type", "times"), [("llama", 2), ("gemma2", 3)])
 def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_it(
@@ -221,6 +221,7 @@ def test_compiled_layers_keep_each_output_apart(compute: str) -> None:
     assert all(fused == whole for fused, whole in kept)
 
 
+@pytest.mark.full
 def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     model, config = build(overrides=("trainer.compile=true",))
     torch._dynamo.reset()

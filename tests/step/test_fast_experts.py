@@ -137,7 +137,7 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("bits", ["quantization=nf4", "quantization=fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixture_learns_what_it_learns_without_the_part(folders: dict[str, Path], kind: str, bits: str) -> None:
@@ -170,6 +170,7 @@ def test_compiled_and_checkpointed_layers_learn_the_same(folders: dict[str, Path
     assert counters["stats"]["unique_graphs"] == {"qwen3_moe": 2, "gpt_oss": 3}[kind]
 
 
+@pytest.mark.full
 def test_the_matmul_that_ends_a_layer_is_not_computed_again(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_dropout_leaves_out_inputs_of_the_adapters_and_differs_from_step_to_step
     assert not torch.equal(first["loss"], other["loss"])
 
 
+@pytest.mark.full
 def test_8_bit_matmuls_come_close_and_keep_to_the_adapters(folders: dict[str, Path]) -> None:
     model = attach(folders["qwen3_moe"], "quantization=nf4", "lora.dropout=0")
     expected, _ = learn(model, "trainer.fused_experts=false")

@@ -63,6 +63,7 @@ def overview() -> dict[str, Any]:
     return json.loads((FOLDER / "sweep.json").read_text())
 
 
+@pytest.mark.full
 def test_a_combination_is_what_its_overrides_compose_to() -> None:
     args = ["lora=all-linear,dora", "lora.target_modules=all-linear,[q_proj,v_proj]", "trainer.learning_rate=1e-3,2",
              "quantization.compute_dtype=fp32,bf16", "seed=range(0,2)", "name=x", "data.columns={output: answer}",
@@ -118,6 +119,7 @@ def test_every_engine_refuses_a_folder_of_another_config_and_leaves_finished_job
     assert run("lora.alpha=16,8.0,32", "seed=0") == [["lora.alpha=32", "seed=0"]]
 
 
+@pytest.mark.full
 def test_seeds_are_averaged_over_equal_configs_only(tmp_path: Path) -> None:
     jobs = {}
     for steps, rank, seed in [(5, 8, 0), (5, 8, 1), (9, 8, 0), (9, 8, 1)]:

@@ -23,6 +23,7 @@ def config(*overrides: str) -> dict[str, object]:
     return config_to_dict(compose(overrides))
 
 
+@pytest.mark.full
 def test_a_config_has_one_identity_however_it_is_written() -> None:
     assert identity(config()) == identity(config("lora.r=32", "seed=0", "model=tiny"))
     assert identity(config("trainer.learning_rate=1e-4")) == identity(config("trainer.learning_rate=0.0001"))
@@ -128,6 +129,7 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path)
         os.waitpid(worker, 0)
 
 
+@pytest.mark.full
 def test_looking_at_a_lock_does_not_disturb_who_takes_it(tmp_path: Path) -> None:
     looking = subprocess.Popen([sys.executable, "-c", (
         "import sys; from pathlib import Path; from qlora.runtime.folder_lock import is_locked\n"

@@ -225,6 +225,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert {row["status"] for row in outcome(tmp_path, "calm")} == {"finished"}
 
 
+@pytest.mark.full
 def test_the_basic_launcher_keeps_the_same_files(tmp_path: Path) -> None:
     code, output, errors = sweep(tmp_path, "seed=0,1", "name=basic", "hydra/launcher=basic")
     assert code == 0, output + errors

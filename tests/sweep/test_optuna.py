@@ -137,6 +137,7 @@ def test_a_search_resumes_where_it_ended_and_draws_new_points(tmp_path: Path) ->
     assert f"again    {actual['command']}" in output
 
 
+@pytest.mark.full
 def test_a_named_search_is_one_word_and_its_best_trial_runs_alone(tmp_path: Path) -> None:
     code, output, errors = search(tmp_path, "sweep=search", "lora.r=16", "hydra.sweeper.n_trials=1")
     assert code == 0, output + errors
@@ -472,7 +473,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -554,6 +555,7 @@ def test_an_interval_needs_a_search() -> None:
         check_overrides(["lora.r=8,16", "hydra.sweeper.n_trials=3"], multirun=True)
 
 
+@pytest.mark.full
 def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "outputs/sweeps/s"
     folder.mkdir(parents=True)

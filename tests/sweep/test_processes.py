@@ -94,6 +94,7 @@ def test_there_are_as_many_jobs_at_a_time_as_slots_and_each_sees_its_own(tmp_pat
     assert [item["OWN"] for item in seen] == ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.full
 def test_a_source_that_has_nothing_now_is_asked_again_after_an_end(tmp_path: Path) -> None:
     ended: list[str] = []
 

@@ -161,6 +161,7 @@ def test_a_sweep_of_another_engine_gets_its_run_at_the_end_though_a_job_failed(t
     assert sync_command(Path("outputs/sweeps/two"), jobs=True) in printed
 
 
+@pytest.mark.full
 @needs_wandb
 def test_a_sweep_that_brought_nothing_new_starts_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = fake_sweep(tmp_path, {"lora.r=8": 0.5, "lora.r=16": 0.4})

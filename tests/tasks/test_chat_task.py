@@ -386,6 +386,7 @@ def message_of(prompt: str) -> str:
     return prompt.removeprefix(prefix).removesuffix(ALPACA.behind)
 
 
+@pytest.mark.full
 def test_chat_answers_as_predict_does(trained: Path, model: ChatModel, tmp_path: Path) -> None:
     options = ["task=predict", *EXACT, f"adapter={trained}", "data.max_eval_samples=12", "evaluation=loss"]
     predicted = Run(compose(options), tmp_path / "predicted")

@@ -52,6 +52,7 @@ def test_an_adapter_of_another_base_is_refused(first: Path, tmp_path: Path) -> N
         run(tmp_path, *SHORT, f"lora.start={first}", "lora.r=3", "model.weights=random", "seed=5")
 
 
+@pytest.mark.full
 def test_what_is_no_adapter_says_what_is_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such folder, nor a run in outputs/runs"):
         run(tmp_path / "run", f"lora.start={tmp_path}/missing")

@@ -308,6 +308,7 @@ def test_other_bits_than_in_training_are_refused(trained: tuple[Path, str], tmp_
     )
 
 
+@pytest.mark.full
 def test_an_adapter_of_a_tied_output_layer_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base("qwen3"))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
@@ -380,6 +381,7 @@ def test_the_sentence_for_rounded_weights_offers_float32(merged: tuple[Path, str
     assert "rounding its weights to bf16 does that; use merge.dtype=fp32, or accept it with merge.max_kl=" in text
 
 
+@pytest.mark.full
 def test_the_sentence_for_float32_names_the_layer(merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     add = LowRank.add_to
     wrong = iter([False] * 8 + [True] + [False] * 5)  # the second of two layers begins with the eighth matrix
@@ -392,6 +394,7 @@ def test_numbers_that_are_none_are_refused(merged: tuple[Path, str], monkeypatch
     assert "its probabilities are NaN in fp32; use another merge.dtype" in refusal(*merged)
 
 
+@pytest.mark.full
 def test_numbers_too_large_for_fp16_are_refused(merged: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LowRank, "add_to", lambda self, weight: weight.float() * 1e6)
     assert "holds numbers too large for float16; use merge.dtype=bf16" in refusal(*merged, "merge.dtype=fp16")
@@ -408,7 +411,7 @@ def full_to_safetensors(*args: Any, **kwargs: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("step", "failure"),
     [

@@ -143,6 +143,7 @@ def test_a_budget_checkpoints_as_few_layers_as_it_holds() -> None:
     assert build(*chosen, "trainer.memory_budget=auto", device="h200").setup.checkpointed == 0
 
 
+@pytest.mark.full
 def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["model=llama-65b", "trainer.per_device_train_batch_size=16", "lora.dtype=bf16"]
     whole = build(*chosen, device="h200").memory
@@ -305,6 +306,7 @@ def test_of_many_rows_a_sample_is_counted_and_said(
     assert "180 rows, 12 steps an epoch, 3 epochs = 36 steps" in said
 
 
+@pytest.mark.full
 def test_without_the_tokenizer_tokens_are_guessed_and_without_rows_every_row_is_full(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]
     return count
 
 
+@pytest.mark.full
 def test_the_trained_adapter_answers_in_its_own_folder_and_by_name(
     trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_finished_answers_are_not_generated_again(
     assert (tmp_path / "predictions.jsonl").read_bytes() == written
 
 
+@pytest.mark.full
 def test_all_batches_of_a_stopped_prediction_may_be_there(
     trained: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_what_differs_from_the_training_stands_in_one_line(
     assert result["measured"]["differs"]["generation.max_new_tokens"] == [2, 4]
 
 
+@pytest.mark.full
 def test_a_task_in_the_folder_of_its_training_leaves_the_training_s_config(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)

@@ -105,6 +105,7 @@ def test_the_adapter_is_that_of_the_best_step_and_a_killed_run_keeps_the_same(
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_of_the_best_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage() -> None:
         for checkpoint in find_checkpoints(tmp_path / "run" / "checkpoints")[:-1]:

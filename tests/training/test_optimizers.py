@@ -375,6 +375,7 @@ def assert_agrees(name: str, given: dict[str, Any]) -> None:
     assert is_ours == is_refused or (is_ours and set(given) <= set(OWN_BOUNDS)), (name, given, is_ours, is_refused)
 
 
+@pytest.mark.full
 def test_the_arguments_of_a_recipe_are_taken_out_by_null_and_by_an_empty_mapping() -> None:
     assert compose(["trainer.lr_scheduler_type=constant"]).trainer.lr_scheduler_kwargs == {}
     left = {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}

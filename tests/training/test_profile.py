@@ -28,7 +28,7 @@ QUICK = [
 ]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("steps", "recorded"), [(8, ["4", "5"]), (4, ["2", "3"]), (1, ["0"])])
 def test_a_profile_writes_a_trace_and_prints_the_most_expensive_operators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, recorded: list[str]

@@ -192,7 +192,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["wandb", "tensorboard"])
 def test_what_a_killed_run_had_not_written_is_sent_again(backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend)

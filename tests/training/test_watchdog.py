@@ -140,6 +140,7 @@ def rows() -> Rows:
     return made
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit"], ids=["each weight", "all in one"])
 def test_a_step_with_a_bad_row_is_skipped_and_the_row_is_named(
     tmp_path: Path, rows: Rows, caplog: pytest.LogCaptureFixture, optim: str
@@ -248,6 +249,7 @@ def test_a_rollback_resumes_from_the_last_checkpoint_with_a_lower_rate(tmp_path:
     assert again.watchdog.counts["rollbacks"] == 1
 
 
+@pytest.mark.full
 def test_a_bad_row_that_comes_back_after_each_rollback_ends_the_training(tmp_path: Path, rows: Rows) -> None:
     trainer = build(tmp_path, rows, {"nonfinite": "rollback", "max_rollbacks": 2})
     with pytest.raises(Halted, match=rf"row {BAD_ROW + 1}, after 2 rollbacks \(watchdog.max_rollbacks\); look at"):
@@ -307,6 +309,7 @@ def test_a_loss_that_runs_away_is_called_divergence_and_taken_back_to_before(tmp
     assert not set(aside) & {f"checkpoint-{n}" for n in range(34)}
 
 
+@pytest.mark.full
 def test_a_loss_that_only_wavers_has_not_diverged(tmp_path: Path) -> None:
     trainer = build(tmp_path, build_rows(), {"divergence": "stop"}, max_steps=40)
     trainer.run(None)
@@ -332,6 +335,7 @@ def test_a_slow_step_is_told_with_its_cause(tmp_path: Path, caplog: pytest.LogCa
     assert "watchdog.slow: step 1" in caplog.text
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_that_do_not_come_end_the_training(tmp_path: Path, workers: int) -> None:
     rows = build_rows()
