@@ -850,6 +850,6 @@ def test_every_answer_is_asked_for_by_the_tokens_that_stand_before_it(text, toke
                 assistant(" so")]  # fmt: skip
     (row,) = mine.encode([chat(*messages)])
     for index, turn in enumerate(row.turns):
-        before = messages[: 2 * index + 1]
-        assert mine.encode_prompt(before) == row.input_ids[: turn.start]
-        assert mine.encode_question(chat(*before)).input_ids == row.input_ids[: turn.start]
+        sent = messages[: 2 * index + 1]
+        assert mine.encode_prompt(sent) == row.input_ids[: turn.start]
+        assert mine.encode_question(chat(*sent)).input_ids == row.input_ids[: turn.start]
