@@ -298,6 +298,7 @@ def measure(
         if (budget := build_budget(run, step, max_length=width)) is not None:
             plan = budget.choose()
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
+            step.keep(plan.kept)
 
         @contextmanager
         def around() -> Iterator[None]:
@@ -312,6 +313,7 @@ def measure(
             "parts": step.parts,
             "checkpointed": step.checkpointed,
             "offloaded": step.offloaded,
+            "kept": step.kept,
         }
 
 

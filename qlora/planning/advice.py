@@ -8,7 +8,7 @@ from functools import partial
 
 from qlora.config.schema import PlanStep
 from qlora.planning.gpus import Gpu
-from qlora.planning.memory_plan import Memory, plan_memory
+from qlora.planning.memory_plan import Ledger, Memory, plan_memory
 from qlora.planning.model_shape import Shape, find_targets
 from qlora.planning.setup import Setup
 from qlora.quantization.bnb4.layout import stored_base
@@ -61,6 +61,14 @@ def fewest_checkpointed(training: Training, gpu: Gpu) -> int | None:
     layers = training.shape.layers
     counts = range(layers + 1) if training.setup.step is PlanStep.fast else (0, layers)
     return next((count for count in counts if _checkpointed(training, count).fits(gpu)), None)
+
+
+def most_kept(training: Training, gpu: Gpu) -> int:
+    """Returns in how many layers the experts can stay decoded, with paged states on the GPU."""
+    most = Ledger(training.shape, training.setup).can_be_kept
+    setups = (replace(training.setup, kept=count) for count in range(most, 0, -1))
+    fits = (setup for setup in setups if replace(training, setup=setup).memory.comfortable <= gpu.memory)
+    return next((setup.kept for setup in fits), 0)
 
 
 def fewest_offloaded(training: Training, gpu: Gpu) -> int:

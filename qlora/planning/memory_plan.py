@@ -90,6 +90,19 @@ class Ledger:
         return len(experts.layers) * base.experts_bytes(experts.count, experts.units)
 
     @property
+    def decoded_experts(self) -> int:
+        """The experts of one layer as the matmuls of the fast step read them; 0: they cannot be kept so."""
+        experts, setup = self.shape.experts, self.setup
+        if experts is None or setup.base.experts_bytes is None or setup.step is not PlanStep.fast:
+            return 0
+        return experts.weights * (2 if setup.fp8 else setup.width)  # in 8 bits the backward pass reads them turned
+
+    @property
+    def can_be_kept(self) -> int:
+        """The layers whose experts can be kept decoded."""
+        return len(self.shape.experts.layers) if self.shape.experts is not None and self.decoded_experts else 0
+
+    @property
     def unquantized(self) -> int:
         """Embedding, output matrix, norms and biases."""
         return self.shape.unquantized * self.setup.base.unquantized_bytes
@@ -182,6 +195,7 @@ class Ledger:
         parts = {"weights": self.weights, "embeddings and norms": self.unquantized, "adapters": self.adapters}
         if self.shape.experts is not None:
             parts["experts"] = self.experts
+            parts["decoded experts"] = self.setup.kept * self.decoded_experts
         return {**parts, "optimizer": self.optimizer[0], "workspace": WORKSPACE}
 
     @property
@@ -197,6 +211,11 @@ class Ledger:
         others = (OPTIMIZER_STEP, LOADING)
         moments = (sum(parts.values()) for moment, parts in self.moments() if moment not in others)
         return max(moments) - self.at_start
+
+    @property
+    def added_by_optimizer(self) -> float:
+        """What the optimizer's step holds beyond `at_start`, with the paged states."""
+        return sum(dict(self.moments())[OPTIMIZER_STEP].values()) - self.at_start + self.optimizer[1]
 
     def saved(self, layer: int) -> float:
         """Returns what a decoder layer keeps for the backward pass."""

@@ -52,7 +52,8 @@ def _decoded_experts(shape: Shape, setup: Setup) -> float:
     """Returns the weights of experts that a pass decodes: of few tokens only those of their experts."""
     if shape.experts is None or setup.base.experts_bytes is None:
         return 0
-    return shape.expert_weights * min(1.0, setup.tokens * shape.experts.per_token / shape.experts.count)
+    packed = shape.expert_weights - setup.kept * shape.experts.weights
+    return packed * min(1.0, setup.tokens * shape.experts.per_token / shape.experts.count)
 
 
 @dataclass(frozen=True)

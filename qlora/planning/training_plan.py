@@ -18,7 +18,15 @@ from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
-from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
+from qlora.planning.advice import (
+    Change,
+    Training,
+    changes,
+    fewest_checkpointed,
+    fewest_offloaded,
+    largest_rows,
+    most_kept,
+)
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
@@ -87,7 +95,7 @@ class Plan:
         """The most rows of a micro-batch, by what is checkpointed."""
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
-        runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
+        runs = {name: change(self.training, checkpointed=count, offloaded=0, kept=0) for name, count in kinds.items()}
         return {name: largest_rows(training, self.gpu) for name, training in runs.items()}
 
     @cached_property
@@ -124,7 +132,9 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
         gpu = replace(gpu, memory=min(gpu.memory, budget + CONTEXT))
     if (fewest := fewest_checkpointed(training, gpu)) is not None:
-        return Plan(config, change(training, checkpointed=fewest), gpu, length, tokens)
+        training = change(training, checkpointed=fewest)
+        kept = 0 if fewest else most_kept(training, gpu)
+        return Plan(config, change(training, kept=kept), gpu, length, tokens)
     offloaded = fewest_offloaded(training, gpu)
     return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length, tokens)
 

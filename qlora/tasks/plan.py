@@ -194,6 +194,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
         checkpointing += f" (inputs of {setup.offloaded} on the host)" if setup.offloaded else ""
     else:
         checkpointing = "no checkpointing"
+        checkpointing += f", decoded experts of {setup.kept} layers kept" if setup.kept else ""
     console.start_screen(
         [
             ("model", f"{config.model.name}: {_count(shape.parameters)} parameters{_describe_experts(shape)}"),

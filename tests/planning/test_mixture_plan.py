@@ -20,7 +20,7 @@ from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
-from qlora.planning.training_plan import find_shape, read_setup
+from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup
 from qlora.quantization.method import find_method
 from qlora.tasks.plan import _describe_experts, _describe_shape
 
@@ -189,3 +189,30 @@ def test_experts_of_a_dense_model_are_refused_before_anything_is_loaded() -> Non
 def test_the_rank_on_experts_is_the_one_that_training_chooses(overrides: list[str], rank: int) -> None:
     config = compose(["model=qwen3-30b-a3b", "lora.r=64", *overrides])
     assert read_setup(config, find_shape(config)).expert_r == rank
+
+
+def planned(*overrides: str) -> Plan:
+    return build_plan(compose(["model=qwen3-30b-a3b", "lora.r=8", "data.max_length=256", *overrides]))
+
+
+@pytest.mark.parametrize("compute", ["native", "fp8"])
+def test_decoded_experts_are_kept_where_memory_is_free(compute: str) -> None:
+    auto, quantization = "trainer.memory_budget=auto", f"quantization.compute={compute}"
+    free = planned("plan.device=h200", auto, quantization)
+    assert (free.setup.checkpointed, free.setup.kept) == (0, 48)
+    # 58 GB: in 16 bits once, in 8 bits twice, for the backward pass reads them turned.
+    assert free.memory.parts["decoded experts"] == 48 * 128 * 3 * 768 * 2048 * 2
+    some = planned("plan.device=a100-80gb", auto, quantization)
+    assert 0 < some.setup.kept < 48
+    assert some.memory.comfortable <= some.gpu.memory < some.memory.comfortable + 1.3e9
+    assert some.speed.seconds > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["trainer.memory_budget=20GB"], ["trainer.memory_budget=auto", "quantization.experts=none"],
+                  ["trainer.memory_budget=auto", "trainer.fused_experts=false"]], ids=str
+)  # fmt: skip
+def test_decoded_experts_are_not_kept_without_room_or_quantized_weights_or_the_fast_step(overrides: list[str]) -> None:
+    plan = planned("plan.device=h200", *overrides)
+    assert plan.setup.kept == 0
+    assert not plan.memory.parts["decoded experts"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class FrozenExperts:
     """The frozen weights of all experts of a layer, [experts, rows, columns] when decoded: gate and up, or down."""
 
     tensors: list[Tensor]
-    """One tensor, the weights; or those of a `QuantizedWeight`, with a row an expert: for each projection its own, then
-    the codebooks, once, for `torch.compile` takes no tensor twice."""
+    """One tensor, the weights; two, 8-bit weights as they are, and turned; or those of a `QuantizedWeight`, with a row
+    an expert: for each projection its own, then the codebooks, once, for `torch.compile` takes no tensor twice."""
     rows: int
     columns: int
     is_interleaved: bool = False
@@ -45,6 +45,15 @@ class FrozenExperts:
         """Returns a `weight_scale`; None: the weights have 16 bits."""
         scales = [weight_scale(projection) for projection in split_projections(self.tensors, self.shape)]
         return torch.stack(scales).amin(0) if scales else None
+
+    def decode(self, dtype: torch.dtype) -> FrozenExperts:
+        """Returns these weights as the matmuls of a forward and a backward pass read them; `dtype` is that of rows."""
+        if len(self.tensors) == 1:
+            return self
+        kinds = (False,) if self.weight_scale is None else (False, True)
+        dtype = dtype if self.weight_scale is None else torch.float8_e4m3fn
+        arguments = self.tensors, self.shape, dtype, self.weight_scale
+        return replace(self, tensors=[decode_experts(*arguments, transposed=turned) for turned in kinds])
 
     @property
     def shape(self) -> list[int]:
@@ -59,8 +68,8 @@ def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
 
 
 def split_projections(tensors: list[Tensor], shape: list[int]) -> list[QuantizedWeight]:
-    """Reverses `join_projections`; weights in 16 bits have none."""
-    if len(tensors) == 1:
+    """Reverses `join_projections`; weights that are not quantized have none."""
+    if len(tensors) <= 2:
         return []
     *owned, codebook, nested_codebook = tensors
     rows = shape[0] * FIELDS // len(owned)
@@ -80,6 +89,8 @@ def decode_experts(
     rows, columns, is_interleaved = shape
     if len(tensors) == 1:
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
+    if len(tensors) == 2:
+        return tensors[transposed]
     projections = split_projections(tensors, shape)
     experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
     size = (experts, columns, rows) if is_turned else (experts, rows, columns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ class FastExperts:
     adapters: dict[str, ExpertsWrapper]
     """PEFT's adapters by projection; their A and B matrices are read in each step, for an optimizer may move them."""
     dropout: float
+    _packed: list[FrozenExperts] = field(default_factory=list)
+    """The weights in 4 bits, while they are kept decoded; else nothing."""
 
     @classmethod
     def of(cls, experts: nn.Module) -> FastExperts:
@@ -100,11 +102,28 @@ class FastExperts:
         wrappers = {} if adapters is None else {name: adapters.wrappers[name] for name in adapters}
         return cls(layout, first, down, wrappers, 0.0 if adapters is None else adapters.dropout)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are in 4 bits, kept decoded or not."""
+        first = self._packed[0] if self._packed else self.first
+        return len(first.tensors) > 1
+
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
         self.first, self.down = (
             replace(weights, weight_scale=weights.find_scale()) for weights in (self.first, self.down)
         )
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Decodes the weights for all passes until `release`; `dtype` is that of the matmuls in 16 or 32 bits."""
+        if not self._packed:
+            decoded = [weights.decode(dtype) for weights in (self.first, self.down)]  # which may run out of memory
+            self._packed, (self.first, self.down) = [self.first, self.down], decoded
+
+    def release(self) -> None:
+        """Frees what `keep` has decoded: each pass decodes the weights again."""
+        if self._packed:
+            (self.first, self.down), self._packed = self._packed, []
 
     def unread(self) -> AbstractContextManager[None]:
         """Declares that nothing in the block reads the outputs of the down projection."""
