@@ -118,11 +118,25 @@ def _multiply(
     The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
     """
     dtype, scale = x.dtype, None
+    if (rows := len(x if source is None else source)) < len(offsets) and len(tensors) > 2:
+        owners, offsets = _owners(offsets, rows)
+        tensors = [*(tensor[owners] for tensor in tensors[:-2]), *tensors[-2:]]
+        b = None if b is None else b[owners]
     if weight_scale is not None:
         x, scale = scale_rows(x)
         scale = scale / weight_scale
     weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed)
     return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
+
+
+def _owners(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the expert of each row, and `offsets` that make a group of each row.
+
+    Of fewer rows than experts, the experts that have rows are decoded so, without the host's asking for their number;
+    one with several rows is decoded for each.
+    """
+    numbers = torch.arange(rows + 1, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, numbers[:-1], right=True), numbers[1:]
 
 
 def _fake_linear(x, read, a, b, tensors, weight_scale, shape, source, positions, offsets, gathers):
