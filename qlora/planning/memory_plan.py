@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora.config.schema import PlanStep
+from qlora.experts.waiting import ROOM
 from qlora.planning.activations import Activations
 from qlora.planning.model_shape import Linear, Shape
 from qlora.planning.optimizer_states import EIGHT_BIT_FROM, OPTIMIZERS, PAGED_FROM
@@ -38,6 +39,8 @@ class Memory:
     moment: str
     paged: float
     """Optimizer states that may move to the host; torch does not count them."""
+    host: float = 0
+    """Experts that wait in the host's memory."""
 
     @property
     def peak(self) -> float:
@@ -81,13 +84,24 @@ class Ledger:
 
     @property
     def experts(self) -> int:
-        """The matrices of the experts of a mixture."""
+        """The matrices of the experts of a mixture, with the room for those that wait on the host."""
         experts, base = self.shape.experts, self.setup.base
         if experts is None:
             return 0
         if base.experts_bytes is None:
             return self.shape.expert_weights * base.unquantized_bytes
-        return len(experts.layers) * base.experts_bytes(experts.count, experts.units)
+        waiting = max(self.setup.waiting - ROOM, 0)
+        return (len(experts.layers) - waiting) * base.experts_bytes(experts.count, experts.units)
+
+    @property
+    def on_host(self) -> int:
+        """The experts that wait in the host's memory, whose pinned memory torch hands out in powers of two."""
+        experts, base = self.shape.experts, self.setup.base
+        if experts is None or base.experts_bytes is None:
+            return 0
+        packed = [math.ceil(experts.count * rows * columns / 2) for rows, columns in experts.units]
+        scales = base.experts_bytes(experts.count, experts.units) - sum(packed)
+        return self.setup.waiting * (scales + sum(1 << (size - 1).bit_length() for size in packed))
 
     @property
     def decoded_experts(self) -> int:
@@ -203,6 +217,15 @@ class Ledger:
         """What is there when a step's last micro-batch begins: earlier ones have left their gradients."""
         return sum(self.resident.values()) + (self.gradients if self.setup.accumulates else 0)
 
+    @property
+    def untrained(self) -> int:
+        """What a base needs that is not trained: its weights with an adapter, and a layer's experts in 16 bits.
+
+        These exist while it is loaded, and nearly so where many tokens are read.
+        """
+        merged = self.shape.experts.weights * self.setup.base.unquantized_bytes if self.shape.experts else 0
+        return self.weights + self.experts + self.unquantized + self.adapters + merged
+
     # What a step adds
 
     @property
@@ -276,7 +299,7 @@ class Ledger:
     def memory(self) -> Memory:
         """Returns the parts at the moment that needs most."""
         moment, parts = max(self.moments(), key=lambda moment: sum(moment[1].values()))
-        return Memory(parts, moment, self.optimizer[1])
+        return Memory(parts, moment, self.optimizer[1], self.on_host)
 
 
 def plan_memory(shape: Shape, setup: Setup) -> Memory:

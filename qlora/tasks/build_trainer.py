@@ -24,7 +24,7 @@ from qlora.planning.model_shape import FAMILIES, read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
-from qlora.runtime.device import matrix_rate, peak_memory_gb
+from qlora.runtime.device import free_memory, matrix_rate, peak_memory_gb
 from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
@@ -157,6 +157,8 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
     is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
     kind = PlanStep.fast if is_fast else PlanStep.plain
     setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
+    if session.waiting_experts is not None:
+        setup = replace(setup, waiting=session.waiting_experts)
 
     def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
         plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
@@ -168,7 +170,7 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
         min(ledger.can_be_kept, step.packed_experts), ledger.decoded_experts, ledger.added_by_optimizer,
     )  # fmt: skip
     cap = parse_size(requested)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = free_memory(device)
     limit = min(cap, free) if cap is not None else free
     return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
 

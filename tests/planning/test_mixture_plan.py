@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,19 @@ from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
 from qlora.errors import ConfigError, DataError
+from qlora.experts.host import experts_on_host, is_waiting
 from qlora.experts.layout import find_experts
+from qlora.experts.waiting import ROOM
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
-from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup
+from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup, waiting_for_run
 from qlora.quantization.method import find_method
+from qlora.quantization.stored_base import StoredBase
 from qlora.tasks.plan import _describe_experts, _describe_shape
+from tests.experts.test_host import SlowCopies
 
 FEW = GROUPED | {"num_experts_per_tok": 2}
 DEEPSEEK = SIZES | {
@@ -216,3 +221,63 @@ def test_decoded_experts_are_not_kept_without_room_or_quantized_weights_or_the_f
     plan = planned("plan.device=h200", *overrides)
     assert plan.setup.kept == 0
     assert not plan.memory.parts["decoded experts"]
+
+
+def test_the_experts_that_do_not_fit_wait_on_the_host_as_few_as_must() -> None:
+    plan = planned("plan.device=rtx-4090", "trainer.memory_budget=12GB")
+    waiting = plan.setup.waiting
+    assert ROOM < waiting < 48
+    assert plan.fits
+    fewer = replace(plan.training, setup=replace(plan.setup, waiting=waiting - 1)).memory
+    assert fewer.needed > plan.gpu.memory  # with all layers checkpointed and their inputs on the host
+    layer = plan.memory.parts["experts"] / (48 - waiting + ROOM)
+    assert plan.memory.host == pytest.approx(waiting * layer, rel=0.35)
+    assert plan.memory.host > waiting * layer
+    plain = planned("plan.device=rtx-4090", "trainer.memory_budget=12GB", "quantization.experts_offload=none")
+    assert (plain.setup.waiting, plain.memory.host, plain.fits) == (0, 0, False)
+    assert plain.changes[0].overrides == "quantization.experts_offload=auto"
+    assert plain.changes[0].fits
+    assert planned("plan.device=rtx-4090", "trainer.memory_budget=23GB").setup.waiting == 0
+    every = planned("plan.device=h200", "quantization.experts_offload=all")
+    assert every.memory.parts["experts"] == pytest.approx(ROOM * layer)
+    assert every.speed is not None
+    assert every.speed.bound == "copying experts"  # of one row of 256 tokens
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_wait_take_what_is_planned(kind: str) -> None:
+    with experts_on_host(None, SlowCopies()):
+        model = base(kind, num_hidden_layers=5)
+    sizes = shape(kind, num_hidden_layers=5)
+    assert sizes.experts is not None
+    waiting = len(sizes.experts.layers)
+    ledger = Ledger(sizes, setup(sizes, base=_stored("quantization=nf4"), waiting=waiting))
+    buffers = [buffer for module in find_experts(model).values() for buffer in module.quantized.buffers()]
+    moved = [buffer.nbytes for buffer in buffers if is_waiting(buffer)]
+    # Codebooks, offsets and the scales of scales stay with each layer.
+    assert ledger.experts == pytest.approx(sum(b.nbytes for b in buffers) * ROOM / waiting)
+    assert sum(moved) <= ledger.on_host < 2 * sum(buffer.nbytes for buffer in buffers)
+
+
+def _stored(chosen: str) -> StoredBase:
+    quantization = compose([chosen]).quantization
+    return find_method(quantization).stored_base(quantization)
+
+
+def test_a_run_has_experts_wait_as_its_free_memory_asks() -> None:
+    preset = {
+        key: value for key, value in model_presets()["qwen3-30b-a3b"]["architecture"].items() if value is not None
+    }
+
+    def waiting(free: float, *overrides: str, longest_row: int | None = 2048) -> int:
+        config = compose(["model=qwen3-30b-a3b", "lora.r=8", *overrides])
+        return waiting_for_run(config, preset, free, longest_row=longest_row)
+
+    assert waiting(80e9) == 0
+    assert ROOM < waiting(18e9) < 48
+    assert waiting(80e9, "trainer.memory_budget=16GB") >= waiting(18e9)
+    assert ROOM < waiting(12e9, longest_row=None) < 48
+    assert waiting(24e9, longest_row=None) == 0
+    assert waiting(4e9) == 48
+    config = compose(["model=qwen3-30b-a3b"])
+    assert waiting_for_run(config, {"model_type": "llama4_text"}, 1, longest_row=8) == 0

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from qlora.experts.host import WaitingLayer, WaitingTensor, is_waiting, on_device, waiting_layer
 from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
 from qlora.quantization.bnb4.layers import Rounding
 from qlora.quantization.bnb4.layout import BLOCK, GROUP
@@ -95,6 +96,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.layout, self.quant_type, self.double_quant = layout, quant_type, double_quant
         codebook, nested = torch.zeros(16, device=device), torch.zeros(256 if double_quant else 0, device=device)
+        self._waiting: list[WaitingTensor] = []
         self.register_buffer("codebook", codebook)
         self.register_buffer("nested_codebook", nested)
         self._is_hf_initialized = True  # transformers initialises what it did not load
@@ -109,9 +111,14 @@ class QuantizedExperts(nn.Module):
         return store
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
-        """Moves the tensors as a model is moved; one that is given another dtype keeps its scales in float32."""
+        """Moves the tensors as a model is moved; one that is given another dtype keeps its scales in float32.
+
+        What waits in the host's memory stays there.
+        """
 
         def move(tensor: Tensor) -> Tensor:
+            if is_waiting(tensor):
+                return tensor
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -139,6 +146,15 @@ class QuantizedExperts(nn.Module):
         for unit in self.layout.units_of(projection):
             empty = QuantizedUnit(unit, self.layout.count, double_quant=self.double_quant, device=device)
             self.add_module(unit.name, empty)
+
+    def wait(self, projection: str, layer: WaitingLayer) -> None:
+        """Moves the weights of a projection to the host's memory; what decodes them is small, and stays."""
+        for unit in self.layout.units_of(projection):
+            module = self.unit(unit.name)
+            for name in ("packed", "absmax"):
+                waiting = layer.store(f"{unit.name}.{name}", getattr(module, name))
+                setattr(module, name, waiting.tensor)
+                self._waiting.append(waiting)
 
     def quantize(self, unit: Unit, expert: int, weight: Tensor) -> None:
         """Quantizes the weight [out, in] of a unit of one expert."""
@@ -174,7 +190,7 @@ class QuantizedExperts(nn.Module):
         return self._decode(self.unit(unit), dtype, ids)[0]
 
     def _decode(self, unit: QuantizedUnit, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
-        weight = self.weight_of(unit, experts)
+        weight = self._on_device(self.weight_of(unit, experts))
         if unit.columns % BLOCK:  # bitsandbytes decodes such a matrix wrongly on a CPU (0.50)
             return decode_plain(weight, dtype)
         count = len(weight.packed)
@@ -182,14 +198,21 @@ class QuantizedExperts(nn.Module):
         return flat.view(count, unit.rows, unit.columns)
 
     def weight_of(self, unit: QuantizedUnit, experts: Tensor | None = None) -> QuantizedWeight:
-        """Returns the weights of a unit of all experts, or of those whose ids are given."""
+        """Returns the weights of a unit of all experts, where they lie, or of those whose ids are given, on the device.
+
+        Of experts that wait only these are copied.
+        """
         packed, absmax, nested_absmax, offset = (
-            tensor if experts is None else tensor[experts]
+            tensor if experts is None else tensor[experts.to(tensor.device)].to(self.codebook.device)
             for tensor in (unit.packed, unit.absmax, unit.nested_absmax, unit.nested_offset)
         )
         nested_offset = offset[:, None].expand(nested_absmax.shape).contiguous()
         codebooks = self.codebook, self.nested_codebook
         return QuantizedWeight(packed, absmax, *codebooks, nested_absmax, nested_offset, unit.rows, unit.columns)
+
+    def _on_device(self, weight: QuantizedWeight) -> QuantizedWeight:
+        packed, absmax = on_device([weight.packed, weight.absmax])
+        return replace(weight, packed=packed, absmax=absmax)
 
     def _dequantize(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         state = bnb.QuantState(
@@ -228,7 +251,8 @@ class QuantizedExperts(nn.Module):
                 [self.unit(unit.name) for unit in self.layout.units_of(projection)] if self.holds(projection) else []
             )
             if not all(
-                bool(unit.finite.all() & decode_absmax(self.weight_of(unit)).isfinite().all()) for unit in units
+                bool(unit.finite.all() & decode_absmax(self._on_device(self.weight_of(unit))).isfinite().all())
+                for unit in units
             ):
                 spoiled.append(projection)
         return spoiled
@@ -239,7 +263,9 @@ class QuantizedExperts(nn.Module):
 
 
 def put_placeholder(experts: nn.Module, projection: str, dtype: torch.dtype, store: QuantizedExperts) -> Placeholder:
-    """Puts a placeholder where a projection's weights were, and returns it."""
+    """Puts a placeholder where a projection's weights were, and returns it; they wait where the module's do."""
+    if (layer := waiting_layer(experts)) is not None:
+        store.wait(projection, layer)
     parameter: Any = getattr(experts, projection)
     device = store.codebook.device
     result = Placeholder.of(parameter.shape, dtype, device, store.quant_type)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora.experts.host import on_device
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_plain, weight_scale
 from qlora.step.kernels.dequantize import is_unread, operator
 from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
@@ -68,10 +69,10 @@ def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
 
 
 def split_projections(tensors: list[Tensor], shape: list[int]) -> list[QuantizedWeight]:
-    """Reverses `join_projections`; weights that are not quantized have none."""
+    """Reverses `join_projections`, on the device; weights that are not quantized have none."""
     if len(tensors) <= 2:
         return []
-    *owned, codebook, nested_codebook = tensors
+    *owned, codebook, nested_codebook = on_device(tensors)
     rows = shape[0] * FIELDS // len(owned)
     return [
         QuantizedWeight(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1])
@@ -94,7 +95,7 @@ def decode_experts(
     projections = split_projections(tensors, shape)
     experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
     size = (experts, columns, rows) if is_turned else (experts, rows, columns)
-    out = torch.empty(size, dtype=dtype, device=tensors[0].device)
+    out = torch.empty(size, dtype=dtype, device=projections[0].packed.device)
     view = out.transpose(1, 2) if is_turned else out
     count = len(projections)
     for index, projection in enumerate(projections):
@@ -120,6 +121,7 @@ def _multiply(
     dtype, scale = x.dtype, None
     if (rows := len(x if source is None else source)) < len(offsets) and len(tensors) > 2:
         owners, offsets = _owners(offsets, rows)
+        tensors = on_device(tensors)
         tensors = [*(tensor[owners] for tensor in tensors[:-2]), *tensors[-2:]]
         b = None if b is None else b[owners]
     if weight_scale is not None:
