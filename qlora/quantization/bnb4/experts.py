@@ -49,7 +49,7 @@ class QuantizedUnit(nn.Module):
     """The gate, up or down projection of all experts of a layer."""
 
     packed: Tensor
-    """uint8 [experts, out * in / 2]"""
+    """uint8 [experts, out * in / 2]; where processes share it, a parameter of the same bytes (`as_parameter`)."""
     absmax: Tensor
     """uint8 (double quantization) or float32, [experts, out * in / 64]"""
     nested_absmax: Tensor
@@ -61,7 +61,7 @@ class QuantizedUnit(nn.Module):
 
     def __init__(self, unit: Unit, count: int, *, double_quant: bool, device: torch.device) -> None:
         super().__init__()
-        self.rows, self.columns = unit.shape
+        (self.rows, self.columns), self.count = unit.shape, count
         blocks = math.ceil(self.rows * self.columns / BLOCK)
         groups = math.ceil(blocks / GROUP) if double_quant else 0
 
@@ -82,6 +82,27 @@ class QuantizedUnit(nn.Module):
         if matrix.nested_absmax is not None and matrix.nested_offset is not None:
             self.nested_absmax[expert] = matrix.nested_absmax
             self.nested_offset[expert] = matrix.nested_offset
+
+    def as_parameter(self) -> None:
+        """Makes `packed` a parameter, as which processes can share it: the bytes as float32 numbers, flat.
+
+        torch shards parameters of floating point alone. Bytes that are no whole numbers stay a buffer.
+        """
+        flat = self.packed.view(-1)
+        if len(flat) % 4 == 0:
+            del self._buffers["packed"]
+            self.packed = nn.Parameter(flat.view(torch.float32), requires_grad=False)
+
+    @property
+    def codes(self) -> Tensor:
+        """`packed` as uint8 [experts, out * in / 2]; a parameter must be whole, as it is while its layer is called."""
+        packed = self.packed
+        return packed.view(torch.uint8).view(self.count, -1) if isinstance(packed, nn.Parameter) else packed
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes share it."""
+        return isinstance(self._parameters.get("packed"), nn.Parameter)
 
 
 class QuantizedExperts(nn.Module):
@@ -135,6 +156,11 @@ class QuantizedExperts(nn.Module):
         module = self.get_submodule(name)
         assert isinstance(module, QuantizedUnit)
         return module
+
+    @property
+    def units(self) -> list[QuantizedUnit]:
+        """The tensors of all projections."""
+        return [module for module in self.children() if isinstance(module, QuantizedUnit)]
 
     def holds(self, projection: str) -> bool:
         """Returns whether the weights of a projection are in here."""
@@ -204,7 +230,7 @@ class QuantizedExperts(nn.Module):
         """
         packed, absmax, nested_absmax, offset = (
             tensor if experts is None else tensor[experts.to(tensor.device)].to(self.codebook.device)
-            for tensor in (unit.packed, unit.absmax, unit.nested_absmax, unit.nested_offset)
+            for tensor in (unit.codes, unit.absmax, unit.nested_absmax, unit.nested_offset)
         )
         nested_offset = offset[:, None].expand(nested_absmax.shape).contiguous()
         codebooks = self.codebook, self.nested_codebook

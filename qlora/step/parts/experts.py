@@ -183,7 +183,8 @@ def _unsupported_reason(experts: nn.Module) -> str | None:
     weights = [getattr(experts, projection) for projection in layout.projections]
     if any(weight.requires_grad for weight in weights):
         return "the experts' weights are trained"
-    if any(isinstance(weight, DTensor) for weight in weights):
+    sharded = isinstance(store, QuantizedExperts) and any(unit.is_sharded for unit in store.units)
+    if sharded or any(isinstance(weight, DTensor) for weight in weights):
         return "the experts are sharded over processes"
     if layout.has_post_norm:
         return "the experts' outputs are normalised"
