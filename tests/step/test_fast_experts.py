@@ -58,9 +58,10 @@ def test_sorted_rows_give_the_sum_and_the_gradients_of_single_tokens(rate: float
         routing = route_tokens(index, EXPERTS)
         read = x * keep if rate else None
         weight = FrozenExperts([first], 2 * WIDTH, HIDDEN)
-        gate, up = apply_experts(x, read, a, b, routing, weight, gathers=True).chunk(2, -1)
+        gate, up = apply_experts(x, read, a, b, routing, weight, weight.tensors, gathers=True).chunk(2, -1)
         rows = gate.sigmoid() * up * SortWeights.apply(weights, routing.order, routing.positions)
-        return apply_experts(rows, None, a_down, b_down, routing, FrozenExperts([down], HIDDEN, WIDTH), gathers=False)
+        weight = FrozenExperts([down], HIDDEN, WIDTH)
+        return apply_experts(rows, None, a_down, b_down, routing, weight, weight.tensors, gathers=False)
 
     def plain(x: Tensor, scores: Tensor, a: Tensor, b: Tensor, a_down: Tensor, b_down: Tensor) -> Tensor:
         weights, index = scores.softmax(-1).topk(PICKS)

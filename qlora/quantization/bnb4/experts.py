@@ -14,6 +14,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora.experts.host import WaitingLayer, WaitingTensor, is_waiting, on_device, waiting_layer
 from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
@@ -95,8 +96,10 @@ class QuantizedUnit(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """`packed` as uint8 [experts, out * in / 2]; a parameter must be whole, as it is while its layer is called."""
+        """`packed` as uint8 [experts, out * in / 2]; of a layer that is not called, the part of this process, flat."""
         packed = self.packed
+        if isinstance(packed, DTensor):
+            return packed.to_local().view(torch.uint8)
         return packed.view(torch.uint8).view(self.count, -1) if isinstance(packed, nn.Parameter) else packed
 
     @property

@@ -75,26 +75,35 @@ def split_projections(tensors: list[Tensor], shape: list[int]) -> list[Quantized
     *owned, codebook, nested_codebook = on_device(tensors)
     rows = shape[0] * FIELDS // len(owned)
     return [
-        QuantizedWeight(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1])
+        QuantizedWeight(
+            packed.view(torch.uint8), absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1]
+        )
         for packed, absmax, nested_absmax, nested_offset in zip(*[iter(owned)] * FIELDS, strict=True)
     ]
 
 
 def decode_experts(
-    tensors: list[Tensor], shape: list[int], dtype: torch.dtype, weight_scale: Tensor | None, *, transposed: bool
+    tensors: list[Tensor],
+    shape: list[int],
+    dtype: torch.dtype,
+    weight_scale: Tensor | None,
+    *,
+    transposed: bool,
+    experts: Tensor | None = None,
 ) -> Tensor:
     """Returns the weights of `FrozenExperts`, times `weight_scale`: [experts, rows, columns], or a transposed view.
 
-    8-bit weights that are asked for transposed are stored so, as their matmuls need it.
+    8-bit weights that are asked for transposed are stored so, as their matmuls need it. `experts` are the ids of those
+    that are decoded, any number of times; None: all, once. They are read where weights are quantized alone.
     """
     rows, columns, is_interleaved = shape
     if len(tensors) == 1:
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
     if len(tensors) == 2:
         return tensors[transposed]
-    projections = split_projections(tensors, shape)
-    experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
-    size = (experts, columns, rows) if is_turned else (experts, rows, columns)
+    projections = [_of_experts(projection, experts) for projection in split_projections(tensors, shape)]
+    number, is_turned = len(projections[0].packed), transposed and weight_scale is not None
+    size = (number, columns, rows) if is_turned else (number, rows, columns)
     out = torch.empty(size, dtype=dtype, device=projections[0].packed.device)
     view = out.transpose(1, 2) if is_turned else out
     count = len(projections)
@@ -110,6 +119,15 @@ def decode_experts(
     return out.transpose(1, 2) if transposed and not is_turned else out
 
 
+def _of_experts(weight: QuantizedWeight, experts: Tensor | None) -> QuantizedWeight:
+    """Returns the weights of some experts, with a row an expert."""
+    names = ("absmax", "nested_absmax", "nested_offset")
+    packed = weight.packed.view(len(weight.absmax), -1)  # those that processes share are flat
+    if experts is None:
+        return replace(weight, packed=packed)
+    return replace(weight, packed=packed[experts], **{name: getattr(weight, name)[experts] for name in names})
+
+
 def _multiply(
     x: Tensor, tensors: list[Tensor], weight_scale: Tensor | None, shape: list[int], offsets: Tensor, *,
     transposed: bool, source: Tensor | None, xa: Tensor | None, b: Tensor | None,
@@ -118,16 +136,14 @@ def _multiply(
 
     The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
     """
-    dtype, scale = x.dtype, None
+    dtype, scale, owners = x.dtype, None, None
     if (rows := len(x if source is None else source)) < len(offsets) and len(tensors) > 2:
         owners, offsets = _owners(offsets, rows)
-        tensors = on_device(tensors)
-        tensors = [*(tensor[owners] for tensor in tensors[:-2]), *tensors[-2:]]
         b = None if b is None else b[owners]
     if weight_scale is not None:
         x, scale = scale_rows(x)
         scale = scale / weight_scale
-    weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed)
+    weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed, experts=owners)
     return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
 
 
@@ -265,11 +281,12 @@ def apply_experts(
     b: Tensor | None,
     routing: Routing,
     weights: FrozenExperts,
+    tensors: list[Tensor],
     *,
     gathers: bool,
 ) -> Tensor:
-    """As `ExpertLinear`."""
+    """As `ExpertLinear`; `tensors` are those of the weights."""
     result: Tensor = ExpertLinear.apply(
-        x, read, a, b, tuple(routing), gathers, weights.weight_scale, weights.shape, *weights.tensors
+        x, read, a, b, tuple(routing), gathers, weights.weight_scale, weights.shape, *tensors
     )
     return result
