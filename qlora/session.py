@@ -36,7 +36,7 @@ from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
-from qlora.errors import ConfigError, DataError, Pruned, Stopped, UserError
+from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
@@ -61,7 +61,7 @@ from qlora.models.tokenizer import (
 )
 from qlora.models.weight_files import Checkpoint, Tensors, local_files
 from qlora.objectives import Objective, build_objective
-from qlora.planning.training_plan import waiting_for_run
+from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.placement import find_placement
 from qlora.reporting.start_lines import model_lines
@@ -359,34 +359,19 @@ class Session:
 
     @cached_property
     def waiting_experts(self) -> int | None:
-        """The number of layers whose experts wait in the host's memory; None: those of all layers.
+        """The number of layers whose experts wait in the host's memory; None: those of all layers."""
+        model, device = self.config.model, self.placement.device
+        run = RunOnGpu(
+            device.type,
+            self.is_sharded or bool(model.device_map or model.max_memory),
+            settings=lambda: self.model_config.get_text_config().to_dict(),
+            free=lambda: free_memory(device),
+            longest_row=self._longest_row,
+        )
+        return waiting_for_run(self.config, run)
 
-        Raises `ConfigError` where they are asked to wait for another device than a CUDA GPU.
-        """
-        config, device = self.config, self.placement.device
-        offload = config.quantization.experts_offload
-        if offload is ExpertsOffload.all and device.type != "cuda":
-            raise ConfigError(
-                "quantization.experts_offload=all has experts wait for a CUDA GPU, and this run computes on "
-                f"{device.type}; leave it out"
-            )
-        if offload is ExpertsOffload.all:
-            return None
-        is_spread = self.is_sharded or config.model.device_map or config.model.max_memory
-        if offload is ExpertsOffload.none or device.type != "cuda" or is_spread:
-            return 0
-        if not find_method(config.quantization).offloads_experts:
-            return 0
-        settings = self.model_config.get_text_config().to_dict()
-        try:
-            return waiting_for_run(config, settings, free_memory(device), longest_row=self._longest_row)
-        except UserError as error:  # what no plan knows, and a run may do all the same
-            log.warning("quantization.experts_offload=auto: %s; all experts stay on the GPU", error)
-            return 0
-
-    @property
     def _longest_row(self) -> int | None:
-        """The tokens of the longest row or pack to train on; None: nothing is trained."""
+        """Returns the tokens of the longest row or pack to train on; None: nothing is trained."""
         if self.needs.rows is not Rows.all or not self.config.task.train:
             return None
         data = self.data

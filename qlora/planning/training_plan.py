@@ -34,13 +34,12 @@ from qlora.planning.advice import (
     fewest_checkpointed,
     fewest_offloaded,
     fewest_waiting,
-    fewest_waiting_untrained,
     largest_rows,
     most_kept,
 )
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
-from qlora.planning.model_shape import FAMILIES, Shape, find_expert_rank, find_targets, read_shape
+from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
@@ -160,26 +159,6 @@ def find_waiting(config: Config, training: Training, gpu: Gpu) -> int:
     if not find_method(config.quantization).offloads_experts:
         return 0
     return fewest_waiting(training, gpu, lean=config.trainer.memory_budget is not None)
-
-
-def waiting_for_run(config: Config, settings: Mapping[str, Any], free: float, *, longest_row: int | None) -> int:
-    """Returns in how many layers the experts wait in a run on a GPU with `free` bytes, as `auto` chooses it.
-
-    `settings` are those of the model, `longest_row` the tokens of the longest row to train on; None: nothing is
-    trained. A model type that no plan knows keeps all its experts on the GPU.
-    """
-    if settings.get("model_type") not in FAMILIES:
-        return 0
-    shape = read_shape(settings, f"model.name={config.model.name}")
-    if shape.experts is None:
-        return 0
-    setup = read_setup(config, shape)
-    if longest_row is None:
-        return fewest_waiting_untrained(shape, setup, free)
-    training = Training(shape, replace(setup, length=longest_row), config.trainer.gradient_accumulation_steps)
-    size = parse_size(config.trainer.memory_budget or "auto")
-    memory = free if size is None else min(free, size)
-    return find_waiting(config, training, Gpu("this GPU", memory + CONTEXT, None, None, None))
 
 
 def find_shape(config: Config) -> Shape:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlora.errors import ConfigError
 from qlora.experts.layout import Placeholder
-from qlora.quantization.bnb4.experts import QuantizedUnit
+from qlora.quantization.bnb4.expert_unit import QuantizedUnit
 from qlora.step.layers import find_layers
 from qlora.upstream.bitsandbytes import set_quant_state
 from qlora.upstream.peft import base_of

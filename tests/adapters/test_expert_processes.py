@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlora.experts.layout import Placeholder
-from qlora.quantization.bnb4.experts import QuantizedUnit
+from qlora.quantization.bnb4.expert_unit import QuantizedUnit
 from qlora.runtime import distributed
 from qlora.step.layers import find_layers
 from qlora.step.shard import shard_base

@@ -23,7 +23,8 @@ from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
-from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup, waiting_for_run
+from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup
+from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.stored_base import StoredBase
 from qlora.tasks.plan import _describe_experts, _describe_shape
@@ -264,20 +265,32 @@ def _stored(chosen: str) -> StoredBase:
     return find_method(quantization).stored_base(quantization)
 
 
-def test_a_run_has_experts_wait_as_its_free_memory_asks() -> None:
+def test_a_run_has_experts_wait_as_its_free_memory_asks(caplog: pytest.LogCaptureFixture) -> None:
     preset = {
         key: value for key, value in model_presets()["qwen3-30b-a3b"]["architecture"].items() if value is not None
     }
 
-    def waiting(free: float, *overrides: str, longest_row: int | None = 2048) -> int:
+    def waiting(
+        free: float, *overrides: str, longest_row: int | None = 2048, settings: dict[str, Any] = preset
+    ) -> int | None:
         config = compose(["model=qwen3-30b-a3b", "lora.r=8", *overrides])
-        return waiting_for_run(config, preset, free, longest_row=longest_row)
+        run = RunOnGpu(
+            "cuda", is_spread=False, settings=lambda: settings, free=lambda: free, longest_row=lambda: longest_row
+        )
+        return waiting_for_run(config, run)
 
+    some, every = range(ROOM + 1, 48), 48
     assert waiting(80e9) == 0
-    assert ROOM < waiting(18e9) < 48
-    assert waiting(80e9, "trainer.memory_budget=16GB") >= waiting(18e9)
-    assert ROOM < waiting(12e9, longest_row=None) < 48
+    assert waiting(18e9) in some
+    assert waiting(80e9, "trainer.memory_budget=16GB") in some
+    assert waiting(12e9, longest_row=None) in some
     assert waiting(24e9, longest_row=None) == 0
-    assert waiting(4e9) == 48
-    config = compose(["model=qwen3-30b-a3b"])
-    assert waiting_for_run(config, {"model_type": "llama4_text"}, 1, longest_row=8) == 0
+    assert waiting(4e9) == every
+    assert waiting(4e9, "quantization.experts_offload=none") == 0
+    assert waiting(80e9, "quantization.experts_offload=all") is None
+    assert waiting(4e9, "quantization.experts=none") == 0
+    assert waiting(4e9, settings={"model_type": "llama4_text"}) == 0
+    with caplog.at_level("WARNING"):
+        assert waiting(4e9, "trainer.optim=adafactor") == 0
+    assert "task=plan does not know what it stores" in caplog.text
+    assert caplog.text.rstrip().endswith("; all experts stay on the GPU")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qlora.experts.host import choose_waiting
 from qlora.experts.layout import ExpertsLayout, find_experts, is_stored
-from qlora.quantization.bnb4.experts import Matrix4bit, quantize_parameter, store_matrices
+from qlora.quantization.bnb4.expert_unit import Matrix4bit
+from qlora.quantization.bnb4.experts import quantize_parameter, store_matrices
 from qlora.upstream.transformers_quantizer import Saved
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from qlora.experts.forward import ADAPTERS, compute_dtype
 from qlora.experts.layout import DOWN, ExpertsLayout, expert_weight, is_stored, stored_experts
 from qlora.experts.ranks import kernel_rank
-from qlora.quantization.bnb4.experts import QuantizedExperts, QuantizedUnit
+from qlora.quantization.bnb4.expert_unit import QuantizedUnit
+from qlora.quantization.bnb4.experts import QuantizedExperts
 from qlora.quantization.bnb4.layout import BLOCK
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
