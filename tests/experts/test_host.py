@@ -25,9 +25,11 @@ from qlora.experts.host import (
 )
 from qlora.experts.layout import ExpertsLayout, find_experts, stored_experts
 from qlora.experts.waiting import spread
+from qlora.models.fingerprint import adapter_digest
 from qlora.run import Run
 from tests.models.bases import load, write
 from tests.step.test_fast_experts import WIDTHS, attach, learn
+from tests.step.test_kept_experts import RUN
 
 FAST = ("trainer.fused_experts=true", "trainer.fused_linear=true")
 
@@ -216,3 +218,23 @@ def test_experts_wait_for_a_cuda_gpu_alone(folder: Path, tmp_path: Path) -> None
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         _ = refused.session.is_trainable
+
+
+def test_a_run_whose_experts_wait_ends_with_the_same_adapter_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, *overrides: str) -> str:
+        Run(compose([*RUN, f"model.name={folder}", *overrides]), tmp_path / name).execute()
+        return adapter_digest(tmp_path / name / "adapter")
+
+    expected = run("whole")
+    assert "wait in the host's memory" not in capsys.readouterr().out
+    monkeypatch.setattr("qlora.session.waiting_for_run", lambda config, run: 3)
+    monkeypatch.setattr("qlora.session.CudaCopies", lambda device: SlowCopies())
+    assert run("waiting", "quantization.experts_offload=all") == expected
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "experts those of 3 of 4 layers wait in the host's memory (0.00 GB)" in screen
+    adapter = tmp_path / "waiting" / "adapter"
+    (tmp_path / "waiting" / "result.json").unlink()
+    (adapter / "adapter_model.safetensors").unlink()
+    assert run("waiting", "quantization.experts_offload=none") == expected  # resumed: it may change
