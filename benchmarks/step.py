@@ -299,6 +299,7 @@ def measure(
         if (budget := build_budget(run, step, max_length=width)) is not None:
             plan = budget.choose()
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
+            step.keep(plan.kept)
 
         @contextmanager
         def around() -> Iterator[None]:
@@ -313,6 +314,7 @@ def measure(
             "parts": step.parts,
             "checkpointed": step.checkpointed,
             "offloaded": step.offloaded,
+            "kept": step.kept,
         }
 
 

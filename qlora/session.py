@@ -24,11 +24,12 @@ from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, Keep, Parallel, Weights
+from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Weights
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
+from qlora.data.batching.token_store import column
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
 from qlora.data.ingest.row_files import read_rows
@@ -39,6 +40,7 @@ from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
+from qlora.experts.host import CudaCopies, describe_waiting, experts_on_host
 from qlora.models import loading, random_weights
 from qlora.models.context import describe_limit, fit_rows, model_context
 from qlora.models.decoder import read_decoder
@@ -59,11 +61,12 @@ from qlora.models.tokenizer import (
 )
 from qlora.models.weight_files import Checkpoint, Tensors, local_files
 from qlora.objectives import Objective, build_objective
+from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.placement import find_placement
 from qlora.reporting.start_lines import model_lines
 from qlora.runtime import distributed
-from qlora.runtime.device import Placement, computes_bf16, find_device
+from qlora.runtime.device import Placement, computes_bf16, find_device, free_memory
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
@@ -302,6 +305,8 @@ class Session:
         _ = self._beyond_embeddings
         model, quantization = self.config.model, self.config.quantization
         loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
+        if quantization.experts_offload is ExpertsOffload.all:
+            _ = self.waiting_experts
         return True
 
     @cached_property
@@ -334,21 +339,51 @@ class Session:
         _ = self.tokens_without_embedding
         if not self.has_random_weights:
             return self._load(None)
-        base = loading.build_random_base(
-            self.config.model, self.config.quantization, self._random_weights(), self._base_device
-        )
+        with self._waiting():
+            base = loading.build_random_base(
+                self.config.model, self.config.quantization, self._random_weights(), self._base_device
+            )
         return self._fit_to_tokens(base)
 
     def _load(self, folder: Path | None) -> PreTrainedModel:
-        base = loading.load_base(
-            self.config.model,
-            self.config.quantization,
-            placement=replace(self.placement, device=self._base_device),
-            model_config=self.model_config,
-            folder=folder,
-            tried=not self.is_sharded,
-        )
+        with self._waiting():
+            base = loading.load_base(
+                self.config.model,
+                self.config.quantization,
+                placement=replace(self.placement, device=self._base_device),
+                model_config=self.model_config,
+                folder=folder,
+                tried=not self.is_sharded,
+            )
         return self._fit_to_tokens(base)
+
+    @cached_property
+    def waiting_experts(self) -> int | None:
+        """The number of layers whose experts wait in the host's memory; None: those of all layers."""
+        model, device = self.config.model, self.placement.device
+        run = RunOnGpu(
+            device.type,
+            self.is_sharded or bool(model.device_map or model.max_memory),
+            settings=lambda: self.model_config.get_text_config().to_dict(),
+            free=lambda: free_memory(device),
+            longest_row=self._longest_row,
+        )
+        return waiting_for_run(self.config, run)
+
+    def _longest_row(self) -> int | None:
+        """Returns the tokens of the longest row or pack to train on; None: nothing is trained."""
+        if self.needs.rows is not Rows.all or not self.config.task.train:
+            return None
+        data = self.data
+        assert data.train is not None
+        lengths = data.packed.lengths if data.packed else column(data.train, "length")
+        return int(max(lengths))
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which the base is loaded, so that experts that wait never fill the GPU."""
+        if self.waiting_experts == 0:
+            return contextlib.nullcontext()
+        return experts_on_host(self.waiting_experts, CudaCopies(self.placement.device))
 
     @property
     def _base_device(self) -> torch.device:
@@ -477,6 +512,8 @@ class Session:
         unquantized = decoder.describe_unquantized() if find_method(self.config.quantization).is_quantized else None
         is_all_linear = lora.enabled and lora.target_modules == ["all-linear"]
         lines = model_lines(self.config, count, decoder.beside, unquantized)
+        if (waiting := describe_waiting(model)) is not None:
+            lines |= {"experts": waiting}
         if self.needs.rows is Rows.all and self.start is not None:
             lines |= {"start": f"{self.start}, trained further (sha256 {adapter_digest(self.start)[:16]})"}
         lines |= {"device": str(self.placement), "folder": short_path(self.folder.path)}

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora.config.schema import MIXTURE_FIELDS, ModelConfig, QuantizationConfig
+from qlora.experts.host import choose_waiting
 from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
 from qlora.upstream.transformers_experts import is_experts
@@ -71,6 +72,8 @@ class RandomWeights:
         of transformers' `from_config`, e.g. `attn_implementation`.
         """
         model = self._empty(**options)
+        if quantizes_experts(method, quantization):
+            choose_waiting(model)
         description = method.library_config(quantization, self.placement)
         quantizer = None if description is None else AutoHfQuantizer.from_config(description, pre_quantized=False)
         if quantizer is not None:

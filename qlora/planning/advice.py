@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from qlora.config.schema import PlanStep
+from qlora.experts.waiting import ROOM
 from qlora.planning.gpus import Gpu
-from qlora.planning.memory_plan import Memory, plan_memory
+from qlora.planning.memory_plan import FRAGMENTS, Ledger, Memory, plan_memory
 from qlora.planning.model_shape import Shape, find_targets
 from qlora.planning.setup import Setup
 from qlora.quantization.bnb4.layout import stored_base
@@ -16,6 +17,8 @@ from qlora.quantization.bnb4.layout import stored_base
 MOST_ROWS = 4096
 SHORTEST_ROW = 256
 LOWEST_RANK = 8
+ANSWERING = 1e9
+"""Bytes that a base which is not trained needs beside its weights: the tokens of answers or of held-out rows."""
 EIGHT_BIT = {"lion_32bit": "paged_lion_8bit", "paged_lion_32bit": "paged_lion_8bit", "lion_8bit": "paged_lion_8bit"}
 """The optimizer of least memory for those that are not Adam's."""
 
@@ -63,6 +66,41 @@ def fewest_checkpointed(training: Training, gpu: Gpu) -> int | None:
     return next((count for count in counts if _checkpointed(training, count).fits(gpu)), None)
 
 
+def most_kept(training: Training, gpu: Gpu) -> int:
+    """Returns in how many layers the experts can stay decoded, with paged states on the GPU."""
+    most = Ledger(training.shape, training.setup).can_be_kept
+    setups = (replace(training.setup, kept=count) for count in range(most, 0, -1))
+    fits = (setup for setup in setups if replace(training, setup=setup).memory.comfortable <= gpu.memory)
+    return next((setup.kept for setup in fits), 0)
+
+
+def fewest_waiting(training: Training, gpu: Gpu, *, lean: bool) -> int:
+    """Returns in how many layers the experts must wait in the host's memory; where all are not enough, all.
+
+    `lean`: a budget may checkpoint all layers, and have their inputs wait too.
+    """
+    layers = training.shape.layers
+    setup = replace(training.setup, checkpointed=layers, offloaded=layers) if lean else training.setup
+    counts = _waiting_counts(training.shape, setup)
+    trainings = (replace(training, setup=replace(setup, waiting=count)) for count in counts)
+    fits = zip(counts, (training.fits(gpu) for training in trainings), strict=True)
+    return next((count for count, fit in fits if fit), counts[-1])
+
+
+def fewest_waiting_untrained(shape: Shape, setup: Setup, free: float) -> int:
+    """Returns in how many layers the experts must wait for a base that is not trained, with `free` bytes for it."""
+    counts = _waiting_counts(shape, setup)
+    ledgers = (Ledger(shape, replace(setup, waiting=count)) for count in counts)
+    fits = zip(counts, (ledger.untrained + ANSWERING <= free * (1 - FRAGMENTS) for ledger in ledgers), strict=True)
+    return next((count for count, fit in fits if fit), counts[-1])
+
+
+def _waiting_counts(shape: Shape, setup: Setup) -> list[int]:
+    """Returns in how many layers experts can wait; a few would need as much room as they leave."""
+    can_wait = shape.experts is not None and setup.base.experts_bytes is not None
+    return [0, *(range(ROOM + 1, len(shape.experts.layers) + 1) if can_wait and shape.experts is not None else ())]
+
+
 def fewest_offloaded(training: Training, gpu: Gpu) -> int:
     """Returns of how many layers, all of them checkpointed, the inputs must wait in the host's memory: at most all."""
     layers = training.shape.layers
@@ -88,8 +126,8 @@ def changes(training: Training, gpu: Gpu, smaller: Mapping[str, Shape], *, lengt
 
     `smaller` are the shapes of other models by their names; `length_key` is the key that decides the length of a row.
     """
-    steps = (_checkpoint, _fewer_rows, partial(_shorter, key=length_key), _smaller_states, _fewer_bits, _lower_rank,
-             partial(_smaller_model, models=smaller))  # fmt: skip
+    steps = (_checkpoint, _offload_experts, _fewer_rows, partial(_shorter, key=length_key), _smaller_states,
+             _fewer_bits, _lower_rank, partial(_smaller_model, models=smaller))  # fmt: skip
     for step in steps:
         if (change := step(training, gpu)) is None:
             continue
@@ -112,6 +150,13 @@ def _checkpoint(training: Training, gpu: Gpu) -> Step:
     if training.setup.checkpointed == layers:
         return None
     return "trainer.gradient_checkpointing=true", "about a third more time", _checkpointed(training, layers)
+
+
+def _offload_experts(training: Training, gpu: Gpu) -> Step:
+    if training.setup.waiting or not (count := fewest_waiting(training, gpu, lean=False)):
+        return None
+    changed = replace(training, setup=replace(training.setup, waiting=count))
+    return "quantization.experts_offload=auto", "time to copy experts, where the layers compute too briefly", changed
 
 
 def _fewer_rows(training: Training, gpu: Gpu) -> Step:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora.config.schema import PlanStep
+from qlora.experts.waiting import ROOM
 from qlora.planning.activations import Activations
 from qlora.planning.model_shape import Linear, Shape
 from qlora.planning.optimizer_states import EIGHT_BIT_FROM, OPTIMIZERS, PAGED_FROM
@@ -38,6 +39,8 @@ class Memory:
     moment: str
     paged: float
     """Optimizer states that may move to the host; torch does not count them."""
+    host: float = 0
+    """Experts that wait in the host's memory."""
 
     @property
     def peak(self) -> float:
@@ -81,13 +84,37 @@ class Ledger:
 
     @property
     def experts(self) -> int:
-        """The matrices of the experts of a mixture."""
+        """The matrices of the experts of a mixture, with the room for those that wait on the host."""
         experts, base = self.shape.experts, self.setup.base
         if experts is None:
             return 0
         if base.experts_bytes is None:
             return self.shape.expert_weights * base.unquantized_bytes
-        return len(experts.layers) * base.experts_bytes(experts.count, experts.units)
+        waiting = max(self.setup.waiting - ROOM, 0)
+        return (len(experts.layers) - waiting) * base.experts_bytes(experts.count, experts.units)
+
+    @property
+    def on_host(self) -> int:
+        """The experts that wait in the host's memory, whose pinned memory torch hands out in powers of two."""
+        experts, base = self.shape.experts, self.setup.base
+        if experts is None or base.experts_bytes is None:
+            return 0
+        packed = [math.ceil(experts.count * rows * columns / 2) for rows, columns in experts.units]
+        scales = base.experts_bytes(experts.count, experts.units) - sum(packed)
+        return self.setup.waiting * (scales + sum(1 << (size - 1).bit_length() for size in packed))
+
+    @property
+    def decoded_experts(self) -> int:
+        """The experts of one layer as the matmuls of the fast step read them; 0: they cannot be kept so."""
+        experts, setup = self.shape.experts, self.setup
+        if experts is None or setup.base.experts_bytes is None or setup.step is not PlanStep.fast:
+            return 0
+        return experts.weights * (2 if setup.fp8 else setup.width)  # in 8 bits the backward pass reads them turned
+
+    @property
+    def can_be_kept(self) -> int:
+        """The layers whose experts can be kept decoded."""
+        return len(self.shape.experts.layers) if self.shape.experts is not None and self.decoded_experts else 0
 
     @property
     def unquantized(self) -> int:
@@ -182,12 +209,22 @@ class Ledger:
         parts = {"weights": self.weights, "embeddings and norms": self.unquantized, "adapters": self.adapters}
         if self.shape.experts is not None:
             parts["experts"] = self.experts
+            parts["decoded experts"] = self.setup.kept * self.decoded_experts
         return {**parts, "optimizer": self.optimizer[0], "workspace": WORKSPACE}
 
     @property
     def at_start(self) -> float:
         """What is there when a step's last micro-batch begins: earlier ones have left their gradients."""
         return sum(self.resident.values()) + (self.gradients if self.setup.accumulates else 0)
+
+    @property
+    def untrained(self) -> int:
+        """What a base needs that is not trained: its weights with an adapter, and a layer's experts in 16 bits.
+
+        These exist while it is loaded, and nearly so where many tokens are read.
+        """
+        merged = self.shape.experts.weights * self.setup.base.unquantized_bytes if self.shape.experts else 0
+        return self.weights + self.experts + self.unquantized + self.adapters + merged
 
     # What a step adds
 
@@ -197,6 +234,11 @@ class Ledger:
         others = (OPTIMIZER_STEP, LOADING)
         moments = (sum(parts.values()) for moment, parts in self.moments() if moment not in others)
         return max(moments) - self.at_start
+
+    @property
+    def added_by_optimizer(self) -> float:
+        """What the optimizer's step holds beyond `at_start`, with the paged states."""
+        return sum(dict(self.moments())[OPTIMIZER_STEP].values()) - self.at_start + self.optimizer[1]
 
     def saved(self, layer: int) -> float:
         """Returns what a decoder layer keeps for the backward pass."""
@@ -257,7 +299,7 @@ class Ledger:
     def memory(self) -> Memory:
         """Returns the parts at the moment that needs most."""
         moment, parts = max(self.moments(), key=lambda moment: sum(moment[1].values()))
-        return Memory(parts, moment, self.optimizer[1])
+        return Memory(parts, moment, self.optimizer[1], self.on_host)
 
 
 def plan_memory(shape: Shape, setup: Setup) -> Memory:

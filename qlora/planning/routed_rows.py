@@ -80,7 +80,7 @@ class RoutedRows:
         """The weights of gate and up of all experts as a matmul reads them, and what decoding them takes."""
         experts, setup = self.experts, self.setup
         elements = 2 * experts.intermediate * experts.hidden * experts.count
-        if setup.base.experts_bytes is None:
+        if setup.base.experts_bytes is None or setup.kept >= len(experts.layers):
             return 0
         if self.is_fast:
             return elements * (1 if setup.fp8 else setup.width)

@@ -39,6 +39,10 @@ class Setup:
     """Whether the previous weights are kept during the optimizer's step, to undo an update."""
     offloaded: int = 0
     """How many of the checkpointed layers, the first ones, have their inputs wait in the host's memory."""
+    kept: int = 0
+    """Layers with experts whose experts stay decoded from pass to pass."""
+    waiting: int = 0
+    """Layers whose experts wait in the host's memory."""
     expert_r: int = 0
     """Rank of the adapters on the experts of a mixture; 0: they have none."""
     loss: LossConfig = field(default_factory=LossConfig)

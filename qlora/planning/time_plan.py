@@ -14,6 +14,8 @@ EFFICIENCY = {PlanStep.plain: 0.28, PlanStep.fast: 0.5}
 """Fraction of a GPU's peak matmul speed that steps of many tokens reach."""
 LAUNCHES = {PlanStep.plain: 7e-3, PlanStep.fast: 1.5e-3}
 """Seconds that the host needs to start the kernels of one layer in one pass; few tokens wait for it."""
+HOST_BANDWIDTH = 25e9
+"""Bytes a second from the host's memory to a GPU: PCIe 4.0 with 16 lanes, of which an H200 has the double."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Speed:
     seconds: float
     tokens_per_second: float
     bound: str
-    """What the time is spent on: `matrix products` or `starting kernels`."""
+    """What the time is spent on: `matrix products`, `starting kernels` or `copying experts` from the host."""
 
 
 def plan_speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed | None:
@@ -43,8 +45,9 @@ def plan_speed(shape: Shape, setup: Setup, gpu: Gpu) -> Speed | None:
         routed = len(experts.layers) * setup.tokens * experts.per_token * width * setup.width
         matmul_seconds += (3 + again) * routed / (gpu.bandwidth * 1e9)
     launches = (2 + again) * shape.layers * LAUNCHES[setup.step]
-    seconds = max(matmul_seconds, launches)
-    bound = "matrix products" if matmul_seconds >= launches else "starting kernels"
+    copies = (2 + again) * Ledger(shape, setup).on_host / HOST_BANDWIDTH
+    kinds = {"matrix products": matmul_seconds, "starting kernels": launches, "copying experts": copies}
+    bound, seconds = max(kinds.items(), key=lambda kind: kind[1])
     return Speed(operations, seconds, setup.tokens / seconds, bound)
 
 
@@ -52,7 +55,8 @@ def _decoded_experts(shape: Shape, setup: Setup) -> float:
     """Returns the weights of experts that a pass decodes: of few tokens only those of their experts."""
     if shape.experts is None or setup.base.experts_bytes is None:
         return 0
-    return shape.expert_weights * min(1.0, setup.tokens * shape.experts.per_token / shape.experts.count)
+    packed = shape.expert_weights - setup.kept * shape.experts.weights
+    return packed * min(1.0, setup.tokens * shape.experts.per_token / shape.experts.count)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.options import model_presets
-from qlora.config.schema import BaseProducts, ComputeDtype, Config, LoraDtype, PlanStep, Weights
+from qlora.config.schema import (
+    BaseProducts,
+    ComputeDtype,
+    Config,
+    ExpertsOffload,
+    LoraDtype,
+    Parallel,
+    PlanStep,
+    Weights,
+)
 from qlora.config.training_length import TokenCount, TrainingLength, training_length
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
-from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
+from qlora.planning.advice import (
+    Change,
+    Training,
+    changes,
+    fewest_checkpointed,
+    fewest_offloaded,
+    fewest_waiting,
+    largest_rows,
+    most_kept,
+)
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
 from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
@@ -87,7 +105,7 @@ class Plan:
         """The most rows of a micro-batch, by what is checkpointed."""
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
-        runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
+        runs = {name: change(self.training, checkpointed=count, offloaded=0, kept=0) for name, count in kinds.items()}
         return {name: largest_rows(training, self.gpu) for name, training in runs.items()}
 
     @cached_property
@@ -119,14 +137,28 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
     training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
-    if config.trainer.memory_budget is None:
+    budget = config.trainer.memory_budget
+    if (size := parse_size(budget or "auto")) is not None:
+        gpu = replace(gpu, memory=min(gpu.memory, size + CONTEXT))
+    training = change(training, waiting=find_waiting(config, training, gpu))
+    if budget is None:
         return Plan(config, training, gpu, length, tokens)
-    if (budget := parse_size(config.trainer.memory_budget)) is not None:
-        gpu = replace(gpu, memory=min(gpu.memory, budget + CONTEXT))
     if (fewest := fewest_checkpointed(training, gpu)) is not None:
-        return Plan(config, change(training, checkpointed=fewest), gpu, length, tokens)
+        training = change(training, checkpointed=fewest)
+        kept = 0 if fewest else most_kept(training, gpu)
+        return Plan(config, change(training, kept=kept), gpu, length, tokens)
     offloaded = fewest_offloaded(training, gpu)
     return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length, tokens)
+
+
+def find_waiting(config: Config, training: Training, gpu: Gpu) -> int:
+    """Returns in how many layers the experts wait in the host's memory, as `quantization.experts_offload` asks."""
+    is_auto, model = config.quantization.experts_offload is ExpertsOffload.auto, config.model
+    if not is_auto or config.trainer.parallel is Parallel.fsdp or model.device_map or model.max_memory:
+        return training.setup.waiting
+    if not find_method(config.quantization).offloads_experts:
+        return 0
+    return fewest_waiting(training, gpu, lean=config.trainer.memory_budget is not None)
 
 
 def find_shape(config: Config) -> Shape:
@@ -151,7 +183,7 @@ def find_shape(config: Config) -> Shape:
 def read_setup(config: Config, shape: Shape) -> Setup:
     """Returns what decides the memory of the training; raises `ConfigError` for an optimizer that is not known."""
     quantization, lora, trainer = config.quantization, config.lora, config.trainer
-    data = fit_rows(config.data, shape.context)
+    data, offload = fit_rows(config.data, shape.context), quantization.experts_offload
     if trainer.optim not in OPTIMIZERS:
         raise ConfigError(
             f"trainer.optim={trainer.optim}: task=plan does not know what it stores"
@@ -175,6 +207,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
         loss=config.loss,
+        waiting=len(shape.experts.layers) if offload is ExpertsOffload.all and shape.experts is not None else 0,
     )
 
 

@@ -48,6 +48,8 @@ class QuantizationMethod(Protocol):
     """Whether a product rounds the activations too, by all tokens of a batch."""
     library_class: str | None = None
     """The class of transformers that describes this quantization; None: transformers does not know the method."""
+    offloads_experts: bool = False
+    """Whether the experts of a mixture can wait in the host's memory (`qlora.experts.host`)."""
     quantizing_operators: tuple[str, ...] = ()
     """The torch operators, `namespace::name`, that quantize a weight; they lose what was NaN or infinite."""
 

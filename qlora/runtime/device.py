@@ -74,6 +74,11 @@ def find_device(requested: Device) -> torch.device:
     return torch.device(kind, number)
 
 
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that torch may hold on a CUDA device, with those that it holds already."""
+    return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Returns whether the hardware multiplies bf16 matrices itself; emulation on a CPU is slower than fp32."""
     if device.type == "cuda":

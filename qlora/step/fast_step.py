@@ -47,6 +47,8 @@ class FastStep:
         """The number of decoder layers, the first ones, that recompute their activations in the backward pass."""
         self.offloaded = 0
         """The number of those layers, the first ones, whose inputs are kept in the host's memory."""
+        self.kept = 0
+        """The number of layers with experts, the first ones, whose experts are kept decoded between passes."""
         self._context = StepContext(
             model, self.base, self.layers, trainer, quantization, placement, packs, objective
         )  # fmt: skip
@@ -96,6 +98,23 @@ class FastStep:
     def is_active(self) -> bool:
         """Whether anything is replaced at all."""
         return any(state == ON for state in self.parts.values())
+
+    @property
+    def packed_experts(self) -> int:
+        """The number of layers whose experts the step decodes, as far as they are not kept decoded."""
+        return sum(layer.is_packed for layer in self._context.experts)
+
+    def keep(self, layers: int) -> None:
+        """Keeps the decoded experts of some layers, the first ones that have experts, and frees those of the others.
+
+        What is computed has the same bits. It stays from step to step; 0: the model holds no more than it did before.
+        """
+        experts, dtype = self._context.experts, self._context.placement.compute_dtype
+        for layer in experts[layers:]:
+            layer.release()
+        for layer in experts[:layers]:
+            layer.keep(dtype)
+        self.kept = min(layers, len(experts))
 
     def extra_bytes(self, rows: int, length: int) -> float:
         """Returns what the parts need for a micro-batch beyond the memory plan of the fast step, in bytes."""

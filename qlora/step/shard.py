@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlora.errors import ConfigError
-from qlora.experts.layout import stored_units
+from qlora.experts.layout import Placeholder
+from qlora.quantization.bnb4.expert_unit import QuantizedUnit
 from qlora.step.layers import find_layers
 from qlora.upstream.bitsandbytes import set_quant_state
 from qlora.upstream.peft import base_of
@@ -29,17 +30,12 @@ def shard_base(model: PeftModel, device: torch.device, processes: int) -> None:
             f"trainer.parallel=fsdp: {base.config.model_type} has no list of decoder layers to shard; choose "
             "trainer.parallel=ddp, or model.device_map=auto in one process"
         )
-    if next(stored_units(base), None) is not None:
-        raise ConfigError(
-            f"trainer.parallel=fsdp: it shards parameters, and the 4-bit experts of this {base.config.model_type} are "
-            "stored beside them; choose trainer.parallel=ddp"
-        )
     mesh = init_device_mesh(device.type, (processes,))
     for layer in layers:
         layer.to(device)
         _store_as_floats(layer)
-        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer, mesh=mesh, ignored_params=trained)
+        whole = {weight for weight in layer.parameters() if weight.requires_grad or isinstance(weight, Placeholder)}
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
     model.to(device)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     body: torch.nn.Module = base.base_model
@@ -62,6 +58,8 @@ def _store_as_floats(layer: torch.nn.Module) -> None:
         if isinstance(module, Linear4bit):
             packed = module.weight.data
             module.weight.data = packed.view(-1).view(torch.float32).view(-1, *packed.shape[1:])
+        elif isinstance(module, QuantizedUnit):
+            module.as_parameter()
 
 
 def _keep_quantization(layer: torch.nn.Module) -> None:

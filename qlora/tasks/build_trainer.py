@@ -24,7 +24,7 @@ from qlora.planning.model_shape import FAMILIES, read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
-from qlora.runtime.device import matrix_rate, peak_memory_gb
+from qlora.runtime.device import free_memory, matrix_rate, peak_memory_gb
 from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
@@ -74,6 +74,8 @@ def build_trainer(
     step, meter = build_step(session, model), _build_meter(session, model)
     lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
+    budget = build_budget(session, step, max_length=max(width, *lengths))
+    _say_step(step, budget)
     trainer = QLoraTrainer(
         model=model,
         arguments=arguments,
@@ -87,7 +89,7 @@ def build_trainer(
         step=step,
         objective=session.objective,
         meter=meter,
-        budget=build_budget(session, step, max_length=max(width, *lengths)),
+        budget=budget,
         stop=session.stop,
         metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
@@ -125,14 +127,25 @@ def _run_callbacks(session: Session, tracker: Tracker, page: Page | None, meter:
 
 
 def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep:
-    """Returns the fast training step of a model, and prints which parts of it are on."""
+    """Returns the fast training step of a model."""
     config, packed = session.config, session.data.packed
     width = config.data.pack_width
     packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-    step = FastStep(model, config.trainer, config.quantization, session.placement, packs, session.objective)
-    if step.is_active:
-        console.say_rows([("fast step", str(step))])
-    return step
+    return FastStep(model, config.trainer, config.quantization, session.placement, packs, session.objective)
+
+
+def _say_step(step: FastStep, budget: Budget | None) -> None:
+    """Prints which parts of the fast step are on, and whether decoded experts are kept."""
+    if not step.is_active:
+        return
+    text = str(step)
+    if step.packed_experts:
+        text += (
+            "; experts decoded in each pass: no trainer.memory_budget says that memory is free"
+            if budget is None
+            else f"; decoded experts of {budget.choose().kept} of {step.packed_experts} layers kept"
+        )
+    console.say_rows([("fast step", text)])
 
 
 def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget | None:
@@ -144,14 +157,20 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
     is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
     kind = PlanStep.fast if is_fast else PlanStep.plain
     setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
+    if session.waiting_experts is not None:
+        setup = replace(setup, waiting=session.waiting_experts)
 
     def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
         plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
         return Ledger(shape, plan).added + step.extra_bytes(rows, length)
 
-    formula = Formula(Ledger(shape, setup).at_start, setup.accumulates, added, setup.rows, max_length)
+    ledger = Ledger(shape, setup)
+    formula = Formula(
+        ledger.at_start, setup.accumulates, added, setup.rows, max_length,
+        min(ledger.can_be_kept, step.packed_experts), ledger.decoded_experts, ledger.added_by_optimizer,
+    )  # fmt: skip
     cap = parse_size(requested)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = free_memory(device)
     limit = min(cap, free) if cap is not None else free
     return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
 

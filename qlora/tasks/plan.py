@@ -133,6 +133,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         "plan_needed_gb": memory.needed / 1e9,
         "plan_paged_gb": memory.paged / 1e9,
         "plan_needed_with_paged_gb": memory.comfortable / 1e9,
+        "plan_host_gb": memory.host / 1e9,
         "plan_fits": float(plan.fits),
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
@@ -194,6 +195,8 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
         checkpointing += f" (inputs of {setup.offloaded} on the host)" if setup.offloaded else ""
     else:
         checkpointing = "no checkpointing"
+        checkpointing += f", decoded experts of {setup.kept} layers kept" if setup.kept else ""
+    checkpointing += f", experts of {setup.waiting} layers on the host" if setup.waiting else ""
     console.start_screen(
         [
             ("model", f"{config.model.name}: {_count(shape.parameters)} parameters{_describe_experts(shape)}"),
@@ -214,6 +217,8 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     console.say(
         Text.assemble(("  needed".ljust(30), "cyan"), unit.show(memory.needed).rjust(8), "  ", (verdict, style))
     )
+    if memory.host:
+        _numbers([("experts on the host", memory.host, 'in its pinned memory, not in "needed"')], unit)
     if memory.paged:
         _numbers([("paged optimizer states", memory.paged, 'not in "needed"'),
                   ("needed with these states", memory.comfortable, "")], unit)  # fmt: skip

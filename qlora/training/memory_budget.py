@@ -38,6 +38,8 @@ class Step(Protocol):
     @property
     def layers(self) -> Sequence[torch.nn.Module]: ...
 
+    def keep(self, layers: int) -> None: ...
+
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *error: object) -> None: ...
@@ -45,7 +47,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What steps do to need less memory."""
+    """What steps do to need less memory, or with memory that is free."""
 
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again."""
@@ -53,12 +55,17 @@ class MemoryPlan:
     """How many of those layers, the first ones, have their inputs wait in the host's memory."""
     chunks: int = 1
     """Parts with about the same number of rows in which a micro-batch is computed."""
+    kept: int = 0
+    """Layers with experts, the first ones, whose experts stay decoded; then nothing is computed again."""
 
     def leaner(self, layers: int, rows: int) -> MemoryPlan | None:
         """Returns the next plan for a model of `layers` and micro-batches that can be cut into `rows`; None: no such.
 
-        Half of the layers that are left are checkpointed, then all, then offloaded; then the chunks are halved.
+        Decoded experts are freed; half of the layers that are left are checkpointed, then all, then offloaded; then the
+        chunks are halved.
         """
+        if self.kept:
+            return replace(self, kept=0)
         if 2 * self.checkpointed < layers:
             return replace(self, checkpointed=(self.checkpointed + layers + 1) // 2)
         if self.checkpointed < layers:
@@ -68,7 +75,8 @@ class MemoryPlan:
         return replace(self, chunks=min(2 * self.chunks, rows)) if self.chunks < rows else None
 
     def __str__(self) -> str:
-        parts = [f"{self.checkpointed} layers checkpointed"]
+        parts = [f"{self.kept} layers with decoded experts"] if self.kept else []
+        parts += [f"{self.checkpointed} layers checkpointed"]
         which = "their inputs" if self.offloaded == self.checkpointed else f"the inputs of {self.offloaded}"
         parts += [f"{which} in the host's memory"] if self.offloaded else []
         parts += [f"micro-batches in {self.chunks} parts"] if self.chunks > 1 else []
@@ -89,10 +97,19 @@ class Formula:
     """Rows of the largest micro-batch."""
     length: int
     """Tokens of the longest row."""
+    mixed: int = 0
+    """Layers whose experts can be kept decoded."""
+    decoded: float = 0
+    """What the decoded experts of a layer take."""
+    optimizer: float = 0
+    """What the optimizer's step adds to `resident`; paged states, which stay on the GPU where there is room, included.
+    Decoded experts leave room for that."""
 
 
 class Budget:
     """Chooses the fewest checkpointed and offloaded layers that fit: by the formula, and later by what steps took.
+
+    Where no layer must be, the experts of as many layers as fit are kept decoded.
 
     `limit` is what torch may allocate, `cap` what it may reserve in a step (None: all there is), in bytes.
     """
@@ -106,11 +123,14 @@ class Budget:
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
         rows, length = self.formula.rows, self.formula.length
-        plans = [MemoryPlan(count) for count in range(self.layers + 1)]
+        plans = [MemoryPlan(0, kept=count) for count in range(self.formula.mixed, 0, -1)]
+        plans += [MemoryPlan(count) for count in range(self.layers + 1)]
         plans += [MemoryPlan(self.layers, count) for count in range(1, self.layers + 1)]
         for plan in plans:
-            added = self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
-            if self._resident + self._factor * added <= self.limit:
+            added = self._factor * self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
+            kept = plan.kept * self.formula.decoded
+            added = max(added, self.formula.optimizer) + kept if kept else added
+            if self._resident + added <= self.limit:
                 return plan
         return plans[-1]
 
@@ -124,7 +144,7 @@ class Budget:
         rows, length = batch["input_ids"].shape
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
-            self._tokens, self._resident = rows * length, resident
+            self._tokens, self._resident = rows * length, resident - plan.kept * self.formula.decoded
             self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager
@@ -184,6 +204,7 @@ class StepMemory:
                 raise self._too_much()
             log.warning("out of memory in a training step; once more with %s", leaner)
             self.plan, self.retries = leaner, self.retries + 1
+            self.step.keep(leaner.kept)
             forget()
             _free(self.device)
             _set_random_state(self.device, self._random)
@@ -194,6 +215,7 @@ class StepMemory:
         """Returns the last micro-batch's loss; None: out of memory."""
         self.step.checkpointed, self.step.offloaded = self.plan.checkpointed, self.plan.offloaded
         try:
+            self.step.keep(self.plan.kept)
             for batch in batches:
                 loss = self._learn(batch, learn)
         except torch.OutOfMemoryError as error:

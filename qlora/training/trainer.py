@@ -153,6 +153,7 @@ class QLoraTrainer(Trainer):
         while True:
             try:
                 output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.step.keep(0)
                 optimizer: Any = self.optimizer
                 if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
                     optimizer.eval()
@@ -255,6 +256,7 @@ class QLoraTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and calls the callbacks."""
+        self.step.keep(0)  # measuring has that memory
         with self._averaged():
             measured = self.measure(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}

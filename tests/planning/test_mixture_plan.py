@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,20 @@ from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.options import model_presets
 from qlora.errors import ConfigError, DataError
+from qlora.experts.host import experts_on_host, is_waiting
 from qlora.experts.layout import find_experts
+from qlora.experts.waiting import ROOM
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.mixture import MIXTURES
 from qlora.planning.model_shape import Shape, read_shape
-from qlora.planning.training_plan import find_shape, read_setup
+from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup
+from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
+from qlora.quantization.stored_base import StoredBase
 from qlora.tasks.plan import _describe_experts, _describe_shape
+from tests.experts.test_host import SlowCopies
 
 FEW = GROUPED | {"num_experts_per_tok": 2}
 DEEPSEEK = SIZES | {
@@ -192,3 +198,102 @@ def test_experts_of_a_dense_model_are_refused_before_anything_is_loaded() -> Non
 def test_the_rank_on_experts_is_the_one_that_training_chooses(overrides: list[str], rank: int) -> None:
     config = compose(["model=qwen3-30b-a3b", "lora.r=64", *overrides])
     assert read_setup(config, find_shape(config)).expert_r == rank
+
+
+def planned(*overrides: str) -> Plan:
+    return build_plan(compose(["model=qwen3-30b-a3b", "lora.r=8", "data.max_length=256", *overrides]))
+
+
+@pytest.mark.parametrize("compute", ["native", "fp8"])
+def test_decoded_experts_are_kept_where_memory_is_free(compute: str) -> None:
+    auto, quantization = "trainer.memory_budget=auto", f"quantization.compute={compute}"
+    free = planned("plan.device=h200", auto, quantization)
+    assert (free.setup.checkpointed, free.setup.kept) == (0, 48)
+    # 58 GB: in 16 bits once, in 8 bits twice, for the backward pass reads them turned.
+    assert free.memory.parts["decoded experts"] == 48 * 128 * 3 * 768 * 2048 * 2
+    some = planned("plan.device=a100-80gb", auto, quantization)
+    assert 0 < some.setup.kept < 48
+    assert some.memory.comfortable <= some.gpu.memory < some.memory.comfortable + 1.3e9
+    assert some.speed.seconds > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["trainer.memory_budget=20GB"], ["trainer.memory_budget=auto", "quantization.experts=none"],
+                  ["trainer.memory_budget=auto", "trainer.fused_experts=false"]], ids=str
+)  # fmt: skip
+def test_decoded_experts_are_not_kept_without_room_or_quantized_weights_or_the_fast_step(overrides: list[str]) -> None:
+    plan = planned("plan.device=h200", *overrides)
+    assert plan.setup.kept == 0
+    assert not plan.memory.parts["decoded experts"]
+
+
+def test_the_experts_that_do_not_fit_wait_on_the_host_as_few_as_must() -> None:
+    plan = planned("plan.device=rtx-4090", "trainer.memory_budget=12GB")
+    waiting = plan.setup.waiting
+    assert ROOM < waiting < 48
+    assert plan.fits
+    fewer = replace(plan.training, setup=replace(plan.setup, waiting=waiting - 1)).memory
+    assert fewer.needed > plan.gpu.memory  # with all layers checkpointed and their inputs on the host
+    layer = plan.memory.parts["experts"] / (48 - waiting + ROOM)
+    assert plan.memory.host == pytest.approx(waiting * layer, rel=0.35)
+    assert plan.memory.host > waiting * layer
+    plain = planned("plan.device=rtx-4090", "trainer.memory_budget=12GB", "quantization.experts_offload=none")
+    assert (plain.setup.waiting, plain.memory.host, plain.fits) == (0, 0, False)
+    assert plain.changes[0].overrides == "quantization.experts_offload=auto"
+    assert plain.changes[0].fits
+    assert planned("plan.device=rtx-4090", "trainer.memory_budget=23GB").setup.waiting == 0
+    every = planned("plan.device=h200", "quantization.experts_offload=all")
+    assert every.memory.parts["experts"] == pytest.approx(ROOM * layer)
+    assert every.speed is not None
+    assert every.speed.bound == "copying experts"  # of one row of 256 tokens
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_wait_take_what_is_planned(kind: str) -> None:
+    with experts_on_host(None, SlowCopies()):
+        model = base(kind, num_hidden_layers=5)
+    sizes = shape(kind, num_hidden_layers=5)
+    assert sizes.experts is not None
+    waiting = len(sizes.experts.layers)
+    ledger = Ledger(sizes, setup(sizes, base=_stored("quantization=nf4"), waiting=waiting))
+    buffers = [buffer for module in find_experts(model).values() for buffer in module.quantized.buffers()]
+    moved = [buffer.nbytes for buffer in buffers if is_waiting(buffer)]
+    # Codebooks, offsets and the scales of scales stay with each layer.
+    assert ledger.experts == pytest.approx(sum(b.nbytes for b in buffers) * ROOM / waiting)
+    assert sum(moved) <= ledger.on_host < 2 * sum(buffer.nbytes for buffer in buffers)
+
+
+def _stored(chosen: str) -> StoredBase:
+    quantization = compose([chosen]).quantization
+    return find_method(quantization).stored_base(quantization)
+
+
+def test_a_run_has_experts_wait_as_its_free_memory_asks(caplog: pytest.LogCaptureFixture) -> None:
+    preset = {
+        key: value for key, value in model_presets()["qwen3-30b-a3b"]["architecture"].items() if value is not None
+    }
+
+    def waiting(
+        free: float, *overrides: str, longest_row: int | None = 2048, settings: dict[str, Any] = preset
+    ) -> int | None:
+        config = compose(["model=qwen3-30b-a3b", "lora.r=8", *overrides])
+        run = RunOnGpu(
+            "cuda", is_spread=False, settings=lambda: settings, free=lambda: free, longest_row=lambda: longest_row
+        )
+        return waiting_for_run(config, run)
+
+    some, every = range(ROOM + 1, 48), 48
+    assert waiting(80e9) == 0
+    assert waiting(18e9) in some
+    assert waiting(80e9, "trainer.memory_budget=16GB") in some
+    assert waiting(12e9, longest_row=None) in some
+    assert waiting(24e9, longest_row=None) == 0
+    assert waiting(4e9) == every
+    assert waiting(4e9, "quantization.experts_offload=none") == 0
+    assert waiting(80e9, "quantization.experts_offload=all") is None
+    assert waiting(4e9, "quantization.experts=none") == 0
+    assert waiting(4e9, settings={"model_type": "llama4_text"}) == 0
+    with caplog.at_level("WARNING"):
+        assert waiting(4e9, "trainer.optim=adafactor") == 0
+    assert "task=plan does not know what it stores" in caplog.text
+    assert caplog.text.rstrip().endswith("; all experts stay on the GPU")

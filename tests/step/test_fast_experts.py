@@ -58,9 +58,10 @@ def test_sorted_rows_give_the_sum_and_the_gradients_of_single_tokens(rate: float
         routing = route_tokens(index, EXPERTS)
         read = x * keep if rate else None
         weight = FrozenExperts([first], 2 * WIDTH, HIDDEN)
-        gate, up = apply_experts(x, read, a, b, routing, weight, gathers=True).chunk(2, -1)
+        gate, up = apply_experts(x, read, a, b, routing, weight, weight.tensors, gathers=True).chunk(2, -1)
         rows = gate.sigmoid() * up * SortWeights.apply(weights, routing.order, routing.positions)
-        return apply_experts(rows, None, a_down, b_down, routing, FrozenExperts([down], HIDDEN, WIDTH), gathers=False)
+        weight = FrozenExperts([down], HIDDEN, WIDTH)
+        return apply_experts(rows, None, a_down, b_down, routing, weight, weight.tensors, gathers=False)
 
     def plain(x: Tensor, scores: Tensor, a: Tensor, b: Tensor, a_down: Tensor, b_down: Tensor) -> Tensor:
         weights, index = scores.softmax(-1).topk(PICKS)
@@ -109,7 +110,7 @@ def attach(folder: Path, *overrides: str) -> PeftModel:
     return model.train()
 
 
-def learn(model: PeftModel, *overrides: str) -> tuple[dict[str, Tensor], FastStep]:
+def learn(model: PeftModel, *overrides: str, tokens: int = 32) -> tuple[dict[str, Tensor], FastStep]:
     """Returns the loss and the gradients of two micro-batches inside a step, and the step."""
     config = compose([*OFF, *overrides])
     step = FastStep(model, config.trainer, config.quantization, CPU, None, build_objective(config.loss))
@@ -118,7 +119,9 @@ def learn(model: PeftModel, *overrides: str) -> tuple[dict[str, Tensor], FastSte
         model.activation_checkpointing_enable({"use_reentrant": False})
     losses = []
     for seed in (0, 1):
-        ids = torch.randint(3, 1500, (2, 16), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(3, 1500, (1, tokens), generator=torch.Generator().manual_seed(seed)).view(
+            -1, min(tokens, 16)
+        )
         with step:
             loss: Any = model(input_ids=ids, labels=ids, num_items_in_batch=60).loss
             loss.backward()
@@ -209,6 +212,33 @@ def test_8_bit_matmuls_come_close_and_keep_to_the_adapters(folders: dict[str, Pa
     for name in (name for name in expected if "experts" in name):
         cosine = torch.nn.functional.cosine_similarity(actual[name].flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.98, name
+
+
+@pytest.mark.parametrize("bits", ["native", "fp8"])
+def test_of_few_tokens_only_the_experts_that_have_rows_are_decoded(
+    tmp_path: Path, bits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora.step.kernels import experts as kernels
+
+    decoded: list[int] = []
+    decode = kernels.decode_experts
+
+    def note(tensors: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        weight = decode(tensors, *args, **kwargs)
+        if len(tensors) > 2:
+            decoded.append(len(weight))
+        return weight
+
+    monkeypatch.setattr(kernels, "decode_experts", note)
+    model = attach(write("qwen3_moe", tmp_path, **WIDTHS, num_experts=16), "quantization=nf4", "lora.dropout=0")
+    fast = ("trainer.fused_experts=true", "trainer.fused_linear=true", f"quantization.compute={bits}")
+    few, _ = learn(model, *fast, tokens=3)
+    assert set(decoded) == {6}  # rows
+    learn(model, *fast, tokens=8)
+    assert set(decoded) == {6, 16}
+    enter = FastStep.__enter__
+    monkeypatch.setattr(FastStep, "__enter__", lambda step: (step.keep(2), enter(step))[1])  # all are decoded, once
+    check_equal(few, learn(model, *fast, tokens=3)[0])
 
 
 def test_what_the_part_cannot_compute_is_said(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -22,7 +22,14 @@ from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
 from qlora.config.schema.model import MIXTURE_FIELDS, ArchitectureConfig, ModelConfig, Weights
 from qlora.config.schema.plan import PlanConfig, PlanStep
-from qlora.config.schema.quantization import BaseProducts, ComputeDtype, ExpertsBits, QuantizationConfig, QuantType
+from qlora.config.schema.quantization import (
+    BaseProducts,
+    ComputeDtype,
+    ExpertsBits,
+    ExpertsOffload,
+    QuantizationConfig,
+    QuantType,
+)
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
@@ -51,6 +58,7 @@ __all__ = [
     "EvaluationConfig",
     "EvaluationName",
     "ExpertsBits",
+    "ExpertsOffload",
     "FlashAttention",
     "GenerationConfig",
     "Keep",

@@ -19,6 +19,9 @@ ComputeDtype = StrEnum("ComputeDtype", "auto bf16 fp16 fp32")
 ExpertsBits = StrEnum("ExpertsBits", "same none")
 """How the experts of a mixture are stored: as the linear layers, or in 16 bits."""
 
+ExpertsOffload = StrEnum("ExpertsOffload", "auto none all")
+"""Whose experts wait in the host's memory."""
+
 BaseProducts = StrEnum("BaseProducts", "native fp8")
 """The precision of matmuls with the frozen weights."""
 
@@ -39,6 +42,10 @@ class QuantizationConfig:
     experts: ExpertsBits = ExpertsBits.same
     """The experts of a mixture: `same` quantizes each matrix of an expert as a linear layer, `none` keeps them in
     16 bits (most of a mixture's memory); routers and norms are never quantized."""
+    experts_offload: ExpertsOffload = ExpertsOffload.auto
+    """Layers of a mixture whose 4-bit experts wait in the host's memory and are copied to the GPU one layer before they
+    are needed, forward and backward: `auto`, as few as must for the run to fit on a CUDA GPU, by the formula of
+    `task=plan`; `none`; or `all`."""
     compute_dtype: ComputeDtype = ComputeDtype.auto
     """The precision of matmuls and, with `bits=16`, of the stored weights. `auto`: bf16 where the
     device computes in it natively, else fp16 on a GPU and fp32 on a CPU (with `bits=16`: bf16 on any CPU)."""

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qlora.config.optimizers import OPTIMIZERS, check_installed
-from qlora.config.registries.quantization_methods import load_method
+from qlora.config.registries.quantization_methods import AUTO, load_method
 from qlora.config.schema.code_names import (
     CALLBACK_PACKAGES,
     FUNCTION_PATH,
@@ -36,7 +36,7 @@ from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
 from qlora.config.schema.plan import PlanConfig
-from qlora.config.schema.quantization import QuantizationConfig
+from qlora.config.schema.quantization import ExpertsBits, ExpertsOffload, QuantizationConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
@@ -128,6 +128,7 @@ class Config:
             self._check_memory()
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
+        self._check_offload()
         self._check_watchdog()
         self._check_loss()
         trains = self.task.name is TaskName.train and self.task.train
@@ -235,6 +236,26 @@ class Config:
                 "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
                 "base over several; leave the one or the others out"
             )
+
+    def _check_offload(self) -> None:
+        """Refuses to have experts wait in the host's memory where they cannot."""
+        quantization, model = self.quantization, self.model
+        if quantization.experts_offload is not ExpertsOffload.all:
+            return
+        is_named = quantization.method != AUTO
+        method = f"method={quantization.method}" if is_named else f"bits={quantization.bits}"
+        sharded = self.trainer.parallel is Parallel.fsdp
+        reasons = {
+            f"quantization.{method}": (not self._quantization_method.offloads_experts, "it is for experts in 4 bits"),
+            "quantization.experts=none": (quantization.experts is ExpertsBits.none, "it is for experts in 4 bits"),
+            "model.device_map": (bool(model.device_map or model.max_memory), "that spreads the base by itself"),
+            "trainer.parallel=fsdp": (sharded, "a process holds a part of every layer"),
+        }
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(
+                    f"quantization.experts_offload=all and {name} exclude each other: {reason}; leave one of them out"
+                )
 
     def _check_objective(self) -> None:
         """Refuses an objective that this run does not measure."""

@@ -79,7 +79,8 @@ class TrainerConfig:
     memory_budget: str | None = None
     """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
     (without CUDA: unset). As few decoder layers are recomputed as the budget allows: by the formula of `task=plan`
-    first, then by what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
+    first, then by what two steps needed. Where none must be, the decoded experts of a mixture are kept as far as memory
+    is free. Unset: all or none of the layers are recomputed, as `gradient_checkpointing` says."""
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""

@@ -6,81 +6,20 @@ The tensors of all experts lie in one, so that a kernel decodes them at once; th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from qlora.experts.host import WaitingLayer, WaitingTensor, is_waiting, on_device, waiting_layer
 from qlora.experts.layout import STORE, ExpertsLayout, Placeholder, Unit
+from qlora.quantization.bnb4.expert_unit import Matrix4bit, QuantizedUnit
 from qlora.quantization.bnb4.layers import Rounding
-from qlora.quantization.bnb4.layout import BLOCK, GROUP
+from qlora.quantization.bnb4.layout import BLOCK
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_absmax, decode_plain
-
-
-@dataclass(frozen=True)
-class Matrix4bit:
-    """One matrix as bitsandbytes quantizes it, flat."""
-
-    packed: Tensor
-    absmax: Tensor
-    codebook: Tensor
-    nested_absmax: Tensor | None = None
-    nested_offset: Tensor | None = None
-    nested_codebook: Tensor | None = None
-    is_finite: Tensor | None = None
-    """Whether it was, before it was quantized; None: not known."""
-
-    @classmethod
-    def of(cls, packed: Tensor, state: bnb.QuantState, is_finite: Tensor | None = None) -> Matrix4bit:
-        """Takes the tensors of a quantized weight apart."""
-        flat = packed.view(torch.uint8).view(-1)
-        if not state.nested:
-            return cls(flat, state.absmax, state.code, is_finite=is_finite)
-        inner = state.state2
-        return cls(flat, state.absmax, state.code, inner.absmax, state.offset, inner.code, is_finite)
-
-
-class QuantizedUnit(nn.Module):
-    """The gate, up or down projection of all experts of a layer."""
-
-    packed: Tensor
-    """uint8 [experts, out * in / 2]"""
-    absmax: Tensor
-    """uint8 (double quantization) or float32, [experts, out * in / 64]"""
-    nested_absmax: Tensor
-    """float32 [experts, blocks / 256], or [experts, 0]"""
-    nested_offset: Tensor
-    """float32 [experts]"""
-    finite: Tensor
-    """bool [experts]: whether a matrix was finite before it was quantized."""
-
-    def __init__(self, unit: Unit, count: int, *, double_quant: bool, device: torch.device) -> None:
-        super().__init__()
-        self.rows, self.columns = unit.shape
-        blocks = math.ceil(self.rows * self.columns / BLOCK)
-        groups = math.ceil(blocks / GROUP) if double_quant else 0
-
-        def add(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
-            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
-
-        add("packed", (count, math.ceil(self.rows * self.columns / 2)), torch.uint8)
-        add("absmax", (count, blocks), torch.uint8 if double_quant else torch.float32)
-        add("nested_absmax", (count, groups), torch.float32)
-        add("nested_offset", (count,), torch.float32)
-        add("finite", (count,), torch.bool)
-
-    def set(self, expert: int, matrix: Matrix4bit) -> None:
-        """Stores the matrix of one expert."""
-        self.packed[expert] = matrix.packed
-        self.absmax[expert] = matrix.absmax
-        self.finite[expert] = True if matrix.is_finite is None else matrix.is_finite
-        if matrix.nested_absmax is not None and matrix.nested_offset is not None:
-            self.nested_absmax[expert] = matrix.nested_absmax
-            self.nested_offset[expert] = matrix.nested_offset
 
 
 class QuantizedExperts(nn.Module):
@@ -95,6 +34,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.layout, self.quant_type, self.double_quant = layout, quant_type, double_quant
         codebook, nested = torch.zeros(16, device=device), torch.zeros(256 if double_quant else 0, device=device)
+        self._waiting: list[WaitingTensor] = []
         self.register_buffer("codebook", codebook)
         self.register_buffer("nested_codebook", nested)
         self._is_hf_initialized = True  # transformers initialises what it did not load
@@ -109,9 +49,14 @@ class QuantizedExperts(nn.Module):
         return store
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
-        """Moves the tensors as a model is moved; one that is given another dtype keeps its scales in float32."""
+        """Moves the tensors as a model is moved; one that is given another dtype keeps its scales in float32.
+
+        What waits in the host's memory stays there.
+        """
 
         def move(tensor: Tensor) -> Tensor:
+            if is_waiting(tensor):
+                return tensor
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -129,6 +74,11 @@ class QuantizedExperts(nn.Module):
         assert isinstance(module, QuantizedUnit)
         return module
 
+    @property
+    def units(self) -> list[QuantizedUnit]:
+        """The tensors of all projections."""
+        return [module for module in self.children() if isinstance(module, QuantizedUnit)]
+
     def holds(self, projection: str) -> bool:
         """Returns whether the weights of a projection are in here."""
         units = self.layout.units_of(projection)
@@ -139,6 +89,15 @@ class QuantizedExperts(nn.Module):
         for unit in self.layout.units_of(projection):
             empty = QuantizedUnit(unit, self.layout.count, double_quant=self.double_quant, device=device)
             self.add_module(unit.name, empty)
+
+    def wait(self, projection: str, layer: WaitingLayer) -> None:
+        """Moves the weights of a projection to the host's memory; what decodes them is small, and stays."""
+        for unit in self.layout.units_of(projection):
+            module = self.unit(unit.name)
+            for name in ("packed", "absmax"):
+                waiting = layer.store(f"{unit.name}.{name}", getattr(module, name))
+                setattr(module, name, waiting.tensor)
+                self._waiting.append(waiting)
 
     def quantize(self, unit: Unit, expert: int, weight: Tensor) -> None:
         """Quantizes the weight [out, in] of a unit of one expert."""
@@ -174,7 +133,7 @@ class QuantizedExperts(nn.Module):
         return self._decode(self.unit(unit), dtype, ids)[0]
 
     def _decode(self, unit: QuantizedUnit, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
-        weight = self.weight_of(unit, experts)
+        weight = self._on_device(self.weight_of(unit, experts))
         if unit.columns % BLOCK:  # bitsandbytes decodes such a matrix wrongly on a CPU (0.50)
             return decode_plain(weight, dtype)
         count = len(weight.packed)
@@ -182,14 +141,21 @@ class QuantizedExperts(nn.Module):
         return flat.view(count, unit.rows, unit.columns)
 
     def weight_of(self, unit: QuantizedUnit, experts: Tensor | None = None) -> QuantizedWeight:
-        """Returns the weights of a unit of all experts, or of those whose ids are given."""
+        """Returns the weights of a unit of all experts, where they lie, or of those whose ids are given, on the device.
+
+        Of experts that wait only these are copied.
+        """
         packed, absmax, nested_absmax, offset = (
-            tensor if experts is None else tensor[experts]
-            for tensor in (unit.packed, unit.absmax, unit.nested_absmax, unit.nested_offset)
+            tensor if experts is None else tensor[experts.to(tensor.device)].to(self.codebook.device)
+            for tensor in (unit.codes, unit.absmax, unit.nested_absmax, unit.nested_offset)
         )
         nested_offset = offset[:, None].expand(nested_absmax.shape).contiguous()
         codebooks = self.codebook, self.nested_codebook
         return QuantizedWeight(packed, absmax, *codebooks, nested_absmax, nested_offset, unit.rows, unit.columns)
+
+    def _on_device(self, weight: QuantizedWeight) -> QuantizedWeight:
+        packed, absmax = on_device([weight.packed, weight.absmax])
+        return replace(weight, packed=packed, absmax=absmax)
 
     def _dequantize(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         state = bnb.QuantState(
@@ -228,7 +194,8 @@ class QuantizedExperts(nn.Module):
                 [self.unit(unit.name) for unit in self.layout.units_of(projection)] if self.holds(projection) else []
             )
             if not all(
-                bool(unit.finite.all() & decode_absmax(self.weight_of(unit)).isfinite().all()) for unit in units
+                bool(unit.finite.all() & decode_absmax(self._on_device(self.weight_of(unit))).isfinite().all())
+                for unit in units
             ):
                 spoiled.append(projection)
         return spoiled
@@ -239,7 +206,9 @@ class QuantizedExperts(nn.Module):
 
 
 def put_placeholder(experts: nn.Module, projection: str, dtype: torch.dtype, store: QuantizedExperts) -> Placeholder:
-    """Puts a placeholder where a projection's weights were, and returns it."""
+    """Puts a placeholder where a projection's weights were, and returns it; they wait where the module's do."""
+    if (layer := waiting_layer(experts)) is not None:
+        store.wait(projection, layer)
     parameter: Any = getattr(experts, projection)
     device = store.codebook.device
     result = Placeholder.of(parameter.shape, dtype, device, store.quant_type)

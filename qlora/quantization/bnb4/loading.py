@@ -9,8 +9,10 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from qlora.experts.host import choose_waiting
 from qlora.experts.layout import ExpertsLayout, find_experts, is_stored
-from qlora.quantization.bnb4.experts import Matrix4bit, quantize_parameter, store_matrices
+from qlora.quantization.bnb4.expert_unit import Matrix4bit
+from qlora.quantization.bnb4.experts import quantize_parameter, store_matrices
 from qlora.upstream.transformers_quantizer import Saved
 
 
@@ -24,9 +26,10 @@ class ExpertsIn4Bits:
     """Whether experts are stored in 4 bits; otherwise saved ones are decoded."""
 
     def projections(self, model: nn.Module) -> list[str]:
-        """Returns the names of the parameters of experts that are to be quantized."""
+        """Returns the names of the parameters of experts that are to be quantized; chooses whose will wait."""
         if not self.quantizes:
             return []
+        choose_waiting(model)
         experts = find_experts(model).items()
         return [
             f"{name}.{projection}" for name, module in experts for projection in ExpertsLayout.of(module).projections

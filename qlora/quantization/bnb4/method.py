@@ -31,6 +31,7 @@ class Bnb4(QuantizationMethod):
     name = "bnb4"
     package = "bitsandbytes"
     library_class = "BitsAndBytesConfig"
+    offloads_experts = True
     quantizing_operators = ("bitsandbytes::quantize_4bit",)
 
     def describe(self, config: QuantizationConfig) -> str:

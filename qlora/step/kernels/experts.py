@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qlora.experts.host import on_device
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_plain, weight_scale
 from qlora.step.kernels.dequantize import is_unread, operator
 from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
@@ -32,8 +33,8 @@ class FrozenExperts:
     """The frozen weights of all experts of a layer, [experts, rows, columns] when decoded: gate and up, or down."""
 
     tensors: list[Tensor]
-    """One tensor, the weights; or those of a `QuantizedWeight`, with a row an expert: for each projection its own, then
-    the codebooks, once, for `torch.compile` takes no tensor twice."""
+    """One tensor, the weights; two, 8-bit weights as they are, and turned; or those of a `QuantizedWeight`, with a row
+    an expert: for each projection its own, then the codebooks, once, for `torch.compile` takes no tensor twice."""
     rows: int
     columns: int
     is_interleaved: bool = False
@@ -45,6 +46,15 @@ class FrozenExperts:
         """Returns a `weight_scale`; None: the weights have 16 bits."""
         scales = [weight_scale(projection) for projection in split_projections(self.tensors, self.shape)]
         return torch.stack(scales).amin(0) if scales else None
+
+    def decode(self, dtype: torch.dtype) -> FrozenExperts:
+        """Returns these weights as the matmuls of a forward and a backward pass read them; `dtype` is that of rows."""
+        if len(self.tensors) == 1:
+            return self
+        kinds = (False,) if self.weight_scale is None else (False, True)
+        dtype = dtype if self.weight_scale is None else torch.float8_e4m3fn
+        arguments = self.tensors, self.shape, dtype, self.weight_scale
+        return replace(self, tensors=[decode_experts(*arguments, transposed=turned) for turned in kinds])
 
     @property
     def shape(self) -> list[int]:
@@ -59,31 +69,42 @@ def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
 
 
 def split_projections(tensors: list[Tensor], shape: list[int]) -> list[QuantizedWeight]:
-    """Reverses `join_projections`; weights in 16 bits have none."""
-    if len(tensors) == 1:
+    """Reverses `join_projections`, on the device; weights that are not quantized have none."""
+    if len(tensors) <= 2:
         return []
-    *owned, codebook, nested_codebook = tensors
+    *owned, codebook, nested_codebook = on_device(tensors)
     rows = shape[0] * FIELDS // len(owned)
     return [
-        QuantizedWeight(packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1])
+        QuantizedWeight(
+            packed.view(torch.uint8), absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1]
+        )
         for packed, absmax, nested_absmax, nested_offset in zip(*[iter(owned)] * FIELDS, strict=True)
     ]
 
 
 def decode_experts(
-    tensors: list[Tensor], shape: list[int], dtype: torch.dtype, weight_scale: Tensor | None, *, transposed: bool
+    tensors: list[Tensor],
+    shape: list[int],
+    dtype: torch.dtype,
+    weight_scale: Tensor | None,
+    *,
+    transposed: bool,
+    experts: Tensor | None = None,
 ) -> Tensor:
     """Returns the weights of `FrozenExperts`, times `weight_scale`: [experts, rows, columns], or a transposed view.
 
-    8-bit weights that are asked for transposed are stored so, as their matmuls need it.
+    8-bit weights that are asked for transposed are stored so, as their matmuls need it. `experts` are the ids of those
+    that are decoded, any number of times; None: all, once. They are read where weights are quantized alone.
     """
     rows, columns, is_interleaved = shape
     if len(tensors) == 1:
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
-    projections = split_projections(tensors, shape)
-    experts, is_turned = len(tensors[0]), transposed and weight_scale is not None
-    size = (experts, columns, rows) if is_turned else (experts, rows, columns)
-    out = torch.empty(size, dtype=dtype, device=tensors[0].device)
+    if len(tensors) == 2:
+        return tensors[transposed]
+    projections = [_of_experts(projection, experts) for projection in split_projections(tensors, shape)]
+    number, is_turned = len(projections[0].packed), transposed and weight_scale is not None
+    size = (number, columns, rows) if is_turned else (number, rows, columns)
+    out = torch.empty(size, dtype=dtype, device=projections[0].packed.device)
     view = out.transpose(1, 2) if is_turned else out
     count = len(projections)
     for index, projection in enumerate(projections):
@@ -98,6 +119,15 @@ def decode_experts(
     return out.transpose(1, 2) if transposed and not is_turned else out
 
 
+def _of_experts(weight: QuantizedWeight, experts: Tensor | None) -> QuantizedWeight:
+    """Returns the weights of some experts, with a row an expert."""
+    names = ("absmax", "nested_absmax", "nested_offset")
+    packed = weight.packed.view(len(weight.absmax), -1)  # those that processes share are flat
+    if experts is None:
+        return replace(weight, packed=packed)
+    return replace(weight, packed=packed[experts], **{name: getattr(weight, name)[experts] for name in names})
+
+
 def _multiply(
     x: Tensor, tensors: list[Tensor], weight_scale: Tensor | None, shape: list[int], offsets: Tensor, *,
     transposed: bool, source: Tensor | None, xa: Tensor | None, b: Tensor | None,
@@ -106,12 +136,25 @@ def _multiply(
 
     The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
     """
-    dtype, scale = x.dtype, None
+    dtype, scale, owners = x.dtype, None, None
+    if (rows := len(x if source is None else source)) < len(offsets) and len(tensors) > 2:
+        owners, offsets = _owners(offsets, rows)
+        b = None if b is None else b[owners]
     if weight_scale is not None:
         x, scale = scale_rows(x)
         scale = scale / weight_scale
-    weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed)
+    weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed, experts=owners)
     return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
+
+
+def _owners(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the expert of each row, and `offsets` that make a group of each row.
+
+    Of fewer rows than experts, the experts that have rows are decoded so, without the host's asking for their number;
+    one with several rows is decoded for each.
+    """
+    numbers = torch.arange(rows + 1, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, numbers[:-1], right=True), numbers[1:]
 
 
 def _fake_linear(x, read, a, b, tensors, weight_scale, shape, source, positions, offsets, gathers):
@@ -238,11 +281,12 @@ def apply_experts(
     b: Tensor | None,
     routing: Routing,
     weights: FrozenExperts,
+    tensors: list[Tensor],
     *,
     gathers: bool,
 ) -> Tensor:
-    """As `ExpertLinear`."""
+    """As `ExpertLinear`; `tensors` are those of the weights."""
     result: Tensor = ExpertLinear.apply(
-        x, read, a, b, tuple(routing), gathers, weights.weight_scale, weights.shape, *weights.tensors
+        x, read, a, b, tuple(routing), gathers, weights.weight_scale, weights.shape, *tensors
     )
     return result

@@ -7,8 +7,9 @@ reads; which function computes them is restored after a step.
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora.experts.forward import ADAPTERS, compute_dtype
-from qlora.experts.layout import ExpertsLayout, expert_weight, is_stored, stored_experts
+from qlora.experts.layout import DOWN, ExpertsLayout, expert_weight, is_stored, stored_experts
 from qlora.experts.ranks import kernel_rank
+from qlora.quantization.bnb4.expert_unit import QuantizedUnit
 from qlora.quantization.bnb4.experts import QuantizedExperts
 from qlora.quantization.bnb4.layout import BLOCK
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
-from qlora.step.kernels.experts import FrozenExperts, apply_experts, join_projections
-from qlora.step.kernels.grouped import SortWeights, route_tokens
+from qlora.step.kernels.experts import FIELDS, FrozenExperts, apply_experts, join_projections
+from qlora.step.kernels.grouped import Routing, SortWeights, route_tokens
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.peft import ExpertsWrapper
 from qlora.upstream.transformers_experts import (
@@ -91,6 +93,10 @@ class FastExperts:
     adapters: dict[str, ExpertsWrapper]
     """PEFT's adapters by projection; their A and B matrices are read in each step, for an optimizer may move them."""
     dropout: float
+    sharded: dict[str, list[QuantizedUnit]] = field(default_factory=dict)
+    """What processes share of the weights by projection: it is read when the layer is called."""
+    _packed: list[FrozenExperts] = field(default_factory=list)
+    """The weights in 4 bits, while they are kept decoded; else nothing."""
 
     @classmethod
     def of(cls, experts: nn.Module) -> FastExperts:
@@ -98,7 +104,24 @@ class FastExperts:
         layout, adapters = ExpertsLayout.of(experts), experts.__dict__.get(ADAPTERS)
         first, down = (_read_weights(experts, layout, projection) for projection in layout.projections)
         wrappers = {} if adapters is None else {name: adapters.wrappers[name] for name in adapters}
-        return cls(layout, first, down, wrappers, 0.0 if adapters is None else adapters.dropout)
+        return cls(
+            layout, first, down, wrappers, 0.0 if adapters is None else adapters.dropout, _find_sharded(experts, layout)
+        )
+
+    def tensors(self, projection: str, weights: FrozenExperts) -> list[Tensor]:
+        """Returns the tensors of a projection's weights; of sharded ones, the whole weights as they are now."""
+        if projection not in self.sharded:
+            return weights.tensors
+        tensors = [*weights.tensors]
+        for index, unit in enumerate(self.sharded[projection]):
+            tensors[FIELDS * index] = unit.packed
+        return tensors
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are in 4 bits, kept decoded or not."""
+        first = self._packed[0] if self._packed else self.first
+        return len(first.tensors) > 1
 
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
@@ -106,9 +129,25 @@ class FastExperts:
             replace(weights, weight_scale=weights.find_scale()) for weights in (self.first, self.down)
         )
 
-    def unread(self) -> AbstractContextManager[None]:
-        """Declares that nothing in the block reads the outputs of the down projection."""
-        return unread(self.down.tensors[0])
+    def keep(self, dtype: torch.dtype) -> None:
+        """Decodes the weights for all passes until `release`; `dtype` is that of the matmuls in 16 or 32 bits."""
+        if not self._packed:
+            decoded = [weights.decode(dtype) for weights in (self.first, self.down)]  # which may run out of memory
+            self._packed, (self.first, self.down) = [self.first, self.down], decoded
+
+    def release(self) -> None:
+        """Frees what `keep` has decoded: each pass decodes the weights again."""
+        if self._packed:
+            (self.first, self.down), self._packed = self._packed, []
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Declares that nothing in the block reads the outputs of the down projection.
+
+        Sharded weights must be gathered where it begins.
+        """
+        with unread(self.tensors(DOWN, self.down)[0]):
+            yield
 
 
 def run_fast_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -123,17 +162,27 @@ def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, t
     first, down = fast.layout.projections
     routing = route_tokens(top_k_index, fast.layout.count)
     dtype = hidden.dtype
-    rows = apply_experts(hidden, *_adapter(fast, first, hidden), routing, fast.first, gathers=True)
+    rows = apply_experts(
+        hidden, *_adapter(fast, first, hidden), routing, fast.first, fast.tensors(first, fast.first), gathers=True
+    )
     owners = top_k_index.reshape(-1)[routing.order] if fast.layout.has_bias else None
     if owners is not None:
         rows = rows + getattr(experts, f"{first}_bias").to(dtype)[owners]
     weights = SortWeights.apply(top_k_weights, routing.order, routing.positions)
     rows = (apply_gate(experts, rows) * weights).to(dtype)
-    output = apply_experts(rows, *_adapter(fast, down, rows), routing, fast.down, gathers=False)
+    output = apply_experts(
+        rows, *_adapter(fast, down, rows), routing, fast.down, fast.tensors(down, fast.down), gathers=False
+    )
     if owners is not None:
         bias = experts.down_proj_bias.to(dtype)[top_k_index]
         output = output + (bias * top_k_weights[..., None].to(dtype)).sum(1)
     return output
+
+
+def _compute(fast: FastExperts, projection: str, x: Tensor, routing: Routing, *, gathers: bool) -> Tensor:
+    weights = fast.first if gathers else fast.down
+    tensors = fast.tensors(projection, weights)
+    return apply_experts(x, *_adapter(fast, projection, x), routing, weights, tensors, gathers=gathers)
 
 
 def _adapter(fast: FastExperts, projection: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -157,6 +206,13 @@ def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) ->
     else:
         tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
     return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
+
+
+def _find_sharded(experts: nn.Module, layout: ExpertsLayout) -> dict[str, list[QuantizedUnit]]:
+    store = stored_experts(experts)
+    if not isinstance(store, QuantizedExperts) or not any(unit.is_sharded for unit in store.units):
+        return {}
+    return {name: [store.unit(unit.name) for unit in layout.units_of(name)] for name in layout.projections}
 
 
 def _unsupported_reason(experts: nn.Module) -> str | None:
