@@ -102,7 +102,7 @@ def time_loop(workload: str, name: str, model: Any, config: Any, placement: Any,
     optimizer = build_optimizer(config, model)
     shrink = 16 if options.pop("small") else 1
     source = batches(workload, name, config.model.architecture.vocab_size, placement.device, shrink)
-    return time_steps(model, optimizer, source, placement.autocast, placement.device, **options)
+    return time_steps(model, optimizer, source, lambda _: placement.autocast(), placement.device, **options)
 
 
 def time_trainer(

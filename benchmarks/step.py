@@ -206,13 +206,13 @@ def time_steps(
     model: Any,
     optimizer: Any,
     source: Iterator[list[MicroBatch]],
-    around: Callable[[], AbstractContextManager[None]],
+    around: Callable[[MicroBatch], AbstractContextManager[None]],
     device: Any,
     *,
     steps: int,
     profile: bool,
 ) -> dict[str, Any]:
-    """Trains a bare loop, each micro-batch inside `around()`; returns its speed, memory and first step's seconds."""
+    """Trains a bare loop, each micro-batch inside `around(it)`; returns its speed, memory and first step's seconds."""
     import torch
 
     from qlora.runtime.device import device_name, reset_peak_memory
@@ -225,7 +225,7 @@ def time_steps(
         micro = next(source)
         count = sum(batch.targets for batch in micro)
         for batch in micro:
-            with around():
+            with around(batch):
                 loss = model(**batch.inputs, num_items_in_batch=count).loss
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
@@ -300,7 +300,8 @@ def measure(
             step.checkpointed, step.offloaded = plan.checkpointed, plan.offloaded
 
         @contextmanager
-        def around() -> Iterator[None]:
+        def around(batch: MicroBatch) -> Iterator[None]:
+            step.targets = batch.targets
             with step, run.placement.autocast():
                 yield
 

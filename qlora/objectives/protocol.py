@@ -40,6 +40,10 @@ class Objective(Protocol):
     """Whether transformers' models compute this loss themselves when they are given `labels`. The plain step then
     leaves it to the model, with what an architecture adds to it, such as the loss of a router."""
 
+    is_tokenwise: bool
+    """Whether the loss is a sum over tokens, each of its own hidden state and the label after it. `loss_on_hidden` then
+    gets the hidden states before a label alone, as one row. An objective may leave it out, which says no."""
+
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the labels of a batch of rows or packs on the host, int64 [rows, tokens]: -100 means no loss.
 

@@ -20,6 +20,7 @@ class SupervisedFinetuning:
 
     columns = ("input_ids", "labels")
     is_model_loss = True
+    is_tokenwise = True
 
     def __init__(self, config: LossConfig, label_smoothing: float = 0.0) -> None:
         """Takes the config, and the share of each label's probability that is spread over all tokens."""

@@ -47,6 +47,8 @@ class FastStep:
         """The number of decoder layers, the first ones, that recompute their activations in the backward pass."""
         self.offloaded = 0
         """The number of those layers, the first ones, whose inputs are kept in the host's memory."""
+        self.targets: int | None = None
+        """The number of labels in the batch of the next step that the loss counts, or more; None: it is not known."""
         self._context = StepContext(
             model, self.base, self.layers, trainer, quantization, placement, packs, objective
         )  # fmt: skip
@@ -119,6 +121,7 @@ class FastStep:
     def __exit__(self, *error: object) -> None:
         self.base.__dict__.pop("forward", None)
         self._calls.exit()
+        self.targets = None
         for part in reversed(self._active.values()):
             part.exit(failed=any(error))
         self._options.close()
@@ -129,7 +132,7 @@ class FastStep:
         if self._attention is not None:
             batch = self._attention.lay_out(batch)
         if self._loss is not None:
-            return CausalLMOutputWithPast(loss=self._loss.loss(batch))
+            return CausalLMOutputWithPast(loss=self._loss.loss(batch, self.targets))
         forward = type(self.base).forward
         if self.objective.is_model_loss:
             return forward(self.base, use_cache=False, **batch)

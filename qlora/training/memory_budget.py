@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qlora.errors import ResourceError
+from qlora.training.batches import Micro, split
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
 MEASURED_STEP = 2
 """The optimizer step whose memory is measured: code is compiled, and the optimizer's states are there."""
 
@@ -31,6 +31,7 @@ class Step(Protocol):
 
     checkpointed: int
     offloaded: int
+    targets: int | None
 
     @property
     def base(self) -> torch.nn.Module: ...
@@ -115,7 +116,7 @@ class Budget:
         return plans[-1]
 
     @contextlib.contextmanager
-    def measured(self, plan: MemoryPlan, batch: Batch) -> Iterator[None]:
+    def measured(self, plan: MemoryPlan, batch: Micro) -> Iterator[None]:
         """Measures a micro-batch; the one with most tokens corrects the formula."""
         self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -154,7 +155,7 @@ class StepMemory:
         self.step, self.device, self.budget, self.alone = step, device, budget, alone
         self.retries = 0
         self.plan = budget.choose() if budget is not None else MemoryPlan(step.checkpointed, step.offloaded)
-        self._batches: list[Batch] = []
+        self._batches: list[Micro] = []
         self._steps = 0
         if budget is not None:
             log.info("memory budget: %s at first", self.plan)
@@ -168,7 +169,7 @@ class StepMemory:
             self.plan = self.budget.choose()
             log.info("memory budget: %s from now on", self.plan)
 
-    def run(self, batch: Batch, learn: Callable[[Batch], Tensor], forget: Callable[[], None], rows: int) -> Tensor:
+    def run(self, batch: Micro, learn: Callable[[Micro], Tensor], forget: Callable[[], None], rows: int) -> Tensor:
         """Runs the next micro-batch, which may be cut into `rows`; returns its loss.
 
         `learn` runs a micro-batch, or a part of one, forward and backward; `forget` drops all gradients. Raises
@@ -190,7 +191,7 @@ class StepMemory:
             waiting = self._batches
         return loss
 
-    def _try(self, batches: list[Batch], learn: Callable[[Batch], Tensor]) -> Tensor | None:
+    def _try(self, batches: list[Micro], learn: Callable[[Micro], Tensor]) -> Tensor | None:
         """Returns the last micro-batch's loss; None: out of memory."""
         self.step.checkpointed, self.step.offloaded = self.plan.checkpointed, self.plan.offloaded
         try:
@@ -202,7 +203,7 @@ class StepMemory:
             return None  # the tensors in the frames that the error holds go with it
         return loss
 
-    def _learn(self, batch: Batch, learn: Callable[[Batch], Tensor]) -> Tensor:
+    def _learn(self, batch: Micro, learn: Callable[[Micro], Tensor]) -> Tensor:
         chunks = min(self.plan.chunks, len(batch["input_ids"]))
         with contextlib.ExitStack() as stack:
             if self.budget is not None:
@@ -212,8 +213,7 @@ class StepMemory:
                     stack.enter_context(self.budget.measured(self.plan, batch))
             if chunks == 1:
                 return learn(batch)
-            parts = zip(*(tensor.tensor_split(chunks) for tensor in batch.values()), strict=True)
-            return torch.stack([learn(dict(zip(batch, part, strict=True))) for part in parts]).sum()
+            return torch.stack([learn(part) for part in split(batch, chunks)]).sum()
 
     @property
     def _is_by_formula(self) -> bool:

@@ -42,8 +42,10 @@ from qlora.training.batches import (
     Batch,
     Collate,
     CountingCollator,
+    Micro,
     build_loader,
     share_batches,
+    take_targets,
     without_labels,
 )
 from qlora.training.checkpoint_writer import CheckpointWriter, estimate_checkpoint, fitting
@@ -196,7 +198,8 @@ class QLoraTrainer(Trainer):
         """Runs a micro-batch forward and backward, inside `step`; with less memory, if it ran out."""
         plain = super().training_step
 
-        def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        def learn(micro: Micro) -> torch.Tensor:
+            batch, self.step.targets = take_targets(micro)
             if self.routing is None:
                 with self.step:
                     return plain(model, batch, num_items_in_batch)
@@ -244,7 +247,7 @@ class QLoraTrainer(Trainer):
         return find_bad_rows(rows, self.data_collator.blank, self._is_finite, self._trained, self.args.device)
 
     def _is_finite(self, row: dict[str, Any]) -> bool:
-        batch = self.data_collator([row])
+        batch, _ = take_targets(self.data_collator([row]))
         batch.pop(COUNTS)
         with self.step, self.compute_loss_context_manager():
             loss = self.model(**prepare_inputs(self, batch)).loss
