@@ -26,8 +26,15 @@ class TokenWork:
     """Bytes of a number in matmuls."""
     fused: bool
     """Whether the loss is computed from the hidden states (`trainer.fused_loss`)."""
+    targets: int | None = None
+    """How many of the tokens the loss counts, at most; None: all of them."""
     capped: bool = False
     """Whether the architecture passes its logits through tanh."""
+
+    @property
+    def read(self) -> int:
+        """The hidden states that the output layer reads where the loss is computed from them, token by token."""
+        return self.tokens if self.targets is None else min(self.tokens, self.targets)
 
 
 class Objective(Protocol):

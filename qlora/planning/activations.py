@@ -154,6 +154,7 @@ class Activations:
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
         copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
         fast = setup.step is PlanStep.fast
-        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, capped=self.shape.family.capped)
+        capped = self.shape.family.capped
+        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, targets=setup.loss_tokens, capped=capped)
         forward, backward = build_objective(setup.loss).activation_bytes(work)
         return forward + copy, backward + (0 if fast else copy)

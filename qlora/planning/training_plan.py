@@ -60,9 +60,11 @@ class Plan:
         """The time of a micro-batch of rows as long as they are; None for a GPU whose speed is unknown."""
         if self.tokens is None:
             return plan_speed(self.training.shape, self.setup, self.gpu)
-        setup = replace(self.setup, length=max(round(self.tokens.padded), 1))
+        units, padded, targets = self.tokens.units, self.tokens.padded, self.tokens.targets
+        share = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
+        setup = replace(self.setup, length=max(round(padded), 1), target_share=share)
         speed = plan_speed(self.training.shape, setup, self.gpu)
-        without_padding = self.setup.rows * self.tokens.tokens / self.tokens.units
+        without_padding = self.setup.rows * self.tokens.tokens / units
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
 
     @property
@@ -105,7 +107,8 @@ class Plan:
         preset = next((option for option in PAPER if model_presets()[option]["name"] == self.config.model.name), None)
         if preset is None or self.config.model.weights is Weights.random:
             return None
-        same = change(self.training, rows=1, length=512, checkpointed=self.training.shape.layers).memory
+        layers = self.training.shape.layers
+        same = change(self.training, rows=1, length=512, most_targets=None, checkpointed=layers).memory
         return {"paper_gb": PAPER[preset], "planned_gb": (same.peak + same.paged) / 1e9}
 
 
@@ -118,7 +121,8 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
     length = training_length(config.trainer, units, unit=unit) if units else None
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
-    training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
+    setup = replace(read_setup(config, shape), most_targets=None if tokens is None else tokens.most_targets)
+    training = Training(shape, setup, config.trainer.gradient_accumulation_steps)
     if config.trainer.memory_budget is None:
         return Plan(config, training, gpu, length, tokens)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:

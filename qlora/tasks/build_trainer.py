@@ -87,7 +87,7 @@ def build_trainer(
         step=step,
         objective=session.objective,
         meter=meter,
-        budget=build_budget(session, step, max_length=max(width, *lengths)),
+        budget=build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets),
         stop=session.stop,
         metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
@@ -135,15 +135,20 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
     return step
 
 
-def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget | None:
-    """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens."""
+def build_budget(
+    session: Session, step: FastStep, *, max_length: int, most_targets: int | None = None
+) -> Budget | None:
+    """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens.
+
+    The loss counts at most `most_targets` of them; None: all.
+    """
     requested, device = session.config.trainer.memory_budget, session.placement.device
     if requested is None or device.type != "cuda":
         return None
     shape = read_shape(session.model_config.get_text_config().to_dict(), f"trainer.memory_budget={requested}")
     is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
     kind = PlanStep.fast if is_fast else PlanStep.plain
-    setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
+    setup = replace(read_setup(session.config, shape), step=kind, length=max_length, most_targets=most_targets)
 
     def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
         plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
@@ -162,6 +167,7 @@ def _build_meter(session: Session, model: PreTrainedModel | PeftModel) -> Meter:
         device,
         peak_memory_gb=partial(peak_memory_gb, device),
         operations=operations.total if operations is not None else None,
+        output=operations.output if operations is not None else 0.0,
         rate=matrix_rate(device, session.placement.compute_dtype),
     )
 

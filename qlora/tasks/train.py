@@ -428,8 +428,10 @@ class Training:
             padded = float(self.config.data.pack_width or 0)
         else:
             padded = padded_length(column(data.train, "length"), batch, grouped=trainer.group_by_length)
-        length = session.length
-        time = planned_time(self.config, TokenCount(length.units, length.unit, data.report.train_tokens, padded))
+        length, tokens = session.length, data.report.train_tokens
+        targets = int(column(data.train, "trained").sum())
+        count = TokenCount(length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets)
+        time = planned_time(self.config, count)
         return {"time": time} if time is not None else {}
 
     @property

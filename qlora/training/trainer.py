@@ -39,6 +39,7 @@ from qlora.runtime.atomic_files import read_json, write_text
 from qlora.training.bad_rows import NamedRow, find_bad_rows
 from qlora.training.batches import (
     COUNTS,
+    TARGETS,
     Batch,
     Collate,
     CountingCollator,
@@ -231,11 +232,12 @@ class QLoraTrainer(Trainer):
         self.watchdog.begin(items)
         for batch in batches:
             tokens, pairs = batch.pop(COUNTS)
+            unlabelled = tokens - int(batch[TARGETS].sum())
             self._unreported_tokens += tokens
             self.meter.tokens += tokens
             if self.meter.operations is not None:
                 operations: Any = self.meter.operations(tokens, pairs)  # the library declares an int, and adds floats
-                self.current_flos += operations
+                self.current_flos += operations - unlabelled * self.meter.output
         return batches, items
 
     def _find_bad_rows(self, step: int) -> list[str]:

@@ -293,6 +293,28 @@ def test_the_time_is_that_of_the_rows_as_they_are(tmp_path: Path, capsys: pytest
     assert "if every row is full" not in said
 
 
+@pytest.mark.parametrize("packing", [[], ["data.packing=true", "data.pack_length=512"]], ids=["rows", "packs"])
+def test_the_output_layer_is_planned_for_the_tokens_that_are_trained(tmp_path: Path, packing: list[str]) -> None:
+    sizes = [("long question " * 12, 3), ("q ", 5)]
+    lines = [json.dumps({"prompt": prompt, "completion": "red " * count}) for prompt, count in sizes * 40]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = ["data=local", f"data.path={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path}", *packing]
+    config = compose(["task=plan", "plan.device=h200", "model=qwen2.5-0.5b", "model.tokenizer=tiny", *rows])
+    tokens, _ = count_tokens(config)
+    assert tokens is not None
+    assert tokens.targets is not None
+    assert tokens.most_targets is not None
+    assert 0 < tokens.targets < tokens.tokens
+    assert tokens.most_targets >= tokens.targets / tokens.units
+    everything = replace(tokens, targets=None, most_targets=None)
+    some, whole = build_plan(config, tokens=tokens), build_plan(config, tokens=everything)
+    assert some.setup.loss_tokens == config.trainer.per_device_train_batch_size * tokens.most_targets
+    assert some.memory.peak <= whole.memory.peak
+    assert some.speed is not None
+    assert whole.speed is not None
+    assert some.speed.operations < whole.speed.operations
+
+
 def test_of_many_rows_a_sample_is_counted_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

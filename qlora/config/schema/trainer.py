@@ -97,7 +97,7 @@ class TrainerConfig:
     (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of
     these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
-    """Compute the loss in chunks, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    """Compute the loss of the trained tokens alone, in chunks of logits: true, false or `auto` (with CUDA)."""
     step_parts: list[str] = field(default_factory=list)
     """Parts of the fast step that other packages add, by the names that they register (entry point group
     `qlora.step_parts`) or as `module:Class` of a package in `trusted`; docs/extending.md shows one."""
