@@ -194,14 +194,6 @@ def enable_checkpointing(model: Any) -> None:
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
-def needed_gb(device: Any, optimizer: Any) -> float:
-    """Returns all that a GPU must hold, in 10^9 bytes: torch's peak, and the paged states, which it does not count."""
-    from qlora.runtime.device import peak_memory_gb
-    from qlora.upstream.bitsandbytes_optim import paged_bytes
-
-    return peak_memory_gb(device) + paged_bytes(optimizer) / 1e9
-
-
 def time_steps(
     model: Any,
     optimizer: Any,
@@ -216,10 +208,13 @@ def time_steps(
     import torch
 
     from qlora.runtime.device import device_name, reset_peak_memory
+    from qlora.training.peak_memory import PeakMemory
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     reset_peak_memory(device)
+    memory = PeakMemory(device)
+    memory.watch(optimizer)
 
     def once() -> tuple[int, Any]:
         micro = next(source)
@@ -255,7 +250,7 @@ def time_steps(
         print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
     return {
         "tokens_per_second": tokens / seconds,
-        "peak_gb": needed_gb(device, optimizer),
+        "peak_gb": memory.gb(),
         "first_step_seconds": first,
         "device": device_name(device),
     }

@@ -68,6 +68,11 @@ class Plan:
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
 
     @property
+    def room(self) -> Gpu:
+        """The GPU without what is not there for tensors that torch counts: a budget holds paged states, too."""
+        return self.gpu if self.config.trainer.memory_budget is None else without_paged(self.gpu, self.training)
+
+    @property
     def fits(self) -> bool:
         """Whether the GPU holds it."""
         return self.training.fits(self.gpu)
@@ -90,7 +95,7 @@ class Plan:
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
         runs = {name: change(self.training, checkpointed=count, offloaded=0) for name, count in kinds.items()}
-        return {name: largest_rows(training, self.gpu) for name, training in runs.items()}
+        return {name: largest_rows(training, self.room) for name, training in runs.items()}
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -127,9 +132,10 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
         return Plan(config, training, gpu, length, tokens)
     if (budget := parse_size(config.trainer.memory_budget)) is not None:
         gpu = replace(gpu, memory=min(gpu.memory, budget + CONTEXT))
-    if (fewest := fewest_checkpointed(training, gpu)) is not None:
+    room = without_paged(gpu, training)
+    if (fewest := fewest_checkpointed(training, room)) is not None:
         return Plan(config, change(training, checkpointed=fewest), gpu, length, tokens)
-    offloaded = fewest_offloaded(training, gpu)
+    offloaded = fewest_offloaded(training, room)
     return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length, tokens)
 
 
@@ -193,6 +199,11 @@ def _find_step(config: Config, shape: Shape) -> PlanStep:
     plain_adapter = lora.enabled and not lora.use_dora
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
+
+
+def without_paged(gpu: Gpu, training: Training) -> Gpu:
+    """Returns the GPU without the room that paged states take."""
+    return replace(gpu, memory=gpu.memory - training.memory.paged)
 
 
 def change(training: Training, **changed: Any) -> Training:

@@ -24,7 +24,7 @@ from qlora.planning.model_shape import FAMILIES, read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
-from qlora.runtime.device import matrix_rate, peak_memory_gb
+from qlora.runtime.device import matrix_rate
 from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
@@ -35,6 +35,7 @@ from qlora.training.keep import KeepCallback
 from qlora.training.memory_budget import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.page_callback import Page, PageCallback
+from qlora.training.peak_memory import PeakMemory
 from qlora.training.profiling import ProfileCallback
 from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
@@ -50,8 +51,12 @@ def build_trainer(
     callbacks: list[Any],
     tracker: Tracker,
     page: Page | None = None,
+    peak: PeakMemory | None = None,
 ) -> QLoraTrainer:
-    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run."""
+    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run.
+
+    `peak` follows the memory of the run, from its model on.
+    """
     config, data, placement = session.config, session.data, session.placement
     assert data.train is not None
     arguments = build_arguments(
@@ -71,7 +76,8 @@ def build_trainer(
     def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
         return session.in_main_process(lambda: session.measure_step(current, step, tracker))
 
-    step, meter = build_step(session, model), _build_meter(session, model)
+    peak = peak or PeakMemory(placement.device)
+    step, meter = build_step(session, model), _build_meter(session, model, peak)
     lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
     trainer = QLoraTrainer(
@@ -87,7 +93,10 @@ def build_trainer(
         step=step,
         objective=session.objective,
         meter=meter,
-        budget=build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets),
+        budget=build_budget(
+            session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak
+        ),
+        peak=peak,
         stop=session.stop,
         metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
@@ -136,11 +145,16 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
 
 
 def build_budget(
-    session: Session, step: FastStep, *, max_length: int, most_targets: int | None = None
+    session: Session,
+    step: FastStep,
+    *,
+    max_length: int,
+    most_targets: int | None = None,
+    memory: PeakMemory | None = None,
 ) -> Budget | None:
     """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens.
 
-    The loss counts at most `most_targets` of them; None: all.
+    The loss counts at most `most_targets` of them; None: all. `memory` follows that of the run.
     """
     requested, device = session.config.trainer.memory_budget, session.placement.device
     if requested is None or device.type != "cuda":
@@ -154,18 +168,19 @@ def build_budget(
         plan = replace(setup, checkpointed=checkpointed, offloaded=offloaded, rows=rows, length=length)
         return Ledger(shape, plan).added + step.extra_bytes(rows, length)
 
-    formula = Formula(Ledger(shape, setup).at_start, setup.accumulates, added, setup.rows, max_length)
+    ledger = Ledger(shape, setup)
+    formula = Formula(ledger.at_start, setup.accumulates, added, setup.rows, max_length, ledger.optimizer[1])
     cap = parse_size(requested)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limit = min(cap, free) if cap is not None else free
-    return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
+    return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device, memory)
 
 
-def _build_meter(session: Session, model: PreTrainedModel | PeftModel) -> Meter:
+def _build_meter(session: Session, model: PreTrainedModel | PeftModel, peak: PeakMemory) -> Meter:
     device, operations = session.placement.device, _count_operations(session, model)
     return Meter(
         device,
-        peak_memory_gb=partial(peak_memory_gb, device),
+        peak_memory_gb=peak.gb,
         operations=operations.total if operations is not None else None,
         output=operations.output if operations is not None else 0.0,
         rate=matrix_rate(device, session.placement.compute_dtype),

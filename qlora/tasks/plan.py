@@ -243,7 +243,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
 
 
 def _fitting(plan: Plan) -> list[tuple[str, str]]:
-    fewest, layers = fewest_checkpointed(plan.training, plan.gpu), plan.training.shape.layers
+    fewest, layers = fewest_checkpointed(plan.training, plan.room), plan.training.shape.layers
     if fewest is None:
         text = "not even with all layers checkpointed"
         if plan.fits:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora.errors import ResourceError
 from qlora.training.batches import Micro, split
+from qlora.training.peak_memory import PeakMemory
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +91,29 @@ class Formula:
     """Rows of the largest micro-batch."""
     length: int
     """Tokens of the longest row."""
+    paged: float = 0.0
+    """Paged optimizer states, which are held beside what torch counts."""
 
 
 class Budget:
     """Chooses the fewest checkpointed and offloaded layers that fit: by the formula, and later by what steps took.
 
-    `limit` is what torch may allocate, `cap` what it may reserve in a step (None: all there is), in bytes.
+    `limit` is what tensors may take, paged states included; `cap` is what torch may reserve in a step (None: all there
+    is), both in bytes. Measuring starts torch's own count anew, which `memory` keeps.
     """
 
-    def __init__(self, formula: Formula, layers: int, limit: float, cap: float | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        formula: Formula,
+        layers: int,
+        limit: float,
+        cap: float | None,
+        device: torch.device,
+        memory: PeakMemory | None = None,
+    ) -> None:
         self.formula, self.layers, self.limit, self.cap, self.device = formula, layers, limit, cap, device
-        self.highest = 0
-        """The most that torch held before a measurement began, in bytes: measuring starts torch's own count anew."""
-        self._resident, self._factor, self._tokens = formula.resident, 1.0, 0
+        self.memory = memory or PeakMemory(device)
+        self._resident, self._paged, self._factor, self._tokens = formula.resident, formula.paged, 1.0, 0
 
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
@@ -111,21 +122,20 @@ class Budget:
         plans += [MemoryPlan(self.layers, count) for count in range(1, self.layers + 1)]
         for plan in plans:
             added = self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
-            if self._resident + self._factor * added <= self.limit:
+            if self._resident + self._paged + self._factor * added <= self.limit:
                 return plan
         return plans[-1]
 
     @contextlib.contextmanager
     def measured(self, plan: MemoryPlan, batch: Micro) -> Iterator[None]:
         """Measures a micro-batch; the one with most tokens corrects the formula."""
-        self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.memory.restart()
         resident = torch.cuda.memory_allocated(self.device)
         yield
         rows, length = batch["input_ids"].shape
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
-            self._tokens, self._resident = rows * length, resident
+            self._tokens, self._resident, self._paged = rows * length, resident, self.memory.paged
             self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager

@@ -63,6 +63,7 @@ from qlora.training.flat_optimizer import flatten_groups, run_ahead
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
+from qlora.training.peak_memory import PeakMemory
 from qlora.training.routing import build_routing_meter
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
@@ -111,6 +112,7 @@ class QLoraTrainer(Trainer):
         objective: Objective,
         meter: Meter,
         budget: Budget | None,
+        peak: PeakMemory | None = None,
         stop: Stop,
         metadata: dict[str, Any],
         watchdog: WatchdogConfig,
@@ -128,6 +130,7 @@ class QLoraTrainer(Trainer):
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
         self.routing = build_routing_meter(base_of(model) if isinstance(model, PeftModel) else model)
+        self.peak = peak or PeakMemory(arguments.device)
         self._unreported_tokens = self._logged_step = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
@@ -159,6 +162,7 @@ class QLoraTrainer(Trainer):
                 optimizer: Any = self.optimizer
                 if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
                     optimizer.eval()
+                self.peak.gb()  # while the optimizer is there
                 return output
             except RuntimeError as error:  # the end of a worker process can show anywhere
                 if (lost := self.watchdog.explain_loss(error)) is None:
@@ -444,6 +448,7 @@ class QLoraTrainer(Trainer):
                 flatten_groups(optimizer)
             run_ahead(optimizer)
         self.watchdog.guard(optimizer)
+        self.peak.watch(optimizer)
         return optimizer
 
 

@@ -77,9 +77,10 @@ class TrainerConfig:
     """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
     place."""
     memory_budget: str | None = None
-    """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
-    (without CUDA: unset). As few decoder layers are recomputed as the budget allows: by the formula of `task=plan`
-    first, then by what two steps needed. Unset: all or none of them, as `gradient_checkpointing` says."""
+    """The most that a run may hold of the GPU while it trains, paged optimizer states counted in, e.g. `24GB` or
+    `22GiB`, or `auto`, what the GPU has free (without CUDA: unset). As few decoder layers are recomputed as the budget
+    allows: by the formula of `task=plan` first, then by what two steps needed. Unset: all or none of them, as
+    `gradient_checkpointing` says."""
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""
