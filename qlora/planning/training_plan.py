@@ -18,10 +18,11 @@ from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
+from qlora.planning.adapter_targets import find_expert_rank, find_targets
 from qlora.planning.advice import Change, Training, changes, fewest_checkpointed, fewest_offloaded, largest_rows
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
-from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
+from qlora.planning.model_shape import Shape, read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size

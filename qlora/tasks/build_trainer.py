@@ -19,8 +19,9 @@ from qlora.data.batching.collate import Collator, count_work
 from qlora.data.batching.token_store import column
 from qlora.errors import RunError
 from qlora.models.packing_guard import check_packing
+from qlora.planning.families import FAMILIES
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
-from qlora.planning.model_shape import FAMILIES, read_shape
+from qlora.planning.model_shape import read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
