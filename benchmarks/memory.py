@@ -57,11 +57,16 @@ def planned(overrides: list[str], device: str) -> dict[str, Any]:
     from qlora.tasks.plan import build_plan
 
     plan = build_plan(compose([*overrides, f"plan.device={device}"]))
-    return {"planned_gb": plan.memory.peak / 1e9, "moment": plan.memory.moment, "fits": plan.fits}
+    memory = plan.memory
+    sizes = {"planned_gb": memory.peak / 1e9, "planned_paged_gb": memory.paged / 1e9}
+    return {**sizes, "moment": memory.moment, "fits": plan.fits}
 
 
-def measured(overrides: list[str], folder: Path) -> dict[str, Any]:
-    """Trains in a process of its own; returns what it held at most, or the end of what it said when it failed."""
+def measured(overrides: list[str], folder: Path, paged_gb: float) -> dict[str, Any]:
+    """Trains in a process of its own; returns what torch held at most, or the end of what it said when it failed.
+
+    The run counts `paged_gb` of optimizer states beside that.
+    """
     started = time.monotonic()
     command = [sys.executable, "-m", "qlora", *overrides, f"hydra.run.dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -72,7 +77,7 @@ def measured(overrides: list[str], folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
     if metrics["train_memory_retries"]:
         return {"measured_gb": None, "seconds": seconds, "failure": "out of memory, then trained by a leaner plan"}
-    return {"measured_gb": metrics["peak_memory_gb"], "seconds": seconds}
+    return {"measured_gb": metrics["peak_memory_gb"] - paged_gb, "seconds": seconds}
 
 
 def write_rows(path: Path, max_length: int) -> Path:
@@ -130,7 +135,9 @@ def main() -> None:
                 print(f"{varied}: {plan['planned_gb']:.1f} GB do not fit", file=sys.stderr)
                 continue
             kept = [word for word in overrides if not word.startswith("data.path=")]
-            measurement = measured(overrides, Path(name) / f"run-{number}")
+            measurement = measured(
+                overrides, Path(name) / f"run-{number}", plan["planned_paged_gb"] if device == "this" else 0
+            )
             results.append({**varied, **plan, **measurement, "overrides": kept})
             print(f"{varied}: {plan['planned_gb']:.2f} GB, {measurement}", file=sys.stderr)
             if arguments.json:  # after each: a machine may go away

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from qlora.runtime.device import peak_memory_gb
+from qlora.training.peak_memory import PeakMemory
 
 
 class Recorder(TrainerCallback):
@@ -22,11 +22,17 @@ class Recorder(TrainerCallback):
         self.folder, self.warm_up = Path(folder), warm_up
         self.times: dict[str, float] = {}
         self.began = time.time()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.memory = PeakMemory(device)
 
     def _note(self, name: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times[name] = time.time()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts the paged states of the optimizer from now on."""
+        self.memory.watch(kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes when the first step begins."""
@@ -41,7 +47,7 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes what was noted."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = self.memory.device
         results = {
             "rank": int(os.environ.get("RANK", "0")),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -51,7 +57,7 @@ class Recorder(TrainerCallback):
             "first_step_seconds": self.times["first"] - self.times["begin"],
             "seconds": self.times["last"] - self.times["warm"],
             "ended": self.times["last"],
-            "peak_gb": peak_memory_gb(device),
+            "peak_gb": self.memory.gb(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{os.getpid()}.json").write_text(json.dumps(results), encoding="utf-8")

@@ -31,7 +31,6 @@ from step import (
     batches,
     build_optimizer,
     is_mixture,
-    needed_gb,
     steps_end_to_end,
     steps_of_rows,
     time_steps,
@@ -102,7 +101,7 @@ def time_loop(workload: str, name: str, model: Any, config: Any, placement: Any,
     optimizer = build_optimizer(config, model)
     shrink = 16 if options.pop("small") else 1
     source = batches(workload, name, config.model.architecture.vocab_size, placement.device, shrink)
-    return time_steps(model, optimizer, source, placement.autocast, placement.device, **options)
+    return time_steps(model, optimizer, source, lambda _: placement.autocast(), placement.device, **options)
 
 
 def time_trainer(
@@ -117,12 +116,14 @@ def time_trainer(
     from trl import SFTConfig, SFTTrainer
 
     from qlora.runtime.device import device_name, reset_peak_memory
+    from qlora.training.peak_memory import PeakMemory
 
     device, on_gpu = placement.device, placement.device.type == "cuda"
     moments, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
 
     class StepEnds(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            memory.watch(kwargs["optimizer"])
             moments[0] = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,13 +166,14 @@ def time_trainer(
 
     trainer.training_step = counted_step
     reset_peak_memory(device)
+    memory = PeakMemory(device)
     assert math.isfinite(trainer.train().training_loss)
     if on_gpu:
         torch.cuda.synchronize()
     ended, first, last = time.monotonic(), measured.start - 1, measured.stop - 1
     return {
         "tokens_per_second": sum(int(item) for item in tokens[first:last]) / (ended - moments[first]),
-        "peak_gb": needed_gb(device, trainer.optimizer),
+        "peak_gb": memory.gb(),
         "first_step_seconds": moments[1] - moments[0],
         "device": device_name(device),
     }

@@ -195,38 +195,33 @@ def enable_checkpointing(model: Any) -> None:
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
-def needed_gb(device: Any, optimizer: Any) -> float:
-    """Returns all that a GPU must hold, in 10^9 bytes: torch's peak, and the paged states, which it does not count."""
-    from qlora.runtime.device import peak_memory_gb
-    from qlora.upstream.bitsandbytes_optim import paged_bytes
-
-    return peak_memory_gb(device) + paged_bytes(optimizer) / 1e9
-
-
 def time_steps(
     model: Any,
     optimizer: Any,
     source: Iterator[list[MicroBatch]],
-    around: Callable[[], AbstractContextManager[None]],
+    around: Callable[[MicroBatch], AbstractContextManager[None]],
     device: Any,
     *,
     steps: int,
     profile: bool,
 ) -> dict[str, Any]:
-    """Trains a bare loop, each micro-batch inside `around()`; returns its speed, memory and first step's seconds."""
+    """Trains a bare loop, each micro-batch inside `around(it)`; returns its speed, memory and first step's seconds."""
     import torch
 
     from qlora.runtime.device import device_name, reset_peak_memory
+    from qlora.training.peak_memory import PeakMemory
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     reset_peak_memory(device)
+    memory = PeakMemory(device)
+    memory.watch(optimizer)
 
     def once() -> tuple[int, Any]:
         micro = next(source)
         count = sum(batch.targets for batch in micro)
         for batch in micro:
-            with around():
+            with around(batch):
                 loss = model(**batch.inputs, num_items_in_batch=count).loss
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
@@ -256,7 +251,7 @@ def time_steps(
         print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
     return {
         "tokens_per_second": tokens / seconds,
-        "peak_gb": needed_gb(device, optimizer),
+        "peak_gb": memory.gb(),
         "first_step_seconds": first,
         "device": device_name(device),
     }
@@ -302,7 +297,8 @@ def measure(
             step.keep(plan.kept)
 
         @contextmanager
-        def around() -> Iterator[None]:
+        def around(batch: MicroBatch) -> Iterator[None]:
+            step.targets = batch.targets
             with step, run.placement.autocast():
                 yield
 

@@ -22,7 +22,8 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config, PlanStep, QuantizationConfig
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
-from qlora.planning.model_shape import Shape, find_targets, read_shape
+from qlora.planning.adapter_targets import find_targets
+from qlora.planning.model_shape import Shape, read_shape
 from qlora.planning.setup import Setup
 from qlora.quantization.method import find_method
 from qlora.runtime.device import Placement

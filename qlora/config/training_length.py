@@ -82,6 +82,10 @@ class TokenCount:
     """The mean tokens of a row or a pack, with its padding."""
     estimate: str = ""
     """How they were estimated; "" where every row was counted."""
+    targets: int | None = None
+    """The tokens of a pass that the loss counts; None: they were not counted."""
+    most_targets: int | None = None
+    """The most of them in a row or a pack."""
 
 
 def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:

@@ -61,6 +61,14 @@ class Data:
     lost: LostCharacters | None = None
     """What the tokenizer does not keep of the rows to train on."""
 
+    @property
+    def most_targets(self) -> int | None:
+        """The most tokens that the loss counts in an item of what is trained on: in a row, or in a pack."""
+        if self.train is None:
+            return None
+        targets = column(self.train, "trained")
+        return int((targets if self.packed is None else self.packed.sums(targets)).max(initial=0))
+
     def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
         """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
         assert self.train is not None

@@ -57,7 +57,7 @@ def count_tokens(
     `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. Raises a
     `UserError` as training would, for rows that it could not read.
     """
-    counts = _counts(config, tokenizer, lambda rows: column(rows, "length").astype(int))
+    counts = _counts(config, tokenizer, lambda rows: (column(rows, "length").astype(int), column(rows, "trained")))
     counted = sum(len(count.lengths) for count in counts)
     estimate = f"by {counted:,} rows that were counted" if any(count.is_sample for count in counts) else ""
     return _total(config, counts, batch, grouped, estimate)
@@ -68,10 +68,10 @@ def guess_tokens(
 ) -> TokenCount:
     """Returns what the rows may have with another tokenizer than the given one, by their bytes; `why` says why."""
 
-    def guess(rows: Dataset) -> np.ndarray:
+    def guess(rows: Dataset) -> tuple[np.ndarray, None]:
         texts = (decode(tokenizer, row["input_ids"]) for row in rows)
         lengths = np.array([-(-len(text.encode()) // TOKEN_BYTES) for text in texts], int)
-        return lengths if config.longest_row is None else np.minimum(lengths, config.longest_row)
+        return (lengths if config.longest_row is None else np.minimum(lengths, config.longest_row)), None
 
     whole = replace(config, max_length=None, source_max_len=None, target_max_len=None, packing=False, pack_length=None)
     counts = _counts(whole, tokenizer, guess)
@@ -83,6 +83,8 @@ class Count(NamedTuple):
 
     lengths: np.ndarray
     """Tokens of the rows that were counted."""
+    targets: np.ndarray | None
+    """How many of each row's tokens the loss counts; None: they were not counted."""
     rows: int
     """How many rows a pass shows."""
     is_sample: bool
@@ -90,14 +92,16 @@ class Count(NamedTuple):
 
 
 def _counts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, measure: Callable[[Dataset], np.ndarray]
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    measure: Callable[[Dataset], tuple[np.ndarray, np.ndarray | None]],
 ) -> list[Count]:
     sets = row_sets(config, tokenizer, Cache(cache_root(config.cache_dir)))
     counts = []
     for part in sets:
         encoded, kept = part.train(SAMPLE // len(sets))
         count = round(part.rows_to_train * len(encoded) / kept.rows * part.part.fields.weight)
-        counts.append(Count(measure(encoded), max(count, 1), kept.rows < part.rows_to_train))
+        counts.append(Count(*measure(encoded), max(count, 1), kept.rows < part.rows_to_train))
     return counts
 
 
@@ -105,13 +109,21 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
     lengths = np.concatenate([count.lengths for count in counts])
     rows = sum(count.rows for count in counts)
     tokens = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    by_row = [count.targets for count in counts if count.targets is not None]
+    targets = np.concatenate(by_row) if len(by_row) == len(counts) else None
+    all_targets = sum(count.rows * float(count.targets.mean()) for count in counts if count.targets is not None)
     if config.max_train_samples is not None and rows > config.max_train_samples:
-        rows, tokens = config.max_train_samples, tokens * config.max_train_samples / rows
+        share = config.max_train_samples / rows
+        rows, tokens, all_targets = config.max_train_samples, tokens * share, all_targets * share
+    trained = None if targets is None else round(all_targets)
     if (width := config.pack_width) is not None:
-        fill = efficiency(pack(lengths, width), lengths, width)
-        packs = max(round(tokens / (fill * width)), 1)
-        return TokenCount(packs, "packs", round(tokens), float(width), estimate)
-    return TokenCount(rows, "rows", round(tokens), padded_length(lengths, batch, grouped=grouped), estimate)
+        members = pack(lengths, width)
+        units = max(round(tokens / (efficiency(members, lengths, width) * width)), 1)
+        most = None if targets is None else max(int(targets[indices].sum()) for indices in members)
+        return TokenCount(units, "packs", round(tokens), float(width), estimate, trained, most)
+    most = None if targets is None else int(targets.max())
+    padded = padded_length(lengths, batch, grouped=grouped)
+    return TokenCount(rows, "rows", round(tokens), padded, estimate, trained, most)
 
 
 def padded_length(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
 from qlora import adapters
 from qlora.config.schema import ArchitectureConfig, Config, LoraInit, Weights
+from qlora.experts.layout import find_experts
 from qlora.models import loading
 from qlora.models.model_config import build_model_config
 from qlora.models.random_weights import RandomWeights
@@ -22,6 +24,19 @@ from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
 
 ROWS, TOKENS, HEADS, HEAD_WIDTH = 2, 24, 4, 32
+SMALL_MIXTURE: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 64),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD_WIDTH),
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+"""The sizes of a small mixture whose first layer has experts."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,8 @@ class Trial:
     """The relative error of the 4-bit weights: about 0.09 for NF4, 0.12 for FP4; None: they have more bits."""
     agreement: float
     """The cosine between the gradients before an evaluation and after it: 1 where nothing is wrong."""
+    has_experts: bool
+    """Whether the layer is one of a mixture of experts."""
 
 
 def try_layer(config: Config, architecture: ArchitectureConfig, placement: Placement) -> Trial:
@@ -64,11 +81,19 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
     with torch.no_grad(), placement.autocast():
         model(input_ids=_ids(placement))
     after = _gradient(model, step, placement)
-    return Trial(step.parts, rounding, float(torch.nn.functional.cosine_similarity(first, after, dim=0)))
+    agreement = float(torch.nn.functional.cosine_similarity(first, after, dim=0))
+    return Trial(step.parts, rounding, agreement, has_experts=bool(find_experts(base)))
 
 
 def _shrink(architecture: ArchitectureConfig) -> ArchitectureConfig:
     grouped = architecture.num_key_value_heads not in (None, architecture.num_attention_heads)
+    kind = architecture.model_type
+    defaults = CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+    mixture = {
+        name: size
+        for name, size in SMALL_MIXTURE.items()
+        if _is_set(getattr(architecture, name), getattr(defaults, name, None))
+    }
     return replace(
         architecture,
         hidden_size=HEADS * HEAD_WIDTH,
@@ -79,7 +104,13 @@ def _shrink(architecture: ArchitectureConfig) -> ArchitectureConfig:
         head_dim=HEAD_WIDTH if architecture.head_dim else None,
         vocab_size=1600,
         max_position_embeddings=512,
+        **mixture,
     )
+
+
+def _is_set(value: Any, default: Any) -> bool:
+    """Returns whether a model has a size: by what is written, or else by its model type. A 0 says that it has none."""
+    return default is not None if value is None else value != 0
 
 
 def _with_adapter(config: Config, base: PreTrainedModel) -> PreTrainedModel | PeftModel:

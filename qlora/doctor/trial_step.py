@@ -46,7 +46,8 @@ def check_step(config: Config) -> Iterator[Finding]:
                    "install the tested versions (constraints.txt), or use quantization=none")  # fmt: skip
     else:
         rounded = f", weights rounded by {trial.rounding:.1%}" if trial.rounding is not None else ""
-        yield fine("training step", f"a {bits} layer of {whose} trains{rounded}")
+        layer = f"a {bits} layer with experts" if trial.has_experts else f"a {bits} layer"
+        yield fine("training step", f"{layer} of {whose} trains{rounded}")
     for name, state in trial.parts.items():
         if name == "fp8" and state != "on":
             yield warn(name, state, "quantization.compute=native")
@@ -73,6 +74,8 @@ def find_architecture(config: Config) -> tuple[ArchitectureConfig, str]:
     if all(settings.get(name) is not None for name in needed):
         plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
         known: dict[str, Any] = {"max_position_embeddings": 2048} | {name: plain[name] for name in names & plain.keys()}
+        if settings.get("q_lora_rank", "") is None:  # DeepSeek's queries are not compressed
+            known["q_lora_rank"] = 0
         return ArchitectureConfig(**known), settings["model_type"]
     return ArchitectureConfig(**presets["tiny"]), "the embedded model (the config.json of the base is not here)"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from qlora.evaluation.kept_logits import takes_logits_to_keep
 
 Answers = tuple[tuple[int, ...], ...]
 """The tokens of each answer from where the answers differ."""
@@ -182,9 +183,7 @@ class ChoiceReader:
     @cached_property
     def can_choose(self) -> bool:
         """Whether the model can leave out logits that are not needed."""
-        model: Any = self.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return "logits_to_keep" in inspect.signature(base.forward).parameters
+        return takes_logits_to_keep(self.model)
 
     def remember(self, ids: np.ndarray) -> DynamicCache | None:
         """Reads a shared beginning; None for a model that cannot continue it (recurrent, or with a short window)."""

@@ -26,8 +26,15 @@ class TokenWork:
     """Bytes of a number in matmuls."""
     fused: bool
     """Whether the loss is computed from the hidden states (`trainer.fused_loss`)."""
+    targets: int | None = None
+    """How many of the tokens the loss counts, at most; None: all of them."""
     capped: bool = False
     """Whether the architecture passes its logits through tanh."""
+
+    @property
+    def read(self) -> int:
+        """The hidden states that the output layer reads where the loss is computed from them, token by token."""
+        return self.tokens if self.targets is None else min(self.tokens, self.targets)
 
 
 class Objective(Protocol):
@@ -39,6 +46,10 @@ class Objective(Protocol):
     is_model_loss: bool
     """Whether transformers' models compute this loss themselves when they are given `labels`. The plain step then
     leaves it to the model, with what an architecture adds to it, such as the loss of a router."""
+
+    is_tokenwise: bool
+    """Whether the loss is a sum over tokens, each of its own hidden state and the label after it. `loss_on_hidden` then
+    gets the hidden states before a label alone, as one row. An objective may leave it out, which says no."""
 
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the labels of a batch of rows or packs on the host, int64 [rows, tokens]: -100 means no loss.

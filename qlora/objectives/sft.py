@@ -20,6 +20,7 @@ class SupervisedFinetuning:
 
     columns = ("input_ids", "labels")
     is_model_loss = True
+    is_tokenwise = True
 
     def __init__(self, config: LossConfig, label_smoothing: float = 0.0) -> None:
         """Takes the config, and the share of each label's probability that is spread over all tokens."""
@@ -72,9 +73,12 @@ class SupervisedFinetuning:
 
     def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
         """Returns the bytes of logits, their gradients and what the softmax keeps."""
-        if work.fused:  # a chunk's logits and their gradient; the gradient of the hidden state
-            chunk = min(work.tokens, CHUNK) * work.vocabulary * 2 * work.width
-            return chunk + work.tokens * work.hidden * work.width, 0
+        if work.fused:  # a chunk's logits and their gradient; the gradient of the hidden states that are read
+            chunk = min(work.read, CHUNK) * work.vocabulary * 2 * work.width
+            read, all_tokens = (count * work.hidden * work.width for count in (work.read, work.tokens))
+            if work.read == work.tokens:
+                return chunk + read, 0
+            return chunk + 2 * read, 2 * read + all_tokens  # their copy; their scaled gradient, and that of all tokens
         capped = work.width if work.capped else 0
         # As computed, in float32, and their logarithms; then those, and two gradients in float32.
         logits = work.tokens * work.vocabulary

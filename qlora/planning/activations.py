@@ -43,6 +43,12 @@ class Activations:
         """Width of the feed-forward layer that computes every token; 0: a layer has experts alone."""
         return self.shape.experts.shared if has_experts and self.shape.experts is not None else self.shape.intermediate
 
+    def _weighed(self, *, has_experts: bool) -> int:
+        """Bytes a token of the output of shared experts and of the gate that weighs it; 0: there is no gate."""
+        experts = self.shape.experts
+        is_weighed = has_experts and experts is not None and experts.family.shared_gate
+        return (self.shape.hidden + 2) * self.setup.width if is_weighed else 0
+
     def _saved_plain(self, names: frozenset[str], *, has_experts: bool) -> float:
         """Bytes a token with transformers' layers and PEFT's adapters under autocast, operation by operation."""
         shape, setup, family, c = self.shape, self.setup, self.shape.family, self.setup.width
@@ -71,6 +77,7 @@ class Activations:
         if setup.base.keeps_input and setup.dropout:  # the int8 product keeps the input as it was, too
             linears = (self.linears[name] for name in present)
             shared |= {(linear.reads, linear.inputs) for linear in linears if linear.reads != "heads"}
+        act += self._weighed(has_experts=has_experts)
         return norms + act + inputs + sum(size * c for _, size in shared) + self._attention
 
     @property
@@ -106,6 +113,7 @@ class Activations:
         shape, setup, c = self.shape, self.setup, self.setup.width
         residual = 2 * shape.hidden * c + 4 * shape.family.norms
         act = self._width(has_experts=has_experts) * c * (2 if shape.family.gated else 1)
+        act += self._weighed(has_experts=has_experts)
         return residual + setup.r * c * len(names) + act + self._attention
 
     @cached_property
@@ -131,12 +139,21 @@ class Activations:
         setup, c = self.setup, self.setup.width
         hidden, middle = self.shape.hidden * c * setup.tokens, self._width(has_experts=has_experts) * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
-            return hidden + 4 * middle + self.decoded_matrix
+            return max(hidden + 4 * middle + self.decoded_matrix, self._scores)
         zeros = setup.r > 0 and setup.dropout
         sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
         decoding = hidden + middle + self.decoded_matrix
         again = 5 * hidden + (middle if zeros else 0)  # the end of the layer's second forward pass
-        return max(sums, decoding, again if setup.checkpointed else 0)
+        return max(sums, decoding, again if setup.checkpointed else 0, self._scores)
+
+    @property
+    def _scores(self) -> float:
+        """Bytes of the gradients of attention's scores where it keeps a matrix of them, for the sake of its sinks.
+
+        Two matrices are there at once, before and after a step back through the softmax.
+        """
+        setup = self.setup
+        return 2 * self.shape.heads * setup.length * setup.tokens * setup.width if self.shape.family.sinks else 0
 
     def copies(self, names: frozenset[str]) -> float:
         """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""
@@ -154,6 +171,7 @@ class Activations:
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
         copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
         fast = setup.step is PlanStep.fast
-        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, capped=self.shape.family.capped)
+        capped = self.shape.family.capped
+        work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, targets=setup.loss_tokens, capped=capped)
         forward, backward = build_objective(setup.loss).activation_bytes(work)
         return forward + copy, backward + (0 if fast else copy)

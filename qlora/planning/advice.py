@@ -8,9 +8,10 @@ from functools import partial
 
 from qlora.config.schema import PlanStep
 from qlora.experts.waiting import ROOM
+from qlora.planning.adapter_targets import find_targets
 from qlora.planning.gpus import Gpu
 from qlora.planning.memory_plan import FRAGMENTS, Ledger, Memory, plan_memory
-from qlora.planning.model_shape import Shape, find_targets
+from qlora.planning.model_shape import Shape
 from qlora.planning.setup import Setup
 from qlora.quantization.bnb4.layout import stored_base
 

@@ -237,8 +237,8 @@ class Ledger:
 
     @property
     def added_by_optimizer(self) -> float:
-        """What the optimizer's step holds beyond `at_start`, with the paged states."""
-        return sum(dict(self.moments())[OPTIMIZER_STEP].values()) - self.at_start + self.optimizer[1]
+        """What the optimizer's step holds beyond `at_start`, without paged states."""
+        return sum(dict(self.moments())[OPTIMIZER_STEP].values()) - self.at_start
 
     def saved(self, layer: int) -> float:
         """Returns what a decoder layer keeps for the backward pass."""

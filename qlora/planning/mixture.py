@@ -22,6 +22,8 @@ class MixtureFamily:
     """The name of a layer's experts below the decoder layer."""
     shared: str = ""
     """The name of the experts that compute every token."""
+    shared_gate: str = ""
+    """The name of the linear layer that weighs their output, one number a token."""
     is_biased: bool = False
     """Whether experts and router have biases."""
     act_widths: int = 3
@@ -32,6 +34,12 @@ LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk
 MIXTURES = {
     "qwen3_moe": MixtureFamily(
         {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
+    ),
+    "qwen2_moe": MixtureFamily(
+        {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "decoder_sparse_step": 1}
+        | {"shared_expert_intermediate_size": 5632},
+        shared="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
     ),
     "mixtral": MixtureFamily({"num_local_experts": 8, "num_experts_per_tok": 2}),
     "gpt_oss": MixtureFamily({"num_local_experts": 128, "num_experts_per_tok": 4}, is_biased=True, act_widths=6),
@@ -152,11 +160,17 @@ def read_experts(settings: Mapping[str, Any], where: str) -> Experts | None:
         per_token=read.size("num_experts_per_tok"),
         hidden=read.size("hidden_size"),
         intermediate=intermediate,
-        shared=intermediate * read.number("n_shared_experts", 0) if family.shared else 0,
+        shared=_shared_width(read, family, intermediate),
         layers=frozenset(
             layer for layer in layers if layer >= first and (layer + 1) % max(step, 1) == 0 and layer not in dense
         ),
     )
+
+
+def _shared_width(read: Settings, family: MixtureFamily, intermediate: int) -> int:
+    if "shared_expert_intermediate_size" in family.defaults:
+        return read.number("shared_expert_intermediate_size", 0)
+    return intermediate * read.number("n_shared_experts", 0) if family.shared else 0
 
 
 def read_latent(settings: Mapping[str, Any], where: str) -> Latent | None:

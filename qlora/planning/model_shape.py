@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qlora.config.schema import LoraConfig, LoraExperts
-from qlora.errors import ConfigError, DataError, did_you_mean
+from qlora.errors import DataError, did_you_mean
+from qlora.planning.families import FAMILIES, Family
 from qlora.planning.mixture import Experts, Latent, read_experts, read_latent
 from qlora.text import brief
-
-
-@dataclass(frozen=True)
-class Family:
-    """How an architecture differs from LLaMA."""
-
-    norms: int = 2
-    """Norms of the hidden state in a layer."""
-    layer_norm: bool = False
-    """LayerNorm with a bias instead of RMSNorm."""
-    head_norms: bool = False
-    """Norms of queries and keys."""
-    gated: bool = True
-    """The feed-forward layer multiplies a gate with its input's other half."""
-    joined: bool = False
-    """One matrix makes queries, keys and values, and one makes gate and up."""
-    biases: frozenset[str] = frozenset()
-    """The linear layers with a bias, by the last part of their names."""
-    capped: bool = False
-    """Scores and logits go through tanh, so attention holds a matrix of all pairs of tokens."""
-    wide_norms: bool = False
-    """Norms of all queries and keys of a token together, before they are split into heads."""
-    sinks: bool = False
-    """A number for each head that attention adds to its rows' sums."""
-    head_dim: int | None = None
-    """The default; None: hidden size / heads."""
-    tied: bool = False
-    """The default of `tie_word_embeddings`."""
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(biases=frozenset({"q_proj", "k_proj", "v_proj"})),
-    "qwen3": Family(head_norms=True, head_dim=128),
-    "gemma2": Family(norms=4, capped=True, head_dim=256, tied=True),
-    "gemma3_text": Family(norms=4, head_norms=True, head_dim=256, tied=True),
-    "phi3": Family(joined=True),
-    "qwen3_moe": Family(head_norms=True),
-    "mixtral": Family(),
-    "gpt_oss": Family(biases=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}), sinks=True, head_dim=64),
-    "granitemoe": Family(),
-    "olmoe": Family(wide_norms=True),
-    "deepseek_v2": Family(),
-    "deepseek_v3": Family(),
-    "gpt_neox": Family(
-        layer_norm=True,
-        gated=False,
-        joined=True,
-        biases=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-    ),
-}
-"""By transformers' name of the model type."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +129,8 @@ class Shape:
         experts = self.experts
         if experts is None or not experts.shared:
             return []
-        return gated_linears(experts.family.shared, self.hidden, experts.shared)
+        gate = [(experts.family.shared_gate, self.hidden, 1, "mlp")] if experts.family.shared_gate else []
+        return [*gated_linears(experts.family.shared, self.hidden, experts.shared), *gate]
 
     @property
     def linear_weights(self) -> int:
@@ -276,55 +223,3 @@ def gated_linears(module: str, hidden: int, intermediate: int) -> list[tuple[str
     rows = [(f"{module}.{name}", hidden, intermediate, "mlp") for name in ("gate_proj", "up_proj")]
     product = "product" if module == "mlp" else "shared product"
     return [*rows, (f"{module}.down_proj", intermediate, hidden, product)]
-
-
-def find_targets(
-    shape: Shape, requested: list[str], experts: LoraExperts = LoraExperts.auto
-) -> tuple[frozenset[str], ...]:
-    """Returns for each decoder layer the names of the linear layers that `lora.target_modules` gives an adapter.
-
-    `experts` says whether the experts that compute every token are among them. Raises `ConfigError` for a name or
-    pattern that matches none.
-    """
-    layers = [shape.full_names(layer) for layer in range(shape.layers)]
-    shared = frozenset(linear.name for linear in shape.linears if ".shared_" in linear.name)
-    if requested == ["all-linear"]:
-        left_out = shared if experts is LoraExperts.none else frozenset()
-        return tuple(frozenset(linear.name for linear in names.values()) - left_out for names in layers)
-    matches = [{pattern: _matches(pattern, names) for pattern in requested} for names in layers]
-    if missing := [pattern for pattern in requested if not any(layer[pattern] for layer in matches)]:
-        kinds = sorted({linear.name.rpartition(".")[2] for linear in shape.linears})
-        raise ConfigError(
-            f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; the model has "
-            f"{kinds}, or use all-linear"
-        )
-    added = shared if experts in (LoraExperts.all, LoraExperts.shared) else frozenset()
-    present = [frozenset(linear.name for linear in names.values()) for names in layers]
-    return tuple(
-        frozenset().union(*layer.values()) | (added & names) for layer, names in zip(matches, present, strict=True)
-    )
-
-
-def find_expert_rank(shape: Shape, lora: LoraConfig) -> int:
-    """Returns the rank of the adapters on the experts that tokens are routed to; 0: they get none.
-
-    Raises `ConfigError` for experts that the model does not have.
-    """
-    if shape.experts is None or (lora.experts is LoraExperts.shared and not shape.experts.shared):
-        if lora.experts in (LoraExperts.all, LoraExperts.shared):
-            reason = "is dense: it has no experts" if shape.experts is None else "has no shared experts"
-            remedy = "leave lora.experts out" if shape.experts is None else "set lora.experts=all or none"
-            raise ConfigError(f"lora.experts={lora.experts.value}: this {shape.model_type} {reason}; {remedy}")
-        return 0
-    is_meant = lora.target_modules == ["all-linear"] and lora.experts_unsupported_reason() is None
-    if lora.experts is LoraExperts.all or (lora.experts is LoraExperts.auto and is_meant):
-        return lora.expert_r or max(1, lora.r // shape.experts.per_token)
-    return 0
-
-
-def _matches(pattern: str, names: Mapping[str, Linear]) -> frozenset[str]:
-    plain = {linear.name for name, linear in names.items() if name == pattern or name.endswith(f".{pattern}")}
-    try:
-        return frozenset(plain or {linear.name for name, linear in names.items() if re.fullmatch(pattern, name)})
-    except re.error as error:
-        raise ConfigError(f"lora.target_modules: {pattern!r} is not a regular expression: {error}") from error

@@ -45,6 +45,10 @@ class Setup:
     """Layers whose experts wait in the host's memory."""
     expert_r: int = 0
     """Rank of the adapters on the experts of a mixture; 0: they have none."""
+    most_targets: int | None = None
+    """The most tokens of a row that the loss counts; None: all of them."""
+    target_share: float = 1.0
+    """The share of the tokens that the loss counts."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 
@@ -52,6 +56,11 @@ class Setup:
     def tokens(self) -> int:
         """Tokens a micro-batch."""
         return self.rows * self.length
+
+    @property
+    def loss_tokens(self) -> int | None:
+        """The most tokens of a micro-batch that the loss counts; None: all of them."""
+        return None if self.most_targets is None else self.rows * min(self.most_targets, self.length)
 
     @property
     def width(self) -> int:

@@ -66,6 +66,8 @@ class Operations:
     per_token: float
     per_pair: float
     """For each token and each token that causal attention lets it see, itself included."""
+    output: float = 0.0
+    """Those of the output layer in `per_token`, which a token without a label does not need."""
 
     def total(self, tokens: int, pairs: int) -> float:
         """Returns the operations of a number of tokens and pairs."""
@@ -82,7 +84,7 @@ def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operati
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
     products = (frozen + 2 * again) * shape.active_weights + frozen * output + (6 + 2 * again) * adapters
-    return Operations(products, (3.5 + again) * 2 * (shape.queries + shape.values) * shape.layers)
+    return Operations(products, (3.5 + again) * 2 * (shape.queries + shape.values) * shape.layers, frozen * output)
 
 
 def active_adapters(shape: Shape, trained: int, on_experts: int) -> int:
@@ -97,4 +99,5 @@ def operations_per_token(shape: Shape, setup: Setup) -> float:
     ledger = Ledger(shape, setup)
     adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
     operations = count_operations(shape, adapters, setup.checkpointed / shape.layers)
-    return operations.per_token + operations.per_pair * setup.length / 2
+    left_out = 1 - setup.target_share if setup.step is PlanStep.fast else 0  # transformers computes all logits
+    return operations.per_token - left_out * operations.output + operations.per_pair * setup.length / 2

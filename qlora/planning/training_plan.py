@@ -27,6 +27,7 @@ from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
+from qlora.planning.adapter_targets import find_expert_rank, find_targets
 from qlora.planning.advice import (
     Change,
     Training,
@@ -39,7 +40,7 @@ from qlora.planning.advice import (
 )
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
-from qlora.planning.model_shape import Shape, find_expert_rank, find_targets, read_shape
+from qlora.planning.model_shape import Shape, read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
@@ -78,10 +79,17 @@ class Plan:
         """The time of a micro-batch of rows as long as they are; None for a GPU whose speed is unknown."""
         if self.tokens is None:
             return plan_speed(self.training.shape, self.setup, self.gpu)
-        setup = replace(self.setup, length=max(round(self.tokens.padded), 1))
+        units, padded, targets = self.tokens.units, self.tokens.padded, self.tokens.targets
+        share = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
+        setup = replace(self.setup, length=max(round(padded), 1), target_share=share)
         speed = plan_speed(self.training.shape, setup, self.gpu)
-        without_padding = self.setup.rows * self.tokens.tokens / self.tokens.units
+        without_padding = self.setup.rows * self.tokens.tokens / units
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
+
+    @property
+    def room(self) -> Gpu:
+        """The GPU without what is not there for tensors that torch counts: a budget holds paged states, too."""
+        return self.gpu if self.config.trainer.memory_budget is None else without_paged(self.gpu, self.training)
 
     @property
     def fits(self) -> bool:
@@ -106,7 +114,7 @@ class Plan:
         layers = self.training.shape.layers
         kinds = {"no layer checkpointed": 0, f"all {layers} layers checkpointed": layers}
         runs = {name: change(self.training, checkpointed=count, offloaded=0, kept=0) for name, count in kinds.items()}
-        return {name: largest_rows(training, self.gpu) for name, training in runs.items()}
+        return {name: largest_rows(training, self.room) for name, training in runs.items()}
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -123,7 +131,8 @@ class Plan:
         preset = next((option for option in PAPER if model_presets()[option]["name"] == self.config.model.name), None)
         if preset is None or self.config.model.weights is Weights.random:
             return None
-        same = change(self.training, rows=1, length=512, checkpointed=self.training.shape.layers).memory
+        layers = self.training.shape.layers
+        same = change(self.training, rows=1, length=512, most_targets=None, checkpointed=layers).memory
         return {"paper_gb": PAPER[preset], "planned_gb": (same.peak + same.paged) / 1e9}
 
 
@@ -136,18 +145,20 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
     length = training_length(config.trainer, units, unit=unit) if units else None
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
-    training = Training(shape, read_setup(config, shape), config.trainer.gradient_accumulation_steps)
+    setup = replace(read_setup(config, shape), most_targets=None if tokens is None else tokens.most_targets)
+    training = Training(shape, setup, config.trainer.gradient_accumulation_steps)
     budget = config.trainer.memory_budget
     if (size := parse_size(budget or "auto")) is not None:
         gpu = replace(gpu, memory=min(gpu.memory, size + CONTEXT))
     training = change(training, waiting=find_waiting(config, training, gpu))
     if budget is None:
         return Plan(config, training, gpu, length, tokens)
-    if (fewest := fewest_checkpointed(training, gpu)) is not None:
+    room = without_paged(gpu, training)
+    if (fewest := fewest_checkpointed(training, room)) is not None:
         training = change(training, checkpointed=fewest)
         kept = 0 if fewest else most_kept(training, gpu)
         return Plan(config, change(training, kept=kept), gpu, length, tokens)
-    offloaded = fewest_offloaded(training, gpu)
+    offloaded = fewest_offloaded(training, room)
     return Plan(config, change(training, checkpointed=shape.layers, offloaded=offloaded), gpu, length, tokens)
 
 
@@ -222,6 +233,11 @@ def _find_step(config: Config, shape: Shape) -> PlanStep:
     plain_adapter = lora.enabled and not lora.use_dora
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
+
+
+def without_paged(gpu: Gpu, training: Training) -> Gpu:
+    """Returns the GPU without the room that paged states take."""
+    return replace(gpu, memory=gpu.memory - training.memory.paged)
 
 
 def change(training: Training, **changed: Any) -> Training:

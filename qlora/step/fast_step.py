@@ -49,6 +49,8 @@ class FastStep:
         """The number of those layers, the first ones, whose inputs are kept in the host's memory."""
         self.kept = 0
         """The number of layers with experts, the first ones, whose experts are kept decoded between passes."""
+        self.targets: int | None = None
+        """The number of labels in the batch of the next step that the loss counts, or more; None: it is not known."""
         self._context = StepContext(
             model, self.base, self.layers, trainer, quantization, placement, packs, objective
         )  # fmt: skip
@@ -138,6 +140,7 @@ class FastStep:
     def __exit__(self, *error: object) -> None:
         self.base.__dict__.pop("forward", None)
         self._calls.exit()
+        self.targets = None
         for part in reversed(self._active.values()):
             part.exit(failed=any(error))
         self._options.close()
@@ -148,7 +151,7 @@ class FastStep:
         if self._attention is not None:
             batch = self._attention.lay_out(batch)
         if self._loss is not None:
-            return CausalLMOutputWithPast(loss=self._loss.loss(batch))
+            return CausalLMOutputWithPast(loss=self._loss.loss(batch, self.targets))
         forward = type(self.base).forward
         if self.objective.is_model_loss:
             return forward(self.base, use_cache=False, **batch)

@@ -19,12 +19,13 @@ from qlora.data.batching.collate import Collator, count_work
 from qlora.data.batching.token_store import column
 from qlora.errors import RunError
 from qlora.models.packing_guard import check_packing
+from qlora.planning.families import FAMILIES
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
-from qlora.planning.model_shape import FAMILIES, read_shape
+from qlora.planning.model_shape import read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
-from qlora.runtime.device import free_memory, matrix_rate, peak_memory_gb
+from qlora.runtime.device import free_memory, matrix_rate
 from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
@@ -35,6 +36,7 @@ from qlora.training.keep import KeepCallback
 from qlora.training.memory_budget import Budget, Formula
 from qlora.training.meter import Meter
 from qlora.training.page_callback import Page, PageCallback
+from qlora.training.peak_memory import PeakMemory
 from qlora.training.profiling import ProfileCallback
 from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
@@ -50,8 +52,12 @@ def build_trainer(
     callbacks: list[Any],
     tracker: Tracker,
     page: Page | None = None,
+    peak: PeakMemory | None = None,
 ) -> QLoraTrainer:
-    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run."""
+    """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run.
+
+    `peak` follows the memory of the run, from its model on.
+    """
     config, data, placement = session.config, session.data, session.placement
     assert data.train is not None
     arguments = build_arguments(
@@ -71,10 +77,11 @@ def build_trainer(
     def measure(current: torch.nn.Module, step: int) -> dict[str, float]:
         return session.in_main_process(lambda: session.measure_step(current, step, tracker))
 
-    step, meter = build_step(session, model), _build_meter(session, model)
+    peak = peak or PeakMemory(placement.device)
+    step, meter = build_step(session, model), _build_meter(session, model, peak)
     lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
-    budget = build_budget(session, step, max_length=max(width, *lengths))
+    budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
     _say_step(step, budget)
     trainer = QLoraTrainer(
         model=model,
@@ -90,6 +97,7 @@ def build_trainer(
         objective=session.objective,
         meter=meter,
         budget=budget,
+        peak=peak,
         stop=session.stop,
         metadata=_checkpoint_metadata(session),
         watchdog=config.watchdog,
@@ -148,15 +156,25 @@ def _say_step(step: FastStep, budget: Budget | None) -> None:
     console.say_rows([("fast step", text)])
 
 
-def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget | None:
-    """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens."""
+def build_budget(
+    session: Session,
+    step: FastStep,
+    *,
+    max_length: int,
+    most_targets: int | None = None,
+    memory: PeakMemory | None = None,
+) -> Budget | None:
+    """Returns what `trainer.memory_budget` allows for rows of up to `max_length` tokens.
+
+    The loss counts at most `most_targets` of them; None: all. `memory` follows that of the run.
+    """
     requested, device = session.config.trainer.memory_budget, session.placement.device
     if requested is None or device.type != "cuda":
         return None
     shape = read_shape(session.model_config.get_text_config().to_dict(), f"trainer.memory_budget={requested}")
     is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
     kind = PlanStep.fast if is_fast else PlanStep.plain
-    setup = replace(read_setup(session.config, shape), step=kind, length=max_length)
+    setup = replace(read_setup(session.config, shape), step=kind, length=max_length, most_targets=most_targets)
     if session.waiting_experts is not None:
         setup = replace(setup, waiting=session.waiting_experts)
 
@@ -166,21 +184,22 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
 
     ledger = Ledger(shape, setup)
     formula = Formula(
-        ledger.at_start, setup.accumulates, added, setup.rows, max_length,
+        ledger.at_start, setup.accumulates, added, setup.rows, max_length, ledger.optimizer[1],
         min(ledger.can_be_kept, step.packed_experts), ledger.decoded_experts, ledger.added_by_optimizer,
     )  # fmt: skip
     cap = parse_size(requested)
     free = free_memory(device)
     limit = min(cap, free) if cap is not None else free
-    return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device)
+    return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device, memory)
 
 
-def _build_meter(session: Session, model: PreTrainedModel | PeftModel) -> Meter:
+def _build_meter(session: Session, model: PreTrainedModel | PeftModel, peak: PeakMemory) -> Meter:
     device, operations = session.placement.device, _count_operations(session, model)
     return Meter(
         device,
-        peak_memory_gb=partial(peak_memory_gb, device),
+        peak_memory_gb=peak.gb,
         operations=operations.total if operations is not None else None,
+        output=operations.output if operations is not None else 0.0,
         rate=matrix_rate(device, session.placement.compute_dtype),
     )
 

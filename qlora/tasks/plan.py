@@ -248,7 +248,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
 
 
 def _fitting(plan: Plan) -> list[tuple[str, str]]:
-    fewest, layers = fewest_checkpointed(plan.training, plan.gpu), plan.training.shape.layers
+    fewest, layers = fewest_checkpointed(plan.training, plan.room), plan.training.shape.layers
     if fewest is None:
         text = "not even with all layers checkpointed"
         if plan.fits:
@@ -283,7 +283,8 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
         rows.append(("whole training", f"about {time}{full}: {plan.steps:,} steps of {step:,} {unit}"))
     efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
     memory = "" if tokens is None else f", and memory for rows of {length:,} tokens"
-    return [*rows, ("assumed", f"matrix products at {efficiency}{memory}")]
+    mixture = ", as dense models reach it" if plan.training.shape.experts is not None else ""
+    return [*rows, ("assumed", f"matrix products at {efficiency}{mixture}{memory}")]
 
 
 def _heading(text: str) -> None:

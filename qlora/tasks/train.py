@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # which import torch
     from qlora.evaluation.measure import Measurement, Measurer
     from qlora.session import Session
     from qlora.training.keep import Kept
+    from qlora.training.peak_memory import PeakMemory
     from qlora.training.trainer import QLoraTrainer
 
 
@@ -116,7 +117,7 @@ class Training:
         self.session: Session = job.session
         self.steps = 0
         self._has_config = False
-        self._planned_peak_gb = 0.0
+        self._peak: PeakMemory | None = None
         self._kept: Kept | None = None
         self._page: LivePage | None = None
         self.unquantized: str | None = None
@@ -181,13 +182,15 @@ class Training:
         """Fills in the metrics as they are measured, and writes the result."""
         from qlora.runtime.device import reset_peak_memory
         from qlora.runtime.energy import read_energy
+        from qlora.training.peak_memory import PeakMemory
 
         session = self.session
         reset_peak_memory(session.placement.device)
+        peak = self._peak = PeakMemory(session.placement.device)
         model = session.build_model() if self.config.task.train else session.load_trained()
         lines = self._describe(model)
         manifest = self._build_manifest(resolved, lines)
-        record = keep_manifest(self.folder.manifest, manifest, peak_memory_gb=self._peak_memory_gb, energy=read_energy)
+        record = keep_manifest(self.folder.manifest, manifest, peak_memory_gb=peak.gb, energy=read_energy)
         with record, shown_run(self.job, self._command) as self._page:
             console.start_screen(list(lines.items()))
             base = self._measure_base(model)
@@ -198,7 +201,7 @@ class Training:
                 self._page.update(self._page.history, "trained; measuring the held-out rows", measured=True)
             measured = self._measure_after(model)
             metrics |= prefixed("eval_", measured.metrics)
-            metrics["peak_memory_gb"] = self._peak_memory_gb()
+            metrics["peak_memory_gb"] = peak.gb()
             if self.folder_is_removed:
                 log.warning("%s was removed while the run was at work; it is written again", self.folder.path)
                 self._write_config()
@@ -280,7 +283,7 @@ class Training:
     ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
-        return build_trainer(self.session, model, callbacks, tracker, self._page)
+        return build_trainer(self.session, model, callbacks, tracker, self._page, self._peak)
 
     def _fit(
         self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
@@ -300,7 +303,6 @@ class Training:
             console.say_rows(kept_lines({"kept": self._kept.to_dict({})}))
         write_json(self.folder.history, trainer.state.log_history)
         self.steps = trainer.state.global_step
-        self._planned_peak_gb = trainer.memory.budget.highest / 1e9 if trainer.memory.budget is not None else 0.0
         save_trained(self.session, model)
         plot_loss(trainer.state.log_history, self.folder.path / "loss.png")
         metrics = {"train_loss": trainer.mean_loss, "train_runtime": runtime}
@@ -387,11 +389,6 @@ class Training:
 
     # Reports
 
-    def _peak_memory_gb(self) -> float:
-        from qlora.runtime.device import peak_memory_gb
-
-        return max(self._planned_peak_gb, peak_memory_gb(self.session.placement.device))
-
     def _describe(self, model: PreTrainedModel | PeftModel) -> dict[str, str]:
         """Returns the lines of the start screen."""
         session, report = self.session, self.session.data.report
@@ -428,8 +425,10 @@ class Training:
             padded = float(self.config.data.pack_width or 0)
         else:
             padded = padded_length(column(data.train, "length"), batch, grouped=trainer.group_by_length)
-        length = session.length
-        time = planned_time(self.config, TokenCount(length.units, length.unit, data.report.train_tokens, padded))
+        length, tokens = session.length, data.report.train_tokens
+        targets = int(column(data.train, "trained").sum())
+        count = TokenCount(length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets)
+        time = planned_time(self.config, count)
         return {"time": time} if time is not None else {}
 
     @property

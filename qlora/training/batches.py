@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
@@ -19,9 +20,13 @@ from qlora.training.sampler import LengthGroupedSampler, SharedBatches, Shuffled
 from qlora.upstream.torch import Rows, as_dataset
 
 Batch = dict[str, torch.Tensor]
+Micro = dict[str, Any]
+"""A batch with its `TARGETS`."""
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
 """The key of a batch's numbers of tokens and pairs, beside its tensors."""
+TARGETS = "targets"
+"""The key of the number of labels that the loss counts, int64 [rows] of numpy: it stays on the host."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,27 @@ class CountingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows or [self.blank])
         batch["labels"] = self.objective.labels(batch)
-        return {**batch, COUNTS: self.count(batch) if rows else (0, 0)}
+        targets = (batch["labels"] != IGNORED).sum(1).numpy()
+        return {**batch, TARGETS: targets, COUNTS: self.count(batch) if rows else (0, 0)}
 
 
 def without_labels(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of which no token is trained."""
     return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+
+def take_targets(batch: Micro) -> tuple[Batch, int]:
+    """Returns the tensors of a batch, and how many of its labels the loss counts."""
+    return {name: value for name, value in batch.items() if name != TARGETS}, int(batch[TARGETS].sum())
+
+
+def split(batch: Micro, chunks: int) -> list[Micro]:
+    """Returns the batch in `chunks` parts with about the same number of rows."""
+    parts = (
+        value.tensor_split(chunks) if isinstance(value, torch.Tensor) else np.array_split(value, chunks)
+        for value in batch.values()
+    )
+    return [dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
 def share_batches(arguments: TrainingArguments, lengths: Sequence[int], rows: int) -> SharedBatches:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from qlora.errors import ResourceError
+from qlora.training.batches import Micro, split
+from qlora.training.peak_memory import PeakMemory
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
 MEASURED_STEP = 2
 """The optimizer step whose memory is measured: code is compiled, and the optimizer's states are there."""
 
@@ -31,6 +32,7 @@ class Step(Protocol):
 
     checkpointed: int
     offloaded: int
+    targets: int | None
 
     @property
     def base(self) -> torch.nn.Module: ...
@@ -97,13 +99,14 @@ class Formula:
     """Rows of the largest micro-batch."""
     length: int
     """Tokens of the longest row."""
+    paged: float = 0.0
+    """Paged optimizer states, which are held beside what torch counts."""
     mixed: int = 0
     """Layers whose experts can be kept decoded."""
     decoded: float = 0
     """What the decoded experts of a layer take."""
     optimizer: float = 0
-    """What the optimizer's step adds to `resident`; paged states, which stay on the GPU where there is room, included.
-    Decoded experts leave room for that."""
+    """What the optimizer's step adds to `resident`. Decoded experts leave room for that."""
 
 
 class Budget:
@@ -111,14 +114,22 @@ class Budget:
 
     Where no layer must be, the experts of as many layers as fit are kept decoded.
 
-    `limit` is what torch may allocate, `cap` what it may reserve in a step (None: all there is), in bytes.
+    `limit` is what tensors may take, paged states included; `cap` is what torch may reserve in a step (None: all there
+    is), both in bytes. Measuring starts torch's own count anew, which `memory` keeps.
     """
 
-    def __init__(self, formula: Formula, layers: int, limit: float, cap: float | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        formula: Formula,
+        layers: int,
+        limit: float,
+        cap: float | None,
+        device: torch.device,
+        memory: PeakMemory | None = None,
+    ) -> None:
         self.formula, self.layers, self.limit, self.cap, self.device = formula, layers, limit, cap, device
-        self.highest = 0
-        """The most that torch held before a measurement began, in bytes: measuring starts torch's own count anew."""
-        self._resident, self._factor, self._tokens = formula.resident, 1.0, 0
+        self.memory = memory or PeakMemory(device)
+        self._resident, self._paged, self._factor, self._tokens = formula.resident, formula.paged, 1.0, 0
 
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
@@ -130,21 +141,21 @@ class Budget:
             added = self._factor * self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
             kept = plan.kept * self.formula.decoded
             added = max(added, self.formula.optimizer) + kept if kept else added
-            if self._resident + added <= self.limit:
+            if self._resident + self._paged + added <= self.limit:
                 return plan
         return plans[-1]
 
     @contextlib.contextmanager
-    def measured(self, plan: MemoryPlan, batch: Batch) -> Iterator[None]:
+    def measured(self, plan: MemoryPlan, batch: Micro) -> Iterator[None]:
         """Measures a micro-batch; the one with most tokens corrects the formula."""
-        self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.memory.restart()
         resident = torch.cuda.memory_allocated(self.device)
         yield
         rows, length = batch["input_ids"].shape
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
-            self._tokens, self._resident = rows * length, resident - plan.kept * self.formula.decoded
+            self._tokens, self._paged = rows * length, self.memory.paged
+            self._resident = resident - plan.kept * self.formula.decoded
             self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager
@@ -174,7 +185,7 @@ class StepMemory:
         self.step, self.device, self.budget, self.alone = step, device, budget, alone
         self.retries = 0
         self.plan = budget.choose() if budget is not None else MemoryPlan(step.checkpointed, step.offloaded)
-        self._batches: list[Batch] = []
+        self._batches: list[Micro] = []
         self._steps = 0
         if budget is not None:
             log.info("memory budget: %s at first", self.plan)
@@ -188,7 +199,7 @@ class StepMemory:
             self.plan = self.budget.choose()
             log.info("memory budget: %s from now on", self.plan)
 
-    def run(self, batch: Batch, learn: Callable[[Batch], Tensor], forget: Callable[[], None], rows: int) -> Tensor:
+    def run(self, batch: Micro, learn: Callable[[Micro], Tensor], forget: Callable[[], None], rows: int) -> Tensor:
         """Runs the next micro-batch, which may be cut into `rows`; returns its loss.
 
         `learn` runs a micro-batch, or a part of one, forward and backward; `forget` drops all gradients. Raises
@@ -211,7 +222,7 @@ class StepMemory:
             waiting = self._batches
         return loss
 
-    def _try(self, batches: list[Batch], learn: Callable[[Batch], Tensor]) -> Tensor | None:
+    def _try(self, batches: list[Micro], learn: Callable[[Micro], Tensor]) -> Tensor | None:
         """Returns the last micro-batch's loss; None: out of memory."""
         self.step.checkpointed, self.step.offloaded = self.plan.checkpointed, self.plan.offloaded
         try:
@@ -224,7 +235,7 @@ class StepMemory:
             return None  # the tensors in the frames that the error holds go with it
         return loss
 
-    def _learn(self, batch: Batch, learn: Callable[[Batch], Tensor]) -> Tensor:
+    def _learn(self, batch: Micro, learn: Callable[[Micro], Tensor]) -> Tensor:
         chunks = min(self.plan.chunks, len(batch["input_ids"]))
         with contextlib.ExitStack() as stack:
             if self.budget is not None:
@@ -234,8 +245,7 @@ class StepMemory:
                     stack.enter_context(self.budget.measured(self.plan, batch))
             if chunks == 1:
                 return learn(batch)
-            parts = zip(*(tensor.tensor_split(chunks) for tensor in batch.values()), strict=True)
-            return torch.stack([learn(dict(zip(batch, part, strict=True))) for part in parts]).sum()
+            return torch.stack([learn(part) for part in split(batch, chunks)]).sum()
 
     @property
     def _is_by_formula(self) -> bool:

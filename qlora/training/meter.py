@@ -117,7 +117,8 @@ class Meter(ClockedCallback):
     """Measures a training's speed, without evaluations and checkpoints.
 
     `operations` says what a number of tokens and of pairs in attention takes, and `rate` is how many operations a
-    second the device reaches in a matmul; without them there is no model FLOP utilisation.
+    second the device reaches in a matmul; without them there is no model FLOP utilisation. `output` are the operations
+    of the output layer, which tokens without a label do not need.
     """
 
     def __init__(
@@ -126,9 +127,11 @@ class Meter(ClockedCallback):
         *,
         peak_memory_gb: Callable[[], float],
         operations: Callable[[int, int], float] | None = None,
+        output: float = 0.0,
         rate: float | None = None,
     ) -> None:
         super().__init__()
+        self.output = output
         self.device, self.peak_memory_gb, self.operations = device, peak_memory_gb, operations
         self.rate = rate if operations is not None else None
         self._waited = 0.0

@@ -39,11 +39,14 @@ from qlora.runtime.atomic_files import read_json, write_text
 from qlora.training.bad_rows import NamedRow, find_bad_rows
 from qlora.training.batches import (
     COUNTS,
+    TARGETS,
     Batch,
     Collate,
     CountingCollator,
+    Micro,
     build_loader,
     share_batches,
+    take_targets,
     without_labels,
 )
 from qlora.training.checkpoint_writer import CheckpointWriter, estimate_checkpoint, fitting
@@ -60,6 +63,7 @@ from qlora.training.flat_optimizer import flatten_groups, run_ahead
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
+from qlora.training.peak_memory import PeakMemory
 from qlora.training.routing import build_routing_meter
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
@@ -108,6 +112,7 @@ class QLoraTrainer(Trainer):
         objective: Objective,
         meter: Meter,
         budget: Budget | None,
+        peak: PeakMemory | None = None,
         stop: Stop,
         metadata: dict[str, Any],
         watchdog: WatchdogConfig,
@@ -125,6 +130,7 @@ class QLoraTrainer(Trainer):
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
         self.routing = build_routing_meter(base_of(model) if isinstance(model, PeftModel) else model)
+        self.peak = peak or PeakMemory(arguments.device)
         self._unreported_tokens = self._logged_step = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
@@ -157,6 +163,7 @@ class QLoraTrainer(Trainer):
                 optimizer: Any = self.optimizer
                 if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
                     optimizer.eval()
+                self.peak.gb()  # while the optimizer is there
                 return output
             except RuntimeError as error:  # the end of a worker process can show anywhere
                 if (lost := self.watchdog.explain_loss(error)) is None:
@@ -197,7 +204,8 @@ class QLoraTrainer(Trainer):
         """Runs a micro-batch forward and backward, inside `step`; with less memory, if it ran out."""
         plain = super().training_step
 
-        def learn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        def learn(micro: Micro) -> torch.Tensor:
+            batch, self.step.targets = take_targets(micro)
             if self.routing is None:
                 with self.step:
                     return plain(model, batch, num_items_in_batch)
@@ -229,11 +237,12 @@ class QLoraTrainer(Trainer):
         self.watchdog.begin(items)
         for batch in batches:
             tokens, pairs = batch.pop(COUNTS)
+            unlabelled = tokens - int(batch[TARGETS].sum())
             self._unreported_tokens += tokens
             self.meter.tokens += tokens
             if self.meter.operations is not None:
                 operations: Any = self.meter.operations(tokens, pairs)  # the library declares an int, and adds floats
-                self.current_flos += operations
+                self.current_flos += operations - unlabelled * self.meter.output
         return batches, items
 
     def _find_bad_rows(self, step: int) -> list[str]:
@@ -245,7 +254,7 @@ class QLoraTrainer(Trainer):
         return find_bad_rows(rows, self.data_collator.blank, self._is_finite, self._trained, self.args.device)
 
     def _is_finite(self, row: dict[str, Any]) -> bool:
-        batch = self.data_collator([row])
+        batch, _ = take_targets(self.data_collator([row]))
         batch.pop(COUNTS)
         with self.step, self.compute_loss_context_manager():
             loss = self.model(**prepare_inputs(self, batch)).loss
@@ -441,6 +450,7 @@ class QLoraTrainer(Trainer):
                 flatten_groups(optimizer)
             run_ahead(optimizer)
         self.watchdog.guard(optimizer)
+        self.peak.watch(optimizer)
         return optimizer
 
 

@@ -138,6 +138,7 @@ def test_packs_follow_the_order_of_selected_rows_and_of_a_memory_mapped_file(tmp
     expected = [rows["input_ids"][i] + rows["input_ids"][j] for i, j in ((0, 8), (1, 6))]
     assert [item["input_ids"].tolist() for item in packed] == expected
     assert packed.lengths.tolist() == [12, 6]
+    assert packed.sums(np.array([1, 20, 300, 4000])).tolist() == [4001, 320]
 
 
 # What a model learns from packs

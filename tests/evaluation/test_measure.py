@@ -23,6 +23,7 @@ from qlora.config.compose import compose
 from qlora.config.schema import GenerationConfig
 from qlora.data.batching.collate import Collator
 from qlora.errors import UserError
+from qlora.evaluation import row_loss
 from qlora.evaluation.generation import Answer, plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurer, evaluation_mode, read_result, seeded
 from qlora.evaluation.metrics import exact_match, find_metrics
@@ -97,6 +98,24 @@ def test_every_trained_token_weighs_the_same_in_any_batch(model: LlamaForCausalL
     actual = measurer(batch_size=batch_size).measure(model, answers=0).metrics
     assert actual["loss"] == pytest.approx(expected, rel=1e-6)
     assert actual["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_logits_are_computed_only_where_a_row_has_a_label(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = [row | {"labels": [-100] * (len(row["labels"]) - 2) + row["labels"][-2:]} for row in rows()]
+    cells = Collator(0)(held_out)["labels"][:, 1:]
+    read: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: read.append(output.shape[1]))
+    losses = []
+    for takes in (True, False):
+        monkeypatch.setattr(row_loss, "takes_logits_to_keep", lambda model, takes=takes: takes)
+        options: Any = {"collate": Collator(0), "batch_size": 100, "device": CPU}
+        losses.append(measure_loss(model.eval(), Dataset.from_list(held_out), **options)["loss"])
+    hook.remove()
+    assert read == [int((cells != -100).any(0).sum()), cells.shape[1] + 1]
+    assert read[0] < cells.shape[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_order_of_the_rows_does_not_matter(model: LlamaForCausalLM) -> None:

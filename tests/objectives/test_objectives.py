@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,5 +168,8 @@ def test_the_memory_plan_asks_the_objective(monkeypatch: pytest.MonkeyPatch) -> 
     work = TokenWork(tokens=4096, hidden=64, vocabulary=1000, width=2, fused=True)
     sft = build_objective(LossConfig())
     assert sft.activation_bytes(work) == (2048 * 1000 * 4 + 4096 * 64 * 2, 0)
+    some = replace(work, targets=1000)  # the gradient and the copy of what is read, and the gradient of all
+    assert sft.activation_bytes(some) == (1000 * 1000 * 4 + 2 * 1000 * 64 * 2, (2 * 1000 + 4096) * 64 * 2)
+    assert sft.activation_bytes(replace(work, targets=9000)) == sft.activation_bytes(work)
     assert OBJECTIVES.keys() == {"sft"}
     assert activations.build_objective is build_objective

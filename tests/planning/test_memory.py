@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 import qlora.step.kernels.dequantize
 from qlora.config.compose import compose
 from qlora.planning import activations
+from qlora.planning.adapter_targets import find_targets
 from qlora.planning.memory_plan import Ledger
-from qlora.planning.model_shape import find_targets
 from qlora.planning.optimizer_states import OPTIMIZERS
 from qlora.quantization.method import find_method
 

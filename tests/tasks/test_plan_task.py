@@ -77,6 +77,14 @@ def test_what_was_measured_on_a_gpu_is_planned_within_5_percent() -> None:
             assert planned == pytest.approx(result["measured_gb"], rel=0.05), result
 
 
+def test_a_budget_is_planned_with_paged_states_in_it() -> None:
+    chosen = ["model=llama-7b", "trainer.memory_budget=12GB", "data.source_max_len=1792", "recipe=none"]
+    paged, fixed = (build(*chosen, f"trainer.optim={name}") for name in ("paged_adamw_32bit", "sgd"))
+    assert paged.memory.paged > 1e9
+    assert paged.setup.checkpointed > fixed.setup.checkpointed
+    assert paged.memory.peak + paged.memory.paged <= 12e9
+
+
 @pytest.mark.full
 def test_what_a_plan_says_fits_does_and_one_row_more_does_not() -> None:
     for chosen in (["plan=plain"], ["plan=fast"], ["quantization=none", "trainer.optim=adamw_torch"]):
@@ -147,12 +155,12 @@ def test_a_budget_checkpoints_as_few_layers_as_it_holds() -> None:
 def test_a_budget_below_all_layers_checkpointed_has_inputs_wait_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["model=llama-65b", "trainer.per_device_train_batch_size=16", "lora.dtype=bf16"]
     whole = build(*chosen, device="h200").memory
-    budget = round((whole.peak + whole.context - CONTEXT) / 1e6) - 2000
+    budget = round((whole.peak + whole.paged + whole.context - CONTEXT) / 1e6) - 2000
     plan = build(*chosen, f"trainer.memory_budget={budget}MB", device="h200")
     assert (plan.setup.checkpointed, plan.fits) == (80, True)
     assert 0 < plan.setup.offloaded < 80
     less = replace(plan.training, setup=replace(plan.setup, offloaded=plan.setup.offloaded - 1))
-    assert not less.fits(plan.gpu)
+    assert plan.memory.comfortable <= plan.gpu.memory < less.memory.comfortable
     print_plan(plan)
     said = " ".join(capsys.readouterr().out.split())
     assert f"80 of 80 layers checkpointed (inputs of {plan.setup.offloaded} on the host)" in said
@@ -294,6 +302,28 @@ def test_the_time_is_that_of_the_rows_as_they_are(tmp_path: Path, capsys: pytest
     said = screen(capsys, *here)
     assert f"tokens           {tokens.tokens / 80:.0f} a row, {tokens.tokens / 5:,.0f} a step" in said
     assert "if every row is full" not in said
+
+
+@pytest.mark.parametrize("packing", [[], ["data.packing=true", "data.pack_length=512"]], ids=["rows", "packs"])
+def test_the_output_layer_is_planned_for_the_tokens_that_are_trained(tmp_path: Path, packing: list[str]) -> None:
+    sizes = [("long question " * 12, 3), ("q ", 5)]
+    lines = [json.dumps({"prompt": prompt, "completion": "red " * count}) for prompt, count in sizes * 40]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = ["data=local", f"data.path={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path}", *packing]
+    config = compose(["task=plan", "plan.device=h200", "model=qwen2.5-0.5b", "model.tokenizer=tiny", *rows])
+    tokens, _ = count_tokens(config)
+    assert tokens is not None
+    assert tokens.targets is not None
+    assert tokens.most_targets is not None
+    assert 0 < tokens.targets < tokens.tokens
+    assert tokens.most_targets >= tokens.targets / tokens.units
+    everything = replace(tokens, targets=None, most_targets=None)
+    some, whole = build_plan(config, tokens=tokens), build_plan(config, tokens=everything)
+    assert some.setup.loss_tokens == config.trainer.per_device_train_batch_size * tokens.most_targets
+    assert some.memory.peak <= whole.memory.peak
+    assert some.speed is not None
+    assert whole.speed is not None
+    assert some.speed.operations < whole.speed.operations
 
 
 def test_of_many_rows_a_sample_is_counted_and_said(

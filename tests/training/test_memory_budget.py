@@ -19,6 +19,7 @@ from qlora.step import layer_calls
 from qlora.step.fast_step import FastStep
 from qlora.tasks.build_trainer import build_trainer
 from qlora.training.memory_budget import Budget, Formula, MemoryPlan, StepMemory, close_gaps
+from qlora.training.peak_memory import PeakMemory
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -198,8 +199,8 @@ def added(checkpointed: int, offloaded: int, rows: int, length: int) -> float:
 def test_a_budget_is_kept_by_the_formula_first_and_then_by_what_was_measured(
     layer: int, first: int, then: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = FakeGpu(monkeypatch)
-    budget = Budget(Formula(50, True, added, rows=2, length=3), 4, limit=69, cap=80, device=CPU)
+    gpu, kept = FakeGpu(monkeypatch), PeakMemory(torch.device("cuda"))
+    budget = Budget(Formula(50, True, added, rows=2, length=3), 4, limit=69, cap=80, device=CPU, memory=kept)
     memory = StepMemory(step := FakeStep(), CPU, budget, alone=True)
     plans = []
 
@@ -215,8 +216,53 @@ def test_a_budget_is_kept_by_the_formula_first_and_then_by_what_was_measured(
             memory.run({"input_ids": torch.ones(2, width)}, learn, lambda: None, rows=2)
     assert gpu.fraction == 1
     assert plans == [first] * 6 + [then] * 6
-    assert budget.highest == max(70, 60 + 2 * layer)
+    assert kept.gb() == pytest.approx(max(70, 60 + 2 * layer) / 1e9)
     assert memory.retries == 0
+
+
+def paged_optimizer(sizes: list[int]) -> torch.optim.Optimizer:
+    """Returns an optimizer with the paged states of so many bytes, and some that lie on the GPU."""
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in [*sizes, 0]]
+    optimizer = torch.optim.SGD(weights)
+    for weight, size in zip(weights, sizes, strict=False):
+        state = torch.zeros(size, dtype=torch.uint8)
+        state.is_paged = True  # type: ignore[attr-defined]  # as bitsandbytes marks them
+        optimizer.state[weight] = {"state1": state, "state2": torch.zeros(1000, dtype=torch.uint8)}
+    return optimizer
+
+
+def test_the_peak_of_a_run_holds_paged_states_and_what_loading_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, memory = FakeGpu(monkeypatch), PeakMemory(torch.device("cuda"))
+    optimizer = paged_optimizer([])
+    memory.watch(optimizer)
+    assert (memory.paged, memory.gb()) == (0, 70e-9), "loading took more than there is now"
+    optimizer = paged_optimizer([8, 4])
+    memory.watch(optimizer)
+    gpu.peak = 61
+    assert (memory.paged, memory.gb()) == (12, 73e-9)
+    del optimizer
+    assert (memory.paged, memory.gb()) == (0, 73e-9), "it is released with the optimizer, and was needed"
+    on_host = PeakMemory(CPU)
+    optimizer = paged_optimizer([8])
+    on_host.watch(optimizer)
+    assert on_host.paged == 0, "the memory of a process holds them already"
+
+
+@pytest.mark.parametrize(("paged", "first", "then"), [(0, 2, 2), (4, 3, 3), (8, 4, 4)])
+def test_a_budget_leaves_room_for_paged_states(
+    paged: int, first: int, then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, kept = FakeGpu(monkeypatch), PeakMemory(torch.device("cuda"))
+    optimizer = paged_optimizer([])
+    kept.watch(optimizer)
+    formula = Formula(50, True, added, rows=2, length=3, paged=paged)
+    budget = Budget(formula, 4, limit=69, cap=80, device=CPU, memory=kept)
+    assert budget.choose().checkpointed == first
+    optimizer = paged_optimizer([paged])
+    kept.watch(optimizer)
+    with budget.measured(MemoryPlan(first), {"input_ids": torch.ones(2, 3)}):
+        gpu.peak = 60 + 4 * (4 - first)
+    assert budget.choose().checkpointed == then
 
 
 def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() -> None:

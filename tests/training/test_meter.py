@@ -184,6 +184,15 @@ def test_tokens_and_operations_are_those_of_the_batches_trained_on(tmp_path: Pat
     assert 0 < speed["train_data_wait"] < 1
 
 
+def test_a_token_without_a_label_needs_no_output_layer(tmp_path: Path) -> None:
+    meter = Meter(CPU, peak_memory_gb=lambda: 1.5, operations=lambda tokens, pairs: 10.0 * tokens, output=4.0, rate=1e3)
+    trainer = build_trainer(tmp_path, meter)
+    for index in range(len(TOKENS)):
+        trainer.rows[index]["labels"][:2] = [-100, -100]
+    trainer.train()
+    assert trainer.state.total_flos == 10 * sum(TOKENS) - 4 * 2 * len(TOKENS)
+
+
 def test_a_log_holds_the_speed_since_the_last_one(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path)
     trainer.train()

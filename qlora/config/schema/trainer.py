@@ -77,10 +77,11 @@ class TrainerConfig:
     """Recompute activations in the backward pass: less memory, about a third more time. `memory_budget` decides in its
     place."""
     memory_budget: str | None = None
-    """The most that torch may hold of the GPU while it trains, e.g. `24GB` or `22GiB`, or `auto`, what the GPU has free
-    (without CUDA: unset). As few decoder layers are recomputed as the budget allows: by the formula of `task=plan`
-    first, then by what two steps needed. Where none must be, the decoded experts of a mixture are kept as far as memory
-    is free. Unset: all or none of the layers are recomputed, as `gradient_checkpointing` says."""
+    """The most that a run may hold of the GPU while it trains, paged optimizer states counted in, e.g. `24GB` or
+    `22GiB`, or `auto`, what the GPU has free (without CUDA: unset). As few decoder layers are recomputed as the budget
+    allows: by the formula of `task=plan` first, then by what two steps needed. Where none must be, the decoded experts
+    of a mixture are kept as far as memory is free. Unset: all or none of the layers are recomputed, as
+    `gradient_checkpointing` says."""
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""
@@ -98,7 +99,7 @@ class TrainerConfig:
     (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of
     these two that is installed, serves the GPU and agrees with torch's own on a small trial."""
     fused_loss: Any = "auto"
-    """Compute the loss in chunks, without the logits of all tokens: true, false or `auto` (with CUDA)."""
+    """Compute the loss of the trained tokens alone, in chunks of logits: true, false or `auto` (with CUDA)."""
     step_parts: list[str] = field(default_factory=list)
     """Parts of the fast step that other packages add, by the names that they register (entry point group
     `qlora.step_parts`) or as `module:Class` of a package in `trusted`; docs/extending.md shows one."""

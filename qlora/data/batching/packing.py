@@ -113,6 +113,10 @@ class PackedRows:
         first = int(self._ends[index - 1]) if index else 0
         return self._order[first : self._ends[index]].tolist()
 
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums the values of the rows, [rows], over those of each pack: [packs]."""
+        return _sums(values[self._order], np.diff(self._ends, prepend=0))
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns `input_ids`, `labels` and `position_ids` of a pack's rows one after the other, each int [tokens].
 

@@ -61,6 +61,9 @@ class FusedAttention(ConfiguredPart):
         if special or not takes_any_attention(self.context.base):
             detail = f" ({special[0]})" if special else ""
             return f"{settings.model_type} has an attention of its own{detail}"
+        modules = (module for layer in self.context.layers for module in layer.modules())
+        if any(getattr(module, "sinks", None) is not None for module in modules):
+            return f"{settings.model_type} adds sinks to its attention"
         return None
 
     def enter(self) -> None:

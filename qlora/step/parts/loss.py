@@ -1,15 +1,23 @@
-"""The loss without the logits of all tokens: the objective computes it from the hidden states and the output matrix."""
+"""The loss without the logits of all tokens: the objective computes it from the hidden states and the output matrix.
+
+Where each token's loss is its own (`is_tokenwise`), the objective gets the hidden states before a label alone.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 
 SPECIAL_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of architectures that change their logits after the matmul with the output matrix."""
+IGNORED = -100
+"""The label of a token that has no loss."""
+BUCKET = 256
+"""The number of hidden states that are kept is a multiple of it: compiled code meets few shapes."""
 
 
 class FusedLoss(ConfiguredPart):
@@ -37,16 +45,35 @@ class FusedLoss(ConfiguredPart):
             return f"{settings.model_type} changes its logits ({changed[0]})"
         return None
 
-    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Returns the loss of a batch."""
+    def loss(self, batch: dict[str, Any], targets: int | None) -> Tensor:
+        """Returns the loss of a batch with at most `targets` labels that count; None: their number is not known."""
         labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
         embedded = self.base.get_input_embeddings()(batch.pop("input_ids"))
         if not embedded.requires_grad:  # all layers then see the same kind of tensor, and share their code
             embedded.requires_grad_()
         hidden = self.base.base_model(inputs_embeds=embedded, use_cache=False, **batch).last_hidden_state
+        if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
+            hidden, labels = before_labels(hidden, labels, targets)
         weight = self.base.get_output_embeddings().weight
         kind = hidden.device.type
         # As autocast computes any other linear layer: the matrix may be stored in 32 bits.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
             return self.context.objective.loss_on_hidden(hidden.to(dtype), weight.to(dtype), labels, count)
+
+
+def before_labels(hidden: Tensor, labels: Tensor, targets: int) -> tuple[Tensor, Tensor]:
+    """Returns the hidden states whose next token has a label, and those labels, as one row of a batch.
+
+    `hidden` is [rows, tokens, width], `labels` [rows, tokens] with at most `targets` labels that count. The number of
+    tokens in the row follows from `targets` alone, so that nothing waits for the device; what is left of the row has no
+    labels. Where the row would be as long as the batch, both are returned as they are.
+    """
+    tokens, size = labels.numel(), BUCKET * (targets // BUCKET + 1)  # at least one more, for the row's first label
+    if size >= tokens:
+        return hidden, labels
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    kept = torch.nonzero_static(following != IGNORED, size=size, fill_value=tokens - 1).view(-1)
+    row = hidden.reshape(tokens, -1).index_select(0, kept)[None]
+    # The label of a token stands at the token after it; the last token of a batch has none.
+    return row, torch.nn.functional.pad(following[kept[:-1]], (1, 0), value=IGNORED)[None]
