@@ -167,7 +167,8 @@ def build_budget(session: Session, step: FastStep, *, max_length: int) -> Budget
     ledger = Ledger(shape, setup)
     formula = Formula(
         ledger.at_start, setup.accumulates, added, setup.rows, max_length,
-        min(ledger.can_be_kept, step.packed_experts), ledger.decoded_experts, ledger.added_by_optimizer,
+        mixed=min(ledger.can_be_kept, step.packed_experts), decoded=ledger.decoded_experts,
+        optimizer=ledger.added_by_optimizer,
     )  # fmt: skip
     cap = parse_size(requested)
     free = free_memory(device)

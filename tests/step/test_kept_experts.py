@@ -112,7 +112,9 @@ class FreeMemory(Budget):
 
 def test_a_budget_keeps_as_many_as_fit_beside_the_optimizer_once_nothing_is_recomputed() -> None:
     def choose(limit: float, optimizer: float = 0) -> MemoryPlan:
-        formula = Formula(50, False, lambda checkpointed, *_: 30 - 5 * checkpointed, 2, 3, 4, 7, optimizer)
+        formula = Formula(
+            50, False, lambda checkpointed, *_: 30 - 5 * checkpointed, 2, 3, mixed=4, decoded=7, optimizer=optimizer
+        )
         return Budget(formula, 4, limit, None, torch.device("cpu")).choose()
 
     assert choose(108) == MemoryPlan(0, kept=4)
