@@ -67,10 +67,10 @@ def _fewest(config: Config, run: RunOnGpu) -> int:
     shape = read_shape(settings, f"model.name={config.model.name}")
     if shape.experts is None:
         return 0
-    setup, longest, free = read_setup(config, shape), run.longest_row(), run.free()
-    if longest is None:
+    setup, row, free = read_setup(config, shape), run.longest_row(), run.free()
+    if row is None:
         return fewest_waiting_untrained(shape, setup, free)
-    training = Training(shape, replace(setup, length=longest), config.trainer.gradient_accumulation_steps)
+    training = Training(shape, replace(setup, length=row), config.trainer.gradient_accumulation_steps)
     size = parse_size(config.trainer.memory_budget or "auto")
     memory = free if size is None else min(free, size)
     return find_waiting(config, training, Gpu("this GPU", memory + CONTEXT, None, None, None))

@@ -184,8 +184,9 @@ def build_budget(
 
     ledger = Ledger(shape, setup)
     formula = Formula(
-        ledger.at_start, setup.accumulates, added, setup.rows, max_length, ledger.optimizer[1],
-        min(ledger.can_be_kept, step.packed_experts), ledger.decoded_experts, ledger.added_by_optimizer,
+        ledger.at_start, setup.accumulates, added, setup.rows, max_length, paged=ledger.optimizer[1],
+        mixed=min(ledger.can_be_kept, step.packed_experts), decoded=ledger.decoded_experts,
+        optimizer=ledger.added_by_optimizer,
     )  # fmt: skip
     cap = parse_size(requested)
     free = free_memory(device)

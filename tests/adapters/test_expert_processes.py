@@ -67,7 +67,7 @@ def test_each_process_keeps_half_of_the_experts_and_gives_the_answers_of_the_who
         assert held["placeholders"] == 2 * 2  # layers and projections: as they were, without storage
 
 
-def hold(base: Path) -> dict[str, int]:
+def sharded_answers(base: Path) -> dict[str, int]:
     """Returns the bytes of packed experts that this process holds, before and after the model is called."""
     ids, cpu = torch.arange(24).view(2, 12), torch.device("cpu")
     expected = attach(base, "quantization=nf4").eval()(input_ids=ids).logits
@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
     keys = overrides(folder / "base")
     for name, choices in RUNS.items():
         train(folder / name, 2, *keys, *choices)
-    held = hold(folder / "base")
+    held = sharded_answers(folder / "base")
     distributed.barrier()
     (folder / f"held-{distributed.rank()}.json").write_text(json.dumps(held))
     distributed.destroy_process_group()

@@ -68,12 +68,12 @@ def test_what_waits_is_pinned_and_the_gpu_has_room_for_two_layers(rows: Path, tm
         session = Run(
             compose([*SHAPE, f"data.path={rows}", "quantization.experts_offload=none"]), tmp_path / name
         ).session
-        before = torch.cuda.memory_allocated()
+        previous = torch.cuda.memory_allocated()
         with context:
             base = session.load_base()
         with torch.no_grad(), session.placement.autocast():
             base(input_ids=torch.arange(64, device="cuda")[None])
-        allocated[name] = torch.cuda.memory_allocated() - before
+        allocated[name] = torch.cuda.memory_allocated() - previous
         if name == "waiting":
             assert describe_waiting(base)
             assert all(buffer.is_pinned() for buffer in base.buffers() if is_waiting(buffer))

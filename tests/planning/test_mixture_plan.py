@@ -297,7 +297,7 @@ def test_experts_that_wait_take_what_is_planned(kind: str) -> None:
     sizes = shape(kind, num_hidden_layers=5)
     assert sizes.experts is not None
     waiting = len(sizes.experts.layers)
-    ledger = Ledger(sizes, setup(sizes, base=_stored("quantization=nf4"), waiting=waiting))
+    ledger = Ledger(sizes, setup(sizes, base=_base_in("quantization=nf4"), waiting=waiting))
     buffers = [buffer for module in find_experts(model).values() for buffer in module.quantized.buffers()]
     moved = [buffer.nbytes for buffer in buffers if is_waiting(buffer)]
     # Codebooks, offsets and the scales of scales stay with each layer.
@@ -305,7 +305,7 @@ def test_experts_that_wait_take_what_is_planned(kind: str) -> None:
     assert sum(moved) <= ledger.on_host < 2 * sum(buffer.nbytes for buffer in buffers)
 
 
-def _stored(chosen: str) -> StoredBase:
+def _base_in(chosen: str) -> StoredBase:
     quantization = compose([chosen]).quantization
     return find_method(quantization).stored_base(quantization)
 
