@@ -26,10 +26,15 @@ from qlora.step.fast_step import FastStep
 ROWS, TOKENS, HEADS, HEAD_WIDTH = 2, 24, 4, 32
 SMALL_MIXTURE: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **{"num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 64),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD_WIDTH),
-    **{"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 """The sizes of a small mixture whose first layer has experts."""
 
