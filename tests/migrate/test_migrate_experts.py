@@ -49,7 +49,7 @@ def test_parameters_of_experts_become_adapters_of_the_same_rank(
         (["mlp.experts.down_proj"], "it names down_proj of the experts alone: here all matrices of an expert get"),
         (
             ["model.layers.7.mlp.experts.gate_up_proj"],
-            r"model.layers.7.mlp.experts.gate_up_proj: there are adapters on",
+            "model.layers.7.mlp.experts.gate_up_proj: there are adapters",
         ),
         ([*BOTH, "conv1d.weight"], "conv1d.weight: there are adapters on linear layers, on the experts of all layers"),
     ],
