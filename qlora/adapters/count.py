@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from qlora.adapters.experts import expert_wrappers
+from qlora.experts.layout import ExpertsLayout, find_experts
+from qlora.models.experts_per_token import experts_per_token
 from qlora.quantization.method import method_of
 
 
@@ -25,6 +29,15 @@ class ParameterCount:
     """Those of adapters on routed experts."""
     expert_ranks: tuple[int, ...] = ()
     """The ranks of these adapters."""
+    idle: int = 0
+    """Those of the base in experts that a token is not routed to."""
+    routing: str = ""
+    """How many of a layer's experts compute a token, e.g. `8 of 128 experts`; "": the base is no mixture."""
+
+    def describe_base(self) -> str:
+        """Returns how many parameters the base has, and of a mixture how many of them compute a token."""
+        active = f", {(self.base - self.idle) / 1e6:,.1f} M of them active ({self.routing} a token)"
+        return f"{self.base / 1e6:,.1f} M parameters{active if self.routing else ''}"
 
     def describe_experts(self) -> str:
         """Returns what a line on the adapter says of its part on routed experts; "": it has none."""
@@ -56,4 +69,17 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
         for matrices in (wrapper.lora_A, wrapper.lora_B)
         for parameter in matrices.parameters()
     )
-    return ParameterCount(trainable, total, base, dict(by_dtype), on_experts, tuple(sorted(ranks)))
+    idle, routing = _count_idle(model)
+    return ParameterCount(trainable, total, base, dict(by_dtype), on_experts, tuple(sorted(ranks)), idle, routing)
+
+
+def _count_idle(model: torch.nn.Module) -> tuple[int, str]:
+    """Returns the parameters in experts that a token is not routed to, and how many of them compute one."""
+    layouts = [ExpertsLayout.of(module) for module in find_experts(model).values()]
+    config: Any = getattr(model, "config", None)
+    if not layouts or config is None:
+        return 0, ""
+    per_token = experts_per_token(config.get_text_config().to_dict())
+    sizes = [sum(math.prod(unit.shape) for unit in layout.units) for layout in layouts]
+    idle = sum(size * max(layout.count - per_token, 0) for size, layout in zip(sizes, layouts, strict=True))
+    return idle, f"{per_token} of {max(layout.count for layout in layouts)} experts"

@@ -113,8 +113,8 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
     targets = np.concatenate(by_row) if len(by_row) == len(counts) else None
     all_targets = sum(count.rows * float(count.targets.mean()) for count in counts if count.targets is not None)
     if config.max_train_samples is not None and rows > config.max_train_samples:
-        share = config.max_train_samples / rows
-        rows, tokens, all_targets = config.max_train_samples, tokens * share, all_targets * share
+        fraction = config.max_train_samples / rows
+        rows, tokens, all_targets = config.max_train_samples, tokens * fraction, all_targets * fraction
     trained = None if targets is None else round(all_targets)
     if (width := config.pack_width) is not None:
         members = pack(lengths, width)

@@ -99,6 +99,8 @@ def _lora(settings: Settings) -> Iterator[Part]:
         yield write_override(ours, unset if value is None else value)
         if value is None:
             yield Lost(f"Axolotl does not start without it: PEFT's {unset} is taken", key)
+    if (parameters := settings.take("lora_target_parameters")) is not None:
+        yield from shared_rules.choose_parameters(parameters, settings.look("lora_r", 8), "lora_target_parameters")
     peft = settings.take("peft", {})
     if isinstance(peft, dict) and peft.get("loftq_config"):
         yield "lora.init=loftq"
@@ -215,6 +217,8 @@ RULES: dict[str, Rule] = {
                                                   "orthogonal": "orthogonal"}),
     "peft_autocast_adapter_dtype": OnlyIf((True,), "the adapter has 32 bits; lora.dtype=bf16 stores it in 16"),
     "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
+    "quantize_moe_experts": Pick({True: ("quantization.experts=same",), False: ("quantization.experts=none",)}),
+    "experts_implementation": Same(shared_rules.EXPERT_KERNELS),
     "trust_remote_code": Move("model.trust_remote_code"),
     "excess_length_strategy": Move("data.on_too_long", {"drop": "drop", "truncate": "truncate", "raise": "error"}),
     "batch_size": Lost("a step has micro_batch_size x gradient_accumulation_steps rows there too: set these"),

@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "use_dora": Move("lora.use_dora"),
     "loraplus_lr_ratio": Move("lora.loraplus_lr_ratio"),
     "loraplus_lr_embedding": Same("embeddings have no adapter here"),
+    "moe_aux_loss_coef": OnlyIf((0,), shared_rules.BALANCE),
     "additional_target": Lost(shared_rules.EXTRA_MATRICES),
     "new_special_tokens": Lost("give them as a list: model.new_tokens=[...]"),
     "add_tokens": Lost("give them as a list: model.new_tokens=[...]"),

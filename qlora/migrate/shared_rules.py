@@ -37,6 +37,11 @@ BITS = {
 
 PEFT_TARGETS = {"gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
 """Where PEFT 0.21 puts an adapter whose config names no modules, by model type; else on queries and values."""
+EXPERTS = re.compile(r"(?:(?:[a-z_]+\.)*experts\.)?(gate_up_proj|down_proj)")
+ROUTERS = re.compile(r"(?:[a-z_]+\.)*(?:gate|router)\.weight")
+"""Parameters of mixtures as PEFT's `target_parameters` names them: by their ends, in all layers."""
+BALANCE = "no loss balances experts here: that of the routers is logged and not trained"
+EXPERT_KERNELS = "trainer.fused_experts chooses how experts are computed"
 
 
 def choose_model(name: str, key: str) -> Iterator[Part]:
@@ -74,6 +79,29 @@ def choose_targets(named: Any, everything: Sequence[str] = ("all-linear", "all")
     names = named if isinstance(named, list) else [name.strip() for name in str(named).split(",")]
     is_every = any(name in everything for name in names)
     yield write_override("lora.target_modules", "all-linear" if is_every else names)
+
+
+def choose_parameters(named: Any, rank: int, key: str) -> Iterator[Part]:
+    """Yields the adapters on 3-D parameters that a config names for PEFT's `target_parameters`, with its rank."""
+    names = named if isinstance(named, list) else [name.strip() for name in str(named).split(",")]
+    matrices = {match[1] for name in names if (match := EXPERTS.fullmatch(str(name)))}
+    routers = [name for name in names if ROUTERS.fullmatch(str(name))]
+    others = [str(name) for name in names if not EXPERTS.fullmatch(str(name)) and name not in routers]
+    if matrices == {"gate_up_proj", "down_proj"}:
+        yield "lora.experts=all"
+        yield f"lora.expert_r={rank}"
+    elif matrices:
+        [matrix] = matrices
+        yield Lost(
+            f"it names {matrix} of the experts alone: here all matrices of an expert get adapters (lora.experts=all) "
+            "or none",
+            key,
+        )
+    if routers:
+        yield "lora.router=true"
+    if others:
+        reason = "there are adapters on linear layers, on the experts of all layers, and on routers alone"
+        yield Lost(f"{', '.join(others)}: {reason}", key)
 
 
 def choose_quantization(

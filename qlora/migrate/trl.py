@@ -61,13 +61,15 @@ def _bits(settings: Settings) -> Iterator[Part]:
 
 
 def _lora(settings: Settings) -> Iterator[Part]:
-    named = settings.take("lora_target_modules")
+    named, parameters = settings.take("lora_target_modules"), settings.take("lora_target_parameters")
     if not settings.look("use_peft"):
         return
     if named is None:
         yield from shared_rules.default_targets(str(settings.look("model_name_or_path", "")))
     else:
         yield from shared_rules.choose_targets(named, ("all-linear",))
+    if parameters is not None:
+        yield from shared_rules.choose_parameters(parameters, settings.look("lora_r"), "lora_target_parameters")
 
 
 def _data(settings: Settings) -> Iterator[Part]:
@@ -188,7 +190,6 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "use_rslora": Move("lora.use_rslora"),
     "use_dora": Move("lora.use_dora"),
     "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
-    "lora_target_parameters": Lost("adapters stand on linear layers"),
     "lora_task_type": OnlyIf(("CAUSAL_LM",), "language models are trained here"),
     "attn_implementation": Move("model.attn_implementation"),
     "trust_remote_code": Move("model.trust_remote_code"),
@@ -196,7 +197,7 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "loss_type": OnlyIf(("nll", "chunked_nll"), "the loss is the negative log-likelihood"),
     "model_init_kwargs": Lost("set the keys of model= in their place"),
     "dataset_kwargs": Lost("rows are prepared by data.format"),
-    "router_aux_loss_coef": OnlyIf((0.001,), "no loss balances experts here"),
+    "router_aux_loss_coef": OnlyIf((0, 0.001), shared_rules.BALANCE),
     "dataset_streaming": Same("rows are kept in a cache on disk and need not fit into memory"),
     "streaming": Same("rows are kept in a cache on disk and need not fit into memory"),
     "shuffle_dataset": Same("the order of rows is drawn from seed"),

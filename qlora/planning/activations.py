@@ -150,10 +150,13 @@ class Activations:
     def _scores(self) -> float:
         """Bytes of the gradients of attention's scores where it keeps a matrix of them, for the sake of its sinks.
 
-        Two matrices are there at once, before and after a step back through the softmax.
+        Two matrices are there at once, before and after a step back through the softmax. Without compiled layers the
+        forward pass needs more: the scores, the same with the mask, and both with the sink's column.
         """
         setup = self.setup
-        return 2 * self.shape.heads * setup.length * setup.tokens * setup.width if self.shape.family.sinks else 0
+        matrices = 2 if setup.step is PlanStep.fast else 3
+        elements = self.shape.heads * setup.length * setup.tokens
+        return matrices * elements * setup.width if self.shape.family.sinks else 0
 
     def copies(self, names: frozenset[str]) -> float:
         """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""

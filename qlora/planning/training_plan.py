@@ -80,8 +80,8 @@ class Plan:
         if self.tokens is None:
             return plan_speed(self.training.shape, self.setup, self.gpu)
         units, padded, targets = self.tokens.units, self.tokens.padded, self.tokens.targets
-        share = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
-        setup = replace(self.setup, length=max(round(padded), 1), target_share=share)
+        fraction = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
+        setup = replace(self.setup, length=max(round(padded), 1), target_share=fraction)
         speed = plan_speed(self.training.shape, setup, self.gpu)
         without_padding = self.setup.rows * self.tokens.tokens / units
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)

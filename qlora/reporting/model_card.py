@@ -43,6 +43,7 @@ def write_model_card(
     example_prompt: str | None = None,
     unquantized: str | None = None,
     experts: str = "",
+    mixture: str = "",
     license: str | None = None,
 ) -> Path:
     """Writes `README.md` into `folder` and returns its path.
@@ -50,7 +51,8 @@ def write_model_card(
     `result` holds `metrics` (`eval_loss`, `base_eval_loss` ...) and `paths`; `command` is what started the run;
     `compute_dtype` the dtype that `auto` became, e.g. `bfloat16`; `example_prompt` a prompt as the model saw it;
     `unquantized` says which share of the decoder's weights has more bits than the rest, `experts` what is trained on
-    routed experts; `license` is the base's, where the config names none.
+    routed experts; `mixture` says the size of a base that is a mixture of experts; `license` is the base's, where the
+    config names none.
     """
     parts = [
         f"# {markdown_text(config.name or folder.resolve().name)}",
@@ -63,7 +65,7 @@ def write_model_card(
         else _use(config, folder, result.get("paths", {}), base_model, compute_dtype, example_prompt),
         "## Training",
         markdown_table(
-            ("setting", "value"), _settings(config, compute_dtype, unquantized, experts) + kept_lines(result)
+            ("setting", "value"), _settings(config, compute_dtype, unquantized, experts, mixture) + kept_lines(result)
         ),
         "## Reproduce",
         markdown_block(command, "bash"),
@@ -211,11 +213,13 @@ def _base_lines(base: str) -> list[str]:
 
 
 def _settings(
-    config: Config, compute_dtype: str | None, unquantized: str | None, experts: str
+    config: Config, compute_dtype: str | None, unquantized: str | None, experts: str, mixture: str
 ) -> list[tuple[str, str]]:
     trainer, lora = config.trainer, config.lora
     precision = _base_precision(config, unquantized)
     rows = [("base weights", f"{precision}, computing in {_dtype(config, compute_dtype)}")]
+    if mixture:
+        rows.insert(0, ("base", mixture))
     if lora.enabled:
         where = ", ".join(lora.target_modules)
         rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))

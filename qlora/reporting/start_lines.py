@@ -22,7 +22,7 @@ def model_lines(config: Config, count: ParameterCount, beside_text: int, unquant
     base = find_method(config.quantization).describe(config.quantization)
     dtypes = sorted(count.by_dtype.items(), key=lambda item: -item[1])
     return {
-        "model": f"{config.model.name}: {count.base / 1e6:,.1f} M parameters"
+        "model": f"{config.model.name}: {count.describe_base()}"
         + (f", {beside_text / 1e6:,.1f} M of them not for text" if beside_text else ""),
         "base": f"{base}; {unquantized}" if unquantized else base,
         "weights": ", ".join(f"{parameters / 1e6:,.1f} M in {dtype}" for dtype, parameters in dtypes),

@@ -124,6 +124,8 @@ class Training:
         """The parts of the base that are not quantized, for the model card."""
         self.experts = ""
         """What is trained on routed experts, for the same."""
+        self.mixture = ""
+        """The size of a base that is a mixture of experts, for the same."""
 
     def lead(self) -> TaskResult:
         """Does all of it, in the main process."""
@@ -394,6 +396,7 @@ class Training:
         session, report = self.session, self.session.data.report
         summary = session.describe(model)
         self.unquantized, self.experts = summary.unquantized, summary.count.describe_experts()
+        self.mixture = summary.count.describe_base() if summary.count.routing else ""
         if not self.config.task.train:
             return summary.lines | evaluation_lines(self.config, report)
         too_long = limit_warning(report.max_length, self.config.model.name, session.context)
@@ -455,6 +458,7 @@ class Training:
                     compute_dtype=str(session.placement.compute_dtype).removeprefix("torch."),
                     unquantized=self.unquantized,
                     experts=self.experts,
+                    mixture=self.mixture,
                     license=read_license(self.config.model),
                     example_prompt=self._measurer.rows[0]["prompt"] if self._measurer is not None else None,
                 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import adapters
+from qlora.adapters import count_parameters
 from qlora.adapters.adapted import split_adapter
 from qlora.adapters.experts import expert_wrappers
 from qlora.adapters.per_expert import unit_names
@@ -24,6 +25,7 @@ from qlora.errors import UserError
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import read_decoder
 from qlora.models.tokenizer import load_tokenizer
+from qlora.planning.model_shape import read_shape
 from qlora.upstream.peft import base_of, names_kept
 from tests.adapters.test_merge_experts import merge
 from tests.models.bases import choose, load, write
@@ -385,3 +387,16 @@ def test_the_loss_is_the_same_where_the_base_reports_router_logits(folders: dict
         attach(path, *PLAIN).train()(input_ids=IDS, labels=IDS).loss for path in (folders["mixtral"], folder)
     )
     assert torch.equal(quiet, loud)
+
+
+def test_the_size_of_a_mixture_says_what_computes_a_token(folders: dict[str, Path]) -> None:
+    for kind in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
+        model = attach(folders[kind], *PLAIN)
+        count = count_parameters(model)
+        shape = read_shape(json.loads((folders[kind] / "config.json").read_text()), "test")
+        assert shape.experts is not None
+        assert count.routing == f"{shape.experts.per_token} of {shape.experts.count} experts"
+        assert (count.base, count.base - count.idle) == (shape.parameters, shape.active_parameters)
+        assert count.describe_base().endswith(
+            f"M parameters, {shape.active_parameters / 1e6:,.1f} M of them active ({count.routing} a token)"
+        )

@@ -62,6 +62,39 @@ def test_a_layer_of_every_architecture_trains() -> None:
         assert [finding for finding in findings if finding.status is not Status.ok] == [], option
 
 
+MIXTURES: dict[str, list[str]] = {
+    "qwen3_moe": ["num_experts=128", "decoder_sparse_step=2", "mlp_only_layers=[0]"],
+    "qwen2_moe": ["num_experts=60", "shared_expert_intermediate_size=5632"],
+    "mixtral": ["num_local_experts=8"],
+    "gpt_oss": [],
+    "granitemoe": [],
+    "olmoe": [],
+    "deepseek_v2": ["q_lora_rank=0", "first_k_dense_replace=1", "n_routed_experts=64", "num_experts_per_tok=6"],
+    "deepseek_v3": ["n_routed_experts=256", "first_k_dense_replace=3", "n_group=8", "topk_group=4"],
+}
+
+
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_of_a_mixture_a_small_layer_with_experts_trains(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    build = loading.build_random_base
+
+    def note(*args: Any) -> Any:
+        base = build(*args)
+        built.append(sum(parameter.numel() for parameter in base.parameters()))
+        return base
+
+    monkeypatch.setattr(loading, "build_random_base", note)
+    sizes = ["hidden_size=2048", "intermediate_size=6144", "num_hidden_layers=48", "num_attention_heads=32"]
+    sizes += ["num_key_value_heads=32"]
+    overrides = [f"model.architecture.{word}" for word in (f"model_type={kind}", *sizes, *MIXTURES[kind])]
+    finding = named(lines(check_step, "device=cpu", "model.weights=random", *overrides), "training step")
+    assert finding.status is Status.ok
+    assert finding.says.startswith(f"a 4-bit layer with experts of {kind} trains")
+    assert built[0] < 3_000_000
+
+
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "overrides",

@@ -52,6 +52,13 @@ def test_what_is_not_on_the_hub_is_not_claimed_to_be_there(tmp_path: Path) -> No
     assert card.data.get("datasets") is None
 
 
+def test_a_mixture_s_card_says_its_size_and_what_computes_a_token(tmp_path: Path) -> None:
+    size = "30,532.1 M parameters, 3,353.0 M of them active (8 of 128 experts a token)"
+    text, _ = write(tmp_path, ["model=qwen3-30b-a3b"], mixture=size)
+    assert f"| base | {size} |" in text
+    assert "| base | " not in write(tmp_path, [])[0]
+
+
 def test_numbers_stand_before_and_after(tmp_path: Path) -> None:
     text, _ = write(tmp_path, [])
     assert "| loss | 3.200 | 0.400 |" in text

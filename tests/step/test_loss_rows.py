@@ -92,8 +92,8 @@ def test_each_kept_state_stands_before_its_label(seed: int) -> None:
     row, kept = before_labels(hidden, labels, count)
     assert row.shape == (1, 256 * (count // 256 + 1), 1)
     assert kept.shape == row.shape[:2]
-    places = (labels[:, 1:] != -100).nonzero()
-    expected = [(float(line * 700 + token), int(labels[line, token + 1])) for line, token in places.tolist()]
+    indices = (labels[:, 1:] != -100).nonzero()
+    expected = [(float(line * 700 + token), int(labels[line, token + 1])) for line, token in indices.tolist()]
     pairs = zip(row[0, :-1, 0].tolist(), kept[0, 1:].tolist(), strict=True)
     assert [pair for pair in pairs if pair[1] != -100] == expected
 

@@ -221,7 +221,7 @@ def test_a_budget_is_kept_by_the_formula_first_and_then_by_what_was_measured(
 
 
 def paged_optimizer(sizes: list[int]) -> torch.optim.Optimizer:
-    """Returns an optimizer with the paged states of so many bytes, and some that lie on the GPU."""
+    """Returns an optimizer with paged states of these bytes, and some that lie on the GPU."""
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in [*sizes, 0]]
     optimizer = torch.optim.SGD(weights)
     for weight, size in zip(weights, sizes, strict=False):
