@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from qlora.adapters.experts import expert_wrappers
 from qlora.quantization.method import method_of
+from qlora.text import format_percent
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class ParameterCount:
         return f"r={' and '.join(map(str, self.expert_ranks))} on experts ({self.on_experts:,} parameters)"
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
+        fraction = format_percent(self.trainable / self.total, 2)
+        return f"{self.trainable:,} of {self.total:,} parameters train ({fraction})"
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:

@@ -23,7 +23,7 @@ from qlora.reporting.rendering import (
     line as curve_line,
 )
 from qlora.reporting.runs_page_parts import COSTS, RunsReport, RunView, TableLine
-from qlora.text import format_duration
+from qlora.text import format_bytes, format_duration
 
 HUES = 8
 MAX_VISIBLE = 30
@@ -302,5 +302,5 @@ def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:
         tiles.append(("time of all runs", format_duration(sum(seconds)), f"{mean} each"))
     memory = [run.costs["peak_memory_gb"] for run in report.finished if "peak_memory_gb" in run.costs]
     if memory:
-        tiles.append(("most memory", f"{max(memory):.3g} GB", ""))
+        tiles.append(("most memory", format_bytes(1e9 * max(memory)), ""))
     return tiles

@@ -17,7 +17,7 @@ from qlora.data.pipeline import Data
 from qlora.models.context import describe_limit, fit_rows, limit_warning
 from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
-from qlora.text import plural
+from qlora.text import format_percent, plural
 from qlora.upstream.transformers import decode
 
 
@@ -107,7 +107,7 @@ def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Co
 def _packing(config: DataConfig, data: Data) -> str:
     """Says how full the packs are, or how full they would be."""
     if data.packed is not None:
-        return f"{data.report.packs:,} packs, {data.report.packed_share:.1%} full"
+        return f"{data.report.packs:,} packs, {format_percent(data.report.packed_share or 0)} full"
     budget = config.pack_length or config.longest_row
     assert data.train is not None
     lengths = column(data.train, "length")
@@ -115,7 +115,7 @@ def _packing(config: DataConfig, data: Data) -> str:
         budget = int(lengths.max())
     packs = pack(lengths, budget)
     fill = efficiency(packs, lengths, budget)
-    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {fill:.1%}"
+    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {format_percent(fill)}"
 
 
 def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
@@ -154,7 +154,9 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _part(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole and 0 < part < whole else f"{'all' if part and part == whole else 'none'}"
+    if 0 < part < whole:
+        return format_percent(part / whole)
+    return "all" if part and part == whole else "none"
 
 
 def preview_metrics(data: Data) -> dict[str, float]:

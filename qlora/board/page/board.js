@@ -17,10 +17,14 @@
 
   const isNumber = (value) => typeof value === "number";
   const isShare = (name) => /(exact_match|accuracy|acc|acc_norm|_match)$/.test(name);
+  const share = (value) => {
+    if (value > 0 && value < 0.0005) return "<0.1 %";
+    return value < 1 && value >= 0.9995 ? ">99.9 %" : `${(100 * value).toFixed(1)} %`;
+  };
   const format = (name, value) => {
     if (value === null || value === undefined) return "–";
     if (!isNumber(value)) return String(value);
-    if (isShare(name)) return `${(100 * value).toFixed(1)} %`;
+    if (isShare(name)) return share(value);
     return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(4);
   };
   const duration = (seconds) => {
