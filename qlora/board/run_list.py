@@ -93,8 +93,8 @@ def _row(folder: Path) -> dict[str, Any]:
     if status and status.get("result") not in RESULTS:
         return {}
     task = str(status.get("result") or "result.json").removesuffix(".json").replace("result", "train")
-    stored = manifest.get("config") if task == "train" else _intact(read_config, folder / "config.yaml")
-    config = dict(flatten(stored or {}))
+    saved = manifest.get("config") if task == "train" else _intact(read_config, folder / "config.yaml")
+    config = dict(flatten(saved or {}))
     return {
         "name": folder.name,
         "task": task,

@@ -8,7 +8,7 @@ from qlora.config.schema import Config
 from qlora.config.training_length import TrainingLength
 from qlora.quantization.method import find_method
 from qlora.runtime import distributed
-from qlora.text import format_count, format_percent
+from qlora.text import format_count, format_percent, plural
 
 if TYPE_CHECKING:  # which import torch
     from qlora.adapters import ParameterCount
@@ -63,7 +63,7 @@ def training_lines(
         f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
         "limit": limit,
         **({"template": report.template} if report.template else {}),
-        **({"packing": f"{report.packs:,} packs, {full} full"} if report.packs else {}),
+        **({"packing": f"{plural(report.packs, 'pack')}, {full} full"} if report.packs else {}),
         "training": f"{adapter}: {count}",
         **({"left out": left_out} if left_out else {}),
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "

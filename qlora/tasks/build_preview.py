@@ -107,7 +107,7 @@ def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Co
 def _packing(config: DataConfig, data: Data) -> str:
     """Says how full the packs are, or how full they would be."""
     if data.packed is not None:
-        return f"{data.report.packs:,} packs, {format_percent(data.report.packed_share or 0)} full"
+        return f"{plural(data.report.packs, 'pack')}, {format_percent(data.report.packed_share or 0)} full"
     budget = config.pack_length or config.longest_row
     assert data.train is not None
     lengths = column(data.train, "length")
@@ -115,7 +115,8 @@ def _packing(config: DataConfig, data: Data) -> str:
         budget = int(lengths.max())
     packs = pack(lengths, budget)
     fill = efficiency(packs, lengths, budget)
-    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {format_percent(fill)}"
+    filled = f"{plural(len(packs), 'pack')} of {budget:,} tokens to {format_percent(fill)}"
+    return f"off; data.packing=true would fill {filled}"
 
 
 def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
