@@ -209,9 +209,7 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("guanaco", "openassistant", "oasst", "openassistant-guanaco"), "data=oasst1"),
         **dict.fromkeys(("own", "custom", "file", "json", "jsonl", "csv", "mine"), "data=local data.path=FILE"),
         **dict.fromkeys(("hh", "anthropic"), "data=hh-rlhf"),
-        **dict.fromkeys(
-            ("sharegpt", "share-gpt", "conversations"), "data=local data.path=FILE data.format=conversations"
-        ),
+        **dict.fromkeys(("sharegpt", "conversations"), "data=local data.path=FILE data.format=conversations"),
         **dict.fromkeys(("chatml", "openai", "messages", "chat"), "data=local data.path=FILE data.format=messages"),
     },
     "evaluation": {

@@ -6,7 +6,6 @@ import re
 from typing import get_origin
 
 from qlora.config.fields import field_type
-from qlora.config.foreign_names import known_value
 from qlora.config.override_spelling import is_whole
 
 NUMBER = r"([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
@@ -21,8 +20,6 @@ WORDS = re.compile(r"[\w.:-]+(?: +[\w.:-]+)*")
 def meant_value(key: str, value: str) -> str | None:
     """Returns the override that `key=value` was probably meant to be; None: that is not known."""
     hint = field_type(key)
-    if known := known_value(key, value):
-        return known
     if get_origin(hint) is list or hint is list:
         return f"{key}=[{','.join(value.split())}]" if WORDS.fullmatch(value) else None
     kinds = {int, float} & {hint, *getattr(hint, "__args__", ())}

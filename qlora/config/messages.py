@@ -22,6 +22,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from qlora.config.fields import SHAPES, config_keys, field_type, in_words, is_enum, known_keys
+from qlora.config.foreign_names import known_value
 from qlora.config.meant_values import meant_value
 from qlora.config.options import CONF_DIR, option_names
 from qlora.config.search_path import KEY as SEARCH_PATH
@@ -220,7 +221,8 @@ def _wrong_type(key: str, text: str, where: str) -> ConfigError:
         key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
-    if meant := meant_value(key, value.strip("'")):
+    typed = value.strip("'")
+    if meant := known_value(key, typed) or (None if where else meant_value(key, typed)):
         near = f"; write {meant}"
     if not where and get_origin(field_type(key)) not in SHAPES and (items := LIST.fullmatch(value)):
         texts = items[1].replace("'", "").replace(" ", "")

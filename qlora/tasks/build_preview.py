@@ -37,7 +37,7 @@ def build_preview(
     lines = [
         ("format", f"{report.format} ({report.recognised})"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
-        ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
+        ("tokenizer", f"{tokenizer.name_or_path} (a vocabulary of {len(tokenizer):,})"),
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
         ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),

@@ -277,8 +277,6 @@ REFUSED = {
     "objective=loss": "did you mean eval_loss",
     "trainer.keep_metric=loss": "did you mean eval_loss?",
     "plan plan.device=4090": "did you mean rtx-4090?",
-    "data.template=chatlm": "did you mean chatml?",
-    "data.format=alpaca-chat": "did you mean alpaca?",
     "batch_size=8": "write trainer.per_device_train_batch_size=8",
     "epochs=3": "write trainer.num_train_epochs=3",
     "lr=1e-4": "write trainer.learning_rate=1e-4",

@@ -254,7 +254,7 @@ def check_format(key: str, name: str) -> None:
     if name not in names and not FUNCTION_PATH.fullmatch(name):
         raise ConfigError(
             f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
-            f"the {len(names)} of them stand in docs/data.md, and your own is module:function"
+            f"choose one of {', '.join(names)}, or module:function of your own"
         )
 
 
@@ -265,7 +265,7 @@ def check_template(key: str, name: str) -> None:
     if name not in names and "/" not in name and not name.endswith((".jinja", ".j2")):
         raise ConfigError(
             f"{key}={name!r} is unknown{did_you_mean(name, names)}; "
-            f"the {len(names)} of them stand in docs/data.md, and a file may hold your own (my.jinja)"
+            f"choose one of {', '.join(names)}, or a file with a Jinja chat template (my.jinja)"
         )
 
 
