@@ -19,6 +19,8 @@ WORDS = re.compile(r"[\w.:-]+(?: +[\w.:-]+)*")
 
 def meant_value(key: str, value: str) -> str | None:
     """Returns the override that `key=value` was probably meant to be; None: that is not known."""
+    if value == "null":
+        return None
     hint = field_type(key)
     if get_origin(hint) is list or hint is list:
         return f"{key}=[{','.join(value.split())}]" if WORDS.fullmatch(value) else None

@@ -200,8 +200,9 @@ def test_a_warning_stands_once_on_the_screen_and_on_the_page(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"input": "q", "output": "red"}) + "\n" for _ in range(10)))
-    result = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=2").execute()
+    run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=2")
+    run.execute()
     said = "2 of 2 held-out rows are also trained on"
     assert said in caplog.text
     assert said not in " ".join(capsys.readouterr().out.split())
-    assert said in Path(result["page"]).read_text()
+    assert said in (tmp_path / "run" / "preview.html").read_text()
