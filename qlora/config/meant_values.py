@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import get_origin
 
@@ -30,7 +31,9 @@ def meant_value(key: str, value: str) -> str | None:
     if (limits := RANGE.fullmatch(value)) and re.fullmatch(NUMBER, limits[2]):
         return f"-m {key}={limits[1]},{limits[2]}"
     number = _number(key, value)
-    return None if number is None or (is_whole(hint) and number != int(number)) else f"{key}={_spell(number)}"
+    if number is None or not math.isfinite(number) or (is_whole(hint) and number != int(number)):
+        return None
+    return f"{key}={_spell(number)}"
 
 
 def _number(key: str, value: str) -> float | None:

@@ -76,7 +76,9 @@ def unknown_option(group: str, choice: str, options: Sequence[str], where: str =
     page = f"the {len(options)} of `qlora --help {group}`{OTHER_CHOICES.get(group, '')}"
     fewer = (near, near[:2], near[:1])
     sentences = (f"{says}{mean(names)}; choose one of {choices}" for names in fewer for choices in (listed, page))
-    return ConfigError(next((text for text in sentences if len(text) < LONGEST), f"{says}; choose one of {page}"))
+    return ConfigError(
+        next((text for text in sentences if len(text) < LONGEST), f"{says}{mean(near[:1])}; choose one of {page}")
+    )
 
 
 def _meant_elsewhere(group: str, choice: str) -> str | None:
