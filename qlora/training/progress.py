@@ -127,7 +127,7 @@ class ProgressCallback(ClockedCallback):
             "tokens_per_second": (1, lambda speed: f"{format_speed(speed)} tokens/s"),
             "train_mfu": (2, lambda value: f"MFU {format_percent(value, 0)}"),
             "train_data_wait": (3, lambda value: f"wait {format_percent(value, 0)}"),
-            "peak_memory_gb": (5, lambda size: format_bytes(1e9 * size)),
+            "peak_memory_gb": (5, lambda size: f"{size:.1f} GB" if size >= 0.05 else format_bytes(1e9 * size)),
         }
         notes = [(rank, describe(value)) for name, (rank, describe) in formats.items()
                  if (value := latest.get(name)) is not None]  # fmt: skip
