@@ -150,6 +150,8 @@ def _without_slip(text: str) -> str | None:
     key, _, value = text.partition("=")
     if ":" in key:
         return f"{key.replace(':', '.')}={value.strip(QUOTES)}"
+    if items := re.fullmatch(r"\(([^\[\](){}=]+)\)|\[([^\[\](){}=]+)", value):
+        return f"{key}=[{(items[1] or items[2]).replace(' ', '')}]"
     if re.fullmatch(r"[^\s,;=]+(;[^\s,;=]+)+", value):
         return f"-m {key}={value.replace(';', ',')}"
     if value.startswith("=") and (bare := value.lstrip("= ")):

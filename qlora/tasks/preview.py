@@ -37,8 +37,8 @@ def run(job: TaskJob) -> TaskResult:
     plot_lengths(preview, picture)
     width = min(terminal_width(), WIDEST)
     logged = data_warnings(data.report, job.config.data)  # which stand on the screen already
-    shown = replace(preview, warnings=[text for text in preview.warnings if text not in logged])
-    console.say_colored(to_text(shown, ids=job.config.task.ids, color=console.screen().is_terminal, width=width))
+    unsaid = replace(preview, warnings=[text for text in preview.warnings if text not in logged])
+    console.say_colored(to_text(unsaid, ids=job.config.task.ids, color=console.screen().is_terminal, width=width))
     result = TaskResult("preview", preview_metrics(data), {"page": str(page), "lengths": str(picture)})
     write_json(job.folder.result("preview"), result.to_dict())
     console.say()
