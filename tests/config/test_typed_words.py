@@ -368,7 +368,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.matrix(60)
+@pytest.mark.matrix(36)
 @pytest.mark.parametrize("command", REFUSED)
 def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     command: str, nothing_starts: list[start.Command]
