@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,13 +81,26 @@ def suggest(word: str, choices: Iterable[str]) -> list[str]:
     from rapidfuzz.distance import OSA  # a typo pays for the import, not each start
 
     choices = list(dict.fromkeys(choices))
+    if same := [choice for choice in choices if _letters(choice) == _letters(word)]:
+        return same[:3]
     distances = [OSA.distance(word.lower(), choice.lower()) for choice in choices]  # a swap of neighbours counts 1
     near = min(distances, default=len(word))
-    if near > 1 and len(word) > 2 and (longer := [choice for choice in choices if choice.startswith(word)]):
+    if near > 1 and len(word) > 2 and (longer := [choice for choice in choices if _begins(choice, word)]):
         return longer[:3]
     if near <= max(1, len(word) // 3):
         return [choice for distance, choice in zip(distances, choices, strict=True) if distance == near][:3]
-    return difflib.get_close_matches(word, choices, n=3, cutoff=0.7)
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.7)
+    return close or [choice for choice in choices if len(word) > 2 and word.lower() in choice.lower()][:3]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _begins(choice: str, word: str) -> bool:
+    """Returns whether a choice begins with a word, whatever its signs: `llama-3.1` with `llama3`, `llama-33b` not."""
+    pattern = r"[-_. ]?".join(_letters(word)) + (r"(?![0-9])" if word[-1:].isdigit() else "")
+    return bool(_letters(word)) and re.match(pattern, choice.lower()) is not None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
@@ -23,7 +23,7 @@ def format_metric(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if is_share(name) and 0 <= value <= 1:
-        return f"{100 * value:.1f} %"
+        return f"{format_percent(value).removesuffix('%')} %"
     size = abs(value)
     if not math.isfinite(value) or (0 < size < 0.001):
         return f"{value:.3g}"
@@ -47,13 +47,46 @@ def is_detail(name: str) -> bool:
     return bool(DETAIL.search(name))
 
 
+def format_number(value: float, digits: int) -> str:
+    """Returns a number with `digits` decimals; one that they would round to nothing as `<0.1`."""
+    text = f"{value:,.{digits}f}"
+    return f"<{10**-digits:.{digits}f}" if value > 0 and not text.strip("0.") else text
+
+
+def format_percent(fraction: float, digits: int = 1) -> str:
+    """Returns a share as `8.4%`: never 0% of something, or 100% of what is not all."""
+    text = format_number(100 * fraction, digits)
+    if fraction < 1 and float(text.lstrip("<").replace(",", "")) == 100:
+        text = f">{100 - 10**-digits:.{digits}f}"
+    return f"{text}%"
+
+
+def format_speed(per_second: float) -> str:
+    """Returns a number of tokens or rows a second: `1,210`, below ten with a decimal."""
+    return format_number(per_second, 0 if per_second >= 9.95 else 1)
+
+
+def format_count(parameters: int, million: str = " million") -> str:
+    """Returns how many parameters there are: `8.03 billion`, `0.7 million`, and few of them to the last one.
+
+    With another word for `million`, such as ` M`, billions are counted in millions too.
+    """
+    if parameters < 1e5:
+        return f"{parameters:,}"
+    if parameters >= 1e9 and million == " million":
+        return f"{parameters / 1e9:,.2f} billion"
+    return f"{parameters / 1e6:,.1f}{million}"
+
+
 def format_range(name: str, low: float, high: float, *, signed: bool = False) -> str:
     """Returns `50.3 to 61.5 %`, or `1.203 to 1.310` for other metrics; `signed` writes the plus of a gain."""
     scale, unit, digits = (100, " %", 1) if is_share(name) else (1, "", 3)
     sign = "+" if signed else ""
     if signed and unit:
         unit = " points"
-    return f"{scale * low:{sign}.{digits}f} to {scale * high:{sign}.{digits}f}{unit}"
+    limits = (f"{limit:{sign}.{digits}f}" if abs(limit) >= 0.5 * 10**-digits or not limit else f"{limit:{sign}.1g}"
+              for limit in (scale * low, scale * high))  # fmt: skip
+    return f"{' to '.join(limits)}{unit}"
 
 
 def parse_size(text: str) -> int | None:
@@ -75,9 +108,12 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def format_bytes(size: int) -> str:
-    """Returns a size as `1.2 MB` or `1.2 GB`, in units of 1000."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+def format_bytes(size: float) -> str:
+    """Returns a size as `1.2 GB`, `1.2 MB`, `1.2 KB` or `12 bytes`, in units of 1000."""
+    for unit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if size >= 0.9995 * unit:
+            return f"{size / unit:,.1f} {prefix}B"
+    return plural(size, "byte")
 
 
 def plural(count: float | None, noun: str) -> str:
@@ -181,6 +217,36 @@ def shorten(text: str, width: int) -> str:
         return line
     tail = (width - 3) // 3
     return f"{line[: width - 3 - tail].rstrip()} … {line[-tail:].lstrip()}"
+
+
+def shorten_cells(texts: Sequence[str], width: int) -> list[str]:
+    """Returns texts of a table's column in at most `width` characters each, so that they can be recognised.
+
+    Of a path its end is kept, of other texts their start; where these would be alike, both ends, or the end.
+    """
+    lines = [" ".join(text.split()) for text in texts]
+    ways = (_keep_name, _keep_both_ends, _keep_end)
+    columns = [[line if len(line) <= width else keep(line, width) for line in lines] for keep in ways]
+    return max(columns, key=lambda column: len(set(column)))
+
+
+def _keep_name(line: str, width: int) -> str:
+    """Returns the last parts of a path, or the start of its last part and of what is no path."""
+    parts = line.split("/")
+    for first in range(1, len(parts)):
+        if len(end := "/".join(["…", *parts[first:]])) <= width:
+            return end
+    last = parts[-1] or line
+    return last if len(last) <= width else f"{last[: width - 1].rstrip()}…"
+
+
+def _keep_both_ends(line: str, width: int) -> str:
+    start = width // 2
+    return f"{line[:start].rstrip()}…{line[start + 1 - width :].lstrip()}"
+
+
+def _keep_end(line: str, width: int) -> str:
+    return f"…{line[1 - width :].lstrip()}"
 
 
 def prompt_core(prompt: str) -> str:

@@ -50,7 +50,7 @@ def test_what_is_not_quantized_and_not_adapted_stands_on_the_screen_in_the_manif
     fraction = "33.8 % of the decoder's weights are in bfloat16 (experts, router)"
     screen = capsys.readouterr().out
     assert f"nf4 + double quantization; {fraction}\n" in screen
-    assert "0.2 M in bfloat16, 0.0 M in nf4" in screen
+    assert "0.2 M in bfloat16, 24,576 in nf4" in screen
     assert "experts (33.1 % of the decoder's weights), router (0.7 %); the router is frozen" in " ".join(screen.split())
     model = json.loads((tmp_path / "run" / "manifest.json").read_text())["model"]
     assert model["base"] == f"nf4 + double quantization; {fraction}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 import tempfile
@@ -55,7 +56,8 @@ def picture(overrides: list[str]) -> str:
     recorder = Recorder(
         record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, highlight=False, markup=False
     )
-    with mock.patch.object(console, "screen", return_value=recorder):
+    size = {"COLUMNS": str(WIDTH)}  # at which lines are wrapped
+    with mock.patch.object(console, "screen", return_value=recorder), mock.patch.dict(os.environ, size):
         cli.run(overrides)
     svg = recorder.export_svg(title=" ".join(["$ qlora", *overrides]), theme=MONOKAI)
     return FONTS.sub("", svg)

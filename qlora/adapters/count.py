@@ -14,6 +14,7 @@ from qlora.adapters.experts import expert_wrappers
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.experts_per_token import experts_per_token
 from qlora.quantization.method import method_of
+from qlora.text import format_count, format_percent
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ParameterCount:
 
     def describe_base(self) -> str:
         """Returns how many parameters the base has, and of a mixture how many of them compute a token."""
-        active = f", {(self.base - self.idle) / 1e6:,.1f} M of them active ({self.routing} a token)"
-        return f"{self.base / 1e6:,.1f} M parameters{active if self.routing else ''}"
+        active = f", {format_count(self.base - self.idle, ' M')} of them active ({self.routing} a token)"
+        return f"{format_count(self.base, ' M')} parameters{active if self.routing else ''}"
 
     def describe_experts(self) -> str:
         """Returns what a line on the adapter says of its part on routed experts; "": it has none."""
@@ -46,7 +47,8 @@ class ParameterCount:
         return f"r={' and '.join(map(str, self.expert_ranks))} on experts ({self.on_experts:,} parameters)"
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%})"
+        fraction = format_percent(self.trainable / self.total, 2)
+        return f"{self.trainable:,} of {self.total:,} parameters train ({fraction})"
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora.board.served_folder import ServedFolder
-from qlora.config.saved_config import flatten
+from qlora.config.saved_config import flatten, read_config
 from qlora.errors import DamagedFile, describe_fault
 from qlora.reporting.rendering import plain_value
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, Status, json_number, read_manifest, read_status
 from qlora.sweep.jobs import Job, read_job
+from qlora.sweep.measured_runs import adapter_name
 
 FRESH_SECONDS = 1.0
 """The list is made again at most this often, however many pages ask for it."""
@@ -91,10 +92,13 @@ def _row(folder: Path) -> dict[str, Any]:
         job, status, manifest = Job(folder, status=Status.failed, reason=reason), {}, {}
     if status and status.get("result") not in RESULTS:
         return {}
-    config = dict(flatten(manifest.get("config") or {}))
+    task = str(status.get("result") or "result.json").removesuffix(".json").replace("result", "train")
+    saved = manifest.get("config") if task == "train" else _intact(read_config, folder / "config.yaml")
+    config = dict(flatten(saved or {}))
     return {
         "name": folder.name,
-        "task": str(status.get("result") or "result.json").removesuffix(".json").replace("result", "train"),
+        "task": task,
+        "of": adapter_name(config.get("adapter")) if task != "train" and config else None,
         "status": job.status.value,
         "reason": job.reason,
         "overrides": job.overrides,

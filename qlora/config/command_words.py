@@ -9,7 +9,7 @@ from shlex import quote
 from typing import NoReturn
 
 from qlora.config.fields import known_keys
-from qlora.config.foreign_names import FOREIGN_OPTIONS, FOREIGN_TASKS
+from qlora.config.foreign_names import FOREIGN_OPTIONS, FOREIGN_TASKS, known_value
 from qlora.config.options import group_names, option_names
 from qlora.config.overrides import write_override
 from qlora.config.paths import is_row_file
@@ -27,6 +27,10 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 }
 """What the words behind a task name, in turn: `qlora push RUN me/mine`. Others take none, `report` any number."""
 REPORT, REPORT_KEY = "report", "runs"
+BOARD, OUTPUTS = "board", "outputs"
+ANSWERS, QUESTIONS = ("evaluate", "predict"), "data.eval_path={}"
+"""Tasks that measure or answer rows, and what names other rows than those held out."""
+PROGRAMS = ("qlora", "python", "python3")
 ASSIGNED = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@\[\]-]*=")
 """How an override begins."""
 NUMBER = re.compile(r"[+-]?\d[\d_.]*(?:[eE][+-]?\d+)?")
@@ -65,10 +69,17 @@ def _subjects(task: str, bare: Sequence[str]) -> list[str]:
         word = brief_text(bare[len(keys)], 60)
         if keys:
             usage = " ".join(["qlora", task, *map(str.upper, keys)])
-            raise ConfigError(f"{task} does not take {word!r} as well: write `{usage}`, or see `qlora {task} --help`")
+            written = QUESTIONS.format(word) if task in ANSWERS and is_row_file(word) else _meant(word)[8:]
+            meant = f"for {word} write {written}" if written else f"see `qlora {task} --help`"
+            raise ConfigError(f"{task} does not take {word!r} as well: write `{usage}`, or {meant}")
+        if task == BOARD:
+            raise ConfigError(f"board shows the runs below {OUTPUTS}; start it where that folder is, as `qlora board`")
         _check_rows(word)
         remedy = _meant(word) or f"; see `qlora {task} --help`"
         raise ConfigError(f"{task} does not take {word!r} by itself, only KEY=VALUE{remedy}")
+    if keys[:1] == ("adapter",) and bare and is_row_file(bare[0]) and not Path(bare[0]).is_dir():
+        example = f"write qlora {task} RUN" + (f" {QUESTIONS.format(bare[0])}" if task in ANSWERS else "")
+        raise ConfigError(f"{task} takes a run first, and {brief_text(bare[0], 60)} is a file of rows; {example}")
     return [write_override(key, word) for key, word in zip(keys, bare, strict=False)]
 
 
@@ -109,6 +120,8 @@ def _no_task(word: str) -> ConfigError:
         return ConfigError(
             f"there is no task {word!r}; write {ours.replace('task=', 'qlora ')}, or see `qlora --help task`"
         )
+    if word in PROGRAMS:
+        return ConfigError(f"{word!r} stands before the options already; leave it out, e.g. qlora train")
     _check_rows(word)
     label, meant = brief_text(word, 60), _meant(word)
     near = [] if meant else suggest(word, [*option_names("task"), "help", "version"])
@@ -137,7 +150,8 @@ def _check_torn(args: Sequence[str]) -> None:
         is_torn = "=" in text or "".join(behind[:1]).startswith("=")
         if (key := text.partition(":")[0]) in known_keys() - tasks and not (is_subject or is_torn):
             value = text.partition(":")[2] or next((word for word in behind[:1] if "=" not in word), "VALUE")
-            raise ConfigError(f"{text!r} is not an option; options are written KEY=VALUE: write {key}={quote(value)}")
+            written = known_value(key, value) or f"{key}={quote(value)}"
+            raise ConfigError(f"{text!r} is not an option; options are written KEY=VALUE: write {written}")
 
 
 def _continued(text: str, behind: Sequence[str]) -> Iterator[str]:

@@ -156,6 +156,8 @@ FOREIGN_NAMES = {
     **dict.fromkeys(("hub_model_id", "repo_id"), "repo"),
     "fsdp": "trainer.parallel=fsdp",
     "push_to_hub": "task=push",
+    **dict.fromkeys(("eval", "eval_task", "benchmark"), "evaluation"),
+    **dict.fromkeys(("metric", "metrics"), "evaluation.metrics"),
     "cfg": "experiment",
     "config": "experiment",
     "random_seed": "seed",
@@ -170,7 +172,8 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("inference", "infer", "generate", "answer"), "task=predict or task=chat"),
         **dict.fromkeys(("talk", "interactive", "ask", "cli", "repl"), "task=chat"),
         **dict.fromkeys(("eval", "test", "validate", "benchmark", "measure", "evaluation"), "task=evaluate"),
-        **dict.fromkeys(("export", "merge_and_unload", "save", "convert", "fuse", "gguf"), "task=merge"),
+        **dict.fromkeys(("export", "merge_and_unload", "save", "convert", "fuse", "gguf", "quantize"), "task=merge"),
+        **dict.fromkeys(("ui", "gui", "web", "dashboard", "webui", "monitor", "tensorboard"), "task=board"),
         **dict.fromkeys(("upload", "publish", "push_to_hub"), "task=push"),
         **dict.fromkeys(("estimate", "memory", "dry-run", "dryrun"), "task=plan"),
         **dict.fromkeys(("show", "inspect", "tokens", "view"), "task=preview"),
@@ -206,6 +209,8 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("guanaco", "openassistant", "oasst", "openassistant-guanaco"), "data=oasst1"),
         **dict.fromkeys(("own", "custom", "file", "json", "jsonl", "csv", "mine"), "data=local data.path=FILE"),
         **dict.fromkeys(("hh", "anthropic"), "data=hh-rlhf"),
+        **dict.fromkeys(("sharegpt", "conversations"), "data=local data.path=FILE data.format=conversations"),
+        **dict.fromkeys(("chatml", "openai", "messages", "chat"), "data=local data.path=FILE data.format=messages"),
     },
     "evaluation": {
         **dict.fromkeys(("perplexity", "ppl", "none", "off"), "evaluation=loss"),
@@ -220,8 +225,35 @@ FOREIGN_OPTIONS = {
 """Options of a group that other tools or people call otherwise, and what to write."""
 
 SERVE = "task=merge adapter=RUN, then vLLM or Ollama on the folder `merged` (docs/serve.md)"
-FOREIGN_TASKS = {**dict.fromkeys(("serve", "deploy", "api", "server", "host", "vllm", "ollama"), SERVE)}
+RESUME = "the command of a run resumes it, with its name=NAME or hydra.run.dir=FOLDER"
+SWEEP = "-m varies keys: -m lora.r=8,16, or sweep=lora-rank"
+FOREIGN_TASKS = {
+    **dict.fromkeys(("resume", "continue", "restart"), RESUME),
+    **dict.fromkeys(("tune", "search", "hpo", "grid"), SWEEP),
+    **dict.fromkeys(("serve", "deploy", "api", "server", "host", "vllm", "ollama"), SERVE),
+}
 """Tasks that none here does, and what does instead."""
+
+RUN_FOLDER = "hydra.run.dir"
+"""What resumes the run of a folder."""
+
+FOREIGN_REMEDIES = {
+    **dict.fromkeys(
+        ("gpu", "gpus", "gpu_id", "gpu_ids", "cuda_visible_devices", "device_ids"),
+        "put CUDA_VISIBLE_DEVICES=0 before the command",
+    ),
+    **dict.fromkeys(
+        ("num_gpus", "n_gpus", "n_gpu", "nproc_per_node", "num_processes", "world_size", "devices"),
+        "start it with torchrun --nproc-per-node=2 -m qlora (docs/multi_gpu.md)",
+    ),
+    **dict.fromkeys(
+        ("deepspeed", "zero", "zero_stage", "ds_config"),
+        "several GPUs share a model by trainer.parallel=fsdp (docs/multi_gpu.md)",
+    ),
+    **dict.fromkeys(("verbose", "debug", "v", "vv"), "add hydra.verbose=true to see what libraries say"),
+    **dict.fromkeys(("dry_run", "dryrun", "print_config", "show_config"), "add --cfg job to see the config alone"),
+}
+"""Names of other tools that no key stands for, and what does it here."""
 
 FOREIGN_VALUES = {
     "data.format": {
@@ -251,6 +283,14 @@ FOREIGN_VALUES = {
         **dict.fromkeys(("mps", "metal", "none", "tpu"), "device=cpu"),
         **dict.fromkeys(("default", "best"), "device=auto"),
     },
+    **{
+        key: {
+            **dict.fromkeys(("bfloat16", "torch.bfloat16"), f"{key}=bf16"),
+            **dict.fromkeys(("float16", "torch.float16", "half"), f"{key}=fp16"),
+            **dict.fromkeys(("float32", "torch.float32", "float"), f"{key}=fp32"),
+        }
+        for key in ("quantization.compute_dtype", "merge.dtype")
+    },
     "resume": {
         **dict.fromkeys(("true", "yes", "on", "latest", "last", "checkpoint"), "resume=auto"),
         **dict.fromkeys(("false", "no", "off", "none"), "resume=never"),
@@ -273,4 +313,6 @@ FOREIGN_VALUES = {
 
 def known_value(key: str, value: str) -> str | None:
     """Returns what to write for a value that other tools call otherwise; None: it is not known here."""
+    if key == "resume" and "/" in value:
+        return f"{RUN_FOLDER}={value}"
     return FOREIGN_VALUES.get(key, {}).get(value.lower())

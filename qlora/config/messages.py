@@ -23,11 +23,15 @@ from yaml import MarkedYAMLError
 
 from qlora.config.fields import SHAPES, config_keys, field_type, in_words, is_enum, known_keys
 from qlora.config.foreign_names import known_value
+from qlora.config.meant_values import meant_value
 from qlora.config.options import CONF_DIR, option_names
 from qlora.config.search_path import KEY as SEARCH_PATH
 from qlora.config.suggestions import nearest_keys, unknown_key, unknown_option
 from qlora.errors import ConfigError, UserError, did_you_mean, mean, suggest
 
+SEVERAL = re.compile(r"[\s,;]+(?=[A-Za-z_][\w.]*=)")
+"""What people write between two overrides instead of blanks alone."""
+QUOTES = "'\""
 LIST = re.compile(r"'?\[([^\[{]+)\]'?")
 """A list as OmegaConf or Python spells it."""
 
@@ -141,7 +145,15 @@ def _broken_override(error: OverrideParseException) -> ConfigError:
 
 def _without_slip(text: str) -> str | None:
     """Returns an override that cannot be read as it was probably meant; None: that is not known."""
+    if len(parts := SEVERAL.split(text)) > 1:
+        return " ".join(parts)
     key, _, value = text.partition("=")
+    if ":" in key:
+        return f"{key.replace(':', '.')}={value.strip(QUOTES)}"
+    if items := re.fullmatch(r"\(([^\[\](){}=]+)\)|\[([^\[\](){}=]+)", value):
+        return f"{key}=[{(items[1] or items[2]).replace(' ', '')}]"
+    if re.fullmatch(r"[^\s,;=]+(;[^\s,;=]+)+", value):
+        return f"-m {key}={value.replace(';', ',')}"
     if value.startswith("=") and (bare := value.lstrip("= ")):
         return f"{key}={bare}"
     if re.fullmatch(r"[^\[{(,]+(,[^\[{(,]+)*,", value):
@@ -211,8 +223,9 @@ def _wrong_type(key: str, text: str, where: str) -> ConfigError:
         key = next((name for name in config_keys() if getattr(field_type(name), "__name__", "") == match[1]), "")
     value = _value_of(text)
     near = did_you_mean(value.strip("'"), field_type(key).__members__) if is_enum(field_type(key)) else ""
-    if known := known_value(key, value.strip("'")):
-        near = f"; write {known}"
+    typed = value.strip("'")
+    if meant := known_value(key, typed) or (None if where else meant_value(key, typed)):
+        near = f"; write {meant}"
     if not where and get_origin(field_type(key)) not in SHAPES and (items := LIST.fullmatch(value)):
         texts = items[1].replace("'", "").replace(" ", "")
         near = f"; one after the other: -m {key}={texts}"

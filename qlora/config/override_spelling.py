@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora.config.fields import KeyPath, _alternatives, split_key, type_at
 from qlora.config.options import MANY
+from qlora.config.paths import expand_home
 from qlora.upstream.hydra import OverrideLexer, override_tokens
 
 READ_EARLY = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, OverrideLexer.NULL)
@@ -28,6 +29,9 @@ CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE, OverrideLexer
 
 NUMERIC = ("int", "float", "bool", "range", "interval")
 """Functions of Hydra's grammar whose arguments are numbers, whatever the field is."""
+
+HOME = re.compile(r"~[\w./+@%:-]*")
+"""A path below a home folder, which Hydra's grammar does not read."""
 
 WHOLE = re.compile(r"[+-]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][+]?[0-9]+")
 """A number with an exponent, which may be whole."""
@@ -45,9 +49,11 @@ def keep_spelling(overrides: Sequence[str]) -> list[str]:
 
 
 def _keep_one(text: str) -> str:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or key.startswith("~"):
         return text
+    if HOME.fullmatch(value):  # Hydra's own folders are not expanded later
+        return f"{key}='{expand_home(value, key) if key.startswith('hydra.') else value}'"
     tokens = [token for token in override_tokens(text) if token.start > len(key)]
     name = key.lstrip("+").partition("@")[0]
     changed, end, holds_null = "", 0, False

@@ -160,6 +160,8 @@ def _refuse_several(override: Override) -> None:
     group = override.key_or_group
     if takes_one_option(group, CONF_DIR) and any(isinstance(value, list) for value in possible_values(override)):
         several = f"-m {group}=A,B runs one after the other" if group != "sweep" else "start one sweep after the other"
+        if group == "data":
+            several += ", data=mix data.mix.a.path=A data.mix.b.path=B mixes them"
         raise ConfigError(f"{override.input_line}: {group} takes one option, and this is a list; name one; {several}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, Sweep
@@ -83,12 +84,22 @@ def refuse_sweeps(overrides: Sequence[str]) -> None:
     for override in parse_overrides(overrides):
         if override.is_sweep_override():
             hint, key = field_type(override.key_or_group), override.get_key_element()
+            if (meant := _without_comma((override.input_line or "").partition("=")[2])) and hint in (int, float):
+                said = f"{override.input_line}: a number holds no comma"
+                raise ConfigError(f"{said}; write {key}={meant}, or -m for a sweep")
             is_number = hint in (int, float, bool) or is_enum(hint) or key in group_names()
             raise ConfigError(
                 f"{override.input_line} gives several values: add -m to run a sweep, "
                 + (f"or write {key}=VALUE for one run" if is_number
                    else f"write {key}=[A,B] for one list, or quote a text that holds a comma")
             )  # fmt: skip
+
+
+def _without_comma(text: str) -> str | None:
+    """Returns `1,000` or `0,5` as it is written here; None: it may well be a list."""
+    if re.fullmatch(r"\d(,\d{3})+|\d{2,3}(,\d{3})*,000", text):
+        return text.replace(",", "")
+    return text.replace(",", ".") if re.fullmatch(r"0,\d+", text) else None
 
 
 def refuse_single_job(overrides: Sequence[str], composed: DictConfig) -> None:

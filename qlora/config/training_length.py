@@ -45,7 +45,7 @@ class TrainingLength:
         return self.steps / self.epoch_steps
 
     def __str__(self) -> str:
-        epochs = f"{round(self.epochs, 2):,g} epoch{'' if self.steps == self.epoch_steps else 's'}"
+        epochs = f"{_amount(self.epochs)} epoch{'' if self.steps == self.epoch_steps else 's'}"
         once, all_steps = (f"{count:,} step{'' if count == 1 else 's'}" for count in (self.epoch_steps, self.steps))
         return f"{self.units:,} {self.unit}, {once} an epoch, {epochs} = {all_steps}"
 
@@ -105,6 +105,11 @@ def _steps(interval: int | str | None, epoch_steps: int) -> int | None:
     if not isinstance(interval, str):
         return interval
     return max(math.ceil(round(epoch_share(interval) * epoch_steps, 6)), 1)
+
+
+def _amount(epochs: float) -> str:
+    """Returns a number of epochs: `3`, `0.52`, `0.0004`."""
+    return f"{round(epochs, 2):,g}" if epochs >= 0.005 else f"{epochs:.1g}"
 
 
 def epoch_share(interval: str) -> float:

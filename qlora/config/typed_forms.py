@@ -28,6 +28,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/[\w.-]+)?/?"
 )
+NAMED = ("model", "data", "adapter", "experiment", "task", "name")
+SOURCES = (
+    *("model.name", "model.tokenizer", "data.path", "data.eval_path", "lora.start", "hydra.run.dir", "hydra.sweep.dir"),
+    *("from", "run", "repo", "evaluation.path"),
+)
+"""Keys of a file, a folder or a hub id."""
 CHOOSERS = ("experiment", "sweep")
 """Groups whose options may choose the model or the data."""
 
@@ -101,8 +107,12 @@ def _read_one(override: Override, keys: set[str], folders: Sequence[Path]) -> li
     key = override.key_or_group
     if override.type is not OverrideType.CHANGE or override.package is not None:
         return []
+    _refuse_nothing(override)
     if key == "data.path" and not keys & {"data", *CHOOSERS} and override.value() is not None:
         return [f"data={OWN_ROWS}", override.input_line or ""]
+    if key == "tracking" and isinstance(chosen := override.value(), list) and chosen:
+        first, *others = (plain_value(value) for value in chosen)
+        return [write_override(key, first), *([write_override("tracking.also", others)] if others else [])]
     if key not in ("model", "data"):
         return []
     typed = [plain_value(value) for value in possible_values(override)]
@@ -123,6 +133,14 @@ def _read_one(override: Override, keys: set[str], folders: Sequence[Path]) -> li
         return [f"data={OWN_ROWS}", _write("data.path", names)]
     default = [f"model={default_options()['model']}"] if keys & {*CHOOSERS} else []  # its shape, not a file's choice
     return [*default, _write("model.name", names)]
+
+
+def _refuse_nothing(override: Override) -> None:
+    """Raises `ConfigError` for `data.path=`, as a variable of the shell leaves it that is not set: an empty text would
+    be the folder here."""
+    key = override.key_or_group
+    if (key in NAMED or key in SOURCES) and (override.input_line or "").partition("=")[2].strip() in ("", "''", '""'):
+        raise ConfigError(f"{key}= has no value (is a variable of the shell not set?); write {key}=VALUE")
 
 
 def _without_hub(text: str) -> str:

@@ -18,6 +18,7 @@ from qlora.models.model_files import is_local, locate
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.training_plan import Plan, build_plan
 from qlora.runtime.disk_space import free_bytes
+from qlora.text import format_bytes
 
 MOST_CHECKPOINTS = 2
 """A run with `trainer.save_total_limit=null` is assumed to keep that many; the real number is not known."""
@@ -45,7 +46,7 @@ def check_memory(config: Config) -> Iterator[Finding]:
     free: float
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
-        there = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the GPU are free"
+        there = f"{format_bytes(free)} of {format_bytes(whole)} of the GPU are free"
         needed = planned.memory.needed if planned else None
     else:
         free, there = _host_memory()
@@ -58,10 +59,10 @@ def check_memory(config: Config) -> Iterator[Finding]:
     if needed is None:
         yield fine("memory", f"{there}; what the run needs is not known ({unknown})")
     elif needed > free:
-        yield warn("memory", f"{there}, and the training needs about {needed / 1e9:.1f} GB",
+        yield warn("memory", f"{there}, and the training needs about {format_bytes(needed)}",
                    "task=plan with the same overrides shows what to change")  # fmt: skip
     else:
-        yield fine("memory", f"{there}; the training needs about {needed / 1e9:.1f} GB")
+        yield fine("memory", f"{there}; the training needs about {format_bytes(needed)}")
 
 
 def _host_memory() -> tuple[float, str]:
@@ -71,7 +72,7 @@ def _host_memory() -> tuple[float, str]:
         free, whole = sizes["MemAvailable"], sizes["MemTotal"]
     except (OSError, KeyError, ValueError):
         return float("inf"), "how much memory is free is not known here"
-    return float(free), f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of the host are free"
+    return float(free), f"{format_bytes(free)} of {format_bytes(whole)} of the host are free"
 
 
 def check_disk(config: Config, folder: Path) -> Iterator[Finding]:
@@ -82,10 +83,10 @@ def check_disk(config: Config, folder: Path) -> Iterator[Finding]:
         needed = _written(config, setup)
     except UserError as error:
         yield fine(
-            "disk", f"{free / 1e9:.1f} GB are free in {folder}; what is written is not known ({first_line(error)})"
+            "disk", f"{format_bytes(free)} are free in {folder}; what is written is not known ({first_line(error)})"
         )
         return
-    says = f"{free / 1e9:.1f} GB are free in {folder}; checkpoints and the result take about {needed / 1e9:.2f} GB"
+    says = f"{format_bytes(free)} are free in {folder}; checkpoints and the result take about {format_bytes(needed)}"
     if needed > free:
         yield fail(
             "disk", says, "free some space, lower trainer.save_total_limit, or choose hydra.run.dir=FOLDER elsewhere"

@@ -16,6 +16,7 @@ from qlora.doctor.findings import Finding, fail, fine, first_line, warn
 from qlora.errors import UserError
 from qlora.models.model_files import is_local, locate
 from qlora.quantization.method import find_method
+from qlora.text import format_percent
 
 LEAST_AGREEMENT = 0.99
 """The cosine of a gradient before and after an evaluation; bitsandbytes' repacked weights gave 0.24."""
@@ -45,7 +46,7 @@ def check_step(config: Config) -> Iterator[Finding]:
                    "layers lose theirs",
                    "install the tested versions (constraints.txt), or use quantization=none")  # fmt: skip
     else:
-        rounded = f", weights rounded by {trial.rounding:.1%}" if trial.rounding is not None else ""
+        rounded = f", weights rounded by {format_percent(trial.rounding)}" if trial.rounding is not None else ""
         layer = f"a {bits} layer with experts" if trial.has_experts else f"a {bits} layer"
         yield fine("training step", f"{layer} of {whose} trains{rounded}")
     for name, state in trial.parts.items():

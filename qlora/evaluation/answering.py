@@ -13,6 +13,7 @@ from qlora.evaluation.generation import plan_batches, prompt_lengths
 from qlora.evaluation.measure import Measurer
 from qlora.runtime import console
 from qlora.runtime.atomic_files import write_lines
+from qlora.text import format_speed
 
 
 def answer_rows(
@@ -40,6 +41,6 @@ def answer_rows(
             update(answers.answered)
             for batch in measurer.answer(model, rows, left):
                 answers.append(*batch)
-                update(answers.answered, note=f"{answers.tokens_per_second:,.0f} tokens/s")
+                update(answers.answered, note=f"{format_speed(answers.tokens_per_second)} tokens/s")
     write_lines(finished, measurer.records(rows, answers))
     return answers.tokens_per_second

@@ -27,13 +27,35 @@ def find_local_tokenizer(config: ModelConfig) -> Path | None:
 def load_local_tokenizer(folder: Path, new_tokens: list[str]) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder with the tokens of `model.new_tokens`.
 
-    transformers chooses the class by the model, which imports torch; `tokenizer.json` says all that counting needs.
+    transformers chooses the class by the model, which imports torch. `tokenizer.json` says all that counting needs,
+    but of a SentencePiece Llama, whose class builds a tokenizer of its own from the vocabulary.
     """
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    tokenizer.add_tokens(new_tokens)
+    tokenizer = (LlamaTokenizer if _is_sentencepiece_llama(folder) else PreTrainedTokenizerFast).from_pretrained(
+        str(folder)
+    )
+    add_new_tokens(tokenizer, new_tokens)
     return tokenizer
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> int:
+    """Adds the tokens of `model.new_tokens` and returns how many of them are new.
+
+    They are found in a text as they are written; those in angle brackets are marks, which decoding can leave out.
+    """
+    from transformers import AddedToken
+
+    return tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=token[:1] == "<" and token[-1:] == ">") for token in new_tokens]
+    )
+
+
+def _is_sentencepiece_llama(folder: Path) -> bool:
+    named = check_tokenizer_folder(folder, "model.name").get("tokenizer_class")
+    if not isinstance(named, str) or named.removesuffix("Fast") != "LlamaTokenizer":
+        return False
+    return '"ByteLevel"' not in (folder / FILE).read_text(encoding="utf-8")
 
 
 def _find_folder(source: str, config: ModelConfig) -> Path | None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
 from qlora.config.schema import ModelConfig
 from qlora.errors import ConfigError, DataError, ResourceError, UserError, did_you_mean
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.json_shapes import TOKENIZER_JSON
+from qlora.models.local_tokenizer import add_new_tokens
 from qlora.models.model_files import EMBEDDED, TOKENIZER_FILES, check_tokenizer_folder, is_local, locate
 from qlora.text import brief, brief_text
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
@@ -42,10 +42,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         trust_remote_code=config.trust_remote_code,
     )
     if config.new_tokens:
-        # Found in a text as they are written; those in angle brackets are marks, which decoding can leave out.
-        tokens = [AddedToken(token, normalized=False, special=token[:1] == "<" and token[-1:] == ">")
-                  for token in config.new_tokens]  # fmt: skip
-        added = tokenizer.add_tokens(tokens)
+        added = add_new_tokens(tokenizer, config.new_tokens)
         log.info("model.new_tokens: %d of %d tokens are new", added, len(config.new_tokens))
     return tokenizer
 

@@ -42,7 +42,7 @@ def _prompt(record: Mapping[str, Any]) -> str:
 def _answer(record: Mapping[str, Any], base: str | None, got: str | None) -> dict[str, Any]:
     expected = str(record.get("reference", ""))
     return {
-        "asked": prompt_core(_prompt(record)),
+        "asked": prompt_core(str(record.get("input") or _prompt(record))),
         "prompt": _prompt(record),
         "expected": expected,
         "base": base,

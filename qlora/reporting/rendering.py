@@ -7,12 +7,14 @@ import functools
 import gzip
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from qlora.reporting.history import NOISY, Curve, curve_title
 from qlora.runtime.run_folder import flatten
@@ -71,8 +73,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"duration": format_duration, "metric": format_value, "title": metric_title}
+    environment.filters |= {
+        "breakable": breakable, "duration": format_duration, "metric": format_value, "title": metric_title
+    }  # fmt: skip
     return environment
+
+
+def breakable(text: str) -> Markup:
+    """Returns a path or a key that may break behind its slashes, dots and underscores, before a letter."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/._])(?=[^\W\d_])", text))
 
 
 @functools.cache

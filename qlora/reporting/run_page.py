@@ -29,7 +29,7 @@ from qlora.reporting.rendering import (
 from qlora.runtime.atomic_files import read_record, write_text
 from qlora.runtime.run_folder import RunFolder, flatten
 from qlora.runtime.saved_run import to_numbers
-from qlora.text import format_range, is_detail, visible
+from qlora.text import format_bytes, format_range, is_detail, visible
 
 SILENT_SECONDS = 600
 """A page stops loading itself again when nothing was written for this long."""
@@ -182,10 +182,9 @@ def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
             note = f"untuned base {format_value(base, key)}" if base is not None else ""
             tiles.append((f"{metric_title(key)}, held out", format_value(value, key), note))
     speed = ("train_runtime", "train_tokens_per_second", "train_mfu", "train_data_wait")
-    for key, unit in (*((key, "") for key in speed), ("peak_memory_gb", " GB")):
-        if metrics.get(key) is not None:
-            title = metric_title(key).removesuffix(" (GB)")
-            tiles.append((title, f"{format_value(metrics[key], key)}{unit}", ""))
+    tiles += [(metric_title(key), format_value(metrics[key], key), "") for key in speed if metrics.get(key) is not None]
+    if (peak := metrics.get("peak_memory_gb")) is not None:
+        tiles.append(("peak memory", format_bytes(1e9 * peak), ""))
     return tiles
 
 

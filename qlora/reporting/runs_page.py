@@ -23,7 +23,7 @@ from qlora.reporting.rendering import (
     line as curve_line,
 )
 from qlora.reporting.runs_page_parts import COSTS, RunsReport, RunView, TableLine
-from qlora.text import format_duration
+from qlora.text import brief_text, format_bytes, format_duration
 
 HUES = 8
 MAX_VISIBLE = 30
@@ -34,6 +34,8 @@ MAX_ANSWERS = 100
 """The answers of two runs that are laid side by side."""
 STATUSES = ("failed", "interrupted", "pruned", "running", "queued")
 """The statuses of runs that did not finish, the most urgent first."""
+LONGEST_NOTE = 120
+"""Characters below the number of a tile."""
 MEASURED_COSTS = ("train_runtime", "peak_memory_gb")
 """Costs that are shown among the parameters, against the objective."""
 
@@ -291,7 +293,8 @@ def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:
     if report.lines and objective is not None and objective in report.metrics:
         best = report.lines[0]
         values = " ".join(f"{key}={short_value(value)}" for key, value in best.values.items())
-        tiles.append((f"best {metric_title(objective)}", best.cells[list(report.metrics).index(objective)][0], values))
+        note = brief_text(values if report.is_sweep else best.runs[0].label, LONGEST_NOTE)
+        tiles.append((f"best {metric_title(objective)}", best.cells[list(report.metrics).index(objective)][0], note))
         base = best.runs[0].metrics.get(f"base_{objective}")
         if base is not None:
             tiles.append((f"{metric_title(objective)} of the untuned base", format_value(base, objective), ""))
@@ -302,5 +305,5 @@ def _tiles(report: RunsReport) -> list[tuple[str, str, str]]:
         tiles.append(("time of all runs", format_duration(sum(seconds)), f"{mean} each"))
     memory = [run.costs["peak_memory_gb"] for run in report.finished if "peak_memory_gb" in run.costs]
     if memory:
-        tiles.append(("most memory", f"{max(memory):.3g} GB", ""))
+        tiles.append(("most memory", format_bytes(1e9 * max(memory)), ""))
     return tiles

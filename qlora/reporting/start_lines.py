@@ -8,6 +8,7 @@ from qlora.config.schema import Config
 from qlora.config.training_length import TrainingLength
 from qlora.quantization.method import find_method
 from qlora.runtime import distributed
+from qlora.text import format_count, format_percent, plural
 
 if TYPE_CHECKING:  # which import torch
     from qlora.adapters import ParameterCount
@@ -23,9 +24,9 @@ def model_lines(config: Config, count: ParameterCount, beside_text: int, unquant
     dtypes = sorted(count.by_dtype.items(), key=lambda item: -item[1])
     return {
         "model": f"{config.model.name}: {count.describe_base()}"
-        + (f", {beside_text / 1e6:,.1f} M of them not for text" if beside_text else ""),
+        + (f", {format_count(beside_text, ' M')} of them not for text" if beside_text else ""),
         "base": f"{base}; {unquantized}" if unquantized else base,
-        "weights": ", ".join(f"{parameters / 1e6:,.1f} M in {dtype}" for dtype, parameters in dtypes),
+        "weights": ", ".join(f"{format_count(parameters, ' M')} in {dtype}" for dtype, parameters in dtypes),
     }
 
 
@@ -56,12 +57,13 @@ def training_lines(
     adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
     adapter += f", {experts}" if (experts := count.describe_experts()) else ""
     unit = "packs" if report.packs else "rows"
+    full = format_percent(report.packed_share or 0)
     return {
         "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
         f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
         "limit": limit,
         **({"template": report.template} if report.template else {}),
-        **({"packing": f"{report.packs:,} packs, {report.packed_share:.1%} full"} if report.packs else {}),
+        **({"packing": f"{plural(report.packs, 'pack')}, {full} full"} if report.packs else {}),
         "training": f"{adapter}: {count}",
         **({"left out": left_out} if left_out else {}),
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "

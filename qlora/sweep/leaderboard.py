@@ -20,7 +20,7 @@ from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.sweep_folder import Sweep
-from qlora.text import format_duration, format_metric, plural, shorten, terminal_width
+from qlora.text import format_duration, format_metric, format_number, plural, shorten_cells, terminal_width
 
 SEED = "seed"
 BESIDE = ("eval_loss", "eval_exact_match", "train_runtime", "peak_memory_gb")
@@ -35,7 +35,11 @@ GAP = 2
 """Characters between two columns of a terminal."""
 WIDTHS = (24, 16, 11, 8)
 """The most characters of a value; the smaller ones, with short heads, where the table is too wide."""
+NAME_WIDTH = 19
+"""The least characters of a run's name: those of a folder that is named by the time."""
 SHORT_HEADS = {
+    "model.name": "model",
+    "data.name": "data",
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch",
     "gradient_accumulation_steps": "accum",
@@ -171,7 +175,7 @@ def cell(row: Row, name: str) -> str:
     if name.endswith("_runtime"):
         return f"{text} ± {format_duration(error)}"
     scale, digits = (100 if text.endswith("%") else 1), len(text.removesuffix(" %").partition(".")[2])
-    return f"{text} ± {scale * error:.{digits}f}" if "e" not in text else f"{text} ± {error:.3g}"
+    return f"{text} ± {format_number(scale * error, digits)}" if "e" not in text else f"{text} ± {error:.3g}"
 
 
 def table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
@@ -255,9 +259,9 @@ def _cells(name: str, head: str, texts: Sequence[str], width: int, is_number: bo
     if width < WIDTHS[0]:
         head = SHORT_HEADS.get(head, head)
     if not is_number:
-        least = max(width, WIDTHS[1]) if name == NAME else width
-        head = shorten(head, width)
-        texts = ["–" if text == "null" else shorten(short_value(text), least) for text in texts]
+        least = max(width, NAME_WIDTH) if name == NAME else width
+        (head,) = shorten_cells([head], width)
+        texts = shorten_cells(["–" if text == "null" else short_value(text) for text in texts], least)
     size = max(map(len, (head, *texts)))
     return [text.rjust(size) if is_number else text.ljust(size) for text in (head, *texts)]
 

@@ -22,7 +22,7 @@ from qlora.sweep.jobs import Job, Status
 from qlora.sweep.leaderboard import build_leaderboard, describe, print_leaderboard, short_names, write_leaderboard
 from qlora.sweep.sweep_folder import Sweep
 from qlora.sweep.sweep_page import FILE, PAGE_FRACTION, write_report
-from qlora.text import format_duration, format_metric, shorten
+from qlora.text import format_duration, format_metric, format_speed, shorten
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +156,9 @@ class Screen:
         for job in running:
             steps = job.progress
             if steps:
-                notes = [f"loss {steps['loss']:.3f}"] if steps.get("loss") is not None else []
+                notes = [f"loss {format_metric('loss', steps['loss'])}"] if steps.get("loss") is not None else []
                 if steps.get("tokens_per_second"):
-                    notes.append(f"{steps['tokens_per_second']:,.0f} tokens/s")
+                    notes.append(f"{format_speed(steps['tokens_per_second'])} tokens/s")
                 if steps.get("seconds_left"):
                     notes.append(f"{format_duration(steps['seconds_left'])} left")
                 self._bars[job.name][1](steps["step"], note="  ".join(notes), total=steps["max_steps"])

@@ -37,12 +37,13 @@ class MeasuredRun:
 def measured_runs(jobs: Mapping[str, Job], configs: Sequence[Mapping[str, Any]]) -> list[MeasuredRun]:
     """Returns the runs by their names, with their flat configs."""
     return [
-        MeasuredRun(name, str(config.get("task.name") or "–"), _adapter(config.get("adapter")), job)
+        MeasuredRun(name, str(config.get("task.name") or "–"), adapter_name(config.get("adapter")), job)
         for (name, job), config in zip(jobs.items(), configs, strict=True)
     ]
 
 
-def _adapter(adapter: Any) -> str:
+def adapter_name(adapter: Any) -> str:
+    """Returns what is measured, as a table names it: the run that trained the adapter, or the untuned base."""
     if adapter in (None, "none"):
         return "untuned base" if adapter else "–"
     path = Path(str(adapter))

@@ -16,19 +16,22 @@ from qlora.runtime.console import say
 from qlora.runtime.run_folder import RunFolder, is_below
 from qlora.runtime.saved_run import RESULTS, read_result
 from qlora.sweep.jobs import UNNAMED_KEYS
-from qlora.text import plural, prompt_core, shorten, terminal_width
+from qlora.text import plural, prompt_core, shorten, shorten_cells, terminal_width
 
 ON_SCREEN = 5
 """The answers that are printed."""
 MOST_NAME, WIDEST = 24, 120
 """Characters of a run's name beside its answer, and of a line on a wide terminal."""
+MODEL_FACTS = ("model.architecture", "model.license", "model.gated")
+"""What follows from the name of the model."""
 
 
 def lay_side_by_side(names: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> SideBySide:
     """Returns what differs between two runs; a run without a config that can be read has no settings."""
     first, second = configs
-    keys = [key for key in dict.fromkeys([*first, *second]) if not is_below(key, UNNAMED_KEYS)] if all(configs) else []
-    texts = [(key, plain_value(first.get(key, "")), plain_value(second.get(key, ""))) for key in keys]
+    left_out = UNNAMED_KEYS if first.get("model.name") == second.get("model.name") else (*UNNAMED_KEYS, *MODEL_FACTS)
+    keys = [key for key in dict.fromkeys([*first, *second]) if not is_below(key, left_out)] if all(configs) else []
+    texts = [(key, _text(first.get(key)), _text(second.get(key))) for key in keys]
     said = [_answers(folder) for folder in folders]
     shared = [key for key in said[0] if key in said[1]]
     answers = [Answers(key[0], key[1], said[0][key], said[1][key]) for key in shared]
@@ -39,6 +42,11 @@ def lay_side_by_side(names: Sequence[str], folders: Sequence[Path], configs: Seq
         len(answers),
         [answer for answer in answers if answer.first != answer.second],
     )
+
+
+def _text(value: Any) -> str:
+    """Returns a config's value; "" for null, which is what a key that is missing there means."""
+    return "" if value is None else plain_value(value)
 
 
 def _answers(folder: Path) -> dict[tuple[str, str | None, int], str]:
@@ -74,7 +82,8 @@ def print_side_by_side(pair: SideBySide) -> None:
         say("  the config of one of them is not known")
     for key, one, other in pair.settings:
         half = max((terminal_width() - len(key) - 7) // 2, 20)
-        say(Text.assemble((f"  {key}  ", "cyan"), f"{_value(one, half)} | {_value(other, half)}"))
+        values = shorten_cells([value or "–" for value in (one, other)], half)
+        say(Text.assemble((f"  {key}  ", "cyan"), " | ".join(values)))
     if pair.knows_configs and not pair.settings:
         say("  their configs are equal")
     if not pair.shared:
@@ -83,7 +92,7 @@ def print_side_by_side(pair: SideBySide) -> None:
     alike = pair.shared - len(pair.differing)
     same = "" if not alike else ", all of them alike" if not pair.differing else f", {alike:,} of them alike"
     say(f"  both answered {plural(pair.shared, 'row')}{same}")
-    names = [shorten(name, MOST_NAME) for name in pair.names]
+    names = shorten_cells(pair.names, MOST_NAME)
     indent, width = max(map(len, names)), min(terminal_width(), WIDEST)
     for answer in pair.differing[:ON_SCREEN]:
         say(Text.assemble("  ", shorten(answer.asked, width - 2)))
@@ -92,8 +101,3 @@ def print_side_by_side(pair: SideBySide) -> None:
             say(Text.assemble((f"      {name.ljust(indent)}  ", "dim"), said))
     if len(pair.differing) > ON_SCREEN:
         say(f"  and {len(pair.differing) - ON_SCREEN:,} more, on the page")
-
-
-def _value(text: str, width: int) -> str:
-    """Returns a config's value in short."""
-    return "–" if text in ("", "null") else shorten(text, width)

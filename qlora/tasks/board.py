@@ -26,7 +26,7 @@ def run(job: TaskJob) -> TaskResult:
     with Board(FOLDER, job.config.task.port) as board:
         runs = len(board.runs.read()["runs"])
         console.say(f"board of {short_path(board.folder.root)}: {plural(runs, 'run') if runs else 'no runs yet'}")
-        console.say(f"open {board.url} in a browser on this machine; press Ctrl-C to stop it")
+        console.say(f"open {board.url} in a browser on this machine; Ctrl-C stops it")
         try:
             board.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

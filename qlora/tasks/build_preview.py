@@ -17,7 +17,7 @@ from qlora.data.pipeline import Data
 from qlora.models.context import describe_limit, fit_rows, limit_warning
 from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
-from qlora.text import plural
+from qlora.text import format_percent, plural
 from qlora.upstream.transformers import decode
 
 
@@ -37,7 +37,7 @@ def build_preview(
     lines = [
         ("format", f"{report.format} ({report.recognised})"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
-        ("tokenizer", f"{tokenizer.name_or_path} ({len(tokenizer):,} tokens)"),
+        ("tokenizer", f"{tokenizer.name_or_path} (a vocabulary of {len(tokenizer):,})"),
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
         ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
@@ -107,7 +107,7 @@ def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Co
 def _packing(config: DataConfig, data: Data) -> str:
     """Says how full the packs are, or how full they would be."""
     if data.packed is not None:
-        return f"{data.report.packs:,} packs, {data.report.packed_share:.1%} full"
+        return f"{plural(data.report.packs, 'pack')}, {format_percent(data.report.packed_share or 0)} full"
     budget = config.pack_length or config.longest_row
     assert data.train is not None
     lengths = column(data.train, "length")
@@ -115,7 +115,8 @@ def _packing(config: DataConfig, data: Data) -> str:
         budget = int(lengths.max())
     packs = pack(lengths, budget)
     fill = efficiency(packs, lengths, budget)
-    return f"off; data.packing=true would fill {len(packs):,} packs of {budget:,} tokens to {fill:.1%}"
+    filled = f"{plural(len(packs), 'pack')} of {budget:,} tokens to {format_percent(fill)}"
+    return f"off; data.packing=true would fill {filled}"
 
 
 def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
@@ -154,7 +155,9 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _part(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole and 0 < part < whole else f"{'all' if part and part == whole else 'none'}"
+    if 0 < part < whole:
+        return format_percent(part / whole)
+    return "all" if part and part == whole else "none"
 
 
 def preview_metrics(data: Data) -> dict[str, float]:

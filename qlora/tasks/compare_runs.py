@@ -14,6 +14,7 @@ from safetensors import safe_open
 from qlora.models.fingerprint import find_difference, read_run_base
 from qlora.runtime.atomic_files import read_json, read_lines
 from qlora.runtime.run_folder import FREE_KEYS, RunFolder, describe_changes, flatten, is_below, training_keys
+from qlora.text import format_percent
 
 TIMED = ("runtime", "per_second", "mfu", "data_wait", "memory_gb", "memory_retries", "speed")
 """Parts of the names of metrics that no two runs have alike."""
@@ -127,7 +128,8 @@ def _compare_metrics(first: RunFolder, second: RunFolder, bits: Verdict) -> Iter
     if math.isfinite(loss) and math.isfinite(loss_now):
         difference = abs(loss_now - loss) / max(abs(loss), 1e-9)
         verdict = Verdict.near if difference <= TOLERANCE else Verdict.differs
-        yield Comparison("held-out loss", verdict, f"{difference:.2%} apart, up to {TOLERANCE:.0%} are accepted")
+        apart = f"{format_percent(difference, 2)} apart, up to {TOLERANCE:.0%} are accepted"
+        yield Comparison("held-out loss", verdict, apart)
 
 
 def _compare_weights(first: RunFolder, second: RunFolder, bits: Verdict) -> Comparison:

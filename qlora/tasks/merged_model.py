@@ -37,7 +37,7 @@ from qlora.runtime import console
 from qlora.runtime.atomic_files import replace_folder, restore_folder
 from qlora.runtime.device import DTYPES, Placement, peak_memory_gb
 from qlora.runtime.disk_space import is_disk_full
-from qlora.text import parse_size
+from qlora.text import format_percent, parse_size
 from qlora.upstream.peft import base_of
 
 PROMPT_TOKENS = 256
@@ -268,9 +268,10 @@ class Merge:
         if errors and self.config.merge.base is MergeBase.original:
             kind = self._method.data_type(self.config.quantization)
             worst = max(errors, key=lambda name: errors[name])
+            average, highest = (format_percent(error, 2) for error in (mean(errors.values()), errors[worst]))
             return (
                 f"{apart}: the 16-bit weights are not the {kind} ones that it was trained on, which differ from them "
-                f"by {mean(errors.values()):.2%} on average, most in {worst} ({errors[worst]:.2%}); use "
+                f"by {average} on average, most in {worst} ({highest}); use "
                 f"merge.base=dequantized, or {accept}"
             )
         if self._method.rounds_activations:

@@ -29,7 +29,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.lora_start import with_start
 from qlora.tasks.protocol import TaskJob
-from qlora.text import format_duration
+from qlora.text import format_count, format_duration, format_number, format_speed
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Unit:
 
     def show(self, value: float) -> str:
         """Returns an amount of bytes as a number."""
-        return f"{value / self.size:,.{0 if value >= 1000 * self.size else self.digits}f}"
+        return format_number(value / self.size, 0 if value >= 1000 * self.size else self.digits)
 
 
 GB, MB = Unit("GB", 1e9, 2), Unit("MB", 1e6, 1)
@@ -199,7 +199,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     checkpointing += f", experts of {setup.waiting} layers on the host" if setup.waiting else ""
     console.start_screen(
         [
-            ("model", f"{config.model.name}: {_count(shape.parameters)} parameters{_describe_experts(shape)}"),
+            ("model", f"{config.model.name}: {format_count(shape.parameters)} parameters{_describe_experts(shape)}"),
             ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
             ("limit", describe_limit(config.data, config.model.name, shape.context)),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
@@ -271,7 +271,7 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
         rows.append(("tokens", plan.length.describe_tokens(tokens.tokens, tokens.estimate)))
     if speed is None:
         return [*rows, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
-    rows.append(("tokens a second", f"{speed.tokens_per_second:,.0f} (the time goes into {speed.bound})"))
+    rows.append(("tokens a second", f"{format_speed(speed.tokens_per_second)} (the time goes into {speed.bound})"))
     if plan.hours is None:
         why = "trainer.num_train_epochs counts rows, and they are not read here"
         rows.append(("whole training", f"unknown: {why}"))
@@ -279,7 +279,7 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
         step = plan.setup.rows * plan.training.accumulation
         full = f" if every row is full ({length:,} tokens), less otherwise" if tokens is None else ""
         unit = "rows" if plan.length is None else plan.length.unit
-        time = format_duration(3600 * plan.hours)
+        time = format_duration(3600 * plan.hours) if 3600 * plan.hours >= 1 else "a second"
         rows.append(("whole training", f"about {time}{full}: {plan.steps:,} steps of {step:,} {unit}"))
     efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
     memory = "" if tokens is None else f", and memory for rows of {length:,} tokens"
@@ -305,10 +305,5 @@ def _describe_experts(shape: Shape) -> str:
     """Returns what a line on the model says of a mixture's experts."""
     if (experts := shape.experts) is None:
         return ""
-    active, of = _count(shape.active_parameters), f"{experts.per_token} of {experts.count} experts"
+    active, of = format_count(shape.active_parameters), f"{experts.per_token} of {experts.count} experts"
     return f", {active} of them for each token ({of})"
-
-
-def _count(parameters: int) -> str:
-    """Returns how many parameters a model has, in words."""
-    return f"{parameters / 1e9:,.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} million"

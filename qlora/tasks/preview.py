@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlora.config.paths import short_path
 from qlora.config.schema import Config
 from qlora.reporting.manifest import write_json
@@ -23,6 +25,7 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Writes `preview.html` and `lengths.png`, and prints the first rows."""
+    from qlora.data.data_report import data_warnings
     from qlora.reporting.preview import plot_lengths, to_html, to_text
     from qlora.tasks.build_preview import build_preview, preview_metrics
 
@@ -33,7 +36,9 @@ def run(job: TaskJob) -> TaskResult:
     write_text(page, to_html(preview))
     plot_lengths(preview, picture)
     width = min(terminal_width(), WIDEST)
-    console.say_colored(to_text(preview, ids=job.config.task.ids, color=console.screen().is_terminal, width=width))
+    logged = data_warnings(data.report, job.config.data)  # which stand on the screen already
+    unsaid = replace(preview, warnings=[text for text in preview.warnings if text not in logged])
+    console.say_colored(to_text(unsaid, ids=job.config.task.ids, color=console.screen().is_terminal, width=width))
     result = TaskResult("preview", preview_metrics(data), {"page": str(page), "lengths": str(picture)})
     write_json(job.folder.result("preview"), result.to_dict())
     console.say()

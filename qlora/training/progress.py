@@ -13,7 +13,7 @@ from typing import Any
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import is_live, progress, record, say, screen
-from qlora.text import format_duration, format_metric, is_detail
+from qlora.text import format_bytes, format_duration, format_metric, format_percent, format_speed, is_detail
 from qlora.training.meter import ClockedCallback
 
 # What the trainer measures of itself while it evaluates; of no interest to a reader.
@@ -122,15 +122,15 @@ class ProgressCallback(ClockedCallback):
     def _notes(self, args: Any, state: Any) -> list[tuple[int, str]]:
         """Returns what is known of the latest step, each with its rank: 0 is the most important."""
         latest = self._latest | {"tokens_per_second": self.clock.tokens_per_second}
-        formats = {
-            "loss": (0, "loss {:.3f}"),
-            "tokens_per_second": (1, "{:,.0f} tokens/s"),
-            "train_mfu": (2, "MFU {:.0%}"),
-            "train_data_wait": (3, "wait {:.0%}"),
-            "peak_memory_gb": (5, "{:.1f} GB"),
+        formats: dict[str, tuple[int, Callable[[float], str]]] = {
+            "loss": (0, lambda loss: f"loss {format_metric('loss', loss)}"),
+            "tokens_per_second": (1, lambda speed: f"{format_speed(speed)} tokens/s"),
+            "train_mfu": (2, lambda value: f"MFU {format_percent(value, 0)}"),
+            "train_data_wait": (3, lambda value: f"wait {format_percent(value, 0)}"),
+            "peak_memory_gb": (5, lambda size: f"{size:.1f} GB" if size >= 0.05 else format_bytes(1e9 * size)),
         }
-        notes = [(rank, text.format(latest[name])) for name, (rank, text) in formats.items()
-                 if latest.get(name) is not None]  # fmt: skip
+        notes = [(rank, describe(value)) for name, (rank, describe) in formats.items()
+                 if (value := latest.get(name)) is not None]  # fmt: skip
         if (seconds := self._seconds_left(args, state)) is not None:
             notes.append((0, f"{format_duration(seconds)} left"))
         return notes

@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 from synthetic_runs import write_run, write_sweep
 
+from qlora.board.run_list import RunList
+from qlora.board.served_folder import ServedFolder
 from qlora.board.server import Board
+from qlora.config.compose import compose
+from qlora.config.saved_config import dump_config
 from qlora.errors import UserError
 from qlora.runtime.folder_lock import locked
 from qlora.sweep.sweep_page import write_overview
@@ -256,3 +260,21 @@ def test_the_command_serves_within_two_seconds_of_computing_without_torch_and_ct
     assert weight == "light"
     assert (process.returncode, rest.strip(), errors) == (0, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_an_evaluation_says_of_what_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path / "outputs" / "runs" / "mine", ["lora.r=8"])
+    folder = tmp_path / "outputs" / "runs" / "measured"
+    folder.mkdir()
+    config = compose(["task=evaluate", "adapter=outputs/runs/mine/adapter", "lora.r=8"])
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "status.json").write_text(json.dumps({"status": "finished", "result": "evaluate.json"}))
+    (folder / "evaluate.json").write_text(json.dumps({"objective": 1.0, "metrics": {}, "task": "evaluate"}))
+    rows = {row["name"]: row for row in RunList(ServedFolder(tmp_path / "outputs")).read()["runs"]}
+    assert (rows["measured"]["task"], rows["measured"]["of"]) == ("evaluate", "mine")
+    assert rows["measured"]["config"]["lora.r"] == "8"
+    assert rows["mine"]["of"] is None
+    (folder / "config.yaml").rename(tmp_path / "config.yaml")
+    (folder / "config.yaml").symlink_to(tmp_path / "config.yaml")
+    rows = {row["name"]: row for row in RunList(ServedFolder(tmp_path / "outputs")).read()["runs"]}
+    assert "measured" not in rows

@@ -143,3 +143,29 @@ def test_a_run_that_begins_appears_and_moves_by_itself(browser: Any, tmp_path: P
         page.context.set_offline(True)
         page.locator("#live.lost", has_text="no answer").wait_for()
         board.shutdown()
+
+
+def test_a_chart_is_as_wide_as_its_card(browser: Any, url: str) -> None:
+    page, _ = open_page(browser, url, DESKTOP)
+    page.locator("#runs tbody tr").nth(199).wait_for()
+    page.wait_for_function(DRAWN)
+    drawn = "[...document.querySelectorAll('#charts .main-svg')]"
+    widths = page.evaluate(
+        f"{drawn}.map((svg) => [svg.getBoundingClientRect().width, svg.closest('.chart').clientWidth])"
+    )
+    assert widths
+    assert all(svg <= chart + 1 for svg, chart in widths), widths
+
+
+def test_an_answer_of_any_length_leaves_room_for_the_next_row(browser: Any, tmp_path: Path) -> None:
+    long = "word " * 2000
+    outputs = tmp_path / "outputs"
+    write_run(outputs / "runs" / "mine", answers=[{"prompt": "Say no.", "reference": "no", "prediction": long}])
+    with Board(outputs, 0) as board:
+        threading.Thread(target=board.serve_forever, args=(0.05,), daemon=True).start()
+        page, errors = open_page(browser, f"{board.url}?run=runs/mine", DESKTOP)
+        cell = page.locator("#detail-body td.wrong", has_text="word")
+        cell.wait_for()
+        assert cell.bounding_box()["height"] < 400
+        board.shutdown()
+    assert not errors

@@ -405,3 +405,10 @@ def test_names_with_dots_stay_where_names_are_free(tmp_path: Path) -> None:
 )
 def test_a_choice_may_hold_null(typed: str, kept: str) -> None:
     assert keep_spelling([typed]) == keep_spelling(keep_spelling([typed])) == [kept]
+
+
+def test_a_path_below_the_home_folder_is_read_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert keep_spelling(["data.path=~/rows.jsonl"]) == ["data.path='~/rows.jsonl'"]
+    assert keep_spelling(["hydra.run.dir=~/runs/x"]) == [f"hydra.run.dir='{tmp_path}/runs/x'"]
+    assert keep_spelling(["~lora"]) == ["~lora"]

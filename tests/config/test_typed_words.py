@@ -47,6 +47,7 @@ ACCEPTED = {
     "model=../my-model": "model.name=../my-model",
     "model=/models/mine": "model.name=/models/mine",
     "data=my.jsonl": "data=local data.path=my.jsonl",
+    "data=~/my.jsonl": 'data=local data.path="~/my.jsonl"',
     "data=tatsu-lab/alpaca": "data=local data.path=tatsu-lab/alpaca",
     "data=rows/*.parquet": 'data=local data.path="rows/*.parquet"',
     "data.path=my.jsonl": "data=local data.path=my.jsonl",
@@ -65,6 +66,7 @@ ACCEPTED = {
     "plan meta-llama/Llama-3.1-8B": "task=plan model=llama-3.1-8b",
     "preview my.jsonl": "task=preview data=local data.path=my.jsonl",
     "doctor": "task=doctor",
+    "tracking=[wandb,tensorboard]": "tracking=wandb tracking.also=[tensorboard]",
     "train model=someone/x data=my.jsonl": "task=train; model.name=someone/x; data=local data.path=my.jsonl",
 }
 
@@ -244,7 +246,44 @@ REFUSED = {
     "lora.target_modules=[q_proj, v_proj]": "write 'lora.target_modules=[q_proj,v_proj]'",
     "lora.target_modules=[all-linear,lm_head]": "write lora.target_modules=all-linear",
     "device=[cpu,cuda]": "-m device=cpu,cuda",
+    "lora.r=8;lora.alpha=16": "write lora.r=8 lora.alpha=16",
+    "'lora.r=8 lora.alpha=16'": "write lora.r=8 lora.alpha=16",
+    "lora.r=8,lora.alpha=16": "write lora.r=8 lora.alpha=16",
+    "-m 'lora.r=8;16'": "write -m lora.r=8,16",
+    "-m seed=1-3": "write -m seed=1,3",
+    "-m lora.r=8..64": "write -m lora.r=8,64",
+    "lora:r=8": "write lora.r=8",
+    "lora/r=8": "write lora.r=8",
+    "LORA.R=8": "write lora.r=8",
+    "lora.dropout=5%": "write lora.dropout=0.05",
+    "data.eval_dataset_size=10%": "write data.eval_dataset_size=0.1",
+    "trainer.max_steps=1k": "write trainer.max_steps=1000",
+    "data.max_length=2k": "write data.max_length=2048",
+    "data.max_length=2048tokens": "write data.max_length=2048",
+    "trainer.learning_rate=2*1e-4": "write trainer.learning_rate=0.0002",
+    "trainer.learning_rate=1/1000": "write trainer.learning_rate=0.001",
+    "trainer.max_steps=1,000": "write trainer.max_steps=1000",
+    "trainer.learning_rate=0,0002": "write trainer.learning_rate=0.0002",
+    "lora.target_modules=(q_proj,v_proj)": "write lora.target_modules=[q_proj,v_proj]",
+    "'lora.target_modules=[q_proj,v_proj'": "write lora.target_modules=[q_proj,v_proj]",
+    "evaluation.metrics=rouge": "write evaluation.metrics=[rouge]",
+    "merge.dtype=bfloat16": "write merge.dtype=bf16",
+    "data.path=": "has no value (is a variable of the shell not set?)",
+    "model=": "has no value",
+    "hydra.run.dir=": "has no value",
     # names of other tools
+    "gpu=0": "put CUDA_VISIBLE_DEVICES=0 before the command",
+    "--num_gpus=2": "start it with torchrun",
+    "deepspeed=ds.json": "trainer.parallel=fsdp",
+    "--dry-run": "add --cfg job",
+    "--verbose": "add hydra.verbose=true",
+    "--resume": "did you mean resume?",
+    "eval=mmlu": "write evaluation=mmlu",
+    "resume=outputs/runs/mine": "write hydra.run.dir=outputs/runs/mine",
+    "resume_from_checkpoint=outputs/runs/mine": "write hydra.run.dir=outputs/runs/mine",
+    "objective=loss": "did you mean eval_loss",
+    "trainer.keep_metric=loss": "did you mean eval_loss?",
+    "plan plan.device=4090": "did you mean rtx-4090?",
     "batch_size=8": "write trainer.per_device_train_batch_size=8",
     "epochs=3": "write trainer.num_train_epochs=3",
     "lr=1e-4": "write trainer.learning_rate=1e-4",
@@ -275,6 +314,15 @@ REFUSED = {
     "data.template=llama3": "write data.template=llama-3",
     "data=mix data.mix.a.path=a.jsonl data.mix.a.format=sharegpt": "write data.mix.a.format=conversations",
     # tasks and words
+    "task=dashboard": "write task=board",
+    "ui": "write qlora board",
+    "tune": "-m lora.r=8,16",
+    "qlora train": "leave it out",
+    "evaluate outputs/runs/mine mmlu": "for mmlu write evaluation=mmlu",
+    "predict RUN questions.jsonl": "for questions.jsonl write data.eval_path=questions.jsonl",
+    "predict questions.jsonl": "write qlora predict RUN data.eval_path=questions.jsonl",
+    "preview llama-7b": "write model=llama-7b",
+    "board outputs": "as `qlora board`",
     "task=inference": "write task=predict or task=chat",
     "task=serve": "task=merge adapter=RUN, then vLLM or Ollama",
     "task=export": "write task=merge",
@@ -293,6 +341,12 @@ REFUSED = {
     "doctor now": "see `qlora doctor --help`",
     "from=axolotl.yaml": "add task=migrate",
     # options, files, flags
+    "model=llama3": "did you mean llama-3.1-",
+    "model=model.gguf": "give a folder or hub id with the original weights",
+    "model=rows.jsonl": "write data=rows.jsonl",
+    "data=sharegpt": "write data=local data.path=FILE data.format=conversations",
+    "data=chats.pdf": "rows are read from JSON",
+    "data=[a.jsonl,b.jsonl]": "data=mix data.mix.a.path=A",
     "model=llama-8b": "did you mean llama-7b?",
     "model=gpt2": "for the model of that name on the hub write model.name=gpt2",
     "plan gpt2": "write model.name=gpt2",
@@ -375,3 +429,8 @@ def test_what_stands_in_the_tables_of_other_names_is_ours() -> None:
         name, _, option = ours.partition("=")
         assert name in known, ours
         assert not option or name not in group_names() or option in option_names(name), ours
+
+
+def test_a_file_here_is_near_to_its_name_without_an_ending(nothing_starts: list[start.Command], tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").touch()
+    assert "did you mean chats.jsonl?" in refusal("data=chats")

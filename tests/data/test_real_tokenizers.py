@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora.config.schema import DataConfig
+from qlora.config.schema import DataConfig, ModelConfig
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.formats.prompts import Segment
 from qlora.data.pipeline import build_data
+from qlora.models.local_tokenizer import load_local_tokenizer
+from qlora.models.tokenizer import load_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 NAMES = ("llama", "gpt2", "pythia")
+FOLDERS = (*(f"tokenizers/{name}" for name in NAMES), "models/TinyStories-656K", "models/stories260K")
 
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the checkout")
 
@@ -75,3 +78,11 @@ def test_all_containers_of_the_same_rows_give_the_same_tokens(real):
     ]
     configs = [DataConfig(name="alpaca", path=str(path), eval_dataset_size=10) for path in paths]
     assert len({build_data(config, real).report.fingerprint for config in configs}) == 1
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_plan_counts_the_tokens_that_training_reads(folder):
+    config = ModelConfig(name=str(REAL / folder), new_tokens=["<|im_start|>", "🙂"])
+    trained, planned = load_tokenizer(config), load_local_tokenizer(REAL / folder, config.new_tokens)
+    texts = ("### Human: hello 🙂\n### Assistant: é", "<|im_start|>user\nx", " leading and trailing ", "🙃")
+    assert [planned(text)["input_ids"] for text in texts] == [trained(text)["input_ids"] for text in texts]

@@ -15,6 +15,7 @@ from qlora.sweep.leaderboard import (
     Leaderboard,
     build_leaderboard,
     fit,
+    fit_columns,
     print_leaderboard,
     short_names,
     to_csv,
@@ -145,3 +146,20 @@ def test_runs_that_are_equal_in_all_goals_are_both_in_front(tmp_path: Path) -> N
     for job in sweep.jobs.values():
         job.metrics |= {"eval_loss": 0.5, "train_runtime": 3.0}
     assert all(row.in_front for row in build_leaderboard(sweep).rows)
+
+
+def test_cells_of_a_narrow_table_can_be_recognised() -> None:
+    columns = {
+        "run": ["2026-11-30_07-47-17", "mine"],
+        "model.name": ["tiny", "/models/TinyStories-656K"],
+        "gradient_checkpointing": ["true", "false"],
+        "data.path": ["rows/chats-one.jsonl", "rows/chats-two.jsonl"],
+        "eval_loss": ["0.008", "7.943"],
+    }
+    lines, left_out = fit_columns(columns, {}, 60, numeric=["eval_loss"], spare=[])
+    assert not left_out
+    assert [re.split(r" {2,}", line) for line in lines] == [
+        ["run", "model", "gradien…", "data.pa…", "eval_loss"],
+        ["2026-11-30_07-47-17", "tiny", "true", "chats-o…", "0.008"],
+        ["mine", "TinySto…", "false", "chats-t…", "7.943"],
+    ]

@@ -16,6 +16,7 @@ from synthetic_runs import write_run, write_sweep
 from qlora.config.compose import compose
 from qlora.config.saved_config import dump_config
 from qlora.errors import UserError
+from qlora.models.model_files import EMBEDDED
 from qlora.sweep.leaderboard import build_leaderboard, fit, table, to_markdown
 from qlora.sweep.report_runs import collect, find_runs, report
 from qlora.sweep.sweep_folder import read_sweep
@@ -300,3 +301,17 @@ def test_three_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:
         write_run(tmp_path / name)
     config = compose(["task=report", f"runs={tmp_path}/?"])
     assert "side_by_side" not in report(config, tmp_path / "report").to_dict()
+
+
+def test_what_follows_from_the_model_is_not_laid_side_by_side(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED["tiny"], base)
+    write_run(tmp_path / "a", ["lora.r=4"])
+    write_run(tmp_path / "b", ["lora.r=4", f"model.name={base}"])
+    config = compose(["task=report", f"runs=[{tmp_path}/a,{tmp_path}/b]"])
+    pair = report(config, tmp_path / "report").to_dict()["side_by_side"]
+    keys = [key for key, _, _ in pair["settings"]]
+    assert "model.name" in keys
+    assert not [key for key in keys if key.startswith(("model.architecture", "model.license"))]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<wbr>base</td>" in page

@@ -190,3 +190,19 @@ def test_the_embedded_tokenizer_keeps_every_character(preview_run: Callable[...,
     assert run.session.data.lost is None
     run = preview_run("data=local", chats(tmp_path / "chats.jsonl"))
     assert run.session.data.lost is None
+
+
+def test_a_warning_stands_once_on_the_screen_and_on_the_page(
+    preview_run: Callable[..., Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input": "q", "output": "red"}) + "\n" for _ in range(10)))
+    run = preview_run("data=local", f"data.path={path}", "data.eval_dataset_size=2")
+    run.execute()
+    said = "2 of 2 held-out rows are also trained on"
+    assert said in caplog.text
+    assert said not in " ".join(capsys.readouterr().out.split())
+    assert said in (tmp_path / "run" / "preview.html").read_text()

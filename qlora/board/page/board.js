@@ -16,11 +16,15 @@
   // Numbers as people read them
 
   const isNumber = (value) => typeof value === "number";
-  const isShare = (name) => /(exact_match|accuracy|acc|acc_norm|_match)$/.test(name);
+  const isShare = (name) => /(exact_match|accuracy|acc|acc_norm|_match|mfu|data_wait)$/.test(name);
+  const share = (value) => {
+    if (value > 0 && value < 0.0005) return "<0.1 %";
+    return value < 1 && value >= 0.9995 ? ">99.9 %" : `${(100 * value).toFixed(1)} %`;
+  };
   const format = (name, value) => {
     if (value === null || value === undefined) return "–";
     if (!isNumber(value)) return String(value);
-    if (isShare(name)) return `${(100 * value).toFixed(1)} %`;
+    if (isShare(name)) return share(value);
     return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(4);
   };
   const duration = (seconds) => {
@@ -30,7 +34,9 @@
     return hours ? `${hours}:${two(rest / 60)}:${two(rest % 60)}` : `${Math.floor(rest / 60)}:${two(rest % 60)}`;
   };
   const time = (seconds) => (seconds ? new Date(1000 * seconds).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" }) : "–");
-  const title = (name) => name.replace(/^eval_/, "").replaceAll("_", " ");
+  const lastPart = (path) => path?.replace(/\/+$/, "").split("/").pop();
+  const NAMES = { peak_memory_gb: "peak memory (GB)", train_tokens_per_second: "tokens/s", train_mfu: "MFU", train_data_wait: "data wait" };
+  const title = (name) => NAMES[name] ?? name.replace(/^eval_/, "").replaceAll("_", " ");
 
   // State: what is selected, searched and sorted stands in the address, so that it can be kept and sent.
 
@@ -70,7 +76,7 @@
       cell: (run) => metricCell(run, name),
     })),
     { key: "data.name", title: "data", minor: true, value: (run) => run.config["data.name"] },
-    { key: "model.name", title: "model", minor: true, value: (run) => run.config["model.name"] },
+    { key: "model.name", title: "model", minor: true, value: (run) => run.config["model.name"], text: (run) => lastPart(run.config["model.name"]) },
     ...list.keys.filter((key) => !["data.name", "model.name"].includes(key)).map((key) => ({
       key, title: key.split(".").pop().replaceAll("_", " "), number: true, minor: true, value: (run) => run.config[key],
     })),
@@ -84,7 +90,7 @@
     const name = run.page
       ? el("a", { href: `/files/${address(run.path)}/report.html`, textContent: label(run) })
       : el("span", { className: "name", textContent: label(run) });
-    const more = [run.sweep && `of ${run.sweep.split("/").pop()}`, run.task !== "train" && run.task].filter(Boolean).join(", ");
+    const more = [run.sweep && `of ${run.sweep.split("/").pop()}`, run.task !== "train" && (run.of ? `${run.task} of ${run.of}` : run.task)].filter(Boolean).join(", ");
     return el("td", { className: "run", title: run.path }, name, more ? el("span", { className: "soft", textContent: more }) : null);
   };
   const statusCell = (run) => {
@@ -107,10 +113,11 @@
     box.setAttribute("aria-label", `select ${run.name}`);
     box.addEventListener("change", () => select(run.path, box.checked));
     const cells = shown.map((column) => {
-      const text = column.text ?? ((run) => String(column.value(run) ?? "–"));
-      const cell = column.cell ? column.cell(run) : el("td", { textContent: text(run) });
+      const text = String((column.text ?? column.value)(run) ?? "–");
+      const cell = column.cell ? column.cell(run) : el("td", { textContent: text === "null" ? "–" : text, title: column.key === "model.name" ? (column.value(run) ?? "") : "" });
       cell.classList.toggle("number", Boolean(column.number));
       cell.classList.toggle("minor", Boolean(column.minor));
+      cell.classList.toggle("model", column.key === "model.name");
       return cell;
     });
     const row = el("tr", { data: { path: run.path } }, el("td", {}, box), ...cells);
@@ -178,7 +185,7 @@
     const select = byId(id);
     const now = [...select.options].slice(1).map((option) => option.value);
     if (select.options.length && now.join("\n") === known.join("\n")) return;
-    const short = (name) => (id === "sweep" ? name.split("/").pop() : name);
+    const short = (name) => (id === "sweep" || id === "model" ? lastPart(name) : name);
     select.replaceChildren(el("option", { value: "", textContent: "all" }), ...known.map((name) => el("option", { value: name, textContent: short(name) })));
     select.value = state[id];
     select.closest("label").hidden = known.length < 2 && !state[id];
@@ -227,11 +234,13 @@
   }));
   const drawCurves = () => {
     const legend = groups();
+    const drawn = new Set(curves.charts.flatMap((spec) => spec.lines.map((line) => line.group)));
     byId("legend").replaceChildren(...legend.map((group, index) => {
       const swatch = el("i", { className: "swatch" });
       swatch.style.background = charts.groupColor(group);
       const button = el("button", { title: group.label }, swatch, el("span", { textContent: group.label }));
       button.setAttribute("aria-pressed", String(!hidden.has(curves.runs[index])));
+      button.hidden = !drawn.has(index);
       button.addEventListener("click", () => {
         if (!hidden.delete(curves.runs[index])) hidden.add(curves.runs[index]);
         drawCurves();
@@ -242,13 +251,15 @@
     const holder = byId("charts");
     const names = curves.charts.map(({ name }) => name);
     for (const figure of [...holder.children]) if (!names.includes(figure.dataset.name)) figure.remove();
-    names.forEach((name, index) => {
+    const figures = names.map((name, index) => {
       let figure = [...holder.children].find((node) => node.dataset.name === name);
       const spec = curves.charts[index];
       figure ??= el("figure", { data: { name } }, el("figcaption", {}, spec.title, el("small", { textContent: spec.unit })), el("div", { className: "chart" }));
       if (holder.children[index] !== figure) holder.insertBefore(figure, holder.children[index] ?? null);
-      charts.curves(figure.lastElementChild, spec, { groups: legend, hidden: off, choice });
+      return figure;
     });
+    // A chart is as wide as its figure, which the others make narrower: all of them stand before one is drawn.
+    figures.forEach((figure, index) => charts.curves(figure.lastElementChild, curves.charts[index], { groups: legend, hidden: off, choice }));
     const total = list.runs.filter(isShown).length;
     byId("curves-note").textContent = !curves.charts.length ? "Nothing was logged yet."
       : !state.runs.length && total > MOST ? `The first ${MOST} of ${total} runs of the table; select others to see theirs.` : "";
@@ -274,7 +285,8 @@
   const cells = (...texts) => texts.map((text) => (text instanceof Node ? text : el("td", { textContent: text ?? "–" })));
   const verdict = (answer, right) =>
     (answer === null || answer === undefined ? el("td", { textContent: "–" })
-      : el("td", { className: right ? "right" : "wrong", textContent: `${right ? "✓" : "✗"} ${answer || "(nothing)"}` }));
+      : el("td", { className: right ? "right" : "wrong" }, el("div", { textContent: `${right ? "✓" : "✗"} ${answer || "(nothing)"}` })));
+  const keyCell = (key) => el("td", {}, ...key.split(/(?<=[._])(?=[a-z])/i).flatMap((part) => [part, el("wbr")]));
   const drawDetail = (paths, runs) => {
     const labels = paths.map((path) => nameOf(path, paths));
     const all = (pick) => [...new Set(runs.flatMap((run) => Object.keys(pick(run) ?? {})))];
@@ -291,7 +303,7 @@
     body.push(el("h3", { textContent: runs.length > 1 ? "Config: what differs" : "Config: what differs from the preset" }));
     body.push(keys.length
       ? table(["key", ...labels, ...(runs.length > 1 ? [] : ["preset"])], keys.map((key) => el("tr", { className: "value" },
-        ...cells(key, ...runs.map((run) => run.config[key]), ...(runs.length > 1 ? [] : [runs[0].preset[key]])))))
+        ...cells(keyCell(key), ...runs.map((run) => run.config[key]), ...(runs.length > 1 ? [] : [runs[0].preset[key]])))))
       : el("p", { className: "soft", textContent: "nothing" }));
     const answers = runs.map((run) => new Map(run.answers.map((answer) => [answer.prompt, answer])));
     const prompts = [...new Set(runs.flatMap((run) => run.answers.map((answer) => answer.prompt)))];

@@ -44,6 +44,7 @@ from qlora.config.schema.trainer import Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, written
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
+from qlora.text import listed
 
 Device = StrEnum("Device", "auto cpu cuda xpu")
 """Where the model runs."""
@@ -267,7 +268,7 @@ class Config:
         if self.objective is not None and not (self.objective in known or self.objective.startswith(open_names)):
             raise ConfigError(
                 f"objective={self.objective!r} is not a metric of this run{did_you_mean(self.objective, known)}; "
-                f"choose one of {', '.join(known)} or null"
+                f"choose one of {listed(known, 3)}, or null"
             )
 
     def _check_task_keys(self) -> None:
