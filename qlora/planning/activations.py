@@ -151,10 +151,11 @@ class Activations:
         """Bytes of the gradients of attention's scores where it keeps a matrix of them, for the sake of its sinks.
 
         Two matrices are there at once, before and after a step back through the softmax. Without compiled layers the
-        forward pass needs more: the scores, the same with the mask, and both with the sink's column.
+        forward pass needs more: the scores, the same with the mask, and both with the sink's column. A GPU's matmuls
+        take a copy without that column beside them.
         """
         setup = self.setup
-        matrices = 2 if setup.step is PlanStep.fast else 3
+        matrices = 1 + (2 if setup.step is PlanStep.fast else 3)
         elements = self.shape.heads * setup.length * setup.tokens
         return matrices * elements * setup.width if self.shape.family.sinks else 0
 

@@ -149,9 +149,9 @@ def test_a_chart_is_as_wide_as_its_card(browser: Any, url: str) -> None:
     page, _ = open_page(browser, url, DESKTOP)
     page.locator("#runs tbody tr").nth(199).wait_for()
     page.wait_for_function(DRAWN)
-    drawn = "[...document.querySelectorAll('#charts .main-svg')]"
+    charts = "[...document.querySelectorAll('#charts .main-svg')]"
     widths = page.evaluate(
-        f"{drawn}.map((svg) => [svg.getBoundingClientRect().width, svg.closest('.chart').clientWidth])"
+        f"{charts}.map((svg) => [svg.getBoundingClientRect().width, svg.closest('.chart').clientWidth])"
     )
     assert widths
     assert all(svg <= chart + 1 for svg, chart in widths), widths

@@ -198,7 +198,8 @@ def test_attention_with_sinks_is_planned_as_the_fast_step_computes_it() -> None:
         plan = setup(planned_sizes, length=length, expert_r=4, step=PlanStep.fast)
         passes = Ledger(planned_sizes, plan).activations
         layer = passes.saved(plan.targets[0], has_experts=True) + passes.backward(has_experts=True)
-        assert live.peak == pytest.approx(layer, rel=0.05)
+        copy = planned_sizes.heads * length**2 * 2  # which the matmuls of a CPU do without
+        assert live.peak == pytest.approx(layer - copy, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
