@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,6 +78,13 @@ def require(fact: bool, key: str, rule: str, value: object, remedy: str = "") ->
 
 
 def suggest(word: str, choices: Iterable[str]) -> list[str]:
+    """Returns the choices nearest to `word`, else those that hold it, at most three; none when there are none."""
+    choices = list(choices)
+    within = (choice for choice in choices if len(word) > 2 and word.lower() in choice.lower())
+    return nearest(word, choices) or list(itertools.islice(within, 3))
+
+
+def nearest(word: str, choices: Iterable[str]) -> list[str]:
     """Returns the choices nearest to `word`, at most three, in their own order; none when nothing is near."""
     from rapidfuzz.distance import OSA  # a typo pays for the import, not each start
 
@@ -89,8 +97,7 @@ def suggest(word: str, choices: Iterable[str]) -> list[str]:
         return longer[:3]
     if near <= max(1, len(word) // 3):
         return [choice for distance, choice in zip(distances, choices, strict=True) if distance == near][:3]
-    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.7)
-    return close or [choice for choice in choices if len(word) > 2 and word.lower() in choice.lower()][:3]
+    return difflib.get_close_matches(word, choices, n=3, cutoff=0.7)
 
 
 def _letters(text: str) -> str:

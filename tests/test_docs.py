@@ -128,8 +128,10 @@ def test_the_readme_sets_up_a_fresh_machine_in_two_commands() -> None:
 def test_continuous_integration_tests_with_the_command_of_the_readme() -> None:
     [test] = [command for command in COMMANDS if command.startswith(SETUP) and "pytest" in command]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"$venv/bin/', ".venv/bin/").replace('"', "")
-    for step in test.removeprefix(SETUP).split(" && "):
-        assert step in script
+    install, run = test.removeprefix(SETUP).split(" && ")
+    assert f"\n{run}\n" in script
+    # uv installs what pip would.
+    assert install.removeprefix(".venv/bin/pip install -q ") in script
 
 
 @pytest.mark.parametrize("command", [text for text in COMMANDS if is_pip(text)])

@@ -17,7 +17,7 @@ from qlora.config.foreign_names import (
 )
 from qlora.config.options import group_names, option_names
 from qlora.config.paths import is_row_file
-from qlora.errors import ConfigError, mean, suggest
+from qlora.errors import ConfigError, mean, nearest, suggest
 from qlora.text import brief_text
 
 FLAGS = (
@@ -72,7 +72,8 @@ def unknown_option(group: str, choice: str, options: Sequence[str], where: str =
         return ConfigError(f"{says}; instead, {FOREIGN_TASKS[choice.lower()]}")
     if (known := FOREIGN_OPTIONS.get(group, {}).get(choice.lower())) is not None:
         return ConfigError(f"{says}; write {known}, or see `qlora --help {group}`")
-    near = suggest(choice, [*options, *(row_files() if group == "data" else [])])
+    names = [*options, *(row_files() if group == "data" else [])]
+    near = suggest(choice, names)
     page = f"the {len(options)} of `qlora --help {group}`{OTHER_CHOICES.get(group, '')}"
     fewer = (near, near[:2], near[:1])
     sentences = (f"{says}{mean(names)}; choose one of {choices}" for names in fewer for choices in (listed, page))
@@ -123,7 +124,7 @@ def nearest_keys(key: str) -> list[str]:
     if same := [name for name in keys if name.rpartition(".")[2] == last]:
         return same[:3]
     names = {name.rpartition(".")[2]: name for name in reversed(keys)} | FOREIGN_NAMES
-    return list(dict.fromkeys(names[name] for name in suggest(last, names)))
+    return list(dict.fromkeys(names[name] for name in nearest(last, names)))
 
 
 def _same_spelled(key: str) -> str | None:

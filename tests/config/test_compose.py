@@ -212,7 +212,7 @@ def test_a_malformed_override_says_how_to_write_it(override: str, text: str) -> 
 
 
 def test_an_unreadable_override_is_refused() -> None:
-    assert message("lora.r=[1").startswith("'lora.r=[1' cannot be read: ")
+    assert message("lora.r=[1") == "'lora.r=[1' cannot be read; write lora.r=[1]"
 
 
 @pytest.mark.parametrize(("flag", "near"), [("--bits", "quantization.bits"), ("--multirn", "--multirun")])
@@ -379,10 +379,7 @@ CROSS_FIELD = {
     "name=a/b": "name='a/b' must be a plain folder name; use hydra.run.dir=FOLDER for another place",
     "lora.target_modules=[]": "lora.target_modules must be 'all-linear' or a list of module names, got []",
     "objective=eval_los evaluation=loss": "objective='eval_los' is not a metric of this run (did you mean eval_loss?); "
-    "choose one of eval_loss, eval_perplexity, base_eval_loss, base_eval_perplexity, train_loss, "
-    "train_tokens_per_second, train_mfu, train_data_wait, train_runtime, train_memory_retries, "
-    "peak_memory_gb, train_watchdog_nonfinite, train_watchdog_zero, train_watchdog_divergence, train_watchdog_slow, "
-    "train_watchdog_stalled, train_watchdog_skipped, train_watchdog_rollbacks or null",
+    "choose one of eval_loss, eval_perplexity, base_eval_loss and 15 more, or null",
     "evaluation.metrics=[exct_match]": "evaluation.metrics: 'exct_match' is unknown (did you mean exact_match?); "
     "choose from exact_match, evaluate:NAME of the evaluate library, or name your own function as module:function",
     "data.format=alpca": "data.format='alpca' is unknown (did you mean alpaca?); choose one of "

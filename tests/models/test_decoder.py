@@ -159,9 +159,9 @@ def test_layers_whose_weight_a_kernel_reads_are_left_out_of_all_linear(folders: 
     ("kind", "overrides", "reason"),
     [
         ("mixtral", ["quantization=int8"], "bitsandbytes has 8-bit products for linear layers alone; use "
-         "quantization=nf4, or quantization.experts=none, which keeps experts in 16 bits (0.4 MB)"),
+         "quantization=nf4, or quantization.experts=none, which keeps experts in 16 bits (393.2 KB)"),
         ("llama4_text", [], "the class of its experts, Llama4TextExperts, computes them in a way of its own; use "
-         "quantization.experts=none, which keeps experts in 16 bits (0.2 MB)"),
+         "quantization.experts=none, which keeps experts in 16 bits (196.6 KB)"),
     ],
     ids=["int8", "llama4"],
 )  # fmt: skip
@@ -189,7 +189,7 @@ def test_experts_in_16_bits_are_told_with_their_share_and_memory_before_they_are
     loading.check_quantization(config.model, config.quantization, load_model_config(config.model), placement=placement)
     assert caplog.messages[-1] == (
         f"quantization.experts=none: of model.name={config.model.name} 57.1 % of the decoder's weights are experts in "
-        "bfloat16, 0.2 MB"
+        "bfloat16, 196.6 KB"
     )
     load(folders["llama4_text"], "quantization.experts=none", BF16)
 
