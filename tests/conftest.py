@@ -83,11 +83,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: many tests wait, for a process, a server or the next second."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(tryfirst=True)  # before `full` is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with long tests come first, so that no process has one left when the others have no more to do."""

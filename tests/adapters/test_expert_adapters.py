@@ -67,7 +67,7 @@ def logits(model: Any) -> Tensor:
     return output
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_peft_loads_a_trained_adapter_to_equal_logits(
     folders: dict[str, Path], tmp_path: Path, kind: str

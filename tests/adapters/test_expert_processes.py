@@ -45,6 +45,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_train_what_one_trains(together: Path, tmp_path: Path, run: str) -> None:
     alone = [key for key in RUNS[run] if key not in FSDP]

@@ -134,7 +134,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("trainer.fused_experts=false",), FAST, (*FAST, "quantization.compute=fp8"), (*FAST, "trainer.compile=true")],
     ids=["plain", "fast", "fp8", "compiled"],
 )
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 def test_loss_and_gradients_have_the_bits_of_experts_on_the_device(
     folder: Path, count: int | None, overrides: tuple[str, ...]
 ) -> None:
@@ -150,6 +150,7 @@ def test_loss_and_gradients_have_the_bits_of_experts_on_the_device(
     assert str(describe_waiting(model)).startswith(f"those of {count or 4} of 4 layers wait in the host's memory (")
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
 @pytest.mark.parametrize("bits", ["quantization=nf4", "quantization=nf4-plain"])
 def test_other_layouts_wait_too(kind: str, bits: str, tmp_path: Path) -> None:

@@ -295,6 +295,7 @@ def walk(seeds: range, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter
     return counts
 
 
+@pytest.mark.full
 def test_mutated_data_files_are_prepared_or_refused_with_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

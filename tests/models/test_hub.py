@@ -120,6 +120,7 @@ def push(hub_address: str, tmp_path: Path, *overrides: str, **environment: str) 
     )
 
 
+@pytest.mark.full
 def test_a_finished_run_arrives_whole_in_one_private_repository(hub: Hub, finished: Path, tmp_path: Path) -> None:
     done = push(hub.address, tmp_path, f"adapter={finished}", "repo=me/tuned")
     assert done.returncode == 0, done.stderr

@@ -56,7 +56,7 @@ def decoded_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-plain", "fp4"])
 def test_each_matrix_of_an_expert_has_the_bits_of_a_linear_layer(folder: Path, quantization: str) -> None:
     config = compose([f"quantization={quantization}"]).quantization

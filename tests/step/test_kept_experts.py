@@ -34,6 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("qwen3_moe", tmp_path_factory.mktemp("base") / "qwen3_moe", **WIDTHS)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("overrides", [(), FP8, ("trainer.compile=true",)], ids=["native", "fp8", "compiled"])
 def test_loss_and_gradients_have_the_bits_of_experts_decoded_anew(
     base: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
