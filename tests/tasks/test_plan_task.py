@@ -72,7 +72,7 @@ RESULTS = json.loads(MEASURED.read_text(encoding="utf-8"))["results"]
 
 @pytest.mark.matrix(8)
 @pytest.mark.parametrize(
-    "result", RESULTS, ids=[f"{each['model']} {each['length']} {each['checkpointing']}" for each in RESULTS]
+    "result", RESULTS, ids=[f"{result['model']} {result['length']} {result['checkpointing']}" for result in RESULTS]
 )
 def test_what_was_measured_on_a_gpu_is_planned_within_5_percent(result: dict[str, Any]) -> None:
     planned = build(*result["overrides"], "data.path=rows.jsonl", device="h200").memory.peak / 1e9
