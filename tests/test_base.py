@@ -74,7 +74,7 @@ def hashes(now: Path, trained: Path) -> str:
     return f"fingerprint {fingerprints[0]}, not {fingerprints[1]}"
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("task", ["evaluate", "predict", "chat", "merge"])
 def test_another_base_of_the_same_shape_is_refused_by_every_task(
     base: Path, other: Path, trained: Path, tmp_path: Path, task: str

@@ -65,7 +65,7 @@ def trained(bases: dict[str, Path]) -> tuple[Path, list[str]]:
     return bases["qwen2"].with_name("run"), chosen
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "bias", "quantization"),
     [("qwen2", "lora_only", "nf4"), ("gpt_neox", "all", "int8")],

@@ -92,7 +92,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.matrix(12)
+@pytest.mark.matrix(6)
 @pytest.mark.usefixtures("extensions")
 @pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
 def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +155,7 @@ def test_a_documented_launcher_starts_this_program(command: str) -> None:
     assert told.training_script_args == qlora_words(command)
 
 
+@pytest.mark.matrix(60)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_of_a_kind_that_is_checked(command: str) -> None:
     if qlora_words(command) is not None or is_pip(command):

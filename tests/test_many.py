@@ -255,6 +255,7 @@ class Fall(TrainerCallback):
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "killed",
     [

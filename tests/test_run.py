@@ -181,7 +181,7 @@ def test_plain_peft_in_another_process_gives_equal_logits(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("quantization", ["none", "fp32"])
 def test_full_finetuning_moves_all_weights_and_saves_a_model(tmp_path: Path, quantization: str) -> None:
     options = ["lora=none", f"quantization={quantization}", "trainer.max_steps=2", "trainer.eval_steps=null"]

@@ -187,6 +187,7 @@ def test_peft_merges_an_adapter_on_experts_as_it_computes(folders: dict[str, Pat
         torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_none_shared_and_all_choose_among_the_experts(folders: dict[str, Path]) -> None:
     base, llama4 = (load(folders[kind], "quantization=fp32") for kind in ("deepseek_v3", "llama4_text"))
 

@@ -40,6 +40,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.full
 def test_screen_manifest_and_card_name_rank_and_count_of_what_is_trained_on_experts(calm: Path) -> None:
     tensors = load_file(calm / "adapter" / "adapter_model.safetensors")
     on_experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
@@ -60,6 +61,7 @@ def test_the_load_of_experts_and_the_loss_of_routers_are_logged(calm: Path) -> N
         assert entry["router_aux_loss"] > 1
 
 
+@pytest.mark.full
 def test_a_run_that_was_cut_off_ends_with_the_bits_of_an_undisturbed_one(
     calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:

@@ -70,7 +70,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in names}
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @torch.no_grad()
 def test_the_merged_model_has_the_files_tensors_and_answers_as_the_adapter_does(folder: Path, tmp_path: Path) -> None:
     model = attach(folder, FP32)
@@ -83,7 +83,7 @@ def test_the_merged_model_has_the_files_tensors_and_answers_as_the_adapter_does(
     assert all(merger.errors[label] < 0.2 for label in experts)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @torch.no_grad()
 def test_original_adds_the_adapter_to_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     merge(folder, tmp_path / "merged", split_adapter(attach(folder, FP32)), MergeBase.original)

@@ -57,6 +57,7 @@ def url(outputs: Path) -> Iterator[str]:
         board.shutdown()
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
 def test_two_hundred_runs_are_shown_without_a_fault_and_fit_the_screen(
     browser: Any, url: str, size: dict[str, int], scheme: str
@@ -72,6 +73,7 @@ def test_two_hundred_runs_are_shown_without_a_fault_and_fit_the_screen(
     assert not errors
 
 
+@pytest.mark.full
 def test_search_and_filters_narrow_the_table_and_stand_in_the_address(browser: Any, url: str) -> None:
     page, errors = open_page(browser, url, DESKTOP)
     rows = page.locator("#runs tbody tr")
@@ -90,6 +92,7 @@ def test_search_and_filters_narrow_the_table_and_stand_in_the_address(browser: A
     assert not errors
 
 
+@pytest.mark.full
 def test_a_click_on_a_head_sorts_with_the_unknown_last(browser: Any, url: str) -> None:
     page, _ = open_page(browser, url, DESKTOP)
     page.locator("#runs tbody tr").nth(199).wait_for()
@@ -123,6 +126,7 @@ def test_selected_runs_are_overlaid_and_two_are_shown_side_by_side(browser: Any,
     assert not errors
 
 
+@pytest.mark.full
 def test_a_run_that_begins_appears_and_moves_by_itself(browser: Any, tmp_path: Path) -> None:
     with Board(tmp_path / "outputs", 0) as board:
         threading.Thread(target=board.serve_forever, args=(0.05,), daemon=True).start()

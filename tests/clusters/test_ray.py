@@ -69,6 +69,7 @@ def run(
     return ended
 
 
+@pytest.mark.full
 def test_every_kind_of_end_is_told_and_a_lost_node_costs_its_job_only(
     tmp_path: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:

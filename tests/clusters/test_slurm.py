@@ -69,6 +69,7 @@ def run(
     return ended
 
 
+@pytest.mark.full
 def test_every_kind_of_end_is_reported_and_the_others_continue(tmp_path: Path, on_slurm: dict[str, str]) -> None:
     ends = {
         "fine": "pass",

@@ -123,6 +123,7 @@ def test_an_adapter_given_as_a_model(tmp_path: Path, base: Path) -> None:
     assert "is an adapter, not a base model; give its base as model.name" in refusal(tmp_path, f"model.name={base}")
 
 
+@pytest.mark.full
 def test_an_adapter_of_another_base(tmp_path: Path, base: Path) -> None:
     Run(compose([*QUICK, f"model.name={base}"]), tmp_path / "trained").execute()
     text = refusal(tmp_path, "task=evaluate", "model.name=tiny", f"adapter={tmp_path / 'trained'}")

@@ -92,7 +92,7 @@ def check_misspelled(key: str, sign: str, kinds: slice) -> None:
         assert "`qlora --help" in text
 
 
-@pytest.mark.matrix(80)
+@pytest.mark.matrix(40)
 @pytest.mark.parametrize("key", KEYS)
 def test_a_misspelled_key_is_refused_with_the_right_one(key: str) -> None:
     check_misspelled(key, "", slice(1))
@@ -144,7 +144,7 @@ def test_a_misspelled_group_in_a_user_s_experiment_is_refused(tmp_path: Path) ->
         )
 
 
-@pytest.mark.matrix(80)
+@pytest.mark.matrix(40)
 @pytest.mark.parametrize(
     ("typed", "ours"),
     [
@@ -258,7 +258,7 @@ TYPED = [key for key in FIELDS if field_type(key) is not Any and not isinstance(
 """The fields whose type Hydra can express; the others have a sentence of their own."""
 
 
-@pytest.mark.matrix(80)
+@pytest.mark.matrix(40)
 @pytest.mark.parametrize("key", TYPED)
 def test_a_value_of_the_wrong_type_is_refused_with_the_right_type(base: DictConfig, key: str) -> None:
     text = message_of_value(base, key, wrong_value(key))

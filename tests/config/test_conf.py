@@ -95,7 +95,7 @@ def test_options_of_different_groups_compose_together(choices: list[str]) -> Non
     compose([*choices, "data.path=rows.jsonl"])
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_starts_several_jobs_and_each_is_valid(name: str) -> None:
     composed = compose_dict([f"sweep={name}"])

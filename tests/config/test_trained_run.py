@@ -86,6 +86,7 @@ def test_a_part_of_a_run_knows_its_run(run: Path, part: str) -> None:
     assert used(run / part).lora.r == 5
 
 
+@pytest.mark.full
 def test_a_merged_model_is_not_quantized_again(run: Path, tmp_path: Path) -> None:
     (run / "merged").mkdir()
     (run / "merged" / "config.json").write_text("{}")

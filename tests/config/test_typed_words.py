@@ -144,7 +144,7 @@ def test_own_rows_beside_a_file_that_might_choose_a_data_set(tmp_path: Path) -> 
 # --- sweeps, flags, options that are given twice --------------------------------------------------------------------
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("typed", "read"),
     [
@@ -370,7 +370,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.matrix(36)
+@pytest.mark.matrix(20)
 @pytest.mark.parametrize("command", REFUSED)
 def test_a_slip_is_answered_in_200_characters_with_the_words_that_work(
     command: str, nothing_starts: list[start.Command]

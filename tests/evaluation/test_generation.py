@@ -85,7 +85,7 @@ def test_batches_answer_as_each_prompt_alone_and_in_the_order_given(
         assert answers(model, tokenizer, PROMPTS[:size]) == alone[:size]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["tiny", "stories260K", "TinyStories-656K"])
 def test_a_trained_model_answers_a_batch_of_real_prompts_as_each_alone(name: str) -> None:
     folder = locate(name) if name == "tiny" else SHARED / "models" / name

@@ -141,7 +141,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
 @pytest.mark.parametrize("content", [EMPTY, CUT, ODD, b"task: 5"])
 def test_a_run_whose_config_is_damaged_is_refused_and_nothing_is_overwritten(

@@ -264,6 +264,7 @@ def report_anew(folder: Path, out: Path) -> None:
     assert report_on(folder, out)["metrics"]["report_finished"] >= 2
 
 
+@pytest.mark.full
 def test_damaged_folders_are_read_without_a_traceback(
     jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,7 +139,7 @@ def test_a_run_waits_for_space_and_continues(
     assert outcome(disk / "run") == calm
     output = capsys.readouterr().out
     assert re.search(rf"the disk of {disk}/run/checkpoints is full \([\d.]+ (bytes|KB) free, ", output)
-    assert "MB needed): the run waits up to 1:00 for space (trainer.disk_wait)" in output
+    assert "B needed): the run waits up to 1:00 for space (trainer.disk_wait)" in output
     assert output.count("the run waits up to") == output.count("there is space again: resuming") == 1
 
 
@@ -152,6 +152,7 @@ def test_the_oldest_checkpoint_that_would_go_anyway_makes_room(disk: Path, monke
     assert [path.name for path in find_checkpoints(disk / "run" / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("options", "reason"), [("ro", "Read-only file system"), ("size=4k", "No space left on device")]
 )

@@ -31,6 +31,7 @@ def torment(tmp_path: Path, names: list[str], total: int, most: int) -> Killer:
     return killer
 
 
+@pytest.mark.full
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     assert torment(tmp_path, ["grouped"], total=3, most=3).kills == 3
 

@@ -190,6 +190,7 @@ def work(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
+@pytest.mark.full
 def test_mutated_folders_are_used_or_refused_with_one_sentence(work: Path, folders: dict[str, Path]) -> None:
     outcomes = Counter(examine(seed, work, folders) for seed in range(SHORT))
     assert min(outcomes["refused"], outcomes["runs"]) >= 2, f"the mutations make both: {outcomes}"

@@ -87,6 +87,7 @@ def own_rows(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.full
 def test_changed_rows_are_refused_and_named_and_force_resumes(cut: Path, caplog: pytest.LogCaptureFixture) -> None:
     overrides, rows = own_rows(cut.parent), cut.parent / "rows.jsonl"
     original = rows.read_text()

@@ -108,6 +108,7 @@ def test_several_files_of_an_entry_are_several_sets(tmp_path: Path) -> None:
     assert config.data.mix["a"].columns == {"instruction": "INSTRUCTION", "output": "RESPONSE"}
 
 
+@pytest.mark.full
 def test_a_template_of_its_own_stays_with_its_set(tmp_path: Path) -> None:
     second = "  - path: b.jsonl\n    type: chat_template\n    chat_template: llama3\n"
     config, lost, _ = entry(tmp_path, "type: chat_template\n    chat_template: chatml", second)
@@ -117,7 +118,7 @@ def test_a_template_of_its_own_stays_with_its_set(tmp_path: Path) -> None:
     assert (file.data.template, lost) == ("my.jinja", {})
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("special", "tokens", "lost"),
     [

@@ -92,7 +92,7 @@ def test_the_tower_counts_as_beside_the_decoder(folders: dict[str, Path]) -> Non
     assert sum(matrix.count for matrix in decoder.matrices) == 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "llama4_text", "mixtral"])
 def test_experts_and_routers_are_known_by_their_shapes_and_get_no_adapter_with_none(
     folders: dict[str, Path], kind: str

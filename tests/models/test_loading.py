@@ -58,6 +58,7 @@ def test_weights_are_stored_in_the_bits_asked_for(
     assert type(model.lm_head) is torch.nn.Linear
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_4bit_weights_have_the_type_and_nesting_asked_for(base_folder: Path, quant_type: str, double: bool) -> None:
@@ -79,6 +80,7 @@ def test_the_int8_threshold_reaches_every_layer(base_folder: Path) -> None:
     assert {layer.state.threshold for layer in layers} == {3.5}
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none", "fp32"])
 def test_a_loaded_base_is_frozen(base_folder: Path, quantization: str) -> None:
     assert not any(p.requires_grad for p in load(base_folder, f"quantization={quantization}").parameters())

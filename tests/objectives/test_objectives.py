@@ -75,6 +75,7 @@ def test_smoothed_labels_give_one_loss_and_one_gradient_on_both_paths() -> None:
     assert not torch.isclose(losses[0], plain)
 
 
+@pytest.mark.full
 def test_smoothed_labels_and_noise_change_what_is_trained_and_not_how_rows_are_measured(tmp_path: Path) -> None:
     usual = train(tmp_path / "sft")
     smoothed = train(tmp_path / "smoothed", "trainer.label_smoothing_factor=0.3")

@@ -34,7 +34,7 @@ def stored_bytes(layer: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.matrix(6)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("chosen", CHOICES)
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi3"])
 def test_each_matrix_takes_what_is_planned(kind: str, chosen: str) -> None:
@@ -57,7 +57,7 @@ def test_what_is_not_quantized_is_counted_to_the_parameter(kind: str) -> None:
     assert ledger.unquantized == sum(parameter.nbytes for parameter in plain)
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", [[], ["lora=dora"], ["lora=attention"], ["lora.dtype=bf16"]], ids=str)
 def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> None:
@@ -125,7 +125,7 @@ def test_a_layer_keeps_what_is_planned(
     assert planned == pytest.approx(measured, rel=0.005)
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("rows", "length", "passes", "checkpoint", "dropout", "vocabulary"),
     [  # all pairs of values of two parameters

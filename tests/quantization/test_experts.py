@@ -153,6 +153,7 @@ def test_a_checkpoint_with_experts_in_4_bits_loads_to_the_same_bits(kind: str, t
     assert torch.equal(first(IDS).logits, second(IDS).logits)
 
 
+@pytest.mark.full
 def test_experts_none_keeps_16_bits_and_decodes_saved_ones(qwen: Path, tmp_path: Path) -> None:
     saved = in_4_bits(qwen, tmp_path / "saved")
     quantized = load(saved, FP32)

@@ -118,6 +118,7 @@ def test_a_method_whose_module_imports_a_name_that_is_not_there_is_refused(
         compose(["quantization.method=stale_method:X", "trusted=[stale_method]"])
 
 
+@pytest.mark.full
 def test_a_plan_counts_the_bytes_of_an_installed_method_without_torch(package: Path, tmp_path: Path) -> None:
     check = "assert 'torch' not in sys.modules and 'absmax.layer' not in sys.modules"
     done = run(package, tmp_path / "plan", *INSTALLED, "task=plan", "plan.device=a6000", check=check)

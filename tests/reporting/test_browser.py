@@ -84,7 +84,7 @@ def run_page(browser: Any, run: Path) -> Opened:
     return Opened(browser, run, DESKTOP)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["sweep", "run"])
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light")])
 def test_a_page_is_drawn_without_a_fault_or_a_request_and_fits_the_screen(
@@ -115,6 +115,7 @@ def test_hovering_shows_the_values_and_the_run(run_page: Opened) -> None:
     assert any(f"{value:.4g}"[:4] in texts for value in opened.traces()[-1]["y"])
 
 
+@pytest.mark.full
 def test_the_legend_hides_a_run_and_shows_it_again(sweep_page: Opened) -> None:
     opened = sweep_page
     first = opened.page.locator(".legend button").first
@@ -148,6 +149,7 @@ def test_smoothing_changes_the_curve_and_keeps_the_raw_one(run_page: Opened) -> 
     assert opened.page.locator("#smoothing + output").inner_text() == "0.90"
 
 
+@pytest.mark.full
 def test_the_axis_counts_tokens_on_demand_and_is_logarithmic_on_demand(browser: Any, run: Path) -> None:
     opened = Opened(browser, run, DESKTOP)
     opened.page.locator("#x").select_option("tokens")
@@ -204,6 +206,7 @@ def test_the_charts_of_parameters_hold_every_finished_run(sweep_page: Opened) ->
         assert "<script>window.…" in opened.page.locator(texts).all_text_contents()
 
 
+@pytest.mark.full
 def test_a_search_by_two_goals_shows_its_front(browser: Any, tmp_path: Path) -> None:
     folder = tmp_path / "goals"
     write_sweep(folder, {"lora.r": ["4", "8", "16", "32"]})
@@ -249,6 +252,7 @@ def test_config_and_answers_can_be_searched(browser: Any, run: Path) -> None:
     assert opened.page.locator(".answers > article:visible").count() == 2
 
 
+@pytest.mark.full
 def test_the_page_of_a_run_that_is_alive_loads_itself_again_and_keeps_what_a_reader_has_set(
     browser: Any, tmp_path: Path
 ) -> None:
@@ -279,6 +283,7 @@ def test_the_page_of_a_run_that_is_alive_loads_itself_again_and_keeps_what_a_rea
     assert not opened.errors
 
 
+@pytest.mark.full
 def test_a_page_that_is_silent_for_ten_minutes_says_so_and_stays(browser: Any, tmp_path: Path) -> None:
     folder = RunFolder(write_run(tmp_path / "silent", status="running"))
     html = render_run(folder, {}, command="qlora", state=RunState("running", "step 1", 0.5))

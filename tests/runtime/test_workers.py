@@ -88,6 +88,7 @@ def test_what_no_process_can_do_is_the_error_of_one_process_alone(task, work, ca
     assert not list(work.iterdir())
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -161,7 +162,7 @@ def lives(pid):
         return False
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("number", "moment"),

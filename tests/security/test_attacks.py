@@ -161,7 +161,7 @@ def eval_is_a_resolver() -> object:
 
 
 @pytest.mark.usefixtures("eval_is_a_resolver")
-@pytest.mark.matrix(16)
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_nothing_of_an_attacker_s_experiment_runs(here: Path, name: str) -> None:
     body, says = EXPERIMENTS[name]
@@ -313,6 +313,7 @@ def test_options_that_name_no_code_are_read_as_ever(here: Path) -> None:
     assert callback.patience == 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.full
 def test_a_stored_config_trusts_what_the_command_does() -> None:
     file = Path("run/config.yaml")
     saved = {"trusted": ["evilmod"], "model": {"trust_remote_code": True}}

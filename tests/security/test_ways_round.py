@@ -76,7 +76,7 @@ def test_a_tokenizer_is_one_and_nobody_is_asked_about_its_code(tmp_path: Path, b
     assert tokenizers.dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", [".hydra", "checkpoints", "adapter", "checkpoints/checkpoint-1", "result.json"])
 def test_a_link_out_of_the_run_s_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
@@ -137,6 +137,7 @@ def test_a_message_about_a_folder_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     "word",
     ["hydra.job_logging.root.level=NOPE", "hydra.job_logging.version=2", "+hydra.job_logging.handlers.x=5"],

@@ -155,7 +155,7 @@ def test_the_matmul_that_ends_a_layer_is_not_computed_again_where_no_norm_reads_
     assert all((actual[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_offloaded_inputs_change_no_bit(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))
@@ -252,7 +252,7 @@ def test_layers_that_read_one_input_are_one_group() -> None:
     assert attention.o_proj.group.rows == [256]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_a_model_is_what_it_was_after_a_step(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(overrides=("lora.dropout=0.5", f"trainer.compile={compiled}"))

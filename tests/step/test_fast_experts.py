@@ -140,7 +140,7 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("bits", ["quantization=nf4", "quantization=fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixture_learns_what_it_learns_without_the_part(folders: dict[str, Path], kind: str, bits: str) -> None:
@@ -189,6 +189,7 @@ def test_the_matmul_that_ends_a_layer_is_not_computed_again(
     assert calls.count(True) == 2 * 2 * 2
 
 
+@pytest.mark.full
 def test_dropout_leaves_out_inputs_of_the_adapters_and_differs_from_step_to_step(folders: dict[str, Path]) -> None:
     model = attach(folders["qwen3_moe"], "quantization=nf4", "lora.dropout=0.3")
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ def test_a_config_as_plain_values_is_what_omegaconf_makes_of_it() -> None:
         assert config_to_dict(config) == OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -100,6 +100,7 @@ def test_every_value_is_checked_before_a_job_starts(args: list[str], sentence: s
     assert not FOLDER.exists()
 
 
+@pytest.mark.full
 def test_a_combination_that_is_refused_is_a_failed_job_and_the_others_run() -> None:
     args = ["quantization=none,nf4", "lora=all-linear,pissa"]
     with pytest.raises(JobsFailed, match="1 of 4 jobs failed"):

@@ -569,6 +569,7 @@ def test_choices_that_a_study_was_not_begun_with_are_refused(tmp_path: Path, mon
     )
 
 
+@pytest.mark.full
 def test_a_study_of_another_config_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = f"sqlite:///{tmp_path}/shared.db"
     other = optuna.create_study(study_name="s", storage=storage)

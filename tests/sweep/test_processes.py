@@ -78,6 +78,7 @@ def test_a_process_that_dies_before_its_job_does_not_show_an_earlier_end(tmp_pat
     assert run([broken])["job"].reason == "ended with exit code 7 and without a result"
 
 
+@pytest.mark.full
 def test_there_are_as_many_jobs_at_a_time_as_slots_and_each_sees_its_own(tmp_path: Path) -> None:
     slots = [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
     most = 0

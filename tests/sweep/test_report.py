@@ -151,6 +151,7 @@ def test_the_report_is_written_into_its_own_folder(sweep: Path, tmp_path: Path) 
         assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 3 + ["failed"]
 
 
+@pytest.mark.full
 def test_the_command_line_reports_without_torch_and_prints_the_table(sweep: Path, tmp_path: Path) -> None:
     code = "import sys; from qlora.cli import main; main(); sys.exit('torch' in sys.modules)"
     args = ["task=report", f"runs={sweep}/*", "name=mine"]

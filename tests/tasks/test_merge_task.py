@@ -110,7 +110,7 @@ def test_every_architecture_merges_to_the_same_answers(
     assert len(moved) >= 8, "the training moved nothing, so the comparison shows nothing"
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "chosen",
     [

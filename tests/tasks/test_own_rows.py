@@ -37,7 +37,7 @@ def test_an_option_of_the_user_s_own_has_the_defaults_of_local(tmp_path: Path) -
     assert (mine.data.target_max_len, mine.data.max_length, mine.data.eval_dataset_size) == (None, 2048, None)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("overrides", [LOCAL, ["data=alpaca"], ["model=llama-7b", "data=oasst1"], []])
 def test_the_length_that_is_typed_makes_a_default_of_the_other_give_way(overrides: list[str], tmp_path: Path) -> None:
     epochs = compose([*overrides, "trainer.num_train_epochs=2"]).trainer

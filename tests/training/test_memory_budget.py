@@ -127,6 +127,7 @@ def test_micro_batches_in_parts_learn_what_whole_ones_do(tmp_path: Path, monkeyp
     assert all((adapter[name] - expected[name]).norm() < 1e-3 * expected[name].norm() for name in moved)
 
 
+@pytest.mark.full
 def test_what_no_plan_makes_fit_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallMemory(monkeypatch, lambda step, rows: False, backward=False)
     plan = "with 4 layers checkpointed, their inputs in the host's memory, micro-batches in 4 parts"

@@ -69,6 +69,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return printed
 
 
+@pytest.mark.full
 def test_a_pipe_gets_a_line_a_log_and_a_line_an_evaluation(lines: list[str]) -> None:
     kinds = [line.split()[0] for line in lines]
     assert kinds == ["step", "eval"] * 3

@@ -391,6 +391,7 @@ def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
     assert '"eval_loss": 1.25' in content["summary/text_summary"]
 
 
+@pytest.mark.full
 @needs_tensorboard
 def test_a_resumed_run_writes_no_scalar_twice(tmp_path: Path) -> None:
     for steps in ((1, 2, 3), (2, 3, 4)):

@@ -274,6 +274,7 @@ def test_a_step_whose_rows_are_all_masked_is_told(tmp_path: Path) -> None:
         trainer.run(None)
 
 
+@pytest.mark.full
 def test_a_loss_that_runs_away_is_called_divergence_and_taken_back_to_before(tmp_path: Path) -> None:
     trainer = build(
         tmp_path,
@@ -316,6 +317,7 @@ def test_a_loss_that_only_wavers_has_not_diverged(tmp_path: Path) -> None:
     assert trainer.watchdog.counts["divergence"] == 0
 
 
+@pytest.mark.full
 def test_a_slow_step_is_told_with_its_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path, build_rows(), max_steps=24, save_steps=24)
     trainer.get_train_dataloader()
