@@ -162,17 +162,13 @@ def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, t
     first, down = fast.layout.projections
     routing = route_tokens(top_k_index, fast.layout.count)
     dtype = hidden.dtype
-    rows = apply_experts(
-        hidden, *_adapter(fast, first, hidden), routing, fast.first, fast.tensors(first, fast.first), gathers=True
-    )
+    rows = _compute(fast, first, hidden, routing, gathers=True)
     owners = top_k_index.reshape(-1)[routing.order] if fast.layout.has_bias else None
     if owners is not None:
         rows = rows + getattr(experts, f"{first}_bias").to(dtype)[owners]
     weights = SortWeights.apply(top_k_weights, routing.order, routing.positions)
     rows = (apply_gate(experts, rows) * weights).to(dtype)
-    output = apply_experts(
-        rows, *_adapter(fast, down, rows), routing, fast.down, fast.tensors(down, fast.down), gathers=False
-    )
+    output = _compute(fast, down, rows, routing, gathers=False)
     if owners is not None:
         bias = experts.down_proj_bias.to(dtype)[top_k_index]
         output = output + (bias * top_k_weights[..., None].to(dtype)).sum(1)
