@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from qlora.config.schema import LoraConfig, LoraExperts
 from qlora.errors import ConfigError, did_you_mean
 from qlora.experts.layout import ExpertsLayout, find_experts
+from qlora.experts.names import SHARED
 from qlora.models.decoder import EXPERTS, ROUTER, linear_modules, read_decoder
 from qlora.models.experts_per_token import experts_per_token
 from qlora.quantization.method import method_of
 from qlora.upstream.peft import calls_layer, names_of_experts
 
-SHARED = re.compile(r"\.shared_(?:expert|mlp)s?\.")
-"""In the names of the experts that every token runs through."""
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """How projections of experts are called in the files of models and in the commands of other tools."""
 LAYER = re.compile(r".*\.\d+\.")

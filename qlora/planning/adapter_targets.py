@@ -7,10 +7,8 @@ from collections.abc import Mapping
 
 from qlora.config.schema import LoraConfig, LoraExperts
 from qlora.errors import ConfigError, did_you_mean
+from qlora.experts.names import SHARED
 from qlora.planning.model_shape import Linear, Shape
-
-SHARED = re.compile(r"\.shared_(?:expert|mlp)s?\.")
-"""Names of the linear layers in experts that compute every token, as training finds them."""
 
 
 def find_targets(

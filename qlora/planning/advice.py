@@ -82,24 +82,29 @@ def fewest_waiting(training: Training, gpu: Gpu, *, lean: bool) -> int:
     """
     layers = training.shape.layers
     setup = replace(training.setup, checkpointed=layers, offloaded=layers) if lean else training.setup
+
+    def fits(count: int) -> bool:
+        return replace(training, setup=replace(setup, waiting=count)).fits(gpu)
+
     counts = _waiting_counts(training.shape, setup)
-    trainings = (replace(training, setup=replace(setup, waiting=count)) for count in counts)
-    fits = zip(counts, (training.fits(gpu) for training in trainings), strict=True)
-    return next((count for count, fit in fits if fit), counts[-1])
+    return next(filter(fits, counts), counts[-1])
 
 
 def fewest_waiting_untrained(shape: Shape, setup: Setup, free: float) -> int:
     """Returns in how many layers the experts must wait for a base that is not trained, with `free` bytes for it."""
+
+    def fits(count: int) -> bool:
+        return Ledger(shape, replace(setup, waiting=count)).untrained + ANSWERING <= free * (1 - FRAGMENTS)
+
     counts = _waiting_counts(shape, setup)
-    ledgers = (Ledger(shape, replace(setup, waiting=count)) for count in counts)
-    fits = zip(counts, (ledger.untrained + ANSWERING <= free * (1 - FRAGMENTS) for ledger in ledgers), strict=True)
-    return next((count for count, fit in fits if fit), counts[-1])
+    return next(filter(fits, counts), counts[-1])
 
 
 def _waiting_counts(shape: Shape, setup: Setup) -> list[int]:
     """Returns in how many layers experts can wait; a few would need as much room as they leave."""
-    can_wait = shape.experts is not None and setup.base.experts_bytes is not None
-    return [0, *(range(ROOM + 1, len(shape.experts.layers) + 1) if can_wait and shape.experts is not None else ())]
+    if shape.experts is None or setup.base.experts_bytes is None:
+        return [0]
+    return [0, *range(ROOM + 1, len(shape.experts.layers) + 1)]
 
 
 def fewest_offloaded(training: Training, gpu: Gpu) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 from qlora.config.schema import Config, ExpertsOffload
 from qlora.errors import ConfigError, UserError
 from qlora.planning.advice import Training, fewest_waiting_untrained
+from qlora.planning.families import FAMILIES
 from qlora.planning.gpus import Gpu
 from qlora.planning.memory_plan import CONTEXT
-from qlora.planning.model_shape import FAMILIES, read_shape
+from qlora.planning.model_shape import read_shape
 from qlora.planning.training_plan import find_waiting, read_setup
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
