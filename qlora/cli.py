@@ -32,6 +32,7 @@ from qlora.runtime.environment import prepare_environment
 from qlora.runtime.exit_codes import exiting
 from qlora.runtime.versions import versions_page
 from qlora.sweep import names
+from qlora.sweep.engines import check_engine
 from qlora.upstream.hydra_run import show
 
 RESTORED = (START_VARIABLE, "HOME")
@@ -78,10 +79,7 @@ def run(argv: list[str]) -> None:
         _show(arguments)
         return
     refuse_unreadable(arguments.overrides)
-    if any(text.startswith("hydra/launcher=") for text in arguments.overrides):
-        from qlora.sweep.engines import check_engine
-
-        check_engine(arguments.overrides)
+    check_engine(arguments.overrides)
     arguments = arguments.read(read_typed(arguments.overrides, arguments.config_dir))
     overrides, flags = with_environment(arguments.overrides), arguments.flags
     arguments = replace(arguments, overrides=overrides)

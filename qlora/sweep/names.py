@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from qlora.config.conversion import to_config
 from qlora.config.saved_config import config_to_dict
 from qlora.runtime.sweep_job import SweepJob
+from qlora.sweep.jobs import job_folder
 from qlora.text import quoted
 
 FOLDER = Path("outputs/sweeps")
@@ -62,7 +63,5 @@ def membership(hydra: Any) -> SweepJob | None:
 
 def job_name(*, _root_: DictConfig) -> str:
     """Returns the name of a job's folder, its overrides and its identity, for engines that see one job at a time."""
-    from qlora.sweep.jobs import job_folder  # most commands name no job
-
     config = config_to_dict(to_config(_root_))
     return job_folder(Path(_root_.hydra.sweep.dir), own_overrides(_root_.hydra), config).name
