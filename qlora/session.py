@@ -29,7 +29,6 @@ from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
-from qlora.data.batching.token_store import column
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
 from qlora.data.ingest.row_files import read_rows
@@ -374,10 +373,7 @@ class Session:
         """Returns the tokens of the longest row or pack to train on; None: nothing is trained."""
         if self.needs.rows is not Rows.all or not self.config.task.train:
             return None
-        data = self.data
-        assert data.train is not None
-        lengths = data.packed.lengths if data.packed else column(data.train, "length")
-        return int(max(lengths))
+        return int(self.data.lengths.max())
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which the base is loaded, so that experts that wait never fill the GPU."""

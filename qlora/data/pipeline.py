@@ -62,6 +62,12 @@ class Data:
     """What the tokenizer does not keep of the rows to train on."""
 
     @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each item of what is trained on, a row or a pack: int [items]."""
+        assert self.train is not None
+        return self.packed.lengths if self.packed is not None else column(self.train, "length")
+
+    @property
     def most_targets(self) -> int | None:
         """The most tokens that the loss counts in an item of what is trained on: in a row, or in a pack."""
         if self.train is None:

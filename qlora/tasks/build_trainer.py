@@ -16,7 +16,6 @@ from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import Collator, count_work
-from qlora.data.batching.token_store import column
 from qlora.errors import RunError
 from qlora.models.packing_guard import check_packing
 from qlora.planning.families import FAMILIES
@@ -79,7 +78,7 @@ def build_trainer(
 
     peak = peak or PeakMemory(placement.device)
     step, meter = build_step(session, model), _build_meter(session, model, peak)
-    lengths = (data.packed.lengths if data.packed else column(data.train, "length")).tolist()
+    lengths = data.lengths.tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
     budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
     _say_step(step, budget)

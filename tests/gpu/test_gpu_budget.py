@@ -39,14 +39,6 @@ def whole_gpu() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    row = json.dumps({"text": "the stone owl sings of rivers and towers " * 2048})
-    path.write_text(f"{row}\n" * 33, encoding="utf-8")
-    return path
-
-
 def run(folder: Path, rows: Path, *overrides: str) -> dict[str, Any]:
     torch.cuda.empty_cache()
     return Run(compose([*SHAPE, f"data.path={rows}", *overrides]), folder).execute()["metrics"]

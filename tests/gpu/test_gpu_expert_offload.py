@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ SHAPE = [
     *("data.target_max_len=null", "data.max_length=1024", "evaluation=loss", "evaluation.baseline=false"),
     *("task.predict=false", "trainer.keep=last", "trainer.deterministic=true"),
 ]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    row = json.dumps({"text": "the stone owl sings of rivers and towers " * 512})
-    path.write_text(f"{row}\n" * 18, encoding="utf-8")
-    return path
 
 
 def run(folder: Path, rows: Path, *overrides: str) -> dict[str, Any]:
