@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,23 +29,32 @@ MOVED = 0.25
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, batch_size: int) -> None:
+def check_packing(
+    model: PreTrainedModel | PeftModel,
+    placement: Placement,
+    *,
+    batch_size: int,
+    logits_of: Callable[[dict[str, Tensor]], Tensor] | None = None,
+) -> None:
     """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
 
     transformers finds the packed rows by `position_ids` that restart, but not in every architecture (OPT, Falcon,
     Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row per batch: nothing is
     reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
-    precision of training. It comes after the trainer is built, which switches the cache off.
+    precision of training. It comes after the trainer is built, which switches the cache off. `logits_of` returns the
+    logits of such a batch as training steps attend to it; None: as the model itself does.
     """
     assert not getattr(model.config, "use_cache", False), "with a key-value cache, packed rows see each other"
     method = method_of(model)
     method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size
+    compute = logits_of or (lambda batch: model(**batch).logits)
     one, other, segment = (_tokens(quarter * vocabulary // 4, vocabulary) for quarter in (1, 2, 3))
     with _evaluating(model), placement.autocast():
 
         def logits(leading: Tensor, *, restarts: bool) -> Tensor:
-            return _logits(model, _batch(leading, segment, batch_size, restarts=restarts), placement.device)
+            batch = _batch(leading, segment, batch_size, restarts=restarts)
+            return _of_segment(compute({name: tensor.to(placement.device) for name, tensor in batch.items()}))
 
         packed, changed = logits(one, restarts=True), logits(other, restarts=True)
         plain, plain_changed = logits(one, restarts=False), logits(other, restarts=False)
@@ -83,10 +92,9 @@ def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, restarts: bool)
     return batch | {"position_ids": torch.stack(positions)} if restarts else batch
 
 
-def _logits(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def _of_segment(logits: Tensor) -> Tensor:
     """Returns the logits of the segment in every row: float32 [rows, LENGTH, vocabulary]."""
-    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
-    rows = zip(logits, LEADING, strict=False)
+    rows = zip(logits.float(), LEADING, strict=False)
     return torch.stack([row[count : count + LENGTH] for row, count in rows])
 
 

@@ -83,11 +83,13 @@ class Activations:
     @property
     def _attention(self) -> float:
         """Bytes a token that attention keeps: queries, keys, values, output and the rows' sums."""
-        shape, c = self.shape, self.setup.width
-        if shape.family.capped:
+        shape, c, is_fast = self.shape, self.setup.width, self.setup.step is PlanStep.fast
+        if shape.family.capped and not is_fast:
             # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and in 16 bits.
             return c * 3 * shape.queries + shape.heads * self.setup.length * (2 * c + 4)
-        if shape.family.sinks:  # the same without tanh, whose softmax has the sink's column; and its rows' maxima
+        if (
+            shape.family.sinks and not is_fast
+        ):  # the same without tanh, whose softmax has the sink's column; and its rows' maxima
             return c * 3 * shape.queries + shape.heads * ((self.setup.length + 1) * c + 8)
         if (latent := shape.latent) is not None:  # values are kept with the keys that they were computed with
             expanded = shape.heads * (latent.plain + latent.values)
@@ -95,7 +97,8 @@ class Activations:
         # Of a joined matrix all outputs are kept for the values' sake.
         joined = shape.family.joined and not self.has_fp32_stream
         values = shape.queries + 2 * shape.keys if joined else shape.keys
-        return c * (2 * shape.queries + shape.keys + values) + 4 * shape.heads
+        sinks = c * shape.queries + 4 * shape.heads if shape.family.sinks else 0  # the output without them, their share
+        return c * (2 * shape.queries + shape.keys + values) + 4 * shape.heads + sinks
 
     @property
     def has_fp32_stream(self) -> bool:
@@ -139,7 +142,7 @@ class Activations:
         setup, c = self.setup, self.setup.width
         hidden, middle = self.shape.hidden * c * setup.tokens, self._width(has_experts=has_experts) * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
-            return max(hidden + 4 * middle + self.decoded_matrix, self._scores)
+            return hidden + 4 * middle + self.decoded_matrix
         zeros = setup.r > 0 and setup.dropout
         sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
         decoding = hidden + middle + self.decoded_matrix
@@ -148,16 +151,14 @@ class Activations:
 
     @property
     def _scores(self) -> float:
-        """Bytes of the gradients of attention's scores where it keeps a matrix of them, for the sake of its sinks.
+        """Bytes of the scores where the plain step's attention keeps a matrix of them, for the sake of its sinks.
 
-        Two matrices are there at once, before and after a step back through the softmax. Without compiled layers the
-        forward pass needs more: the scores, the same with the mask, and both with the sink's column. A GPU's matmuls
-        take a copy without that column beside them.
+        Four matrices are there at once: the scores, the same with the mask, both with the sink's column, and a copy
+        without that column, which a GPU's matmuls take.
         """
         setup = self.setup
-        matrices = 1 + (2 if setup.step is PlanStep.fast else 3)
         elements = self.shape.heads * setup.length * setup.tokens
-        return matrices * elements * setup.width if self.shape.family.sinks else 0
+        return 4 * elements * setup.width if self.shape.family.sinks else 0
 
     def copies(self, names: frozenset[str]) -> float:
         """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""

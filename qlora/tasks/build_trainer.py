@@ -105,7 +105,8 @@ def build_trainer(
         needed=session.keep_rule.needed,
     )
     if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
-        check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
+        size = config.trainer.per_device_train_batch_size
+        check_packing(model, placement, batch_size=size, logits_of=step.packed_logits)
     return trainer
 
 

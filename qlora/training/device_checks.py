@@ -19,11 +19,10 @@ def check_device(trainer: TrainerConfig, device_type: str) -> None:
         raise ConfigError(
             f"trainer.memory_budget={trainer.memory_budget} limits a CUDA device's memory, {here}; leave it out"
         )
-    requested = {"fused_attention": trainer.fused_attention, "flash_attention": trainer.flash_attention.value}
-    for name, value in requested.items():
-        if value not in (False, "auto"):
-            text = str(value).lower()
-            raise ConfigError(f"trainer.{name}={text} runs on CUDA only, {here}; set trainer.{name}=auto")
+    if (flash := trainer.flash_attention.value) != "auto":
+        raise ConfigError(
+            f"trainer.flash_attention={flash} runs on CUDA only, {here}; set trainer.flash_attention=auto"
+        )
 
 
 def check_processes(trainer: TrainerConfig, model: ModelConfig) -> None:
