@@ -125,8 +125,8 @@ class FastStep:
         `batch` has `input_ids` of at most 3 restarts a row, and `position_ids` where there are any.
         """
         if self._attention is None or "position_ids" not in batch:
-            own: Tensor = self.base(**batch).logits
-            return own
+            unpacked: Tensor = self.base(**batch).logits
+            return unpacked
         rows, width = batch["input_ids"].shape
         packs = Packs(width, 3, width)
         self._attention.enter()

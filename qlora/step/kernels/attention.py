@@ -221,9 +221,9 @@ def attend_flex(
         output: Any = flex(q, k, v, **options)
         return output
     output, aux = flex(q, k, v, **options, return_aux=AuxRequest(lse=True))
-    # The softmax with a sink is the one without, times the share that is not the sink's.
-    share = torch.sigmoid(aux.lse - sinks.float()[:, None])
-    result: Tensor = (output * share[..., None]).to(output.dtype)
+    # The softmax with a sink is the one without, times the fraction that is not the sink's.
+    fraction = torch.sigmoid(aux.lse - sinks.float()[:, None])
+    result: Tensor = (output * fraction[..., None]).to(output.dtype)
     return result
 
 
