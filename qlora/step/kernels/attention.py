@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 NEWER_FLASH = {"fa3": ("FA3", "flash_attn_interface", (9,)), "fa4": ("FA4", "flash_attn.cute", (9, 10))}
 """By key: torch's name for each FlashAttention, the module that holds it, and its GPUs (major compute capability)."""
+WIDE = 192
+"""The widest head for which torch's own tiles of `flex_attention` are good on Hopper; beyond, they spill registers."""
+WIDE_OPTIONS: dict[str, int] = {"bwd_num_warps": 8}
+"""The tiles for wider heads there."""
 BLOCK = 128
 """Tokens of a block that `flex_attention` computes, skips, or computes with a mask."""
 MAX_DIFFERENCE = 0.02
@@ -195,6 +199,11 @@ def build_block_mask(cu_seqlens: Tensor, tokens: int, window: int | None) -> Blo
     )
 
 
+def wide_tiles(device: torch.device) -> dict[str, int]:
+    """Returns the tiles of `attend_flex` for wide heads; torch's own are good on this device if there are none."""
+    return WIDE_OPTIONS if torch.cuda.get_device_capability(device) == (9, 0) else {}
+
+
 def attend_flex(
     q: Tensor,
     k: Tensor,
@@ -204,8 +213,12 @@ def attend_flex(
     *,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    tiles: dict[str, int] | None = None,
 ) -> Tensor:
-    """As `attend_plain`, for `q` [1, heads, tokens, width], by a kernel that torch compiles; returns the same shape."""
+    """As `attend_plain`, for `q` [1, heads, tokens, width], by a kernel that torch compiles; returns the same shape.
+
+    `tiles` are those of `wide_tiles`.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
@@ -217,6 +230,8 @@ def attend_flex(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1], "block_mask": block_mask}
     if softcap is not None:
         options["score_mod"] = cap
+    if tiles and q.shape[-1] > WIDE:
+        options["kernel_options"] = tiles
     if sinks is None:
         output: Any = flex(q, k, v, **options)
         return output

@@ -25,6 +25,7 @@ from qlora.step.kernels.attention import (
     fastest_attention,
     flash_unsupported_reason,
     has_varlen,
+    wide_tiles,
 )
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
 from qlora.upstream.transformers_model import attention_of, set_attention, takes_any_attention
@@ -114,6 +115,7 @@ class FusedAttention(ConfiguredPart):
             batch["block_masks"] = {
                 window: build_block_mask(cu_seqlens, count * width, window) for window in self._windows
             }
+            batch["tiles"] = wide_tiles(ids.device)
         return batch | {
             "input_ids": ids.view(1, -1),
             # The last token of a row predicts nothing, and not the first one of the row behind it.
@@ -189,20 +191,22 @@ def attend_packed(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     block_masks: dict[int | None, BlockMask] | None = None,
+    tiles: dict[str, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside the rows of a variable-length batch, in transformers' signature.
 
     `query` is [1, heads, tokens, width]; `cu_seqlens`, int32 [rows + 1], holds the first token of each row and the
     end; `max_seqlen` is the maximum number of tokens in a row. `s_aux` [heads] are sinks. `block_masks` are those of
-    `cu_seqlens` by window, where `flex_attention` is needed. Returns [1, tokens, heads, width].
+    `cu_seqlens` by window, where `flex_attention` is needed, and `tiles` those for wide heads. Returns [1, tokens,
+    heads, width].
     """
     _check_arguments(module, attention_mask, kwargs)
     if cu_seqlens is None:  # the model drops arguments that it does not know, and rows would attend to each other
         raise NotImplementedError(f"{type(module).__name__} gets no cu_seqlens: {FALSE}")
     if block_masks is not None:
         mask = block_masks[sliding_window]
-        output = attend_flex(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux)
+        output = attend_flex(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux, tiles=tiles)
         return output.transpose(1, 2).contiguous(), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0).contiguous() for tensor in (query, key, value))
     if softcap is None and s_aux is None:
