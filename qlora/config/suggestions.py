@@ -87,13 +87,11 @@ def nearest_presets(choice: str, options: Sequence[str]) -> list[str]:
 
     What a name says of chatting is spelled otherwise from family to family: `qwen3.5-9b-instruct` is `qwen3.5-9b`.
     """
-    asked, size = CHATTING.search(choice.lower()), SIZE.search(choice.lower())
+    choice = choice.lower()
+    asked, size = CHATTING.search(choice), SIZE.search(choice)
     near = suggest(ROLE.sub("", choice), [ROLE.sub("", name) for name in options])
-    if size is not None:
-        brand = re.match("[a-z]*", choice.lower())
-        same = [name for name in near if (of := SIZE.search(name)) is None or of[0] == size[0]]
-        kin = [name for name in options if brand and brand[0] and name.startswith(brand[0])]
-        near = same or [*(ROLE.sub("", name) for name in kin if size[0] in SIZE.findall(name)), *near]
+    if size is not None and len(near) > 1:
+        near = [name for name in near if size[0] in SIZE.findall(name)] or near
     names = [name for name in options if ROLE.sub("", name) in near]
     if asked is None:  # of each model one
         by_model = {ROLE.sub("", name): name for name in sorted(names, key=lambda name: not ROLE.search(name))}

@@ -194,7 +194,7 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
     )
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "lama"}))
     text = refusal("plan.device=h100", f"model.name={tmp_path}")
-    assert "task=plan does not know the model type 'lama' (did you mean llama?); it knows llama, mistral" in text
+    assert "transformers does not know the model type 'lama' (did you mean llama?), so its size is unknown" in text
 
 
 def test_a_model_whose_config_is_not_available_is_one_sentence() -> None:
