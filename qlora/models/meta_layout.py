@@ -107,7 +107,7 @@ def _layout(model: Any, where: str) -> dict[str, Any]:
 
 def _linears(model: Any, routers: set[str]) -> list[tuple[dict[str, Any], int | None]]:
     """Returns the linear layers but for the output layer, each with the decoder layer that it lies in."""
-    output, found, seen = model.get_output_embeddings(), [], set()
+    output, linears, seen = model.get_output_embeddings(), [], set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is output or module.weight in seen:
             continue
@@ -123,8 +123,8 @@ def _linears(model: Any, routers: set[str]) -> list[tuple[dict[str, Any], int | 
             "bias": module.bias is not None,
             "is_adapted": name not in routers and calls_layer(name.rpartition(".")[2], model),
         }
-        found.append((linear, int(index[1]) if index else None))
-    return found
+        linears.append((linear, int(index[1]) if index else None))
+    return linears
 
 
 def _modules_by_layer(model: Any, count: int) -> list[dict[str, nn.Module]]:

@@ -82,7 +82,7 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     for name, value in shape.items():
         is_known = name in defaults or name in model_config.attribute_map
         is_known |= name == "head_dim" and not is_known and _decides_sizes(model_config, name)
-        is_kept = is_known and _stored(model_config, name) == value
+        is_kept = is_known and _saved(model_config, name) == value
         if not is_kept and not _is_converted(model_config, model_type, shape, name):
             where = "options." if name in config.architecture.options else ""
             raise ConfigError(
@@ -94,7 +94,7 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     return model_config
 
 
-def _stored(model_config: Any, name: str) -> Any:
+def _saved(model_config: Any, name: str) -> Any:
     """Returns a setting; one that layers may have a value of their own for (Gemma 4) has no attribute that is read."""
     name = model_config.attribute_map.get(name, name)
     settings = model_config.to_dict()
@@ -104,8 +104,8 @@ def _stored(model_config: Any, name: str) -> Any:
 def _is_converted(model_config: Any, model_type: str, shape: dict[str, Any], name: str) -> bool:
     """Returns whether the config class makes other settings of one that it does not keep (Gemma 4's global heads)."""
     without = AutoConfig.for_model(model_type, **{other: value for other, value in shape.items() if other != name})
-    stored, others = model_config.to_dict(), without.to_dict()
-    return name not in stored and any(stored.get(key) != value for key, value in others.items() if key not in IDS)
+    kept, others = model_config.to_dict(), without.to_dict()
+    return name not in kept and any(kept.get(key) != value for key, value in others.items() if key not in IDS)
 
 
 def _decides_sizes(model_config: Any, name: str) -> bool:

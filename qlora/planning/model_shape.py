@@ -143,8 +143,8 @@ class Shape:
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """How far back its layers look, each distance once; None, all tokens, comes first."""
-        found = {mixer.window for layer in self.kinds for mixer in layer.mixers if mixer.queries}
-        return (None, *sorted(window for window in found if window is not None))
+        windows = {mixer.window for layer in self.kinds for mixer in layer.mixers if mixer.queries}
+        return (None, *sorted(window for window in windows if window is not None))
 
     def full_names(self, layer: int) -> Mapping[str, Linear]:
         """Returns the linear layers of a decoder layer by their names in the model."""

@@ -97,8 +97,7 @@ class ArchitectureConfig:
             given = "null" if self.options is None else brief(self.options)
             raise ConfigError(f"{key} must be a mapping such as {MAPPINGS[key]}, got {given}")
         check_plain("model.architecture.options", self.options)
-        own = {item.name for item in fields(self)}
-        if twice := sorted(name for name in self.options if name in own):
+        if twice := sorted({item.name for item in fields(self)} & self.options.keys()):
             raise ConfigError(
                 f"model.architecture.options.{twice[0]} is a setting of model.architecture itself; write "
                 f"model.architecture.{twice[0]}"
