@@ -38,12 +38,22 @@ SMALL_MIXTURE: dict[str, Any] = {
 }
 """The sizes of a small mixture whose first layer has experts."""
 SMALL_OPTIONS: dict[str, Any] = {
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "global_head_dim"), HEAD_WIDTH),
-    **{"mamba_n_heads": 2 * HEADS, "mamba_d_state": 16, "shared_intermediate_size": 64},
-    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1600, "num_kv_shared_layers": 0},
-    **{"num_global_key_value_heads": 1, "top_k_experts": 2, "num_dense_layers": 0},
-    **{"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    "mamba_n_heads": 2 * HEADS,
+    "mamba_d_state": 16,
+    "shared_intermediate_size": 64,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 1600,
+    "num_kv_shared_layers": 0,
+    "num_global_key_value_heads": 1,
+    "top_k_experts": 2,
+    "num_dense_layers": 0,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 0,
 }
 """The sizes of a small layer that stand in `model.architecture.options`."""
 

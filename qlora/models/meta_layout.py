@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qlora.errors import DataError, describe_fault, did_you_mean
+from qlora.errors import DataError, UserError, describe_fault, did_you_mean
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.causal import check_is_causal
 from qlora.models.decoder import EXPERTS, ROUTER, read_decoder
 from qlora.models.experts_per_token import KEYS, experts_per_token
 from qlora.models.layer_layout import read_layer
+from qlora.models.model_config import check_settings
 from qlora.upstream.peft import calls_layer
 
 LEFT_OUT = ("model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype")
@@ -28,10 +29,11 @@ LEFT_OUT = ("model_type", "architectures", "auto_map", "quantization_config", "d
 INDEX = re.compile(r"\.(\d+)\.")
 
 
-def read_layout(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_layout(settings: Mapping[str, Any], where: str, options: Collection[str] | None = None) -> dict[str, Any]:
     """Returns the layout of the model that settings describe; `where` names them in errors.
 
-    Raises `DataError` where transformers builds no causal model from them.
+    Raises `DataError` where transformers builds no causal model from them. `options`: they are those of
+    `model.architecture`, with these in its options, and one that the model type does not have raises `ConfigError`.
     """
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
@@ -46,15 +48,18 @@ def read_layout(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         check_is_causal(config, where)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # whatever a model's own code raises for sizes that do not fit each other
         raise DataError(
             f"{where}: transformers builds no {kind} of these settings ({describe_fault(error)}); correct them"
         ) from error
+    if options is not None:
+        described = {name: value for name, value in settings.items() if name not in (*LEFT_OUT, "rope_theta")}
+        check_settings(config, described, options)
     try:
         return _layout(model, where)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # a config like no other model's
         raise DataError(

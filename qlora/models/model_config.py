@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora.config.schema import ModelConfig, described_settings
-from qlora.errors import ConfigError, did_you_mean
+from qlora.errors import ConfigError, describe_fault, did_you_mean
 from qlora.models.causal import check_is_causal
 from qlora.models.json_files import library_reads
 from qlora.models.model_files import check_model_folder, is_local, locate
@@ -78,20 +79,44 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
             f"model.architecture.intermediate_size is missing, the width of the feed-forward layer of {model_type}; "
             "give it as a number"
         )
-    model_config = AutoConfig.for_model(model_type, **shape, **ids)
+    model_config = _build(model_type, shape, ids, is_new=bool(config.architecture.options))
+    check_settings(model_config, shape, config.architecture.options)
+    if rope_theta is not None:
+        _set_rope_theta(model_config, rope_theta)
+    return model_config
+
+
+def _build(model_type: str, shape: dict[str, Any], ids: dict[str, Any], *, is_new: bool) -> Any:
+    """Returns transformers' config object; `is_new`: the model is built, too, for settings that nothing else checks."""
+    try:
+        model_config = AutoConfig.for_model(model_type, **shape, **ids)
+        if is_new:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(model_config)
+    except Exception as error:  # whatever a model's own code raises for values that do not fit each other
+        raise ConfigError(
+            f"model.architecture: transformers builds no {model_type} of these settings ({describe_fault(error)}); "
+            "correct them"
+        ) from error
+    return model_config
+
+
+def check_settings(model_config: Any, shape: dict[str, Any], options: Collection[str]) -> None:
+    """Raises `ConfigError` for a setting of `shape` that a model type does not have, which its config class took all
+    the same; `options` are those of `model.architecture.options`."""
+    model_type = model_config.model_type
+    defaults = CONFIG_MAPPING[model_type]().to_dict()
     for name, value in shape.items():
         is_known = name in defaults or name in model_config.attribute_map
         is_known |= name == "head_dim" and not is_known and _decides_sizes(model_config, name)
         is_kept = is_known and _saved(model_config, name) == value
         if not is_kept and not _is_converted(model_config, model_type, shape, name):
-            where = "options." if name in config.architecture.options else ""
+            where = "options." if name in options else ""
+            near = did_you_mean(name, defaults) if name in options else ""
             raise ConfigError(
-                f"model.architecture.{where}{name}={value}: {model_type} has no such setting; leave it out or set it "
-                "to null"
+                f"model.architecture.{where}{name}={value}: {model_type} has no such setting{near}; leave it out or "
+                "set it to null"
             )
-    if rope_theta is not None:
-        _set_rope_theta(model_config, rope_theta)
-    return model_config
 
 
 def _saved(model_config: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,29 @@ FORMAT = 1
 """Of the file; another one is read anew."""
 
 
-def build_shape(settings: Mapping[str, Any], where: str, cache: Path | None = None) -> Shape:
+def build_shape(
+    settings: Mapping[str, Any], where: str, cache: Path | None = None, options: Collection[str] | None = None
+) -> Shape:
     """Returns the shape of the model that transformers builds from settings; `where` names them in errors.
 
     `cache` is a folder that keeps its layout. Raises `DataError` for settings that transformers builds no model from.
+    `options`: the settings are those of `model.architecture`, of which one that the model type does not have raises
+    `ConfigError`.
     """
     text = json.dumps(dict(settings), sort_keys=True, default=str)
-    return _shape(_layout(text, where, cache))
+    return _shape(_layout(text, where, cache, None if options is None else tuple(options)))
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(settings: str, where: str, cache: Path | None) -> dict[str, Any]:
+def _layout(settings: str, where: str, cache: Path | None, options: tuple[str, ...] | None) -> dict[str, Any]:
     """Returns the layout of the model of these settings, which are JSON; one that was kept is not read again."""
-    known = f"{FORMAT} {version('transformers')} {settings}"
+    known = f"{FORMAT} {version('transformers')} {options} {settings}"
     file = cache / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json" if cache is not None else None
     if file is not None and (kept := _read(file)) is not None:
         return kept
     from qlora.models.meta_layout import read_layout  # imports torch and transformers
 
-    layout = read_layout(json.loads(settings), where)
+    layout = read_layout(json.loads(settings), where, options)
     if file is not None:
         _keep(file, layout)
     return layout

@@ -3,7 +3,7 @@ from transformers' own model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ from qlora.text import brief
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def read_shape(settings: Mapping[str, Any], where: str, cache: Path | None = None) -> Shape:
+def read_shape(
+    settings: Mapping[str, Any], where: str, cache: Path | None = None, options: Collection[str] | None = None
+) -> Shape:
     """Returns the shape that `model.architecture` or a `config.json` describes; `where` names it in errors.
 
     An architecture that is not in the table of families is built by transformers without its weights, which imports
-    torch; `cache` is a folder that keeps what was read of it. Raises `DataError` for settings that describe no model,
+    torch; `cache` is a folder that keeps what was read of it, and `options` are those of `model.architecture`, where
+    one that the model type does not have raises `ConfigError`. Raises `DataError` for settings that describe no model,
     and for a size that is missing.
     """
     text = settings.get("text_config")
     settings = text if isinstance(text, Mapping) else settings
     kind = str(settings.get("model_type"))
     if kind not in FAMILIES:
-        return build_shape(settings, where, cache)
+        return build_shape(settings, where, cache, options)
     if missing := [name for name in SIZES if settings.get(name) is None]:
         raise DataError(f"{where}: {missing[0]} is missing, so the model's size is unknown; give it as a number")
     for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):

@@ -182,16 +182,17 @@ def find_shape(config: Config) -> Shape:
     """
     model = config.model
     architecture = described_settings(model.architecture) if model.architecture is not None else None
+    options = model.architecture.options if model.architecture is not None else None
     cache = cache_root(config.data.cache_dir) / "shapes"
     if model.weights is Weights.random or model.name == EMBEDDED:
         assert architecture is not None
-        return read_shape(architecture, "model.architecture", cache)
+        return read_shape(architecture, "model.architecture", cache, options)
     location = locate(model.name)
     if is_local(location):
         return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}", cache)
     # A model named on the command line alone still has the architecture of the default preset.
     if architecture is not None and architecture != _default_architecture():
-        return read_shape(architecture, "model.architecture", cache)
+        return read_shape(architecture, "model.architecture", cache, options)
     return read_shape(_download_config(config), f"model.name={model.name}", cache)
 
 

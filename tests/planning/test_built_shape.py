@@ -15,7 +15,7 @@ import qlora.models.meta_layout
 from qlora import adapters
 from qlora.config.options import model_presets
 from qlora.config.schema import described_settings
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.built_shape import build_shape
@@ -240,3 +240,11 @@ def test_settings_of_no_model_are_one_sentence(settings: dict[str, Any], message
     with pytest.raises(DataError, match=message) as error:
         read_shape(settings, "test")
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_that_a_model_type_does_not_have_ends_its_plan() -> None:
+    described = {"model_type": "qwen3_5_text", **HEADS, **DELTA, "linear_num_value_heds": 4}
+    with pytest.raises(ConfigError, match=r"linear_num_value_heds=4: qwen3_5_text has no such setting \(did you "
+                       r"mean linear_num_value_heads\?\); leave it out"):  # fmt: skip
+        read_shape(described, "model.architecture", options=["linear_num_value_heds"])
+    assert read_shape(described, "config.json").model_type == "qwen3_5_text"
