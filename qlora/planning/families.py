@@ -1,4 +1,4 @@
-"""How the architectures that a plan knows differ from LLaMA."""
+"""How the architectures that are planned without torch differ from LLaMA."""
 
 from __future__ import annotations
 

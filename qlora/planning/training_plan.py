@@ -1,6 +1,6 @@
 """The plan of a training run: what of a config decides memory and time, and what both come to on a GPU.
 
-Needs no torch, so that it answers at once.
+Needs no torch for the architectures of the table of families, so that it answers at once.
 """
 
 from __future__ import annotations
