@@ -142,11 +142,16 @@ def random_base_settings(config: ModelConfig, placement: Placement, seed: int) -
     The kind of device is one, for each has its own random numbers, and so is the dtype that they are generated in.
     """
     assert config.architecture is not None
-    described = asdict(config.architecture).items()  # bases of older runs had no word on experts
-    shape = {f"model.architecture.{k}": v for k, v in described if v is not None or k not in MIXTURE_FIELDS}
+    described = asdict(config.architecture)
+    options = {f"model.architecture.options.{name}": value for name, value in described.pop("options").items()}
+    shape = {
+        f"model.architecture.{name}": value
+        for name, value in described.items()
+        if value is not None or name not in MIXTURE_FIELDS  # bases of older runs had no word on experts
+    }
     dtype = next(name.value for name, dtype in DTYPES.items() if dtype is placement.param_dtype)
     machine = {"seed": seed, "device": placement.device.type, "quantization.compute_dtype": dtype}
-    return {"model.weights": config.weights.value} | machine | shape
+    return {"model.weights": config.weights.value} | machine | shape | options
 
 
 def _seed(seed: int, name: str) -> int:

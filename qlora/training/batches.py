@@ -24,7 +24,7 @@ Micro = dict[str, Any]
 """A batch with its `TARGETS`."""
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
-"""The key of a batch's numbers of tokens and pairs, beside its tensors."""
+"""The key of a batch's numbers of tokens and of pairs, by how far layers look back, beside its tensors."""
 TARGETS = "targets"
 """The key of the number of labels that the loss counts, int64 [rows] of numpy: it stays on the host."""
 
@@ -34,7 +34,7 @@ class CountingCollator:
     """Collates rows and counts them while they are on the host."""
 
     collate: Collate
-    count: Callable[[Batch], tuple[int, int]]
+    count: Callable[[Batch], tuple[int, ...]]
     objective: Objective
     blank: dict[str, Any]
     """A row without labels, for a process that has no rows left while others have: it takes part in the step."""
@@ -43,7 +43,8 @@ class CountingCollator:
         batch = self.collate(rows or [self.blank])
         batch["labels"] = self.objective.labels(batch)
         targets = (batch["labels"] != IGNORED).sum(1).numpy()
-        return {**batch, TARGETS: targets, COUNTS: self.count(batch) if rows else (0, 0)}
+        counts = tuple(number if rows else 0 for number in self.count(batch))
+        return {**batch, TARGETS: targets, COUNTS: counts}
 
 
 def without_labels(row: dict[str, Any]) -> dict[str, Any]:

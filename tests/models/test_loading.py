@@ -247,13 +247,18 @@ def test_heads_of_a_mixture_may_be_wider_than_its_hidden_state() -> None:
         ({"sliding_window": 8}, r"sliding_window=8: llama has no such setting; leave it out"),
         ({"model_type": "gpt_neox", "num_key_value_heads": 1}, r"num_key_value_heads=1: gpt_neox has no such setting"),
         ({"model_type": "gpt2", "rope_theta": 10000, "num_key_value_heads": "null", "intermediate_size": 64}, "gpt2"),
+        (
+            {"model_type": "qwen3_5_text", "options": "{linear_conv_kernel_dim: wide}"},
+            r"transformers builds no qwen3_5_text of these settings \(",
+        ),
+        ({"options": "{head_dims: 8}"}, r"options\.head_dims=8: llama has no such setting \(did you mean head_dim\?\)"),
         ({"model_type": "lama"}, r"model_type='lama' is unknown to transformers \(did you mean llama\?\)"),
         ({"vocab_size": 100}, r"vocab_size=100 is too small for the tokenizer's \d+ tokens; raise it"),
     ],
 )
 def test_a_shape_that_cannot_be_built_names_its_field(fields: dict[str, object], message: str) -> None:
     config = architecture(**fields)
-    with pytest.raises(UserError, match=rf"model\.architecture\..*{message}"):
+    with pytest.raises(UserError, match=rf"model\.architecture.*{message}"):
         build_model_config(config.model, load_tokenizer(config.model))
 
 
