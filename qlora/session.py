@@ -236,6 +236,7 @@ class Session:
             device=self.placement.device,
             autocast=self.placement.autocast,
             seed=self.config.seed,
+            dtype=self.placement.compute_dtype,
         )
 
     @property
