@@ -58,9 +58,9 @@ class Slots:
 
     def serving(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Returns the context in which an `Engine` answers."""
-        return serving(model, self.dtype, decoded=self._are_decoded(model))
+        return serving(model, self.dtype, decoded=self.are_decoded(model))
 
-    def _are_decoded(self, model: torch.nn.Module) -> bool:
+    def are_decoded(self, model: torch.nn.Module) -> bool:
         """Returns whether the weights of a 4-bit base are decoded once."""
         weights = self.config.weights
         if weights is not Weights["auto"]:

@@ -92,7 +92,7 @@ class Engine:
 
     @property
     def _may_read(self) -> bool:
-        """Whether so many slots are free that a pass in which no row goes on is worth it."""
+        """Whether enough slots are free to be worth a pass in which the other rows wait."""
         free = self.slots - len(self.active)
         return free >= min(len(self.waiting), max(1, self.slots // TOGETHER))
 

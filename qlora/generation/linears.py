@@ -79,8 +79,8 @@ def decoded_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def decoded_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Returns what `decoded_linears` holds beside the model."""
-    weights = (weight_of(_base_of(module)) for module in model.modules() if _is_computable(module))
-    states = (getattr(weight, "quant_state", None) for weight in weights)
+    layers = {_base_of(module) for module in model.modules() if _is_computable(module)}
+    states = (getattr(weight_of(layer), "quant_state", None) for layer in layers)
     return sum(state.shape.numel() * dtype.itemsize for state in states if state is not None)
 
 

@@ -47,9 +47,9 @@ class Sampler:
         for warper in self._warpers:
             scores = warper(torch.empty(0), scores)
         cumulated = scores.softmax(-1).double().cumsum(-1)
-        drawn = torch.tensor([numbers[count] for numbers, count in zip(uniforms, told, strict=True)])
+        chosen = torch.tensor([numbers[count] for numbers, count in zip(uniforms, told, strict=True)])
         # Below the whole sum, which rounding leaves a little beside 1; tokens without probability add nothing to it.
-        target = drawn.to(cumulated.device)[:, None] * cumulated[:, -1:]
+        target = chosen.to(cumulated.device)[:, None] * cumulated[:, -1:]
         return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     @property

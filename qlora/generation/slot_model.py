@@ -54,7 +54,7 @@ class SlotModel:
         """
         positions = torch.tensor(lengths, device=self.device)
         slots = torch.arange(len(lengths), device=self.device)
-        step = Pass(slots, positions, longest=max(lengths) + 1)
+        step = Pass(slots, positions, max_length=max(lengths) + 1)
         return self._forward(tokens[:, None], positions[:, None], step, 1)[:, -1]
 
     def _forward(self, ids: Tensor, positions: Tensor, step: Pass, kept: Any) -> Tensor:

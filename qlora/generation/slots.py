@@ -1,7 +1,7 @@
 """A cache of keys and values with a slot a row, and the attention that reads it.
 
 Rows have no padding: each begins at position 0 of its slot. A pass is either a prefill, in which the prompts of some
-slots lie one behind the other as a variable-length batch, or a decode step of one token in each of the first slots.
+slots are a variable-length (packed) batch, or a decode step of one token in each of the first slots.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Pass:
     """int64 [tokens]: its position there."""
     lengths: list[int] | None = None
     """Of a prefill, the tokens of each row; None: one token a row is decoded, in the first slots."""
-    longest: int = 0
+    max_length: int = 0
     """Of a decode step, the tokens of the longest row."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
-        """Returns what a decode step adds to its scores, float32 [rows, 1, 1, longest]: 0 where a key is seen."""
+        """Returns what a decode step adds to its scores, float32 [rows, 1, 1, max_length]: 0 where a key is seen."""
         if window not in self._masks:
-            index = torch.arange(self.longest, device=self.positions.device)
+            index = torch.arange(self.max_length, device=self.positions.device)
             distance = self.positions[:, None] - index
             unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
             mask = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)
@@ -69,7 +69,7 @@ class SlotCache(Cache):
         if current.lengths is not None:
             return key_states, value_states
         rows = len(key_states)
-        return keys[:rows, :, : current.longest], values[:rows, :, : current.longest]
+        return keys[:rows, :, : current.max_length], values[:rows, :, : current.max_length]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of a slot to another one."""

@@ -214,7 +214,7 @@ CHANGED: dict[str, tuple[object, dict[str, object]]] = {
 
 def test_every_option_is_tested_below() -> None:
     ours = {field.name for field in dataclasses.fields(GenerationConfig)}
-    assert ours == {*CHANGED, "batch_size"}
+    assert ours == {*CHANGED, "batch_size", "loop", "weights"}
     assert {flag for flag, key in ORIGINAL_FLAGS.items() if key.startswith("generation.")} == {*CHANGED}
 
 

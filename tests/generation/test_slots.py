@@ -74,10 +74,10 @@ def test_each_answer_is_that_of_its_row_alone(model: PreTrainedModel) -> None:
 
 
 def test_the_logits_over_slots_are_the_models_own(model: PreTrainedModel) -> None:
-    before = model.config._attn_implementation
+    previous = model.config._attn_implementation
     with torch.inference_mode():
         assert differs_reason(model, torch.float32) is None
-    assert model.config._attn_implementation == before
+    assert model.config._attn_implementation == previous
 
 
 def test_rows_that_end_make_room_and_the_others_go_on() -> None:
@@ -235,7 +235,7 @@ def test_batches_are_given_whole_with_their_answers_in_order() -> None:
         (number, list(rows), [asked[row] for row in rows]) for number, rows in enumerate(np.array_split(range(13), 4))
     ]
     slots = Slots(config, CPU, torch.float32, compose_autocast)
-    got = {number: found for number, found, _ in
+    got = {number: answer for number, answer, _ in
            answer_batches(slots, model, batches, end_ids=[END], seed=0, length=27)}  # fmt: skip
     assert [answer for number in range(4) for answer in got[number]] == [alone(model, prompt, 7) for prompt in asked]
 

@@ -67,18 +67,19 @@ def whole(trained: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """Returns a function that counts the prompts of each batch from now on, and stops before the one it is given."""
-    generate = measure.generate
+    answer_batches = measure.answer_batches
 
     def count(stop: int | None) -> list[int]:
         seen: list[int] = []
 
         def counted(*arguments: Any, **options: Any) -> Any:
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-            seen.append(len(options["prompts"]))
-            return generate(*arguments, **options)
+            for number, answers, seconds in answer_batches(*arguments, **options):
+                if len(seen) == stop:
+                    raise KeyboardInterrupt
+                seen.append(len(answers))
+                yield number, answers, seconds
 
-        monkeypatch.setattr(measure, "generate", counted)
+        monkeypatch.setattr(measure, "answer_batches", counted)
         return seen
 
     return count
