@@ -71,6 +71,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
 from qlora.step.shard import shard_base
+from qlora.training.device_checks import check_checkpointing
 from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -408,7 +409,9 @@ class Session:
 
     def build_model(self) -> PreTrainedModel | PeftModel:
         """Returns the base with a fresh adapter, as it is trained."""
-        model = self.add_adapter(self.load_base())
+        base = self.load_base()
+        check_checkpointing(self.config.trainer, base)
+        model = self.add_adapter(base)
         if self.is_sharded:
             assert isinstance(model, PeftModel), "Config checks it"
             shard_base(model, self.placement.device, distributed.world_size())
