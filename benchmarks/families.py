@@ -18,18 +18,15 @@ Each type runs in a process of its own with a time limit, on a CPU. What is comp
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import io
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -362,21 +359,33 @@ def parts_with_cuda(session: Any, model: Any) -> dict[str, str]:
 # All types
 
 
-def examine_apart(kind: str, seconds: int) -> dict[str, Any]:
-    """Runs `examine` in a process of its own."""
+def examine_apart(kind: str, seconds: int, cache: Path) -> dict[str, Any]:
+    """Runs `examine` in a process of its own, forked so that the libraries are imported once."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--one", kind, folder]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "QLORA_CACHE": f"{folder}/cache"}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-            row: dict[str, Any] = json.loads((Path(folder) / "row.json").read_text(encoding="utf-8"))
-        except subprocess.TimeoutExpired:
-            row = {"error": f"more than {seconds} seconds"}
-        except FileNotFoundError:
-            row = {"error": f"the process ended with {done.returncode}: {done.stderr[-2000:]}"}
+        file = Path(folder) / "row.json"
+        process = multiprocessing.get_context("fork").Process(target=run_one, args=(kind, Path(folder), file, cache))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            row: dict[str, Any] = {"error": f"more than {seconds} seconds"}
+        elif file.exists():
+            row = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            row = {"error": f"the process ended with {process.exitcode}"}
         text = json.dumps(row).replace(f"{folder}/base", "BASE").replace(folder, "FOLDER")
     return {**json.loads(text), "seconds": round(time.monotonic() - started)}
+
+
+def run_one(kind: str, folder: Path, file: Path, cache: Path) -> None:
+    """Writes what `examine` returns into a file."""
+    os.environ["QLORA_CACHE"] = str(cache)
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        file.write_text(json.dumps(examine(kind, folder)), encoding="utf-8")
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -437,22 +446,19 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", help="examine these, known or not")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="the time limit of a type")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    parser.add_argument("--one", nargs=2, metavar=("TYPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
+    if not args.table:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         import torch
 
+        import qlora.tasks.build_trainer  # noqa: F401  # imported before processes are forked
+
         torch.set_num_threads(1)
-        kind, folder = args.one[0], Path(args.one[1])
-        with contextlib.redirect_stdout(io.StringIO()):
-            row = examine(kind, folder)
-        (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
-        return 0
-    if not args.table:
-        for kind in args.types or [kind for kind in causal_types() if kind not in read_results()]:
-            row = examine_apart(kind, args.seconds)
-            save_result(kind, row)
-            print(f"{kind}: {row}", flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in args.types or [kind for kind in causal_types() if kind not in read_results()]:
+                row = examine_apart(kind, args.seconds, Path(cache))
+                save_result(kind, row)
+                print(f"{kind}: {row}", flush=True)
     results = read_results()
     write_page(results)
     return int(any("error" in row for row in results.values()))

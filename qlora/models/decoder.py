@@ -181,16 +181,34 @@ def _plain_path(name: str) -> str:
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
     """Returns the full names of the linear layers that text runs through, but for the output layer, found by class."""
-    output = model.get_output_embeddings()
+    output, classes = model.get_output_embeddings(), (nn.Linear, Conv1D, *method_of(model).layer_classes())
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and (type(module) in classes or _maps_rows(module))
     ]
     if not _has_other_parts(model, names):
         return names
     called = _kinds_in_text(model)
     return [name for name in names if INDEX.sub("*", name) in called]
+
+
+@torch.no_grad()
+def _maps_rows(layer: nn.Linear | Conv1D) -> bool:
+    """Returns whether a linear layer of a class of its own maps each input to an output, as an adapter on it does.
+
+    DeepSeek V4 has one that maps groups of heads by a block of the weight each.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    inputs, outputs = layer.weight.shape[::-1] if isinstance(layer, nn.Linear) else layer.weight.shape
+    try:
+        output = layer(layer.weight.new_zeros(1, inputs))
+    except Exception:  # of code of any architecture
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, outputs)
 
 
 def _has_other_parts(model: PreTrainedModel, linear: list[str]) -> bool:

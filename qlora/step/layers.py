@@ -8,8 +8,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def find_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """Returns the decoder layers, in order."""
-    for module in model.modules():
+    """Returns the decoder layers, in order; those of a tower for pictures are not among them."""
+    for module in model.get_decoder().modules():
         if isinstance(module, torch.nn.ModuleList) and len(module):
             layers = [layer for layer in module if isinstance(layer, GradientCheckpointingLayer)]
             if len(layers) == len(module):
