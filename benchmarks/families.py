@@ -166,7 +166,7 @@ class Examined:
         Run(self.config("task=merge", adapter, "merge.dtype=fp32"), self.folder / "merged").execute()
         return YES
 
-    def plain_PEFT(self) -> str:  # noqa: N802  # the name of a column
+    def plain_PEFT(self) -> str:  # the name of a column
         """Compares the logits of the adapter here and through transformers and PEFT alone."""
         import torch
         from peft import PeftModel

@@ -28,8 +28,7 @@ _NAMES: dict[int | float, str] = {
     "gated_norm_rank time_step_rank hidden_size_per_layer_input rel_extent index_block_size chunk_size "
     "mamba_chunk_size d_rel",
     24: "sliding_window sliding_window_size attention_window_size window_size local_attention",
-    8: "mamba_n_heads mamba_num_heads "
-    "attention_chunk_size block_size",
+    8: "mamba_n_heads mamba_num_heads attention_chunk_size block_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "swa_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads "
     "linear_num_value_heads expert_num",
