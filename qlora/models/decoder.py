@@ -20,6 +20,7 @@ from qlora.config.schema import ExpertsBits, QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.experts.layout import Placeholder, find_experts
 from qlora.models.outputs import on_output, plain_ids
+from qlora.models.read_weights import describe_quantization
 from qlora.quantization.method import (
     QuantizationMethod,
     method_of,
@@ -238,6 +239,16 @@ def _kinds_in_text(model: PreTrainedModel) -> set[str]:
     return called
 
 
+def build_skeleton(model_config: Any, placement: Placement, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model without storage, as it is before it is quantized."""
+    with torch.device("meta"):
+        config = copy.deepcopy(model_config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=placement.param_dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
 def build_empty(
     model_config: Any,
     method: QuantizationMethod,
@@ -247,12 +258,8 @@ def build_empty(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Returns a model without storage, with the layers that transformers quantizes in place."""
-    with torch.device("meta"):
-        config = copy.deepcopy(model_config)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=placement.param_dtype, trust_remote_code=trust_remote_code
-        )
-    description = method.library_config(quantization, placement)
+    model = build_skeleton(model_config, placement, trust_remote_code=trust_remote_code)
+    description = describe_quantization(method, quantization, placement, model)
     assert description is not None, "only a base that transformers quantizes is built"
     AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
     if quantizes_experts(method, quantization):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, __version__
 from qlora.config.schema import ExpertsBits, ModelConfig, QuantizationConfig
 from qlora.errors import DataError, ResourceError, UserError
 from qlora.experts.forward import use_experts
-from qlora.models.decoder import build_empty, check_is_quantized, describe_full_experts
+from qlora.models.decoder import build_empty, build_skeleton, check_is_quantized, describe_full_experts
 from qlora.models.first_pass import try_base
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.load_report import load_complete
@@ -21,6 +21,7 @@ from qlora.models.model_config import CONFIG, hub_options
 from qlora.models.model_files import locate, only_safetensors
 from qlora.models.nonfinite import QuantizationWatch, find_nonfinite, first_in_forward
 from qlora.models.random_weights import RandomWeights
+from qlora.models.read_weights import describe_quantization
 from qlora.models.saved_quantization import decoded_method, decoding_options, saved_settings, without_quantization
 from qlora.models.tokenizer import hub_error
 from qlora.quantization.method import QuantizationMethod, find_method, set_method
@@ -59,7 +60,7 @@ def load_base(
     method = find_method(quantization)
     saved, decoded = saved_settings(model_config), decoded_method(model_config, method)
     options: dict[str, Any] = {} if folder else hub_options(config)
-    description = method.library_config(quantization, placement)
+    description = _describe(config, quantization, method, model_config, placement) if saved is None or decoded else None
     if decoded is not None:
         saved, options = None, options | decoding_options(model_config, description)
     elif saved is not None:
@@ -83,6 +84,22 @@ def load_base(
         with method.exact_products(model, key):
             try_base(model, key, placement)
     return model
+
+
+def _describe(
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    method: QuantizationMethod,
+    model_config: Any,
+    placement: Placement,
+) -> Any | None:
+    """Returns transformers' description of the quantized base; None: it is loaded unquantized."""
+    if method.library_config(quantization, placement) is None:
+        return None
+    plain = without_quantization(model_config)
+    with library_reads(f"model.name={config.name}", CONFIG):
+        skeleton = build_skeleton(plain, placement, trust_remote_code=config.trust_remote_code)
+    return describe_quantization(method, quantization, placement, skeleton)
 
 
 def _read(

@@ -46,8 +46,9 @@ Saved = dict[str, Tensor]
 class ExpertsLoading(Protocol):
     """What stores the experts of a base that is loaded."""
 
-    decodes_blocks: bool
-    """Whether the files hold experts in MXFP4."""
+    @property
+    def decodes_blocks(self) -> bool:
+        """Whether the files hold experts in MXFP4."""
 
     def projections(self, model: nn.Module) -> Iterable[str]:
         """Returns the names of the parameters of experts that are to be quantized."""
