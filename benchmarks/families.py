@@ -42,7 +42,7 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 SECONDS = 400
 """The time limit of a type."""
 CHECKS = ("trains", "packs", "merges", "plain PEFT", "planned")
-YES = "yes"
+YES, WRONG = "yes", "WRONG"
 QUICK = [
     *("device=cpu", "data=demo", "recipe=none", "lora.r=4", "evaluation=loss", "task.predict=false"),
     *("data.max_train_samples=16", "data.max_eval_samples=4", "trainer.max_steps=2"),
@@ -65,33 +65,35 @@ ON_CPU = ("fused_linear", "fused_loss", "fused_experts")
 
 def examine(kind: str, folder: Path) -> dict[str, str]:
     """Returns what works with a tiny model of a type: `yes`, or the sentence of an error; `error`: a traceback."""
+    row: dict[str, str] = {}
+    model = Examined(kind, folder)
+    if refused := attempt(row, "refused", model.refused):
+        return row | {"refused": refused}
+    row["trains"] = told = attempt(row, "trains", model.trains)
+    while told != YES and (way := next((way for way in WAYS_OUT if way in told and way not in model.overrides), None)):
+        model.overrides.append(way)
+        row["with"] = " ".join(model.overrides)
+        told = attempt(row, "trains", model.trains)
+    if told != YES:
+        return row | {"trains": told}
+    for name in (*CHECKS[1:], "fast parts"):
+        row[name] = attempt(row, name, getattr(model, name.replace(" ", "_")))
+    return row
+
+
+def attempt(row: dict[str, str], name: str, step: Callable[[], str]) -> str:
+    """Returns the result of a check, or the sentence of a mistake; what is wrong goes into `error` of the row."""
     from qlora.errors import UserError
 
-    row: dict[str, str] = {}
-    steps: dict[str, Callable[[], str]] = {}
-    model = Examined(kind, folder)
-    for name in ("refused", *CHECKS, "fast parts"):
-        steps[name] = getattr(model, name.replace(" ", "_"))
-    for name, step in steps.items():
-        try:
-            row[name] = step()
-        except UserError as error:
-            row[name] = str(error)
-        except AssertionError as error:
-            row["error"] = f"{name}: {error}"
-            row[name] = "WRONG"
-        except Exception:
-            row["error"] = f"{name}: {traceback.format_exc()}"
-            row[name] = "ERROR"
-        if name == "trains" and (way := next((way for way in WAYS_OUT if way in row[name]), None)):
-            row["with"] = way
-            model.overrides.append(way)
-            model.trains()
-        elif (name == "refused" and row[name]) or (name == "trains" and row[name] != YES):
-            break
-    if not row["refused"]:
-        del row["refused"]
-    return row
+    try:
+        return step()
+    except UserError as error:
+        return str(error)
+    except AssertionError as error:
+        row["error"] = f"{name}: {error}"
+    except Exception:
+        row["error"] = f"{name}: {traceback.format_exc()}"
+    return WRONG
 
 
 class Examined:
@@ -138,12 +140,13 @@ class Examined:
     def packs(self) -> str:
         """Compares what the guard says with the losses of rows in packs and alone."""
         from qlora.errors import ConfigError
+        from qlora.models.outputs import switch_cache
         from qlora.models.packing_guard import check_packing
 
         session = self.session("packed", *PACKED, *self.exact)
         model = session.build_model().eval()
         randomise(model)
-        model.config.use_cache = False
+        switch_cache(model, on=False)
         sentence = ""
         try:
             check_packing(model, session.placement, batch_size=2)
@@ -201,13 +204,14 @@ class Examined:
         return YES
 
     def fast_parts(self) -> str:
-        """Returns the parts that `auto` switches on with CUDA; compares those that a CPU computes with the plain step."""
+        """Returns the parts that `auto` switches on with CUDA, once those that a CPU computes equal the plain step."""
+        from qlora.models.outputs import switch_cache
         from qlora.tasks.build_trainer import build_step
 
         session = self.session("plain", *self.exact)
         model = session.build_model().eval()
         randomise(model)
-        model.config.use_cache = False
+        switch_cache(model, on=False)
         parts = parts_with_cuda(session, model)
         computed = [name for name in ON_CPU if parts.get(name) == "on"]
         batch = session.collate([session.data.train[index] for index in range(4)])
@@ -300,7 +304,7 @@ def context_with_cuda(session: Any, model: Any, packs: Any = None) -> Any:
 
 
 def attention_differences(session: Any, model: Any, batch: dict[str, Any], *, packed: bool) -> dict[str, float]:
-    """Returns how far `fused_attention`, computed with a mask, is from the model's own attention: on rows, on a pack."""
+    """Returns how far `fused_attention`, computed with a mask, is from the model's own, on rows and on a pack."""
     import torch
 
     from qlora.step.part import Packs

@@ -19,8 +19,8 @@ FEWEST_LAYERS = 2
 _NAMES: dict[int | float, str] = {
     128: "hidden_size d_model n_embd attention_hidden_size embedding_size",
     256: "intermediate_size ffn_hidden_size dff dim_ff encoder_ffn_dim decoder_ffn_dim ffn_dim mamba_intermediate",
-    64: "index_topk moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size "
-    "moe_shared_expert_intermediate_size q_lora_rank o_lora_rank dense_intermediate_size",
+    64: "index_topk moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size "
+    "shared_intermediate_size moe_shared_expert_intermediate_size q_lora_rank o_lora_rank dense_intermediate_size",
     32: "head_dim kv_channels global_head_dim dim_head swa_head_dim v_head_dim kv_lora_rank index_head_dim "
     "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim laurel_rank swa_v_head_dim "
     "attention_head_dim mamba_headdim",
@@ -45,7 +45,8 @@ SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 PICTURES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14, "num_heads": 2, "depth": 1,
             "mlp_dim": 64, "encoder_layers": 1, "max_source_positions": 30, "mm_embed_dim": 32, "mm_posemb_size": 8,
-            "output_proj_dims": 32, "position_embedding_size": 32}  # fmt: skip
+            "output_proj_dims": 32, "position_embedding_size": 32, "adapter_input_size": 32,
+            "adapter_out_dim": 128}  # fmt: skip
 """Settings of the parts that are not for text."""
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_expand": 2, "mamba_n_groups": 1}
@@ -69,12 +70,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     }},
     "dots3_note_text": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 64, "swa_kv_lora_rank": 32,
-        "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 32, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 32, "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"],
     },
     "falcon": {"num_kv_heads": 4},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 256},
     "gemma3n_text": SHARED_KEYS | {"intermediate_size": 256, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_assistant": {"backbone_hidden_size": 128, "text_config": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32, "vocab_size": 1600,
+        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, **IDS,
+    }},
     "gemma4_text": SHARED_KEYS,
     "gemma4_unified_text": SHARED_KEYS,
     "granitemoehybrid": MAMBA,
@@ -101,11 +109,11 @@ def tiny_config(kind: str) -> Any:
 
     kinds, changes = CONFIG_MAPPING[kind], copy.deepcopy(CHANGES.get(kind, {}))
     try:
-        default = kinds(**changes)
+        default = kinds()
     except Exception:  # some types have no default
-        return kinds(**shrink(dict.fromkeys(getattr(kinds, "__dataclass_fields__", {})), changes))
+        return kinds(**changes)
     parts = {name: getattr(default, name, None) for name in getattr(kinds, "sub_configs", {})}
-    defaults = {name: value for name, value in kinds().to_dict().items() if name not in parts}
+    defaults = {name: value for name, value in default.to_dict().items() if name not in parts}
     settings = shrink(defaults, changes)
     for name, part in parts.items():
         if not hasattr(part, "model_type") or (name in changes and name != "text_config"):

@@ -46,7 +46,7 @@ from qlora.models.decoded_files import DecodedTensors
 from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
-from qlora.models.first_pass import explain_nonfinite
+from qlora.models.first_pass import explain_nonfinite, try_training
 from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.model_files import locate
 from qlora.models.new_tokens import add_end_token, resize_embeddings
@@ -415,7 +415,9 @@ class Session:
         base = self.load_base()
         check_checkpointing(self.config.trainer, base)
         model = self.add_adapter(base)
-        if self.is_sharded:
+        if not self.is_sharded:
+            try_training(model, f"model.name={self.config.model.name}", self.placement)
+        else:
             assert isinstance(model, PeftModel), "Config checks it"
             shard_base(model, self.placement.device, distributed.world_size())
         return model

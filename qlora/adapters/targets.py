@@ -20,6 +20,7 @@ from qlora.models.experts_per_token import experts_per_token
 from qlora.models.read_weights import weights_read
 from qlora.quantization.method import method_of
 from qlora.upstream.peft import calls_layer, names_of_experts
+from qlora.upstream.transformers_model import decoder_of
 
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """How projections of experts are called in the files of models and in the commands of other tools."""
@@ -88,7 +89,7 @@ def _check_has_experts(experts: LoraExperts, model: PreTrainedModel, *, routed: 
 
 def _routed(model: PreTrainedModel) -> list[str]:
     """Returns the tensors of routed experts that text runs through, by the ends of their names where these suffice."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     every = {
         f"{name}.{projection}"

@@ -30,6 +30,7 @@ from qlora.quantization.method import (
 )
 from qlora.runtime.device import Placement
 from qlora.text import format_bytes
+from qlora.upstream.transformers_model import decoder_of
 
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
@@ -106,7 +107,7 @@ def _percent(fraction: float) -> str:
 def read_decoder(model: PreTrainedModel) -> Decoder:
     """Returns the matrices of a base, with or without an adapter on it; it may lie on the meta device."""
     method = method_of(model)
-    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    decoder, output = decoder_of(model), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     owners = {name: module for name, module in model.named_modules() if module is not output}
     weights: list[tuple[str, nn.Module, nn.Parameter]] = []
@@ -181,7 +182,10 @@ def _plain_path(name: str) -> str:
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Returns the full names of the linear layers that text runs through, but for the output layer, found by class."""
+    """Returns the full names of the linear layers that text runs through, but for the output layer, found by class.
+
+    On the meta device, where nothing runs, those of towers for pictures are among them.
+    """
     output, classes = model.get_output_embeddings(), (nn.Linear, Conv1D, *method_of(model).layer_classes())
     names = [
         name
@@ -190,7 +194,7 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
         and module is not output
         and (type(module) in classes or _maps_rows(module))
     ]
-    if not _has_other_parts(model, names):
+    if model.device.type == "meta" or not _has_other_parts(model, names):
         return names
     called = _kinds_in_text(model)
     return [name for name in names if INDEX.sub("*", name) in called]
@@ -214,7 +218,7 @@ def _maps_rows(layer: nn.Linear | Conv1D) -> bool:
 
 def _has_other_parts(model: PreTrainedModel, linear: list[str]) -> bool:
     """Returns whether a model may have layers that text does not run through, such as a tower for pictures."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     inside = f"{prefix}." if prefix else ""

@@ -20,6 +20,7 @@ from qlora.models.load_report import load_complete
 from qlora.models.model_config import CONFIG, hub_options
 from qlora.models.model_files import locate, only_safetensors
 from qlora.models.nonfinite import QuantizationWatch, find_nonfinite, first_in_forward
+from qlora.models.outputs import switch_cache
 from qlora.models.random_weights import RandomWeights
 from qlora.models.read_weights import describe_quantization
 from qlora.models.saved_quantization import decoded_method, decoding_options, saved_settings, without_quantization
@@ -199,7 +200,7 @@ def _as_base(
     check_is_quantized(model, method, quantization, config.name)
     method.prepare(model, placement.compute_dtype)
     model.requires_grad_(False)
-    model.config.use_cache = True
+    switch_cache(model, on=True)
     return model
 
 

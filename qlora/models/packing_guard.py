@@ -37,7 +37,8 @@ def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, b
     reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
     precision of training. It comes after the trainer is built, which switches the cache off.
     """
-    assert not getattr(model.config, "use_cache", False), "with a key-value cache, packed rows see each other"
+    caches = (getattr(config, "use_cache", False) for config in (model.config, model.config.get_text_config()))
+    assert not any(caches), "with a key-value cache, packed rows see each other"
     method = method_of(model)
     method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size

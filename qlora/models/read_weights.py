@@ -39,7 +39,7 @@ def describe_quantization(
     `empty` is the base before it is quantized, on the meta device. None: it is loaded unquantized.
     """
     description = method.library_config(quantization, placement)
-    if hasattr(description, "llm_int8_skip_modules") and (read := weights_read(empty)):
+    if description is not None and hasattr(description, "llm_int8_skip_modules") and (read := weights_read(empty)):
         description.llm_int8_skip_modules = sorted({*read, *get_keys_to_not_convert(empty)})
     return description
 

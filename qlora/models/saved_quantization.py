@@ -38,7 +38,7 @@ def decoding_options(model_config: Any, description: Any | None) -> dict[str, An
     Without one transformers decodes it by itself.
     """
     if description is None:
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     return {"config": without_quantization(model_config), "quantization_config": description}

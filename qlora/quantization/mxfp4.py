@@ -1,8 +1,8 @@
 """MXFP4, as gpt-oss is stored: 4-bit floats in blocks of 32, each block with a power of two as its scale (OCP MX 1.0).
 
 A matrix [out, in] is stored as `NAME_blocks`, uint8 [out, in / 32, 16] with two codes a byte, the first in the low
-bits, and `NAME_scales`, uint8 [out, in / 32], whose value is the exponent of two plus 127. All decoded numbers are exact
-in bf16.
+bits, and `NAME_scales`, uint8 [out, in / 32], whose value is the exponent of two plus 127. Decoded numbers are exact in
+bf16.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import RunError
+from qlora.models.outputs import switch_cache
 from qlora.models.packing_guard import check_packing
 from qlora.planning.families import FAMILIES
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
@@ -41,6 +42,7 @@ from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer
+from qlora.upstream.peft import base_of
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,8 @@ def build_trainer(
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
     )
-    if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
+    switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
+    if data.packed is not None:
         check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
     return trainer
 

@@ -87,7 +87,9 @@ def test_such_layers_stay_as_they_are_in_4_bits_and_get_no_adapter(kind: str, tm
 
 def test_one_that_is_asked_for_by_name_is_refused() -> None:
     lora = compose(["lora.target_modules=[in_proj,x_proj]"]).lora
-    message = r"lora\.target_modules \['x_proj'\]: the code of mamba reads the weight of such a layer without calling it"
+    message = (
+        r"lora\.target_modules \['x_proj'\]: the code of mamba reads the weight of such a layer without calling it"
+    )
     with pytest.raises(UserError, match=message):
         find_targets(lora, build("mamba"))
 
