@@ -82,7 +82,8 @@ def try_training(model: PreTrainedModel | PeftModel, key: str, placement: Placem
         model.train(was_training)
     if getattr(output, "aux_loss", None) is not None:  # that of routers, which is a part of the loss
         return
-    loss, expected = float(output.loss), float(cross_entropy(output.logits[0, :-1].float(), ids[0, 1:]))
+    loss, logits = float(output.loss.detach()), output.logits[0, :-1].detach().float()
+    expected = float(cross_entropy(logits, ids[0, 1:]))
     if abs(loss - expected) > OTHER_LOSS * max(1.0, expected):
         raise DataError(
             f"{key}: the {base.config.model_type} of transformers computes another loss ({loss:.3g}) than that of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
+from qlora.models.row_borders import is_recurrent
 from qlora.quantization.method import method_of
 from qlora.runtime.device import Placement
 from qlora.upstream.transformers_models import attention_of
@@ -24,6 +26,8 @@ are kept apart
 (rounding with experts; 0.03 in 8 bits, which round by all tokens of a batch), 0.75 to 1 where they do not. Less than
 the fraction, but more than rounding, is a model in which some layers keep rows apart (Falcon H1: attention, not
 Mamba)."""
+MISSING = re.compile("can't keep packed sequences apart without `([^`]+)`")
+"""What transformers says where a kernel is missing."""
 MOVED = 0.25
 """Likewise for the distance from the segment alone, whose shapes and hence roundings are others."""
 
@@ -48,7 +52,10 @@ def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, b
         def logits(leading: Tensor, *, restarts: bool) -> Tensor:
             return _logits(model, _batch(leading, segment, batch_size, restarts=restarts), placement.device)
 
-        packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        try:
+            packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        except ValueError as error:
+            raise _without_kernels(model, error) from error
         plain, plain_changed = logits(one, restarts=False), logits(other, restarts=False)
         inputs = {"input_ids": segment[None].to(placement.device)}
         alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
@@ -112,6 +119,16 @@ def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             module.training = True
 
 
+def _without_kernels(model: PreTrainedModel | PeftModel, error: ValueError) -> Exception:
+    """Returns what to say of recurrent layers whose kernels are not installed; another error is none of ours."""
+    if (package := MISSING.search(str(error))) is None:
+        return error
+    return ConfigError(
+        f"data.packing=true: the recurrent layers of {_name(model)} keep packed rows apart with kernels of "
+        f"{package[1]}, which is not installed; pip install 'qlora[linear]', or set data.packing=false"
+    )
+
+
 def _name(model: PreTrainedModel | PeftModel) -> str:
     return f"{model.config.model_type} (attention: {attention_of(model)})"
 
@@ -121,5 +138,11 @@ def _remedy(model: PreTrainedModel | PeftModel, batch_size: int) -> str:
         return (
             f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "
             "raise data.pack_length or trainer.gradient_accumulation_steps instead, or set data.packing=false"
+        )
+    if is_recurrent(model) and batch_size > 1:
+        return (
+            "kernels of its recurrent layers keep them apart only with trainer.per_device_train_batch_size=1 (got "
+            f"{batch_size}); raise data.pack_length or trainer.gradient_accumulation_steps instead, or set "
+            "data.packing=false"
         )
     return "set data.packing=false"
