@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,6 +57,7 @@ LOSS, LOGITS, SEEN = 1e-4, 1e-3, 1e-3
 """How far losses and logits may be apart; what a leak between rows changes at least in the tiny models."""
 WAYS_OUT = ("trainer.gradient_checkpointing=false", "quantization.experts=none", "quantization=none")
 """What is tried where a sentence about the defaults names it."""
+ALL = "all"
 ON_CPU = ("fused_linear", "fused_loss", "fused_experts")
 """The parts of the fast step whose plain twins run on a CPU."""
 
@@ -400,9 +402,9 @@ def read_results() -> dict[str, dict[str, Any]]:
 def save_result(kind: str, row: dict[str, Any]) -> None:
     """Adds the result of a type to the file."""
     results = {**read_results(), kind: row}
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
-    draft.replace(RESULTS)
+    temporary_file = RESULTS.with_suffix(".part")
+    temporary_file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
+    temporary_file.replace(RESULTS)
 
 
 def causal_types() -> list[str]:
@@ -416,32 +418,48 @@ def causal_types() -> list[str]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the page's part: counts, the table, and the types that are refused."""
-    refused = {kind: row["refused"] for kind, row in results.items() if row.get("refused")}
-    lines = ["| type | " + " | ".join(CHECKS) + " | fast parts on a GPU |", "|---" * (len(CHECKS) + 2) + "|"]
+    """Returns the page's part: counts, a row for each type that trains, and why the others do not."""
+    trained = {kind: row for kind, row in results.items() if "packs" in row}
+    lines = [
+        f"Measured with transformers {version('transformers')} by `python {Path(__file__).relative_to(ROOT)}`: of its "
+        f"{len(results)} causal types {len(trained)} train, {sum(fast_parts(row) == ALL for row in trained.values())} "
+        f"of them with all fast parts, and {sum(row['packs'] == YES for row in trained.values())} pack.",
+        "",
+        f"| {' | '.join(('type', *CHECKS, 'fast parts'))} |",
+        "|---" * (len(CHECKS) + 2) + "|",
+    ]
+    for kind, row in trained.items():
+        trains = f"with `{row['with']}`" if "with" in row else YES
+        cells = [YES if row[check] == YES else "no" for check in CHECKS[1:]]
+        lines.append(f"| {' | '.join((f'`{kind}`', trains, *cells, fast_parts(row)))} |")
+    lines += ["", "Each of the others ends in one sentence:", ""]
+    reasons: dict[str, list[str]] = {}
     for kind, row in results.items():
-        if kind not in refused:
-            cells = [mark(row.get(check)) for check in CHECKS]
-            lines.append(f"| `{kind}` | {' | '.join(cells)} | {short_parts(row.get('fast parts'))} |")
+        if kind not in trained:
+            reasons.setdefault(reason(kind, row), []).append(f"`{kind}`")
+    lines += [f"- {why}: {', '.join(kinds)}" for why, kinds in sorted(reasons.items())]
     return "\n".join(lines)
 
 
-def mark(cell: str | None) -> str:
-    """Returns a word for the result of a check."""
-    return {YES: YES, None: ""}.get(cell, "no")
+def reason(kind: str, row: dict[str, Any]) -> str:
+    """Returns why a type does not train, without its name."""
+    text = row.get("refused") or row.get("trains") or row["error"]
+    text = text.removeprefix("model.name=BASE").removeprefix(": ").partition("; ")[0]
+    return " ".join(text.partition(f"model: {kind} ")[2].split() or text.split())
 
 
-def short_parts(cell: str | None) -> str:
-    """Returns the parts that are on."""
-    return (cell or "").partition(";")[0]
+def fast_parts(row: dict[str, Any]) -> str:
+    """Returns `all`, or which parts are off."""
+    off = [part.partition(":")[0].strip() for part in row["fast parts"].split(";")[1:]]
+    return f"without {', '.join(off)}" if off else ALL
 
 
 def write_page(results: dict[str, dict[str, Any]]) -> None:
     """Puts the table between the marks of the page."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    above, _, rest = text.partition(BEGIN)
+    _, _, below = rest.partition(END)
+    PAGE.write_text(f"{above}{BEGIN}\n{table(results)}\n{END}{below}", encoding="utf-8")
 
 
 def main() -> int:

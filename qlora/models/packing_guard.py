@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
-from qlora.models.row_borders import is_recurrent
+from qlora.models.cu_seqlens import is_recurrent
 from qlora.quantization.method import method_of
 from qlora.runtime.device import Placement
 from qlora.upstream.transformers_models import attention_of

@@ -86,8 +86,8 @@ def _reads_in(module: str) -> dict[str, dict[str, bool]]:
 
 
 def _weights_in(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields each `self.NAME.weight` that a method reads, and what of it: the name of an attribute, or ""."""
-    if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+    """Yields each `self.NAME.weight` that a method reads but to initialise it, and of what: an attribute, or ""."""
+    if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith(("init", "reset")):
         return
     if isinstance(node, ast.If) and NEVER in ast.dump(node.test):
         return

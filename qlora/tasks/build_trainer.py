@@ -17,9 +17,9 @@ from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import RunError
+from qlora.models.cu_seqlens import hand_cu_seqlens
 from qlora.models.outputs import switch_cache
 from qlora.models.packing_guard import check_packing
-from qlora.models.row_borders import hand_borders
 from qlora.planning.families import FAMILIES
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
 from qlora.planning.model_shape import read_shape
@@ -109,7 +109,7 @@ def build_trainer(
     )
     switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
     if data.packed is not None:
-        hand_borders(model)
+        hand_cu_seqlens(model)
         check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
     return trainer
 

@@ -49,7 +49,7 @@ PROBE = "qlora_probe"
 def takes_any_attention(model: PreTrainedModel) -> bool:
     """Returns whether a model calls its attention through `AttentionInterface`, for plain causal attention.
 
-    With a sliding window the rows of a batch are laid out one behind the other, which recurrent layers must not see.
+    With a sliding window the step packs the rows of a batch, which recurrent layers must not see.
     """
     settings = model.config.get_text_config()
     kinds = {*(getattr(settings, "layer_types", None) or [])}
@@ -65,7 +65,7 @@ def _hands_on(model: PreTrainedModel, *, packed: bool) -> bool:
     """Returns whether every attention of a model gets what the model was given and its window, and no other mask.
 
     Some architectures drop arguments on the way, and some say by a mask alone what a token sees; so a few tokens are
-    tried. `packed` says whether rows are to be laid out one behind the other.
+    tried. `packed` says whether rows are to be packed.
     """
     given: list[bool] = []
     windowed: dict[Any, bool] = {}

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from qlora.errors import UserError
+from qlora.models.cu_seqlens import hand_cu_seqlens, varlen_arguments
 from qlora.models.packing_guard import check_packing
-from qlora.models.row_borders import borders, hand_borders
 from qlora.runtime.device import Placement
 
 FP32 = Placement(torch.device("cpu"), torch.float32, torch.float32)
@@ -28,11 +28,11 @@ MODULE = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 
 def test_borders_are_where_positions_restart() -> None:
-    result = borders(torch.tensor([[0, 1, 2, 0, 1, 0]]))
+    result = varlen_arguments(torch.tensor([[0, 1, 2, 0, 1, 0]]))
     assert result["cu_seq_lens_q"].tolist() == result["cu_seq_lens_k"].tolist() == [0, 3, 5, 6]
     assert (result["max_length_q"], result["max_length_k"]) == (3, 3)
     assert result["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2]]
-    assert borders(torch.tensor([[4, 5, 0]]))["cu_seq_lens_q"].tolist() == [0, 2, 3]
+    assert varlen_arguments(torch.tensor([[4, 5, 0]]))["cu_seq_lens_q"].tolist() == [0, 2, 3]
 
 
 def kernels(modeling: Any) -> dict[str, ModuleType]:
@@ -90,7 +90,7 @@ def build(modeling: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
-    hand_borders(model)
+    hand_cu_seqlens(model)
     return model
 
 
