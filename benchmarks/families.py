@@ -394,17 +394,17 @@ def run_one(kind: str, folder: Path, file: Path, cache: Path) -> None:
         file.write_text(json.dumps(examine(kind, folder)), encoding="utf-8")
 
 
-def read_results() -> dict[str, dict[str, Any]]:
+def read_results(file: Path) -> dict[str, dict[str, Any]]:
     """Returns what is known so far, by type."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def save_result(kind: str, row: dict[str, Any]) -> None:
+def save_result(file: Path, kind: str, row: dict[str, Any]) -> None:
     """Adds the result of a type to the file."""
-    results = {**read_results(), kind: row}
-    temporary_file = RESULTS.with_suffix(".part")
+    results = {**read_results(file), kind: {**row, "transformers": version("transformers")}}
+    temporary_file = file.with_suffix(".part")
     temporary_file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
-    temporary_file.replace(RESULTS)
+    temporary_file.replace(file)
 
 
 def causal_types() -> list[str]:
@@ -421,9 +421,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Returns the page's part: counts, a row for each type that trains, and why the others do not."""
     trained = {kind: row for kind, row in results.items() if "packs" in row}
     lines = [
-        f"Measured with transformers {version('transformers')} by `python {Path(__file__).relative_to(ROOT)}`: of its "
-        f"{len(results)} causal types {len(trained)} train, {sum(fast_parts(row) == ALL for row in trained.values())} "
-        f"of them with all fast parts, and {sum(row['packs'] == YES for row in trained.values())} pack.",
+        f"Measured with transformers {' and '.join(sorted({row['transformers'] for row in results.values()}))} by "
+        f"`python {Path(__file__).relative_to(ROOT)}`: of its {len(results)} causal types {len(trained)} train, "
+        f"{sum(fast_parts(row) == ALL for row in trained.values())} of them with all fast parts, and "
+        f"{sum(row['packs'] == YES for row in trained.values())} pack.",
         "",
         f"| {' | '.join(('type', *CHECKS, 'fast parts'))} |",
         "|---" * (len(CHECKS) + 2) + "|",
@@ -468,6 +469,9 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", help="examine these, known or not")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="the time limit of a type")
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS, help="the file of results; with another the table is printed"
+    )
     args = parser.parse_args()
     if not args.table:
         os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -477,12 +481,15 @@ def main() -> int:
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as cache:
-            for kind in args.types or [kind for kind in causal_types() if kind not in read_results()]:
+            for kind in args.types or [kind for kind in causal_types() if kind not in read_results(args.json)]:
                 row = examine_apart(kind, args.seconds, Path(cache))
-                save_result(kind, row)
+                save_result(args.json, kind, row)
                 print(f"{kind}: {row}", flush=True)
-    results = read_results()
-    write_page(results)
+    results = read_results(args.json)
+    if args.json == RESULTS:
+        write_page(results)
+    else:
+        print(table(results))
     return int(any("error" in row for row in results.values()))
 
 
