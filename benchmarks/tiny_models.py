@@ -85,7 +85,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     }},
     "gemma4_text": SHARED_KEYS,
     "gemma4_unified_text": SHARED_KEYS,
-    "granitemoehybrid": MAMBA,
+    "granitemoehybrid": MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

@@ -36,6 +36,8 @@ MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
 EXPERTS, ROUTER = "experts", "router"
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|token_adapter|modules_to_save)(\.|$)")
+OF_ARCHITECTURES = ("transformers.models.", "transformers_modules.")
+"""Where the code of architectures is, the library's and that of the hub."""
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -186,13 +188,11 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
 
     On the meta device, where nothing runs, those of towers for pictures are among them.
     """
-    output, classes = model.get_output_embeddings(), (nn.Linear, Conv1D, *method_of(model).layer_classes())
+    output = model.get_output_embeddings()
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not output
-        and (type(module) in classes or _maps_rows(module))
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and _maps_rows(module)
     ]
     if model.device.type == "meta" or not _has_other_parts(model, names):
         return names
@@ -202,11 +202,11 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def _maps_rows(layer: nn.Linear | Conv1D) -> bool:
-    """Returns whether a linear layer of a class of its own maps each input to an output, as an adapter on it does.
+    """Returns whether a linear layer maps each input to an output, as an adapter on it does.
 
-    DeepSeek V4 has one that maps groups of heads by a block of the weight each.
+    Architectures have classes of their own; that of DeepSeek V4 maps groups of heads by a block of the weight each.
     """
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    if not type(layer).__module__.startswith(OF_ARCHITECTURES):
         return True
     inputs, outputs = layer.weight.shape[::-1] if isinstance(layer, nn.Linear) else layer.weight.shape
     try:

@@ -10,6 +10,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora.adapters.targets import find_targets
@@ -95,17 +97,9 @@ def test_one_that_is_asked_for_by_name_is_refused() -> None:
 
 
 def test_a_layer_of_a_class_of_its_own_that_maps_blocks_gets_no_adapter() -> None:
-    class Grouped(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
-
-    class Odd(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.weight.T
-
     model = build("llama")
-    model.model.layers[0].self_attn.q_proj = Grouped(32, 64, bias=False)
-    model.model.layers[0].self_attn.k_proj = Odd(64, 64, bias=False)
+    model.model.layers[0].self_attn.q_proj = DeepseekV4GroupedLinear(32, 64, n_groups=2)
+    model.model.layers[0].self_attn.k_proj = FalconLinear(64, 64, bias=False)
     names = linear_modules(model)
     assert "model.layers.0.self_attn.q_proj" not in names
     assert "model.layers.0.self_attn.k_proj" in names
