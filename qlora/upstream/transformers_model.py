@@ -51,9 +51,11 @@ def takes_any_attention(model: PreTrainedModel) -> bool:
 
     With a sliding window the step packs the rows of a batch, which recurrent layers must not see.
     """
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
     settings = model.config.get_text_config()
     kinds = {*(getattr(settings, "layer_types", None) or [])}
-    if not getattr(model, "_supports_attention_backend", False) or not PLAIN_LAYERS.issuperset(kinds):
+    if not PLAIN_LAYERS.issuperset(kinds):
         return False
     if getattr(settings, "sliding_window", None) is not None and kinds & RECURRENT_LAYERS:
         return False
