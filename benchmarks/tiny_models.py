@@ -57,7 +57,11 @@ GRAMS = {"ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2, "ngra
          "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}  # fmt: skip
 SHARED_KEYS = {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
                "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+BYTES = {"hidden_size": 128, "hidden_size_global": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1600, "head_dim": 32}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
+    "blt": {"patcher_config": BYTES, "encoder_config": BYTES, "decoder_config": BYTES, "global_config": BYTES,
+            "encoder_hash_byte_group_vocab": 50, "vocab_size": 1600},
     "bamba": MAMBA | {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}, "layer_types": ["full_attention"] * 2},
     "dbrx": {
