@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
+from qlora.models.cu_seqlens import is_recurrent
 from qlora.quantization.method import method_of
 from qlora.runtime.device import Placement
 from qlora.upstream.transformers_models import attention_of
@@ -24,6 +26,8 @@ are kept apart
 (rounding with experts; 0.03 in 8 bits, which round by all tokens of a batch), 0.75 to 1 where they do not. Less than
 the fraction, but more than rounding, is a model in which some layers keep rows apart (Falcon H1: attention, not
 Mamba)."""
+MISSING = re.compile("can't keep packed sequences apart without `([^`]+)`")
+"""What transformers says where a kernel is missing."""
 MOVED = 0.25
 """Likewise for the distance from the segment alone, whose shapes and hence roundings are others."""
 
@@ -44,7 +48,8 @@ def check_packing(
     precision of training. It comes after the trainer is built, which switches the cache off. `logits_of` returns the
     logits of such a batch as training steps attend to it; None: as the model itself does.
     """
-    assert not getattr(model.config, "use_cache", False), "with a key-value cache, packed rows see each other"
+    caches = (getattr(config, "use_cache", False) for config in (model.config, model.config.get_text_config()))
+    assert not any(caches), "with a key-value cache, packed rows see each other"
     method = method_of(model)
     method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size
@@ -56,7 +61,10 @@ def check_packing(
             batch = _batch(leading, segment, batch_size, restarts=restarts)
             return _of_segment(compute({name: tensor.to(placement.device) for name, tensor in batch.items()}))
 
-        packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        try:
+            packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        except ValueError as error:
+            raise _without_kernels(model, error) from error
         plain, plain_changed = logits(one, restarts=False), logits(other, restarts=False)
         inputs = {"input_ids": segment[None].to(placement.device)}
         alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
@@ -119,6 +127,16 @@ def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             module.training = True
 
 
+def _without_kernels(model: PreTrainedModel | PeftModel, error: ValueError) -> Exception:
+    """Returns what to say of recurrent layers whose kernels are not installed; another error is none of ours."""
+    if (package := MISSING.search(str(error))) is None:
+        return error
+    return ConfigError(
+        f"data.packing=true: the recurrent layers of {_name(model)} keep packed rows apart with kernels of "
+        f"{package[1]}, which is not installed; pip install 'qlora[linear]', or set data.packing=false"
+    )
+
+
 def _name(model: PreTrainedModel | PeftModel) -> str:
     return f"{model.config.model_type} (attention: {attention_of(model)})"
 
@@ -128,5 +146,11 @@ def _remedy(model: PreTrainedModel | PeftModel, batch_size: int) -> str:
         return (
             f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "
             "raise data.pack_length or trainer.gradient_accumulation_steps instead, or set data.packing=false"
+        )
+    if is_recurrent(model) and batch_size > 1:
+        return (
+            "kernels of its recurrent layers keep them apart only with trainer.per_device_train_batch_size=1 (got "
+            f"{batch_size}); raise data.pack_length or trainer.gradient_accumulation_steps instead, or set "
+            "data.packing=false"
         )
     return "set data.packing=false"

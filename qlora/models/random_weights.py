@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora.config.schema import MIXTURE_FIELDS, ModelConfig, QuantizationConfig
 from qlora.experts.host import choose_waiting
+from qlora.models.read_weights import describe_quantization
 from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
 from qlora.upstream.transformers_experts import is_experts
@@ -74,7 +75,7 @@ class RandomWeights:
         model = self._empty(**options)
         if quantizes_experts(method, quantization):
             choose_waiting(model)
-        description = method.library_config(quantization, self.placement)
+        description = describe_quantization(method, quantization, self.placement, model)
         quantizer = None if description is None else AutoHfQuantizer.from_config(description, pre_quantized=False)
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})

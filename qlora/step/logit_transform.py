@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from qlora.upstream.transformers_model import decoder_of
+
 SMALL, MIDDLE, LARGE = 1e-3, 64.0, 1e8
 """Logits at which a transform is measured: its factor, its form, and its cap."""
 
@@ -60,7 +62,7 @@ def _round(values: Tensor) -> float:
 @contextlib.contextmanager
 def _head_alone(model: PreTrainedModel, output: nn.Module) -> Iterator[Any]:
     """Inside, what is yielded returns the logits, float32, for the products of a decoder's output."""
-    decoders: list[Any] = [model.base_model, model.get_decoder()]  # OPT calls the inner one
+    decoders: list[Any] = [model.base_model, decoder_of(model)]
 
     def head(products: Tensor) -> Tensor:
         for decoder in decoders:

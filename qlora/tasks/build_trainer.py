@@ -17,6 +17,8 @@ from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import DataError, RunError
+from qlora.models.cu_seqlens import hand_cu_seqlens
+from qlora.models.outputs import switch_cache
 from qlora.models.packing_guard import check_packing
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
 from qlora.planning.read_shape import read_shape
@@ -40,6 +42,7 @@ from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer
+from qlora.upstream.peft import base_of
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,9 @@ def build_trainer(
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
     )
-    if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
+    switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
+    if data.packed is not None:
+        hand_cu_seqlens(model)
         size = config.trainer.per_device_train_batch_size
         check_packing(model, placement, batch_size=size, logits_of=step.packed_logits)
     return trainer

@@ -12,6 +12,7 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.json_files import library_reads
 from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import load_tokenizer
@@ -286,3 +287,14 @@ def test_spare_rows_are_used_before_the_embeddings_grow(base_folder: Path) -> No
 
 def test_a_revision_does_not_hinder_a_local_folder(base_folder: Path) -> None:
     load(base_folder, "quantization=fp32", "model.revision=v1.0")
+
+
+def test_a_package_that_an_architecture_needs_is_named(tmp_path: Path) -> None:
+    def build() -> None:
+        raise ImportError(" X requires the timm library but it was not found in your environment. You can install it")
+
+    with (
+        pytest.raises(UserError, match=r"^key: .* with the package timm, .*; pip install timm$"),
+        library_reads("key", "f"),
+    ):
+        build()

@@ -5,14 +5,12 @@ Where each token's loss is its own (`is_tokenwise`), the objective gets the hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from qlora.step.hidden_states import hidden_states
 from qlora.step.logit_transform import PLAIN, LogitTransform, find_transform
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Request, StepContext
 
@@ -57,8 +55,7 @@ class FusedLoss(ConfiguredPart):
     def loss(self, batch: dict[str, Any], targets: int | None) -> Tensor:
         """Returns the loss of a batch with at most `targets` labels that count; None: their number is not known."""
         labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
-        with _trained_embeddings(self.base):
-            hidden = self.base.base_model(use_cache=False, **batch).last_hidden_state
+        hidden = hidden_states(self.base, batch)
         if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
             hidden, labels = before_labels(hidden, labels, targets)
         weight = self.base.get_output_embeddings().weight
@@ -67,21 +64,6 @@ class FusedLoss(ConfiguredPart):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
             return self.context.objective.loss_on_hidden(hidden.to(dtype), weight.to(dtype), labels, count)
-
-
-@contextmanager
-def _trained_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, embeddings have a gradient: all layers see the same kind of tensor, and share their compiled code."""
-
-    def require(_: Any, __: Any, embedded: Tensor) -> None:
-        if not embedded.requires_grad:
-            embedded.requires_grad_()
-
-    handle = model.get_input_embeddings().register_forward_hook(require)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def before_labels(hidden: Tensor, labels: Tensor, targets: int) -> tuple[Tensor, Tensor]:
