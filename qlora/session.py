@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
+from qlora.config.registries.objectives import RowKind
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Weights
+from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Reference, Weights
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
-from qlora.data.batching.collate import Collator
+from qlora.data.batching.collate import Collator, SidesCollator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
@@ -60,6 +61,7 @@ from qlora.models.tokenizer import (
 )
 from qlora.models.weight_files import Checkpoint, Tensors, local_files
 from qlora.objectives import Objective, build_objective
+from qlora.objectives.answers import AnswerLoss
 from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.placement import find_placement
@@ -70,6 +72,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
+from qlora.step.reference import ReferenceWeights
 from qlora.step.shard import shard_base
 from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
@@ -112,6 +115,8 @@ class Session:
         self.stop = Stop()
         self.closing_lines: list[tuple[str, str]] = []
         """What the tracker says when the run has ended."""
+        self.reference: ReferenceWeights | None = None
+        """What a loss that compares takes for the reference of the model; None: there is none."""
 
     # Cheap parts first: a broken data set must fail before a large model is loaded.
 
@@ -177,6 +182,12 @@ class Session:
         """Turns rows into padded tensors."""
         return Collator(self.pad_token_id)
 
+    def collator(self, width: int = 0) -> Collator | SidesCollator:
+        """Returns what makes batches of rows to train on, each at least `width` tokens wide."""
+        if self.row_kind is RowKind.tokens:
+            return Collator(self.pad_token_id, width=width)
+        return SidesCollator(self.pad_token_id, fit_rows(self.config.data, self.context).longest_row)
+
     @cached_property
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
@@ -186,10 +197,16 @@ class Session:
                 self.tokenizer,
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
+                kind=self.row_kind,
             )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def row_kind(self) -> RowKind:
+        """What a row is to the training objective; rows that are answered alone are those of any other."""
+        return RowKind.tokens if self.needs.questions else getattr(self.objective, "rows", RowKind.tokens)
 
     @property
     def _questions(self) -> Questions:
@@ -409,6 +426,9 @@ class Session:
     def build_model(self) -> PreTrainedModel | PeftModel:
         """Returns the base with a fresh adapter, as it is trained."""
         model = self.add_adapter(self.load_base())
+        if isinstance(model, PeftModel) and isinstance(self.objective, AnswerLoss) and self.objective.compares:
+            is_base = self.config.loss.reference is Reference.base
+            self.reference = adapters.reference_at_start(model, is_base=is_base)
         if self.is_sharded:
             assert isinstance(model, PeftModel), "Config checks it"
             shard_base(model, self.placement.device, distributed.world_size())

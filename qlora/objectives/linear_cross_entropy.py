@@ -13,8 +13,17 @@ from qlora.objectives.protocol import CHUNK, IGNORED
 def entropy_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy, float32 [], and its gradient with respect to `logits` [tokens, vocabulary].
 
-    `targets` is int64 [tokens]; a token with the target -100 has no loss. `smoothing` is the share of a label's
-    probability that is spread evenly over the vocabulary.
+    The arguments are those of `entropies_and_gradient`.
+    """
+    losses, gradient = entropies_and_gradient(logits, targets, smoothing)
+    return losses.sum(), gradient
+
+
+def entropies_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Returns the cross entropy of each token, float32 [tokens], and the gradient of each with respect to its logits.
+
+    `logits` is [tokens, vocabulary], `targets` int64 [tokens]; a token with the target -100 has no loss. `smoothing` is
+    the share of a label's probability that is spread evenly over the vocabulary.
     """
     fp32 = logits.float()
     highest = fp32.amax(1, keepdim=True)
@@ -25,12 +34,12 @@ def entropy_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0
     chosen = fp32.gather(1, target)
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * fp32.mean(1, keepdim=True)
-    loss = torch.where(counted, total.log() + highest - chosen, 0.0).sum()
+    losses = torch.where(counted, total.log() + highest - chosen, 0.0)[:, 0]
     expected = (torch.arange(logits.shape[1], device=logits.device)[None, :] == target).to(fp32.dtype)
     if smoothing:
         expected = (1 - smoothing) * expected + smoothing / logits.shape[1]
     gradient = torch.where(counted, exponents / total - expected, 0.0)
-    return loss, gradient.to(logits.dtype)
+    return losses, gradient.to(logits.dtype)
 
 
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,6 +67,38 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Returns the gradient with respect to `hidden`; the weight is frozen."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None
+
+
+class LinearEntropies(torch.autograd.Function):
+    """The loss of each token of `hidden @ weight.t()`; the gradients are computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_losses):
+        """Returns float32 [tokens] for `hidden` [tokens, width], a frozen `weight` [vocabulary, width], `targets`."""
+        losses = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            losses[chunk], of_logits = chunk_losses(hidden[chunk] @ weight.t(), targets[chunk])
+            if gradient is not None:
+                torch.mm(of_logits, weight, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Returns the gradient with respect to `hidden`: that of each token's loss, as often as `grad` says."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
+
+
+def linear_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_losses: ChunkLoss) -> Tensor:
+    """Returns the loss of each token of `hidden @ weight.t()` against `targets`, float32 [tokens].
+
+    `chunk_losses` is `entropies_and_gradient`, compiled or not. With the losses of single tokens, any loss of their
+    sums has its exact gradient, and the logits of all tokens never exist at once.
+    """
+    return LinearEntropies.apply(hidden, weight, targets, chunk_losses)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: ChunkLoss) -> Tensor:

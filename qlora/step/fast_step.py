@@ -17,12 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora.config.schema import QuantizationConfig, TrainerConfig
 from qlora.errors import ConfigError
 from qlora.runtime.device import Placement
+from qlora.step.forward_passes import ForwardPasses
 from qlora.step.layer_calls import LayerCalls
 from qlora.step.layers import find_layers
 from qlora.step.part import ON, Packs, Part, Request, StepContext, StepObjective
 from qlora.step.parts import PARTS, find_part
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
+from qlora.step.reference import ReferenceWeights
 from qlora.upstream.peft import base_of
 from qlora.upstream.torch import compile_options
 
@@ -38,6 +40,7 @@ class FastStep:
         placement: Placement,
         packs: Packs | None,
         objective: StepObjective,
+        reference: ReferenceWeights | None = None,
     ) -> None:
         """Decides which parts are on; raises `ConfigError` for one that the config demands and that cannot run."""
         self.base: PreTrainedModel = base_of(model) if isinstance(model, PeftModel) else model
@@ -66,6 +69,7 @@ class FastStep:
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
         self._replaces_forward = self._attention or self._loss or not objective.is_model_loss
+        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference)
 
     def _decide(self, name: str, part: Any) -> None:
         """Switches a shipped part on as the config asks for it, and notes why not."""
@@ -148,6 +152,9 @@ class FastStep:
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
         """The forward pass of one batch, as the trainer asks for it."""
         batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        if (loss_on_batch := getattr(self.objective, "loss_on_batch", None)) is not None:
+            self._passes.targets = self.targets
+            return CausalLMOutputWithPast(loss=loss_on_batch(batch, self._passes))
         if self._attention is not None:
             batch = self._attention.lay_out(batch)
         if self._loss is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
-from qlora.data.batching.collate import Collator, count_work
+from qlora.data.batching.collate import count_work
 from qlora.errors import RunError
 from qlora.models.packing_guard import check_packing
 from qlora.planning.families import FAMILIES
@@ -87,7 +87,7 @@ def build_trainer(
         arguments=arguments,
         rows=data.packed or data.train,
         lengths=lengths,
-        collate=Collator(session.pad_token_id, width=width),
+        collate=session.collator(width),
         count=partial(count_work, pad_token_id=session.pad_token_id),
         measure=measure,
         verify=session.finish_adapter,
@@ -138,7 +138,9 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
     config, packed = session.config, session.data.packed
     width = config.data.pack_width
     packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-    return FastStep(model, config.trainer, config.quantization, session.placement, packs, session.objective)
+    return FastStep(
+        model, config.trainer, config.quantization, session.placement, packs, session.objective, session.reference
+    )
 
 
 def _say_step(step: FastStep, budget: Budget | None) -> None:

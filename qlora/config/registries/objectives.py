@@ -26,6 +26,16 @@ class ShippedObjective:
 
 SHIPPED = {
     "sft": ShippedObjective("qlora.objectives.sft:SupervisedFinetuning"),
+    "dpo": ShippedObjective(
+        "qlora.objectives.dpo:DirectPreference",
+        RowKind.pairs,
+        ("beta", "label_smoothing", "reference", "length_normalize", "sft_weight"),
+    ),
+    "ipo": ShippedObjective(
+        "qlora.objectives.ipo:IdentityPreference",
+        RowKind.pairs,
+        ("beta", "reference", "length_normalize", "sft_weight"),
+    ),
 }
 """The objectives of this package by name."""
 OBJECTIVES = {name: objective.path for name, objective in SHIPPED.items()}

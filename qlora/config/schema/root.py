@@ -31,7 +31,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
-from qlora.config.schema.loss import LossConfig
+from qlora.config.schema.loss import LossConfig, check_preferences
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
@@ -317,6 +317,7 @@ class Config:
                 "trainer.neftune_noise_alpha scales its noise by the length of a row, and data.packing=true joins "
                 "rows; leave one of them out"
             )
+        check_preferences(self.loss, self.lora, self.data, self.trainer)
 
     def _check_optimizer(self) -> None:
         """Refuses an optimizer that this machine, or the device that the run names, does not have."""

@@ -48,18 +48,28 @@ class FusedLoss(ConfiguredPart):
     def loss(self, batch: dict[str, Any], targets: int | None) -> Tensor:
         """Returns the loss of a batch with at most `targets` labels that count; None: their number is not known."""
         labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
+        hidden = self.hidden_states(batch)
+        if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
+            hidden, labels = before_labels(hidden, labels, targets)
+        hidden, weight = self.operands(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.context.objective.loss_on_hidden(hidden, weight, labels, count)
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Returns the hidden states of all tokens of a batch without labels, [rows, tokens, width]."""
         embedded = self.base.get_input_embeddings()(batch.pop("input_ids"))
         if not embedded.requires_grad:  # all layers then see the same kind of tensor, and share their code
             embedded.requires_grad_()
-        hidden = self.base.base_model(inputs_embeds=embedded, use_cache=False, **batch).last_hidden_state
-        if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
-            hidden, labels = before_labels(hidden, labels, targets)
+        hidden: Tensor = self.base.base_model(inputs_embeds=embedded, use_cache=False, **batch).last_hidden_state
+        return hidden
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns hidden states and the output matrix [vocabulary, width] in the dtype in which they are multiplied."""
         weight = self.base.get_output_embeddings().weight
         kind = hidden.device.type
         # As autocast computes any other linear layer: the matrix may be stored in 32 bits.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            return self.context.objective.loss_on_hidden(hidden.to(dtype), weight.to(dtype), labels, count)
+        return hidden.to(dtype), weight.to(dtype)
 
 
 def before_labels(hidden: Tensor, labels: Tensor, targets: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""The log-probabilities of answers: a pass with the reference, and a pass with the trained weights.
+
+They are summed from the hidden states before an answer's tokens, in chunks, where the step has these; else from logits.
+Both passes see the same batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlora.objectives.answers import Answers
+from qlora.objectives.linear_cross_entropy import entropies_and_gradient, linear_entropies
+from qlora.objectives.protocol import IGNORED
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""The columns of a batch that the model reads; the others are the loss's."""
+BUCKET = 256
+"""The number of hidden states that are read is a multiple of it: compiled code meets few shapes."""
+
+
+class Passes(Protocol):
+    """The forward passes of a model; a batch has `input_ids` and `labels` [rows, tokens], and maybe a mask."""
+
+    targets: int | None
+    """The number of labels in the batch, or more; None: it is not known."""
+
+    def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Returns hidden states [rows, tokens, width] and the output matrix [vocabulary, width]; None: only logits."""
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """Returns logits [rows, tokens, vocabulary]."""
+
+    def reference(self) -> contextlib.AbstractContextManager[None] | None:
+        """Returns the context in which the model is the reference; None: there is none."""
+
+
+def read_answers(
+    batch: dict[str, Any], passes: Passes, *, reads_prompt: bool = False, graded_sides: int | None = None
+) -> Answers:
+    """Returns what the model says of a batch whose `input_ids` and `labels` are [rows, sides, tokens].
+
+    `reads_prompt` and `graded_sides` are those of the `AnswerLoss`.
+    """
+    texts = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    rest = {name: value for name, value in batch.items() if name not in (*texts, "labels")}
+    targets = read = _next(batch["labels"])
+    most = passes.targets
+    if reads_prompt:
+        read = _next(texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED))
+    reference = torch.zeros(targets.shape[:2], device=targets.device)
+    if (active := passes.reference()) is not None:
+        with torch.no_grad(), active:
+            reference = _log_probs(texts, targets, passes, most).sum(-1)
+    log_probs = _graded(texts, read, passes, None if reads_prompt else most, graded_sides)
+    return Answers(
+        torch.where(targets != IGNORED, log_probs, 0).sum(-1),
+        (targets != IGNORED).sum(-1),
+        reference,
+        log_probs.sum(-1),
+        (read != IGNORED).sum(-1),
+        rest,
+    )
+
+
+def _graded(texts: dict[str, Tensor], targets: Tensor, passes: Passes, most: int | None, sides: int | None) -> Tensor:
+    """Returns the log-probabilities of all sides; the gradient follows the first `sides`, or all."""
+    if sides is None:
+        return _log_probs(texts, targets, passes, most)
+    with torch.no_grad():
+        rest = _log_probs({name: value[:, sides:] for name, value in texts.items()}, targets[:, sides:], passes, most)
+    graded = _log_probs({name: value[:, :sides] for name, value in texts.items()}, targets[:, :sides], passes, most)
+    return torch.cat([graded, rest], 1)
+
+
+def _log_probs(texts: dict[str, Tensor], targets: Tensor, passes: Passes, most: int | None) -> Tensor:
+    """Returns the log-probability of the token after each, float32 [rows, sides, tokens]; 0 where it has no target."""
+    flat = targets.reshape(-1)
+
+    def batch() -> dict[str, Any]:
+        return {**{name: value.flatten(0, 1) for name, value in texts.items()}, "labels": targets.flatten(0, 1)}
+
+    if (operands := passes.operands(batch())) is None:
+        logits = passes.logits(batch()).flatten(0, 1).float()
+        losses = torch.nn.functional.cross_entropy(logits, flat, reduction="none", ignore_index=IGNORED)
+        return -losses.view(targets.shape)
+    hidden, weight = operands
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses = _entropies(hidden.reshape(len(flat), -1), weight, flat, most)
+    return -losses.view(targets.shape)
+
+
+def _entropies(hidden: Tensor, weight: Tensor, targets: Tensor, most: int | None) -> Tensor:
+    """Returns the cross entropy of each token; those without a target are not multiplied with the output matrix.
+
+    The number of tokens that are, at most `most`, follows from what the host knows: nothing waits for the device.
+    """
+    tokens = len(targets)
+    size = tokens if most is None else BUCKET * (most // BUCKET + 1)
+    if size >= tokens:
+        return linear_entropies(hidden, weight, targets, entropies_and_gradient)
+    read = torch.nonzero_static(targets != IGNORED, size=size, fill_value=tokens - 1).view(-1)  # the last has none
+    losses = linear_entropies(hidden.index_select(0, read), weight, targets[read], entropies_and_gradient)
+    return torch.zeros(tokens, device=losses.device).index_copy(0, read, losses)
+
+
+def _next(labels: Tensor) -> Tensor:
+    """Returns what each token is to predict: the label of the token after it, and -100 at the end of a row."""
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)

@@ -1,0 +1,57 @@
+"""The forward passes that a loss over whole answers asks a step for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlora.step.parts.attention import FusedAttention
+from qlora.step.parts.loss import FusedLoss
+from qlora.step.reference import ReferenceWeights
+
+
+class ForwardPasses:
+    """Passes of a model through the parts of its step; a batch has `input_ids` and `labels`, both [rows, tokens]."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        attention: FusedAttention | None,
+        loss: FusedLoss | None,
+        reference: ReferenceWeights | None,
+    ) -> None:
+        self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
+        self.targets: int | None = None
+        """The number of labels in the batch, or more; None: it is not known."""
+
+    def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Returns hidden states [rows, tokens, width] and the output matrix; None where `trainer.fused_loss` is off."""
+        if self._loss is None:
+            return None
+        batch = self._laid_out(batch)
+        return self._loss.operands(self._loss.hidden_states(batch))
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """Returns logits [rows, tokens, vocabulary]."""
+        batch = self._laid_out(batch)
+        logits: Tensor = type(self.base).forward(self.base, use_cache=False, **batch).logits
+        return logits
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Returns the last hidden states [rows, tokens, width]."""
+        batch = self._laid_out(batch)
+        if self._loss is not None:
+            return self._loss.hidden_states(batch)
+        hidden: Tensor = self.base.base_model(use_cache=False, **batch).last_hidden_state
+        return hidden
+
+    def reference(self) -> contextlib.AbstractContextManager[None] | None:
+        """Returns the context in which the model is the reference; None: there is none."""
+        return None if self._reference is None else self._reference.active()
+
+    def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = batch if self._attention is None else self._attention.lay_out(batch)
+        return {name: value for name, value in batch.items() if name != "labels"}
