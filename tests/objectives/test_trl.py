@@ -173,3 +173,24 @@ def test_dpo_and_ipo(loss: list[str], changes: dict[str, Any], is_trained: bool,
 
     is_plain = loss[0] == "loss=dpo" and "loss.length_normalize=true" not in loss  # TRL logs others as DPO's
     compare(folder, configured(tmp_path, loss), oracle, model, {"reward_margin": "rewards/margins"} if is_plain else {})
+
+
+def sides(batch: Batch, name: str) -> dict[str, torch.Tensor]:
+    return {f"{side}_{name}": batch[name][:, index] for index, side in enumerate(("chosen", "rejected"))}
+
+
+@pytest.mark.matrix(1)
+def test_orpo(folder: str, tmp_path: Path) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model = adapted(folder)
+    trainer = ORPOTrainer(model, args=arguments(ORPOConfig, tmp_path, beta=0.4), train_dataset=text_rows(),
+                          processing_class=tokenizer_of(folder))  # fmt: skip
+
+    def oracle(other: PeftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = sides(batch, "input_ids") | sides(batch, "attention_mask") | sides(batch, "labels")
+        loss, metrics = trainer.get_batch_loss_metrics(other, inputs)
+        return loss, metrics
+
+    names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+    compare(folder, configured(tmp_path, ["loss=orpo", "loss.beta=0.4"]), oracle, model, names)

@@ -36,6 +36,7 @@ SHIPPED = {
         RowKind.pairs,
         ("beta", "reference", "length_normalize", "sft_weight"),
     ),
+    "orpo": ShippedObjective("qlora.objectives.orpo:OddsRatio", RowKind.pairs, ("beta",)),
 }
 """The objectives of this package by name."""
 OBJECTIVES = {name: objective.path for name, objective in SHIPPED.items()}
