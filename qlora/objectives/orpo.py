@@ -1,4 +1,4 @@
-"""Odds ratio preference optimization (Hong et al., arXiv 2403.07691): likelihood and preference in one, no reference."""
+"""Odds ratio preference optimization (Hong et al., arXiv 2403.07691): likelihood and preference, no reference."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
 MODELS = ["stories260K", "TinyStories-656K"]
 STEPS, ROWS, RATE = 5, 4, 0.02
+LENGTH = 40
+"""Tokens of a row: of longer ones the sum of log-probabilities is itself no longer known to 1e-5 in float32."""
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
 
 Batch = dict[str, torch.Tensor]
@@ -74,9 +76,10 @@ def batches(folder: str, config: Config) -> Iterator[Batch]:
 
 def configured(tmp_path: Path, loss: list[str], file: str = "dpo_en_demo.json") -> Config:
     return compose(
-        [*loss, "data=local", f"data.path={DATA}/{file}", "data.max_length=64", "data.eval_dataset_size=0",
+        [*loss, "data=local", f"data.path={DATA}/{file}", f"data.max_length={LENGTH}", "data.eval_dataset_size=0",
          f"data.max_train_samples={STEPS * ROWS}",
-         f"data.cache_dir={tmp_path}", "trainer.fused_loss=true", "trainer.keep=last", "device=cpu"]
+         f"data.cache_dir={tmp_path}", "trainer.fused_loss=true", "trainer.keep=last", "device=cpu",
+         f"trainer.per_device_train_batch_size={ROWS}"]
     )  # fmt: skip
 
 
@@ -85,9 +88,9 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Returns how far two gradients of all parameters lie apart, as a share of the second."""
-    apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in ours)
-    return (apart / sum(float(gradient.double().square().sum()) for gradient in theirs.values())) ** 0.5
+    """Returns how far two gradients lie apart, as a share of the second where that is longer than 1."""
+    apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in ours) ** 0.5
+    return apart / max(sum(float(gradient.double().square().sum()) for gradient in theirs.values()) ** 0.5, 1)
 
 
 def descend(model: PeftModel) -> None:
@@ -131,7 +134,7 @@ def text_rows(count: int = 2) -> Dataset:
 
 def arguments(kind: Any, tmp_path: Path, **changes: Any) -> Any:
     return kind(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to=[],
-                per_device_train_batch_size=ROWS, disable_dropout=False, max_length=64, **changes)  # fmt: skip
+                per_device_train_batch_size=ROWS, disable_dropout=False, max_length=LENGTH, **changes)  # fmt: skip
 
 
 def latest(trainer: Any) -> dict[str, float]:
@@ -194,3 +197,48 @@ def test_orpo(folder: str, tmp_path: Path) -> None:
 
     names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
     compare(folder, configured(tmp_path, ["loss=orpo", "loss.beta=0.4"]), oracle, model, names)
+
+
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_simpo(smoothing: float, folder: str, tmp_path: Path) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    model = adapted(folder)
+    settings = arguments(CPOConfig, tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=0.8, cpo_alpha=0.5,
+                         label_smoothing=smoothing)  # fmt: skip
+    trainer = CPOTrainer(model, args=settings, train_dataset=text_rows(), processing_class=tokenizer_of(folder))
+
+    def oracle(other: PeftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = sides(batch, "input_ids") | sides(batch, "attention_mask") | sides(batch, "labels")
+        loss, metrics = trainer.get_batch_loss_metrics(other, inputs)
+        return loss, metrics
+
+    config = configured(
+        tmp_path, ["loss=simpo", "loss.gamma=0.8", "loss.sft_weight=0.5", f"loss.label_smoothing={smoothing}"]
+    )
+    names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+    compare(folder, config, oracle, model, names)
+
+
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("is_trained", [False, True], ids=["base", "start"])
+def test_kto(is_trained: bool, folder: str, tmp_path: Path) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    model = adapted(folder, trained=is_trained)
+    rows = Dataset.from_list([{"prompt": "a", "completion": " b", "label": index < 2} for index in range(ROWS)])
+    settings = arguments(KTOConfig, tmp_path, beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+    trainer = KTOTrainer(model, args=settings, train_dataset=rows, processing_class=tokenizer_of(folder))
+
+    def oracle(other: PeftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = {"label": batch["desirable"]}
+        for prefix, side in (("", 0), ("KL_", 1)):  # TRL has rotated the answers of a batch in the same way
+            inputs[f"{prefix}input_ids"] = batch["input_ids"][:, side]
+            inputs[f"{prefix}attention_mask"] = batch["attention_mask"][:, side]
+            inputs[f"{prefix}completion_mask"] = (batch["labels"][:, side] != -100).long()
+        return trainer.compute_loss(other, inputs), latest(trainer)
+
+    config = configured(tmp_path, ["loss=kto", "loss.beta=0.3", "loss.desirable_weight=1.2",
+                                   "loss.undesirable_weight=0.7"], "kto_en_demo.json")  # fmt: skip
+    compare(folder, config, oracle, model, {})

@@ -37,6 +37,14 @@ SHIPPED = {
         ("beta", "reference", "length_normalize", "sft_weight"),
     ),
     "orpo": ShippedObjective("qlora.objectives.orpo:OddsRatio", RowKind.pairs, ("beta",)),
+    "simpo": ShippedObjective(
+        "qlora.objectives.simpo:SimplePreference", RowKind.pairs, ("beta", "gamma", "label_smoothing", "sft_weight")
+    ),
+    "kto": ShippedObjective(
+        "qlora.objectives.kto:KahnemanTversky",
+        RowKind.labelled,
+        ("beta", "reference", "desirable_weight", "undesirable_weight"),
+    ),
 }
 """The objectives of this package by name."""
 OBJECTIVES = {name: objective.path for name, objective in SHIPPED.items()}

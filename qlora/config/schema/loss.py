@@ -128,6 +128,11 @@ def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trai
             f"data.packing=true joins rows of one answer each, and {name} compares answers; leave it out (batches are "
             "laid out without padding where trainer.fused_attention is on)"
         )
+    if loss.rows is RowKind.labelled and trainer.per_device_train_batch_size < 2:
+        raise ConfigError(
+            f"{name} estimates the divergence from the reference by the answers of other rows in a micro-batch, and "
+            "trainer.per_device_train_batch_size=1 leaves none; set it to 2 or more"
+        )
     _check_reference(loss, lora, name)
 
 
