@@ -37,6 +37,7 @@ from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
 from qlora.errors import ConfigError, DataError, Pruned, Stopped
+from qlora.evaluation.answer_measures import AnswerMeasurer
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
@@ -115,8 +116,10 @@ class Session:
         self.stop = Stop()
         self.closing_lines: list[tuple[str, str]] = []
         """What the tracker says when the run has ended."""
-        self.reference: ReferenceWeights | None = None
-        """What a loss that compares takes for the reference of the model; None: there is none."""
+        self.reference_weights: ReferenceWeights | None = None
+        """What a loss that compares takes for the reference of a model that is trained; None: there is none."""
+        self.reference: Callable[[], contextlib.AbstractContextManager[None]] | None = None
+        """The context in which the loaded model is its reference; None: there is none."""
 
     # Cheap parts first: a broken data set must fail before a large model is loaded.
 
@@ -253,7 +256,22 @@ class Session:
             device=self.placement.device,
             autocast=self.placement.autocast,
             seed=self.config.seed,
+            compare=self._comparison(),
         )
+
+    def _comparison(self) -> Callable[[torch.nn.Module], Measurement] | None:
+        """Returns what measures rows of preference; None: rows are those of a loss over tokens."""
+        if self.row_kind is RowKind.tokens or not isinstance(self.objective, AnswerLoss):
+            return None
+        assert self.data.eval is not None
+        return AnswerMeasurer(
+            self.data.eval,
+            self.collator(),
+            self.objective,
+            lambda: self.reference,
+            self.config.trainer.per_device_eval_batch_size,
+            self.placement.device,
+        ).measure
 
     @property
     def reads_rows(self) -> bool:
@@ -428,7 +446,8 @@ class Session:
         model = self.add_adapter(self.load_base())
         if isinstance(model, PeftModel) and isinstance(self.objective, AnswerLoss) and self.objective.compares:
             is_base = self.config.loss.reference is Reference.base
-            self.reference = adapters.reference_at_start(model, is_base=is_base)
+            self.reference_weights = adapters.reference_at_start(model, is_base=is_base)
+            self.reference = self.reference_weights.active
         if self.is_sharded:
             assert isinstance(model, PeftModel), "Config checks it"
             shard_base(model, self.placement.device, distributed.world_size())
@@ -498,7 +517,11 @@ class Session:
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
-            return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
+            model = adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
+            if self.row_kind is not RowKind.tokens and self.config.loss.compares:
+                is_base = self.config.loss.reference is Reference.base
+                self.reference = adapters.reference_of_trained(model, None if is_base else self.start)
+            return model
         if full is None:
             return self.load_base()
         check_not_rounded(full, self.config.quantization)
@@ -616,7 +639,8 @@ class Session:
         is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
         measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else printed)
         tracker.log_predictions(measured.predictions[:printed], step=step)
-        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity", *([kept] if is_of_answers else []))}
+        names = ["loss", "perplexity", *self.config.loss.measured, *([kept] if is_of_answers else [])]
+        metrics = {name: measured.metrics[name] for name in names}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics
         return metrics

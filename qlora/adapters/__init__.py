@@ -7,7 +7,7 @@ from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
 from qlora.adapters.load import continue_adapter, load_adapter
 from qlora.adapters.per_expert import save_per_expert
-from qlora.adapters.reference import reference_at_start
+from qlora.adapters.reference import reference_at_start, reference_of_trained
 from qlora.adapters.save import save_adapter, save_initial_adapter, verify_adapter
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "count_parameters",
     "load_adapter",
     "reference_at_start",
+    "reference_of_trained",
     "save_adapter",
     "save_initial_adapter",
     "save_per_expert",

@@ -139,7 +139,13 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
     width = config.data.pack_width
     packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
     return FastStep(
-        model, config.trainer, config.quantization, session.placement, packs, session.objective, session.reference
+        model,
+        config.trainer,
+        config.quantization,
+        session.placement,
+        packs,
+        session.objective,
+        session.reference_weights,
     )
 
 

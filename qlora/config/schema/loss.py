@@ -100,6 +100,17 @@ class LossConfig:
         return self.reference not in (None, Reference.none)
 
     @property
+    def measured(self) -> list[str]:
+        """The plain names of what held-out rows are measured by, besides the metrics of all rows."""
+        kind = self.rows
+        if kind is RowKind.tokens:
+            return []
+        names = ["preference_loss", "reward_accuracy", "reward_margin"]
+        names += ["reference_divergence"] if kind is RowKind.labelled else []
+        names += ["reference_kl"] if self.compares else []
+        return [*names, *(("chosen_tokens", "rejected_tokens") if kind is RowKind.pairs else ("answer_tokens",))]
+
+    @property
     def rows(self) -> RowKind:
         """What a row is to the loss; one of another package says so itself, and counts as `tokens` here."""
         return rows_of(self.name)

@@ -261,6 +261,7 @@ class Config:
     def _check_objective(self) -> None:
         """Refuses an objective that this run does not measure."""
         known = known_metrics(self.evaluation)
+        known += [f"{prefix}{name}" for prefix in ("eval_", "base_eval_") for name in self.loss.measured]
         # lm-eval and the `evaluate` library name their metrics only once they have measured.
         prefixes = [metric_name(name) for name in self.evaluation.metrics if name.startswith(f"{METRIC_LIBRARY}:")]
         prefixes += ["lm_eval"] if self.evaluation.name is EvaluationName.lm_eval else []
@@ -347,7 +348,7 @@ class Config:
 
 def measured_at_steps(config: Config) -> list[str]:
     """Returns the metrics that a training run measures, or can measure, at `trainer.eval_steps`."""
-    measured = [*known_metrics_of_rows(config.evaluation)]
+    measured = [*known_metrics_of_rows(config.evaluation), *config.loss.measured]
     if config.evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{config.evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     return [f"eval_{name}" for name in measured]
