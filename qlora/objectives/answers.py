@@ -113,10 +113,10 @@ class AnswerLoss:
 
         counts = answers.counts
         if count is None:
-            count = torch.stack([counts.sum(), answers.text_tokens[:, CHOSEN].sum()]).clamp(min=1)
+            count = torch.stack([counts.sum(), answers.text_tokens[counts, CHOSEN].sum()]).clamp(min=1)
         total = torch.where(counts, self.losses(answers), 0).sum() / count[0]
         if weight := self.likelihood_weight:
-            total = total - weight * answers.text_log_probs[:, CHOSEN].sum() / count[1]
+            total = total - weight * torch.where(counts, answers.text_log_probs[:, CHOSEN], 0).sum() / count[1]
         with torch.no_grad():
             self._note(answers, counts)
         return total

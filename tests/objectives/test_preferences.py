@@ -1,0 +1,206 @@
+"""Losses over answers are those of their papers, weigh every row alike, and read each setting that they have."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora import adapters
+from qlora.config.compose import compose
+from qlora.config.registries.objectives import SHIPPED, RowKind
+from qlora.config.schema import LOSS_SETTINGS
+from qlora.data.batching.collate import SidesCollator, count_work
+from qlora.errors import ConfigError
+from qlora.objectives import build_objective
+from qlora.objectives.answers import AnswerLoss, Answers
+from qlora.runtime.device import Placement
+from qlora.step.fast_step import FastStep
+from qlora.training.batches import CountingCollator
+from tests.real_models import CPU
+from tests.step.test_fast import build
+
+NAMES = [name for name, shipped in SHIPPED.items() if shipped.rows is not RowKind.tokens]
+IGNORED = -100
+
+
+def answers(**rest: Tensor) -> Answers:
+    """Returns three rows of two answers."""
+    torch.manual_seed(1)
+    log_probs = (-torch.rand(3, 2) * 30).requires_grad_()
+    tokens = torch.tensor([[3, 5], [4, 4], [9, 2]])
+    return Answers(log_probs, tokens, -torch.rand(3, 2) * 30, log_probs * 1.5, tokens + 6, rest)
+
+
+composed = functools.cache(lambda *overrides: compose(overrides))
+
+
+def objective(*overrides: str) -> AnswerLoss:
+    loss = build_objective(composed(*overrides, "trainer.per_device_train_batch_size=2").loss)
+    assert isinstance(loss, AnswerLoss)
+    return loss
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_each_loss_is_the_formula_of_its_paper() -> None:
+    a = answers(desirable=torch.tensor([True, False, True]))
+    a = replace(a, log_probs=a.log_probs.detach())
+    (c, r), (rc, rr) = (a.log_probs.tolist()[1], a.reference.tolist()[1])
+    n, m = a.tokens.tolist()[1]
+    losses = {
+        "dpo": -math.log(sigma(0.1 * ((c - rc) - (r - rr)))),
+        "ipo": ((c - rc) / n - (r - rr) / m - 1 / 0.2) ** 2,
+        "orpo": -0.1
+        * math.log(sigma((c / n - math.log(1 - math.exp(c / n))) - (r / m - math.log(1 - math.exp(r / m))))),
+        "simpo": -math.log(sigma(2 * c / n - 2 * r / m - 1)),
+    }
+    for name, expected in losses.items():
+        assert float(objective(f"loss={name}").losses(a)[1]) == pytest.approx(expected, rel=1e-5), name
+    divergence = max(float(0.1 * (a.log_probs - a.reference)[:, 1].mean()), 0)
+    value = 1 - sigma(divergence - 0.1 * (c - rc))  # row 1 is a bad one
+    assert float(objective("loss=kto").losses(a)[1]) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_of_a_loss_changes_it_or_its_reference(name: str) -> None:
+    other = {"beta": "0.7", "label_smoothing": "0.2", "reference": "none", "gamma": "0.3", "sft_weight": "0.5",
+             "desirable_weight": "2", "undesirable_weight": "2", "center_rewards": "0.1"}  # fmt: skip
+    a = answers(desirable=torch.tensor([True, False, True]))
+    plain = objective(f"loss={name}")
+    for setting in SHIPPED[name].settings:
+        value = str(not plain.config.length_normalize).lower() if setting == "length_normalize" else other[setting]
+        changed = objective(f"loss={name}", f"loss.{setting}={value}")
+        if setting == "reference":
+            assert (plain.compares, changed.compares) == (True, False)
+        else:
+            assert not torch.isclose(changed.loss(a, None), plain.loss(a, None)), setting
+
+
+@pytest.mark.parametrize("name", ["sft", *NAMES])
+def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
+    value = {"reference": "base", "length_normalize": "true"}
+    for setting in set(LOSS_SETTINGS) - {*SHIPPED[name].settings}:
+        with pytest.raises(ConfigError, match=rf"loss\.{setting}=.* is not read by loss\.name={name}; choose one of"):
+            objective(f"loss={name}", f"loss.{setting}={value.get(setting, '0.1')}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.name=dpo"], r"loss\.beta is not set, and loss\.name=dpo reads it; loss=dpo sets it"),
+        (["loss=dpo", "loss.beta=0"], r"loss\.beta must be positive and finite, got 0"),
+        (["loss=dpo", "loss.label_smoothing=0.5"], r"loss\.label_smoothing must be at least 0 and below 0\.5"),
+        (["loss=dpo", "loss.reference=start"], r"loss\.reference=start is the adapter of lora\.start, which is not"),
+        (["loss=dpo", "lora=none", "quantization=fp32"],
+         r"loss=dpo compares with the model that was before, and lora=none trains all of its weights: there is no ref"),
+        (["loss=dpo", "loss.reference=base", "lora=pissa", "quantization=fp32"],
+         r"loss\.reference=base and lora\.init=pissa exclude each"),
+        (["loss=dpo", "data.train_on=all"], r"data\.train_on=all counts the tokens of the prompt, and loss=dpo comp"),
+        (["loss=dpo", "data.packing=true"], r"data\.packing=true joins rows of one answer each, and loss=dpo compares"),
+        (["loss=dpo", "trainer.neftune_noise_alpha=5"], r"trainer\.neftune_noise_alpha=5 would compare answers with"),
+        (["loss=kto", "trainer.per_device_train_batch_size=1"], r"per_device_train_batch_size=1 leaves none; set it"),
+        (["objective=eval_reward_accuracy"], r"objective='eval_reward_accuracy' is not a metric of this run"),
+        (["loss=orpo", "objective=eval_reference_kl"], r"objective='eval_reference_kl' is not a metric of this run"),
+    ],
+)  # fmt: skip
+def test_what_a_loss_cannot_be_trained_with_is_refused_in_one_sentence(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+def batch(rows: int = 4) -> dict[str, Tensor]:
+    """Returns rows of two answers of different lengths to a prompt of three tokens."""
+    torch.manual_seed(2)
+    ids = torch.randint(3, 90, (rows, 2, 9))
+    ids[:, 1, :3] = ids[:, 0, :3]
+    labels = ids.clone()
+    labels[:, :, :3] = IGNORED
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, row % 2, 7 - row % 3 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, IGNORED),
+            "desirable": torch.arange(rows) % 2 == 0}  # fmt: skip
+
+
+def step_of(loss: AnswerLoss, *overrides: str) -> tuple[Any, FastStep]:
+    model, _ = build()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    reference = adapters.reference_at_start(model, is_base=True)
+    config = composed(*overrides, "device=cpu", "trainer.fused_linear=false")
+    placement = Placement(CPU, torch.float32, torch.float32)
+    return model, FastStep(model, config.trainer, config.quantization, placement, None, loss, reference)
+
+
+def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None, *overrides: str) -> Tensor:
+    """Returns the loss and the gradients of all micro-batches of a step."""
+    loss = objective(f"loss={name}")
+    model, step = step_of(loss, *overrides)
+    total = torch.zeros(())
+    for micro in batches:
+        inputs = copy.deepcopy(micro)
+        if name != "kto":
+            del inputs["desirable"]
+        with step:
+            part = model(**inputs, num_items_in_batch=count).loss
+            part.backward()
+        total += part.detach()
+    flat = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return torch.cat([total[None], *flat])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_and_logits_give_one_loss_and_one_gradient(name: str) -> None:
+    plain = gradients(name, [batch()], None, "trainer.fused_loss=false")
+    torch.testing.assert_close(gradients(name, [batch()], None, "trainer.fused_loss=true"), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "kto"])
+def test_rows_weigh_the_same_in_whatever_micro_batch_they_are(name: str) -> None:
+    whole, loss = batch(), objective(f"loss={name}")
+    count = loss.count(whole).sum(0)
+    parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 3), slice(3, 4))]
+    torch.testing.assert_close(gradients(name, parts, count), gradients(name, [whole], None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_without_labels_counts_nothing(name: str) -> None:
+    whole = batch(3)
+    blank = {key: value[:1].clone() for key, value in whole.items()}
+    blank["labels"][:] = IGNORED
+    joined = {key: torch.cat([value, blank[key]]) for key, value in whole.items()}
+    assert objective(f"loss={name}").count(joined)[-1].tolist() == [0, 0]
+    torch.testing.assert_close(gradients(name, [joined], None), gradients(name, [whole], None), rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_the_model_as_it_began_and_training_goes_on_from_what_was_trained() -> None:
+    loss = objective("loss=dpo")
+    model, step = step_of(loss)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    inputs = batch()
+    del inputs["desirable"]
+    with step:
+        model(**copy.deepcopy(inputs)).loss.backward()
+    assert loss.metrics()["reward_margin"] != 0  # the adapter is not that of the base, which has none
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_counts_of_a_batch_are_those_of_its_rows() -> None:
+    loss = objective("loss=orpo")
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [IGNORED, IGNORED, 3, 4], "rejected_ids": [1, 2, 5],
+             "rejected_labels": [IGNORED, IGNORED, 5], "answer_start": 2}]  # fmt: skip
+    collate = CountingCollator(SidesCollator(0), lambda batch: count_work(batch, 0), loss, rows[0])
+    micro = collate(rows)
+    assert micro["targets"].tolist() == [3]
+    assert micro["weights"].tolist() == [[1, 3]]  # ORPO's likelihood counts the prompt
+    assert micro["counts"] == (7, 10 + 6)
