@@ -462,7 +462,12 @@ class Session:
             base.requires_grad_(True)
             return base
         model = adapters.add_lora(
-            self.config.lora, base, tensors=self.tensors, new_token_ids=self.new_token_ids, batches=self._batches()
+            self.config.lora,
+            base,
+            tensors=self.tensors,
+            new_token_ids=self.new_token_ids,
+            batches=self._batches(),
+            head=self.config.loss.head,
         )
         if self.config.lora.init in adapters.REWRITES_BASE and distributed.is_main_process():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")

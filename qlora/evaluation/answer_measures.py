@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 
 from qlora.evaluation.measure import Measurement
@@ -16,7 +18,10 @@ from qlora.evaluation.row_loss import Collate
 from qlora.evaluation.statistics import Score
 from qlora.objectives.answers import AnswerLoss, Answers
 from qlora.objectives.protocol import IGNORED
+from qlora.objectives.reward import RewardModel, rewarded
 from qlora.runtime import console
+from qlora.step.forward_passes import rewards_of
+from qlora.upstream.peft import base_of
 
 Reference = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -53,6 +58,8 @@ class AnswerMeasurer:
 
     def _measure(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = batch.pop("labels")
+        if isinstance(self.loss, RewardModel):
+            return self._measure_rewards(model, batch, labels)
         rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
         texts = {name: value.flatten(0, 1) for name, value in batch.items() if name not in rest}
         targets = labels[..., 1:].flatten(0, 1)
@@ -77,8 +84,26 @@ class AnswerMeasurer:
         if reference is not None:
             divergence = summed((log_probs.exp() * (log_probs - reference)).sum(1))
             measured["reference_kl"] = divergence[:, :sides].sum(1) / tokens[:, :sides].sum(1)
-        names = ("chosen_tokens", "rejected_tokens") if sides > 1 else ("answer_tokens",)
-        return measured | {name: tokens[:, side].float() for side, name in enumerate(names)}
+        return measured | _lengths(tokens[:, :sides])
+
+    def _measure_rewards(self, model: torch.nn.Module, batch: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        texts = {name: value.flatten(0, 1) for name, value in batch.items()}
+        answers = rewarded(text_rewards(model, texts).view(labels.shape[:2]), labels)
+        return {"preference_loss": self.loss.losses(answers), **self.loss.measures(answers), **_lengths(answers.tokens)}
+
+
+def text_rewards(model: torch.nn.Module, texts: dict[str, Tensor]) -> Tensor:
+    """Returns the rewards of texts by a model with a reward head, float32 [rows]."""
+    base = base_of(model) if isinstance(model, PeftModel) else model
+    body: Any = base.base_model
+    hidden = body(**texts, use_cache=False).last_hidden_state
+    last = texts["attention_mask"].sum(1) - 1
+    return rewards_of(base, hidden[torch.arange(len(last), device=hidden.device), last])
+
+
+def _lengths(tokens: Tensor) -> dict[str, Tensor]:
+    names = ("chosen_tokens", "rejected_tokens") if tokens.shape[1] > 1 else ("answer_tokens",)
+    return {name: tokens[:, side].float() for side, name in enumerate(names)}
 
 
 def _log_probs(model: torch.nn.Module, texts: dict[str, Tensor], read: Tensor) -> Tensor:

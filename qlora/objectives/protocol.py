@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that has no loss."""
+HEAD = "score"
+"""The name of a reward head in the model, as in transformers' models for sequence classification."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the fused loss."""
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
 from qlora.step.reference import ReferenceWeights
+
+HEAD = "score"
+"""The name of a reward head in the model."""
+
+
+def rewards_of(base: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """Returns the rewards of the hidden states of last tokens, float32 [rows], for `hidden` [rows, width]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        rewards: Tensor = base.get_submodule(HEAD)(hidden.float())
+    return rewards[:, 0]
 
 
 class ForwardPasses:
@@ -47,6 +58,12 @@ class ForwardPasses:
             return self._loss.hidden_states(batch)
         hidden: Tensor = self.base.base_model(use_cache=False, **batch).last_hidden_state
         return hidden
+
+    def rewards(self, batch: dict[str, Any]) -> Tensor:
+        """Returns what the reward head makes of the last token of each row, float32 [rows]."""
+        last = batch["attention_mask"].sum(1) - 1
+        hidden = self.hidden_states(batch)
+        return rewards_of(self.base, hidden[torch.arange(len(last), device=hidden.device), last])
 
     def reference(self) -> contextlib.AbstractContextManager[None] | None:
         """Returns the context in which the model is the reference; None: there is none."""

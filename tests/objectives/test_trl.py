@@ -15,9 +15,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from qlora import adapters
+from qlora.adapters.head import attach_head
 from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.data.batching.collate import SidesCollator
@@ -100,9 +106,16 @@ def descend(model: PeftModel) -> None:
                 parameter -= RATE * parameter.grad
 
 
-def compare(folder: str, config: Config, oracle: Oracle, other: PeftModel, names: dict[str, str]) -> None:
+def compare(
+    folder: str,
+    config: Config,
+    oracle: Oracle,
+    other: PeftModel,
+    names: dict[str, str],
+    model: PeftModel | None = None,
+) -> None:
     """Takes the same steps with this project and with TRL; `names` maps our metrics to TRL's."""
-    model = adapted(folder)
+    model = model or adapted(folder)
     model.load_state_dict(other.state_dict(), strict=False)  # TRL adds a frozen copy of a trained adapter
     objective: Any = build_objective(config.loss)
     reference = adapters.reference_at_start(model, is_base=False) if objective.compares else None
@@ -242,3 +255,30 @@ def test_kto(is_trained: bool, folder: str, tmp_path: Path) -> None:
     config = configured(tmp_path, ["loss=kto", "loss.beta=0.3", "loss.desirable_weight=1.2",
                                    "loss.undesirable_weight=0.7"], "kto_en_demo.json")  # fmt: skip
     compare(folder, config, oracle, model, {})
+
+
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("centered", [0.0, 0.05])
+def test_reward(centered: float, folder: str, tmp_path: Path) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = tokenizer_of(folder)
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    settings = PeftLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="SEQ_CLS")
+    rows = Dataset.from_list([{"chosen": "a b", "rejected": "a c"}] * 2)
+    trainer = RewardTrainer(get_peft_model(classifier, settings), train_dataset=rows, processing_class=tokenizer,
+                            args=arguments(RewardConfig, tmp_path, center_rewards_coefficient=centered))  # fmt: skip
+    pad = classifier.config.vocab_size - 1
+    classifier.config.pad_token_id = pad  # by which transformers finds the last token; no row has it
+
+    def oracle(other: PeftModel, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        ids, attention, _ = in_order(batch)
+        ids = ids.masked_fill(attention == 0, pad)
+        return trainer.compute_loss(other, {"input_ids": ids, "attention_mask": attention}), latest(trainer)
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    attach_head(base)
+    config = configured(tmp_path, ["loss=reward", f"loss.center_rewards={centered}"])
+    names = {"reward_accuracy": "accuracy", "reward_margin": "margin"}
+    compare(folder, config, oracle, trainer.model.train(), names, get_peft_model(base, copy.deepcopy(settings)).train())

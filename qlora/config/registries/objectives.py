@@ -22,6 +22,8 @@ class ShippedObjective:
     rows: RowKind = RowKind.tokens
     settings: tuple[str, ...] = ()
     """The fields of the group `loss` that it reads."""
+    head: bool = False
+    """Whether it trains a head that gives a text one number, a reward, in place of the next token."""
 
 
 SHIPPED = {
@@ -45,6 +47,7 @@ SHIPPED = {
         RowKind.labelled,
         ("beta", "reference", "desirable_weight", "undesirable_weight"),
     ),
+    "reward": ShippedObjective("qlora.objectives.reward:RewardModel", RowKind.pairs, ("center_rewards",), head=True),
 }
 """The objectives of this package by name."""
 OBJECTIVES = {name: objective.path for name, objective in SHIPPED.items()}

@@ -100,6 +100,11 @@ class LossConfig:
         return self.reference not in (None, Reference.none)
 
     @property
+    def head(self) -> bool:
+        """Whether the loss trains a head that gives a text a reward."""
+        return self.name in SHIPPED and SHIPPED[self.name].head
+
+    @property
     def measured(self) -> list[str]:
         """The plain names of what held-out rows are measured by, besides the metrics of all rows."""
         kind = self.rows
@@ -108,6 +113,7 @@ class LossConfig:
         names = ["preference_loss", "reward_accuracy", "reward_margin"]
         names += ["reference_divergence"] if kind is RowKind.labelled else []
         names += ["reference_kl"] if self.compares else []
+        names += ["chosen_reward", "rejected_reward"] if self.head else []
         return [*names, *(("chosen_tokens", "rejected_tokens") if kind is RowKind.pairs else ("answer_tokens",))]
 
     @property
@@ -143,6 +149,15 @@ def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trai
         raise ConfigError(
             f"{name} estimates the divergence from the reference by the answers of other rows in a micro-batch, and "
             "trainer.per_device_train_batch_size=1 leaves none; set it to 2 or more"
+        )
+    if loss.head and not lora.enabled:
+        raise ConfigError(
+            f"{name} saves a head beside an adapter, and lora=none trains all weights; choose lora=all-linear"
+        )
+    if loss.head and lora.start is not None:
+        raise ConfigError(
+            f"{name} begins with a fresh adapter and head, and lora.start={lora.start} names another adapter; merge "
+            "that one first (task=merge), and train a reward model on the merged model"
         )
     _check_reference(loss, lora, name)
 

@@ -220,8 +220,10 @@ class Config:
     @property
     def kept_metric(self) -> str:
         """The metric by which `trainer.keep` compares steps."""
-        chosen = self.trainer.keep_metric or self.objective
-        return chosen if chosen in measured_at_steps(self) else "eval_loss"
+        chosen, measured = self.trainer.keep_metric or self.objective, measured_at_steps(self)
+        if self.loss.measured and self.trainer.keep_metric is None and chosen == "eval_loss":
+            return "eval_preference_loss"  # the likelihood of chosen answers falls while preferences are learned
+        return chosen if chosen in measured else "eval_loss"
 
     def _check_memory(self) -> None:
         """Refuses a base that is spread over several devices where the run needs it on one."""
