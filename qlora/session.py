@@ -25,7 +25,7 @@ from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
 from qlora.config.registries.objectives import RowKind
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Reference, Weights
+from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Reference, TaskName, Weights
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
 from qlora.data.batching.collate import Collator, SidesCollator
@@ -522,6 +522,7 @@ class Session:
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
+            self._check_head(adapter)
             model = adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
             if self.row_kind is not RowKind.tokens and self.config.loss.compares:
                 is_base = self.config.loss.reference is Reference.base
@@ -531,6 +532,18 @@ class Session:
             return self.load_base()
         check_not_rounded(full, self.config.quantization)
         return self._load(full)
+
+    def _check_head(self, adapter: Path) -> None:
+        """Refuses a reward model where texts are to be written, and a language model where they are to be scored."""
+        task, is_scored = self.config.task.name, adapters.is_reward_model(adapter)
+        if is_scored and task not in (TaskName.train, TaskName.evaluate, TaskName.predict):
+            raise DataError(
+                f"adapter={adapter} is a reward model: it scores texts and answers nothing; task={task.value} needs a "
+                "language model, and task=predict writes the rewards of pairs"
+            )
+        if is_scored is not self.config.loss.head:
+            is_one, way_out = ("is a", "add loss=reward") if is_scored else ("is no", "leave loss=reward out")
+            raise DataError(f"adapter={adapter} {is_one} reward model; {way_out}, or name another adapter")
 
     @cached_property
     def base(self) -> Base:

@@ -5,6 +5,7 @@ from qlora.adapters.average import average_trained
 from qlora.adapters.biases import adapter_off
 from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
+from qlora.adapters.head import is_reward_model
 from qlora.adapters.load import continue_adapter, load_adapter
 from qlora.adapters.per_expert import save_per_expert
 from qlora.adapters.reference import reference_at_start, reference_of_trained
@@ -19,6 +20,7 @@ __all__ = [
     "check_adapter_folder",
     "continue_adapter",
     "count_parameters",
+    "is_reward_model",
     "load_adapter",
     "reference_at_start",
     "reference_of_trained",

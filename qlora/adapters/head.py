@@ -6,10 +6,14 @@ classification have for it: `AutoModelForSequenceClassification` with one label 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from qlora.adapters.adapter_files import ADAPTER_CONFIG
+from qlora.models.json_files import read_object
 from qlora.objectives.protocol import HEAD
 from qlora.upstream.peft import base_of
 from qlora.upstream.torch_models import weight_of
@@ -27,6 +31,11 @@ def start_head(model: PeftModel) -> None:
     settings = base_of(model).config.get_text_config()
     head = model.get_submodule(f"base_model.model.{HEAD}.modules_to_save.default")
     torch.nn.init.normal_(weight_of(head), std=getattr(settings, "initializer_range", 0.02))
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Returns whether a folder holds the adapter of a reward model."""
+    return has_head(read_object(folder / ADAPTER_CONFIG, f"adapter={folder}").get("modules_to_save"))
 
 
 def has_head(modules_to_save: object) -> bool:

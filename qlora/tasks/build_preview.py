@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +79,11 @@ def build_preview(
             *([str(data.lost)] if data.lost is not None else []),
             *([embedded] if (embedded := embedded_warning(config)) else []),
         ],
-        rows=[preview_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
+        rows=[
+            side
+            for row in data.train.select(range(min(config.task.rows, len(data.train))))
+            for side in preview_rows(row, tokenizer)
+        ],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},
     )
@@ -118,6 +124,20 @@ def _packing(config: DataConfig, data: Data) -> str:
     fill = efficiency(packs, lengths, budget)
     filled = f"{plural(len(packs), 'pack')} of {budget:,} tokens to {format_percent(fill)}"
     return f"off; data.packing=true would fill {filled}"
+
+
+def preview_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[PreviewRow]:
+    """Returns a tokenized row as it is shown; a pair as two rows, its chosen side first."""
+    if "desirable" in row:
+        return [_noted(preview_row(row, tokenizer), f"labelled {'good' if row['desirable'] else 'bad'}")]
+    if "rejected_ids" not in row:
+        return [preview_row(row, tokenizer)]
+    rejected = row | {"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]}
+    return [_noted(preview_row(row, tokenizer), "chosen"), _noted(preview_row(rejected, tokenizer), "rejected")]
+
+
+def _noted(row: PreviewRow, note: str) -> PreviewRow:
+    return replace(row, notes=[note, *row.notes])
 
 
 def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:

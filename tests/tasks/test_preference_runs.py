@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from qlora.config.compose import compose
+from qlora.errors import DataError
 from qlora.models.model_files import locate
 from qlora.run import Run
 from tests.faults.runs import write_preferences
@@ -92,6 +93,12 @@ def test_a_reward_model_is_saved_for_plain_libraries_and_scores_pairs(pairs: Pat
     records = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()]
     mean = sum(record["chosen_reward"] - record["rejected_reward"] for record in records) / len(records)
     assert mean == pytest.approx(metrics["eval_reward_margin"], rel=1e-5)
+
+    for task, message in (("merge", "is a reward model: it scores texts and answers nothing; task=merge needs a"),
+                          ("evaluate", "is a reward model; add loss=reward, or name another adapter")):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            loss = "loss=reward" if task == "merge" else "loss=dpo"
+            run(tmp_path / task, *overrides, loss, f"task={task}", f"adapter={tmp_path / 'run'}")
 
     session = Run(compose([*QUICK, *overrides]), tmp_path / "run").session
     plain = AutoModelForSequenceClassification.from_pretrained(
