@@ -96,8 +96,8 @@ def test_a_reward_model_is_saved_for_plain_libraries_and_scores_pairs(pairs: Pat
 
     for task, message in (("merge", "is a reward model: it scores texts and answers nothing; task=merge needs a"),
                           ("evaluate", "is a reward model; add loss=reward, or name another adapter")):  # fmt: skip
+        loss = "loss=reward" if task == "merge" else "loss=dpo"
         with pytest.raises(DataError, match=message):
-            loss = "loss=reward" if task == "merge" else "loss=dpo"
             run(tmp_path / task, *overrides, loss, f"task={task}", f"adapter={tmp_path / 'run'}")
 
     session = Run(compose([*QUICK, *overrides]), tmp_path / "run").session
