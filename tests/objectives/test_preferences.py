@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from torch import Tensor
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.registries.objectives import SHIPPED, RowKind
-from qlora.config.schema import LOSS_SETTINGS
+from qlora.config.schema import LOSS_SETTINGS, LossConfig
 from qlora.data.batching.collate import SidesCollator, count_work
 from qlora.errors import ConfigError
-from qlora.objectives import build_objective
+from qlora.objectives import answer_passes, build_objective
 from qlora.objectives.answers import AnswerLoss, Answers
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -153,12 +154,52 @@ def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None,
         inputs = copy.deepcopy(micro)
         if name != "kto":
             del inputs["desirable"]
+        step.targets = int((inputs["labels"] != IGNORED).sum())
         with step:
             part = model(**inputs, num_items_in_batch=count).loss
             part.backward()
         total += part.detach()
     flat = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return torch.cat([total[None], *flat])
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_tokens_without_a_target_are_not_multiplied_and_layers_may_be_computed_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradients(name, [batch()], None, "trainer.fused_loss=true")
+    monkeypatch.setattr(answer_passes, "BUCKET", 4)
+    read: list[int] = []
+    compute = answer_passes.linear_entropies
+    monkeypatch.setattr(
+        answer_passes, "linear_entropies", lambda hidden, *rest: (read.append(len(hidden)), compute(hidden, *rest))[1]
+    )
+    again = gradients(name, [batch()], None, "trainer.fused_loss=true", "trainer.gradient_checkpointing=true")
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert min(read) < batch()["labels"].numel()
+
+
+def test_the_base_is_the_reference_of_a_start_adapter_that_is_asked_for() -> None:
+    model, _ = step_of(objective("loss=dpo"))
+    ids = batch()["input_ids"][:, 0]
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        with adapters.reference_at_start(model, is_base=True).active():
+            torch.testing.assert_close(model(input_ids=ids).logits, base, rtol=0, atol=0)
+        with adapters.reference_at_start(model, is_base=False).active():
+            assert not torch.equal(model(input_ids=ids).logits, base)
+
+
+def test_a_loss_of_another_package_is_a_few_lines() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(text.split("# my_preferences.py\n")[1].split("```")[0], names)  # as the page has it
+    hinge = names["Hinge"](LossConfig(name="my_preferences:Hinge", options={"beta": 0.2}))
+    a = answers()
+    margin = 0.2 * (a.log_probs[:, 0] - a.log_probs[:, 1])
+    torch.testing.assert_close(hinge.losses(a), torch.relu(1 - margin))
+    assert (hinge.rows, hinge.compares) == (RowKind.pairs, False)
 
 
 @pytest.mark.parametrize("name", OF_ANSWERS)
