@@ -30,6 +30,7 @@ from tests.step.test_fast import build
 NAMES = [name for name, shipped in SHIPPED.items() if shipped.rows is not RowKind.tokens]
 OF_ANSWERS = [name for name in NAMES if not SHIPPED[name].head]
 IGNORED = -100
+PLACEMENT = Placement(CPU, torch.float32, torch.float32)
 
 
 def answers(**rest: Tensor) -> Answers:
@@ -141,8 +142,7 @@ def step_of(loss: AnswerLoss, *overrides: str) -> tuple[Any, FastStep]:
             torch.nn.init.normal_(parameter, std=0.2)
     reference = adapters.reference_at_start(model, is_base=True)
     config = composed(*overrides, "device=cpu", "trainer.fused_linear=false")
-    placement = Placement(CPU, torch.float32, torch.float32)
-    return model, FastStep(model, config.trainer, config.quantization, placement, None, loss, reference)
+    return model, FastStep(model, config.trainer, config.quantization, PLACEMENT, None, loss, reference)
 
 
 def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None, *overrides: str) -> Tensor:
@@ -177,6 +177,26 @@ def test_tokens_without_a_target_are_not_multiplied_and_layers_may_be_computed_a
     again = gradients(name, [batch()], None, "trainer.fused_loss=true", "trainer.gradient_checkpointing=true")
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
     assert min(read) < batch()["labels"].numel()
+
+
+def test_8_bit_matmuls_measure_the_weights_of_the_reference_too() -> None:
+    margins = []
+    for compute in ("native", "fp8"):
+        model, config = build(overrides=(f"quantization.compute={compute}",))  # with an adapter that is not 0
+        loss = objective("loss=dpo")
+        reference = adapters.reference_at_start(model, is_base=False)
+        step = FastStep(model, config.trainer, config.quantization, PLACEMENT, None, loss, reference)
+        inputs = {name: value for name, value in batch().items() if name != "desirable"}
+        with step:
+            assert float(model(**copy.deepcopy(inputs)).loss) == pytest.approx(math.log(2), abs=1e-6)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0.01 if ".lora_B." in name else 1)  # the reference is now far larger
+        loss.metrics()
+        with step:
+            model(**copy.deepcopy(inputs))
+        margins.append(loss.metrics()["reward_margin"])
+    assert margins[1] == pytest.approx(margins[0], rel=0.1)
 
 
 def test_the_base_is_the_reference_of_a_start_adapter_that_is_asked_for() -> None:
