@@ -54,9 +54,10 @@ def check_columns(kind: RowKind, columns: Iterable[str]) -> None:
     """Raises `DataError` where no column can hold what rows of a kind need beside an answer."""
     columns = list(columns)
     if kind is RowKind.pairs and "rejected" not in columns:
+        other = "loss=kto, which reads labels" if label_columns(columns, LABELS) else "loss=sft"
         raise DataError(
             f"it has the columns {listed(columns)} and no rejected, and this loss compares two answers; name the "
-            "column of the worse ones with data.columns.rejected=COLUMN, or choose loss=sft"
+            f"column of the worse ones with data.columns.rejected=COLUMN, or choose {other}"
         )
     if kind is RowKind.labelled and not (set(ANSWER_COLUMNS) <= set(columns) or label_columns(columns, LABELS)):
         raise DataError(
