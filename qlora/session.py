@@ -186,9 +186,13 @@ class Session:
         return Collator(self.pad_token_id)
 
     def collator(self, width: int = 0) -> Collator | SidesCollator:
-        """Returns what makes batches of rows to train on, each at least `width` tokens wide."""
-        if self.row_kind is RowKind.tokens:
-            return Collator(self.pad_token_id, width=width)
+        """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
+        is_packed = self.data.packed is not None
+        return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens or is_packed else self._sides
+
+    @property
+    def _sides(self) -> SidesCollator:
+        """Lays the answers of rows of preference side by side."""
         return SidesCollator(self.pad_token_id, fit_rows(self.config.data, self.context).longest_row)
 
     @cached_property
@@ -266,7 +270,7 @@ class Session:
         assert self.data.eval is not None
         return AnswerMeasurer(
             self.data.eval,
-            self.collator(),
+            self._sides,
             self.objective,
             lambda: self.reference,
             self.config.trainer.per_device_eval_batch_size,

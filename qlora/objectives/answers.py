@@ -150,15 +150,34 @@ class AnswerLoss:
         return batch["labels"]
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the rows that count and the tokens of the likelihood term of each row of a batch, float [rows, 2]."""
+        """Returns the rows that count and the tokens of the likelihood term of each row of a batch, float [rows, 2].
+
+        Of packs it returns these numbers of each pack.
+        """
         import torch
 
         labels = batch["labels"] != IGNORED
+        if "position_ids" in batch:
+            return self._count_packs(batch["position_ids"], labels)
         counts = labels.any(2).all(1)
         texts = labels[:, CHOSEN]
         if self.reads_prompt:
             texts = batch["attention_mask"][:, CHOSEN, 1:].bool() & counts[:, None]
         return torch.stack([counts.float(), texts.sum(1).float()], 1)
+
+    def _count_packs(self, positions: Tensor, labels: Tensor) -> Tensor:
+        import torch
+
+        sides = pack_sides(positions)
+        counts, texts = [], []
+        for side, labelled in zip(sides, labels, strict=True):
+            number = int(side.max()) + 2  # of sides, in pairs
+            tokens = torch.bincount(side[labelled], minlength=number)[: number // 2 * 2].view(-1, 2)
+            is_pair = (tokens > 0).all(1)
+            whole = torch.bincount(side, minlength=number)[: number // 2 * 2].view(-1, 2)[:, CHOSEN] - 1
+            counts.append(is_pair.sum())
+            texts.append((whole if self.reads_prompt else tokens[:, CHOSEN])[is_pair].sum())
+        return torch.stack([torch.stack(counts).float(), torch.stack(texts).float()], 1)
 
     def prepare(self, *, compiled: bool) -> None:
         """Compiles the cross entropy of a chunk with the decoder layers."""
@@ -176,3 +195,8 @@ class AnswerLoss:
     def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
         """Returns the bytes of a cross entropy: the log-probabilities are computed as one."""
         return entropy_bytes(work)
+
+
+def pack_sides(positions: Tensor) -> Tensor:
+    """Returns which side of a pack each of its tokens is in, from 0, for `position_ids` [packs, tokens]."""
+    return (positions == 0).cumsum(1) - 1
