@@ -528,14 +528,29 @@ class Session:
         if adapter is not None:
             self._check_head(adapter)
             model = adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
-            if self.row_kind is not RowKind.tokens and self.config.loss.compares:
+            if self._compares_rows:
                 is_base = self.config.loss.reference is Reference.base
                 self.reference = adapters.reference_of_trained(model, None if is_base else self.start)
             return model
         if full is None:
-            return self.load_base()
+            base = self.load_base()
+            if self.config.loss.head:
+                adapters.attach_head(base)
+            if self._compares_rows:
+                self.reference = contextlib.nullcontext  # the base is its own reference
+            return base
+        if self._compares_rows or self.config.loss.head:
+            raise DataError(
+                f"adapter={full} is a whole model, and loss={self.config.loss.name} is measured with an adapter on its "
+                "base; choose loss=sft, or name the adapter"
+            )
         check_not_rounded(full, self.config.quantization)
         return self._load(full)
+
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether rows of preference are measured against a reference."""
+        return self.reads_rows and self.row_kind is not RowKind.tokens and self.config.loss.compares
 
     def _check_head(self, adapter: Path) -> None:
         """Refuses a reward model where texts are to be written, and a language model where they are to be scored."""
