@@ -93,6 +93,7 @@ def test_every_setting_of_a_loss_changes_it_or_its_reference(name: str) -> None:
             assert not torch.isclose(changed.loss(a, None), plain.loss(a, None)), setting
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", ["sft", *NAMES])
 def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
     value = {"reference": "base", "length_normalize": "true"}
@@ -229,12 +230,14 @@ def test_a_loss_of_another_package_is_a_few_lines() -> None:
     assert (hinge.rows, hinge.compares) == (RowKind.pairs, False)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", OF_ANSWERS)
 def test_hidden_states_and_logits_give_one_loss_and_one_gradient(name: str) -> None:
     plain = gradients(name, [batch()], None, "trainer.fused_loss=false")
     torch.testing.assert_close(gradients(name, [batch()], None, "trainer.fused_loss=true"), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name != "kto"])
 def test_rows_weigh_the_same_in_whatever_micro_batch_they_are(name: str) -> None:
     whole, loss = batch(), objective(f"loss={name}")
@@ -256,6 +259,7 @@ def packs_of(rows: dict[str, Tensor], width: int = 64) -> dict[str, Tensor]:
     return Collator(0, width=width)([packed[0], packed[1]])
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name != "kto"])
 def test_packs_give_the_loss_and_the_gradient_of_rows(name: str) -> None:
     rows = batch()
@@ -267,6 +271,7 @@ def test_packs_give_the_loss_and_the_gradient_of_rows(name: str) -> None:
         torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5 * max(float(plain.abs().max()), 1))
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", OF_ANSWERS)
 def test_a_row_without_labels_counts_nothing(name: str) -> None:
     whole = batch(3)
