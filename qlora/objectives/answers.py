@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.registries.objectives import RowKind
@@ -59,6 +60,8 @@ class AnswerLoss:
     rows = RowKind.pairs
     columns: tuple[str, ...] = ("input_ids", "labels", "answer_start", "rejected_ids", "rejected_labels")
     is_model_loss = False
+    takes_transform = True
+    """Whether it computes what an architecture does to its logits: scales and caps."""
     reads_prompt = False
     """Whether the likelihood term counts the tokens of the prompt, too."""
     is_separable = True
@@ -179,13 +182,18 @@ class AnswerLoss:
             texts.append((whole if self.reads_prompt else tokens[:, CHOSEN])[is_pair].sum())
         return torch.stack([torch.stack(counts).float(), torch.stack(texts).float()], 1)
 
-    def prepare(self, *, compiled: bool) -> None:
-        """Compiles the cross entropy of a chunk with the decoder layers."""
+    def prepare(self, *, compiled: bool, scale: float = 1.0, cap: float | None = None) -> None:
+        """Compiles the cross entropy of a chunk with the decoder layers.
+
+        The model's logits are `scale` times the products with the output matrix, and with `cap` then
+        cap * tanh(logits / cap).
+        """
         import torch
 
         from qlora.objectives.linear_cross_entropy import entropies_and_gradient
 
-        self._chunk_losses = torch.compile(entropies_and_gradient) if compiled else entropies_and_gradient
+        chunk_losses = partial(entropies_and_gradient, scale=scale, cap=cap)
+        self._chunk_losses = torch.compile(chunk_losses) if compiled else chunk_losses
 
     def metrics(self) -> dict[str, float]:
         """Returns the means of what was noted since the last call, over the rows of this process."""

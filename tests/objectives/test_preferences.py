@@ -24,6 +24,7 @@ from qlora.data.batching.packing import SIDES, PackedRows
 from qlora.errors import ConfigError
 from qlora.objectives import answer_passes, build_objective
 from qlora.objectives.answers import AnswerLoss, Answers
+from qlora.objectives.linear_cross_entropy import entropies_and_gradient
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
 from qlora.step.part import Packs
@@ -185,6 +186,20 @@ def test_tokens_without_a_target_are_not_multiplied_and_layers_may_be_computed_a
     again = gradients(name, [batch()], None, "trainer.fused_loss=true", "trainer.gradient_checkpointing=true")
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
     assert min(read) < batch()["labels"].numel()
+
+
+def test_scaled_and_capped_logits_have_their_entropy_and_gradient() -> None:
+    torch.manual_seed(3)
+    products, targets = torch.randn(6, 20, dtype=torch.float64).mul(20).requires_grad_(), torch.randint(0, 20, (6,))
+    targets[2] = IGNORED
+    expected = torch.nn.functional.cross_entropy(
+        30 * torch.tanh(0.5 * products / 30), targets, reduction="none", ignore_index=IGNORED
+    )
+    losses, gradient = entropies_and_gradient(products.detach(), targets, scale=0.5, cap=30.0)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), products)[0], rtol=1e-4, atol=1e-5)
+    assert entropies_and_gradient(products.detach(), targets, scale=0.5, cap=30.0, graded=False)[1] is None
 
 
 def test_8_bit_matmuls_measure_the_weights_of_the_reference_too() -> None:
