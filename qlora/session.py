@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
+from qlora.config.registries.objectives import RowKind
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Weights
+from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Reference, TaskName, Weights
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.training_length import TrainingLength, training_length
-from qlora.data.batching.collate import Collator
+from qlora.data.batching.collate import Collator, SidesCollator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
@@ -36,6 +37,7 @@ from qlora.data.ingest.sources import load_hub
 from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
 from qlora.errors import ConfigError, DataError, Pruned, Stopped
+from qlora.evaluation.answer_measures import AnswerMeasurer
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
@@ -62,6 +64,7 @@ from qlora.models.tokenizer import (
 )
 from qlora.models.weight_files import Checkpoint, Tensors, local_files
 from qlora.objectives import Objective, build_objective
+from qlora.objectives.answers import AnswerLoss
 from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.placement import find_placement
@@ -72,6 +75,7 @@ from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
+from qlora.step.reference import ReferenceWeights
 from qlora.step.shard import shard_base
 from qlora.training.device_checks import check_checkpointing
 from qlora.training.keep import KeepRule
@@ -115,6 +119,10 @@ class Session:
         self.stop = Stop()
         self.closing_lines: list[tuple[str, str]] = []
         """What the tracker says when the run has ended."""
+        self.reference_weights: ReferenceWeights | None = None
+        """What a loss that compares takes for the reference of a model that is trained; None: there is none."""
+        self.reference: Callable[[], contextlib.AbstractContextManager[None]] | None = None
+        """The context in which the loaded model is its reference; None: there is none."""
 
     # Cheap parts first: a broken data set must fail before a large model is loaded.
 
@@ -180,6 +188,16 @@ class Session:
         """Turns rows into padded tensors."""
         return Collator(self.pad_token_id)
 
+    def collator(self, width: int = 0) -> Collator | SidesCollator:
+        """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
+        is_packed = self.data.packed is not None
+        return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens or is_packed else self._sides
+
+    @property
+    def _sides(self) -> SidesCollator:
+        """Lays the answers of rows of preference side by side."""
+        return SidesCollator(self.pad_token_id, fit_rows(self.config.data, self.context).longest_row)
+
     @cached_property
     def data(self) -> Data:
         """Tokenized rows, to train on and to measure on."""
@@ -189,10 +207,16 @@ class Session:
                 self.tokenizer,
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
+                kind=self.row_kind,
             )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def row_kind(self) -> RowKind:
+        """What a row is to the training objective; rows that are answered alone are those of any other."""
+        return RowKind.tokens if self.needs.questions else getattr(self.objective, "rows", RowKind.tokens)
 
     @property
     def _questions(self) -> Questions:
@@ -240,7 +264,22 @@ class Session:
             autocast=self.placement.autocast,
             seed=self.config.seed,
             dtype=self.placement.compute_dtype,
+            compare=self._comparison(),
         )
+
+    def _comparison(self) -> Callable[[torch.nn.Module], Measurement] | None:
+        """Returns what measures rows of preference; None: rows are those of a loss over tokens."""
+        if self.row_kind is RowKind.tokens or not isinstance(self.objective, AnswerLoss):
+            return None
+        assert self.data.eval is not None
+        return AnswerMeasurer(
+            self.data.eval,
+            self._sides,
+            self.objective,
+            lambda: self.reference,
+            self.config.trainer.per_device_eval_batch_size,
+            self.placement.device,
+        ).measure
 
     @property
     def reads_rows(self) -> bool:
@@ -416,6 +455,10 @@ class Session:
         base = self.load_base()
         check_checkpointing(self.config.trainer, base)
         model = self.add_adapter(base)
+        if isinstance(model, PeftModel) and isinstance(self.objective, AnswerLoss) and self.objective.compares:
+            is_base = self.config.loss.reference is Reference.base
+            self.reference_weights = adapters.reference_at_start(model, is_base=is_base)
+            self.reference = self.reference_weights.active
         if not self.is_sharded:
             try_training(model, f"model.name={self.config.model.name}", self.placement)
         else:
@@ -432,7 +475,12 @@ class Session:
             base.requires_grad_(True)
             return base
         model = adapters.add_lora(
-            self.config.lora, base, tensors=self.tensors, new_token_ids=self.new_token_ids, batches=self._batches()
+            self.config.lora,
+            base,
+            tensors=self.tensors,
+            new_token_ids=self.new_token_ids,
+            batches=self._batches(),
+            head=self.config.loss.head,
         )
         if self.config.lora.init in adapters.REWRITES_BASE and distributed.is_main_process():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
@@ -487,11 +535,43 @@ class Session:
         adapter, full = self.trained
         _ = self.trained_tokenizer  # before the weights
         if adapter is not None:
-            return adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
+            self._check_head(adapter)
+            model = adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
+            if self._compares_rows:
+                is_base = self.config.loss.reference is Reference.base
+                self.reference = adapters.reference_of_trained(model, None if is_base else self.start)
+            return model
         if full is None:
-            return self.load_base()
+            base = self.load_base()
+            if self.config.loss.head:
+                adapters.attach_head(base)
+            if self._compares_rows:
+                self.reference = contextlib.nullcontext  # the base is its own reference
+            return base
+        if self._compares_rows or self.config.loss.head:
+            raise DataError(
+                f"adapter={full} is a whole model, and loss={self.config.loss.name} is measured with an adapter on its "
+                "base; choose loss=sft, or name the adapter"
+            )
         check_not_rounded(full, self.config.quantization)
         return self._load(full)
+
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether rows of preference are measured against a reference."""
+        return self.reads_rows and self.row_kind is not RowKind.tokens and self.config.loss.compares
+
+    def _check_head(self, adapter: Path) -> None:
+        """Refuses a reward model where texts are to be written, and a language model where they are to be scored."""
+        task, is_scored = self.config.task.name, adapters.is_reward_model(adapter)
+        if is_scored and task not in (TaskName.train, TaskName.evaluate, TaskName.predict):
+            raise DataError(
+                f"adapter={adapter} is a reward model: it scores texts and answers nothing; task={task.value} needs a "
+                "language model, and task=predict writes the rewards of pairs"
+            )
+        if is_scored is not self.config.loss.head:
+            is_one, way_out = ("is a", "add loss=reward") if is_scored else ("is no", "leave loss=reward out")
+            raise DataError(f"adapter={adapter} {is_one} reward model; {way_out}, or name another adapter")
 
     @cached_property
     def base(self) -> Base:
@@ -605,7 +685,8 @@ class Session:
         is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
         measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else printed)
         tracker.log_predictions(measured.predictions[:printed], step=step)
-        metrics = {name: measured.metrics[name] for name in ("loss", "perplexity", *([kept] if is_of_answers else []))}
+        names = ["loss", "perplexity", *self.config.loss.measured, *([kept] if is_of_answers else [])]
+        metrics = {name: measured.metrics[name] for name in names}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics
         return metrics

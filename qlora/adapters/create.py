@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.experts import attach_experts, set_dropout
+from qlora.adapters.head import attach_head, start_head
 from qlora.adapters.loftq import correct_quantization, original_weights
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import find_targets, last_name, move_taken
@@ -47,18 +48,22 @@ def add_lora(
     tensors: Callable[[], Tensors],
     new_token_ids: list[int],
     batches: Iterable[dict[str, torch.Tensor]],
+    head: bool = False,
 ) -> PeftModel:
     """Attaches a fresh adapter; its weights come from torch's current seed and are stored in `config.dtype`.
 
-    `tensors` opens the 16-bit weights (read by LoftQ), `batches` yields training batches (read by EVA).
+    With `head` a reward head is trained and saved with it. `tensors` opens the 16-bit weights (read by LoftQ),
+    `batches` yields training batches (read by EVA).
     Raises `ConfigError` for targets that match nothing.
     """
     targets = find_targets(config, model)
     alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
     bias: Any = config.bias.value
     alphas: Any = targets.alphas(config)
+    if head:
+        attach_head(model)
     peft_config = PeftLoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
         r=config.r,
         lora_alpha=alpha,
         lora_dropout=0.0 if targets.parameters else config.dropout,
@@ -82,6 +87,8 @@ def add_lora(
             f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
             "lora=all-linear"
         ) from error
+    if head:
+        start_head(adapted)
     if config.init is LoraInit.loftq:
         correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
     elif config.init is LoraInit.eva:

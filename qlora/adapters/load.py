@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.create import complete_adapter, store_in
+from qlora.adapters.head import attach_head, has_head
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import return_taken
 from qlora.config.schema import LoraConfig
@@ -53,6 +54,8 @@ def load_adapter(
     With `dropout` it is to be trained. Raises `DataError` for one of another base and for one with gaps.
     """
     settings = check_adapter_folder(folder, key)
+    if has_head(settings.get("modules_to_save")):
+        attach_head(model)
     recorded = settings.get("base_model_name_or_path")
     _check_new_tokens(model, folder, key)
     unfit = (

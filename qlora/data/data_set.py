@@ -18,6 +18,7 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig, MixConfig, OnEmpty
 from qlora.config.schema.data import MOST_HELD_OUT
 from qlora.data.batching.row_encoder import build_encoder
@@ -26,7 +27,7 @@ from qlora.data.cache import Cache
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
 from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
-from qlora.data.formats.prompts import ALPACA, Example, find_prompt
+from qlora.data.formats.prompts import ALPACA, Example, find_prompt, sides
 from qlora.data.formats.questions import NAME as QUESTIONS
 from qlora.data.formats.questions import choose_questions, is_whole_text
 from qlora.data.formats.recognise import ANSWERS, Choice, choose_format
@@ -88,8 +89,11 @@ class RowSet:
         tokenizer: PreTrainedTokenizerBase,
         cache: Cache,
         questions: Questions | None = None,
+        kind: RowKind = RowKind.tokens,
     ) -> None:
         self.config, self.part, self.tokenizer, self.cache, self.questions = config, part, tokenizer, cache, questions
+        self.kind = kind
+        """What a row is to the training objective."""
         self.total_rows: int | None = None
         """The rows of all sets of a mix together; None: this is the only set."""
 
@@ -142,7 +146,12 @@ class RowSet:
             asking = choose_questions(rows.column_names, between=self.questions.between)
         try:
             choice = choose_format(
-                name, rows.column_names, sample, key=self.part.path_key, reformulations=self.config.reformulations
+                name,
+                rows.column_names,
+                sample,
+                key=self.part.path_key,
+                reformulations=self.config.reformulations,
+                kind=self.kind,
             )
         except UserError:
             if asking is None:
@@ -176,7 +185,7 @@ class RowSet:
         """Renders the sample; raises `DataError` with the row that cannot be."""
         for number, row in enumerate(_sample(rows), 1):
             try:
-                yield from choice.format.render(row)
+                yield from (side for example in choice.format.render(row) for side in sides(example))
             except UserError as error:
                 raise DataError(f"{self.part.label}, row {number}: {error}") from None
 
@@ -240,7 +249,7 @@ class RowSet:
     def _render(self, row: dict[str, Any]) -> Iterator[Example]:
         """Renders a row that may be one which training drops."""
         with suppress(UserError):
-            yield from self.choice.format.render(row)
+            yield from (side for example in self.choice.format.render(row) for side in sides(example))
 
     def held_out(self) -> tuple[Dataset, Counts]:
         """Returns the rows of this set to measure on in tokens."""
@@ -268,7 +277,8 @@ class RowSet:
     ) -> tuple[Dataset, Counts]:
         label = self.part.label
         tokenizer = build_encoder(self.config, self.tokenizer, template)
-        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label, self._asks(choice))
+        asks = self._asks(choice)
+        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label, asks, self.kind)
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
@@ -311,6 +321,7 @@ class RowSet:
             ),
             (rest, f"without an answer, or one within the lengths ({limits})"),
             (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
+            (counts.equal, "pairs whose chosen and rejected sides are equal"),
         )
         return "; ".join(f"{count} {what}" for count, what in losses if count)
 
@@ -340,6 +351,7 @@ class RowSet:
             "train_on": encoder.train_on.value,
             "for_eval": job.for_eval,
             "questions": job.questions,
+            "kind": job.kind.value,
             "code": _code_digest(),
         }
         return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"

@@ -12,6 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig, MixConfig
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
@@ -21,6 +22,7 @@ from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, Questions, RowSet
 from qlora.data.lost_characters import LostCharacters
+from qlora.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,11 @@ class Data:
         if self.packed is None:
             row = self.train[index]
             return [(self.origin.name(index, row["row"]), row)]
-        rows = [(member, self.train[member]) for member in self.packed.members(index)]
+        members = self.packed.members(index)
+        numbers = self.train.select_columns("row")[members]["row"]
         return [
-            (self.origin.name(member, row["row"]), row | {"position_ids": range(row["length"])}) for member, row in rows
+            (self.origin.name(member, number), dict(self.packed.join([member])))
+            for member, number in zip(members, numbers, strict=True)
         ]
 
 
@@ -95,17 +99,21 @@ def build_data(
     need_train: bool = True,
     need_eval: bool = True,
     questions: Questions | None = None,
+    kind: RowKind = RowKind.tokens,
 ) -> Data:
     """Loads, splits and tokenizes the rows that are needed; with `questions`, rows of `eval_path` need no answer.
 
+    `kind` is what the training objective takes rows for; `qlora.data.formats.preferences` lists the columns of each.
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
     cache = Cache(cache_root(config.cache_dir))
-    sets = row_sets(config, tokenizer, cache)
+    sets = row_sets(config, tokenizer, cache, kind)
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
-        evaluated_sets = [_own_held_out(config, sets, tokenizer, cache, like_training=need_train, questions=questions)]
+        evaluated_sets = [
+            _own_held_out(config, sets, tokenizer, cache, like_training=need_train, questions=questions, kind=kind)
+        ]
     if need_eval:
         evaluated_sets = [part for part in evaluated_sets if part.holds_out]
         _log_split(config, sets)
@@ -114,6 +122,8 @@ def build_data(
     evaluated = _concatenate([rows for rows, _ in held_out]) if held_out else None
     if evaluated is not None and (few := _few(len(evaluated), config.max_eval_samples, config)) is not None:
         evaluated = evaluated.select(few)
+    if train is not None and kind is RowKind.labelled:
+        _check_both_labels(sets, train)
     packed, fraction = _pack(config, train)
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
@@ -128,14 +138,27 @@ def build_data(
     return Data(train, evaluated, report, template, end_id, packed, origin, lost)
 
 
-def row_sets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> list[RowSet]:
+def row_sets(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Cache, kind: RowKind = RowKind.tokens
+) -> list[RowSet]:
     """Returns the sets to train on, each with its rows, its format and its split."""
-    sets = [RowSet(config, part, tokenizer, cache) for part in _parts(config)]
+    sets = [RowSet(config, part, tokenizer, cache, kind=kind) for part in _parts(config)]
     if config.splits_off:
         total = sum(len(part.rows) for part in sets)
         for part in sets:
             part.total_rows = total
     return sets
+
+
+def _check_both_labels(sets: Sequence[RowSet], train: Dataset) -> None:
+    """Refuses labels of one kind only: nothing would be compared."""
+    good = int(column(train, "desirable").sum())
+    if good in (0, len(train)):
+        kind = "good" if good else "bad"
+        raise DataError(
+            f"{sets[0].part.label}: all {len(train):,} answers to train on are labelled {kind}, and this loss learns "
+            "from good ones against bad ones; add rows with the other label, or choose loss=sft"
+        )
 
 
 def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
@@ -177,6 +200,7 @@ def _own_held_out(
     *,
     like_training: bool,
     questions: Questions | None,
+    kind: RowKind,
 ) -> RowSet:
     """Returns the set of `data.eval_path`, in the format of the rows to train on where there is one."""
     assert config.eval_path is not None
@@ -187,7 +211,7 @@ def _own_held_out(
         format=sets[0].choice.name if like_training and len(sets) == 1 else config.format,
         columns=config.columns,
     )
-    return RowSet(config, Part(fields, "data", "eval_path"), tokenizer, cache, questions)
+    return RowSet(config, Part(fields, "data", "eval_path"), tokenizer, cache, questions, kind)
 
 
 def _join(config: DataConfig, sets: Sequence[RowSet], encoded: Sequence[Dataset]) -> tuple[Dataset, Origin]:

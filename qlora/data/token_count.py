@@ -17,6 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig
 from qlora.config.training_length import TokenCount
 from qlora.data.batching.packing import efficiency, pack
@@ -50,31 +51,44 @@ def _is_here(path: str) -> bool:
 
 
 def count_tokens(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, batch: int = 1, grouped: bool = False
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch: int = 1,
+    grouped: bool = False,
+    kind: RowKind = RowKind.tokens,
 ) -> TokenCount:
     """Counts the tokens of the rows to train on, of `SAMPLE` of them where there are more.
 
     `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. Raises a
     `UserError` as training would, for rows that it could not read.
     """
-    counts = _counts(config, tokenizer, lambda rows: (column(rows, "length").astype(int), column(rows, "trained")))
+    counts = _counts(
+        config, tokenizer, lambda rows: (column(rows, "length").astype(int), column(rows, "trained")), kind
+    )
     counted = sum(len(count.lengths) for count in counts)
     estimate = f"by {counted:,} rows that were counted" if any(count.is_sample for count in counts) else ""
     return _total(config, counts, batch, grouped, estimate)
 
 
 def guess_tokens(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, why: str, *, batch: int = 1, grouped: bool = False
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    why: str,
+    *,
+    batch: int = 1,
+    grouped: bool = False,
+    kind: RowKind = RowKind.tokens,
 ) -> TokenCount:
     """Returns what the rows may have with another tokenizer than the given one, by their bytes; `why` says why."""
 
     def guess(rows: Dataset) -> tuple[np.ndarray, None]:
-        texts = (decode(tokenizer, row["input_ids"]) for row in rows)
+        texts = (decode(tokenizer, [*row["input_ids"], *row.get("rejected_ids", [])]) for row in rows)
         lengths = np.array([-(-len(text.encode()) // TOKEN_BYTES) for text in texts], int)
         return (lengths if config.longest_row is None else np.minimum(lengths, config.longest_row)), None
 
     whole = replace(config, max_length=None, source_max_len=None, target_max_len=None, packing=False, pack_length=None)
-    counts = _counts(whole, tokenizer, guess)
+    counts = _counts(whole, tokenizer, guess, kind)
     return _total(config, counts, batch, grouped, f"guessed at {TOKEN_BYTES} bytes a token, for {why}")
 
 
@@ -95,8 +109,9 @@ def _counts(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[Dataset], tuple[np.ndarray, np.ndarray | None]],
+    kind: RowKind,
 ) -> list[Count]:
-    sets = row_sets(config, tokenizer, Cache(cache_root(config.cache_dir)))
+    sets = row_sets(config, tokenizer, Cache(cache_root(config.cache_dir)), kind)
     counts = []
     for part in sets:
         encoded, kept = part.train(SAMPLE // len(sets))

@@ -19,6 +19,7 @@ from qlora.models.model_config import build_model_config
 from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import load_tokenizer
 from qlora.objectives import build_objective
+from qlora.objectives.answers import AnswerLoss
 from qlora.quantization.method import find_method, method_of
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -94,7 +95,10 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
     model = _with_adapter(config, base)
     base.config.use_cache = False  # as the trainer has it
     objective = build_objective(config.loss)
-    step = FastStep(model, config.trainer, config.quantization, placement, None, objective)
+    reference = None
+    if isinstance(objective, AnswerLoss) and objective.compares and isinstance(model, PeftModel):
+        reference = adapters.reference_at_start(model, is_base=False)
+    step = FastStep(model, config.trainer, config.quantization, placement, None, objective, reference)
     first = _gradient(model, step, placement)
     model.eval()
     with torch.no_grad(), placement.autocast():
@@ -145,7 +149,7 @@ def _with_adapter(config: Config, base: PreTrainedModel) -> PreTrainedModel | Pe
     if not config.lora.enabled:
         return base.requires_grad_(True)
     lora = replace(config.lora, init=LoraInit.default, dropout=0.0)
-    return adapters.add_lora(lora, base, tensors=_no_tensors, new_token_ids=[], batches=())
+    return adapters.add_lora(lora, base, tensors=_no_tensors, new_token_ids=[], batches=(), head=config.loss.head)
 
 
 def _no_tensors() -> RandomWeights:
@@ -169,11 +173,16 @@ def _ids(placement: Placement) -> Tensor:
 def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> Tensor:
     """Returns the gradients of all trained weights as a vector; raises `ArithmeticError` for NaN, infinity or zero."""
     ids = _ids(placement)
+    batch = {"input_ids": ids, "labels": ids}
+    if isinstance(step.objective, AnswerLoss):  # two answers that begin alike
+        batch = dict.fromkeys(batch, torch.stack([ids, torch.cat([ids[:, :2], ids[:, 2:] + 1], 1)], 1))
+        if "desirable" in step.objective.columns:
+            batch["desirable"] = torch.arange(len(ids), device=ids.device) % 2 == 0
     model.train()
     model.zero_grad(set_to_none=True)
     with step:
         with placement.autocast():
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+            loss = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss
         loss.backward()
     vector = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
     if not (torch.isfinite(loss) and torch.isfinite(vector).all() and vector.any()):

@@ -115,9 +115,12 @@ class Measurer:
     """What sampled answers are drawn from, with the number of their row."""
     dtype: torch.dtype = torch.float32
     """What the model computes in."""
+    compare: Callable[[torch.nn.Module], Measurement] | None = None
+    """Measures what a loss over answers asks for besides; None: the loss is one over tokens."""
 
     def measure(self, model: torch.nn.Module, *, answers: int | None) -> Measurement:
-        """Returns loss and perplexity of all rows, and the metrics of answers to the first `answers` rows.
+        """Returns loss and perplexity of all rows, what the training objective compares in them, and the metrics of
+        answers to the first `answers` rows.
 
         `answers=None` answers all rows, 0 none.
         """
@@ -125,10 +128,13 @@ class Measurer:
             metrics = measure_loss(
                 model, self.rows, collate=self.collate, batch_size=self.batch_size, device=self.device
             )
+            measured = Measurement(metrics)
+            if self.compare is not None:
+                measured |= self.compare(model)
         if answers == 0:
-            return Measurement(metrics)
+            return measured
         predictions = self.predict(model, answers)
-        return Measurement(metrics, predictions=predictions) | self.score(predictions)
+        return measured | Measurement(predictions=predictions) | self.score(predictions)
 
     def predict(self, model: torch.nn.Module, count: int | None) -> list[dict[str, Any]]:
         """Returns a record for each of the first `count` rows, or of all (None), in their order."""

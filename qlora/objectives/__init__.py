@@ -5,17 +5,20 @@ Nothing here imports torch, so that the memory plan can ask an objective for its
 
 from __future__ import annotations
 
-from qlora.config.registries.objectives import GROUP, OBJECTIVES
+from qlora.config.registries.objectives import GROUP, OBJECTIVES, RowKind
 from qlora.config.schema import LossConfig
 from qlora.objectives.protocol import Objective, TokenWork
-from qlora.runtime.registry import load_named
+from qlora.runtime.registry import check_methods, load_named
 
 __all__ = ["Objective", "TokenWork", "build_objective"]
 
-METHODS = (
-    *("columns", "is_model_loss", "labels", "prepare", "loss_on_hidden", "loss_on_logits", "metrics"),
-    "activation_bytes",
-)
+METHODS = ("columns", "is_model_loss", "labels", "prepare")
+LOSSES = {
+    RowKind.tokens: ("loss_on_hidden", "loss_on_logits"),
+    RowKind.pairs: ("loss_on_batch", "losses", "rewards"),
+    RowKind.labelled: ("loss_on_batch", "losses", "rewards"),
+}
+"""What computes the loss, by what a row is to it."""
 
 
 def build_objective(config: LossConfig, *, label_smoothing: float = 0.0) -> Objective:
@@ -23,6 +26,8 @@ def build_objective(config: LossConfig, *, label_smoothing: float = 0.0) -> Obje
 
     `label_smoothing` is read by `sft` alone.
     """
-    kind = load_named(config.name, OBJECTIVES, group=GROUP, key="loss.name", methods=METHODS)
+    kind = load_named(config.name, OBJECTIVES, group=GROUP, key="loss.name", methods=())
+    needed = (*METHODS, *LOSSES[getattr(kind, "rows", RowKind.tokens)], "metrics", "activation_bytes")
+    check_methods(kind, needed, f"loss.name={config.name}")
     objective: Objective = kind(config, label_smoothing) if label_smoothing else kind(config)
     return objective

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qlora.config.registries.objectives import RowKind
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100
 """The label of a token that has no loss."""
+HEAD = "score"
+"""The name of a reward head in the model, as in transformers' models for sequence classification."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the fused loss."""
 
@@ -37,8 +41,29 @@ class TokenWork:
         return self.tokens if self.targets is None else min(self.tokens, self.targets)
 
 
+def entropy_bytes(work: TokenWork) -> tuple[float, float]:
+    """Returns what logits, their gradients and the softmax of a cross entropy hold, forward and backward, in bytes."""
+    if work.fused:  # a chunk's logits and their gradient; the gradient of the hidden states that are read
+        chunk = min(work.read, CHUNK) * work.vocabulary * 2 * work.width
+        read, all_tokens = (count * work.hidden * work.width for count in (work.read, work.tokens))
+        if work.read == work.tokens:
+            return chunk + read, 0
+        return chunk + 2 * read, 2 * read + all_tokens  # their copy; their scaled gradient, and that of all tokens
+    capped = work.width if work.capped else 0
+    # As computed, in float32, and their logarithms; then those, and two gradients in float32.
+    logits = work.tokens * work.vocabulary
+    return logits * (work.width + 8 + capped), logits * (12 + capped)
+
+
 class Objective(Protocol):
-    """A training objective over tokens; built with the group `loss` of the config as its only argument."""
+    """A training objective over tokens; built with the group `loss` of the config as its only argument.
+
+    One over the answers of a row, such as a preference, is an `AnswerLoss` of `qlora.objectives.answers`: it has
+    `loss_on_batch` instead of the two methods that compute a loss here.
+    """
+
+    rows: RowKind
+    """What a row is to it. An objective may leave it out, which says `tokens`."""
 
     columns: Sequence[str]
     """The columns that the data pipeline must supply for each row."""

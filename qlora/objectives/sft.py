@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.schema import LossConfig
-from qlora.objectives.protocol import CHUNK, IGNORED, TokenWork
+from qlora.objectives.protocol import IGNORED, RowKind, TokenWork, entropy_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class SupervisedFinetuning:
     """The objective `sft`."""
 
+    rows = RowKind.tokens
     columns = ("input_ids", "labels")
     is_model_loss = True
     is_tokenwise = True
@@ -72,16 +73,7 @@ class SupervisedFinetuning:
 
     def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
         """Returns the bytes of logits, their gradients and what the softmax keeps."""
-        if work.fused:  # a chunk's logits and their gradient; the gradient of the hidden states that are read
-            chunk = min(work.read, CHUNK) * work.vocabulary * 2 * work.width
-            read, all_tokens = (count * work.hidden * work.width for count in (work.read, work.tokens))
-            if work.read == work.tokens:
-                return chunk + read, 0
-            return chunk + 2 * read, 2 * read + all_tokens  # their copy; their scaled gradient, and that of all tokens
-        capped = work.width if work.capped else 0
-        # As computed, in float32, and their logarithms; then those, and two gradients in float32.
-        logits = work.tokens * work.vocabulary
-        return logits * (work.width + 8 + capped), logits * (12 + capped)
+        return entropy_bytes(work)
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ MEASURED = re.compile(r"eval_(?!.*(?:perplexity|runtime|per_second)$)")
 """Perplexity says what the loss says; the others are about the measuring."""
 TRAINING = (
     *("loss", "grad_norm", "learning_rate", "train_tokens_per_second", "train_mfu", "train_data_wait"),
+    *("reward_accuracy", "reward_margin", "reference_divergence"),
     *("expert_tokens_max", "expert_idle_share", "router_aux_loss"),
 )
 NOISY = ("loss", "grad_norm")

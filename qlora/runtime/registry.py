@@ -22,6 +22,11 @@ def load_named(name: str, shipped: Mapping[str, str], *, group: str, key: str, m
         module, _, kind = shipped[name].partition(":")
         return getattr(importlib.import_module(module), kind)
     result: Any = import_function(installed_names(group).get(name, name), key)
-    if missing := [method for method in methods if not hasattr(result, method)]:
-        raise ConfigError(f"{key}={name} has no {' and no '.join(missing)}; docs/extending.md shows what it needs")
+    check_methods(result, methods, f"{key}={name}")
     return result
+
+
+def check_methods(kind: Any, methods: Sequence[str], label: str) -> None:
+    """Raises `ConfigError` for a class, which `label` names, without one of `methods`."""
+    if missing := [method for method in methods if not hasattr(kind, method)]:
+        raise ConfigError(f"{label} has no {' and no '.join(missing)}; docs/extending.md shows what it needs")

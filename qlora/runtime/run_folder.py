@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.saved_config import flatten as flatten
-from qlora.config.schema import MIXTURE_FIELDS, Resume, Weights
+from qlora.config.schema import LOSS_SETTINGS, MIXTURE_FIELDS, Resume, Weights
 from qlora.errors import ResourceError, RunError
 from qlora.runtime.atomic_files import remove_temporary_files
 from qlora.runtime.saved_run import read_manifest, read_result
@@ -30,6 +30,7 @@ FREE_KEYS = (
 
 ADDED_KEYS: dict[str, Any] = {
     "loss.name": "sft",
+    **{f"loss.{name}": None for name in LOSS_SETTINGS},
     "trainer.step_parts": [],
     "quantization.method": "auto",
     "quantization.experts": "same",

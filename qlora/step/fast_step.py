@@ -18,12 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora.config.schema import QuantizationConfig, TrainerConfig
 from qlora.errors import ConfigError
 from qlora.runtime.device import Placement
+from qlora.step.forward_passes import ForwardPasses
 from qlora.step.layer_calls import LayerCalls
 from qlora.step.layers import find_layers
 from qlora.step.part import ON, Packs, Part, Request, StepContext, StepObjective
 from qlora.step.parts import PARTS, find_part
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
+from qlora.step.reference import ReferenceWeights
 from qlora.upstream.peft import base_of
 from qlora.upstream.torch import compile_options
 
@@ -39,6 +41,7 @@ class FastStep:
         placement: Placement,
         packs: Packs | None,
         objective: StepObjective,
+        reference: ReferenceWeights | None = None,
     ) -> None:
         """Decides which parts are on; raises `ConfigError` for one that the config demands and that cannot run."""
         self.base: PreTrainedModel = base_of(model) if isinstance(model, PeftModel) else model
@@ -67,6 +70,7 @@ class FastStep:
         self._loss = loss if isinstance(loss, FusedLoss) else None
         objective.prepare(compiled=self.is_compiled, **(self._loss.transform_options if self._loss else {}))
         self._replaces_forward = self._attention or self._loss or not objective.is_model_loss
+        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference, self._measure_weights, packs)
 
     def _decide(self, name: str, part: Any) -> None:
         """Switches a shipped part on as the config asks for it, and notes why not."""
@@ -142,6 +146,11 @@ class FastStep:
         """Returns what the parts need for a micro-batch beyond the memory plan of the fast step, in bytes."""
         return sum(part.extra_bytes(rows, length) for part in self._active.values())
 
+    def _measure_weights(self) -> None:
+        for part in self._active.values():
+            if hasattr(part, "measure_weights"):  # a part of another package may do without
+                part.measure_weights()
+
     def __str__(self) -> str:
         on = [name for name, state in self.parts.items() if state == ON]
         off = [f"{name}: {state}" for name, state in self.parts.items() if state != ON]
@@ -168,6 +177,9 @@ class FastStep:
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
         """The forward pass of one batch, as the trainer asks for it."""
         batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        if (loss_on_batch := getattr(self.objective, "loss_on_batch", None)) is not None:
+            self._passes.targets = self.targets
+            return CausalLMOutputWithPast(loss=loss_on_batch(batch, self._passes))
         if self._attention is not None:
             batch = self._attention.lay_out(batch, self._context.packs)
         if self._loss is not None:

@@ -81,7 +81,7 @@ def check_pruning(settings: SearchSettings, configs: Sequence[Config], goals: Se
         raise ConfigError(
             f"{chosen} compares trials by a single objective, got {names}; keep one, or choose pruner=none"
         )
-    measured = ["eval_loss", "eval_perplexity"]
+    measured = ["eval_loss", "eval_perplexity", *(f"eval_{name}" for name in configs[0].loss.measured)]
     if configs[0].evaluation.name is EvaluationName.mmlu:
         measured += [f"eval_mmlu_{configs[0].evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     if goals[0].metric not in measured:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import Config, DataConfig
 from qlora.config.training_length import training_length
 from qlora.data.batching.packing import efficiency, pack
@@ -50,10 +53,11 @@ def build_preview(
                 (report.too_long_rows, "row", " too long"),
                 (report.empty_rows, "row", " with empty answers"),
                 (report.left_out_rows, "row", " left out by the format"),
+                (report.equal_rows, "pair", " of equal sides"),
             ),
         ),
         ("not read", describe_unread(report)),
-        ("packing", _packing(rows, data)),
+        ("packing", _packing(rows, data) if config.loss.rows is not RowKind.labelled and not config.loss.head else ""),
         (
             "steps",
             f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
@@ -76,7 +80,11 @@ def build_preview(
             *([str(data.lost)] if data.lost is not None else []),
             *([embedded] if (embedded := embedded_warning(config)) else []),
         ],
-        rows=[preview_row(row, tokenizer) for row in data.train.select(range(min(config.task.rows, len(data.train))))],
+        rows=[
+            side
+            for row in data.train.select(range(min(config.task.rows, len(data.train))))
+            for side in preview_rows(row, tokenizer)
+        ],
         lengths={"source": source_lengths, "target": target_lengths, "total": source_lengths + target_lengths},
         limits={name: limit for name, limit in limits.items() if limit is not None},
     )
@@ -117,6 +125,20 @@ def _packing(config: DataConfig, data: Data) -> str:
     fill = efficiency(packs, lengths, budget)
     filled = f"{plural(len(packs), 'pack')} of {budget:,} tokens to {format_percent(fill)}"
     return f"off; data.packing=true would fill {filled}"
+
+
+def preview_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[PreviewRow]:
+    """Returns a tokenized row as it is shown; a pair as two rows, its chosen side first."""
+    if "desirable" in row:
+        return [_noted(preview_row(row, tokenizer), f"labelled {'good' if row['desirable'] else 'bad'}")]
+    if "rejected_ids" not in row:
+        return [preview_row(row, tokenizer)]
+    rejected = row | {"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]}
+    return [_noted(preview_row(row, tokenizer), "chosen"), _noted(preview_row(rejected, tokenizer), "rejected")]
+
+
+def _noted(row: PreviewRow, note: str) -> PreviewRow:
+    return replace(row, notes=[note, *row.notes])
 
 
 def preview_row(row: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
@@ -166,6 +188,7 @@ def preview_metrics(data: Data) -> dict[str, float]:
     names = (
         *("train_rows", "eval_rows", "train_tokens", "trained_tokens", "mean_length", "max_length", "cut_sources"),
         *("cut_targets", "dropped_rows", "too_long_rows", "left_out_rows", "empty_rows", "empty_answers"),
+        *("equal_rows", "eval_equal_rows"),
         *("stopping_rows", "eval_dropped_rows", "eval_too_long_rows", "eval_left_out_rows", "eval_empty_rows"),
     )
     metrics = {name: float(getattr(report, name)) for name in names}

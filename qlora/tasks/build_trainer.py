@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
-from qlora.data.batching.collate import Collator, count_work
+from qlora.data.batching.collate import count_work
 from qlora.errors import DataError, RunError
 from qlora.models.cu_seqlens import hand_cu_seqlens
 from qlora.models.outputs import switch_cache
@@ -91,7 +91,7 @@ def build_trainer(
         arguments=arguments,
         rows=data.packed or data.train,
         lengths=lengths,
-        collate=Collator(session.pad_token_id, width=width),
+        collate=session.collator(width),
         count=partial(count_work, pad_token_id=session.pad_token_id, windows=windows),
         measure=measure,
         verify=session.finish_adapter,
@@ -145,7 +145,15 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
     config, packed = session.config, session.data.packed
     width = config.data.pack_width
     packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-    return FastStep(model, config.trainer, config.quantization, session.placement, packs, session.objective)
+    return FastStep(
+        model,
+        config.trainer,
+        config.quantization,
+        session.placement,
+        packs,
+        session.objective,
+        session.reference_weights,
+    )
 
 
 def _say_step(step: FastStep, budget: Budget | None) -> None:

@@ -107,12 +107,13 @@ def count_tokens(config: Config) -> tuple[TokenCount | None, str]:
     if not token_count.are_at_hand(data):
         return None, f"the rows of data={data.name} are not on this machine"
     fitted = fit_rows(data, find_shape(config).context)
-    batch, grouped = trainer.per_device_train_batch_size, trainer.group_by_length
+    batch, grouped, kind = trainer.per_device_train_batch_size, trainer.group_by_length, config.loss.rows
     try:
         tokenizer = load_local_tokenizer(folder or EMBEDDED["tiny"], model.new_tokens)
         if folder is not None:
-            return token_count.count_tokens(fitted, tokenizer, batch=batch, grouped=grouped), ""
-        return token_count.guess_tokens(fitted, tokenizer, why_not, batch=batch, grouped=grouped), ""
+            return token_count.count_tokens(fitted, tokenizer, batch=batch, grouped=grouped, kind=kind), ""
+        guessed = token_count.guess_tokens(fitted, tokenizer, why_not, batch=batch, grouped=grouped, kind=kind)
+        return guessed, ""
     except UserError as error:
         return None, str(error)
 

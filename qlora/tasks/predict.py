@@ -1,4 +1,4 @@
-"""`task=predict`: writes an answer to every held-out row."""
+"""`task=predict`: writes an answer to every held-out row, or its rewards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from qlora.runtime.saved_run import set_damage_aside
 from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, first_predictions, load_model, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
+from qlora.tasks.score_rows import score_rows
 from qlora.tasks.used import describe_used
 from qlora.text import plural
 
 
 def needs(config: Config) -> Needs:
-    """Returns what prediction needs."""
+    """Returns what prediction needs; a reward model answers nothing, and reads both sides of pairs."""
     return Needs(
         torch=True,
         base=True,
         rows=Rows.held_out,
-        questions=True,
-        answers=None,
+        questions=not config.loss.head,
+        answers=0 if config.loss.head else None,
         caches=True,
     )
 
@@ -41,6 +42,8 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.data.ingest.arrow_writer import file_digest
     from qlora.evaluation.answering import answer_rows
 
+    if job.config.loss.head:
+        return score_rows(job)
     folder, path = job.folder, job.folder.predictions
     _ = job.session.trained  # before the folder: a task without an adapter leaves none
     job.create_folder()

@@ -360,8 +360,11 @@ class Training:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise DamagedFile(path, "it holds no measurement of the base") from error
         part_of_base = self.config.lora.init in adapters.REWRITES_BASE
-        measured = measure_untuned(self.session, model, keep_adapter=part_of_base)
-        predictions = measured.predictions or self._answer_few(model, untuned=not part_of_base)
+        # A preference is compared with the model as the run begins, which may have an adapter.
+        start = self.session.start if self.config.loss.measured else None
+        is_start, label = start is not None, "the untuned base" if start is None else f"the start ({short_path(start)})"
+        measured = measure_untuned(self.session, model, keep_adapter=part_of_base or is_start, label=label)
+        predictions = measured.predictions or self._answer_few(model, untuned=not (part_of_base or is_start))
         if distributed.is_main_process():
             if predictions:
                 write_lines(self.folder.base_predictions, predictions)

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from qlora.objectives import Objective
+from qlora.objectives.answers import AnswerLoss
 from qlora.objectives.protocol import IGNORED
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
@@ -25,6 +26,8 @@ Micro = dict[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
 """The key of a batch's numbers of tokens and of pairs, by how far layers look back, beside its tensors."""
+WEIGHTS = "weights"
+"""The key of what a loss over answers counts of each row, float [rows, 2] of numpy: see `AnswerLoss.count`."""
 TARGETS = "targets"
 """The key of the number of labels that the loss counts, int64 [rows] of numpy: it stays on the host."""
 
@@ -42,19 +45,23 @@ class CountingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows or [self.blank])
         batch["labels"] = self.objective.labels(batch)
-        targets = (batch["labels"] != IGNORED).sum(1).numpy()
+        targets = (batch["labels"] != IGNORED).flatten(1).sum(1).numpy()
         counts = tuple(number if rows else 0 for number in self.count(batch))
-        return {**batch, TARGETS: targets, COUNTS: counts}
+        counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts}
+        if isinstance(self.objective, AnswerLoss):
+            counted[WEIGHTS] = self.objective.count(batch).numpy()
+        return {**batch, **counted}
 
 
 def without_labels(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of which no token is trained."""
-    return {**row, "labels": [IGNORED] * len(row["labels"])}
+    return {**row, **{name: [IGNORED] * len(row[name]) for name in ("labels", "rejected_labels") if name in row}}
 
 
 def take_targets(batch: Micro) -> tuple[Batch, int]:
     """Returns the tensors of a batch, and how many of its labels the loss counts."""
-    return {name: value for name, value in batch.items() if name != TARGETS}, int(batch[TARGETS].sum())
+    tensors = {name: value for name, value in batch.items() if name not in (TARGETS, WEIGHTS)}
+    return tensors, int(batch[TARGETS].sum())
 
 
 def split(batch: Micro, chunks: int) -> list[Micro]:

@@ -152,7 +152,7 @@ class Budget:
         self.memory.restart()
         resident = torch.cuda.memory_allocated(self.device)
         yield
-        rows, length = batch["input_ids"].shape
+        rows, length = len(batch["input_ids"]), batch["input_ids"][0].numel()
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
             self._tokens, self._paged = rows * length, self.memory.paged

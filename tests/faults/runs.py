@@ -44,14 +44,41 @@ def write_rows(path: Path, count: int, word: str = "row") -> Path:
     return path
 
 
+def write_preferences(folder: Path) -> tuple[Path, Path]:
+    """Writes pairs of answers, and labelled answers, to a file each."""
+    pairs = [
+        {"prompt": f"What is row {number}? ", "chosen": "a " * (number % 5 + 1), "rejected": "b " * (number % 3 + 1)}
+        for number in range(24)
+    ]
+    labelled = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs[:12]
+        for side in ("chosen", "rejected")
+    ]
+    paths = folder / "pairs.jsonl", folder / "labelled.jsonl"
+    for path, rows in zip(paths, (pairs, labelled), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
 def kinds(folder: Path) -> dict[str, list[str]]:
     """Returns overrides for each way in which rows reach a training run; `folder` gets what they read."""
+    pairs, labelled = write_preferences(folder)
     mix = write_rows(folder / "a.jsonl", 10), write_rows(folder / "b.jsonl", 8, "stone")
     return {
         "plain": ["trainer.group_by_length=false"],
         "grouped": [],
         "workers": ["trainer.dataloader_num_workers=2", "trainer.group_by_length=false"],
         "packed": ["data.packing=true", "data.pack_length=64", "data.max_train_samples=24"],
+        "pairs": ["loss=dpo", "data=local", f"data.path={pairs}", "data.eval_dataset_size=4", "loss.sft_weight=0.1"],
+        "packed pairs": [
+            *("loss=orpo", "data=local", f"data.path={pairs}", "data.eval_dataset_size=4"),
+            *("data.packing=true", "data.pack_length=96", "data.max_train_samples=24"),
+        ],
+        "labelled": [
+            *("loss=kto", "data=local", f"data.path={labelled}", "data.eval_dataset_size=4"),
+            "trainer.per_device_train_batch_size=2",
+        ],
         "mixed": [
             *("data=mix", f"data.mix.a={mix[0]}", f"data.mix.b.path={mix[1]}", "data.mix.b.weight=0.5"),
             *("data.eval_dataset_size=4", "trainer.group_by_length=false"),

@@ -30,7 +30,16 @@ def nothing() -> None:
 @pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("kind", "stops"),
-    [("plain", [1, 5, 7]), ("grouped", [99]), ("workers", [7]), ("packed", [3, 7]), ("mixed", [6])],
+    [
+        ("plain", [1, 5, 7]),
+        ("grouped", [99]),
+        ("workers", [7]),
+        ("packed", [3, 7]),
+        ("mixed", [6]),
+        ("pairs", [3, 5]),
+        ("packed pairs", [5]),
+        ("labelled", [5]),
+    ],
 )
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stops: list[int]

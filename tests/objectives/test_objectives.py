@@ -172,5 +172,5 @@ def test_the_memory_plan_asks_the_objective(monkeypatch: pytest.MonkeyPatch) -> 
     some = replace(work, targets=1000)  # the gradient and the copy of what is read, and the gradient of all
     assert sft.activation_bytes(some) == (1000 * 1000 * 4 + 2 * 1000 * 64 * 2, (2 * 1000 + 4096) * 64 * 2)
     assert sft.activation_bytes(replace(work, targets=9000)) == sft.activation_bytes(work)
-    assert OBJECTIVES.keys() == {"sft"}
+    assert {"sft", "dpo", "ipo"} <= OBJECTIVES.keys()
     assert activations.build_objective is build_objective

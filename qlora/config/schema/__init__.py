@@ -17,7 +17,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExperts, LoraInit
-from qlora.config.schema.loss import LossConfig
+from qlora.config.schema.loss import LOSS_SETTINGS, LossConfig, Reference
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
 from qlora.config.schema.model import MIXTURE_FIELDS, ArchitectureConfig, ModelConfig, Weights, described_settings
@@ -42,6 +42,7 @@ __all__ = [
     "CALLBACK_PACKAGES",
     "FUNCTION_PATH",
     "HOLDS",
+    "LOSS_SETTINGS",
     "MAPPINGS",
     "METRIC_LIBRARY",
     "METRIC_NAMES",
@@ -81,6 +82,7 @@ __all__ = [
     "PlanStep",
     "QuantType",
     "QuantizationConfig",
+    "Reference",
     "Resume",
     "SameBase",
     "SweepConfig",

@@ -31,7 +31,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
-from qlora.config.schema.loss import LossConfig
+from qlora.config.schema.loss import LossConfig, check_preferences
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
@@ -220,8 +220,10 @@ class Config:
     @property
     def kept_metric(self) -> str:
         """The metric by which `trainer.keep` compares steps."""
-        chosen = self.trainer.keep_metric or self.objective
-        return chosen if chosen in measured_at_steps(self) else "eval_loss"
+        chosen, measured = self.trainer.keep_metric or self.objective, measured_at_steps(self)
+        if self.loss.measured and self.trainer.keep_metric is None and chosen == "eval_loss":
+            return "eval_preference_loss"  # the likelihood of chosen answers falls while preferences are learned
+        return chosen if chosen in measured else "eval_loss"
 
     def _check_memory(self) -> None:
         """Refuses a base that is spread over several devices where the run needs it on one."""
@@ -261,6 +263,7 @@ class Config:
     def _check_objective(self) -> None:
         """Refuses an objective that this run does not measure."""
         known = known_metrics(self.evaluation)
+        known += [f"{prefix}{name}" for prefix in ("eval_", "base_eval_") for name in self.loss.measured]
         # lm-eval and the `evaluate` library name their metrics only once they have measured.
         prefixes = [metric_name(name) for name in self.evaluation.metrics if name.startswith(f"{METRIC_LIBRARY}:")]
         prefixes += ["lm_eval"] if self.evaluation.name is EvaluationName.lm_eval else []
@@ -317,6 +320,7 @@ class Config:
                 "trainer.neftune_noise_alpha scales its noise by the length of a row, and data.packing=true joins "
                 "rows; leave one of them out"
             )
+        check_preferences(self.loss, self.lora, self.data, self.trainer)
 
     def _check_optimizer(self) -> None:
         """Refuses an optimizer that this machine, or the device that the run names, does not have."""
@@ -346,7 +350,7 @@ class Config:
 
 def measured_at_steps(config: Config) -> list[str]:
     """Returns the metrics that a training run measures, or can measure, at `trainer.eval_steps`."""
-    measured = [*known_metrics_of_rows(config.evaluation)]
+    measured = [*known_metrics_of_rows(config.evaluation), *config.loss.measured]
     if config.evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{config.evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     return [f"eval_{name}" for name in measured]

@@ -40,6 +40,42 @@ class Collator:
         return batch
 
 
+@dataclass(frozen=True, slots=True)
+class SidesCollator:
+    """Lays the answers of rows of preference side by side, and pads all to the longest row of the batch.
+
+    The sides of a pair are its chosen and its rejected row. Those of a labelled answer are its row, and its prompt with
+    the answer of the row before it in the batch (the last one for the first), as KTO needs them.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    """The most tokens of a row of two others' prompt and answer; its end is cut. None: no limit."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each int64 [rows, 2, width], and `desirable`, bool [rows]."""
+        is_pair = "rejected_ids" in rows[0]
+        others = [_rejected(row) if is_pair else _mismatch(row, rows[index - 1]) for index, row in enumerate(rows)]
+        sides = [side for row, other in zip(rows, others, strict=True) for side in (row, other)]
+        if not is_pair:
+            sides = [{name: side[name][: self.max_length] for name in ("input_ids", "labels")} for side in sides]
+        batch = Collator(self.pad_token_id)(sides)
+        batch = {name: value.unflatten(0, (len(rows), 2)) for name, value in batch.items()}
+        if "desirable" in rows[0]:
+            batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
+        return batch
+
+
+def _rejected(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]}
+
+
+def _mismatch(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row's prompt with the answer of another row."""
+    here, there = row["answer_start"], other["answer_start"]
+    return {name: [*row[name][:here], *other[name][there:]] for name in ("input_ids", "labels")}
+
+
 def token_mask(batch: Mapping[str, Tensor], pad_token_id: int) -> Tensor:
     """Returns which cells of a batch hold a token rather than padding: bool [rows, width].
 

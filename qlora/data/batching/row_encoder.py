@@ -15,7 +15,7 @@ from qlora.config.schema import DataConfig, OnTooLong, TrainOn
 from qlora.data.chat.chat_mask import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.templates import Template
-from qlora.data.formats.prompts import Example, Segment
+from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, Segment, sides
 from qlora.errors import ConfigError, DataError
 from qlora.upstream.transformers import decode, token_name
 
@@ -37,6 +37,18 @@ class Turn(NamedTuple):
     """What a server sends for it; None: the text before it."""
 
 
+class Side(NamedTuple):
+    """The rejected side of a pair: the whole row, with the tokens of the chosen side's prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
 class Encoded(NamedTuple):
     """One row in tokens."""
 
@@ -54,11 +66,34 @@ class Encoded(NamedTuple):
     """Trained turns whose thought the template left out."""
     lost_messages: int = 0
     """Messages of others than the assistant that it left out."""
+    answer_start: int = 0
+    """Index of the first token of the answer, once the row is cut."""
+    rejected: Side | None = None
+    """The other answer of a pair."""
+    desirable: bool | None = None
+    """Whether a labelled answer is a good one."""
 
     @property
     def trained(self) -> int:
-        """Tokens that the loss counts."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        """Tokens that the loss counts, in both sides of a pair."""
+        count = len(self.labels) - self.labels.count(IGNORED)
+        return count + (self.rejected.trained if self.rejected is not None else 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row, of both sides of a pair."""
+        return len(self.input_ids) + (len(self.rejected.input_ids) if self.rejected is not None else 0)
+
+    @property
+    def lacks_loss(self) -> bool:
+        """Whether nothing in the row, or in one side of it, is trained."""
+        rejected = 0 if self.rejected is None else self.rejected.trained
+        return self.trained == rejected or (self.rejected is not None and not rejected)
+
+    @property
+    def is_equal_pair(self) -> bool:
+        """Whether both sides of a pair hold the same tokens."""
+        return self.rejected is not None and self.rejected.input_ids == self.input_ids
 
     @property
     def last_trained(self) -> int:
@@ -111,15 +146,20 @@ class RowEncoder:
         last = next((label for label in trained if label in self.end_ids or decode(self.base, [label]).strip()), None)
         return last in self.end_ids
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Encodes examples in order; raises `DataError` for a row too long where `on_too_long` says so."""
-        segments = [example for example in examples if not isinstance(example, Conversation)]
-        chats = [self.writer.write(example) for example in examples if isinstance(example, Conversation)]
+    def encode(self, examples: Sequence[AnyExample]) -> list[Encoded]:
+        """Encodes examples in order; raises `DataError` for a pair whose sides do not have the same prompt."""
+        parts = [side for example in examples for side in sides(example)]
+        segments = [part for part in parts if not isinstance(part, Conversation)]
+        chats = [self.writer.write(part) for part in parts if isinstance(part, Conversation)]
         encoded_segments, encoded_chats = iter(self._encode_segments(segments)), iter(self._encode_chats(chats))
-        return [
-            self._fit(next(encoded_chats if isinstance(example, Conversation) else encoded_segments))
-            for example in examples
-        ]
+        encoded = iter([next(encoded_chats if isinstance(part, Conversation) else encoded_segments) for part in parts])
+        return [self._finish(example, [next(encoded) for _ in sides(example)]) for example in examples]
+
+    def _finish(self, example: AnyExample, rows: list[Encoded]) -> Encoded:
+        if isinstance(example, Pair):
+            return self._fit_pair(*rows)
+        row = self._fit(rows[0])
+        return row._replace(desirable=example.desirable) if isinstance(example, Labelled) else row
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a conversation up to where the model answers, as a row that ends in the answer has them.
@@ -370,8 +410,27 @@ class RowEncoder:
 
     def _fit(self, row: Encoded) -> Encoded:
         """Cuts a prompt's beginning and an answer's end to the limits; a cut answer loses its end token."""
+        return self._cut(row, *self.limits.room(row.source, row.target))
+
+    def _fit_pair(self, chosen: Encoded, rejected: Encoded) -> Encoded:
+        """Cuts both sides of a pair alike, and joins them."""
+        start = chosen.source
+        if rejected.source != start or chosen.input_ids[:start] != rejected.input_ids[:start]:
+            raise DataError(
+                "chosen and rejected have the same prompt, but the chat template writes it in other tokens before one "
+                "answer than before the other; choose another data.template"
+            )
+        room = self.limits.room(start, max(chosen.target, rejected.target))
+        kept, other = self._cut(chosen, *room), self._cut(rejected, *room)
+        return kept._replace(
+            rejected=Side(other.input_ids, other.labels),
+            cut_target=kept.cut_target or other.cut_target,
+            lost_thoughts=kept.lost_thoughts + other.lost_thoughts,
+        )
+
+    def _cut(self, row: Encoded, kept_lead: int, kept_rest: int) -> Encoded:
+        """Leaves `kept_lead` tokens of the prompt, its last ones, and at most `kept_rest` from the answer on."""
         lead = row.source
-        kept_lead, kept_rest = self.limits.room(lead, row.target)
         first = 1 if self.bos and row.input_ids[:1] == self.bos and kept_lead > 0 else 0
         gone = lead - kept_lead
         ids = [*row.input_ids[:first], *row.input_ids[first + gone : lead + kept_rest]]
@@ -379,7 +438,12 @@ class RowEncoder:
         labels[:1] = [IGNORED] * len(labels[:1])
         turns = [turn._replace(start=turn.start - gone) for turn in row.turns if turn.start - gone <= len(ids)]
         return row._replace(
-            input_ids=ids, labels=labels, turns=turns, cut_source=gone > 0, cut_target=kept_rest < row.target
+            input_ids=ids,
+            labels=labels,
+            turns=turns,
+            cut_source=gone > 0,
+            cut_target=kept_rest < row.target,
+            answer_start=kept_lead,
         )
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import OnEmpty, OnTooLong
 from qlora.data.batching.row_encoder import Encoded, RowEncoder
 from qlora.data.chat.answer_weights import settle
 from qlora.data.chat.conversations import Conversation
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
-from qlora.data.formats.prompts import Example
+from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, sides
 from qlora.data.formats.questions import asks
 from qlora.data.formats.renderers import Format
 from qlora.errors import DataError, UserError
@@ -55,6 +56,12 @@ COLUMNS: Final = {
     "digest": pa.int64(),
 }
 EVAL_COLUMNS: Final = {"prompt_ids": TOKENS, "prompt": pa.string(), "reference": pa.string()}
+KIND_COLUMNS: Final[dict[RowKind, dict[str, pa.DataType]]] = {
+    RowKind.tokens: {},
+    RowKind.pairs: {"answer_start": pa.int32(), "rejected_ids": TOKENS, "rejected_labels": TOKENS},
+    RowKind.labelled: {"answer_start": pa.int32(), "desirable": pa.bool_()},
+}
+"""What rows of preference hold besides; `qlora.data.formats.preferences` says what it means."""
 TASK_COLUMN: Final = "task"
 """The column of source rows that evaluation rows keep, for reports by task."""
 
@@ -87,6 +94,8 @@ class Counts:
     """Empty answers in examples that are kept."""
     unread: dict[str, int] = field(default_factory=dict)
     """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something."""
+    equal: int = 0
+    """Pairs dropped because both sides hold the same tokens."""
     lost_thoughts: int = 0
     """Trained turns whose thoughts the chat template leaves out."""
     lost_messages: int = 0
@@ -108,6 +117,8 @@ class Job:
     """The key and the path, for messages."""
     questions: bool = False
     """Whether rows may ask and hold no answer."""
+    kind: RowKind = RowKind.tokens
+    """What its format renders a row as."""
 
     def __len__(self) -> int:
         return len(self.rows) if self.order is None else len(self.order)
@@ -120,7 +131,7 @@ class Job:
     @property
     def schema(self) -> pa.Schema:
         """The columns of the encoded rows."""
-        columns = dict(COLUMNS)
+        columns = COLUMNS | KIND_COLUMNS[self.kind]
         if self.for_eval:
             columns |= EVAL_COLUMNS
             if TASK_COLUMN in self.rows.column_names:
@@ -131,7 +142,7 @@ class Job:
 class _PendingRow(NamedTuple):
     """An example that is to be tokenized."""
 
-    example: Example
+    example: AnyExample
     row: int
     task: str
     empty: int
@@ -230,10 +241,12 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     for encoded, pending_row in zip(_encode(job, pending), pending, strict=True):
         if (encoded.cut_source or encoded.cut_target) and not _stays(job, pending_row.row):
             counts["too_long"] += 1
-        elif not (encoded.trained or pending_row.asks):
+        elif encoded.lacks_loss and not pending_row.asks:
             counts["untrained"] += 1
             counts["switched_off"] += _is_off(pending_row.example)
             counts["only_thoughts"] += bool(encoded.lost_thoughts) and not (encoded.cut_source or encoded.cut_target)
+        elif encoded.is_equal_pair:
+            counts["equal"] += 1
         else:
             counts["empty_answers"] += pending_row.empty
             counts["lost_thoughts"] += encoded.lost_thoughts
@@ -244,7 +257,7 @@ def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     return _record_batch(job, kept, rows_kept, tasks_kept), counts
 
 
-def _is_off(example: Example) -> bool:
+def _is_off(example: AnyExample) -> bool:
     """Tells whether a chat has answers, but all of them are switched off."""
     if not isinstance(example, Conversation):
         return False
@@ -261,14 +274,21 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
     for key in tracked.unread() if examples else ():
         counts[f"{UNREAD}{key}"] += 1
     for example in examples:
-        if job.questions and asks(example):
+        if job.questions and not isinstance(example, Pair | Labelled) and asks(example):
             yield _PendingRow(example, index, task, 0, asks=True)
             continue
-        settled = settle(example, job.on_empty, job.tokenizer.train_on)
-        if settled.example is None:
+        settled = [settle(side, job.on_empty, job.tokenizer.train_on) for side in sides(example)]
+        kept = [side.example for side in settled if side.example is not None]
+        if len(kept) < len(settled):
             counts["empty"] += 1
         else:
-            yield _PendingRow(settled.example, index, task, settled.empty)
+            yield _PendingRow(_with_sides(example, kept), index, task, sum(side.empty for side in settled))
+
+
+def _with_sides(example: AnyExample, settled: list[Example]) -> AnyExample:
+    if isinstance(example, Pair):
+        return Pair(*settled)
+    return Labelled(settled[0], example.desirable) if isinstance(example, Labelled) else settled[0]
 
 
 def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
@@ -288,6 +308,7 @@ def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
 
 
 def _encode_question(job: Job, pending_row: _PendingRow) -> Encoded:
+    assert not isinstance(pending_row.example, Pair | Labelled), "only rows of tokens may ask"
     try:
         return job.tokenizer.encode_question(pending_row.example)
     except UserError as error:
@@ -311,7 +332,7 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
     cells: dict[str, Any] = {
         "input_ids": _lists(ids),
         "labels": _lists(labels),
-        "length": [len(row) for row in ids],
+        "length": [encoded.length for encoded in kept],
         "source": [encoded.source for encoded in kept],
         "target": [encoded.target for encoded in kept],
         "trained": [encoded.trained for encoded in kept],
@@ -319,8 +340,10 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         "cut_target": [encoded.cut_target for encoded in kept],
         "stops": [job.tokenizer.stops(encoded) for encoded in kept],
         "row": rows,
-        "digest": [_digest(pair) for pair in zip(ids, labels, strict=True)],
+        "digest": list(map(_digest, ids, labels, kept)),
     }
+    if job.kind is not RowKind.tokens:
+        cells |= _preference_cells(job.kind, kept)
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
         turns = [encoded.turns[-1] for encoded in kept]
@@ -332,14 +355,31 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
     return pa.record_batch([pa.array(cells[field.name], type=field.type) for field in job.schema], schema=job.schema)
 
 
+def _preference_cells(kind: RowKind, kept: list[Encoded]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"answer_start": [encoded.answer_start for encoded in kept]}
+    if kind is RowKind.labelled:
+        return cells | {"desirable": [encoded.desirable for encoded in kept]}
+    others = [encoded.rejected for encoded in kept if encoded.rejected is not None]
+    for name, rows in {
+        "rejected_ids": [side.input_ids for side in others],
+        "rejected_labels": [side.labels for side in others],
+    }.items():
+        cells[name] = _lists([np.asarray(row, dtype=np.int32) for row in rows])
+    return cells
+
+
 def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
     values = np.concatenate(rows) if rows else np.empty(0, np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
 
 
-def _digest(pair: tuple[np.ndarray, np.ndarray]) -> int:
-    """Returns 63 bits of a hash over ids and labels, equal on every machine."""
-    digest = hashlib.blake2b(pair[0].astype("<i4").tobytes(), digest_size=8)
-    digest.update(pair[1].astype("<i4").tobytes())
+def _digest(ids: np.ndarray, labels: np.ndarray, encoded: Encoded) -> int:
+    """Returns 63 bits of a hash over ids and labels, both sides of a pair, and a label; equal on every machine."""
+    digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8)
+    digest.update(labels.astype("<i4").tobytes())
+    for row in encoded.rejected or ():
+        digest.update(np.asarray(row, dtype="<i4").tobytes())
+    if encoded.desirable is not None:
+        digest.update(bytes([encoded.desirable]))
     return int.from_bytes(digest.digest(), "little") >> 1

@@ -68,6 +68,13 @@ class TrackedRow(Mapping[str, Any]):
         self._parts.append(part)
         return part
 
+    def without(self, columns: Iterable[str]) -> TrackedRow:
+        """Returns the row without some columns; what is read of it counts as read of this one."""
+        hidden = set(columns)
+        view = TrackedRow({key: cell for key, cell in self._cells.items() if key not in hidden}, self._prefix)
+        view._read, view._parts = self._read, self._parts
+        return view
+
     def unread(self) -> Iterator[str]:
         """Yields the keys that hold something and were not read: columns, and `COLUMN.KEY` of objects inside."""
         for key, value in self._cells.items():
@@ -85,6 +92,13 @@ def track(row: Row, part: Any, column: str) -> Any:
 def peek(row: Row, key: str) -> Any:
     """Returns what a key of a row or an object holds; one that is tracked does not count it as read."""
     return row.peek(key) if isinstance(row, TrackedRow) else row.get(key)
+
+
+def without(row: Row, columns: Iterable[str]) -> Row:
+    """Returns a row without some columns."""
+    if isinstance(row, TrackedRow):
+        return row.without(columns)
+    return {key: cell for key, cell in row.items() if key not in set(columns)}
 
 
 def is_missing(value: Any) -> bool:
@@ -194,17 +208,19 @@ def is_rejected(row: Row, *columns: str) -> bool:
 
     `columns` are those that may hold the label; unset: `LABELS`.
     """
-    for column in label_columns(row, columns or LABELS):
-        try:
-            if read_truth(row.get(column)) is False:
-                return True
-        except ValueError:
-            raise DataError(
-                f"column {column} holds {brief(row.get(column))}, and the label of an answer is {TRUTHS} (false: not "
-                "trained); write it so, or leave the column out (with a function of your own: "
-                "data.format=module:function)"
-            ) from None
-    return False
+    return any(read_label(row.get(column), column) is False for column in label_columns(row, columns or LABELS))
+
+
+def read_label(value: Any, column: str) -> bool | None:
+    """Returns whether a label calls an answer a good one; None: it says nothing. Raises `DataError` for other words."""
+    try:
+        return read_truth(value)
+    except ValueError:
+        raise DataError(
+            f"column {column} holds {brief(value)}, and the label of an answer is {TRUTHS} (false: not "
+            "trained); write it so, or leave the column out (with a function of your own: "
+            "data.format=module:function)"
+        ) from None
 
 
 def read_switch(turn: Row, where: str) -> bool | None:

@@ -30,6 +30,32 @@ Example = list[Segment] | Conversation
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """An answer, and whether it is a good one."""
+
+    example: Example
+    desirable: bool
+
+
+AnyExample = Example | Pair | Labelled
+
+
+def sides(example: AnyExample) -> tuple[Example, ...]:
+    """Returns the examples in one of any kind."""
+    if isinstance(example, Pair):
+        return (example.chosen, example.rejected)
+    return (example.example,) if isinstance(example, Labelled) else (example,)
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The words around a question; rows are rendered with them, and the chat template of an adapter is written of them.
 

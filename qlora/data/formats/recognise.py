@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qlora.config.registries.data_formats import installed_format
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import FUNCTION_PATH
 from qlora.config.user_code import import_function
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
 from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
-from qlora.data.formats.prompts import Example
+from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, of_kind
+from qlora.data.formats.prompts import AnyExample, Example, sides
 from qlora.data.formats.renderers import FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
 from qlora.errors import ConfigError, DataError, UserError
 from qlora.text import listed
@@ -73,6 +75,8 @@ class _Rows(NamedTuple):
     """Who has the columns, e.g. "data.path has"."""
     chosen: str = "auto"
     """What the config asks for: `auto`, a name of `FORMATS`, or a function of the user's that returned the rows."""
+    kind: RowKind = RowKind.tokens
+    """What its format is to render a row as."""
 
     @property
     def listed(self) -> str:
@@ -83,15 +87,35 @@ class _Rows(NamedTuple):
 
 
 def choose_format(
-    name: str, columns: Sequence[str], sample: Sequence[Row], *, key: str = "data.path", reformulations: bool = False
+    name: str,
+    columns: Sequence[str],
+    sample: Sequence[Row],
+    *,
+    key: str = "data.path",
+    reformulations: bool = False,
+    kind: RowKind = RowKind.tokens,
 ) -> Choice:
     """Returns the format `name`, or the one that `auto` recognises; logs what was decided and why.
 
     `columns` and `sample`, the first few rows, are as `data.columns` has renamed them. `key` is where the rows come
-    from: `data.path`, `data.eval_path`, `data.mix.NAME.path`. Raises `ConfigError` where the columns do not fit.
+    from: `data.path`, `data.eval_path`, `data.mix.NAME.path`. The format renders rows as examples of `kind`. Raises
+    `ConfigError` where the columns do not fit, and `DataError` where they hold none of that kind.
     """
     setting = f"{key.removesuffix('path')}format" if key.endswith(".path") else "data.format"
-    rows = _Rows(columns, sample, setting, f"{key} has", name)
+    rows = _Rows(columns, sample, setting, f"{key} has", name, kind)
+    choice = _choose(name, rows, reformulations=reformulations)
+    if ":" in choice.name or installed_format(name) is not None:
+        return choice  # which renders what the user's function returns
+    try:
+        check_columns(kind, columns)
+        return replace(choice, format=of_kind(kind, choice.name, choice.format))
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
+def _choose(name: str, rows: _Rows, *, reformulations: bool) -> Choice:
+    """Returns the format as it renders rows to train on."""
+    setting, columns, key = rows.setting, rows.columns, rows.subject.removesuffix(" has")
     if name == "auto":
         choice = recognise(rows)
         log.info("%s=auto: %s, by the %s", setting, choice.name, choice.why)
@@ -120,6 +144,8 @@ def _columns(rows: _Rows) -> str:
 def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
     fitting = [name for name in FORMATS if name not in BY_NAME and _fits(name, rows)]
+    if rows.kind is RowKind.pairs and set(ANSWER_COLUMNS) <= set(rows.columns):
+        fitting = ["chosen"]
     if not fitting:
         raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
@@ -190,7 +216,7 @@ def _notes(name: str, rows: _Rows) -> str:
     notes = [NOTES[name]] if name in NOTES else []
     named = label_columns(rows.columns, FORMATS[name].labels)
     labels = [column for column in named if not all(is_unlabelled(row.get(column)) for row in rows.sample)]
-    if labels:
+    if labels and rows.kind is RowKind.tokens:
         notes.append(f"rows whose {labels[0]} is false are left out")
     return f" ({'; '.join(notes)})" if notes else ""
 
@@ -295,7 +321,11 @@ def _works(rows: _Rows, name: str, columns: Mapping[str, str]) -> bool:
     return not sample or any(map(_says_something, examples))
 
 
-def _says_something(example: Example) -> bool:
+def _says_something(example: AnyExample) -> bool:
+    return any(map(_side_says_something, sides(example)))
+
+
+def _side_says_something(example: Example) -> bool:
     if isinstance(example, Conversation):
         return any(turn["role"] == "assistant" and not is_empty(turn) for turn in example.messages)
     return any(segment.trained and segment.text.strip() for segment in example)
@@ -343,23 +373,34 @@ def _choose_own(path: str, rows: _Rows) -> Choice:
     mapped = [row for given in rows.sample for row in _map(path, given, rows.setting)]
     if not mapped:
         why = "it left out the whole sample, so that each of its rows is recognised by itself"
-        return Choice(path, why, _own_format(path, rows.setting, None))
+        return Choice(path, why, _own_format(path, rows, None))
     columns = list(dict.fromkeys(column for row in mapped for column in row))
-    inner = recognise(_Rows(columns, mapped, rows.setting, f"{path} returns", path))
+    inner = _recognised(path, rows.setting, columns, mapped, rows.kind)
     why = f"its rows are read as {inner.name}, by the {inner.why}"
-    return Choice(path, why, _own_format(path, rows.setting, inner.format.render))
+    return Choice(path, why, _own_format(path, rows, inner.format.render))
 
 
-def _own_format(path: str, setting: str, render: Callable[[Row], Sequence[Example]] | None) -> Format:
-    return Format(functools.partial(_render_own, path=path, setting=setting, render=render), needs=((),))
+def _recognised(path: str, setting: str, columns: Sequence[str], mapped: Sequence[Row], kind: RowKind) -> Choice:
+    """Returns the format of what the user's function returned."""
+    inner = recognise(_Rows(columns, mapped, setting, f"{path} returns", path, kind))
+    try:
+        check_columns(kind, columns)
+        return replace(inner, format=of_kind(kind, inner.name, inner.format))
+    except DataError as error:
+        raise DataError(f"{setting}={path}: of what it returns, {error}") from None
+
+
+def _own_format(path: str, rows: _Rows, render: Callable[[Row], Sequence[AnyExample]] | None) -> Format:
+    renders = functools.partial(_render_own, path=path, setting=rows.setting, render=render, kind=rows.kind)
+    return Format(renders, needs=((),))
 
 
 def _render_own(
-    row: Row, *, path: str, setting: str, render: Callable[[Row], Sequence[Example]] | None
-) -> list[Example]:
-    examples: list[Example] = []
+    row: Row, *, path: str, setting: str, render: Callable[[Row], Sequence[AnyExample]] | None, kind: RowKind
+) -> list[AnyExample]:
+    examples: list[AnyExample] = []
     for mapped in _map(path, row, setting):
-        reader = render or recognise(_Rows(list(mapped), [mapped], setting, f"{path} returns", path)).format.render
+        reader = render or _recognised(path, setting, list(mapped), [mapped], kind).format.render
         examples += reader(track(row, mapped, ""))
     return examples
 

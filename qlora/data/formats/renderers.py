@@ -11,7 +11,7 @@ from typing import Any
 from qlora.data.chat import conversations as chats
 from qlora.data.chat.conversations import Message
 from qlora.data.formats.cells import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
-from qlora.data.formats.prompts import ALPACA, ALPACA_NEWLINE, PROMPTS, QUESTION, Example, Prompt, Segment
+from qlora.data.formats.prompts import ALPACA, ALPACA_NEWLINE, PROMPTS, QUESTION, AnyExample, Example, Prompt, Segment
 from qlora.errors import DataError
 from qlora.text import brief
 
@@ -26,7 +26,7 @@ GUANACO = re.compile(r"### (Human|Assistant): ?")
 class Format:
     """How rows of one layout become examples."""
 
-    render: Callable[[Row], Sequence[Example]]
+    render: Callable[[Row], Sequence[AnyExample]]
     """A pure function; rows reach it with at least one of the alternatives in `needs`. A row gives one example,
     several where it is nested, none where it is to be left out."""
     needs: tuple[tuple[str, ...], ...]
@@ -145,15 +145,15 @@ def text(row: Row) -> list[Example]:
     return [_whole(cell_of(row, "text", "text"))]
 
 
-def chosen(row: Row) -> list[Example]:
-    """Renders the preferred answer of a pair.
+def chosen(row: Row, column: str = "chosen") -> list[Example]:
+    """Renders the preferred answer of a pair, or that of another `column`.
 
     A text that holds its own prompt, or has none, is trained as a whole, as in the original (HH-RLHF); one that
     answers a text in `prompt` or an Alpaca instruction is trained after it; turns become a chat: those of
     `conversations`, `prompt` or `question`, then the chosen ones.
     """
-    if _turns(row.get("chosen")) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
-        answer, prompt = cell_of(row, "chosen", "chosen"), cell_of(row, "chosen", "prompt")
+    if _turns(row.get(column)) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
+        answer, prompt = cell_of(row, "chosen", column), cell_of(row, "chosen", "prompt")
         if row.get("instruction"):
             pair = _alpaca(cell_of(row, "chosen", "instruction"), cell_of(row, "chosen", "input"), answer)
             return [_after_system(row, "chosen", pair)]
@@ -161,11 +161,11 @@ def chosen(row: Row) -> list[Example]:
             return [_after_system(row, "chosen", _pair(prompt, answer))]
         if prompt or not row.get("question"):
             return [_whole(answer, prompt)]
-    turns = read_said(row, "chosen", "chosen", "assistant")
+    turns = read_said(row, "chosen", column, "assistant")
     if turns and turns[0]["role"] == "assistant":
         asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
         turns = read_said(row, "chosen", asked, "user") + turns
-    return _chat(row, turns, "chosen")
+    return _chat(row, turns, column)
 
 
 def _chat(row: Row, turns: list[Message], column: str) -> list[Example]:

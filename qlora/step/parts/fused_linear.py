@@ -178,12 +178,12 @@ def _set_class(groups: list[LinearGroup], kind: type[Linear4bit]) -> None:
 
 
 def _drop(x: Tensor, dropout: torch.nn.Module) -> Tensor | None:
-    """Returns `x` after an adapter's dropout; None: it has none.
+    """Returns `x` after an adapter's dropout; None: it has none, or it is switched off.
 
     Compiled code drops by a mask that the backward pass computes again.
     """
     rate = getattr(dropout, "p", 0.0)
-    if rate == 0:
+    if rate == 0 or not dropout.training:
         return None
     if torch.compiler.is_compiling():
         return torch.where(keep_mask(x, rate), x / (1 - rate), 0)

@@ -58,12 +58,17 @@ class FusedLoss(ConfiguredPart):
         hidden = hidden_states(self.base, batch)
         if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
             hidden, labels = before_labels(hidden, labels, targets)
+        hidden, weight = self.operands(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.context.objective.loss_on_hidden(hidden, weight, labels, count)
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns hidden states and the output matrix [vocabulary, width] in the dtype in which they are multiplied."""
         weight = self.base.get_output_embeddings().weight
         kind = hidden.device.type
         # As autocast computes any other linear layer: the matrix may be stored in 32 bits.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            return self.context.objective.loss_on_hidden(hidden.to(dtype), weight.to(dtype), labels, count)
+        return hidden.to(dtype), weight.to(dtype)
 
 
 def before_labels(hidden: Tensor, labels: Tensor, targets: int) -> tuple[Tensor, Tensor]:

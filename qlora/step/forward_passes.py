@@ -1,0 +1,86 @@
+"""The forward passes that a loss over whole answers asks a step for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlora.step.hidden_states import hidden_states
+from qlora.step.part import Packs
+from qlora.step.parts.attention import FusedAttention
+from qlora.step.parts.loss import FusedLoss
+from qlora.step.reference import ReferenceWeights
+
+HEAD = "score"
+"""The name of a reward head in the model."""
+
+
+def rewards_of(base: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """Returns the rewards of the hidden states of last tokens, float32 [rows], for `hidden` [rows, width]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        rewards: Tensor = base.get_submodule(HEAD)(hidden.float())
+    return rewards[:, 0]
+
+
+class ForwardPasses:
+    """Passes of a model through the parts of its step; a batch has `input_ids` and `labels`, both [rows, tokens]."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        attention: FusedAttention | None,
+        loss: FusedLoss | None,
+        reference: ReferenceWeights | None,
+        measure_weights: Callable[[], None],
+        packs: Packs | None,
+    ) -> None:
+        """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
+        self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
+        self._measure_weights, self._packs = measure_weights, packs
+        self.sides = None if packs is None else packs.rows
+        """The most sides of pairs in a pack; None: rows are not packed."""
+        self.targets: int | None = None
+        """The number of labels in the batch, or more; None: it is not known."""
+
+    def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Returns hidden states [rows, tokens, width] and the output matrix; None where `trainer.fused_loss` is off."""
+        if self._loss is None:
+            return None
+        batch = self._laid_out(batch)
+        return self._loss.operands(hidden_states(self.base, batch))
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """Returns logits [rows, tokens, vocabulary]."""
+        batch = self._laid_out(batch)
+        logits: Tensor = type(self.base).forward(self.base, use_cache=False, **batch).logits
+        return logits
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Returns the last hidden states [rows, tokens, width]."""
+        return hidden_states(self.base, self._laid_out(batch))
+
+    def rewards(self, batch: dict[str, Any]) -> Tensor:
+        """Returns what the reward head makes of the last token of each row, float32 [rows]."""
+        shape, last = batch["input_ids"].shape, batch["attention_mask"].sum(1) - 1
+        hidden = self.hidden_states(batch).view(*shape, -1)  # it may be laid out as one row
+        return rewards_of(self.base, hidden[torch.arange(len(last), device=hidden.device), last])
+
+    def reference(self) -> contextlib.AbstractContextManager[None] | None:
+        """Returns the context in which the model is the reference; None: there is none."""
+        return None if self._reference is None else self._as_reference(self._reference)
+
+    @contextlib.contextmanager
+    def _as_reference(self, reference: ReferenceWeights) -> Iterator[None]:
+        with reference.active():
+            self._measure_weights()
+            yield
+        self._measure_weights()
+
+    def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = batch if self._attention is None else self._attention.lay_out(batch, self._packs)
+        return {name: value for name, value in batch.items() if name != "labels"}

@@ -1,0 +1,168 @@
+"""Rows of preference: two answers to one prompt, or an answer with a label, in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qlora.config.registries.objectives import RowKind
+from qlora.config.schema import DataConfig
+from qlora.data.pipeline import Data, build_data
+from qlora.errors import DataError
+
+MakeConfig = Callable[..., DataConfig]
+ASKED = [{"role": "user", "content": "two?"}]
+
+
+@pytest.fixture
+def read(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Data]:
+    def read(rows: list[dict[str, Any]], kind: RowKind = RowKind.pairs, **changes: Any) -> Data:
+        config = make_config(rows, **{"eval_dataset_size": 0, **changes})
+        return build_data(config, tokenizer, need_eval=bool(config.eval_dataset_size), kind=kind)
+
+    return read
+
+
+def answers(data: Data, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, str]]:
+    """Returns the prompt, the chosen and the rejected answer of each pair, as text."""
+    assert data.train is not None
+    parts = []
+    for row in data.train:
+        start = row["answer_start"]
+        assert row["input_ids"][:start] == row["rejected_ids"][:start]
+        for ids, labels in ((row["input_ids"], row["labels"]), (row["rejected_ids"], row["rejected_labels"])):
+            assert labels == [-100] * start + ids[start:]
+        ids = row["input_ids"][:start], row["input_ids"][start:], row["rejected_ids"][start:]
+        parts.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in ids))
+    return parts
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "two? ", "chosen": "2", "rejected": "three"},
+        {"prompt": "two? ", "chosen": "two? 2", "rejected": "two? three"},
+    ],
+)
+def test_a_prompt_of_its_own_or_at_the_beginning_of_both_texts_is_the_prompt(
+    row: dict[str, Any], read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert answers(read([row]), tokenizer) == [("two? ", "2", "three")]
+
+
+def test_texts_that_share_their_beginning_part_behind_the_last_mark_of_an_answer(
+    read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": f"{start} I am", "rejected": f"{start} I do"}
+    assert answers(read([row]), tokenizer) == [(start, " I am", " I do")]
+
+
+def test_texts_without_a_mark_part_behind_their_last_common_word(
+    read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    row = {"chosen": "Q: colour?\nA: green", "rejected": "Q: colour?\nA: grey"}
+    assert answers(read([row]), tokenizer) == [("Q: colour?\nA:", " green", " grey")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [*ASKED, said("assistant", "2")], "rejected": [*ASKED, said("assistant", "three")]},
+        {"prompt": ASKED, "chosen": [said("assistant", "2")], "rejected": [said("assistant", "three")]},
+        {"prompt": "two?", "chosen": [said("assistant", "2")], "rejected": [said("assistant", "three")]},
+        {"conversations": [{"from": "human", "value": "two?"}], "chosen": {"from": "gpt", "value": "2"},
+         "rejected": {"from": "gpt", "value": "three"}},
+    ],
+)  # fmt: skip
+def test_turns_of_every_layout_become_a_pair(
+    row: dict[str, Any], read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ((prompt, chosen, rejected),) = answers(read([row], template="guanaco"), tokenizer)
+    assert "two?" in prompt
+    assert (chosen.strip(), rejected.strip()) == ("2", "three")
+
+
+def test_an_answer_that_both_sides_share_belongs_to_the_prompt(
+    read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    shared = [said("user", "a"), said("assistant", "first"), said("user", "b")]
+    row = {"chosen": [*shared, said("assistant", "yes")], "rejected": [*shared, said("assistant", "no")]}
+    ((prompt, chosen, rejected),) = answers(read([row], template="guanaco"), tokenizer)
+    assert "first" in prompt
+    assert ("yes" in chosen, "no" in rejected) == (True, True)
+
+
+def test_both_sides_are_cut_alike(read: Callable[..., Data], tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "0123456789", "chosen": "a" * 20, "rejected": "b"}
+    data = read([row], max_length=12)
+    assert answers(data, tokenizer) == [("56789", "a" * 6, "b")]
+    assert (data.report.cut_sources, data.report.cut_targets) == (1, 1)
+    assert data.train is not None
+    assert data.train[0]["length"] == 12 + 8
+
+
+def test_pairs_of_equal_sides_are_dropped_and_counted(read: Callable[..., Data]) -> None:
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    data = read([good, {**good, "rejected": "a"}, {**good, "rejected": ""}])
+    assert (data.report.train_rows, data.report.equal_rows, data.report.empty_rows) == (1, 1, 1)
+
+
+def test_a_changed_rejected_side_is_another_set_of_rows(read: Callable[..., Data]) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert read([row]).report.fingerprint != read([{**row, "rejected": "c"}]).report.fingerprint
+
+
+@pytest.mark.parametrize(("good", "bad"), [(True, False), ("good", None), ("yes", "No"), (1, 0), ("True", "0.0")])
+def test_labels_in_any_spelling_say_whether_an_answer_is_good(good: Any, bad: Any, read: Callable[..., Data]) -> None:
+    if good == "good":
+        with pytest.raises(DataError, match="column label holds 'good', and the label of an answer is true"):
+            read([{"prompt": "p", "completion": "a", "label": good}], RowKind.labelled)
+        return
+    rows = [{"prompt": "p", "completion": "a", "label": good}, {"prompt": "p", "completion": "b", "label": bad}]
+    data = read(rows, RowKind.labelled)
+    assert data.train is not None
+    assert (data.train["desirable"][:], data.train["answer_start"][:]) == ([True, False], [2, 2])
+    assert data.report.unread == {}
+
+
+def test_the_answers_of_pairs_are_good_and_bad_ones(read: Callable[..., Data]) -> None:
+    data = read([{"prompt": "p", "chosen": "a", "rejected": "b"}], RowKind.labelled)
+    assert data.train is not None
+    assert data.train["desirable"][:] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([{"instruction": "a", "output": "b"}], RowKind.pairs,
+         r"data\.path: it has the columns instruction, output and no rejected, and this loss compares two answers; "
+         r"name the column of the worse ones with data\.columns\.rejected=COLUMN, or choose loss=sft"),
+        ([{"instruction": "a", "output": "b"}], RowKind.labelled,
+         r"it has the columns instruction, output and no label, and this loss needs answers that are labelled"),
+        ([{"chosen": "yes it is", "rejected": "no"}], RowKind.pairs,
+         r"row 1: chosen and rejected share no prompt: the texts begin with different words; put the prompt into"),
+        ([{"chosen": [*ASKED, said("assistant", "x")], "rejected": [said("user", "b"), said("assistant", "y")]}],
+         RowKind.pairs, r"row 1: chosen and rejected share no prompt: they part at turn 1, which is of the role user"),
+        ([{"prompt": ASKED, "chosen": [said("assistant", "2")], "rejected": "three"}], RowKind.pairs, None),
+        ([{"prompt": "p", "completion": "a", "label": True}] * 2, RowKind.labelled,
+         r"all 2 answers to train on are labelled good, and this loss learns from good ones against bad ones; add"),
+        ([{"prompt": "p", "completion": "a", "label": True, "kto_tag": False}], RowKind.labelled,
+         r"row 1: its labels contradict each other; label the answer true or false in one of the columns label and"),
+    ],
+)  # fmt: skip
+def test_rows_that_hold_no_preference_are_refused_in_one_sentence(
+    rows: list[dict[str, Any]], kind: RowKind, message: str | None, read: Callable[..., Data]
+) -> None:
+    if message is None:
+        read(rows, kind, template="guanaco")
+        return
+    with pytest.raises(DataError, match=message):
+        read(rows, kind)

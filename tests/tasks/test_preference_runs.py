@@ -1,0 +1,118 @@
+"""Runs that train from preferences, from rows to what they leave: measures, a chained run, a reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from qlora.config.compose import compose
+from qlora.errors import DataError
+from qlora.models.model_files import locate
+from qlora.run import Run
+from tests.faults.runs import write_preferences
+
+QUICK = [
+    *("data=local", "data.eval_dataset_size=6", "evaluation=loss", "task.predict=false", "recipe=none", "lora.r=8"),
+    *("trainer.max_steps=6", "trainer.logging_steps=2", "trainer.eval_steps=3", "trainer.save_steps=3", "device=cpu"),
+    *("trainer.per_device_train_batch_size=6", "trainer.gradient_accumulation_steps=1", "trainer.learning_rate=5e-3"),
+    *(
+        "quantization=fp32",
+        "trainer.optim=adamw_torch",
+        "trainer.warmup_steps=0",
+        "trainer.gradient_checkpointing=false",
+    ),
+]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    chosen = [*QUICK, *overrides]
+    return Run(compose(chosen), folder, overrides=chosen).execute()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preferences(tmp_path_factory.mktemp("rows"))[0]
+
+
+@pytest.fixture(scope="module")
+def dpo(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("dpo")
+    return folder, run(folder, "loss=dpo", f"data.path={pairs}")
+
+
+def test_held_out_pairs_are_told_apart_and_measured_with_intervals_and_the_difference_to_the_start(
+    dpo: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, result = dpo
+    metrics = result["metrics"]
+    assert (metrics["base_eval_reward_accuracy"], metrics["base_eval_reward_margin"]) == (0.5, 0)
+    assert metrics["base_eval_reference_kl"] == 0
+    assert metrics["eval_reward_accuracy"] > 0.9
+    assert metrics["eval_reward_margin"] > 0
+    assert metrics["eval_reference_kl"] > 0
+    low, high = result["intervals"]["eval_reward_margin"]
+    assert low <= metrics["eval_reward_margin"] <= high
+    assert result["gains"]["reward_margin"]["value"] == pytest.approx(metrics["eval_reward_margin"])
+    logged = [entry for entry in json.loads((folder / "history.json").read_text()) if "eval_reward_margin" in entry]
+    assert [entry["step"] for entry in logged] == [3, 6]
+
+
+def test_a_run_that_starts_from_an_adapter_compares_with_it_and_another_task_measures_the_same(
+    dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path
+) -> None:
+    start = dpo[0] / "adapter"
+    overrides = [
+        "loss=dpo",
+        f"data.path={pairs}",
+        f"lora.start={start}",
+        "trainer.eval_steps=null",
+        "trainer.keep=last",
+    ]
+    metrics = run(tmp_path / "next", *overrides)["metrics"]
+    assert metrics["base_eval_reward_margin"] == 0  # the start is its own reference
+    assert metrics["base_eval_loss"] == pytest.approx(dpo[1]["metrics"]["eval_loss"])
+    again = run(tmp_path / "again", *overrides, "task=evaluate", f"adapter={tmp_path / 'next'}")["metrics"]
+    for name in ("preference_loss", "reward_accuracy", "reward_margin", "reference_kl"):
+        assert again[f"eval_{name}"] == pytest.approx(metrics[f"eval_{name}"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "reward"])
+def test_the_base_alone_is_measured_as_the_start(loss: str, pairs: Path, tmp_path: Path) -> None:
+    metrics = run(tmp_path / "base", f"loss={loss}", f"data.path={pairs}", "task=evaluate", "adapter=none")["metrics"]
+    assert (metrics["eval_reward_accuracy"], metrics["eval_reward_margin"]) == (0.5, 0)
+
+
+def test_a_reward_model_is_saved_for_plain_libraries_and_scores_pairs(pairs: Path, tmp_path: Path) -> None:
+    overrides = ["loss=reward", f"data.path={pairs}", "trainer.eval_steps=null", "trainer.keep=last"]
+    metrics = run(tmp_path / "run", *overrides)["metrics"]
+    assert metrics["base_eval_reward_accuracy"] == 0.5  # a head of zeros
+    assert metrics["eval_reward_accuracy"] > 0.9
+    again = run(tmp_path / "again", *overrides, "task=evaluate", f"adapter={tmp_path / 'run'}")["metrics"]
+    assert again["eval_reward_margin"] == pytest.approx(metrics["eval_reward_margin"], rel=1e-5)
+    run(tmp_path / "scores", *overrides, "task=predict", f"adapter={tmp_path / 'run'}")
+    records = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()]
+    mean = sum(record["chosen_reward"] - record["rejected_reward"] for record in records) / len(records)
+    assert mean == pytest.approx(metrics["eval_reward_margin"], rel=1e-5)
+
+    for task, message in (("merge", "is a reward model: it scores texts and answers nothing; task=merge needs a"),
+                          ("evaluate", "is a reward model; add loss=reward, or name another adapter")):  # fmt: skip
+        loss = "loss=reward" if task == "merge" else "loss=dpo"
+        with pytest.raises(DataError, match=message):
+            run(tmp_path / task, *overrides, loss, f"task={task}", f"adapter={tmp_path / 'run'}")
+
+    session = Run(compose([*QUICK, *overrides]), tmp_path / "run").session
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        locate(session.config.model.name), num_labels=1, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter")).eval()
+    assert session.data.eval is not None
+    for row, record in zip(session.data.eval, records, strict=True):
+        for ids, side in ((row["input_ids"], "chosen"), (row["rejected_ids"], "rejected")):
+            reward = model(input_ids=torch.tensor([ids])).logits
+            assert float(reward) == pytest.approx(record[f"{side}_reward"], rel=1e-4, abs=1e-5)
