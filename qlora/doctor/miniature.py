@@ -98,12 +98,15 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
     reference = None
     if isinstance(objective, AnswerLoss) and objective.compares and isinstance(model, PeftModel):
         reference = adapters.reference_at_start(model, is_base=False)
+    ids = _ids(placement)
+    first = _gradient(model, {"input_ids": ids, "labels": ids}, placement)  # a step may evaluate as it is built
     step = FastStep(model, config.trainer, config.quantization, placement, None, objective, reference)
-    first = _gradient(model, step, placement)
     model.eval()
     with torch.no_grad(), placement.autocast():
-        model(input_ids=_ids(placement))
-    after = _gradient(model, step, placement)
+        model(input_ids=ids)
+    after = _gradient(model, {"input_ids": ids, "labels": ids}, placement)
+    with step:
+        _gradient(model, _batch(ids, objective), placement)
     agreement = float(torch.nn.functional.cosine_similarity(first, after, dim=0))
     return Trial(step.parts, rounding, agreement, has_experts=bool(find_experts(base)))
 
@@ -170,20 +173,23 @@ def _ids(placement: Placement) -> Tensor:
     return torch.arange(10, 10 + ROWS * TOKENS, device=placement.device).view(ROWS, TOKENS)
 
 
-def _gradient(model: torch.nn.Module, step: FastStep, placement: Placement) -> Tensor:
-    """Returns the gradients of all trained weights as a vector; raises `ArithmeticError` for NaN, infinity or zero."""
-    ids = _ids(placement)
+def _batch(ids: Tensor, objective: Any) -> dict[str, Tensor]:
+    """Returns a batch of what an objective trains on."""
     batch = {"input_ids": ids, "labels": ids}
-    if isinstance(step.objective, AnswerLoss):  # two answers that begin alike
+    if isinstance(objective, AnswerLoss):  # two answers that begin alike
         batch = dict.fromkeys(batch, torch.stack([ids, torch.cat([ids[:, :2], ids[:, 2:] + 1], 1)], 1))
-        if "desirable" in step.objective.columns:
+        if "desirable" in objective.columns:
             batch["desirable"] = torch.arange(len(ids), device=ids.device) % 2 == 0
+    return batch
+
+
+def _gradient(model: torch.nn.Module, batch: dict[str, Tensor], placement: Placement) -> Tensor:
+    """Returns the gradients of all trained weights as a vector; raises `ArithmeticError` for NaN, infinity or zero."""
     model.train()
     model.zero_grad(set_to_none=True)
-    with step:
-        with placement.autocast():
-            loss = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss
-        loss.backward()
+    with placement.autocast():
+        loss = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss
+    loss.backward()
     vector = torch.cat([gradient.flatten().float() for gradient in _gradients(model)])  # one that is missing is zero
     if not (torch.isfinite(loss) and torch.isfinite(vector).all() and vector.any()):
         raise ArithmeticError(f"the loss is {loss.item():g} and the gradient's norm {vector.norm().item():g}")

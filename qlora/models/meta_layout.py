@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora.errors import DataError, UserError, describe_fault, did_you_mean
 from qlora.experts.layout import ExpertsLayout, find_experts
@@ -22,6 +23,7 @@ from qlora.models.decoder import EXPERTS, ROUTER, read_decoder
 from qlora.models.experts_per_token import KEYS, experts_per_token
 from qlora.models.layer_layout import read_layer
 from qlora.models.model_config import check_settings
+from qlora.models.read_weights import weights_read
 from qlora.upstream.peft import calls_layer
 
 LEFT_OUT = ("model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype")
@@ -113,6 +115,8 @@ def _layout(model: Any, where: str) -> dict[str, Any]:
 def _linears(model: Any, routers: set[str]) -> list[tuple[dict[str, Any], int | None]]:
     """Returns the linear layers but for the output layer, each with the decoder layer that it lies in."""
     output, linears, seen = model.get_output_embeddings(), [], set()
+    read = weights_read(model)
+    left_out = (*read, *get_keys_to_not_convert(model))
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is output or module.weight in seen:
             continue
@@ -126,7 +130,8 @@ def _linears(model: Any, routers: set[str]) -> list[tuple[dict[str, Any], int | 
             "inputs": int(rows if is_turned else columns),
             "outputs": int(columns if is_turned else rows),
             "bias": module.bias is not None,
-            "is_adapted": name not in routers and calls_layer(name.rpartition(".")[2], model),
+            "is_adapted": name not in routers and not read.get(name) and calls_layer(name.rpartition(".")[2], model),
+            "is_quantized": name not in left_out,
         }
         linears.append((linear, int(index[1]) if index else None))
     return linears

@@ -19,7 +19,7 @@ from qlora.planning.mixture import Experts, MixtureFamily
 from qlora.planning.model_shape import Layer, Linear, Mixer, Shape
 from qlora.runtime.atomic_files import write_text
 
-FORMAT = 1
+FORMAT = 2
 """Of the file; another one is read anew."""
 
 

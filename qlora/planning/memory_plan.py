@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,10 +75,14 @@ class Ledger:
 
     @property
     def weights(self) -> int:
-        """The matrices of the decoder layers, without those of experts."""
-        matrix_bytes, shape = self.setup.base.matrix_bytes, self.shape
-        sizes = [sum(matrix_bytes(item.outputs, item.inputs) for item in layer.linears) for layer in shape.kinds]
-        return sum(count * sizes[kind] for kind, count in shape.counts.items())
+        """The matrices of the decoder layers that a base may quantize, without those of experts."""
+        matrix_bytes = self.setup.base.matrix_bytes
+        return self._sum(lambda linear: matrix_bytes(linear.outputs, linear.inputs) if linear.is_quantized else 0)
+
+    def _sum(self, size: Callable[[Linear], int]) -> int:
+        """Returns the sum over the linear layers of all decoder layers."""
+        sizes = [sum(map(size, layer.linears)) for layer in self.shape.kinds]
+        return sum(count * sizes[kind] for kind, count in self.shape.counts.items())
 
     @property
     def experts(self) -> int:
@@ -116,8 +120,9 @@ class Ledger:
 
     @property
     def unquantized(self) -> int:
-        """Embedding, output matrix, norms and biases."""
-        return self.shape.unquantized * self.setup.base.unquantized_bytes
+        """Embedding, output matrix, norms and biases, and the linear layers that no base quantizes."""
+        matrices = self._sum(lambda linear: 0 if linear.is_quantized else linear.weights)
+        return (self.shape.unquantized + matrices) * self.setup.base.unquantized_bytes
 
     @cached_property
     def trained(self) -> Counter[int]:

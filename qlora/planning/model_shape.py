@@ -26,6 +26,8 @@ class Linear:
     """Its full name, with `{}` for the number of the layer; without one it stands outside of all layers."""
     is_adapted: bool = True
     """Whether `all-linear` gives it an adapter: routers, and what Mamba's kernels read, get none."""
+    is_quantized: bool = True
+    """Whether it has few bits in a quantized base: where code reads its weight and does not call it, it has not."""
 
     @property
     def weights(self) -> int:
