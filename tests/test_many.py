@@ -193,7 +193,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(together: Path) -> None:
 
 def test_only_the_main_process_writes_and_reports_the_rows_of_a_step(together: Path) -> None:
     output = (together / "output.txt").read_text()
-    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 8  # all but the packed one
+    assert output.count("3 x 2 accumulated x 2 processes = 12 rows a step") == 9  # all but the packed one
     assert output.count("1 x 2 accumulated x 2 processes = 4 packs a step") == 1
     states = {path.name for path in (together / "sharded" / "checkpoints" / "checkpoint-6").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which imports torch
+    from transformers import PreTrainedModel
+
 
 from qlora.config.optimizers import OPTIMIZERS
 from qlora.config.schema import ModelConfig, Parallel, TrainerConfig, no_cuda
