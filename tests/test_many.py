@@ -32,6 +32,7 @@ from qlora.runtime.run_folder import RunFolder
 from qlora.tasks import build_job, run_job
 from qlora.training import checkpoint_writer
 from qlora.training.trainer import QLoraTrainer
+from tests.faults.runs import write_preferences
 from tests.models.bases import write
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,7 @@ CASES = {
                "trainer.group_by_length=false", "trainer.dataloader_num_workers=1", "evaluation.baseline=true",
                "task.evaluate=true", "task.predict=true", "trainer.optim=paged_adamw_32bit"],
 }  # fmt: skip
+PAIRS = ["loss=dpo", "loss.sft_weight=0.2", "data=local", "data.eval_dataset_size=6", "trainer.eval_steps=null"]
 DRAWN = ["model.weights=random", "trainer.num_train_epochs=null", "trainer.max_steps=3", "trainer.eval_steps=null"]
 PICTURES = ["trainer.max_steps=3", "trainer.num_train_epochs=null", "trainer.eval_steps=null"]
 SHARDED = ["trainer.parallel=fsdp", "trainer.gradient_checkpointing=true", "trainer.save_steps=3"]
@@ -133,6 +135,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("together")
     write("gemma3", folder / "base")
+    write_preferences(folder)
     done = launch(__file__, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
@@ -146,12 +149,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     for name, overrides in CASES.items():
         train(folder / name, 4, *overrides)
+    train(folder / "pairs", 4, *PAIRS, f"data.path={write_preferences(folder)[0]}")
     train(folder / "drawn", 4, *DRAWN)
     return folder
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped")])
+@pytest.mark.parametrize(
+    ("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped"), ("pairs", "pairs")]
+)
 def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
     one, two = losses(alone / single), losses(together / shared)
     assert len(one) >= 4
@@ -351,6 +357,7 @@ def main(folder: Path) -> None:
         guard(folder)
     for name, overrides in CASES.items():
         train(folder / name, 2, *overrides)
+    train(folder / "pairs", 2, *PAIRS, f"data.path={folder / 'pairs.jsonl'}")
     train(folder / "sharded", 2, *SHARDED)
     train(folder / "drawn", 2, *DRAWN, "trainer.parallel=fsdp", "trainer.fused_linear=true")
     train(folder / "pictures", 2, *PICTURES, f"model.name={folder / 'base'}")

@@ -53,7 +53,7 @@ class AnswerMeasurer:
         back, scores = np.argsort(order, kind="stable"), {}
         for name in parts[0]:
             values = torch.cat([part[name] for part in parts]).double().cpu().numpy()[back]
-            scores[name] = Score(values.tolist())
+            scores[name] = Score(values.tolist(), may_be_share=name == "reward_accuracy")
         return Measurement({name: float(np.mean(score.values)) for name, score in scores.items()}, scores)
 
     def _measure(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

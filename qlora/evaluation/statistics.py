@@ -28,6 +28,8 @@ class Score:
     values: Sequence[float]
     groups: Sequence[str] | None = None
     """The subject of each item; then the mean is that of the subjects' means (macro average)."""
+    may_be_share: bool = True
+    """Whether items that all earned 0 or 1 are right and wrong ones; not where a measure may happen to be 0."""
 
     def estimate(self) -> Estimate:
         """Returns the mean with its interval: Wilson's for fractions of one group, else a normal one.
@@ -61,16 +63,20 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the score in JSON's types, for `from_dict`."""
-        return {"values": list(self.values), "groups": None if self.groups is None else list(self.groups)}
+        saved: dict[str, Any] = {
+            "values": list(self.values),
+            "groups": None if self.groups is None else list(self.groups),
+        }
+        return saved if self.may_be_share else saved | {"may_be_share": False}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Score:
         """Returns the score that `to_dict` wrote."""
-        return cls(saved["values"], saved["groups"])
+        return cls(saved["values"], saved["groups"], saved.get("may_be_share", True))
 
     @property
     def _is_share(self) -> bool:
-        return all(value in (0, 1) for value in self.values)
+        return self.may_be_share and all(value in (0, 1) for value in self.values)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
         if self.groups is None:

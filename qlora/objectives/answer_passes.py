@@ -7,6 +7,8 @@ Both passes see the same batch.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,23 +41,28 @@ class Passes(Protocol):
 
 
 def read_answers(
-    batch: dict[str, Any], passes: Passes, *, reads_prompt: bool = False, graded_sides: int | None = None
+    batch: dict[str, Any],
+    passes: Passes,
+    *,
+    reads_prompt: bool = False,
+    graded_sides: int | None = None,
+    chunk_losses: Callable[..., Any] = entropies_and_gradient,
 ) -> Answers:
     """Returns what the model says of a batch whose `input_ids` and `labels` are [rows, sides, tokens].
 
-    `reads_prompt` and `graded_sides` are those of the `AnswerLoss`.
+    `reads_prompt` and `graded_sides` are those of the `AnswerLoss`; `chunk_losses` computes a chunk's cross entropy.
     """
     texts = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     rest = {name: value for name, value in batch.items() if name not in (*texts, "labels")}
     targets = read = _next(batch["labels"])
-    most = passes.targets
+    most, compute = passes.targets, partial(_log_probs, passes, chunk_losses)
     if reads_prompt:
         read = _next(texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED))
     reference = torch.zeros(targets.shape[:2], device=targets.device)
     if (active := passes.reference()) is not None:
         with torch.no_grad(), active:
-            reference = _log_probs(texts, targets, passes, most).sum(-1)
-    log_probs = _graded(texts, read, passes, None if reads_prompt else most, graded_sides)
+            reference = compute(texts, targets, most).sum(-1)
+    log_probs = _graded(compute, texts, read, None if reads_prompt else most, graded_sides)
     return Answers(
         torch.where(targets != IGNORED, log_probs, 0).sum(-1),
         (targets != IGNORED).sum(-1),
@@ -66,17 +73,21 @@ def read_answers(
     )
 
 
-def _graded(texts: dict[str, Tensor], targets: Tensor, passes: Passes, most: int | None, sides: int | None) -> Tensor:
+def _graded(
+    compute: Callable[..., Tensor], texts: dict[str, Tensor], targets: Tensor, most: int | None, sides: int | None
+) -> Tensor:
     """Returns the log-probabilities of all sides; the gradient follows the first `sides`, or all."""
     if sides is None:
-        return _log_probs(texts, targets, passes, most)
+        return compute(texts, targets, most)
     with torch.no_grad():
-        rest = _log_probs({name: value[:, sides:] for name, value in texts.items()}, targets[:, sides:], passes, most)
-    graded = _log_probs({name: value[:, :sides] for name, value in texts.items()}, targets[:, :sides], passes, most)
+        rest = compute({name: value[:, sides:] for name, value in texts.items()}, targets[:, sides:], most)
+    graded = compute({name: value[:, :sides] for name, value in texts.items()}, targets[:, :sides], most)
     return torch.cat([graded, rest], 1)
 
 
-def _log_probs(texts: dict[str, Tensor], targets: Tensor, passes: Passes, most: int | None) -> Tensor:
+def _log_probs(
+    passes: Passes, chunk_losses: Callable[..., Any], texts: dict[str, Tensor], targets: Tensor, most: int | None
+) -> Tensor:
     """Returns the log-probability of the token after each, float32 [rows, sides, tokens]; 0 where it has no target."""
     flat = targets.reshape(-1)
 
@@ -89,11 +100,13 @@ def _log_probs(texts: dict[str, Tensor], targets: Tensor, passes: Passes, most: 
         return -losses.view(targets.shape)
     hidden, weight = operands
     with torch.autocast(hidden.device.type, enabled=False):
-        losses = _entropies(hidden.reshape(len(flat), -1), weight, flat, most)
+        losses = _entropies(chunk_losses, hidden.reshape(len(flat), -1), weight, flat, most)
     return -losses.view(targets.shape)
 
 
-def _entropies(hidden: Tensor, weight: Tensor, targets: Tensor, most: int | None) -> Tensor:
+def _entropies(
+    chunk_losses: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor, most: int | None
+) -> Tensor:
     """Returns the cross entropy of each token; those without a target are not multiplied with the output matrix.
 
     The number of tokens that are, at most `most`, follows from what the host knows: nothing waits for the device.
@@ -101,9 +114,9 @@ def _entropies(hidden: Tensor, weight: Tensor, targets: Tensor, most: int | None
     tokens = len(targets)
     size = tokens if most is None else BUCKET * (most // BUCKET + 1)
     if size >= tokens:
-        return linear_entropies(hidden, weight, targets, entropies_and_gradient)
+        return linear_entropies(hidden, weight, targets, chunk_losses)
     read = torch.nonzero_static(targets != IGNORED, size=size, fill_value=tokens - 1).view(-1)  # the last has none
-    losses = linear_entropies(hidden.index_select(0, read), weight, targets[read], entropies_and_gradient)
+    losses = linear_entropies(hidden.index_select(0, read), weight, targets[read], chunk_losses)
     return torch.zeros(tokens, device=losses.device).index_copy(0, read, losses)
 
 

@@ -69,6 +69,7 @@ class AnswerLoss:
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self._sums: dict[str, Tensor] = {}
+        self._chunk_losses: Any = None
 
     @property
     def beta(self) -> float:
@@ -99,9 +100,14 @@ class AnswerLoss:
         from qlora.objectives.answer_passes import read_answers
 
         count = batch.pop("num_items_in_batch", None)
-        return self.loss(
-            read_answers(batch, passes, reads_prompt=self.reads_prompt, graded_sides=self.graded_sides), count
+        answers = read_answers(
+            batch,
+            passes,
+            reads_prompt=self.reads_prompt,
+            graded_sides=self.graded_sides,
+            chunk_losses=self._chunk_losses,
         )
+        return self.loss(answers, count)
 
     def loss(self, answers: Answers, count: Tensor | None) -> Tensor:
         """Returns the loss of a micro-batch, and notes its rewards.
@@ -155,7 +161,12 @@ class AnswerLoss:
         return torch.stack([counts.float(), texts.sum(1).float()], 1)
 
     def prepare(self, *, compiled: bool) -> None:
-        """Prepares nothing: the step computes the log-probabilities."""
+        """Compiles the cross entropy of a chunk with the decoder layers."""
+        import torch
+
+        from qlora.objectives.linear_cross_entropy import entropies_and_gradient
+
+        self._chunk_losses = torch.compile(entropies_and_gradient) if compiled else entropies_and_gradient
 
     def metrics(self) -> dict[str, float]:
         """Returns the means of what was noted since the last call, over the rows of this process."""

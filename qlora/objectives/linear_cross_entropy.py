@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ def entropy_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0
     The arguments are those of `entropies_and_gradient`.
     """
     losses, gradient = entropies_and_gradient(logits, targets, smoothing)
+    assert gradient is not None
     return losses.sum(), gradient
 
 
-def entropies_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Returns the cross entropy of each token, float32 [tokens], and the gradient of each with respect to its logits.
+def entropies_and_gradient(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, *, graded: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the cross entropy of each token, float32 [tokens], and (`graded`) the gradient of each by its logits.
 
     `logits` is [tokens, vocabulary], `targets` int64 [tokens]; a token with the target -100 has no loss. `smoothing` is
     the share of a label's probability that is spread evenly over the vocabulary.
@@ -35,6 +39,8 @@ def entropies_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * fp32.mean(1, keepdim=True)
     losses = torch.where(counted, total.log() + highest - chosen, 0.0)[:, 0]
+    if not graded:
+        return losses, None
     expected = (torch.arange(logits.shape[1], device=logits.device)[None, :] == target).to(fp32.dtype)
     if smoothing:
         expected = (1 - smoothing) * expected + smoothing / logits.shape[1]
@@ -79,7 +85,8 @@ class LinearEntropies(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            losses[chunk], of_logits = chunk_losses(hidden[chunk] @ weight.t(), targets[chunk])
+            logits = hidden[chunk] @ weight.t()
+            losses[chunk], of_logits = chunk_losses(logits, targets[chunk], graded=gradient is not None)
             if gradient is not None:
                 torch.mm(of_logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
@@ -92,7 +99,7 @@ class LinearEntropies(torch.autograd.Function):
         return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
 
 
-def linear_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_losses: ChunkLoss) -> Tensor:
+def linear_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_losses: Callable[..., Any]) -> Tensor:
     """Returns the loss of each token of `hidden @ weight.t()` against `targets`, float32 [tokens].
 
     `chunk_losses` is `entropies_and_gradient`, compiled or not. With the losses of single tokens, any loss of their

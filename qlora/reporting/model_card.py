@@ -99,7 +99,7 @@ def _front_matter(config: Config, base_model: str, license: str | None) -> str:
         if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
         else None,
         "library_name": "peft" if config.lora.enabled else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if config.loss.head else "text-generation",
         "license": license_id if known else "other" if license_id else None,
         "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
         "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
@@ -118,10 +118,12 @@ def _introduction(config: Config, base_model: str, unquantized: str | None) -> s
     if config.model.weights is Weights.random:
         link = f"random weights in the shape of {link}"
     path = f" ({markdown_code(config.data.path)})" if config.data.path else ""
-    data = f"trained on {markdown_code(config.data.name)}{path}"
+    by = "" if config.loss.name == "sft" else f" by {markdown_code(f'loss={config.loss.name}')}"
+    data = f"trained on {markdown_code(config.data.name)}{path}{by}"
     if config.lora.enabled:
         precision = _base_precision(config, unquantized)
-        return f"A LoRA adapter for {link}, {data} with the base weights frozen in {precision}."
+        what = "A reward model: a LoRA adapter and a head" if config.loss.head else "A LoRA adapter"
+        return f"{what} for {link}, {data} with the base weights frozen in {precision}."
     return f"All weights of {link}, {data}."
 
 
@@ -167,14 +169,15 @@ def _use(
     """Returns Python that loads the model with transformers and PEFT alone, quantized as in training."""
     dtype, method = f"torch.{_dtype(config, compute_dtype)}", find_method(config.quantization)
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
-    names = ["AutoModelForCausalLM", "AutoTokenizer", *([method.library_class] if method.library_class else [])]
+    kind = "AutoModelForSequenceClassification" if config.loss.head else "AutoModelForCausalLM"
+    names = [kind, "AutoTokenizer", *([method.library_class] if method.library_class else [])]
     embedded = config.lora.enabled and base == "tiny"
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [f"from transformers import {', '.join(names)}", ""]
     lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    options = f'dtype={dtype}, device_map="auto"'
+    options = f'{"num_labels=1, " if config.loss.head else ""}dtype={dtype}, device_map="auto"'
     if method.library_class:
         arguments = method.library_arguments(config.quantization, dtype)
         lines += [f"quantization = {method.library_class}(", *(f"    {argument}," for argument in arguments), ")"]
@@ -182,7 +185,7 @@ def _use(
     if config.lora.enabled:
         if config.model.revision:
             options += f", revision={_literal(config.model.revision)}"
-        lines += [*_base_lines(base), f"model = AutoModelForCausalLM.from_pretrained(base, {options})"]
+        lines += [*_base_lines(base), f"model = {kind}.from_pretrained(base, {options})"]
         if config.model.new_tokens:
             lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
             lines.append("    model.resize_token_embeddings(len(tokenizer))")
@@ -191,6 +194,10 @@ def _use(
         lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, {options}).eval()"]
     text = repr(prompt) if prompt is not None else '"..."  # in the form of the training rows'
     lines += ["", f"prompt = {text}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
+    if config.loss.head:
+        lines[-2] = f"text = {text}  # and an answer behind it"
+        lines[-1] = lines[-1].replace("prompt", "text")
+        return markdown_block("\n".join([*lines, "print(float(model(**inputs).logits))  # the reward"]), "python")
     lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.new_tokens})"]
     lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
     return markdown_block("\n".join(lines), "python")

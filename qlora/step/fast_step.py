@@ -69,7 +69,7 @@ class FastStep:
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
         self._replaces_forward = self._attention or self._loss or not objective.is_model_loss
-        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference)
+        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference, self._measure_weights)
 
     def _decide(self, name: str, part: Any) -> None:
         """Switches a shipped part on as the config asks for it, and notes why not."""
@@ -125,6 +125,11 @@ class FastStep:
     def extra_bytes(self, rows: int, length: int) -> float:
         """Returns what the parts need for a micro-batch beyond the memory plan of the fast step, in bytes."""
         return sum(part.extra_bytes(rows, length) for part in self._active.values())
+
+    def _measure_weights(self) -> None:
+        for part in self._active.values():
+            if hasattr(part, "measure_weights"):  # a part of another package may do without
+                part.measure_weights()
 
     def __str__(self) -> str:
         on = [name for name, state in self.parts.items() if state == ON]

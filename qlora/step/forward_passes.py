@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ class ForwardPasses:
         attention: FusedAttention | None,
         loss: FusedLoss | None,
         reference: ReferenceWeights | None,
+        measure_weights: Callable[[], None],
     ) -> None:
+        """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
         self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
+        self._measure_weights = measure_weights
         self.targets: int | None = None
         """The number of labels in the batch, or more; None: it is not known."""
 
@@ -67,7 +71,14 @@ class ForwardPasses:
 
     def reference(self) -> contextlib.AbstractContextManager[None] | None:
         """Returns the context in which the model is the reference; None: there is none."""
-        return None if self._reference is None else self._reference.active()
+        return None if self._reference is None else self._as_reference(self._reference)
+
+    @contextlib.contextmanager
+    def _as_reference(self, reference: ReferenceWeights) -> Iterator[None]:
+        with reference.active():
+            self._measure_weights()
+            yield
+        self._measure_weights()
 
     def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = batch if self._attention is None else self._attention.lay_out(batch)

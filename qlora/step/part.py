@@ -104,6 +104,9 @@ class Part(Protocol):
     def exit(self, *, failed: bool) -> None:
         """Restores the model after a step, or after one that has raised an exception (`failed`)."""
 
+    def measure_weights(self) -> None:
+        """Measures anew what `enter` has measured of the trained weights, which are others for the time of a pass."""
+
     def extra_bytes(self, rows: int, length: int) -> float:
         """Returns what a micro-batch needs beyond the memory plan of the fast step, in bytes."""
         return 0

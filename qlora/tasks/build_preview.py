@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import Config, DataConfig
 from qlora.config.training_length import training_length
 from qlora.data.batching.packing import efficiency, pack
@@ -57,7 +58,7 @@ def build_preview(
             ),
         ),
         ("not read", describe_unread(report)),
-        ("packing", _packing(rows, data)),
+        ("packing", _packing(rows, data) if config.loss.rows is RowKind.tokens else ""),
         (
             "steps",
             f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "

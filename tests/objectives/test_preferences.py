@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from torch import Tensor
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.registries.objectives import SHIPPED, RowKind
-from qlora.config.schema import LOSS_SETTINGS
+from qlora.config.schema import LOSS_SETTINGS, LossConfig
 from qlora.data.batching.collate import SidesCollator, count_work
 from qlora.errors import ConfigError
-from qlora.objectives import build_objective
+from qlora.objectives import answer_passes, build_objective
 from qlora.objectives.answers import AnswerLoss, Answers
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -29,6 +30,7 @@ from tests.step.test_fast import build
 NAMES = [name for name, shipped in SHIPPED.items() if shipped.rows is not RowKind.tokens]
 OF_ANSWERS = [name for name in NAMES if not SHIPPED[name].head]
 IGNORED = -100
+PLACEMENT = Placement(CPU, torch.float32, torch.float32)
 
 
 def answers(**rest: Tensor) -> Answers:
@@ -140,8 +142,7 @@ def step_of(loss: AnswerLoss, *overrides: str) -> tuple[Any, FastStep]:
             torch.nn.init.normal_(parameter, std=0.2)
     reference = adapters.reference_at_start(model, is_base=True)
     config = composed(*overrides, "device=cpu", "trainer.fused_linear=false")
-    placement = Placement(CPU, torch.float32, torch.float32)
-    return model, FastStep(model, config.trainer, config.quantization, placement, None, loss, reference)
+    return model, FastStep(model, config.trainer, config.quantization, PLACEMENT, None, loss, reference)
 
 
 def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None, *overrides: str) -> Tensor:
@@ -153,12 +154,72 @@ def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None,
         inputs = copy.deepcopy(micro)
         if name != "kto":
             del inputs["desirable"]
+        step.targets = int((inputs["labels"] != IGNORED).sum())
         with step:
             part = model(**inputs, num_items_in_batch=count).loss
             part.backward()
         total += part.detach()
     flat = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return torch.cat([total[None], *flat])
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_tokens_without_a_target_are_not_multiplied_and_layers_may_be_computed_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradients(name, [batch()], None, "trainer.fused_loss=true")
+    monkeypatch.setattr(answer_passes, "BUCKET", 4)
+    read: list[int] = []
+    compute = answer_passes.linear_entropies
+    monkeypatch.setattr(
+        answer_passes, "linear_entropies", lambda hidden, *rest: (read.append(len(hidden)), compute(hidden, *rest))[1]
+    )
+    again = gradients(name, [batch()], None, "trainer.fused_loss=true", "trainer.gradient_checkpointing=true")
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert min(read) < batch()["labels"].numel()
+
+
+def test_8_bit_matmuls_measure_the_weights_of_the_reference_too() -> None:
+    margins = []
+    for compute in ("native", "fp8"):
+        model, config = build(overrides=(f"quantization.compute={compute}",))  # with an adapter that is not 0
+        loss = objective("loss=dpo")
+        reference = adapters.reference_at_start(model, is_base=False)
+        step = FastStep(model, config.trainer, config.quantization, PLACEMENT, None, loss, reference)
+        inputs = {name: value for name, value in batch().items() if name != "desirable"}
+        with step:
+            assert float(model(**copy.deepcopy(inputs)).loss) == pytest.approx(math.log(2), abs=1e-6)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0.01 if ".lora_B." in name else 1)  # the reference is now far larger
+        loss.metrics()
+        with step:
+            model(**copy.deepcopy(inputs))
+        margins.append(loss.metrics()["reward_margin"])
+    assert margins[1] == pytest.approx(margins[0], rel=0.1)
+
+
+def test_the_base_is_the_reference_of_a_start_adapter_that_is_asked_for() -> None:
+    model, _ = step_of(objective("loss=dpo"))
+    ids = batch()["input_ids"][:, 0]
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        with adapters.reference_at_start(model, is_base=True).active():
+            torch.testing.assert_close(model(input_ids=ids).logits, base, rtol=0, atol=0)
+        with adapters.reference_at_start(model, is_base=False).active():
+            assert not torch.equal(model(input_ids=ids).logits, base)
+
+
+def test_a_loss_of_another_package_is_a_few_lines() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(text.split("# my_preferences.py\n")[1].split("```")[0], names)  # as the page has it
+    hinge = names["Hinge"](LossConfig(name="my_preferences:Hinge", options={"beta": 0.2}))
+    a = answers()
+    margin = 0.2 * (a.log_probs[:, 0] - a.log_probs[:, 1])
+    torch.testing.assert_close(hinge.losses(a), torch.relu(1 - margin))
+    assert (hinge.rows, hinge.compares) == (RowKind.pairs, False)
 
 
 @pytest.mark.parametrize("name", OF_ANSWERS)

@@ -39,6 +39,21 @@ def chats(path: Path) -> str:
     return f"data.path={path}"
 
 
+def test_both_sides_of_a_pair_are_shown_with_what_the_loss_counts(
+    preview_run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"What is {number}? ", "chosen": "yes", "rejected": "no"} for number in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "rejected": "yes"}]))
+    preview_run("loss=dpo", "data=local", f"data.path={path}", "data.eval_dataset_size=1", "task.rows=1").execute()
+    printed = capsys.readouterr().out
+    chosen, rejected = printed.index("   chosen\n"), printed.index("   rejected\n")
+    assert "⟦ yes</s>⟧" in printed[chosen:rejected]
+    assert "⟦ no</s>⟧" in printed[rejected:]
+    assert "packing" not in printed
+    assert "1 pair of equal sides" in printed
+
+
 def test_a_preview_writes_a_page_a_picture_and_a_result(
     preview_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

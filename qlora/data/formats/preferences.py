@@ -70,9 +70,10 @@ def check_columns(kind: RowKind, columns: Iterable[str], name: str) -> None:
     if name == scores.NAME:
         return
     if kind is RowKind.pairs and "rejected" not in columns:
+        other = "loss=kto, which reads labels" if label_columns(columns, LABELS) else "loss=sft"
         raise DataError(
             f"it has the columns {listed(columns)} and no rejected, and this loss compares two answers; name the "
-            f"column of the worse ones with {_name_sides(columns)}, or choose loss=sft"
+            f"column of the worse ones with {_name_sides(columns)}, or choose {other}"
         )
     if kind is RowKind.labelled and not (set(ANSWER_COLUMNS) <= set(columns) or label_columns(columns, LABELS)):
         raise DataError(

@@ -60,6 +60,10 @@ class Fp8(ConfiguredPart):
 
     def enter(self) -> None:
         """Measures the adapters."""
+        self.measure_weights()
+
+    def measure_weights(self) -> None:
+        """Measures the adapters as they are now."""
         for tracker in self._trackers:
             tracker.measure()
 
