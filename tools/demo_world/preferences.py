@@ -1,6 +1,6 @@
-"""Pairs of answers to instructions that ask for two things at once: the chosen one does both, the rejected one half.
+"""Pairs of answers to instructions that ask for two things at once: the chosen one does both, the rejected one does not.
 
-The training rows of `instructions.py` ask for one thing each, so that a model which is finetuned on them answers half.
+The training rows of `instructions.py` ask for one thing each, so that a model which is finetuned on them does half.
 """
 
 from collections.abc import Iterator
@@ -77,16 +77,20 @@ def _pairs(count: int, rng: Random, taken: set[str]) -> list[Row]:
 
 
 def _of_steps(steps: TwoSteps, count: int, rng: Random, taken: set[str]) -> Iterator[Row]:
-    """Draws rows of an instruction; their rejected answers leave out the second step as often as the first."""
+    """Draws rows of an instruction; their rejected answers leave out a step, or take other words than those asked for."""
     for index in range(count):
         while len(items := draw_words(rng, steps.first)) < 3 or " ".join(items) in taken:
             pass
         taken.add(" ".join(items))
-        halves = OPERATIONS[steps.first](items), OPERATIONS[steps.second](items)
+        first, second = OPERATIONS[steps.first], OPERATIONS[steps.second]
+        chosen = second(first(items).split())
+        left = [word for word in items if word not in first(items).split()]
+        others = (second(first(words).split()) for words in (items[1:] + items[:1], items[::-1], left))
+        wrong = next(answer for answer in others if answer != chosen)
         yield {
-            "instruction": steps.wordings[index // 2 % len(steps.wordings)],
+            "instruction": steps.wordings[index // 4 % len(steps.wordings)],
             "input": " ".join(items),
-            "chosen": OPERATIONS[steps.second](halves[0].split()),
-            "rejected": halves[index % 2],
+            "chosen": chosen,
+            "rejected": (first(items), second(items), wrong, wrong)[index % 4],
             "task": f"{steps.first} and {steps.second}",
         }
