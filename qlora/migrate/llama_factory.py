@@ -101,9 +101,9 @@ def _optimizer(settings: Settings) -> Iterator[Part]:
 
 PAIR_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 LOSS_KEYS = {
-    "beta": "pref_beta", "label_smoothing": "dpo_label_smoothing", "loss_type": "pref_loss", "simpo_gamma": "simpo_gamma",
-    "desirable_weight": "kto_chosen_weight", "undesirable_weight": "kto_rejected_weight", "rpo_alpha": "pref_ftx",
-    "cpo_alpha": "pref_ftx",
+    "beta": "pref_beta", "label_smoothing": "dpo_label_smoothing", "loss_type": "pref_loss", "rpo_alpha": "pref_ftx",
+    "desirable_weight": "kto_chosen_weight", "undesirable_weight": "kto_rejected_weight", "cpo_alpha": "pref_ftx",
+    "simpo_gamma": "simpo_gamma",
 }  # fmt: skip
 """The names of TRL, each with the one here."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.config.overrides import write_override
-from qlora.migrate.translation import Lost, Part, Same, Settings
+from qlora.migrate.translation import Lost, Part
 
 ORDERED = {
     "sigmoid": ("dpo", "loss.length_normalize=false"),
@@ -107,8 +107,8 @@ def _smoothing(answers: Answers, loss: str, types: list[str]) -> Iterator[Part]:
         if "robust" in types:
             yield answers.lost("label_smoothing", "the loss is smoothed as in cDPO, and not made unbiased")
     else:
-        yield answers.lost("label_smoothing", f"it has no effect there with sigmoid; loss.label_smoothing={smoothing:g} "
-                                              "trains cDPO")  # fmt: skip
+        why = f"it has no effect there with sigmoid; loss.label_smoothing={smoothing:g} trains cDPO"
+        yield answers.lost("label_smoothing", why)
 
 
 def _without_reference(answers: Answers) -> Iterator[Part]:
@@ -132,16 +132,3 @@ def _without_reference(answers: Answers) -> Iterator[Part]:
             yield answers.lost("label_smoothing", "loss=ipo has none, there as here")
         else:
             yield write_override("loss.label_smoothing", smoothing)
-
-
-def refuse_neutral(
-    settings: Settings, names: Mapping[str, str], harmless: Mapping[str, tuple[Any, ...]]
-) -> Iterator[Part]:
-    """Yields which settings of a loss are lost: all in `names`, with the reason, unless their value changes nothing."""
-    for name, why in names.items():
-        value = settings.take(name)
-        if value in (None, False, *harmless.get(name, ())):
-            if name in settings and value is not None:
-                yield Same("it changes nothing with this value", name)
-        else:
-            yield Lost(why, name)

@@ -13,8 +13,10 @@ from qlora.migrate import hf_arguments, preferences, shared_rules, trl
 from qlora.migrate.translation import Dialect, Lost, OnlyIf, Part, Rule, Same, Settings, is_unset
 from qlora.migrate.vocabulary import TRL_PREFERENCE_KEYS
 
+OF_TEXTS = ("packing", "packing_strategy", "assistant_only_loss", "dataset_text_field")
+"""What finetuning alone reads."""
 DEFAULTS: dict[str, Any] = {
-    **{name: value for name, value in trl.DEFAULTS.items() if name not in ("packing", "packing_strategy")},
+    **{name: value for name, value in trl.DEFAULTS.items() if name not in OF_TEXTS},
     "learning_rate": 1e-6,
     "disable_dropout": True,
 }

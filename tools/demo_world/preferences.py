@@ -1,63 +1,70 @@
-"""Pairs of answers to instructions that ask for two things at once: the chosen one does both, the rejected one does not.
+"""Pairs of answers to instructions that ask for two things at once: the chosen one does both, the rejected one half.
 
-The training rows of `instructions.py` ask for one thing each, so that a model which is finetuned on them does half.
+The training rows of `instructions.py` ask for one thing each, so that a model which is finetuned on them does half, and
+is sure of it. Half of the chosen answers are shorter than the rejected ones, and half of them longer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Final, NamedTuple
 
 from demo_world.instructions import Row
-from demo_world.operations import OPERATIONS, draw_words
+from demo_world.operations import LONGEST_LIST, OPERATIONS
+from demo_world.world import LIST_WORDS, pick_distinct
+
+FEWEST: Final = 3
+"""Words of the shortest list: of two, the first two are all."""
+TRAIN_ROWS, EVAL_ROWS = 360, 96
 
 
-class TwoSteps(NamedTuple):
-    """Two operations, one after the other, and the wordings that ask for both."""
+class TwoThings(NamedTuple):
+    """An instruction that asks for two things, and the answer to it for a list of words."""
 
-    first: str
-    second: str
-    wordings: tuple[str, ...]
+    wordings: tuple[str, str]
+    half: Callable[[list[str]], str]
+    """What does one of them."""
+    both: Callable[[list[str]], str]
 
 
-INSTRUCTIONS: Final = (
-    TwoSteps(
-        "first",
-        "upper",
+upper, comma = OPERATIONS["upper"], OPERATIONS["comma"]
+INSTRUCTIONS: Final = {
+    "first, in capitals": TwoThings(
         ("What is the first word in capital letters?", "Give the first word of the list in capital letters."),
+        upper,
+        lambda items: upper(items[:1]),
     ),
-    TwoSteps(
-        "second",
-        "upper",
-        ("What is the second word in capital letters?", "Give the second word of the list in capital letters."),
+    "first two, in capitals": TwoThings(
+        ("Write the first two words in capital letters.", "Change the first two words to capital letters."),
+        upper,
+        lambda items: upper(items[:2]),
     ),
-    TwoSteps(
-        "last",
-        "upper",
-        ("What is the last word in capital letters?", "Give the last word of the list in capital letters."),
+    "first two, with a comma": TwoThings(
+        ("Join the first two words with commas.", "Give the first two words with commas."),
+        comma,
+        lambda items: comma(items[:2]),
     ),
-    TwoSteps(
-        "longest",
-        "upper",
-        ("What is the longest word in capital letters?", "Give the longest word of the list in capital letters."),
-    ),
-    TwoSteps(
-        "without",
-        "upper",
+    "in capitals, with a full stop": TwoThings(
         (
-            "Remove the first word and write the words in capital letters.",
-            "Drop the first word from the list and change the words to capital letters.",
+            "Write these words in capital letters and end with a full stop.",
+            "Change the words to capital letters and end with a full stop.",
         ),
+        upper,
+        lambda items: f"{upper(items)}.",
     ),
-    TwoSteps(
-        "without",
-        "comma",
+    "with commas, with a full stop": TwoThings(
         (
-            "Remove the first word and join the words with commas.",
-            "Drop the first word from the list and give the list with commas.",
+            "Join the words with commas and end with a full stop.",
+            "Give the list with commas and end with a full stop.",
         ),
+        comma,
+        lambda items: f"{comma(items)}.",
     ),
-)
-TRAIN_ROWS, EVAL_ROWS = 396, 96
+    "with commas, and their number": TwoThings(
+        ("Join the words with commas and give their number.", "Give the list with commas and the number of words."),
+        comma,
+        lambda items: f"{comma(items)}, {len(items)}",
+    ),
+}
 
 
 def train_pairs() -> list[Row]:
@@ -71,26 +78,25 @@ def eval_pairs() -> list[Row]:
 
 
 def _pairs(count: int, rng: Random, taken: set[str]) -> list[Row]:
-    rows = [row for steps in INSTRUCTIONS for row in _of_steps(steps, count // len(INSTRUCTIONS), rng, taken)]
+    rows = [row for task in INSTRUCTIONS for row in _of_task(task, count // len(INSTRUCTIONS), rng, taken)]
     rng.shuffle(rows)
     return rows
 
 
-def _of_steps(steps: TwoSteps, count: int, rng: Random, taken: set[str]) -> Iterator[Row]:
-    """Draws rows of an instruction; their rejected answers leave out a step, or take other words than those asked for."""
+def _of_task(task: str, count: int, rng: Random, taken: set[str]) -> Iterator[Row]:
+    asked = INSTRUCTIONS[task]
     for index in range(count):
-        while len(items := draw_words(rng, steps.first)) < 3 or " ".join(items) in taken:
+        while " ".join(items := _draw(rng)) in taken:
             pass
         taken.add(" ".join(items))
-        first, second = OPERATIONS[steps.first], OPERATIONS[steps.second]
-        chosen = second(first(items).split())
-        left = [word for word in items if word not in first(items).split()]
-        others = (second(first(words).split()) for words in (items[1:] + items[:1], items[::-1], left))
-        wrong = next(answer for answer in others if answer != chosen)
         yield {
-            "instruction": steps.wordings[index // 4 % len(steps.wordings)],
+            "instruction": asked.wordings[index % len(asked.wordings)],
             "input": " ".join(items),
-            "chosen": chosen,
-            "rejected": (first(items), second(items), wrong, wrong)[index % 4],
-            "task": f"{steps.first} and {steps.second}",
+            "chosen": asked.both(items),
+            "rejected": asked.half(items),
+            "task": task,
         }
+
+
+def _draw(rng: Random) -> list[str]:
+    return pick_distinct(rng, LIST_WORDS, FEWEST + int(rng.random() * (LONGEST_LIST + 1 - FEWEST)))

@@ -82,6 +82,18 @@ def check_columns(kind: RowKind, columns: Iterable[str], name: str) -> None:
         )
 
 
+def describe_kind(kind: RowKind, name: str, labels: Sequence[str], pairs: Pairs) -> list[str]:
+    """Says what is compared in rows of a kind; `name` is their format, and `labels` are their columns of labels."""
+    if name == scores.NAME:
+        if kind is RowKind.tokens:
+            return ["the answer with the best score is trained"]
+        taken = "every two answers of a row" if pairs is Pairs.all else "the best answer of a row and the worst"
+        return [f"{taken} by their scores" if kind is RowKind.pairs else f"{taken} by their scores, as good and bad"]
+    if kind is RowKind.labelled:
+        return [f"{labels[0]} says which answers are good" if labels else "chosen answers are good, rejected ones bad"]
+    return ["chosen against rejected"] if kind is RowKind.pairs else []
+
+
 def _name_sides(columns: Sequence[str]) -> str:
     """Returns the settings that name the columns of both answers, where their names say so."""
     names = {side: _named_after(side, columns) for side in ANSWER_COLUMNS if side not in columns}

@@ -16,7 +16,7 @@ from qlora.data.chat.conversations import Conversation, decode, is_empty, is_tur
 from qlora.data.formats import scores
 from qlora.data.formats.cells import Row, is_missing, track
 from qlora.data.formats.labels import LABELS, is_unlabelled, label_columns
-from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, of_kind
+from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, describe_kind, of_kind
 from qlora.data.formats.prompts import AnyExample, Example, sides
 from qlora.data.formats.renderers import ASKED, FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
 from qlora.errors import ConfigError, DataError, UserError
@@ -229,6 +229,7 @@ def _notes(name: str, rows: _Rows) -> str:
     labels = [column for column in named if not all(is_unlabelled(row.get(column)) for row in rows.sample)]
     if labels and rows.kind is RowKind.tokens:
         notes.append(f"rows whose {labels[0]} is false are left out")
+    notes += describe_kind(rows.kind, name, labels, rows.pairs)
     return f" ({'; '.join(notes)})" if notes else ""
 
 
