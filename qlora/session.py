@@ -186,9 +186,13 @@ class Session:
         return Collator(self.pad_token_id)
 
     def collator(self, width: int = 0) -> Collator | SidesCollator:
-        """Returns what makes batches of rows to train on, each at least `width` tokens wide."""
-        if self.row_kind is RowKind.tokens:
-            return Collator(self.pad_token_id, width=width)
+        """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
+        is_packed = self.data.packed is not None
+        return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens or is_packed else self._sides
+
+    @property
+    def _sides(self) -> SidesCollator:
+        """Lays the answers of rows of preference side by side."""
         return SidesCollator(self.pad_token_id, fit_rows(self.config.data, self.context).longest_row)
 
     @cached_property
@@ -266,7 +270,7 @@ class Session:
         assert self.data.eval is not None
         return AnswerMeasurer(
             self.data.eval,
-            self.collator(),
+            self._sides,
             self.objective,
             lambda: self.reference,
             self.config.trainer.per_device_eval_batch_size,
@@ -524,14 +528,29 @@ class Session:
         if adapter is not None:
             self._check_head(adapter)
             model = adapters.load_adapter(self.load_base(), adapter, self.config.model.name)
-            if self.row_kind is not RowKind.tokens and self.config.loss.compares:
+            if self._compares_rows:
                 is_base = self.config.loss.reference is Reference.base
                 self.reference = adapters.reference_of_trained(model, None if is_base else self.start)
             return model
         if full is None:
-            return self.load_base()
+            base = self.load_base()
+            if self.config.loss.head:
+                adapters.attach_head(base)
+            if self._compares_rows:
+                self.reference = contextlib.nullcontext  # the base is its own reference
+            return base
+        if self._compares_rows or self.config.loss.head:
+            raise DataError(
+                f"adapter={full} is a whole model, and loss={self.config.loss.name} is measured with an adapter on its "
+                "base; choose loss=sft, or name the adapter"
+            )
         check_not_rounded(full, self.config.quantization)
         return self._load(full)
+
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether rows of preference are measured against a reference."""
+        return self.reads_rows and self.row_kind is not RowKind.tokens and self.config.loss.compares
 
     def _check_head(self, adapter: Path) -> None:
         """Refuses a reward model where texts are to be written, and a language model where they are to be scored."""

@@ -5,7 +5,7 @@ from qlora.adapters.average import average_trained
 from qlora.adapters.biases import adapter_off
 from qlora.adapters.count import ParameterCount, count_parameters
 from qlora.adapters.create import REWRITES_BASE, add_lora
-from qlora.adapters.head import is_reward_model
+from qlora.adapters.head import attach_head, is_reward_model
 from qlora.adapters.load import continue_adapter, load_adapter
 from qlora.adapters.per_expert import save_per_expert
 from qlora.adapters.reference import reference_at_start, reference_of_trained
@@ -16,6 +16,7 @@ __all__ = [
     "ParameterCount",
     "adapter_off",
     "add_lora",
+    "attach_head",
     "average_trained",
     "check_adapter_folder",
     "continue_adapter",

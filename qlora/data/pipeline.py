@@ -84,9 +84,11 @@ class Data:
         if self.packed is None:
             row = self.train[index]
             return [(self.origin.name(index, row["row"]), row)]
-        rows = [(member, self.train[member]) for member in self.packed.members(index)]
+        members = self.packed.members(index)
+        numbers = self.train.select_columns("row")[members]["row"]
         return [
-            (self.origin.name(member, row["row"]), row | {"position_ids": range(row["length"])}) for member, row in rows
+            (self.origin.name(member, number), dict(self.packed.join([member])))
+            for member, number in zip(members, numbers, strict=True)
         ]
 
 

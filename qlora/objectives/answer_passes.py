@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora.objectives.answers import Answers
+from qlora.objectives.answers import Answers, pack_sides
 from qlora.objectives.linear_cross_entropy import entropies_and_gradient, linear_entropies
 from qlora.objectives.protocol import IGNORED
 
@@ -29,6 +29,9 @@ class Passes(Protocol):
 
     targets: int | None
     """The number of labels in the batch, or more; None: it is not known."""
+
+    sides: int | None
+    """The most sides of pairs in a pack; None: rows are not packed."""
 
     def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Returns hidden states [rows, tokens, width] and the output matrix [vocabulary, width]; None: only logits."""
@@ -48,7 +51,7 @@ def read_answers(
     graded_sides: int | None = None,
     chunk_losses: Callable[..., Any] = entropies_and_gradient,
 ) -> Answers:
-    """Returns what the model says of a batch whose `input_ids` and `labels` are [rows, sides, tokens].
+    """Returns what the model says of a batch whose `input_ids` and `labels` are [rows, sides, tokens], or of packs.
 
     `reads_prompt` and `graded_sides` are those of the `AnswerLoss`; `chunk_losses` computes a chunk's cross entropy.
     """
@@ -56,21 +59,48 @@ def read_answers(
     rest = {name: value for name, value in batch.items() if name not in (*texts, "labels")}
     targets = read = _next(batch["labels"])
     most, compute = passes.targets, partial(_log_probs, passes, chunk_losses)
+    summed = _Sums(texts.get("position_ids"), passes.sides)
     if reads_prompt:
-        read = _next(texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED))
-    reference = torch.zeros(targets.shape[:2], device=targets.device)
+        read = _next(summed.text_tokens(texts))
+    reference = torch.zeros_like(summed(targets), dtype=torch.float32)
     if (active := passes.reference()) is not None:
         with torch.no_grad(), active:
-            reference = compute(texts, targets, most).sum(-1)
+            reference = summed(compute(texts, targets, most))
     log_probs = _graded(compute, texts, read, None if reads_prompt else most, graded_sides)
     return Answers(
-        torch.where(targets != IGNORED, log_probs, 0).sum(-1),
-        (targets != IGNORED).sum(-1),
+        summed(torch.where(targets != IGNORED, log_probs, 0)),
+        summed((targets != IGNORED).long()),
         reference,
-        log_probs.sum(-1),
-        (read != IGNORED).sum(-1),
+        summed(log_probs),
+        summed((read != IGNORED).long()),
         rest,
     )
+
+
+class _Sums:
+    """Sums over the tokens of each answer: of rows [rows, sides, tokens], or of packs of pairs [packs, tokens]."""
+
+    def __init__(self, positions: Tensor | None, sides: int | None) -> None:
+        """Takes the `position_ids` of packs, and the most sides that one holds."""
+        self.is_in: Tensor | None = None
+        if positions is not None:
+            assert sides is not None, "packs come with their limits"
+            numbers = torch.arange(sides, device=positions.device)
+            self.is_in = pack_sides(positions)[:, None] == numbers[:, None]
+        self.positions = positions
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Returns [rows, sides]; padding is a side without tokens."""
+        if self.is_in is None:
+            return values.sum(-1)
+        # The token after one may be in the next side: that one has no target, so its value is 0.
+        return torch.where(self.is_in, values[:, None], 0).sum(-1).view(-1, 2)
+
+    def text_tokens(self, texts: dict[str, Tensor]) -> Tensor:
+        """Returns the tokens of prompts and answers as labels, with -100 for padding and the first of each side."""
+        if self.positions is None:
+            return texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)
+        return texts["input_ids"].masked_fill(self.positions == 0, IGNORED)
 
 
 def _graded(
@@ -88,11 +118,12 @@ def _graded(
 def _log_probs(
     passes: Passes, chunk_losses: Callable[..., Any], texts: dict[str, Tensor], targets: Tensor, most: int | None
 ) -> Tensor:
-    """Returns the log-probability of the token after each, float32 [rows, sides, tokens]; 0 where it has no target."""
+    """Returns the log-probability of the token after each, float32 like `targets`; 0 where it has no target."""
     flat = targets.reshape(-1)
 
     def batch() -> dict[str, Any]:
-        return {**{name: value.flatten(0, 1) for name, value in texts.items()}, "labels": targets.flatten(0, 1)}
+        named = {**texts, "labels": targets}
+        return named if targets.dim() == 2 else {name: value.flatten(0, 1) for name, value in named.items()}
 
     if (operands := passes.operands(batch())) is None:
         logits = passes.logits(batch()).flatten(0, 1).float()

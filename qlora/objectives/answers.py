@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora.config.registries.objectives import RowKind
@@ -59,6 +60,8 @@ class AnswerLoss:
     rows = RowKind.pairs
     columns: tuple[str, ...] = ("input_ids", "labels", "answer_start", "rejected_ids", "rejected_labels")
     is_model_loss = False
+    takes_transform = True
+    """Whether it computes what an architecture does to its logits: scales and caps."""
     reads_prompt = False
     """Whether the likelihood term counts the tokens of the prompt, too."""
     is_separable = True
@@ -150,23 +153,47 @@ class AnswerLoss:
         return batch["labels"]
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the rows that count and the tokens of the likelihood term of each row of a batch, float [rows, 2]."""
+        """Returns the rows that count and the tokens of the likelihood term of each row of a batch, float [rows, 2].
+
+        Of packs it returns these numbers of each pack.
+        """
         import torch
 
         labels = batch["labels"] != IGNORED
+        if "position_ids" in batch:
+            return self._count_packs(batch["position_ids"], labels)
         counts = labels.any(2).all(1)
         texts = labels[:, CHOSEN]
         if self.reads_prompt:
             texts = batch["attention_mask"][:, CHOSEN, 1:].bool() & counts[:, None]
         return torch.stack([counts.float(), texts.sum(1).float()], 1)
 
-    def prepare(self, *, compiled: bool) -> None:
-        """Compiles the cross entropy of a chunk with the decoder layers."""
+    def _count_packs(self, positions: Tensor, labels: Tensor) -> Tensor:
+        import torch
+
+        sides = pack_sides(positions)
+        counts, texts = [], []
+        for side, labelled in zip(sides, labels, strict=True):
+            number = int(side.max()) + 2  # of sides, in pairs
+            tokens = torch.bincount(side[labelled], minlength=number)[: number // 2 * 2].view(-1, 2)
+            is_pair = (tokens > 0).all(1)
+            whole = torch.bincount(side, minlength=number)[: number // 2 * 2].view(-1, 2)[:, CHOSEN] - 1
+            counts.append(is_pair.sum())
+            texts.append((whole if self.reads_prompt else tokens[:, CHOSEN])[is_pair].sum())
+        return torch.stack([torch.stack(counts).float(), torch.stack(texts).float()], 1)
+
+    def prepare(self, *, compiled: bool, scale: float = 1.0, cap: float | None = None) -> None:
+        """Compiles the cross entropy of a chunk with the decoder layers.
+
+        The model's logits are `scale` times the products with the output matrix, and with `cap` then
+        cap * tanh(logits / cap).
+        """
         import torch
 
         from qlora.objectives.linear_cross_entropy import entropies_and_gradient
 
-        self._chunk_losses = torch.compile(entropies_and_gradient) if compiled else entropies_and_gradient
+        chunk_losses = partial(entropies_and_gradient, scale=scale, cap=cap)
+        self._chunk_losses = torch.compile(chunk_losses) if compiled else chunk_losses
 
     def metrics(self) -> dict[str, float]:
         """Returns the means of what was noted since the last call, over the rows of this process."""
@@ -176,3 +203,8 @@ class AnswerLoss:
     def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
         """Returns the bytes of a cross entropy: the log-probabilities are computed as one."""
         return entropy_bytes(work)
+
+
+def pack_sides(positions: Tensor) -> Tensor:
+    """Returns which side of a pack each of its tokens is in, from 0, for `position_ids` [packs, tokens]."""
+    return (positions == 0).cumsum(1) - 1

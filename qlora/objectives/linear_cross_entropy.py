@@ -11,25 +11,38 @@ from torch import Tensor
 from qlora.objectives.protocol import CHUNK, IGNORED
 
 
-def entropy_and_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross entropy, float32 [], and its gradient with respect to `logits` [tokens, vocabulary].
+def entropy_and_gradient(
+    products: Tensor, targets: Tensor, smoothing: float = 0.0, scale: float = 1.0, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the summed cross entropy, float32 [], and its gradient with respect to `products` [tokens, vocabulary].
 
     The arguments are those of `entropies_and_gradient`.
     """
-    losses, gradient = entropies_and_gradient(logits, targets, smoothing)
+    losses, gradient = entropies_and_gradient(products, targets, smoothing, scale, cap)
     assert gradient is not None
     return losses.sum(), gradient
 
 
 def entropies_and_gradient(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, *, graded: bool = True
+    products: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    cap: float | None = None,
+    *,
+    graded: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the cross entropy of each token, float32 [tokens], and (`graded`) the gradient of each by its logits.
+    """Returns the cross entropy of each token, float32 [tokens], and (`graded`) its gradient by the token's products.
 
-    `logits` is [tokens, vocabulary], `targets` int64 [tokens]; a token with the target -100 has no loss. `smoothing` is
-    the share of a label's probability that is spread evenly over the vocabulary.
+    `products` is [tokens, vocabulary], `targets` int64 [tokens]; a token with the target -100 has no loss. `smoothing`
+    is the share of a label's probability that is spread evenly over the vocabulary. Logits are `scale` times the
+    products with the output matrix, and with `cap` then cap * tanh(logits / cap).
     """
-    fp32 = logits.float()
+    fp32 = products.float()
+    if scale != 1:
+        fp32 = fp32 * scale
+    if cap is not None:
+        fp32 = cap * torch.tanh(fp32 / cap)
     highest = fp32.amax(1, keepdim=True)
     exponents = (fp32 - highest).exp()
     total = exponents.sum(1, keepdim=True)
@@ -41,15 +54,20 @@ def entropies_and_gradient(
     losses = torch.where(counted, total.log() + highest - chosen, 0.0)[:, 0]
     if not graded:
         return losses, None
-    expected = (torch.arange(logits.shape[1], device=logits.device)[None, :] == target).to(fp32.dtype)
+    expected = (torch.arange(products.shape[1], device=products.device)[None, :] == target).to(fp32.dtype)
     if smoothing:
-        expected = (1 - smoothing) * expected + smoothing / logits.shape[1]
+        expected = (1 - smoothing) * expected + smoothing / products.shape[1]
     gradient = torch.where(counted, exponents / total - expected, 0.0)
-    return losses, gradient.to(logits.dtype)
+    if scale != 1:
+        gradient = gradient * scale
+    if cap is not None:
+        gradient = gradient * (1 - (fp32 / cap).square())
+    return losses, gradient.to(products.dtype)
 
 
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Returns the summed loss of a chunk, float32 [], and its gradient, for logits [tokens, vocabulary] and targets."""
+"""Returns the summed loss of a chunk, float32 [], and its gradient, for the products with the output matrix [tokens,
+vocabulary] and targets."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -69,7 +69,7 @@ class FastStep:
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
         self._replaces_forward = self._attention or self._loss or not objective.is_model_loss
-        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference, self._measure_weights)
+        self._passes = ForwardPasses(self.base, self._attention, self._loss, reference, self._measure_weights, packs)
 
     def _decide(self, name: str, part: Any) -> None:
         """Switches a shipped part on as the config asks for it, and notes why not."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora.step.part import Packs
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
 from qlora.step.reference import ReferenceWeights
@@ -35,10 +36,13 @@ class ForwardPasses:
         loss: FusedLoss | None,
         reference: ReferenceWeights | None,
         measure_weights: Callable[[], None],
+        packs: Packs | None,
     ) -> None:
         """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
         self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
         self._measure_weights = measure_weights
+        self.sides = None if packs is None else packs.rows
+        """The most sides of pairs in a pack; None: rows are not packed."""
         self.targets: int | None = None
         """The number of labels in the batch, or more; None: it is not known."""
 
@@ -65,8 +69,8 @@ class ForwardPasses:
 
     def rewards(self, batch: dict[str, Any]) -> Tensor:
         """Returns what the reward head makes of the last token of each row, float32 [rows]."""
-        last = batch["attention_mask"].sum(1) - 1
-        hidden = self.hidden_states(batch)
+        shape, last = batch["input_ids"].shape, batch["attention_mask"].sum(1) - 1
+        hidden = self.hidden_states(batch).view(*shape, -1)  # it may be laid out as one row
         return rewards_of(self.base, hidden[torch.arange(len(last), device=hidden.device), last])
 
     def reference(self) -> contextlib.AbstractContextManager[None] | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qlora.experts.layout import find_experts
+
 
 class ReferenceWeights:
     """Values of the trained parameters that the model takes on inside a block, without dropout.
@@ -19,18 +21,24 @@ class ReferenceWeights:
 
     def __init__(self, model: torch.nn.Module, values: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> None:
         self.model, self.values = model, values
+        self._experts = list(find_experts(model).values())
+        """Modules that drop by themselves what an adapter on them reads."""
         self._dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Makes the model the reference."""
         trained = [parameter.data for parameter, _ in self.values]
-        dropping = [module for module in self._dropouts if module.training]
+        dropping = [module for module in (*self._dropouts, *self._experts) if module.training]
+        fast = [module.__dict__["fast_experts"] for module in self._experts if "fast_experts" in module.__dict__]
+        rates = [experts.dropout for experts in fast]
         for parameter, value in self.values:
             parameter.data = value
         torch.clear_autocast_cache()
         for module in dropping:
             module.training = False
+        for experts in fast:
+            experts.dropout = 0.0
         try:
             yield
         finally:
@@ -39,3 +47,5 @@ class ReferenceWeights:
             torch.clear_autocast_cache()
             for module in dropping:
                 module.training = True
+            for experts, rate in zip(fast, rates, strict=True):
+                experts.dropout = rate

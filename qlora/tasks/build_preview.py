@@ -58,7 +58,7 @@ def build_preview(
             ),
         ),
         ("not read", describe_unread(report)),
-        ("packing", _packing(rows, data) if config.loss.rows is RowKind.tokens else ""),
+        ("packing", _packing(rows, data) if config.loss.rows is not RowKind.labelled and not config.loss.head else ""),
         (
             "steps",
             f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "

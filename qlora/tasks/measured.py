@@ -34,12 +34,14 @@ def load_model(job: TaskJob) -> PreTrainedModel | PeftModel:
     return model
 
 
-def measure_untuned(session: Session, model: PreTrainedModel | PeftModel, *, keep_adapter: bool = False) -> Measurement:
+def measure_untuned(
+    session: Session, model: PreTrainedModel | PeftModel, *, keep_adapter: bool = False, label: str = "the untuned base"
+) -> Measurement:
     """Measures the base of a model with its adapter switched off, unless that is to stay on."""
     from qlora.adapters import adapter_off
 
     rows = f" on {len(session.measurer.rows):,} held-out rows" if session.measures_rows else ""
-    console.say(f"measuring the untuned base{rows}")
+    console.say(f"measuring {label}{rows}")
     with contextlib.nullcontext() if keep_adapter else adapter_off(model):
         return session.measure_base(model)
 

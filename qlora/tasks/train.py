@@ -361,8 +361,9 @@ class Training:
                 raise DamagedFile(path, "it holds no measurement of the base") from error
         part_of_base = self.config.lora.init in adapters.REWRITES_BASE
         # A preference is compared with the model as the run begins, which may have an adapter.
-        is_start = self.session.start is not None and bool(self.config.loss.measured)
-        measured = measure_untuned(self.session, model, keep_adapter=part_of_base or is_start)
+        start = self.session.start if self.config.loss.measured else None
+        is_start, label = start is not None, "the untuned base" if start is None else f"the start ({short_path(start)})"
+        measured = measure_untuned(self.session, model, keep_adapter=part_of_base or is_start, label=label)
         predictions = measured.predictions or self._answer_few(model, untuned=not (part_of_base or is_start))
         if distributed.is_main_process():
             if predictions:

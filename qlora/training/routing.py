@@ -56,7 +56,7 @@ class RoutingMeter:
     def begin(self, batch: dict[str, Tensor]) -> None:
         """Prepares for a micro-batch, whose padding does not count."""
         mask = batch.get("attention_mask")
-        self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 else None
+        self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() in (2, 3) else None
         for module in (*self._experts, *self._routers):
             module.__dict__.pop(NOTED, None)
 

@@ -71,6 +71,10 @@ def kinds(folder: Path) -> dict[str, list[str]]:
         "workers": ["trainer.dataloader_num_workers=2", "trainer.group_by_length=false"],
         "packed": ["data.packing=true", "data.pack_length=64", "data.max_train_samples=24"],
         "pairs": ["loss=dpo", "data=local", f"data.path={pairs}", "data.eval_dataset_size=4", "loss.sft_weight=0.1"],
+        "packed pairs": [
+            *("loss=orpo", "data=local", f"data.path={pairs}", "data.eval_dataset_size=4"),
+            *("data.packing=true", "data.pack_length=96", "data.max_train_samples=24"),
+        ],
         "labelled": [
             *("loss=kto", "data=local", f"data.path={labelled}", "data.eval_dataset_size=4"),
             "trainer.per_device_train_batch_size=2",

@@ -37,6 +37,7 @@ def nothing() -> None:
         ("packed", [3, 7]),
         ("mixed", [6]),
         ("pairs", [3, 5]),
+        ("packed pairs", [5]),
         ("labelled", [5]),
     ],
 )

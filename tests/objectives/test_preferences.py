@@ -9,20 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from qlora import adapters
 from qlora.config.compose import compose
 from qlora.config.registries.objectives import SHIPPED, RowKind
 from qlora.config.schema import LOSS_SETTINGS, LossConfig
-from qlora.data.batching.collate import SidesCollator, count_work
+from qlora.data.batching.collate import Collator, SidesCollator, count_work
+from qlora.data.batching.packing import SIDES, PackedRows
 from qlora.errors import ConfigError
 from qlora.objectives import answer_passes, build_objective
 from qlora.objectives.answers import AnswerLoss, Answers
+from qlora.objectives.linear_cross_entropy import entropies_and_gradient
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
+from qlora.step.part import Packs
 from qlora.training.batches import CountingCollator
 from tests.real_models import CPU
 from tests.step.test_fast import build
@@ -89,6 +94,7 @@ def test_every_setting_of_a_loss_changes_it_or_its_reference(name: str) -> None:
             assert not torch.isclose(changed.loss(a, None), plain.loss(a, None)), setting
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", ["sft", *NAMES])
 def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
     value = {"reference": "base", "length_normalize": "true"}
@@ -109,7 +115,8 @@ def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
         (["loss=dpo", "loss.reference=base", "lora=pissa", "quantization=fp32"],
          r"loss\.reference=base and lora\.init=pissa exclude each"),
         (["loss=dpo", "data.train_on=all"], r"data\.train_on=all counts the tokens of the prompt, and loss=dpo comp"),
-        (["loss=dpo", "data.packing=true"], r"data\.packing=true joins rows of one answer each, and loss=dpo compares"),
+        (["loss=kto", "data.packing=true"], r"data\.packing=true joins rows into one, and loss=kto lays answers of"),
+        (["loss=reward", "data.packing=true"], r"data\.packing=true joins rows into one, and loss=reward reads the"),
         (["loss=dpo", "trainer.neftune_noise_alpha=5"], r"trainer\.neftune_noise_alpha=5 would compare answers with"),
         (["loss=kto", "trainer.per_device_train_batch_size=1"], r"per_device_train_batch_size=1 leaves none; set it"),
         (["objective=eval_reward_accuracy"], r"objective='eval_reward_accuracy' is not a metric of this run"),
@@ -135,25 +142,27 @@ def batch(rows: int = 4) -> dict[str, Tensor]:
             "desirable": torch.arange(rows) % 2 == 0}  # fmt: skip
 
 
-def step_of(loss: AnswerLoss, *overrides: str) -> tuple[Any, FastStep]:
+def step_of(loss: AnswerLoss, *overrides: str, packs: Packs | None = None) -> tuple[Any, FastStep]:
     model, _ = build()
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.2)
     reference = adapters.reference_at_start(model, is_base=True)
     config = composed(*overrides, "device=cpu", "trainer.fused_linear=false")
-    return model, FastStep(model, config.trainer, config.quantization, PLACEMENT, None, loss, reference)
+    return model, FastStep(model, config.trainer, config.quantization, PLACEMENT, packs, loss, reference)
 
 
-def gradients(name: str, batches: list[dict[str, Tensor]], count: Tensor | None, *overrides: str) -> Tensor:
+def gradients(
+    name: str, batches: list[dict[str, Tensor]], count: Tensor | None, *overrides: str, packs: int = 0
+) -> Tensor:
     """Returns the loss and the gradients of all micro-batches of a step."""
     loss = objective(f"loss={name}")
-    model, step = step_of(loss, *overrides)
+    model, step = step_of(loss, *overrides, packs=Packs(64, packs, 9) if packs else None)
     total = torch.zeros(())
     for micro in batches:
         inputs = copy.deepcopy(micro)
         if name != "kto":
-            del inputs["desirable"]
+            inputs.pop("desirable", None)
         step.targets = int((inputs["labels"] != IGNORED).sum())
         with step:
             part = model(**inputs, num_items_in_batch=count).loss
@@ -177,6 +186,20 @@ def test_tokens_without_a_target_are_not_multiplied_and_layers_may_be_computed_a
     again = gradients(name, [batch()], None, "trainer.fused_loss=true", "trainer.gradient_checkpointing=true")
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
     assert min(read) < batch()["labels"].numel()
+
+
+def test_scaled_and_capped_logits_have_their_entropy_and_gradient() -> None:
+    torch.manual_seed(3)
+    products, targets = torch.randn(6, 20, dtype=torch.float64).mul(20).requires_grad_(), torch.randint(0, 20, (6,))
+    targets[2] = IGNORED
+    expected = torch.nn.functional.cross_entropy(
+        30 * torch.tanh(0.5 * products / 30), targets, reduction="none", ignore_index=IGNORED
+    )
+    losses, gradient = entropies_and_gradient(products.detach(), targets, scale=0.5, cap=30.0)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), products)[0], rtol=1e-4, atol=1e-5)
+    assert entropies_and_gradient(products.detach(), targets, scale=0.5, cap=30.0, graded=False)[1] is None
 
 
 def test_8_bit_matmuls_measure_the_weights_of_the_reference_too() -> None:
@@ -222,12 +245,14 @@ def test_a_loss_of_another_package_is_a_few_lines() -> None:
     assert (hinge.rows, hinge.compares) == (RowKind.pairs, False)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", OF_ANSWERS)
 def test_hidden_states_and_logits_give_one_loss_and_one_gradient(name: str) -> None:
     plain = gradients(name, [batch()], None, "trainer.fused_loss=false")
     torch.testing.assert_close(gradients(name, [batch()], None, "trainer.fused_loss=true"), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name != "kto"])
 def test_rows_weigh_the_same_in_whatever_micro_batch_they_are(name: str) -> None:
     whole, loss = batch(), objective(f"loss={name}")
@@ -236,6 +261,32 @@ def test_rows_weigh_the_same_in_whatever_micro_batch_they_are(name: str) -> None
     torch.testing.assert_close(gradients(name, parts, count), gradients(name, [whole], None), rtol=1e-4, atol=1e-5)
 
 
+def packs_of(rows: dict[str, Tensor], width: int = 64) -> dict[str, Tensor]:
+    """Returns the rows of a batch as two packs."""
+    table: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "rejected_ids", "rejected_labels")}
+    for ids, labels, mask in zip(rows["input_ids"], rows["labels"], rows["attention_mask"].bool(), strict=True):
+        for side, names in enumerate(SIDES):
+            for name, values in zip(names, (ids, labels), strict=True):
+                table[name].append(values[side][mask[side]].tolist())
+    table["length"] = [len(a) + len(b) for a, b in zip(table["input_ids"], table["rejected_ids"], strict=True)]
+    packed = PackedRows(Dataset.from_dict(table), [np.array([2, 0, 1]), np.array([3])])
+    assert (packed.most_rows, packed.longest_row) == (6, max(map(len, table["input_ids"] + table["rejected_ids"])))
+    return Collator(0, width=width)([packed[0], packed[1]])
+
+
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name != "kto"])
+def test_packs_give_the_loss_and_the_gradient_of_rows(name: str) -> None:
+    rows = batch()
+    packs, loss = packs_of(rows), objective(f"loss={name}")
+    torch.testing.assert_close(loss.count(packs).sum(0), loss.count(rows).sum(0))
+    plain = gradients(name, [rows], loss.count(rows).sum(0))
+    for fused in ("true", "false"):
+        packed = gradients(name, [packs], loss.count(packs).sum(0), f"trainer.fused_loss={fused}", packs=6)
+        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5 * max(float(plain.abs().max()), 1))
+
+
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", OF_ANSWERS)
 def test_a_row_without_labels_counts_nothing(name: str) -> None:
     whole = batch(3)

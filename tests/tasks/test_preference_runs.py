@@ -82,6 +82,12 @@ def test_a_run_that_starts_from_an_adapter_compares_with_it_and_another_task_mea
         assert again[f"eval_{name}"] == pytest.approx(metrics[f"eval_{name}"], rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "reward"])
+def test_the_base_alone_is_measured_as_the_start(loss: str, pairs: Path, tmp_path: Path) -> None:
+    metrics = run(tmp_path / "base", f"loss={loss}", f"data.path={pairs}", "task=evaluate", "adapter=none")["metrics"]
+    assert (metrics["eval_reward_accuracy"], metrics["eval_reward_margin"]) == (0.5, 0)
+
+
 def test_a_reward_model_is_saved_for_plain_libraries_and_scores_pairs(pairs: Path, tmp_path: Path) -> None:
     overrides = ["loss=reward", f"data.path={pairs}", "trainer.eval_steps=null", "trainer.keep=last"]
     metrics = run(tmp_path / "run", *overrides)["metrics"]

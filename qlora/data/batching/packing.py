@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.token_store import column
 from qlora.errors import ConfigError
 
+SIDES = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
+"""The columns of tokens and labels of a row; a pair has both."""
 Pack = np.ndarray
 """The indices of the rows of one pack, int64 [rows of the pack]."""
 
@@ -95,15 +99,20 @@ class PackedRows:
     """The packs of tokenized rows; each is fetched from the rows' Arrow table when asked for."""
 
     def __init__(self, rows: Dataset, packs: Sequence[Pack]) -> None:
-        """Takes rows with the columns `input_ids`, `labels` and `length`, and what `pack` made of their lengths."""
-        self._rows = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
+        """Takes rows with the columns `input_ids`, `labels` and `length`, and what `pack` made of their lengths.
+
+        Of pairs, which have a rejected side too, both sides stand in a pack, the chosen one first.
+        """
+        self._sides = [names for names in SIDES if names[0] in rows.column_names]
+        self._rows = rows.select_columns([name for names in self._sides for name in names]).with_format("arrow")
         counts = np.array([len(indices) for indices in packs], dtype=np.int64)
         self._order = np.concatenate([np.zeros(0, np.int64), *packs])  # one array: workers are forked with it
         self._ends = np.cumsum(counts)
         lengths = column(rows, "length")[self._order]
         self.lengths = _sums(lengths, counts)
         """Tokens in each pack, int64 [packs]."""
-        self.most_rows, self.longest_row = int(counts.max(initial=0)), int(lengths.max(initial=0))
+        self.most_rows = int(counts.max(initial=0)) * len(self._sides)
+        self.longest_row = _longest_side(rows, lengths)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -123,14 +132,36 @@ class PackedRows:
         Positions restart at 0 with every row, by which a model separates the rows. The first label of a row
         is ignored: the token before it belongs to another row.
         """
-        table = self._rows[self.members(range(len(self))[index])]
-        ids = table["input_ids"].combine_chunks()
-        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        return self.join(self.members(range(len(self))[index]))
+
+    def join(self, members: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns some of the rows as a pack."""
+        table = self._rows[members]
+        parts = [[_split(table[name]) for name in names] for names in self._sides]
+        # Row by row, the sides of each one after the other.
+        ids, labels = ([part for row in zip(*(side[kind] for side in parts), strict=True) for part in row]
+                       for kind in (0, 1))  # fmt: skip
+        lengths = np.array([len(part) for part in ids], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
-        labels = np.array(table["labels"].combine_chunks().flatten())
-        labels[starts] = IGNORED
+        joined = np.concatenate(labels)
+        joined[starts] = IGNORED
         positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        return {"input_ids": np.array(ids.flatten()), "labels": labels, "position_ids": positions}
+        return {"input_ids": np.concatenate(ids), "labels": joined, "position_ids": positions}
+
+
+def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Returns the lists in a column."""
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return np.split(np.array(lists.flatten()), np.cumsum(lengths)[:-1])
+
+
+def _longest_side(rows: Dataset, lengths: np.ndarray) -> int:
+    """Returns the tokens of the longest row, of pairs of the longest side; `lengths` are those of the rows in packs."""
+    if "rejected_ids" not in rows.column_names:
+        return int(lengths.max(initial=0))
+    sides = rows.select_columns(["input_ids", "rejected_ids"]).with_format("arrow")[:]
+    return max(pc.max(pc.list_value_length(sides[name])).as_py() or 0 for name in sides.column_names)
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
