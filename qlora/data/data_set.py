@@ -311,7 +311,10 @@ class RowSet:
         template = f"{self.template_key}={suggest_thoughts(self.tokenizer)} writes them"
         rest = counts.untrained - counts.switched_off - counts.only_thoughts
         losses = (
-            (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+            (
+                counts.left_out,
+                "left out by their format (bad answers, chats in which nobody speaks, or fewer than two with scores)",
+            ),
             (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
             (
                 counts.switched_off,

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig, Pairs
 from qlora.data.pipeline import Data, build_data
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 
 MakeConfig = Callable[..., DataConfig]
 ASKED = [{"role": "user", "content": "two?"}]
@@ -166,6 +166,14 @@ def test_the_answers_of_pairs_are_good_and_bad_ones(read: Callable[..., Data]) -
         ([{"instruction": "a", "output": "b"}], RowKind.pairs,
          r"data\.path: it has the columns instruction, output and no rejected, and this loss compares two answers; "
          r"name the column of the worse ones with data\.columns\.rejected=COLUMN, or choose loss=sft"),
+        ([{"instruction": "a", "chosen_response": "b", "rejected_response": "c"}], RowKind.pairs,
+         r"name the columns of both with data\.columns\.chosen=chosen_response data\.columns\.rejected=rejected_response"),
+        ([{"question": "a", "accepted": "b", "rejected": "c"}], RowKind.pairs,
+         r"no chosen, and this loss .*; name the column of the better ones with data\.columns\.chosen=accepted, or"),
+        ([{"prompt": "a", "completions": ["b", "c"]}], RowKind.pairs,
+         r"data\.path: column completions holds answers without scores; put these into a column scores"),
+        ([{"prompt": "a", "completions": ["b", "c"], "scores": [1]}], RowKind.pairs,
+         r"data\.path: column scores holds 1 scores of 2 answers in column completions"),
         ([{"instruction": "a", "output": "b"}], RowKind.labelled,
          r"it has the columns instruction, output and no label, and this loss needs answers that are labelled"),
         ([{"chosen": "yes it is", "rejected": "no"}], RowKind.pairs,
@@ -299,3 +307,19 @@ def test_published_layouts_of_pairs_keep_all_that_was_asked(
     assert all(word in prompt for word in (["hi", "ho"] if "history" in row or "conversations" in row else []))
     assert ("s" in row.get("system", "")) <= prompt.count("s\n")
     assert data.report.unread == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, RowKind.pairs,
+         r"data\.pairs=all is read in rows of several answers with scores, and data\.path is read as chosen; leave it out"),
+        ({"prompt": "p", "completions": SCORED}, RowKind.labelled,
+         r"data\.pairs=all makes pairs for a loss that compares two answers, such as loss=dpo; leave it out"),
+    ],
+)  # fmt: skip
+def test_all_pairs_are_refused_where_scores_give_none(
+    row: dict[str, Any], kind: RowKind, message: str, read: Callable[..., Data]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read([row], kind, pairs=Pairs.all)

@@ -69,11 +69,15 @@ def check_columns(kind: RowKind, columns: Iterable[str], name: str) -> None:
     columns = list(columns)
     if name == scores.NAME:
         return
-    if kind is RowKind.pairs and "rejected" not in columns:
+    missing = [side for side in ANSWER_COLUMNS if side not in columns]
+    if kind is RowKind.pairs and (missing == ["chosen"] or "rejected" in missing):
         other = "loss=kto, which reads labels" if label_columns(columns, LABELS) else "loss=sft"
+        settings = _name_sides(columns)
+        side, whose = ("chosen", "of the better ones") if missing == ["chosen"] else ("rejected", "of the worse ones")
+        named = f"columns of both with {settings}" if " " in settings else f"column {whose} with {settings}"
         raise DataError(
-            f"it has the columns {listed(columns)} and no rejected, and this loss compares two answers; name the "
-            f"column of the worse ones with {_name_sides(columns)}, or choose {other}"
+            f"it has the columns {listed(columns)} and no {side}, and this loss compares two answers; name the {named}, "
+            f"or choose {other}"
         )
     if kind is RowKind.labelled and not (set(ANSWER_COLUMNS) <= set(columns) or label_columns(columns, LABELS)):
         raise DataError(
@@ -97,7 +101,8 @@ def describe_kind(kind: RowKind, name: str, labels: Sequence[str], pairs: Pairs)
 def _name_sides(columns: Sequence[str]) -> str:
     """Returns the settings that name the columns of both answers, where their names say so."""
     names = {side: _named_after(side, columns) for side in ANSWER_COLUMNS if side not in columns}
-    settings = [f"data.columns.{side}={name or 'COLUMN'}" for side, name in names.items() if name or side == "rejected"]
+    last = list(names)[-1]
+    settings = [f"data.columns.{side}={name or 'COLUMN'}" for side, name in names.items() if name or side == last]
     return " ".join(settings)
 
 

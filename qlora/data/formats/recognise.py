@@ -152,6 +152,8 @@ def recognise(rows: _Rows) -> Choice:
     if rows.kind is RowKind.pairs or (rows.kind is RowKind.labelled and not label_columns(rows.columns, LABELS)):
         first = "chosen" if set(ANSWER_COLUMNS) <= set(rows.columns) else scores.NAME
         fitting = [first] if first in fitting else fitting
+    if not fitting and rows.kind is not RowKind.tokens:
+        _check_answers(rows)
     if not fitting:
         raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
@@ -166,6 +168,16 @@ def recognise(rows: _Rows) -> Choice:
             f"({rows.setting}=module:function){way_out}"
         )
     return Choice(name, f"{_columns(rows)}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
+
+
+def _check_answers(rows: _Rows) -> None:
+    """Raises `DataError` that says what rows lack of two answers, or of a label."""
+    try:
+        for row in rows.sample if any(column in rows.columns for column in scores.LISTS) else ():
+            scores.read_answers(row)
+        check_columns(rows.kind, rows.columns, "")
+    except DataError as error:
+        raise DataError(f"{rows.subject.rpartition(' ')[0]}: {error}") from None
 
 
 def _is_prompt_only(name: str, rows: _Rows) -> bool:

@@ -71,17 +71,20 @@ def is_out_of_order(row: Row) -> bool:
 
 
 def holds_scores(row: Row) -> bool:
-    """Tells whether a row holds answers with scores."""
+    """Tells whether a row holds answers with scores, or none."""
     try:
-        return bool(read_answers(row))
+        read_answers(row)
     except DataError:
         return False
+    return True
 
 
 def read_answers(row: Row) -> list[Answer]:
     """Returns the answers of a row that have a score; raises `DataError` for one that holds none or no scores."""
     column = next((name for name in LISTS if not is_missing(peek(row, name))), LISTS[0])
     cell = decode(row.get(column))
+    if is_missing(cell):
+        return []
     if isinstance(cell, Mapping) and all(isinstance(part, list) for part in cell.values()):
         cell = [dict(zip(cell, parts, strict=True)) for parts in zip(*cell.values(), strict=True)]
     if not isinstance(cell, list):
