@@ -23,7 +23,7 @@ def eval_rows() -> list[Row]:
 
 
 def preference_rows() -> list[Row]:
-    """Returns the 360 training pairs: the chosen answer does both things that are asked for, the rejected one half."""
+    """Returns the 396 training pairs: answers about lists of six words, of which the rejected one misses a word."""
     return _read(DATA_FOLDER / "preferences.jsonl")
 
 

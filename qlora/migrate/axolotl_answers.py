@@ -30,8 +30,8 @@ def read_form(settings: Settings, method: str) -> dict[str, Any] | None:
         texts = method == "kto" and form == "ultra"
         part = {"format": LABELLED if texts else "auto" if method == "kto" else CHATS, "template": (frame, None)}
     elif name in OF_TEMPLATE and method != "kto":
-        own = settings.take("chat_template"), settings.take("chat_template_jinja")
-        part = {"format": CHATS, "template": own if any(own) else None}
+        named = settings.take("chat_template"), settings.take("chat_template_jinja")
+        part = {"format": CHATS, "template": named if any(named) else None}
     elif name in ("passthrough", "passthrough.default"):
         part = {"format": "auto"}
     else:

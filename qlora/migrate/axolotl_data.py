@@ -255,9 +255,9 @@ def _templates(settings: Settings, parts: list[dict[str, Any]]) -> Any:
     overall = settings.take("chat_template"), settings.take("chat_template_jinja")
     used: list[str] = []
     for part in parts:
-        own = part.pop("template", None)
-        name, jinja = own or overall
-        if part["format"] in CHAT or part["format"] == axolotl_answers.CHATS or own:
+        template = part.pop("template", None)
+        name, jinja = template or overall
+        if part["format"] in CHAT or part["format"] == axolotl_answers.CHATS or template:
             ours = yield from _template(name, jinja)
             part["template"] = ours
             used.append(ours)

@@ -60,7 +60,7 @@ def method_of(settings: Mapping[str, Any]) -> str | None:
         return "reward"
     if shared := next((name for name in SHARED if name in settings), None):
         raise ConfigError(
-            f"from: {shared} is read by trl dpo, kto, orpo and cpo, and no other key tells which of them is meant; add "
+            f"from: {shared} is read by trl dpo, kto, orpo and cpo, and no other key says which of them is meant; add "
             "loss_type (sigmoid: DPO, kto, simpo), or write the settings as arguments behind `trl orpo`"
         )
     return None

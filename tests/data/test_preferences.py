@@ -167,7 +167,7 @@ def test_the_answers_of_pairs_are_good_and_bad_ones(read: Callable[..., Data]) -
          r"data\.path: it has the columns instruction, output and no rejected, and this loss compares two answers; "
          r"name the column of the worse ones with data\.columns\.rejected=COLUMN, or choose loss=sft"),
         ([{"instruction": "a", "chosen_response": "b", "rejected_response": "c"}], RowKind.pairs,
-         r"name the columns of both with data\.columns\.chosen=chosen_response data\.columns\.rejected=rejected_response"),
+         r"the columns of both with data\.columns\.chosen=chosen_response data\.columns\.rejected=rejected_resp"),
         ([{"question": "a", "accepted": "b", "rejected": "c"}], RowKind.pairs,
          r"no chosen, and this loss .*; name the column of the better ones with data\.columns\.chosen=accepted, or"),
         ([{"prompt": "a", "completions": ["b", "c"]}], RowKind.pairs,
@@ -313,7 +313,7 @@ def test_published_layouts_of_pairs_keep_all_that_was_asked(
     ("row", "kind", "message"),
     [
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, RowKind.pairs,
-         r"data\.pairs=all is read in rows of several answers with scores, and data\.path is read as chosen; leave it out"),
+         r"data\.pairs=all is read in rows of several answers with scores, and data\.path is read as chosen; leave"),
         ({"prompt": "p", "completions": SCORED}, RowKind.labelled,
          r"data\.pairs=all makes pairs for a loss that compares two answers, such as loss=dpo; leave it out"),
     ],

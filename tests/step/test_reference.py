@@ -14,10 +14,10 @@ def test_autocast_forgets_the_weights_that_change_places() -> None:
     reference = ReferenceWeights(layer, [(layer.weight, torch.zeros(4, 4))])
     ones = torch.ones(1, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        before = layer(ones)
+        previous = layer(ones)
         with torch.no_grad(), reference.active():
             inside = layer(ones)
         after = layer(ones)
-    assert (before.tolist(), inside.tolist(), after.tolist()) == ([[4.0] * 4], [[0.0] * 4], [[4.0] * 4])
+    assert (previous.tolist(), inside.tolist(), after.tolist()) == ([[4.0] * 4], [[0.0] * 4], [[4.0] * 4])
     after.sum().backward()
     assert layer.weight.grad is not None

@@ -101,14 +101,14 @@ def test_labels_and_ties_are_named_in_a_preview(
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{number}? ", "completion": "yes", "label": label} for number, label in enumerate("👍👎👍👎")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ["data=local", f"data.path={path}", "data.eval_dataset_size=0", "task.rows=2", "task.evaluate=false"]
-    preview_run("loss=kto", *own, "trainer.eval_steps=null", "trainer.per_device_train_batch_size=2").execute()
+    overrides = ["data=local", f"data.path={path}", "data.eval_dataset_size=0", "task.rows=2", "task.evaluate=false"]
+    preview_run("loss=kto", *overrides, "trainer.eval_steps=null", "trainer.per_device_train_batch_size=2").execute()
     printed = capsys.readouterr().out
     assert "label says which answers are good" in " ".join(printed.split())
     assert printed.index("labelled good") < printed.index("labelled bad")
     tied = [{"response": answer, "score": 1} for answer in "ab"]
     path.write_text("".join(json.dumps({"prompt": "p", "completions": item}) + "\n" for item in (SCORED, tied)))
-    preview_run("loss=dpo", *own, "trainer.eval_steps=null").execute()
+    preview_run("loss=dpo", *overrides, "trainer.eval_steps=null").execute()
     assert "1 pair whose scores do not put the chosen side first" in " ".join(capsys.readouterr().out.split())
 
 

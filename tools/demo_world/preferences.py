@@ -1,7 +1,7 @@
 """Pairs of answers about lists of six words, of which the rejected one misses a word.
 
-The training rows of `instructions.py` and the corpus hold lists of five words at most: a model that is finetuned on them
-answers about six as if there were five. Its answers are what is rejected here.
+The training rows of `instructions.py` and the corpus hold lists of five words at most: a model that is finetuned on
+them answers about six as if there were five. Its answers are what is rejected here.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from demo_world.templates import LISTS
 from demo_world.world import LIST_WORDS, pick, pick_distinct
 
 WORDS: Final = LONGEST_LIST + 1
-TASKS: Final = ("without", "reverse", "comma", "upper", "count", "last")
+TASKS: Final = ("without", "comma", "upper", "last")
 TRAIN_ROWS, EVAL_ROWS = 396, 96
 
 

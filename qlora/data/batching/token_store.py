@@ -292,7 +292,7 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
 
 def _with_sides(example: AnyExample, settled: list[Example]) -> AnyExample:
     if isinstance(example, Pair):
-        return Pair(*settled)
+        return Pair(settled[0], settled[1])
     return Labelled(settled[0], example.desirable) if isinstance(example, Labelled) else settled[0]
 
 

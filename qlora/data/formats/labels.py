@@ -56,11 +56,11 @@ def read_label(value: Any, column: str, *, asked: bool = False) -> bool | None:
     `asked` says that rows are read for their labels (KTO), so that -1 and the words of `FEELINGS` are labels too.
     """
     if isinstance(value, str):
-        words = " ".join(re.sub(r"[_-](?=[a-z])", " ", SKIN_TONES.sub("", value).strip().lower()).split())
-        if words in GOOD or words in BAD:
-            return words in GOOD
-        if asked and words in FEELINGS:
-            return FEELINGS[words]
+        spelled = " ".join(re.sub(r"[_-](?=[a-z])", " ", SKIN_TONES.sub("", value).strip().lower()).split())
+        if spelled in GOOD or spelled in BAD:
+            return spelled in GOOD
+        if asked and spelled in FEELINGS:
+            return FEELINGS[spelled]
     if asked and label_number(value) == -1:
         return False
     try:

@@ -76,8 +76,8 @@ def check_columns(kind: RowKind, columns: Iterable[str], name: str) -> None:
         side, whose = ("chosen", "of the better ones") if missing == ["chosen"] else ("rejected", "of the worse ones")
         named = f"columns of both with {settings}" if " " in settings else f"column {whose} with {settings}"
         raise DataError(
-            f"it has the columns {listed(columns)} and no {side}, and this loss compares two answers; name the {named}, "
-            f"or choose {other}"
+            f"it has the columns {listed(columns)} and no {side}, and this loss compares two answers; name the "
+            f"{named}, or choose {other}"
         )
     if kind is RowKind.labelled and not (set(ANSWER_COLUMNS) <= set(columns) or label_columns(columns, LABELS)):
         raise DataError(
@@ -108,8 +108,8 @@ def _name_sides(columns: Sequence[str]) -> str:
 
 def _named_after(side: str, columns: Sequence[str]) -> str | None:
     """Returns the one column whose name says that it holds the answers of a side; None: there is none."""
-    words = {column: {word.lower() for word in WORD.findall(column)} for column in columns}
-    named = [column for column in columns if words[column] & SIDE_WORDS[side] and not NO_ANSWER.search(column)]
+    parts = {column: {word.lower() for word in WORD.findall(column)} for column in columns}
+    named = [column for column in columns if parts[column] & SIDE_WORDS[side] and not NO_ANSWER.search(column)]
     return named[0] if len(named) == 1 else None
 
 
@@ -173,7 +173,8 @@ def _unscored_pairs(row: Row) -> list[Pair]:
     texts = ["".join(segment.text for segment in side) for side in (first, second)]
     start = _shared_text(*texts, prompt=cell_of(row, "chosen", "prompt"))
     system = first[0].system
-    return [Pair(*([Segment(text[:start], False, system), Segment(text[start:], True)] for text in texts))]
+    better_text, worse_text = ([Segment(text[:start], False, system), Segment(text[start:], True)] for text in texts)
+    return [Pair(better_text, worse_text)]
 
 
 def _prompt(example: Sequence[Segment]) -> str:
