@@ -44,14 +44,16 @@ from qlora.evaluation.suites import build_suite, fit_answers
 from qlora.experts.host import CudaCopies, describe_waiting, experts_on_host
 from qlora.models import loading, random_weights
 from qlora.models.context import describe_limit, fit_rows, model_context
+from qlora.models.decoded_files import DecodedTensors
 from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
-from qlora.models.first_pass import explain_nonfinite
+from qlora.models.first_pass import explain_nonfinite, try_training
 from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.model_files import locate
 from qlora.models.new_tokens import add_end_token, resize_embeddings
 from qlora.models.same_base import check_base, identify_base
+from qlora.models.saved_quantization import is_mxfp4
 from qlora.models.tokenizer import (
     check_vocabulary,
     load_saved_tokenizer,
@@ -75,6 +77,7 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
 from qlora.step.reference import ReferenceWeights
 from qlora.step.shard import shard_base
+from qlora.training.device_checks import check_checkpointing
 from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
 from qlora.training.trackers import NoTracker, TrackedRun, Tracker, build_tracker
@@ -260,6 +263,7 @@ class Session:
             device=self.placement.device,
             autocast=self.placement.autocast,
             seed=self.config.seed,
+            dtype=self.placement.compute_dtype,
             compare=self._comparison(),
         )
 
@@ -435,7 +439,8 @@ class Session:
         if self.has_random_weights:
             return self._random_weights()
         model = self.config.model
-        return Checkpoint(local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir))
+        saved = Checkpoint(local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir))
+        return DecodedTensors(saved) if is_mxfp4(self.model_config) else saved
 
     def _random_weights(self) -> random_weights.RandomWeights:
         return random_weights.RandomWeights(self.model_config, placement=self.placement, seed=self.config.seed)
@@ -447,12 +452,16 @@ class Session:
 
     def build_model(self) -> PreTrainedModel | PeftModel:
         """Returns the base with a fresh adapter, as it is trained."""
-        model = self.add_adapter(self.load_base())
+        base = self.load_base()
+        check_checkpointing(self.config.trainer, base)
+        model = self.add_adapter(base)
         if isinstance(model, PeftModel) and isinstance(self.objective, AnswerLoss) and self.objective.compares:
             is_base = self.config.loss.reference is Reference.base
             self.reference_weights = adapters.reference_at_start(model, is_base=is_base)
             self.reference = self.reference_weights.active
-        if self.is_sharded:
+        if not self.is_sharded:
+            try_training(model, f"model.name={self.config.model.name}", self.placement)
+        else:
             assert isinstance(model, PeftModel), "Config checks it"
             shard_base(model, self.placement.device, distributed.world_size())
         return model

@@ -23,7 +23,8 @@ from qlora.config.schema import Config, PlanStep, QuantizationConfig
 from qlora.models import loading
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.adapter_targets import find_targets
-from qlora.planning.model_shape import Shape, read_shape
+from qlora.planning.model_shape import Shape
+from qlora.planning.read_shape import read_shape
 from qlora.planning.setup import Setup
 from qlora.quantization.method import find_method
 from qlora.runtime.device import Placement

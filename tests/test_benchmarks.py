@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora.config.compose import compose
 from qlora.run import Run
@@ -235,3 +237,26 @@ def test_the_optimizer_of_a_timed_step_is_the_config_s(monkeypatch: pytest.Monke
         assert isinstance(optimizer, kind)
         assert optimizer.is_paged == optim.startswith("paged")
         assert optimizer.param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.full
+def test_the_families_benchmark_examines_types_and_says_why_not(tmp_path: Path) -> None:
+    file = tmp_path / "families.json"
+    kinds = ["llama", "bert", "falcon_h1", "gemma3n_text"]
+    printed = run("families.py", "--json", str(file), "--types", *kinds)
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert set(results) == set(kinds)
+    assert {results["llama"][name] for name in ("trains", "packs", "merges", "plain PEFT", "planned")} == {"yes"}
+    assert "is an encoder" in results["bert"]["refused"]
+    assert "lets packed rows see each other" in results["falcon_h1"]["packs"]
+    assert "of its 4 causal types 3 train" in printed
+
+
+def test_every_causal_type_stands_in_the_table_and_none_ended_with_a_traceback() -> None:
+    results = json.loads((BENCHMARKS / "families.json").read_text(encoding="utf-8"))
+    assert [kind for kind, row in results.items() if "error" in row] == []
+    if {row["transformers"] for row in results.values()} == {transformers.__version__}:
+        assert set(results) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    page = (BENCHMARKS.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- families: begin -->")[2].partition("<!-- families: end -->")[0]
+    assert [kind for kind in results if f"`{kind}`" not in table] == []

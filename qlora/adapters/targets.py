@@ -17,8 +17,10 @@ from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.experts.names import SHARED
 from qlora.models.decoder import EXPERTS, ROUTER, linear_modules, read_decoder
 from qlora.models.experts_per_token import experts_per_token
+from qlora.models.read_weights import weights_read
 from qlora.quantization.method import method_of
 from qlora.upstream.peft import calls_layer, names_of_experts
+from qlora.upstream.transformers_model import decoder_of
 
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """How projections of experts are called in the files of models and in the commands of other tools."""
@@ -87,7 +89,7 @@ def _check_has_experts(experts: LoraExperts, model: PreTrainedModel, *, routed: 
 
 def _routed(model: PreTrainedModel) -> list[str]:
     """Returns the tensors of routed experts that text runs through, by the ends of their names where these suffice."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     every = {
         f"{name}.{projection}"
@@ -153,8 +155,10 @@ def find_target_modules(requested: list[str], model: PreTrainedModel) -> list[st
     """
     routers = {matrix.name.removesuffix(".weight") for matrix in read_decoder(model).matrices if matrix.kind == ROUTER}
     names = [name for name in linear_modules(model) if name not in routers]  # its output may be more than a tensor
+    read = weights_read(model)
+    uncalled = {name for name in names if read.get(name) or not calls_layer(last_name(name), model)}
     if requested == ["all-linear"]:
-        chosen = [name for name in names if calls_layer(last_name(name), model)]
+        chosen = [name for name in names if name not in uncalled]
         if not chosen:
             raise ConfigError(f"lora.target_modules: {model.config.model_type} has no linear layer; use lora=none")
         return chosen
@@ -178,6 +182,11 @@ def find_target_modules(requested: list[str], model: PreTrainedModel) -> list[st
             f"the model has {kinds}, or use all-linear"
         )
     chosen = sorted({name for matched in matches.values() for name in matched})
+    if beyond := sorted({last_name(name) for name in uncalled.intersection(chosen)}):
+        raise ConfigError(
+            f"lora.target_modules {beyond}: the code of {model.config.model_type} reads the weight of such a layer "
+            "without calling it, so an adapter on it would be ignored; leave it out, or use all-linear"
+        )
     is_plain = all(pattern in kinds for pattern in requested) and len(chosen) == _count(requested, model)
     is_plain = is_plain and not names_of_experts(requested, model)
     return requested if is_plain else chosen

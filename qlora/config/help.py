@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import enum
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from qlora.config.options import CONF_DIR, group_names, option_names
 from qlora.config.search_path import option_folder
 from qlora.errors import ConfigError, did_you_mean
 from qlora.text import terminal_width, wrap
+
+MANY_OPTIONS = 30
+"""A group with more options stands by families on its page."""
 
 WIDEST = 100
 """Columns of a page on a wider terminal."""
@@ -154,8 +158,11 @@ def _group_page(group: str, config_dir: Path | None) -> Iterator[str]:
     chosen = default_options().get(group)
     if listed := options(group, config_dir):
         yield f"\nOptions ({group}=OPTION):\n"
-    width = max(map(len, listed), default=0) + 3
+    width, family = max(map(len, listed), default=0) + 3, ""
     for name, comment in listed.items():
+        if len(listed) > MANY_OPTIONS and preset_family(name) != family:
+            yield from ([""] if family else [])
+            family = preset_family(name)
         mark = "*" if name == chosen else " "
         yield from wrapped(comment, f"  {name + mark:<{width}}", width + 2)
     if chosen in listed:
@@ -197,6 +204,12 @@ def options(group: str, config_dir: Path | None = None) -> dict[str, str]:
     files = sorted(file for folder in folders for file in folder.glob("*.yaml"))
     by_size = sorted({file.stem: file for file in reversed(files)}.items(), key=lambda item: _natural(item[0]))
     return {name: _comment(file) for name, file in by_size}
+
+
+def preset_family(name: str) -> str:
+    """Returns the family of a model's preset, the letters that its name begins with: `llama` of `llama-3.1-8b`."""
+    match = re.match(r"[a-z]+(-oss)?", name.lower())
+    return match[0] if match else name
 
 
 def _natural(name: str) -> list[tuple[int, float | str]]:

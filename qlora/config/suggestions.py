@@ -73,13 +73,31 @@ def unknown_option(group: str, choice: str, options: Sequence[str], where: str =
     if (known := FOREIGN_OPTIONS.get(group, {}).get(choice.lower())) is not None:
         return ConfigError(f"{says}; write {known}, or see `qlora --help {group}`")
     names = [*options, *(row_files() if group == "data" else [])]
-    near = suggest(choice, names)
+    near = nearest_presets(choice, names) if group == "model" else suggest(choice, names)
     page = f"the {len(options)} of `qlora --help {group}`{OTHER_CHOICES.get(group, '')}"
     fewer = (near, near[:2], near[:1])
-    sentences = (f"{says}{mean(names)}; choose one of {choices}" for names in fewer for choices in (listed, page))
+    sentences = (f"{says}{mean(some)}; choose one of {choices}" for some in fewer for choices in (listed, page))
     return ConfigError(
         next((text for text in sentences if len(text) < LONGEST), f"{says}{mean(near[:1])}; choose one of {page}")
     )
+
+
+def nearest_presets(choice: str, options: Sequence[str]) -> list[str]:
+    """Returns the models nearest to a name: those of its size first, and those that chat where it says so.
+
+    What a name says of chatting is spelled otherwise from family to family: `qwen3.5-9b-instruct` is `qwen3.5-9b`.
+    """
+    choice = choice.lower()
+    asked, size = CHATTING.search(choice), SIZE.search(choice)
+    near = suggest(ROLE.sub("", choice), [ROLE.sub("", name) for name in options])
+    if size is not None and len(near) > 1:
+        near = [name for name in near if size[0] in SIZE.findall(name)] or near
+    names = [name for name in options if ROLE.sub("", name) in near]
+    if asked is None:  # of each model one
+        by_model = {ROLE.sub("", name): name for name in sorted(names, key=lambda name: not ROLE.search(name))}
+        return [by_model[stem] for stem in dict.fromkeys(near)][:3]
+    chat = [name for name in names if CHATTING.search(name)]
+    return (chat or [name for name in names if not ROLE.search(name)] or names)[:3]
 
 
 def _meant_elsewhere(group: str, choice: str) -> str | None:
@@ -102,6 +120,11 @@ def row_files() -> list[str]:
     return [path.name for path in sorted(Path().iterdir()) if is_row_file(path.name)]
 
 
+CHATTING = re.compile(r"-(it|instruct|chat)(-\d+)?$")
+ROLE = re.compile(r"-(it|instruct|chat|base|pt|hf)(-\d+)?$")
+"""What the end of a model's name says of its training."""
+SIZE = re.compile(r"(?<![\w.])e?\d+(?:\.\d+)?[bm](?![a-z0-9])")
+"""The parameters in a model's name."""
 WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DOCUMENTS = (".pdf", ".docx", ".doc", ".odt", ".html", ".md", ".pptx")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")

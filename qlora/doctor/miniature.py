@@ -38,6 +38,25 @@ SMALL_MIXTURE: dict[str, Any] = {
     "mlp_only_layers": [],
 }
 """The sizes of a small mixture whose first layer has experts."""
+SMALL_OPTIONS: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "global_head_dim"), HEAD_WIDTH),
+    "mamba_n_heads": 2 * HEADS,
+    "mamba_d_state": 16,
+    "shared_intermediate_size": 64,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 1600,
+    "num_kv_shared_layers": 0,
+    "num_global_key_value_heads": 1,
+    "top_k_experts": 2,
+    "num_dense_layers": 0,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 0,
+}
+"""The sizes of a small layer that stand in `model.architecture.options`."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +117,18 @@ def _shrink(architecture: ArchitectureConfig) -> ArchitectureConfig:
         for name, size in SMALL_MIXTURE.items()
         if _is_set(getattr(architecture, name), getattr(defaults, name, None))
     }
+    said = {name: value for name, value in architecture.options.items() if not isinstance(value, list)}
+    small = {
+        name: size
+        for name, size in SMALL_OPTIONS.items()
+        if name in said or (hasattr(defaults, name) and _is_set(None, getattr(defaults, name)))
+    }
+    small = {name: size for name, size in small.items() if said.get(name) != 0}  # the model has none
     return replace(
         architecture,
+        options={**said, **small},
         hidden_size=HEADS * HEAD_WIDTH,
-        intermediate_size=2 * HEADS * HEAD_WIDTH,
+        intermediate_size=None if architecture.intermediate_size is None else 2 * HEADS * HEAD_WIDTH,
         num_hidden_layers=1,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS // 2 if grouped else HEADS if architecture.num_key_value_heads else None,

@@ -18,6 +18,8 @@ from qlora.models.model_files import is_local, locate
 from qlora.quantization.method import find_method
 from qlora.text import format_percent
 
+LINEAR_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+"""The modules of the packages of `qlora[linear]`."""
 LEAST_AGREEMENT = 0.99
 """The cosine of a gradient before and after an evaluation; bitsandbytes' repacked weights gave 0.24."""
 
@@ -113,6 +115,8 @@ def check_support(config: Config) -> Iterator[Finding]:
                    f"pip install {package.replace('_', '-')}, or use sdpa")  # fmt: skip
     else:
         yield fine("attention", requested or "transformers' choice (sdpa where the model allows it)")
+    if config.data.packing:
+        yield from _check_packing(config)
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             yield warn("compile", "Triton is not installed: the fast step stays off", "pip install triton")
@@ -120,3 +124,22 @@ def check_support(config: Config) -> Iterator[Finding]:
             yield fail("compile", "there is no C compiler, which Triton needs", "apt-get install gcc, or CC=PATH")
     elif config.trainer.compile is True and shutil.which("g++") is None and shutil.which("clang++") is None:
         yield fail("compile", "trainer.compile=true on a CPU needs a C++ compiler", "apt-get install g++")
+
+
+def _check_packing(config: Config) -> Iterator[Finding]:
+    """Looks for the kernels with which recurrent layers keep packed rows apart."""
+    from transformers import CONFIG_MAPPING
+
+    from qlora.upstream.transformers_model import RECURRENT_LAYERS
+
+    kind = find_architecture(config)[0].model_type
+    settings = {**(CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}), **_stored_config(config)}
+    if not RECURRENT_LAYERS.intersection(settings.get("layer_types") or ()):
+        return
+    missing = [name for module, name in LINEAR_KERNELS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        yield warn("packing", f"{kind} has recurrent layers, which keep packed rows apart with kernels of "
+                   f"{' and '.join(LINEAR_KERNELS.values())}; not installed: {', '.join(missing)}",
+                   "pip install 'qlora[linear]', or set data.packing=false")  # fmt: skip
+    else:
+        yield fine("packing", f"{' and '.join(LINEAR_KERNELS.values())} keep packed rows apart in recurrent layers")

@@ -65,13 +65,13 @@ def generate(
     The caller sets autocast and evaluation mode.
     """
     end_ids = end_token_ids(model, tokenizer)
-    end_texts = spelled_ends(end_ids, tokenizer)
     settings = build_settings(config, pad_token_id=pad_token_id, end_ids=end_ids)
     inputs = left_pad(prompts, pad_token_id, device)
     with own_settings_aside(model):
         output = generate_ids(model, inputs, generation_config=settings, **community_code(config))
     answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_answer(ids, end_ids, end_texts, tokenizer) for ids in answers]
+    to_answer = AnswerReader(tokenizer, end_ids)
+    return [to_answer(ids) for ids in answers]
 
 
 def left_pad(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -108,7 +108,8 @@ def cut_at(text: str, ends: Sequence[str]) -> str:
 def build_settings(config: GenerationConfig, *, pad_token_id: int, end_ids: list[int]) -> HFGenerationConfig:
     """Returns transformers' settings without those that the chosen search does not read."""
     options = asdict(config) | {"max_new_tokens": config.new_tokens}
-    del options["batch_size"]
+    for name in ("batch_size", "loop", "weights"):
+        del options[name]
     if not config.do_sample:  # only sampling reads these, and transformers warns about them otherwise
         for name in ("temperature", "top_p", "typical_p"):
             del options[name]
@@ -137,9 +138,16 @@ def community_code(config: GenerationConfig) -> dict[str, object]:
     return {"custom_generate": COMMUNITY[name], "trust_remote_code": True} if name else {}
 
 
-def _answer(ids: list[int], end_ids: list[int], end_texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    end = next((index for index, token in enumerate(ids) if token in end_ids), None)
-    kept = ids if end is None else ids[:end]
-    said = decode(tokenizer, kept, skip_special_tokens=True)
-    text = cut_at(said, end_texts)
-    return Answer(text.strip(), len(kept), "length" if end is None and text == said else "stop")
+class AnswerReader:
+    """Makes answers of token ids: up to the token that ends them, or to its spelled text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> None:
+        self.tokenizer, self.end_ids, self._end_texts = tokenizer, end_ids, spelled_ends(end_ids, tokenizer)
+
+    def __call__(self, ids: list[int]) -> Answer:
+        """Returns the answer."""
+        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
+        kept = ids if end is None else ids[:end]
+        said = decode(self.tokenizer, kept, skip_special_tokens=True)
+        text = cut_at(said, self._end_texts)
+        return Answer(text.strip(), len(kept), "length" if end is None and text == said else "stop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,11 +17,21 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from qlora.config.schema import GenerationConfig
 from qlora.errors import DataError
-from qlora.evaluation.generation import Answer, generate, plan_batches, prompt_lengths
+from qlora.evaluation.generation import (
+    Answer,
+    AnswerReader,
+    end_token_ids,
+    generate,
+    plan_batches,
+    prompt_lengths,
+)
 from qlora.evaluation.metrics import Metric
 from qlora.evaluation.row_loss import Collate, measure_loss
 from qlora.evaluation.statistics import Estimate, Score
+from qlora.generation.answering import Slots, answer_batches
 from qlora.runtime import console
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,9 @@ class Measurer:
     device: torch.device
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
     seed: int = 0
-    """What sampled answers are drawn from, with the number of their batch."""
+    """What sampled answers are drawn from, with the number of their row."""
+    dtype: torch.dtype = torch.float32
+    """What the model computes in."""
     compare: Callable[[torch.nn.Module], Measurement] | None = None
     """Measures what a loss over answers asks for besides; None: the loss is one over tokens."""
 
@@ -141,7 +154,14 @@ class Measurer:
         return sum(part["reference"].null_count for part in column.iter(batch_size=1000))
 
     def answer(self, model: torch.nn.Module, rows: Dataset, batches: Mapping[int, np.ndarray]) -> Iterator[Answered]:
-        """Yields the answers to batches of rows, given by their numbers; a number decides what is drawn in a batch."""
+        """Yields the answers to batches of rows, given by their numbers, each as soon as all of its rows have ended."""
+        slots = Slots(self.generation, self.device, self.dtype, self.autocast)
+        with evaluation_mode(model):
+            reason = slots.unsupported_reason(model)
+        if reason is None:
+            yield from self._answer_in_slots(slots, model, rows, batches)
+            return
+        log.info("answers by transformers' own loop: %s", reason)
         prompts = rows.select_columns("prompt_ids")
         for number, indices in batches.items():
             started = time.monotonic()
@@ -155,6 +175,19 @@ class Measurer:
                     device=self.device,
                 )
             yield Answered(indices, answers, time.monotonic() - started)
+
+    def _answer_in_slots(
+        self, slots: Slots, model: torch.nn.Module, rows: Dataset, batches: Mapping[int, np.ndarray]
+    ) -> Iterator[Answered]:
+        prompts = rows.select_columns("prompt_ids")
+        end_ids = end_token_ids(model, self.tokenizer)
+        to_answer = AnswerReader(self.tokenizer, end_ids)
+        asked = ((number, indices.tolist(), prompts[indices]["prompt_ids"]) for number, indices in batches.items())
+        length = int(prompt_lengths(rows).max(initial=0)) + self.generation.new_tokens
+        with evaluation_mode(model):
+            answered = answer_batches(slots, model, asked, end_ids=end_ids, seed=self.seed, length=length)
+            for number, answers, seconds in answered:
+                yield Answered(batches[number], [to_answer(ids) for ids in answers], seconds)
 
     def records(self, rows: Dataset, answers: Iterable[Answer]) -> Iterator[dict[str, Any]]:
         """Yields the records of `predictions.jsonl`, one for each row and its answer."""

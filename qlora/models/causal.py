@@ -32,6 +32,8 @@ def _why_not_causal(config: Any) -> str | None:
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return "reads pictures too, and transformers has no class for its text alone"
         return f"has no {AUTO_CLASS} in transformers"
+    if hasattr(config, "backbone_hidden_size"):
+        return "drafts tokens for another model, whose keys and values it reads"
     if _is_encoder(config):
         return "is an encoder, whose tokens see those behind them (is_decoder is false in its config)"
     text = config.get_text_config()

@@ -20,6 +20,7 @@ from qlora.config.schema import ExpertsBits, QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.experts.layout import Placeholder, find_experts
 from qlora.models.outputs import on_output, plain_ids
+from qlora.models.read_weights import describe_quantization
 from qlora.quantization.method import (
     QuantizationMethod,
     method_of,
@@ -29,11 +30,14 @@ from qlora.quantization.method import (
 )
 from qlora.runtime.device import Placement
 from qlora.text import format_bytes
+from qlora.upstream.transformers_model import decoder_of
 
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
 EXPERTS, ROUTER = "experts", "router"
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|token_adapter|modules_to_save)(\.|$)")
+OF_ARCHITECTURES = ("transformers.models.", "transformers_modules.")
+"""Where the code of architectures is, the library's and that of the hub."""
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -105,7 +109,7 @@ def _percent(fraction: float) -> str:
 def read_decoder(model: PreTrainedModel) -> Decoder:
     """Returns the matrices of a base, with or without an adapter on it; it may lie on the meta device."""
     method = method_of(model)
-    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    decoder, output = decoder_of(model), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     owners = {name: module for name, module in model.named_modules() if module is not output}
     weights: list[tuple[str, nn.Module, nn.Parameter]] = []
@@ -180,22 +184,41 @@ def _plain_path(name: str) -> str:
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Returns the full names of the linear layers that text runs through, but for the output layer, found by class."""
+    """Returns the full names of the linear layers that text runs through, but for the output layer, found by class.
+
+    On the meta device, where nothing runs, those of towers for pictures are among them.
+    """
     output = model.get_output_embeddings()
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and _maps_rows(module)
     ]
-    if not _has_other_parts(model, names):
+    if model.device.type == "meta" or not _has_other_parts(model, names):
         return names
     called = _kinds_in_text(model)
     return [name for name in names if INDEX.sub("*", name) in called]
 
 
+@torch.no_grad()
+def _maps_rows(layer: nn.Linear | Conv1D) -> bool:
+    """Returns whether a linear layer maps each input to an output, as an adapter on it does.
+
+    Architectures have classes of their own; that of DeepSeek V4 maps groups of heads by a block of the weight each.
+    """
+    if not type(layer).__module__.startswith(OF_ARCHITECTURES):
+        return True
+    inputs, outputs = layer.weight.shape[::-1] if isinstance(layer, nn.Linear) else layer.weight.shape
+    try:
+        output = layer(layer.weight.new_zeros(1, inputs))
+    except Exception:  # of code of any architecture
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, outputs)
+
+
 def _has_other_parts(model: PreTrainedModel, linear: list[str]) -> bool:
     """Returns whether a model may have layers that text does not run through, such as a tower for pictures."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     inside = f"{prefix}." if prefix else ""
@@ -220,6 +243,16 @@ def _kinds_in_text(model: PreTrainedModel) -> set[str]:
     return called
 
 
+def build_skeleton(model_config: Any, placement: Placement, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model without storage, as it is before it is quantized."""
+    with torch.device("meta"):
+        config = copy.deepcopy(model_config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=placement.param_dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
 def build_empty(
     model_config: Any,
     method: QuantizationMethod,
@@ -229,12 +262,8 @@ def build_empty(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Returns a model without storage, with the layers that transformers quantizes in place."""
-    with torch.device("meta"):
-        config = copy.deepcopy(model_config)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=placement.param_dtype, trust_remote_code=trust_remote_code
-        )
-    description = method.library_config(quantization, placement)
+    model = build_skeleton(model_config, placement, trust_remote_code=trust_remote_code)
+    description = describe_quantization(method, quantization, placement, model)
     assert description is not None, "only a base that transformers quantizes is built"
     AutoHfQuantizer.from_config(description, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
     if quantizes_experts(method, quantization):

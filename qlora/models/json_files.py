@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import DataError, UserError
+from qlora.errors import DataError, ResourceError, UserError
 from qlora.models.json_shapes import NEEDED, SHAPES, find_difference
 from qlora.text import brief_text
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character that JSON writes in two."""
+PACKAGE = re.compile(r"requires the (\S+) library but it was not found")
+"""What transformers says of a package that it builds a model with."""
 
 
 def read_object(path: Path, key: str) -> dict[str, Any]:
@@ -79,6 +81,11 @@ def library_reads(key: str, what: str | Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):  # torch's, which is not imported here
             raise
+        if (needed := PACKAGE.search(str(error))) is not None:
+            raise ResourceError(
+                f"{key}: transformers builds this model with the package {needed[1]}, which is not installed; "
+                f"pip install {needed[1]}"
+            ) from error
         raise unreadable(key, what, error) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust

@@ -58,7 +58,8 @@ def load_complete(folder: str, *, key: str, method: QuantizationMethod, **option
 def _warn_of_untied(model: PreTrainedModel, key: str) -> None:
     """Warns where config.json ties the embeddings and the files hold two matrices, which transformers leaves apart."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if not model.config.get_text_config().tie_word_embeddings or output is None or output.weight is embedding.weight:
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # some have no such setting
+    if not is_tied or output is None or output.weight is embedding.weight:
         return
     names = {module: name for name, module in model.named_modules()}
     log.warning(

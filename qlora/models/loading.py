@@ -13,14 +13,17 @@ from transformers import PreTrainedModel, __version__
 from qlora.config.schema import ExpertsBits, ModelConfig, QuantizationConfig
 from qlora.errors import DataError, ResourceError, UserError
 from qlora.experts.forward import use_experts
-from qlora.models.decoder import build_empty, check_is_quantized, describe_full_experts
+from qlora.models.decoder import build_empty, build_skeleton, check_is_quantized, describe_full_experts
 from qlora.models.first_pass import try_base
 from qlora.models.json_files import library_reads, unreadable
 from qlora.models.load_report import load_complete
 from qlora.models.model_config import CONFIG, hub_options
 from qlora.models.model_files import locate, only_safetensors
 from qlora.models.nonfinite import QuantizationWatch, find_nonfinite, first_in_forward
+from qlora.models.outputs import switch_cache
 from qlora.models.random_weights import RandomWeights
+from qlora.models.read_weights import describe_quantization
+from qlora.models.saved_quantization import decoded_method, decoding_options, saved_settings, without_quantization
 from qlora.models.tokenizer import hub_error
 from qlora.quantization.method import QuantizationMethod, find_method, set_method
 from qlora.runtime.device import Placement, planned_dtype
@@ -56,15 +59,17 @@ def load_base(
     key = f"adapter={folder}" if folder else f"model.name={config.name}"
     source = str(folder) if folder else locate(config.name)
     method = find_method(quantization)
-    saved = getattr(model_config, "quantization_config", None)
+    saved, decoded = saved_settings(model_config), decoded_method(model_config, method)
     options: dict[str, Any] = {} if folder else hub_options(config)
-    if saved is not None:
-        settings = saved if isinstance(saved, dict) else saved.to_dict()
-        method.check_saved(quantization, settings, f"model.name={config.name}")
-    elif (description := method.library_config(quantization, placement)) is not None:
+    description = _describe(config, quantization, method, model_config, placement) if saved is None or decoded else None
+    if decoded is not None:
+        saved, options = None, options | decoding_options(model_config, description)
+    elif saved is not None:
+        method.check_saved(quantization, saved, f"model.name={config.name}")
+    elif description is not None:
         options["quantization_config"] = description
     with QuantizationWatch(method) as watch:
-        with method.loading(quantization):
+        with method.loading(quantization, decoded):
             model = _read(source, key, config, placement, method, options)
         if saved is None:
             with torch.no_grad():
@@ -80,6 +85,22 @@ def load_base(
         with method.exact_products(model, key):
             try_base(model, key, placement)
     return model
+
+
+def _describe(
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    method: QuantizationMethod,
+    model_config: Any,
+    placement: Placement,
+) -> Any | None:
+    """Returns transformers' description of the quantized base; None: it is loaded unquantized."""
+    if method.library_config(quantization, placement) is None:
+        return None
+    plain = without_quantization(model_config)
+    with library_reads(f"model.name={config.name}", CONFIG):
+        skeleton = build_skeleton(plain, placement, trust_remote_code=config.trust_remote_code)
+    return describe_quantization(method, quantization, placement, skeleton)
 
 
 def _read(
@@ -141,9 +162,12 @@ def check_quantization(
     config: ModelConfig, quantization: QuantizationConfig, model_config: Any, *, placement: Placement
 ) -> None:
     """Raises `ConfigError`, before any weight is read, for a base most of which would not be quantized."""
-    if getattr(model_config, "quantization_config", None) is not None:
-        return
     method = find_method(quantization)
+    if (saved := saved_settings(model_config)) is not None:
+        if decoded_method(model_config, method) is None:
+            method.check_saved(quantization, saved, f"model.name={config.name}")
+            return
+        model_config = without_quantization(model_config)
     if method.library_config(quantization, placement) is not None:
         with library_reads(f"model.name={config.name}", CONFIG):
             empty = build_empty(
@@ -176,7 +200,7 @@ def _as_base(
     check_is_quantized(model, method, quantization, config.name)
     method.prepare(model, placement.compute_dtype)
     model.requires_grad_(False)
-    model.config.use_cache = True
+    switch_cache(model, on=True)
     return model
 
 

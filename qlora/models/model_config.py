@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from qlora.config.schema import ModelConfig
-from qlora.errors import ConfigError, did_you_mean
+from qlora.config.schema import ModelConfig, described_settings
+from qlora.errors import ConfigError, describe_fault, did_you_mean
 from qlora.models.causal import check_is_causal
 from qlora.models.json_files import library_reads
 from qlora.models.model_files import check_model_folder, is_local, locate
@@ -19,6 +19,7 @@ from qlora.models.tokenizer import hub_error
 from qlora.upstream.huggingface_hub import read_cache_without_network
 
 CONFIG = "config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -56,7 +57,7 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises `ConfigError` for a field of `model.architecture` that the model type does not have.
     """
     assert config.architecture is not None
-    shape = {key: value for key, value in asdict(config.architecture).items() if value is not None}
+    shape = described_settings(config.architecture)
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     if len(tokenizer) > shape["vocab_size"]:
         raise ConfigError(
@@ -71,21 +72,65 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
         )
     check_is_causal(CONFIG_MAPPING[model_type](), f"model.architecture.model_type={model_type}")
     defaults = CONFIG_MAPPING[model_type]().to_dict()
-    if "sliding_window" in shape and "use_sliding_window" in defaults:  # Qwen: off, and above some layers only
-        shape |= {"use_sliding_window": True, "max_window_layers": 0}
-    if shape.get("q_lora_rank") == 0:  # DeepSeek without compressed queries, which is null in its files
-        shape["q_lora_rank"] = None
-    model_config = AutoConfig.for_model(model_type, **shape, **ids)
-    for name, value in shape.items():
-        is_known = name in defaults or name in model_config.attribute_map
-        is_known |= name == "head_dim" and not is_known and _decides_sizes(model_config, name)
-        if not is_known or getattr(model_config, name) != value:
-            raise ConfigError(
-                f"model.architecture.{name}={value}: {model_type} has no such setting; leave it out or set it to null"
-            )
+    if shape.get("sliding_window") is not None and "use_sliding_window" in defaults:  # Qwen: off, and above some layers
+        shape = {"use_sliding_window": True, "max_window_layers": 0} | shape
+    if "intermediate_size" in defaults and "intermediate_size" not in shape:
+        raise ConfigError(
+            f"model.architecture.intermediate_size is missing, the width of the feed-forward layer of {model_type}; "
+            "give it as a number"
+        )
+    model_config = _build(model_type, shape, ids, is_new=bool(config.architecture.options))
+    check_settings(model_config, shape, config.architecture.options)
     if rope_theta is not None:
         _set_rope_theta(model_config, rope_theta)
     return model_config
+
+
+def _build(model_type: str, shape: dict[str, Any], ids: dict[str, Any], *, is_new: bool) -> Any:
+    """Returns transformers' config object; `is_new`: the model is built, too, for settings that nothing else checks."""
+    try:
+        model_config = AutoConfig.for_model(model_type, **shape, **ids)
+        if is_new:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(model_config)
+    except Exception as error:  # whatever a model's own code raises for values that do not fit each other
+        raise ConfigError(
+            f"model.architecture: transformers builds no {model_type} of these settings ({describe_fault(error)}); "
+            "correct them"
+        ) from error
+    return model_config
+
+
+def check_settings(model_config: Any, shape: dict[str, Any], options: Collection[str]) -> None:
+    """Raises `ConfigError` for a setting of `shape` that a model type does not have, which its config class took all
+    the same; `options` are those of `model.architecture.options`."""
+    model_type = model_config.model_type
+    defaults = CONFIG_MAPPING[model_type]().to_dict()
+    for name, value in shape.items():
+        is_known = name in defaults or name in model_config.attribute_map
+        is_known |= name == "head_dim" and not is_known and _decides_sizes(model_config, name)
+        is_kept = is_known and _saved(model_config, name) == value
+        if not is_kept and not _is_converted(model_config, model_type, shape, name):
+            where = "options." if name in options else ""
+            near = did_you_mean(name, defaults) if name in options else ""
+            raise ConfigError(
+                f"model.architecture.{where}{name}={value}: {model_type} has no such setting{near}; leave it out or "
+                "set it to null"
+            )
+
+
+def _saved(model_config: Any, name: str) -> Any:
+    """Returns a setting; one that layers may have a value of their own for (Gemma 4) has no attribute that is read."""
+    name = model_config.attribute_map.get(name, name)
+    settings = model_config.to_dict()
+    return settings[name] if name in settings else getattr(model_config, name)
+
+
+def _is_converted(model_config: Any, model_type: str, shape: dict[str, Any], name: str) -> bool:
+    """Returns whether the config class makes other settings of one that it does not keep (Gemma 4's global heads)."""
+    without = AutoConfig.for_model(model_type, **{other: value for other, value in shape.items() if other != name})
+    kept, others = model_config.to_dict(), without.to_dict()
+    return name not in kept and any(kept.get(key) != value for key, value in others.items() if key not in IDS)
 
 
 def _decides_sizes(model_config: Any, name: str) -> bool:

@@ -30,6 +30,12 @@ def on_output(model: nn.Module, look: Callable[[nn.Module, Any], Any]) -> Iterat
             handle.remove()
 
 
+def switch_cache(model: PreTrainedModel, *, on: bool) -> None:
+    """Makes a model keep keys and values, or not, in a pass that does not say so; a part for text is asked itself."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = on
+
+
 def plain_ids(model: PreTrainedModel) -> Tensor:
     """Returns the ids of a few tokens where the model takes them, int64 [1, `TOKENS`]; none stands for a picture."""
     settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}

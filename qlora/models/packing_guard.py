@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.errors import ConfigError
+from qlora.models.cu_seqlens import is_recurrent
 from qlora.quantization.method import method_of
 from qlora.runtime.device import Placement
 from qlora.upstream.transformers_models import attention_of
@@ -24,30 +26,45 @@ are kept apart
 (rounding with experts; 0.03 in 8 bits, which round by all tokens of a batch), 0.75 to 1 where they do not. Less than
 the fraction, but more than rounding, is a model in which some layers keep rows apart (Falcon H1: attention, not
 Mamba)."""
+MISSING = re.compile("can't keep packed sequences apart without `([^`]+)`")
+"""What transformers says where a kernel is missing."""
 MOVED = 0.25
 """Likewise for the distance from the segment alone, whose shapes and hence roundings are others."""
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel | PeftModel, placement: Placement, *, batch_size: int) -> None:
+def check_packing(
+    model: PreTrainedModel | PeftModel,
+    placement: Placement,
+    *,
+    batch_size: int,
+    logits_of: Callable[[dict[str, Tensor]], Tensor] | None = None,
+) -> None:
     """Raises `ConfigError` if a segment's logits depend on the segments before it in the same row.
 
     transformers finds the packed rows by `position_ids` that restart, but not in every architecture (OPT, Falcon,
     Bloom, GPT-OSS: not), not with a key-value cache, and in flash attention only for one row per batch: nothing is
     reported then, the rows just see each other. So this forwards short batches of min(`batch_size`, 2) rows in the
-    precision of training. It comes after the trainer is built, which switches the cache off.
+    precision of training. It comes after the trainer is built, which switches the cache off. `logits_of` returns the
+    logits of such a batch as training steps attend to it; None: as the model itself does.
     """
-    assert not getattr(model.config, "use_cache", False), "with a key-value cache, packed rows see each other"
+    caches = (getattr(config, "use_cache", False) for config in (model.config, model.config.get_text_config()))
+    assert not any(caches), "with a key-value cache, packed rows see each other"
     method = method_of(model)
     method.prepare(model, placement.compute_dtype)  # no evaluation may come before it
     vocabulary = model.config.get_text_config().vocab_size
+    compute = logits_of or (lambda batch: model(**batch).logits)
     one, other, segment = (_tokens(quarter * vocabulary // 4, vocabulary) for quarter in (1, 2, 3))
     with _evaluating(model), placement.autocast():
 
         def logits(leading: Tensor, *, restarts: bool) -> Tensor:
-            return _logits(model, _batch(leading, segment, batch_size, restarts=restarts), placement.device)
+            batch = _batch(leading, segment, batch_size, restarts=restarts)
+            return _of_segment(compute({name: tensor.to(placement.device) for name, tensor in batch.items()}))
 
-        packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        try:
+            packed, changed = logits(one, restarts=True), logits(other, restarts=True)
+        except ValueError as error:
+            raise _without_kernels(model, error) from error
         plain, plain_changed = logits(one, restarts=False), logits(other, restarts=False)
         inputs = {"input_ids": segment[None].to(placement.device)}
         alone = model(**inputs).logits.float().expand(len(packed), -1, -1)
@@ -83,10 +100,9 @@ def _batch(leading: Tensor, segment: Tensor, batch_size: int, *, restarts: bool)
     return batch | {"position_ids": torch.stack(positions)} if restarts else batch
 
 
-def _logits(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def _of_segment(logits: Tensor) -> Tensor:
     """Returns the logits of the segment in every row: float32 [rows, LENGTH, vocabulary]."""
-    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
-    rows = zip(logits, LEADING, strict=False)
+    rows = zip(logits.float(), LEADING, strict=False)
     return torch.stack([row[count : count + LENGTH] for row, count in rows])
 
 
@@ -111,6 +127,16 @@ def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             module.training = True
 
 
+def _without_kernels(model: PreTrainedModel | PeftModel, error: ValueError) -> Exception:
+    """Returns what to say of recurrent layers whose kernels are not installed; another error is none of ours."""
+    if (package := MISSING.search(str(error))) is None:
+        return error
+    return ConfigError(
+        f"data.packing=true: the recurrent layers of {_name(model)} keep packed rows apart with kernels of "
+        f"{package[1]}, which is not installed; pip install 'qlora[linear]', or set data.packing=false"
+    )
+
+
 def _name(model: PreTrainedModel | PeftModel) -> str:
     return f"{model.config.model_type} (attention: {attention_of(model)})"
 
@@ -120,5 +146,11 @@ def _remedy(model: PreTrainedModel | PeftModel, batch_size: int) -> str:
         return (
             f"flash attention keeps them apart only with trainer.per_device_train_batch_size=1 (got {batch_size}); "
             "raise data.pack_length or trainer.gradient_accumulation_steps instead, or set data.packing=false"
+        )
+    if is_recurrent(model) and batch_size > 1:
+        return (
+            "kernels of its recurrent layers keep them apart only with trainer.per_device_train_batch_size=1 (got "
+            f"{batch_size}); raise data.pack_length or trainer.gradient_accumulation_steps instead, or set "
+            "data.packing=false"
         )
     return "set data.packing=false"

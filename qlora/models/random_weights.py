@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora.config.schema import MIXTURE_FIELDS, ModelConfig, QuantizationConfig
 from qlora.experts.host import choose_waiting
+from qlora.models.read_weights import describe_quantization
 from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
 from qlora.upstream.transformers_experts import is_experts
@@ -74,7 +75,7 @@ class RandomWeights:
         model = self._empty(**options)
         if quantizes_experts(method, quantization):
             choose_waiting(model)
-        description = method.library_config(quantization, self.placement)
+        description = describe_quantization(method, quantization, self.placement, model)
         quantizer = None if description is None else AutoHfQuantizer.from_config(description, pre_quantized=False)
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})
@@ -142,11 +143,16 @@ def random_base_settings(config: ModelConfig, placement: Placement, seed: int) -
     The kind of device is one, for each has its own random numbers, and so is the dtype that they are generated in.
     """
     assert config.architecture is not None
-    described = asdict(config.architecture).items()  # bases of older runs had no word on experts
-    shape = {f"model.architecture.{k}": v for k, v in described if v is not None or k not in MIXTURE_FIELDS}
+    described = asdict(config.architecture)
+    options = {f"model.architecture.options.{name}": value for name, value in described.pop("options").items()}
+    shape = {
+        f"model.architecture.{name}": value
+        for name, value in described.items()
+        if value is not None or name not in MIXTURE_FIELDS  # bases of older runs had no word on experts
+    }
     dtype = next(name.value for name, dtype in DTYPES.items() if dtype is placement.param_dtype)
     machine = {"seed": seed, "device": placement.device.type, "quantization.compute_dtype": dtype}
-    return {"model.weights": config.weights.value} | machine | shape
+    return {"model.weights": config.weights.value} | machine | shape | options
 
 
 def _seed(seed: int, name: str) -> int:

@@ -76,14 +76,23 @@ class Objective(Protocol):
     """Whether the loss is a sum over tokens, each of its own hidden state and the label after it. `loss_on_hidden` then
     gets the hidden states before a label alone, as one row. An objective may leave it out, which says no."""
 
+    takes_transform: bool
+    """Whether `prepare` takes what an architecture does to its logits, for `loss_on_hidden`. An objective may leave it
+    out, which says no; such models are then trained by `loss_on_logits`."""
+
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the labels of a batch of rows or packs on the host, int64 [rows, tokens]: -100 means no loss.
 
         The batch has `input_ids` and `labels`, which are the tokens of what `data.train_on` names and else -100.
         """
 
-    def prepare(self, *, compiled: bool) -> None:
-        """Prepares for a step, once; `compiled`: its decoder layers are compiled, and so may be the loss."""
+    def prepare(self, *, compiled: bool, scale: float = 1.0, cap: float | None = None) -> None:
+        """Prepares for a step, once; `compiled`: its decoder layers are compiled, and so may be the loss.
+
+        The model's logits are `scale` times the product with the output matrix, and with `cap` then
+        cap * tanh(logits / cap). Both are passed only where they are others than these, and to an objective that
+        `takes_transform`.
+        """
 
     def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor:
         """Returns the loss of a micro-batch without the logits of all tokens.

@@ -22,6 +22,7 @@ class SupervisedFinetuning:
     columns = ("input_ids", "labels")
     is_model_loss = True
     is_tokenwise = True
+    takes_transform = True
 
     def __init__(self, config: LossConfig, label_smoothing: float = 0.0) -> None:
         """Takes the config, and the share of each label's probability that is spread over all tokens."""
@@ -32,16 +33,14 @@ class SupervisedFinetuning:
         """Returns the labels that the data pipeline has set."""
         return batch["labels"]
 
-    def prepare(self, *, compiled: bool) -> None:
+    def prepare(self, *, compiled: bool, scale: float = 1.0, cap: float | None = None) -> None:
         """Compiles the loss of a chunk with the decoder layers."""
         import torch
 
         from qlora.objectives.linear_cross_entropy import entropy_and_gradient, linear_cross_entropy
 
         self._linear_cross_entropy = linear_cross_entropy
-        chunk_loss = entropy_and_gradient
-        if self.label_smoothing:
-            chunk_loss = partial(entropy_and_gradient, smoothing=self.label_smoothing)
+        chunk_loss = partial(entropy_and_gradient, smoothing=self.label_smoothing, scale=scale, cap=cap)
         self._chunk_loss = torch.compile(chunk_loss) if compiled else chunk_loss
 
     def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor:

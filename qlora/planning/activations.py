@@ -12,7 +12,7 @@ from functools import cached_property
 
 from qlora.config.schema import PlanStep
 from qlora.objectives import TokenWork, build_objective
-from qlora.planning.model_shape import Shape
+from qlora.planning.model_shape import Layer, Shape
 from qlora.planning.routed_rows import RoutedRows
 from qlora.planning.setup import Setup
 
@@ -25,13 +25,13 @@ class Activations:
 
     def __init__(self, shape: Shape, setup: Setup) -> None:
         self.shape, self.setup = shape, setup
-        self.linears = {linear.name: linear for linear in shape.linears}
 
-    def saved(self, names: frozenset[str], *, has_experts: bool = False) -> float:
-        """Returns what one layer keeps for the backward pass; `names` are its linear layers with an adapter."""
+    def saved(self, layer: int, names: frozenset[str]) -> float:
+        """Returns what a layer keeps for the backward pass; `names` are its linear layers with an adapter."""
         kept = self._saved_fast if self.setup.step is PlanStep.fast else self._saved_plain
-        experts = self.routed.saved if has_experts else 0
-        return self.setup.tokens * kept(names, has_experts=has_experts) + experts
+        described = self.shape.layer(layer)
+        experts = self.routed.saved if described.has_experts else 0
+        return self.setup.tokens * kept(described, names) + experts
 
     @cached_property
     def routed(self) -> RoutedRows:
@@ -39,35 +39,26 @@ class Activations:
         assert self.shape.experts is not None
         return RoutedRows(self.shape.experts, self.setup)
 
-    def _width(self, *, has_experts: bool) -> int:
-        """Width of the feed-forward layer that computes every token; 0: a layer has experts alone."""
-        return self.shape.experts.shared if has_experts and self.shape.experts is not None else self.shape.intermediate
-
-    def _weighed(self, *, has_experts: bool) -> int:
+    def _weighed(self, layer: Layer) -> int:
         """Bytes a token of the output of shared experts and of the gate that weighs it; 0: there is no gate."""
         experts = self.shape.experts
-        is_weighed = has_experts and experts is not None and experts.family.shared_gate
+        is_weighed = layer.has_experts and experts is not None and experts.family.shared_gate
         return (self.shape.hidden + 2) * self.setup.width if is_weighed else 0
 
-    def _saved_plain(self, names: frozenset[str], *, has_experts: bool) -> float:
+    def _saved_plain(self, layer: Layer, names: frozenset[str]) -> float:
         """Bytes a token with transformers' layers and PEFT's adapters under autocast, operation by operation."""
-        shape, setup, family, c = self.shape, self.setup, self.shape.family, self.setup.width
-        present = frozenset(linear.name for linear in shape.linears_of(shape.a_layer(has_experts=has_experts)))
-        trained = names if setup.r else present
+        setup, family, c = self.setup, self.shape.family, self.setup.width
         # RMSNorm keeps its input in float32 and a scale; LayerNorm a mean and a scale, of one input where it is shared.
-        norms = family.norms * (4 * shape.hidden + (8 if family.layer_norm else 4))
+        norms = sum(4 * width + (8 if family.layer_norm else 4) * rows for width, rows in layer.norms)
         if self.has_fp32_stream:
-            norms -= 4 * shape.hidden
-        if family.head_norms:
-            norms += 4 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.key_value_heads)
-        if family.wide_norms:
-            norms += 4 * (shape.queries + shape.keys) + 8
-        if (latent := shape.latent) is not None:
-            norms += 4 * latent.rank + 4 + (4 * latent.query_rank + 4 if latent.query_rank else 0)
-        act = self._width(has_experts=has_experts) * (3 * c if family.gated else 4 if self.has_fp32_stream else c)
-        inputs = sum(setup.r * c for _ in names)
+            norms -= 4 * self.shape.hidden
+        act = layer.feed_forward * (3 * c if family.gated else 4 if self.has_fp32_stream else c)
+        inputs = 0
         shared = set()
-        for linear in (self.linears[name] for name in trained):
+        for linear in layer.linears:
+            if setup.r and linear.name not in names:
+                continue
+            inputs += setup.r * c
             if setup.r and setup.dropout:
                 inputs += linear.inputs * (c + 1)  # the input with zeros, and where they are
             elif setup.r and not setup.base.is_quantized:
@@ -75,27 +66,27 @@ class Activations:
             elif linear.reads != "heads" or not self._keeps_output:
                 shared.add((linear.reads, linear.inputs))
         if setup.base.keeps_input and setup.dropout:  # the int8 product keeps the input as it was, too
-            linears = (self.linears[name] for name in present)
-            shared |= {(linear.reads, linear.inputs) for linear in linears if linear.reads != "heads"}
-        act += self._weighed(has_experts=has_experts)
-        return norms + act + inputs + sum(size * c for _, size in shared) + self._attention
+            shared |= {(linear.reads, linear.inputs) for linear in layer.linears if linear.reads != "heads"}
+        act += self._weighed(layer)
+        return norms + act + inputs + sum(size * c for _, size in shared) + self._mixed(layer)
 
-    @property
-    def _attention(self) -> float:
-        """Bytes a token that attention keeps: queries, keys, values, output and the rows' sums."""
-        shape, c = self.shape, self.setup.width
-        if shape.family.capped:
-            # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and in 16 bits.
-            return c * 3 * shape.queries + shape.heads * self.setup.length * (2 * c + 4)
-        if shape.family.sinks:  # the same without tanh, whose softmax has the sink's column; and its rows' maxima
-            return c * 3 * shape.queries + shape.heads * ((self.setup.length + 1) * c + 8)
-        if (latent := shape.latent) is not None:  # values are kept with the keys that they were computed with
-            expanded = shape.heads * (latent.plain + latent.values)
-            return c * (shape.queries + shape.keys + expanded + shape.values) + 4 * shape.heads
-        # Of a joined matrix all outputs are kept for the values' sake.
-        joined = shape.family.joined and not self.has_fp32_stream
-        values = shape.queries + 2 * shape.keys if joined else shape.keys
-        return c * (2 * shape.queries + shape.keys + values) + 4 * shape.heads
+    def _mixed(self, layer: Layer) -> float:
+        """Bytes a token that attention keeps: queries, keys, values, output and the rows' sums; and recurrences."""
+        family, c, kept = self.shape.family, self.setup.width, 0.0
+        is_plain = self.setup.step is PlanStep.plain
+        for mixer in layer.mixers:
+            if mixer.queries and family.capped and is_plain:
+                # Keys and values repeated for each head; scores behind tanh, and their softmax in float32 and 16 bits.
+                kept += c * 3 * mixer.queries + mixer.heads * self.setup.length * (2 * c + 4)
+            elif mixer.queries and family.sinks and is_plain:  # without tanh, with the sink's column; and maxima
+                kept += c * 3 * mixer.queries + mixer.heads * ((self.setup.length + 1) * c + 8)
+            else:
+                # Of a joined matrix all outputs are kept for the values' sake.
+                joined = mixer.queries + mixer.keys if family.joined and not self.has_fp32_stream else 0
+                kept += c * (mixer.kept + joined) + 4 * mixer.heads
+                if mixer.queries and family.sinks:  # the output without them, and their share
+                    kept += c * mixer.queries + 4 * mixer.heads
+        return kept
 
     @property
     def has_fp32_stream(self) -> bool:
@@ -106,15 +97,19 @@ class Activations:
     def _keeps_output(self) -> bool:
         """Whether the output that attention keeps is what the next layer reads, and not laid out otherwise."""
         family = self.shape.family
-        return not (family.capped or family.joined or family.sinks or self.shape.latent)
+        return not (family.capped or family.joined or family.sinks)
 
-    def _saved_fast(self, names: frozenset[str], *, has_experts: bool) -> float:
+    def _saved_fast(self, layer: Layer, names: frozenset[str]) -> float:
         """Bytes a token with fused linear layers and attention by rows; compiled norms are computed again."""
         shape, setup, c = self.shape, self.setup, self.setup.width
-        residual = 2 * shape.hidden * c + 4 * shape.family.norms
-        act = self._width(has_experts=has_experts) * c * (2 if shape.family.gated else 1)
-        act += self._weighed(has_experts=has_experts)
-        return residual + setup.r * c * len(names) + act + self._attention
+        norms = shape.family.norms
+        residual = 2 * shape.hidden * c + 4 * norms
+        # Norms inside attention read what is kept for them alone: queries and keys as they come from their layers.
+        residual += (sum(width for width, _ in layer.norms) - norms * shape.hidden) * c
+        residual += 4 * (sum(rows for _, rows in layer.norms) - norms)
+        act = layer.feed_forward * c * (2 if shape.family.gated else 1)
+        act += self._weighed(layer)
+        return residual + setup.r * c * len(names) + act + self._mixed(layer)
 
     @cached_property
     def decoded_matrix(self) -> float:
@@ -125,21 +120,27 @@ class Activations:
         if setup.step is PlanStep.plain:
             elements = max(linear.weights for linear in self.shape.linears)
             return elements * (setup.width + setup.base.decoding_bytes)
-        groups: Counter[str] = Counter()
-        for linear in self.shape.linears:
-            groups[linear.reads] += linear.weights
-        joint = max(groups.values())
+        joint = max(map(self._joint, self.shape.kinds))
         return joint if setup.fp8 else joint * setup.width / math.ceil(joint * setup.width / DECODED_CHUNK)
 
-    def backward(self, *, has_experts: bool = False) -> float:
-        """Returns what the backward pass of one layer needs beyond what the layer kept."""
-        return max(self._backward(has_experts=has_experts), self.routed.backward if has_experts else 0)
+    @staticmethod
+    def _joint(layer: Layer) -> int:
+        """Returns the elements of the matrices of a layer that read the same, of the largest group."""
+        groups: Counter[str] = Counter()
+        for linear in layer.linears:
+            groups[linear.reads] += linear.weights
+        return max(groups.values(), default=0)
 
-    def _backward(self, *, has_experts: bool) -> float:
+    def backward(self, layer: int) -> float:
+        """Returns what the backward pass of one layer needs beyond what the layer kept."""
+        described = self.shape.layer(layer)
+        return max(self._backward(described), self.routed.backward if described.has_experts else 0)
+
+    def _backward(self, layer: Layer) -> float:
         setup, c = self.setup, self.setup.width
-        hidden, middle = self.shape.hidden * c * setup.tokens, self._width(has_experts=has_experts) * c * setup.tokens
+        hidden, middle = self.shape.hidden * c * setup.tokens, layer.feed_forward * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
-            return max(hidden + 4 * middle + self.decoded_matrix, self._scores)
+            return hidden + 4 * middle + self.decoded_matrix
         zeros = setup.r > 0 and setup.dropout
         sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
         decoding = hidden + middle + self.decoded_matrix
@@ -148,24 +149,23 @@ class Activations:
 
     @property
     def _scores(self) -> float:
-        """Bytes of the gradients of attention's scores where it keeps a matrix of them, for the sake of its sinks.
+        """Bytes of the scores where the plain step's attention keeps a matrix of them, for the sake of its sinks.
 
-        Two matrices are there at once, before and after a step back through the softmax. Without compiled layers the
-        forward pass needs more: the scores, the same with the mask, and both with the sink's column. A GPU's matmuls
-        take a copy without that column beside them.
+        Four matrices are there at once: the scores, the same with the mask, both with the sink's column, and a copy
+        without that column, which a GPU's matmuls take.
         """
         setup = self.setup
-        matrices = 1 + (2 if setup.step is PlanStep.fast else 3)
         elements = self.shape.heads * setup.length * setup.tokens
-        return matrices * elements * setup.width if self.shape.family.sinks else 0
+        return 4 * elements * setup.width if self.shape.family.sinks else 0
 
-    def copies(self, names: frozenset[str]) -> float:
+    def copies(self, layer: int, names: frozenset[str]) -> float:
         """Returns the 16-bit copies of one layer's trained or 32-bit weights that autocast makes."""
         if self.setup.fp32:
             return 0
         names = frozenset() if self.setup.bf16_adapters else names
-        adapters = sum(self.setup.r * (self.linears[name].inputs + self.linears[name].outputs) for name in names)
-        linears = self.shape.linears_of(self.shape.a_layer(has_experts=self.shape.experts is not None))
+        linears = self.shape.linears_of(layer)
+        adapted = (linear for linear in linears if linear.name in names)
+        adapters = sum(self.setup.r * (linear.inputs + linear.outputs) for linear in adapted)
         base = sum(linear.weights for linear in linears) if self.setup.base.is_fp32 else 0
         return 2 * (adapters + base)
 
@@ -175,7 +175,7 @@ class Activations:
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
         copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
         fast = setup.step is PlanStep.fast
-        capped = self.shape.family.capped
+        capped = self.shape.family.capped_logits
         work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, targets=setup.loss_tokens, capped=capped)
         forward, backward = build_objective(setup.loss).activation_bytes(work)
         return forward + copy, backward + (0 if fast else copy)

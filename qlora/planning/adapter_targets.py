@@ -19,14 +19,17 @@ def find_targets(
     `experts` says whether the experts that compute every token are among them. Raises `ConfigError` for a name or
     pattern that matches none.
     """
-    layers = [shape.full_names(layer) for layer in range(shape.layers)]
+    layers = [
+        {name: linear for name, linear in shape.full_names(layer).items() if linear.is_adapted}
+        for layer in range(shape.layers)
+    ]
     shared = frozenset(linear.name for linear in shape.linears if SHARED.search(linear.name))
     if requested == ["all-linear"]:
         left_out = shared if experts is LoraExperts.none else frozenset()
         return tuple(frozenset(linear.name for linear in names.values()) - left_out for names in layers)
     matches = [{pattern: _matches(pattern, names) for pattern in requested} for names in layers]
     if missing := [pattern for pattern in requested if not any(layer[pattern] for layer in matches)]:
-        kinds = sorted({linear.name.rpartition(".")[2] for linear in shape.linears})
+        kinds = sorted({linear.name.rpartition(".")[2] for linear in shape.linears if linear.is_adapted})
         raise ConfigError(
             f"lora.target_modules {missing} match no linear layer{did_you_mean(missing[0], kinds)}; the model has "
             f"{kinds}, or use all-linear"

@@ -68,7 +68,6 @@ class Ledger:
 
     def __init__(self, shape: Shape, setup: Setup) -> None:
         self.shape, self.setup = shape, setup
-        self.linears = {linear.name: linear for linear in shape.linears}
         self.activations = Activations(shape, setup)
         self.targets = setup.targets if setup.r else (frozenset[str](),) * shape.layers
 
@@ -77,10 +76,9 @@ class Ledger:
     @property
     def weights(self) -> int:
         """The matrices of the decoder layers, without those of experts."""
-        matrix_bytes = self.setup.base.matrix_bytes
-        sizes = {linear: matrix_bytes(linear.outputs, linear.inputs) for linear in self.shape.linears}
-        layers = range(self.shape.layers)
-        return sum(sizes[linear] for layer in layers for linear in self.shape.linears_of(layer))
+        matrix_bytes, shape = self.setup.base.matrix_bytes, self.shape
+        sizes = [sum(matrix_bytes(item.outputs, item.inputs) for item in layer.linears) for layer in shape.kinds]
+        return sum(count * sizes[kind] for kind, count in shape.counts.items())
 
     @property
     def experts(self) -> int:
@@ -127,9 +125,10 @@ class Ledger:
         if self.setup.r == 0:
             return self._all_weights
         sizes: Counter[int] = Counter()
-        for names, count in Counter(self.targets).items():
-            for name in names:
-                sizes.update({size: count * copies for size, copies in self._adapter(self.linears[name]).items()})
+        for (kind, names), count in Counter(zip(self.shape.order, self.targets, strict=True)).items():
+            for linear in self.shape.kinds[kind].linears:
+                if linear.name in names:
+                    sizes.update({size: count * copies for size, copies in self._adapter(linear).items()})
         sizes.update(self._on_experts)
         return sizes
 
@@ -153,7 +152,8 @@ class Ledger:
         matrices = Counter(linear.weights for layer in range(shape.layers) for linear in shape.linears_of(layer))
         if (experts := shape.experts) is not None:
             size = experts.count * experts.intermediate * experts.hidden
-            matrices.update({2 * size: len(experts.layers), size: len(experts.layers)})
+            matrices.update([(2 if experts.has_gate else 1) * size] * len(experts.layers))
+            matrices.update([size] * len(experts.layers))
         small = shape.unquantized - embeddings * shape.hidden * shape.vocabulary
         matrices[shape.hidden * shape.vocabulary] += embeddings
         matrices[shape.hidden] += small // shape.hidden
@@ -242,14 +242,18 @@ class Ledger:
 
     def saved(self, layer: int) -> float:
         """Returns what a decoder layer keeps for the backward pass."""
-        return self.activations.saved(self.targets[layer], has_experts=self.shape.has_experts(layer))
+        return self.activations.saved(layer, self.targets[layer])
+
+    def _copies(self, layer: int) -> float:
+        return self.activations.copies(layer, self.targets[layer])
 
     @property
     def _recomputed(self) -> set[int]:
         """The checkpointed layers whose backward pass may need most: the first and last ones, of each kind."""
-        indices = range(self.setup.checkpointed)
-        kinds = ([index for index in indices if self.shape.has_experts(index) is kind] for kind in (True, False))
-        return {layer for kind in kinds if kind for layer in (kind[0], kind[-1])}
+        order = self.shape.order[: self.setup.checkpointed]
+        first = {kind: index for index, kind in reversed([*enumerate(order)])}
+        last = {kind: index for index, kind in enumerate(order)}
+        return {*first.values(), *last.values()}
 
     # Moments
 
@@ -257,34 +261,33 @@ class Ledger:
         """Yields what is there at each moment that may need most."""
         setup, layers, activations = self.setup, self.shape.layers, self.activations
         kept = layers - setup.checkpointed
-        targets = self.targets
         input_bytes = setup.tokens * self.shape.hidden * (4 if activations.has_fp32_stream else setup.width)
         moving = min(setup.offloaded, 2)  # one on its way, and the next
         inputs = (setup.checkpointed - setup.offloaded + moving) * input_bytes
-        late = targets[setup.checkpointed :]
-        saved, copies = sum(map(self.saved, range(setup.checkpointed, layers))), sum(map(activations.copies, late))
+        late = range(setup.checkpointed, layers)
+        saved, copies = sum(map(self.saved, late)), sum(self._copies(layer) for layer in late)
         earlier = self.gradients if setup.accumulates else 0
         angles = setup.tokens * 2 * self.shape.head_dim * setup.width
-        cached = sum(map(activations.copies, targets)) if setup.step is PlanStep.plain else copies
+        cached = sum(map(self._copies, range(layers))) if setup.step is PlanStep.plain else copies
         base = self.resident
         forward, backward = activations.logits
         common = {**base, "gradients": earlier, "activations": saved + inputs + angles}
         yield "the loss", {**common, "adapters in 16 bits": cached, "logits": forward}
         yield "the loss's backward pass", {**common, "adapters in 16 bits": copies, "logits": backward}
         if kept:
-            last = activations.backward(has_experts=self.shape.has_experts(layers - 1))
+            last = activations.backward(layers - 1)
             norm = 20 * self.shape.hidden * setup.tokens if setup.step is PlanStep.plain else 0  # five in float32
             yield "the last layer's backward pass", {
                 **common, "adapters in 16 bits": copies, "backward pass of a layer": max(last, norm),
             }  # fmt: skip
         for layer in self._recomputed:
-            done, names = layers - 1 - layer, targets[layer]
+            done = layers - 1 - layer
             gradients = self.gradients if setup.accumulates else self.gradients * done / layers
             yield "a checkpointed layer's backward pass", {
-                **base, "gradients": gradients, "adapters in 16 bits": activations.copies(names),
+                **base, "gradients": gradients, "adapters in 16 bits": self._copies(layer),
                 "activations": (max(layers - done - setup.offloaded, 0) + moving) * input_bytes
                 + angles + self.saved(layer),
-                "backward pass of a layer": activations.backward(has_experts=self.shape.has_experts(layer)),
+                "backward pass of a layer": activations.backward(layer),
             }  # fmt: skip
         kind = OPTIMIZERS[setup.optim]
         scratch = (

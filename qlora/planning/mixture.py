@@ -78,12 +78,13 @@ class Experts:
     """Width of the feed-forward layer that computes every token beside them; 0: none."""
     layers: frozenset[int]
     """The decoder layers that have experts."""
+    has_gate: bool = True
 
     @property
     def units(self) -> tuple[tuple[int, int], ...]:
-        """The matrices [rows, columns] of one expert: gate, up and down."""
+        """The matrices [rows, columns] of one expert: gate, up and down; some have no gate."""
         first = (self.intermediate, self.hidden)
-        return first, first, (self.hidden, self.intermediate)
+        return *([first, first] if self.has_gate else [first]), (self.hidden, self.intermediate)
 
     @property
     def weights(self) -> int:
@@ -108,7 +109,8 @@ class Experts:
 
     def adapter(self, rank: int) -> Counter[int]:
         """Returns the sizes of the tensors of an adapter on a layer: A and B of gate and up, and of down."""
-        widths = (self.hidden, 2 * self.intermediate, self.intermediate, self.hidden)
+        first = (2 if self.has_gate else 1) * self.intermediate
+        widths = (self.hidden, first, self.intermediate, self.hidden)
         return Counter([self.count * rank * width for width in widths])
 
 
@@ -136,7 +138,7 @@ class Latent:
                     ("q_b_proj", self.query_rank, queries, "queries")]  # fmt: skip
         rows += [("kv_a_proj_with_mqa", hidden, self.rank + self.rotated, "attention"),
                  ("kv_b_proj", self.rank, heads * (self.plain + self.values), "latent"),
-                 ("o_proj", heads * self.values, hidden, "heads")]  # fmt: skip
+                 ("o_proj", heads * self.values, hidden, "values")]  # fmt: skip
         return rows
 
 

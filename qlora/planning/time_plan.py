@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from qlora.config.schema import PlanStep
@@ -64,14 +65,15 @@ class Operations:
     """Floating-point operations of the matmuls of a forward and a backward pass."""
 
     per_token: float
-    per_pair: float
-    """For each token and each token that causal attention lets it see, itself included."""
+    per_pair: dict[int | None, float]
+    """By how far back layers look (None: to the first token), for each token and each token that it sees, itself
+    included."""
     output: float = 0.0
     """Those of the output layer in `per_token`, which a token without a label does not need."""
 
-    def total(self, tokens: int, pairs: int) -> float:
-        """Returns the operations of a number of tokens and pairs."""
-        return self.per_token * tokens + self.per_pair * pairs
+    def total(self, tokens: int, *pairs: int) -> float:
+        """Returns the operations of a number of tokens, and of the pairs for each of `per_pair`."""
+        return self.per_token * tokens + sum(map(operator.mul, self.per_pair.values(), pairs))
 
 
 def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
@@ -79,12 +81,19 @@ def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operati
 
     Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n
     weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for trained ones,
-    and 2.5 times those of attention. `again` is the share of layers that do their forward pass twice.
+    2.5 times those of attention, and twice those of a recurrence's state. `again` is the share of layers that do their
+    forward pass twice.
     """
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
-    products = (frozen + 2 * again) * shape.active_weights + frozen * output + (6 + 2 * again) * adapters
-    return Operations(products, (3.5 + again) * 2 * (shape.queries + shape.values) * shape.layers, frozen * output)
+    mixers = [(mixer, shape.counts[kind]) for kind, layer in enumerate(shape.kinds) for mixer in layer.mixers]
+    state = sum(count * mixer.state for mixer, count in mixers)
+    products = (frozen + 2 * again) * shape.active_weights + frozen * output + (6 + 2 * again) * (adapters + state)
+    pairs: dict[int | None, float] = dict.fromkeys(shape.windows, 0.0)
+    for mixer, count in mixers:
+        if mixer.queries:
+            pairs[mixer.window] += (3.5 + again) * 2 * count * (mixer.queries + mixer.values)
+    return Operations(products, pairs, frozen * output)
 
 
 def active_adapters(shape: Shape, trained: int, on_experts: int) -> int:
@@ -100,4 +109,10 @@ def operations_per_token(shape: Shape, setup: Setup) -> float:
     adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
     operations = count_operations(shape, adapters, setup.checkpointed / shape.layers)
     left_out = 1 - setup.target_share if setup.step is PlanStep.fast else 0  # transformers computes all logits
-    return operations.per_token - left_out * operations.output + operations.per_pair * setup.length / 2
+    pairs = sum(count * _seen(setup.length, window) for window, count in operations.per_pair.items())
+    return operations.per_token - left_out * operations.output + pairs
+
+
+def _seen(length: int, window: int | None) -> float:
+    """Returns how many tokens a token of a row sees on average: half of them, or nearly all of a shorter window."""
+    return length / 2 if window is None or window >= length else window * (1 - window / (2 * length))

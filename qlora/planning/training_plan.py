@@ -1,17 +1,18 @@
 """The plan of a training run: what of a config decides memory and time, and what both come to on a GPU.
 
-Needs no torch, so that it answers at once.
+Needs no torch for the architectures of the table of families, so that it answers at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora.config.options import model_presets
+from qlora.config.paths import cache_root
 from qlora.config.schema import (
     BaseProducts,
     ComputeDtype,
@@ -21,6 +22,7 @@ from qlora.config.schema import (
     Parallel,
     PlanStep,
     Weights,
+    described_settings,
 )
 from qlora.config.training_length import TokenCount, TrainingLength, training_length
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
@@ -40,7 +42,8 @@ from qlora.planning.advice import (
 )
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
-from qlora.planning.model_shape import Shape, read_shape
+from qlora.planning.model_shape import Shape
+from qlora.planning.read_shape import read_shape
 from qlora.planning.time_plan import Speed, plan_speed
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
@@ -178,17 +181,19 @@ def find_shape(config: Config) -> Shape:
     Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
     model = config.model
-    architecture = _described(asdict(model.architecture)) if model.architecture is not None else None
+    architecture = described_settings(model.architecture) if model.architecture is not None else None
+    options = model.architecture.options if model.architecture is not None else None
+    cache = cache_root(config.data.cache_dir) / "shapes"
     if model.weights is Weights.random or model.name == EMBEDDED:
         assert architecture is not None
-        return read_shape(architecture, "model.architecture")
+        return read_shape(architecture, "model.architecture", cache, options)
     location = locate(model.name)
     if is_local(location):
-        return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}")
+        return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}", cache)
     # A model named on the command line alone still has the architecture of the default preset.
     if architecture is not None and architecture != _default_architecture():
-        return read_shape(architecture, "model.architecture")
-    return read_shape(_download_config(config), f"model.name={model.name}")
+        return read_shape(architecture, "model.architecture", cache, options)
+    return read_shape(_download_config(config), f"model.name={model.name}", cache)
 
 
 def read_setup(config: Config, shape: Shape) -> Setup:
@@ -244,13 +249,8 @@ def change(training: Training, **changed: Any) -> Training:
     return replace(training, setup=replace(training.setup, **changed))
 
 
-def _described(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `model.architecture` says; what it leaves out is the model type's own."""
-    return {name: value for name, value in architecture.items() if value is not None}
-
-
 def _default_architecture() -> dict[str, Any]:
-    return _described(model_presets()[EMBEDDED]["architecture"])
+    return described_settings(model_presets()[EMBEDDED]["architecture"])
 
 
 def _smaller(config: Config) -> dict[str, Shape]:
@@ -258,9 +258,11 @@ def _smaller(config: Config) -> dict[str, Shape]:
     presets = model_presets()
     preset_name = next((option for option, preset in presets.items() if preset["name"] == config.model.name), "")
     kind = preset_name.rpartition("-")[0]
+    cache = cache_root(config.data.cache_dir) / "shapes"
     same = {option: preset for option, preset in presets.items() if kind and option.rpartition("-")[0] == kind}
     return {
-        option: read_shape(_described(preset["architecture"]), f"model={option}") for option, preset in same.items()
+        option: read_shape(described_settings(preset["architecture"]), f"model={option}", cache)
+        for option, preset in same.items()
     }
 
 

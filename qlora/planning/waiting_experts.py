@@ -10,10 +10,9 @@ from typing import Any
 from qlora.config.schema import Config, ExpertsOffload
 from qlora.errors import ConfigError, UserError
 from qlora.planning.advice import Training, fewest_waiting_untrained
-from qlora.planning.families import FAMILIES
 from qlora.planning.gpus import Gpu
 from qlora.planning.memory_plan import CONTEXT
-from qlora.planning.model_shape import read_shape
+from qlora.planning.read_shape import read_shape
 from qlora.planning.training_plan import find_waiting, read_setup
 from qlora.quantization.method import find_method
 from qlora.text import parse_size
@@ -62,10 +61,7 @@ def waiting_for_run(config: Config, run: RunOnGpu) -> int | None:
 
 def _fewest(config: Config, run: RunOnGpu) -> int:
     """Returns the least number with which the run fits, as far as any does."""
-    settings = run.settings()
-    if settings.get("model_type") not in FAMILIES:
-        return 0
-    shape = read_shape(settings, f"model.name={config.model.name}")
+    shape = read_shape(run.settings(), f"model.name={config.model.name}")
     if shape.experts is None:
         return 0
     setup, row, free = read_setup(config, shape), run.longest_row(), run.free()

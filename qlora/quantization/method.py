@@ -50,6 +50,8 @@ class QuantizationMethod(Protocol):
     """The class of transformers that describes this quantization; None: transformers does not know the method."""
     offloads_experts: bool = False
     """Whether the experts of a mixture can wait in the host's memory (`qlora.experts.host`)."""
+    decodes: tuple[str, ...] = ()
+    """The other methods, by their `quant_method` in `config.json`, whose saved weights are decoded while they load."""
     quantizing_operators: tuple[str, ...] = ()
     """The torch operators, `namespace::name`, that quantize a weight; they lose what was NaN or infinite."""
 
@@ -126,8 +128,11 @@ class QuantizationMethod(Protocol):
         """Returns transformers' description of the base, for `from_pretrained`; None: it is loaded unquantized."""
         return None
 
-    def loading(self, config: QuantizationConfig) -> AbstractContextManager[None]:
-        """Inside, transformers stores the experts of a base as this method does while it loads that."""
+    def loading(self, config: QuantizationConfig, saved: str | None = None) -> AbstractContextManager[None]:
+        """Inside, transformers stores the experts of a base as this method does while it loads that.
+
+        `saved` is the one of `decodes` that the files are quantized by; None: they are not, or by this method.
+        """
         return nullcontext()
 
     def convert(self, model: torch.nn.Module, config: QuantizationConfig, placement: Placement) -> None:

@@ -16,6 +16,7 @@ class Unquantized(QuantizationMethod):
 
     name = "none"
     is_quantized = False
+    decodes = ("mxfp4",)
 
     def describe(self, config: QuantizationConfig) -> str:
         """As `16 bit`."""

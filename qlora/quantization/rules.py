@@ -14,6 +14,12 @@ def check_saved_bits(config: QuantizationConfig, settings: Mapping[str, Any], ke
     bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
     if bits is None:
         method = settings.get("quant_method", "an unknown method")
+        method = getattr(method, "value", method)
+        if method == "mxfp4":
+            raise ConfigError(
+                f"{key} is quantized by mxfp4, which quantization.bits={config.bits} does not decode; use "
+                "quantization=nf4 or quantization=none"
+            )
         raise ConfigError(
             f"{key} is quantized by {method}; only bitsandbytes checkpoints can be trained here. "
             "Use the original 16-bit weights"

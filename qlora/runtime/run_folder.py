@@ -46,6 +46,8 @@ ADDED_KEYS: dict[str, Any] = {
     "trainer.keep": "last",
     "trainer.keep_metric": None,
     "task.port": 8642,
+    "generation.loop": "auto",
+    "generation.weights": "auto",
     **{f"model.architecture.{name}": None for name in MIXTURE_FIELDS},
 }
 """Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those

@@ -11,6 +11,7 @@ import contextlib
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -64,10 +65,10 @@ class FastStep:
             self._add(name, find_part(name)(self._context))
         self.is_compiled = self._context.is_on("compile")
         self._calls = LayerCalls(self._context, compiled=self.is_compiled)
-        objective.prepare(compiled=self.is_compiled)
         attention, loss = self._active.get("fused_attention"), self._active.get("fused_loss")
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
+        objective.prepare(compiled=self.is_compiled, **(self._loss.transform_options if self._loss else {}))
         self._replaces_forward = self._attention or self._loss or not objective.is_model_loss
         self._passes = ForwardPasses(self.base, self._attention, self._loss, reference, self._measure_weights, packs)
 
@@ -122,6 +123,25 @@ class FastStep:
             layer.keep(dtype)
         self.kept = min(layers, len(experts))
 
+    def packed_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the logits of rows that restart `position_ids`, as a step attends: [rows, tokens, vocabulary].
+
+        `batch` has `input_ids` of at most 3 restarts a row, and `position_ids` where there are any.
+        """
+        if self._attention is None or "position_ids" not in batch:
+            unpacked: Tensor = self.base(**batch).logits
+            return unpacked
+        rows, width = batch["input_ids"].shape
+        packs = Packs(width, 3, width)
+        self._attention.enter()
+        try:
+            inputs = self._attention.lay_out({**batch, "labels": batch["input_ids"]}, packs)
+            inputs.pop("labels")
+            logits: Tensor = self.base(use_cache=False, **inputs).logits
+        finally:
+            self._attention.exit(failed=False)
+        return logits.view(rows, width, -1)
+
     def extra_bytes(self, rows: int, length: int) -> float:
         """Returns what the parts need for a micro-batch beyond the memory plan of the fast step, in bytes."""
         return sum(part.extra_bytes(rows, length) for part in self._active.values())
@@ -161,7 +181,7 @@ class FastStep:
             self._passes.targets = self.targets
             return CausalLMOutputWithPast(loss=loss_on_batch(batch, self._passes))
         if self._attention is not None:
-            batch = self._attention.lay_out(batch)
+            batch = self._attention.lay_out(batch, self._context.packs)
         if self._loss is not None:
             return CausalLMOutputWithPast(loss=self._loss.loss(batch, self.targets))
         forward = type(self.base).forward

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora.step.hidden_states import hidden_states
 from qlora.step.part import Packs
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
@@ -40,7 +41,7 @@ class ForwardPasses:
     ) -> None:
         """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
         self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
-        self._measure_weights = measure_weights
+        self._measure_weights, self._packs = measure_weights, packs
         self.sides = None if packs is None else packs.rows
         """The most sides of pairs in a pack; None: rows are not packed."""
         self.targets: int | None = None
@@ -51,7 +52,7 @@ class ForwardPasses:
         if self._loss is None:
             return None
         batch = self._laid_out(batch)
-        return self._loss.operands(self._loss.hidden_states(batch))
+        return self._loss.operands(hidden_states(self.base, batch))
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Returns logits [rows, tokens, vocabulary]."""
@@ -61,11 +62,7 @@ class ForwardPasses:
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Returns the last hidden states [rows, tokens, width]."""
-        batch = self._laid_out(batch)
-        if self._loss is not None:
-            return self._loss.hidden_states(batch)
-        hidden: Tensor = self.base.base_model(use_cache=False, **batch).last_hidden_state
-        return hidden
+        return hidden_states(self.base, self._laid_out(batch))
 
     def rewards(self, batch: dict[str, Any]) -> Tensor:
         """Returns what the reward head makes of the last token of each row, float32 [rows]."""
@@ -85,5 +82,5 @@ class ForwardPasses:
         self._measure_weights()
 
     def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = batch if self._attention is None else self._attention.lay_out(batch)
+        batch = batch if self._attention is None else self._attention.lay_out(batch, self._packs)
         return {name: value for name, value in batch.items() if name != "labels"}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qlora.step.parts.fused_linear import LinearGroup
 
 ON = "on"
+IGNORED = -100
+"""The label of a token that has no loss."""
 SPREAD = "the model is spread over several devices (model.device_map)"
 
 
@@ -47,7 +49,7 @@ class StepObjective(Protocol):
 
     is_model_loss: bool
 
-    def prepare(self, *, compiled: bool) -> None: ...
+    def prepare(self, *, compiled: bool, scale: float = ..., cap: float | None = ...) -> None: ...
 
     def loss_on_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor, count: Any) -> Tensor: ...
 

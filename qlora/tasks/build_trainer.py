@@ -16,11 +16,12 @@ from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import count_work
-from qlora.errors import RunError
+from qlora.errors import DataError, RunError
+from qlora.models.cu_seqlens import hand_cu_seqlens
+from qlora.models.outputs import switch_cache
 from qlora.models.packing_guard import check_packing
-from qlora.planning.families import FAMILIES
 from qlora.planning.memory_plan import FRAGMENTS, Ledger
-from qlora.planning.model_shape import read_shape
+from qlora.planning.read_shape import read_shape
 from qlora.planning.time_plan import Operations, active_adapters, count_operations
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
@@ -41,6 +42,7 @@ from qlora.training.progress import ProgressCallback
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer
+from qlora.upstream.peft import base_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,9 @@ def build_trainer(
         return session.in_main_process(lambda: session.measure_step(current, step, tracker))
 
     peak = peak or PeakMemory(placement.device)
-    step, meter = build_step(session, model), _build_meter(session, model, peak)
+    operations = _count_operations(session, model)
+    step, meter = build_step(session, model), _build_meter(session, operations, peak)
+    windows = tuple(operations.per_pair) if operations is not None else (None,)
     lengths = data.lengths.tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
     budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
@@ -88,7 +92,7 @@ def build_trainer(
         rows=data.packed or data.train,
         lengths=lengths,
         collate=session.collator(width),
-        count=partial(count_work, pad_token_id=session.pad_token_id),
+        count=partial(count_work, pad_token_id=session.pad_token_id, windows=windows),
         measure=measure,
         verify=session.finish_adapter,
         loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.enabled else None,
@@ -104,8 +108,11 @@ def build_trainer(
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
     )
-    if data.packed is not None:  # after the trainer is built, which switches the key-value cache off
-        check_packing(model, placement, batch_size=config.trainer.per_device_train_batch_size)
+    switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
+    if data.packed is not None:
+        hand_cu_seqlens(model)
+        size = config.trainer.per_device_train_batch_size
+        check_packing(model, placement, batch_size=size, logits_of=step.packed_logits)
     return trainer
 
 
@@ -201,8 +208,8 @@ def build_budget(
     return Budget(formula, len(step.layers), limit * (1 - FRAGMENTS), cap, device, memory)
 
 
-def _build_meter(session: Session, model: PreTrainedModel | PeftModel, peak: PeakMemory) -> Meter:
-    device, operations = session.placement.device, _count_operations(session, model)
+def _build_meter(session: Session, operations: Operations | None, peak: PeakMemory) -> Meter:
+    device = session.placement.device
     return Meter(
         device,
         peak_memory_gb=peak.gb,
@@ -214,11 +221,12 @@ def _build_meter(session: Session, model: PreTrainedModel | PeftModel, peak: Pea
 
 def _count_operations(session: Session, model: PreTrainedModel | PeftModel) -> Operations | None:
     """Returns what training takes a token; None for an architecture whose matrices are not known."""
-    settings = session.model_config.get_text_config().to_dict()
-    if settings["model_type"] not in FAMILIES:
-        log.info("model FLOP utilisation is not known for the model type %s", settings["model_type"])
+    try:
+        shape = read_shape(session.model_config.get_text_config().to_dict(), f"model.name={session.config.model.name}")
+    except DataError as error:
+        log.info("model FLOP utilisation is not known: %s", error)
         return None
-    shape, trained = read_shape(settings, session.config.model.name), 0
+    trained = 0
     if session.config.lora.enabled:
         count = adapters.count_parameters(model)
         trained = active_adapters(shape, count.trainable, count.on_experts)

@@ -60,4 +60,5 @@ def build_chat_model(session: Session, model: PreTrainedModel | PeftModel) -> Ch
         pad_token_id=session.pad_token_id,
         device=session.placement.device,
         autocast=session.placement.autocast,
+        dtype=session.placement.compute_dtype,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ from qlora.evaluation.generation import (
     spelled_ends,
 )
 from qlora.evaluation.measure import evaluation_mode
+from qlora.generation.answering import Slots
+from qlora.generation.engine import Engine
+from qlora.generation.linears import decoded_linears
+from qlora.generation.sampling import Sampler
+from qlora.generation.slot_model import serving
 from qlora.upstream.transformers import decode, generate
 
 
@@ -104,6 +110,8 @@ class ChatModel:
     pad_token_id: int
     device: torch.device
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    dtype: torch.dtype = torch.float32
+    """What the model computes in."""
 
     @property
     def has_adapter(self) -> bool:
@@ -133,6 +141,8 @@ class ChatModel:
         if self.context is not None:
             settings.max_new_tokens = min(config.new_tokens, self.context - len(prompt))
             settings.min_new_tokens = min(config.min_new_tokens or 0, settings.max_new_tokens) or None
+        if self._slots is not None:
+            return self._answer_in_slots(prompt, stream, settings, base=base)
         options: dict[str, Any] = community_code(config)
         as_it_comes = config.num_beams == 1 and not options
         if as_it_comes:
@@ -144,6 +154,37 @@ class ChatModel:
                 output = generate(model, inputs, generation_config=settings, **options)
             if not as_it_comes:
                 stream.take(output[0, len(prompt) :].tolist())
+        except KeyboardInterrupt:
+            return stream.close(interrupted=True)
+        return stream.close()
+
+    @cached_property
+    def _slots(self) -> Slots | None:
+        """What answers by slots, with weights that stay decoded as long as this model is there; None: nothing does."""
+        slots = Slots(self.generation, self.device, self.dtype, self.autocast)
+        with evaluation_mode(self.model):
+            if slots.unsupported_reason(self.model) is not None:
+                return None
+        if slots.are_decoded(self.model):
+            stack = contextlib.ExitStack()
+            stack.enter_context(decoded_linears(self.model, self.dtype))
+            weakref.finalize(self, stack.close)
+        return slots
+
+    def _answer_in_slots(self, prompt: list[int], stream: Stream, settings: Any, *, base: bool) -> Reply:
+        config = replace(
+            self.generation, max_new_tokens=settings.max_new_tokens, min_new_tokens=settings.min_new_tokens
+        )
+        sampler = Sampler(config, list(stream.end_ids), seed=int(torch.randint(2**31, ())) if config.do_sample else 0)
+        engine = Engine(self.model, sampler, slots=1, length=len(prompt) + config.new_tokens)
+        request = engine.add(None, prompt)
+        switch = adapter_off(self.model) if base else contextlib.nullcontext()
+        try:
+            with switch, evaluation_mode(self.model), serving(self.model, self.dtype, decoded=False):  # decoded above
+                while engine.is_busy and not stream.stops:
+                    with torch.inference_mode(), self.autocast():
+                        engine.step()
+                    stream.take(request.answer[len(stream.ids) :])
         except KeyboardInterrupt:
             return stream.close(interrupted=True)
         return stream.close()

@@ -165,7 +165,8 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
 
 
 def _describe_shape(shape: Shape) -> dict[str, Any]:
-    described = {**_without(shape, "experts", "latent"), "parameters": shape.parameters}
+    hidden = ("experts", "family", "kinds", "order", "unquantized")
+    described = {**_without(shape, *hidden), "parameters": shape.parameters}
     if (experts := shape.experts) is None:
         return described
     layers = {"layers": sorted(experts.layers)}
@@ -285,7 +286,15 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
     efficiency = f"{EFFICIENCY[plan.setup.step]:.0%} of the GPU's {plan.gpu.tflops:,.0f} TFLOP/s"
     memory = "" if tokens is None else f", and memory for rows of {length:,} tokens"
     mixture = ", as dense models reach it" if plan.training.shape.experts is not None else ""
-    return [*rows, ("assumed", f"matrix products at {efficiency}{mixture}{memory}")]
+    rows.append(("assumed", f"matrix products at {efficiency}{mixture}{memory}"))
+    return [*rows, *_estimate(plan.training.shape)]
+
+
+def _estimate(shape: Shape) -> list[tuple[str, str]]:
+    """Returns the row that says what of a plan was compared with no model of its type."""
+    kind = shape.model_type
+    text = f"what layers of {kind} keep, from their modules; parameters and bytes of weights are exact"
+    return [("estimated", text)] if shape.is_estimate else []
 
 
 def _heading(text: str) -> None:

@@ -25,7 +25,7 @@ Micro = dict[str, Any]
 """A batch with its `TARGETS`."""
 Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
-"""The key of a batch's numbers of tokens and pairs, beside its tensors."""
+"""The key of a batch's numbers of tokens and of pairs, by how far layers look back, beside its tensors."""
 WEIGHTS = "weights"
 """The key of what a loss over answers counts of each row, float [rows, 2] of numpy: see `AnswerLoss.count`."""
 TARGETS = "targets"
@@ -37,7 +37,7 @@ class CountingCollator:
     """Collates rows and counts them while they are on the host."""
 
     collate: Collate
-    count: Callable[[Batch], tuple[int, int]]
+    count: Callable[[Batch], tuple[int, ...]]
     objective: Objective
     blank: dict[str, Any]
     """A row without labels, for a process that has no rows left while others have: it takes part in the step."""
@@ -46,7 +46,8 @@ class CountingCollator:
         batch = self.collate(rows or [self.blank])
         batch["labels"] = self.objective.labels(batch)
         targets = (batch["labels"] != IGNORED).flatten(1).sum(1).numpy()
-        counted: dict[str, Any] = {TARGETS: targets, COUNTS: self.count(batch) if rows else (0, 0)}
+        counts = tuple(number if rows else 0 for number in self.count(batch))
+        counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts}
         if isinstance(self.objective, AnswerLoss):
             counted[WEIGHTS] = self.objective.count(batch).numpy()
         return {**batch, **counted}

@@ -1,6 +1,8 @@
-"""What a training run asks of a CUDA device, checked before anything is loaded."""
+"""What a training run asks of a device, of processes and of the base, checked before anything is trained."""
 
 from __future__ import annotations
+
+from transformers import PreTrainedModel
 
 from qlora.config.optimizers import OPTIMIZERS
 from qlora.config.schema import ModelConfig, Parallel, TrainerConfig, no_cuda
@@ -19,11 +21,10 @@ def check_device(trainer: TrainerConfig, device_type: str) -> None:
         raise ConfigError(
             f"trainer.memory_budget={trainer.memory_budget} limits a CUDA device's memory, {here}; leave it out"
         )
-    requested = {"fused_attention": trainer.fused_attention, "flash_attention": trainer.flash_attention.value}
-    for name, value in requested.items():
-        if value not in (False, "auto"):
-            text = str(value).lower()
-            raise ConfigError(f"trainer.{name}={text} runs on CUDA only, {here}; set trainer.{name}=auto")
+    if (flash := trainer.flash_attention.value) != "auto":
+        raise ConfigError(
+            f"trainer.flash_attention={flash} runs on CUDA only, {here}; set trainer.flash_attention=auto"
+        )
 
 
 def check_processes(trainer: TrainerConfig, model: ModelConfig) -> None:
@@ -38,4 +39,13 @@ def check_processes(trainer: TrainerConfig, model: ModelConfig) -> None:
             f"model.device_map and model.max_memory spread one process over several GPUs, and "
             f"{distributed.world_size()} processes were launched, each with a GPU of its own; leave them out, or "
             "start without a launcher"
+        )
+
+
+def check_checkpointing(trainer: TrainerConfig, base: PreTrainedModel) -> None:
+    """Raises `ConfigError` where activations are to be recomputed in a base whose code cannot do that."""
+    if trainer.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"trainer.gradient_checkpointing=true: the {base.config.model_type} of transformers cannot recompute its "
+            "activations; set trainer.gradient_checkpointing=false"
         )

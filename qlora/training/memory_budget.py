@@ -133,17 +133,18 @@ class Budget:
 
     def choose(self) -> MemoryPlan:
         """Returns the plan of least work; where even all layers checkpointed are too much, the leanest one."""
-        rows, length = self.formula.rows, self.formula.length
         plans = [MemoryPlan(0, kept=count) for count in range(self.formula.mixed, 0, -1)]
         plans += [MemoryPlan(count) for count in range(self.layers + 1)]
         plans += [MemoryPlan(self.layers, count) for count in range(1, self.layers + 1)]
-        for plan in plans:
-            added = self._factor * self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
-            kept = plan.kept * self.formula.decoded
-            added = max(added, self.formula.optimizer) + kept if kept else added
-            if self._resident + self._paged + added <= self.limit:
-                return plan
-        return plans[-1]
+        return next((plan for plan in plans if self.needed(plan) <= self.limit), plans[-1])
+
+    def needed(self, plan: MemoryPlan) -> float:
+        """Returns the bytes that a step should hold by a plan, paged states included."""
+        formula = self.formula
+        added = self._factor * formula.added(plan.checkpointed, plan.offloaded, formula.rows, formula.length)
+        if kept := plan.kept * formula.decoded:
+            added = max(added, formula.optimizer) + kept
+        return self._resident + self._paged + added
 
     @contextlib.contextmanager
     def measured(self, plan: MemoryPlan, batch: Micro) -> Iterator[None]:
@@ -189,6 +190,14 @@ class StepMemory:
         self._steps = 0
         if budget is not None:
             log.info("memory budget: %s at first", self.plan)
+            if (needed := budget.needed(self.plan)) > budget.limit:
+                log.warning(
+                    "memory budget: a step should hold %.2f GB even so, more than the %.2f GB that it may; it is "
+                    "tried, and may run out of memory: take a larger trainer.memory_budget, shorter rows, or a "
+                    "smaller trainer.per_device_train_batch_size",
+                    needed / 1e9,
+                    budget.limit / 1e9,
+                )
 
     def begin(self) -> None:
         """Begins an optimizer step."""

@@ -116,9 +116,9 @@ class Mark:
 class Meter(ClockedCallback):
     """Measures a training's speed, without evaluations and checkpoints.
 
-    `operations` says what a number of tokens and of pairs in attention takes, and `rate` is how many operations a
-    second the device reaches in a matmul; without them there is no model FLOP utilisation. `output` are the operations
-    of the output layer, which tokens without a label do not need.
+    `operations` says what a number of tokens takes, and numbers of pairs in attention, by how far layers look back;
+    `rate` is how many operations a second the device reaches in a matmul. Without them there is no model FLOP
+    utilisation. `output` are the operations of the output layer, which tokens without a label do not need.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Meter(ClockedCallback):
         device: torch.device,
         *,
         peak_memory_gb: Callable[[], float],
-        operations: Callable[[int, int], float] | None = None,
+        operations: Callable[..., float] | None = None,
         output: float = 0.0,
         rate: float | None = None,
     ) -> None:

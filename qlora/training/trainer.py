@@ -107,7 +107,7 @@ class QLoraTrainer(Trainer):
         rows: Rows,
         lengths: Sequence[int],
         collate: Collate,
-        count: Callable[[Batch], tuple[int, int]],
+        count: Callable[[Batch], tuple[int, ...]],
         measure: Callable[[torch.nn.Module, int], dict[str, float]],
         verify: Callable[[Path, torch.nn.Module], None],
         loraplus_lr_ratio: float | None,
@@ -243,12 +243,12 @@ class QLoraTrainer(Trainer):
             items = self._count_answers(batches)
         self.watchdog.begin(items if self._answer_loss is None else items[0])
         for batch in batches:
-            tokens, pairs = batch.pop(COUNTS)
+            tokens, *pairs = batch.pop(COUNTS)
             unlabelled = tokens - int(batch[TARGETS].sum())
             self._unreported_tokens += tokens
             self.meter.tokens += tokens
             if self.meter.operations is not None:
-                operations: Any = self.meter.operations(tokens, pairs)  # the library declares an int, and adds floats
+                operations: Any = self.meter.operations(tokens, *pairs)  # the library declares an int, and adds floats
                 self.current_flos += operations - unlabelled * self.meter.output
         return batches, items
 

@@ -36,12 +36,19 @@ STATISTICS = (
 )
 """What bitsandbytes saves beside a weight."""
 
+BLOCKED = ("gate_up_proj", "down_proj")
+"""The projections that gpt-oss is stored with in MXFP4, each as blocks and scales."""
+
 Saved = dict[str, Tensor]
 """A saved tensor as `weight`, and what is saved beside it."""
 
 
 class ExpertsLoading(Protocol):
     """What stores the experts of a base that is loaded."""
+
+    @property
+    def decodes_blocks(self) -> bool:
+        """Whether the files hold experts in MXFP4."""
 
     def projections(self, model: nn.Module) -> Iterable[str]:
         """Returns the names of the parameters of experts that are to be quantized."""
@@ -54,6 +61,9 @@ class ExpertsLoading(Protocol):
 
     def takes_matrices(self, experts: nn.Module, projection: str, count: int) -> bool:
         """Returns whether a projection is made of `count` matrices an expert, stacked by rows."""
+
+    def store_blocks(self, experts: nn.Module, projection: str, blocks: Tensor, scales: Tensor) -> nn.Parameter:
+        """Stores a projection from the MXFP4 of all experts, [experts, out, ...]; returns its new parameter."""
 
     def store(self, experts: nn.Module, projection: str, matrices: list[Iterator[Saved]]) -> nn.Parameter:
         """Stores a projection from the matrices of all experts for each of its parts; returns its new parameter.
@@ -108,6 +118,8 @@ class _ExpertsQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the merging of experts out; `args` is the model in newer versions."""
         conversions = [self._without_merge(conversion) for conversion in weight_conversions]
+        if self._loading.decodes_blocks:
+            conversions += [_BlocksConverter(self._loading, projection) for projection in BLOCKED]
         return super().update_weight_conversions(conversions, *args)
 
     def _without_merge(self, conversion: Any) -> Any:
@@ -182,6 +194,46 @@ class _ExpertsConverter(WeightConverter):
         with log_conversion_errors(layer_name, loading_info, (count, layer_name), operations):
             matrices = [_saved(self.collected_tensors, part) for part in self.parts]
             return {layer_name: quantizer._loading.store(experts, projection, matrices)}
+        raise AssertionError("the block above returns or raises")
+
+
+class _Blocks(ConversionOps):
+    """Stands where transformers has the operation of a converter."""
+
+    def __init__(self, loading: ExpertsLoading) -> None:
+        self.loading = loading
+
+    def __deepcopy__(self, memo: Any) -> _Blocks:
+        return self
+
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the converter stores experts itself")
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("quantized experts are not written as they were loaded")
+
+
+class _BlocksConverter(WeightConverter):
+    """Stores a projection of experts from the MXFP4 in the files."""
+
+    __slots__ = ()
+
+    def __init__(self, loading: ExpertsLoading, projection: str) -> None:
+        super().__init__([f"{projection}_blocks", f"{projection}_scales"], projection, [_Blocks(loading)])
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> dict[str, Any]:
+        """Returns the parameter of a projection."""
+        experts, projection = get_module_from_name(model, layer_name)
+        collected = self.materialize_tensors()
+        with log_conversion_errors(layer_name, loading_info, (len(collected), layer_name), self.operations):
+            if len(collected) != len(self.source_patterns):
+                raise ValueError(f"of {' and '.join(self.source_patterns)} only {', '.join(collected)} is there")
+            blocks, scales = (collected[pattern][0] for pattern in self.source_patterns)
+            loading = cast(_Blocks, self.operations[0]).loading
+            return {layer_name: loading.store_blocks(experts, projection, blocks, scales)}
         raise AssertionError("the block above returns or raises")
 
 

@@ -25,7 +25,7 @@ from qlora.errors import UserError
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import read_decoder
 from qlora.models.tokenizer import load_tokenizer
-from qlora.planning.model_shape import read_shape
+from qlora.planning.read_shape import read_shape
 from qlora.upstream.peft import base_of, names_kept
 from tests.adapters.test_merge_experts import merge
 from tests.models.bases import choose, load, write

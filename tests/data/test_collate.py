@@ -58,3 +58,8 @@ def test_an_end_token_that_also_pads_counts_as_a_token():
 def test_pairs_are_counted_inside_each_row_and_not_in_padding():
     assert count_work(Collator(9)(ROWS), 9) == (4, (1 + 2 + 3) + 1)
     assert count_work(Collator(0)(PACKS), 0) == (7, (1 + 2 + 3) + (1 + 2) + (1 + 2))
+
+
+def test_pairs_are_counted_inside_of_each_window():
+    inside = (1 + 2 + 2) + (1 + 2) + (1 + 2)
+    assert count_work(Collator(0)(PACKS), 0, (None, 2, 8)) == (7, (1 + 2 + 3) + (1 + 2) + (1 + 2), inside, 6 + 3 + 3)

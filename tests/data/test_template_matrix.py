@@ -167,9 +167,3 @@ def test_a_preset_of_a_model_that_chats_names_its_template_and_the_token_that_en
         pytest.skip("TRL is not installed: pip install 'qlora[templates]'")
     writer = build_writer(published)
     assert writer.tokenizer.convert_ids_to_tokens(writer.end_id) == end
-
-
-def test_the_manual_lists_the_models_that_chat():
-    manual = (DOCS.parent / "models.md").read_text(encoding="utf-8")
-    assert len(CHATTING) > 20
-    assert not [name for name in CHATTING if f"`{name}`" not in manual]

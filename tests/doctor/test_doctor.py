@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -229,6 +230,21 @@ def test_a_missing_package_of_an_attention_is_found() -> None:
     finding = named(lines(check_support, "model.attn_implementation=flash_attention_2"), "attention")
     assert finding.status is Status.error
     assert "flash_attn" in finding.says
+
+
+def test_recurrent_layers_name_the_kernels_that_packing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ["model.weights=random", "model.tokenizer=tiny", "recipe=none", "model.architecture.model_type=qwen3_next"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    finding = named(lines(check_support, *shape, "data.packing=true", "data.max_length=64"), "packing")
+    assert finding.status is Status.warning
+    assert "not installed: flash-linear-attention, causal-conv1d" in finding.says
+    assert "qlora[linear]" in finding.fix
+    assert "packing" not in [finding.name for finding in lines(check_support, *shape)]
+    plain = lines(check_support, "data.packing=true", "data.max_length=64")
+    assert "packing" not in [finding.name for finding in plain]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    finding = named(lines(check_support, *shape, "data.packing=true", "data.max_length=64"), "packing")
+    assert finding.status is Status.ok
 
 
 def test_a_full_disk_is_an_error_and_too_little_memory_a_warning(

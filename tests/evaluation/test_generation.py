@@ -23,7 +23,7 @@ from qlora.demo.instructions import eval_rows
 from qlora.errors import UserError
 from qlora.evaluation.generation import (
     Answer,
-    _answer,
+    AnswerReader,
     build_settings,
     end_token_ids,
     generate,
@@ -214,7 +214,7 @@ CHANGED: dict[str, tuple[object, dict[str, object]]] = {
 
 def test_every_option_is_tested_below() -> None:
     ours = {field.name for field in dataclasses.fields(GenerationConfig)}
-    assert ours == {*CHANGED, "batch_size"}
+    assert ours == {*CHANGED, "batch_size", "loop", "weights"}
     assert {flag for flag, key in ORIGINAL_FLAGS.items() if key.startswith("generation.")} == {*CHANGED}
 
 
@@ -328,7 +328,7 @@ def test_no_answer_holds_the_text_of_its_end_token(tokenizer: PreTrainedTokenize
     spelled = tokenizer("is it brave</s> or not", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     end = tokenizer.eos_token_id
     assert end not in spelled, "ordinary tokens spell it"
-    answer = _answer([*spelled, *[end] * ends], [end], spelled_ends([end], tokenizer), tokenizer)
+    answer = AnswerReader(tokenizer, [end])([*spelled, *[end] * ends])
     assert (answer.text, answer.finish) == ("is it brave", "stop")
 
 

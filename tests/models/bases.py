@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "falcon": SMALL,
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1600, "state_size": 8},
+    "gemma2": GROUPED | {"sliding_window": 16},
     "gemma3": {
         "text_config": GROUPED | IDS | {"sliding_window": 16}, "vision_config": PICTURES, "mm_tokens_per_image": 4,
         "boi_token_index": 1590, "eoi_token_index": 1591, "image_token_index": 1592,

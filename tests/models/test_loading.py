@@ -12,6 +12,7 @@ from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.models import loading
+from qlora.models.json_files import library_reads
 from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import load_tokenizer
@@ -247,13 +248,18 @@ def test_heads_of_a_mixture_may_be_wider_than_its_hidden_state() -> None:
         ({"sliding_window": 8}, r"sliding_window=8: llama has no such setting; leave it out"),
         ({"model_type": "gpt_neox", "num_key_value_heads": 1}, r"num_key_value_heads=1: gpt_neox has no such setting"),
         ({"model_type": "gpt2", "rope_theta": 10000, "num_key_value_heads": "null", "intermediate_size": 64}, "gpt2"),
+        (
+            {"model_type": "qwen3_5_text", "options": "{linear_conv_kernel_dim: wide}"},
+            r"transformers builds no qwen3_5_text of these settings \(",
+        ),
+        ({"options": "{head_dims: 8}"}, r"options\.head_dims=8: llama has no such setting \(did you mean head_dim\?\)"),
         ({"model_type": "lama"}, r"model_type='lama' is unknown to transformers \(did you mean llama\?\)"),
         ({"vocab_size": 100}, r"vocab_size=100 is too small for the tokenizer's \d+ tokens; raise it"),
     ],
 )
 def test_a_shape_that_cannot_be_built_names_its_field(fields: dict[str, object], message: str) -> None:
     config = architecture(**fields)
-    with pytest.raises(UserError, match=rf"model\.architecture\..*{message}"):
+    with pytest.raises(UserError, match=rf"model\.architecture.*{message}"):
         build_model_config(config.model, load_tokenizer(config.model))
 
 
@@ -281,3 +287,14 @@ def test_spare_rows_are_used_before_the_embeddings_grow(base_folder: Path) -> No
 
 def test_a_revision_does_not_hinder_a_local_folder(base_folder: Path) -> None:
     load(base_folder, "quantization=fp32", "model.revision=v1.0")
+
+
+def test_a_package_that_an_architecture_needs_is_named(tmp_path: Path) -> None:
+    def build() -> None:
+        raise ImportError(" X requires the timm library but it was not found in your environment. You can install it")
+
+    with (
+        pytest.raises(UserError, match=r"^key: .* with the package timm, .*; pip install timm$"),
+        library_reads("key", "f"),
+    ):
+        build()

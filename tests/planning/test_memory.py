@@ -121,7 +121,7 @@ def test_a_layer_keeps_what_is_planned(
     ledger = Ledger(sizes, setup(sizes, length=length, **changes))
     names = ledger.setup.targets[0]
     measured = per_layer(kind, overrides, monkeypatch, length)
-    planned = ledger.activations.saved(names) + ledger.activations.copies(names)
+    planned = ledger.activations.saved(0, names) + ledger.activations.copies(0, names)
     assert planned == pytest.approx(measured, rel=0.005)
 
 

@@ -227,7 +227,7 @@ def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = assert_same(model, config, batch(), checkpointed=1)
-    assert str(step) == "fused_linear, fused_loss, compile; fused_attention: the attention over rows runs on CUDA only"
+    assert str(step) == "fused_linear, fused_loss, compile; fused_attention: auto switches it on with CUDA only"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
 
 
@@ -297,7 +297,11 @@ def test_auto_switches_nothing_on_without_cuda() -> None:
 @pytest.mark.parametrize(
     ("overrides", "changes", "message"),
     [
-        (["trainer.fused_attention=true"], {}, r"trainer\.fused_attention=true: .* on CUDA only; set .*=auto"),
+        (
+            ["trainer.fused_attention=true", "trainer.neftune_noise_alpha=5"],
+            {},
+            r"trainer\.fused_attention=true: trainer.neftune_noise_alpha scales .*; set trainer.fused_attention=auto",
+        ),
         (
             ["trainer.flash_attention=fa3"],
             {},
@@ -330,14 +334,10 @@ def test_a_model_that_drops_cu_seqlens_is_stopped() -> None:
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(NotImplementedError, match=r"Linear gets no cu_seqlens: set trainer\.fused_attention=false"):
         attend_packed(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0)
-    with pytest.raises(NotImplementedError, match="attention with softcap"):
+    with pytest.raises(NotImplementedError, match=r"attends with softcap: set trainer\.fused_attention=false"):
         attend_padded(torch.nn.Linear(1, 1), q, q, q, None, scaling=1.0, softcap=30.0)
-
-
-def test_logits_that_are_changed_afterwards_are_not_fused() -> None:
-    model, config = build("gemma2", overrides=("trainer.fused_loss=auto",))
-    reason = build_step(model, config).parts["fused_loss"]
-    assert reason == "gemma2 changes its logits (final_logit_softcapping)"
+    with pytest.raises(NotImplementedError, match="Linear attends with a mask of its own"):
+        attend_padded(torch.nn.Linear(1, 1), q, q, q, torch.zeros(1, 1, 4, 4), scaling=1.0)
 
 
 def test_the_fused_loss_computes_the_output_layer_in_the_precision_of_the_others() -> None:

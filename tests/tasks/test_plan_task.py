@@ -194,7 +194,7 @@ def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> N
     )
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "lama"}))
     text = refusal("plan.device=h100", f"model.name={tmp_path}")
-    assert "task=plan does not know the model type 'lama' (did you mean llama?); it knows llama, mistral" in text
+    assert "transformers does not know the model type 'lama' (did you mean llama?), so its size is unknown" in text
 
 
 def test_a_model_whose_config_is_not_available_is_one_sentence() -> None:
@@ -414,3 +414,11 @@ def test_a_training_run_on_a_known_gpu_says_the_time_of_its_plan(
     assert planned_time(config, tokens) == f"about {time}, as task=plan estimates it"
     monkeypatch.setattr(gpus.subprocess, "run", lambda *args, **kwargs: Said("NVIDIA Unheard Of, 1000\n"))
     assert planned_time(config, tokens) is None
+
+
+def test_an_estimate_of_what_layers_keep_is_said_to_be_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for option, is_estimate in (("qwen3.5-4b", True), ("llama-3.2-1b", False)):
+        print_plan(build(f"model={option}", f"data.cache_dir={tmp_path}"))
+        said = " ".join(capsys.readouterr().out.split())
+        text = "what layers of qwen3_5_text keep, from their modules; parameters and bytes of weights are exact"
+        assert (text in said) is is_estimate

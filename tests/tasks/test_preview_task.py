@@ -50,7 +50,7 @@ def test_both_sides_of_a_pair_are_shown_with_what_the_loss_counts(
     chosen, rejected = printed.index("   chosen\n"), printed.index("   rejected\n")
     assert "⟦ yes</s>⟧" in printed[chosen:rejected]
     assert "⟦ no</s>⟧" in printed[rejected:]
-    assert "packing" not in printed
+    assert "data.packing=true would fill 1 pack" in printed
     assert "1 pair of equal sides" in printed
 
 

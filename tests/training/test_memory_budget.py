@@ -281,11 +281,6 @@ def test_a_budget_that_no_number_of_layers_keeps_begins_with_the_leanest_plan() 
             "trainer.memory_budget=24GB limits a CUDA device's memory, and this run computes on cpu; leave it out",
         ),
         (
-            "trainer.fused_attention=true",
-            "trainer.fused_attention=true runs on CUDA only, and this run computes on cpu; set "
-            "trainer.fused_attention=auto",
-        ),
-        (
             "trainer.flash_attention=fa3",
             "trainer.flash_attention=fa3 runs on CUDA only, and this run computes on cpu; set "
             "trainer.flash_attention=auto",

@@ -20,7 +20,7 @@ from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExpert
 from qlora.config.schema.loss import LOSS_SETTINGS, LossConfig, Reference
 from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeBase, MergeConfig
-from qlora.config.schema.model import MIXTURE_FIELDS, ArchitectureConfig, ModelConfig, Weights
+from qlora.config.schema.model import MIXTURE_FIELDS, ArchitectureConfig, ModelConfig, Weights, described_settings
 from qlora.config.schema.plan import PlanConfig, PlanStep
 from qlora.config.schema.quantization import (
     BaseProducts,
@@ -99,6 +99,7 @@ __all__ = [
     "Weights",
     "check_plain",
     "check_trusted",
+    "described_settings",
     "is_folder_name",
     "known_metrics",
     "metric_name",

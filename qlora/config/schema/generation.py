@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from enum import Enum
 
 from qlora.errors import ConfigError, require
 
@@ -11,12 +12,24 @@ NEW_TOKENS = 256
 """Tokens of the longest answer where nothing else is asked for and the model's context holds them."""
 
 
+class Loop(Enum):
+    """What decodes answers token by token."""
+
+    auto = "auto"
+    slots = "slots"
+    transformers = "transformers"
+
+
+Weights = Enum("Weights", {"auto": "auto", "4bit": "4bit", "16bit": "16bit"})
+"""In what a 4-bit base computes answers."""
+
+
 @dataclass(kw_only=True, slots=True)
 class GenerationConfig:
     """How answers are generated, in the names of `transformers.GenerationConfig`."""
 
     batch_size: int = 16
-    """Prompts a batch, left-padded and sorted by length."""
+    """Prompts at a time, the longest first."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; null: 256, or what the longest prompt leaves of the model's context if that is less."""
     min_new_tokens: int | None = None
@@ -31,6 +44,14 @@ class GenerationConfig:
     """Contrastive search; runs transformers' community code (`model.trust_remote_code`)."""
     use_cache: bool = True
     """Reuse keys and values of earlier tokens."""
+    loop: Loop = Loop.auto
+    """What decodes answers: `slots`, where each row has a place of its own without padding, and a row that ends makes
+    room for the next; `transformers`, its `generate`, by padded batches; `auto`: slots on a CPU, where they serve the
+    model and the options. Slots answer a row as if it were alone; padding rounds otherwise in 16 bits."""
+    weights: Weights = Weights.auto
+    """How slots compute with a 4-bit base: `16bit` decodes it once, to the precision of computation and for the time of
+    the answers (the same values; 13 GB for 7 billion parameters), `4bit` for each token; `auto`: once where half of the
+    memory that is free holds it. The adapter stays apart."""
     temperature: float = 1.0
     """Divides the logits before sampling."""
     top_k: int = 50

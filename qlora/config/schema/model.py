@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
+from qlora.config.schema.code_names import check_plain
+from qlora.config.schema.values import HOLDS, MAPPINGS
 from qlora.errors import ConfigError, require
+from qlora.text import brief
 
 Weights = StrEnum("Weights", "pretrained random")
 """Where the base weights come from."""
+
+
+NULL_AS_ZERO = ("sliding_window", "q_lora_rank")
+"""What `config.json` says by null where a model has none; here null leaves it to the model type."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,8 +30,8 @@ class ArchitectureConfig:
     """transformers' name of the architecture, e.g. `llama`, `qwen3`, `gpt_neox`."""
     hidden_size: int = MISSING
     """Width of the residual stream."""
-    intermediate_size: int = MISSING
-    """Width of the feed-forward layer."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer; unset: the model type has none beside its experts."""
     num_hidden_layers: int = MISSING
     """Number of decoder layers."""
     num_attention_heads: int = MISSING
@@ -42,11 +51,11 @@ class ArchitectureConfig:
     rope_theta: float | None = None
     """Base of the rotary position embedding; unset: the model type's own."""
     sliding_window: int | None = None
-    """How many tokens attention looks back at most; unset: the model type's own."""
+    """How many tokens attention looks back at most; unset: the model type's own; 0: all of them."""
     num_experts: int | None = None
     """Experts of a layer, as Qwen and OLMoE call them; what is unset of a mixture is the model type's own."""
     num_local_experts: int | None = None
-    """The same, as Mixtral, gpt-oss and Granite call them."""
+    """The same, as Mixtral, gpt-oss and Granite call them; 0: Granite 4 has none."""
     n_routed_experts: int | None = None
     """The same, as DeepSeek calls them."""
     num_experts_per_tok: int | None = None
@@ -79,11 +88,31 @@ class ArchitectureConfig:
     """Width of a query and of a key that is rotated by position (DeepSeek)."""
     v_head_dim: int | None = None
     """Width of a value (DeepSeek)."""
+    options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
+    """Other settings of the model type by transformers' own names, e.g. `{linear_num_value_heads: 16}`."""
 
     def __post_init__(self) -> None:
-        may_be_zero = ("first_k_dense_replace", "n_shared_experts", "q_lora_rank")
+        if not isinstance(self.options, dict):
+            key = "model.architecture.options"
+            given = "null" if self.options is None else brief(self.options)
+            raise ConfigError(f"{key} must be a mapping such as {MAPPINGS[key]}, got {given}")
+        check_plain("model.architecture.options", self.options)
+        if twice := sorted({item.name for item in fields(self)} & self.options.keys()):
+            raise ConfigError(
+                f"model.architecture.options.{twice[0]} is a setting of model.architecture itself; write "
+                f"model.architecture.{twice[0]}"
+            )
+        may_be_zero = (
+            "first_k_dense_replace",
+            "n_shared_experts",
+            "num_local_experts",
+            "q_lora_rank",
+            "sliding_window",
+        )
         for item in fields(self):
             value, key = getattr(self, item.name), f"model.architecture.{item.name}"
+            if item.name == "options":
+                continue
             if isinstance(value, list):
                 require(min(value, default=0) >= 0, key, "have no negative number", value)
             elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -91,8 +120,16 @@ class ArchitectureConfig:
                 require(value > 0 or (value == 0 and item.name in may_be_zero), key, least, value)
 
 
+def described_settings(architecture: ArchitectureConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `model.architecture` says by transformers' names; what it leaves out is the model type's own."""
+    values = dict(asdict(architecture) if isinstance(architecture, ArchitectureConfig) else architecture)
+    options = values.pop("options", None) or {}
+    described = {name: value for name, value in values.items() if value is not None} | options
+    return described | dict.fromkeys(name for name in NULL_AS_ZERO if described.get(name) == 0)
+
+
 _NAMES = [item.name for item in fields(ArchitectureConfig)]
-MIXTURE_FIELDS = tuple(_NAMES[_NAMES.index("num_experts") :])
+MIXTURE_FIELDS = tuple(_NAMES[_NAMES.index("num_experts") : _NAMES.index("options")])
 """What `ArchitectureConfig` says of mixtures of experts alone."""
 
 

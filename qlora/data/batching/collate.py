@@ -88,14 +88,19 @@ def token_mask(batch: Mapping[str, Tensor], pad_token_id: int) -> Tensor:
     return told.flip(-1).cumsum(-1).flip(-1) > 0
 
 
-def count_work(batch: Mapping[str, Tensor], pad_token_id: int) -> tuple[int, int]:
+def count_work(
+    batch: Mapping[str, Tensor], pad_token_id: int, windows: Sequence[int | None] = (None,)
+) -> tuple[int, ...]:
     """Counts the tokens of a batch on the CPU, and the pairs of tokens between which causal attention looks.
 
-    A row of n tokens has n (n + 1) / 2 pairs, each token with itself included; padding counts for nothing.
+    A row of n tokens has n (n + 1) / 2 pairs, each token with itself included; padding counts for nothing. Of each of
+    `windows` only the pairs count in which a token looks back at no more tokens than that; None: all.
     """
     inside = token_mask(batch, pad_token_id).numpy()
     positions = batch["position_ids"].numpy() + 1 if "position_ids" in batch else inside.cumsum(-1)
-    return int(inside.sum()), int(positions[inside].sum())
+    seen = positions[inside]
+    pairs = (seen if window is None else np.minimum(seen, window) for window in windows)
+    return int(inside.sum()), *(int(count.sum()) for count in pairs)
 
 
 def _fill(rows: Sequence[Sequence[int]], inside: np.ndarray, padding: int | np.ndarray) -> Tensor:

@@ -32,6 +32,7 @@ class Bnb4(QuantizationMethod):
     package = "bitsandbytes"
     library_class = "BitsAndBytesConfig"
     offloads_experts = True
+    decodes = ("mxfp4",)
     quantizing_operators = ("bitsandbytes::quantize_4bit",)
 
     def describe(self, config: QuantizationConfig) -> str:
@@ -94,13 +95,14 @@ class Bnb4(QuantizationMethod):
         )
 
     @contextmanager
-    def loading(self, config: QuantizationConfig) -> Iterator[None]:
+    def loading(self, config: QuantizationConfig, saved: str | None = None) -> Iterator[None]:
         """Quantizes each expert as soon as it is read."""
         from qlora.quantization.bnb4.loading import ExpertsIn4Bits
         from qlora.upstream.transformers_quantizer import quantizing_experts
 
         quantizes = quantizes_experts(self, config)
-        with quantizing_experts(ExpertsIn4Bits(config.quant_type.value, config.double_quant, quantizes)):
+        kind, is_decoded = config.quant_type.value, saved in self.decodes
+        with quantizing_experts(ExpertsIn4Bits(kind, config.double_quant, quantizes, is_decoded)):
             yield
 
     def check_saved(self, config: QuantizationConfig, settings: Mapping[str, Any], key: str) -> None:

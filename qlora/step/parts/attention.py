@@ -1,13 +1,14 @@
 """Attention without padding: a batch becomes one variable-length batch, with attention inside each row.
 
-`FusedAttention` lays the batch out and computes with torch's own kernels (`torch.nn.attention.varlen`);
-`NewerFlashAttention` puts FlashAttention 3 or 4 in their place where it is installed.
+`FusedAttention` lays the batch out and computes with torch's own kernels (`torch.nn.attention.varlen`, and
+`flex_attention` for scores behind tanh and for sinks); `NewerFlashAttention` puts FlashAttention 3 or 4 in the place of
+the former where it is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,27 @@ from qlora.config.schema import FlashAttention
 from qlora.step.kernels.attention import (
     NEWER_FLASH,
     attend_batch,
+    attend_flex,
+    attend_plain,
     attend_varlen,
+    build_block_mask,
     fastest_attention,
     flash_unsupported_reason,
     has_varlen,
+    wide_tiles,
 )
-from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
+from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
 from qlora.upstream.transformers_model import attention_of, set_attention, takes_any_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BATCH, VARLEN = "qlora_batch", "qlora_varlen"
 """The names under which transformers finds the attention over padded batches, and that over variable-length ones."""
 
-SPECIAL_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout", "alibi")
-"""Settings of architectures that compute more than scaled dot-product attention."""
+FALSE = "set trainer.fused_attention=false"
+SPECIAL_ATTENTION = ("attention_chunk_size", "attention_dropout", "alibi")
+"""Settings of architectures whose attention is none of those here."""
 
 
 class FusedAttention(ConfiguredPart):
@@ -46,13 +55,12 @@ class FusedAttention(ConfiguredPart):
 
     def unsupported_reason(self) -> str | None:
         """Returns why the model's own attention stays."""
-        if self.context.placement.device.type != "cuda":
-            return "the attention over rows runs on CUDA only"
+        on_gpu = self.context.placement.device.type == "cuda"
         if self.context.is_spread:
             return SPREAD
-        if not has_varlen():
+        if on_gpu and not has_varlen():
             return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 or later has)"
-        if self.context.placement.compute_dtype is torch.float32:
+        if on_gpu and self.context.placement.compute_dtype is torch.float32:
             return "it computes in 16 bits only"
         if self.context.trainer.neftune_noise_alpha is not None:
             return "trainer.neftune_noise_alpha scales its noise by the length of padded rows"
@@ -61,10 +69,15 @@ class FusedAttention(ConfiguredPart):
         if special or not takes_any_attention(self.context.base):
             detail = f" ({special[0]})" if special else ""
             return f"{settings.model_type} has an attention of its own{detail}"
-        modules = (module for layer in self.context.layers for module in layer.modules())
-        if any(getattr(module, "sinks", None) is not None for module in modules):
-            return f"{settings.model_type} adds sinks to its attention"
         return None
+
+    def prepare(self) -> None:
+        """Notes whether FlashAttention computes what the model does, or `flex_attention` must."""
+        settings = self.config.get_text_config()
+        modules = (module for layer in self.context.layers for module in layer.modules())
+        has_sinks = any(getattr(module, "sinks", None) is not None for module in modules)
+        self._is_flexible = has_sinks or bool(getattr(settings, "attn_logit_softcapping", None))
+        self._windows = {None, getattr(settings, "sliding_window", None)}
 
     def enter(self) -> None:
         """Chooses the fastest kernels for padded batches, and notes the model's own attention."""
@@ -77,31 +90,37 @@ class FusedAttention(ConfiguredPart):
         self._kernels.close()
         set_attention(self.config, self._previous)
 
-    def lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Makes one variable-length batch of packs; `cu_seqlens` has a fixed length, for the sake of compiled code.
+    def lay_out(self, batch: dict[str, Any], packs: Packs | None) -> dict[str, Any]:
+        """Makes one variable-length batch of `packs`; `cu_seqlens` has a fixed length, for the sake of compiled code.
 
         A batch of single rows stays padded: the padding comes last, where causal attention does not see it. For a
-        model with a sliding window such a batch is laid out too.
+        model with a sliding window, or that needs `flex_attention`, such a batch is laid out too.
         """
         ids = batch["input_ids"]
         count, width = ids.shape
         batch.pop("attention_mask", None)
-        if (packs := self.context.packs) is not None:
-            positions, max_seqlen = batch["position_ids"], packs.max_seqlen
-            begins = (positions % max_seqlen == 0).view(-1)  # also inside padding that is longer than any row
-            size = count * packs.max_rows + 1
-            cu_seqlens = torch.nonzero_static(begins, size=size, fill_value=count * width).view(-1).int()
-        elif getattr(self.config.get_text_config(), "sliding_window", None) is not None:
-            positions, max_seqlen = torch.arange(width, device=ids.device).expand(count, width), width
-            cu_seqlens = torch.arange(0, count * width + 1, width, device=ids.device, dtype=torch.int32)
+        if packs is not None:
+            positions, max_seqlen, max_rows = batch["position_ids"], packs.max_seqlen, packs.max_rows
+        elif self._is_flexible or len(self._windows) > 1:
+            positions, max_seqlen, max_rows = torch.arange(width, device=ids.device).expand(count, width), width, 1
         else:
             set_attention(self.config, BATCH)
             return batch
         set_attention(self.config, VARLEN)
+        positions = positions.reshape(1, -1)
+        begins = positions % max_seqlen == 0  # also inside padding that is longer than any row
+        ends = torch.nonzero_static(begins.view(-1), size=count * max_rows + 1, fill_value=count * width)
+        cu_seqlens = ends.view(-1).int()
+        if self._is_flexible and ids.is_cuda:
+            batch["block_masks"] = {
+                window: build_block_mask(cu_seqlens, count * width, window) for window in self._windows
+            }
+            batch["tiles"] = wide_tiles(ids.device)
         return batch | {
             "input_ids": ids.view(1, -1),
-            "labels": batch["labels"].view(1, -1),
-            "position_ids": positions.reshape(1, -1),
+            # The last token of a row predicts nothing, and not the first one of the row behind it.
+            "labels": batch["labels"].view(1, -1).masked_fill(begins, IGNORED),
+            "position_ids": positions,
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
         }
@@ -154,7 +173,7 @@ def attend_padded(
 
     `query` is [rows, heads, tokens, width]; returns [rows, tokens, heads, width].
     """
-    _check_arguments(kwargs)
+    _check_arguments(module, attention_mask, kwargs)
     return attend_batch(query, key, value, scaling).transpose(1, 2), None
 
 
@@ -169,24 +188,42 @@ def attend_packed(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    block_masks: dict[int | None, BlockMask] | None = None,
+    tiles: dict[str, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside the rows of a variable-length batch, in transformers' signature.
 
     `query` is [1, heads, tokens, width]; `cu_seqlens`, int32 [rows + 1], holds the first token of each row and the
-    end; `max_seqlen` is the maximum number of tokens in a row. Returns [1, tokens, heads, width].
+    end; `max_seqlen` is the maximum number of tokens in a row. `s_aux` [heads] are sinks. `block_masks` are those of
+    `cu_seqlens` by window, where `flex_attention` is needed, and `tiles` those for wide heads. Returns [1, tokens,
+    heads, width].
     """
-    _check_arguments(kwargs)
+    _check_arguments(module, attention_mask, kwargs)
     if cu_seqlens is None:  # the model drops arguments that it does not know, and rows would attend to each other
-        raise NotImplementedError(f"{type(module).__name__} gets no cu_seqlens: set trainer.fused_attention=false")
+        raise NotImplementedError(f"{type(module).__name__} gets no cu_seqlens: {FALSE}")
+    if block_masks is not None:
+        mask = block_masks[sliding_window]
+        output = attend_flex(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux, tiles=tiles)
+        return output.transpose(1, 2).contiguous(), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0).contiguous() for tensor in (query, key, value))
-    return attend_varlen(q, k, v, cu_seqlens, max_seqlen, scaling, sliding_window).unsqueeze(0), None
+    if softcap is None and s_aux is None:
+        return attend_varlen(q, k, v, cu_seqlens, max_seqlen, scaling, sliding_window).unsqueeze(0), None
+    if q.is_cuda:
+        raise NotImplementedError(f"{type(module).__name__} has an attention of its own: {FALSE}")
+    options = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    return attend_plain(q, k, v, cu_seqlens, scaling, **options).unsqueeze(0), None
 
 
-def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raises for an argument that only an architecture's own attention computes."""
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {unknown[0]}: set trainer.fused_attention=false")
+def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises for what only an architecture's own attention computes: a mask, or an argument that nothing here reads."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        unknown.append("a mask of its own")
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} attends with {unknown[0]}: {FALSE}")
 
 
 # Without mask functions: with one, transformers would look for packs in the positions, and wait for the device.

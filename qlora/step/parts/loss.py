@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
+from qlora.step.hidden_states import hidden_states
+from qlora.step.logit_transform import PLAIN, LogitTransform, find_transform
+from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Request, StepContext
 
-SPECIAL_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of architectures that change their logits after the matmul with the output matrix."""
-IGNORED = -100
-"""The label of a token that has no loss."""
 BUCKET = 256
 """The number of hidden states that are kept is a multiple of it: compiled code meets few shapes."""
 
@@ -27,6 +25,7 @@ class FusedLoss(ConfiguredPart):
 
     def __init__(self, context: StepContext) -> None:
         self.context, self.base = context, context.base
+        self.transform: LogitTransform = PLAIN
 
     def request(self) -> Request:
         """Returns what `trainer.fused_loss` asks for."""
@@ -41,27 +40,27 @@ class FusedLoss(ConfiguredPart):
             return "the output layer is not a plain torch.nn.Linear, or it is trained"
         if output.bias is not None or output.weight.requires_grad:
             return "the output layer is trained, or has a bias"
-        if changed := [name for name in SPECIAL_LOGITS if getattr(settings, name, None)]:
-            return f"{settings.model_type} changes its logits ({changed[0]})"
+        if (transform := find_transform(self.base)) is None:
+            return f"{settings.model_type} computes its logits in a way of its own"
+        if transform != PLAIN and not getattr(self.context.objective, "takes_transform", False):
+            return f"{settings.model_type} scales or caps its logits, which the objective does not compute"
+        self.transform = transform
         return None
+
+    @property
+    def transform_options(self) -> dict[str, Any]:
+        """What the objective's `prepare` is told of the model's logits."""
+        return {} if self.transform == PLAIN else {"scale": self.transform.scale, "cap": self.transform.cap}
 
     def loss(self, batch: dict[str, Any], targets: int | None) -> Tensor:
         """Returns the loss of a batch with at most `targets` labels that count; None: their number is not known."""
         labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
-        hidden = self.hidden_states(batch)
+        hidden = hidden_states(self.base, batch)
         if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
             hidden, labels = before_labels(hidden, labels, targets)
         hidden, weight = self.operands(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.context.objective.loss_on_hidden(hidden, weight, labels, count)
-
-    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
-        """Returns the hidden states of all tokens of a batch without labels, [rows, tokens, width]."""
-        embedded = self.base.get_input_embeddings()(batch.pop("input_ids"))
-        if not embedded.requires_grad:  # all layers then see the same kind of tensor, and share their code
-            embedded.requires_grad_()
-        hidden: Tensor = self.base.base_model(inputs_embeds=embedded, use_cache=False, **batch).last_hidden_state
-        return hidden
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns hidden states and the output matrix [vocabulary, width] in the dtype in which they are multiplied."""

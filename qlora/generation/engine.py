@@ -1,0 +1,129 @@
+"""Answers many prompts at once: rows that end make room for others."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora.generation.sampling import Sampler
+from qlora.generation.slot_model import SlotModel
+
+PREFILL = 2048
+"""Most tokens of prompts that are read in one pass, unless one prompt alone has more."""
+TOGETHER = 4
+"""Prompts are read once this fraction of the slots is free, 1 / 4, or for all that are left."""
+
+
+@dataclass
+class Request:
+    """A prompt and its answer so far."""
+
+    key: Any
+    prompt: list[int]
+    room: int
+    """Most tokens of the answer."""
+    uniforms: np.ndarray
+    """A random number for each token of the answer; none where nothing is sampled."""
+    answer: list[int] = field(default_factory=list)
+    is_ended: bool = False
+    """Whether the last token of the answer ends it."""
+
+    @property
+    def length(self) -> int:
+        """The tokens in its slot: the last one of the answer is not read yet."""
+        return len(self.prompt) + len(self.answer) - 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no token follows."""
+        return self.is_ended or len(self.answer) >= self.room
+
+
+class Engine:
+    """Answers prompts with a model; use it inside `serving`, and each step inside `torch.inference_mode`."""
+
+    def __init__(self, model: torch.nn.Module, sampler: Sampler, *, slots: int, length: int) -> None:
+        """`length` is the most tokens of a prompt and its answer together."""
+        self.sampler, self.slots, self.length = sampler, slots, length
+        self.model = SlotModel(model, slots=slots, length=length)
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self._last = torch.empty(0, dtype=torch.int64, device=self.model.device)
+
+    def add(self, key: Any, prompt: list[int], *, row: int = 0) -> Request:
+        """Queues a prompt (token ids); `row` decides what is drawn for it."""
+        room = min(self.sampler.config.new_tokens, self.length - len(prompt))
+        self.waiting.append(Request(key, prompt, room, self.sampler.uniforms(row)))
+        return self.waiting[-1]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self.waiting or self.active)
+
+    def answers(self) -> Iterator[Request]:
+        """Yields the requests as they end, until none is left."""
+        while self.is_busy:
+            yield from self.step()
+
+    def step(self) -> list[Request]:
+        """Reads prompts where slots are free, or decodes a token of each row; returns the requests that have ended."""
+        if self.waiting and self._may_read:
+            self._read()
+        else:
+            logits = self.model.decode(self._last, [request.length for request in self.active])
+            self._last = self._last[:0]
+            self._take(self.active, logits)
+        return self._release()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its slot is free from the next step on."""
+        request.room = len(request.answer)
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self._release()
+
+    @property
+    def _may_read(self) -> bool:
+        """Whether enough slots are free to be worth a pass in which the other rows wait."""
+        free = self.slots - len(self.active)
+        return free >= min(len(self.waiting), max(1, self.slots // TOGETHER))
+
+    def _read(self) -> None:
+        begun: list[Request] = []
+        tokens, free = 0, self.slots - len(self.active)
+        while self.waiting and len(begun) < free:
+            tokens += len(self.waiting[0].prompt)
+            if begun and tokens > PREFILL:
+                break
+            begun.append(self.waiting.popleft())
+        logits = self.model.read([request.prompt for request in begun], first=len(self.active))
+        self.active += begun
+        self._take(begun, logits)
+
+    def _take(self, requests: list[Request], logits: Tensor) -> None:
+        told = [len(request.answer) for request in requests]
+        tokens = self.sampler.choose(logits, told, [request.uniforms for request in requests])
+        self._last = torch.cat([self._last, tokens])
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            request.answer.append(token)
+            request.is_ended = token in self.sampler.end_ids
+
+    def _release(self) -> list[Request]:
+        """Takes out what has ended; the last rows move to the slots that become free."""
+        done = [request for request in self.active if request.is_done]
+        for request in done:
+            index, last = self.active.index(request), len(self.active) - 1
+            if index < last:
+                self.model.cache.move(last, index, self.active[last].length)
+                self.active[index], self._last[index] = self.active[last], self._last[last]
+            self.active.pop()
+            self._last = self._last[:last]
+        return done

@@ -1,0 +1,66 @@
+"""Chooses the next token of each row: the likeliest, or one drawn from the row's own random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from qlora.config.schema import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The options of `generation` that choose a token."""
+
+    config: GenerationConfig
+    end_ids: list[int]
+    seed: int = 0
+
+    def uniforms(self, row: int) -> np.ndarray:
+        """Returns a number in [0, 1) for each token of a row: they follow from the seed and the row alone."""
+        if not self.config.do_sample:
+            return np.empty(0)
+        return np.random.default_rng([self.seed, row]).random(self.config.new_tokens)
+
+    def choose(self, logits: Tensor, told: list[int], uniforms: list[np.ndarray]) -> Tensor:
+        """Returns the next tokens, int64 [rows], for `logits` [rows, vocabulary].
+
+        `told` holds how many tokens each row has been answered with already, `uniforms` each row's random numbers.
+        """
+        low = self.config.min_new_tokens or 0
+        if self.end_ids and (early := [index for index, count in enumerate(told) if count < low]):
+            logits = logits.clone()
+            logits[torch.tensor(early)[:, None], torch.tensor(self.end_ids)] = -torch.inf
+        if not self.config.do_sample:
+            return logits.argmax(-1)
+        scores: Tensor = logits.float()
+        for warper in self._warpers:
+            scores = warper(torch.empty(0), scores)
+        cumulated = scores.softmax(-1).double().cumsum(-1)
+        chosen = torch.tensor([numbers[count] for numbers, count in zip(uniforms, told, strict=True)])
+        # Below the whole sum, which rounding leaves a little beside 1; tokens without probability add nothing to it.
+        target = chosen.to(cumulated.device)[:, None] * cumulated[:, -1:]
+        return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+    @property
+    def _warpers(self) -> list[Any]:
+        config, warpers = self.config, list[Any]()
+        if config.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            warpers.append(TopPLogitsWarper(config.top_p))
+        if config.typical_p < 1:
+            warpers.append(TypicalLogitsWarper(config.typical_p))
+        return warpers

@@ -1,0 +1,131 @@
+"""A model that reads prompts into slots and decodes one token of each, and whether a model can be one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from qlora.config.schema import GenerationConfig
+from qlora.generation.linears import decoded_linears
+from qlora.generation.slots import NAME, Pass, SlotCache
+from qlora.models.outputs import plain_ids
+from qlora.upstream.peft import base_of
+from qlora.upstream.transformers_model import attention_of, set_attention, takes_any_attention
+
+ATTENTIONS = {"full_attention", "sliding_attention"}
+"""The kinds of layers that a slot serves."""
+OTHER_SEARCHES = ("num_beams", "penalty_alpha", "repetition_penalty", "no_repeat_ngram_size")
+"""Options of `generation` that transformers' own loop alone computes, where they are set."""
+FAILURES = (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError)
+"""What a forward pass raises that takes no slots."""
+
+
+class SlotModel:
+    """The forward passes of a model over slots; use it inside `serving` and `torch.inference_mode`."""
+
+    def __init__(self, model: torch.nn.Module, *, slots: int, length: int) -> None:
+        """`length` is the most tokens that a slot holds."""
+        self.model, self.cache = model, SlotCache(slots, length)
+        self.device = next(model.parameters()).device
+
+    def read(self, prompts: list[list[int]], *, first: int = 0) -> Tensor:
+        """Reads prompts (token ids) into the slots from `first` on; returns the logits after them.
+
+        These are [prompts, vocabulary].
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
+        slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths).to(self.device)
+        ends = (lengths.cumsum(0) - 1).to(self.device)
+        return self._forward(ids[None], positions[None], Pass(slots, positions, lengths=lengths.tolist()), ends)[0]
+
+    def decode(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Reads one more token of each of the first slots, int64 [rows]; returns the logits after it.
+
+        These are [rows, vocabulary]. `lengths` are the tokens that the slots hold before it.
+        """
+        positions = torch.tensor(lengths, device=self.device)
+        slots = torch.arange(len(lengths), device=self.device)
+        step = Pass(slots, positions, max_length=max(lengths) + 1)
+        return self._forward(tokens[:, None], positions[:, None], step, 1)[:, -1]
+
+    def _forward(self, ids: Tensor, positions: Tensor, step: Pass, kept: Any) -> Tensor:
+        self.cache.current = step
+        output: Any = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, slot_pass=step,
+            logits_to_keep=kept,
+        )  # fmt: skip
+        logits: Tensor = output.logits
+        return logits
+
+
+@contextlib.contextmanager
+def serving(model: torch.nn.Module, dtype: torch.dtype, *, decoded: bool) -> Iterator[None]:
+    """Inside, a model attends over slots; with `decoded` its 4-bit weights are decoded once, to `dtype`."""
+    config = _base_of(model).config
+    previous = attention_of(config)
+    with decoded_linears(model, dtype) if decoded else contextlib.nullcontext():
+        set_attention(config, NAME)
+        try:
+            yield
+        finally:
+            set_attention(config, previous)
+
+
+def unsupported_reason(model: torch.nn.Module, config: GenerationConfig) -> str | None:
+    """Returns why slots do not serve a model or the options of `generation`; None: they do, as far as both tell."""
+    base, unset = _base_of(model), GenerationConfig()
+    settings = base.config.get_text_config()
+    if read := [name for name in OTHER_SEARCHES if getattr(config, name) != getattr(unset, name)]:
+        return f"generation.{read[0]}={getattr(config, read[0])} is not computed there"
+    if not config.use_cache:
+        return "generation.use_cache=false"
+    if kinds := set(getattr(settings, "layer_types", None) or []) - ATTENTIONS:
+        return f"{settings.model_type} has layers of another kind ({', '.join(sorted(kinds))})"
+    if not takes_any_attention(base):
+        return f"{settings.model_type} computes its attention in a way of its own"
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is spread over several devices"
+    if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+        return "the model is sharded over processes"
+    return None
+
+
+def differs_reason(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
+    """Returns how a model's logits over slots differ from its own; None: they are the same, but for rounding.
+
+    Two short rows are read together, and then one more token of each. The model is in evaluation mode, under autocast.
+    """
+    ids = plain_ids(_base_of(model))[0].tolist()
+    rows = [ids[:6], ids[2:5]]
+    begun, last = [row[:-1] for row in rows], [row[-1] for row in rows]
+    slots = SlotModel(model, slots=2, length=len(ids))
+    try:
+        with serving(model, dtype, decoded=False):
+            logits = slots.read(begun)
+            actual = torch.cat(
+                [logits, slots.decode(torch.tensor(last, device=slots.device), [len(row) for row in begun])]
+            )
+    except FAILURES as error:
+        return f"its forward pass takes no slots: {' '.join(str(error).split())[:100] or type(error).__name__}"
+    inputs = (torch.tensor([row], device=slots.device) for row in (*begun, *rows))
+    expected = torch.cat([model(input_ids=row).logits[:, -1] for row in inputs])
+    distance = float((actual.float() - expected.float()).norm() / expected.float().norm())
+    return (
+        None
+        if distance <= max(8 * torch.finfo(dtype).eps, 1e-4)
+        else f"its logits over slots are {distance:.1g} away from its own"
+    )
+
+
+def _base_of(model: Any) -> PreTrainedModel:
+    base: PreTrainedModel = base_of(model) if isinstance(model, PeftModel) else model
+    return base

@@ -1,0 +1,164 @@
+"""A cache of keys and values with a slot a row, and the attention that reads it.
+
+Rows have no padding: each begins at position 0 of its slot. A pass is either a prefill, in which the prompts of some
+slots are a variable-length (packed) batch, or a decode step of one token in each of the first slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "qlora_slots"
+"""The name under which transformers finds the attention over slots."""
+
+
+@dataclass
+class Pass:
+    """What a forward pass computes."""
+
+    slots: Tensor
+    """int64 [tokens]: the slot of each token."""
+    positions: Tensor
+    """int64 [tokens]: its position there."""
+    lengths: list[int] | None = None
+    """Of a prefill, the tokens of each row; None: one token a row is decoded, in the first slots."""
+    max_length: int = 0
+    """Of a decode step, the tokens of the longest row."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Returns what a decode step adds to its scores, float32 [rows, 1, 1, max_length]: 0 where a key is seen."""
+        if window not in self._masks:
+            index = torch.arange(self.max_length, device=self.positions.device)
+            distance = self.positions[:, None] - index
+            unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+
+class SlotCache(Cache):
+    """Keys and values of the rows that are being answered: [slots, heads, length, width] a layer."""
+
+    def __init__(self, slots: int, length: int) -> None:
+        super().__init__(layers=[])
+        self.slots, self.length = slots, length
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.current: Pass | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Writes the keys and values of a pass; returns those of a prefill, or the slots that a decode step reads."""
+        current = self.current
+        assert current is not None
+        if layer_idx not in self.keys:
+            self.keys[layer_idx], self.values[layer_idx] = (
+                states.new_zeros(self.slots, states.shape[1], self.length, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        for held, states in ((keys, key_states), (values, value_states)):
+            tokens = states[0].transpose(0, 1) if current.lengths is not None else states[:, :, 0]
+            held[current.slots, :, current.positions] = tokens.to(held.dtype)
+        if current.lengths is not None:
+            return key_states, value_states
+        rows = len(key_states)
+        return keys[:rows, :, : current.max_length], values[:rows, :, : current.max_length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of a slot to another one."""
+        for held in (self.keys, self.values):
+            for states in held.values():
+                states[target, :, :length] = states[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns 0: positions are given, and no mask is made."""
+        return 0
+
+
+def attend_slots(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    slot_pass: Pass | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of a pass, in transformers' signature: [rows, tokens, heads, width].
+
+    In a prefill `query` is [1, heads, tokens, width], in a decode step [rows, heads, 1, width]. `s_aux` [heads] are
+    sinks.
+    """
+    if slot_pass is None or attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise NotImplementedError(f"{type(module).__name__} has an attention of its own")
+    kind = _Kind(scaling, sliding_window, softcap, s_aux)
+    if slot_pass.lengths is None:
+        return _decode(query, key, value, slot_pass, kind), None
+    queries, keys, values = (tensor.split(slot_pass.lengths, dim=2) for tensor in (query, key, value))
+    rows = [_prefill(q, k, v, kind) for q, k, v in zip(queries, keys, values, strict=True)]
+    return torch.cat(rows, dim=1), None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a layer attends."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def scores(self, products: Tensor) -> Tensor:
+        """Returns the scores, in float32, of products of queries and keys."""
+        scores = products.float() * self.scaling
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: _Kind) -> Tensor:
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # the heads that share keys and values are like tokens
+    scores = kind.scores(grouped @ key.transpose(2, 3)) + slot_pass.mask(kind.window)
+    sinks = None if kind.sinks is None else kind.sinks.view(key.shape[1], -1, 1)
+    return (_softmax(scores, sinks).to(value.dtype) @ value).reshape(rows, 1, heads, -1)
+
+
+def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+    """Returns the attention of one row, [1, tokens, heads, width]."""
+    heads, tokens, groups = query.shape[1], query.shape[2], key.shape[1]
+    if kind.softcap is None and kind.sinks is None and (kind.window is None or tokens <= kind.window):
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=kind.scaling, enable_gqa=heads != groups
+        )
+        return output.transpose(1, 2)
+    grouped = query.reshape(1, groups, -1, tokens, query.shape[3])
+    index = torch.arange(tokens, device=query.device)
+    distance = index[:, None] - index
+    unseen = (distance < 0) | (distance >= (kind.window or tokens))
+    scores = kind.scores(grouped @ key[:, :, None].transpose(3, 4)).masked_fill(unseen, -torch.inf)
+    sinks = None if kind.sinks is None else kind.sinks.view(groups, -1, 1, 1)
+    output = _softmax(scores, sinks).to(value.dtype) @ value[:, :, None]
+    return output.view(1, heads, tokens, -1).transpose(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Returns the weights of scores [..., keys]; `sinks` are scores of one more key, whose value is zero."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
+# Without a mask function: with one, transformers would make a mask for each pass.
+AttentionInterface.register(NAME, attend_slots)
