@@ -23,7 +23,7 @@ def eval_rows() -> list[Row]:
 
 
 def preference_rows() -> list[Row]:
-    """Returns the 396 training pairs: answers about lists of six words, of which the rejected one misses a word."""
+    """Returns the 384 training pairs: answers about lists of six words, of which the rejected one is wrong."""
     return _read(DATA_FOLDER / "preferences.jsonl")
 
 

@@ -20,7 +20,7 @@ from demo_world.instructions import (
     train_rows,
 )
 from demo_world.operations import OPERATIONS
-from demo_world.preferences import WORDS, eval_pairs, train_pairs
+from demo_world.preferences import WORDS, eval_pairs, mistake, train_pairs
 from demo_world.tokenizer import build_tokenizer
 from demo_world.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
 
@@ -246,14 +246,21 @@ def test_the_shipped_pairs_are_those_of_the_generator_and_small() -> None:
     assert sum(path.stat().st_size for path in shipped.DATA_FOLDER.glob("preferences*.jsonl")) < 100_000
 
 
-def test_rejected_answers_miss_one_word_of_lists_that_are_longer_than_any_other() -> None:
+def test_rejected_answers_are_those_to_another_list_longer_than_any_that_was_trained() -> None:
     lists = [len(row["input"].split()) for row in chain(TRAIN, EVAL) if row["task"] in templates.LISTS]
     assert max(lists) < WORDS
     for row in chain(train_pairs(), eval_pairs()):
         items = row["input"].split()
         assert len(items) == len(set(items)) == WORDS
-        one_missing = (OPERATIONS[row["task"]]([word for word in items if word != missed]) for missed in items)
-        assert row["chosen"] == OPERATIONS[row["task"]](items) != row["rejected"] in set(one_missing)
+        others = [
+            mistake(items, kind, index, again)
+            for kind in range(4)
+            for index in range(1, WORDS)
+            for again in items[1:-1]
+        ]
+        assert row["chosen"] == OPERATIONS[row["task"]](items)
+        assert row["rejected"] != row["chosen"]
+        assert row["rejected"] in {OPERATIONS[row["task"]](other) for other in others}
 
 
 def test_held_out_pairs_are_about_lists_that_no_training_pair_holds() -> None:
