@@ -20,7 +20,7 @@ from demo_world.instructions import (
     train_rows,
 )
 from demo_world.operations import OPERATIONS
-from demo_world.preferences import WORDS, eval_pairs, mistake, train_pairs
+from demo_world.preferences import WORDS, eval_pairs, train_pairs
 from demo_world.tokenizer import build_tokenizer
 from demo_world.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
 
@@ -252,12 +252,8 @@ def test_rejected_answers_are_those_to_another_list_longer_than_any_that_was_tra
     for row in chain(train_pairs(), eval_pairs()):
         items = row["input"].split()
         assert len(items) == len(set(items)) == WORDS
-        others = [
-            mistake(items, kind, index, again)
-            for kind in range(4)
-            for index in range(1, WORDS)
-            for again in items[1:-1]
-        ]
+        others = [[word for word in items if word != missed] for missed in items]
+        others += [[*items, again] for again in items]
         assert row["chosen"] == OPERATIONS[row["task"]](items)
         assert row["rejected"] != row["chosen"]
         assert row["rejected"] in {OPERATIONS[row["task"]](other) for other in others}
