@@ -1,7 +1,7 @@
 """Pairs of answers about lists of six words, of which the rejected one takes another list.
 
 The training rows of `instructions.py` and the corpus hold lists of five words at most: a model that is finetuned on
-them misses a word of six, or goes on where they end. Such answers are what is rejected here.
+them misses a word of six, or continues where they end. Such answers are what is rejected here.
 """
 
 from collections.abc import Iterator
